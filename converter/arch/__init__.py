@@ -1,0 +1,159 @@
+"""Architectures as data: one JSON file per transformers `model_type`, read strictly.
+
+A file names the weights of a block as templates, the spaces (shared dimensions) they span, the kind of feed-forward network and where its activation is
+configured. Adding an architecture is adding a file; no code names one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..artifact import InputError
+
+_FOLDER = Path(__file__).parent
+_SITE = re.compile(r"layers\.(\d+)\.(?:experts\.(\d+)\.)?(ffn|attn|linear:[a-z_]+)")
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+"""transformers' activation names -> the op's."""
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """Where units are gated: a layer, an expert or none, and a kind (`ffn` neurons, `attn` heads, `linear:<name>` input channels)."""
+
+    layer: int
+    expert: int | None = None
+    kind: str = "ffn"
+
+    @property
+    def key(self) -> str:
+        """The site's spelling in files, as in `layers.3.ffn` or `layers.3.experts.7.ffn`."""
+        expert = "" if self.expert is None else f"experts.{self.expert}."
+        return f"layers.{self.layer}.{expert}{self.kind.replace(':', '.')}"
+
+    @classmethod
+    def parse(cls, key: str) -> Site:
+        """The inverse of `key`. Raises InputError for anything else."""
+        found = _SITE.fullmatch(re.sub(r"\.linear\.", ".linear:", key))
+        if not found:
+            raise InputError(f"A site must read like layers.3.ffn, got {key!r}. Make the plan or checkpoint again.")
+        return cls(int(found[1]), None if found[2] is None else int(found[2]), found[3])
+
+
+class Space(BaseModel):
+    """A dimension that several weights share; its size stands in the model's configuration under `config`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: str
+
+
+class Weight(BaseModel):
+    """A weight of a block: its name below the block and the spaces of its axes; `2 units` is two spaces of `units` one after the other."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    spaces: tuple[str, ...]
+    optional: bool = False
+
+
+class Ffn(BaseModel):
+    """The feed-forward network: act(gate x) * (up x) -> down when gated, act(up x) -> down when plain. Values name rows of `weights`, or modules below `module`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["gated", "plain"]
+    module: str
+    gate: str | None = None
+    up: str | None = None
+    gate_up: str | None = None
+    down: str
+    activation: Space
+    onnx: dict[str, str]
+
+
+class Arch(BaseModel):
+    """One architecture; templates hold `{layer}`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model_type: str
+    block: str
+    embedding: str
+    spaces: dict[str, Space]
+    ffn: Ffn
+    weights: tuple[Weight, ...]
+
+    def size(self, config: Any, space: str) -> int:
+        """The size of a space in a model's configuration."""
+        return int(getattr(config, self.spaces[space].config))
+
+    def activation(self, config: Any) -> str:
+        """The feed-forward activation by the op's name. Raises InputError for one that the op does not have."""
+        name = getattr(config, self.ffn.activation.config)
+        if name not in ACTIVATIONS:
+            raise InputError(
+                f"{self.ffn.activation.config} must be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}. Convert a model with one of these activations."
+            )
+        return ACTIVATIONS[name]
+
+    def sites(self, config: Any) -> list[Site]:
+        """Every feed-forward site, in layer order."""
+        return [Site(layer) for layer in range(self.size(config, "layers"))]
+
+    def block_prefix(self, layer: int) -> str:
+        """The prefix of a block's weights in the checkpoint, with its dot."""
+        return self.block.format(layer=layer) + "."
+
+    def ffn_module(self, layer: int) -> str:
+        """The name of a block's feed-forward module."""
+        return self.block_prefix(layer) + self.ffn.module
+
+    def shape(self, config: Any, weight: Weight) -> tuple[int, ...]:
+        """The shape that a weight must have under a configuration."""
+
+        def extent(axis: str) -> int:
+            times, _, name = axis.rpartition(" ")
+            return int(times or 1) * self.size(config, name)
+
+        return tuple(extent(axis) for axis in weight.spaces)
+
+
+def supported() -> list[str]:
+    """The model types that have a file, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.json"))
+
+
+@cache
+def load_arch(model_type: str) -> Arch:
+    """The architecture of a model type. Raises InputError with what is supported and how to add one."""
+    if model_type not in supported():
+        raise InputError(
+            f"model_type must be one of {', '.join(supported())}, got {model_type!r}. "
+            f"Add converter/arch/{model_type}.json (copy the nearest file and rename its weights) and run the tests on it."
+        )
+    path = _FOLDER / f"{model_type}.json"
+    try:
+        found = Arch.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, ValidationError) as error:
+        raise InputError(f"{path.name} must follow the architecture schema, got {error}. Mend the file.") from None
+    if found.model_type != path.stem:
+        raise InputError(f"{path.name} must describe its own model type, got {found.model_type!r}. Rename the file or the key.")
+    return found
