@@ -1,0 +1,17 @@
+"""Fixtures shared by all tests. pytest puts this folder on sys.path, so `from models import make_model` works everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from models import make_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """model type -> folder of its tiny model, made once per session; copy it before changing anything in it."""
+    root = tmp_path_factory.mktemp("models")
+    return cache(lambda model_type: make_model(model_type, root / model_type))
