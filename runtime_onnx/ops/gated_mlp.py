@@ -1,0 +1,292 @@
+"""Op ai.sparsegate:GatedMLP, version 1: an MLP that computes only the neurons which a score keeps.
+
+For every token row x [d] of x [..., d], with weights [n, d] (one row per neuron, also for w_down):
+
+    s = score(x) in R^n,   keep = {i : s_i > tau_i}
+    y = sum_{i in keep} act(w_gate_i . x + b_gate_i) * (w_up_i . x + b_up_i) * w_down_i  +  b_down  +  res^T relu(P1 x)
+
+A plain MLP has no w_gate: act(w_up_i . x + b_up_i) * w_down_i. Scores:
+
+    predictor  s = P2 relu(P1 x), P1 [r, d], P2 [n, r]
+    gate       s = |act(gate)|, or |act(up)| of a plain MLP: that product is computed in full, the others are skipped
+    exact      ReLU activations: keeps what is not zero, so nothing is lost and no tau is needed
+    all        keeps everything, no tau
+
+A NaN score is not kept. Activation dReLU is relu(gate) * relu(up). Nothing here needs more than numpy and onnx.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from .gated_mlp_body import body
+
+DOMAIN = "ai.sparsegate"
+NAME = "GatedMLP"
+VERSION = 1
+
+ROLES = ("w_gate", "w_up", "w_down", "s_gate", "s_up", "s_down", "b_gate", "b_up", "b_down", "tau", "p1", "p2", "s_p1", "s_p2", "res")
+"""Inputs after x, in this order: [n, d] weights, [n] scales and biases (b_down [d]), tau [n], p1 [r, d], p2 [n, r], s_p1 [r], s_p2 [n], res [r, d]."""
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "identity")
+SCORES = ("predictor", "gate", "exact", "all")
+WEIGHTS = ("float", "int8_row")
+FLOATS = ("float32", "float16", "bfloat16")
+
+BOUNDS = {"float32": 1e-12, "float16": 1.5e-7, "bfloat16": 1e-5, "int8_row": 1e-10}
+"""Largest NMSE of a kernel against `reference` on the same rounded inputs; by dtype of x for float weights."""
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One combination of activation, score, weight format, inputs and dtypes; a kernel either supports a variant or it does not.
+
+    Attributes:
+        activation: One of ACTIVATIONS.
+        score: One of SCORES.
+        weights: One of WEIGHTS. int8_row: symmetric int8 [n, d] with one float32 scale per row in s_gate, s_up, s_down.
+        inputs: Roles that are present, in the order of ROLES; x is not among them.
+        x: dtype of x and y.
+        w: dtype of float weights; float32 for int8_row (the scales).
+        p: dtype of p1, p2 and res; int8 takes scales s_p1, s_p2 and no res. float32 without p1.
+
+    Scales, biases and tau are float32 always.
+
+    Raises:
+        ValueError: The combination has no meaning or is not part of the vocabulary.
+    """
+
+    activation: str
+    score: str
+    weights: str
+    inputs: tuple[str, ...]
+    x: str = "float32"
+    w: str = "float32"
+    p: str = "float32"
+
+    def __post_init__(self) -> None:
+        _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("score", self.score, SCORES)
+        _one_of("weights", self.weights, WEIGHTS)
+        _one_of("x", self.x, FLOATS)
+        _one_of("w", self.w, FLOATS)
+        _one_of("p", self.p, (*FLOATS, "int8"))
+        if tuple(r for r in ROLES if r in self.inputs) != self.inputs:
+            raise ValueError(f"inputs must be roles in the order {' '.join(ROLES)}, each once, got {' '.join(self.inputs)}. Sort them by ROLES.")
+        wrong = " ".join(r for r in ROLES if self._allows(r) is not None and self._allows(r) != (r in self.inputs))
+        if wrong:
+            raise ValueError(f"inputs of {self.activation}/{self.score}/{self.weights} must hold what these need and nothing else, got {' '.join(self.inputs)}."
+                             f" Add or remove {wrong}.")
+        if self.weights != "float" and self.w != "float32":
+            raise ValueError(f"w must be float32 with weights {self.weights}, got {self.w}. It is the dtype of float weights only.")
+        if "p1" not in self.inputs and self.p != "float32":
+            raise ValueError(f"p must be float32 without p1, got {self.p}. It is the dtype of the predictor only.")
+        if self.activation == "drelu" and self.plain:
+            raise ValueError("activation must not be drelu without w_gate: it is relu(gate) * relu(up). Use relu.")
+        if self.score == "exact" and self.activation not in ("relu", "relu2", "drelu"):
+            raise ValueError(f"activation must be relu, relu2 or drelu with score exact, got {self.activation}. Use score gate.")
+
+    def _allows(self, role: str) -> bool | None:
+        """True: the role must be there, False: it must not, None: both are right."""
+        quantised = self.weights != "float"
+        rules: dict[str, bool | None] = {
+            "w_gate": None,
+            "w_up": True,
+            "w_down": True,
+            "s_gate": quantised and not self.plain,
+            "s_up": quantised,
+            "s_down": quantised,
+            "b_gate": False if self.plain else None,
+            "tau": self.score in ("predictor", "gate"),
+            "p1": self.score == "predictor" or "res" in self.inputs,
+            "p2": self.score == "predictor",
+            "s_p1": self.p == "int8",
+            "s_p2": self.p == "int8" and "p2" in self.inputs,
+            "res": False if self.p == "int8" else None,
+        }
+        return rules.get(role)
+
+    @property
+    def plain(self) -> bool:
+        """True for a two-matrix MLP (no w_gate)."""
+        return "w_gate" not in self.inputs
+
+    @property
+    def name(self) -> str:
+        """Closed spelling, e.g. GatedMLP.1/silu/gate/float/x=float32,w=float32,p=float32/w_gate+w_up+w_down+tau; `parse` inverts it."""
+        dtypes = f"x={self.x},w={self.w},p={self.p}"
+        return "/".join((f"{NAME}.{VERSION}", self.activation, self.score, self.weights, dtypes, "+".join(self.inputs)))
+
+    @staticmethod
+    def parse(name: str) -> Variant:
+        """Returns the variant that `name` spells; ValueError if it is spelled in any other way."""
+        parts = name.split("/")
+        dtypes = parts[4].split(",") if len(parts) == 6 else []
+        if len(dtypes) == 3 and parts[0] == f"{NAME}.{VERSION}":
+            x, w, p = (text.partition("=")[2] for text in dtypes)
+            variant = Variant(parts[1], parts[2], parts[3], tuple(parts[5].split("+")), x, w, p)
+            if variant.name == name:
+                return variant
+        grammar = f"{NAME}.{VERSION}/<activation>/<score>/<weights>/x=<dtype>,w=<dtype>,p=<dtype>/<roles>"
+        raise ValueError(f"variant must be {grammar}, got {name}. Update sparsegate.")
+
+    def attributes(self) -> dict[str, str]:
+        """String attributes of the node."""
+        return {"inputs": " ".join(self.inputs), "activation": self.activation, "score": self.score, "weights": self.weights}
+
+
+def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{what} must be one of {', '.join(allowed)}, got {value}. Choose one of them.")
+
+
+def function(variant: Variant, overload: str = "", opset: int = 21) -> onnx.FunctionProto:
+    """Returns the model-local function of the op's own domain and name: its body in standard ops, formal inputs x and the variant's roles, output y.
+
+    A file with one variant leaves the overload empty; opset is the version of the standard ops, at least 20.
+    """
+    return body(variant, DOMAIN, NAME, overload, opset)
+
+
+# float64 reference
+
+
+def _relu(v: NDArray) -> NDArray:
+    return np.maximum(v, 0.0)
+
+
+def _silu(v: NDArray) -> NDArray:
+    e = np.exp(-np.abs(v))
+    return v * np.where(v >= 0, 1.0, e) / (1.0 + e)
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+_ACTIVATE: dict[str, Callable[[NDArray], NDArray]] = {
+    "silu": _silu,
+    "gelu": lambda v: 0.5 * v * (1.0 + _erf(v / math.sqrt(2.0))),
+    "gelu_tanh": lambda v: 0.5 * v * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (v + 0.044715 * v**3))),
+    "relu": _relu,
+    "relu2": lambda v: _relu(v) ** 2,
+    "drelu": _relu,
+    "identity": lambda v: v,
+}
+
+
+def _rows(x: NDArray) -> NDArray:
+    return np.asarray(x).astype(np.float64).reshape(-1, np.shape(x)[-1])
+
+
+def _tensor(tensors: Mapping[str, NDArray], role: str) -> NDArray:
+    return np.asarray(tensors[role]).astype(np.float64)
+
+
+def _product(x: NDArray, tensors: Mapping[str, NDArray], weight: str, scale: str = "", bias: str = "") -> NDArray:
+    """Rows [T, d] times the transpose of a weight [n, d], with row scales and biases [n] where they exist -> [T, n]."""
+    out = x @ _tensor(tensors, weight).T
+    if scale in tensors:
+        out = out * _tensor(tensors, scale)
+    return out + _tensor(tensors, bias) if bias in tensors else out
+
+
+def _hidden(x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray:
+    return _relu(_product(x, tensors, "p1", "s_p1"))
+
+
+def _activated(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> tuple[NDArray, NDArray]:
+    """Rows x [T, d] -> (act of the gate, or of up in a plain MLP; what w_down is multiplied by), both [T, n]."""
+    act = _ACTIVATE[variant.activation]
+    up = _product(x, tensors, "w_up", "s_up", "b_up")
+    if variant.plain:
+        return act(up), act(up)
+    gate = act(_product(x, tensors, "w_gate", "s_gate", "b_gate"))
+    return gate, gate * (_relu(up) if variant.activation == "drelu" else up)
+
+
+def _present(variant: Variant, tensors: Mapping[str, NDArray]) -> Mapping[str, NDArray]:
+    missing = [role for role in variant.inputs if role not in tensors]
+    if missing:
+        raise ValueError(f"tensors must hold {' '.join(variant.inputs)}, got {' '.join(tensors)}. Add {' '.join(missing)}.")
+    return {role: tensors[role] for role in variant.inputs}
+
+
+def scores(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
+    """Scores [T, n] in float64 of x [..., d]; infinite for score all, |z| (what would be lost) for score exact."""
+    tensors = _present(variant, tensors)
+    rows = _rows(x)
+    if variant.score == "predictor":
+        return _product(_hidden(rows, tensors), tensors, "p2", "s_p2")
+    if variant.score == "all":
+        return np.full((rows.shape[0], tensors["w_up"].shape[0]), np.inf)
+    gate, z = _activated(variant, rows, tensors)
+    return np.abs(z if variant.activation == "drelu" and variant.score == "exact" else gate)
+
+
+def active(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.bool_]:
+    """Kept neurons bool [T, n] of x [..., d]: score > tau, or not zero for score exact."""
+    s = scores(variant, x, tensors)
+    return s > (_tensor(tensors, "tau") if "tau" in variant.inputs else 0.0)
+
+
+def reference(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
+    """The op in float64 on the inputs as they are stored, so as the executors see them.
+
+    Args:
+        variant: Which variant.
+        x: [..., d], any float dtype.
+        tensors: One array per role of the variant, in the stored dtype (int8 weights as int8).
+
+    Returns:
+        y [..., d].
+    """
+    tensors = _present(variant, tensors)
+    rows = _rows(x)
+    _, z = _activated(variant, rows, tensors)
+    keep = active(variant, x, tensors)
+    if "s_down" in tensors:
+        z = z * _tensor(tensors, "s_down")
+    y = np.where(keep, z, 0.0) @ _tensor(tensors, "w_down")
+    if "b_down" in tensors:
+        y = y + _tensor(tensors, "b_down")
+    if "res" in tensors:
+        y = y + _hidden(rows, tensors) @ _tensor(tensors, "res")
+    return y.reshape(np.shape(x))
+
+
+def emulate(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
+    """What the kernels of quantised weights compute, before float32 rounding: y [..., d].
+
+    They widen the stored integers to float32 and keep the activations in floating point, so nothing but the weights is quantised: the
+    emulation is `reference` itself, and the error against float32 activations is zero by construction.
+    """
+    return reference(variant, x, tensors)
+
+
+def traffic(variant: Variant, d: int, n: int, r: int, density: float) -> float:
+    """Bytes that one token must read: weights, scales, biases, tau, predictor (rank r, 0 without) and residual.
+
+    density is the kept share of the n neurons. The product behind score gate or exact is read in full, so these cost 1/3 + 2/3 density of a gated MLP.
+    """
+    full = {"all": ("gate", "up", "down"), "predictor": ()}.get(variant.score, ("up",) if variant.plain else ("gate",))
+    row = d * (_BYTES[variant.w] if variant.weights == "float" else 1)
+    total = 0.0
+    for role in variant.inputs:
+        kind, _, part = role.partition("_")
+        share = 1.0 if part in full else density
+        total += {
+            "w": share * n * row,
+            "s": (r if role == "s_p1" else n if role == "s_p2" else share * n) * 4.0,
+            "b": (d if role == "b_down" else share * n) * 4.0,
+            "tau": n * 4.0,
+            "p1": float(r * d * _BYTES[variant.p]),
+            "p2": float(n * r * _BYTES[variant.p]),
+            "res": float(r * d * _BYTES[variant.p]),
+        }[kind]
+    return total

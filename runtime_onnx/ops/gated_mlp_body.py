@@ -1,0 +1,103 @@
+"""The body of GatedMLP in standard ONNX ops: what runs where the native library is not registered."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx
+import onnx.parser
+
+if TYPE_CHECKING:
+    from .gated_mlp import Variant
+
+_ACTIVATE = {
+    "silu": "{out}_sigmoid = Sigmoid({v})\n {out} = Mul({v}, {out}_sigmoid)",
+    "gelu": "{out} = Gelu({v})",
+    "gelu_tanh": '{out} = Gelu<approximate="tanh">({v})',
+    "relu": "{out} = Relu({v})",
+    "relu2": "{out}_relu = Relu({v})\n {out} = Mul({out}_relu, {out}_relu)",
+    "drelu": "{out} = Relu({v})",
+    "identity": "{out} = Identity({v})",
+}
+
+
+def body(variant: Variant, domain: str, name: str, overload: str, opset: int) -> onnx.FunctionProto:
+    """Returns the function with formal inputs x and the variant's roles, output y, computing in float32.
+
+    Gemm(transB) reads weights [n, d] as they lie: no transposed copy. Weights that are not float32 pass through Cast, which ORT folds at load into a float32
+    copy. Row scales multiply the products, not the weights.
+    """
+    if opset < 20:
+        raise ValueError(f"opset must be at least 20, got {opset}: Gelu is younger than that. Export with a newer opset.")
+    lines: list[str] = []
+    roles = set(variant.inputs)
+
+    def weight(role: str, stored: str) -> str:
+        """Name of the role's tensor as float32."""
+        if stored == "float32":
+            return role
+        if f"{role}_float = Cast<to=1>({role})" not in lines:
+            lines.append(f"{role}_float = Cast<to=1>({role})")
+        return f"{role}_float"
+
+    def product(out: str, rows: str, role: str, stored: str, scale: str = "", bias: str = "") -> str:
+        """Emits out = rows times role^T, scaled and shifted per column where scale and bias exist."""
+        w = weight(role, stored)
+        if scale in roles:
+            lines.append(f"{out}_raw = Gemm<transB=1>({rows}, {w})")
+            lines.append(f"{out}{'_scaled' if bias in roles else ''} = Mul({out}_raw, {scale})")
+            if bias in roles:
+                lines.append(f"{out} = Add({out}_scaled, {bias})")
+        else:
+            lines.append(f"{out} = Gemm<transB=1>({rows}, {w}{', ' + bias if bias in roles else ''})")
+        return out
+
+    stored = variant.w if variant.weights == "float" else "int8"
+    lines += ["x_shape = Shape(x)", "free = Constant<value_ints=[-1]>()", "width = Shape<start=1>(w_up)", "row_shape = Concat<axis=0>(free, width)"]
+    lines.append(f"{'rows' if variant.x == 'float32' else 'rows_x'} = Reshape(x, row_shape)")
+    if variant.x != "float32":
+        lines.append("rows = Cast<to=1>(rows_x)")
+    product("up", "rows", "w_up", stored, "s_up", "b_up")
+    if variant.plain:
+        lines.append(_ACTIVATE[variant.activation].format(out="act", v="up"))
+        z = "act"
+    else:
+        product("gate", "rows", "w_gate", stored, "s_gate", "b_gate")
+        lines.append(_ACTIVATE[variant.activation].format(out="act", v="gate"))
+        if variant.activation == "drelu":
+            lines.append("up_relu = Relu(up)")
+        lines.append(f"z = Mul(act, {'up_relu' if variant.activation == 'drelu' else 'up'})")
+        z = "z"
+    if "p1" in roles:
+        product("logit", "rows", "p1", variant.p, "s_p1")
+        lines.append("hidden = Relu(logit)")
+    if "tau" in roles:
+        if variant.score == "predictor":
+            product("score", "hidden", "p2", variant.p, "s_p2")
+        else:
+            lines.append("score = Abs(act)")
+        # Where, not Mul: a NaN or inf in a neuron that is not kept must not reach y
+        lines += ["keep = Greater(score, tau)", "zero = Constant<value_float=0.0>()", f"kept = Where(keep, {z}, zero)"]
+        z = "kept"
+    if "s_down" in roles:
+        lines.append(f"z_scaled = Mul({z}, s_down)")
+        z = "z_scaled"
+    lines.append(f"down = MatMul({z}, {weight('w_down', stored)})")
+    y = "down"
+    if "b_down" in roles:
+        lines.append(f"biased = Add({y}, b_down)")
+        y = "biased"
+    if "res" in roles:
+        lines += [f"residual = MatMul(hidden, {weight('res', variant.p)})", f"summed = Add({y}, residual)"]
+        y = "summed"
+    if variant.x != "float32":
+        code = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}[variant.x]
+        lines.append(f"narrow = Cast<to={code}>({y})")
+        y = "narrow"
+    lines.append(f"y = Reshape({y}, x_shape)")
+    formal = ", ".join(("x", *variant.inputs))
+    attributes = ", ".join(variant.attributes())
+    text = f'<domain: "{domain}", opset_import: ["" : {opset}]>\n{name} <{attributes}> ({formal}) => (y) {{\n ' + "\n ".join(lines) + "\n}"
+    function = onnx.parser.parse_function(text)
+    function.overload = overload
+    return function
