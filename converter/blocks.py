@@ -1,0 +1,133 @@
+"""The torch side of an architecture: an empty model whose blocks are filled one at a time, and the parts of a feed-forward module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .arch import Arch
+from .source import Source
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda v: F.relu(v).square(),
+}
+
+
+class Parts(NamedTuple):
+    """A feed-forward module's inner values for rows of x: `gate` = act(gate x), `up`, `z` [..., n]. A plain one has gate = act(up x) = z and no up."""
+
+    gate: Tensor
+    up: Tensor | None
+    z: Tensor
+
+
+def ffn_parts(module: Any, arch: Arch, activation: str, x: Tensor) -> Parts:
+    """Compute `Parts` of the feed-forward `module` for x [..., d]."""
+    act, ffn = ACTIVATIONS[activation], arch.ffn
+    if ffn.kind == "plain":
+        z = act(getattr(module, str(ffn.up))(x))
+        return Parts(z, None, z)
+    if ffn.gate_up:
+        gate, up = getattr(module, ffn.gate_up)(x).chunk(2, dim=-1)
+    else:
+        gate, up = getattr(module, str(ffn.gate))(x), getattr(module, str(ffn.up))(x)
+    gate = act(gate)
+    return Parts(gate, up, gate * up)
+
+
+def ffn_down(module: Any, arch: Arch, z: Tensor) -> Tensor:
+    """The down projection of z [..., n], bias included: [..., d]."""
+    return getattr(module, arch.ffn.down)(z)
+
+
+def down_rows(module: Any, arch: Arch) -> Tensor:
+    """The down projection neuron-major: [n, d]."""
+    return getattr(module, arch.ffn.down).weight.T
+
+
+def empty_model(source: Source) -> Any:
+    """The transformers model of `source` with every parameter on the meta device and every buffer real, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+    for module in model.modules():
+        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in names:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        if names:
+            with torch.no_grad():
+                model._init_weights(module)
+    return model.eval()
+
+
+@contextmanager
+def filled(module: nn.Module, tensors: dict[str, Tensor], device: str) -> Iterator[nn.Module]:
+    """`module` with its parameters from `tensors` (names below the module) on `device`; back on the meta device afterwards."""
+    module.load_state_dict({name: t.to(device) for name, t in tensors.items()}, assign=True, strict=True)
+    try:
+        yield module
+    finally:
+        module.to(device="meta")
+
+
+def embed(model: Any, source: Source, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the rows of the embedding that `tokens` [N, S] use into `model`; returns the tokens renumbered for it, and the rows' ids [U]."""
+    used, renumbered = torch.unique(tokens, return_inverse=True)
+    embedding = model.get_input_embeddings()
+    embedding.weight = nn.Parameter(source.rows(source.arch.embedding, used), requires_grad=False)
+    embedding.padding_idx = None
+    return renumbered, used
+
+
+class _Tap(nn.Module):
+    """Stands in for a block: records how it is called and passes the hidden states on."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.call: dict[str, Any] = {}
+        for name in ("attention_type", "layer_type"):
+            if hasattr(block, name):
+                setattr(self, name, getattr(block, name))
+
+    def forward(self, hidden_states: Tensor, **keywords: Any) -> Tensor:
+        self.call = keywords
+        self.entered = hidden_states
+        return hidden_states
+
+
+class BlockCalls(NamedTuple):
+    """What enters the first block [B, S, d], and the keyword arguments of every block."""
+
+    hidden: Tensor
+    keywords: list[dict[str, Any]]
+
+
+def block_calls(model: Any, blocks: nn.ModuleList, tokens: Tensor, mask: Tensor) -> BlockCalls:
+    """Run embedding and preparation of the decoder on tokens [B, S] with mask [B, S]; no block runs.
+
+    `blocks` is restored before this returns. Positions, rotary tables and attention masks come from the model's own forward.
+    """
+    decoder = model.get_decoder()
+    taps = [_Tap(block) for block in blocks]
+    name = next(n for n, child in decoder.named_children() if child is blocks)
+    norms = {n: child for n, child in decoder.named_children() if any(p.is_meta for p in child.parameters()) and child is not blocks}
+    try:
+        setattr(decoder, name, nn.ModuleList(taps))
+        for n in norms:
+            setattr(decoder, n, nn.Identity())
+        decoder(input_ids=tokens, attention_mask=None if bool(mask.all()) else mask.long(), use_cache=False)
+    finally:
+        setattr(decoder, name, blocks)
+        for n, child in norms.items():
+            setattr(decoder, n, child)
+    return BlockCalls(taps[0].entered, [tap.call for tap in taps])

@@ -1,0 +1,78 @@
+"""Text to token batches [N, S]: seeded, hashed, padding masked."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .artifact import InputError
+
+BUNDLED = Path(__file__).parent / "bundled"
+CALIBRATION_TEXT = BUNDLED / "calibration.txt"
+HELDOUT_TEXT = BUNDLED / "heldout.txt"
+MINIMUM_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Token windows: `tokens` [N, S] int64, `mask` [N, S] bool (False is padding), `sha256` of both."""
+
+    tokens: Tensor
+    mask: Tensor
+
+    @property
+    def sha256(self) -> str:
+        """Hash (hex) of tokens, mask and their shape."""
+        digest = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
+        digest.update(self.tokens.contiguous().numpy().tobytes())
+        digest.update(self.mask.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def count(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.mask.sum())
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises InputError when it is missing, empty or no text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"Calibration text must be a UTF-8 file, got nothing at {path}. Check the path.") from None
+    except IsADirectoryError:
+        raise InputError(f"Calibration text must be a UTF-8 file, got the folder {path}. Give one file.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"Calibration text must be UTF-8, got other bytes in {path}. Convert the file.") from None
+    if not text.strip():
+        raise InputError(f"Calibration text must hold at least {MINIMUM_TOKENS} tokens, got an empty file {path}. Give more text.")
+    return text
+
+
+def make_batches(tokenizer: Any, text: str, windows: int, length: int, seed: int, name: str = "Calibration text") -> Batches:
+    """Cut `text` into windows of `length` tokens and draw `windows` of them by `seed`, in text order.
+
+    Where the tokenizer starts a text with a special token, every window does. The last window of a text may be padded.
+    Raises InputError when the text has fewer than MINIMUM_TOKENS tokens.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < MINIMUM_TOKENS:
+        raise InputError(f"{name} must hold at least {MINIMUM_TOKENS} tokens, got {len(ids)}. Give more text.")
+    probe = tokenizer("a")["input_ids"]
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id] else []
+    body = length - len(start)
+    cut = [ids[k : k + body] for k in range(0, len(ids), body)]
+    picked = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))[:windows].sort().values.tolist()
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    tokens = torch.full((len(picked), length), pad, dtype=torch.int64)
+    mask = torch.zeros((len(picked), length), dtype=torch.bool)
+    for row, k in enumerate(picked):
+        window = [*start, *cut[k]]
+        tokens[row, : len(window)] = torch.tensor(window)
+        mask[row, : len(window)] = True
+    return Batches(tokens, mask)

@@ -1,0 +1,202 @@
+"""A model to read from: a folder (or a Hub repository fetched into one) with a transformers configuration, safetensors weights and a tokenizer.
+
+Only headers are read on opening. Weights are read tensor by tensor from memory-mapped files that are closed again, so nothing stays resident.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .arch import Arch, load_arch
+from .artifact import InputError, hash_file, hash_json, read_json
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_FLOATS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor's dtype (safetensors' name), shape and file, from the header alone."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes."""
+        size = _FLOATS.get(self.dtype, 1)
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened model folder. `id` and `revision` are the Hub repository and commit it came from, when it did."""
+
+    folder: Path
+    config: Any
+    arch: Arch
+    tensors: dict[str, TensorInfo] = field(repr=False)
+    id: str | None = None
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The Hub id, else the folder's name."""
+        return self.id or self.folder.name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sha256 (hex) over the bytes of configuration, weights and tokenizer."""
+        files = {self.folder / "config.json", *(info.file for info in self.tensors.values())}
+        files |= {self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()}
+        return hash_json({path.name: hash_file(path) for path in sorted(files)})
+
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer. Raises InputError when there is none."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        except Exception as error:  # every tokenizer class raises its own kind
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"The tokenizer must load from {self.folder}, got: {reason}. Add tokenizer.json and tokenizer_config.json.") from None
+
+    def read(self, names: Iterable[str], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Tensors by name as copies in `dtype`; the files are closed before this returns. Raises InputError for damaged files."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        found: dict[str, Tensor] = {}
+        for path, members in by_file.items():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in members:
+                        found[name] = torch.empty(self.tensors[name].shape, dtype=dtype).copy_(file.get_tensor(name))
+            except (SafetensorError, OSError) as error:
+                raise _damaged(path, error) from None
+        return found
+
+    def rows(self, name: str, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The listed rows [k, ...] of a tensor, touching only their pages. `indices` [k] int64, sorted."""
+        info = self.tensors[name]
+        out = torch.empty((len(indices), *info.shape[1:]), dtype=dtype)
+        with safe_open(info.file, framework="pt") as file:
+            view = file.get_slice(name)
+            for k, row in enumerate(indices.tolist()):
+                out[k] = view[row : row + 1][0]
+        return out
+
+    def block_names(self, layer: int) -> list[str]:
+        """Names of a block's tensors."""
+        prefix = self.arch.block_prefix(layer)
+        return [name for name in self.tensors if name.startswith(prefix)]
+
+
+def open_source(model: str | Path, id: str | None = None, revision: str | None = None) -> Source:
+    """Open a model folder and check everything that headers can tell.
+
+    Raises InputError for a missing folder or configuration, an unknown architecture, pickle weights, and missing, truncated or lying safetensors.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        raise InputError(f"MODEL must be a model folder or a Hub id like owner/name, got {str(model)!r}, which is neither. Check the spelling.")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"MODEL must be a transformers folder with config.json, got {folder} without one. Give the folder that save_pretrained wrote.")
+    raw = read_json(folder / "config.json", "config.json")
+    check_config(raw)
+    arch = load_arch(str(raw.get("model_type")))
+    config = make_config(raw)
+    tensors = _read_headers(folder)
+    check_shapes(arch, config, {name: info.shape for name, info in tensors.items()})
+    return Source(folder.resolve(), config, arch, tensors, id, revision)
+
+
+def check_config(raw: dict[str, Any]) -> None:
+    """Refuse configurations that this package cannot start from: quantised weights and already sparse checkpoints."""
+    if "sparsity" in raw:
+        raise InputError("MODEL must be a dense model, got a checkpoint that is sparse already. Convert its base model instead.")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise InputError(f"MODEL must have float weights, got weights quantised by {method!r}. Convert the unquantised model.")
+
+
+def make_config(raw: dict[str, Any]) -> Any:
+    """The transformers configuration of a config.json's content. Raises InputError for values that transformers refuses."""
+    from transformers import AutoConfig
+
+    values = {key: value for key, value in raw.items() if key not in ("model_type", "sparsity", "auto_map")}
+    try:
+        return AutoConfig.for_model(raw["model_type"], **values)
+    except Exception as error:  # configuration classes raise their own validation errors
+        raise InputError(f"config.json must hold a valid {raw['model_type']} configuration, got: {str(error).splitlines()[0]}. Mend the file.") from None
+
+
+def check_shapes(arch: Arch, config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Compare the feed-forward weights' shapes with the configuration. Raises InputError naming the first one that is absent or differs."""
+    for site in arch.sites(config):
+        for weight in arch.weights:
+            name = arch.block_prefix(site.layer) + weight.name
+            expected = arch.shape(config, weight)
+            if name not in shapes:
+                if weight.optional:
+                    continue
+                raise InputError(f"The safetensors must hold {name} {list(expected)}, got no such tensor. Fetch the weights again.")
+            if shapes[name] != expected:
+                raise InputError(f"{name} must have shape {list(expected)} by config.json, got {list(shapes[name])}. Config and weights do not belong together; fetch both again.")
+    if arch.embedding not in shapes:
+        raise InputError(f"The safetensors must hold {arch.embedding}, got no such tensor. Fetch the weights again.")
+
+
+def _read_headers(folder: Path) -> dict[str, TensorInfo]:
+    index = folder / _INDEX
+    if index.is_file():
+        named = read_json(index, _INDEX).get("weight_map", {})
+        files = sorted({folder / Path(file).name for file in named.values()})
+    else:
+        named = {}
+        files = [folder / _SINGLE] if (folder / _SINGLE).is_file() else []
+    if not files:
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise InputError(
+                f"Weights must be safetensors, got {pickles[0]}, a pickle file that can run code when read. "
+                "Load it with transformers on a machine you trust and save it with model.save_pretrained(DIR)."
+            )
+        raise InputError(f"Weights must be {_SINGLE} or shards with {_INDEX}, got neither in {folder}. Fetch the weights.")
+    found: dict[str, TensorInfo] = {}
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"{_INDEX} names {path.name}, which must lie in {folder}, got no such file. Fetch it.")
+        try:
+            with safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    view = file.get_slice(name)
+                    found[name] = TensorInfo(view.get_dtype(), tuple(view.get_shape()), path)
+        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            raise _damaged(path, error) from None
+    absent = sorted(set(named) - set(found))
+    if absent:
+        raise InputError(f"{_INDEX} names {absent[0]}, which must stand in a shard, got no such tensor. Fetch the weights again.")
+    for name, info in found.items():
+        if info.dtype not in _FLOATS:
+            raise InputError(f"{name} must be a float tensor, got {info.dtype}. Convert the unquantised model.")
+    return found
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path.name} must be a complete safetensors file, got a damaged one ({error}). Fetch it again.")

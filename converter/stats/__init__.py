@@ -1,0 +1,75 @@
+"""Streaming statistics of a site. One file per statistic, one row per file; `collect.py` is the one pass that feeds them.
+
+A statistic's module exports `init(setting) -> state`, `update(state, values, keep, positions)` and `finish(state) -> {name: tensor}`; it is additive over
+batches, so that data-parallel runs only sum. Its full name is `<statistic>:<score>`, and its tensors are stored as `<full name>.<tensor>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ..arch import Site
+from ..artifact import InputError
+
+STATS = {
+    "histogram": ".histogram",
+    "samples": ".samples",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a statistic is told at the start: widths d and n, the tokens it will see, the seed, and a folder for what does not fit in memory."""
+
+    hidden: int
+    units: int
+    tokens: int
+    seed: int
+    folder: Path
+    name: str
+
+
+def load_stat(name: str) -> tuple[Any, str]:
+    """The module and the score's name of a full statistic name. Raises InputError for an unknown one."""
+    kind, _, score = name.partition(":")
+    if kind not in STATS:
+        raise InputError(f"A statistic must be one of {', '.join(STATS)}, got {kind!r}. Mend the method's NEEDS.")
+    return import_module(STATS[kind], __name__), score
+
+
+def file_name(name: str) -> str:
+    """The file of a statistic inside its site's folder."""
+    return name.replace(":", ".") + ".safetensors"
+
+
+class SiteStats(Mapping[str, Tensor]):
+    """A site's tensors by `<statistic>:<score>.<tensor>`, read from disk when asked for."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self._files: dict[str, tuple[Path, str]] = {}
+        for name in names:
+            path = folder / file_name(name)
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    self._files[f"{name}.{key}"] = (path, key)
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, key = self._files[name]
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+Stats = dict[Site, Mapping[str, Tensor]]

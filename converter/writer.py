@@ -1,0 +1,28 @@
+"""The only writer of weights: a source folder and a plan become a checkpoint folder.
+
+Kinds that only gate leave the source's safetensors untouched; they are copied byte for byte.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from .checkpoint import write_sparsity
+from .plans import Plan
+from .source import TOKENIZER_FILES, Source
+
+_STOCK = (
+    "config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES,
+    "LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE.PSF.txt", "USE_POLICY.md", "NOTICE",
+)  # fmt: skip
+
+
+def write_checkpoint(source: Source, plan: Plan, out: Path) -> None:
+    """Fill the folder `out` with a transformers checkpoint that holds the plan; no remote code and no pickle is carried over."""
+    for name in _STOCK:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, out / name)
+    for path in sorted({info.file for info in source.tensors.values()}):
+        shutil.copyfile(path, out / path.name)
+    write_sparsity(out, plan, source.arch.activation(source.config))
