@@ -1,0 +1,148 @@
+"""Streams text from an ONNX folder over onnxruntime-genai, with the native kernels where the library supports the model.
+
+genai opens a custom-op library only inside the model folder or the current directory, or by a bare name that the dynamic loader knows. A library that is loaded
+already answers to its SONAME, so from Python nothing is copied. A folder that `link` has treated names its own copy, which must be the installed library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .library import LIBRARY, PROVIDERS, Executor, library_path, model_file
+from .session import choose, read_config, report
+
+if TYPE_CHECKING:
+    import onnxruntime_genai
+
+
+def load(path: str | Path, library: bool | None = None, options: dict[str, Any] | None = None) -> onnxruntime_genai.Model:
+    """An onnxruntime-genai Model for an ONNX folder or sparse checkpoint, with one log line that says what runs its GatedMLP ops.
+
+    Args:
+        path: ONNX folder with genai_config.json, or a sparse checkpoint with onnx/ inside.
+        library: None uses the native library where it supports the model, False never, True raises ValueError where it cannot.
+        options: Session options to lay over those of genai_config.json, e.g. {"intra_op_num_threads": 2}.
+
+    Raises:
+        ValueError: No such folder, a linked library that is not the installed one, or onnxruntime-genai is not installed.
+    """
+    genai = _genai()
+    config = read_config(path)
+    file = model_file(path)
+    chosen = choose(file, [config_provider(config)], library)
+    linked = config["model"]["decoder"].get("session_options", {}).get("custom_ops_library")
+    if linked is not None:
+        _check_linked(file.parent, linked, chosen)
+    elif chosen.kernel and (foreign := _foreign(file.parent)):
+        chosen = Executor(False, f"{foreign} is another library of the same name, which onnxruntime-genai would take. Remove it")
+    try:
+        model = _open(genai, file.parent, options or {}, chosen.kernel and linked is None)
+    except Exception as error:
+        if linked is not None or not chosen.kernel or library:
+            raise
+        chosen = Executor(False, f"onnxruntime-genai did not take the library: {error}")
+        model = _open(genai, file.parent, options or {}, False)
+    report(file, chosen, library)
+    return model
+
+
+def generate(
+    path: str | Path,
+    prompt: str,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 0,
+    library: bool | None = None,
+) -> Iterator[str]:
+    """Yields the continuation of `prompt` piece by piece, until end of text, `max_new_tokens`, or the model's context is full.
+
+    Temperature 0 is greedy; above 0 the next token is sampled from the `top_k` likeliest (0: all) within probability mass `top_p`, seeded.
+    `path` and `library` are as in `load`.
+
+    Raises:
+        ValueError: At the call, before any piece: as `load`, or the prompt is empty or too long, or a number is out of range.
+    """
+    for name, value, right in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+        ("temperature", temperature, temperature >= 0),
+        ("top_k", top_k, top_k >= 0),
+        ("top_p", top_p, 0 < top_p <= 1),
+    ):
+        if not right:
+            bound = {"max_new_tokens": "at least 1", "top_p": "in (0, 1]"}.get(name, "at least 0")
+            raise ValueError(f"{name} must be {bound}, got {value}. Choose another number.")
+    if not prompt:
+        raise ValueError("The prompt must hold text, got an empty string. Pass some words to continue.")
+    genai = _genai()
+    context = read_config(path)["model"]["context_length"]
+    model = load(path, library)
+    tokenizer = genai.Tokenizer(model)
+    tokens = tokenizer.encode(prompt)
+    if len(tokens) >= context:
+        raise ValueError(f"The prompt must be shorter than the model's context of {context} tokens, got {len(tokens)} tokens. Shorten it.")
+    parameters = genai.GeneratorParams(model)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "random_seed": seed} if temperature else {}
+    parameters.set_search_options(max_length=min(len(tokens) + max_new_tokens, context), do_sample=temperature > 0, **sampling)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(tokens)
+    return _pieces(generator, tokenizer)
+
+
+def config_provider(config: dict[str, Any]) -> str:
+    """The execution provider that a genai_config.json chooses for its decoder."""
+    entries = config["model"]["decoder"].get("session_options", {}).get("provider_options", [])
+    return PROVIDERS[any(key.lower().startswith("cuda") for entry in entries for key in entry)]
+
+
+def _pieces(generator: Any, tokenizer: Any) -> Iterator[str]:
+    stream = tokenizer.create_stream()
+    while not generator.is_done():
+        generator.generate_next_token()
+        if piece := stream.decode(generator.get_next_tokens()[0]):
+            yield piece
+
+
+def _open(genai: Any, folder: Path, options: dict[str, Any], library: bool) -> onnxruntime_genai.Model:
+    if library:
+        ctypes.CDLL(str(library_path()))
+        options = {**options, "custom_ops_library": LIBRARY}
+    config = genai.Config(str(folder))
+    if options:
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    return genai.Model(config)
+
+
+def _check_linked(folder: Path, name: str, chosen: Executor) -> None:
+    """A config that names a library makes genai load it, whatever the overlay says: only the installed one, for a model it supports, is let through."""
+    if not chosen.kernel:
+        raise ValueError(
+            f"{folder} must be unlinked to run in standard ONNX ops ({chosen.reason}), got a config that names {name}. Do: sparsegate unlink {folder}"
+        )
+    if name != LIBRARY or not (folder / LIBRARY).is_file() or not _installed(folder / LIBRARY):
+        raise ValueError(f"custom_ops_library in {folder} must be the installed library, got another one, {name}. Do: sparsegate link {folder}")
+
+
+def _foreign(folder: Path) -> Path | None:
+    """A library of our name, but not ours, in the places where genai looks before the loader's names."""
+    return next((path for path in (folder / LIBRARY, Path.cwd() / LIBRARY) if path.is_file() and not _installed(path)), None)
+
+
+def _installed(path: Path) -> bool:
+    return hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(library_path().read_bytes()).digest()
+
+
+def _genai() -> Any:
+    try:
+        import onnxruntime_genai
+    except ImportError as error:
+        raise ValueError(
+            f'onnxruntime-genai must be installed to generate text, got: {error}. Do: pip install "sparsegate[cpu]" (with a CUDA GPU: "sparsegate[gpu]")'
+        ) from None
+    return onnxruntime_genai

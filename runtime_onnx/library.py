@@ -1,0 +1,126 @@
+"""The native library with the kernels of domain `ai.sparsegate`: where it is, what it supports, and whether a model file may use it.
+
+A registered library never falls back to a function body, so `executor` asks it about every op variant that a file names before anything registers it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+LIBRARY = "libsparsegate_onnx.so"  # file name and SONAME
+VARIANTS = "ai.sparsegate.variants"  # metadata key of model.onnx: JSON list of variant names
+DENSE = "a dense model: it has no GatedMLP op"
+PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")  # those the library has kernels for
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Who runs the GatedMLP ops of a model: the native kernel, or the function body in standard ops; `reason` is one line for people."""
+
+    kernel: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'native kernel' if self.kernel else 'standard ONNX ops'} ({self.reason})"
+
+
+def library_path() -> Path:
+    """The installed native library, for `SessionOptions.register_custom_ops_library`. Raises ValueError when the installation has none."""
+    from . import __path__ as folders  # more than one in an editable install: the sources and the built files
+
+    for folder in folders:
+        path = Path(folder) / LIBRARY
+        if path.is_file():
+            return path
+    raise ValueError(
+        f"{LIBRARY} must lie in the installed package, got none in {', '.join(folders)}. Install again with: pip install --force-reinstall --no-deps sparsegate"
+    )
+
+
+def supports(variant: str, provider: str = PROVIDERS[0]) -> bool:
+    """Whether the installed library has a kernel for the op variant of this name on this execution provider."""
+    return bool(_open(library_path()).sparsegate_supports(variant.encode(), provider.encode()))
+
+
+def version() -> str:
+    """The version that the library reports, e.g. "0.1.0"."""
+    return _open(library_path()).sparsegate_version().decode()
+
+
+def isa() -> str:
+    """The instruction set that the CPU kernels use on this machine: "avx512", "avx2" or "portable"."""
+    return _open(library_path()).sparsegate_isa().decode()
+
+
+def model_file(path: str | Path) -> Path:
+    """The ONNX file that `path` means: the file itself, model.onnx in an ONNX folder, or onnx/model.onnx in a sparse checkpoint.
+
+    Raises ValueError when there is none.
+    """
+    path = Path(path)
+    for file in (path, path / "model.onnx", path / "onnx" / "model.onnx"):
+        if file.is_file() and file.suffix == ".onnx":
+            return file
+    found = "a folder without model.onnx or onnx/model.onnx" if path.is_dir() else "another kind of file" if path.exists() else "nothing there"
+    raise ValueError(
+        f"The model must be an ONNX folder, a sparse checkpoint or a .onnx file, got {path} ({found}). Write one with: sparsegate convert MODEL -o OUT"
+    )
+
+
+def variants(path: str | Path) -> list[str]:
+    """The names of the GatedMLP variants that the metadata of a model lists; empty for a dense model. No weights are read.
+
+    Raises ValueError where there is no model, for a file that is no ONNX model, and when the metadata does not name each of the file's variants.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    from .ops.gated_mlp import DOMAIN
+
+    file = model_file(path)
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+    except DecodeError as error:
+        raise ValueError(f"{file} must be an ONNX model, got bytes that do not parse ({error}). Fetch or convert it again.") from None
+    functions = sum(function.domain == DOMAIN for function in model.functions)
+    text = next((entry.value for entry in model.metadata_props if entry.key == VARIANTS), "[]")
+    try:
+        names = json.loads(text)
+    except json.JSONDecodeError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) != functions:
+        raise ValueError(f"Metadata {VARIANTS} of {file} must name the {functions} op variants in it, got {text[:200]!r}. Convert the model again.")
+    return names
+
+
+def executor(path: str | Path, provider: str = PROVIDERS[0]) -> Executor:
+    """Whether the native kernel can run every GatedMLP op of a model on `provider`, judged from the model's metadata alone.
+
+    `path` is an ONNX folder, a sparse checkpoint (with onnx/ inside) or a .onnx file. Raises ValueError where `variants` does.
+    """
+    names = variants(path)
+    if not names:
+        return Executor(False, DENSE)
+    try:
+        missing = [name for name in names if not supports(name, provider)]
+        tag = f"sparsegate {version()}, {'cuda' if provider == PROVIDERS[1] else isa()}"
+    except (ValueError, OSError, AttributeError) as error:
+        return Executor(False, f"the native library cannot be used: {error}")
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        return Executor(False, f"{tag} has no {provider} kernel for {missing[0]}{more}. Update sparsegate")
+    return Executor(True, tag)
+
+
+@cache
+def _open(library: Path) -> ctypes.CDLL:
+    handle = ctypes.CDLL(str(library))
+    handle.sparsegate_supports.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+    handle.sparsegate_supports.restype = ctypes.c_int
+    for function in (handle.sparsegate_version, handle.sparsegate_isa):
+        function.argtypes, function.restype = [], ctypes.c_char_p
+    return handle

@@ -1,0 +1,155 @@
+"""Opens an ONNX folder in onnxruntime: registers the native library where it can run the model, or says why the standard ops run.
+
+`session` gives the plain InferenceSession; `Decoder` is the KV-cache loop of a decoder that onnxruntime-genai's model builder wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .library import DENSE, PROVIDERS, Executor, executor, library_path, model_file
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Providers = Sequence[str | tuple[str, dict[str, Any]]]
+
+_registered: WeakSet[Any] = WeakSet()  # SessionOptions that hold the library: a second registration of a domain is an error in onnxruntime
+
+
+def session(
+    path: str | Path, providers: Providers | None = None, session_options: onnxruntime.SessionOptions | None = None, library: bool | None = None
+) -> onnxruntime.InferenceSession:
+    """An InferenceSession for a model, with one log line that says what runs its GatedMLP ops.
+
+    Args:
+        path: ONNX folder, sparse checkpoint (with onnx/ inside) or .onnx file.
+        providers: As in InferenceSession; the CPU by default.
+        session_options: Options to use; the library is registered with this object, which stays so.
+        library: None uses the native library where it supports the model, False never, True raises ValueError where it cannot.
+
+    Raises:
+        ValueError: There is no model, the library was demanded and cannot run it, or onnxruntime is not installed.
+    """
+    ort = _onnxruntime()
+    file = model_file(path)
+    providers = list(providers or PROVIDERS[:1])
+    options = session_options or ort.SessionOptions()
+    chosen = choose(file, [entry if isinstance(entry, str) else entry[0] for entry in providers], library)
+    if chosen.kernel and options not in _registered:
+        options.register_custom_ops_library(str(library_path()))
+        _registered.add(options)
+    elif not chosen.kernel and options in _registered:
+        raise ValueError(
+            f"session_options must be fresh for a model that runs without the library ({chosen.reason}), got options that hold it. Make new SessionOptions."
+        )
+    try:
+        opened = ort.InferenceSession(str(file), options, providers=providers)
+    except Exception as error:
+        if file.is_symlink():
+            raise ValueError(
+                f"{file} must be a real file beside its data, got a link into a cache ({error}). Download with snapshot_download(repo, local_dir=...)."
+            ) from error
+        raise
+    report(file, chosen, library)
+    return opened
+
+
+def choose(path: str | Path, providers: Sequence[str] = PROVIDERS[:1], library: bool | None = None) -> Executor:
+    """The executor for a model under the caller's wish (`library` as in `session`); the library must support every provider that has kernels.
+
+    Raises ValueError when the library is demanded and cannot run the model.
+    """
+    asked = [name for name in providers if name in PROVIDERS] or list(PROVIDERS[:1])
+    results = [executor(path, name) for name in asked]
+    chosen = next((result for result in results if not result.kernel), results[0])
+    if library is False:
+        return Executor(False, DENSE if chosen.reason == DENSE else "asked for without the library")
+    if library and not chosen.kernel:
+        raise ValueError(f"The native library must support the model at {path}, got: {chosen.reason}. Pass library=None to run standard ONNX ops instead.")
+    return chosen
+
+
+def report(path: Path, chosen: Executor, library: bool | None) -> None:
+    """One log line on the executor; a warning where the library was wanted and could not be used."""
+    expected = chosen.kernel or library is False or chosen.reason == DENSE
+    logging.getLogger("sparsegate").log(logging.INFO if expected else logging.WARNING, "%s runs with %s", path, chosen)
+
+
+class Decoder:
+    """A causal language model with its KV cache, one sequence at a time, over plain onnxruntime.
+
+    Attributes:
+        session: The InferenceSession.
+        length: Tokens in the cache.
+    """
+
+    def __init__(
+        self, path: str | Path, providers: Providers | None = None, session_options: onnxruntime.SessionOptions | None = None, library: bool | None = None
+    ) -> None:
+        """Opens the ONNX folder at `path`, which needs its genai_config.json; arguments and errors as in `session`."""
+        self._head_size = read_config(path)["model"]["decoder"]["head_size"]
+        self.session = session(path, providers, session_options, library)
+        self._ort = _onnxruntime()
+        self._device = "cuda" if self.session.get_providers()[0] == PROVIDERS[1] else "cpu"
+        self._inputs = {entry.name: entry for entry in self.session.get_inputs()}
+        self._outputs = [entry.name for entry in self.session.get_outputs()]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.length = 0
+        self._cache = {}
+        for name, entry in self._inputs.items():
+            if name.startswith("past_key_values."):
+                shape = [1, entry.shape[1], 0, self._head_size]
+                dtype = np.float16 if entry.type == "tensor(float16)" else np.float32
+                self._cache[name] = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._device, 0)
+
+    def __call__(self, ids: ArrayLike) -> NDArray[np.float32]:
+        """Appends token ids [T] and returns their logits [T, vocabulary]."""
+        tokens = np.asarray(ids, np.int64).reshape(1, -1)
+        before, self.length = self.length, self.length + tokens.shape[1]
+        feeds = {"input_ids": tokens, "attention_mask": np.ones((1, self.length), np.int64), "position_ids": np.arange(before, self.length)[None]}
+        binding = self.session.io_binding()
+        for name, value in feeds.items():
+            if name in self._inputs:
+                binding.bind_cpu_input(name, value)
+        for name, value in self._cache.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, self._device if name.startswith("present.") else "cpu")
+        self.session.run_with_iobinding(binding)
+        results = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        self._cache = {name: results[name.replace("past_key_values.", "present.")] for name in self._cache}
+        return results["logits"].numpy()[0].astype(np.float32, copy=False)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The genai_config.json beside a model. Raises ValueError when it is missing or is no JSON object."""
+    file = model_file(path).with_name("genai_config.json")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The model must have a genai_config.json beside it, got {file} ({error}). Convert or download the folder again.") from None
+    if not isinstance(value, dict) or "decoder" not in value.get("model", {}):
+        raise ValueError(f"{file} must describe a decoder (model.decoder), got another JSON value. Convert or download the folder again.")
+    return value
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError(
+            f'onnxruntime must be installed to run a model, got: {error}. Do: pip install "sparsegate[cpu]" (with a CUDA GPU: "sparsegate[gpu]")'
+        ) from None
+    return onnxruntime
