@@ -1,0 +1,324 @@
+// See gated_mlp_kernels.h. Compiled with -DSPARSEGATE_ISA=avx512 | avx2 | portable and that set's flags.
+//
+// A vector has 16 lanes in every build (1, 2 or 4 registers), so all builds add in the same order; avx512 and avx2 agree bit for bit.
+// Everything but the table has internal linkage and no standard template is used: the linker must never pick, for code that runs
+// on every CPU, a copy of an inline function that was compiled for AVX-512.
+#include "gated_mlp_kernels.h"
+
+#include <string.h>
+
+#include "ort_abi.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace sparsegate {
+namespace SPARSEGATE_ISA {
+namespace {
+
+constexpr int LANES = 16;
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+using reg = __m512;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+using reg = __m256;
+#else
+constexpr int WIDTH = 4;
+typedef float reg __attribute__((vector_size(16)));
+#endif
+constexpr int PARTS = LANES / WIDTH;
+constexpr int ROWS = 4;                            // rows of weights per pass: independent sums hide the latency of FMA
+constexpr int TOKENS = WIDTH == 16 ? 6 : 1;        // tokens per pass, so that sums, x and weights fit into the registers
+constexpr int LINE = 64;                           // bytes
+
+struct half { uint16_t bits; };
+struct bfloat { uint16_t bits; };
+struct vec { reg part[PARTS]; };
+
+template <class T>
+inline T unaligned(const void* p) {
+  T value;
+  memcpy(&value, p, sizeof value);
+  return value;
+}
+
+inline reg fma(reg a, reg b, reg c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline vec fma(const vec& a, const vec& b, const vec& c) {
+  vec out;
+  for (int i = 0; i < PARTS; ++i) out.part[i] = fma(a.part[i], b.part[i], c.part[i]);
+  return out;
+}
+
+inline vec broadcast(float value) {
+  vec out;
+  for (int i = 0; i < PARTS; ++i) out.part[i] = value - reg{};
+  return out;
+}
+
+inline vec load(const float* p) {
+  vec out;
+  for (int i = 0; i < PARTS; ++i) out.part[i] = unaligned<reg>(p + i * WIDTH);
+  return out;
+}
+
+inline vec load(const half* p) {
+  vec out;
+  for (int i = 0; i < PARTS; ++i) {
+#if defined(__AVX512F__)
+    out.part[i] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+    out.part[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * WIDTH)));
+#else
+    typedef uint32_t word __attribute__((vector_size(16)));
+    const half* q = p + i * WIDTH;
+    const word h = {q[0].bits, q[1].bits, q[2].bits, q[3].bits};
+    // exponent and mantissa moved up by 13 bits are the value times 2^-112, subnormals included; exponent 31 is inf or NaN
+    word bits = (word)((reg)((h & 0x7fffu) << 13) * 0x1p112f) | (h & 0x8000u) << 16;
+    bits |= (word)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+    out.part[i] = (reg)bits;
+#endif
+  }
+  return out;
+}
+
+inline vec load(const bfloat* p) {
+  vec out;
+  for (int i = 0; i < PARTS; ++i) {
+#if defined(__AVX512F__)
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    out.part[i] = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+#elif defined(__AVX2__)
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * WIDTH)));
+    out.part[i] = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+#else
+    typedef uint32_t word __attribute__((vector_size(16)));
+    const bfloat* q = p + i * WIDTH;
+    const word h = {q[0].bits, q[1].bits, q[2].bits, q[3].bits};
+    out.part[i] = (reg)(h << 16);
+#endif
+  }
+  return out;
+}
+
+inline vec load(const int8_t* p) {
+  vec out;
+  for (int i = 0; i < PARTS; ++i) {
+#if defined(__AVX512F__)
+    out.part[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+    out.part[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i * WIDTH))));
+#else
+    const int8_t* q = p + i * WIDTH;
+    out.part[i] = reg{static_cast<float>(q[0]), static_cast<float>(q[1]), static_cast<float>(q[2]), static_cast<float>(q[3])};
+#endif
+  }
+  return out;
+}
+
+// The first `count` < LANES values, zeros behind them: nothing past the row is read.
+template <class W>
+inline vec load_tail(const W* p, int64_t count) {
+  W values[LANES];
+  memset(values, 0, sizeof values);
+  memcpy(values, p, static_cast<size_t>(count) * sizeof(W));
+  return load(values);
+}
+
+inline void store(float* p, const vec& value) { memcpy(p, &value, sizeof value); }
+
+// Lanes are added in halves: i and i + 8, i and i + 4, i and i + 2, i and i + 1.
+inline float sum(const vec& v) {
+#if defined(__AVX512F__)
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v.part[0]), _mm512_extractf32x8_ps(v.part[0], 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#elif defined(__AVX2__)
+  const __m256 eight = _mm256_add_ps(v.part[0], v.part[1]);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#else
+  const reg four = (v.part[0] + v.part[2]) + (v.part[1] + v.part[3]);
+#endif
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// out[t * stride + r] = row[r] . x[t] for T tokens and the first `valid` of ROWS rows; `next` are the rows to come.
+template <class W, int T>
+inline void dot_tile(const W* const* row, const W* const* next, int valid, const float* x, int64_t d, float* out, int64_t stride) {
+  constexpr int STEP = LINE / static_cast<int>(sizeof(W));
+  vec acc[T][ROWS];
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < ROWS; ++r) acc[t][r] = vec{};
+  int64_t j = 0;
+  for (; j + STEP <= d; j += STEP) {
+    if (next)  // rows far apart: the hardware prefetcher stops at the page's end
+      for (int r = 0; r < ROWS; ++r) __builtin_prefetch(next[r] + j, 0, 2);
+#pragma GCC unroll 4
+    for (int k = 0; k < STEP; k += LANES) {
+      vec q[T];
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) q[t] = load(x + t * d + j + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        const vec w = load(row[r] + j + k);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) acc[t][r] = fma(q[t], w, acc[t][r]);
+      }
+    }
+  }
+  for (; j < d; j += LANES) {
+    const int64_t left = d - j;
+    for (int r = 0; r < ROWS; ++r) {
+      const vec w = left < LANES ? load_tail(row[r] + j, left) : load(row[r] + j);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) acc[t][r] = fma(left < LANES ? load_tail(x + t * d + j, left) : load(x + t * d + j), w, acc[t][r]);
+    }
+  }
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < ROWS; ++r)
+      if (r < valid) out[t * stride + r] = sum(acc[t][r]);
+}
+
+template <class W>
+void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t tokens, float* out, int64_t stride, const W* then) {
+  const auto row_of = [&](const W* base, int64_t k) { return base + (rows ? rows[k] : k) * d; };
+  for (int64_t k = 0; k < count; k += ROWS) {
+    const int valid = count - k < ROWS ? static_cast<int>(count - k) : ROWS;
+    const bool last = k + ROWS >= count;
+    const W *row[ROWS], *ahead[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      row[r] = row_of(weights, k + (r < valid ? r : 0));
+      const int64_t q = last ? r : k + ROWS + r;
+      ahead[r] = row_of(last && then ? then : weights, q < count ? q : count - 1);
+    }
+    const W* const* next = last && !then ? nullptr : ahead;
+    int64_t t = 0;
+    for (; t + TOKENS <= tokens; t += TOKENS, next = nullptr) dot_tile<W, TOKENS>(row, next, valid, x + t * d, d, out + t * stride + k, stride);
+    switch (tokens - t) {
+#define SPARSEGATE_TILE(n) \
+  case n:                  \
+    dot_tile<W, (n < TOKENS ? n : 1)>(row, next, valid, x + t * d, d, out + t * stride + k, stride); \
+    break;
+      SPARSEGATE_TILE(1)
+      SPARSEGATE_TILE(2)
+      SPARSEGATE_TILE(3)
+      SPARSEGATE_TILE(4)
+      SPARSEGATE_TILE(5)
+#undef SPARSEGATE_TILE
+      default:
+        break;
+    }
+  }
+}
+
+// R rows into y, one after the other in every column.
+template <class W, int R>
+inline void add_rows(const W* const* row, const W* const* next, const float* scale, int64_t width, float* y) {
+  constexpr int STEP = LINE / static_cast<int>(sizeof(W));
+  vec s[R];
+  for (int r = 0; r < R; ++r) s[r] = broadcast(scale[r]);
+  int64_t c = 0;
+  for (; c + STEP <= width; c += STEP) {
+    if (next)
+      for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + c, 0, 2);
+#pragma GCC unroll 4
+    for (int k = 0; k < STEP; k += LANES) {
+      vec sum = load(y + c + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum = fma(s[r], load(row[r] + c + k), sum);
+      store(y + c + k, sum);
+    }
+  }
+  for (; c < width; c += LANES) {
+    const int64_t left = width - c;
+    vec sum = left < LANES ? load_tail(y + c, left) : load(y + c);
+    for (int r = 0; r < R; ++r) sum = fma(s[r], left < LANES ? load_tail(row[r] + c, left) : load(row[r] + c), sum);
+    memcpy(y + c, &sum, static_cast<size_t>(left < LANES ? left : LANES) * sizeof(float));
+  }
+}
+
+template <class W>
+void accumulate_of(const W* weights, const int32_t* rows, const float* scale, int64_t count, int64_t d, float* y, int64_t width) {
+  int64_t k = 0;
+  const W *row[ROWS], *next[ROWS];
+  for (; k + ROWS <= count; k += ROWS) {
+    for (int r = 0; r < ROWS; ++r) {
+      row[r] = weights + rows[k + r] * d;
+      next[r] = weights + rows[k + ROWS + r < count ? k + ROWS + r : count - 1] * d;
+    }
+    add_rows<W, ROWS>(row, k + ROWS < count ? next : nullptr, scale + k, width, y);
+  }
+  for (; k < count; ++k) {
+    row[0] = weights + rows[k] * d;
+    add_rows<W, 1>(row, nullptr, scale + k, width, y);
+  }
+}
+
+void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t tokens, float* out, int64_t stride,
+          const void* then) {
+  switch (type) {
+#define SPARSEGATE_TYPE(id, W) \
+  case id:                     \
+    return dots_of(static_cast<const W*>(weights), rows, count, d, x, tokens, out, stride, static_cast<const W*>(then));
+    SPARSEGATE_TYPE(ort::kFloat32, float)
+    SPARSEGATE_TYPE(ort::kFloat16, half)
+    SPARSEGATE_TYPE(ort::kBfloat16, bfloat)
+    SPARSEGATE_TYPE(ort::kInt8, int8_t)
+#undef SPARSEGATE_TYPE
+    default:
+      break;
+  }
+}
+
+void accumulate(int type, const void* weights, const int32_t* rows, const float* scale, int64_t count, int64_t d, int64_t first, int64_t width, float* y) {
+  switch (type) {
+#define SPARSEGATE_TYPE(id, W) \
+  case id:                     \
+    return accumulate_of(static_cast<const W*>(weights) + first, rows, scale, count, d, y, width);
+    SPARSEGATE_TYPE(ort::kFloat32, float)
+    SPARSEGATE_TYPE(ort::kFloat16, half)
+    SPARSEGATE_TYPE(ort::kBfloat16, bfloat)
+    SPARSEGATE_TYPE(ort::kInt8, int8_t)
+#undef SPARSEGATE_TYPE
+    default:
+      break;
+  }
+}
+
+template <class W>
+void widen_of(const W* values, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += LANES) {
+    const int64_t left = count - i;
+    const vec wide = left < LANES ? load_tail(values + i, left) : load(values + i);
+    memcpy(out + i, &wide, static_cast<size_t>(left < LANES ? left : LANES) * sizeof(float));
+  }
+}
+
+void widen(int type, const void* values, int64_t count, float* out) {
+  switch (type) {
+    case ort::kFloat16:
+      return widen_of(static_cast<const half*>(values), count, out);
+    case ort::kBfloat16:
+      return widen_of(static_cast<const bfloat*>(values), count, out);
+    default:
+      memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
+  }
+}
+
+}  // namespace
+
+extern const Kernels table;
+const Kernels table = {dots, accumulate, widen};
+
+}  // namespace SPARSEGATE_ISA
+}  // namespace sparsegate

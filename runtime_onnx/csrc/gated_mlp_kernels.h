@@ -1,0 +1,26 @@
+// Inner loops of GatedMLP on the CPU. One source, gated_mlp_kernels.cc, is compiled once per instruction set.
+//
+// What holds for every function, so that a token's result depends neither on the tokens beside it nor on the number of threads:
+// a dot product runs over d in one fixed order, a sum over neurons adds them one by one in rising order, column by column.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace sparsegate {
+
+struct Kernels {
+  // out[t * stride + k] = row(k) . x[t] for k < count, t < tokens; row k starts at weights + (rows ? rows[k] : k) * d.
+  // x is [tokens, d]. `then`, if any, is the matrix whose same rows are read next: they are prefetched at the end.
+  void (*dots)(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t tokens, float* out, int64_t stride,
+               const void* then);
+  // y[c] += sum_k scale[k] * weights[rows[k] * d + first + c] for c < width, k = 0, 1, ... in this order
+  void (*accumulate)(int type, const void* weights, const int32_t* rows, const float* scale, int64_t count, int64_t d, int64_t first, int64_t width, float* y);
+  // float32 of count values of a float type
+  void (*widen)(int type, const void* values, int64_t count, float* out);
+};
+
+const Kernels& kernels(Isa isa);
+
+}  // namespace sparsegate
