@@ -31,10 +31,14 @@ def collect(source: Source, batches: Batches, names: Sequence[str], folder: Path
     names = sorted(set(names))
     sites = source.arch.sites(source.config)
     headers = {site: _header(source, batches, names, site, seed) for site in sites}
-    todo = [site for site in sites if not is_finished(folder / site.key, headers[site])]
+    todo = [site for site in sites if not _is_complete(folder / site.key, headers[site], names)]
     if todo:
         _walk(source, batches, names, folder, seed, device, headers, set(todo), max(todo))
     return {site: SiteStats(folder / site.key, names) for site in sites}
+
+
+def _is_complete(folder: Path, header: Header, names: Sequence[str]) -> bool:
+    return is_finished(folder, header) and all((folder / file_name(name)).is_file() for name in names)
 
 
 def drop_samples(folder: Path) -> None:

@@ -1,0 +1,42 @@
+"""`sparsegate convert`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    model: Annotated[str | None, typer.Argument(help="Model folder or Hub id; none takes the small model that comes with sparsegate.", metavar="[MODEL]")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The new folder; MODEL-sparse when not given.")] = None,
+    method: Annotated[str | None, typer.Option(help="auto, gate or predictor; auto (the default) tries all and keeps the one nearest to the dense model.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of the gated neurons to skip, 0.5 when not given.")] = None,
+    max_ppl_increase: Annotated[str | None, typer.Option(help="Most that held-out perplexity may rise, as in 1% or 0.01; otherwise nothing is written.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Most KL divergence to the dense model, nats per token; otherwise nothing is written.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file in place of the flags that it covers.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text; its last fifth is held out. Default: Python source that comes with sparsegate.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Precision of the MLP weights in ONNX: fp32.")] = None,
+    target: Annotated[str | None, typer.Option(help="Where the ONNX model runs: cpu.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of calibration windows and predictors.")] = None,
+    device: Annotated[str, typer.Option(help="Where torch calibrates: cpu or cuda.")] = "cpu",
+    push: Annotated[str | None, typer.Option(help="Hub repository to push the result to (private).")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a pushed repository public.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and needed, and stop.")] = False,
+    keep_stages: Annotated[bool, typer.Option("--keep-stages", help="Keep OUT.work with every stage, the dense ONNX graph included.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> int:
+    """Convert and print the measured table."""
+    from ..conversion import convert as run
+    from . import output as show
+
+    result = run(
+        model=model, output=output, method=method, sparsity=sparsity, max_ppl_increase=show.share(max_ppl_increase, "--max-ppl-increase"), max_kl=max_kl,
+        recipe=recipe, calibration=calibration, precision=precision, target=target, seed=seed, device=device, push_to=push, public=public,
+        dry_run=dry_run, keep_stages=keep_stages, command=shlex.join(["sparsegate", *sys.argv[1:]]),
+    )  # fmt: skip
+    show.conversion(result, json)
+    return 0

@@ -1,0 +1,92 @@
+"""manifest.json: what a finished checkpoint is made of and from; written last, so a folder without one is not finished."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .artifact import VERSION, InputError, hash_file, read_json, write_json
+
+MANIFEST = "manifest.json"
+LINK_FILES = ("sparsegate_link.json", "libsparsegate_onnx.so")
+"""Files that `link` adds; they and the genai_config.json it edits are exempt from the check."""
+_PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
+
+
+class File(BaseModel):
+    """A file's sha256 (hex) and size in bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: str
+    size: int
+
+
+class Manifest(BaseModel):
+    """The record of a conversion: `fingerprint` covers source, recipe and calibration; equal fingerprints mean the same conversion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    tool: str = VERSION
+    fingerprint: str
+    source: dict[str, str | None]
+    calibration: dict[str, Any]
+    recipe: dict[str, Any]
+    seed: int
+    budget: dict[str, float | None]
+    measured: dict[str, float]
+    versions: dict[str, str]
+    files: dict[str, File]
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that shape a result, as far as they are installed."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def list_files(folder: Path) -> dict[str, File]:
+    """Every file below a checkpoint folder with size and hash, apart from the manifest and what `link` added."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    kept = [name for name in names if name != MANIFEST and Path(name).name not in LINK_FILES and not name.startswith(".cache/")]
+    return {name: File(sha256=hash_file(folder / name), size=(folder / name).stat().st_size) for name in kept}
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a finished folder."""
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint. Raises InputError when it is missing or of another version."""
+    raw = read_json(folder / MANIFEST, "manifest.json of the checkpoint")
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"manifest.json must follow version 1, got {where}: {first['msg']}. Update sparsegate or convert again.") from None
+
+
+def check_files(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with a folder's files by its manifest, one line a file; empty when all is as written."""
+    linked = any((folder / "onnx" / name).is_file() for name in LINK_FILES)
+    wrong = []
+    for name, file in manifest.files.items():
+        path = folder / name
+        if linked and path.name == "genai_config.json":
+            continue
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif path.stat().st_size != file.size or hash_file(path) != file.sha256:
+            wrong.append(f"{name} has other bytes than the manifest says")
+    return wrong

@@ -1,0 +1,83 @@
+"""The recipe: what flags compile to, hashed and stored with every checkpoint, and readable from a YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .artifact import InputError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(_Strict):
+    """Where the tokens come from: a text file (None: the bundled one), `windows` of `length` tokens."""
+
+    file: str | None = None
+    windows: int = Field(default=128, ge=2)
+    length: int = Field(default=256, ge=16)
+
+
+class Stage(_Strict):
+    """One method and its configuration; `auto` tries every method and keeps the one nearest to the dense model."""
+
+    method: str = "auto"
+    config: dict[str, Any] = {}
+
+
+class Budget(_Strict):
+    """What the result must hold on held-out text: a relative rise in perplexity (0.01 is 1 %) and a KL divergence to the dense model in nats per token."""
+
+    max_ppl_increase: float | None = Field(default=None, ge=0)
+    max_kl: float | None = Field(default=None, ge=0)
+
+
+class Export(_Strict):
+    """How the feed-forward weights are stored in ONNX, and which execution provider the graph is for."""
+
+    precision: Literal["fp32"] = "fp32"
+    target: Literal["cpu"] = "cpu"
+
+
+class Recipe(_Strict):
+    """Everything that decides the result, apart from the model's own bytes."""
+
+    version: Literal[1] = 1
+    model: str
+    calibration: Calibration = Calibration()
+    seed: int = Field(default=0, ge=0)
+    stages: tuple[Stage, ...] = Field(default=(Stage(),), min_length=1, max_length=1)
+    budget: Budget = Budget()
+    export: Export = Export()
+
+    def yaml(self) -> str:
+        """The recipe as a YAML document that `--recipe` reads."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def make_recipe(values: dict[str, Any], where: str = "The recipe") -> Recipe:
+    """A recipe from plain values. Raises InputError naming the first field that is wrong."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "content"
+        raise InputError(f"{where}'s {field} must be valid, got {first.get('input')!r} ({first['msg']}). Mend it.") from None
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file. Raises InputError when the file is missing, no YAML or no recipe."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"The recipe must be a YAML file, got nothing at {path}. Check the path.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise InputError(f"The recipe must be a YAML file, got {path} ({str(error).splitlines()[0]}). Mend it.") from None
+    if not isinstance(values, dict):
+        raise InputError(f"The recipe must be a mapping with version, model and stages, got {type(values).__name__} in {path}. Mend it.")
+    return make_recipe(values, str(path))

@@ -1,0 +1,248 @@
+"""What a sparse checkpoint lost, and whether its executors agree: dense torch, sparse torch, ONNX body, ONNX kernel, onnxruntime-genai.
+
+Quality is measured on held-out windows; equality on short windows and greedy tokens, where a score near its threshold excuses a difference (such windows are
+counted, not compared) because rounding may flip it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ..runtime_onnx.library import executor
+from ..runtime_onnx.session import Decoder
+from .arch import Site, load_arch
+from .artifact import InputError
+from .checkpoint import read_sparsity
+from .data import Batches
+from .plans import Plan, cost
+from .reference import dense, recording
+
+LOGIT_BOUND = 1e-4
+MARGIN = 1e-4
+REMAINING = 0.8
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS, FULL_MATCHES = 10, 16, 64, 8
+_LENGTHS = (16, 8, 4, 2, 1)
+_CHECKED_TOKENS = 512
+
+
+class Quality(BaseModel):
+    """Held-out quality: `nll_dense`, `nll` and `kl` in nats per token, `agreement` of the argmax, realised density and cost, by site and in the mean."""
+
+    tokens: int
+    nll_dense: float
+    nll: float
+    kl: float
+    agreement: float
+    density: float
+    cost: float
+    site_density: dict[str, float]
+    site_cost: dict[str, float]
+
+    @property
+    def ppl_increase(self) -> float:
+        """Relative rise in perplexity."""
+        return float(np.exp(self.nll - self.nll_dense) - 1)
+
+
+class Check(BaseModel):
+    """One judgement: a measured value, its bound, and a note on what was compared."""
+
+    name: str
+    value: float
+    bound: float
+    passed: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Token windows for equality checks, made once a checkpoint: `windows` [N, T] with sparse logits [N, T, V], `compare` [N, T]; greedy rows with how
+    many new tokens each must match; `ends` are the tokens that end a text."""
+
+    windows: Tensor
+    logits: Tensor
+    compare: Tensor
+    greedy: Tensor
+    must_match: list[int]
+    ends: frozenset[int]
+
+    @property
+    def remaining(self) -> float:
+        """Share of the windows' positions that are compared."""
+        return float(self.compare.float().mean())
+
+
+@torch.no_grad()
+def measure_quality(model: Any, plan: Plan, batches: Batches) -> Quality:
+    """Compare a gated model with itself ungated on every window; the first token of a window is given."""
+    arch, config = load_arch(model.config.model_type), model.config
+    hidden, units, matrices = arch.size(config, "hidden"), arch.size(config, "units"), 2 if arch.ffn.kind == "plain" else 3
+    total = torch.zeros(4, dtype=torch.float64)
+    tokens = 0
+    with recording(model) as record:
+        for row, mask in zip(tqdm(batches.tokens, desc="quality", unit="window"), batches.mask, strict=True):
+            row = row[mask]
+            if len(row) < 2:
+                continue
+            with dense(model):
+                p = model(input_ids=row[None].to(model.device)).logits[0, :-1].float().log_softmax(-1)
+            q = model(input_ids=row[None].to(model.device)).logits[0, :-1].float().log_softmax(-1)
+            target = row[1:].to(p.device)
+            parts = (F.nll_loss(p, target, reduction="sum"), F.nll_loss(q, target, reduction="sum"), (p.exp() * (p - q)).sum(), (p.argmax(-1) == q.argmax(-1)).sum())
+            total += torch.stack([part.double().cpu() for part in parts])
+            tokens += len(target)
+    density = record.density()
+    costs = {site: cost(plan[site][0], hidden, units, matrices, share) for site, share in density.items()}
+    nll_dense, nll, kl, agreement = (total / tokens).tolist()
+    return Quality(
+        tokens=tokens, nll_dense=nll_dense, nll=nll, kl=kl, agreement=agreement,
+        density=_mean(density), cost=_mean(costs),
+        site_density={site.key: v for site, v in density.items()}, site_cost={site.key: v for site, v in costs.items()},
+    )  # fmt: skip
+
+
+def _mean(values: dict[Site, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+@torch.no_grad()
+def make_probe(model: Any, batches: Batches) -> Probe:
+    """Sparse logits on the longest windows of which enough positions stay clear of thresholds, and greedy continuations of PROMPTS prompts.
+
+    A model is causal, so a position is compared when no score at it or before it in its window is near its threshold.
+    """
+    rows = batches.tokens[batches.mask.all(dim=1)]
+    if len(rows) < 1 or rows.shape[1] < PROMPT_TOKENS + 1:
+        raise InputError(f"Held-out text must hold a full window of {batches.tokens.shape[1]} tokens, got less. Give more text.")
+    for length in _LENGTHS:
+        per_row = rows.shape[1] // length
+        windows = rows[:, : per_row * length].reshape(-1, length)
+        windows = windows[:: max(1, len(windows) * length // _CHECKED_TOKENS)][: max(8, _CHECKED_TOKENS // length)]
+        with recording(model) as record:
+            logits = model(input_ids=windows.to(model.device)).logits.float().cpu()
+            near = _near(record, windows)
+        compare = near.cumsum(1) == 0
+        if float(compare.float().mean()) >= REMAINING:
+            break
+    prompts = rows[:: max(1, len(rows) // PROMPTS)][:PROMPTS, :PROMPT_TOKENS]
+    while len(prompts) < PROMPTS:
+        prompts = torch.cat([prompts, rows[: PROMPTS - len(prompts), len(prompts) : len(prompts) + PROMPT_TOKENS]])
+    greedy = _greedy(model, prompts)
+    with recording(model) as record:
+        scores = model(input_ids=greedy.to(model.device)).logits.float().cpu()
+        near = _near(record, greedy)
+    top = scores.topk(2, dim=-1).values
+    doubtful = near | (top[..., 0] - top[..., 1] < MARGIN)
+    first = [int(row.nonzero()[0]) if bool(row.any()) else greedy.shape[1] for row in doubtful]
+    must = [min(max(0, at - PROMPT_TOKENS + 1), greedy.shape[1] - PROMPT_TOKENS) for at in first]
+    ends = model.config.eos_token_id
+    return Probe(windows, logits, compare, greedy, must, frozenset(ends if isinstance(ends, list) else [ends]))
+
+
+def _near(record: Any, tokens: Tensor) -> Tensor:
+    flags = torch.zeros(tokens.shape, dtype=torch.bool)
+    for site in record.near.values():
+        flags |= site.view(tokens.shape).cpu()
+    return flags
+
+
+def _greedy(model: Any, prompts: Tensor) -> Tensor:
+    limit = int(getattr(model.config, "max_position_embeddings", 1 << 30))
+    new = min(NEW_TOKENS, limit - prompts.shape[1] - 1)
+    tokens = prompts.to(model.device)
+    out = model(input_ids=tokens, use_cache=True)
+    for _ in range(new):
+        following = out.logits[:, -1:].argmax(-1)
+        tokens = torch.cat([tokens, following], dim=1)
+        out = model(input_ids=following, past_key_values=out.past_key_values, use_cache=True)
+    return tokens.cpu()
+
+
+def check_onnx(onnx: Path, probe: Probe) -> list[Check]:
+    """Equality of every executor of an ONNX folder with the probe: body and kernel, in plain ONNX Runtime and in onnxruntime-genai."""
+    ways = [("body", False)]
+    chosen = executor(onnx)
+    if chosen.kernel:
+        ways.append(("kernel", True))
+    checks = []
+    for name, library in ways:
+        checks += [_logits_check(name, Decoder(onnx, library=library), probe), _greedy_check(f"genai {name}", _genai_tokens(onnx, probe, library), probe)]
+    if len(ways) == 1:
+        checks.append(Check(name="kernel", value=0, bound=0, passed=True, note=f"not run: {chosen.reason}"))
+    return checks
+
+
+def _logits_check(name: str, decoder: Decoder, probe: Probe) -> Check:
+    """Largest logit difference where compared, relative to the rms of the logits when that exceeds 1."""
+    worst = 0.0
+    for window, logits, compare in zip(probe.windows, probe.logits, probe.compare, strict=True):
+        decoder.reset()
+        found = torch.from_numpy(decoder(window.numpy()))
+        difference = (found - logits).abs().amax(-1)[compare]
+        worst = max(worst, float(difference.max()) if len(difference) else 0.0)
+    bound = LOGIT_BOUND * max(1.0, float(probe.logits.square().mean().sqrt()))
+    note = f"{probe.remaining:.0%} of {probe.compare.numel()} positions in windows of {probe.windows.shape[1]}; the rest lie near a threshold"
+    return Check(name=f"{name} logits", value=worst, bound=bound, passed=worst <= bound and probe.remaining >= REMAINING, note=note)
+
+
+def _genai_tokens(onnx: Path, probe: Probe, library: bool) -> list[list[int]]:
+    from ..runtime_onnx.generate import load
+
+    try:
+        import onnxruntime_genai as genai
+    except ImportError:
+        raise InputError('Verification must have onnxruntime-genai, got none. Run pip install "sparsegate[cpu]".') from None
+    model = load(onnx, library=library)
+    found = []
+    for row in probe.greedy:
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(row), do_sample=False)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(row[:PROMPT_TOKENS].numpy().astype(np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        found.append([int(t) for t in generator.get_sequence(0)][PROMPT_TOKENS:])
+    return found
+
+
+def _greedy_check(name: str, found: list[list[int]], probe: Probe) -> Check:
+    """Shortfall of greedy tokens: every prompt up to its first doubtful position, and FULL_MATCHES prompts to the end."""
+    short, full = 0, 0
+    for tokens, row, must in zip(found, probe.greedy, probe.must_match, strict=True):
+        wanted = row[PROMPT_TOKENS:].tolist()
+        end = next((k for k, token in enumerate(wanted) if token in probe.ends), len(wanted) - 1)
+        wanted, must = wanted[: end + 1], min(must, end + 1)
+        equal = next((k for k, (a, b) in enumerate(zip(tokens, wanted, strict=False)) if a != b), min(len(tokens), len(wanted)))
+        short += max(0, must - equal)
+        full += equal == len(wanted)
+    passed = short == 0 and full >= FULL_MATCHES
+    return Check(name=f"{name} greedy tokens", value=float(full), bound=float(FULL_MATCHES), passed=passed, note=f"{full} of {len(found)} prompts equal to the end")
+
+
+def check_budget(quality: Quality, budget: dict[str, float | None], sparsity: float | None = None) -> list[Check]:
+    """The quality budget, and the realised density against the asked one (within 0.05)."""
+    checks = []
+    if budget.get("max_ppl_increase") is not None:
+        bound = float(budget["max_ppl_increase"] or 0.0)
+        checks.append(Check(name="perplexity increase", value=quality.ppl_increase, bound=bound, passed=quality.ppl_increase <= bound))
+    if budget.get("max_kl") is not None:
+        bound = float(budget["max_kl"] or 0.0)
+        checks.append(Check(name="KL to dense", value=quality.kl, bound=bound, passed=quality.kl <= bound))
+    if sparsity is not None:
+        off = abs(quality.density - (1 - sparsity))
+        checks.append(Check(name="density off target", value=off, bound=0.05, passed=off <= 0.05))
+    return checks
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan of a checkpoint folder."""
+    return read_sparsity(folder)[0]
