@@ -1,0 +1,194 @@
+"""The base graph of a causal language model: built by onnxruntime-genai's model builder, then compared with torch by teacher forcing.
+
+The builder writes a decoder with KV cache in fp32 for the CPU: `model.onnx`, `model.onnx.data`, `genai_config.json` and the tokenizer's files. It is known
+to be wrong for some models, so nothing is exported from a base graph that `check_base` has not passed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..artifact import InputError, disk_full, is_disk_full
+
+BOUND = 1e-4
+"""Largest logit difference between the base graph and torch, times the rms of torch's logits where that is above 1."""
+
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+GENAI_CONFIG = "genai_config.json"
+
+_LOG = logging.getLogger("sparsegate")
+# Every layer keeps its whole KV cache: a loop in plain ONNX Runtime then only appends, where a windowed cache would have to be sized and rotated by the app.
+_OPTIONS = ["hf_token=false", "windowed_kv_cache=false"]
+
+
+def build_base(checkpoint: Path, out: Path) -> Path:
+    """Build the fp32 CPU graph of a Hugging Face folder into `out`; returns `out`. Reads local files only and holds the whole model in memory.
+
+    Raises InputError when onnxruntime-genai is missing, when the builder refuses or fails on the model, or when the disk is full.
+    """
+    builder = _builder()
+    with TemporaryDirectory() as cache, _to_log():
+        try:
+            options = builder.parse_extra_options("", str(checkpoint), str(out), "fp32", "cpu", cache, list(_OPTIONS))
+            unrotated = _prepare(options["hf_details"]["hf_config"])
+            builder.create_model("", str(checkpoint), str(out), "fp32", "cpu", cache, **options)
+            _complete(out, unrotated)
+        except Exception as error:  # the builder raises whatever its hundred code paths meet
+            if is_disk_full(error):
+                raise disk_full(out) from error
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(
+                f"The model must be one that onnxruntime-genai's builder exports, got {type(error).__name__}: {said}. "
+                "Convert another model, or another version of onnxruntime-genai may know this one."
+            ) from error
+    return out
+
+
+def _builder() -> ModuleType:
+    path = list(sys.path)
+    try:
+        from onnxruntime_genai.models import builder
+    except ImportError as error:
+        raise InputError(f"ONNX export must find onnxruntime-genai, got {error}. Install it with: pip install 'sparsegate[cpu]'") from None
+    finally:
+        sys.path[:] = path  # the package appends its own folder, whose modules have names like `builders`
+    return builder
+
+
+def _prepare(config: Any) -> list[int]:
+    """Change a configuration so that the builder exports what transformers computes; returns the layers whose rotary embedding `_complete` takes out.
+
+    Two defects of the builder 0.18: it reads a sliding window only together with `layer_types`, which mistral and phi3 do not have, and it fails
+    on layers without rotary embedding (smollm3) when the others rotate inside the attention op.
+    """
+    layers = config.num_hidden_layers
+    if getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None:
+        config.layer_types = ["sliding_attention"] * layers
+    rotated = getattr(config, "no_rope_layers", None) or [1] * layers  # 1 means that the layer does rotate
+    if not all(rotated):
+        config.no_rope_layers = [1] * layers
+    return [layer for layer in range(layers) if not rotated[layer]]
+
+
+def _complete(folder: Path, unrotated: list[int]) -> None:
+    """Finish the built graph: no rotation in the layers `unrotated`, and a fixed head size in the cache's shapes, so that an app can read it from the file."""
+    size = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]["head_size"]
+    model = ir.load(folder / MODEL)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and len(value.shape) == 4:
+            value.shape = ir.Shape([*value.shape[:3], size])
+    caches = {f"past_key_values.{layer}.key" for layer in unrotated}
+    for value in model.graph.inputs:
+        if value.name in caches:
+            ((attention, _),) = value.uses()
+            attention.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
+            for index, given in enumerate(attention.inputs):
+                if given is not None and given.name in ("cos_cache", "sin_cache"):
+                    attention.replace_input_with(index, None)
+    ir.save(model, folder / MODEL)
+
+
+class _LogLines(io.TextIOBase):
+    """A text stream whose lines go to the package's log, level debug."""
+
+    def write(self, text: str) -> int:
+        for line in text.replace("\r", "\n").splitlines():
+            if line.strip():
+                _LOG.debug("builder: %s", line.strip())
+        return len(text)
+
+
+@contextmanager
+def _to_log() -> Iterator[None]:
+    lines = _LogLines()
+    with redirect_stdout(lines), redirect_stderr(lines):
+        yield
+
+
+def onnx_logits(session: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Logits [N, S, V] of token rows [N, S] without padding, by one teacher-forced call with an empty KV cache; `session` is an onnxruntime.InferenceSession.
+
+    Raises ValueError for an input that a decoder graph does not have.
+    """
+    tokens = np.ascontiguousarray(tokens, dtype=np.int64)
+    rows, length = tokens.shape
+    feeds: dict[str, NDArray] = {}
+    for given in session.get_inputs():
+        if given.name == "input_ids":
+            feeds[given.name] = tokens
+        elif given.name == "attention_mask":
+            feeds[given.name] = np.ones((rows, length), dtype=np.int64)
+        elif given.name == "position_ids":
+            feeds[given.name] = np.tile(np.arange(length, dtype=np.int64), (rows, 1))
+        elif given.name.startswith("past_key_values.") and isinstance(given.shape[1], int) and isinstance(given.shape[3], int):
+            dtype = np.float16 if given.type == "tensor(float16)" else np.float32
+            feeds[given.name] = np.zeros((rows, given.shape[1], 0, given.shape[3]), dtype=dtype)
+        else:
+            raise ValueError(
+                f"A decoder's inputs must be input_ids, attention_mask, position_ids and past_key_values.* [N, heads, length, head size], "
+                f"got {given.name} {given.shape}. Export the model with sparsegate."
+            )
+    return session.run(["logits"], feeds)[0].astype(np.float32, copy=False)
+
+
+@torch.no_grad()
+def compare_base(onnx_folder: Path, model: Callable[[Tensor], Any], tokens: NDArray[np.int64] | Tensor) -> float:
+    """Largest absolute logit difference between an ONNX folder and `model` on token rows [N, S].
+
+    `model` is a transformers model in fp32, or any function from int64 tokens [N, S] to logits [N, S, V]. NaN when either side is not finite.
+    """
+    return _differences(onnx_folder, model, tokens)[0]
+
+
+@torch.no_grad()
+def check_base(onnx_folder: Path, model: Callable[[Tensor], Any], tokens: NDArray[np.int64] | Tensor) -> float:
+    """`compare_base` against the bound BOUND * max(1, rms of the logits).
+
+    Returns the difference. Raises InputError when the builder's graph is not the model.
+    """
+    difference, rms = _differences(onnx_folder, model, tokens)
+    bound = BOUND * max(1.0, rms)
+    if not difference <= bound:
+        raise InputError(
+            f"The graph from onnxruntime-genai's builder must give torch's logits within {bound:.1e}, got a difference of {difference:.1e} "
+            f"(rms of the logits {rms:.2g}). The builder is wrong for this model: convert another one, or try another version of onnxruntime-genai."
+        )
+    return difference
+
+
+def _differences(onnx_folder: Path, model: Callable[[Tensor], Any], tokens: NDArray[np.int64] | Tensor) -> tuple[float, float]:
+    """(Largest absolute difference, rms of torch's logits); the rows go one by one, so that one row's logits are held at a time."""
+    session = open_session(onnx_folder / MODEL)
+    largest, squares, count = 0.0, 0.0, 0
+    for row in np.asarray(tokens, dtype=np.int64):
+        given = model(torch.from_numpy(row[None]))
+        expected = getattr(given, "logits", given).float().numpy()
+        difference = np.abs(onnx_logits(session, row[None]) - expected).max()
+        largest = float(np.maximum(largest, difference))  # unlike max(), keeps a NaN
+        squares, count = squares + float(np.square(expected, dtype=np.float64).sum()), count + expected.size
+    return largest, (squares / count) ** 0.5
+
+
+def open_session(path: Path) -> Any:
+    """A plain CPU session on `path`, without the native library. Raises InputError when onnxruntime is missing."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise InputError(f"ONNX export must find onnxruntime, got {error}. Install it with: pip install 'sparsegate[cpu]'") from None
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

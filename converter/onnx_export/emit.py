@@ -1,0 +1,64 @@
+"""What a plan's entry becomes in the graph: a score of the op GatedMLP and the tensors that the score reads, one emitter per plan kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arch import Site
+from ..artifact import InputError
+from ..plans import Entry, Predictor, Threshold
+
+
+@dataclass(frozen=True)
+class Emission:
+    """A score that the op has, and its inputs by the op's roles: tau [n], p1 [r, d], p2 [n, r], res [r, d], all float32."""
+
+    score: str
+    tensors: dict[str, NDArray[np.float32]]
+
+
+def threshold(entry: Threshold) -> Emission:
+    """A threshold on |act(gate)|. Raises InputError for a score that the op does not compute."""
+    if entry.score != "gate":
+        raise InputError(f"A threshold's score must be gate for the ONNX op, got {entry.score}. Use the method gate or predictor.")
+    return Emission("gate", {"tau": _array(entry.tau)})
+
+
+def predictor(entry: Predictor) -> Emission:
+    """A threshold on fc2 relu(fc1 x), with the residual where there is one."""
+    tensors = {"tau": _array(entry.tau), "p1": _array(entry.fc1), "p2": _array(entry.fc2)}
+    return Emission("predictor", tensors if entry.residual is None else tensors | {"res": _array(entry.residual)})
+
+
+EMITTERS: dict[str, Callable[[Any], Emission]] = {"threshold": threshold, "predictor": predictor}
+"""Plan kind -> the function that emits it."""
+
+
+def emit(site: Site, entries: list[Entry], d: int, n: int) -> Emission:
+    """The emission of a site's plan for an MLP of n neurons over d channels.
+
+    Raises InputError when the site has not exactly one entry, for a kind that has no emitter, and for tensors of a wrong shape or with NaN.
+    """
+    kinds = [str(entry.fields()["kind"]) for entry in entries]
+    if len(kinds) != 1 or kinds[0] not in EMITTERS:
+        raise InputError(
+            f"Site {site.key} must have one entry of kind {' or '.join(EMITTERS)} to be exported, got {', '.join(kinds) or 'none'}. Make another plan."
+        )
+    found = EMITTERS[kinds[0]](entries[0])
+    r = len(found.tensors["p1"]) if "p1" in found.tensors else 0
+    shapes = {"tau": (n,), "p1": (r, d), "p2": (n, r), "res": (r, d)}
+    for role, array in found.tensors.items():
+        if array.shape != shapes[role]:
+            raise InputError(f"Site {site.key}'s {role} must have shape {list(shapes[role])}, got {list(array.shape)}. The plan belongs to another model.")
+        if np.isnan(array).any():
+            raise InputError(f"Site {site.key}'s {role} must be a number everywhere, got NaN. Make the plan again.")
+    return found
+
+
+def _array(tensor: Any) -> NDArray[np.float32]:
+    return np.ascontiguousarray(tensor.detach().cpu().float().numpy())
