@@ -1,0 +1,386 @@
+"""The Hugging Face Hub side: what a repository holds, downloads into real folders, and pushes that can be repeated.
+
+Every failure a person can mend is an InputError of one line. Weights are read as safetensors only; neither pickle files nor code are ever fetched.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import HfApi, errors, get_token, hf_hub_download, snapshot_download
+from huggingface_hub.utils import validate_repo_id
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .artifact import InputError, disk_full, hash_file, is_disk_full, read_json, write_json
+
+MANIFEST = "manifest.json"
+LINK = "sparsegate_link.json"
+_TIMEOUT = 10.0  # seconds until a silent Hub counts as unreachable; later requests have the Hub client's own limits
+_RECORD = Path(".cache") / "sparsegate.json"  # beside huggingface_hub's own notes on a local folder
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_TEXTS = re.compile(r"(licen[cs]e|notice|copying|use_policy|readme\.md)", re.IGNORECASE)
+_TOKENS = "https://huggingface.co/settings/tokens"
+
+logger = logging.getLogger("sparsegate")
+
+
+class _Unreachable(InputError):
+    """No answer from the Hub; what is on the disk may still do."""
+
+
+class _Record(BaseModel):
+    """What a finished download left in its folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    requested: str | None
+    revision: str
+    files: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Download:
+    """A repository's model files in a real folder (no links): where, of which repository, at which commit."""
+
+    folder: Path
+    id: str
+    revision: str
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What a repository tells before any download.
+
+    `tensors` maps names to (shape, safetensors dtype such as "BF16"); `total_bytes` is the size of the tensors, `download_bytes` that of all files that
+    `download` fetches.
+    """
+
+    id: str
+    revision: str
+    config: dict[str, Any]
+    tensors: dict[str, tuple[tuple[int, ...], str]]
+    total_bytes: int
+    download_bytes: int
+
+
+@dataclass(frozen=True)
+class PushTarget:
+    """A repository that the token may write: its full id, and whether it exists and is private (None when it does not exist)."""
+
+    id: str
+    exists: bool
+    private: bool | None
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether `model` names a Hub repository (`owner/name` or `name`) and no local file or folder."""
+    if not model or model.endswith("/") or model.startswith((".", "/", "~")) or Path(model).exists():
+        return False
+    try:
+        validate_repo_id(model)
+    except errors.HFValidationError:
+        return False
+    return True
+
+
+def check_disk(path: Path, bytes_needed: int) -> None:
+    """Raise InputError unless the file system that will hold `path` has `bytes_needed` bytes free."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < bytes_needed:
+        raise InputError(
+            f"Free disk space at {place} must be at least {bytes_needed / 1e9:.2f} GB, got {free / 1e9:.2f} GB. Free some space or choose another folder."
+        )
+
+
+def remote_inspect(repo_id: str, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> Remote:
+    """Read config.json and the safetensors headers of a repository: a few kilobytes, whatever the model's size.
+
+    Raises InputError when the repository is missing, gated, unreachable or holds no safetensors model.
+    """
+    api = HfApi(endpoint=endpoint, token=token)
+    with _explained(repo_id, api.endpoint):
+        commit, sizes = _listing(api, repo_id, revision)
+        names = _select(repo_id, list(sizes))
+        config = _remote_json(api, repo_id, "config.json", commit)
+        weights = [name for name in names if name.endswith(".safetensors")]
+        with ThreadPoolExecutor(8) as pool:
+            headers = list(pool.map(lambda name: api.parse_safetensors_file_metadata(repo_id, name, revision=commit), weights))
+    infos = {name: info for header in headers for name, info in header.tensors.items()}
+    tensors = {name: (tuple(info.shape), str(info.dtype)) for name, info in sorted(infos.items())}
+    total = sum(info.data_offsets[1] - info.data_offsets[0] for info in infos.values())
+    return Remote(repo_id, commit, config, tensors, total, sum(sizes[name] for name in names))
+
+
+def download(repo_id: str, folder: Path, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> Download:
+    """Fetch the model files of a repository into `folder` as real files, since ONNX Runtime refuses the links of the Hub's cache.
+
+    Fetched are the root's safetensors weights, configuration, tokenizer, README and licence. Free disk space is checked before the first byte, an interrupted
+    download goes on where it stopped, and a finished one also serves without a network. Raises InputError as `remote_inspect` does, or when the disk is full.
+    """
+    folder = Path(folder)
+    record = _finished(folder, repo_id)
+    if record and revision == record.revision:
+        return Download(folder, repo_id, record.revision)
+    api = HfApi(endpoint=endpoint, token=token)
+    try:
+        with _explained(repo_id, api.endpoint):
+            commit, sizes = _listing(api, repo_id, revision)
+    except _Unreachable:
+        if record is None or revision != record.requested:
+            raise
+        logger.warning("The Hub cannot be reached; using the copy of %s at %s in %s.", repo_id, record.revision[:12], folder)
+        return Download(folder, repo_id, record.revision)
+    names = _select(repo_id, list(sizes))
+    check_disk(folder, sum(sizes[name] for name in names if not _has_size(folder / name, sizes[name])))
+    earlier = _read_record(folder)
+    stale = set(earlier.files) - set(names) if earlier else set()
+    try:
+        with _explained(repo_id, api.endpoint):
+            snapshot_download(repo_id, revision=commit, local_dir=folder, token=token, endpoint=endpoint, allow_patterns=[glob.escape(name) for name in names])
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
+        record = _Record(id=repo_id, requested=revision, revision=commit, files={name: sizes[name] for name in names})
+        write_json(folder / _RECORD, record.model_dump(mode="json"))
+    except (OSError, RuntimeError) as error:
+        if is_disk_full(error):
+            raise disk_full(folder) from error
+        raise
+    return Download(folder, repo_id, commit)
+
+
+def check_push(repo_id: str, token: str | None = None, endpoint: str | None = None) -> PushTarget:
+    """Whether `push` to `repo_id` will be allowed, asked before the work: token present, valid and allowed to write, name and namespace right.
+
+    A name without an owner belongs to the token's user. A repository that holds another model is refused. Raises InputError.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except errors.HFValidationError:
+        raise InputError(f"The repository must read owner/name with letters, digits, '-', '_' and '.', got {repo_id!r}. Correct the name.") from None
+    api = HfApi(endpoint=endpoint, token=token or get_token())
+    if not api.token:
+        raise InputError(f"Pushing to {repo_id} must have a Hub token, got none. Run `hf auth login` with a token of the role write, or set HF_TOKEN.")
+    with _explained(repo_id, api.endpoint):
+        info = None
+        try:
+            info = api.model_info(repo_id, timeout=_TIMEOUT) if "/" in repo_id else None
+        except errors.GatedRepoError:
+            raise
+        except errors.RepositoryNotFoundError:
+            pass
+        account = api.whoami()
+        if "/" not in repo_id:
+            repo_id = f"{account['name']}/{repo_id}"
+            info = api.model_info(repo_id, timeout=_TIMEOUT) if api.repo_exists(repo_id) else None
+        _check_rights(account, repo_id)
+        if info is None:
+            return PushTarget(repo_id, False, None)
+        names = {file.rfilename for file in info.siblings or []}
+        if MANIFEST not in names and "config.json" in names and "sparsity" not in _remote_json(api, repo_id, "config.json", info.sha):
+            raise InputError(f"{repo_id} must be new or hold a sparse checkpoint, got a repository with another model. Choose another name.")
+    return PushTarget(repo_id, True, bool(info.private))
+
+
+def push(folder: Path, repo_id: str, private: bool = True, token: str | None = None, endpoint: str | None = None) -> str:
+    """Upload a finished checkpoint folder and return the repository's URL.
+
+    Uploaded is what manifest.json lists, each file checked against its sha256 first, and the manifest itself in a last commit of its own, so that a
+    half-uploaded repository is seen as such. Files of an older manifest that the new one lacks are removed. Running it again continues, and changes nothing
+    when all is there. A repository that exists keeps its visibility. README.md has to exist but may be edited by hand. Raises InputError, with the line that
+    retries when the upload failed.
+    """
+    folder = Path(folder)
+    names = _check_folder(folder)
+    target = check_push(repo_id, token, endpoint)
+    if private and target.private is False:
+        logger.warning("%s exists and is public; pushing does not change that.", target.id)
+    api = HfApi(endpoint=endpoint, token=token or get_token())
+    retry = f"sparsegate push {shlex.quote(str(folder))} {repo_id}{'' if private else ' --public'}"
+    try:
+        with _explained(target.id, api.endpoint):
+            url = str(api.create_repo(target.id, private=private, exist_ok=True))
+            stale = _remote_names(api, target) - set(names)
+            api.upload_folder(
+                repo_id=target.id,
+                folder_path=folder,
+                allow_patterns=[glob.escape(name) for name in names],
+                delete_patterns=[glob.escape(name) for name in sorted(stale)] or None,
+                commit_message="Upload sparse checkpoint",
+            )
+            api.upload_file(path_or_fileobj=folder / MANIFEST, path_in_repo=MANIFEST, repo_id=target.id, commit_message="Upload manifest")
+    except InputError as error:
+        raise InputError(f"{error} Nothing local was changed; to go on with the upload run `{retry}`.") from error
+    return url
+
+
+def _listing(api: HfApi, repo_id: str, revision: str | None) -> tuple[str, dict[str, int]]:
+    """The commit sha that `revision` means now, and every file's size in bytes."""
+    info = api.model_info(repo_id, revision=revision, files_metadata=True, timeout=_TIMEOUT)
+    return str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or []}
+
+
+def _select(repo_id: str, names: list[str]) -> list[str]:
+    """The files that a conversion needs: the root's weights in safetensors (one set of them), configuration, tokenizer and texts."""
+    root = sorted(name for name in names if "/" not in name)
+    if "config.json" not in root:
+        raise InputError(f"{repo_id} must be a transformers model with a config.json, got {', '.join(root[:4]) or 'no files'}. Choose another repository.")
+    weights = [name for name in root if name.endswith(".safetensors")]
+    if not weights:
+        pickles = [name for name in names if name.endswith(_PICKLES)]
+        if pickles:
+            raise InputError(
+                f"The weights must be safetensors, got only pickle files ({pickles[0]}) in {repo_id}. "
+                "Convert them with https://huggingface.co/spaces/safetensors/convert, then use the converted repository."
+            )
+        raise InputError(f"{repo_id} must hold *.safetensors weights, got none. Choose another repository.")
+    texts = [name for name in root if (name.endswith(_SUFFIXES) or _TEXTS.match(name)) and not name.endswith((".py", *_PICKLES))]
+    if _SINGLE in weights:  # transformers' order; copies of the weights in other layouts stay away
+        return [_SINGLE, *(name for name in texts if name != _INDEX)]
+    if _INDEX in texts:
+        return [*([name for name in weights if _SHARD.fullmatch(name)] or weights), *texts]
+    raise InputError(f"The weights must be {_SINGLE} or shards with {_INDEX}, got {weights[0]} in {repo_id}. Choose another repository.")
+
+
+def _remote_json(api: HfApi, repo_id: str, name: str, revision: str | None) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = hf_hub_download(repo_id, name, revision=revision, local_dir=folder, token=api.token, endpoint=api.endpoint)
+        return read_json(Path(path), f"{name} of {repo_id}")
+
+
+def _remote_names(api: HfApi, target: PushTarget) -> set[str]:
+    """What the repository's present manifest lists and the repository still holds; a broken or missing manifest lists nothing."""
+    if not target.exists:
+        return set()
+    present = set(api.list_repo_files(target.id))
+    try:
+        files = _remote_json(api, target.id, MANIFEST, None).get("files") if MANIFEST in present else None
+    except InputError:
+        files = None
+    return present & set(files) if isinstance(files, dict) else set()
+
+
+def _check_rights(account: dict[str, Any], repo_id: str) -> None:
+    """Raise InputError unless the token behind `account` (the answer of whoami) may write to `repo_id`."""
+    owner = repo_id.split("/")[0]
+    access = account.get("auth", {}).get("accessToken") or {}
+    if access.get("role") == "read":
+        raise InputError(f"The Hub token must have the role write, got one of the role read ({account['name']}). Make another at {_TOKENS}.")
+    writable = [account["name"], *(org["name"] for org in account.get("orgs", []) if org.get("roleInOrg") != "read")]
+    if owner not in writable:
+        raise InputError(f"The owner of {repo_id} must be one that the token may write to ({', '.join(writable)}), got {owner}. Choose one of these.")
+    if access.get("role") == "fineGrained":
+        scopes = (access.get("fineGrained") or {}).get("scoped") or []
+        if not any(scope.get("entity", {}).get("name") in (owner, repo_id) and "repo.write" in scope.get("permissions", ()) for scope in scopes):
+            raise InputError(f"The fine-grained Hub token must have write access to the repositories of {owner}, got one without it. Change it at {_TOKENS}.")
+
+
+def _check_folder(folder: Path) -> list[str]:
+    """The files of a checkpoint folder as its manifest lists them. Raises InputError when one is missing, altered or outside, or when the folder is linked."""
+    manifest = read_json(folder / MANIFEST, "manifest.json of the checkpoint")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files or not all(isinstance(row, dict) and {"sha256", "size"} <= row.keys() for row in files.values()):
+        raise InputError(f"manifest.json must list every file with size and sha256, got another content in {folder}. Convert the model again.")
+    quoted = shlex.quote(str(folder))
+    genai = folder / "onnx" / "genai_config.json"
+    linked = next(folder.rglob(LINK), None) or (genai if genai.is_file() and b"custom_ops_library" in genai.read_bytes() else None)
+    if linked:
+        raise InputError(f"{folder} must not be linked to this machine's library when pushed, got {linked.name}. Run `sparsegate unlink {quoted}` first.")
+    if "README.md" not in files:
+        raise InputError(f"{folder} must hold a model card, got no README.md in its manifest. Run `sparsegate report {quoted}` first.")
+    for name, row in files.items():
+        path = folder / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or path.is_symlink():
+            raise InputError(f"manifest.json must list files inside the folder, got {name}. Convert the model again.")
+        if not path.is_file():
+            raise InputError(f"{folder} must hold every file of its manifest, got no {name}. Convert the model again.")
+        if name != "README.md" and (path.stat().st_size != row["size"] or hash_file(path) != row["sha256"]):
+            raise InputError(f"{name} must be as manifest.json lists it, got other bytes. Convert the model again, or restore the file.")
+    return [name for name in files if name != MANIFEST]
+
+
+def _read_record(folder: Path) -> _Record | None:
+    try:
+        return _Record.model_validate_json((folder / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValidationError):
+        return None
+
+
+def _finished(folder: Path, repo_id: str) -> _Record | None:
+    """The record of a finished download of `repo_id` whose files are all still there."""
+    record = _read_record(folder)
+    if record and record.id == repo_id and all(_has_size(folder / name, size) for name, size in record.files.items()):
+        return record
+    return None
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+@contextmanager
+def _explained(repo_id: str, endpoint: str) -> Iterator[None]:
+    """Turn the Hub client's exceptions into InputErrors of one line; others pass."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        link: BaseException | None = error
+        while link is not None:  # the client wraps connection errors in its own kinds of OSError and RuntimeError
+            if explanation := _explain(link, repo_id, endpoint):
+                raise explanation from error
+            link = (link.__cause__ or link.__context__) if isinstance(link, (OSError, RuntimeError)) else None
+        if isinstance(error, RuntimeError) and not is_disk_full(error):  # all that the Xet transfer library raises
+            raise InputError(f"The transfer of {repo_id} must complete, got: {str(error).splitlines()[0]}. Run the same command again.") from error
+        raise
+
+
+def _explain(error: BaseException, repo_id: str, endpoint: str) -> InputError | None:
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return _Unreachable(f"The Hub must be reachable to fetch {repo_id}, got offline mode. Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, or give a folder.")
+    if isinstance(error, errors.GatedRepoError):
+        return InputError(
+            f"{repo_id} must be open to the token's user, got a gated repository. Ask for access at {endpoint}/{repo_id} and run `hf auth login`."
+        )
+    if isinstance(error, errors.DisabledRepoError):
+        return InputError(f"{repo_id} must be available, got a repository that the Hub has disabled. Choose another one.")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return InputError(f"The revision must exist in {repo_id}, got one that does not. Give a branch, a tag or a commit of {endpoint}/{repo_id}.")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return InputError(
+            f"MODEL must be a folder or a Hub repository, got {repo_id}, which is neither. Check the name, or run `hf auth login` if it is private."
+        )
+    if isinstance(error, errors.SafetensorsParsingError):
+        return InputError(f"The safetensors files of {repo_id} must have valid headers, got a broken one. Choose another repository or revision.")
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return InputError(f"{repo_id} must hold the files it lists, got one that is gone. Run the same command again.")
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        if status == 401:
+            return InputError("The Hub token must be valid, got one that the Hub refused (401). Run `hf auth login --force`, or correct HF_TOKEN.")
+        if status == 403:
+            return InputError(f"The Hub token must have the right to do this in {repo_id}, got a refusal (403). Change its rights at {_TOKENS}.")
+        return InputError(f"The Hub must answer requests for {repo_id}, got the status {status} from {endpoint}. Wait a little and run the same command again.")
+    # the base of every exception of the client's HTTP library, whichever one its version uses
+    if isinstance(error, (errors.HTTPError, ConnectionError, TimeoutError)):
+        return _Unreachable(f"The Hub must be reachable, got no connection to {endpoint} ({type(error).__name__}). Check the network and HF_ENDPOINT.")
+    return None
