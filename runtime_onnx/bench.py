@@ -72,8 +72,9 @@ def bench(
         progress: Called with the number of finished pairs.
 
     Returns:
-        JSON-ready: "machine", "versions", "command", "settings"; "baseline" and "candidate" (path, precision, executor, median tokens per second); "prefill" and
-        "decode" (ratio = candidate / baseline, its range, a verdict); "samples" that count (seconds), "dropped" pairs, and "waits": whether waiting was measured.
+        JSON-ready: "machine", "versions", "command", "settings"; "baseline" and "candidate" (path, precision, executor, median tokens per second);
+        "prefill" and "decode" (ratio = candidate / baseline, its range, a verdict); "samples" that count (seconds), "dropped" pairs, and "waits": whether
+        waiting was measured.
 
     Raises:
         ValueError: A folder cannot be opened, or a number is out of range, or every pair was disturbed.

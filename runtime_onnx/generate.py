@@ -39,6 +39,8 @@ def load(path: str | Path, library: bool | None = None, options: dict[str, Any] 
     if linked is not None:
         _check_linked(file.parent, linked, chosen)
     elif chosen.kernel and (foreign := _foreign(file.parent)):
+        if library:
+            raise ValueError(f"{foreign} must not lie in the way: onnxruntime-genai would take it, got another library than the installed one. Remove it.")
         chosen = Executor(False, f"{foreign} is another library of the same name, which onnxruntime-genai would take. Remove it")
     try:
         model = _open(genai, file.parent, options or {}, chosen.kernel and linked is None)
@@ -84,6 +86,7 @@ def generate(
     context = read_config(path)["model"]["context_length"]
     model = load(path, library)
     tokenizer = genai.Tokenizer(model)
+    tokenizer.update_options(add_special_tokens="true")  # as transformers does: a Llama 3 without its begin-of-text token writes worse text
     tokens = tokenizer.encode(prompt)
     if len(tokens) >= context:
         raise ValueError(f"The prompt must be shorter than the model's context of {context} tokens, got {len(tokens)} tokens. Shorten it.")
@@ -102,10 +105,11 @@ def config_provider(config: dict[str, Any]) -> str:
 
 
 def _pieces(generator: Any, tokenizer: Any) -> Iterator[str]:
-    stream = tokenizer.create_stream()
+    stream, ends = tokenizer.create_stream(), set(tokenizer.eos_token_ids)
     while not generator.is_done():
         generator.generate_next_token()
-        if piece := stream.decode(generator.get_next_tokens()[0]):
+        token = generator.get_next_tokens()[0]
+        if token not in ends and (piece := stream.decode(token)):
             yield piece
 
 

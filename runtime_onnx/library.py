@@ -10,6 +10,10 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
 
 LIBRARY = "libsparsegate_onnx.so"  # file name and SONAME
 VARIANTS = "ai.sparsegate.variants"  # metadata key of model.onnx: JSON list of variant names
@@ -76,16 +80,44 @@ def variants(path: str | Path) -> list[str]:
 
     Raises ValueError where there is no model, for a file that is no ONNX model, and when the metadata does not name each of the file's variants.
     """
+    return _names(_read(model_file(path)))
+
+
+def executor(path: str | Path, provider: str = PROVIDERS[0]) -> Executor:
+    """Whether the native kernel can run every GatedMLP op of a model on `provider`, judged from the model's metadata alone.
+
+    `path` is an ONNX folder, a sparse checkpoint (with onnx/ inside) or a .onnx file. Raises ValueError when it is none of them.
+    """
+    model = _read(model_file(path))
+    try:
+        names = _names(model)
+        missing = [name for name in names if not supports(name, provider)]
+        tag = f"sparsegate {version()}, {'cuda' if provider == PROVIDERS[1] else isa()}" if names else ""
+    except ValueError as error:
+        return Executor(False, str(error))
+    except (OSError, AttributeError) as error:  # no shared object, or not one of ours
+        return Executor(False, f"{LIBRARY} cannot be opened: {error}")
+    if not names:
+        return Executor(False, DENSE)
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        return Executor(False, f"{tag} has no {provider} kernel for {missing[0]}{more}. Update sparsegate")
+    return Executor(True, tag)
+
+
+def _read(file: Path) -> onnx.ModelProto:
     import onnx
     from google.protobuf.message import DecodeError
 
-    from .ops.gated_mlp import DOMAIN
-
-    file = model_file(path)
     try:
-        model = onnx.load(str(file), load_external_data=False)
+        return onnx.load(str(file), load_external_data=False)
     except DecodeError as error:
         raise ValueError(f"{file} must be an ONNX model, got bytes that do not parse ({error}). Fetch or convert it again.") from None
+
+
+def _names(model: onnx.ModelProto) -> list[str]:
+    from .ops.gated_mlp import DOMAIN
+
     functions = sum(function.domain == DOMAIN for function in model.functions)
     text = next((entry.value for entry in model.metadata_props if entry.key == VARIANTS), "[]")
     try:
@@ -93,27 +125,8 @@ def variants(path: str | Path) -> list[str]:
     except json.JSONDecodeError:
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) != functions:
-        raise ValueError(f"Metadata {VARIANTS} of {file} must name the {functions} op variants in it, got {text[:200]!r}. Convert the model again.")
+        raise ValueError(f"Metadata {VARIANTS} must name the {functions} op variants of the model, got {text[:200]!r}. Convert the model again.")
     return names
-
-
-def executor(path: str | Path, provider: str = PROVIDERS[0]) -> Executor:
-    """Whether the native kernel can run every GatedMLP op of a model on `provider`, judged from the model's metadata alone.
-
-    `path` is an ONNX folder, a sparse checkpoint (with onnx/ inside) or a .onnx file. Raises ValueError where `variants` does.
-    """
-    names = variants(path)
-    if not names:
-        return Executor(False, DENSE)
-    try:
-        missing = [name for name in names if not supports(name, provider)]
-        tag = f"sparsegate {version()}, {'cuda' if provider == PROVIDERS[1] else isa()}"
-    except (ValueError, OSError, AttributeError) as error:
-        return Executor(False, f"the native library cannot be used: {error}")
-    if missing:
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        return Executor(False, f"{tag} has no {provider} kernel for {missing[0]}{more}. Update sparsegate")
-    return Executor(True, tag)
 
 
 @cache
