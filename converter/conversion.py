@@ -14,19 +14,18 @@ from ..runtime_onnx.bench import bench
 from . import report as reporting
 from .artifact import VERSION, Header, InputError, atomic_folder, hash_file, hash_json, is_finished, read_header, read_json, write_header, write_json
 from .data import BUNDLED, CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text
-from .hub import check_disk, check_push, download, is_hub_id, push
-from .manifest import MANIFEST, Manifest, installed_versions, list_files, read_manifest, write_manifest
-from .methods import METHODS, load_method
+from .hub import check_disk, check_push, download, fetch_checkpoint, is_hub_id, push
+from .manifest import MANIFEST, Manifest, check_files, installed_versions, list_files, read_manifest, write_manifest
 from .onnx_export import build_base, check_base, export
-from .planning import Estimate, estimate
+from .planning import BUNDLED_MODEL, Estimate, compile_recipe, estimate, method_configs
 from .plans import Plan
-from .recipe import Budget, Recipe, make_recipe, read_recipe
+from .recipe import Budget, Recipe
 from .reference import dense, load
 from .report.card import write_card
 from .report.plots import plot_layers
 from .schedule import checkpoint, once
 from .source import Source, open_source
-from .verification import Check, Quality, check_budget, check_onnx, make_probe, measure_quality
+from .verification import Check, Quality, Verification, check_budget, check_onnx, check_source, make_probe, measure_quality, read_plan
 
 log = logging.getLogger("sparsegate")
 _HELDOUT_WINDOWS = 64
@@ -118,55 +117,6 @@ def convert(
         shutil.rmtree(work)
     url = push(out, push_to, private=not public) if push_to else None
     return Result(out, False, report, plan_cost, url)
-
-
-BUNDLED_MODEL = "bundled"
-
-
-def compile_recipe(
-    model: str | None,
-    method: str | None,
-    sparsity: float | None,
-    max_ppl_increase: float | None,
-    max_kl: float | None,
-    recipe: str | Path | None,
-    calibration: str | Path | None,
-    precision: str | None,
-    target: str | None,
-    seed: int | None,
-) -> Recipe:
-    """The recipe that flags mean, or the one in a file. Raises InputError for bad values, and for a file together with flags that it covers."""
-    flags = {
-        "method": method, "sparsity": sparsity, "max_ppl_increase": max_ppl_increase, "max_kl": max_kl, "calibration": calibration,
-        "precision": precision, "target": target, "seed": seed, "MODEL": model,
-    }  # fmt: skip
-    if recipe:
-        given = [name for name, value in flags.items() if value is not None]
-        if given:
-            raise InputError(f"--recipe must stand without the flags that it covers, got {', '.join(given)} as well. Put them into the recipe.")
-        return read_recipe(Path(recipe))
-    sparsity = 0.5 if sparsity is None else sparsity
-    if not 0 < sparsity < 1:
-        raise InputError(f"sparsity must lie strictly between 0 and 1, got {sparsity}. Use 0.5 to skip half of the gated neurons.")
-    if method not in (None, "auto"):
-        load_method(str(method))
-    values = {
-        "model": str(model) if model else BUNDLED_MODEL,
-        "calibration": {"file": str(calibration) if calibration else None},
-        "seed": seed or 0,
-        "stages": [{"method": method or "auto", "config": {"sparsity": sparsity}}],
-        "budget": {"max_ppl_increase": max_ppl_increase, "max_kl": max_kl},
-        "export": {"precision": precision or "fp32", "target": target or "cpu"},
-    }
-    return make_recipe(values, "convert")
-
-
-def method_configs(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The methods to try and their configurations; `auto` is every method with the fields that it knows."""
-    (stage,) = recipe.stages
-    if stage.method != "auto":
-        return {stage.method: stage.config}
-    return {name: {key: value for key, value in stage.config.items() if key in load_method(name).Config.model_fields} for name in METHODS}
 
 
 def resolve(model: str, work: Path) -> Source:
@@ -279,7 +229,7 @@ def _finish(out: Path, source: Source, recipe: Recipe, fingerprint: str, texts: 
             fingerprint=fingerprint,
             source={"id": source.id, "revision": source.revision, "fingerprint": source.fingerprint},
             calibration={"sha256": texts.calibration.sha256, "tokens": texts.calibration.count, "file": None if recipe.calibration.file is None else hash_file(Path(recipe.calibration.file))},
-            recipe=recipe.model_dump(mode="json"),
+            recipe=recipe.model_copy(update={"model": source.name}).model_dump(mode="json"),
             seed=recipe.seed,
             budget=Budget.model_validate(recipe.budget).model_dump() | {"sparsity": dict(recipe.stages[0].config).get("sparsity")},
             measured={"nll_dense": chosen.quality.nll_dense, "nll": chosen.quality.nll, "kl": chosen.quality.kl, "agreement": chosen.quality.agreement, "density": chosen.quality.density, "cost": chosen.quality.cost},
@@ -287,3 +237,39 @@ def _finish(out: Path, source: Source, recipe: Recipe, fingerprint: str, texts: 
             files=list_files(partial),
         )
         write_manifest(partial, manifest)
+
+
+def local_folder(model: str | Path) -> Path:
+    """The folder that a folder's name or a Hub id means; a repository is fetched into the Hub cache's neighbourhood as real files, onnx/ included."""
+    name = str(model)
+    if Path(name).exists() or not is_hub_id(name):
+        return Path(name)
+    return fetch_checkpoint(name).folder
+
+
+def verify(model: str | Path, source: str | Path | None = None) -> Verification:
+    """Check a checkpoint: files against the manifest, dense weights against `source`, quality against the budget, executors against each other.
+
+    Speed is never judged. Raises InputError when the folder is no sparse checkpoint.
+    """
+    folder = local_folder(model)
+    if not folder.is_dir():
+        raise InputError(f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the spelling.")
+    manifest = read_manifest(folder)
+    wrong = check_files(folder, manifest)
+    checks = [Check(name="files", value=len(wrong), bound=0, passed=not wrong, note="; ".join(wrong[:3]) or f"{len(manifest.files)} files as written")]
+    plan = read_plan(folder)
+    sparse = load(folder)
+    opened = open_source(folder, sparse=True)
+    recipe = Recipe.model_validate(manifest.recipe)
+    file = recipe.calibration.file
+    if file is not None and not Path(file).is_file():
+        log.warning("The calibration text %s is not here; quality is measured on the text that comes with sparsegate.", file)
+        recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": None})})
+    texts = _texts(opened, recipe)
+    quality = measure_quality(sparse, plan, texts.heldout)
+    if source is not None:
+        checks.append(check_source(sparse, resolve(str(source), folder.with_name(folder.name + ".work")).folder, texts.heldout))
+    checks += check_onnx(folder / "onnx", make_probe(sparse, texts.heldout))
+    checks += check_budget(quality, manifest.budget, manifest.budget.get("sparsity"))
+    return Verification(quality=quality, checks=checks)

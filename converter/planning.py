@@ -1,22 +1,26 @@
-"""What a conversion will need, from configuration and safetensors headers alone: parameters, disk and peak memory by stage."""
+"""What flags mean as a recipe, and what a conversion will need, from configuration and safetensors headers alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from .arch import Arch
-from .methods import make_config, needs
+from .artifact import InputError
+from .methods import METHODS, load_method, make_config, needs
 from .methods.predictor import Config as PredictorConfig
 from .methods.predictor import rank_for
 from .plans import Threshold, cost, uniform_tau
-from .recipe import Recipe
+from .recipe import Recipe, make_recipe, read_recipe
 from .source import Source
 from .stats.samples import CAP
 
+BUNDLED_MODEL = "bundled"
+"""The name of the small model that comes with sparsegate."""
 _FP32, _FP16 = 4, 2
 _RUNTIME = 500_000_000  # bytes of a process with torch, transformers and onnxruntime imported
 
@@ -74,3 +78,53 @@ def _expected_cost(arch: Arch, name: str, values: dict[str, Any], hidden: int, u
         rank = config.rank or rank_for(hidden, units, matrices, config.cost)
         return density + rank * (hidden + units) / (matrices * hidden * units)
     return cost(Threshold("gate", uniform_tau(0.0, 1), density), hidden, units, matrices, density)
+
+
+def compile_recipe(
+    model: str | None,
+    method: str | None,
+    sparsity: float | None,
+    max_ppl_increase: float | None,
+    max_kl: float | None,
+    recipe: str | Path | None,
+    calibration: str | Path | None,
+    precision: str | None,
+    target: str | None,
+    seed: int | None,
+) -> Recipe:
+    """The recipe that flags mean, or the one in a file. Raises InputError for bad values, and for a file together with flags that it covers."""
+    flags = {
+        "method": method, "sparsity": sparsity, "max_ppl_increase": max_ppl_increase, "max_kl": max_kl, "calibration": calibration,
+        "precision": precision, "target": target, "seed": seed, "MODEL": model,
+    }  # fmt: skip
+    if recipe:
+        given = [name for name, value in flags.items() if value is not None]
+        if given:
+            raise InputError(f"--recipe must stand without the flags that it covers, got {', '.join(given)} as well. Put them into the recipe.")
+        return read_recipe(Path(recipe))
+    sparsity = 0.5 if sparsity is None else sparsity
+    if not 0 < sparsity < 1:
+        raise InputError(f"sparsity must lie strictly between 0 and 1, got {sparsity}. Use 0.5 to skip half of the gated neurons.")
+    if method not in (None, "auto"):
+        load_method(str(method))
+    values = {
+        "model": str(model) if model else BUNDLED_MODEL,
+        "calibration": {"file": str(calibration) if calibration else None},
+        "seed": seed or 0,
+        "stages": [{"method": method or "auto", "config": {"sparsity": sparsity}}],
+        "budget": {"max_ppl_increase": max_ppl_increase, "max_kl": max_kl},
+        "export": {"precision": precision or "fp32", "target": target or "cpu"},
+    }
+    return make_recipe(values, "convert")
+
+
+def method_configs(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The methods to try and their configurations; `auto` is every method with the fields that it knows. The recipe's seed goes to those that train."""
+    (stage,) = recipe.stages
+    names = list(METHODS) if stage.method == "auto" else [stage.method]
+    found = {}
+    for name in names:
+        fields = load_method(name).Config.model_fields
+        seed = {"seed": recipe.seed} if "seed" in fields else {}
+        found[name] = seed | (stage.config if stage.method != "auto" else {key: value for key, value in stage.config.items() if key in fields})
+    return found

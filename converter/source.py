@@ -107,8 +107,8 @@ class Source:
         return [name for name in self.tensors if name.startswith(prefix)]
 
 
-def open_source(model: str | Path, id: str | None = None, revision: str | None = None) -> Source:
-    """Open a model folder and check everything that headers can tell.
+def open_source(model: str | Path, id: str | None = None, revision: str | None = None, sparse: bool = False) -> Source:
+    """Open a model folder and check everything that headers can tell; `sparse` allows a checkpoint that carries a plan.
 
     Raises InputError for a missing folder or configuration, an unknown architecture, pickle weights, and missing, truncated or lying safetensors.
     """
@@ -118,7 +118,7 @@ def open_source(model: str | Path, id: str | None = None, revision: str | None =
     if not (folder / "config.json").is_file():
         raise InputError(f"MODEL must be a transformers folder with config.json, got {folder} without one. Give the folder that save_pretrained wrote.")
     raw = read_json(folder / "config.json", "config.json")
-    check_config(raw)
+    check_config({key: value for key, value in raw.items() if not (sparse and key == "sparsity")})
     arch = load_arch(str(raw.get("model_type")))
     config = make_config(raw)
     tensors = _read_headers(folder)

@@ -24,7 +24,7 @@ from .artifact import InputError
 from .checkpoint import read_sparsity
 from .data import Batches
 from .plans import Plan, cost
-from .reference import dense, recording
+from .reference import dense, load_dense, recording
 
 LOGIT_BOUND = 1e-4
 MARGIN = 1e-4
@@ -61,6 +61,18 @@ class Check(BaseModel):
     bound: float
     passed: bool
     note: str = ""
+
+
+class Verification(BaseModel):
+    """What `verify` found."""
+
+    quality: Quality
+    checks: list[Check]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
 
 
 @dataclass(frozen=True)
@@ -241,6 +253,16 @@ def check_budget(quality: Quality, budget: dict[str, float | None], sparsity: fl
         off = abs(quality.density - (1 - sparsity))
         checks.append(Check(name="density off target", value=off, bound=0.05, passed=off <= 0.05))
     return checks
+
+
+@torch.no_grad()
+def check_source(model: Any, source: Path, batches: Batches) -> Check:
+    """The checkpoint's dense model against the model it was made from: largest logit difference on one window."""
+    original = load_dense(source)
+    row = batches.tokens[:1]
+    with dense(model):
+        worst = float((model(input_ids=row).logits - original(input_ids=row).logits).abs().max())
+    return Check(name="dense weights", value=worst, bound=LOGIT_BOUND, passed=worst <= LOGIT_BOUND, note=f"against {source.name}")
 
 
 def read_plan(folder: Path) -> Plan:

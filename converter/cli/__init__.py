@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         _end("Interrupted. Run the same command again to go on from the finished stages.", 130)
     except ValueError as error:
+        if not _is_ours(error):
+            raise
         _end(str(error), 1)
     except OSError as error:
         from pathlib import Path
@@ -65,6 +67,14 @@ def main(argv: list[str] | None = None) -> None:
         show()
         sys.exit(getattr(error, "exit_code", 2))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether sparsegate itself raised the error, which then speaks to the user; any other one is a defect and keeps its traceback."""
+    frame = error.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__", "")).startswith("sparsegate.")
 
 
 def _end(text: str, code: int) -> None:

@@ -1,0 +1,37 @@
+"""`sparsegate bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def bench(
+    baseline: Annotated[Path, typer.Argument(metavar="DENSE", help="ONNX folder to compare with.")],
+    candidate: Annotated[Path, typer.Argument(metavar="DIR", help="ONNX folder or sparse checkpoint.")],
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens prefilled.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded.")] = 64,
+    pairs: Annotated[int, typer.Option(help="Back-to-back pairs; medians are reported.")] = 15,
+    runtime: Annotated[str, typer.Option(help="onnxruntime or onnxruntime-genai.")] = "onnxruntime",
+    threads: Annotated[int | None, typer.Option(help="Threads within an op.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File for the JSON.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> int:
+    """Measure and print tokens per second of both, and the ratio."""
+    from tqdm.auto import tqdm
+
+    from ...runtime_onnx.bench import bench as run
+    from ..artifact import write_json
+    from . import output as show
+
+    with tqdm(total=pairs, desc="bench", unit="pair") as progress:
+        result = run(
+            baseline, candidate, prompt_tokens=prompt_tokens, new_tokens=new_tokens, pairs=pairs, runtime=runtime, threads=threads,
+            progress=lambda done: progress.update(done - progress.n) and None,
+        )  # fmt: skip
+    if output:
+        write_json(output, result)
+    show.speed(result, json)
+    return 0

@@ -1,0 +1,114 @@
+"""What verbs print: plain aligned text, or JSON with --json."""
+
+from __future__ import annotations
+
+import json as _json
+from typing import TYPE_CHECKING, Any
+
+from ..artifact import InputError
+
+if TYPE_CHECKING:
+    from ..conversion import Result, Verification
+    from ..diagnosis import Diagnosis
+    from ..inspection import Inspection
+
+
+def share(text: str | None, flag: str) -> float | None:
+    """A share given as `1%` or `0.01`."""
+    if text is None:
+        return None
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise InputError(f"{flag} must be a share like 1% or 0.01, got {text!r}. Correct it.") from None
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def conversion(result: Result, as_json: bool) -> None:
+    """The table of a conversion, or what a dry run found."""
+    from ..report.tables import layer_table, quality_text
+
+    if result.report is None:
+        estimate = result.estimate
+        assert estimate is not None
+        if as_json:
+            print(_json.dumps({"output": str(result.folder), "dry_run": True, **estimate.model_dump()}, indent=2))
+            return
+        print(f"would write {result.folder}; nothing was written")
+        _estimate(estimate)
+        return
+    if as_json:
+        print(_json.dumps({"output": str(result.folder), "up_to_date": result.up_to_date, "url": result.url, "report": result.report.model_dump(mode="json")}, indent=2))
+        return
+    print(f"{result.folder} is up to date" if result.up_to_date else f"wrote {result.folder}")
+    print()
+    print(quality_text(result.report))
+    print()
+    print(layer_table(result.report))
+    if result.url:
+        print(f"pushed to {result.url}")
+
+
+def _estimate(estimate: Any) -> None:
+    print(f"parameters        {estimate.parameters / 1e6:.1f} M, {estimate.ffn_share:.0%} in the feed-forward networks")
+    print(f"weights           {_size(estimate.source_bytes)}")
+    print(f"disk needed       {_size(estimate.disk_bytes)}")
+    print(f"peak memory       {_size(estimate.peak_calibrate)} while calibrating, {_size(estimate.peak_export)} while exporting and verifying")
+    for name, value in estimate.expected_cost.items():
+        print(f"expected cost     {value:.2f} of the dense MLP's bytes per token with method {name}")
+
+
+def verification(result: Verification, as_json: bool) -> None:
+    """One line a check, then the verdict."""
+    if as_json:
+        print(_json.dumps(result.model_dump(mode="json"), indent=2))
+        return
+    quality = result.quality
+    print(f"NLL dense {quality.nll_dense:.4f}, sparse {quality.nll:.4f} nats per token; KL {quality.kl:.4f}; agreement {quality.agreement:.1%}")
+    print(f"density {quality.density:.3f}, cost {quality.cost:.3f} of the dense MLP's bytes")
+    for key, value in quality.site_density.items():
+        print(f"  {key:<20} density {value:.3f}  cost {quality.site_cost[key]:.3f}")
+    for check in result.checks:
+        print(f"{'ok    ' if check.passed else 'FAILED'} {check.name}: {check.value:.3g} (bound {check.bound:.3g}) {check.note}")
+    print("verified" if result.passed else "NOT verified")
+
+
+def speed(result: dict[str, Any], as_json: bool) -> None:
+    """Tokens per second of both folders and their ratio."""
+    if as_json:
+        print(_json.dumps(result, indent=2))
+        return
+    for role in ("baseline", "candidate"):
+        row = result[role]
+        print(f"{role:<10} prefill {row['prefill_tokens_per_s']:9.1f} tok/s  decode {row['decode_tokens_per_s']:9.1f} tok/s  {row['path']} ({row['executor']})")
+    for phase in ("prefill", "decode"):
+        print(f"{phase:<10} {result[phase]['ratio']:.2f} times the baseline's speed: {result[phase]['verdict']}")
+    print(f"{len(result['samples'])} pairs counted, {result['dropped']} dropped")
+
+
+def inspection(result: Inspection, as_json: bool) -> None:
+    """What a model is and needs."""
+    if as_json:
+        print(_json.dumps(result.model_dump(mode="json"), indent=2))
+        return
+    print(f"{result.model}: {result.model_type}, {'can be converted' if result.convertible else 'cannot be converted'}")
+    if result.reason:
+        print(result.reason)
+    if result.estimate:
+        print(f"sites             {result.sites} feed-forward networks of {result.units} neurons, width {result.hidden}, activation {result.activation}")
+        _estimate(result.estimate)
+
+
+def diagnosis(result: Diagnosis, as_json: bool) -> None:
+    """The installation, one fact a line, then commands that mend."""
+    if as_json:
+        print(_json.dumps(result.model_dump(mode="json"), indent=2))
+        return
+    for name, value in result.facts.items():
+        print(f"{name:<24} {value}")
+    for remedy in result.remedies:
+        print(f"missing: {remedy}")
+    print("nothing is missing" if not result.remedies else "run the commands above")

@@ -1,0 +1,69 @@
+"""inspect: what can be converted and why not, from configuration and safetensors headers alone, before any download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from .arch import load_arch
+from .artifact import InputError
+from .hub import is_hub_id, remote_inspect
+from .planning import Estimate, compile_recipe, estimate_shapes, method_configs
+from .source import check_config, check_shapes, make_config, open_source
+
+
+class Inspection(BaseModel):
+    """What headers tell of a model; `reason` says why it cannot be converted."""
+
+    model: str
+    model_type: str
+    convertible: bool
+    reason: str = ""
+    sites: int = 0
+    hidden: int = 0
+    units: int = 0
+    activation: str = ""
+    download_bytes: int = 0
+    estimate: Estimate | None = None
+
+
+def inspect(model: str | Path) -> Inspection:
+    """Inspect a folder or a Hub id. Raises InputError when there is nothing to read; what is readable but unsupported comes back with its reason."""
+    name = str(model)
+    if is_hub_id(name):
+        remote = remote_inspect(name)
+        raw, shapes = remote.config, {key: shape for key, (shape, _) in remote.tensors.items()}
+        size, download = remote.total_bytes, remote.download_bytes
+    else:
+        folder = Path(model)
+        if folder.is_dir() and (folder / "config.json").is_file():
+            from .artifact import read_json
+
+            raw, shapes, size, download = read_json(folder / "config.json", "config.json"), None, 0, 0
+        else:
+            raw, shapes, size, download = {}, None, 0, 0
+            open_source(folder)
+    model_type = str(raw.get("model_type"))
+    try:
+        if shapes is None:
+            source = open_source(name)
+            shapes = {key: info.shape for key, info in source.tensors.items()}
+            size = sum(info.bytes for info in source.tensors.values())
+        return _found(name, raw, shapes, size, download)
+    except InputError as error:
+        return Inspection(model=name, model_type=model_type, convertible=False, reason=str(error), download_bytes=download)
+
+
+def _found(name: str, raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], size: int, download: int) -> Inspection:
+    check_config(raw)
+    arch = load_arch(str(raw.get("model_type")))
+    config = make_config(raw)
+    check_shapes(arch, config, shapes)
+    recipe = compile_recipe(name, None, None, None, None, None, None, None, None, None)
+    return Inspection(
+        model=name, model_type=arch.model_type, convertible=True, sites=len(arch.sites(config)), hidden=arch.size(config, "hidden"),
+        units=arch.size(config, "units"), activation=arch.activation(config), download_bytes=download,
+        estimate=estimate_shapes(arch, config, shapes, size, recipe, method_configs(recipe)),
+    )  # fmt: skip
