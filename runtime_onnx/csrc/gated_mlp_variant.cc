@@ -170,7 +170,9 @@ std::string check_tensors(const Variant& variant, const std::array<Tensor, kRole
     if (t.rank != 2 || shape.r < 1 || shape.r > INT32_MAX / 2)
       return std::string("input ") + kRoleNames[role] + (role == kP2 ? " must be [n, r], got " : " must be [r, d], got ") + shape_text(t);
   }
-  int w_type = variant.weights == Weights::kFloat ? ort::kUndefined : ort::kInt8, p_type = variant.has(kSP1) ? ort::kInt8 : ort::kUndefined;
+  // float weights share the dtype of w_up, the predictor that of p1
+  const auto float_or_none = [&](Role role) -> int { return tensors[role].data && is_float(tensors[role].type) ? tensors[role].type : ort::kUndefined; };
+  int w_type = variant.weights == Weights::kFloat ? float_or_none(kWUp) : ort::kInt8, p_type = variant.has(kSP1) ? ort::kInt8 : float_or_none(kP1);
   for (int role = 0; role < kRoles; ++role) {
     const Tensor& t = tensors[role];
     if (!variant.present[role] || !t.data) continue;
@@ -180,7 +182,7 @@ std::string check_tensors(const Variant& variant, const std::array<Tensor, kRole
     std::string type = "float32";
     bool right = t.type == ort::kFloat32;
     if (matrix) {
-      int& expected = weight ? w_type : p_type;  // float: the first one says which
+      int& expected = weight ? w_type : p_type;
       type = expected ? type_name(expected) : "float32, float16 or bfloat16";
       right = expected ? t.type == expected : is_float(t.type);
       if (right) expected = t.type;
