@@ -185,10 +185,10 @@ def _differences(onnx_folder: Path, model: Callable[[Tensor], Any], tokens: NDAr
     return largest, (squares / count) ** 0.5
 
 
-def open_session(path: Path) -> Any:
-    """A plain CPU session on `path`, without the native library. Raises InputError when onnxruntime is missing."""
+def open_session(model: Path | bytes) -> Any:
+    """A plain CPU session on a file or a serialised model, without the native library. Raises InputError when onnxruntime is missing."""
     try:
         import onnxruntime
     except ImportError as error:
         raise InputError(f"ONNX export must find onnxruntime, got {error}. Install it with: pip install 'sparsegate[cpu]'") from None
-    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])

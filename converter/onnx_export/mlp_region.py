@@ -165,7 +165,9 @@ def _prove(model: ir.Model, region: MlpRegion, g: ir.Value | None, u: ir.Value, 
     """Run the nodes between the products on random numbers and compare with the op's reference, so that another activation cannot pass unseen."""
     from .base_graph import open_session
 
-    n = region.weights["down"].shape[0]  # type: ignore[index]
+    down = region.weights["down"].const_value
+    assert down is not None
+    n = int(down.shape.numpy()[0])
     random = np.random.default_rng(0)
     x = random.uniform(0.5, 2.0, (3, 1)).astype(np.float32)
     tensors = {role: (2 * random.standard_normal((n, 1))).astype(np.float32) for role in ("w_gate", "w_up", "w_down")}

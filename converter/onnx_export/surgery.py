@@ -74,7 +74,7 @@ def _replace(
     variant = gated_mlp.Variant(activation, score, "float", roles, x=x, w=w)
     inputs = [region.x]
     for role in roles:
-        value = ir.Value(name=prefix + role, shape=ir.Shape(given[role].shape), type=ir.TensorType(given[role].dtype), const_value=given[role])
+        value = ir.Value(name=prefix + role, shape=ir.Shape(given[role].shape.numpy()), type=ir.TensorType(given[role].dtype), const_value=given[role])
         graph.register_initializer(value)
         inputs.append(value)
     y = ir.Value(name=region.y.name, shape=region.y.shape, type=region.y.type)

@@ -1,0 +1,495 @@
+"""ONNX export: the base graph, its MLP regions and the surgery, on every architecture, against a torch forward written here by hand."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import socket
+import sys
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from models import MODEL_TYPES, make_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sparsegate.converter.arch import Site, load_arch
+from sparsegate.converter.artifact import InputError
+from sparsegate.converter.onnx_export import METADATA, build_base, check_base, compare_base, export, find_regions, onnx_logits, surgery
+from sparsegate.converter.onnx_export.emit import EMITTERS
+from sparsegate.converter.plans import KINDS, Plan, Predictor, Threshold, uniform_tau
+from sparsegate.runtime_onnx.ops.gated_mlp import Variant
+
+BOUND = 1e-4
+D, N, R = 64, 176, 8
+TOKENS = np.random.default_rng(0).integers(3, 290, (2, 40))  # longer than the sliding windows of 24
+
+
+@dataclass
+class Tiny:
+    """A tiny model: its checkpoint, its base graph, the torch model."""
+
+    model_type: str
+    checkpoint: Path
+    base: Path
+    model: torch.nn.Module
+
+    @property
+    def arch(self):
+        return load_arch(self.model_type)
+
+    @property
+    def config(self):
+        return self.model.config
+
+    def export(self, plan: Plan, out: Path) -> Path:
+        export(self.base, plan, self.arch, self.config, out)
+        return out
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
+    """model type -> Tiny; one base graph per type for the whole session."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def make(model_type: str) -> Tiny:
+        return open_tiny(model_type, tiny_model(model_type), root / model_type)
+
+    return cache(make)
+
+
+def open_tiny(model_type: str, checkpoint: Path, base: Path) -> Tiny:
+    return Tiny(model_type, checkpoint, build_base(checkpoint, base), AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval())
+
+
+# The gated forward, by hand
+
+
+def act(model_type: str, value: Tensor) -> Tensor:
+    return F.gelu(value, approximate="tanh") if model_type in ("gemma2", "phi") else F.silu(value)
+
+
+def parts(mlp: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, torch.nn.Module]:
+    """(What the activation is applied to, up or None, the down projection) of any of the nine MLPs."""
+    if hasattr(mlp, "gate_up_proj"):
+        gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
+        return gate, up, mlp.down_proj
+    if hasattr(mlp, "gate_proj"):
+        return mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
+    return mlp.fc1(x), None, mlp.fc2
+
+
+@dataclass
+class Gate:
+    """Replaces an MLP's forward. The first call sets a missing tau: per neuron, in the widest gap of its middle scores, so that about half are kept."""
+
+    model_type: str
+    mlp: torch.nn.Module
+    predictor: tuple[Tensor, Tensor] | None = None
+    residual: Tensor | None = None
+    tau: Tensor | None = None
+    z: Tensor = field(default_factory=lambda: torch.empty(0))
+    keep: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up, down = parts(self.mlp, x)
+        activated = act(self.model_type, gate)
+        hidden = torch.relu(x @ self.predictor[0].T) if self.predictor else x
+        scores = hidden @ self.predictor[1].T if self.predictor else activated.abs()
+        if self.tau is None:
+            ranked = scores.reshape(-1, N).sort(dim=0).values
+            middle = ranked[len(ranked) // 3 : 2 * len(ranked) // 3]
+            widest = middle.diff(dim=0).argmax(dim=0, keepdim=True)
+            self.tau = (middle.gather(0, widest) + middle.gather(0, widest + 1))[0] / 2
+        self.keep = scores > self.tau
+        self.z = activated if up is None else activated * up
+        y = down(torch.where(self.keep, self.z, 0.0))
+        return y if self.residual is None else y + hidden @ self.residual
+
+    @property
+    def entry(self) -> Threshold | Predictor:
+        assert self.tau is not None
+        if self.predictor is None:
+            return Threshold("gate", self.tau, 0.5)
+        return Predictor(*self.predictor, self.tau, 0.5, self.residual)
+
+
+class Gated:
+    """A torch model with Gate in every layer, calibrated on TOKENS; `logits` runs it."""
+
+    def __init__(self, tiny: Tiny, kind: str, residual: bool = False):
+        generator = torch.Generator().manual_seed(1)
+        self.tiny, self.gates = tiny, []
+        for layer in tiny.model.model.layers:
+            predictor = (torch.randn(R, D, generator=generator) / D**0.5, torch.randn(N, R, generator=generator)) if kind == "predictor" else None
+            extra = torch.randn(R, D, generator=generator) / R**0.5 if residual else None
+            self.gates.append(Gate(tiny.model_type, layer.mlp, predictor, extra))
+        self.dense_difference = np.abs(self.logits() - tiny.model(torch.from_numpy(TOKENS)).logits.detach().numpy()).max()
+
+    @torch.no_grad()
+    def logits(self, tokens: np.ndarray = TOKENS, skip: int | None = None) -> np.ndarray:
+        """Logits [N, S, V]; `skip` is a neuron of the last layer that is left out besides."""
+        layers = self.tiny.model.model.layers
+        original = [layer.mlp.forward for layer in layers]
+        gates = list(self.gates)
+        if skip is not None:
+            gates[-1] = replace(gates[-1], tau=gates[-1].tau.index_fill(0, torch.tensor(skip), float("inf")))
+        try:
+            for layer, gate in zip(layers, gates, strict=True):
+                layer.mlp.forward = gate
+            return self.tiny.model(torch.from_numpy(tokens)).logits.numpy()
+        finally:
+            for layer, forward in zip(layers, original, strict=True):
+                layer.mlp.forward = forward
+
+    def active_neuron(self) -> int:
+        """A neuron of the last layer that is kept for some tokens: the median one by its strongest activation."""
+        strongest = torch.where(self.gates[-1].keep, self.gates[-1].z.abs(), 0.0).amax(dim=(0, 1))
+        kept = [int(i) for i in strongest.argsort() if strongest[i] > 0]
+        return kept[len(kept) // 2]
+
+    @property
+    def plan(self) -> Plan:
+        return {Site(index): [gate.entry] for index, gate in enumerate(self.gates)}
+
+
+def library() -> str | None:
+    """The native library, where it is installed."""
+    try:
+        from sparsegate.runtime_onnx import library_path
+
+        return str(library_path())
+    except (ImportError, ValueError):
+        return None
+
+
+def run(folder: Path, tokens: np.ndarray = TOKENS, native: str | None = None) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    if native:
+        options.register_custom_ops_library(native)
+    return onnx_logits(onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"]), tokens)
+
+
+def generate(folder: Path, prompt: np.ndarray, count: int) -> list[int]:
+    """Greedy tokens from onnxruntime-genai, up to `count` or the end token."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(folder))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(do_sample=False, max_length=len(prompt) + count)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(prompt.tolist())
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+
+
+# Base graph and regions
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_base_is_the_model_and_has_a_region_per_layer(tiny, model_type):
+    one = tiny(model_type)
+    assert check_base(one.base, one.model, TOKENS) == compare_base(one.base, one.model, TOKENS) <= 2 * BOUND
+    assert {path.name for path in one.base.iterdir()} >= {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"}
+    regions = find_regions(ir.load(one.base / "model.onnx"), one.arch, one.config)
+    assert [region.layer for region in regions] == [0, 1]
+    plain = model_type == "phi"
+    for region in regions:
+        assert sorted(region.weights) == (["down", "up"] if plain else ["down", "gate", "up"])
+        assert sorted(region.biases) == (["down", "up"] if plain else [])
+        assert [tuple(region.weights[role].shape) for role in ("up", "down")] == [(D, N), (N, D)]
+        assert all(f"/layers.{region.layer}/mlp/" in node.name for node in region.nodes)
+        assert len(region.nodes) == {"gemma2": 5, "phi": 5}.get(model_type, 6)
+
+
+def test_base_compares_worse_with_another_model(tiny):
+    """The control of the comparison: one weight of the torch model changed a little."""
+    one = tiny("llama")
+    weight = one.model.model.layers[1].mlp.down_proj.weight
+    old = weight.data.clone()
+    try:
+        weight.data[3, 7] += 0.05
+        with pytest.raises(InputError, match="must give torch's logits"):
+            check_base(one.base, one.model, TOKENS)
+    finally:
+        weight.data.copy_(old)
+
+
+def test_comparison_takes_a_function_and_refuses_nan(tiny):
+    one = tiny("llama")
+    assert compare_base(one.base, lambda tokens: one.model(tokens).logits, TOKENS) == compare_base(one.base, one.model, TOKENS)
+    with pytest.raises(InputError, match="nan"):
+        check_base(one.base, lambda tokens: one.model(tokens).logits * float("nan"), TOKENS)
+
+
+def test_known_wrong_builder_type_is_refused(tmp_path):
+    checkpoint = make_model("olmo", tmp_path / "olmo")
+    base = build_base(checkpoint, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with pytest.raises(InputError, match="builder is wrong for this model"):
+        check_base(base, model, TOKENS)
+
+
+def test_builder_failure_carries_its_message(tmp_path):
+    with pytest.raises(InputError, match="not currently supported"):
+        build_base(make_model("gpt2", tmp_path / "gpt2"), tmp_path / "base")
+
+
+def test_missing_builder_names_the_extra(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai.models", None)
+    with pytest.raises(InputError, match=r"sparsegate\[cpu\]"):
+        build_base(tiny_model("llama"), tmp_path / "base")
+
+
+def test_builder_is_quiet_and_offline(tmp_path, tiny_model, monkeypatch, capfd, caplog):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("the builder opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    path = list(sys.path)
+    with caplog.at_level(logging.DEBUG, logger="sparsegate"):
+        build_base(tiny_model("llama"), tmp_path / "base")
+    assert capfd.readouterr() == ("", "")
+    assert sys.path == path
+    assert "Reading layer 1" in caplog.text
+
+
+def llama_graph(tiny) -> tuple[ir.Model, dict[str, ir.Node]]:
+    model = ir.load(tiny("llama").base / "model.onnx")
+    return model, {node.name: node for node in model.graph}
+
+
+def refused(tiny, model: ir.Model, match: str) -> None:
+    one = tiny("llama")
+    with pytest.raises(InputError, match=match):
+        find_regions(model, one.arch, one.config)
+
+
+def test_open_region_is_refused(tiny):
+    model, nodes = llama_graph(tiny)
+    reader = ir.Node("", "Identity", [nodes["/model/layers.1/mlp/up_proj/MatMul"].outputs[0]], name="/thief")
+    model.graph.append(reader)
+    refused(tiny, model, r"Layer 1, node /model/layers.1/mlp/up_proj/MatMul: .* closed, got .* read by /thief")
+
+
+def test_region_with_another_input_is_refused(tiny):
+    model, nodes = llama_graph(tiny)
+    other = nodes["/model/layers.0/mlp/up_proj/MatMul"].outputs[0]
+    nodes["/model/layers.1/mlp/Mul"].replace_input_with(1, other)
+    refused(tiny, model, r"Layer [01], node .*: the MLP must be")
+
+
+def test_gate_and_up_of_different_values_are_refused(tiny):
+    model, nodes = llama_graph(tiny)
+    nodes["/model/layers.1/mlp/up_proj/MatMul"].replace_input_with(0, nodes["/model/layers.0/mlp/down_proj/MatMul"].outputs[0])
+    refused(tiny, model, r"Layer 1, node /model/layers.1/mlp/gate_proj/MatMul: gate and up must read one value")
+
+
+@pytest.mark.parametrize(("name", "op"), [("act_fn/Sigmoid", "Tanh"), ("Mul", "Add")])
+def test_other_arithmetic_is_refused(tiny, name, op):
+    model, nodes = llama_graph(tiny)
+    nodes[f"/model/layers.1/mlp/{name}"].op_type = op
+    refused(tiny, model, r"Layer 1, node .*: the MLP must (compute silu|be computed)")
+
+
+def test_missing_and_misshapen_weights_are_refused(tiny):
+    model, nodes = llama_graph(tiny)
+    weight = nodes["/model/layers.1/mlp/up_proj/MatMul"].inputs[1]
+    weight.name = "elsewhere"
+    refused(tiny, model, r"Layer 1 .* model.layers.1.mlp.up_proj.MatMul.weight, got none")
+    model, nodes = llama_graph(tiny)
+    nodes["/model/layers.0/mlp/up_proj/MatMul"].op_type = "MatMulNBits"
+    refused(tiny, model, r"Layer 0 .* in one MatMul, got MatMulNBits")
+    one = tiny("llama")
+    config = type(one.config)(**{**one.config.to_dict(), "intermediate_size": 180})
+    with pytest.raises(InputError, match=r"must have shape \[64, 180\], got \[64,176\]"):
+        find_regions(llama_graph(tiny)[0], one.arch, config)
+
+
+# Surgery
+
+
+@pytest.mark.parametrize("kind", ["threshold", "predictor"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_exported_model_equals_gated_torch(tiny, tmp_path, model_type, kind):
+    one = tiny(model_type)
+    gated = Gated(one, kind)
+    out = one.export(gated.plan, tmp_path / "out")
+    expected = gated.logits()
+    density = float(np.mean([gate.keep.float().mean() for gate in gated.gates]))
+    assert 0.3 < density < 0.7
+    assert gated.dense_difference > 0.1  # the gating matters
+    dropped = gated.logits(skip=gated.active_neuron())
+    for native in {None, library()}:
+        logits = run(out, native=native)
+        assert np.abs(logits - expected).max() <= BOUND, native
+        assert np.abs(logits - dropped).max() > 10 * BOUND, "a dropped neuron must be seen"
+    tokens = generate(out, TOKENS[0, :12], 16)
+    teacher = gated.logits(np.concatenate([TOKENS[0, :12], tokens])[None])[0]
+    predicted = teacher[11 : 11 + len(tokens)]
+    assert len(tokens) == 16 or tokens[-1] == one.config.eos_token_id
+    assert (predicted[np.arange(len(tokens)), tokens] >= predicted.max(axis=1) - BOUND).all()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi"])
+def test_open_gates_give_the_dense_model(tiny, tmp_path, model_type):
+    one = tiny(model_type)
+    open_tau = uniform_tau(-float("inf"), N)
+    plan: Plan = {Site(0): [Threshold("gate", open_tau, 1.0)], Site(1): [Predictor(torch.randn(R, D), torch.randn(N, R), open_tau, 1.0)]}
+    assert compare_base(one.export(plan, tmp_path / "out"), one.model, TOKENS) <= BOUND
+
+
+def test_residual_and_biases(tmp_path):
+    """A gated MLP with all three biases, a predictor with a residual."""
+    one = open_tiny("llama", make_model("llama", tmp_path / "model", mlp_bias=True), tmp_path / "base")
+    gated = Gated(one, "predictor", residual=True)
+    out = one.export(gated.plan, tmp_path / "out")
+    names = [Variant.parse(name) for name in json.loads(onnx_metadata(out))]
+    assert [variant.inputs for variant in names] == [("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down", "tau", "p1", "p2", "res")]
+    for native in {None, library()}:
+        assert np.abs(run(out, native=native) - gated.logits()).max() <= BOUND
+        assert np.abs(run(out, native=native) - gated.logits(skip=gated.active_neuron())).max() > BOUND
+
+
+def test_builder_leaves_out_a_zero_bias(tmp_path, tiny):
+    checkpoint = make_model("phi", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model.model.layers[0].mlp.fc2.bias.data.zero_()
+    model.save_pretrained(checkpoint)
+    one = open_tiny("phi", checkpoint, tmp_path / "base")
+    regions = find_regions(ir.load(one.base / "model.onnx"), one.arch, one.config)
+    assert [sorted(region.biases) for region in regions] == [["up"], ["down", "up"]]
+    gated = Gated(one, "threshold")
+    out = one.export(gated.plan, tmp_path / "out")
+    assert len(json.loads(onnx_metadata(out))) == 2
+    assert np.abs(run(out) - gated.logits()).max() <= BOUND
+
+
+def onnx_metadata(folder: Path) -> str:
+    return {entry.key: entry.value for entry in onnx.load(folder / "model.onnx", load_external_data=False).metadata_props}[METADATA]
+
+
+def test_file_of_one_variant(tiny, tmp_path):
+    """Names, functions, metadata and external data of the written folder."""
+    one = tiny("llama")
+    out = one.export(Gated(one, "threshold").plan, tmp_path / "out")
+    assert {path.name for path in out.iterdir()} == {path.name for path in one.base.iterdir()}
+    assert (out / "genai_config.json").read_bytes() == (one.base / "genai_config.json").read_bytes()
+    assert all(path.stat().st_nlink == 1 and not path.is_symlink() for path in out.iterdir())
+    proto = onnx.load(out / "model.onnx", load_external_data=False)
+    assert {entry.domain: entry.version for entry in proto.opset_import}["ai.sparsegate"] == 1
+    assert [(f.domain, f.name, f.overload) for f in proto.functions] == [("ai.sparsegate", "GatedMLP", "")]
+    variant = Variant("silu", "gate", "float", ("w_gate", "w_up", "w_down", "tau"))
+    assert json.loads(onnx_metadata(out)) == [variant.name]
+    nodes = [node for node in proto.graph.node if "/mlp/" in node.name]
+    prefixes = [f"model.layers.{layer}.mlp.GatedMLP." for layer in (0, 1)]
+    assert [node.name for node in nodes] == ["/model/layers.0/mlp/GatedMLP", "/model/layers.1/mlp/GatedMLP"]
+    assert [list(node.input[1:]) for node in nodes] == [[prefix + role for role in variant.inputs] for prefix in prefixes]
+    assert {a.name: a.s.decode() for a in nodes[0].attribute} == variant.attributes()
+    shapes = {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in proto.graph.value_info}
+    assert [shapes[node.output[0]] for node in nodes] == [["batch_size", "sequence_length", D]] * 2
+    locations = {entry.value for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"}
+    assert locations == {"model.onnx.data"}
+    large = [tensor for tensor in proto.graph.initializer if np.prod(tensor.dims) * 4 > 4096]
+    assert large and all(int(entry.value) % 4096 == 0 for tensor in large for entry in tensor.external_data if entry.key == "offset")
+    assert not any("proj.MatMul.weight" in tensor.name and ".mlp." in tensor.name for tensor in proto.graph.initializer)
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor, str(out)) for tensor in proto.graph.initializer}
+    weights = load_file(one.checkpoint / "model.safetensors")
+    for layer, prefix in enumerate(prefixes):
+        assert np.array_equal(stored[prefix + "w_gate"], weights[f"model.layers.{layer}.mlp.gate_proj.weight"])
+        assert np.array_equal(stored[prefix + "w_up"], weights[f"model.layers.{layer}.mlp.up_proj.weight"])
+        assert np.array_equal(stored[prefix + "w_down"], weights[f"model.layers.{layer}.mlp.down_proj.weight"].T)
+
+
+def test_two_variants_are_overloads_and_other_sites_stay(tiny, tmp_path):
+    one = tiny("llama")
+    threshold, predictor = Gated(one, "threshold"), Gated(one, "predictor")
+    mixed = one.export({Site(1): predictor.plan[Site(1)], Site(0): threshold.plan[Site(0)]}, tmp_path / "mixed")
+    proto = onnx.load(mixed / "model.onnx", load_external_data=False)
+    assert [function.overload for function in proto.functions] == ["v0", "v1"]
+    assert [(node.name, node.overload) for node in proto.graph.node if node.op_type == "GatedMLP"] == [
+        ("/model/layers.0/mlp/GatedMLP", "v0"),
+        ("/model/layers.1/mlp/GatedMLP", "v1"),
+    ]
+    threshold.gates[1] = replace(predictor.gates[1])
+    assert np.abs(run(mixed) - threshold.logits()).max() <= BOUND
+    half = one.export({Site(1): predictor.plan[Site(1)]}, tmp_path / "half")
+    threshold.gates[0] = replace(threshold.gates[0], tau=uniform_tau(-float("inf"), N))
+    assert np.abs(run(half) - threshold.logits()).max() <= BOUND
+    assert "/model/layers.0/mlp/down_proj/MatMul" in {node.name for node in onnx.load(half / "model.onnx", load_external_data=False).graph.node}
+
+
+def test_every_plan_kind_has_an_emitter():
+    assert set(EMITTERS) == set(KINDS)
+
+
+class Unknown:
+    def fields(self):
+        return {"kind": "swap"}
+
+
+@pytest.mark.parametrize(
+    ("site", "entries", "match"),
+    [
+        (Site(0), [Unknown()], "kind threshold or predictor to be exported, got swap"),
+        (Site(0), [], "got none"),
+        (Site(0), [Threshold("gate", uniform_tau(0.1, N), 0.5)] * 2, "one entry"),
+        (Site(0), [Threshold("magnitude", uniform_tau(0.1, N), 0.5)], "score must be gate for the ONNX op, got magnitude"),
+        (Site(0), [Threshold("gate", uniform_tau(0.1, N - 1), 0.5)], r"tau must have shape \[176\], got \[175\]"),
+        (Site(0), [Threshold("gate", uniform_tau(float("nan"), N), 0.5)], "got NaN"),
+        (Site(0), [Predictor(torch.zeros(R, D), torch.zeros(R, N), uniform_tau(0.1, N), 0.5)], r"p2 must have shape \[176, 8\]"),
+        (Site(2), [Threshold("gate", uniform_tau(0.1, N), 0.5)], "layers.0.ffn to layers.1.ffn, got layers.2.ffn"),
+        (Site(0, 3), [Threshold("gate", uniform_tau(0.1, N), 0.5)], "got layers.0.experts.3.ffn"),
+    ],
+)
+def test_bad_plans_are_refused(tiny, tmp_path, site, entries, match):
+    with pytest.raises(InputError, match=match):
+        tiny("llama").export({site: entries}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_base_folder_is_never_overwritten(tiny):
+    one = tiny("llama")
+    with pytest.raises(InputError, match="another one than the base graph's"):
+        one.export({}, one.base)
+
+
+def test_full_disk_is_said(tiny, tmp_path, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(surgery.ir, "save", fail)
+    with pytest.raises(InputError, match="Disk space"):
+        tiny("llama").export({}, tmp_path / "out")
+
+
+def test_weights_stream_through_memory(tmp_path, monkeypatch):
+    """The Python memory that export allocates stays near one weight, although the model has twelve, and no weight stays mapped once it is written."""
+    one = open_tiny("llama", make_model("llama", tmp_path / "model", num_hidden_layers=4, intermediate_size=4096), tmp_path / "base")
+    plan: Plan = {site: [Threshold("gate", uniform_tau(0.1, 4096), 0.5)] for site in one.arch.sites(one.config)}
+    weight = 4 * D * 4096  # bytes
+    data = one.base / "model.onnx.data"
+    assert data.stat().st_size > 12 * weight
+    mapped = []
+    monkeypatch.setattr(surgery, "_check", lambda _folder: mapped.append(Path("/proc/self/maps").read_text().count(str(data))))
+    tracemalloc.start()
+    try:
+        one.export(plan, tmp_path / "out")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * weight, f"{peak / weight:.1f} weights"
+    assert mapped == [0]
