@@ -38,16 +38,17 @@ _OPTIONS = ["hf_token=false", "windowed_kv_cache=false"]
 
 
 def build_base(checkpoint: Path, out: Path) -> Path:
-    """Build the fp32 CPU graph of a Hugging Face folder into `out`; returns `out`. Reads local files only and holds the whole model in memory.
+    """Build the fp32 CPU graph of a Hugging Face folder into `out`; returns `out`. Reads local files only and holds the whole model in memory, in fp32.
 
     Raises InputError when onnxruntime-genai is missing, when the builder refuses or fails on the model, or when the disk is full.
     """
     builder = _builder()
-    with TemporaryDirectory() as cache, _to_log():
+    with TemporaryDirectory() as temporary, _to_log():
         try:
-            options = builder.parse_extra_options("", str(checkpoint), str(out), "fp32", "cpu", cache, list(_OPTIONS))
+            given = (str(_in_float32(checkpoint, Path(temporary))), str(out), "fp32", "cpu", f"{temporary}/cache")
+            options = builder.parse_extra_options("", *given, list(_OPTIONS))
             unrotated = _prepare(options["hf_details"]["hf_config"])
-            builder.create_model("", str(checkpoint), str(out), "fp32", "cpu", cache, **options)
+            builder.create_model("", *given, **options)
             _complete(out, unrotated)
         except Exception as error:  # the builder raises whatever its hundred code paths meet
             if is_disk_full(error):
@@ -69,6 +70,24 @@ def _builder() -> ModuleType:
     finally:
         sys.path[:] = path  # the package appends its own folder, whose modules have names like `builders`
     return builder
+
+
+def _in_float32(checkpoint: Path, temporary: Path) -> Path:
+    """A folder with the same files whose configuration asks for fp32.
+
+    In half precision the builder would round what it computes from weights, such as gemma's 1 + norm.
+    """
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    if config.get("dtype", config.get("torch_dtype")) == "float32":
+        return checkpoint
+    folder = temporary / "float32"
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        if path.is_file() and path.name != "config.json":
+            (folder / path.name).symlink_to(path.resolve())
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}), encoding="utf-8")
+    return folder
 
 
 def _prepare(config: Any) -> list[int]:

@@ -214,6 +214,15 @@ def test_base_is_the_model_and_has_a_region_per_layer(tiny, model_type):
         assert len(region.nodes) == {"gemma2": 5, "phi": 5}.get(model_type, 6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_checkpoint_is_exported_exactly(tmp_path, dtype):
+    """gemma2 adds 1 to its norm weights, which half precision would round."""
+    checkpoint = make_model("gemma2", tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(checkpoint).to(dtype).save_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    check_base(build_base(checkpoint, tmp_path / "base"), model, TOKENS)
+
+
 def test_base_compares_worse_with_another_model(tiny):
     """The control of the comparison: one weight of the torch model changed a little."""
     one = tiny("llama")
