@@ -11,21 +11,20 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, errors, get_token, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, errors, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.utils import validate_repo_id
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .artifact import InputError, disk_full, hash_file, is_disk_full, read_json, write_json
+from .artifact import InputError, disk_full, is_disk_full, read_json, write_json
+from .manifest import LINK_FILES, MANIFEST, check_files, read_manifest
 
-MANIFEST = "manifest.json"
-LINK = "sparsegate_link.json"
 _TIMEOUT = 10.0  # seconds until a silent Hub counts as unreachable; later requests have the Hub client's own limits
 _RECORD = Path(".cache") / "sparsegate.json"  # beside huggingface_hub's own notes on a local folder
 _SINGLE = "model.safetensors"
@@ -136,26 +135,47 @@ def download(repo_id: str, folder: Path, revision: str | None = None, token: str
     Fetched are the root's safetensors weights, configuration, tokenizer, README and licence. Free disk space is checked before the first byte, an interrupted
     download goes on where it stopped, and a finished one also serves without a network. Raises InputError as `remote_inspect` does, or when the disk is full.
     """
-    folder = Path(folder)
+    return _fetch(HfApi(endpoint=endpoint, token=token), repo_id, Path(folder), revision, lambda _, sizes: _select(repo_id, list(sizes)))
+
+
+def fetch_checkpoint(repo_id: str, folder: Path | None = None, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> Download:
+    """Fetch a whole sparse checkpoint, onnx/ included: the files that its manifest lists, and the manifest.
+
+    `folder` is by default sparsegate/OWNER--NAME in Hugging Face's home folder. Works and fails as `download`; a repository without a manifest is refused.
+    """
+    api = HfApi(endpoint=endpoint, token=token)
+
+    def listed(commit: str, sizes: dict[str, int]) -> list[str]:
+        if MANIFEST not in sizes:
+            raise InputError(f"{repo_id} must hold a finished sparse checkpoint, got no {MANIFEST}. Convert it with `sparsegate convert {repo_id}`.")
+        files = _remote_json(api, repo_id, MANIFEST, commit).get("files")
+        return [*sorted(sizes.keys() & set(files if isinstance(files, dict) else ())), MANIFEST]
+
+    place = Path(folder) if folder else Path(constants.HF_HOME) / "sparsegate" / repo_id.replace("/", "--")
+    return _fetch(api, repo_id, place, revision, listed)
+
+
+def _fetch(api: HfApi, repo_id: str, folder: Path, revision: str | None, choose: Callable[[str, dict[str, int]], list[str]]) -> Download:
+    """Bring the files that `choose` takes from (commit, {name: bytes}) into `folder`, and those of an earlier commit that are not among them away."""
     record = _finished(folder, repo_id)
     if record and revision == record.revision:
         return Download(folder, repo_id, record.revision)
-    api = HfApi(endpoint=endpoint, token=token)
     try:
         with _explained(repo_id, api.endpoint):
             commit, sizes = _listing(api, repo_id, revision)
+            names = choose(commit, sizes)
     except _Unreachable:
         if record is None or revision != record.requested:
             raise
         logger.warning("The Hub cannot be reached; using the copy of %s at %s in %s.", repo_id, record.revision[:12], folder)
         return Download(folder, repo_id, record.revision)
-    names = _select(repo_id, list(sizes))
     check_disk(folder, sum(sizes[name] for name in names if not _has_size(folder / name, sizes[name])))
     earlier = _read_record(folder)
     stale = set(earlier.files) - set(names) if earlier else set()
     try:
         with _explained(repo_id, api.endpoint):
-            snapshot_download(repo_id, revision=commit, local_dir=folder, token=token, endpoint=endpoint, allow_patterns=[glob.escape(name) for name in names])
+            patterns = [glob.escape(name) for name in names]
+            snapshot_download(repo_id, revision=commit, local_dir=folder, token=api.token, endpoint=api.endpoint, allow_patterns=patterns)
         for name in stale:
             (folder / name).unlink(missing_ok=True)
         record = _Record(id=repo_id, requested=revision, revision=commit, files={name: sizes[name] for name in names})
@@ -295,26 +315,22 @@ def _check_rights(account: dict[str, Any], repo_id: str) -> None:
 
 def _check_folder(folder: Path) -> list[str]:
     """The files of a checkpoint folder as its manifest lists them. Raises InputError when one is missing, altered or outside, or when the folder is linked."""
-    manifest = read_json(folder / MANIFEST, "manifest.json of the checkpoint")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not files or not all(isinstance(row, dict) and {"sha256", "size"} <= row.keys() for row in files.values()):
-        raise InputError(f"manifest.json must list every file with size and sha256, got another content in {folder}. Convert the model again.")
-    quoted = shlex.quote(str(folder))
+    manifest, quoted = read_manifest(folder), shlex.quote(str(folder))
+    outside = [name for name in manifest.files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or (folder / name).is_symlink()]
+    if outside or not manifest.files:
+        raise InputError(f"manifest.json must list files inside the folder, got {(outside or ['none'])[0]}. Convert the model again.")
     genai = folder / "onnx" / "genai_config.json"
-    linked = next(folder.rglob(LINK), None) or (genai if genai.is_file() and b"custom_ops_library" in genai.read_bytes() else None)
+    linked = [path.name for path in folder.rglob("*") if path.name in LINK_FILES]
+    if genai.is_file() and b"custom_ops_library" in genai.read_bytes():
+        linked.append(genai.name)
     if linked:
-        raise InputError(f"{folder} must not be linked to this machine's library when pushed, got {linked.name}. Run `sparsegate unlink {quoted}` first.")
-    if "README.md" not in files:
-        raise InputError(f"{folder} must hold a model card, got no README.md in its manifest. Run `sparsegate report {quoted}` first.")
-    for name, row in files.items():
-        path = folder / name
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or path.is_symlink():
-            raise InputError(f"manifest.json must list files inside the folder, got {name}. Convert the model again.")
-        if not path.is_file():
-            raise InputError(f"{folder} must hold every file of its manifest, got no {name}. Convert the model again.")
-        if name != "README.md" and (path.stat().st_size != row["size"] or hash_file(path) != row["sha256"]):
-            raise InputError(f"{name} must be as manifest.json lists it, got other bytes. Convert the model again, or restore the file.")
-    return [name for name in files if name != MANIFEST]
+        raise InputError(f"{folder} must not be linked to this machine's library when pushed, got {linked[0]}. Run `sparsegate unlink {quoted}` first.")
+    wrong = [line for line in check_files(folder, manifest) if line != "README.md has other bytes than the manifest says"]
+    if wrong:
+        raise InputError(f"{folder} must be as its manifest.json says, got: {wrong[0]}. Restore the file or convert the model again.")
+    if not (folder / "README.md").is_file():
+        raise InputError(f"{folder} must hold a model card, got no README.md. Convert the model again.")
+    return [*manifest.files, *(["README.md"] if "README.md" not in manifest.files else [])]
 
 
 def _read_record(folder: Path) -> _Record | None:

@@ -1,7 +1,8 @@
 """A Hugging Face Hub for tests: one process, in memory, on the loopback interface, standard library only.
 
-It speaks the part of the HTTP API that huggingface_hub needs to create repositories, commit files (small ones inline, weights through LFS), list and download
-them with ranges, and ask who a token belongs to. Tokens have roles, repositories can be private or gated, every request is logged, and `fail` breaks chosen ones.
+It speaks the part of the HTTP API that huggingface_hub needs to create repositories, commit files (small ones inline, weights through LFS), list and
+download them with ranges, and ask who a token belongs to. Tokens have roles, repositories can be private or gated, every request is logged, and `fail`
+breaks chosen ones.
 Clients must run without Xet, which needs a storage service of its own.
 """
 

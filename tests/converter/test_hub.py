@@ -13,10 +13,12 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import Account, HubServer
+from hub_server import Account, Blob, HubServer
 from huggingface_hub import constants
+
 from sparsegate.converter import hub
 from sparsegate.converter.artifact import InputError
+from sparsegate.converter.manifest import LINK_FILES, File, Manifest, write_manifest
 
 TOKEN = "hf_secretsecretsecret"
 CONFIG = {"model_type": "llama", "hidden_size": 4}
@@ -84,8 +86,8 @@ def make_checkpoint(folder: Path, extra: dict[str, bytes] | None = None) -> Path
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    rows = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
-    (folder / "manifest.json").write_text(json.dumps({"version": 1, "files": rows}))
+    rows = {name: File(sha256=hashlib.sha256(data).hexdigest(), size=len(data)) for name, data in files.items()}
+    write_manifest(folder, Manifest(fingerprint="0", source={}, calibration={}, recipe={}, seed=0, budget={}, measured={}, versions={}, files=rows))
     return folder
 
 
@@ -379,11 +381,13 @@ def test_push_refuses_what_is_no_finished_checkpoint(server: HubServer, tmp_path
     cases = {
         "nothing at": altered("no-manifest", lambda folder: (folder / "manifest.json").unlink()),
         "must be JSON": altered("broken", lambda folder: (folder / "manifest.json").write_text("{")),
-        "list every file": altered("empty", lambda folder: (folder / "manifest.json").write_text("{}")),
-        "no onnx/model.onnx.": altered("missing", lambda folder: (folder / "onnx/model.onnx").unlink()),
-        "model.safetensors must be as": altered("changed", lambda folder: (folder / "model.safetensors").write_bytes(WEIGHTS[:-1] + b"!")),
+        "follow version 1": altered("empty", lambda folder: (folder / "manifest.json").write_text("{}")),
+        "got none": altered("nothing", lambda folder: relist(folder, lambda files: files.clear())),
+        "onnx/model.onnx is missing": altered("missing", lambda folder: (folder / "onnx/model.onnx").unlink()),
+        "model.safetensors has other bytes": altered("changed", lambda folder: (folder / "model.safetensors").write_bytes(WEIGHTS[:-1] + b"!")),
         "inside the folder": altered("outside", lambda folder: relist(folder, lambda files: files.update({"../secret": outside}))),
-        "model card": altered("no-card", lambda folder: relist(folder, lambda files: files.pop("README.md"))),
+        "README.md is missing": altered("lost-card", lambda folder: (folder / "README.md").unlink()),
+        "model card": altered("no-card", lambda folder: ((folder / "README.md").unlink(), relist(folder, lambda files: files.pop("README.md")))),
         "sparsegate_link.json": altered("linked", lambda folder: (folder / "onnx" / "sparsegate_link.json").write_text("{}")),
         "sparsegate unlink": altered("named", lambda folder: (folder / "onnx/genai_config.json").write_text('{"custom_ops_library": "libx.so"}')),
     }
@@ -402,9 +406,24 @@ def test_card_edited_by_hand_is_pushed(server: HubServer, tmp_path: Path) -> Non
 
 
 def test_link_record_has_the_runtimes_name() -> None:
-    link = pytest.importorskip("sparsegate.runtime_onnx.link")
-    record = getattr(link, "RECORD", None)
-    assert record == hub.LINK
+    from sparsegate.runtime_onnx.library import LIBRARY
+    from sparsegate.runtime_onnx.link import RECORD
+
+    assert set(LINK_FILES) == {RECORD, LIBRARY}
+
+
+def test_checkpoint_comes_back_whole(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint(tmp_path / "out")
+    hub.push(folder, "ada/sparse", token=TOKEN, endpoint=server.url)
+    server.repos["ada/sparse"].commit("by hand", {**server.repos["ada/sparse"].head.files, "notes.md": Blob(b"x", False)}, ("notes.md",))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    made = hub.fetch_checkpoint("ada/sparse", token=TOKEN, endpoint=server.url)
+    assert made.folder == tmp_path / "home" / "sparsegate" / "ada--sparse" and contents(made.folder) == contents(folder)
+    assert not any(path.is_symlink() for path in made.folder.rglob("*"))
+    server.add_repo("ada/half", {"config.json": MODEL["config.json"], "model.safetensors": WEIGHTS})
+    with pytest.raises(InputError, match="finished sparse checkpoint") as error:
+        hub.fetch_checkpoint("ada/half", tmp_path / "half", endpoint=server.url)
+    one_line(error)
 
 
 def test_full_disk_while_downloading(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,116 @@
+"""The model card: README.md with the Hub's metadata, generated from a report and the base model's own card. It states nothing that was not measured."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+from .results import Report
+from .tables import check_table, layer_table, quality_table, ratio_text
+
+TAGS = ("onnx", "onnxruntime", "onnxruntime-genai", "sparse", "activation-sparsity")
+_LICENCE_FILES = re.compile(r"(licen[cs]e|notice|copying|use_policy)", re.IGNORECASE)
+
+logger = logging.getLogger("sparsegate")
+
+
+@dataclass(frozen=True)
+class BaseCard:
+    """What the card takes over from the base model: Hub id and commit, when it has them, licence, languages, and the files with the licence's text."""
+
+    id: str | None = None
+    revision: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    language: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+
+def read_base_card(folder: Path, id: str | None = None, revision: str | None = None) -> BaseCard:
+    """Read a model folder's README.md front matter and find its licence files. A README without front matter, or none, gives a card without a licence."""
+    readme = folder / "README.md"
+    try:
+        data: dict[str, Any] = (metadata_load(readme) if readme.is_file() else None) or {}
+    except (ValueError, yaml.YAMLError):
+        logger.warning("The front matter of %s is no YAML mapping; the licence has to be filled in by hand.", readme)
+        data = {}
+    files = tuple(sorted(path for path in folder.iterdir() if path.is_file() and _LICENCE_FILES.match(path.name)))
+    license, name, link = data.get("license"), data.get("license_name"), data.get("license_link")
+    if license is None and files:
+        license, name, link = "other", "license-of-the-base-model", files[0].name
+    if link and "://" not in str(link) and str(link) not in {path.name for path in files}:
+        link = f"https://huggingface.co/{id}/blob/{revision or 'main'}/{link}" if id else None
+    language = data.get("language") or []
+    # YAML 1.1 reads the code of Norwegian as the boolean false
+    codes = tuple("no" if code is False else str(code) for code in (language if isinstance(language, list) else [language]))
+    return BaseCard(id, revision, _text(license), _text(name), _text(link), codes, files)
+
+
+def write_card(folder: Path, report: Report, source_folder: Path, repo_id: str | None = None) -> Path:
+    """Write `folder`/README.md and copy the base model's licence files beside it. Plots that lie in `folder`/report are shown.
+
+    `source_folder` holds the base model with its own card. `repo_id` is what the usage examples download; without it they name OWNER/NAME.
+    """
+    source = read_base_card(source_folder, report.model if report.revision else None, report.revision)
+    for path in source.files:
+        if path.resolve() != (folder / path.name).resolve():
+            shutil.copyfile(path, folder / path.name)
+    data = ModelCardData(
+        base_model=source.id,
+        base_model_relation="quantized" if source.id else None,  # the Hub's closed list has no word for sparse
+        library_name="sparsegate",
+        pipeline_tag="text-generation",
+        license=source.license,
+        license_name=source.license_name,
+        license_link=source.license_link,
+        language=list(source.language) or None,
+        datasets=[report.calibration.dataset] if report.calibration.dataset else None,
+        tags=list(TAGS),
+    )
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    template = environment.from_string((Path(__file__).parent / "card.md.jinja").read_text(encoding="utf-8"))
+    repo = repo_id or "OWNER/NAME"
+    body = template.render(
+        report=report,
+        chosen=report.chosen,
+        source=source,
+        repo=repo,
+        local=repo.split("/")[-1],
+        quality=quality_table(report),
+        layers=layer_table(report),
+        checks=check_table(report),
+        speed=speed_sentence(report),
+        recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
+        versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        plots=sorted(path.relative_to(folder).as_posix() for path in (folder / "report").glob("*.png")),
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+    path = folder / "README.md"
+    card.save(path)
+    return path
+
+
+def speed_sentence(report: Report) -> str:
+    """What was measured about decoding speed, claiming no more."""
+    row, speed = report.chosen, report.speed
+    if row.method == "dense" or speed is None or row.decode_ratio is None:
+        return "Speed was not measured."
+    threads = "" if speed.threads is None else f", {speed.threads} threads"
+    where = f"on this machine ({report.machine.cpu}, {report.machine.cores} cores{threads}, {speed.precision}, {speed.provider})"
+    times = f"{ratio_text(row.decode_ratio)} times the speed of the dense model"
+    said = f"Not faster {where}: decoding ran at {times}." if row.decode_ratio < 1 else f"Decoding ran at {times} {where}."
+    return f"{said} Other load disturbed every pair of runs: these speeds are not to be quoted." if speed.disturbed else said
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
