@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from .assembly import build
-from .card import write_card
+from ..manifest import installed_versions
+from .card import BaseCard, read_base_card, write_card, write_report
 from .plots import plot_layers
-from .results import Check, Layer, Machine, Report, Row, Speed, Text, read, write
-from .tables import check_table, layer_table, layer_text, quality_table, quality_text
+from .results import RESULTS, Check, Layer, Machine, Report, Row, Speed, Text, this_machine
+from .tables import check_table, layer_table, quality_table
 
 __all__ = [
+    "RESULTS",
+    "BaseCard",
     "Check",
     "Layer",
     "Machine",
@@ -16,14 +18,13 @@ __all__ = [
     "Row",
     "Speed",
     "Text",
-    "build",
     "check_table",
+    "installed_versions",
     "layer_table",
-    "layer_text",
     "plot_layers",
     "quality_table",
-    "quality_text",
-    "read",
-    "write",
+    "read_base_card",
+    "this_machine",
     "write_card",
+    "write_report",
 ]

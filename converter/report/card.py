@@ -14,7 +14,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
-from .results import Report
+from .plots import plot_layers
+from .results import RESULTS, Report
 from .tables import check_table, layer_table, quality_table, ratio_text
 
 TAGS = ("onnx", "onnxruntime", "onnxruntime-genai", "sparse", "activation-sparsity")
@@ -50,18 +51,24 @@ def read_base_card(folder: Path, id: str | None = None, revision: str | None = N
         license, name, link = "other", "license-of-the-base-model", files[0].name
     if link and "://" not in str(link) and str(link) not in {path.name for path in files}:
         link = f"https://huggingface.co/{id}/blob/{revision or 'main'}/{link}" if id else None
-    language = data.get("language") or []
+    language = [] if data.get("language") is None else data["language"]
     # YAML 1.1 reads the code of Norwegian as the boolean false
     codes = tuple("no" if code is False else str(code) for code in (language if isinstance(language, list) else [language]))
     return BaseCard(id, revision, _text(license), _text(name), _text(link), codes, files)
 
 
-def write_card(folder: Path, report: Report, source_folder: Path, repo_id: str | None = None) -> Path:
+def write_report(folder: Path, report: Report, source: BaseCard, repo_id: str | None = None) -> None:
+    """Write all that is made from a report into a checkpoint folder: report/report.json, report/layers.png, README.md and the licence files."""
+    report.save(folder / RESULTS)
+    plot_layers(folder, report)
+    write_card(folder, report, source, repo_id)
+
+
+def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | None = None) -> Path:
     """Write `folder`/README.md and copy the base model's licence files beside it. Plots that lie in `folder`/report are shown.
 
-    `source_folder` holds the base model with its own card. `repo_id` is what the usage examples download; without it they name OWNER/NAME.
+    `repo_id` is what the usage examples download; without it they name OWNER/NAME.
     """
-    source = read_base_card(source_folder, report.model if report.revision else None, report.revision)
     for path in source.files:
         if path.resolve() != (folder / path.name).resolve():
             shutil.copyfile(path, folder / path.name)
@@ -94,7 +101,7 @@ def write_card(folder: Path, report: Report, source_folder: Path, repo_id: str |
         versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
         plots=sorted(path.relative_to(folder).as_posix() for path in (folder / "report").glob("*.png")),
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", body))
     path = folder / "README.md"
     card.save(path)
     return path

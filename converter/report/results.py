@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ...runtime_onnx.bench import machine
 from ..artifact import VERSION, InputError, read_json, write_json
 
 RESULTS = "report/report.json"
+"""The report's place in a checkpoint folder."""
 
 
 class _Strict(BaseModel):
@@ -42,7 +44,7 @@ class Speed(_Strict):
     `precision` of the weights of both, `threads` None for the runtime's own choice; `disturbed` when other load made every pair of runs wait.
     """
 
-    runtime: str
+    runtime: str = "onnxruntime"
     precision: str
     provider: str
     threads: int | None
@@ -97,13 +99,14 @@ class Layer(_Strict):
 
 
 class Check(_Strict):
-    """A measured value, its bound, whether it holds, and a note on what was compared."""
+    """A measured value, its bound (an upper one, or a lower one when `at_least`), whether it holds, and a note on what was compared."""
 
     name: str
     value: float
     bound: float
     passed: bool
     note: str = ""
+    at_least: bool = False
 
 
 class Report(_Strict):
@@ -135,6 +138,22 @@ class Report(_Strict):
             raise ValueError("a speed ratio needs the dense model's speed and the conditions in `speed`")
         return self
 
+    def save(self, path: Path) -> None:
+        """Write the report as JSON, in a folder that is made when it is not there."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Read a report. Raises InputError when the file is missing or has another form."""
+        value = read_json(path, "The report")
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the whole"
+            raise InputError(f"The report must have the form of version 1, got {path} ({place}: {first['msg']}). Convert again.") from None
+
     @property
     def dense(self) -> Row:
         """The baseline's row."""
@@ -147,21 +166,7 @@ class Report(_Strict):
         return next((row for row in self.rows if row.selected), sparse[0] if len(sparse) == 1 else self.dense)
 
 
-def write(folder: Path, report: Report) -> Path:
-    """Store the report in a checkpoint folder and return the file."""
-    path = folder / RESULTS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, report.model_dump(mode="json"))
-    return path
-
-
-def read(folder: Path) -> Report:
-    """The report of a checkpoint folder. Raises InputError when it is missing or has another form."""
-    path = folder / RESULTS
-    value = read_json(path, "The report")
-    try:
-        return Report.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the whole"
-        raise InputError(f"The report must have the form of version 1, got {path} ({place}: {first['msg']}). Convert again.") from None
+def this_machine() -> Machine:
+    """The machine that runs this process."""
+    found = machine()
+    return Machine(cpu=found["cpu"], cores=found["cpus"], os=found["system"], memory_bytes=found["memory_bytes"])

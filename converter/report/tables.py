@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from .results import Report, Row
 
 ABSENT = "-"
+Form = Literal["markdown", "text"]  # a pipe table for cards, or aligned columns for terminals
 Cells = tuple[list[str], list[list[str]]]
 
 
-def quality_table(report: Report) -> str:
-    """Markdown, one row per method: what it loses and what it costs, with speed columns where speed was measured."""
-    return _markdown(*_quality(report))
+def quality_table(report: Report, form: Form = "markdown") -> str:
+    """One row per method: what it loses and what it costs, with speed columns where speed was measured."""
+    return _FORMS[form](*_quality(report))
 
 
-def quality_text(report: Report) -> str:
-    """The table of `quality_table` in aligned columns."""
-    return _aligned(*_quality(report))
+def layer_table(report: Report, form: Form = "markdown") -> str:
+    """One row per site: densities asked for, calibrated and realised, the predictor's recall and rank, and the cost."""
+    return _FORMS[form](*_layers(report))
 
 
-def layer_table(report: Report) -> str:
-    """Markdown, one row per site: densities asked for, calibrated and realised, the predictor's recall and rank, and the cost."""
-    return _markdown(*_layers(report))
-
-
-def layer_text(report: Report) -> str:
-    """The table of `layer_table` in aligned columns."""
-    return _aligned(*_layers(report))
-
-
-def check_table(report: Report) -> str:
-    """Markdown, one row per check: the value, its bound, whether it holds, and what was compared."""
-    body = [[check.name, f"{check.value:.3g}", f"{check.bound:.3g}", "passed" if check.passed else "FAILED", check.note] for check in report.checks]
-    return _markdown(["check", "value", "bound", "result", "compared"], body)
+def check_table(report: Report, form: Form = "markdown") -> str:
+    """One row per check: the value, its bound, whether it holds, and what was compared."""
+    body = [
+        [check.name, f"{check.value:.3g}", f"{'≥' if check.at_least else '≤'} {check.bound:.3g}", "passed" if check.passed else "FAILED", check.note]
+        for check in report.checks
+    ]
+    return _FORMS[form](["check", "value", "bound", "result", "compared"], body)
 
 
 def ratio_text(ratio: float) -> str:
@@ -110,3 +105,6 @@ def _aligned(header: list[str], body: list[list[str]]) -> str:
     rows = [header, ["-" * width for width in widths], *body]
     lines = ("  ".join(cell.rjust(w) if k else cell.ljust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+_FORMS = {"markdown": _markdown, "text": _aligned}
