@@ -3,7 +3,7 @@
 It speaks the part of the HTTP API that huggingface_hub needs to create repositories, commit files (small ones inline, weights through LFS), list and
 download them with ranges, and ask who a token belongs to. Tokens have roles, repositories can be private or gated, every request is logged, and `fail`
 breaks chosen ones.
-Clients must run without Xet, which needs a storage service of its own.
+Clients must run without Xet, which needs a storage service of its own, or with `lfs` off, so that every file is committed inline.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class HubServer:
         self.log: list[str] = []
         self.created: list[dict[str, Any]] = []
         self.faults: list[tuple[str, int]] = []
+        self.lfs = True
         self.after: Callable[[Commit], None] | None = None
         self.lock = threading.RLock()
         handler = type("BoundHandler", (_Handler,), {"hub": self})
@@ -126,6 +127,8 @@ class _Refusal(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # head and body in one packet; otherwise every answer waits for the client's delayed ACK
+    disable_nagle_algorithm = True
     hub: HubServer
 
     def do_GET(self) -> None:
@@ -274,7 +277,7 @@ def preupload(request: _Handler, body: bytes, repo: str, revision: str) -> tuple
     rows = []
     for wish in json.loads(body)["files"]:
         path = wish["path"]
-        mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
+        mode = "lfs" if request.hub.lfs and path.endswith(LFS_SUFFIXES) else "regular"
         rows.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": files[path].oid if path in files else None})
     return 200, {"files": rows}
 

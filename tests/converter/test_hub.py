@@ -45,6 +45,8 @@ MODEL = {
     "modeling_custom.py": b"raise SystemExit",
     "onnx/model.onnx": b"graph",
     "consolidated.safetensors": WEIGHTS,
+    "model-00001-of-00001.safetensors": WEIGHTS,
+    "model.safetensors.index.json": b"{}",
 }
 WANTED = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "LICENSE.txt", "README.md"}
 
@@ -57,9 +59,9 @@ def server() -> Iterator[HubServer]:
 
 @pytest.fixture(autouse=True)
 def client(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """a client without Xet, stored tokens or shared cache, and an empty server."""
+    """A client without Xet, stored tokens or shared cache, and an empty server."""
     server.repos.clear(), server.uploads.clear(), server.log.clear(), server.created.clear(), server.faults.clear()
-    server.after = None
+    server.after, server.lfs = None, True
     server.accounts = {TOKEN: Account("ada", orgs={"lab": "write", "club": "read"})}
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -327,6 +329,20 @@ def test_manifest_is_committed_last_and_alone(server: HubServer, tmp_path: Path)
     assert not server.repos["ada/sparse"].private
     writes = [line for line in server.log if line.startswith(("POST /api/models/ada/sparse/commit", "PUT"))]
     assert writes[-2:] == ["POST /api/models/ada/sparse/commit/main"] * 2
+
+
+def test_push_through_the_streamed_pipeline(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's default way of uploading, which commits in batches, keeps the manifest last and removes old files too."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    server.lfs = False
+    hub.push(make_checkpoint(tmp_path / "a", {"report/old.png": b"old"}), "ada/sparse", token=TOKEN, endpoint=server.url)
+    folder = make_checkpoint(tmp_path / "b", {"report/new.png": b"new"})
+    for _ in range(2):
+        hub.push(folder, "ada/sparse", token=TOKEN, endpoint=server.url)
+    commits = server.repos["ada/sparse"].commits
+    assert [commit.changed == ("manifest.json",) for commit in commits[1:]] == [False, True, False, True]
+    assert {name: blob.data for name, blob in commits[-1].files.items() if name != ".gitattributes"} == contents(folder)
 
 
 def test_push_again_changes_nothing(server: HubServer, tmp_path: Path) -> None:
