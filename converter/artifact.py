@@ -96,8 +96,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises InputError when the disk is full; every other error passes through. Leftovers of killed runs are removed first.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f"{target.name}.partial-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+    for stale in list(target.parent.iterdir()):
+        if stale.name.startswith(f"{target.name}.partial-"):
+            shutil.rmtree(stale, ignore_errors=True)
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:
@@ -124,7 +125,8 @@ def is_disk_full(error: BaseException) -> bool:
 def disk_full(target: Path) -> InputError:
     """The error for a full disk while `target` was written; free bytes are read now."""
     free = shutil.disk_usage(target.parent).free
-    return InputError(f"Disk space must suffice for {target}, got a full disk or a file-size limit ({free / 1e9:.1f} GB free now). Free some space and run the same command again.")
+    found = f"a full disk or a file-size limit ({free / 1e9:.1f} GB free now)"
+    return InputError(f"Disk space must suffice for {target}, got {found}. Free some space and run the same command again.")
 
 
 def _sync(folder: Path) -> None:

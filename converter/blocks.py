@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .arch import Arch
-from .source import Source
+from .artifact import InputError
+from .source import Source, first_line
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -55,11 +56,25 @@ def down_rows(module: Any, arch: Arch) -> Tensor:
 
 
 def empty_model(source: Source) -> Any:
-    """The transformers model of `source` with every parameter on the meta device and every buffer real, in evaluation mode."""
+    """The transformers model of `source` with every parameter on the meta device and every buffer real, in evaluation mode.
+
+    Raises InputError when transformers cannot build it, and when a parameter is absent from the files or has another shape there.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+    except Exception as error:  # modelling classes raise what they like on impossible sizes
+        raise InputError(f"config.json must describe a model that transformers builds, got: {first_line(error)}. Mend the file.") from None
+    for name, parameter in model.named_parameters():
+        if name not in source.tensors:
+            raise InputError(f"The safetensors must hold {name} {list(parameter.shape)}, got no such tensor. Fetch the weights again.")
+        if source.tensors[name].shape != tuple(parameter.shape):
+            raise InputError(
+                f"{name} must have shape {list(parameter.shape)} by config.json, got {list(source.tensors[name].shape)}. "
+                "Config and weights do not belong together; fetch both again."
+            )
     for module in model.modules():
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in names:
@@ -72,8 +87,13 @@ def empty_model(source: Source) -> Any:
 
 @contextmanager
 def filled(module: nn.Module, tensors: dict[str, Tensor], device: str) -> Iterator[nn.Module]:
-    """`module` with its parameters from `tensors` (names below the module) on `device`; back on the meta device afterwards."""
-    module.load_state_dict({name: t.to(device) for name, t in tensors.items()}, assign=True, strict=True)
+    """`module` with its parameters from `tensors` (names below the module) on `device`; back on the meta device afterwards.
+
+    `tensors` must hold every parameter; it is emptied, so that memory is held once.
+    """
+    tensors_on_device = {name: tensors.pop(name).to(device) for name in list(tensors)}
+    module.load_state_dict(tensors_on_device, assign=True, strict=True)
+    tensors_on_device.clear()
     try:
         yield module
     finally:
@@ -81,8 +101,16 @@ def filled(module: nn.Module, tensors: dict[str, Tensor], device: str) -> Iterat
 
 
 def embed(model: Any, source: Source, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Put the rows of the embedding that `tokens` [N, S] use into `model`; returns the tokens renumbered for it, and the rows' ids [U]."""
+    """Put the rows of the embedding that `tokens` [N, S] use into `model`; returns the tokens renumbered for it, and the rows' ids [U].
+
+    Raises InputError for a token that the embedding does not have.
+    """
     used, renumbered = torch.unique(tokens, return_inverse=True)
+    rows = source.tensors[source.arch.embedding].shape[0]
+    if int(used[-1]) >= rows:
+        raise InputError(
+            f"The tokenizer's ids must lie below {rows}, the rows of {source.arch.embedding}, got {int(used[-1])}. Fetch the model's own tokenizer."
+        )
     embedding = model.get_input_embeddings()
     embedding.weight = nn.Parameter(source.rows(source.arch.embedding, used), requires_grad=False)
     embedding.padding_idx = None

@@ -20,16 +20,22 @@ _FIELDS = {
     "gate": {"score", "activation", "density"},
     "predictor": {"score", "activation", "density", "rank", "residual"},
 }
+_OPTIONAL = {"residual"}
 
 
 def encode(plan: Plan, activation: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The `sparsity` key and the tensors of a plan with one entry a site."""
+    """The `sparsity` key and the tensors of a plan. Raises InputError for a site without exactly one entry, and for a score that the format does not know."""
     sites, tensors = {}, {}
     for site, entries in plan.items():
-        (entry,) = entries
-        fields: dict[str, Any] = {"score": "gate", "activation": activation, "density": entry.density}
+        if len(entries) != 1:
+            raise InputError(f"{site.key} must have one entry in sparsity version {VERSION}, got {len(entries)}. Make another plan.")
+        entry = entries[0]
+        score = "predictor" if isinstance(entry, Predictor) else entry.score
+        if score not in _FIELDS:
+            raise InputError(f"The score of {site.key} must be one of {', '.join(_FIELDS)} in sparsity version {VERSION}, got {score!r}. Make another plan.")
+        fields: dict[str, Any] = {"score": score, "activation": activation, "density": entry.density}
         if isinstance(entry, Predictor):
-            fields |= {"score": "predictor", "rank": entry.rank}
+            fields["rank"] = entry.rank
             if entry.residual is not None:
                 fields["residual"] = True
         sites[site.key] = fields
@@ -38,9 +44,10 @@ def encode(plan: Plan, activation: str) -> tuple[dict[str, Any], dict[str, Tenso
 
 
 def write_sparsity(folder: Path, plan: Plan, activation: str) -> None:
-    """Add the `sparsity` key to a folder's config.json and write the tensors beside it."""
+    """Add the `sparsity` key to a folder's config.json and write the tensors beside it; `auto_map`, which names code that is not carried over, goes."""
     key, tensors = encode(plan, activation)
     raw = read_json(folder / "config.json", "config.json")
+    raw.pop("auto_map", None)
     write_json(folder / "config.json", raw | {KEY: key})
     (folder / TENSORS).parent.mkdir(exist_ok=True)
     save_file(tensors, folder / TENSORS)
@@ -52,9 +59,12 @@ def read_sparsity(folder: Path) -> tuple[Plan, dict[str, str]]:
     if raw is None:
         raise InputError(f'A sparse checkpoint must have the key "{KEY}" in config.json, got none in {folder}. Run sparsegate convert first.')
     if not isinstance(raw, dict) or set(raw) - {"version", "sites"}:
-        raise InputError(f'The key "{KEY}" must hold version and sites, got {sorted(raw) if isinstance(raw, dict) else raw!r}. Update sparsegate or convert again.')
+        found = sorted(raw) if isinstance(raw, dict) else raw
+        raise InputError(f'The key "{KEY}" must hold version and sites, got {found!r}. Update sparsegate or convert again.')
     if raw.get("version") != VERSION:
         raise InputError(f"The sparsity version must be {VERSION} for this sparsegate, got {raw.get('version')!r}. Update sparsegate.")
+    if not isinstance(raw.get("sites"), dict):
+        raise InputError(f"The sparsity sites must be an object, got {raw.get('sites')!r}. Fetch the checkpoint again.")
     try:
         stored = load_file(folder / TENSORS)
     except (FileNotFoundError, SafetensorError) as error:
@@ -62,31 +72,57 @@ def read_sparsity(folder: Path) -> tuple[Plan, dict[str, str]]:
     plan: Plan = {}
     activations: dict[str, str] = {}
     for key, fields in raw["sites"].items():
-        site, score = Site.parse(key), fields.get("score")
-        if score not in _FIELDS:
-            raise InputError(f"The score of {key} must be one of {', '.join(_FIELDS)} for sparsity version {VERSION}, got {score!r}. Update sparsegate.")
-        unknown = set(fields) - _FIELDS[score]
-        if unknown:
-            raise InputError(f"{key} must hold only {sorted(_FIELDS[score])} in sparsity version {VERSION}, got {sorted(unknown)}. Update sparsegate.")
-        plan[site] = [_entry(key, fields, stored)]
-        activations[site.key] = str(fields["activation"])
+        site = Site.parse(key)
+        if site.expert is not None or site.kind != "ffn":
+            raise InputError(f"A site must read like layers.3.ffn in sparsity version {VERSION}, got {key!r}. Update sparsegate.")
+        plan[site] = [_entry(key, _check_fields(key, fields), stored)]
+        activations[site.key] = fields["activation"]
+    known = {f"{site.key}.{role}" for site, entries in plan.items() for role in entries[0].tensors()}
+    if set(stored) - known:
+        raise InputError(f"{TENSORS} must hold only what config.json names, got {min(set(stored) - known)} as well. Update sparsegate.")
     return plan, activations
+
+
+def _check_fields(key: str, fields: Any) -> dict[str, Any]:
+    if not isinstance(fields, dict):
+        raise InputError(f"{key} must hold an object, got {fields!r}. Fetch the checkpoint again.")
+    score = fields.get("score")
+    if score not in _FIELDS:
+        raise InputError(f"The score of {key} must be one of {', '.join(_FIELDS)} for sparsity version {VERSION}, got {score!r}. Update sparsegate.")
+    unknown, missing = set(fields) - _FIELDS[score], _FIELDS[score] - _OPTIONAL - set(fields)
+    if unknown:
+        raise InputError(f"{key} must hold only {sorted(_FIELDS[score])} in sparsity version {VERSION}, got {sorted(unknown)}. Update sparsegate.")
+    if missing:
+        raise InputError(f"{key} must hold {sorted(missing)}, got only {sorted(fields)}. Fetch the checkpoint again.")
+    density = fields["density"]
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 <= density <= 1:
+        raise InputError(f"The density of {key} must be a number from 0 to 1, got {density!r}. Fetch the checkpoint again.")
+    if not isinstance(fields["activation"], str):
+        raise InputError(f"The activation of {key} must be a name, got {fields['activation']!r}. Fetch the checkpoint again.")
+    return fields
 
 
 def _entry(key: str, fields: dict[str, Any], stored: dict[str, Tensor]) -> Entry:
     def tensor(role: str) -> Tensor:
-        if f"{key}.{role}" not in stored:
-            raise InputError(f"{TENSORS} must hold {key}.{role}, got no such tensor. Fetch the checkpoint again.")
-        return stored[f"{key}.{role}"].float()
+        name = f"{key}.{role}"
+        if name not in stored:
+            raise InputError(f"{TENSORS} must hold {name}, got no such tensor. Fetch the checkpoint again.")
+        if bool(stored[name].isnan().any()):
+            raise InputError(f"{name} must hold numbers, got NaN. Fetch the checkpoint again.")
+        return stored[name].float()
 
     tau = tensor("tau")
-    if not bool((tau == tau).all()):
-        raise InputError(f"{key}.tau must hold numbers, got NaN. Fetch the checkpoint again.")
+    if tau.ndim != 1:
+        raise InputError(f"{key}.tau must have shape [n], got {list(tau.shape)}. Fetch the checkpoint again.")
     if fields["score"] == "gate":
         return Threshold("gate", tau, float(fields["density"]))
     fc1, fc2 = tensor("predictor.fc1.weight"), tensor("predictor.fc2.weight")
-    if fc1.ndim != 2 or fc2.shape != (len(tau), fc1.shape[0]) or fc1.shape[0] != fields.get("rank"):
+    if fc1.ndim != 2 or fc2.shape != (len(tau), fc1.shape[0]) or fc1.shape[0] != fields["rank"]:
         raise InputError(
-            f"{key}'s predictor must have fc1 [r, d], fc2 [{len(tau)}, r] with r = {fields.get('rank')}, got {list(fc1.shape)} and {list(fc2.shape)}. Fetch it again."
+            f"{key}'s predictor must have fc1 [r, d] and fc2 [{len(tau)}, r] with r = {fields['rank']}, got {list(fc1.shape)} and {list(fc2.shape)}. "
+            "Fetch the checkpoint again."
         )
-    return Predictor(fc1, fc2, tau, float(fields["density"]), tensor("residual.weight") if fields.get("residual") else None)
+    residual = tensor("residual.weight") if fields.get("residual") else None
+    if residual is not None and residual.shape != fc1.shape:
+        raise InputError(f"{key}.residual.weight must have shape {list(fc1.shape)}, got {list(residual.shape)}. Fetch the checkpoint again.")
+    return Predictor(fc1, fc2, tau, float(fields["density"]), residual)

@@ -68,8 +68,7 @@ def make_batches(tokenizer: Any, text: str, windows: int, length: int, seed: int
     body = length - len(start)
     cut = [ids[k : k + body] for k in range(0, len(ids), body)]
     picked = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))[:windows].sort().values.tolist()
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    tokens = torch.full((len(picked), length), pad, dtype=torch.int64)
+    tokens = torch.zeros((len(picked), length), dtype=torch.int64)  # padding is masked; 0 is in every vocabulary, a tokenizer's padding token need not be
     mask = torch.zeros((len(picked), length), dtype=torch.bool)
     for row, k in enumerate(picked):
         window = [*start, *cut[k]]

@@ -27,7 +27,8 @@ _RUNTIME = 500_000_000  # bytes of a process with torch, transformers and onnxru
 
 class Estimate(BaseModel):
     """Bytes unless said otherwise. `peak_calibrate` is two blocks in fp32, the hidden states and a batch's activations; `peak_export` the whole model in
-    fp32, because onnxruntime-genai's builder and the verification load it."""
+    fp32, because onnxruntime-genai's builder and the verification load it.
+    """
 
     parameters: int
     ffn_share: float
@@ -38,7 +39,9 @@ class Estimate(BaseModel):
     expected_cost: dict[str, float]
 
 
-def estimate_shapes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]], source_bytes: int, recipe: Recipe, configs: Mapping[str, dict[str, Any]]) -> Estimate:
+def estimate_shapes(
+    arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]], source_bytes: int, recipe: Recipe, configs: Mapping[str, dict[str, Any]]
+) -> Estimate:
     """The estimate from tensor shapes by name."""
     hidden, units, layers = (arch.size(config, space) for space in ("hidden", "units", "layers"))
     parameters = sum(prod(shape) for shape in shapes.values())
@@ -122,6 +125,10 @@ def method_configs(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """The methods to try and their configurations; `auto` is every method with the fields that it knows. The recipe's seed goes to those that train."""
     (stage,) = recipe.stages
     names = list(METHODS) if stage.method == "auto" else [stage.method]
+    known = {key for name in names for key in load_method(name).Config.model_fields}
+    unknown = sorted(set(stage.config) - known)
+    if unknown:
+        raise InputError(f"The configuration of {stage.method} must hold only {', '.join(sorted(known))}, got {', '.join(unknown)}. Mend the recipe.")
     found = {}
     for name in names:
         fields = load_method(name).Config.model_fields

@@ -77,15 +77,21 @@ KINDS: dict[str, type[Threshold] | type[Predictor]] = {"predictor": Predictor, "
 def make_entry(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Entry:
     """The inverse of `fields` and `tensors`. Raises InputError for an unknown kind or a missing tensor."""
     kind = fields.get("kind")
+    if kind not in KINDS:
+        raise InputError(f"A plan's kind must be one of {', '.join(KINDS)}, got {kind!r}. Update sparsegate or make the plan again.")
     try:
         if kind == "threshold":
-            return Threshold(fields["score"], tensors["tau"], fields["density"])
-        if kind == "predictor":
+            entry: Entry = Threshold(fields["score"], tensors["tau"], fields["density"])
+        else:
             fc1, fc2 = tensors["predictor.fc1.weight"], tensors["predictor.fc2.weight"]
-            return Predictor(fc1, fc2, tensors["tau"], fields["density"], tensors.get("residual.weight"), fields.get("recall"))
+            entry = Predictor(fc1, fc2, tensors["tau"], fields["density"], tensors.get("residual.weight"), fields.get("recall"))
     except KeyError as missing:
         raise InputError(f"A {kind} entry must have {missing}, got {sorted(fields)} and tensors {sorted(tensors)}. Make the plan again.") from None
-    raise InputError(f"A plan's kind must be one of {', '.join(KINDS)}, got {kind!r}. Update sparsegate or make the plan again.")
+    unknown = (set(fields) - set(entry.fields())) | (set(tensors) - set(entry.tensors()))
+    if unknown:
+        allowed = ", ".join([*entry.fields(), *entry.tensors()])
+        raise InputError(f"A {kind} entry must hold only {allowed}, got {', '.join(sorted(unknown))} as well. Update sparsegate or make the plan again.")
+    return entry
 
 
 def save_plan(folder: Path, plan: Plan, header: Header) -> None:
@@ -110,8 +116,11 @@ def load_plan(folder: Path) -> Plan:
         stored = load_file(folder / TENSORS)
     except (FileNotFoundError, SafetensorError) as error:
         raise InputError(f"The plan's tensors must be a safetensors file, got {error}. Make the plan again.") from None
+    sites = data.get("sites")
+    if not isinstance(sites, dict) or not all(isinstance(entries, list) and all(isinstance(f, dict) for f in entries) for entries in sites.values()):
+        raise InputError(f"The plan's sites must map a site to its entries, got {type(sites).__name__} in {folder / PLAN}. Make the plan again.")
     plan: Plan = {}
-    for key, entries in data["sites"].items():
+    for key, entries in sites.items():
         plan[Site.parse(key)] = [
             make_entry(fields, {name.removeprefix(f"{key}.{number}."): t for name, t in stored.items() if name.startswith(f"{key}.{number}.")})
             for number, fields in enumerate(entries)

@@ -20,6 +20,7 @@ from .artifact import InputError, read_json
 from .blocks import ffn_down, ffn_parts
 from .checkpoint import read_sparsity
 from .plans import Entry, Plan, Predictor, Threshold
+from .source import first_line
 
 NEAR = 1e-5
 """A score within NEAR * (|tau| + rms of its row) of its threshold is near: executors that round differently may disagree there."""
@@ -65,15 +66,17 @@ class _Gated:
         parts = ffn_parts(self.module, self.arch, self.activation, x)
         if not self.enabled:
             return ffn_down(self.module, self.arch, parts.z)
-        if self.entry.tau.device != x.device or self.entry.tau.dtype != x.dtype:
-            moved = {name: t.to(x.device, x.dtype) for name, t in vars(self.entry).items() if isinstance(t, Tensor)}
+        # scores and thresholds stay fp32 in a half-precision model, as in the op
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if self.entry.tau.device != x.device or self.entry.tau.dtype != wide:
+            moved = {name: t.to(x.device, wide) for name, t in vars(self.entry).items() if isinstance(t, Tensor)}
             self.entry = type(self.entry)(**(vars(self.entry) | moved))
-        scores, residual = EXECUTORS[type(self.entry)](self.entry, parts.gate, x)  # type: ignore[arg-type]
+        scores, residual = EXECUTORS[type(self.entry)](self.entry, parts.gate.to(wide), x.to(wide))  # type: ignore[arg-type]
         keep = scores > self.entry.tau
         if self.recorder is not None:
             self._record(scores, keep)
         y = ffn_down(self.module, self.arch, torch.where(keep, parts.z, torch.zeros((), dtype=parts.z.dtype, device=x.device)))
-        return y if residual is None else y + residual
+        return y if residual is None else y + residual.to(y.dtype)
 
     def _record(self, scores: Tensor, keep: Tensor) -> None:
         record = self.recorder
@@ -85,9 +88,23 @@ class _Gated:
 
 
 def apply_plan(model: Any, plan: Plan, arch: Arch, activation: str) -> Any:
-    """Gate a transformers model in place: every site's feed-forward module gets the plan's mask. Weights and their names stay as they are."""
+    """Gate a transformers model in place: every site's feed-forward module gets the plan's mask. Weights and their names stay as they are.
+
+    Raises InputError, before anything is changed, for a site or a shape that the model does not have.
+    """
+    sites, units, hidden = arch.sites(model.config), arch.size(model.config, "units"), arch.size(model.config, "hidden")
     for site, entries in plan.items():
-        (entry,) = entries
+        if site not in sites or len(entries) != 1:
+            raise InputError(
+                f"A plan must hold one entry a site for sites up to {sites[-1].key}, got {len(entries)} for {site.key}. Take the plan of this very model."
+            )
+        found = {role: tuple(t.shape) for role, t in entries[0].tensors().items()}
+        width = (entries[0].rank,) if isinstance(entries[0], Predictor) else ()
+        expected = {"tau": (units,), "predictor.fc1.weight": (*width, hidden), "predictor.fc2.weight": (units, *width), "residual.weight": (*width, hidden)}
+        for role, shape in found.items():
+            if shape != expected[role]:
+                raise InputError(f"{site.key}.{role} must have shape {list(expected[role])}, got {list(shape)}. Take the plan of this very model.")
+    for site, (entry,) in plan.items():
         module = model.get_submodule(arch.ffn_module(site.layer))
         module.forward = _Gated(site, entry, arch, activation, module)
     return model
@@ -120,8 +137,7 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True).eval()
     except Exception as error:  # transformers raises many kinds for damaged folders
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"The model must load from {folder}, got: {reason}. Fetch the folder again.") from error
+        raise InputError(f"The model must load from {folder}, got: {first_line(error)}. Fetch the folder again.") from error
 
 
 def _gated(model: Any) -> list[_Gated]:
@@ -130,15 +146,15 @@ def _gated(model: Any) -> list[_Gated]:
 
 @contextmanager
 def dense(model: Any) -> Iterator[Any]:
-    """The model with its gating switched off."""
-    gated = _gated(model)
-    for g in gated:
-        g.enabled = False
+    """The model with its gating switched off inside the block; blocks nest."""
+    before = [(gated, gated.enabled) for gated in _gated(model)]
+    for gated, _ in before:
+        gated.enabled = False
     try:
         yield model
     finally:
-        for g in gated:
-            g.enabled = True
+        for gated, enabled in before:
+            gated.enabled = enabled
 
 
 @contextmanager

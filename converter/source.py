@@ -1,6 +1,7 @@
 """A model to read from: a folder (or a Hub repository fetched into one) with a transformers configuration, safetensors weights and a tokenizer.
 
-Only headers are read on opening. Weights are read tensor by tensor from memory-mapped files that are closed again, so nothing stays resident.
+Only headers are read on opening. Weights are read tensor by tensor from memory-mapped files; each map is closed before the next, so of the files at most
+one tensor is resident.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from torch import Tensor
 from .arch import Arch, load_arch
 from .artifact import InputError, hash_file, hash_json, read_json
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _FLOATS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
+    "chat_template.jinja",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,38 +77,32 @@ class Source:
         try:
             return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         except Exception as error:  # every tokenizer class raises its own kind
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"The tokenizer must load from {self.folder}, got: {reason}. Add tokenizer.json and tokenizer_config.json.") from None
+            raise InputError(f"The tokenizer must load from {self.folder}, got: {first_line(error)}. Add tokenizer.json and tokenizer_config.json.") from None
 
     def read(self, names: Iterable[str], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """Tensors by name as copies in `dtype`; the files are closed before this returns. Raises InputError for damaged files."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
         found: dict[str, Tensor] = {}
-        for path, members in by_file.items():
+        for name in names:
+            info = self.tensors[name]
             try:
-                with safe_open(path, framework="pt") as file:
-                    for name in members:
-                        found[name] = torch.empty(self.tensors[name].shape, dtype=dtype).copy_(file.get_tensor(name))
+                with safe_open(info.file, framework="pt") as file:
+                    found[name] = torch.empty(info.shape, dtype=dtype).copy_(file.get_tensor(name))
             except (SafetensorError, OSError) as error:
-                raise _damaged(path, error) from None
+                raise _damaged(info.file, error) from None
         return found
 
     def rows(self, name: str, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The listed rows [k, ...] of a tensor, touching only their pages. `indices` [k] int64, sorted."""
+        """The listed rows [k, ...] of a tensor, touching only their pages. `indices` [k] int64, sorted. Raises InputError for damaged files."""
         info = self.tensors[name]
         out = torch.empty((len(indices), *info.shape[1:]), dtype=dtype)
-        with safe_open(info.file, framework="pt") as file:
-            view = file.get_slice(name)
-            for k, row in enumerate(indices.tolist()):
-                out[k] = view[row : row + 1][0]
+        try:
+            with safe_open(info.file, framework="pt") as file:
+                view = file.get_slice(name)
+                for k, row in enumerate(indices.tolist()):
+                    out[k] = view[row : row + 1][0]
+        except (SafetensorError, OSError) as error:
+            raise _damaged(info.file, error) from None
         return out
-
-    def block_names(self, layer: int) -> list[str]:
-        """Names of a block's tensors."""
-        prefix = self.arch.block_prefix(layer)
-        return [name for name in self.tensors if name.startswith(prefix)]
 
 
 def open_source(model: str | Path, id: str | None = None, revision: str | None = None, sparse: bool = False) -> Source:
@@ -131,7 +129,8 @@ def check_config(raw: dict[str, Any]) -> None:
     if "sparsity" in raw:
         raise InputError("MODEL must be a dense model, got a checkpoint that is sparse already. Convert its base model instead.")
     if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+        quantisation = raw["quantization_config"]
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
         raise InputError(f"MODEL must have float weights, got weights quantised by {method!r}. Convert the unquantised model.")
 
 
@@ -143,7 +142,7 @@ def make_config(raw: dict[str, Any]) -> Any:
     try:
         return AutoConfig.for_model(raw["model_type"], **values)
     except Exception as error:  # configuration classes raise their own validation errors
-        raise InputError(f"config.json must hold a valid {raw['model_type']} configuration, got: {str(error).splitlines()[0]}. Mend the file.") from None
+        raise InputError(f"config.json must hold a valid {raw['model_type']} configuration, got: {first_line(error)}. Mend the file.") from None
 
 
 def check_shapes(arch: Arch, config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -157,19 +156,24 @@ def check_shapes(arch: Arch, config: Any, shapes: dict[str, tuple[int, ...]]) ->
                     continue
                 raise InputError(f"The safetensors must hold {name} {list(expected)}, got no such tensor. Fetch the weights again.")
             if shapes[name] != expected:
-                raise InputError(f"{name} must have shape {list(expected)} by config.json, got {list(shapes[name])}. Config and weights do not belong together; fetch both again.")
+                raise InputError(
+                    f"{name} must have shape {list(expected)} by config.json, got {list(shapes[name])}. "
+                    "Config and weights do not belong together; fetch both again."
+                )
     if arch.embedding not in shapes:
         raise InputError(f"The safetensors must hold {arch.embedding}, got no such tensor. Fetch the weights again.")
 
 
 def _read_headers(folder: Path) -> dict[str, TensorInfo]:
-    index = folder / _INDEX
-    if index.is_file():
-        named = read_json(index, _INDEX).get("weight_map", {})
-        files = sorted({folder / Path(file).name for file in named.values()})
-    else:
-        named = {}
-        files = [folder / _SINGLE] if (folder / _SINGLE).is_file() else []
+    named: dict[str, str] = {}
+    files: list[Path] = []
+    if (folder / SINGLE).is_file():  # transformers prefers it to an index, too
+        files = [folder / SINGLE]
+    elif (folder / INDEX).is_file():
+        named = read_json(folder / INDEX, INDEX).get("weight_map", {})
+        if not isinstance(named, dict) or not all(isinstance(file, str) and file == Path(file).name for file in named.values()):
+            raise InputError(f"{INDEX} must map tensors to files beside it, got another weight_map in {folder}. Fetch it again.")
+        files = [folder / file for file in sorted(set(named.values()))]
     if not files:
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles:
@@ -177,11 +181,11 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
                 f"Weights must be safetensors, got {pickles[0]}, a pickle file that can run code when read. "
                 "Load it with transformers on a machine you trust and save it with model.save_pretrained(DIR)."
             )
-        raise InputError(f"Weights must be {_SINGLE} or shards with {_INDEX}, got neither in {folder}. Fetch the weights.")
+        raise InputError(f"Weights must be {SINGLE} or shards with {INDEX}, got neither in {folder}. Fetch the weights.")
     found: dict[str, TensorInfo] = {}
     for path in files:
         if not path.is_file():
-            raise InputError(f"{_INDEX} names {path.name}, which must lie in {folder}, got no such file. Fetch it.")
+            raise InputError(f"{INDEX} names {path.name}, which must lie in {folder}, got no such file. Fetch it.")
         try:
             with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -191,12 +195,17 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
             raise _damaged(path, error) from None
     absent = sorted(set(named) - set(found))
     if absent:
-        raise InputError(f"{_INDEX} names {absent[0]}, which must stand in a shard, got no such tensor. Fetch the weights again.")
+        raise InputError(f"{INDEX} names {absent[0]}, which must stand in a shard, got no such tensor. Fetch the weights again.")
     for name, info in found.items():
         if info.dtype not in _FLOATS:
             raise InputError(f"{name} must be a float tensor, got {info.dtype}. Convert the unquantised model.")
     return found
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its class where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _damaged(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path.name} must be a complete safetensors file, got a damaged one ({error}). Fetch it again.")
+    return InputError(f"{path.name} must be a complete safetensors file, got a damaged one ({first_line(error)}). Fetch it again.")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from .checkpoint import write_sparsity
 from .plans import Plan
-from .source import TOKENIZER_FILES, Source
+from .source import INDEX, SINGLE, TOKENIZER_FILES, Source
 
 _STOCK = (
-    "config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES,
+    "config.json", "generation_config.json", *TOKENIZER_FILES,
     "LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE.PSF.txt", "USE_POLICY.md", "NOTICE",
 )  # fmt: skip
 
@@ -23,6 +23,9 @@ def write_checkpoint(source: Source, plan: Plan, out: Path) -> None:
     for name in _STOCK:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, out / name)
-    for path in sorted({info.file for info in source.tensors.values()}):
+    files = sorted({info.file for info in source.tensors.values()})
+    for path in files:
         shutil.copyfile(path, out / path.name)
+    if [path.name for path in files] != [SINGLE]:
+        shutil.copyfile(source.folder / INDEX, out / INDEX)
     write_sparsity(out, plan, source.arch.activation(source.config))

@@ -75,7 +75,10 @@ class Weight(BaseModel):
 
 
 class Ffn(BaseModel):
-    """The feed-forward network: act(gate x) * (up x) -> down when gated, act(up x) -> down when plain. Values name rows of `weights`, or modules below `module`."""
+    """The feed-forward network: act(gate x) * (up x) -> down when gated, act(up x) -> down when plain.
+
+    `gate`, `up`, `gate_up` and `down` name modules below `module`; `onnx` names the base graph's initializers by role.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

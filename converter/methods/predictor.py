@@ -28,6 +28,7 @@ SOURCE = (
 )
 NEEDS = ("samples:{score}",)
 _HELDOUT = 0.1  # share of the samples that thresholds and recall are measured on
+_HELDOUT_ROWS = 4096  # at most: their logits [rows, n] are in memory at once
 
 
 class Config(BaseModel):
@@ -87,13 +88,12 @@ def _train(x: Tensor, score: Tensor, rank: int, config: Config, layer: int, prog
     labels = _Labels(score, max(1, round(density * units)))
     generator = torch.Generator().manual_seed(config.seed * 7919 + layer)
     order = torch.randperm(len(x), generator=generator)
-    heldout, train = order[: int(len(x) * _HELDOUT)].sort().values, order[int(len(x) * _HELDOUT) :]
+    aside = min(int(len(x) * _HELDOUT), _HELDOUT_ROWS)
+    heldout, train = order[:aside].sort().values, order[aside:]
     scale = float(x[train[:4096]].float().square().mean().sqrt().clamp_min(1e-6))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed * 7919 + layer)
-        fc1 = (torch.randn(rank, hidden) / (scale * hidden**0.5)).requires_grad_()
-        fc2 = (torch.randn(units, rank) / rank**0.5).requires_grad_()
-        bias = torch.full((units,), float(torch.logit(torch.tensor(density)))).requires_grad_()
+    fc1 = (torch.randn(rank, hidden, generator=generator) / (scale * hidden**0.5)).requires_grad_()
+    fc2 = (torch.randn(units, rank, generator=generator) / rank**0.5).requires_grad_()
+    bias = torch.full((units,), float(torch.logit(torch.tensor(density)))).requires_grad_()
     # fc1 works on inputs of size `scale`, so its rate shrinks by the same factor
     groups = [{"params": [fc1], "lr": config.rate / scale}, {"params": [fc2, bias], "lr": config.rate}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..arch import Site
-from ..artifact import Header, atomic_folder, is_finished, write_header
+from ..artifact import Header, InputError, atomic_folder, read_header, write_header
 from ..blocks import BlockCalls, block_calls, down_rows, embed, empty_model, ffn_down, ffn_parts, filled
 from ..data import Batches
 from ..scores import Context, load_score
@@ -38,7 +38,12 @@ def collect(source: Source, batches: Batches, names: Sequence[str], folder: Path
 
 
 def _is_complete(folder: Path, header: Header, names: Sequence[str]) -> bool:
-    return is_finished(folder, header) and all((folder / file_name(name)).is_file() for name in names)
+    """Whether a site's folder holds at least `names`, made from what `header` says: a run that needs fewer statistics does not collect again."""
+    stored = read_header(folder)
+    if stored is None or not set(names) <= set(stored.config.get("stats", ())):
+        return False
+    same = stored.model_copy(update={"config": header.config}) == header and stored.config.get("site") == header.config["site"]
+    return same and all((folder / file_name(name)).is_file() for name in names)
 
 
 def drop_samples(folder: Path) -> None:
@@ -48,9 +53,7 @@ def drop_samples(folder: Path) -> None:
 
 
 def _header(source: Source, batches: Batches, names: Sequence[str], site: Site, seed: int) -> Header:
-    return Header(
-        format="stats", parents={"model": source.fingerprint}, config={"site": site.key, "stats": list(names)}, seed=seed, calibration=batches.sha256
-    )
+    return Header(format="stats", parents={"model": source.fingerprint}, config={"site": site.key, "stats": list(names)}, seed=seed, calibration=batches.sha256)
 
 
 @torch.no_grad()
@@ -75,9 +78,9 @@ def _walk(
     for layer in tqdm(range(last.layer + 1), desc="calibrate", unit="block"):
         site = Site(layer)
         prefix = source.arch.block_prefix(layer)
-        tensors = {name.removeprefix(prefix): t for name, t in source.read(source.block_names(layer)).items()}
+        # the block's own names: files may hold more, such as rotary tables that older versions of transformers stored
+        tensors = {name.removeprefix(prefix): t for name, t in source.read(prefix + name for name, _ in blocks[layer].named_parameters()).items()}
         with filled(blocks[layer], tensors, device) as block:
-            del tensors
             recorder = _Recorder(source, block.get_submodule(source.arch.ffn.module), names) if site in todo else None
             if recorder:
                 with atomic_folder(folder / site.key) as partial:
@@ -100,6 +103,8 @@ def _advance(
             recorder.keep, recorder.positions = mask[group].flatten(), positions[group].flatten()[mask[group].flatten()]
         out = block(hidden[group].to(device), **keywords)
         hidden[group] = (out[0] if isinstance(out, tuple) else out).cpu()
+        if not bool(hidden[group][mask[group]].isfinite().all()):
+            raise InputError(f"Hidden states must be finite numbers, got NaN or infinity after layer {layer}. Check the weights; fetch the model again.")
     if recorder:
         recorder.detach()
 
@@ -119,7 +124,6 @@ class _Recorder:
         self.source, self.module, self.names = source, module, names
         self.keep = self.positions = torch.empty(0)
         self.activation = source.arch.activation(source.config)
-        self.scores = {name: load_score(load_stat(name)[1]) for name in names}
         module.forward = self.forward
 
     def start(self, folder: Path, tokens: int, seed: int) -> None:
@@ -128,16 +132,20 @@ class _Recorder:
 
     def forward(self, x: Tensor) -> Tensor:
         parts = ffn_parts(self.module, self.source.arch, self.activation, x)
-        rows = {"x": x, "gate": parts.gate, "up": parts.up, "z": parts.z}
-        rows = {name: v.flatten(0, -2)[self.keep.to(v.device)] for name, v in rows.items() if v is not None}
-        weights = {"w_down": down_rows(self.module, self.source.arch)}
-        done: dict[Any, Tensor] = {}
-        for name in self.names:
-            module = self.scores[name]
-            if module not in done:
-                done[module] = module.score(Context(**{field: (rows | weights)[field] for field in module.NEEDS}))
-            load_stat(name)[0].update(self.states[name], rows["x"], done[module], self.positions)
+        fields = {"x": x, "gate": parts.gate, "up": parts.up, "z": parts.z, "w_down": down_rows(self.module, self.source.arch)}
+        kept = self._rows(x)
+        for score in sorted({load_stat(name)[1] for name in self.names}):
+            module = load_score(score)
+            values = module.score(Context(**{name: fields[name] if name.startswith("w_") else self._rows(fields[name]) for name in module.NEEDS}))
+            for name in self.names:
+                if load_stat(name)[1] == score:
+                    load_stat(name)[0].update(self.states[name], kept, values, self.positions)
         return ffn_down(self.module, self.source.arch, parts.z)
+
+    def _rows(self, values: Tensor) -> Tensor:
+        """The rows of tokens that are not padding [T, ...]; a view where there is no padding."""
+        flat = values.flatten(0, -2)
+        return flat if bool(self.keep.all()) else flat[self.keep.to(flat.device)]
 
     def store(self, folder: Path) -> None:
         for name in self.names:

@@ -7,6 +7,7 @@ Scores are stored as a share of the token's largest, which keeps their order wit
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,10 @@ def mix(positions: Tensor, seed: int) -> Tensor:
 
 
 def init(setting: Setting) -> dict[str, Any]:
-    """Allocate `x` [K, d] and `score` [K, n] fp16 in a safetensors file; K is at most CAP and the tokens to come."""
+    """Lay out `x` [K, d] and `score` [K, n] fp16 in a safetensors file; K is at most CAP and the tokens to come.
+
+    Rows are written, not mapped: a map would count as resident memory, and a full disk would kill the process instead of raising OSError.
+    """
     rows = min(CAP, setting.tokens)
     shapes = {"x": (rows, setting.hidden), "score": (rows, setting.units)}
     header, offset = {}, 0
@@ -43,25 +47,30 @@ def init(setting: Setting) -> dict[str, Any]:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
     hashes = mix(torch.arange(setting.tokens), setting.seed)
-    state: dict[str, Any] = {"filled": 0, "seed": setting.seed, "last": hashes.kthvalue(rows).values}
-    for name, shape in shapes.items():
-        start = 8 + len(text) + header[name]["data_offsets"][0]
-        state[name] = np.memmap(path, dtype=np.float16, mode="r+", offset=start, shape=shape)
-    return state
+    starts = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}
+    return {"filled": 0, "rows": rows, "seed": setting.seed, "last": hashes.kthvalue(rows).values, "path": path, "starts": starts}
 
 
 def update(state: dict[str, Any], x: Tensor, score: Tensor, positions: Tensor) -> None:
     """Keep the tokens of this batch that the hash picks; x [T, d], score [T, n], positions [T] count tokens over all windows."""
     kept = (mix(positions, state["seed"]) <= state["last"]).nonzero().flatten()
-    at = slice(state["filled"], state["filled"] + len(kept))
-    state["x"][at] = x[kept].clamp(-_FP16_MAX, _FP16_MAX).half().cpu().numpy()
-    picked = score[kept]
-    state["score"][at] = (picked / picked.amax(dim=1, keepdim=True).clamp_min(1e-30)).half().cpu().numpy()
+    if len(kept) == 0:
+        return
+    picked = score[kept.to(score.device)]
+    share = picked / picked.amax(dim=1, keepdim=True).clamp_min(1e-30)
+    _write(state, "x", x[kept.to(x.device)].clamp(-_FP16_MAX, _FP16_MAX).half())
+    _write(state, "score", share.half())
     state["filled"] += len(kept)
 
 
 def finish(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Write the mapped file out; nothing is left to store."""
-    for name in ("x", "score"):
-        state[name].flush()
+    """Nothing is left to store: the rows are in the file."""
+    assert state["filled"] == state["rows"]
     return {}
+
+
+def _write(state: dict[str, Any], name: str, rows: Tensor) -> None:
+    path: Path = state["path"]
+    with open(path, "r+b") as file:
+        file.seek(state["starts"][name] + state["filled"] * rows.shape[1] * rows.element_size())
+        file.write(rows.cpu().contiguous().numpy().data)
