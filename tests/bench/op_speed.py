@@ -9,6 +9,7 @@ itself selects), dense and sparse back to back. A pair counts only if the proces
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -29,7 +30,7 @@ from sparsegate.runtime_onnx import library
 from sparsegate.runtime_onnx.ops import gated_mlp
 from sparsegate.runtime_onnx.ops.gated_mlp import DOMAIN, NAME, ROLES, Variant
 
-COLD_BYTES = 96 << 20
+COLD_BYTES = 128 << 20
 MAX_WAIT = 0.05  # share of a call's wall time
 SEED = 7
 
@@ -131,35 +132,39 @@ def waited() -> int:
     return total
 
 
-def timed(run: ort.InferenceSession, x: np.ndarray, cold: np.ndarray) -> tuple[float, bool]:
-    """Seconds of one call after the caches were filled with something else, and whether it was undisturbed."""
-    cold.max()
+class Stream:
+    """Reads a buffer larger than the caches with all threads: fills the caches with something else, and says how fast memory is at this moment."""
+
+    def __init__(self, threads: int) -> None:
+        self.parts = np.array_split(np.ones(COLD_BYTES // 4, np.float32), threads)
+        self.pool = ThreadPoolExecutor(threads)
+
+    def read(self) -> float:
+        """GB/s of one pass."""
+        start = time.perf_counter()
+        list(self.pool.map(np.max, self.parts))
+        return COLD_BYTES / (time.perf_counter() - start) / 1e9
+
+
+def timed(run: ort.InferenceSession, x: np.ndarray, stream: Stream) -> tuple[float, float, bool]:
+    """Seconds of one call with cold weights, GB/s of the stream just before it, and whether the call was undisturbed."""
+    bandwidth = stream.read()
     before, start = waited(), time.perf_counter()
     run.run(None, {"x": x})
     seconds = time.perf_counter() - start
-    return seconds, waited() - before < MAX_WAIT * seconds * 1e9
-
-
-def stream(threads: int) -> float:
-    """GB/s of reading 256 MB, best of ten."""
-    parts = np.array_split(np.ones(64 << 20, np.float32), threads)
-    with ThreadPoolExecutor(threads) as pool:
-        seconds = []
-        for _ in range(10):
-            start = time.perf_counter()
-            list(pool.map(np.max, parts))
-            seconds.append(time.perf_counter() - start)
-    return (256 << 20) / min(seconds) / 1e9
+    return seconds, bandwidth, waited() - before < MAX_WAIT * seconds * 1e9
 
 
 def measure(form: Format, density: float, weights: dict[str, np.ndarray], folder: Path, args: argparse.Namespace) -> dict:
     """One row: medians over clean pairs."""
     d, n, r = args.d, args.n, args.r
     rng = np.random.default_rng(SEED)
-    xs = rng.standard_normal((args.max_pairs, 1, d), dtype=np.float32)
+    xs = rng.standard_normal((256, 1, d), dtype=np.float32)
     hidden = np.maximum(xs[:, 0] @ weights["p1"].astype(form.p).astype(np.float32).T, 0)
     score = hidden @ weights["p2"].astype(form.p).astype(np.float32).T
-    tau = np.quantile(score, 1 - density, axis=0).astype(np.float32) if density < 1 else np.full(n, -1e30, np.float32)
+    ranked = np.sort(score, axis=0)
+    cut = round((1 - density) * len(xs))
+    tau = ((ranked[cut - 1] + ranked[cut]) / 2).astype(np.float32) if cut else np.full(n, -1e30, np.float32)
     kept = (score > tau).mean(1)
     overlap = (score[0] > tau)[score[1] > tau].mean() if density < 1 else 1.0
     path, variant, tensors = sparse_model(folder, form, weights, tau, d)
@@ -169,21 +174,24 @@ def measure(form: Format, density: float, weights: dict[str, np.ndarray], folder
     bound = gated_mlp.BOUNDS["float32" if form.weights == "float" else form.weights]
     if not error < bound:
         raise SystemExit(f"NMSE of {form.name} must be below {bound}, got {error}. Fix the kernel before timing it.")
-    cold = np.ones(COLD_BYTES // 4, np.float32)
-    pairs, dropped = [], 0
-    bandwidth = stream(args.threads)
-    for i, x in enumerate(xs):
+    stream = Stream(args.threads)
+    pairs, streams, dropped = [], [], 0
+    deadline = time.monotonic() + args.patience
+    for i in itertools.count():
         order = (dense, sparse) if i % 2 else (sparse, dense)
-        first, second = (timed(s, x, cold) for s in order)
-        if i < 4 or not (first[1] and second[1]):
-            dropped += i >= 4
+        first, second = (timed(s, xs[i % len(xs)], stream) for s in order)
+        if i < 4:  # warm-up
             continue
-        pairs.append((first[0], second[0]) if i % 2 else (second[0], first[0]))
-        if len(pairs) >= args.pairs:
+        if first[2] and second[2]:
+            streams += [first[1], second[1]]
+            pairs.append((first[0], second[0]) if i % 2 else (second[0], first[0]))
+        else:
+            dropped += 1
+        if len(pairs) >= args.pairs or time.monotonic() > deadline:
             break
     if len(pairs) < 15:
-        raise SystemExit(f"{form.name} at {density:.0%} must have 15 clean pairs, got {len(pairs)} of {args.max_pairs}. Repeat when the machine is quiet.")
-    bandwidth = max(bandwidth, stream(args.threads))
+        raise SystemExit(f"{form.name} at {density:.0%} must have 15 clean pairs, got {len(pairs)} of {i - 3}. Repeat when the machine is quiet.")
+    bandwidth = float(np.median(streams))
     ratios = np.array([a / b for a, b in pairs])
     sparse_ms = float(np.median([b for _, b in pairs])) * 1e3
     read = gated_mlp.traffic(variant, d, n, r, float(kept.mean()))
@@ -235,8 +243,9 @@ def table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, default in (("--d", 2048), ("--n", 8192), ("--r", 128), ("--threads", 2), ("--pairs", 25), ("--max-pairs", 200)):
+    for flag, default in (("--d", 2048), ("--n", 8192), ("--r", 128), ("--threads", 2), ("--pairs", 25), ("--patience", 120)):
         parser.add_argument(flag, type=int, default=default)
+    # patience: seconds per row in which enough clean pairs must come together
     parser.add_argument("--density", type=float, nargs="+", default=[1.0, 0.5, 0.2, 0.1, 0.05])
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument("--out", type=Path, help="JSON file; the table goes beside it with suffix .md")
