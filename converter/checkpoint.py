@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -39,7 +40,8 @@ def encode(plan: Plan, activation: str) -> tuple[dict[str, Any], dict[str, Tenso
             if entry.residual is not None:
                 fields["residual"] = True
         sites[site.key] = fields
-        tensors |= {f"{site.key}.{role}": tensor.contiguous() for role, tensor in entry.tensors().items()}
+        # a copy each: sites may share a tensor, which safetensors refuses
+        tensors |= {f"{site.key}.{role}": tensor.clone(memory_format=torch.contiguous_format) for role, tensor in entry.tensors().items()}
     return {"version": VERSION, "sites": sites}, tensors
 
 

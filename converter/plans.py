@@ -101,7 +101,7 @@ def save_plan(folder: Path, plan: Plan, header: Header) -> None:
         sites[site.key] = [entry.fields() for entry in entries]
         for number, entry in enumerate(entries):
             for role, tensor in entry.tensors().items():
-                tensors[f"{site.key}.{number}.{role}"] = tensor.contiguous()
+                tensors[f"{site.key}.{number}.{role}"] = tensor.clone(memory_format=torch.contiguous_format)  # sites may share one
     write_json(folder / PLAN, {"version": 1, "sites": sites})
     save_file(tensors, folder / TENSORS)
     write_header(folder, header)

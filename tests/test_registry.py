@@ -1,0 +1,163 @@
+"""Every row of every table keeps the promise of its kind, so that a new row cannot be half a thing."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from models import MODEL_TYPES
+from pydantic import BaseModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sparsegate.converter import methods, plans, scores, stats
+from sparsegate.converter.arch import ACTIVATIONS, Site, load_arch, supported
+from sparsegate.converter.blocks import ACTIVATIONS as TORCH_ACTIVATIONS
+from sparsegate.converter.checkpoint import encode
+from sparsegate.converter.cli import VERBS
+from sparsegate.converter.onnx_export.emit import EMITTERS, emit
+from sparsegate.converter.reference import EXECUTORS
+from sparsegate.runtime_onnx.ops import OPS
+
+ROOT = Path(__file__).parent.parent
+PHASES = ("pre", "mid", "post", "oracle")
+FUTURE = {"label", "grad"}
+"""Fields of Context that only someone who knows the next token has."""
+ENTRIES: dict[str, plans.Entry] = {
+    "threshold": plans.Threshold("gate", torch.rand(7), 0.5),
+    "predictor": plans.Predictor(torch.randn(3, 5), torch.randn(7, 3), torch.randn(7), 0.5, torch.randn(3, 5)),
+}
+
+
+def check_source(source: Any) -> None:
+    assert isinstance(source, tuple) and len(source) == 3 and all(isinstance(text, str) and text.strip() for text in source)
+    assert "arXiv" in source[0] or "doi" in source[0].lower()
+
+
+@pytest.mark.parametrize("name", scores.SCORES)
+def test_score(name: str) -> None:
+    module = scores.load_score(name)
+    check_source(module.SOURCE)
+    assert module.PHASE in PHASES
+    fields = {field.name for field in dataclasses.fields(scores.Context)}
+    assert module.NEEDS and set(module.NEEDS) <= fields
+    assert not FUTURE & set(module.NEEDS) or module.PHASE == "oracle", "a score that sees a label is an oracle"
+    assert list(inspect.signature(module.score).parameters) == ["context"]
+    tokens, units, hidden = 6, 9, 4
+    shapes = {"x": (tokens, hidden), "label": (tokens,), **dict.fromkeys(("gate", "up", "z", "grad"), (tokens, units))}
+    given = {need: torch.randn(shapes.get(need, (units, hidden))) for need in module.NEEDS}
+    assert module.score(scores.Context(**given)).shape == (tokens, units), "a score must do with what NEEDS names"
+
+
+@pytest.mark.parametrize("name", stats.STATS)
+def test_statistic(name: str) -> None:
+    module, score = stats.load_stat(f"{name}:gate")
+    assert score == "gate"
+    assert [list(inspect.signature(getattr(module, f)).parameters) for f in ("init", "update", "finish")] == [
+        ["setting"],
+        ["state", "x", "score", "positions"],
+        ["state"],
+    ]
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_method(name: str) -> None:
+    module = methods.load_method(name)
+    check_source(module.SOURCE)
+    assert issubclass(module.Config, BaseModel)
+    assert get_args(module.Config.model_fields["version"].annotation) == (1,)
+    assert module.Config.model_config.get("extra") == "forbid"
+    assert list(inspect.signature(module.plan).parameters)[:3] == ["stats", "arch", "config"]
+    for need in methods.needs(name, module.Config()):
+        _, score = stats.load_stat(need)
+        assert scores.load_score(score).PHASE != "oracle", "no method is made from an oracle"
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_verb(name: str) -> None:
+    module, text = VERBS[name]
+    function = getattr(import_module(module, "sparsegate.converter.cli"), name)
+    assert inspect.isfunction(function) and text.endswith(".")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_op(name: str) -> None:
+    module = import_module(OPS[name])
+    assert OPS[name].rpartition(".")[2] == name and module.NAME.lower() == name.replace("_", "") and module.DOMAIN == "ai.sparsegate"
+    for function in ("function", "reference", "traffic", "active", "scores"):
+        assert callable(getattr(module, function))
+    assert module.BOUNDS
+    assert (ROOT / "runtime_onnx" / "csrc" / f"{name}.cc").is_file()
+    assert name in (ROOT / "runtime_onnx" / "csrc" / "ops.inc").read_text(encoding="utf-8") or module.NAME in (
+        ROOT / "runtime_onnx" / "csrc" / "ops.inc"
+    ).read_text(encoding="utf-8")
+    assert (ROOT / "tests" / "runtime_onnx" / f"test_{name}.py").is_file()
+
+
+def test_no_file_without_a_row() -> None:
+    for table, folder, extra in (
+        (methods.METHODS, "methods", set()),
+        (scores.SCORES, "scores", set()),
+        (stats.STATS, "stats", {"collect"}),
+    ):
+        files = {path.stem for path in (ROOT / "converter" / folder).glob("*.py")} - {"__init__"} - extra
+        assert files == {row.strip(".") for row in table.values()}, folder
+    assert {path.stem for path in (ROOT / "converter" / "cli").glob("*.py")} - {"__init__", "output"} == {row.strip(".") for row, _ in VERBS.values()}
+
+
+@pytest.mark.parametrize("kind", plans.KINDS)
+def test_plan_kind_is_executed_emitted_and_encoded(kind: str) -> None:
+    entry = ENTRIES[kind]
+    assert type(entry) is plans.KINDS[kind] and entry.fields()["kind"] == kind
+    assert plans.KINDS[kind] in EXECUTORS and kind in EMITTERS
+    scores_, _ = EXECUTORS[type(entry)](entry, torch.randn(2, 7), torch.randn(2, 5))  # type: ignore[arg-type]
+    assert scores_.shape == (2, 7)
+    emission = emit(Site(0), [entry], 5, 7)
+    assert emission.tensors["tau"].shape == (7,)
+    key, tensors = encode({Site(0): [entry]}, "silu")
+    assert {name.removeprefix("layers.0.ffn.") for name in tensors} == set(entry.tensors()) and "layers.0.ffn" in key["sites"]
+
+
+def test_no_executor_without_a_kind() -> None:
+    assert set(EMITTERS) == set(plans.KINDS) and set(EXECUTORS) == set(plans.KINDS.values())
+
+
+def test_architectures_are_the_tested_ones() -> None:
+    assert set(supported()) == set(MODEL_TYPES)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_architecture_matches_transformers(model_type: str, tiny_model: Any) -> None:
+    arch = load_arch(model_type)
+    config = AutoConfig.from_pretrained(tiny_model(model_type))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    state: dict[str, Tensor] = model.state_dict()
+    sizes = [arch.size(config, space) for space in ("layers", "hidden", "units", "vocab")]
+    assert len(set(sizes)) == 4, "sizes must differ, else a swapped space passes"
+    for site in arch.sites(config):
+        module = model.get_submodule(arch.ffn_module(site.layer))
+        prefix = arch.block_prefix(site.layer)
+        named = {prefix + weight.name: arch.shape(config, weight) for weight in arch.weights if not weight.optional or prefix + weight.name in state}
+        for name, shape in named.items():
+            assert tuple(state[name].shape) == shape, name
+        held = {arch.ffn_module(site.layer) + "." + name for name, _ in module.named_parameters()}
+        assert held == set(named), "the file must name every weight of the network and no other"
+        for part in (arch.ffn.gate, arch.ffn.up, arch.ffn.gate_up, arch.ffn.down):
+            assert part is None or hasattr(module, part)
+    assert model.get_input_embeddings().weight.shape == state[arch.embedding].shape == (arch.size(config, "vocab"), arch.size(config, "hidden"))
+    assert model.get_decoder().layers is not None and arch.activation(config) in TORCH_ACTIVATIONS
+    assert set(arch.ffn.onnx) == ({"up", "down"} if arch.ffn.kind == "plain" else {"gate", "up", "down"})
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_equals_transformers(name: str) -> None:
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-6, 6, 241)
+    torch.testing.assert_close(TORCH_ACTIVATIONS[ACTIVATIONS[name]](x), ACT2FN[name](x), rtol=1e-5, atol=1e-6)
