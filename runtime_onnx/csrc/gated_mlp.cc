@@ -23,6 +23,7 @@ namespace {
 constexpr size_t kAlignment = 64;
 constexpr int64_t kPartialBytes = 8 << 20;  // bound of the partial sums, which bounds the tokens per pass
 constexpr int64_t kStripBytes = 256 << 10;  // rows of w_down that several tokens share stay in the second-level cache
+constexpr int64_t kFewTokens = 4;           // up to here long pieces of rows are read, for the sake of memory; above, panels, for the registers
 constexpr int64_t kInlineBytes = 256 << 10;  // below this much work waking the other threads costs more than it gains
 
 class Arena {
@@ -267,8 +268,8 @@ void block_task(void* user, size_t task) {
     if (kept) std::memset(partial + t * d, 0, static_cast<size_t>(d) * sizeof(float));
   }
   const int type = run.at(kWDown).type;
-  const int64_t fits = kStripBytes / std::max<int64_t>(1, count * bytes_of(type)) / 64 * 64;
-  const int64_t strip = tokens == 1 ? d : std::min(d, std::max<int64_t>(64, fits));
+  const int64_t fits = kStripBytes / std::max<int64_t>(1, count * bytes_of(type)) / kPanel * kPanel;
+  const int64_t strip = tokens == 1 ? d : tokens > kFewTokens ? kPanel : std::min(d, std::max(2 * kPanel, fits));
   for (int64_t c = 0; c < d; c += strip)
     for (int64_t t = 0; t < tokens; ++t)
       if (counts[t]) run.kernels->accumulate(type, down, list + t * count, z + t * count, counts[t], d, c, std::min(strip, d - c), partial + t * d + c);

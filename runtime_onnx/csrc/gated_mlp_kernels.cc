@@ -30,9 +30,10 @@ constexpr int WIDTH = 4;
 typedef float reg __attribute__((vector_size(16)));
 #endif
 constexpr int PARTS = LANES / WIDTH;
-constexpr int ROWS = 4;                            // rows of weights per pass: independent sums hide the latency of FMA
-constexpr int TOKENS = WIDTH == 16 ? 6 : 1;        // tokens per pass, so that sums, x and weights fit into the registers
-constexpr int LINE = 64;                           // bytes
+constexpr int ROWS = 4;                      // rows per pass of a product: independent sums hide the latency of FMA
+constexpr int TOKENS = WIDTH == 16 ? 6 : 1;  // tokens per pass, so that sums, x and weights fit into the registers
+constexpr int ADDED = 8;                     // rows of w_down per pass over y
+constexpr int LINE = 64;                     // bytes
 
 struct half { uint16_t bits; };
 struct bfloat { uint16_t bits; };
@@ -61,9 +62,9 @@ inline vec fma(const vec& a, const vec& b, const vec& c) {
   return out;
 }
 
-inline vec broadcast(float value) {
+inline vec fma(reg a, const vec& b, const vec& c) {
   vec out;
-  for (int i = 0; i < PARTS; ++i) out.part[i] = value - reg{};
+  for (int i = 0; i < PARTS; ++i) out.part[i] = fma(a, b.part[i], c.part[i]);
   return out;
 }
 
@@ -138,32 +139,46 @@ inline vec load_tail(const W* p, int64_t count) {
 
 inline void store(float* p, const vec& value) { memcpy(p, &value, sizeof value); }
 
-// Lanes are added in halves: i and i + 8, i and i + 4, i and i + 2, i and i + 1.
-inline float sum(const vec& v) {
+typedef float four __attribute__((vector_size(16)));
+
+// Lanes i, i + 4, i + 8 and i + 12 into lane i: (v[i] + v[i + 8]) + (v[i + 4] + v[i + 12])
+inline four fold(const vec& v) {
 #if defined(__AVX512F__)
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v.part[0]), _mm512_extractf32x8_ps(v.part[0], 1));
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 #elif defined(__AVX2__)
   const __m256 eight = _mm256_add_ps(v.part[0], v.part[1]);
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 #else
-  const reg four = (v.part[0] + v.part[2]) + (v.part[1] + v.part[3]);
+  return (v.part[0] + v.part[2]) + (v.part[1] + v.part[3]);
 #endif
-  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// The sums of four vectors: (lane 0 + 1) + (lane 2 + 3) of each folded vector
+inline four sums(const vec& first, const vec& second, const vec& third, const vec& fourth) {
+  const four a = fold(first), b = fold(second), c = fold(third), d = fold(fourth);
+#if defined(__AVX2__)
+  return _mm_hadd_ps(_mm_hadd_ps(a, b), _mm_hadd_ps(c, d));
+#else
+  return four{(a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3]), (c[0] + c[1]) + (c[2] + c[3]), (d[0] + d[1]) + (d[2] + d[3])};
+#endif
 }
 
 // out[t * stride + r] = row[r] . x[t] for T tokens and the first `valid` of ROWS rows; `next` are the rows to come.
+// Every loop over acc is unrolled: only then do the sums live in registers.
 template <class W, int T>
 inline void dot_tile(const W* const* row, const W* const* next, int valid, const float* x, int64_t d, float* out, int64_t stride) {
   constexpr int STEP = LINE / static_cast<int>(sizeof(W));
   vec acc[T][ROWS];
+#pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) acc[t][r] = vec{};
   int64_t j = 0;
   for (; j + STEP <= d; j += STEP) {
     if (next)  // rows far apart: the hardware prefetcher stops at the page's end
-      for (int r = 0; r < ROWS; ++r) __builtin_prefetch(next[r] + j, 0, 2);
 #pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) __builtin_prefetch(next[r] + j, 0, 2);
     for (int k = 0; k < STEP; k += LANES) {
       vec q[T];
 #pragma GCC unroll 8
@@ -178,15 +193,21 @@ inline void dot_tile(const W* const* row, const W* const* next, int valid, const
   }
   for (; j < d; j += LANES) {
     const int64_t left = d - j;
+    vec q[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) q[t] = left < LANES ? load_tail(x + t * d + j, left) : load(x + t * d + j);
+#pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       const vec w = left < LANES ? load_tail(row[r] + j, left) : load(row[r] + j);
 #pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) acc[t][r] = fma(left < LANES ? load_tail(x + t * d + j, left) : load(x + t * d + j), w, acc[t][r]);
+      for (int t = 0; t < T; ++t) acc[t][r] = fma(q[t], w, acc[t][r]);
     }
   }
-  for (int t = 0; t < T; ++t)
-    for (int r = 0; r < ROWS; ++r)
-      if (r < valid) out[t * stride + r] = sum(acc[t][r]);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    const four total = sums(acc[t][0], acc[t][1], acc[t][2], acc[t][3]);
+    memcpy(out + t * stride, &total, static_cast<size_t>(valid) * sizeof(float));
+  }
 }
 
 template <class W>
@@ -202,21 +223,24 @@ void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, co
       ahead[r] = row_of(last && then ? then : weights, q < count ? q : count - 1);
     }
     const W* const* next = last && !then ? nullptr : ahead;
-    int64_t t = 0;
-    for (; t + TOKENS <= tokens; t += TOKENS, next = nullptr) dot_tile<W, TOKENS>(row, next, valid, x + t * d, d, out + t * stride + k, stride);
-    switch (tokens - t) {
+    for (int64_t t = 0, tiles = (tokens + TOKENS - 1) / TOKENS; tiles > 0; --tiles, next = nullptr) {
+      const int64_t size = (tokens - t + tiles - 1) / tiles;  // even tiles: 8 tokens are 4 and 4, not 6 and 2
+      switch (size) {
 #define SPARSEGATE_TILE(n) \
   case n:                  \
-    dot_tile<W, (n < TOKENS ? n : 1)>(row, next, valid, x + t * d, d, out + t * stride + k, stride); \
+    dot_tile<W, (n <= TOKENS ? n : 1)>(row, next, valid, x + t * d, d, out + t * stride + k, stride); \
     break;
-      SPARSEGATE_TILE(1)
-      SPARSEGATE_TILE(2)
-      SPARSEGATE_TILE(3)
-      SPARSEGATE_TILE(4)
-      SPARSEGATE_TILE(5)
+        SPARSEGATE_TILE(1)
+        SPARSEGATE_TILE(2)
+        SPARSEGATE_TILE(3)
+        SPARSEGATE_TILE(4)
+        SPARSEGATE_TILE(5)
+        SPARSEGATE_TILE(6)
 #undef SPARSEGATE_TILE
-      default:
-        break;
+        default:
+          break;
+      }
+      t += size;
     }
   }
 }
@@ -225,16 +249,18 @@ void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, co
 template <class W, int R>
 inline void add_rows(const W* const* row, const W* const* next, const float* scale, int64_t width, float* y) {
   constexpr int STEP = LINE / static_cast<int>(sizeof(W));
-  vec s[R];
-  for (int r = 0; r < R; ++r) s[r] = broadcast(scale[r]);
+  reg s[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) s[r] = scale[r] - reg{};
   int64_t c = 0;
   for (; c + STEP <= width; c += STEP) {
     if (next)
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + c, 0, 2);
 #pragma GCC unroll 4
     for (int k = 0; k < STEP; k += LANES) {
       vec sum = load(y + c + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sum = fma(s[r], load(row[r] + c + k), sum);
       store(y + c + k, sum);
     }
@@ -242,23 +268,42 @@ inline void add_rows(const W* const* row, const W* const* next, const float* sca
   for (; c < width; c += LANES) {
     const int64_t left = width - c;
     vec sum = left < LANES ? load_tail(y + c, left) : load(y + c);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) sum = fma(s[r], left < LANES ? load_tail(row[r] + c, left) : load(row[r] + c), sum);
     memcpy(y + c, &sum, static_cast<size_t>(left < LANES ? left : LANES) * sizeof(float));
   }
 }
 
+// The same for a panel of kPanel columns whose rows lie in the caches: y stays in registers.
+template <class W>
+void accumulate_panel(const W* weights, const int32_t* rows, const float* scale, int64_t count, int64_t d, float* y) {
+  constexpr int VECTORS = static_cast<int>(kPanel) / LANES;
+  vec sum[VECTORS];
+#pragma GCC unroll 8
+  for (int v = 0; v < VECTORS; ++v) sum[v] = load(y + v * LANES);
+  for (int64_t k = 0; k < count; ++k) {
+    const W* row = weights + rows[k] * d;
+    const reg s = scale[k] - reg{};
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) sum[v] = fma(s, load(row + v * LANES), sum[v]);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < VECTORS; ++v) store(y + v * LANES, sum[v]);
+}
+
 template <class W>
 void accumulate_of(const W* weights, const int32_t* rows, const float* scale, int64_t count, int64_t d, float* y, int64_t width) {
+  if (width == kPanel) return accumulate_panel(weights, rows, scale, count, d, y);
+  const W *row[ADDED], *next[ADDED];
   int64_t k = 0;
-  const W *row[ROWS], *next[ROWS];
-  for (; k + ROWS <= count; k += ROWS) {
-    for (int r = 0; r < ROWS; ++r) {
+  for (; k + ADDED <= count; k += ADDED) {
+    for (int r = 0; r < ADDED; ++r) {
       row[r] = weights + rows[k + r] * d;
-      next[r] = weights + rows[k + ROWS + r < count ? k + ROWS + r : count - 1] * d;
+      next[r] = weights + rows[k + ADDED + r < count ? k + ADDED + r : count - 1] * d;
     }
-    add_rows<W, ROWS>(row, k + ROWS < count ? next : nullptr, scale + k, width, y);
+    add_rows<W, ADDED>(row, k + ADDED < count ? next : nullptr, scale + k, width, y);
   }
-  for (; k < count; ++k) {
+  for (; k < count; k += 1) {
     row[0] = weights + rows[k] * d;
     add_rows<W, 1>(row, nullptr, scale + k, width, y);
   }

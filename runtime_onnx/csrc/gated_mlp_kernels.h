@@ -10,6 +10,8 @@
 
 namespace sparsegate {
 
+constexpr int64_t kPanel = 64;  // columns that `accumulate` keeps in registers: for many tokens that share rows
+
 struct Kernels {
   // out[t * stride + k] = row(k) . x[t] for k < count, t < tokens; row k starts at weights + (rows ? rows[k] : k) * d.
   // x is [tokens, d]. `then`, if any, is the matrix whose same rows are read next: they are prefetched at the end.
