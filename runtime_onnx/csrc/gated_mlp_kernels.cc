@@ -206,7 +206,10 @@ inline void dot_tile(const W* const* row, const W* const* next, int valid, const
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
     const four total = sums(acc[t][0], acc[t][1], acc[t][2], acc[t][3]);
-    memcpy(out + t * stride, &total, static_cast<size_t>(valid) * sizeof(float));
+    if (valid == ROWS)
+      memcpy(out + t * stride, &total, sizeof total);
+    else
+      memcpy(out + t * stride, &total, static_cast<size_t>(valid) * sizeof(float));
   }
 }
 
