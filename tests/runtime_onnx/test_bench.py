@@ -64,20 +64,21 @@ def test_verdict(candidate: float, ratio: float, verdict: str, monkeypatch: pyte
 
 
 def test_waiting_pairs_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pair whose threads waited for a CPU does not count, here the slow one; if all waited there is no result; if waiting is unknown the record says so."""
+    """A pair whose threads waited for a CPU does not count, here the slow one; if all waited, or waiting is unknown, the record says so."""
     waits = iter([0, 0, 0, 0, 0, 0, 50, 50, 50, 50, 50])  # one reading at the start, then two a pair: warm-up and three that count
     monkeypatch.setattr(bench_module, "_waited", lambda: next(waits))
     monkeypatch.setitem(bench_module._PASSES, "onnxruntime", fixed({"baseline": iter([1.0] * 4), "candidate": iter([1.0, 0.5, 8.0, 0.5])}))
     result = bench(folders.dense(), folders.sparse("gate"), prompt_tokens=4, new_tokens=8, pairs=3)
-    assert result["dropped"] == 1 and len(result["samples"]) == 2 and result["decode"]["lowest"] == 2.0 and result["waits"] == "measured"
+    assert result["dropped"] == 1 and len(result["samples"]) == 2 and result["decode"]["lowest"] == 2.0 and result["quiet"] is True
     ever = iter(range(100))
     monkeypatch.setattr(bench_module, "_waited", lambda: next(ever))
     ones = {"baseline": itertools.repeat(1.0), "candidate": itertools.repeat(1.0)}
     monkeypatch.setitem(bench_module._PASSES, "onnxruntime", fixed(ones))
-    with pytest.raises(ValueError, match="must be quiet enough to measure, got .* in all 3 pairs"):
-        bench(folders.dense(), folders.sparse("gate"), **SHORT)
+    result = bench(folders.dense(), folders.sparse("gate"), **SHORT)
+    assert result["quiet"] is False and len(result["samples"]) == 3 and result["dropped"] == 0 and "do not quote" in result["waits"]
     monkeypatch.setattr(bench_module, "_waited", lambda: None)
-    assert "not measured" in bench(folders.dense(), folders.sparse("gate"), **SHORT)["waits"]
+    result = bench(folders.dense(), folders.sparse("gate"), **SHORT)
+    assert result["quiet"] is None and "not measured" in result["waits"]
 
 
 def test_order_alternates(monkeypatch: pytest.MonkeyPatch) -> None:
