@@ -97,9 +97,8 @@ def _train(x: Tensor, score: Tensor, rank: int, config: Config, layer: int, prog
     # fc1 works on inputs of size `scale`, so its rate shrinks by the same factor
     groups = [{"params": [fc1], "lr": config.rate / scale}, {"params": [fc2, bias], "lr": config.rate}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [config.rate / scale, config.rate], total_steps=config.steps, pct_start=0.05, cycle_momentum=False, anneal_strategy="linear"
-    )
+    warm = max(1, config.steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warm, (config.steps - step) / max(1, config.steps - warm)))
     for _ in range(config.steps):
         at = train[torch.randint(len(train), (min(config.batch, len(train)),), generator=generator)]
         logits = F.relu(x[at].float() @ fc1.T) @ fc2.T + bias
