@@ -14,8 +14,6 @@ enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kDrelu, kI
 enum class Score : int { kPredictor, kGate, kExact, kAll };
 enum class Weights : int { kFloat, kInt8Row };
 
-const char* role_name(int role);
-
 struct Variant {
   Activation activation;
   Score score;

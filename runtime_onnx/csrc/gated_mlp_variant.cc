@@ -110,8 +110,6 @@ std::string shape_text(const Tensor& tensor) {
 
 }  // namespace
 
-const char* role_name(int role) { return kRoleNames[role]; }
-
 std::string variant_of_attributes(const std::string& activation, const std::string& score, const std::string& weights, const std::string& inputs, Variant& out) {
   const int a = find(kActivations, activation), s = find(kScores, score), w = find(kWeights, weights);
   if (a < 0) return "attribute activation must be one of " + listed(kActivations) + ", got '" + activation + "'";
