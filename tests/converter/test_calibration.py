@@ -368,5 +368,4 @@ def test_peak_memory_is_bounded_by_two_blocks(large_model: Path, tiny_model: Cal
     done = subprocess.run([sys.executable, "-c", CHILD, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     walked, whole = json.loads(done.stdout)
-    print(f"MiB: walk {walked / MIB:.1f}, bound {bound / MIB:.1f}, whole model {whole / MIB:.1f}; a block is {block / MIB:.1f}")
-    assert walked <= bound < whole
+    assert walked <= bound < whole, f"MiB: walk {walked / MIB:.1f}, bound {bound / MIB:.1f}, whole model {whole / MIB:.1f}; a block is {block / MIB:.1f}"
