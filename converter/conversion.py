@@ -10,26 +10,22 @@ from typing import Any
 
 import torch
 
-from ..runtime_onnx.bench import bench
-from . import report as reporting
-from .artifact import VERSION, Header, InputError, atomic_folder, hash_file, hash_json, is_finished, read_header, read_json, write_header, write_json
-from .data import BUNDLED, CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text
-from .hub import check_disk, check_push, download, fetch_checkpoint, is_hub_id, push
+from .arch import load_arch
+from .artifact import HEADER, VERSION, InputError, atomic_folder, hash_file, hash_json
+from .candidates import Candidate, Texts, build_report, choose, make_base, make_candidate, make_texts
+from .data import BUNDLED
+from .hub import check_disk, check_push, download, is_hub_id, push, remote_inspect
 from .manifest import MANIFEST, Manifest, check_files, installed_versions, list_files, read_manifest, write_manifest
-from .onnx_export import build_base, check_base, export
-from .planning import BUNDLED_MODEL, Estimate, compile_recipe, estimate, method_configs
-from .plans import Plan
-from .recipe import Budget, Recipe
-from .reference import dense, load
-from .report.card import write_card
-from .report.plots import plot_layers
-from .schedule import checkpoint, once
-from .source import Source, open_source
-from .verification import Check, Quality, Verification, check_budget, check_onnx, check_source, make_probe, measure_quality, read_plan
+from .planning import BUNDLED_MODEL, Estimate, compile_recipe, estimate, estimate_shapes, method_configs
+from .recipe import Recipe
+from .reference import load
+from .report import Report, read_base_card, write_report
+from .report.card import RESULTS
+from .schedule import once
+from .source import Source, check_config, check_shapes, make_config, open_source
+from .verification import Check, Verification, check_budget, check_onnx, check_source, make_probe, measure_quality, read_plan
 
 log = logging.getLogger("sparsegate")
-_HELDOUT_WINDOWS = 64
-_HELDOUT_SHARE = 0.2  # of a user's own calibration text, kept for measuring
 
 
 @dataclass(frozen=True)
@@ -38,32 +34,9 @@ class Result:
 
     folder: Path
     up_to_date: bool
-    report: reporting.Report | None
+    report: Report | None
     estimate: Estimate | None = None
     url: str | None = None
-
-
-@dataclass(frozen=True)
-class _Texts:
-    calibration: Batches
-    heldout: Batches
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """One method's result: plan, checkpoint and ONNX folders, quality, checks, and the measured speeds against dense."""
-
-    method: str
-    plan: Plan
-    checkpoint: Path
-    onnx: Path
-    quality: Quality
-    checks: list[Check]
-    speed: dict[str, Any]
-
-    @property
-    def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
 
 
 def convert(
@@ -95,28 +68,31 @@ def convert(
     _check_device(device)
     if push_to:
         check_push(push_to)
-    source = resolve(asked.model, work)
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise _occupied(out, "something else")
     configs = method_configs(asked)
-    plan_cost = estimate(source, asked, configs)
+    if dry_run and is_hub_id(asked.model):
+        return Result(out, False, None, _remote_estimate(asked, configs))
+    source = resolve(asked.model, work)
+    needed = estimate(source, asked, configs)
     if dry_run:
-        return Result(out, False, None, plan_cost)
-    texts = _texts(source, asked)
-    fingerprint = hash_json({"tool": VERSION, "source": source.fingerprint, "recipe": asked.model_dump(mode="json"), "texts": [texts.calibration.sha256, texts.heldout.sha256]})
+        return Result(out, False, None, needed)
+    texts = make_texts(source, asked)
+    hashes = [texts.calibration.sha256, texts.heldout.sha256]
+    fingerprint = hash_json({"tool": VERSION, "source": source.fingerprint, "recipe": asked.model_dump(mode="json"), "texts": hashes})
     if out.exists():
         return _existing(out, fingerprint, push_to, public)
-    check_disk(out, plan_cost.disk_bytes)
+    check_disk(out, needed.disk_bytes)
     work.mkdir(parents=True, exist_ok=True)
 
     plans = once(source, texts.calibration, configs, work, asked.seed, device)
-    base = _base(source, texts, work)
-    candidates = [_candidate(source, name, plan, texts, base, asked, configs[name], work) for name, plan in plans.items()]
-    chosen = _choose(candidates)
-    report = reporting.build(source, asked, texts.calibration, candidates, chosen, command)
-    _finish(out, source, asked, fingerprint, texts, chosen, report, keep_stages)
+    base = make_base(source, texts, work)
+    candidates = [make_candidate(source, name, plan, texts, base, asked, configs[name], work) for name, plan in plans.items()]
+    report = _finish(out, source, asked, fingerprint, texts, choose(candidates), candidates, command, keep_stages)
     if not keep_stages:
         shutil.rmtree(work)
     url = push(out, push_to, private=not public) if push_to else None
-    return Result(out, False, report, plan_cost, url)
+    return Result(out, False, report, needed, url)
 
 
 def resolve(model: str, work: Path) -> Source:
@@ -136,107 +112,66 @@ def _check_device(device: str) -> None:
         raise InputError("device cuda must have a CUDA GPU and a CUDA build of torch, got none. Use --device cpu.")
 
 
-def _texts(source: Source, recipe: Recipe) -> _Texts:
-    tokenizer, asked = source.tokenizer(), recipe.calibration
-    length = min(asked.length, int(getattr(source.config, "max_position_embeddings", asked.length)))
-    if asked.file is None:
-        text, heldout = read_text(CALIBRATION_TEXT), read_text(HELDOUT_TEXT)
-    else:
-        whole = read_text(Path(asked.file))
-        cut = int(len(whole) * (1 - _HELDOUT_SHARE))
-        text, heldout = whole[:cut], whole[cut:]
-    return _Texts(
-        make_batches(tokenizer, text, asked.windows, length, recipe.seed),
-        make_batches(tokenizer, heldout, _HELDOUT_WINDOWS, length, recipe.seed + 1, "The last fifth of the calibration text"),
-    )
-
-
 def _existing(out: Path, fingerprint: str, push_to: str | None, public: bool) -> Result:
-    if (out / MANIFEST).is_file() and read_manifest(out).fingerprint == fingerprint:
+    if read_manifest(out).fingerprint == fingerprint:
         return Result(out, True, reporting.read(out), url=push(out, push_to, private=not public) if push_to else None)
-    what = "another conversion" if (out / MANIFEST).is_file() else "something else"
-    raise InputError(f"OUT must be a new folder, got {out}, which holds {what}. Choose another -o, or remove the folder.")
+    raise _occupied(out, "another conversion")
 
 
-def _base(source: Source, texts: _Texts, work: Path) -> Path:
-    folder, header = work / "base", Header(format="base", parents={"model": source.fingerprint})
-    if not is_finished(folder, header):
-        from .reference import load_dense
-
-        with atomic_folder(folder) as partial:
-            build_base(source.folder, partial)
-            check_base(partial, load_dense(source.folder), texts.heldout.tokens[texts.heldout.mask.all(1)][:2, :32])
-            write_header(partial, header)
-    return folder
+def _occupied(out: Path, what: str) -> InputError:
+    return InputError(f"OUT must be a new folder, got {out}, which holds {what}. Choose another -o, or remove the folder.")
 
 
-def _candidate(source: Source, name: str, plan: Plan, texts: _Texts, base: Path, recipe: Recipe, config: dict[str, Any], work: Path) -> _Candidate:
-    plan_folder = work / "plan" / name
-    folder = checkpoint(source, plan, name, work, plan_folder)
-    onnx, parent = work / "onnx" / name, read_header(folder)
-    assert parent is not None
-    header = Header(format="onnx", parents={"checkpoint": parent.fingerprint}, config=recipe.export.model_dump(mode="json"))
-    if not is_finished(onnx, header):
-        with atomic_folder(onnx) as partial:
-            export(base, plan, source.arch, source.config, partial)
-            write_header(partial, header)
-    measured, header = work / "measured" / name, Header(format="measured", parents={"onnx": header.fingerprint}, config=recipe.budget.model_dump(mode="json"), calibration=texts.heldout.sha256)
-    if not is_finished(measured, header):
-        model = load(folder)
-        quality = measure_quality(model, plan, texts.heldout)
-        checks = check_onnx(onnx, make_probe(model, texts.heldout)) + check_budget(quality, recipe.budget.model_dump(), config.get("sparsity"))
-        del model
-        speed = _speed(base, onnx, texts)
-        with atomic_folder(measured) as partial:
-            write_json(partial / "measured.json", {"quality": quality.model_dump(), "checks": [check.model_dump() for check in checks], "speed": speed})
-            write_header(partial, header)
-    stored = read_json(measured / "measured.json", "The measurement")
-    return _Candidate(name, plan, folder, onnx, Quality(**stored["quality"]), [Check(**row) for row in stored["checks"]], stored["speed"])
+def _remote_estimate(recipe: Recipe, configs: dict[str, dict[str, Any]]) -> Estimate:
+    """What a Hub model will need, from its configuration and headers; no weight is fetched."""
+    remote = remote_inspect(recipe.model)
+    check_config(remote.config)
+    arch, config = load_arch(str(remote.config.get("model_type"))), make_config(remote.config)
+    shapes = {name: shape for name, (shape, _) in remote.tensors.items()}
+    check_shapes(arch, config, shapes)
+    return estimate_shapes(arch, config, shapes, remote.total_bytes, recipe, configs)
 
 
-def _speed(base: Path, onnx: Path, texts: _Texts) -> dict[str, Any]:
-    """Tokens per second of a candidate and of the dense graph, back to back; an empty dict where the machine was too busy to measure."""
-    length = texts.heldout.tokens.shape[1]
-    prompt = texts.heldout.tokens[0, : min(128, length // 2)].tolist()
-    try:
-        return bench(base, onnx, prompt=prompt, new_tokens=min(64, length - len(prompt) - 1), command="sparsegate convert")
-    except ValueError as error:
-        log.warning("Speed was not measured: %s", error)
-        return {}
-
-
-def _choose(candidates: list[_Candidate]) -> _Candidate:
-    """The passing candidate with the least KL to dense. Raises InputError with the failed checks when none passes."""
-    passing = [candidate for candidate in candidates if candidate.passed]
-    if not passing:
-        failed = [f"{c.method}: {check.name} {check.value:.3g} > {check.bound:.3g} ({check.note})" for c in candidates for check in c.checks if not check.passed]
-        raise InputError(f"A checkpoint must hold its budget and its executors must agree, got {'; '.join(failed)}. Lower --sparsity or loosen the budget.")
-    return min(passing, key=lambda candidate: candidate.quality.kl)
-
-
-def _finish(out: Path, source: Source, recipe: Recipe, fingerprint: str, texts: _Texts, chosen: _Candidate, report: reporting.Report, keep_stages: bool) -> None:
-    place = shutil.copytree if keep_stages else shutil.move
+def _finish(
+    out: Path, source: Source, recipe: Recipe, fingerprint: str, texts: Texts, chosen: Candidate, candidates: list[Candidate], command: str, keep_stages: bool
+) -> Report:
+    """Assemble OUT from the chosen candidate's stages, report and card; the manifest is written last and one rename makes OUT appear."""
+    report = build_report(source, recipe, texts, candidates, chosen, command)
+    quality = chosen.quality
     with atomic_folder(out) as partial:
-        for path in list(chosen.checkpoint.iterdir()):
-            if path.name != "header.json":
-                (shutil.copytree if path.is_dir() and keep_stages else shutil.copyfile if keep_stages else shutil.move)(path, partial / path.name)
-        place(chosen.onnx, partial / "onnx")
-        (partial / "onnx" / "header.json").unlink(missing_ok=True)
-        reporting.write(partial, report)
-        plot_layers(partial, report)
-        write_card(partial, report, source.folder)
+        _place(chosen.checkpoint, partial, keep_stages)
+        (partial / "onnx").mkdir()
+        _place(chosen.onnx, partial / "onnx", keep_stages)
+        write_report(partial, report, read_base_card(source.folder, source.id, source.revision))
         manifest = Manifest(
             fingerprint=fingerprint,
             source={"id": source.id, "revision": source.revision, "fingerprint": source.fingerprint},
-            calibration={"sha256": texts.calibration.sha256, "tokens": texts.calibration.count, "file": None if recipe.calibration.file is None else hash_file(Path(recipe.calibration.file))},
-            recipe=recipe.model_copy(update={"model": source.name}).model_dump(mode="json"),
+            calibration={
+                "sha256": texts.calibration.sha256,
+                "tokens": texts.calibration.count,
+                "file": None if recipe.calibration.file is None else hash_file(Path(recipe.calibration.file)),
+            },
+            recipe=report.recipe,
             seed=recipe.seed,
-            budget=Budget.model_validate(recipe.budget).model_dump() | {"sparsity": dict(recipe.stages[0].config).get("sparsity")},
-            measured={"nll_dense": chosen.quality.nll_dense, "nll": chosen.quality.nll, "kl": chosen.quality.kl, "agreement": chosen.quality.agreement, "density": chosen.quality.density, "cost": chosen.quality.cost},
+            budget=recipe.budget.model_dump() | {"sparsity": chosen.sparsity},
+            measured={name: getattr(quality, name) for name in ("nll_dense", "nll", "kl", "agreement", "density", "cost")},
             versions=installed_versions(),
             files=list_files(partial),
         )
         write_manifest(partial, manifest)
+    return report
+
+
+def _place(stage: Path, folder: Path, keep: bool) -> None:
+    for path in list(stage.iterdir()):
+        if path.name == HEADER:
+            continue
+        if not keep:
+            shutil.move(path, folder / path.name)
+        elif path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        else:
+            shutil.copyfile(path, folder / path.name)
 
 
 def local_folder(model: str | Path) -> Path:
@@ -244,6 +179,8 @@ def local_folder(model: str | Path) -> Path:
     name = str(model)
     if Path(name).exists() or not is_hub_id(name):
         return Path(name)
+    from .hub import fetch_checkpoint
+
     return fetch_checkpoint(name).folder
 
 
@@ -266,10 +203,10 @@ def verify(model: str | Path, source: str | Path | None = None) -> Verification:
     if file is not None and not Path(file).is_file():
         log.warning("The calibration text %s is not here; quality is measured on the text that comes with sparsegate.", file)
         recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": None})})
-    texts = _texts(opened, recipe)
+    texts = make_texts(opened, recipe)
     quality = measure_quality(sparse, plan, texts.heldout)
     if source is not None:
         checks.append(check_source(sparse, resolve(str(source), folder.with_name(folder.name + ".work")).folder, texts.heldout))
     checks += check_onnx(folder / "onnx", make_probe(sparse, texts.heldout))
-    checks += check_budget(quality, manifest.budget, manifest.budget.get("sparsity"))
+    checks += check_budget(quality, manifest.budget)
     return Verification(quality=quality, checks=checks)

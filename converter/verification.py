@@ -54,13 +54,14 @@ class Quality(BaseModel):
 
 
 class Check(BaseModel):
-    """One judgement: a measured value, its bound, and a note on what was compared."""
+    """One judgement: a measured value that has to be at most its bound (at least it where `at_least`), and a note on what was compared."""
 
     name: str
     value: float
     bound: float
     passed: bool
     note: str = ""
+    at_least: bool = False
 
 
 class Verification(BaseModel):
@@ -237,10 +238,10 @@ def _greedy_check(name: str, found: list[list[int]], probe: Probe) -> Check:
         short += max(0, must - equal)
         full += equal == len(wanted)
     passed = short == 0 and full >= FULL_MATCHES
-    return Check(name=f"{name} greedy tokens", value=float(full), bound=float(FULL_MATCHES), passed=passed, note=f"{full} of {len(found)} prompts equal to the end")
+    return Check(name=f"{name} greedy tokens", value=float(full), bound=float(FULL_MATCHES), passed=passed, at_least=True, note=f"{full} of {len(found)} prompts equal to the end")
 
 
-def check_budget(quality: Quality, budget: dict[str, float | None], sparsity: float | None = None) -> list[Check]:
+def check_budget(quality: Quality, budget: dict[str, float | None]) -> list[Check]:
     """The quality budget, and the realised density against the asked one (within 0.05)."""
     checks = []
     if budget.get("max_ppl_increase") is not None:
@@ -249,6 +250,7 @@ def check_budget(quality: Quality, budget: dict[str, float | None], sparsity: fl
     if budget.get("max_kl") is not None:
         bound = float(budget["max_kl"] or 0.0)
         checks.append(Check(name="KL to dense", value=quality.kl, bound=bound, passed=quality.kl <= bound))
+    sparsity = budget.get("sparsity")
     if sparsity is not None:
         off = abs(quality.density - (1 - sparsity))
         checks.append(Check(name="density off target", value=off, bound=0.05, passed=off <= 0.05))

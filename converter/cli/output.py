@@ -29,7 +29,7 @@ def _size(count: float) -> str:
 
 def conversion(result: Result, as_json: bool) -> None:
     """The table of a conversion, or what a dry run found."""
-    from ..report.tables import layer_table, quality_text
+    from ..report.tables import layer_table, quality_table
 
     if result.report is None:
         estimate = result.estimate
@@ -45,9 +45,9 @@ def conversion(result: Result, as_json: bool) -> None:
         return
     print(f"{result.folder} is up to date" if result.up_to_date else f"wrote {result.folder}")
     print()
-    print(quality_text(result.report))
+    print(quality_table(result.report, "text"))
     print()
-    print(layer_table(result.report))
+    print(layer_table(result.report, "text"))
     if result.url:
         print(f"pushed to {result.url}")
 
