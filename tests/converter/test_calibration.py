@@ -282,6 +282,18 @@ def test_tokens_beyond_the_embedding(source: Source, tmp_path: Path) -> None:
         collect(source, batches, BOTH, tmp_path)
 
 
+def test_padding_token_above_the_tokens_in_use(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Only the used rows of the embedding are in memory, fewer than the number of the padding token."""
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "m")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"pad_token_id": VOCAB - 1}))
+    batches = make_batches()
+    few = Batches(batches.tokens % 5, batches.mask)
+    collect(open_source(folder), few, BOTH, tmp_path / "a")
+    collect(open_source(tiny_model("llama")), few, BOTH, tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
 def test_tensors_that_the_model_does_not_have_are_left_alone(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     """Older versions of transformers stored rotary tables inside the blocks."""
     folder = shutil.copytree(tiny_model("llama"), tmp_path / "m")

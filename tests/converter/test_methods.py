@@ -143,6 +143,15 @@ def test_nothing_is_learnt_from_noise(fresh: tuple[Tensor, Tensor]) -> None:
     assert entry.recall is not None and entry.recall == pytest.approx(0.25, abs=0.04)
 
 
+def test_recall_is_reported_on_tokens_that_training_did_not_see() -> None:
+    """Noise that a wide predictor learns by heart: the reported recall stays at chance all the same."""
+    g = torch.Generator().manual_seed(6)
+    x, score = torch.randn(200, D, generator=g).half(), torch.rand(200, N, generator=g).half()
+    entry = train({Site(0): {"samples:magnitude.x": x, "samples:magnitude.score": score}}, sparsity=0.75, rank=128, steps=400, rate=1e-2)
+    assert recall_at(keep(entry, x), score, 0.25) > 0.8, "nine tenths of these tokens were seen"
+    assert entry.recall is not None and entry.recall < 0.4
+
+
 def test_learns_a_realisable_mask() -> None:
     stats = first_half(learnable(6, 2 * TOKENS))
     entry = train(stats, sparsity=0.5, rank=32, steps=900, rate=1e-2)
