@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,7 +95,10 @@ def make_candidate(source: Source, name: str, plan: Plan, texts: Texts, base: Pa
             write_header(partial, header)
     sparsity = config.get("sparsity")
     budget = recipe.budget.model_dump() | {"sparsity": sparsity}
-    measured, header = work / "measured" / name, Header(format="measured", parents={"onnx": header.fingerprint}, config=budget, calibration=texts.heldout.sha256)
+    measured, header = (
+        work / "measured" / name,
+        Header(format="measured", parents={"onnx": header.fingerprint}, config=budget, calibration=texts.heldout.sha256),
+    )
     if not is_finished(measured, header):
         model = load(folder)
         quality = measure_quality(model, plan, texts.heldout)
@@ -125,7 +127,9 @@ def choose(candidates: list[Candidate]) -> Candidate:
     """The passing candidate with the least KL to dense. Raises InputError with the failed checks when none passes."""
     passing = [candidate for candidate in candidates if candidate.passed]
     if not passing:
-        failed = [f"{c.method}: {check.name} {check.value:.3g} against {check.bound:.3g} {check.note}" for c in candidates for check in c.checks if not check.passed]
+        failed = [
+            f"{c.method}: {check.name} {check.value:.3g} against {check.bound:.3g} {check.note}" for c in candidates for check in c.checks if not check.passed
+        ]
         raise InputError(f"A checkpoint must hold its budget and its executors must agree, got {'; '.join(failed)}. Lower --sparsity or loosen the budget.")
     return min(passing, key=lambda candidate: candidate.quality.kl)
 
@@ -152,7 +156,8 @@ def build_report(source: Source, recipe: Recipe, texts: Texts, candidates: list[
         rows=[dense, *(_row(candidate, candidate is chosen) for candidate in candidates)],
         layers=[_layer(chosen, site, entries[0]) for site, entries in chosen.plan.items()],
         checks=[
-            reporting.Check(name=check.name, value=check.value, bound=check.bound, passed=check.passed, at_least=check.at_least) for check in chosen.checks
+            reporting.Check(name=check.name, value=check.value, bound=check.bound, passed=check.passed, at_least=check.at_least, note=check.note)
+            for check in chosen.checks
         ],
     )
 
@@ -178,7 +183,7 @@ def _layer(candidate: Candidate, site: Any, entry: Any) -> reporting.Layer:
     quality = candidate.quality
     realised = quality.site_density[site.key]
     return reporting.Layer(
-        site=site.key, density_target=realised if candidate.sparsity is None else 1 - candidate.sparsity, density_calibrated=entry.density,
+        site=site.key, density_target=None if candidate.sparsity is None else 1 - candidate.sparsity, density_calibrated=entry.density,
         density_realised=realised, cost=quality.site_cost[site.key],
         recall=entry.recall if isinstance(entry, Predictor) else None, rank=entry.rank if isinstance(entry, Predictor) else None,
     )  # fmt: skip
@@ -189,6 +194,7 @@ def _conditions(speed: dict[str, Any]) -> reporting.Speed | None:
         return None
     settings = speed["settings"]
     return reporting.Speed(
-        precision="fp32", provider=speed["candidate"]["provider"], threads=settings["threads"] or os.cpu_count() or 1,
+        precision="fp32", provider=speed["candidate"]["provider"], threads=settings["threads"],
         prompt_tokens=settings["prompt_tokens"], new_tokens=settings["new_tokens"], executor=speed["candidate"]["executor"], command=speed["command"],
+        disturbed=speed["quiet"] is False,
     )  # fmt: skip

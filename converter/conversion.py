@@ -14,13 +14,12 @@ from .arch import load_arch
 from .artifact import HEADER, VERSION, InputError, atomic_folder, hash_file, hash_json
 from .candidates import Candidate, Texts, build_report, choose, make_base, make_candidate, make_texts
 from .data import BUNDLED
-from .hub import check_disk, check_push, download, is_hub_id, push, remote_inspect
+from .hub import check_disk, check_push, download, fetch_checkpoint, is_hub_id, push, remote_inspect
 from .manifest import MANIFEST, Manifest, check_files, installed_versions, list_files, read_manifest, write_manifest
 from .planning import BUNDLED_MODEL, Estimate, compile_recipe, estimate, estimate_shapes, method_configs
 from .recipe import Recipe
 from .reference import load
-from .report import Report, read_base_card, write_report
-from .report.card import RESULTS
+from .report import RESULTS, Report, read_base_card, write_report
 from .schedule import once
 from .source import Source, check_config, check_shapes, make_config, open_source
 from .verification import Check, Verification, check_budget, check_onnx, check_source, make_probe, measure_quality, read_plan
@@ -88,7 +87,7 @@ def convert(
     plans = once(source, texts.calibration, configs, work, asked.seed, device)
     base = make_base(source, texts, work)
     candidates = [make_candidate(source, name, plan, texts, base, asked, configs[name], work) for name, plan in plans.items()]
-    report = _finish(out, source, asked, fingerprint, texts, choose(candidates), candidates, command, keep_stages)
+    report = _finish(out, source, asked, fingerprint, texts, choose(candidates), candidates, command, keep_stages, push_to)
     if not keep_stages:
         shutil.rmtree(work)
     url = push(out, push_to, private=not public) if push_to else None
@@ -114,7 +113,7 @@ def _check_device(device: str) -> None:
 
 def _existing(out: Path, fingerprint: str, push_to: str | None, public: bool) -> Result:
     if read_manifest(out).fingerprint == fingerprint:
-        return Result(out, True, reporting.read(out), url=push(out, push_to, private=not public) if push_to else None)
+        return Result(out, True, Report.load(out / RESULTS), url=push(out, push_to, private=not public) if push_to else None)
     raise _occupied(out, "another conversion")
 
 
@@ -133,7 +132,16 @@ def _remote_estimate(recipe: Recipe, configs: dict[str, dict[str, Any]]) -> Esti
 
 
 def _finish(
-    out: Path, source: Source, recipe: Recipe, fingerprint: str, texts: Texts, chosen: Candidate, candidates: list[Candidate], command: str, keep_stages: bool
+    out: Path,
+    source: Source,
+    recipe: Recipe,
+    fingerprint: str,
+    texts: Texts,
+    chosen: Candidate,
+    candidates: list[Candidate],
+    command: str,
+    keep_stages: bool,
+    repo_id: str | None,
 ) -> Report:
     """Assemble OUT from the chosen candidate's stages, report and card; the manifest is written last and one rename makes OUT appear."""
     report = build_report(source, recipe, texts, candidates, chosen, command)
@@ -142,7 +150,7 @@ def _finish(
         _place(chosen.checkpoint, partial, keep_stages)
         (partial / "onnx").mkdir()
         _place(chosen.onnx, partial / "onnx", keep_stages)
-        write_report(partial, report, read_base_card(source.folder, source.id, source.revision))
+        write_report(partial, report, read_base_card(source.folder, source.id, source.revision), repo_id)
         manifest = Manifest(
             fingerprint=fingerprint,
             source={"id": source.id, "revision": source.revision, "fingerprint": source.fingerprint},
@@ -179,8 +187,6 @@ def local_folder(model: str | Path) -> Path:
     name = str(model)
     if Path(name).exists() or not is_hub_id(name):
         return Path(name)
-    from .hub import fetch_checkpoint
-
     return fetch_checkpoint(name).folder
 
 

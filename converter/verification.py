@@ -79,7 +79,8 @@ class Verification(BaseModel):
 @dataclass(frozen=True)
 class Probe:
     """Token windows for equality checks, made once a checkpoint: `windows` [N, T] with sparse logits [N, T, V], `compare` [N, T]; greedy rows with how
-    many new tokens each must match; `ends` are the tokens that end a text."""
+    many new tokens each must match; `ends` are the tokens that end a text.
+    """
 
     windows: Tensor
     logits: Tensor
@@ -110,7 +111,12 @@ def measure_quality(model: Any, plan: Plan, batches: Batches) -> Quality:
                 p = model(input_ids=row[None].to(model.device)).logits[0, :-1].float().log_softmax(-1)
             q = model(input_ids=row[None].to(model.device)).logits[0, :-1].float().log_softmax(-1)
             target = row[1:].to(p.device)
-            parts = (F.nll_loss(p, target, reduction="sum"), F.nll_loss(q, target, reduction="sum"), (p.exp() * (p - q)).sum(), (p.argmax(-1) == q.argmax(-1)).sum())
+            parts = (
+                F.nll_loss(p, target, reduction="sum"),
+                F.nll_loss(q, target, reduction="sum"),
+                (p.exp() * (p - q)).sum(),
+                (p.argmax(-1) == q.argmax(-1)).sum(),
+            )
             total += torch.stack([part.double().cpu() for part in parts])
             tokens += len(target)
     density = record.density()
@@ -238,7 +244,14 @@ def _greedy_check(name: str, found: list[list[int]], probe: Probe) -> Check:
         short += max(0, must - equal)
         full += equal == len(wanted)
     passed = short == 0 and full >= FULL_MATCHES
-    return Check(name=f"{name} greedy tokens", value=float(full), bound=float(FULL_MATCHES), passed=passed, at_least=True, note=f"{full} of {len(found)} prompts equal to the end")
+    return Check(
+        name=f"{name} greedy tokens",
+        value=float(full),
+        bound=float(FULL_MATCHES),
+        passed=passed,
+        at_least=True,
+        note=f"{full} of {len(found)} prompts equal to the end",
+    )
 
 
 def check_budget(quality: Quality, budget: dict[str, float | None]) -> list[Check]:

@@ -11,11 +11,17 @@ import typer
 
 
 def convert(
-    model: Annotated[str | None, typer.Argument(help="Model folder or Hub id; none takes the small model that comes with sparsegate.", metavar="[MODEL]")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or Hub id; none takes the small model that comes with sparsegate.", metavar="[MODEL]")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The new folder; MODEL-sparse when not given.")] = None,
-    method: Annotated[str | None, typer.Option(help="auto, gate or predictor; auto (the default) tries all and keeps the one nearest to the dense model.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="auto, gate or predictor; auto (the default) tries all and keeps the one nearest to the dense model.")
+    ] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of the gated neurons to skip, 0.5 when not given.")] = None,
-    max_ppl_increase: Annotated[str | None, typer.Option(help="Most that held-out perplexity may rise, as in 1% or 0.01; otherwise nothing is written.")] = None,
+    max_ppl_increase: Annotated[
+        str | None, typer.Option(help="Most that held-out perplexity may rise, as in 1% or 0.01; otherwise nothing is written.")
+    ] = None,
     max_kl: Annotated[float | None, typer.Option(help="Most KL divergence to the dense model, nats per token; otherwise nothing is written.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file in place of the flags that it covers.")] = None,
     calibration: Annotated[Path | None, typer.Option(help="UTF-8 text; its last fifth is held out. Default: Python source that comes with sparsegate.")] = None,

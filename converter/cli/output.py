@@ -41,7 +41,11 @@ def conversion(result: Result, as_json: bool) -> None:
         _estimate(estimate)
         return
     if as_json:
-        print(_json.dumps({"output": str(result.folder), "up_to_date": result.up_to_date, "url": result.url, "report": result.report.model_dump(mode="json")}, indent=2))
+        print(
+            _json.dumps(
+                {"output": str(result.folder), "up_to_date": result.up_to_date, "url": result.url, "report": result.report.model_dump(mode="json")}, indent=2
+            )
+        )
         return
     print(f"{result.folder} is up to date" if result.up_to_date else f"wrote {result.folder}")
     print()

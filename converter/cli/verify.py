@@ -9,7 +9,9 @@ import typer
 
 def verify(
     model: Annotated[str, typer.Argument(metavar="DIR", help="Sparse checkpoint or Hub id.")],
-    source: Annotated[str | None, typer.Option(help="The dense model to compare with: a folder or Hub id. Default: the checkpoint's own dense weights.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="The dense model to compare with: a folder or Hub id. Default: the checkpoint's own dense weights.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Check and print one line a check; status 1 when one fails."""

@@ -82,8 +82,10 @@ class Variant:
             raise ValueError(f"inputs must be roles in the order {' '.join(ROLES)}, each once, got {' '.join(self.inputs)}. Sort them by ROLES.")
         wrong = " ".join(r for r in ROLES if self._allows(r) is not None and self._allows(r) != (r in self.inputs))
         if wrong:
-            raise ValueError(f"inputs of {self.activation}/{self.score}/{self.weights} must hold what these need and nothing else, got {' '.join(self.inputs)}."
-                             f" Add or remove {wrong}.")
+            raise ValueError(
+                f"inputs of {self.activation}/{self.score}/{self.weights} must hold what these need and nothing else, got {' '.join(self.inputs)}."
+                f" Add or remove {wrong}."
+            )
         if self.weights != "float" and self.w != "float32":
             raise ValueError(f"w must be float32 with weights {self.weights}, got {self.w}. It is the dtype of float weights only.")
         if "p1" not in self.inputs and self.p != "float32":

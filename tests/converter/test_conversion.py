@@ -72,7 +72,9 @@ def test_every_architecture_goes_through_the_whole_chain(model_type: str, tiny_m
 
 def test_the_result_is_what_the_manifest_says(converted: Path) -> None:
     manifest = read_manifest(converted)
-    assert {"config.json", "model.safetensors", "sparsity/sparsity.safetensors", "onnx/model.onnx", "onnx/genai_config.json", "README.md"} <= set(manifest.files)
+    assert {"config.json", "model.safetensors", "sparsity/sparsity.safetensors", "onnx/model.onnx", "onnx/genai_config.json", "README.md"} <= set(
+        manifest.files
+    )
     assert "header.json" not in manifest.files and "onnx/header.json" not in manifest.files
     assert manifest.budget["sparsity"] == 0.4
     assert str(converted.parent) not in manifest.recipe["model"]
@@ -214,9 +216,7 @@ def test_a_file_size_limit_ends_in_one_line(tiny_model: Callable[[str], Path], t
 
 
 def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    recipe = small_recipe(
-        tiny_model("llama"), tmp_path, stages=[{"method": "predictor", "config": {"sparsity": 0.4, "steps": 100000, "batch": 64}}]
-    )
+    recipe = small_recipe(tiny_model("llama"), tmp_path, stages=[{"method": "predictor", "config": {"sparsity": 0.4, "steps": 100000, "batch": 64}}])
     child = run_cli(["convert", "--recipe", str(recipe), "-o", str(tmp_path / "out")])
     finished = tmp_path / "out.work" / "stats" / "layers.1.ffn" / "header.json"
     deadline = time.time() + 90

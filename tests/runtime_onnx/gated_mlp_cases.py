@@ -15,8 +15,18 @@ from sparsegate.runtime_onnx.ops.gated_mlp import DOMAIN, NAME, ROLES, Variant, 
 Tensors = dict[str, np.ndarray]
 
 
-def make_variant(activation: str = "silu", score: str = "predictor", weights: str = "float", *, plain: bool = False, bias: bool = False, res: bool = False,
-                 x: str = "float32", w: str = "float32", p: str = "float32") -> Variant:
+def make_variant(
+    activation: str = "silu",
+    score: str = "predictor",
+    weights: str = "float",
+    *,
+    plain: bool = False,
+    bias: bool = False,
+    res: bool = False,
+    x: str = "float32",
+    w: str = "float32",
+    p: str = "float32",
+) -> Variant:
     """The variant with just the roles it needs."""
     roles = {"w_gate", "w_up", "w_down"}
     if weights != "float":
@@ -78,8 +88,9 @@ def with_tau(variant: Variant, x: np.ndarray, tensors: Tensors, keep: str | floa
     return {**tensors, "tau": tau.astype(np.float32)}
 
 
-def make_model(variant: Variant, tensors: Mapping[str, np.ndarray], x_rank: int = 2, fed: tuple[str, ...] = (),
-               attributes: Mapping[str, str] | None = None) -> bytes:
+def make_model(
+    variant: Variant, tensors: Mapping[str, np.ndarray], x_rank: int = 2, fed: tuple[str, ...] = (), attributes: Mapping[str, str] | None = None
+) -> bytes:
     """One node, its function body included; x and y are float32 outside (Cast inside for other dtypes), roles in `fed` are graph inputs."""
     d = [f"t{i}" for i in range(x_rank - 1)]
     width = tensors["w_down"].shape[-1]
