@@ -16,7 +16,7 @@ from .candidates import Candidate, Texts, build_report, choose, make_base, make_
 from .data import BUNDLED
 from .hub import check_disk, check_push, download, fetch_checkpoint, is_hub_id, push, remote_inspect
 from .manifest import MANIFEST, Manifest, check_files, installed_versions, list_files, read_manifest, write_manifest
-from .planning import BUNDLED_MODEL, Estimate, compile_recipe, estimate, estimate_shapes, method_configs
+from .planning import BUNDLED_MODEL, BUNDLED_NAME, Estimate, compile_recipe, estimate, estimate_shapes, method_configs
 from .recipe import Recipe
 from .reference import load
 from .report import RESULTS, Report, read_base_card, write_report
@@ -62,7 +62,7 @@ def convert(
     Raises InputError for every user's mistake, and when the result breaks its budget or its executors disagree; OUT then does not appear.
     """
     asked = compile_recipe(model, method, sparsity, max_ppl_increase, max_kl, recipe, calibration, precision, target, seed)
-    out = Path(output) if output else Path(f"{Path(asked.model).name if asked.model != BUNDLED_MODEL else 'sparsegate-small'}-sparse")
+    out = Path(output) if output else Path(f"{BUNDLED_NAME if asked.model == BUNDLED_MODEL else Path(asked.model).name}-sparse")
     work = out.with_name(out.name + ".work")
     _check_device(device)
     if push_to:
@@ -97,7 +97,7 @@ def convert(
 def resolve(model: str, work: Path) -> Source:
     """Open a folder, the bundled model, or a Hub id, which is fetched into `work`/source."""
     if model == BUNDLED_MODEL:
-        return replace(open_source(BUNDLED), id=None)
+        return replace(open_source(BUNDLED), label=BUNDLED_NAME)
     if is_hub_id(model):
         fetched = download(model, work / "source")
         return open_source(fetched.folder, fetched.id, fetched.revision)

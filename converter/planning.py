@@ -20,7 +20,8 @@ from .source import Source
 from .stats.samples import CAP
 
 BUNDLED_MODEL = "bundled"
-"""The name of the small model that comes with sparsegate."""
+"""How a recipe names the small model that comes with sparsegate."""
+BUNDLED_NAME = "sparsegate-small"
 _FP32, _FP16 = 4, 2
 _RUNTIME = 500_000_000  # bytes of a process with torch, transformers and onnxruntime imported
 

@@ -57,11 +57,12 @@ class Source:
     tensors: dict[str, TensorInfo] = field(repr=False)
     id: str | None = None
     revision: str | None = None
+    label: str | None = None
 
     @property
     def name(self) -> str:
-        """The Hub id, else the folder's name."""
-        return self.id or self.folder.name
+        """The Hub id, else the label, else the folder's name."""
+        return self.id or self.label or self.folder.name
 
     @cached_property
     def fingerprint(self) -> str:

@@ -238,8 +238,8 @@ def _greedy_check(name: str, found: list[list[int]], probe: Probe) -> Check:
     short, full = 0, 0
     for tokens, row, must in zip(found, probe.greedy, probe.must_match, strict=True):
         wanted = row[PROMPT_TOKENS:].tolist()
-        end = next((k for k, token in enumerate(wanted) if token in probe.ends), len(wanted) - 1)
-        wanted, must = wanted[: end + 1], min(must, end + 1)
+        end = next((k for k, token in enumerate(wanted) if token in probe.ends), len(wanted))
+        wanted, must = wanted[:end], min(must, end)  # genai stops before the token that ends a text
         equal = next((k for k, (a, b) in enumerate(zip(tokens, wanted, strict=False)) if a != b), min(len(tokens), len(wanted)))
         short += max(0, must - equal)
         full += equal == len(wanted)

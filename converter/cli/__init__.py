@@ -21,6 +21,8 @@ VERBS = {
     "unlink": (".unlink", "Take the native library out again."),
     "doctor": (".doctor", "Print versions, providers, library and CPU features, and what mends what is missing."),
 }
+_INTERRUPTED = 130
+_GO_ON = "Interrupted. Run the same command again to go on from the finished stages."
 
 
 def _application(argv: list[str]) -> typer.Typer:
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         application = _application(argv)
         code = typer.main.get_command(application).main(argv, prog_name="sparsegate", standalone_mode=False)
     except KeyboardInterrupt:
-        _end("Interrupted. Run the same command again to go on from the finished stages.", 130)
+        _end(_GO_ON, _INTERRUPTED)
     except ValueError as error:
         if not _is_ours(error):
             raise
@@ -60,12 +62,14 @@ def main(argv: list[str] | None = None) -> None:
         if type(error).__module__.split(".")[0] not in ("typer", "click"):
             raise
         if type(error).__name__ == "Abort":
-            _end("Interrupted. Run the same command again to go on from the finished stages.", 130)
+            _end(_GO_ON, _INTERRUPTED)
         show = getattr(error, "show", None)
         if show is None:
             raise
         show()
         sys.exit(getattr(error, "exit_code", 2))
+    if code == _INTERRUPTED:  # what typer turns a KeyboardInterrupt into
+        _end(_GO_ON, _INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -78,5 +82,5 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _end(text: str, code: int) -> None:
-    print(f"sparsegate: {text}" if code != 130 else text, file=sys.stderr)
+    print(f"sparsegate: {text}" if code != _INTERRUPTED else text, file=sys.stderr)
     sys.exit(code)
