@@ -9,54 +9,26 @@ import socket
 import sys
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
-import torch.nn.functional as F
+from gated_torch import BOUND, TOKENS, D, Gated, N, R, Tiny, generate, library, open_tiny, run
 from models import MODEL_TYPES, make_model
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sparsegate.converter.arch import Site, load_arch
+from sparsegate.converter.arch import Site
 from sparsegate.converter.artifact import InputError
-from sparsegate.converter.onnx_export import METADATA, build_base, check_base, compare_base, export, find_regions, onnx_logits, surgery
+from sparsegate.converter.onnx_export import METADATA, build_base, check_base, compare_base, find_regions, surgery
 from sparsegate.converter.onnx_export.emit import EMITTERS
 from sparsegate.converter.plans import KINDS, Plan, Predictor, Threshold, uniform_tau
 from sparsegate.runtime_onnx.ops.gated_mlp import Variant
-
-BOUND = 1e-4
-D, N, R = 64, 176, 8
-TOKENS = np.random.default_rng(0).integers(3, 290, (2, 40))  # longer than the sliding windows of 24
-
-
-@dataclass
-class Tiny:
-    """A tiny model: its checkpoint, its base graph, the torch model."""
-
-    model_type: str
-    checkpoint: Path
-    base: Path
-    model: torch.nn.Module
-
-    @property
-    def arch(self):
-        return load_arch(self.model_type)
-
-    @property
-    def config(self):
-        return self.model.config
-
-    def export(self, plan: Plan, out: Path) -> Path:
-        export(self.base, plan, self.arch, self.config, out)
-        return out
 
 
 @pytest.fixture(scope="session")
@@ -68,134 +40,6 @@ def tiny(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
         return open_tiny(model_type, tiny_model(model_type), root / model_type)
 
     return cache(make)
-
-
-def open_tiny(model_type: str, checkpoint: Path, base: Path) -> Tiny:
-    return Tiny(model_type, checkpoint, build_base(checkpoint, base), AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval())
-
-
-# The gated forward, by hand
-
-
-def act(model_type: str, value: Tensor) -> Tensor:
-    return F.gelu(value, approximate="tanh") if model_type in ("gemma2", "phi") else F.silu(value)
-
-
-def parts(mlp: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, torch.nn.Module]:
-    """(What the activation is applied to, up or None, the down projection) of any of the nine MLPs."""
-    if hasattr(mlp, "gate_up_proj"):
-        gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
-        return gate, up, mlp.down_proj
-    if hasattr(mlp, "gate_proj"):
-        return mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
-    return mlp.fc1(x), None, mlp.fc2
-
-
-@dataclass
-class Gate:
-    """Replaces an MLP's forward. The first call sets a missing tau: per neuron, in the widest gap of its middle scores, so that about half are kept."""
-
-    model_type: str
-    mlp: torch.nn.Module
-    predictor: tuple[Tensor, Tensor] | None = None
-    residual: Tensor | None = None
-    tau: Tensor | None = None
-    z: Tensor = field(default_factory=lambda: torch.empty(0))
-    keep: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        gate, up, down = parts(self.mlp, x)
-        activated = act(self.model_type, gate)
-        hidden = torch.relu(x @ self.predictor[0].T) if self.predictor else x
-        scores = hidden @ self.predictor[1].T if self.predictor else activated.abs()
-        if self.tau is None:
-            ranked = scores.reshape(-1, N).sort(dim=0).values
-            middle = ranked[len(ranked) // 3 : 2 * len(ranked) // 3]
-            widest = middle.diff(dim=0).argmax(dim=0, keepdim=True)
-            self.tau = (middle.gather(0, widest) + middle.gather(0, widest + 1))[0] / 2
-        self.keep = scores > self.tau
-        self.z = activated if up is None else activated * up
-        y = down(torch.where(self.keep, self.z, 0.0))
-        return y if self.residual is None else y + hidden @ self.residual
-
-    @property
-    def entry(self) -> Threshold | Predictor:
-        assert self.tau is not None
-        if self.predictor is None:
-            return Threshold("gate", self.tau, 0.5)
-        return Predictor(*self.predictor, self.tau, 0.5, self.residual)
-
-
-class Gated:
-    """A torch model with Gate in every layer, calibrated on TOKENS; `logits` runs it."""
-
-    def __init__(self, tiny: Tiny, kind: str, residual: bool = False):
-        generator = torch.Generator().manual_seed(1)
-        self.tiny, self.gates = tiny, []
-        for layer in tiny.model.model.layers:
-            predictor = (torch.randn(R, D, generator=generator) / D**0.5, torch.randn(N, R, generator=generator)) if kind == "predictor" else None
-            extra = torch.randn(R, D, generator=generator) / R**0.5 if residual else None
-            self.gates.append(Gate(tiny.model_type, layer.mlp, predictor, extra))
-        self.dense_difference = np.abs(self.logits() - tiny.model(torch.from_numpy(TOKENS)).logits.detach().numpy()).max()
-
-    @torch.no_grad()
-    def logits(self, tokens: np.ndarray = TOKENS, skip: int | None = None) -> np.ndarray:
-        """Logits [N, S, V]; `skip` is a neuron of the last layer that is left out besides."""
-        layers = self.tiny.model.model.layers
-        original = [layer.mlp.forward for layer in layers]
-        gates = list(self.gates)
-        if skip is not None:
-            gates[-1] = replace(gates[-1], tau=gates[-1].tau.index_fill(0, torch.tensor(skip), float("inf")))
-        try:
-            for layer, gate in zip(layers, gates, strict=True):
-                layer.mlp.forward = gate
-            return self.tiny.model(torch.from_numpy(tokens)).logits.numpy()
-        finally:
-            for layer, forward in zip(layers, original, strict=True):
-                layer.mlp.forward = forward
-
-    def active_neuron(self) -> int:
-        """A neuron of the last layer that is kept for some tokens: the median one by its strongest activation."""
-        strongest = torch.where(self.gates[-1].keep, self.gates[-1].z.abs(), 0.0).amax(dim=(0, 1))
-        kept = [int(i) for i in strongest.argsort() if strongest[i] > 0]
-        return kept[len(kept) // 2]
-
-    @property
-    def plan(self) -> Plan:
-        return {Site(index): [gate.entry] for index, gate in enumerate(self.gates)}
-
-
-def library() -> str | None:
-    """The native library, where it is installed."""
-    try:
-        from sparsegate.runtime_onnx import library_path
-
-        return str(library_path())
-    except (ImportError, ValueError):
-        return None
-
-
-def run(folder: Path, tokens: np.ndarray = TOKENS, native: str | None = None) -> np.ndarray:
-    options = onnxruntime.SessionOptions()
-    if native:
-        options.register_custom_ops_library(native)
-    return onnx_logits(onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"]), tokens)
-
-
-def generate(folder: Path, prompt: np.ndarray, count: int) -> list[int]:
-    """Greedy tokens from onnxruntime-genai, up to `count` or the end token."""
-    genai = pytest.importorskip("onnxruntime_genai")
-    model = genai.Model(str(folder))
-    params = genai.GeneratorParams(model)
-    params.set_search_options(do_sample=False, max_length=len(prompt) + count)
-    generator = genai.Generator(model, params)
-    generator.append_tokens(prompt.tolist())
-    while not generator.is_done():
-        generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
-
-
-# Base graph and regions
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
