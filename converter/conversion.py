@@ -14,7 +14,7 @@ from .arch import load_arch
 from .artifact import HEADER, VERSION, InputError, atomic_folder, hash_file, hash_json
 from .candidates import Candidate, Texts, build_report, choose, make_base, make_candidate, make_texts
 from .data import BUNDLED
-from .hub import check_disk, check_push, download, fetch_checkpoint, is_hub_id, push, remote_inspect
+from .hub import Remote, check_disk, check_push, download, head_commit, home_folder, is_hub_id, local_folder, push, remote_inspect
 from .manifest import MANIFEST, Manifest, check_files, installed_versions, list_files, read_manifest, write_manifest
 from .planning import BUNDLED_MODEL, BUNDLED_NAME, Estimate, compile_recipe, estimate, estimate_shapes, method_configs
 from .recipe import Recipe
@@ -66,19 +66,21 @@ def convert(
     work = out.with_name(out.name + ".work")
     _check_device(device)
     if push_to:
-        check_push(push_to)
+        push_to = check_push(push_to).id
     if out.exists() and not (out / MANIFEST).is_file():
         raise _occupied(out, "something else")
     configs = method_configs(asked)
-    if dry_run and is_hub_id(asked.model):
-        return Result(out, False, None, _remote_estimate(asked, configs))
-    source = resolve(asked.model, work)
+    if asked.model != BUNDLED_MODEL and is_hub_id(asked.model):
+        if dry_run:
+            return Result(out, False, None, _remote_estimate(remote_inspect(asked.model), asked, configs))
+        if out.exists():
+            return _existing(out, _fetched_fingerprint(out, asked), push_to, public)
+    source = resolve(asked.model, work / "source")
     needed = estimate(source, asked, configs)
     if dry_run:
         return Result(out, False, None, needed)
     texts = make_texts(source, asked)
-    hashes = [texts.calibration.sha256, texts.heldout.sha256]
-    fingerprint = hash_json({"tool": VERSION, "source": source.fingerprint, "recipe": asked.model_dump(mode="json"), "texts": hashes})
+    fingerprint = _fingerprint(source.fingerprint, asked, texts)
     if out.exists():
         return _existing(out, fingerprint, push_to, public)
     check_disk(out, needed.disk_bytes)
@@ -94,12 +96,12 @@ def convert(
     return Result(out, False, report, needed, url)
 
 
-def resolve(model: str, work: Path) -> Source:
-    """Open a folder, the bundled model, or a Hub id, which is fetched into `work`/source."""
+def resolve(model: str, folder: Path) -> Source:
+    """Open a folder, the bundled model, or a Hub id, which is fetched into `folder`."""
     if model == BUNDLED_MODEL:
         return replace(open_source(BUNDLED), label=BUNDLED_NAME)
     if is_hub_id(model):
-        fetched = download(model, work / "source")
+        fetched = download(model, folder)
         return open_source(fetched.folder, fetched.id, fetched.revision)
     return open_source(model)
 
@@ -121,14 +123,30 @@ def _occupied(out: Path, what: str) -> InputError:
     return InputError(f"OUT must be a new folder, got {out}, which holds {what}. Choose another -o, or remove the folder.")
 
 
-def _remote_estimate(recipe: Recipe, configs: dict[str, dict[str, Any]]) -> Estimate:
-    """What a Hub model will need, from its configuration and headers; no weight is fetched."""
-    remote = remote_inspect(recipe.model)
+def _fingerprint(source: str, recipe: Recipe, texts: Texts) -> str:
+    hashes = [texts.calibration.sha256, texts.heldout.sha256]
+    return hash_json({"tool": VERSION, "source": source, "recipe": recipe.model_dump(mode="json"), "texts": hashes})
+
+
+def _fetched_fingerprint(out: Path, recipe: Recipe) -> str:
+    """The fingerprint of converting a Hub model at its present commit, as far as `out` was made from that commit; no file is fetched.
+
+    A checkpoint holds the configuration and tokenizer of its source.
+    """
+    source = read_manifest(out).source
+    if source.get("id") != recipe.model or source.get("revision") != head_commit(recipe.model):
+        return ""
+    return _fingerprint(source.get("fingerprint") or "", recipe, make_texts(open_source(out, sparse=True), recipe))
+
+
+def _remote_estimate(remote: Remote, recipe: Recipe, configs: dict[str, dict[str, Any]]) -> Estimate:
+    """What a Hub model will need, the download included, from its configuration and headers; no weight is fetched."""
     check_config(remote.config)
     arch, config = load_arch(str(remote.config.get("model_type"))), make_config(remote.config)
     shapes = {name: shape for name, (shape, _) in remote.tensors.items()}
     check_shapes(arch, config, shapes)
-    return estimate_shapes(arch, config, shapes, remote.total_bytes, recipe, configs)
+    needed = estimate_shapes(arch, config, shapes, remote.total_bytes, recipe, configs)
+    return needed.model_copy(update={"disk_bytes": needed.disk_bytes + remote.download_bytes})
 
 
 def _finish(
@@ -182,14 +200,6 @@ def _place(stage: Path, folder: Path, keep: bool) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def local_folder(model: str | Path) -> Path:
-    """The folder that a folder's name or a Hub id means; a repository is fetched into the Hub cache's neighbourhood as real files, onnx/ included."""
-    name = str(model)
-    if Path(name).exists() or not is_hub_id(name):
-        return Path(name)
-    return fetch_checkpoint(name).folder
-
-
 def verify(model: str | Path, source: str | Path | None = None) -> Verification:
     """Check a checkpoint: files against the manifest, dense weights against `source`, quality against the budget, executors against each other.
 
@@ -206,13 +216,13 @@ def verify(model: str | Path, source: str | Path | None = None) -> Verification:
     opened = open_source(folder, sparse=True)
     recipe = Recipe.model_validate(manifest.recipe)
     file = recipe.calibration.file
-    if file is not None and not Path(file).is_file():
+    if file is not None and (not Path(file).is_file() or hash_file(Path(file)) != manifest.calibration.get("file")):
         log.warning("The calibration text %s is not here; quality is measured on the text that comes with sparsegate.", file)
         recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": None})})
     texts = make_texts(opened, recipe)
     quality = measure_quality(sparse, plan, texts.heldout)
     if source is not None:
-        checks.append(check_source(sparse, resolve(str(source), folder.with_name(folder.name + ".work")).folder, texts.heldout))
+        checks.append(check_source(sparse, resolve(str(source), home_folder("dense", str(source))).folder, texts.heldout))
     checks += check_onnx(folder / "onnx", make_probe(sparse, texts.heldout))
     checks += check_budget(quality, manifest.budget)
     return Verification(quality=quality, checks=checks)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import sys
+from importlib import import_module
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -12,6 +14,9 @@ from .artifact import VERSION
 from .manifest import installed_versions
 
 _CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16")
+_ALWAYS = ("torch", "transformers", "safetensors", "onnx", "onnx-ir")  # dependencies whatever the extra
+_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+_GENAI = ("onnxruntime-genai", "onnxruntime-genai-cuda")
 
 
 class Diagnosis(BaseModel):
@@ -25,27 +30,34 @@ def diagnose() -> Diagnosis:
     """Look at versions, execution providers, the native library, CPU features and the GPU as torch sees it."""
     versions = installed_versions()
     facts = {"sparsegate": VERSION, "python": sys.version.split()[0], "platform": platform.platform(), **versions}
-    remedies = []
+    remedies = [f"pip install {name}" for name in _ALWAYS if name not in versions]
     facts["cpu features"] = " ".join(_cpu_features()) or "unknown on this platform"
-    if {"onnxruntime", "onnxruntime-gpu"} <= set(versions):
-        remedies.append("pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu   # the two overwrite each other")
-    if not {"onnxruntime", "onnxruntime-gpu"} & set(versions):
-        remedies.append('pip install "sparsegate[cpu]"   # onnxruntime; [gpu] for CUDA')
-    else:
-        import onnxruntime
-
-        facts["execution providers"] = ", ".join(onnxruntime.get_available_providers())
-    if not {"onnxruntime-genai", "onnxruntime-genai-cuda"} & set(versions):
-        remedies.append("pip install onnxruntime-genai   # onnxruntime-genai-cuda for CUDA")
+    if set(_RUNTIMES) <= set(versions):
+        remedies.append(f"pip uninstall -y {' '.join(_RUNTIMES)} && pip install onnxruntime-gpu   # the two overwrite each other")
+    if not set(_RUNTIMES) & set(versions):
+        remedies.append('pip install "onnxruntime>=1.23"   # onnxruntime-gpu for CUDA')
+    elif runtime := _imported("onnxruntime", next(name for name in _RUNTIMES if name in versions), facts, remedies):
+        facts["execution providers"] = ", ".join(runtime.get_available_providers())
+    if not set(_GENAI) & set(versions):
+        remedies.append('pip install "onnxruntime-genai>=0.18,<0.19"   # onnxruntime-genai-cuda for CUDA')
     try:
         facts["native library"] = f"{library.library_path()} ({library.version()}, {library.isa()})"
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, AttributeError) as error:  # none, no shared object, or one of another version
         facts["native library"] = f"missing: {error}"
         remedies.append("pip install --force-reinstall --no-deps sparsegate   # the native library; models run standard ONNX ops without it")
-    import torch
-
-    facts["cuda in torch"] = f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU"
+    if "torch" in versions and (torch := _imported("torch", "torch", facts, remedies)):
+        facts["cuda in torch"] = f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU"
     return Diagnosis(facts=facts, remedies=remedies)
+
+
+def _imported(name: str, package: str, facts: dict[str, str], remedies: list[str]) -> Any:
+    """The module of an installed package, or None with the fact and the remedy where its import fails."""
+    try:
+        return import_module(name)
+    except (ImportError, OSError) as error:
+        facts[f"{name} import"] = f"failed: {error}"
+        remedies.append(f"pip install --force-reinstall --no-deps {package}   # it is installed but does not import")
+    return None
 
 
 def _cpu_features() -> list[str]:

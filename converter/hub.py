@@ -33,7 +33,7 @@ _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _TEXTS = re.compile(r"(licen[cs]e|notice|copying|use_policy|readme\.md)", re.IGNORECASE)
-_TOKENS = "https://huggingface.co/settings/tokens"
+_TOKENS = f"{constants.ENDPOINT}/settings/tokens"
 
 logger = logging.getLogger("sparsegate")
 
@@ -129,6 +129,13 @@ def remote_inspect(repo_id: str, revision: str | None = None, token: str | None 
     return Remote(repo_id, commit, config, tensors, total, sum(sizes[name] for name in names))
 
 
+def head_commit(repo_id: str, token: str | None = None, endpoint: str | None = None) -> str:
+    """The sha of a repository's newest commit. Raises InputError as `remote_inspect` does."""
+    api = HfApi(endpoint=endpoint, token=token)
+    with _explained(repo_id, api.endpoint):
+        return str(api.model_info(repo_id, timeout=_TIMEOUT).sha)
+
+
 def download(repo_id: str, folder: Path, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> Download:
     """Fetch the model files of a repository into `folder` as real files, since ONNX Runtime refuses the links of the Hub's cache.
 
@@ -141,7 +148,7 @@ def download(repo_id: str, folder: Path, revision: str | None = None, token: str
 def fetch_checkpoint(repo_id: str, folder: Path | None = None, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> Download:
     """Fetch a whole sparse checkpoint, onnx/ included: the files that its manifest lists, and the manifest.
 
-    `folder` is by default sparsegate/OWNER--NAME in Hugging Face's home folder. Works and fails as `download`; a repository without a manifest is refused.
+    `folder` is by default that of `home_folder`. Works and fails as `download`; a repository without a manifest is refused.
     """
     api = HfApi(endpoint=endpoint, token=token)
 
@@ -151,8 +158,18 @@ def fetch_checkpoint(repo_id: str, folder: Path | None = None, revision: str | N
         files = _remote_json(api, repo_id, MANIFEST, commit).get("files")
         return [*sorted(sizes.keys() & set(files if isinstance(files, dict) else ())), MANIFEST]
 
-    place = Path(folder) if folder else Path(constants.HF_HOME) / "sparsegate" / repo_id.replace("/", "--")
-    return _fetch(api, repo_id, place, revision, listed)
+    return _fetch(api, repo_id, Path(folder) if folder else home_folder("sparse", repo_id), revision, listed)
+
+
+def home_folder(kind: str, repo_id: str) -> Path:
+    """Where downloads without a folder of their own go: sparsegate/KIND/OWNER--NAME in Hugging Face's home folder."""
+    return Path(constants.HF_HOME) / "sparsegate" / kind / repo_id.replace("/", "--")
+
+
+def local_folder(model: str | Path) -> Path:
+    """The folder that a folder's name or the Hub id of a sparse checkpoint means; a repository is fetched first, onnx/ included."""
+    name = str(model)
+    return fetch_checkpoint(name).folder if is_hub_id(name) else Path(name)
 
 
 def _fetch(api: HfApi, repo_id: str, folder: Path, revision: str | None, choose: Callable[[str, dict[str, int]], list[str]]) -> Download:
@@ -269,7 +286,7 @@ def _select(repo_id: str, names: list[str]) -> list[str]:
         if pickles:
             raise InputError(
                 f"The weights must be safetensors, got only pickle files ({pickles[0]}) in {repo_id}. "
-                "Convert them with https://huggingface.co/spaces/safetensors/convert, then use the converted repository."
+                f"Convert them with {constants.ENDPOINT}/spaces/safetensors/convert, then use the converted repository."
             )
         raise InputError(f"{repo_id} must hold *.safetensors weights, got none. Choose another repository.")
     texts = [name for name in root if (name.endswith(_SUFFIXES) or _TEXTS.match(name)) and not name.endswith((".py", *_PICKLES))]
@@ -398,5 +415,6 @@ def _explain(error: BaseException, repo_id: str, endpoint: str) -> InputError | 
         return InputError(f"The Hub must answer requests for {repo_id}, got the status {status} from {endpoint}. Wait a little and run the same command again.")
     # the base of every exception of the client's HTTP library, whichever one its version uses
     if isinstance(error, (errors.HTTPError, ConnectionError, TimeoutError)):
-        return _Unreachable(f"The Hub must be reachable, got no connection to {endpoint} ({type(error).__name__}). Check the network and HF_ENDPOINT.")
+        found = f"no connection to {endpoint} ({type(error).__name__})"
+        return _Unreachable(f"The Hub must be reachable for {repo_id}, got {found}. Check the name, the network and HF_ENDPOINT.")
     return None

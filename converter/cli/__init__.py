@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import logging
 import os
 import sys
@@ -74,13 +75,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether sparsegate itself raised the error, which then speaks to the user; any other one is a defect and keeps its traceback."""
-    frame = error.__traceback__
-    while frame and frame.tb_next:
-        frame = frame.tb_next
-    return frame is not None and str(frame.tb_frame.f_globals.get("__name__", "")).startswith("sparsegate.")
+    """Whether a `raise` in sparsegate made the error, which then speaks to the user; any other one is a defect and keeps its traceback."""
+    last = error.__traceback__
+    while last and last.tb_next:
+        last = last.tb_next
+    if last is None or not str(last.tb_frame.f_globals.get("__name__", "")).startswith("sparsegate."):
+        return False
+    return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"  # not int("x") or an unpacking that failed in our code
 
 
 def _end(text: str, code: int) -> None:
-    print(f"sparsegate: {text}" if code != _INTERRUPTED else text, file=sys.stderr)
+    line = " ".join(part.strip() for part in text.splitlines())
+    print(f"sparsegate: {line}" if code != _INTERRUPTED else line, file=sys.stderr)
     sys.exit(code)

@@ -9,11 +9,11 @@ import typer
 
 
 def bench(
-    baseline: Annotated[Path, typer.Argument(metavar="DENSE", help="ONNX folder to compare with.")],
-    candidate: Annotated[Path, typer.Argument(metavar="DIR", help="ONNX folder or sparse checkpoint.")],
+    baseline: Annotated[str, typer.Argument(metavar="DENSE", help="ONNX folder to compare with; a sparse checkpoint or Hub id will do, too.")],
+    candidate: Annotated[str, typer.Argument(metavar="DIR", help="ONNX folder, sparse checkpoint or Hub id.")],
     prompt_tokens: Annotated[int, typer.Option(help="Tokens prefilled.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded.")] = 64,
-    pairs: Annotated[int, typer.Option(help="Back-to-back pairs; medians are reported.")] = 15,
+    pairs: Annotated[int, typer.Option(help="Back-to-back pairs; medians are reported.")] = 7,
     runtime: Annotated[str, typer.Option(help="onnxruntime or onnxruntime-genai.")] = "onnxruntime",
     threads: Annotated[int | None, typer.Option(help="Threads within an op.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File for the JSON.")] = None,
@@ -24,11 +24,13 @@ def bench(
 
     from ...runtime_onnx.bench import bench as run
     from ..artifact import write_json
+    from ..hub import local_folder
     from . import output as show
 
-    with tqdm(total=pairs, desc="bench", unit="pair") as progress:
+    folders = [local_folder(model) for model in (baseline, candidate)]
+    with tqdm(total=pairs, desc="bench", unit="pair", delay=0.01) as progress:  # the delay keeps the bar away when a folder is refused
         result = run(
-            baseline, candidate, prompt_tokens=prompt_tokens, new_tokens=new_tokens, pairs=pairs, runtime=runtime, threads=threads,
+            *folders, prompt_tokens=prompt_tokens, new_tokens=new_tokens, pairs=pairs, runtime=runtime, threads=threads,
             progress=lambda done: progress.update(done - progress.n) and None,
         )  # fmt: skip
     if output:

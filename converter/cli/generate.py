@@ -19,7 +19,7 @@ def generate(
 ) -> int:
     """Print prompt and continuation as they come."""
     from ...runtime_onnx import generate as run
-    from ..conversion import local_folder
+    from ..hub import local_folder
 
     folder = local_folder(model)
     pieces = run(folder, prompt, max_new_tokens, temperature, top_k, top_p, seed, library=False if body else None)

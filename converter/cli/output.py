@@ -102,6 +102,8 @@ def inspection(result: Inspection, as_json: bool) -> None:
     if result.reason:
         print(result.reason)
     if result.estimate:
+        if result.download_bytes:
+            print(f"download          {_size(result.download_bytes)}")
         print(f"sites             {result.sites} feed-forward networks of {result.units} neurons, width {result.hidden}, activation {result.activation}")
         _estimate(result.estimate)
 

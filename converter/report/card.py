@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, constants
 from huggingface_hub.repocard import metadata_load
 
 from .plots import plot_layers
@@ -50,7 +50,7 @@ def read_base_card(folder: Path, id: str | None = None, revision: str | None = N
     if license is None and files:
         license, name, link = "other", "license-of-the-base-model", files[0].name
     if link and "://" not in str(link) and str(link) not in {path.name for path in files}:
-        link = f"https://huggingface.co/{id}/blob/{revision or 'main'}/{link}" if id else None
+        link = f"{constants.ENDPOINT}/{id}/blob/{revision or 'main'}/{link}" if id else None
     language = [] if data.get("language") is None else data["language"]
     # YAML 1.1 reads the code of Norwegian as the boolean false
     codes = tuple("no" if code is False else str(code) for code in (language if isinstance(language, list) else [language]))
@@ -91,6 +91,7 @@ def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | No
         report=report,
         chosen=report.chosen,
         source=source,
+        hub=constants.ENDPOINT,
         repo=repo,
         local=repo.split("/")[-1],
         quality=quality_table(report),

@@ -434,7 +434,7 @@ def test_checkpoint_comes_back_whole(server: HubServer, tmp_path: Path, monkeypa
     server.repos["ada/sparse"].commit("by hand", {**server.repos["ada/sparse"].head.files, "notes.md": Blob(b"x", False)}, ("notes.md",))
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     made = hub.fetch_checkpoint("ada/sparse", token=TOKEN, endpoint=server.url)
-    assert made.folder == tmp_path / "home" / "sparsegate" / "ada--sparse" and contents(made.folder) == contents(folder)
+    assert made.folder == tmp_path / "home" / "sparsegate" / "sparse" / "ada--sparse" and contents(made.folder) == contents(folder)
     assert not any(path.is_symlink() for path in made.folder.rglob("*"))
     server.add_repo("ada/half", {"config.json": MODEL["config.json"], "model.safetensors": WEIGHTS})
     with pytest.raises(InputError, match="finished sparse checkpoint") as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import constants
 from pydantic import ValidationError
 
 from sparsegate.converter import report as reporting
@@ -274,7 +275,7 @@ def test_licence_sources(tmp_path: Path) -> None:
     bare = read_base_card(make_base(tmp_path / "b", "no front matter", **{"LICENSE.txt": "x"}))
     assert (bare.license, bare.license_link) == ("other", "LICENSE.txt")
     lost = read_base_card(make_base(tmp_path / "c"), "org/base", "f00d")
-    assert lost.license_link == "https://huggingface.co/org/base/blob/f00d/LICENSE"
+    assert lost.license_link == f"{constants.ENDPOINT}/org/base/blob/f00d/LICENSE"
     web = read_base_card(make_base(tmp_path / "d", BASE_README.replace("LICENSE", "https://example.org/terms")))
     assert web.license_link == "https://example.org/terms"
     broken = read_base_card(make_base(tmp_path / "e", "---\nlicense: [\n---\n"))
