@@ -1,0 +1,38 @@
+"""README: its tables are the stored results, its two commands stand where .ci/run looks for them, and what it names exists."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from sparsegate.converter.arch import supported
+from sparsegate.converter.cli import VERBS
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+sys.path.insert(0, str(ROOT / "tests" / "bench"))
+
+
+def test_tables_are_those_of_the_stored_results() -> None:
+    from readme_tables import fill
+
+    assert fill(TEXT) == TEXT, "run python tests/bench/readme_tables.py"
+    assert "| dense" in TEXT.split("## ")[0]
+    assert fill(TEXT.replace("| dense", "| dance")) == TEXT
+
+
+def test_both_commands_stand_in_the_first_screen() -> None:
+    found = dict(re.findall(r"<!-- (main-job|tests) -->\n```bash\n(.+?)\n```", TEXT))
+    assert "sparsegate convert" in found["main-job"] and "sparsegate generate" in found["main-job"]
+    assert "pytest" in found["tests"]
+    assert all("-c constraints.txt" in command for command in found.values())
+    assert TEXT.index("<!-- tests -->") < TEXT.index("## ")
+
+
+def test_what_it_names_exists() -> None:
+    for name in re.findall(r"^\| `([a-z_/]+)` \|", TEXT, flags=re.MULTILINE):
+        assert (ROOT / name).is_dir(), name
+    assert set(re.findall(r"^    sparsegate (\w+)", TEXT, flags=re.MULTILINE)) <= set(VERBS)
+    named = re.search(r"^Supported: ([a-z0-9, ]+)\.", TEXT, flags=re.MULTILINE)
+    assert named and sorted(named[1].split(", ")) == supported()
