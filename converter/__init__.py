@@ -12,13 +12,28 @@ if TYPE_CHECKING:
     from .conversion import convert, verify
     from .hub import push
     from .inspection import inspect
+    from .onnx_export import export
     from .reference import load
+    from .schedule import once as plan
+    from .stats.collect import collect as calibrate
+    from .writer import write_checkpoint as apply
 
-__all__ = ["convert", "inspect", "load", "push", "verify"]
-_HOMES = {"convert": ".conversion", "inspect": ".inspection", "load": ".reference", "push": ".hub", "verify": ".conversion"}
+__all__ = ["apply", "calibrate", "convert", "export", "inspect", "load", "plan", "push", "verify"]
+_HOMES = {
+    "apply": (".writer", "write_checkpoint"),
+    "calibrate": (".stats.collect", "collect"),
+    "convert": (".conversion", "convert"),
+    "export": (".onnx_export", "export"),
+    "inspect": (".inspection", "inspect"),
+    "load": (".reference", "load"),
+    "plan": (".schedule", "once"),
+    "push": (".hub", "push"),
+    "verify": (".conversion", "verify"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+    module, function = _HOMES[name]
+    return getattr(import_module(module, __name__), function)

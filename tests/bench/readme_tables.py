@@ -40,8 +40,9 @@ def speed(result: dict) -> str:
         cells = [row(name, density) for density in DENSITIES]
         lines.append(f"| sparse {name} | " + " | ".join(f"{cell['ratio']:.1f} ({cell['gb_per_s']:.0f} GB/s)" for cell in cells) + " |")
     return (
-        f"**Speed** of the op against ONNX Runtime's dense fp32 MLP, back to back: d = {result['d']}, n = {result['n']}, predictor of rank {result['r']} inside, one token, "
-        f"{result['threads']} threads, cold weights, a new selection at every call, {result['machine']}:\n\n" + "\n".join(lines) + "\n\n"
+        f"**Speed** of the op against ONNX Runtime's dense fp32 MLP, back to back: d = {result['d']}, n = {result['n']}, "
+        f"predictor of rank {result['r']} inside, one token, {result['threads']} threads, cold weights, a new selection at every call, "
+        f"{result['machine']}:\n\n" + "\n".join(lines) + "\n\n"
         "Quartiles, other densities, shares of the stream bandwidth and the ratio to ONNX Runtime's own 8-bit op: [op_cpu.md](tests/bench/results/op_cpu.md)."
     )
 
