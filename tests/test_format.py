@@ -232,7 +232,9 @@ def test_checkpoint_without_key_or_file(checkpoint: Path) -> None:
         format=st.text(max_size=5),
         parents=st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=2),
         config=st.dictionaries(
-            st.text(max_size=4), st.none() | st.floats(allow_nan=False) | st.integers() | st.lists(st.text(max_size=3), max_size=2), max_size=3
+            st.text(max_size=4),
+            st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.lists(st.text(max_size=3), max_size=2),
+            max_size=3,
         ),
         seed=st.integers(0, 2**62),
         calibration=st.none() | st.text(max_size=4),
