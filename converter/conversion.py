@@ -209,6 +209,7 @@ def verify(model: str | Path, source: str | Path | None = None) -> Verification:
     if not folder.is_dir():
         raise InputError(f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the spelling.")
     manifest = read_manifest(folder)
+    original = None if source is None else resolve(str(source), home_folder("dense", str(source)))
     wrong = check_files(folder, manifest)
     checks = [Check(name="files", value=len(wrong), bound=0, passed=not wrong, note="; ".join(wrong[:3]) or f"{len(manifest.files)} files as written")]
     plan = read_plan(folder)
@@ -221,8 +222,8 @@ def verify(model: str | Path, source: str | Path | None = None) -> Verification:
         recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": None})})
     texts = make_texts(opened, recipe)
     quality = measure_quality(sparse, plan, texts.heldout)
-    if source is not None:
-        checks.append(check_source(sparse, resolve(str(source), home_folder("dense", str(source))).folder, texts.heldout))
+    if original is not None:
+        checks.append(check_source(sparse, original.folder, texts.heldout))
     checks += check_onnx(folder / "onnx", make_probe(sparse, texts.heldout))
     checks += check_budget(quality, manifest.budget)
     return Verification(quality=quality, checks=checks)

@@ -1,0 +1,34 @@
+"""A recipe that converts a tiny model of models.py in seconds, and the command line in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from models import TEXT
+
+WITHOUT_SPEED = "from sparsegate.converter import candidates\ncandidates._speed = lambda base, onnx, texts: {}\n"
+"""Python that leaves out the timing of candidates: half of a tiny conversion."""
+
+
+def small_recipe(model: str | Path, folder: Path, **changes: object) -> Path:
+    """Write recipe.yaml and its calibration text into `folder`; `changes` are the recipe's fields."""
+    text = folder / "text.txt"
+    text.write_text("".join(f"value_{k} = {k} * {k % 7}\n" + TEXT[k % 50 :] for k in range(12)), encoding="utf-8")
+    values = {
+        "version": 1, "model": str(model), "calibration": {"file": str(text), "windows": 24, "length": 48}, "seed": 3,
+        "stages": [{"method": "gate", "config": {"sparsity": 0.4}}],
+    } | changes  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def run_cli(*arguments: str | Path, preamble: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `sparsegate ARGUMENTS` in a new process, after the Python text `preamble`."""
+    code = f"{preamble}\nimport sys\nfrom sparsegate.converter.cli import main\nmain(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, env={**os.environ, **environment})
