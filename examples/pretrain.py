@@ -263,6 +263,8 @@ def export(work: Path, out: Path) -> None:
     licence = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
     if licence.exists():
         (out / "LICENSE.PSF.txt").write_bytes(licence.read_bytes())
+    for path in out.iterdir():
+        path.chmod(0o644)
     print(f"{bits:.4f} bits per byte; the 5-gram needs {record['five_gram_bits_per_byte']:.4f}")
 
 
