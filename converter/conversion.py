@@ -71,10 +71,13 @@ def convert(
         raise _occupied(out, "something else")
     configs = method_configs(asked)
     if asked.model != BUNDLED_MODEL and is_hub_id(asked.model):
-        if dry_run:
-            return Result(out, False, None, _remote_estimate(remote_inspect(asked.model), asked, configs))
-        if out.exists():
+        if out.exists() and not dry_run:
             return _existing(out, _fetched_fingerprint(out, asked), push_to, public)
+        if dry_run or not (work / "source").exists():  # what was fetched before also serves without a network
+            remote_needs = _remote_estimate(remote_inspect(asked.model), asked, configs)
+            if dry_run:
+                return Result(out, False, None, remote_needs)
+            check_disk(out, remote_needs.disk_bytes)
     source = resolve(asked.model, work / "source")
     needed = estimate(source, asked, configs)
     if dry_run:

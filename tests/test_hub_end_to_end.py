@@ -253,6 +253,27 @@ def test_a_repository_that_does_not_exist(call: Callable[..., Done], tmp_path: P
 # headers only
 
 
+def test_what_cannot_be_converted_is_not_downloaded(
+    call: Callable[..., Done], server: HubServer, sent: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    enough = json.loads(call("convert", "ada/tiny", "--dry-run", "--json").out)["disk_bytes"]
+    sent.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=enough - 1))
+        assert "Free disk space" in one_line(call("convert", "ada/tiny"))
+    files = {name: blob.data for name, blob in server.repos["ada/tiny"].head.files.items()}
+    config = json.loads(files["config.json"])
+    server.add_repo("ada/foreign", {**files, "config.json": json.dumps(config | {"model_type": "olmo"}).encode()})
+    server.add_repo("ada/lying", {**files, "config.json": json.dumps(config | {"intermediate_size": 100}).encode()})
+    assert "olmo" in one_line(call("convert", "ada/foreign"))
+    assert "must have shape" in one_line(call("convert", "ada/lying"))
+    done = call("inspect", "ada/foreign")
+    assert done.status == 1 and done.out.splitlines()[0] == "ada/foreign: olmo, cannot be converted" and done.err == ""
+    assert set(sent) == {"config.json", "model.safetensors"} and sent["model.safetensors"] <= 4 * 100_001
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_inspect_and_dry_run_fetch_headers_only(
     call: Callable[..., Done], server: HubServer, sent: dict[str, int], tmp_path: Path, tiny_model: Callable[[str], Path]
 ) -> None:
@@ -281,12 +302,13 @@ def test_generate_verify_and_bench_take_a_hub_id(pushed: Push, call: Callable[..
     place = home / "sparsegate" / "sparse" / "lab--tiny-sparse"
     assert contents(place) == contents(pushed.folder)
     server.log.clear()
+    Path("text.txt").write_text("not the text that the manifest means")
     done = call("verify", "lab/tiny-sparse", "--source", "ada/tiny")
     assert done.status == 0, done.out
     assert "ok     dense weights" in done.out and "ok     files: 0" in done.out and done.out.endswith("verified\n")
     assert fetched(server.log, "lab/tiny-sparse") == {"manifest.json"} and "model.safetensors" in fetched(server.log, "ada/tiny")
     assert sorted(path.name for path in (home / "sparsegate").iterdir()) == ["dense", "sparse"]
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["home"]
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["home", "text.txt"]
     words = ["--prompt-tokens", "8", "--new-tokens", "8", "--pairs", "1", "--json"]
     done = call("bench", "lab/tiny-sparse", pushed.folder, *words)
     assert done.status == 0 and json.loads(done.out)["baseline"]["path"] == str(place / "onnx")

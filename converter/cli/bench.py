@@ -27,11 +27,14 @@ def bench(
     from ..hub import local_folder
     from . import output as show
 
-    folders = [local_folder(model) for model in (baseline, candidate)]
+    dense, sparse = local_folder(baseline), local_folder(candidate)
     with tqdm(total=pairs, desc="bench", unit="pair", delay=0.01) as progress:  # the delay keeps the bar away when a folder is refused
+
+        def advance(done: int) -> None:
+            progress.update(done - progress.n)
+
         result = run(
-            *folders, prompt_tokens=prompt_tokens, new_tokens=new_tokens, pairs=pairs, runtime=runtime, threads=threads,
-            progress=lambda done: progress.update(done - progress.n) and None,
+            dense, sparse, prompt_tokens=prompt_tokens, new_tokens=new_tokens, pairs=pairs, runtime=runtime, threads=threads, progress=advance
         )  # fmt: skip
     if output:
         write_json(output, result)
