@@ -146,8 +146,8 @@ def test_every_flag_of_generate_push_and_verify_arrives(call: Callable[..., Done
     assert call("push", "d", "a/b") == call("push", "d", "a/b", "--public") == Done(0, "the url\n", "")
     assert calls == [{"folder": Path("d"), "repo_id": "a/b", "private": private} for private in (True, False)]
     calls = recorded(monkeypatch, "sparsegate.converter.conversion.verify", conversion.Verification.model_construct(quality=None, checks=[]))
-    assert json.loads(call("verify", "d", "--source", "s", "--json").out)["checks"] == []
-    assert calls == [{"model": "d", "source": "s"}]
+    assert json.loads(call("verify", "d", "--source", "s", "--calibration", "c", "--json").out)["checks"] == []
+    assert calls == [{"model": "d", "source": "s", "calibration": Path("c")}]
 
 
 def test_the_published_command_has_no_folders_of_this_machine() -> None:

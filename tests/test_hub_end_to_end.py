@@ -302,7 +302,7 @@ def test_generate_verify_and_bench_take_a_hub_id(pushed: Push, call: Callable[..
     place = home / "sparsegate" / "sparse" / "lab--tiny-sparse"
     assert contents(place) == contents(pushed.folder)
     server.log.clear()
-    Path("text.txt").write_text("not the text that the manifest means")
+    Path("text.txt").write_text("not the text that the manifest means by this name, and far too short")
     done = call("verify", "lab/tiny-sparse", "--source", "ada/tiny")
     assert done.status == 0, done.out
     assert "ok     dense weights" in done.out and "ok     files: 0" in done.out and done.out.endswith("verified\n")
