@@ -20,7 +20,7 @@ from .reference import load, load_dense
 from .report import Report
 from .schedule import checkpoint
 from .source import Source
-from .verification import Check, Quality, check_budget, check_onnx, make_probe, measure_quality
+from .verification import Check, Quality, check_budget, check_onnx, measure_quality
 
 log = logging.getLogger("sparsegate")
 HELDOUT_WINDOWS = 64
@@ -102,7 +102,7 @@ def make_candidate(source: Source, name: str, plan: Plan, texts: Texts, base: Pa
     if not is_finished(measured, header):
         model = load(folder)
         quality = measure_quality(model, plan, texts.heldout)
-        checks = check_onnx(onnx, make_probe(model, texts.heldout)) + check_budget(quality, budget)
+        checks = check_onnx(onnx, model, texts.heldout) + check_budget(quality, budget)
         del model
         speed = _speed(base, onnx, texts)
         with atomic_folder(measured) as partial:
@@ -125,12 +125,14 @@ def _speed(base: Path, onnx: Path, texts: Texts) -> dict[str, Any]:
 
 def choose(candidates: list[Candidate]) -> Candidate:
     """The passing candidate with the least KL to dense. Raises InputError with the failed checks when none passes."""
+    failed = [
+        f"{c.method}: {check.name} {check.value:.3g} against {check.bound:.3g} {check.note}" for c in candidates for check in c.checks if not check.passed
+    ]
     passing = [candidate for candidate in candidates if candidate.passed]
     if not passing:
-        failed = [
-            f"{c.method}: {check.name} {check.value:.3g} against {check.bound:.3g} {check.note}" for c in candidates for check in c.checks if not check.passed
-        ]
         raise InputError(f"A checkpoint must hold its budget and its executors must agree, got {'; '.join(failed)}. Lower --sparsity or loosen the budget.")
+    for line in failed:
+        log.warning("not chosen, %s", line)
     return min(passing, key=lambda candidate: candidate.quality.kl)
 
 

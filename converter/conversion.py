@@ -22,7 +22,7 @@ from .reference import load
 from .report import RESULTS, Report, read_base_card, write_report
 from .schedule import once
 from .source import Source, check_config, check_shapes, make_config, open_source
-from .verification import Check, Verification, check_budget, check_onnx, check_source, make_probe, measure_quality, read_plan
+from .verification import Check, Verification, check_budget, check_onnx, check_record, check_source, measure_quality, read_plan
 
 log = logging.getLogger("sparsegate")
 
@@ -203,9 +203,10 @@ def _place(stage: Path, folder: Path, keep: bool) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def verify(model: str | Path, source: str | Path | None = None) -> Verification:
-    """Check a checkpoint: files against the manifest, dense weights against `source`, quality against the budget, executors against each other.
+def verify(model: str | Path, source: str | Path | None = None, calibration: str | Path | None = None) -> Verification:
+    """Check a checkpoint: files against the manifest, dense weights against `source`, quality against budget and record, executors against each other.
 
+    A checkpoint made with a text of its own is measured on that text when it is given as `calibration`, else on the one that comes with sparsegate.
     Speed is never judged. Raises InputError when the folder is no sparse checkpoint.
     """
     folder = local_folder(model)
@@ -219,14 +220,19 @@ def verify(model: str | Path, source: str | Path | None = None) -> Verification:
     sparse = load(folder)
     opened = open_source(folder, sparse=True)
     recipe = Recipe.model_validate(manifest.recipe)
-    file = recipe.calibration.file
-    if file is not None and (not Path(file).is_file() or hash_file(Path(file)) != manifest.calibration.get("file")):
-        log.warning("The calibration text %s is not here; quality is measured on the text that comes with sparsegate.", file)
-        recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": None})})
+    wanted = manifest.calibration.get("file")
+    if calibration is not None and (not Path(calibration).is_file() or hash_file(Path(calibration)) != wanted):
+        raise InputError(f"--calibration must be the text that the checkpoint was made with, got {calibration}. Give that file, or none.")
+    if calibration is None and wanted is not None:
+        log.warning("Quality is measured on the text that comes with sparsegate; give the checkpoint's own with --calibration FILE.")
+    text = None if calibration is None else str(calibration)
+    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": text})})
     texts = make_texts(opened, recipe)
     quality = measure_quality(sparse, plan, texts.heldout)
     if original is not None:
         checks.append(check_source(sparse, original.folder, texts.heldout))
-    checks += check_onnx(folder / "onnx", make_probe(sparse, texts.heldout))
+    checks += check_onnx(folder / "onnx", sparse, texts.heldout)
     checks += check_budget(quality, manifest.budget)
+    if calibration is not None or wanted is None:
+        checks += check_record(quality, manifest.measured)
     return Verification(quality=quality, checks=checks)

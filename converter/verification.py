@@ -29,6 +29,8 @@ from .reference import dense, load_dense, recording
 LOGIT_BOUND = 1e-4
 MARGIN = 1e-4
 REMAINING = 0.8
+NLL_BOUND = 1e-3  # nats per token: scores near a threshold may fall on either side, each time for one neuron
+QUALITY_WINDOWS = 16
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, FULL_MATCHES = 10, 16, 64, 8
 _LENGTHS = (16, 8, 4, 2, 1)
 _CHECKED_TOKENS = 512
@@ -111,12 +113,7 @@ def measure_quality(model: Any, plan: Plan, batches: Batches) -> Quality:
                 p = model(input_ids=row[None].to(model.device)).logits[0, :-1].float().log_softmax(-1)
             q = model(input_ids=row[None].to(model.device)).logits[0, :-1].float().log_softmax(-1)
             target = row[1:].to(p.device)
-            parts = (
-                F.nll_loss(p, target, reduction="sum"),
-                F.nll_loss(q, target, reduction="sum"),
-                (p.exp() * (p - q)).sum(),
-                (p.argmax(-1) == q.argmax(-1)).sum(),
-            )
+            parts = (F.nll_loss(p, target, reduction="sum"), *_compared(p, q, target))
             total += torch.stack([part.double().cpu() for part in parts])
             tokens += len(target)
     density = record.density()
@@ -186,18 +183,48 @@ def _greedy(model: Any, prompts: Tensor) -> Tensor:
     return tokens.cpu()
 
 
-def check_onnx(onnx: Path, probe: Probe) -> list[Check]:
-    """Equality of every executor of an ONNX folder with the probe: body and kernel, in plain ONNX Runtime and in onnxruntime-genai."""
-    ways = [("body", False)]
+def check_onnx(onnx: Path, model: Any, batches: Batches) -> list[Check]:
+    """Equality of every executor of an ONNX folder with the gated torch model: body and kernel, in plain ONNX Runtime and in onnxruntime-genai."""
+    probe = make_probe(model, batches)
     chosen = executor(onnx)
-    if chosen.kernel:
-        ways.append(("kernel", True))
     checks = []
-    for name, library in ways:
-        checks += [_logits_check(name, Decoder(onnx, library=library), probe), _greedy_check(f"genai {name}", _genai_tokens(onnx, probe, library), probe)]
-    if len(ways) == 1:
-        checks.append(Check(name="kernel", value=0, bound=0, passed=True, note=f"not run: {chosen.reason}"))
+    for name, library in (("body", False), ("kernel", True)):
+        if library and not chosen.kernel:
+            checks.append(Check(name=name, value=0, bound=0, passed=True, note=f"not run: {chosen.reason}"))
+            continue
+        decoder = Decoder(onnx, library=library)
+        checks += [_logits_check(name, decoder, probe), _quality_check(name, decoder, model, batches)]
+        checks.append(_greedy_check(f"genai {name}", _genai_tokens(onnx, probe, library), probe))
     return checks
+
+
+@torch.no_grad()
+def _quality_check(name: str, decoder: Decoder, model: Any, batches: Batches) -> Check:
+    """NLL, KL to dense torch and argmax agreement of an ONNX executor on QUALITY_WINDOWS windows; judged is the difference of its NLL to sparse torch's."""
+    total = torch.zeros(4, dtype=torch.float64)
+    tokens = 0
+    for row, mask in list(zip(batches.tokens, batches.mask, strict=True))[:QUALITY_WINDOWS]:
+        row = row[mask]
+        if len(row) < 2:
+            continue
+        inputs = row[None].to(model.device)
+        with dense(model):
+            p = model(input_ids=inputs).logits[0, :-1].float().cpu().log_softmax(-1)
+        q = model(input_ids=inputs).logits[0, :-1].float().cpu().log_softmax(-1)
+        decoder.reset()
+        o = torch.from_numpy(decoder(row.numpy()))[:-1].log_softmax(-1)
+        parts = (F.nll_loss(q, row[1:], reduction="sum"), *_compared(p, o, row[1:]))
+        total += torch.stack([part.double() for part in parts])
+        tokens += len(row) - 1
+    nll_torch, nll, kl, agreement = (total / tokens).tolist()
+    off = abs(nll - nll_torch)
+    note = f"NLL {nll:.4f} (torch {nll_torch:.4f}), KL to dense {kl:.4f}, agreement {agreement:.1%} over {tokens} tokens"
+    return Check(name=f"{name} NLL", value=off, bound=NLL_BOUND, passed=off <= NLL_BOUND, note=note)
+
+
+def _compared(p: Tensor, q: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over positions of log-probabilities p (dense) and q [T, V]: NLL of q in nats, KL(p || q) in nats, and equal argmax."""
+    return F.nll_loss(q, target, reduction="sum"), (p.exp() * (p - q)).sum(), (p.argmax(-1) == q.argmax(-1)).sum()
 
 
 def _logits_check(name: str, decoder: Decoder, probe: Probe) -> Check:
@@ -252,6 +279,12 @@ def _greedy_check(name: str, found: list[list[int]], probe: Probe) -> Check:
         at_least=True,
         note=f"{full} of {len(found)} prompts equal to the end",
     )
+
+
+def check_record(quality: Quality, measured: dict[str, float]) -> list[Check]:
+    """The quality against what was measured when the checkpoint was made, on the same windows."""
+    off = max(abs(quality.nll - measured["nll"]), abs(quality.kl - measured["kl"]))
+    return [Check(name="quality as recorded", value=off, bound=NLL_BOUND, passed=off <= NLL_BOUND, note="largest difference of NLL and KL")]
 
 
 def check_budget(quality: Quality, budget: dict[str, float | None]) -> list[Check]:

@@ -62,10 +62,20 @@ def test_every_architecture_goes_through_the_whole_chain(model_type: str, tiny_m
     assert result.report is not None
     assert [row.method for row in result.report.rows] == ["dense", "gate", "predictor"]
     assert not (tmp_path / "out.work").exists()
-    found = verify(out)
+    found = verify(out, calibration=tmp_path / "text.txt")
     assert found.passed, [check for check in found.checks if not check.passed]
     names = {check.name for check in found.checks}
-    assert {"files", "body logits", "genai body greedy tokens", "kernel logits", "genai kernel greedy tokens", "density off target"} <= names
+    assert {
+        "files",
+        "body logits",
+        "genai body greedy tokens",
+        "body NLL",
+        "kernel logits",
+        "kernel NLL",
+        "genai kernel greedy tokens",
+        "density off target",
+        "quality as recorded",
+    } <= names
     assert abs(found.quality.density - 0.6) < 0.05
     assert found.quality.nll != found.quality.nll_dense
 
@@ -90,8 +100,10 @@ def test_verify_fails_loudly_on_a_changed_threshold_and_a_broken_budget(converte
     name = next(key for key in tensors if key.endswith("tau"))
     tensors[name] = tensors[name] + 10.0
     save_file(tensors, path)
-    failed = {check.name for check in verify(folder).checks if not check.passed}
-    assert {"files", "body logits", "kernel logits"} <= failed
+    failed = {check.name for check in verify(folder, calibration=converted.parent / "text.txt").checks if not check.passed}
+    assert {"files", "body logits", "kernel logits", "quality as recorded"} <= failed
+    with pytest.raises(InputError, match="must be the text that the checkpoint was made with"):
+        verify(folder, calibration=converted / "config.json")
 
     shutil.rmtree(folder)
     shutil.copytree(converted, folder)
