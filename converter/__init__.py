@@ -9,11 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .conversion import convert, verify
+    from .conversion import convert, load, verify
     from .hub import push
     from .inspection import inspect
     from .onnx_export import export
-    from .reference import load
     from .schedule import once as plan
     from .stats.collect import collect as calibrate
     from .writer import write_checkpoint as apply
@@ -25,7 +24,7 @@ _HOMES = {
     "convert": (".conversion", "convert"),
     "export": (".onnx_export", "export"),
     "inspect": (".inspection", "inspect"),
-    "load": (".reference", "load"),
+    "load": (".conversion", "load"),
     "plan": (".schedule", "once"),
     "push": (".hub", "push"),
     "verify": (".conversion", "verify"),

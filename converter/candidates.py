@@ -130,7 +130,10 @@ def choose(candidates: list[Candidate]) -> Candidate:
     ]
     passing = [candidate for candidate in candidates if candidate.passed]
     if not passing:
-        raise InputError(f"A checkpoint must hold its budget and its executors must agree, got {'; '.join(failed)}. Lower --sparsity or loosen the budget.")
+        raise InputError(
+            f"A checkpoint must hold its budget and its executors must agree, got {'; '.join(failed)}. "
+            "Lower --sparsity, loosen the budget, or report executors that disagree."
+        )
     for line in failed:
         log.warning("not chosen, %s", line)
     return min(passing, key=lambda candidate: candidate.quality.kl)

@@ -37,7 +37,8 @@ def conversion(result: Result, as_json: bool) -> None:
         if as_json:
             print(_json.dumps({"output": str(result.folder), "dry_run": True, **estimate.model_dump()}, indent=2))
             return
-        print(f"would write {result.folder}; nothing was written")
+        exists = f"{result.folder} exists: a real run writes nothing, it says up to date or refuses"
+        print(exists if result.folder.exists() else f"would write {result.folder}; nothing was written")
         _estimate(estimate)
         return
     if as_json:

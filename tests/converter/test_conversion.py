@@ -17,7 +17,7 @@ import pytest
 import yaml
 from models import MODEL_TYPES, TEXT
 
-from sparsegate.converter import candidates, writer
+from sparsegate.converter import candidates, conversion, writer
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.conversion import convert, verify
 from sparsegate.converter.manifest import read_manifest
@@ -110,8 +110,9 @@ def test_verify_fails_loudly_on_a_changed_threshold_and_a_broken_budget(converte
     raw = json.loads((folder / "manifest.json").read_text())
     raw["budget"]["max_kl"] = 1e-9
     (folder / "manifest.json").write_text(json.dumps(raw))
-    failed = {check.name for check in verify(folder).checks if not check.passed}
+    failed = {check.name for check in verify(folder, calibration=converted.parent / "text.txt").checks if not check.passed}
     assert failed == {"KL to dense"}
+    assert any(check.name == "budget" and check.note.startswith("not judged") for check in verify(folder).checks)
 
 
 def test_verify_compares_with_the_source(converted: Path, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -209,6 +210,26 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_next_run_goes_on(
     assert len(plans) == 2
     convert(recipe=recipe, output=tmp_path / "out", keep_stages=True)
     assert {path: path.stat().st_mtime_ns for path in plans} == plans
+
+
+def test_an_interruption_of_the_last_step_costs_nothing(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small_recipe(tiny_model("llama"), tmp_path)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "write_report", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(recipe=recipe, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    out = convert(recipe=recipe, output=tmp_path / "out").folder
+    assert verify(out, calibration=tmp_path / "text.txt").passed
+    assert all((out / name).stat().st_nlink == 1 for name in ("model.safetensors", "onnx/model.onnx.data"))
+    (tmp_path / "out.work").mkdir()
+    assert convert(recipe=recipe, output=out).up_to_date and (tmp_path / "out.work").exists()
+    os.link(out / "config.json", tmp_path / "out.work" / "config.json")
+    assert convert(recipe=recipe, output=out).up_to_date and not (tmp_path / "out.work").exists()
 
 
 def run_cli(arguments: list[str], preamble: str = "") -> subprocess.Popen[str]:
