@@ -24,6 +24,7 @@ from .verification import Check, Quality, check_budget, check_onnx, measure_qual
 
 log = logging.getLogger("sparsegate")
 HELDOUT_WINDOWS = 64
+SPEED_PAIRS = 25
 HELDOUT_SHARE = 0.2  # of a user's own calibration text, kept for measuring
 
 
@@ -117,7 +118,7 @@ def _speed(base: Path, onnx: Path, texts: Texts) -> dict[str, Any]:
     length = texts.heldout.tokens.shape[1]
     prompt = texts.heldout.tokens[0, : min(128, length // 2)].tolist()
     try:
-        return bench(base, onnx, prompt=prompt, new_tokens=min(64, length - len(prompt) - 1), command="sparsegate convert")
+        return bench(base, onnx, prompt=prompt, new_tokens=min(64, length - len(prompt) - 1), pairs=SPEED_PAIRS, command="sparsegate convert")
     except ValueError as error:
         log.warning("Speed was not measured: %s", error)
         return {}
