@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from models import MODEL_TYPES, TEXT
+from models import MODEL_TYPES
+from small_recipe import small_recipe as write_recipe
 
 from sparsegate.converter import candidates, conversion, writer
 from sparsegate.converter.artifact import InputError
@@ -27,16 +28,9 @@ from sparsegate.runtime_onnx import library_path
 
 
 def small_recipe(model: Path, folder: Path, **changes: object) -> Path:
-    """A recipe file that converts a tiny model in seconds."""
-    text = folder / "text.txt"
-    text.write_text("".join(f"value_{k} = {k} * {k % 7}\n" + TEXT[k % 50 :] for k in range(12)), encoding="utf-8")
-    values = {
-        "version": 1, "model": str(model), "calibration": {"file": str(text), "windows": 24, "length": 48}, "seed": 3,
-        "stages": [{"method": "auto", "config": {"sparsity": 0.4, "steps": 40, "batch": 128}}],
-    } | changes  # fmt: skip
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
+    """A recipe of every method, as small as can be."""
+    stages = [{"method": "auto", "config": {"sparsity": 0.4, "steps": 40, "batch": 128}}]
+    return write_recipe(model, folder, **({"stages": stages} | changes))
 
 
 @pytest.fixture(autouse=True)
