@@ -56,7 +56,10 @@ class Quality(BaseModel):
 
 
 class Check(BaseModel):
-    """One judgement: a measured value that has to be at most its bound (at least it where `at_least`), and a note on what was compared."""
+    """One judgement: a measured value that has to be at most its bound (at least it where `at_least`), and a note on what was compared.
+
+    Unlike a report's check it may hold NaN, which fails.
+    """
 
     name: str
     value: float

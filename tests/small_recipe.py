@@ -1,4 +1,4 @@
-"""A recipe that converts a tiny model of models.py in seconds, and the command line in a process of its own."""
+"""A recipe that converts a tiny model of models.py in seconds, and the command line in this process and in one of its own."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import pytest
 import yaml
 from models import TEXT
+
+from sparsegate.converter.cli import main
 
 WITHOUT_SPEED = "from sparsegate.converter import candidates\ncandidates._speed = lambda base, onnx, texts: {}\n"
 """Python that leaves out the timing of candidates: half of a tiny conversion."""
@@ -32,3 +36,20 @@ def run_cli(*arguments: str | Path, preamble: str = "", **environment: str) -> s
     code = f"{preamble}\nimport sys\nfrom sparsegate.converter.cli import main\nmain(sys.argv[1:])"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, env={**os.environ, **environment})
+
+
+class Done(NamedTuple):
+    """Exit status and streams of a command."""
+
+    status: int
+    out: str
+    err: str
+
+
+def call_cli(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Done:
+    """Run `sparsegate ARGUMENTS` in this process."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in arguments])
+    assert isinstance(stop.value.code, int)
+    return Done(stop.value.code, *capsys.readouterr())

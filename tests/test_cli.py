@@ -7,13 +7,14 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from models import make_model
-from small_recipe import WITHOUT_SPEED, run_cli, small_recipe
+from small_recipe import WITHOUT_SPEED, Done, call_cli, run_cli, small_recipe
 
 import sparsegate.runtime_onnx as runtime
 from sparsegate.converter import conversion, diagnosis, hub
@@ -22,24 +23,10 @@ from sparsegate.converter.cli import VERBS, main
 TINY = 16  # of bench: tokens of the prompt and new ones fit the tiny models
 
 
-class Done(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """Run the command line in this process."""
-
-    def run(*arguments: str | Path) -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in arguments])
-        assert isinstance(stop.value.code, int)
-        return Done(stop.value.code, *capsys.readouterr())
-
-    return run
+    return partial(call_cli, capsys)
 
 
 def one_line(done: Done) -> str:

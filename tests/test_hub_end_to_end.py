@@ -7,6 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +20,9 @@ import torch
 import yaml
 from hub_server import Account, HubServer
 from huggingface_hub import constants
-from small_recipe import WITHOUT_SPEED, run_cli, small_recipe
+from small_recipe import WITHOUT_SPEED, Done, call_cli, run_cli, small_recipe
 
 import sparsegate.runtime_onnx as runtime
-from sparsegate.converter.cli import main
 from sparsegate.converter.reference import load, load_dense
 
 WRITE, READ, OTHER = "hf_writewritewrite", "hf_readreadread", "hf_otherotherother"
@@ -31,12 +31,6 @@ FOREIGN = {
     "original/params.json": b"{}",
 }  # fmt: skip
 CARD = b"---\nlicense: apache-2.0\nlanguage: en\n---\n# Tiny\n"
-
-
-class Done(NamedTuple):
-    status: int
-    out: str
-    err: str
 
 
 class Push(NamedTuple):
@@ -93,15 +87,7 @@ def home(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 @pytest.fixture
 def call(home: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """Run the command line in this process, against the server."""
-
-    def run(*arguments: str | Path) -> Done:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in arguments])
-        assert isinstance(stop.value.code, int)
-        return Done(stop.value.code, *capsys.readouterr())
-
-    return run
+    return partial(call_cli, capsys)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,6 @@ def gate_stats(*scores: Tensor) -> dict[Site, dict[str, Tensor]]:
         histogram.update(state, torch.empty(0), score, torch.arange(len(score)))
         found[Site(layer)] = {f"histogram:gate.{name}": t for name, t in histogram.finish(state).items()}
     return found
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small lose more time in barriers than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # Gate

@@ -31,15 +31,6 @@ D, N, R = 64, 176, 12
 TOKENS = torch.randint(3, VOCAB, (3, 30), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small lose more time in barriers than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_entry(kind: str, seed: int = 0) -> Entry:
     g = torch.Generator().manual_seed(seed)
     if kind == "gate":
