@@ -92,6 +92,29 @@ class Ffn(BaseModel):
     onnx: dict[str, str]
 
 
+class Attention(BaseModel):
+    """The attention: names of its projections below `module`, q, k, v or all three in `qkv` (rows q, then k, then v), and the output's `o`.
+
+    `heads` and `kv_heads` say where the configuration counts query heads and key-value heads.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    module: str
+    q: str | None = None
+    k: str | None = None
+    v: str | None = None
+    qkv: str | None = None
+    o: str
+    heads: Space
+    kv_heads: Space
+
+    def head_dim(self, config: Any) -> int:
+        """Width d_h of a head."""
+        found = getattr(config, "head_dim", None)
+        return int(found) if found else int(config.hidden_size) // int(getattr(config, self.heads.config))
+
+
 class Arch(BaseModel):
     """One architecture; templates hold `{layer}`."""
 
@@ -102,6 +125,7 @@ class Arch(BaseModel):
     embedding: str
     spaces: dict[str, Space]
     ffn: Ffn
+    attn: Attention
     weights: tuple[Weight, ...]
 
     def size(self, config: Any, space: str) -> int:
@@ -128,6 +152,25 @@ class Arch(BaseModel):
     def ffn_module(self, layer: int) -> str:
         """The name of a block's feed-forward module."""
         return self.block_prefix(layer) + self.ffn.module
+
+    def attn_module(self, layer: int) -> str:
+        """The name of a block's attention module."""
+        return self.block_prefix(layer) + self.attn.module
+
+    def linears(self) -> dict[str, tuple[str, str | None]]:
+        """Linear sites of a block in the order of the data flow: name (q_proj k_proj v_proj o_proj gate_proj up_proj down_proj) -> (module below the block,
+        the part of a packed weight that it is, or None). A plain network has no gate_proj.
+        """
+        attn, ffn = self.attn, self.ffn
+        found: dict[str, tuple[str, str | None]] = {}
+        for part, own in (("q", attn.q), ("k", attn.k), ("v", attn.v)):
+            found[f"{part}_proj"] = (f"{attn.module}.{own or attn.qkv}", None if own else part)
+        found["o_proj"] = (f"{attn.module}.{attn.o}", None)
+        if ffn.kind == "gated":
+            found["gate_proj"] = (f"{ffn.module}.{ffn.gate or ffn.gate_up}", None if ffn.gate else "gate")
+        found["up_proj"] = (f"{ffn.module}.{ffn.up or ffn.gate_up}", None if ffn.up else "up")
+        found["down_proj"] = (f"{ffn.module}.{ffn.down}", None)
+        return found
 
     def shape(self, config: Any, weight: Weight) -> tuple[int, ...]:
         """The shape that a weight must have under a configuration."""
