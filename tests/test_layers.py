@@ -14,7 +14,7 @@ LEVELS = (
     {"artifact", "recipe", "plans", "arch", "manifest", "runtime_onnx.ops"},
     {"source", "data", "linalg"},
     {"blocks"},
-    {"scores", "selectors", "calibration_rules"},
+    {"scores", "selectors", "calibration_rules", "losses"},
     {"stats"},
     {"methods"},
     {"checkpoint", "writer", "reference", "onnx_export", "attribution"},
