@@ -1,7 +1,9 @@
-"""Neuron scores: how much a unit matters for a token. One file per score, one row per file.
+"""Scores: how much a unit matters for a token. One file per score, one row per file.
 
 A score module exports SOURCE (paper, equation, deviations), NEEDS (fields of Context), PHASE and `score(context) -> [T, n]`. PHASE says when the score is
-known, hence which weights an executor may skip: pre (from x alone), mid (after the gate), post (after everything), oracle (sees a label or the future).
+known, hence which weights an executor may skip: pre (from x alone), mid (after the gate), post (after everything), in (at the input of one linear), prompt
+(after the prompt, then fixed), oracle (sees a label or the future; its NEEDS name `label`). KIND "linear" scores the input channels of a linear instead of
+neurons. A module that also scores attention heads exports HEAD_NEEDS and `score_heads(context) -> [T, H]`. Larger always means keep.
 """
 
 from __future__ import annotations
@@ -16,15 +18,32 @@ from ..artifact import InputError
 
 SCORES = {
     "gate": ".gate",
+    "chess": ".chess",
     "magnitude": ".magnitude",
+    "abs_z": ".abs_z",
+    "signs": ".signs",
+    "griffin": ".griffin",
+    "input": ".input",
+    "wina": ".wina",
+    "gradient": ".gradient",
+    "gxo": ".gxo",
+    "snip": ".snip",
+    "fisher": ".fisher",
+    "integrated_gradients": ".integrated_gradients",
+    "corrected_gxo": ".corrected_gxo",
 }
+"""CETT's criterion (norm of a neuron's contribution) is `magnitude`."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a score may look at, for T tokens of one site; a field is None unless the score's NEEDS names it.
+    """What a score may look at, for T tokens of one site; a field is None unless the score's NEEDS (or HEAD_NEEDS) names it.
 
-    x [T, d]; gate = act(gate x), up, z [T, n]; w_gate, w_up, w_down [n, d]; grad [T, n] of the loss by z; label [T]. For a plain network gate = act(up x).
+    Neurons: x [T, d]; gate = act(gate x), up, z [T, n]; w_gate, w_up, w_down [n, d]; up_moment [n] = E[up^2]; prompt [n], the statistic of the prompt's
+    tokens. A plain network has gate = act(up x), and w_gate = w_up. Linears: x [T, d_in] is the linear's own input, w [d_out, d_in] its weight.
+    Heads: o [T, H, d_h], before the output projection.
+    Gradients of the loss -log p(label): grad [T, n] by z, o_grad [T, H, d_h] by o; grad_path [K, T, n] by z and o_grad_path [K, T, H, d_h] by o, both with
+    z or o scaled by k/K, k = 1..K; label [T].
     """
 
     x: Tensor | None = None
@@ -34,7 +53,14 @@ class Context:
     w_gate: Tensor | None = None
     w_up: Tensor | None = None
     w_down: Tensor | None = None
+    w: Tensor | None = None
+    up_moment: Tensor | None = None
+    prompt: Tensor | None = None
+    o: Tensor | None = None
     grad: Tensor | None = None
+    grad_path: Tensor | None = None
+    o_grad: Tensor | None = None
+    o_grad_path: Tensor | None = None
     label: Tensor | None = None
 
 
