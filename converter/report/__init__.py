@@ -1,28 +1,40 @@
-"""Reports: tables, plots and the model card, all generated from one stored JSON (`Report`)."""
+"""Reports: tables, plots and the model card, HTML pages and curves, all generated from stored JSON (`Report`, `Evaluation`, `Curves`)."""
 
 from __future__ import annotations
 
 from ..manifest import installed_versions
 from .card import BaseCard, read_base_card, write_card, write_report
-from .plots import plot_layers
+from .curves import CURVES, Correlations, Curves, Point, at_cost, best_at_cost, curves_page, curves_table, ranking
+from .plots import plot_correlations, plot_curves, plot_layers
 from .results import RESULTS, Check, Layer, Machine, Report, Row, Speed, Text, this_machine
 from .tables import check_table, layer_table, quality_table
 
 __all__ = [
+    "CURVES",
     "RESULTS",
     "BaseCard",
     "Check",
+    "Correlations",
+    "Curves",
     "Layer",
     "Machine",
+    "Point",
     "Report",
     "Row",
     "Speed",
     "Text",
+    "at_cost",
+    "best_at_cost",
     "check_table",
+    "curves_page",
+    "curves_table",
     "installed_versions",
     "layer_table",
+    "plot_correlations",
+    "plot_curves",
     "plot_layers",
     "quality_table",
+    "ranking",
     "read_base_card",
     "this_machine",
     "write_card",

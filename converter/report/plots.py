@@ -1,31 +1,99 @@
-"""PNG plots from a report, drawn without a display and byte for byte the same for the same report."""
+"""PNG plots from stored results, drawn without a display and byte for byte the same for the same report."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .curves import Correlations, Curves, summarise
 from .results import Report
 
 _DPI = 110
+_MARKERS = "osD^vP*Xpdh<>"
+_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black")
+_SHOWN = 4.0
+"""NLL is drawn up to this many times the smallest method's worst rise over dense: one collapsed method must not flatten all others."""
 
 
 def plot_layers(folder: Path, report: Report) -> Path | None:
     """Draw density and recall per site into `folder`/report/layers.png and return the file; None when the report has no sites."""
     if not report.layers:
         return None
-    path = folder / "report" / "layers.png"
+    return _save(folder / "report" / "layers.png", _draw_layers(report))
+
+
+def plot_curves(path: Path, curves: Curves) -> Path:
+    """Draw NLL and KL of every method over density and over cost, with the dense line; oracles are dashed and say so. Returns the file."""
+    figure = Figure(figsize=(13, 8.5), layout="constrained")
+    panels = figure.subplots(2, 2, sharex="col", sharey="row")
+    methods = [*curves.methods(oracle=False), *curves.methods(oracle=True)]
+    for number, name in enumerate(methods):
+        points = summarise(curves, name)
+        style = {
+            "color": _COLOURS[number % len(_COLOURS)],
+            "marker": _MARKERS[number % len(_MARKERS)],
+            "linestyle": "--" if points[0].oracle else "-",
+            "label": f"{name} (oracle)" if points[0].oracle and "oracle" not in name else name,
+        }
+        for value, row in zip(("nll", "kl"), panels, strict=True):
+            for axis, panel in zip(("density", "cost"), row, strict=True):
+                _line(panel, [point.mean[axis] for point in points], [point.mean[value] for point in points], [point.spread[value] for point in points], style)
+    for panel in panels[0]:
+        panel.axhline(curves.dense.nll, color="0.4", linewidth=1, linestyle=":", label="dense")
+    worst = [max(point.mean["nll"] for point in summarise(curves, name)) - curves.dense.nll for name in curves.methods(oracle=False) or methods]
+    if worst:
+        lowest = min(row.nll for row in curves.rows)
+        rise = max(_SHOWN * min(worst), 0.05)
+        panels[0, 0].set_ylim(lowest - 0.05 * rise, min(curves.dense.nll + rise, max(row.nll for row in curves.rows) + 0.05 * rise))
+    panels[0, 0].set_ylabel("NLL, nats per token")
+    panels[1, 0].set_ylabel("KL to dense, nats per token")
+    panels[1, 0].set_yscale("log")
+    panels[1, 0].set_xlabel("density: share of units kept")
+    panels[1, 1].set_xlabel("cost: bytes touched relative to the dense MLPs")
+    for panel in panels.flat:
+        panel.grid(alpha=0.3)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    return _save(path, figure)
+
+
+def plot_correlations(path: Path, correlations: Correlations) -> Path:
+    """Draw the rank correlations of scores as a heat map with its numbers. Returns the file."""
+    names = [f"{name} (oracle)" if name in correlations.oracles else name for name in correlations.scores]
+    size = 2.5 + 0.45 * len(names)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    panel = figure.subplots()
+    image = panel.imshow(np.asarray(correlations.matrix), vmin=-1, vmax=1, cmap="RdBu_r")
+    panel.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+    panel.set_yticks(range(len(names)), names, fontsize=8)
+    for i, row in enumerate(correlations.matrix):
+        for j, value in enumerate(row):
+            panel.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if abs(value) > 0.6 else "black")
+    figure.colorbar(image, label="Spearman correlation")
+    return _save(path, figure)
+
+
+def _line(panel: Axes, x: list[float], y: list[float], spread: list[float], style: dict[str, str]) -> None:
+    """Points in the order of x, with bars of one standard deviation where there are several seeds."""
+    order = np.argsort(x)
+    panel.plot(np.asarray(x)[order], np.asarray(y)[order], markersize=4, linewidth=1.2, **style)  # type: ignore[arg-type]
+    if any(spread):
+        panel.errorbar(x, y, yerr=spread, fmt="none", ecolor=style["color"], capsize=2, linewidth=0.8)
+
+
+def _save(path: Path, figure: Figure) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure = _draw(report)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=_DPI, metadata={"Software": None})
     return path
 
 
-def _draw(report: Report) -> Figure:
+def _draw_layers(report: Report) -> Figure:
     layers = report.layers
     recalls = [(k, layer.recall) for k, layer in enumerate(layers) if layer.recall is not None]
     figure = Figure(figsize=(7, 5 if recalls else 3), layout="constrained")

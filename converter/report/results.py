@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,11 +15,32 @@ RESULTS = "report/report.json"
 """The report's place in a checkpoint folder."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A stored result: unknown fields and numbers that are not finite are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def save(self, path: Path) -> None:
+        """Write the result as JSON, in a folder that is made when it is not there."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.model_dump(mode="json"))
 
-class Machine(_Strict):
+
+Stored = TypeVar("Stored", bound=Strict)
+
+
+def read_stored(form: type[Stored], path: Path, what: str, remedy: str) -> Stored:
+    """The result in a JSON file. Raises InputError, which names the first wrong field and the remedy, when the file is missing or has another form."""
+    value = read_json(path, what)
+    try:
+        return form.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise InputError(f"{what} must have the form of version 1, got {path} ({place}: {first['msg']}). {remedy}") from None
+
+
+class Machine(Strict):
     """Where it was measured; `cores` are the logical ones that the process may use."""
 
     cpu: str
@@ -29,7 +50,7 @@ class Machine(_Strict):
     gpu: str | None = None
 
 
-class Text(_Strict):
+class Text(Strict):
     """Tokens that were read: how many, sha256 of the token batches, a name for people, and the Hub dataset when it is one."""
 
     tokens: int
@@ -38,7 +59,7 @@ class Text(_Strict):
     dataset: str | None = None
 
 
-class Speed(_Strict):
+class Speed(Strict):
     """How the speeds were taken: one sequence, dense and sparse in turns.
 
     `precision` of the weights of both, `threads` None for the runtime's own choice; `disturbed` when other load made every pair of runs wait.
@@ -56,12 +77,12 @@ class Speed(_Strict):
     disturbed: bool = False
 
 
-class Row(_Strict):
+class Row(Strict):
     """One model's quality and speed on the held-out text.
 
     `nll` and `kl` (dense to this one) in nats per token, `agreement` the share of equal argmax tokens, `density` the mean realised share of kept units, `cost`
-    the bytes touched per token relative to the dense MLP, predictors included. `decode_ratio` is the median, over back-to-back pairs, of decoding speed
-    relative to dense; `bench` the samples behind it.
+    the bytes touched per token relative to the dense MLP, predictors included, and `block_cost` relative to all linear maps of the blocks. `decode_ratio` is
+    the median, over back-to-back pairs, of decoding speed relative to dense; `bench` the samples behind it.
     """
 
     method: str
@@ -71,6 +92,7 @@ class Row(_Strict):
     agreement: float = Field(ge=0, le=1)
     density: float = Field(ge=0, le=1)
     cost: float = Field(ge=0)
+    block_cost: float | None = Field(default=None, ge=0)
     prefill_tokens_per_second: float | None = None
     decode_tokens_per_second: float | None = None
     decode_ratio: float | None = Field(default=None, gt=0)
@@ -86,7 +108,7 @@ class Row(_Strict):
         return self
 
 
-class Layer(_Strict):
+class Layer(Strict):
     """One site. Densities: `density_target` asked for, `density_calibrated` on held-out calibration tokens, `density_realised` on the evaluation text."""
 
     site: str
@@ -98,7 +120,7 @@ class Layer(_Strict):
     cost: float | None = None
 
 
-class Check(_Strict):
+class Check(Strict):
     """A measured value, its bound (an upper one, or a lower one when `at_least`), whether it holds, and a note on what was compared."""
 
     name: str
@@ -109,7 +131,7 @@ class Check(_Strict):
     at_least: bool = False
 
 
-class Report(_Strict):
+class Report(Strict):
     """All measurements of one conversion. `model` is the Hub id (then `revision` is its commit) or the name of the source folder."""
 
     version: Literal[1] = 1
@@ -138,21 +160,10 @@ class Report(_Strict):
             raise ValueError("a speed ratio needs the dense model's speed and the conditions in `speed`")
         return self
 
-    def save(self, path: Path) -> None:
-        """Write the report as JSON, in a folder that is made when it is not there."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, self.model_dump(mode="json"))
-
     @classmethod
     def load(cls, path: Path) -> Report:
         """Read a report. Raises InputError when the file is missing or has another form."""
-        value = read_json(path, "The report")
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the whole"
-            raise InputError(f"The report must have the form of version 1, got {path} ({place}: {first['msg']}). Convert again.") from None
+        return read_stored(cls, path, "The report", "Convert again.")
 
     @property
     def dense(self) -> Row:

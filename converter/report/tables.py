@@ -10,25 +10,54 @@ from .results import Report, Row
 ABSENT = "-"
 Form = Literal["markdown", "text"]  # a pipe table for cards, or aligned columns for terminals
 Cells = tuple[list[str], list[list[str]]]
+"""Header and body of a table."""
+
+
+class Number(str):
+    """A cell's text together with the exact value that it shows, for forms that can carry both."""
+
+    value: float
+
+    def __new__(cls, text: str, value: float) -> Number:
+        """The text that shows a value."""
+        found = super().__new__(cls, text)
+        found.value = value
+        return found
 
 
 def quality_table(report: Report, form: Form = "markdown") -> str:
     """One row per method: what it loses and what it costs, with speed columns where speed was measured."""
-    return _FORMS[form](*_quality(report))
+    return table(quality_cells(report), form)
 
 
 def layer_table(report: Report, form: Form = "markdown") -> str:
     """One row per site: densities asked for, calibrated and realised, the predictor's recall and rank, and the cost."""
-    return _FORMS[form](*_layers(report))
+    return table(layer_cells(report), form)
 
 
 def check_table(report: Report, form: Form = "markdown") -> str:
     """One row per check: the value, its bound, whether it holds, and what was compared."""
+    return table(check_cells(report), form)
+
+
+def table(cells: Cells, form: Form = "markdown") -> str:
+    """Header and body in one of the forms."""
+    return _FORMS[form](*cells)
+
+
+def check_cells(report: Report) -> Cells:
+    """The cells of `check_table`."""
     body = [
-        [check.name, f"{check.value:.3g}", f"{'≥' if check.at_least else '≤'} {check.bound:.3g}", "passed" if check.passed else "FAILED", check.note]
+        [
+            check.name,
+            Number(f"{check.value:.3g}", check.value),
+            Number(f"{'≥' if check.at_least else '≤'} {check.bound:.3g}", check.bound),
+            "passed" if check.passed else "FAILED",
+            check.note,
+        ]
         for check in report.checks
     ]
-    return _FORMS[form](["check", "value", "bound", "result", "compared"], body)
+    return ["check", "value", "bound", "result", "compared"], body
 
 
 def ratio_text(ratio: float) -> str:
@@ -37,31 +66,45 @@ def ratio_text(ratio: float) -> str:
     return f"{math.floor(ratio * 1000) / 1000:.3f}" if ratio < 1 and text == "1.00" else text
 
 
-def _quality(report: Report) -> Cells:
+def quality_cells(report: Report) -> Cells:
+    """The cells of `quality_table`."""
     rows = [report.dense, *(row for row in report.rows if row.method != "dense")]
     header = ["method", "NLL", "perplexity", "KL to dense", "agreement", "density", "cost"]
     body = [
-        [_method(row), f"{row.nll:.4f}", f"{row.perplexity:.4g}", _small(row.kl), _percent(row.agreement), _percent(row.density), _percent(row.cost)]
+        [
+            _method(row),
+            nats(row.nll),
+            Number(f"{row.perplexity:.4g}", row.perplexity),
+            nats(row.kl, small=True),
+            percent(row.agreement),
+            percent(row.density),
+            percent(row.cost),
+        ]
         for row in rows
     ]
+    if any(row.block_cost is not None for row in rows):
+        header.append("block cost")
+        for cells, row in zip(body, rows, strict=True):
+            cells.append(percent(row.block_cost))
     if report.speed is not None:
         header += ["prefill tok/s", "decode tok/s", "decode / dense"]
         for cells, row in zip(body, rows, strict=True):
-            cells += [_number(row.prefill_tokens_per_second), _number(row.decode_tokens_per_second), _speed(row)]
+            cells += [_rate(row.prefill_tokens_per_second), _rate(row.decode_tokens_per_second), _speed(row)]
     return header, body
 
 
-def _layers(report: Report) -> Cells:
+def layer_cells(report: Report) -> Cells:
+    """The cells of `layer_table`."""
     header = ["site", "target", "held-out", "realised", "recall", "rank", "cost"]
     body = [
         [
             layer.site,
-            _percent(layer.density_target),
-            _percent(layer.density_calibrated),
-            _percent(layer.density_realised),
-            _percent(layer.recall),
-            ABSENT if layer.rank is None else str(layer.rank),
-            _percent(layer.cost),
+            percent(layer.density_target),
+            percent(layer.density_calibrated),
+            percent(layer.density_realised),
+            percent(layer.recall),
+            ABSENT if layer.rank is None else Number(str(layer.rank), layer.rank),
+            percent(layer.cost),
         ]
         for layer in report.layers
     ]
@@ -77,19 +120,21 @@ def _speed(row: Row) -> str:
         return "baseline"
     if row.decode_ratio is None:
         return ABSENT
-    return f"{ratio_text(row.decode_ratio)}{', not faster' if row.decode_ratio < 1 else ''}"
+    return Number(f"{ratio_text(row.decode_ratio)}{', not faster' if row.decode_ratio < 1 else ''}", row.decode_ratio)
 
 
-def _percent(share: float | None) -> str:
-    return ABSENT if share is None else f"{100 * share:.1f} %"
+def percent(share: float | None) -> str:
+    """A share as `50.1 %`."""
+    return ABSENT if share is None else Number(f"{100 * share:.1f} %", share)
 
 
-def _number(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:.1f}"
+def nats(value: float, small: bool = False) -> str:
+    """Nats per token with four decimals; `small` writes what they cannot show as `2.0e-05`."""
+    return Number(f"{value:.1e}" if small and 0 < abs(value) < 1e-4 else f"{value:.4f}", value)
 
 
-def _small(value: float) -> str:
-    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-4 else f"{value:.1e}"
+def _rate(value: float | None) -> str:
+    return ABSENT if value is None else Number(f"{value:.1f}", value)
 
 
 def _markdown(header: list[str], body: list[list[str]]) -> str:
