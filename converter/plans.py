@@ -5,6 +5,7 @@ The kinds are closed. A row of KINDS names the class; `writer.py`, `reference.py
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,41 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .arch import Site
+from .arch import Arch, Site
 from .artifact import Header, InputError, read_json, write_header, write_json
 
 PLAN = "plan.json"
 TENSORS = "plan.safetensors"
 
 
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FFN_LINEARS = LINEARS[4:]
+"""Linear sites that a gated feed-forward network of the same layer excludes: both would skip the same weights."""
+
+
 @dataclass(frozen=True)
 class Threshold:
-    """Keep unit i of a token when score_i > tau_i. `score` names a score that the op computes ("gate"), `tau` is [n] fp32, `density` the calibrated share."""
+    """Keep unit i of a token when score_i > tau_i, tau [n] fp32; `density` is the calibrated share.
+
+    `score` names a score that an op computes: "gate" = |act(gate_i)| at a feed-forward site (n neurons), "input" = |x_j| at a linear site (n = d_in
+    channels). At a feed-forward site, fc1 [r, d] and residual [r, d], given both or neither, add residual^T relu(fc1 x) for what is skipped.
+    """
 
     score: str
     tau: Tensor
     density: float
+    fc1: Tensor | None = None
+    residual: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.fc1 is None) != (self.residual is None):
+            found = "fc1" if self.residual is None else "residual"
+            raise InputError(f"A threshold must have fc1 and residual or neither, got only {found}. Give both, or make the plan again.")
+
+    @property
+    def rank(self) -> int:
+        """Width r of the residual's hidden layer; 0 without a residual."""
+        return 0 if self.fc1 is None else int(self.fc1.shape[0])
 
     def fields(self) -> dict[str, Any]:
         """The entry without its tensors, for JSON."""
@@ -35,7 +57,10 @@ class Threshold:
 
     def tensors(self) -> dict[str, Tensor]:
         """The entry's tensors by role."""
-        return {"tau": self.tau}
+        found = {"tau": self.tau}
+        if self.fc1 is not None and self.residual is not None:
+            found |= {"residual.fc1.weight": self.fc1, "residual.weight": self.residual}
+        return found
 
 
 @dataclass(frozen=True)
@@ -81,7 +106,7 @@ def make_entry(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Entry:
         raise InputError(f"A plan's kind must be one of {', '.join(KINDS)}, got {kind!r}. Update sparsegate or make the plan again.")
     try:
         if kind == "threshold":
-            entry: Entry = Threshold(fields["score"], tensors["tau"], fields["density"])
+            entry: Entry = Threshold(fields["score"], tensors["tau"], fields["density"], tensors.get("residual.fc1.weight"), tensors.get("residual.weight"))
         else:
             fc1, fc2 = tensors["predictor.fc1.weight"], tensors["predictor.fc2.weight"]
             entry = Predictor(fc1, fc2, tensors["tau"], fields["density"], tensors.get("residual.weight"), fields.get("recall"))
@@ -95,7 +120,8 @@ def make_entry(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Entry:
 
 
 def save_plan(folder: Path, plan: Plan, header: Header) -> None:
-    """Write plan, tensors and header into a stage folder."""
+    """Write plan, tensors and header into a stage folder. Raises InputError when `check_plan` does."""
+    check_plan(plan)
     sites, tensors = {}, {}
     for site, entries in plan.items():
         sites[site.key] = [entry.fields() for entry in entries]
@@ -125,18 +151,94 @@ def load_plan(folder: Path) -> Plan:
             make_entry(fields, {name.removeprefix(f"{key}.{number}."): t for name, t in stored.items() if name.startswith(f"{key}.{number}.")})
             for number, fields in enumerate(entries)
         ]
+    check_plan(plan)
     return plan
 
 
-def cost(entry: Entry, hidden: int, units: int, matrices: int, density: float) -> float:
-    """Weight bytes touched per token relative to the dense network of `matrices` [n, d], at a realised density.
+def check_plan(plan: Plan) -> None:
+    """Raise InputError where an entry does not belong to its site's kind, and where a layer gates both its network and a linear inside it."""
+    for site, entries in plan.items():
+        is_linear = site.kind.startswith("linear:")
+        for entry in entries:
+            score = "predictor" if isinstance(entry, Predictor) else entry.score
+            if is_linear != (score == "input") or (is_linear and entry.residual is not None):
+                expected = "input and have no residual" if is_linear else "of neurons (gate or predictor)"
+                raise InputError(f"The score of {site.key} must be {expected}, got {score}. Make another plan.")
+        if is_linear and site.kind.removeprefix("linear:") not in LINEARS:
+            raise InputError(f"A linear site must be one of {', '.join(LINEARS)}, got {site.key}. Make another plan.")
+        inside = [name for name in FFN_LINEARS if Site(site.layer, kind=f"linear:{name}") in plan]
+        if site.kind == "ffn" and inside:
+            raise InputError(f"{site.key} must exclude the linear sites inside it, got {', '.join(inside)} as well. Gate neurons or inputs, not both.")
 
-    A threshold on the gate needs the gate in full (a plain network's: the up projection); a predictor adds its own weights, a residual its own.
+
+def merge(plans: Iterable[Plan]) -> Plan:
+    """One plan of several: neuron gating wins over the linear sites inside its network. Raises InputError for a site that two plans gate."""
+    united: Plan = {}
+    for plan in plans:
+        for site, entries in plan.items():
+            if site in united:
+                raise InputError(f"Plans to merge must gate different sites, got {site.key} twice. Leave it out of one.")
+            united[site] = entries
+    kept = {site: e for site, e in united.items() if not (site.kind.removeprefix("linear:") in FFN_LINEARS and Site(site.layer, site.expert) in united)}
+    kept = dict(sorted(kept.items(), key=lambda item: (item[0].layer, item[0].kind != "ffn")))  # stable: linears stay in the order of the data flow
+    check_plan(kept)
+    return kept
+
+
+def cost(entry: Entry, hidden: int, units: int, matrices: int, density: float) -> float:
+    """Weight bytes touched per token relative to the site's dense weights, at a realised density.
+
+    The dense weights are `matrices` [n, d] at a feed-forward site, the one matrix at a linear site. A threshold on the gate needs the gate in full (a plain
+    network's: the up projection); a predictor adds its own weights, a residual its own. Thresholds themselves are not counted: n of n d.
     """
     if isinstance(entry, Threshold):
-        return (1 + (matrices - 1) * density) / matrices
+        if entry.score == "input":
+            return density
+        return (1 + (matrices - 1) * density) / matrices + 2 * entry.rank / (matrices * units)
     extra = entry.rank * (hidden + units) + (0 if entry.residual is None else entry.rank * hidden)
     return density + extra / (matrices * hidden * units)
+
+
+def linear_shapes(arch: Arch, config: Any) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of every linear site of a block, by name in the order of the data flow."""
+    hidden, units = arch.size(config, "hidden"), arch.size(config, "units")
+    heads, kv_heads = (int(getattr(config, space.config)) * arch.attn.head_dim(config) for space in (arch.attn.heads, arch.attn.kv_heads))
+    outputs = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads, "o_proj": hidden, "down_proj": hidden}
+    inputs = {"o_proj": heads, "down_proj": units}
+    return {name: (outputs.get(name, units), inputs.get(name, hidden)) for name in arch.linears()}
+
+
+def mlp_cost(plan: Plan, arch: Arch, config: Any, density: Mapping[Site, float] | None = None) -> float:
+    """Weight bytes of the feed-forward networks touched per token relative to dense, mean over all layers; a layer without an entry costs 1.
+
+    `density` is the realised share by site; None means the calibrated one.
+    """
+    layers = arch.size(config, "layers")
+    return sum(_layer_costs(plan, arch, config, layer, density)[0] for layer in range(layers)) / layers
+
+
+def block_cost(plan: Plan, arch: Arch, config: Any, density: Mapping[Site, float] | None = None) -> float:
+    """Bytes of all linears of the blocks (q, k, v, o, gate, up, down) touched per token, predictors and residuals included, relative to dense."""
+    layers = arch.size(config, "layers")
+    return sum(_layer_costs(plan, arch, config, layer, density)[1] for layer in range(layers)) / layers
+
+
+def _layer_costs(plan: Plan, arch: Arch, config: Any, layer: int, density: Mapping[Site, float] | None) -> tuple[float, float]:
+    """(Cost of a layer's network, cost of all its linears), both relative to dense."""
+    sizes = {name: d_out * d_in for name, (d_out, d_in) in linear_shapes(arch, config).items()}
+
+    def site_cost(site: Site) -> float:
+        if site not in plan:
+            return 1.0
+        entry = plan[site][0]
+        matrices = 2 if arch.ffn.kind == "plain" else 3
+        return cost(entry, arch.size(config, "hidden"), arch.size(config, "units"), matrices, entry.density if density is None else density[site])
+
+    touched = {name: size * site_cost(Site(layer, kind=f"linear:{name}")) for name, size in sizes.items()}
+    network = [name for name in sizes if name in FFN_LINEARS]
+    dense_network, dense = sum(sizes[name] for name in network), sum(sizes.values())
+    inside = dense_network * site_cost(Site(layer)) if Site(layer) in plan else sum(touched[name] for name in network)
+    return inside / dense_network, (sum(touched.values()) - sum(touched[name] for name in network) + inside) / dense
 
 
 def uniform_tau(value: float, units: int) -> Tensor:

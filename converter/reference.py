@@ -1,11 +1,11 @@
-"""The torch executor: a dense transformers model whose feed-forward modules multiply by the plan's mask, and `load`.
+"""The torch executor: a dense transformers model whose feed-forward and linear modules apply the plan's masks, and `load`.
 
-It computes every neuron and zeroes those that are skipped, so it is the reference for quality, not for speed.
+It computes every neuron and zeroes those that are skipped, and multiplies whole inputs with skipped channels zeroed: the reference for quality, not for speed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from .arch import Arch, Site, load_arch
 from .artifact import InputError, read_json
 from .blocks import ffn_down, ffn_parts
 from .checkpoint import read_sparsity
-from .plans import Entry, Plan, Predictor, Threshold
+from .plans import Entry, Plan, Predictor, Threshold, check_plan, linear_shapes
 from .source import first_line
 
 NEAR = 1e-5
@@ -28,7 +28,9 @@ NEAR = 1e-5
 
 @dataclass
 class Recorder:
-    """What the gated modules saw: kept and seen units by site, and per site the tokens [B, S] with a score near its threshold, of the last call."""
+    """What the gated modules saw: kept and seen units (neurons, or a linear's input channels) by site, and per site the tokens [B, S] with a score near its
+    threshold, of the last call.
+    """
 
     kept: dict[Site, int] = field(default_factory=dict)
     seen: dict[Site, int] = field(default_factory=dict)
@@ -38,10 +40,21 @@ class Recorder:
         """Realised share of kept units by site."""
         return {site: self.kept[site] / self.seen[site] for site in self.seen}
 
+    def add(self, site: Site, scores: Tensor, tau: Tensor, keep: Tensor) -> None:
+        """Count the kept units of scores [..., n] against tau [n]."""
+        self.kept[site] = self.kept.get(site, 0) + int(keep.sum())
+        self.seen[site] = self.seen.get(site, 0) + keep.numel()
+        room = NEAR * (tau.abs() + scores.square().mean(-1, keepdim=True).sqrt())
+        self.near[site] = ((scores - tau).abs() <= room).any(-1)
+
 
 def threshold_scores(entry: Threshold, gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """|act(gate)| [..., n], and no residual."""
-    return gate.abs(), None
+    """|act(gate)| [..., n], and residual^T relu(fc1 x) [..., d] where there is one; at a linear site |x| [..., d_in]."""
+    if entry.score == "input":
+        return x.abs(), None
+    if entry.fc1 is None or entry.residual is None:
+        return gate.abs(), None
+    return gate.abs(), F.relu(x @ entry.fc1.T) @ entry.residual
 
 
 def predictor_scores(entry: Predictor, gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -51,6 +64,14 @@ def predictor_scores(entry: Predictor, gate: Tensor, x: Tensor) -> tuple[Tensor,
 
 
 EXECUTORS = {Threshold: threshold_scores, Predictor: predictor_scores}
+
+
+def _on_device(entry: Entry, device: torch.device, dtype: torch.dtype) -> Entry:
+    """The entry with its tensors where the activations are; itself when they already are."""
+    if entry.tau.device == device and entry.tau.dtype == dtype:
+        return entry
+    moved = {name: t.to(device, dtype) for name, t in vars(entry).items() if isinstance(t, Tensor)}
+    return type(entry)(**(vars(entry) | moved))
 
 
 class _Gated:
@@ -68,46 +89,88 @@ class _Gated:
             return ffn_down(self.module, self.arch, parts.z)
         # scores and thresholds stay fp32 in a half-precision model, as in the op
         wide = torch.promote_types(x.dtype, torch.float32)
-        if self.entry.tau.device != x.device or self.entry.tau.dtype != wide:
-            moved = {name: t.to(x.device, wide) for name, t in vars(self.entry).items() if isinstance(t, Tensor)}
-            self.entry = type(self.entry)(**(vars(self.entry) | moved))
+        self.entry = _on_device(self.entry, x.device, wide)
         scores, residual = EXECUTORS[type(self.entry)](self.entry, parts.gate.to(wide), x.to(wide))  # type: ignore[arg-type]
         keep = scores > self.entry.tau
         if self.recorder is not None:
-            self._record(scores, keep)
+            self.recorder.add(self.site, scores, self.entry.tau, keep)
         y = ffn_down(self.module, self.arch, torch.where(keep, parts.z, torch.zeros((), dtype=parts.z.dtype, device=x.device)))
         return y if residual is None else y + residual.to(y.dtype)
 
-    def _record(self, scores: Tensor, keep: Tensor) -> None:
-        record = self.recorder
-        assert record is not None
-        record.kept[self.site] = record.kept.get(self.site, 0) + int(keep.sum())
-        record.seen[self.site] = record.seen.get(self.site, 0) + keep.numel()
-        room = NEAR * (self.entry.tau.abs() + scores.square().mean(-1, keepdim=True).sqrt())
-        record.near[self.site] = ((scores - self.entry.tau).abs() <= room).any(-1)
+
+class _Masked:
+    """The forward of one linear module with a mask on its input; the parts of a packed weight have masks of their own.
+
+    `rows` maps a part's site to its rows of the weight, in order; a site without an entry is computed from the whole input.
+    """
+
+    def __init__(self, module: Any, rows: Mapping[Site, slice], entries: Mapping[Site, Entry]) -> None:
+        self.module, self.rows, self.entries = module, dict(rows), dict(entries)
+        self.enabled = True
+        self.recorder: Recorder | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = self.module.weight, self.module.bias
+        if not self.enabled:
+            return F.linear(x, weight, bias)
+        if len(self.rows) == 1:
+            return F.linear(self._masked(next(iter(self.rows)), x), weight, bias)
+        return torch.cat([F.linear(self._masked(site, x), weight[at], None if bias is None else bias[at]) for site, at in self.rows.items()], dim=-1)
+
+    def _masked(self, site: Site, x: Tensor) -> Tensor:
+        if site not in self.entries:
+            return x
+        wide = torch.promote_types(x.dtype, torch.float32)
+        entry = self.entries[site] = _on_device(self.entries[site], x.device, wide)
+        scores = x.to(wide).abs()
+        keep = scores > entry.tau
+        if self.recorder is not None:
+            self.recorder.add(site, scores, entry.tau, keep)
+        return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def apply_plan(model: Any, plan: Plan, arch: Arch, activation: str) -> Any:
-    """Gate a transformers model in place: every site's feed-forward module gets the plan's mask. Weights and their names stay as they are.
+    """Gate a transformers model in place: every site's module gets the plan's mask. Weights and their names stay as they are.
 
-    Raises InputError, before anything is changed, for a site or a shape that the model does not have.
+    Raises InputError, before anything is changed, for a site or a shape that the model does not have, and when `check_plan` does.
     """
-    sites, units, hidden = arch.sites(model.config), arch.size(model.config, "units"), arch.size(model.config, "hidden")
+    shapes = linear_shapes(arch, model.config)
+    _check_fit(model.config, plan, arch, shapes)
+    forwards: dict[str, _Gated | _Masked] = {}
+    for site, (entry,) in plan.items():
+        if site.kind == "ffn":
+            name = arch.ffn_module(site.layer)
+            forwards[name] = _Gated(site, entry, arch, activation, model.get_submodule(name))
+            continue
+        below, _ = arch.linears()[site.kind.removeprefix("linear:")]
+        name = arch.block_prefix(site.layer) + below
+        if name not in forwards:
+            rows, end = {}, 0
+            for part in (part for part, (module, _) in arch.linears().items() if module == below):
+                start, end = end, end + shapes[part][0]
+                rows[Site(site.layer, kind=f"linear:{part}")] = slice(start, end)
+            forwards[name] = _Masked(model.get_submodule(name), rows, {other: plan[other][0] for other in rows if other in plan})
+    for name, forward in forwards.items():
+        model.get_submodule(name).forward = forward
+    return model
+
+
+def _check_fit(config: Any, plan: Plan, arch: Arch, shapes: Mapping[str, tuple[int, int]]) -> None:
+    check_plan(plan)
+    sites, units, hidden = arch.sites(config), arch.size(config, "units"), arch.size(config, "hidden")
+    known = {*sites, *(Site(site.layer, kind=f"linear:{name}") for site in sites for name in shapes)}
     for site, entries in plan.items():
-        if site not in sites or len(entries) != 1:
+        if site not in known or len(entries) != 1:
             raise InputError(
                 f"A plan must hold one entry a site for sites up to {sites[-1].key}, got {len(entries)} for {site.key}. Take the plan of this very model."
             )
-        found = {role: tuple(t.shape) for role, t in entries[0].tensors().items()}
-        width = (entries[0].rank,) if isinstance(entries[0], Predictor) else ()
-        expected = {"tau": (units,), "predictor.fc1.weight": (*width, hidden), "predictor.fc2.weight": (units, *width), "residual.weight": (*width, hidden)}
-        for role, shape in found.items():
-            if shape != expected[role]:
-                raise InputError(f"{site.key}.{role} must have shape {list(expected[role])}, got {list(shape)}. Take the plan of this very model.")
-    for site, (entry,) in plan.items():
-        module = model.get_submodule(arch.ffn_module(site.layer))
-        module.forward = _Gated(site, entry, arch, activation, module)
-    return model
+        (entry,) = entries
+        width = () if isinstance(entry, Threshold) and entry.fc1 is None else (entry.rank,)
+        expected = {"tau": (units if site.kind == "ffn" else shapes[site.kind.removeprefix("linear:")][1],), "predictor.fc2.weight": (units, *width)}
+        for role, tensor in entry.tensors().items():
+            shape = expected.get(role, (*width, hidden))
+            if tuple(tensor.shape) != shape:
+                raise InputError(f"{site.key}.{role} must have shape {list(shape)}, got {list(tensor.shape)}. Take the plan of this very model.")
 
 
 def remove_plan(model: Any) -> Any:
@@ -140,8 +203,8 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         raise InputError(f"The model must load from {folder}, got: {first_line(error)}. Fetch the folder again.") from error
 
 
-def _gated(model: Any) -> list[_Gated]:
-    return [module.forward for module in model.modules() if isinstance(getattr(module, "forward", None), _Gated)]
+def _gated(model: Any) -> list[_Gated | _Masked]:
+    return [module.forward for module in model.modules() if isinstance(getattr(module, "forward", None), _Gated | _Masked)]
 
 
 @contextmanager
