@@ -6,6 +6,7 @@ counted, not compared) because rounding may flip it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from tqdm.auto import tqdm
 
 from ..runtime_onnx.library import executor
 from ..runtime_onnx.session import Decoder
-from .arch import Site, load_arch
+from .arch import Arch, Site, load_arch
 from .artifact import InputError
 from .checkpoint import read_sparsity
 from .data import Batches
-from .plans import Plan, cost
+from .plans import Plan, block_cost, cost, linear_shapes, mlp_cost
 from .reference import dense, load_dense, recording
 
 LOGIT_BOUND = 1e-4
@@ -34,10 +35,16 @@ QUALITY_WINDOWS = 16
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, FULL_MATCHES = 10, 16, 64, 8
 _LENGTHS = (16, 8, 4, 2, 1)
 _CHECKED_TOKENS = 512
+_LOGITS_AT_ONCE = 1 << 22
+"""Most logits of one forward pass while quality is measured: windows go through the model together up to this, one by one above."""
 
 
 class Quality(BaseModel):
-    """Held-out quality: `nll_dense`, `nll` and `kl` in nats per token, `agreement` of the argmax, realised density and cost, by site and in the mean."""
+    """Held-out quality: `nll_dense`, `nll` and `kl` in nats per token, `agreement` of the argmax, realised density and cost.
+
+    `density` is the mean over gated sites, weighted by their parameters; `cost` the bytes of the MLPs touched per token relative to dense, `block_cost` those
+    of all linear maps of the blocks; `site_cost` is relative to the site's own dense weights.
+    """
 
     tokens: int
     nll_dense: float
@@ -46,6 +53,7 @@ class Quality(BaseModel):
     agreement: float
     density: float
     cost: float
+    block_cost: float | None = None
     site_density: dict[str, float]
     site_cost: dict[str, float]
 
@@ -100,37 +108,95 @@ class Probe:
         return float(self.compare.float().mean())
 
 
+@dataclass
+class Totals:
+    """Sums over the positions compared so far, in fp64: NLL of dense p and of sparse q, KL(p || q), equal argmax."""
+
+    tokens: int = 0
+    sums: Tensor | float = 0.0
+
+    def add(self, p: Tensor, q: Tensor, target: Tensor) -> None:
+        """Compare log-probabilities p and q [..., V] of `target` [...]."""
+        p, q, target = p.flatten(0, -2), q.flatten(0, -2).to(p.device), target.flatten().to(p.device)
+        agree = (p.argmax(-1) == q.argmax(-1)).sum()
+        parts = (F.nll_loss(p, target, reduction="sum"), F.nll_loss(q, target, reduction="sum"), (p.exp() * (p - q)).sum(), agree)
+        self.sums = self.sums + torch.stack([part.double().cpu() for part in parts])
+        self.tokens += len(target)
+
+    def means(self) -> tuple[float, float, float, float]:
+        """NLL of p, NLL of q and KL in nats per token, and the share of equal argmax. Raises InputError when nothing was compared."""
+        if not isinstance(self.sums, Tensor):
+            raise InputError("Held-out text must hold a window of two tokens or more, got none. Give more text.")
+        nll_dense, nll, kl, agreement = (self.sums / self.tokens).tolist()
+        return nll_dense, nll, kl, agreement
+
+
+def windows(batches: Batches, vocabulary: int) -> Iterator[Tensor]:
+    """Token windows [B, T] without padding, in order: full ones together as far as memory allows, others alone; windows of one token are left out."""
+    at_once = max(1, min(8, _LOGITS_AT_ONCE // (batches.tokens.shape[1] * vocabulary)))
+    full = batches.mask.all(dim=1)
+    yield from batches.tokens[full].split(at_once)
+    for row, mask in zip(batches.tokens[~full], batches.mask[~full], strict=True):
+        if int(mask.sum()) > 1:
+            yield row[mask][None]
+
+
+def log_probs(model: Any, tokens: Tensor) -> Tensor:
+    """Log-probabilities [B, T - 1, V] fp32 of the tokens that follow the first of each window [B, T]."""
+    return model(input_ids=tokens.to(model.device)).logits[:, :-1].float().log_softmax(-1)
+
+
 @torch.no_grad()
-def measure_quality(model: Any, plan: Plan, batches: Batches) -> Quality:
-    """Compare a gated model with itself ungated on every window; the first token of a window is given."""
+def dense_log_probs(model: Any, batches: Batches) -> list[Tensor]:
+    """What `measure_quality` takes as `reference`, for many plans on one model and text: 4 bytes x tokens x vocabulary, so for small models only."""
+    with dense(model):
+        return [log_probs(model, rows) for rows in windows(batches, model.config.vocab_size)]
+
+
+@torch.no_grad()
+def measure_quality(model: Any, plan: Plan, batches: Batches, reference: list[Tensor] | None = None) -> Quality:
+    """Compare a gated model with itself ungated on every window; the first token of a window is given.
+
+    `reference` is `dense_log_probs` of the same model and batches, where it was computed before.
+    """
     arch, config = load_arch(model.config.model_type), model.config
-    hidden, units, matrices = arch.size(config, "hidden"), arch.size(config, "units"), 2 if arch.ffn.kind == "plain" else 3
-    total = torch.zeros(4, dtype=torch.float64)
-    tokens = 0
+    total = Totals()
+    groups = list(windows(batches, config.vocab_size))
     with recording(model) as record:
-        for row, mask in zip(tqdm(batches.tokens, desc="quality", unit="window"), batches.mask, strict=True):
-            row = row[mask]
-            if len(row) < 2:
-                continue
-            with dense(model):
-                p = model(input_ids=row[None].to(model.device)).logits[0, :-1].float().log_softmax(-1)
-            q = model(input_ids=row[None].to(model.device)).logits[0, :-1].float().log_softmax(-1)
-            target = row[1:].to(p.device)
-            parts = (F.nll_loss(p, target, reduction="sum"), *_compared(p, q, target))
-            total += torch.stack([part.double().cpu() for part in parts])
-            tokens += len(target)
+        for number, rows in enumerate(tqdm(groups, desc="quality", unit="batch")):
+            if reference is None:
+                with dense(model):
+                    p = log_probs(model, rows)
+            else:
+                p = reference[number].to(model.device)
+            total.add(p, log_probs(model, rows), rows[:, 1:])
     density = record.density()
-    costs = {site: cost(plan[site][0], hidden, units, matrices, share) for site, share in density.items()}
-    nll_dense, nll, kl, agreement = (total / tokens).tolist()
+    nll_dense, nll, kl, agreement = total.means()
+    sizes = site_parameters(plan, arch, config)
     return Quality(
-        tokens=tokens, nll_dense=nll_dense, nll=nll, kl=kl, agreement=agreement,
-        density=_mean(density), cost=_mean(costs),
-        site_density={site.key: v for site, v in density.items()}, site_cost={site.key: v for site, v in costs.items()},
+        tokens=total.tokens, nll_dense=nll_dense, nll=nll, kl=kl, agreement=agreement,
+        density=weighted(density, sizes), cost=mlp_cost(plan, arch, config, density), block_cost=block_cost(plan, arch, config, density),
+        site_density={site.key: v for site, v in density.items()},
+        site_cost={site.key: site_cost(plan, site, arch, config, share) for site, share in density.items()},
     )  # fmt: skip
 
 
-def _mean(values: dict[Site, float]) -> float:
-    return sum(values.values()) / len(values)
+def site_parameters(plan: Plan, arch: Arch, config: Any) -> dict[Site, int]:
+    """Dense weights, biases left out, that each site of a plan gates: all matrices of a feed-forward network, the one matrix of a linear site."""
+    hidden, units, matrices = arch.size(config, "hidden"), arch.size(config, "units"), 2 if arch.ffn.kind == "plain" else 3
+    shapes = linear_shapes(arch, config)
+    linear = {site: shapes[site.kind.removeprefix("linear:")] for site in plan if site.kind.startswith("linear:")}
+    return {site: linear[site][0] * linear[site][1] if site in linear else matrices * hidden * units for site in plan}
+
+
+def site_cost(plan: Plan, site: Site, arch: Arch, config: Any, density: float) -> float:
+    """Bytes of a site touched per token relative to its own dense weights, predictor included."""
+    return cost(plan[site][0], arch.size(config, "hidden"), arch.size(config, "units"), 2 if arch.ffn.kind == "plain" else 3, density)
+
+
+def weighted(values: Mapping[Site, float], sizes: Mapping[Site, int]) -> float:
+    """Mean over the sites of `values`, weighted by their parameters."""
+    return sum(value * sizes[site] for site, value in values.items()) / sum(sizes[site] for site in values)
 
 
 @torch.no_grad()
@@ -201,33 +267,41 @@ def check_onnx(onnx: Path, model: Any, batches: Batches) -> list[Check]:
     return checks
 
 
+class ExecutorQuality(BaseModel):
+    """An ONNX executor on `tokens` tokens: NLL of it and of sparse torch there, KL from dense torch to it, all in nats per token, and equal argmax to dense."""
+
+    tokens: int
+    nll_torch: float
+    nll: float
+    kl: float
+    agreement: float
+
+
 @torch.no_grad()
+def measure_executor(decoder: Decoder, model: Any, batches: Batches, count: int = QUALITY_WINDOWS) -> ExecutorQuality:
+    """An ONNX executor on the first `count` windows, beside the gated torch model."""
+    against_torch, against_dense = Totals(), Totals()
+    first = Batches(batches.tokens[:count], batches.mask[:count])
+    for rows in windows(first, model.config.vocab_size):
+        with dense(model):
+            p = log_probs(model, rows).cpu()
+        q = log_probs(model, rows).cpu()
+        for number, row in enumerate(rows):
+            decoder.reset()
+            o = torch.from_numpy(decoder(row.numpy()))[:-1].log_softmax(-1)
+            against_torch.add(q[number], o, row[1:])
+            against_dense.add(p[number], o, row[1:])
+    nll_torch, nll, _, _ = against_torch.means()
+    _, _, kl, agreement = against_dense.means()
+    return ExecutorQuality(tokens=against_torch.tokens, nll_torch=nll_torch, nll=nll, kl=kl, agreement=agreement)
+
+
 def _quality_check(name: str, decoder: Decoder, model: Any, batches: Batches) -> Check:
     """NLL, KL to dense torch and argmax agreement of an ONNX executor on QUALITY_WINDOWS windows; judged is the difference of its NLL to sparse torch's."""
-    total = torch.zeros(4, dtype=torch.float64)
-    tokens = 0
-    for row, mask in list(zip(batches.tokens, batches.mask, strict=True))[:QUALITY_WINDOWS]:
-        row = row[mask]
-        if len(row) < 2:
-            continue
-        inputs = row[None].to(model.device)
-        with dense(model):
-            p = model(input_ids=inputs).logits[0, :-1].float().cpu().log_softmax(-1)
-        q = model(input_ids=inputs).logits[0, :-1].float().cpu().log_softmax(-1)
-        decoder.reset()
-        o = torch.from_numpy(decoder(row.numpy()))[:-1].log_softmax(-1)
-        parts = (F.nll_loss(q, row[1:], reduction="sum"), *_compared(p, o, row[1:]))
-        total += torch.stack([part.double() for part in parts])
-        tokens += len(row) - 1
-    nll_torch, nll, kl, agreement = (total / tokens).tolist()
-    off = abs(nll - nll_torch)
-    note = f"NLL {nll:.4f} (torch {nll_torch:.4f}), KL to dense {kl:.4f}, agreement {agreement:.1%} over {tokens} tokens"
+    found = measure_executor(decoder, model, batches)
+    off = abs(found.nll - found.nll_torch)
+    note = f"NLL {found.nll:.4f} (torch {found.nll_torch:.4f}), KL to dense {found.kl:.4f}, agreement {found.agreement:.1%} over {found.tokens} tokens"
     return Check(name=f"{name} NLL", value=off, bound=NLL_BOUND, passed=off <= NLL_BOUND, note=note)
-
-
-def _compared(p: Tensor, q: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over positions of log-probabilities p (dense) and q [T, V]: NLL of q in nats, KL(p || q) in nats, and equal argmax."""
-    return F.nll_loss(q, target, reduction="sum"), (p.exp() * (p - q)).sum(), (p.argmax(-1) == q.argmax(-1)).sum()
 
 
 def _logits_check(name: str, decoder: Decoder, probe: Probe) -> Check:

@@ -16,6 +16,7 @@ from .results import Report
 _DPI = 110
 _MARKERS = "osD^vP*Xpdh<>"
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black")
+_ORACLE_COLOURS = ("0.2", "darkgoldenrod", "slateblue", "0.5", "firebrick", "teal", "0.7", "darkolivegreen")
 _SHOWN = 4.0
 """NLL is drawn up to this many times the smallest method's worst rise over dense: one collapsed method must not flatten all others."""
 
@@ -31,11 +32,12 @@ def plot_curves(path: Path, curves: Curves) -> Path:
     """Draw NLL and KL of every method over density and over cost, with the dense line; oracles are dashed and say so. Returns the file."""
     figure = Figure(figsize=(13, 8.5), layout="constrained")
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
-    methods = [*curves.methods(oracle=False), *curves.methods(oracle=True)]
-    for number, name in enumerate(methods):
+    methods = [*enumerate(curves.methods(oracle=False)), *enumerate(curves.methods(oracle=True))]
+    for number, name in methods:
         points = summarise(curves, name)
+        colours = _ORACLE_COLOURS if points[0].oracle else _COLOURS
         style = {
-            "color": _COLOURS[number % len(_COLOURS)],
+            "color": colours[number % len(colours)],
             "marker": _MARKERS[number % len(_MARKERS)],
             "linestyle": "--" if points[0].oracle else "-",
             "label": f"{name} (oracle)" if points[0].oracle and "oracle" not in name else name,
@@ -45,7 +47,7 @@ def plot_curves(path: Path, curves: Curves) -> Path:
                 _line(panel, [point.mean[axis] for point in points], [point.mean[value] for point in points], [point.spread[value] for point in points], style)
     for panel in panels[0]:
         panel.axhline(curves.dense.nll, color="0.4", linewidth=1, linestyle=":", label="dense")
-    worst = [max(point.mean["nll"] for point in summarise(curves, name)) - curves.dense.nll for name in curves.methods(oracle=False) or methods]
+    worst = [max(point.mean["nll"] for point in summarise(curves, name)) - curves.dense.nll for name in curves.methods(oracle=False) or curves.methods()]
     if worst:
         lowest = min(row.nll for row in curves.rows)
         rise = max(_SHOWN * min(worst), 0.05)
