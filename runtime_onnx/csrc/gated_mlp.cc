@@ -10,62 +10,19 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <vector>
 
 #include "gated_mlp.h"
-#include "gated_mlp_kernels.h"
+#include "memory.h"
+#include "row_kernels.h"
 
 namespace sparsegate {
+namespace gated_mlp {
 namespace {
 
-constexpr size_t kAlignment = 64;
 constexpr int64_t kPartialBytes = 8 << 20;  // bound of the partial sums, which bounds the tokens per pass
 constexpr int64_t kStripBytes = 256 << 10;  // rows of w_down that several tokens share stay in the second-level cache
 constexpr int64_t kFewTokens = 4;           // up to here long pieces of rows are read, for the sake of memory; above, panels, for the registers
 constexpr int64_t kInlineBytes = 256 << 10;  // below this much work waking the other threads costs more than it gains
-
-class Arena {
- public:
-  ~Arena() { ::operator delete(data_, std::align_val_t{kAlignment}); }
-
-  // nullptr: out of memory. What an earlier call returned is void.
-  char* reserve(size_t bytes) {
-    if (bytes > size_) {
-      ::operator delete(data_, std::align_val_t{kAlignment});
-      data_ = ::operator new(bytes, std::align_val_t{kAlignment}, std::nothrow);
-      size_ = data_ ? bytes : 0;
-    }
-    return static_cast<char*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-thread_local Arena call_arena;
-thread_local Arena task_arena;
-
-// Cuts one reservation into arrays; with base nullptr it only counts bytes.
-class Cut {
- public:
-  explicit Cut(char* base) : base_(base) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* out = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    return out;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
-
-int64_t bytes_of(int type) { return type == ort::kFloat32 ? 4 : type == ort::kInt8 ? 1 : 2; }
 
 float relu(float v) { return v < 0.f ? 0.f : v; }  // NaN stays NaN
 
@@ -92,31 +49,10 @@ void activate(Activation activation, float* v, int64_t count) {
   }
 }
 
-uint16_t to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
-uint16_t to_float16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
-  if (size > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-  if (size >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and above round to infinity
-  if (size < 0x38800000u) {                                              // below 2^-14: in units of 2^-24
-    float scaled;
-    std::memcpy(&scaled, &size, sizeof scaled);
-    return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(scaled * 16777216.f)));
-  }
-  return static_cast<uint16_t>(sign | (size + 0xfffu + (size >> 13 & 1u) - 0x38000000u) >> 13);
-}
-
 struct Run {
   const Kernels* kernels;
   const Variant* variant;
-  const std::array<Tensor, kRoles>* tensors;
+  const Tensors* tensors;
   Shape shape;
   int64_t block, blocks, tasks;  // neurons per block, blocks, and blocks plus one for the residual
   int64_t tokens = 0;            // of this pass
@@ -301,20 +237,18 @@ void sum_task(void* user, size_t task) {
 }
 
 struct CpuKernel {
+  static constexpr const char *kName = "GatedMLP", *kProvider = "CPUExecutionProvider";
+  static constexpr bool kSameShape = true;
   Node node;
 
-  static ort::StatusPtr parallel(const Node& node, const ort::KernelContext* context, void (*task)(void*, size_t), int64_t count, bool small, Run& run) {
-    if (!small && count > 1) return node.api->KernelContext_ParallelFor(context, task, static_cast<size_t>(count), 0, &run);
-    for (int64_t i = 0; i < count; ++i) task(&run, static_cast<size_t>(i));
-    return nullptr;
-  }
+  ort::StatusPtr init(const ort::Api* api, const ort::KernelInfo* info, int x_type) { return node.init(api, info, x_type, true); }
 
   ort::StatusPtr compute(ort::KernelContext* context) const {
-    std::array<Tensor, kRoles> tensors;
+    Tensors tensors;
     Shape shape;
     Rows io;
     ORT_TRY(node.fetch(context, tensors, shape));
-    ORT_TRY(open_rows(node, context, shape.d, io));
+    ORT_TRY(open_rows(node, context, node.variant.x, shape.d, shape.d, io));
     if (io.tokens == 0) return nullptr;
 
     const int64_t d = shape.d, n = shape.n, r = shape.r;
@@ -356,67 +290,25 @@ struct CpuKernel {
         run.x = x;
         run.y = y;
       }
-      if (r) ORT_TRY(parallel(node, context, hidden_task, (r + run.p1_rows - 1) / run.p1_rows, small, run));
-      ORT_TRY(parallel(node, context, block_task, run.tasks, small, run));
+      if (r) ORT_TRY(parallel(node.api, context, hidden_task, (r + run.p1_rows - 1) / run.p1_rows, small, &run));
+      ORT_TRY(parallel(node.api, context, block_task, run.tasks, small, &run));
       if (run.failed.load()) return node.error(ort::kRuntimeException, "out of memory for " + std::to_string(pass) + " tokens");
-      ORT_TRY(parallel(node, context, sum_task, run.tokens * ((d + run.strip - 1) / run.strip), small, run));
+      ORT_TRY(parallel(node.api, context, sum_task, run.tokens * ((d + run.strip - 1) / run.strip), small, &run));
       if (x_type == ort::kFloat32) continue;
-      uint16_t* out = static_cast<uint16_t*>(io.y) + t * d;
-      for (int64_t i = 0; i < run.tokens * d; ++i) out[i] = x_type == ort::kFloat16 ? to_float16(y[i]) : to_bfloat16(y[i]);
+      narrow(x_type, y, run.tokens * d, static_cast<uint16_t*>(io.y) + t * d);
     }
     return nullptr;
   }
 };
 
-struct CpuOp : GatedMlpOp {
-  CpuOp(const ort::Api* ort_api, int type) : GatedMlpOp(ort_api, type, "CPUExecutionProvider") {
-    CreateKernelV2 = [](const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info, void** out) -> ort::StatusPtr {
-      try {
-        auto kernel = std::make_unique<CpuKernel>();
-        ORT_TRY(kernel->node.init(api, info, static_cast<const CpuOp*>(op)->x_type, true));
-        *out = kernel.release();
-        return nullptr;
-      } catch (const std::exception& error) {
-        return api->CreateStatus(ort::kFail, error.what());
-      }
-    };
-    KernelComputeV2 = [](void* kernel, ort::KernelContext* context) -> ort::StatusPtr {
-      const auto* self = static_cast<const CpuKernel*>(kernel);
-      try {
-        return self->compute(context);
-      } catch (const std::exception& error) {
-        return self->node.api->CreateStatus(ort::kFail, error.what());
-      }
-    };
-    KernelDestroy = [](void* kernel) { delete static_cast<CpuKernel*>(kernel); };
-  }
-};
-
 }  // namespace
+}  // namespace gated_mlp
 
-// Builds of gated_mlp_kernels.cc
-namespace portable { extern const Kernels table; }
-#ifdef SPARSEGATE_X86
-namespace avx2 { extern const Kernels table; }
-namespace avx512 { extern const Kernels table; }
-#endif
-
-const Kernels& kernels(Isa isa) {
-#ifdef SPARSEGATE_X86
-  if (isa == Isa::kAvx512) return avx512::table;
-  if (isa == Isa::kAvx2) return avx2::table;
-#endif
-  (void)isa;
-  return portable::table;
-}
-
-void gated_mlp_cpu_ops(const ort::Api* api, std::vector<std::unique_ptr<ort::CustomOp>>& ops) {
-  for (int type : {ort::kFloat32, ort::kFloat16, ort::kBfloat16}) ops.push_back(std::make_unique<CpuOp>(api, type));
-}
+void gated_mlp_cpu_ops(const ort::Api* api, std::vector<std::unique_ptr<ort::CustomOp>>& ops) { append_ops<gated_mlp::CpuKernel>(api, ops); }
 
 bool gated_mlp_cpu_supports(const char* name) {
-  Variant variant;
-  return variant_of_name(name, variant).empty();
+  gated_mlp::Variant variant;
+  return gated_mlp::variant_of_name(name, variant).empty();
 }
 
 }  // namespace sparsegate

@@ -9,13 +9,11 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <exception>
-#include <memory>
-#include <vector>
 
 #include "gated_mlp.h"
 
 namespace sparsegate {
+namespace gated_mlp {
 namespace {
 
 constexpr int kThreads = 256;
@@ -169,17 +167,26 @@ void with_type(int type, Body body) {
   body(static_cast<const float*>(nullptr));
 }
 
+bool supported(const Variant& variant) { return variant.weights == Weights::kFloat && !variant.has(kSP1); }
+
 struct CudaKernel {
+  static constexpr const char *kName = "GatedMLP", *kProvider = "CUDAExecutionProvider";
+  static constexpr bool kSameShape = true;
   Node node;
+
+  ort::StatusPtr init(const ort::Api* api, const ort::KernelInfo* info, int x_type) {
+    ORT_TRY(node.init(api, info, x_type, false));
+    return supported(node.variant) ? nullptr : node.error(ort::kNotImplemented, "weights and predictor must be float on CUDA, got integers");
+  }
 
   ort::StatusPtr compute(ort::KernelContext* context) const {
     const ort::Api* api = node.api;
     const Variant& v = node.variant;
-    std::array<Tensor, kRoles> in;
+    Tensors in;
     Shape shape;
     Rows io;
     ORT_TRY(node.fetch(context, in, shape));
-    ORT_TRY(open_rows(node, context, shape.d, io));
+    ORT_TRY(open_rows(node, context, node.variant.x, shape.d, shape.d, io));
     if (io.tokens == 0) return nullptr;
     void* raw = nullptr;
     ORT_TRY(api->KernelContext_GetGPUComputeStream(context, &raw));
@@ -232,42 +239,14 @@ struct CudaKernel {
   }
 };
 
-bool supported(const Variant& variant) { return variant.weights == Weights::kFloat && !variant.has(kSP1); }
-
-struct CudaOp : GatedMlpOp {
-  CudaOp(const ort::Api* ort_api, int type) : GatedMlpOp(ort_api, type, "CUDAExecutionProvider") {
-    CreateKernelV2 = [](const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info, void** out) -> ort::StatusPtr {
-      try {
-        auto kernel = std::make_unique<CudaKernel>();
-        ORT_TRY(kernel->node.init(api, info, static_cast<const CudaOp*>(op)->x_type, false));
-        if (!supported(kernel->node.variant)) return kernel->node.error(ort::kNotImplemented, "weights and predictor must be float on CUDA, got integers");
-        *out = kernel.release();
-        return nullptr;
-      } catch (const std::exception& error) {
-        return api->CreateStatus(ort::kFail, error.what());
-      }
-    };
-    KernelComputeV2 = [](void* kernel, ort::KernelContext* context) -> ort::StatusPtr {
-      const auto* self = static_cast<const CudaKernel*>(kernel);
-      try {
-        return self->compute(context);
-      } catch (const std::exception& error) {
-        return self->node.api->CreateStatus(ort::kFail, error.what());
-      }
-    };
-    KernelDestroy = [](void* kernel) { delete static_cast<CudaKernel*>(kernel); };
-  }
-};
-
 }  // namespace
+}  // namespace gated_mlp
 
-void gated_mlp_cuda_ops(const ort::Api* api, std::vector<std::unique_ptr<ort::CustomOp>>& ops) {
-  for (int type : {ort::kFloat32, ort::kFloat16, ort::kBfloat16}) ops.push_back(std::make_unique<CudaOp>(api, type));
-}
+void gated_mlp_cuda_ops(const ort::Api* api, std::vector<std::unique_ptr<ort::CustomOp>>& ops) { append_ops<gated_mlp::CudaKernel>(api, ops); }
 
 bool gated_mlp_cuda_supports(const char* name) {
-  Variant variant;
-  return variant_of_name(name, variant).empty() && supported(variant);
+  gated_mlp::Variant variant;
+  return gated_mlp::variant_of_name(name, variant).empty() && gated_mlp::supported(variant);
 }
 
 }  // namespace sparsegate

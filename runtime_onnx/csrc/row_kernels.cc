@@ -1,9 +1,9 @@
-// See gated_mlp_kernels.h. Compiled with -DSPARSEGATE_ISA=avx512 | avx2 | portable and that set's flags.
+// See row_kernels.h. Compiled with -DSPARSEGATE_ISA=avx512 | avx2 | portable and that set's flags.
 //
 // A vector has 16 lanes in every build (1, 2 or 4 registers), so all builds add in the same order; avx512 and avx2 agree bit for bit.
 // Everything but the table has internal linkage and no standard template is used: the linker must never pick, for code that runs
 // on every CPU, a copy of an inline function that was compiled for AVX-512.
-#include "gated_mlp_kernels.h"
+#include "row_kernels.h"
 
 #include <string.h>
 
@@ -32,7 +32,7 @@ typedef float reg __attribute__((vector_size(16)));
 constexpr int PARTS = LANES / WIDTH;
 constexpr int ROWS = 4;                      // rows per pass of a product: independent sums hide the latency of FMA
 constexpr int TOKENS = WIDTH == 16 ? 6 : 1;  // tokens per pass, so that sums, x and weights fit into the registers
-constexpr int ADDED = 8;                     // rows of w_down per pass over y
+constexpr int ADDED = 8;                     // summed rows per pass over y
 constexpr int LINE = 64;                     // bytes
 
 struct half { uint16_t bits; };

@@ -1,7 +1,7 @@
-// Inner loops of GatedMLP on the CPU. One source, gated_mlp_kernels.cc, is compiled once per instruction set.
+// Inner loops of the ops on the CPU: products with and sums of a matrix's rows. One source, row_kernels.cc, is compiled once per instruction set.
 //
 // What holds for every function, so that a token's result depends neither on the tokens beside it nor on the number of threads:
-// a dot product runs over d in one fixed order, a sum over neurons adds them one by one in rising order, column by column.
+// a dot product runs over d in one fixed order, a sum of rows adds them one by one in rising order, column by column.
 #pragma once
 
 #include <cstdint>
@@ -24,5 +24,8 @@ struct Kernels {
 };
 
 const Kernels& kernels(Isa isa);
+
+// count values of float32 rounded to a 16-bit float type, to the nearest, ties to even
+void narrow(int type, const float* values, int64_t count, uint16_t* out);
 
 }  // namespace sparsegate

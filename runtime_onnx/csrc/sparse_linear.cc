@@ -1,0 +1,247 @@
+// SparseLinear on the CPU: y = (x where |x_j| > tau_j) W + b, W [d_in, d_out] input-major, so an active channel is one contiguous row.
+// The Python twin is ops/sparse_linear.py.
+//
+// Every token's active channels are listed in rising order. The d_out columns are cut into strips, one task each: no two tasks write one column, so
+// nothing is summed across threads. A column's sum starts at b and takes one sum per block of kBlock channels, which takes the token's own channels one by
+// one in rising order, however the strips and the tokens of the call are cut: y depends neither on the other tokens nor on the threads, bit for
+// bit, and a channel that a token drops never touches its y. (One sum over all channels of a wide layer would miss the bound of float32.)
+// Quantised weights are widened to float32 in registers.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "memory.h"
+#include "op.h"
+#include "row_kernels.h"
+
+namespace sparsegate {
+namespace sparse_linear {
+
+enum Role : int { kW, kSW, kB, kTau };
+
+struct Variant {
+  bool quantised = false;  // weights int8_row, else float
+  Present present{};
+  int x = ort::kFloat32, w = ort::kFloat32;  // ort::Type; w is of float weights
+};
+
+struct Shape {
+  int64_t d_in = 0, d_out = 0;
+};
+
+namespace {
+
+const char* const kRoleNames[] = {"w", "s_w", "b", "tau"};
+const char* const kWeightNames[] = {"float", "int8_row"};
+constexpr Names kRoles(kRoleNames), kWeights(kWeightNames);
+
+constexpr int64_t kPassBytes = 8 << 20;      // bound of the lists of active channels, which bounds the tokens per pass
+constexpr int64_t kPassTokens = 64;
+constexpr int64_t kBlock = 512;              // channels per sum
+constexpr int64_t kPanelBytes = 32 << 10;    // rows of a panel that many tokens share stay in the first-level cache
+constexpr int64_t kFewTokens = 4;            // up to here long pieces of rows are read, for the sake of memory; above, panels, for the registers
+constexpr int64_t kInlineBytes = 256 << 10;  // below this much work waking the other threads costs more than it gains
+constexpr int64_t kStrip = 512, kLongStrip = 2048, kShortStrip = 4 * kPanel;  // columns of a task: least and most with one token, with many
+
+// The same rules as Variant in ops/sparse_linear.py.
+std::string variant_of_attributes(const std::string& weights, const std::string& inputs, Variant& out) {
+  const int found = kWeights.find(weights);
+  if (found < 0) return "attribute weights must be one of " + kWeights.listed() + ", got '" + weights + "'";
+  out.quantised = found == 1;
+  const std::string problem = read_roles(kRoles, inputs, out.present);
+  if (!problem.empty()) return problem;
+  for (int role : {kW, kSW, kTau}) {
+    const bool needed = role != kSW || out.quantised;
+    if (needed != out.present[role]) return std::string("inputs must ") + (needed ? "" : "not ") + "hold " + kRoles.list[role] + " with weights " + weights;
+  }
+  return "";
+}
+
+std::string variant_of_name(const std::string& name, Variant& out) {
+  const std::string wrong = "not a variant of SparseLinear.1";
+  const std::vector<std::string> parts = split(name, '/');
+  if (parts.size() != 4 || parts[0] != "SparseLinear.1" || parts[3].find(' ') != std::string::npos) return wrong;
+  std::string roles = parts[3];
+  std::replace(roles.begin(), roles.end(), '+', ' ');
+  const std::string problem = variant_of_attributes(parts[1], roles, out);
+  if (!problem.empty()) return problem;
+  if (!read_types(parts[2], {"x", "w"}, {&out.x, &out.w}) || !is_float(out.x) || !is_float(out.w)) return wrong;
+  return out.quantised && out.w != ort::kFloat32 ? wrong : "";
+}
+
+// Checks the tensors that are there against each other; fills shape once w is there. Empty: all is well.
+std::string check_tensors(const Variant& variant, const Tensors& tensors, Shape& shape) {
+  shape = Shape{};
+  const Tensor& w = tensors[kW];
+  if (w.data) {
+    const bool right = variant.quantised ? w.type == ort::kInt8 : is_float(w.type);
+    if (!right || w.rank != 2 || w.dims[0] < 1 || w.dims[1] < 1 || w.dims[0] > INT32_MAX / 2 || w.dims[1] > INT32_MAX / 2)
+      return std::string("input w must be ") + (variant.quantised ? "int8" : "float32, float16 or bfloat16") + " [d_in, d_out], got " + shape_text(w);
+    shape.d_in = w.dims[0];
+    shape.d_out = w.dims[1];
+  }
+  for (int role : {kSW, kB, kTau}) {
+    const Tensor& t = tensors[role];
+    const int64_t size = role == kB ? shape.d_out : shape.d_in;  // 0: w is not constant, checked in every run
+    if (!t.data || (t.type == ort::kFloat32 && t.rank == 1 && (size == 0 || t.dims[0] == size))) continue;
+    return std::string("input ") + kRoles.list[role] + " must be float32 [" + (size ? std::to_string(size) : "?") + "], got " + shape_text(t);
+  }
+  return "";
+}
+
+struct Run {
+  const Kernels* kernels;
+  const Tensors* tensors;
+  Shape shape;
+  int64_t tokens = 0;            // of this pass
+  int64_t chunk, chunks;         // input channels whose rows the tokens read together, a divisor of kBlock, and their number
+  int64_t strip, piece;          // columns of a task, and of a part of it that is summed at a time
+  const float* x = nullptr;      // [tokens, d_in]
+  float* y = nullptr;            // [tokens, d_out]
+  int32_t* list = nullptr;       // [tokens, d_in]: a token's active channels, rising
+  float* scale = nullptr;        // [tokens, d_in]: their values, times the rows' scales
+  int32_t* first = nullptr;      // [tokens, chunks + 1]: where each chunk starts in a token's list
+
+  const float* floats(Role role) const { return static_cast<const float*>((*tensors)[role].data); }  // nullptr where absent
+};
+
+void select_task(void* user, size_t task) {
+  const Run& run = *static_cast<Run*>(user);
+  const int64_t d = run.shape.d_in, t = static_cast<int64_t>(task);
+  const float *x = run.x + t * d, *tau = run.floats(kTau), *row_scale = run.floats(kSW);
+  int32_t *list = run.list + t * d, *first = run.first + t * (run.chunks + 1), count = 0;
+  float* scale = run.scale + t * d;
+  for (int64_t c = 0; c < run.chunks; ++c) {
+    first[c] = count;
+    for (int64_t j = c * run.chunk, end = std::min(d, j + run.chunk); j < end; ++j) {  // without a branch: which channels are active is not to be guessed
+      list[count] = static_cast<int32_t>(j);
+      scale[count] = x[j];
+      count += std::fabs(x[j]) > tau[j];
+    }
+  }
+  first[run.chunks] = count;
+  for (int32_t k = 0; row_scale && k < count; ++k) scale[k] *= row_scale[list[k]];
+}
+
+// One strip of columns for all tokens of the pass.
+void strip_task(void* user, size_t task) {
+  const Run& run = *static_cast<Run*>(user);
+  const int64_t d_in = run.shape.d_in, d_out = run.shape.d_out, begin = static_cast<int64_t>(task) * run.strip, width = std::min(run.strip, d_out - begin);
+  const Tensor& w = (*run.tensors)[kW];
+  const float* bias = run.floats(kB);
+  for (int64_t t = 0; t < run.tokens; ++t) {
+    float* y = run.y + t * d_out + begin;
+    if (bias)
+      std::memcpy(y, bias + begin, static_cast<size_t>(width) * sizeof(float));
+    else
+      std::memset(y, 0, static_cast<size_t>(width) * sizeof(float));
+  }
+  alignas(kAlignment) float sums[std::max(kPassTokens * kPanel, kFewTokens * kLongStrip)];  // [tokens, piece]
+  const int64_t per_block = kBlock / run.chunk;
+  for (int64_t block = 0; block < run.chunks; block += per_block) {
+    const int64_t end = std::min(run.chunks, block + per_block);
+    for (int64_t at = 0; at < width; at += run.piece) {
+      const int64_t columns = std::min(run.piece, width - at);
+      std::memset(sums, 0, static_cast<size_t>(run.tokens * columns) * sizeof(float));
+      for (int64_t c = block; c < end; ++c)
+        for (int64_t t = 0; t < run.tokens; ++t) {
+          const int32_t* first = run.first + t * (run.chunks + 1) + c;
+          const int64_t list = t * d_in + first[0], count = first[1] - first[0];
+          if (count) run.kernels->accumulate(w.type, w.data, run.list + list, run.scale + list, count, d_out, begin + at, columns, sums + t * columns);
+        }
+      for (int64_t t = 0; t < run.tokens; ++t) {
+        const int32_t* first = run.first + t * (run.chunks + 1);
+        float* y = run.y + t * d_out + begin + at;
+        for (int64_t c = 0; c < columns && first[end] > first[block]; ++c) y[c] += sums[t * columns + c];
+      }
+    }
+  }
+}
+
+struct CpuKernel {
+  static constexpr const char *kName = "SparseLinear", *kProvider = "CPUExecutionProvider";
+  static constexpr bool kSameShape = false;
+  NodeBase node{kName, kRoles};
+  Variant variant;
+  Shape shape;
+
+  ort::StatusPtr init(const ort::Api* api, const ort::KernelInfo* info, int x_type) {
+    ORT_TRY(node.open(api, info));
+    std::string weights, inputs;
+    ORT_TRY(read_string(api, info, "weights", weights));
+    ORT_TRY(read_string(api, info, "inputs", inputs));
+    std::string problem = variant_of_attributes(weights, inputs, variant);
+    if (!problem.empty()) return node.error(ort::kInvalidArgument, problem);
+    variant.x = x_type;
+    ORT_TRY(node.bind(info, variant.present, inputs, true));
+    problem = check_tensors(variant, node.constant, shape);
+    return problem.empty() ? nullptr : node.error(ort::kInvalidArgument, problem);
+  }
+
+  ort::StatusPtr compute(ort::KernelContext* context) const {
+    Tensors tensors;
+    Run run;
+    ORT_TRY(node.gather(context, tensors));
+    run.shape = shape;
+    if (!node.all_constant) {
+      const std::string problem = check_tensors(variant, tensors, run.shape);
+      if (!problem.empty()) return node.error(ort::kInvalidArgument, problem);
+    }
+    const int64_t d_in = run.shape.d_in, d_out = run.shape.d_out;
+    Rows io;
+    ORT_TRY(open_rows(node, context, variant.x, d_in, d_out, io));
+    if (io.tokens == 0) return nullptr;
+
+    run.kernels = &kernels(isa());
+    run.tensors = &tensors;
+    const int64_t bytes = bytes_of(tensors[kW].type), pass = std::min(io.tokens, std::clamp<int64_t>(kPassBytes / (8 * d_in), kFewTokens, kPassTokens));
+    const bool few = pass <= kFewTokens, wide = variant.x != ort::kFloat32;
+    const int64_t sixteenth = (d_out / 16 + kPanel - 1) / kPanel * kPanel;  // more strips than threads, so that none waits long for another
+    run.strip = few ? std::clamp(sixteenth, kStrip, pass == 1 ? kLongStrip : kStrip) : kShortStrip;
+    run.piece = few ? run.strip : kPanel;
+    run.chunk = pass == 1 ? kBlock : few ? kBlock / 4 : std::min(kBlock, kPanelBytes / (kPanel * bytes));
+    run.chunks = (d_in + run.chunk - 1) / run.chunk;
+    float *x = nullptr, *y = nullptr;
+    const auto lay = [&](char* base) {
+      Cut cut(base);
+      run.list = cut.take<int32_t>(pass * d_in);
+      run.scale = cut.take<float>(pass * d_in);
+      run.first = cut.take<int32_t>(pass * (run.chunks + 1));
+      x = cut.take<float>(wide ? pass * d_in : 0);
+      y = cut.take<float>(wide ? pass * d_out : 0);
+      return cut.used();
+    };
+    char* base = call_arena.reserve(lay(nullptr));
+    if (!base) return node.error(ort::kRuntimeException, "out of memory for " + std::to_string(pass) + " tokens");
+    lay(base);
+
+    const bool small = d_in * d_out * bytes * std::min<int64_t>(pass, 4) < kInlineBytes;
+    for (int64_t t = 0; t < io.tokens; t += pass) {
+      run.tokens = std::min(pass, io.tokens - t);
+      if (wide) {
+        run.kernels->widen(variant.x, static_cast<const uint16_t*>(io.x) + t * d_in, run.tokens * d_in, x);
+        run.x = x;
+        run.y = y;
+      } else {
+        run.x = static_cast<const float*>(io.x) + t * d_in;
+        run.y = static_cast<float*>(io.y) + t * d_out;
+      }
+      ORT_TRY(parallel(node.api, context, select_task, run.tokens, few || small, &run));
+      ORT_TRY(parallel(node.api, context, strip_task, (d_out + run.strip - 1) / run.strip, small, &run));
+      if (wide) narrow(variant.x, y, run.tokens * d_out, static_cast<uint16_t*>(io.y) + t * d_out);
+    }
+    return nullptr;
+  }
+};
+
+}  // namespace
+}  // namespace sparse_linear
+
+void sparse_linear_cpu_ops(const ort::Api* api, std::vector<std::unique_ptr<ort::CustomOp>>& ops) { append_ops<sparse_linear::CpuKernel>(api, ops); }
+
+bool sparse_linear_cpu_supports(const char* name) {
+  sparse_linear::Variant variant;
+  return sparse_linear::variant_of_name(name, variant).empty();
+}
+
+}  // namespace sparsegate
