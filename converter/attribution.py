@@ -76,7 +76,7 @@ def attribute(
     """
     if not set(kinds) <= set(KINDS) or not kinds:
         raise InputError(f"kinds must be some of {', '.join(KINDS)}, got {', '.join(kinds) or 'none'}. Name sites that have gradients.")
-    with _Sweep(model, arch, tokens, mask, kinds, local, labels).attached() as sweep:
+    with torch.enable_grad(), _Sweep(model, arch, tokens, mask, kinds, local, labels).attached() as sweep:
         return sweep.run(steps, recompute, consume)
 
 
@@ -157,14 +157,13 @@ class _Sweep:
 
     def _forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, labels and the loss [B, S]; the graph reaches back to `exit`, what the last block gave (to the first block with `graph`)."""
-        with torch.enable_grad():
-            logits = self.model(input_ids=self.tokens, attention_mask=None if self.mask is None else self.mask.long(), use_cache=False).logits
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            labels = self.wanted if isinstance(self.wanted, Tensor) else (wide.argmax(-1) if self.wanted is None else self.wanted(wide.detach()))
-            labels = labels.to(logits.device)
-            if self.mask is not None:
-                labels = torch.where(self.mask.to(labels.device), labels, _IGNORED)
-            nll = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=_IGNORED).view(labels.shape)
+        logits = self.model(input_ids=self.tokens, attention_mask=None if self.mask is None else self.mask.long(), use_cache=False).logits
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        labels = self.wanted if isinstance(self.wanted, Tensor) else (wide.argmax(-1) if self.wanted is None else self.wanted(wide.detach()))
+        labels = labels.to(logits.device)
+        if self.mask is not None:
+            labels = torch.where(self.mask.to(labels.device), labels, _IGNORED)
+        nll = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=_IGNORED).view(labels.shape)
         return logits, labels, nll
 
     def _backward(self, nll: Tensor, start: int, entered: list[Tensor], see: Callable[[int, dict[str, tuple[Tensor, Tensor]]], None]) -> None:
@@ -173,9 +172,8 @@ class _Sweep:
         self.exit = torch.empty(0)
         for layer in reversed(range(start, len(self.blocks))):
             self.taps = {}
-            with torch.enable_grad():
-                hidden = entered[layer].detach().requires_grad_()
-                out = _hidden(self._run(layer, hidden))
+            hidden = entered[layer].detach().requires_grad_()
+            out = _hidden(self._run(layer, hidden))
             taps, self.taps = self.taps, None
             grads = torch.autograd.grad(out, [hidden, *taps.values()], grad)
             grad, out = grads[0], hidden
