@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...runtime_onnx.bench import machine
-from ..artifact import VERSION, InputError, read_json, write_json
+from ..artifact import VERSION, InputError, hash_file, read_json, write_json
+from ..manifest import File, read_manifest, write_manifest
 
 RESULTS = "report/report.json"
 """The report's place in a checkpoint folder."""
@@ -181,3 +182,10 @@ def this_machine() -> Machine:
     """The machine that runs this process."""
     found = machine()
     return Machine(cpu=found["cpu"], cores=found["cpus"], os=found["system"], memory_bytes=found["memory_bytes"])
+
+
+def record_files(folder: Path, *names: str) -> None:
+    """Rewrite the manifest of a checkpoint folder, last, with the present bytes of the named files; all other files stay as they were recorded."""
+    manifest = read_manifest(folder)
+    files = {name: File(sha256=hash_file(folder / name), size=(folder / name).stat().st_size) for name in names}
+    write_manifest(folder, manifest.model_copy(update={"files": dict(sorted((manifest.files | files).items()))}))

@@ -1,0 +1,130 @@
+"""`eval`: quality on held-out text in every executor, BLEU of the sparse model's answers against the dense model's own, realised sparsity, lm-eval tasks.
+
+What it measures is stored in DIR/report/eval.json; the manifest is rewritten last.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ...runtime_onnx.library import executor
+from ...runtime_onnx.session import Decoder
+from ..arch import Arch
+from ..artifact import InputError, hash_file
+from ..data import HELDOUT_TEXT, Batches, make_batches, read_text
+from ..hub import is_hub_id, local_folder
+from ..manifest import Manifest, installed_versions, read_manifest
+from ..plans import Plan
+from ..recipe import Recipe
+from ..reference import load
+from ..report import Text, this_machine
+from ..report.evaluation import EVALUATION, Evaluation, Measured
+from ..report.results import record_files
+from ..source import open_source
+from ..verification import measure_executor, measure_quality, read_plan
+from .answers import NEW_TOKENS, compare_answers, import_sacrebleu, make_prompts
+from .harness import find_tasks, run_tasks
+
+log = logging.getLogger("sparsegate")
+WINDOWS = 64
+HELDOUT_SHARE = 0.2
+"""Of a checkpoint's own calibration text, the last part is what it was not calibrated on."""
+
+
+def evaluate(
+    model: str | Path,
+    text: str | Path | None = None,
+    windows: int = WINDOWS,
+    prompts: str | Path | None = None,
+    max_new_tokens: int = NEW_TOKENS,
+    lm_eval: str | None = None,
+    limit: int | None = None,
+    command: str = "sparsegate eval",
+) -> Evaluation:
+    """Measure a sparse checkpoint, folder or Hub id, and store the result in the folder (not for a Hub id).
+
+    Args:
+        model: Sparse checkpoint.
+        text: UTF-8 file to measure on; of the text that the checkpoint was calibrated on, only the last fifth is used. Default: the text that comes with
+            sparsegate, in the windows that `convert` measured on.
+        windows: Most windows of that text.
+        prompts: UTF-8 file with one prompt a line; default: the beginnings of windows.
+        max_new_tokens: Most tokens of an answer.
+        lm_eval: Task names of lm-eval, with commas between; FOLDER/NAME is a task of one's own in FOLDER.
+        limit: Most examples of each lm-eval task.
+        command: The command for the record.
+
+    Raises InputError for every user's mistake, before anything is measured where that can be known.
+    """
+    for name, number, least in (("windows", windows, 1), ("max_new_tokens", max_new_tokens, 1), ("limit", limit, 1)):
+        if number is not None and number < least:
+            raise InputError(f"{name} must be at least {least}, got {number}. Choose a larger number.")
+    folder = local_folder(model)
+    if not folder.is_dir():
+        raise InputError(f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the spelling.")
+    manifest = read_manifest(folder)
+    bleu = import_sacrebleu()
+    tasks = None if lm_eval is None else find_tasks(lm_eval)
+    plan, opened = read_plan(folder), open_source(folder, sparse=True)
+    tokenizer, arch, config = opened.tokenizer(), opened.arch, opened.config
+    batches, name = _batches(tokenizer, config, manifest, None if text is None else Path(text), windows)
+    rows = make_prompts(tokenizer, config, batches, None if prompts is None else Path(prompts), max_new_tokens)
+    sparse = load(folder)
+    quality = measure_quality(sparse, plan, batches)
+    answers, sparsity = compare_answers(sparse, plan, arch, tokenizer, rows, max_new_tokens, bleu, name if prompts is None else Path(prompts).name)
+    measured = Measured(
+        executor="torch", tokens=quality.tokens, nll=quality.nll, nll_torch=quality.nll, kl=quality.kl, agreement=quality.agreement
+    )  # fmt: skip
+    assert quality.block_cost is not None
+    found = Evaluation(
+        model=str(manifest.recipe.get("model", folder.name)), date=datetime.now(UTC).date().isoformat(), command=command, machine=this_machine(),
+        versions=installed_versions(), text=Text(tokens=quality.tokens, hash=batches.sha256, name=name), nll_dense=quality.nll_dense,
+        executors=[measured, *_executors(folder / "onnx", sparse, batches)],
+        density=quality.density, cost=quality.cost, block_cost=quality.block_cost, predictor_cost=predictor_cost(plan, arch, config),
+        site_density=quality.site_density, site_cost=quality.site_cost,
+        sparsity=sparsity.summary(1 - quality.density, sum(p.numel() for p in sparse.parameters())), answers=answers,
+        tasks={} if tasks is None else run_tasks(folder / "onnx", sparse, tasks, limit),
+    )  # fmt: skip
+    if not is_hub_id(str(model)):
+        found.save(folder / EVALUATION)
+        record_files(folder, EVALUATION)
+    return found
+
+
+def predictor_cost(plan: Plan, arch: Arch, config: Any) -> float:
+    """Parameters of predictors and residuals relative to those of all dense MLPs: their part of the MLP cost."""
+    hidden, units, layers = (arch.size(config, space) for space in ("hidden", "units", "layers"))
+    extra = sum(t.numel() for entries in plan.values() for entry in entries for role, t in entry.tensors().items() if role != "tau")
+    return extra / (layers * (2 if arch.ffn.kind == "plain" else 3) * hidden * units)
+
+
+def _batches(tokenizer: Any, config: Any, manifest: Manifest, text: Path | None, windows: int) -> tuple[Batches, str]:
+    """Windows to measure on, and a name of their text for people."""
+    recipe = Recipe.model_validate(manifest.recipe)
+    length = min(recipe.calibration.length, int(getattr(config, "max_position_embeddings", recipe.calibration.length)))
+    own = manifest.calibration.get("file")
+    if text is None:
+        if own is not None:
+            log.warning("Measured on the text that comes with sparsegate; give the checkpoint's own with --text FILE.")
+        words, name = read_text(HELDOUT_TEXT), "Python standard library modules, held out"
+    else:
+        words, name = read_text(text), text.name
+        if own is not None and hash_file(text) == own:
+            words, name = words[int(len(words) * (1 - HELDOUT_SHARE)) :], f"{name}, held out"
+    return make_batches(tokenizer, words, windows, length, manifest.seed + 1, "The text"), name
+
+
+def _executors(onnx: Path, model: Any, batches: Batches) -> list[Measured]:
+    """The ONNX folder's body and kernel, as far as they are there."""
+    if not onnx.is_dir():
+        return [Measured(executor="ONNX", note="not run: the checkpoint has no onnx folder")]
+    chosen, found = executor(onnx), []
+    for name, library in (("ONNX body", False), ("ONNX kernel", True)):
+        if library and not chosen.kernel:
+            found.append(Measured(executor=name, note=f"not run: {chosen.reason}"))
+            continue
+        found.append(Measured(executor=name, **measure_executor(Decoder(onnx, library=library), model, batches).model_dump()))
+    return found

@@ -1,0 +1,152 @@
+"""Greedy answers of the sparse model against the dense model's own: sacrebleu's BLEU, equal answers, and what was skipped meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..arch import Arch, Site
+from ..artifact import InputError
+from ..data import Batches, read_text
+from ..plans import Plan
+from ..reference import Recorder, dense, recording
+from ..report.evaluation import Answers, Sparsity
+from ..verification import site_parameters, weighted
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 32, 64
+_TOGETHER = 8  # prompts of one length that are answered at once
+
+
+def make_prompts(tokenizer: Any, config: Any, batches: Batches, file: Path | None, new: int) -> list[Tensor]:
+    """Prompts as token rows [P]: the lines of a file, or the beginnings of up to PROMPTS windows."""
+    if file is None:
+        full = batches.tokens[batches.mask.all(1)]
+        full = full if len(full) else batches.tokens[:, : int(batches.mask.sum(1).min())]
+        rows = list(full[:: max(1, len(full) // PROMPTS)][:PROMPTS, :PROMPT_TOKENS])
+    else:
+        lines = [line for line in read_text(file).splitlines() if line.strip()]
+        rows = [torch.tensor(tokenizer(line)["input_ids"], dtype=torch.int64) for line in lines]
+    most = int(getattr(config, "max_position_embeddings", 1 << 30))
+    for number, row in enumerate(rows, 1):
+        if len(row) + new > most:
+            raise InputError(f"A prompt and its answer must fit the model's {most} tokens, got {len(row)} + {new} in prompt {number}. Lower --max-new-tokens.")
+    return rows
+
+
+@dataclass
+class Counts:
+    """Kept and seen units by site: while answering after a dense prompt, over the prompt when it is masked, while answering then; and prompt positions."""
+
+    plan: Plan
+    sizes: dict[Site, int]
+    answers: Recorder = field(default_factory=Recorder)
+    masked_prompt: Recorder = field(default_factory=Recorder)
+    masked_answers: Recorder = field(default_factory=Recorder)
+    prompt_positions: int = 0
+
+    def summary(self, windows: float, parameters: int) -> Sparsity:
+        """Shares weighted by the sites' parameters; `windows` is the sparsity on held-out windows, `parameters` those of the whole model."""
+        dense_prompt = Recorder()
+        for site, entries in self.plan.items():
+            dense_prompt.kept[site] = dense_prompt.seen[site] = self.prompt_positions * len(entries[0].tau)
+        return Sparsity(
+            windows=windows, answers=self._skipped(self.answers), answers_and_prompt=self._skipped(self.answers, dense_prompt),
+            masked_answers=self._skipped(self.masked_answers), masked_answers_and_prompt=self._skipped(self.masked_answers, self.masked_prompt),
+            gated_share=sum(self.sizes.values()) / parameters,
+        )  # fmt: skip
+
+    def _skipped(self, *records: Recorder) -> float:
+        density = {}
+        for site in self.plan:
+            seen = sum(record.seen.get(site, 0) for record in records)
+            density[site] = sum(record.kept.get(site, 0) for record in records) / seen if seen else 1.0
+        return 1 - weighted(density, self.sizes)
+
+
+def compare_answers(model: Any, plan: Plan, arch: Arch, tokenizer: Any, prompts: list[Tensor], new: int, bleu: Any, name: str) -> tuple[Answers, Counts]:
+    """Answers of the dense model, and of the sparse one with the prompt dense and masked; scores and counts."""
+    counts = Counts(plan, site_parameters(plan, arch, model.config))
+    kinds: dict[str, list[list[int]]] = {"dense": [], "decode": [], "all": []}
+    order: list[int] = []
+    for length in sorted({len(row) for row in prompts}):
+        same = [k for k, row in enumerate(prompts) if len(row) == length]
+        order += same
+        for chunk in tqdm(torch.tensor(same).split(_TOGETHER), desc=f"answers to prompts of {length} tokens", unit="batch"):
+            rows = torch.stack([prompts[k] for k in chunk.tolist()])
+            with dense(model):
+                kinds["dense"] += greedy(model, rows, new)
+            kinds["decode"] += greedy(model, rows, new, dense_prompt=True, answers=counts.answers)
+            kinds["all"] += greedy(model, rows, new, prompt=counts.masked_prompt, answers=counts.masked_answers)
+            counts.prompt_positions += rows.numel()
+    texts = {kind: [tokenizer.decode(row, skip_special_tokens=True) for row in rows] for kind, rows in kinds.items()}
+    said = [k for k, text in enumerate(texts["dense"]) if text.strip()]
+    if not said:
+        raise InputError("The dense model must answer a prompt for BLEU, got no text for any. Give other prompts with --prompts FILE.")
+
+    def score(kind: str) -> float:
+        return sum(bleu.corpus_bleu([texts[kind][k]], [[texts["dense"][k]]]).score for k in said) / len(said)
+
+    def equal(kind: str) -> float:
+        return sum(kinds[kind][k] == kinds["dense"][k] for k in said) / len(said)
+
+    return Answers(
+        prompts=len(said), empty=len(order) - len(said), prompt_tokens=sum(len(prompts[order[k]]) for k in said),
+        answer_tokens=sum(len(kinds["dense"][k]) for k in said), max_new_tokens=new, name=name,
+        bleu=score("decode"), bleu_all_masked=score("all"), bleu_dense=score("dense"), equal=equal("decode"), equal_all_masked=equal("all"),
+    ), counts  # fmt: skip
+
+
+@torch.no_grad()
+def greedy(
+    model: Any, prompts: Tensor, new: int, dense_prompt: bool = False, prompt: Recorder | None = None, answers: Recorder | None = None
+) -> list[list[int]]:
+    """Greedy continuations of prompts [B, P] of at most `new` tokens, each up to, and without, a token that ends a text.
+
+    With `dense_prompt` the prompt's pass, which yields the first new token, is not masked. `prompt` and `answers` record the prompt's pass and the later
+    ones, of rows that have not ended.
+    """
+    ends = model.config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    found: list[list[int]] = [[] for _ in prompts]
+    active, tokens, cache = list(range(len(prompts))), prompts.to(model.device), None
+    for step in range(new):
+        record = prompt if step == 0 else answers
+        if step == 0 and dense_prompt:
+            with dense(model):
+                out = model(input_ids=tokens, use_cache=True)
+        elif record is None:
+            out = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        else:
+            with recording(model) as seen:
+                out = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+            _add(record, seen)
+        cache, following = out.past_key_values, out.logits[:, -1].argmax(-1)
+        going = [k for k, token in enumerate(following.tolist()) if token not in ends]
+        for k in going:
+            found[active[k]].append(int(following[k]))
+        if not going:
+            break
+        if len(going) < len(active):
+            cache.batch_select_indices(torch.tensor(going, device=following.device))
+        active, tokens = [active[k] for k in going], following[going][:, None]
+    return found
+
+
+def _add(total: Recorder, seen: Recorder) -> None:
+    for site, count in seen.seen.items():
+        total.seen[site] = total.seen.get(site, 0) + count
+        total.kept[site] = total.kept.get(site, 0) + seen.kept[site]
+
+
+def import_sacrebleu() -> Any:
+    """The sacrebleu module. Raises InputError, which names the extra, when it is not installed."""
+    try:
+        import sacrebleu
+    except ImportError:
+        raise InputError('sacrebleu must be installed for BLEU, got none. Run pip install "sparsegate[eval]".') from None
+    return sacrebleu
