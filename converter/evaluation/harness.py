@@ -104,6 +104,36 @@ def _exact(backend: type) -> type:
 
     class Exact(backend):
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
-            missing = str(error.name)
+            found = []
+            for key, context, continuation in requests:
+                score = score_continuation(self._forward_logits, context, continuation, self.max_length)
+                found.append(score)
+                if key is not None:
+                    self.cache_hook.add_partial("loglikelihood", key, score)
+            return found
+
+    return Exact
+
+
+def score_continuation(forward: Any, context: list[int], continuation: list[int], longest: int) -> tuple[float, bool]:
+    """Sum of the log-probabilities (nats) of `continuation` after `context`, and whether each is the likeliest token.
+
+    `forward` gives logits [T, V] of T tokens, at most `longest`; what does not fit is cut from the left.
+    """
+    if not continuation:
+        return 0.0, True
+    inputs = (context + continuation)[:-1][-longest:]
+    targets = np.asarray(continuation[-len(inputs) :])
+    logits = np.asarray(forward(inputs), np.float64)[-len(targets) :]
+    top = logits.max(-1, keepdims=True)
+    scores = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    return float(scores[np.arange(len(targets)), targets].sum()), bool((logits.argmax(-1) == targets).all())
+
+
+def _backend() -> Any:
+    try:
+        return import_module(_BACKEND).ONNXRuntimeGenAILM
+    except ModuleNotFoundError as error:
+        missing = str(error.name)
         found = "none" if missing == "lm_eval" else "an older one" if missing.startswith("lm_eval.") else f"one without {missing}"
         raise InputError(f'--lm-eval must have lm-eval 0.4.13 or later, got {found}. Run pip install "sparsegate[eval]".') from None
