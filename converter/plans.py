@@ -208,6 +208,17 @@ def linear_shapes(arch: Arch, config: Any) -> dict[str, tuple[int, int]]:
     return {name: (outputs.get(name, units), inputs.get(name, hidden)) for name in arch.linears()}
 
 
+def linear_rows(arch: Arch, config: Any) -> dict[str, dict[str, slice]]:
+    """Module below a block -> its linear sites by name, each with its rows of the weight: one site, or the parts of a packed weight in order."""
+    shapes = linear_shapes(arch, config)
+    found: dict[str, dict[str, slice]] = {}
+    for name, (module, _) in arch.linears().items():
+        parts = found.setdefault(module, {})
+        start = max((rows.stop for rows in parts.values()), default=0)
+        parts[name] = slice(start, start + shapes[name][0])
+    return found
+
+
 def mlp_cost(plan: Plan, arch: Arch, config: Any, density: Mapping[Site, float] | None = None) -> float:
     """Weight bytes of the feed-forward networks touched per token relative to dense, mean over all layers; a layer without an entry costs 1.
 

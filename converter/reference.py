@@ -19,7 +19,7 @@ from .arch import Arch, Site, load_arch
 from .artifact import InputError, read_json
 from .blocks import ffn_down, ffn_parts
 from .checkpoint import read_sparsity
-from .plans import Entry, Plan, Predictor, Threshold, check_plan, linear_shapes
+from .plans import Entry, Plan, Predictor, Threshold, check_plan, linear_rows, linear_shapes
 from .source import first_line
 
 NEAR = 1e-5
@@ -134,8 +134,8 @@ def apply_plan(model: Any, plan: Plan, arch: Arch, activation: str) -> Any:
 
     Raises InputError, before anything is changed, for a site or a shape that the model does not have, and when `check_plan` does.
     """
-    shapes = linear_shapes(arch, model.config)
-    _check_fit(model.config, plan, arch, shapes)
+    _check_fit(model.config, plan, arch)
+    rows = linear_rows(arch, model.config)
     forwards: dict[str, _Gated | _Masked] = {}
     for site, (entry,) in plan.items():
         if site.kind == "ffn":
@@ -145,18 +145,16 @@ def apply_plan(model: Any, plan: Plan, arch: Arch, activation: str) -> Any:
         below, _ = arch.linears()[site.kind.removeprefix("linear:")]
         name = arch.block_prefix(site.layer) + below
         if name not in forwards:
-            rows, end = {}, 0
-            for part in (part for part, (module, _) in arch.linears().items() if module == below):
-                start, end = end, end + shapes[part][0]
-                rows[Site(site.layer, kind=f"linear:{part}")] = slice(start, end)
-            forwards[name] = _Masked(model.get_submodule(name), rows, {other: plan[other][0] for other in rows if other in plan})
+            parts = {Site(site.layer, kind=f"linear:{part}"): at for part, at in rows[below].items()}
+            forwards[name] = _Masked(model.get_submodule(name), parts, {other: plan[other][0] for other in parts if other in plan})
     for name, forward in forwards.items():
         model.get_submodule(name).forward = forward
     return model
 
 
-def _check_fit(config: Any, plan: Plan, arch: Arch, shapes: Mapping[str, tuple[int, int]]) -> None:
+def _check_fit(config: Any, plan: Plan, arch: Arch) -> None:
     check_plan(plan)
+    shapes = linear_shapes(arch, config)
     sites, units, hidden = arch.sites(config), arch.size(config, "units"), arch.size(config, "hidden")
     known = {*sites, *(Site(site.layer, kind=f"linear:{name}") for site in sites for name in shapes)}
     for site, entries in plan.items():

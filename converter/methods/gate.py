@@ -4,49 +4,33 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
 from ..arch import Arch
+from ..calibration_rules import cut
 from ..plans import Plan, Threshold, uniform_tau
-from ..stats import Stats
-from ..stats.histogram import edges
+from ..stats import Stats, of_kind
+from . import Densities, densities_of
 
 SOURCE = ("CATS, arXiv 2404.08763", "tau = quantile of |act(gate)| over tokens and units", "bins of constant relative width in place of a fixed range")
 NEEDS = ("histogram:gate",)
 
 
 class Config(BaseModel):
-    """`sparsity`: the share of gated neurons to skip, in every layer."""
+    """`sparsity`: the share of gated neurons to skip, in every layer; `densities` sets kept shares of single layers by site key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[1] = 1
     sparsity: float = Field(default=0.5, gt=0, lt=1)
+    densities: Densities | None = None
 
 
 def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
     """A Threshold on the gate for every site; the calibrated density is what the histogram holds above tau."""
+    sites = of_kind(stats, "ffn")
     found: Plan = {}
-    for site, tensors in stats.items():
-        tau, density = cut(tensors["histogram:gate.count"], 1.0 - config.sparsity)
-        found[site] = [Threshold("gate", uniform_tau(tau, int(tensors["histogram:gate.units"])), density)]
+    for site, wanted in densities_of(sites, config.sparsity, config.densities).items():
+        tau, density = cut(sites[site]["histogram:gate.count"], wanted)
+        found[site] = [Threshold("gate", uniform_tau(tau, int(sites[site]["histogram:gate.units"])), density)]
     return found
-
-
-def cut(count: Tensor, density: float) -> tuple[float, float]:
-    """The threshold above which the share `density` of a histogram lies, and the share really above it.
-
-    Inside its bin the threshold is interpolated linearly; a bin of exact zeros is never split, since a score must exceed its threshold.
-    """
-    total = int(count.sum())
-    above = count.flip(0).cumsum(0).flip(0)
-    wanted = density * total
-    bin_ = int((above >= wanted).nonzero().max()) if bool((above >= wanted).any()) else 0
-    if bin_ == 0:
-        return 0.0, float(above[1]) / total
-    low, high = edges(bin_, bin_ + 2).tolist()
-    inside = (wanted - float(above[bin_ + 1] if bin_ + 1 < len(above) else 0)) / max(1.0, float(count[bin_]))
-    tau = torch.tensor(high - inside * (high - low), dtype=torch.float32).item()
-    return tau, wanted / total

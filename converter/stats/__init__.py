@@ -1,12 +1,14 @@
 """Streaming statistics of a site. One file per statistic, one row per file; `collect.py` is the one pass that feeds them.
 
 A statistic's module exports `init(setting) -> state`, `update(state, values, keep, positions)` and `finish(state) -> {name: tensor}`; it is additive over
-batches, so that data-parallel runs only sum. Its full name is `<statistic>:<score>`, and its tensors are stored as `<full name>.<tensor>`.
+batches, so that data-parallel runs only sum. Its full name is `<statistic>:<score>`, and its tensors are stored as `<full name>.<tensor>`. It belongs to the
+sites that its score's KIND names: feed-forward networks or linears. Two exports are optional: FIELDS names inner values that `update` finds in
+`state["fields"]`, and `settle(states by site, probe, score)` looks once more, with all states of a layer summed and the block still in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -21,12 +23,18 @@ from ..artifact import InputError
 STATS = {
     "histogram": ".histogram",
     "samples": ".samples",
+    "unit_histogram": ".unit_histogram",
+    "dropped": ".dropped",
+    "scale": ".scale",
+    "greedy": ".greedy",
 }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a statistic is told at the start: widths d and n, the tokens it will see, the seed, and a folder for what does not fit in memory."""
+    """What a statistic is told at the start: widths d of the input, n of the score and `outputs` of what the site gives, the tokens it will see, the seed, and
+    a folder for what does not fit in memory.
+    """
 
     hidden: int
     units: int
@@ -34,6 +42,19 @@ class Setting:
     seed: int
     folder: Path
     name: str
+    outputs: int = 0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A block in memory, and a few of the tokens that enter it.
+
+    `block` gives its output [T, d] with the inputs of linears zeroed where |x_j| is not above {linear: tau [d_in]}; `neurons` gives a score [T, n], the
+    products z [T, n] and the down projection [n, d] of its dense network.
+    """
+
+    block: Callable[[Mapping[str, Tensor]], Tensor]
+    neurons: Callable[[str], tuple[Tensor, Tensor, Tensor]]
 
 
 def load_stat(name: str) -> tuple[Any, str]:
@@ -73,3 +94,8 @@ class SiteStats(Mapping[str, Tensor]):
 
 
 Stats = dict[Site, Mapping[str, Tensor]]
+
+
+def of_kind(stats: Stats, kind: str) -> Stats:
+    """The sites of one kind: `ffn` or `linear`."""
+    return {site: tensors for site, tensors in stats.items() if site.kind.partition(":")[0] == kind}

@@ -1,40 +1,68 @@
 """The one calibration pass: blocks are walked one at a time, so memory is bounded by one or two blocks in fp32 and the hidden states.
 
 Hidden states [N, S, d] of all windows advance block by block; while a block is in memory every window passes through it and every statistic of its
-sites is fed. A finished block's statistics are a folder of their own; on resume such a block only advances the hidden states.
+sites is fed. A finished site's statistics are a folder of their own; on resume a block whose sites are finished only advances the hidden states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..arch import Site
 from ..artifact import Header, InputError, atomic_folder, read_header, write_header
 from ..blocks import BlockCalls, block_calls, down_rows, embed, empty_model, ffn_down, ffn_parts, filled
 from ..data import Batches
+from ..plans import linear_rows, linear_shapes
 from ..scores import Context, load_score
 from ..source import Source
-from . import Setting, SiteStats, file_name, load_stat
+from . import Probe, Setting, SiteStats, file_name, load_stat
 
 TOKENS_AT_ONCE = 2048
+PROBE_TOKENS = 512
+"""Tokens that statistics with `settle` look at twice: whole windows, at least one."""
 
 
 def collect(source: Source, batches: Batches, names: Sequence[str], folder: Path, seed: int = 0, device: str = "cpu") -> dict[Site, Mapping[str, Tensor]]:
-    """Statistics `names` (as in `histogram:gate`) of every feed-forward site, stored below `folder`, one finished folder a site."""
-    names = sorted(set(names))
-    sites = source.arch.sites(source.config)
-    headers = {site: _header(source, batches, names, site, seed) for site in sites}
-    todo = [site for site in sites if not _is_complete(folder / site.key, headers[site], names)]
+    """Statistics `names` (as in `histogram:gate`) of every site of their kinds, stored below `folder`, one finished folder a site.
+
+    The kind of a statistic is its score's: feed-forward networks, or every linear of a block. Raises InputError for a score that one forward cannot give.
+    """
+    by_site = _by_site(source, names)
+    headers = {site: _header(source, batches, wanted, site, seed) for site, wanted in by_site.items()}
+    todo = {site for site, wanted in by_site.items() if not _is_complete(folder / site.key, headers[site], wanted)}
     if todo:
-        _walk(source, batches, names, folder, seed, device, headers, set(todo), max(todo))
-    return {site: SiteStats(folder / site.key, names) for site in sites}
+        begun = {(site.layer, site.kind.partition(":")[0]) for site in todo}  # a layer's linears are settled together
+        again = [site for site in by_site if (site.layer, site.kind.partition(":")[0]) in begun]
+        _walk(source, batches, {site: by_site[site] for site in again}, folder, seed, device, headers)
+    return {site: SiteStats(folder / site.key, wanted) for site, wanted in by_site.items()}
+
+
+def _by_site(source: Source, names: Sequence[str]) -> dict[Site, list[str]]:
+    """The statistics of every site, layer by layer, the network before its linears."""
+    kinds: dict[str, list[str]] = {"ffn": [], "linear": []}
+    for name in sorted(set(names)):
+        score = load_stat(name)[1]
+        module = load_score(score)
+        kind = getattr(module, "KIND", "ffn")
+        missing = set(module.NEEDS) - ({"x", "w"} if kind == "linear" else {"x", "gate", "up", "z", "w_gate", "w_up", "w_down"})
+        if kind not in kinds or missing:
+            raise InputError(f"A statistic's score must need one forward only, got {score}, which needs {', '.join(sorted(missing)) or kind}. Choose another.")
+        kinds[kind].append(name)
+    found: dict[Site, list[str]] = {}
+    for site in source.arch.sites(source.config):
+        linears = [Site(site.layer, kind=f"linear:{name}") for name in source.arch.linears()]
+        found |= {s: kinds[s.kind.partition(":")[0]] for s in (site, *linears) if kinds[s.kind.partition(":")[0]]}
+    return found
 
 
 def _is_complete(folder: Path, header: Header, names: Sequence[str]) -> bool:
@@ -57,9 +85,7 @@ def _header(source: Source, batches: Batches, names: Sequence[str], site: Site, 
 
 
 @torch.no_grad()
-def _walk(
-    source: Source, batches: Batches, names: Sequence[str], folder: Path, seed: int, device: str, headers: dict[Site, Header], todo: set[Site], last: Site
-) -> None:
+def _walk(source: Source, batches: Batches, by_site: Mapping[Site, list[str]], folder: Path, seed: int, device: str, headers: Mapping[Site, Header]) -> None:
     model = empty_model(source)
     blocks = model.get_decoder().layers
     tokens, _ = embed(model, source, batches.tokens)
@@ -72,24 +98,32 @@ def _walk(
         hidden[group] = call.hidden
         full = bool(batches.mask[group].all())
         calls.setdefault((group.stop - group.start, full) if full else (-group.start - 1, full), call._replace(hidden=torch.empty(0)))
+    few = slice(max(1, PROBE_TOKENS // tokens.shape[1]))
+    probed = block_calls(model, blocks, tokens[few], batches.mask[few])._replace(hidden=torch.empty(0))
     del model.get_input_embeddings().weight
     positions = torch.where(batches.mask.flatten(), batches.mask.flatten().cumsum(0) - 1, -1).view(batches.mask.shape)
 
-    for layer in tqdm(range(last.layer + 1), desc="calibrate", unit="block"):
-        site = Site(layer)
+    last = max(site.layer for site in by_site)
+    for layer in tqdm(range(last + 1), desc="calibrate", unit="block"):
         prefix = source.arch.block_prefix(layer)
         # the block's own names: files may hold more, such as rotary tables that older versions of transformers stored
         tensors = {name.removeprefix(prefix): t for name, t in source.read(prefix + name for name, _ in blocks[layer].named_parameters()).items()}
-        with filled(blocks[layer], tensors, device) as block:
-            recorder = _Recorder(source, block.get_submodule(source.arch.ffn.module), names) if site in todo else None
-            if recorder:
-                with atomic_folder(folder / site.key) as partial:
-                    recorder.start(partial, batches.count, seed)
-                    _advance(block, layer, hidden, groups, calls, batches.mask, positions, recorder, device)
-                    recorder.store(partial)
-                    write_header(partial, headers[site])
-            else:
+        sites = {site: names for site, names in by_site.items() if site.layer == layer}
+        with filled(blocks[layer], tensors, device) as block, ExitStack() as stack:
+            if not sites:
                 _advance(block, layer, hidden, groups, calls, batches.mask, positions, None, device)
+                continue
+            partials = {site: stack.enter_context(atomic_folder(folder / site.key)) for site in sites}
+            recorder = _Recorder(source, block, sites, partials, batches.count, seed)
+            entering = hidden[few].to(device, copy=True) if recorder.settles() else None
+            with recorder.attached():
+                _advance(block, layer, hidden, groups, calls, batches.mask, positions, recorder, device)
+            if entering is not None:
+                keywords = {name: _move(value, device) for name, value in probed.keywords[layer].items()}
+                recorder.settle(lambda entering=entering, keywords=keywords: block(entering, **keywords), batches.mask[few])
+            for site, path in partials.items():
+                recorder.store(site, path)
+                write_header(path, headers[site])
 
 
 def _advance(
@@ -105,8 +139,6 @@ def _advance(
         hidden[group] = (out[0] if isinstance(out, tuple) else out).cpu()
         if not bool(hidden[group][mask[group]].isfinite().all()):
             raise InputError(f"Hidden states must be finite numbers, got NaN or infinity after layer {layer}. Check the weights; fetch the model again.")
-    if recorder:
-        recorder.detach()
 
 
 def _move(value: Any, device: str) -> Any:
@@ -118,40 +150,127 @@ def _move(value: Any, device: str) -> Any:
 
 
 class _Recorder:
-    """Replaces a feed-forward module's forward by one that feeds the statistics with the tokens that are not padding."""
+    """Feeds the statistics of a layer's sites with the tokens that are not padding, while its block runs."""
 
-    def __init__(self, source: Source, module: Any, names: Sequence[str]) -> None:
-        self.source, self.module, self.names = source, module, names
+    def __init__(self, source: Source, block: Any, sites: Mapping[Site, list[str]], folders: Mapping[Site, Path], tokens: int, seed: int) -> None:
+        self.source, self.block, self.sites = source, block, sites
         self.keep = self.positions = torch.empty(0)
         self.activation = source.arch.activation(source.config)
-        module.forward = self.forward
+        self.network = block.get_submodule(source.arch.ffn.module)
+        self.rows = linear_rows(source.arch, source.config)
+        shapes = linear_shapes(source.arch, source.config)
+        hidden, units = (source.arch.size(source.config, space) for space in ("hidden", "units"))
+        self.states: dict[Site, dict[str, Any]] = {}
+        for site, names in sites.items():
+            outputs, inputs = shapes.get(site.kind.removeprefix("linear:"), (hidden, hidden))
+            width = units if site.kind == "ffn" else inputs
+            self.states[site] = {name: load_stat(name)[0].init(Setting(inputs, width, tokens, seed, folders[site], name, outputs)) for name in names}
 
-    def start(self, folder: Path, tokens: int, seed: int) -> None:
-        hidden, units = (self.source.arch.size(self.source.config, space) for space in ("hidden", "units"))
-        self.states = {name: load_stat(name)[0].init(Setting(hidden, units, tokens, seed, folder, name)) for name in self.names}
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Watch the block inside the context."""
+        handles = []
+        try:
+            for module, parts in self.rows.items():
+                sites = {site: parts[name] for site in self.sites if (name := site.kind.removeprefix("linear:")) in parts}
+                if sites:
+                    handles.append(self.block.get_submodule(module).register_forward_pre_hook(partial(self._see_linear, sites)))
+            if any(site.kind == "ffn" for site in self.sites):
+                self.network.forward = self._see_network
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            vars(self.network).pop("forward", None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        parts = ffn_parts(self.module, self.source.arch, self.activation, x)
-        fields = {"x": x, "gate": parts.gate, "up": parts.up, "z": parts.z, "w_down": down_rows(self.module, self.source.arch)}
-        kept = self._rows(x)
-        for score in sorted({load_stat(name)[1] for name in self.names}):
+    def _see_linear(self, sites: Mapping[Site, slice], module: Any, arguments: tuple[Tensor, ...]) -> None:
+        for site, rows in sites.items():
+            self._feed(site, {"x": arguments[0], "w": module.weight[rows]})
+
+    def _see_network(self, x: Tensor) -> Tensor:
+        (site,) = (site for site in self.sites if site.kind == "ffn")
+        fields, z = self._inner(x)
+        self._feed(site, fields)
+        return ffn_down(self.network, self.source.arch, z)
+
+    def _inner(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The fields of a neuron score for x [..., d], and z; a plain network has up = 1, so that z = gate * up always."""
+        ffn, parts = self.source.arch.ffn, ffn_parts(self.network, self.source.arch, self.activation, x)
+        if ffn.gate_up:
+            w_gate, w_up = getattr(self.network, ffn.gate_up).weight.chunk(2)
+        else:
+            w_gate, w_up = (getattr(self.network, str(name)).weight for name in (ffn.gate or ffn.up, ffn.up))
+        up = torch.ones_like(parts.gate) if parts.up is None else parts.up
+        fields = {"x": x, "gate": parts.gate, "up": up, "z": parts.z, "w_gate": w_gate, "w_up": w_up, "w_down": down_rows(self.network, self.source.arch)}
+        return fields, parts.z
+
+    def _feed(self, site: Site, fields: dict[str, Tensor]) -> None:
+        kept = self._rows(fields["x"])
+        for score in sorted({load_stat(name)[1] for name in self.sites[site]}):
             module = load_score(score)
-            values = module.score(Context(**{name: fields[name] if name.startswith("w_") else self._rows(fields[name]) for name in module.NEEDS}))
-            for name in self.names:
-                if load_stat(name)[1] == score:
-                    load_stat(name)[0].update(self.states[name], kept, values, self.positions)
-        return ffn_down(self.module, self.source.arch, parts.z)
+            values = module.score(self._context(module, fields))
+            for name in (name for name in self.sites[site] if load_stat(name)[1] == score):
+                statistic, state = load_stat(name)[0], self.states[site][name]
+                if needed := getattr(statistic, "FIELDS", ()):
+                    state["fields"] = {field: self._unit_score(module, fields) if field == "scale" else self._rows(fields[field]) for field in needed}
+                statistic.update(state, kept, values, self.positions)
+                state.pop("fields", None)
+
+    def _context(self, module: Any, fields: Mapping[str, Tensor]) -> Context:
+        return Context(**{name: fields[name] if name.startswith("w") else self._rows(fields[name]) for name in module.NEEDS})
+
+    def _unit_score(self, module: Any, fields: Mapping[str, Tensor]) -> Tensor:
+        """The score of an input of 1 at every channel: [d_in]."""
+        given = {"x": torch.ones_like(fields["w"][:1]), "w": fields["w"]}
+        return module.score(Context(**{name: given[name] for name in module.NEEDS}))[0]
 
     def _rows(self, values: Tensor) -> Tensor:
         """The rows of tokens that are not padding [T, ...]; a view where there is no padding."""
         flat = values.flatten(0, -2)
         return flat if bool(self.keep.all()) else flat[self.keep.to(flat.device)]
 
-    def store(self, folder: Path) -> None:
-        for name in self.names:
-            tensors = load_stat(name)[0].finish(self.states[name])
+    def settles(self) -> bool:
+        """Whether a statistic wants to see the block again."""
+        return any(hasattr(load_stat(name)[0], "settle") for names in self.sites.values() for name in names)
+
+    def settle(self, run: Callable[[], Any], mask: Tensor) -> None:
+        """Let every statistic with `settle` look again; `run` runs the block on its few tokens, whose padding is False in mask [B, S]."""
+        self.keep = mask.flatten()
+        for name in sorted({name for names in self.sites.values() for name in names}):
+            statistic, score = load_stat(name)
+            if hasattr(statistic, "settle"):
+                states = {site: self.states[site][name] for site, names in self.sites.items() if name in names}
+                statistic.settle(states, Probe(partial(self._block, run), partial(self._neurons, run)), score)
+
+    def _block(self, run: Callable[[], Any], taus: Mapping[str, Tensor]) -> Tensor:
+        def masked(module: Any, parts: Mapping[str, slice], x: Tensor) -> Tensor:
+            inputs = [torch.where(x.abs() > taus[name].to(x.device), x, 0.0) if name in taus else x for name in parts]
+            biases = [None if module.bias is None else module.bias[rows] for rows in parts.values()]
+            return torch.cat([F.linear(x, module.weight[rows], b) for x, rows, b in zip(inputs, parts.values(), biases, strict=True)], dim=-1)
+
+        changed = [(self.block.get_submodule(module), parts) for module, parts in self.rows.items() if set(parts) & set(taus)]
+        try:
+            for module, parts in changed:
+                module.forward = partial(masked, module, parts)
+            out = run()
+        finally:
+            for module, _ in changed:
+                vars(module).pop("forward", None)
+        return self._rows(out[0] if isinstance(out, tuple) else out)
+
+    def _neurons(self, run: Callable[[], Any], score: str) -> tuple[Tensor, Tensor, Tensor]:
+        seen: list[Tensor] = []
+        handle = self.network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        try:
+            run()
+        finally:
+            handle.remove()
+        fields, z = self._inner(seen[0])
+        module = load_score(score)
+        return module.score(self._context(module, fields)), self._rows(z), fields["w_down"]
+
+    def store(self, site: Site, folder: Path) -> None:
+        for name, state in self.states[site].items():
+            tensors = load_stat(name)[0].finish(state)
             if tensors:
                 save_file(tensors, folder / file_name(name))
-
-    def detach(self) -> None:
-        del self.module.forward

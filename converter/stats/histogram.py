@@ -10,28 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration_rules import BINS, bins, edges
 from . import Setting
 
-BINS = 1 << 16
-_SHIFT = 15
+__all__ = ["BINS", "edges", "finish", "init", "update"]
 
 
 def init(setting: Setting) -> dict[str, Any]:
-    """An empty count per bin int64 [BINS], and n as `units` int64 []."""
-    return {"count": torch.zeros(BINS, dtype=torch.int64), "units": torch.tensor(setting.units)}
+    """An empty count per bin int64 [BINS], n as `units` int64 [], and the width of the site's output as `outputs` int64 []."""
+    return {"count": torch.zeros(BINS, dtype=torch.int64), "units": torch.tensor(setting.units), "outputs": torch.tensor(setting.outputs)}
 
 
 def update(state: dict[str, Any], x: Tensor, score: Tensor, positions: Tensor) -> None:
     """Count the scores [T, n] of the T tokens that are not padding."""
-    bins = score.float().abs().contiguous().view(torch.int32) >> _SHIFT
-    state["count"] += torch.bincount(bins.flatten().cpu(), minlength=BINS)
+    state["count"] += torch.bincount(bins(score).flatten().cpu(), minlength=BINS)
 
 
 def finish(state: dict[str, Any]) -> dict[str, Tensor]:
-    """{"count": int64 [BINS], "units": int64 []}."""
+    """{"count": int64 [BINS], "units": int64 [], "outputs": int64 []}."""
     return state
-
-
-def edges(first: int, last: int) -> Tensor:
-    """Lower edges of the bins first..last (exclusive), fp64."""
-    return (torch.arange(first, last, dtype=torch.int32) << _SHIFT).view(torch.float32).double()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsegate.converter.methods.gate import cut
+from sparsegate.converter.calibration_rules import cut
 from sparsegate.converter.stats import Setting, SiteStats, file_name, histogram, samples
 
 D, N = 6, 10
