@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from ..manifest import installed_versions
-from .card import BaseCard, read_base_card, write_card, write_report
+from .card import BaseCard, read_base_card, write_card
 from .curves import CURVES, Correlations, Curves, Point, at_cost, best_at_cost, curves_page, curves_table, ranking
+from .evaluation import EVALUATION, Evaluation
+from .html import PAGE, make_report, render, write_report
 from .plots import plot_correlations, plot_curves, plot_layers
 from .results import RESULTS, Check, Layer, Machine, Report, Row, Speed, Text, this_machine
 from .tables import check_table, layer_table, quality_table
 
 __all__ = [
     "CURVES",
+    "EVALUATION",
+    "PAGE",
     "RESULTS",
     "BaseCard",
     "Check",
     "Correlations",
     "Curves",
+    "Evaluation",
     "Layer",
     "Machine",
     "Point",
@@ -30,12 +35,14 @@ __all__ = [
     "curves_table",
     "installed_versions",
     "layer_table",
+    "make_report",
     "plot_correlations",
     "plot_curves",
     "plot_layers",
     "quality_table",
     "ranking",
     "read_base_card",
+    "render",
     "this_machine",
     "write_card",
     "write_report",

@@ -14,8 +14,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, constants
 from huggingface_hub.repocard import metadata_load
 
-from .plots import plot_layers
-from .results import RESULTS, Report
+from .results import Report
 from .tables import check_table, layer_table, quality_table, ratio_text
 
 TAGS = ("onnx", "onnxruntime", "onnxruntime-genai", "sparse", "activation-sparsity")
@@ -55,13 +54,6 @@ def read_base_card(folder: Path, id: str | None = None, revision: str | None = N
     # YAML 1.1 reads the code of Norwegian as the boolean false
     codes = tuple("no" if code is False else str(code) for code in (language if isinstance(language, list) else [language]))
     return BaseCard(id, revision, _text(license), _text(name), _text(link), codes, files)
-
-
-def write_report(folder: Path, report: Report, source: BaseCard, repo_id: str | None = None) -> None:
-    """Write all that is made from a report into a checkpoint folder: report/report.json, report/layers.png, README.md and the licence files."""
-    report.save(folder / RESULTS)
-    plot_layers(folder, report)
-    write_card(folder, report, source, repo_id)
 
 
 def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | None = None) -> Path:

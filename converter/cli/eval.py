@@ -1,0 +1,38 @@
+"""`sparsegate eval`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def eval(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="Sparse checkpoint or Hub id.")],
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to measure on; of the checkpoint's calibration text, its last fifth. Default: Python source.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Most windows of the text.")] = 64,
+    prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line. Default: beginnings of windows.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
+    lm_eval: Annotated[
+        str | None, typer.Option("--lm-eval", help="lm-eval tasks, with commas between; FOLDER/NAME is a task of your own.", metavar="TASKS")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Most examples of each lm-eval task.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> int:
+    """Measure, store report/eval.json and print the tables."""
+    from ..evaluation import evaluate
+    from ..report.evaluation import answer_cells, executor_cells, site_cells, sparsity_cells, task_cells
+    from ..report.tables import table
+    from .convert import _command
+
+    found = evaluate(model, text, windows, prompts, max_new_tokens, lm_eval, limit, command=_command(sys.argv[1:]))
+    if json:
+        print(found.model_dump_json(indent=2))
+        return 0
+    parts = [executor_cells(found), answer_cells(found), sparsity_cells(found), site_cells(found)] + ([task_cells(found)] if found.tasks else [])
+    print("\n\n".join(table(cells, "text") for cells in parts))
+    return 0

@@ -1,0 +1,151 @@
+"""The HTML report: one page without scripts or links to other files, made from the JSON stored in a checkpoint folder."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from ..artifact import InputError
+from ..manifest import read_manifest
+from .card import BaseCard, speed_sentence, write_card
+from .curves import CURVES, Curves, correlation_cells, cost_cells, curves_cells, summary_cells
+from .evaluation import EVALUATION, Evaluation, answer_cells, executor_cells, site_cells, sparsity_cells, task_cells
+from .plots import plot_correlations, plot_curves, plot_layers
+from .results import RESULTS, Report, record_files
+from .tables import Cells, Number, check_cells, layer_cells, quality_cells
+
+PAGE = "report/index.html"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A headed part of the page: text, pictures as data URIs, and tables; `plain` is shown as it is."""
+
+    title: str
+    text: str = ""
+    pictures: tuple[tuple[str, str], ...] = ()
+    tables: tuple[tuple[str, Cells], ...] = ()
+    plain: str = ""
+    folded: bool = False
+
+
+def write_report(folder: Path, report: Report, source: BaseCard, repo_id: str | None = None) -> None:
+    """Write all that is made from a report into a checkpoint folder: report/ with JSON, pictures and page, README.md and the licence files."""
+    report.save(folder / RESULTS)
+    render(folder)
+    write_card(folder, report, source, repo_id)
+
+
+def make_report(folder: str | Path) -> Path:
+    """Write the HTML page and the pictures of a sparse checkpoint again, from its stored JSON, and its manifest last. Returns the page.
+
+    Raises InputError when the folder is no finished checkpoint or its stored results have another form.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"DIR must be a sparse checkpoint, got nothing at {folder}. Check the path.")
+    read_manifest(folder)
+    written = render(folder)
+    record_files(folder, *(path.relative_to(folder).as_posix() for path in written))
+    return folder / PAGE
+
+
+def render(folder: Path) -> list[Path]:
+    """Write the pictures and the page from report.json, and from eval.json and curves.json where they lie beside it. Returns what was written."""
+    report = Report.load(folder / RESULTS)
+    evaluation = Evaluation.load(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
+    curves = Curves.load(folder / CURVES) if (folder / CURVES).is_file() else None
+    pictures: dict[str, Path] = {}
+    layers = plot_layers(folder, report)
+    if layers is not None:
+        pictures["layers"] = layers
+    if curves is not None:
+        pictures["curves"] = plot_curves(folder / "report" / "curves.png", curves)
+        if curves.correlations is not None:
+            pictures["correlations"] = plot_correlations(folder / "report" / "correlations.png", curves.correlations)
+    page = folder / PAGE
+    page.write_text(html(report, evaluation, curves, pictures), encoding="utf-8")
+    return [*pictures.values(), page]
+
+
+def html(report: Report, evaluation: Evaluation | None, curves: Curves | None, pictures: dict[str, Path]) -> str:
+    """The page's text; pictures by name (layers, curves, correlations) go into it. A cell that shows a number carries it in full in its `data` element."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["exact"] = lambda cell: repr(cell.value) if isinstance(cell, Number) else None
+    shown = {name: (name, "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()) for name, path in pictures.items()}
+    parts = [*_conversion(report, shown), *(_evaluation(evaluation) if evaluation else ()), *(_curves(curves, shown) if curves else ()), *_origin(report)]
+    for name, stored in (("report.json", report), ("eval.json", evaluation), ("curves.json", curves)):
+        if stored is not None:
+            parts.append(Part(name, plain=json.dumps(stored.model_dump(mode="json"), indent=1, ensure_ascii=False), folded=True))
+    template = environment.from_string((Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8"))
+    return template.render(report=report, chosen=report.chosen, parts=parts)
+
+
+def _conversion(report: Report, shown: dict[str, Any]) -> Iterator[Part]:
+    yield Part(
+        "Quality and speed",
+        "NLL and KL in nats per token; agreement is the share of positions with the dense model's most likely token, density the mean share of units computed, "
+        f"cost the bytes that the MLPs touch per token relative to dense, predictors included. {speed_sentence(report)}",
+        tables=(("", quality_cells(report)),),
+    )
+    if report.layers:
+        yield Part(
+            "Per layer", "Density asked for, on held-out calibration tokens, and on the evaluation text; recall of the predictor against its labels.",
+            _pictures(shown, "layers"), (("", layer_cells(report)),),
+        )  # fmt: skip
+    if report.checks:
+        yield Part("Checks", "Executors against each other, and the quality budget.", tables=(("", check_cells(report)),))
+
+
+def _evaluation(found: Evaluation) -> Iterator[Part]:
+    tables = [("Held-out text", executor_cells(found)), ("Greedy answers", answer_cells(found)), ("Realised sparsity and cost", sparsity_cells(found))]
+    tables += [("By site", site_cells(found))] + ([("lm-eval", task_cells(found))] if found.tasks else [])
+    yield Part(
+        "Evaluation",
+        f"{found.text.tokens} tokens of {found.text.name}; {found.answers.prompts} prompts from {found.answers.name}, {found.answers.prompt_tokens} tokens, "
+        f"answered with at most {found.answers.max_new_tokens} tokens each. BLEU is sacrebleu's corpus BLEU of each answer against the dense model's own, mean "
+        "over prompts. Sparsity counts the weights of masked sites only.",
+        tables=tuple(tables),
+        plain=f"{found.command}\n{found.date}, {found.machine.cpu}, {found.machine.cores} cores, {found.machine.os}",
+    )
+
+
+def _curves(curves: Curves, shown: dict[str, Any]) -> Iterator[Part]:
+    tables = [("NLL at a target density", summary_cells(curves)), ("NLL at equal cost, linear between measured points", cost_cells(curves))]
+    if curves.methods(oracle=True):
+        tables.append(("Oracles: they see the label or the future and cannot be deployed", summary_cells(curves, oracle=True)))
+    yield Part(
+        "All methods: quality against density and cost",
+        f"{curves.model}, {curves.tokens} held-out tokens, the same for every row. Several seeds: mean ± sample standard deviation.",
+        _pictures(shown, "curves"), (*tables, ("All rows", curves_cells(curves))),
+        plain=f"{curves.command}\n{curves.date}, {curves.machine.cpu}, {curves.machine.cores} cores, {curves.machine.os}",
+    )  # fmt: skip
+    if curves.correlations is not None:
+        yield Part(
+            "Rank correlations of the scores", f"Spearman. {curves.correlations.note}", _pictures(shown, "correlations"),
+            (("", correlation_cells(curves.correlations)),),
+        )  # fmt: skip
+
+
+def _origin(report: Report) -> Iterator[Part]:
+    machine = report.machine
+    lines = [
+        report.command, f"{report.date}, sparsegate {report.tool}, {machine.cpu}, {machine.cores} cores, {machine.os}",
+        ", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        f"calibration: {report.calibration.tokens} tokens of {report.calibration.name}, sha256 {report.calibration.hash}",
+    ]  # fmt: skip
+    if report.evaluation is not None:
+        lines.append(f"evaluation: {report.evaluation.tokens} tokens of {report.evaluation.name}, sha256 {report.evaluation.hash}")
+    yield Part("How it was measured", plain="\n".join(lines))
+    yield Part("Recipe", plain=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True))
+
+
+def _pictures(shown: dict[str, Any], name: str) -> tuple[tuple[str, str], ...]:
+    return (shown[name],) if name in shown else ()
