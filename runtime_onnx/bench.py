@@ -142,7 +142,7 @@ def bench(
 
 
 def precision(path: str | Path) -> dict[str, Any]:
-    """The formats of a model's weights: bytes per format over all initialisers, and the GatedMLP variants."""
+    """The formats of a model's weights: bytes per format over all initialisers, and the variants of the ai.sparsegate ops."""
     import onnx
 
     sizes: dict[str, int] = {}

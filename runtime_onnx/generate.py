@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def load(path: str | Path, library: bool | None = None, options: dict[str, Any] | None = None) -> onnxruntime_genai.Model:
-    """An onnxruntime-genai Model for an ONNX folder or sparse checkpoint, with one log line that says what runs its GatedMLP ops.
+    """An onnxruntime-genai Model for an ONNX folder or sparse checkpoint, with one log line that says what runs its ai.sparsegate ops.
 
     Args:
         path: ONNX folder with genai_config.json, or a sparse checkpoint with onnx/ inside.

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 LIBRARY = "libsparsegate_onnx.so"  # file name and SONAME
 VARIANTS = "ai.sparsegate.variants"  # metadata key of model.onnx: JSON list of variant names
-DENSE = "a dense model: it has no GatedMLP op"
+DENSE = "a dense model: it has no op of ai.sparsegate"
 PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")  # those the library has kernels for
 
 
 @dataclass(frozen=True)
 class Executor:
-    """Who runs the GatedMLP ops of a model: the native kernel, or the function body in standard ops; `reason` is one line for people."""
+    """Who runs the ai.sparsegate ops of a model: the native kernel, or the function body in standard ops; `reason` is one line for people."""
 
     kernel: bool
     reason: str
@@ -76,7 +76,7 @@ def model_file(path: str | Path) -> Path:
 
 
 def variants(path: str | Path) -> list[str]:
-    """The names of the GatedMLP variants that the metadata of a model lists; empty for a dense model. No weights are read.
+    """The names of the op variants that the metadata of a model lists; empty for a dense model. No weights are read.
 
     Raises ValueError where there is no model, for a file that is no ONNX model, and when the metadata does not name each of the file's variants.
     """
@@ -84,7 +84,7 @@ def variants(path: str | Path) -> list[str]:
 
 
 def executor(path: str | Path, provider: str = PROVIDERS[0]) -> Executor:
-    """Whether the native kernel can run every GatedMLP op of a model on `provider`, judged from the model's metadata alone.
+    """Whether the native kernel can run every ai.sparsegate op of a model on `provider`, judged from the model's metadata alone.
 
     `path` is an ONNX folder, a sparse checkpoint (with onnx/ inside) or a .onnx file. Raises ValueError when it is none of them.
     """

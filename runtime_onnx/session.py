@@ -28,7 +28,7 @@ _registered: WeakSet[Any] = WeakSet()  # SessionOptions that hold the library: a
 def session(
     path: str | Path, providers: Providers | None = None, session_options: onnxruntime.SessionOptions | None = None, library: bool | None = None
 ) -> onnxruntime.InferenceSession:
-    """An InferenceSession for a model, with one log line that says what runs its GatedMLP ops.
+    """An InferenceSession for a model, with one log line that says what runs its ai.sparsegate ops.
 
     Args:
         path: ONNX folder, sparse checkpoint (with onnx/ inside) or .onnx file.

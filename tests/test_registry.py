@@ -153,6 +153,7 @@ def test_architecture_matches_transformers(model_type: str, tiny_model: Any) -> 
     assert model.get_input_embeddings().weight.shape == state[arch.embedding].shape == (arch.size(config, "vocab"), arch.size(config, "hidden"))
     assert model.get_decoder().layers is not None and arch.activation(config) in TORCH_ACTIVATIONS
     assert set(arch.ffn.onnx) == ({"up", "down"} if arch.ffn.kind == "plain" else {"gate", "up", "down"})
+    assert set(arch.attn.onnx) in ({"qkv", "o"}, {"q", "k", "v", "o"})
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -95,7 +95,8 @@ class Ffn(BaseModel):
 class Attention(BaseModel):
     """The attention: names of its projections below `module`, q, k, v or all three in `qkv` (rows q, then k, then v), and the output's `o`.
 
-    `heads` and `kv_heads` say where the configuration counts query heads and key-value heads.
+    `heads` and `kv_heads` say where the configuration counts query heads and key-value heads; `onnx` names the base graph's initializers by role: q, k, v or
+    all three in qkv (columns q, then k, then v), and o.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -108,6 +109,7 @@ class Attention(BaseModel):
     o: str
     heads: Space
     kv_heads: Space
+    onnx: dict[str, str]
 
     def head_dim(self, config: Any) -> int:
         """Width d_h of a head."""

@@ -1,10 +1,23 @@
-"""From a checkpoint and a plan to an ONNX folder: base graph, MLP region matching, one emitter per plan kind, surgery."""
+"""From a checkpoint and a plan to an ONNX folder: base graph, matching of MLPs and linears, one emitter per plan kind, surgery."""
 
 from __future__ import annotations
 
 from .base_graph import build_base, check_base, compare_base, onnx_logits
 from .emit import EMITTERS
+from .linear_region import LinearRegion, find_linears
 from .mlp_region import MlpRegion, find_regions
 from .surgery import METADATA, export
 
-__all__ = ["EMITTERS", "METADATA", "MlpRegion", "build_base", "check_base", "compare_base", "export", "find_regions", "onnx_logits"]
+__all__ = [
+    "EMITTERS",
+    "METADATA",
+    "LinearRegion",
+    "MlpRegion",
+    "build_base",
+    "check_base",
+    "compare_base",
+    "export",
+    "find_linears",
+    "find_regions",
+    "onnx_logits",
+]

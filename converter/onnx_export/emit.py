@@ -1,4 +1,4 @@
-"""What a plan's entry becomes in the graph: a score of the op GatedMLP and the tensors that the score reads, one emitter per plan kind."""
+"""What a plan's entry becomes in the graph: a score that an op computes and the tensors that it reads, one emitter per plan kind."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ from ..plans import Entry, Predictor, Threshold
 
 @dataclass(frozen=True)
 class Emission:
-    """A score that the op has, and its inputs by the op's roles: tau [n], p1 [r, d], p2 [n, r], res [r, d], all float32."""
+    """A score and its inputs by the op's roles, all float32.
+
+    GatedMLP has the scores gate and predictor, with tau [n], p1 [r, d], p2 [n, r], res [r, d]; SparseLinear has input, with tau [d_in].
+    """
 
     score: str
     tensors: dict[str, NDArray[np.float32]]
 
 
 def threshold(entry: Threshold) -> Emission:
-    """A threshold on |act(gate)|. Raises InputError for a score that the op does not compute."""
-    if entry.score != "gate":
-        raise InputError(f"A threshold's score must be gate for the ONNX op, got {entry.score}. Use the method gate or predictor.")
-    return Emission("gate", {"tau": _array(entry.tau)})
+    """A threshold on |act(gate)|, with the residual where there is one, or on |x|. Raises InputError for a score that no op computes."""
+    tensors = {"tau": _array(entry.tau)}
+    if entry.score not in ("gate", "input"):
+        raise InputError(f"A threshold's score must be gate or input to be exported, got {entry.score}. Use the method gate, predictor, teal or wina.")
+    if entry.fc1 is not None and entry.residual is not None:
+        tensors |= {"p1": _array(entry.fc1), "res": _array(entry.residual)}
+    return Emission(entry.score, tensors)
 
 
 def predictor(entry: Predictor) -> Emission:
@@ -40,7 +46,7 @@ EMITTERS: dict[str, Callable[[Any], Emission]] = {"threshold": threshold, "predi
 
 
 def emit(site: Site, entries: list[Entry], d: int, n: int) -> Emission:
-    """The emission of a site's plan for an MLP of n neurons over d channels.
+    """The emission of a site's plan, for an MLP of n neurons over d channels or a linear of n = d input channels.
 
     Raises InputError when the site has not exactly one entry, for a kind that has no emitter, and for tensors of a wrong shape or with NaN.
     """

@@ -12,6 +12,7 @@ from onnx_ir.convenience import extract
 from ...runtime_onnx.ops import gated_mlp
 from ..arch import Arch
 from ..artifact import InputError
+from .product import Product, find_product
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,6 @@ class MlpRegion:
     nodes: tuple[ir.Node, ...]
     weights: dict[str, ir.Value]
     biases: dict[str, ir.Value]
-
-
-@dataclass(frozen=True)
-class _Product:
-    """x @ weight (+ bias)."""
-
-    x: ir.Value
-    out: ir.Value
-    nodes: tuple[ir.Node, ...]
-    weight: ir.Value
-    bias: ir.Value | None
 
 
 def find_regions(model: ir.Model, arch: Arch, config: Any) -> list[MlpRegion]:
@@ -71,7 +61,7 @@ def _find(graph: ir.Graph, arch: Arch, config: Any, layer: int, order: dict[ir.N
     """The region of a layer and its inner values: gate and up after their biases, and what the down product reads."""
     d, n = arch.size(config, "hidden"), arch.size(config, "units")
     shapes = {"gate": (d, n), "up": (d, n), "down": (n, d)}
-    products = {role: _product(graph, layer, template.format(layer=layer), shapes[role]) for role, template in arch.ffn.onnx.items()}
+    products = {role: find_product(graph, layer, template.format(layer=layer), shapes[role]) for role, template in arch.ffn.onnx.items()}
     up, down, gate = products["up"], products["down"], products.get("gate")
     if gate is not None and gate.x is not up.x:
         raise _error(layer, gate.nodes[0], f"gate and up must read one value, got {gate.x.name} and {up.x.name}")
@@ -90,32 +80,7 @@ def _find(graph: ir.Graph, arch: Arch, config: Any, layer: int, order: dict[ir.N
     return region, gate.out if gate else None, up.out, down.x
 
 
-def _product(graph: ir.Graph, layer: int, name: str, shape: tuple[int, int]) -> _Product:
-    """The MatMul that reads the initialiser `name`, with the Add of a bias right after it."""
-    weight = graph.initializers.get(name)
-    if weight is None or weight.const_value is None:
-        raise InputError(
-            f"Layer {layer} of the base graph must have the initialiser {name}, got none. The builder or the architecture file names it otherwise."
-        )
-    uses = list(weight.uses())
-    if len(uses) != 1 or uses[0].idx != 1 or (uses[0].node.domain, uses[0].node.op_type) != ("", "MatMul"):
-        readers = ", ".join(f"{node.op_type} {node.name}" for node, _ in uses) or "nothing"
-        raise InputError(f"Layer {layer} of the base graph must read {name} in one MatMul, got {readers}. Export a float base graph.")
-    if tuple(weight.const_value.shape.numpy()) != shape:
-        raise InputError(f"Layer {layer}'s {name} must have shape {list(shape)}, got {weight.const_value.shape}. The graph belongs to another model.")
-    matmul = uses[0].node
-    x, out = matmul.inputs[0], matmul.outputs[0]
-    assert x is not None
-    readers = list(out.uses())
-    if len(readers) == 1 and readers[0].node.op_type == "Add":
-        add = readers[0].node
-        bias = add.inputs[1 - readers[0].idx]
-        if bias is not None and bias.const_value is not None and tuple(bias.const_value.shape.numpy()) == shape[1:]:
-            return _Product(x, add.outputs[0], (matmul, add), weight, bias)
-    return _Product(x, out, (matmul,), weight, None)
-
-
-def _between(layer: int, starts: list[ir.Value], down: _Product) -> list[ir.Node]:
+def _between(layer: int, starts: list[ir.Value], down: Product) -> list[ir.Node]:
     """The nodes on the way from `starts` to the down product's input; they may read nothing else than constants."""
     reachable: set[ir.Node] = set()
     pending = list(starts)

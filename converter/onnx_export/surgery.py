@@ -1,4 +1,4 @@
-"""Replaces the MLP regions of a base graph by `ai.sparsegate:GatedMLP` nodes and writes the model that applications open.
+"""Replaces MLP regions of a base graph by `ai.sparsegate:GatedMLP` nodes, linears by `SparseLinear` nodes, and writes the model that applications open.
 
 Every weight is read from the base graph's data file and written to the new one tensor by tensor, so that the memory in use does not grow with the model.
 """
@@ -16,44 +16,58 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ...runtime_onnx.ops import gated_mlp
+from ...runtime_onnx.ops import gated_mlp, sparse_linear
 from ..arch import Arch
 from ..artifact import InputError, disk_full, is_disk_full
-from ..plans import Plan
+from ..plans import Plan, check_plan, linear_shapes
 from .base_graph import DATA, MODEL
 from .emit import emit
+from .linear_region import LinearRegion, Part, find_linears
 from .mlp_region import MlpRegion, find_regions
 
 METADATA = "ai.sparsegate.variants"
-"""Key of the model's metadata: a JSON list of the names of the op's variants in the file."""
+"""Key of the model's metadata: a JSON list of the names of the ops' variants in the file."""
+
+Variant = gated_mlp.Variant | sparse_linear.Variant
 
 _PAGE = 4096  # bytes; the native kernel reads rows straight from the mapped file, so tensors start on pages and rows on cache lines
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _ROLES = {"gate": ("w_gate", "b_gate"), "up": ("w_up", "b_up"), "down": ("w_down", "b_down")}
 
 
 def export(base: Path, plan: Plan, arch: Arch, config: Any, out: Path) -> None:
     """Write the base graph in `base` with the plan's sites gated into `out`, with genai_config.json and the tokenizer's files; `out` is made if missing.
 
-    The graph gets one GatedMLP node per site in the plan, weights [n, d] neuron-major, and one model-local function per variant of the op, so that it runs with
-    and without the native library. Sites that are not in the plan stay as they are.
+    The graph gets one GatedMLP node per feed-forward site, weights [n, d] neuron-major, one SparseLinear node per linear site, weight [d_in, d_out]
+    input-major, and one model-local function per variant of each op, so that it runs with and without the native library. A packed weight is cut into one node
+    per linear where their thresholds differ. Sites that are not in the plan stay as they are.
 
-    Raises InputError for a plan that names no site of the model or that the op cannot express, for a base graph without closed MLP regions, for `out` equal to
-    `base`, and when the disk is full.
+    Raises InputError for a plan that names no site of the model or that the ops cannot express, for a base graph without closed MLP regions or without the
+    linears' products, for `out` equal to `base`, and when the disk is full.
     """
     if out.resolve() == base.resolve():
         raise InputError(f"The exported folder must be another one than the base graph's, got {out} for both. Choose another folder.")
-    model = ir.load(base / MODEL)
-    regions = {region.layer: region for region in find_regions(model, arch, config)}
-    strangers = [site.key for site in plan if site.kind != "ffn" or site.expert is not None or site.layer not in regions]
+    d, n, inputs = arch.size(config, "hidden"), arch.size(config, "units"), {f"linear:{name}": d_in for name, (_, d_in) in linear_shapes(arch, config).items()}
+    known = {"ffn", *inputs}
+    layers = [site.layer for site in arch.sites(config)]
+    strangers = [site.key for site in plan if site.kind not in known or site.expert is not None or site.layer not in layers]
     if strangers:
         raise InputError(
-            f"A plan's sites must be layers.0.ffn to layers.{len(regions) - 1}.ffn, got {', '.join(strangers)}. The plan belongs to another model."
+            f"A plan's sites must be ffn or linear sites of layers.0 to layers.{layers[-1]}, got {', '.join(strangers)}. The plan belongs to another model."
         )
-    nodes: dict[ir.Node, gated_mlp.Variant] = {}
-    for site in sorted(plan):
-        emission = emit(site, plan[site], arch.size(config, "hidden"), arch.size(config, "units"))
-        node, variant = _replace(model.graph, regions[site.layer], arch, emission.score, arch.activation(config), emission.tensors)
+    emissions = {site: emit(site, plan[site], inputs.get(site.kind, d), inputs.get(site.kind, n)) for site in sorted(plan)}
+    check_plan(plan)
+    model = ir.load(base / MODEL)
+    nodes: dict[ir.Node, Variant] = {}
+    gated = [site for site in emissions if site.kind == "ffn"]
+    regions = {region.layer: region for region in find_regions(model, arch, config)} if gated else {}
+    for site in gated:
+        node, variant = _replace(model.graph, regions[site.layer], arch, emissions[site].score, arch.activation(config), emissions[site].tensors)
         nodes[node] = variant
+    for layer in layers:
+        tau = {site.kind.removeprefix("linear:"): found.tensors["tau"] for site, found in emissions.items() if site.layer == layer and site.kind != "ffn"}
+        for linear in find_linears(model.graph, arch, config, layer, tau):
+            nodes |= _replace_linear(model.graph, linear, arch)
     _declare(model, nodes)
     out.mkdir(parents=True, exist_ok=True)
     _save(model, base, out)
@@ -63,58 +77,128 @@ def _replace(
     graph: ir.Graph, region: MlpRegion, arch: Arch, score: str, activation: str, tensors: Mapping[str, NDArray[np.float32]]
 ) -> tuple[ir.Node, gated_mlp.Variant]:
     """Put one GatedMLP node in a region's place; tensors are the score's inputs by role."""
-    prefix = f"{arch.ffn_module(region.layer)}.{gated_mlp.NAME}."
-    given: dict[str, ir.TensorProtocol] = {role: ir.Tensor(array, name=prefix + role) for role, array in tensors.items()}
+    given: dict[str, ir.TensorProtocol] = {role: ir.Tensor(array) for role, array in tensors.items()}
     for part, value in region.weights.items():
-        given[_ROLES[part][0]] = _moved(value, prefix + _ROLES[part][0], transpose=part != "down")
+        given[_ROLES[part][0]] = _moved(value, transpose=part != "down")
     for part, value in region.biases.items():
-        given[_ROLES[part][1]] = _moved(value, prefix + _ROLES[part][1], transpose=False)
+        given[_ROLES[part][1]] = _moved(value)
     roles = tuple(role for role in gated_mlp.ROLES if role in given)
     x, w = (dtype.numpy().name for dtype in (region.x.dtype or ir.DataType.FLOAT, given["w_up"].dtype))
     variant = gated_mlp.Variant(activation, score, "float", roles, x=x, w=w)
-    inputs = [region.x]
-    for role in roles:
-        value = ir.Value(name=prefix + role, shape=ir.Shape(given[role].shape.numpy()), type=ir.TensorType(given[role].dtype), const_value=given[role])
-        graph.register_initializer(value)
-        inputs.append(value)
+    inputs = [region.x, *(_initialiser(graph, f"{arch.ffn_module(region.layer)}.{gated_mlp.NAME}.{role}", given[role]) for role in roles)]
     y = ir.Value(name=region.y.name, shape=region.y.shape, type=region.y.type)
     name = f"/model/layers.{region.layer}/{arch.ffn.module}/{gated_mlp.NAME}"
     node = ir.Node(gated_mlp.DOMAIN, gated_mlp.NAME, inputs, ir.convenience.convert_attributes(variant.attributes()), outputs=[y], name=name)
     ir.convenience.replace_nodes_and_values(graph, region.nodes[-1], region.nodes, [node], [region.y], [y])
-    for value in (*region.weights.values(), *region.biases.values()):
-        if not value.uses() and value.name is not None:
-            graph.initializers.pop(value.name)
+    _drop(graph, [*region.weights.values(), *region.biases.values()])
     return node, variant
 
 
-def _moved(value: ir.Value, name: str, transpose: bool) -> ir.TensorProtocol:
-    """An initialiser's tensor under a new name, read from the base graph's data file only while it is written."""
+def _replace_linear(graph: ir.Graph, region: LinearRegion, arch: Arch) -> dict[ir.Node, Variant]:
+    """Put one SparseLinear node, or one dense product, per part in a product's place, and join them where there are several."""
+    product, old = region.product, region.product.out
+    y = ir.Value(name=old.name, shape=old.shape, type=old.type)
+    found: dict[ir.Node, Variant] = {}
+    nodes: list[ir.Node] = []
+    results: list[ir.Value] = []
+    for part in region.parts:
+        out = y
+        if len(region.parts) > 1:
+            shape = None if old.shape is None else ir.Shape([*old.shape[:-1], part.columns.stop - part.columns.start])
+            out = ir.Value(name=f"{_name(region, part)}/output_0", shape=shape, type=old.type)
+        made, variant = _part(graph, region, part, arch, out)
+        nodes += made
+        results.append(out)
+        if variant is not None:
+            found[made[-1]] = variant
+    if len(results) > 1:
+        name = f"{_name(region, region.parts[0]).rpartition('/')[0]}/Concat"
+        nodes.append(ir.Node("", "Concat", results, [ir.AttrInt64("axis", -1)], outputs=[y], name=name))
+    ir.convenience.replace_nodes_and_values(graph, product.nodes[-1], product.nodes, nodes, [old], [y])
+    _drop(graph, [product.weight, *([] if product.bias is None else [product.bias])])
+    return found
+
+
+def _part(graph: ir.Graph, region: LinearRegion, part: Part, arch: Arch, out: ir.Value) -> tuple[list[ir.Node], Variant | None]:
+    """The nodes that compute a part's columns, its op last, and the op's variant; a part without a threshold is a MatMul with the Add of its bias."""
+    product, columns = region.product, part.columns if len(region.parts) > 1 else None
+    module = arch.attn_module(region.layer) if part.names[0] in _ATTENTION else arch.ffn_module(region.layer)
+    prefix, name = f"{module}.{part.name}.", _name(region, part)
+    given = {"w": _moved(product.weight, columns=columns)}
+    if product.bias is not None:
+        given["b"] = _moved(product.bias, columns=columns)
+    if part.tau is None:
+        inputs = [_initialiser(graph, f"{prefix}{op}", given[role]) for role, op in (("w", "MatMul.weight"), ("b", "Add.bias")) if role in given]
+        if len(inputs) == 1:
+            return [ir.Node("", "MatMul", [product.x, inputs[0]], outputs=[out], name=f"{name}/MatMul")], None
+        inner = ir.Value(name=f"{name}/MatMul/output_0", shape=out.shape, type=out.type)
+        matmul = ir.Node("", "MatMul", [product.x, inputs[0]], outputs=[inner], name=f"{name}/MatMul")
+        return [matmul, ir.Node("", "Add", [inner, inputs[1]], outputs=[out], name=f"{name}/Add")], None
+    given["tau"] = ir.Tensor(part.tau)
+    roles = tuple(role for role in sparse_linear.ROLES if role in given)
+    x, w = (dtype.numpy().name for dtype in (product.x.dtype or ir.DataType.FLOAT, given["w"].dtype))
+    variant = sparse_linear.Variant("float", roles, x=x, w=w)
+    inputs = [product.x, *(_initialiser(graph, f"{prefix}{sparse_linear.NAME}.{role}", given[role]) for role in roles)]
+    attributes = ir.convenience.convert_attributes(variant.attributes())
+    return [ir.Node(sparse_linear.DOMAIN, sparse_linear.NAME, inputs, attributes, outputs=[out], name=f"{name}/{sparse_linear.NAME}")], variant
+
+
+def _name(region: LinearRegion, part: Part) -> str:
+    """A part's place in the graph, after the builder's names, as in /model/layers.0/attn/q_proj."""
+    return f"/model/layers.{region.layer}/{'attn' if part.names[0] in _ATTENTION else 'mlp'}/{part.name}"
+
+
+def _initialiser(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    tensor.name = name
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _drop(graph: ir.Graph, values: list[ir.Value]) -> None:
+    """Take out initialisers that nothing reads any more."""
+    for value in values:
+        if not value.uses() and value.name is not None:
+            graph.initializers.pop(value.name)
+
+
+def _moved(value: ir.Value, transpose: bool = False, columns: slice | None = None) -> ir.TensorProtocol:
+    """An initialiser's tensor, or some columns of it, read from the base graph's data file only while it is written."""
     source = value.const_value
     assert source is not None
-    if not transpose and isinstance(source, ir.ExternalTensor):
-        return ir.ExternalTensor(source.location, source.offset, source.length, source.dtype, shape=source.shape, name=name, base_dir=source.base_dir)
+    if not transpose and columns is None and isinstance(source, ir.ExternalTensor):
+        return ir.ExternalTensor(
+            source.location, source.offset, source.length, source.dtype, shape=source.shape, name=value.name or "", base_dir=source.base_dir
+        )
+    shape = list(source.shape.numpy())
+    if columns is not None:
+        shape[-1] = columns.stop - columns.start
 
     def read() -> ir.Tensor:
-        copy = np.ascontiguousarray(source.numpy().T) if transpose else source.numpy().copy()
+        part = source.numpy()[..., columns or slice(None)]
+        copy = np.array(part.T if transpose else part, order="C")  # always a copy: the source's memory is given back
+        del part
         if isinstance(source, ir.ExternalTensor):
             source.release()
-        return ir.Tensor(copy, dtype=source.dtype, name=name)
+        return ir.Tensor(copy, dtype=source.dtype)
 
-    shape = tuple(source.shape.numpy())
-    return ir.LazyTensor(read, dtype=source.dtype, shape=ir.Shape(shape[::-1] if transpose else shape), name=name)
+    return ir.LazyTensor(read, dtype=source.dtype, shape=ir.Shape(shape[::-1] if transpose else shape), name=value.name)
 
 
-def _declare(model: ir.Model, nodes: Mapping[ir.Node, gated_mlp.Variant]) -> None:
-    """Add the op's functions, one overload per variant, its opset and the list of variants to the model."""
+def _declare(model: ir.Model, nodes: Mapping[ir.Node, Variant]) -> None:
+    """Add the ops' functions, one overload per variant of an op, their opset and the list of variants to the model."""
     variants = list(dict.fromkeys(nodes.values()))
-    overloads = {variant: f"v{index}" if len(variants) > 1 else "" for index, variant in enumerate(variants)}
-    for variant, overload in overloads.items():
-        function = ir.from_proto(gated_mlp.function(variant, overload, model.opset_imports[""]))
-        model.functions[function.identifier()] = function
-    for node, variant in nodes.items():
-        node.overload = overloads[variant]
-    if variants:
-        model.opset_imports[gated_mlp.DOMAIN] = gated_mlp.VERSION
+    for op in (gated_mlp, sparse_linear):
+        own = [variant for variant in variants if isinstance(variant, op.Variant)]
+        overloads = {variant: f"v{index}" if len(own) > 1 else "" for index, variant in enumerate(own)}
+        for variant, overload in overloads.items():
+            function = ir.from_proto(op.function(variant, overload, model.opset_imports[""]))
+            model.functions[function.identifier()] = function
+        for node, variant in nodes.items():
+            if variant in overloads:
+                node.overload = overloads[variant]
+        if own:
+            model.opset_imports[op.DOMAIN] = op.VERSION
     model.metadata_props[METADATA] = json.dumps([variant.name for variant in variants])
 
 

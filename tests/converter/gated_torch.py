@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from sparsegate.converter.arch import Site, load_arch
 from sparsegate.converter.onnx_export import build_base, export, onnx_logits
 from sparsegate.converter.plans import Plan, Predictor, Threshold
+from sparsegate.converter.reference import apply_plan, remove_plan
 
 BOUND = 1e-4
 D, N, R = 64, 176, 8
@@ -65,6 +68,14 @@ def parts(mlp: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None, torch
     return mlp.fc1(x), None, mlp.fc2
 
 
+def widest_gap(scores: Tensor, low: float, high: float) -> Tensor:
+    """Thresholds [n] in the middle of the widest gap between the `low` and `high` quantiles of scores [T, n]."""
+    ranked = scores.sort(dim=0).values
+    middle = ranked[int(low * len(ranked)) : int(high * len(ranked))]
+    widest = middle.diff(dim=0).argmax(dim=0, keepdim=True)
+    return (middle.gather(0, widest) + middle.gather(0, widest + 1))[0] / 2
+
+
 @dataclass
 class Gate:
     """Replaces an MLP's forward. The first call sets a missing tau: per neuron, in the widest gap of its middle scores, so that about half are kept."""
@@ -73,6 +84,7 @@ class Gate:
     mlp: torch.nn.Module
     predictor: tuple[Tensor, Tensor] | None = None
     residual: Tensor | None = None
+    fc1: Tensor | None = None  # what the residual reads where there is no predictor
     tau: Tensor | None = None
     z: Tensor = field(default_factory=lambda: torch.empty(0))
     keep: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -80,13 +92,11 @@ class Gate:
     def __call__(self, x: Tensor) -> Tensor:
         gate, up, down = parts(self.mlp, x)
         activated = act(self.model_type, gate)
-        hidden = torch.relu(x @ self.predictor[0].T) if self.predictor else x
+        fc1 = self.predictor[0] if self.predictor else self.fc1
+        hidden = x if fc1 is None else torch.relu(x @ fc1.T)
         scores = hidden @ self.predictor[1].T if self.predictor else activated.abs()
         if self.tau is None:
-            ranked = scores.reshape(-1, N).sort(dim=0).values
-            middle = ranked[len(ranked) // 3 : 2 * len(ranked) // 3]
-            widest = middle.diff(dim=0).argmax(dim=0, keepdim=True)
-            self.tau = (middle.gather(0, widest) + middle.gather(0, widest + 1))[0] / 2
+            self.tau = widest_gap(scores.reshape(-1, N), 1 / 3, 2 / 3)
         self.keep = scores > self.tau
         self.z = activated if up is None else activated * up
         y = down(torch.where(self.keep, self.z, 0.0))
@@ -96,7 +106,7 @@ class Gate:
     def entry(self) -> Threshold | Predictor:
         assert self.tau is not None
         if self.predictor is None:
-            return Threshold("gate", self.tau, 0.5)
+            return Threshold("gate", self.tau, 0.5, self.fc1, self.residual)
         return Predictor(*self.predictor, self.tau, 0.5, self.residual)
 
 
@@ -109,7 +119,8 @@ class Gated:
         for layer in tiny.model.model.layers:
             predictor = (torch.randn(R, D, generator=generator) / D**0.5, torch.randn(N, R, generator=generator)) if kind == "predictor" else None
             extra = torch.randn(R, D, generator=generator) / R**0.5 if residual else None
-            self.gates.append(Gate(tiny.model_type, layer.mlp, predictor, extra))
+            fc1 = torch.randn(R, D, generator=generator) / D**0.5 if residual and predictor is None else None
+            self.gates.append(Gate(tiny.model_type, layer.mlp, predictor, extra, fc1))
         self.dense_difference = np.abs(self.logits() - tiny.model(torch.from_numpy(TOKENS)).logits.detach().numpy()).max()
 
     @torch.no_grad()
@@ -137,6 +148,61 @@ class Gated:
     @property
     def plan(self) -> Plan:
         return {Site(index): [gate.entry] for index, gate in enumerate(self.gates)}
+
+
+# Linear sites, over the torch executor
+
+
+@torch.no_grad()
+def seen(model: torch.nn.Module, name: str) -> Tensor:
+    """What the module `name` reads on TOKENS: rows [T, d_in]."""
+    found = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    try:
+        model(torch.from_numpy(TOKENS))
+    finally:
+        hook.remove()
+    return found[0].flatten(0, 1)
+
+
+def linear_plan(tiny: Tiny, names: dict[int, list[tuple[str, ...]]], gated: tuple[int, ...] = ()) -> Plan:
+    """Thresholds for a layer's linears, set one after the other in the gated model, each in the widest gap: one value for all channels as in TEAL, divided by
+    the channels' norms as in WINA for o_proj and down_proj. Linears of one tuple share their thresholds; layers in `gated` get a threshold on the gate too.
+    """
+    plan: Plan = {}
+    arch, prefix = tiny.arch, tiny.arch.block_prefix
+    for layer, groups in names.items():
+        for number, group in enumerate(groups):
+            module = prefix(layer) + arch.linears()[group[0]][0]
+            with gating(tiny, plan) as model:
+                size = seen(model, module).abs()
+            norm = torch.ones(size.shape[1])
+            if group[0] in ("o_proj", "down_proj"):
+                norm = tiny.model.get_submodule(module).weight.detach().norm(dim=0)
+            # the quantiles differ, so that no two linears have the same threshold by chance
+            tau = widest_gap((size * norm).reshape(-1, 1), 0.3 + 0.05 * number, 0.4 + 0.05 * number) / norm
+            plan |= {Site(layer, kind=f"linear:{name}"): [Threshold("input", tau, 0.6)] for name in group}
+        if layer in gated:
+            with gating(tiny, plan) as model:
+                mlp = model.get_submodule(arch.ffn_module(layer))
+                scores = act(tiny.model_type, parts(mlp, seen(model, arch.ffn_module(layer)))[0]).detach().abs()
+            plan[Site(layer)] = [Threshold("gate", widest_gap(scores, 1 / 3, 2 / 3), 0.5)]
+    return plan
+
+
+@contextmanager
+def gating(tiny: Tiny, plan: Plan) -> Iterator[torch.nn.Module]:
+    """The torch model with a plan applied."""
+    try:
+        yield apply_plan(tiny.model, plan, tiny.arch, tiny.arch.activation(tiny.config))
+    finally:
+        remove_plan(tiny.model)
+
+
+@torch.no_grad()
+def sparse_logits(tiny: Tiny, plan: Plan, tokens: np.ndarray = TOKENS) -> np.ndarray:
+    with gating(tiny, plan) as model:
+        return model(torch.from_numpy(tokens)).logits.numpy()
 
 
 def library() -> str | None:

@@ -18,16 +18,18 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from gated_torch import BOUND, TOKENS, D, Gated, N, R, Tiny, generate, library, open_tiny, run
+from gated_torch import BOUND, TOKENS, D, Gated, N, R, Tiny, gating, generate, library, linear_plan, open_tiny, run, seen, sparse_logits
 from models import MODEL_TYPES, make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparsegate.converter.arch import Site
 from sparsegate.converter.artifact import InputError
-from sparsegate.converter.onnx_export import METADATA, build_base, check_base, compare_base, find_regions, surgery
+from sparsegate.converter.onnx_export import METADATA, build_base, check_base, compare_base, find_linears, find_regions, surgery
 from sparsegate.converter.onnx_export.emit import EMITTERS
 from sparsegate.converter.plans import KINDS, Plan, Predictor, Threshold, uniform_tau
+from sparsegate.runtime_onnx.library import executor, variants
+from sparsegate.runtime_onnx.ops import sparse_linear
 from sparsegate.runtime_onnx.ops.gated_mlp import Variant
 
 
@@ -205,13 +207,14 @@ def test_open_gates_give_the_dense_model(tiny, tmp_path, model_type):
     assert compare_base(one.export(plan, tmp_path / "out"), one.model, TOKENS) <= BOUND
 
 
-def test_residual_and_biases(tmp_path):
-    """A gated MLP with all three biases, a predictor with a residual."""
+@pytest.mark.parametrize(("kind", "roles"), [("predictor", ("p1", "p2", "res")), ("threshold", ("p1", "res"))])
+def test_residual_and_biases(tmp_path, kind, roles):
+    """A gated MLP with all three biases, and a residual beside a predictor or a threshold on the gate."""
     one = open_tiny("llama", make_model("llama", tmp_path / "model", mlp_bias=True), tmp_path / "base")
-    gated = Gated(one, "predictor", residual=True)
+    gated = Gated(one, kind, residual=True)
     out = one.export(gated.plan, tmp_path / "out")
     names = [Variant.parse(name) for name in json.loads(onnx_metadata(out))]
-    assert [variant.inputs for variant in names] == [("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down", "tau", "p1", "p2", "res")]
+    assert [variant.inputs for variant in names] == [("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down", "tau", *roles)]
     for native in {None, library()}:
         assert np.abs(run(out, native=native) - gated.logits()).max() <= BOUND
         assert np.abs(run(out, native=native) - gated.logits(skip=gated.active_neuron())).max() > BOUND
@@ -285,8 +288,88 @@ def test_two_variants_are_overloads_and_other_sites_stay(tiny, tmp_path):
     assert "/model/layers.0/mlp/down_proj/MatMul" in {node.name for node in onnx.load(half / "model.onnx", load_external_data=False).graph.node}
 
 
+# Linear sites
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_exported_linears_equal_sparse_torch(tiny, tmp_path, model_type):
+    """Layer 0: q, k and v with one threshold and every linear of the network; layer 1: q and v with their own, k left dense, a gated network."""
+    one = tiny(model_type)
+    network = [(name,) for name in ("gate_proj", "up_proj", "down_proj") if name in one.arch.linears()]
+    plan = linear_plan(one, {0: [("q_proj", "k_proj", "v_proj"), ("o_proj",), *network], 1: [("q_proj",), ("v_proj",), ("o_proj",)]}, gated=(1,))
+    out = one.export(plan, tmp_path / "out")
+    expected = sparse_logits(one, plan)
+    assert np.abs(expected - one.model(torch.from_numpy(TOKENS)).logits.detach().numpy()).max() > 0.1  # the gating matters
+    dropped = []
+    for site in (Site(0, kind="linear:down_proj"), Site(1, kind="linear:v_proj")):  # a channel that is often kept, left out besides
+        tau = plan[site][0].tau
+        with gating(one, plan) as model:
+            x = seen(model, one.arch.block_prefix(site.layer) + one.arch.linears()[site.kind.removeprefix("linear:")][0])
+        kept = torch.where(x.abs() > tau, x.abs(), 0).sum(0)
+        channel = kept.argsort()[3 * len(kept) // 4]
+        dropped.append(sparse_logits(one, plan | {site: [Threshold("input", tau.index_fill(0, channel, float("inf")), 0.6)]}))
+    for native in {None, library()}:
+        logits = run(out, native=native)
+        assert np.abs(logits - expected).max() <= BOUND, native
+        assert all(np.abs(logits - other).max() > 10 * BOUND for other in dropped), "a dropped channel must be seen"
+    tokens = generate(out, TOKENS[0, :12], 12)
+    teacher = sparse_logits(one, plan, np.concatenate([TOKENS[0, :12], tokens])[None])[0]
+    predicted = teacher[11 : 11 + len(tokens)]
+    assert (predicted[np.arange(len(tokens)), tokens] >= predicted.max(axis=1) - BOUND).all()
+
+
+def test_file_with_both_ops(tiny, tmp_path):
+    """Names, functions, metadata and weights: qwen2 has biases on q, k and v and none on o."""
+    one = tiny("qwen2")
+    plan = linear_plan(one, {0: [("q_proj", "k_proj", "v_proj"), ("o_proj",)], 1: [("q_proj",), ("v_proj",), ("down_proj",)]}, gated=(0,))
+    out = one.export(plan, tmp_path / "out")
+    proto = onnx.load(out / "model.onnx", load_external_data=False)
+    assert [(f.name, f.overload) for f in proto.functions] == [("GatedMLP", ""), ("SparseLinear", "v0"), ("SparseLinear", "v1")]
+    gate = Variant("silu", "gate", "float", ("w_gate", "w_up", "w_down", "tau"))
+    linears = [sparse_linear.Variant("float", roles) for roles in (("w", "b", "tau"), ("w", "tau"))]
+    assert json.loads(onnx_metadata(out)) == [variant.name for variant in (gate, *linears)]
+    nodes = {node.name: node for node in proto.graph.node}
+    ops = {name: node.overload for name, node in nodes.items() if node.op_type == "SparseLinear"}
+    layer = "/model/layers.{}/{}/SparseLinear".format
+    expected = {layer(0, "attn/qkv_proj"): "v0", layer(0, "attn/o_proj"): "v1", layer(1, "attn/q_proj"): "v0", layer(1, "attn/v_proj"): "v0"}
+    assert ops == expected | {layer(1, "mlp/down_proj"): "v1"}
+    join = nodes["/model/layers.1/attn/Concat"]
+    assert list(join.input) == [f"/model/layers.1/attn/{name}_proj/output_0" for name in "qkv"]
+    assert nodes["/model/layers.1/attn/k_proj/Add"].output[0] == join.input[1]
+    assert nodes["/model/layers.1/attn/GroupQueryAttention"].input[0] == join.output[0]
+    shapes = {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in proto.graph.value_info}
+    assert [shapes[name][2] for name in (*join.input, join.output[0])] == [D, D // 2, D // 2, 2 * D]
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor, str(out)) for tensor in proto.graph.initializer}
+    weights = load_file(one.checkpoint / "model.safetensors")
+    attention = "model.layers.{}.self_attn.".format
+    packed = [weights[attention(0) + f"{name}_proj.weight"].T for name in "qkv"]
+    assert np.array_equal(stored[attention(0) + "qkv_proj.SparseLinear.w"], np.concatenate(packed, axis=1))
+    for name, w, b in (("q", "SparseLinear.w", "SparseLinear.b"), ("k", "MatMul.weight", "Add.bias"), ("v", "SparseLinear.w", "SparseLinear.b")):
+        assert np.array_equal(stored[f"{attention(1)}{name}_proj.{w}"], weights[f"{attention(1)}{name}_proj.weight"].T)
+        assert np.array_equal(stored[f"{attention(1)}{name}_proj.{b}"], weights[f"{attention(1)}{name}_proj.bias"])
+    assert np.array_equal(stored["model.layers.1.mlp.down_proj.SparseLinear.w"], weights["model.layers.1.mlp.down_proj.weight"].T)
+    assert not any(".attn.qkv_proj." in name for name in stored), "the packed weights are gone"
+    assert executor(out).kernel and len(variants(out)) == 3
+
+
+def test_network_gated_as_a_whole_excludes_its_linears(tiny, tmp_path):
+    plan: Plan = {Site(0): [Threshold("gate", uniform_tau(0.1, N), 0.5)], Site(0, kind="linear:up_proj"): [Threshold("input", uniform_tau(0.1, D), 0.5)]}
+    with pytest.raises(InputError, match="must exclude the linear sites inside it, got up_proj"):
+        tiny("llama").export(plan, tmp_path / "out")
+
+
+def test_packed_weight_under_another_name_is_refused(tiny):
+    one, (model, nodes) = tiny("llama"), llama_graph(tiny)
+    nodes["/model/layers.1/attn/qkv_proj/MatMul"].inputs[1].name = "elsewhere"
+    with pytest.raises(InputError, match=r"Layer 1 .* model.layers.1.attn.qkv_proj.MatMul.weight, got none"):
+        find_linears(model.graph, one.arch, one.config, 1, {"k_proj": np.zeros(D, np.float32)})
+
+
 def test_every_plan_kind_has_an_emitter():
     assert set(EMITTERS) == set(KINDS)
+
+
+Q = Site(0, kind="linear:q_proj")
 
 
 class Unknown:
@@ -300,12 +383,17 @@ class Unknown:
         (Site(0), [Unknown()], "kind threshold or predictor to be exported, got swap"),
         (Site(0), [], "got none"),
         (Site(0), [Threshold("gate", uniform_tau(0.1, N), 0.5)] * 2, "one entry"),
-        (Site(0), [Threshold("magnitude", uniform_tau(0.1, N), 0.5)], "score must be gate for the ONNX op, got magnitude"),
+        (Site(0), [Threshold("magnitude", uniform_tau(0.1, N), 0.5)], "score must be gate or input to be exported, got magnitude"),
         (Site(0), [Threshold("gate", uniform_tau(0.1, N - 1), 0.5)], r"tau must have shape \[176\], got \[175\]"),
         (Site(0), [Threshold("gate", uniform_tau(float("nan"), N), 0.5)], "got NaN"),
         (Site(0), [Predictor(torch.zeros(R, D), torch.zeros(R, N), uniform_tau(0.1, N), 0.5)], r"p2 must have shape \[176, 8\]"),
-        (Site(2), [Threshold("gate", uniform_tau(0.1, N), 0.5)], "layers.0.ffn to layers.1.ffn, got layers.2.ffn"),
+        (Site(2), [Threshold("gate", uniform_tau(0.1, N), 0.5)], "sites of layers.0 to layers.1, got layers.2.ffn"),
         (Site(0, 3), [Threshold("gate", uniform_tau(0.1, N), 0.5)], "got layers.0.experts.3.ffn"),
+        (Site(0, kind="attn"), [Threshold("gate", uniform_tau(0.1, 4), 0.5)], "got layers.0.attn"),
+        (Q, [Threshold("input", uniform_tau(0.1, D + 1), 0.5)], r"tau must have shape \[64\], got \[65\]"),
+        (Q, [Threshold("gate", uniform_tau(0.1, D), 0.5)], "score of layers.0.linear.q_proj must be input"),
+        (Site(0), [Threshold("input", uniform_tau(0.1, N), 0.5)], "score of layers.0.ffn must be of neurons"),
+        (Site(2, kind="linear:q_proj"), [Threshold("input", uniform_tau(0.1, D), 0.5)], "got layers.2.linear.q_proj"),
     ],
 )
 def test_bad_plans_are_refused(tiny, tmp_path, site, entries, match):

@@ -51,9 +51,7 @@ def checked(variant: Variant, x: np.ndarray, tensors: dict[str, np.ndarray], y: 
 # variants
 
 
-@given(
-    st.sampled_from(WEIGHTS), st.sets(st.sampled_from(ROLES), min_size=1), st.sampled_from((*FLOATS, "float64", "int8")), st.sampled_from((*FLOATS, "int8"))
-)
+@given(st.sampled_from(WEIGHTS), st.sets(st.sampled_from(ROLES), min_size=1), st.sampled_from((*FLOATS, "float64", "int8")), st.sampled_from((*FLOATS, "int8")))
 @settings(max_examples=300, deadline=None)
 def test_grammar_is_one_in_python_and_in_the_library(weights: str, roles: set[str], x: str, w: str) -> None:
     """A combination either makes a variant, whose name `parse` inverts and the library knows, or neither knows it."""
