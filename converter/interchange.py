@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .arch import Site
-from .artifact import InputError, atomic_folder, read_json, write_json
+from .artifact import InputError, atomic_folder, hash_file, hash_json, read_json, write_json
 from .blocks import block_calls, embed, empty_model, filled
 from .plans import Plan, Predictor
 from .source import Source, first_line
@@ -98,6 +98,14 @@ def imported_plan(source: Source, config: Config) -> Plan:
     if tap not in ("input", "residual"):
         raise InputError(f"tap must be input or residual, got {tap!r} in {folder / CONFIG}. Mend the file.")
     return _plan(source, found, config.form, tap, _number(threshold, folder), keep_equal=True)
+
+
+def fingerprint(config: Config) -> str | None:
+    """Sha256 (hex) over the files in `config.folder` that decide the plan; None beside the weights, which the model's own fingerprint covers."""
+    if config.folder is None:
+        return None
+    paths = [path for path in sorted(Path(config.folder).glob("*")) if path.name == CONFIG or _FILE.fullmatch(path.name)]
+    return hash_json({path.name: hash_file(path) for path in paths})
 
 
 def predictors_beside(source: Source, config: Config | None = None) -> Plan:

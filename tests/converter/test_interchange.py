@@ -28,6 +28,7 @@ from sparsegate.converter.data import make_batches
 from sparsegate.converter.interchange import (
     Config,
     export_predictors,
+    fingerprint,
     imported_plan,
     measured,
     predictors_beside,
@@ -369,6 +370,18 @@ def test_bad_folders_are_refused(spoil: Callable[[Path], Any], message: str, sou
     with pytest.raises(InputError, match=re.escape(message)) as error:
         imported_plan(source, Config(folder=str(folder)))
     assert "\n" not in str(error.value)
+
+
+def test_fingerprint_covers_what_decides(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "p")
+    config = Config(folder=str(folder))
+    first = fingerprint(config)
+    (folder / "README.md").write_text("any")
+    assert fingerprint(config) == first and fingerprint(Config()) is None
+    (folder / "config.json").write_text("{}")
+    second = fingerprint(config)
+    save_file(make_tensors_of(0), folder / "model_1.safetensors")
+    assert len({first, second, fingerprint(config)}) == 3
 
 
 def test_no_folder_is_refused(source: Source, tmp_path: Path) -> None:
