@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def _on_device(entry: Entry, device: torch.device, dtype: torch.dtype) -> Entry:
     if entry.tau.device == device and entry.tau.dtype == dtype:
         return entry
     moved = {name: t.to(device, dtype) for name, t in vars(entry).items() if isinstance(t, Tensor)}
-    return type(entry)(**(vars(entry) | moved))
+    return replace(entry, **moved)
 
 
 class _Gated:
