@@ -1,9 +1,11 @@
-"""Times one GatedMLP op with its predictor against the dense MLP in ONNX Runtime on the CPU, and writes a JSON file and a table made from it.
+"""Times one op against the dense computation in ONNX Runtime on the CPU, and writes a JSON file and a table made from it.
 
     python tests/bench/op_speed.py --out tests/bench/results/op_cpu.json
+    python tests/bench/op_speed.py --op SparseLinear --n 2048 --out tests/bench/results/linear_cpu.json
 
-One token, cold weights (a buffer larger than the caches is read before every timed call), a new random selection at every call (a new x: the predictor
-itself selects), dense and sparse back to back. A pair counts only if the process's threads waited less than 5 % of both calls for a CPU.
+GatedMLP with its predictor stands against the dense MLP, SparseLinear against one MatMul [d, n]. One token, cold weights (a buffer larger than the caches is
+read before every timed call), a new random selection at every call (a new x: the op itself selects), dense and sparse back to back. A pair counts only
+if the process's threads waited less than 5 % of both calls for a CPU.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ import onnxruntime as ort
 from onnx import helper, numpy_helper
 
 from sparsegate.runtime_onnx import library
-from sparsegate.runtime_onnx.ops import gated_mlp
-from sparsegate.runtime_onnx.ops.gated_mlp import DOMAIN, NAME, ROLES, Variant
+from sparsegate.runtime_onnx.ops import gated_mlp, sparse_linear
+
+DOMAIN = gated_mlp.DOMAIN
 
 COLD_BYTES = 128 << 20
 MAX_WAIT = 0.05  # share of a call's wall time
@@ -58,10 +61,12 @@ FORMATS = {
 }
 
 
-def save(folder: Path, name: str, nodes: list[onnx.NodeProto], tensors: dict[str, np.ndarray], d: int) -> Path:
-    """Writes a model x [1, d] -> y [1, d] with its weights in an external file, which ORT maps."""
-    shape = [1, d]
-    io = [helper.make_tensor_value_info(v, onnx.TensorProto.FLOAT, shape) for v in ("x", "y")]
+OPS = {gated_mlp.NAME: list(FORMATS), sparse_linear.NAME: [name for name in FORMATS if "predictor" not in name]}
+
+
+def save(folder: Path, name: str, nodes: list[onnx.NodeProto], tensors: dict[str, np.ndarray], d: int, out: int) -> Path:
+    """Writes a model x [1, d] -> y [1, out] with its weights in an external file, which ORT maps."""
+    io = [helper.make_tensor_value_info(v, onnx.TensorProto.FLOAT, [1, width]) for v, width in (("x", d), ("y", out))]
     graph = helper.make_graph(nodes, name, io[:1], io[1:], [numpy_helper.from_array(a, k) for k, a in tensors.items()])
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1), helper.make_opsetid("com.microsoft", 1)]
     path = folder / f"{name}.onnx"
@@ -69,48 +74,106 @@ def save(folder: Path, name: str, nodes: list[onnx.NodeProto], tensors: dict[str
     return path
 
 
-def dense_model(folder: Path, kind: str, weights: dict[str, np.ndarray], d: int, n: int) -> Path:
-    """The MLP in ORT's own ops: MatMul, Sigmoid, Mul, or MatMulNBits with 8 bits."""
-    tensors, nodes = {}, []
+class Dense:
+    """A graph of dense products in ORT's own ops: MatMul, or MatMulNBits with 8 bits."""
 
-    def product(role: str, x: str, out: str, matrix: np.ndarray) -> None:
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.tensors: dict[str, np.ndarray] = {}
+        self.nodes: list[onnx.NodeProto] = []
+
+    def product(self, role: str, x: str, out: str, matrix: np.ndarray) -> None:
         """out = x @ matrix [k, m]."""
-        if kind == "fp32":
-            tensors[role] = np.ascontiguousarray(matrix)
-            nodes.append(helper.make_node("MatMul", [x, role], [out]))
+        if self.kind == "fp32":
+            self.tensors[role] = np.ascontiguousarray(matrix)
+            self.nodes.append(helper.make_node("MatMul", [x, role], [out]))
             return
         k, m = matrix.shape
         blocks = np.ascontiguousarray(matrix.T).reshape(m, k // 32, 32)
         scale = np.abs(blocks).max(2) / 127
-        tensors[role] = np.clip(np.rint(blocks / scale[..., None]) + 128, 0, 255).astype(np.uint8)
-        tensors[f"{role}_scale"] = scale.astype(np.float32)
+        self.tensors[role] = np.clip(np.rint(blocks / scale[..., None]) + 128, 0, 255).astype(np.uint8)
+        self.tensors[f"{role}_scale"] = scale.astype(np.float32)
         attributes = {"K": k, "N": m, "bits": 8, "block_size": 32, "accuracy_level": 4}
-        nodes.append(helper.make_node("MatMulNBits", [x, role, f"{role}_scale"], [out], domain="com.microsoft", **attributes))
+        self.nodes.append(helper.make_node("MatMulNBits", [x, role, f"{role}_scale"], [out], domain="com.microsoft", **attributes))
 
-    product("w_gate", "x", "gate", weights["w_gate"].T)
-    product("w_up", "x", "up", weights["w_up"].T)
-    nodes += [helper.make_node("Sigmoid", ["gate"], ["s"]), helper.make_node("Mul", ["gate", "s"], ["act"]), helper.make_node("Mul", ["act", "up"], ["z"])]
-    product("w_down", "z", "y", weights["w_down"])
-    return save(folder, f"dense_{kind[:4]}", nodes, tensors, d)
+    def save(self, folder: Path, d: int, out: int) -> Path:
+        return save(folder, f"dense_{self.kind[:4]}", self.nodes, self.tensors, d, out)
 
 
-def sparse_model(folder: Path, form: Format, weights: dict[str, np.ndarray], tau: np.ndarray, d: int) -> tuple[Path, Variant, dict[str, np.ndarray]]:
-    """One GatedMLP node, silu, score predictor."""
-    tensors: dict[str, np.ndarray] = {"tau": tau}
-    for role in ("w_gate", "w_up", "w_down"):
-        if form.weights == "float":
-            tensors[role] = weights[role].astype(form.w)
-        else:
-            scale = np.abs(weights[role]).max(1) / 127
-            tensors[role] = np.rint(weights[role] / scale[:, None]).astype(np.int8)
-            tensors["s" + role[1:]] = scale.astype(np.float32)
-    for role in ("p1", "p2"):
-        tensors[role] = weights[role].astype(form.p)
-    roles = tuple(role for role in ROLES if role in tensors)
-    variant = Variant("silu", "predictor", form.weights, roles, w=form.w, p=form.p)
-    node = helper.make_node(NAME, ["x", *roles], ["y"], domain=DOMAIN)
+@dataclass(frozen=True)
+class Case:
+    """One op beside its dense counterpart: model files, inputs [256, 1, d], realised selection [256, units], fp64 y of the first input, bytes of a token."""
+
+    dense: Path
+    sparse: Path
+    variant: str
+    xs: np.ndarray
+    keep: np.ndarray
+    expected: np.ndarray
+    bytes: float
+
+
+def quantised(form: Format, role: str, matrix: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors of a weight in a format, by role."""
+    if form.weights == "float":
+        return {role: matrix.astype(form.w)}
+    scale = np.abs(matrix).max(1) / 127
+    return {role: np.rint(matrix / scale[:, None]).astype(np.int8), f"s{role[1:]}" if role != "w" else "s_w": scale.astype(np.float32)}
+
+
+def cuts(score: np.ndarray, density: float) -> np.ndarray:
+    """Thresholds [units] that keep this share of scores [N, units]."""
+    ranked = np.sort(score, axis=0)
+    cut = round((1 - density) * len(score))
+    return ((ranked[cut - 1] + ranked[cut]) / 2).astype(np.float32) if cut else np.full(score.shape[1], -1e30, np.float32)
+
+
+def node_model(folder: Path, op: str, variant: gated_mlp.Variant | sparse_linear.Variant, tensors: dict[str, np.ndarray], d: int, out: int) -> Path:
+    node = helper.make_node(op, ["x", *variant.inputs], ["y"], domain=DOMAIN)
     node.attribute.extend(helper.make_attribute(k, v) for k, v in variant.attributes().items())
-    return save(folder, "sparse", [node], tensors, d), variant, tensors
+    return save(folder, "sparse", [node], tensors, d, out)
+
+
+def mlp_case(form: Format, density: float, xs: np.ndarray, folder: Path, args: argparse.Namespace) -> Case:
+    """GatedMLP, silu, score predictor, n neurons over d channels."""
+    d, n, r = args.d, args.n, args.r
+    rng = np.random.default_rng(SEED)
+    shapes = {"w_gate": (n, d), "w_up": (n, d), "w_down": (n, d), "p1": (r, d), "p2": (n, r)}
+    weights = {role: rng.standard_normal(shape, dtype=np.float32) / shape[1] ** 0.5 for role, shape in shapes.items()}
+    weights["p2"] -= weights["p2"].mean(1, keepdims=True)  # relu(P1 x) has a mean: without this two selections would overlap
+    dense = Dense(form.dense)
+    dense.product("w_gate", "x", "gate", weights["w_gate"].T)
+    dense.product("w_up", "x", "up", weights["w_up"].T)
+    for op, given, out in (("Sigmoid", ["gate"], "s"), ("Mul", ["gate", "s"], "act"), ("Mul", ["act", "up"], "z")):
+        dense.nodes.append(helper.make_node(op, given, [out]))
+    dense.product("w_down", "z", "y", weights["w_down"])
+    tensors: dict[str, np.ndarray] = {role: weights[role].astype(form.p) for role in ("p1", "p2")}
+    for role in ("w_gate", "w_up", "w_down"):
+        tensors |= quantised(form, role, weights[role])
+    hidden = np.maximum(xs[:, 0] @ tensors["p1"].astype(np.float32).T, 0)
+    score = hidden @ tensors["p2"].astype(np.float32).T
+    tensors["tau"] = cuts(score, density)
+    keep = score > tensors["tau"]
+    variant = gated_mlp.Variant("silu", "predictor", form.weights, tuple(role for role in gated_mlp.ROLES if role in tensors), w=form.w, p=form.p)
+    expected, read = gated_mlp.reference(variant, xs[0], tensors), gated_mlp.traffic(variant, d, n, r, float(keep.mean()))
+    return Case(dense.save(folder, d, d), node_model(folder, gated_mlp.NAME, variant, tensors, d, d), variant.name, xs, keep, expected, read)
+
+
+def linear_case(form: Format, density: float, xs: np.ndarray, folder: Path, args: argparse.Namespace) -> Case:
+    """SparseLinear, d input channels, n outputs."""
+    d, n = args.d, args.n
+    weight = np.random.default_rng(SEED).standard_normal((d, n), dtype=np.float32) / d**0.5
+    dense = Dense(form.dense)
+    dense.product("w", "x", "y", weight)
+    score = np.abs(xs[:, 0])
+    tensors = quantised(form, "w", weight) | {"tau": cuts(score, density)}
+    keep = score > tensors["tau"]
+    variant = sparse_linear.Variant(form.weights, tuple(role for role in sparse_linear.ROLES if role in tensors), w=form.w)
+    expected, read = sparse_linear.reference(variant, xs[0], tensors), sparse_linear.traffic(variant, d, n, float(keep.mean()))
+    return Case(dense.save(folder, d, n), node_model(folder, sparse_linear.NAME, variant, tensors, d, n), variant.name, xs, keep, expected, read)
+
+
+CASES = {gated_mlp.NAME: mlp_case, sparse_linear.NAME: linear_case}
 
 
 def session(path: Path, threads: int) -> ort.InferenceSession:
@@ -155,22 +218,14 @@ def timed(run: ort.InferenceSession, x: np.ndarray, stream: Stream) -> tuple[flo
     return seconds, bandwidth, waited() - before < MAX_WAIT * seconds * 1e9
 
 
-def measure(form: Format, density: float, weights: dict[str, np.ndarray], folder: Path, args: argparse.Namespace) -> dict:
+def measure(form: Format, density: float, folder: Path, args: argparse.Namespace) -> dict:
     """One row: medians over clean pairs."""
-    d, n, r = args.d, args.n, args.r
-    rng = np.random.default_rng(SEED)
-    xs = rng.standard_normal((256, 1, d), dtype=np.float32)
-    hidden = np.maximum(xs[:, 0] @ weights["p1"].astype(form.p).astype(np.float32).T, 0)
-    score = hidden @ weights["p2"].astype(form.p).astype(np.float32).T
-    ranked = np.sort(score, axis=0)
-    cut = round((1 - density) * len(xs))
-    tau = ((ranked[cut - 1] + ranked[cut]) / 2).astype(np.float32) if cut else np.full(n, -1e30, np.float32)
-    kept = (score > tau).mean(1)
-    overlap = (score[0] > tau)[score[1] > tau].mean() if density < 1 else 1.0
-    path, variant, tensors = sparse_model(folder, form, weights, tau, d)
-    dense, sparse = session(dense_model(folder, form.dense, weights, d, n), args.threads), session(path, args.threads)
-    y, reference = sparse.run(None, {"x": xs[0]})[0], gated_mlp.reference(variant, xs[0], tensors)
-    error = float(((y - reference) ** 2).sum() / (reference**2).sum())
+    xs = np.random.default_rng(SEED + 1).standard_normal((256, 1, args.d), dtype=np.float32)
+    case = CASES[args.op](form, density, xs, folder, args)
+    overlap = case.keep[0][case.keep[1]].mean() if density < 1 else 1.0
+    dense, sparse = session(case.dense, args.threads), session(case.sparse, args.threads)
+    y = sparse.run(None, {"x": xs[0]})[0]
+    error = float(((y - case.expected) ** 2).sum() / (case.expected**2).sum())
     bound = gated_mlp.BOUNDS["float32" if form.weights == "float" else form.weights]
     if not error < bound:
         raise SystemExit(f"NMSE of {form.name} must be below {bound}, got {error}. Fix the kernel before timing it.")
@@ -194,11 +249,10 @@ def measure(form: Format, density: float, weights: dict[str, np.ndarray], folder
     bandwidth = float(np.median(streams))
     ratios = np.array([a / b for a, b in pairs])
     sparse_ms = float(np.median([b for _, b in pairs])) * 1e3
-    read = gated_mlp.traffic(variant, d, n, r, float(kept.mean()))
     return {
         "format": form.name,
-        "variant": variant.name,
-        "density": round(float(kept.mean()), 4),
+        "variant": case.variant,
+        "density": round(float(case.keep.mean()), 4),
         "overlap_of_two_selections": round(float(overlap), 3),
         "dense": f"ONNX Runtime {form.dense}",
         "dense_ms": round(float(np.median([a for a, _ in pairs])) * 1e3, 3),
@@ -207,10 +261,10 @@ def measure(form: Format, density: float, weights: dict[str, np.ndarray], folder
         "ratio_quartiles": [round(float(q), 3) for q in np.quantile(ratios, [0.25, 0.75])],
         "pairs": len(pairs),
         "pairs_dropped": dropped,
-        "bytes": int(read),
-        "gb_per_s": round(read / sparse_ms / 1e6, 2),
+        "bytes": int(case.bytes),
+        "gb_per_s": round(case.bytes / sparse_ms / 1e6, 2),
         "stream_gb_per_s": round(bandwidth, 2),
-        "share_of_stream": round(read / sparse_ms / 1e6 / bandwidth, 3),
+        "share_of_stream": round(case.bytes / sparse_ms / 1e6 / bandwidth, 3),
         "nmse": error,
     }
 
@@ -224,9 +278,10 @@ def machine() -> str:
 
 def table(result: dict) -> str:
     """Markdown table of a result."""
-    shape = f"d = {result['d']}, n = {result['n']}, predictor rank {result['r']}, one token, {result['threads']} threads, cold weights"
+    rank = f", predictor rank {result['r']}" if result["op"] == gated_mlp.NAME else ""
+    shape = f"d = {result['d']}, n = {result['n']}{rank}, one token, {result['threads']} threads, cold weights"
     lines = [
-        f"GatedMLP on the CPU: {shape}; {result['machine']}, {result['isa']} kernels, ONNX Runtime {result['onnxruntime']}, commit {result['commit']}.",
+        f"{result['op']} on the CPU: {shape}; {result['machine']}, {result['isa']} kernels, ONNX Runtime {result['onnxruntime']}, commit {result['commit']}.",
         "",
         "| weights | density | dense baseline | dense ms | sparse ms | speed against dense (quartiles) | GB/s | share of stream |",
         "|---|---|---|---|---|---|---|---|",
@@ -247,16 +302,13 @@ def main() -> None:
         parser.add_argument(flag, type=int, default=default)
     # patience: seconds per row in which enough clean pairs must come together
     parser.add_argument("--density", type=float, nargs="+", default=[1.0, 0.5, 0.2, 0.1, 0.05])
-    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
+    parser.add_argument("--op", choices=list(OPS), default=gated_mlp.NAME)
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), help="all that the op has, unless given")
     parser.add_argument("--out", type=Path, help="JSON file; the table goes beside it with suffix .md")
     args = parser.parse_args()
-    rng = np.random.default_rng(SEED)
-    shapes = {"w_gate": (args.n, args.d), "w_up": (args.n, args.d), "w_down": (args.n, args.d), "p1": (args.r, args.d), "p2": (args.n, args.r)}
-    weights = {role: rng.standard_normal(shape, dtype=np.float32) / shape[1] ** 0.5 for role, shape in shapes.items()}
-    weights["p2"] -= weights["p2"].mean(1, keepdims=True)  # relu(P1 x) has a mean: without this two selections would overlap
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     result = {
-        "op": NAME,
+        "op": args.op,
         **{key: getattr(args, key) for key in ("d", "n", "r", "threads")},
         "machine": machine(),
         "isa": library.isa(),
@@ -268,10 +320,10 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "rows": [],
     }
-    for name in args.formats:
+    for name in args.formats or OPS[args.op]:
         for density in args.density:
             with tempfile.TemporaryDirectory() as folder:
-                row = measure(FORMATS[name], density, weights, Path(folder), args)
+                row = measure(FORMATS[name], density, Path(folder), args)
             result["rows"].append(row)
             print(json.dumps({k: row[k] for k in ("format", "density", "dense_ms", "sparse_ms", "ratio", "pairs", "gb_per_s", "stream_gb_per_s")}), flush=True)
     text = table(result)
