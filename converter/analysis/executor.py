@@ -84,35 +84,44 @@ class _Tally:
     weight: dict[Site, int] = field(default_factory=dict)
 
 
-class _Masks:
-    """What one setting keeps at every site of one group of windows, counted as it is asked."""
+class Choice:
+    """A setting's selector with its thresholds: scores to masks."""
 
-    def __init__(self, model: Any, arch: Arch, setting: Setting, tau: Mapping[Site, float], dense: Dense, where: Tensor, tally: _Tally) -> None:
-        self.setting, self.tau, self.where, self.tally, self.moments = setting, tau, where, tally, dense.moments
-        self.hidden, self.kv_heads = arch.size(model.config, "hidden"), int(getattr(model.config, arch.attn.kv_heads.config))
-        self.matrices = 2 if arch.ffn.kind == "plain" else 3
-        self.fixed = self._choose(dense.scores(setting)) if setting.source == "dense" else None
+    def __init__(self, setting: Setting, tau: Mapping[Site, float]) -> None:
+        self.setting, self.tau = setting, tau
 
-    def see(self, site: Site, fields: Fields) -> Tensor:
-        """The units that stay at a site [B, S, n]; all of them at positions that are not masked."""
-        keep = self.fixed[site] if self.fixed is not None else self._select(site, score_site(self.setting.score, site, fields, self.moments))
-        where = self.where.to(keep.device)
-        self._count(site, keep[where], fields)
-        return keep | ~where.unsqueeze(-1)
-
-    def _choose(self, scores: dict[Site, Tensor]) -> dict[Site, Tensor]:
+    def all(self, scores: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+        """The units that stay at every site, {site: [B, S, n] bool}."""
         if self.setting.selector != "global_pool":
-            return {site: self._select(site, values) for site, values in scores.items()}
+            return {site: self.one(site, values) for site, values in scores.items()}
         pools = [{site: values for site, values in scores.items() if site.kind.partition(":")[0] == kind} for kind in self.setting.kinds]
         return {site: keep for pool in pools for site, keep in global_pool(pool, self.setting.density, self.setting.floor).items()}
 
-    def _select(self, site: Site, scores: Tensor) -> Tensor:
+    def one(self, site: Site, scores: Tensor) -> Tensor:
+        """The units that stay at one site by its own scores alone."""
         selector, density = self.setting.selector, self.setting.density
         if selector == "threshold":
             return threshold(scores, self.tau[site])
         if selector == "paper_cut":
             return paper_cut(scores, round(1 - density, 9))  # .9999999 of a unit must not be one less
         return nonzero(scores) if selector == "nonzero" else top_k(scores, density)
+
+
+class _Masks:
+    """What one setting keeps at every site of one group of windows, counted as it is asked."""
+
+    def __init__(self, model: Any, arch: Arch, setting: Setting, tau: Mapping[Site, float], dense: Dense, where: Tensor, tally: _Tally) -> None:
+        self.choice, self.where, self.tally, self.moments = Choice(setting, tau), where, tally, dense.moments
+        self.hidden, self.kv_heads = arch.size(model.config, "hidden"), int(getattr(model.config, arch.attn.kv_heads.config))
+        self.matrices = 2 if arch.ffn.kind == "plain" else 3
+        self.fixed = self.choice.all(dense.scores(setting)) if setting.source == "dense" else None
+
+    def see(self, site: Site, fields: Fields) -> Tensor:
+        """The units that stay at a site [B, S, n]; all of them at positions that are not masked."""
+        keep = self.fixed[site] if self.fixed is not None else self.choice.one(site, score_site(self.choice.setting.score, site, fields, self.moments))
+        where = self.where.to(keep.device)
+        self._count(site, keep[where], fields)
+        return keep | ~where.unsqueeze(-1)
 
     def _count(self, site: Site, stays: Tensor, fields: Fields) -> None:
         tally = self.tally
@@ -149,7 +158,7 @@ def _outcome(setting: Setting, tally: _Tally) -> Outcome:
     phase = load_score(setting.score).PHASE
     nll_dense, nll, kl, agreement, second = (tally.quality / tally.tokens).tolist()
     return Outcome(
-        setting=setting, phase=phase, masks=setting.source, oracle=phase == "oracle", tokens=tally.tokens,
+        setting=setting, phase=phase, masks=setting.source, oracle=phase in ("oracle", "post"), tokens=tally.tokens,
         nll_dense=nll_dense, nll=nll, kl=kl, agreement=agreement, second_choice=second,
         density=density, density_all={kind: 1 - share * (1 - value) for kind, value in density.items()},
         sparsity=1 - kept / total, sparsity_all=share * (1 - kept / total),

@@ -48,7 +48,7 @@ class Outcome:
     sparse positions, `density_all` the same with dense positions (prefill) counted as whole; `sparsity` and `sparsity_all` weigh every site by its
     parameters, biases left out: m d for a neuron, 2 d d_h for a head, 2 d d_h for a key-value group, which stays while any of its heads does (the masked run
     still computes its keys and values, since later tokens attend to them), d_out for an input channel. `sites` is the density of every site. `masks` says
-    whether they came from dense or own activations; an `oracle` is no method's result.
+    whether they came from dense or own activations. An `oracle` is no method's result: its score sees a label, or every activation that it chooses from (post).
     """
 
     setting: Setting
