@@ -7,7 +7,7 @@ counted, not compared) because rounding may flip it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class Totals:
     """Sums over the positions compared so far, in fp64: NLL of dense p and of sparse q, KL(p || q), equal argmax."""
 
     tokens: int = 0
-    sums: Tensor | float = 0.0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
 
     def add(self, p: Tensor, q: Tensor, target: Tensor) -> None:
         """Compare log-probabilities p and q [..., V] of `target` [...]."""
@@ -125,7 +125,7 @@ class Totals:
 
     def means(self) -> tuple[float, float, float, float]:
         """NLL of p, NLL of q and KL in nats per token, and the share of equal argmax. Raises InputError when nothing was compared."""
-        if not isinstance(self.sums, Tensor):
+        if not self.tokens:
             raise InputError("Held-out text must hold a window of two tokens or more, got none. Give more text.")
         nll_dense, nll, kl, agreement = (self.sums / self.tokens).tolist()
         return nll_dense, nll, kl, agreement

@@ -17,7 +17,8 @@ from models import make_model
 from small_recipe import WITHOUT_SPEED, Done, call_cli, run_cli, small_recipe
 
 import sparsegate.runtime_onnx as runtime
-from sparsegate.converter import conversion, diagnosis, hub
+from sparsegate.converter import conversion, diagnosis, evaluation, hub
+from sparsegate.converter import report as reporting
 from sparsegate.converter.cli import VERBS, main
 
 TINY = 16  # of bench: tokens of the prompt and new ones fit the tiny models
@@ -60,7 +61,9 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, str], set[str]]] = {
     "inspect": (import_module("sparsegate.converter.inspection").inspect, {}, {"json"}),
     "generate": (runtime.generate, {"model": "path", "body": "library"}, set()),
     "verify": (conversion.verify, {}, {"json"}),
+    "eval": (evaluation.evaluate, {}, {"json"}),
     "bench": (import_module("sparsegate.runtime_onnx.bench").bench, {}, {"json", "output"}),
+    "report": (reporting.make_report, {}, set()),
     "push": (hub.push, {"repository": "repo_id", "public": "private"}, set()),
     "link": (runtime.link, {}, set()),
     "unlink": (runtime.unlink, {}, set()),
@@ -228,6 +231,11 @@ def test_wrong_usage_is_status_2(words: list[str], call: Callable[..., Done]) ->
         (["generate", "TMP", "x"], "The model must be an ONNX folder"),
         (["verify", "./nothing"], "DIR must be a sparse checkpoint"),
         (["verify", "MODEL"], "manifest.json"),
+        (["eval", "./nothing"], "DIR must be a sparse checkpoint"),
+        (["eval", "TMP"], "manifest.json"),
+        (["eval", "TMP", "--windows", "0"], "windows must be at least 1, got 0"),
+        (["report", "./nothing"], "DIR must be a sparse checkpoint"),
+        (["report", "MODEL"], "manifest.json"),
         (["bench", "./nothing", "TMP"], "The model must be an ONNX folder"),
         (["bench", "TMP", "TMP", "--pairs", "0"], "pairs must be at least 1"),
         (["push", "TMP", "a/b"], "manifest.json"),

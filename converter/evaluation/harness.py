@@ -131,9 +131,12 @@ def score_continuation(forward: Any, context: list[int], continuation: list[int]
 
 
 def _backend() -> Any:
+    found = "none"
     try:
+        import_module("lm_eval")
+        found = "one without its onnxruntime-genai backend"
         return import_module(_BACKEND).ONNXRuntimeGenAILM
     except ModuleNotFoundError as error:
-        missing = str(error.name)
-        found = "none" if missing == "lm_eval" else "an older one" if missing.startswith("lm_eval.") else f"one without {missing}"
+        if not str(error.name).startswith("lm_eval"):
+            found = f"one without {error.name}"
         raise InputError(f'--lm-eval must have lm-eval 0.4.13 or later, got {found}. Run pip install "sparsegate[eval]".') from None

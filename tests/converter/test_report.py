@@ -172,7 +172,7 @@ def test_everything_made_from_a_report_is_written(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     reporting.write_report(tmp_path / "out", make_report(machine=reporting.this_machine().model_dump()), reporting.read_base_card(base, "org/base-1B"))
     names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert names == {"README.md", "LICENSE", "report/report.json", "report/layers.png"}
+    assert names == {"README.md", "LICENSE", "report/report.json", "report/layers.png", "report/index.html"}
     assert "(report/layers.png)" in (tmp_path / "out" / "README.md").read_text()
     assert reporting.this_machine().cores >= 1 and "torch" in reporting.installed_versions()
 
