@@ -23,11 +23,26 @@ class Calibration(_Strict):
     length: int = Field(default=256, ge=16)
 
 
+class Tune(_Strict):
+    """Training end to end of what a method selects by: `steps` per density of `windows` windows, at peak `rate`; `local` weighs the lost energy of each
+    layer's output against the divergence from the dense model; `precision` is that of the passes through the model (auto: bf16 where the machine multiplies it
+    natively); `data` windows are trained on at most.
+    """
+
+    steps: int = Field(default=1000, ge=1)
+    windows: int = Field(default=2, ge=1)
+    rate: float = Field(default=4e-3, gt=0)
+    local: float = Field(default=1.0, ge=0)
+    data: int = Field(default=1024, ge=4)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
 class Stage(_Strict):
     """One method and its configuration; `auto` tries every method and keeps the one nearest to the dense model."""
 
     method: str = "auto"
     config: dict[str, Any] = {}
+    tune: Tune | None = None
 
 
 class Budget(_Strict):

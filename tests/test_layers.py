@@ -19,6 +19,7 @@ LEVELS = (
     {"methods"},
     {"checkpoint", "writer", "reference", "onnx_export", "attribution"},
     {"training", "analysis", "interchange"},
+    {"end_to_end"},
     {"planning", "verification", "report", "hub", "budget"},
     {"schedule", "evaluation"},
     {"conversion", "candidates", "inspection", "diagnosis", "root"},

@@ -1,0 +1,322 @@
+"""Predictors and thresholds trained end to end: all layers jointly against the dense model's own distribution, base weights frozen.
+
+The forward pass masks neurons by score > tau as the executors do; the backward pass takes the sigmoid's slope (straight-through, arXiv 1308.3432). The
+loss is KL(dense || sparse) over the vocabulary, mean over positions, plus `local` times the sum over layers of the energy that a layer's output loses on its own
+input, relative to the output's energy and weighted by what noise of that energy in that layer costs in divergence, plus a price on the mean kept share of all layers together. The price is a controller's: proportional and
+integral to the density's excess over a target that sinks to the wished density, so layers find their own densities and the mean meets the target.
+
+Where everything is kept, both errors and all their gradients vanish although some neurons matter more than others: a derivative at mask 1 is not the
+change at mask 0. Of the lost energy E = |sum_i (1 - m_i) v_i|^2, v_i = z_i w_down_i, the exact change by one mask is the derivative at m_i = 1/2, that is
+the derivative plus (1 - 2 m_i) |v_i|^2; this term is added, so neurons learn their worth from the first step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .arch import Arch, Site
+from .artifact import Header, atomic_folder, is_finished, write_json
+from .blocks import down_rows, ffn_down, ffn_parts
+from .data import Batches
+from .losses import kl_divergence, straight_through
+from .plans import Entry, Plan, Predictor, Threshold, load_plan, save_plan
+from .recipe import Tune
+from .training import Settings, train
+
+PROPORTIONAL, INTEGRAL = 5.0, 0.1
+"""Nats per unit of excess density, and per unit of excess and step."""
+_STEEPNESS = 4.0  # logit of a gate value of twice its threshold
+_ASIDE, _ASIDE_MOST = 16, 32  # every 16th window, about 32 at most, is kept for setting densities
+_SHIFTS, _REACH, _TOLERANCE = 24, 8.0, 0.002  # bisection: steps, logits to either side, density
+_TOGETHER = 8  # windows
+_NOISE = 0.01  # relative energy
+
+
+@dataclass
+class Unit:
+    """What is trained at one site: `fc1` [r, d], `fc2` [n, r] and `bias` [n] of a predictor, or `bias` [n] of a gate, logit = |act(gate)| * steep - bias;
+    `residual` [r, d] where there is one. fc1 works on x / `scale`, which has rms 1, so that one rate serves all. `shift` is taken from every logit.
+    """
+
+    tensors: dict[str, Tensor]
+    steep: Tensor | None
+    scale: float
+    shift: float = 0.0
+
+    def logits(self, hidden: Tensor | None, gate: Tensor) -> Tensor:
+        """Logits [..., n] fp32, before the shift, from relu(fc1 x) [..., r] or act(gate) [..., n]."""
+        if self.steep is None:
+            assert hidden is not None
+            return (hidden @ self.tensors["fc2"].T).float() + self.tensors["bias"]
+        return gate.float().abs() * self.steep - self.tensors["bias"]
+
+    def entry(self, density: float) -> Entry:
+        """The plan's entry: bias and shift as thresholds."""
+        t = {name: tensor.detach().cpu().clone() / (self.scale if name == "fc1" else 1.0) for name, tensor in self.tensors.items()}
+        if self.steep is None:
+            return Predictor(t["fc1"], t["fc2"], self.shift - t["bias"], density, t.get("residual"))
+        return Threshold("gate", (t["bias"] + self.shift) / self.steep.cpu(), density, t.get("fc1"), t.get("residual"))
+
+
+def _unit(entry: Entry, device: torch.device, scale: float) -> Unit:
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, torch.float32).clone().requires_grad_()
+
+    if isinstance(entry, Predictor):
+        tensors, steep = {"fc1": leaf(entry.fc1 * scale), "fc2": leaf(entry.fc2), "bias": leaf(-entry.tau)}, None
+    else:
+        steep = _STEEPNESS / entry.tau.to(device, torch.float32).clamp_min(1e-4)
+        tensors = {"bias": leaf(entry.tau.to(device) * steep)}
+        if entry.fc1 is not None:
+            tensors["fc1"] = leaf(entry.fc1 * scale)
+    if entry.residual is not None:
+        tensors["residual"] = leaf(entry.residual)
+    return Unit(tensors, steep, scale)
+
+
+class EndToEnd:
+    """The objective of `training.train` for the feed-forward sites of a plan; `targets` are the densities that the levels of the run end at, `start` the one
+    that it begins with.
+
+    `probe` [N, S] are a few windows that inputs are scaled by. The model's weights are never changed and get no gradients.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        arch: Arch,
+        activation: str,
+        plan: Plan,
+        settings: Settings,
+        targets: Sequence[float],
+        start: float,
+        local: float,
+        half: bool,
+        probe: Tensor,
+    ) -> None:
+        self.model, self.arch, self.activation = model, arch, activation
+        self.settings, self.targets, self.local, self.half = settings, [start, *targets], local, half
+        scales = _input_rms(model, arch, [site for site in plan if site.kind == "ffn"], probe)
+        self.units = {site: _unit(plan[site][0], model.device, scale) for site, scale in scales.items()}
+        self.price = 0.0
+        self.figures: dict[str, float] = {}
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        modules = {site: model.get_submodule(arch.ffn_module(site.layer)) for site in self.units}
+        self.worth = noise_costs(model, arch, list(self.units), probe)
+        self.norms = {site: down_rows(module, arch).float().norm(dim=1) for site, module in modules.items()}
+
+    def parameters(self) -> Mapping[str, tuple[Tensor, float]]:
+        """Every trained tensor, at the same rate."""
+        return {f"{site.key}.{name}": (tensor, 1.0) for site, unit in self.units.items() for name, tensor in unit.tensors.items()}
+
+    def target(self, step: int) -> float:
+        """The density aimed at in a step: it sinks over the first half of a level and stays."""
+        ends = self.settings.bounds()
+        level = next(k for k, end in enumerate(ends) if step < end)
+        begin = [0, *ends][level]
+        above, wished = self.targets[level], self.targets[level + 1]
+        return above + (wished - above) * min(1.0, 2 * (step + 1 - begin) / (ends[level] - begin))
+
+    def loss(self, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
+        """Divergence (nats per position), lost energy and price; windows [B, S], padding masked [B, S]."""
+        tokens, mask = tokens.to(self.model.device), mask.to(self.model.device)
+        attention = None if bool(mask.all()) else mask.long()
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.half):
+            with torch.no_grad():
+                dense = self.model(input_ids=tokens, attention_mask=attention, use_cache=False).logits
+            with self.masking() as seen:
+                sparse = self.model(input_ids=tokens, attention_mask=attention, use_cache=False).logits
+        divergence = kl_divergence(dense, sparse, mask)
+        density = torch.stack([share for share, _ in seen]).mean()
+        lost = torch.stack([energy for _, energy in seen]).sum()
+        excess = float(density.detach()) - self.target(step)
+        self.price = max(0.0, self.price + INTEGRAL * excess)
+        self.figures = {"kl": float(divergence.detach()), "density": float(density.detach()), "price": self.price}
+        return divergence + self.local * lost + max(0.0, self.price + PROPORTIONAL * excess) * density
+
+    @contextmanager
+    def masking(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """The model masked by the present tensors; yields (kept share, lost energy in nats), one pair a call of a site, in layer order."""
+        seen: list[tuple[Tensor, Tensor]] = []
+        modules = {site: self.model.get_submodule(self.arch.ffn_module(site.layer)) for site in self.units}
+        try:
+            for site, module in modules.items():
+                module.forward = self._forward(site, module, seen)
+            yield seen
+        finally:
+            for module in modules.values():
+                module.__dict__.pop("forward", None)
+
+    def _forward(self, site: Site, module: nn.Module, seen: list[tuple[Tensor, Tensor]]) -> Any:
+        unit = self.units[site]
+
+        def forward(x: Tensor) -> Tensor:
+            parts = ffn_parts(module, self.arch, self.activation, x)
+            hidden = F.relu((x / unit.scale) @ unit.tensors["fc1"].T) if "fc1" in unit.tensors else None
+            logits = unit.logits(hidden, parts.gate) - unit.shift
+            mask = straight_through(logits)
+            y = ffn_down(module, self.arch, parts.z * mask.to(parts.z.dtype))
+            if hidden is not None and "residual" in unit.tensors:
+                y = y + hidden @ unit.tensors["residual"]
+            if torch.is_grad_enabled():
+                dense = ffn_down(module, self.arch, parts.z).detach().float()
+                worth = (parts.z.detach().float() * self.norms[site]).square()
+                energy = (dense - y.float()).square().sum() + ((1 - 2 * (logits > 0).float()) * worth * mask).sum()
+                seen.append((mask.mean(), self.worth[site] * energy / dense.square().sum().clamp_min(1e-20)))
+            else:
+                seen.append((mask.mean(), mask.new_zeros(())))
+            return y
+
+        return forward
+
+    def after(self, step: int) -> dict[str, float]:
+        """Divergence (nats), density and price of the step, and the density aimed at."""
+        return self.figures | {"target": self.target(step)}
+
+    def state(self) -> dict[str, float]:
+        """The controller's memory."""
+        return {"price": self.price}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """The inverse of `state`."""
+        self.price = float(state["price"])
+
+    def plan(self, tokens: Tensor, density: float) -> Plan:
+        """The present tensors as a plan whose mean density on windows [N, S] is `density`: one shift of all logits, found by bisection."""
+        low, high = -_REACH, _REACH
+        for _ in range(_SHIFTS):
+            shift = (low + high) / 2
+            found = self.densities(tokens, shift)
+            excess = sum(found.values()) / len(found) - density
+            if abs(excess) < _TOLERANCE:
+                break
+            low, high = (shift, high) if excess > 0 else (low, shift)
+        plan: Plan = {site: [unit.entry(found[site])] for site, unit in self.units.items()}
+        for unit in self.units.values():
+            unit.shift = 0.0
+        return plan
+
+    @torch.no_grad()
+    def densities(self, tokens: Tensor, shift: float) -> dict[Site, float]:
+        """Kept share by site on windows [N, S] with `shift` taken from every logit; the shift stays set."""
+        for unit in self.units.values():
+            unit.shift = shift
+        total = torch.zeros(len(self.units))
+        with self.masking() as seen:
+            for rows in tokens.split(_TOGETHER):
+                seen.clear()
+                self.model(input_ids=rows.to(self.model.device), use_cache=False)
+                total += len(rows) * torch.stack([share for share, _ in seen]).cpu()
+        return dict(zip(self.units, (total / len(tokens)).tolist(), strict=True))
+
+
+def train_plan(
+    model: Any,
+    arch: Arch,
+    activation: str,
+    plan: Plan,
+    start: float,
+    densities: Sequence[float],
+    batches: Batches,
+    tune: Tune,
+    seed: int,
+    folder: Path,
+    header: Header,
+) -> list[Plan]:
+    """Train the feed-forward entries of `plan` and return one plan per density in `densities`, which one run visits in turn; other sites stay as they are.
+
+    `start` is the density that the run begins with (1 for a fresh predictor). Every plan's density holds on windows that were not trained on. State, levels
+    and curve are stored below `folder` under `header`, so an interrupted run goes on to the same result.
+    """
+    header = header.model_copy(update={"config": header.config | {"tune": tune.model_dump(mode="json"), "densities": list(densities), "plan": _hash(plan)}})
+    folders = [folder / f"level_{k}" for k in range(len(densities))]
+    if not all(is_finished(place, header) for place in folders):
+        full = batches.tokens[batches.mask.all(1)]
+        aside = full[:: max(_ASIDE, len(full) // _ASIDE_MOST)]
+        kept = torch.tensor([k for k in range(len(batches.tokens)) if not bool((batches.tokens[k] == aside).all(1).any())])
+        settings = Settings(tune.steps * len(densities), tune.windows, tune.rate, levels=len(densities), seed=seed)
+        half = tune.precision == "bf16" or (tune.precision == "auto" and multiplies_bf16(model.device))
+        objective = EndToEnd(model, arch, activation, plan, settings, densities, start, tune.local, half, aside[:4])
+
+        def at_level(level: int) -> None:
+            with atomic_folder(folders[level]) as partial:
+                save_plan(partial, objective.plan(aside, densities[level]), header)
+
+        curve = train(objective, Batches(batches.tokens[kept], batches.mask[kept]), settings, folder / "state", header, at_level, "train end to end")
+        write_json(folder / "curve.json", {"rows": curve})
+    untrained = {site: entries for site, entries in plan.items() if site.kind != "ffn"}
+    return [untrained | load_plan(place) for place in folders]
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 natively, so that training in it pays."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+@torch.no_grad()
+def _input_rms(model: Any, arch: Arch, sites: Sequence[Site], tokens: Tensor) -> dict[Site, float]:
+    """Root mean square of the feed-forward inputs by site, on windows [N, S]."""
+    found: dict[Site, float] = {}
+
+    def hook(site: Site) -> Any:
+        return lambda module, inputs: found.__setitem__(site, float(inputs[0].float().square().mean().sqrt().clamp_min(1e-6)))
+
+    handles = [model.get_submodule(arch.ffn_module(site.layer)).register_forward_pre_hook(hook(site)) for site in sites]
+    try:
+        model(input_ids=tokens.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@torch.no_grad()
+def noise_costs(model: Any, arch: Arch, sites: Sequence[Site], tokens: Tensor) -> dict[Site, float]:
+    """Nats of divergence per unit of relative noise energy in one layer's feed-forward output, by site: KL / _NOISE under Gaussian noise of energy
+    _NOISE * |y|^2 a token, on windows [N, S].
+    """
+    tokens = tokens.to(model.device)
+    dense = model(input_ids=tokens, use_cache=False).logits
+    generator = torch.Generator().manual_seed(0)
+
+    def hook(module: nn.Module, inputs: Any, y: Tensor) -> Tensor:
+        noise = torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
+        return y + noise * (_NOISE**0.5 * y.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
+
+    found = {}
+    for site in sites:
+        handle = model.get_submodule(arch.ffn_module(site.layer)).register_forward_hook(hook)
+        try:
+            found[site] = float(kl_divergence(dense, model(input_ids=tokens, use_cache=False).logits)) / _NOISE
+        finally:
+            handle.remove()
+    return found
+
+
+def fresh_predictor(hidden: int, units: int, rank: int, generator: torch.Generator) -> Predictor:
+    """A predictor [r, d], [n, r] that keeps nearly everything, for inputs of rms 1: random directions and logits about 1."""
+    fc1 = torch.randn(rank, hidden, generator=generator) / hidden**0.5
+    fc2 = 0.3 * torch.randn(units, rank, generator=generator) / rank**0.5
+    return Predictor(fc1, fc2, torch.full((units,), -1.0), 1.0)
+
+
+def _hash(plan: Plan) -> str:
+    """Sha256 (hex) of a plan's tensors."""
+    digest = hashlib.sha256()
+    for site, entries in plan.items():
+        for entry in entries:
+            for role, tensor in entry.tensors().items():
+                digest.update(f"{site.key}.{role}".encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
