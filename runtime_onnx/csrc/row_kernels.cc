@@ -358,6 +358,8 @@ void widen(int type, const void* values, int64_t count, float* out) {
       return widen_of(static_cast<const half*>(values), count, out);
     case ort::kBfloat16:
       return widen_of(static_cast<const bfloat*>(values), count, out);
+    case ort::kInt8:
+      return widen_of(static_cast<const int8_t*>(values), count, out);
     default:
       memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
   }

@@ -19,7 +19,7 @@ struct Kernels {
                const void* then);
   // y[c] += sum_k scale[k] * weights[rows[k] * d + first + c] for c < width, k = 0, 1, ... in this order
   void (*accumulate)(int type, const void* weights, const int32_t* rows, const float* scale, int64_t count, int64_t d, int64_t first, int64_t width, float* y);
-  // float32 of count values of a float type
+  // float32 of count values of a float type or int8
   void (*widen)(int type, const void* values, int64_t count, float* out);
 };
 

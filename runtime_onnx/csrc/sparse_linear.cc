@@ -38,8 +38,8 @@ constexpr Names kRoles(kRoleNames), kWeights(kWeightNames);
 constexpr int64_t kPassBytes = 8 << 20;      // bound of the lists of active channels, which bounds the tokens per pass
 constexpr int64_t kPassTokens = 64;
 constexpr int64_t kBlock = 512;              // channels per sum
-constexpr int64_t kPanelBytes = 32 << 10;    // rows of a panel that many tokens share stay in the first-level cache
-constexpr int64_t kFewTokens = 4;            // up to here long pieces of rows are read, for the sake of memory; above, panels, for the registers
+constexpr int64_t kShared = kBlock / 4;      // channels whose rows several tokens read one after the other: a panel of them stays in the first-level cache
+constexpr int64_t kFewTokens = 4;            // up to here long pieces of rows are read where they lie; above, panels are copied together and widened once
 constexpr int64_t kInlineBytes = 256 << 10;  // below this much work waking the other threads costs more than it gains
 constexpr int64_t kStrip = 512, kLongStrip = 2048, kShortStrip = 4 * kPanel;  // columns of a task: least and most with one token, with many
 
@@ -96,9 +96,10 @@ struct Run {
   int64_t tokens = 0;            // of this pass
   int64_t chunk, chunks;         // input channels whose rows the tokens read together, a divisor of kBlock, and their number
   int64_t strip, piece;          // columns of a task, and of a part of it that is summed at a time
+  bool pack;                     // whether a chunk's piece is copied together before the tokens read it
   const float* x = nullptr;      // [tokens, d_in]
   float* y = nullptr;            // [tokens, d_out]
-  int32_t* list = nullptr;       // [tokens, d_in]: a token's active channels, rising
+  int32_t* list = nullptr;       // [tokens, d_in]: a token's active channels, rising, counted from the start of their chunk
   float* scale = nullptr;        // [tokens, d_in]: their values, times the rows' scales
   int32_t* first = nullptr;      // [tokens, chunks + 1]: where each chunk starts in a token's list
 
@@ -112,15 +113,16 @@ void select_task(void* user, size_t task) {
   int32_t *list = run.list + t * d, *first = run.first + t * (run.chunks + 1), count = 0;
   float* scale = run.scale + t * d;
   for (int64_t c = 0; c < run.chunks; ++c) {
+    const int64_t begin = c * run.chunk, size = std::min(run.chunk, d - begin);
     first[c] = count;
-    for (int64_t j = c * run.chunk, end = std::min(d, j + run.chunk); j < end; ++j) {  // without a branch: which channels are active is not to be guessed
+    for (int64_t j = 0; j < size; ++j) {  // without a branch: which channels are active is not to be guessed
       list[count] = static_cast<int32_t>(j);
-      scale[count] = x[j];
-      count += std::fabs(x[j]) > tau[j];
+      scale[count] = x[begin + j];
+      count += std::fabs(x[begin + j]) > tau[begin + j];
     }
+    for (int32_t k = first[c]; row_scale && k < count; ++k) scale[k] *= row_scale[begin + list[k]];
   }
   first[run.chunks] = count;
-  for (int32_t k = 0; row_scale && k < count; ++k) scale[k] *= row_scale[list[k]];
 }
 
 // One strip of columns for all tokens of the pass.
@@ -136,19 +138,30 @@ void strip_task(void* user, size_t task) {
     else
       std::memset(y, 0, static_cast<size_t>(width) * sizeof(float));
   }
-  alignas(kAlignment) float sums[std::max(kPassTokens * kPanel, kFewTokens * kLongStrip)];  // [tokens, piece]
-  const int64_t per_block = kBlock / run.chunk;
+  alignas(kAlignment) float sums[std::max({kPassTokens * kPanel, kFewTokens * kStrip, kLongStrip})];  // [tokens, columns]
+  alignas(kAlignment) float packed[kShared * kPanel];                                                // [channels of a chunk, columns]
+  const int64_t per_block = kBlock / run.chunk, bytes = bytes_of(w.type);
   for (int64_t block = 0; block < run.chunks; block += per_block) {
     const int64_t end = std::min(run.chunks, block + per_block);
     for (int64_t at = 0; at < width; at += run.piece) {
       const int64_t columns = std::min(run.piece, width - at);
       std::memset(sums, 0, static_cast<size_t>(run.tokens * columns) * sizeof(float));
-      for (int64_t c = block; c < end; ++c)
+      for (int64_t c = block; c < end; ++c) {
+        const int64_t row = c * run.chunk;
+        const char* rows = static_cast<const char*>(w.data) + row * d_out * bytes;
+        if (run.pack)
+          for (int64_t j = 0, size = std::min(run.chunk, d_in - row); j < size; ++j)
+            run.kernels->widen(w.type, rows + (j * d_out + begin + at) * bytes, columns, packed + j * columns);
         for (int64_t t = 0; t < run.tokens; ++t) {
           const int32_t* first = run.first + t * (run.chunks + 1) + c;
           const int64_t list = t * d_in + first[0], count = first[1] - first[0];
-          if (count) run.kernels->accumulate(w.type, w.data, run.list + list, run.scale + list, count, d_out, begin + at, columns, sums + t * columns);
+          float* sum = sums + t * columns;
+          if (count && run.pack)
+            run.kernels->accumulate(ort::kFloat32, packed, run.list + list, run.scale + list, count, columns, 0, columns, sum);
+          else if (count)
+            run.kernels->accumulate(w.type, rows, run.list + list, run.scale + list, count, d_out, begin + at, columns, sum);
         }
+      }
       for (int64_t t = 0; t < run.tokens; ++t) {
         const int32_t* first = run.first + t * (run.chunks + 1);
         float* y = run.y + t * d_out + begin + at;
@@ -199,7 +212,8 @@ struct CpuKernel {
     const int64_t sixteenth = (d_out / 16 + kPanel - 1) / kPanel * kPanel;  // more strips than threads, so that none waits long for another
     run.strip = few ? std::clamp(sixteenth, kStrip, pass == 1 ? kLongStrip : kStrip) : kShortStrip;
     run.piece = few ? run.strip : kPanel;
-    run.chunk = pass == 1 ? kBlock : few ? kBlock / 4 : std::min(kBlock, kPanelBytes / (kPanel * bytes));
+    run.pack = !few;
+    run.chunk = pass == 1 ? kBlock : kShared;
     run.chunks = (d_in + run.chunk - 1) / run.chunk;
     float *x = nullptr, *y = nullptr;
     const auto lay = [&](char* base) {
