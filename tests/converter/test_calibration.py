@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from sparsegate.converter.arch import Site
 from sparsegate.converter.artifact import InputError
+from sparsegate.converter.calibration_rules import greedy_split
 from sparsegate.converter.data import Batches
-from sparsegate.converter.reference import load_dense
+from sparsegate.converter.plans import Plan, Threshold, linear_rows, linear_shapes
+from sparsegate.converter.reference import apply_plan, load_dense
 from sparsegate.converter.source import Source, open_source
+from sparsegate.converter.stats import Probe, greedy, histogram, samples
 from sparsegate.converter.stats import collect as walk
-from sparsegate.converter.stats import histogram, samples
 from sparsegate.converter.stats.collect import collect, drop_samples
 
 BOTH = ["histogram:gate", "samples:magnitude"]
@@ -176,6 +180,105 @@ def test_statistics_do_not_depend_on_the_batch_size(tiny_model: Callable[[str], 
             moved = (found[0][site]["histogram:gate.count"] - other[site]["histogram:gate.count"]).abs().sum()
             assert int(moved) < 1e-3 * batches.count * 176, "only what rounding carries over a bin's edge"
             torch.testing.assert_close(found[0][site]["samples:magnitude.x"], other[site]["samples:magnitude.x"], rtol=2e-3, atol=2e-3)
+
+
+# Linear sites, and statistics that look again
+
+
+@torch.no_grad()
+def stock_inputs(source: Source, batches: Batches) -> dict[Site, Tensor]:
+    """The unpadded rows that enter every linear of a stock model."""
+    model, seen = load_dense(source.folder), {}
+    for layer in range(2):
+        for module, parts in linear_rows(source.arch, source.config).items():
+
+            def hook(_: Any, arguments: tuple[Tensor], layer: int = layer, parts: Any = parts) -> None:
+                seen.update({Site(layer, kind=f"linear:{name}"): arguments[0][batches.mask] for name in parts})
+
+            model.get_submodule(source.arch.block_prefix(layer) + module).register_forward_pre_hook(hook)
+    model(input_ids=batches.tokens, attention_mask=None if bool(batches.mask.all()) else batches.mask.long())
+    return seen
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_linear_sites_see_their_inputs(model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    source, batches = open_source(tiny_model(model_type)), make_batches()
+    stats, stock = collect(source, batches, ["histogram:input", "histogram:wina", "scale:wina", "unit_histogram:gate"], tmp_path), stock_inputs(source, batches)
+    assert {site for site in stats if site.kind != "ffn"} == set(stock)
+    weights, shapes = load_file(source.folder / "model.safetensors"), linear_shapes(source.arch, source.config)
+    for site, x in stock.items():
+        name = site.kind.removeprefix("linear:")
+        module, _ = source.arch.linears()[name]
+        norms = weights[f"{source.arch.block_prefix(site.layer)}{module}.weight"][linear_rows(source.arch, source.config)[module][name]].norm(dim=0)
+        torch.testing.assert_close(stats[site]["scale:wina.scale"], norms, rtol=1e-5, atol=1e-6)
+        for score, values in (("input", x.abs()), ("wina", x.abs() * norms)):
+            count = stats[site][f"histogram:{score}.count"]
+            assert (
+                int(count.sum()) == x.numel() and (int(stats[site][f"histogram:{score}.outputs"]), int(stats[site][f"histogram:{score}.units"])) == shapes[name]
+            )
+            for share in (0.2, 0.5, 0.8):
+                at = int(torch.searchsorted(histogram.edges(0, 65280), torch.quantile(values.flatten().double(), share))) - 1
+                below = float((values < histogram.edges(at, at + 1)).double().mean())
+                assert float(count[:at].sum()) / x.numel() == pytest.approx(below, abs=3e-3)
+    for (entered, _, gate), site in zip(stock_forward(source, batches), (site for site in stats if site.kind == "ffn"), strict=True):
+        module, _ = source.arch.linears()["up_proj"]
+        rows = linear_rows(source.arch, source.config)[module]["up_proj"]
+        plain = source.arch.ffn.kind == "plain"
+        up = torch.ones_like(gate) if plain else entered @ weights[f"{source.arch.block_prefix(site.layer)}{module}.weight"][rows].T
+        torch.testing.assert_close(stats[site]["unit_histogram:gate.up_moment"], up.square().mean(0), rtol=1e-3, atol=1e-4)
+        assert bool((stats[site]["unit_histogram:gate.count"].sum(1) == batches.count).all())
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@torch.no_grad()
+def test_the_second_look_equals_a_gated_model(model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block's output with masked inputs is the one of a stock model whose layer has the same thresholds; padding is left out."""
+    source, batches, probed = open_source(tiny_model(model_type)), make_batches(), []
+    monkeypatch.setattr(walk, "PROBE_TOKENS", 4 * 40)
+    g = torch.Generator().manual_seed(0)
+    taus = {name: torch.rand(width, generator=g) / 2 for name, (_, width) in linear_shapes(source.arch, source.config).items() if name != "k_proj"}
+
+    def settle(states: Any, probe: Probe, score: str) -> None:
+        assert score == "input" and [site.kind for site in states] == [f"linear:{name}" for name in source.arch.linears()]
+        probed.append((probe.block({}), probe.block(taus)))
+        for state in states.values():
+            state["path"] = torch.zeros(1)
+
+    monkeypatch.setattr(greedy, "settle", settle)
+    found = collect(source, batches, ["greedy:input", "dropped:gate"], tmp_path)
+    assert all(0 < float(found[Site(layer)]["dropped:gate.error"][3]) < 1 for layer in range(2))
+    tokens, mask = batches.tokens[:4], batches.mask[:4]
+    for layer, (plain, masked) in enumerate(probed):
+        plan: Plan = {Site(layer, kind=f"linear:{name}"): [Threshold("input", tau, 0.5)] for name, tau in taus.items()}
+        for given, expected in ((plain, {}), (masked, plan)):
+            model, out = apply_plan(load_dense(source.folder), expected, source.arch, source.arch.activation(source.config)), []
+            model.get_decoder().layers[layer].register_forward_hook(lambda _m, _a, o, out=out: out.append(o[0] if isinstance(o, tuple) else o))
+            model(input_ids=tokens, attention_mask=mask.long())
+            torch.testing.assert_close(given, out[0][mask], rtol=1e-4, atol=1e-4)
+        assert float((plain - masked).abs().max()) > 1e-2
+
+
+def test_a_second_look_leaves_no_trace(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Histograms and what later layers see are the same with and without it, and a whole layer is looked at again on resume."""
+    source, batches = open_source(tiny_model("phi3")), make_batches()
+    monkeypatch.setattr(greedy, "greedy_split", partial(greedy_split, step=0.5, widest=0.5))
+    monkeypatch.setattr(walk, "PROBE_TOKENS", 40)
+    collect(source, batches, ["histogram:input", "histogram:gate"], tmp_path / "a")
+    collect(source, batches, ["histogram:input", "histogram:gate", "greedy:input", "dropped:gate"], tmp_path / "b")
+    left, right = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert left and all(right[name] == data for name, data in left.items())
+    shutil.rmtree(tmp_path / "b" / "layers.1.linear.v_proj")
+    before = times(tmp_path / "b")
+    collect(source, batches, ["histogram:input", "histogram:gate", "greedy:input", "dropped:gate"], tmp_path / "b")
+    assert contents(tmp_path / "b") == right
+    again = {name for name, stamp in times(tmp_path / "b").items() if before.get(name) != stamp}
+    assert {name.partition("/")[0] for name in again} == {f"layers.1.linear.{name}" for name in source.arch.linears()}
+
+
+@pytest.mark.parametrize("score", ["corrected_gxo", "chess", "griffin"])
+def test_scores_that_one_forward_does_not_give(score: str, source: Source, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"one forward only, got {score}"):
+        collect(source, make_batches(), [f"histogram:{score}"], tmp_path)
 
 
 # Resumption

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsegate.converter.calibration_rules import cut
-from sparsegate.converter.stats import Setting, SiteStats, file_name, histogram, samples
+from sparsegate.converter.arch import Site
+from sparsegate.converter.calibration_rules import UNIT_BINS, cut, unit_edges
+from sparsegate.converter.stats import Probe, Setting, SiteStats, dropped, file_name, greedy, histogram, of_kind, samples, scale, unit_histogram
 
 D, N = 6, 10
 RELATIVE_WIDTH = 2.0**-8
@@ -86,17 +87,6 @@ def test_cut_is_monotonic() -> None:
     count = count_of(torch.randn(500, N).abs())
     taus = [cut(count, k / 50)[0] for k in range(1, 50)]
     assert all(a > b for a, b in zip(taus, taus[1:], strict=False))
-
-
-@pytest.mark.parametrize(("sparsity", "tau"), [(0.5, 0.26754), (0.7, 0.53978), (0.9, 1.67375)])
-def test_golden_thresholds_of_cats(sparsity: float, tau: float) -> None:
-    """SiLU of 1.5 N(0, 1): the authors' function on one million samples, whose own bins are 2e-4 wide; the last digits are sampling noise."""
-    score = F.silu(1.5 * torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0))).abs()
-    found, _ = cut(count_of(score), 1 - sparsity)
-    noise = 4 * (sparsity * (1 - sparsity) / score.numel()) ** 0.5  # four standard deviations, as a share
-    low, high = torch.sort(score.flatten()).values[[int((sparsity - noise) * score.numel()), int((sparsity + noise) * score.numel())]].tolist()
-    assert found == pytest.approx(tau, abs=RELATIVE_WIDTH * tau + 2e-4 + (high - low))
-    assert float((score <= found).double().mean()) == pytest.approx(sparsity, abs=1e-3)
 
 
 # Samples
@@ -198,3 +188,100 @@ def test_stored_tensors_are_read_by_full_name(tmp_path: Path) -> None:
     assert torch.equal(found["samples:magnitude.x"], stored["x"])
     with pytest.raises(KeyError):
         found["samples:gate.x"]
+
+
+# Statistics of thresholds
+
+
+def feed(statistic: Any, score: Tensor, sizes: list[int], fields: dict[str, Tensor], setting: Setting) -> dict[str, Any]:
+    """A state after the rows of `score` [T, n] came in batches of `sizes`; a field of T rows is cut like the score."""
+    state, start = statistic.init(setting), 0
+    for size in sizes:
+        at = slice(start, start + size)
+        state["fields"] = {name: t[at] if t.ndim == 2 else t for name, t in fields.items()}
+        statistic.update(state, torch.empty(size, D), score[at], torch.arange(size))
+        start += size
+    assert start == len(score)
+    state.pop("fields")
+    return state
+
+
+@given(st.integers(0, 2**31), st.integers(1, 80), st.floats(1e-4, 1e3))
+@settings(max_examples=10)
+def test_unit_histogram_by_hand(seed: int, at: int, size: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    score, up = torch.randn(81, N, generator=g).abs() * size, torch.randn(81, N, generator=g)
+    place = Setting(D, N, 81, 0, Path(), "unit_histogram:gate")
+    whole, split = (unit_histogram.finish(feed(unit_histogram, score, sizes, {"up": up}, place)) for sizes in ([81], [at, 81 - at]))
+    assert torch.equal(whole["count"], split["count"]) and whole["count"].shape == (N, UNIT_BINS) and whole["count"].dtype == torch.int32
+    torch.testing.assert_close(whole["up_moment"], split["up_moment"])
+    torch.testing.assert_close(whole["up_moment"], up.square().mean(0))
+    lower = unit_edges()
+    for unit in (0, N - 1):
+        for bin_ in whole["count"][unit].nonzero().flatten().tolist():
+            inside = (score[:, unit].double() >= lower[bin_]) & (score[:, unit].double() < lower[bin_ + 1])
+            assert int(whole["count"][unit, bin_]) == int(inside.sum())
+
+
+def test_scale_is_the_last_field() -> None:
+    given_scale = torch.rand(N) + 1
+    state = feed(scale, torch.rand(9, N), [4, 5], {"scale": given_scale}, Setting(N, N, 9, 0, Path(), "scale:wina", 3))
+    assert torch.equal(scale.finish(state)["scale"], given_scale)
+
+
+def test_dropped_measures_what_falls_out() -> None:
+    """On every share of the grid: the dropped neurons' sum, token by token, over the sum of all."""
+    g = torch.Generator().manual_seed(0)
+    gate, up, w_down = torch.randn(300, N, generator=g), torch.randn(300, N, generator=g), torch.randn(N, D, generator=g)
+    state = feed(dropped, gate.abs(), [100, 200], {}, Setting(D, N, 300, 0, Path(), "dropped:gate", D))
+    few = slice(0, 40)
+
+    def neurons(score: str) -> tuple[Tensor, Tensor, Tensor]:
+        assert score == "gate"
+        return gate[few].abs(), (gate * up)[few], w_down
+
+    dropped.settle({Site(0): state}, Probe(lambda taus: torch.empty(0), neurons), "gate")
+    found = dropped.finish(state)
+    assert set(found) == {"share", "error"} and found["share"].shape == found["error"].shape == dropped.SHARES.shape
+    assert bool((found["share"].diff() > 0).all()) and float((found["share"] - dropped.SHARES).abs().max()) < 0.08, "few tokens of all"
+    for k in (0, 15, 30):
+        tau = cut(count_of(gate.abs()), 1 - float(dropped.SHARES[k]))[0]
+        errors = []
+        for t in range(40):
+            terms = [(gate[t, i] * up[t, i] * w_down[i], float(gate[t, i].abs()) <= tau) for i in range(N)]
+            lost = sum((term for term, falls in terms if falls), torch.zeros(D))
+            errors.append(float(lost.norm() / sum((term for term, _ in terms), torch.zeros(D)).norm()))
+        assert float(found["error"][k]) == pytest.approx(sum(errors) / 40, rel=1e-4)
+    assert 0 < float(found["error"][0]) < float(found["error"][15]) < float(found["error"][30])
+
+
+def test_greedy_spares_the_linear_that_hurts() -> None:
+    """A block of two linears side by side, one of which gives nearly all of the output."""
+    g = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(200, N, generator=g), {"q_proj": torch.randn(D, N, generator=g), "k_proj": torch.randn(D, N, generator=g) / 50}
+    scales = {"q_proj": torch.rand(N, generator=g) + 0.5, "k_proj": torch.ones(N)}
+    sites = {name: Site(0, kind=f"linear:{name}") for name in weights}
+    states = {
+        sites[name]: feed(greedy, x.abs() * scales[name], [50, 150], {"scale": scales[name]}, Setting(N, N, 200, 0, Path(), "greedy:wina", D))
+        for name in weights
+    }
+    asked: list[dict[str, Tensor]] = []
+
+    def block(taus: Any) -> Tensor:
+        asked.append(dict(taus))
+        return sum(((torch.where(x.abs() > taus[name], x, 0.0) if name in taus else x) @ w.T for name, w in weights.items()), torch.zeros(200, D))
+
+    greedy.settle(states, Probe(block, lambda score: (x, x, x)), "wina")
+    paths = {name: greedy.finish(states[sites[name]])["path"] for name in weights}
+    assert list(greedy.finish(states[sites["q_proj"]])) == ["path"] and paths["q_proj"].dtype == torch.float32
+    first = int((paths["q_proj"] > 0).nonzero()[0])
+    assert float(paths["k_proj"][first]) > 0.9 and float(paths["q_proj"][-1]) == pytest.approx(0.95)
+    middle = next(taus["q_proj"] for taus in asked if "q_proj" in taus)
+    assert float((x.abs() <= middle).double().mean()) == pytest.approx(0.1, abs=0.01), "the first step of a linear drops a tenth of its scaled inputs"
+    constant = middle * scales["q_proj"]
+    assert float(constant.max() / constant.min()) == pytest.approx(1, abs=1e-5)
+
+
+def test_sites_of_a_kind() -> None:
+    stats: Any = {Site(0): 1, Site(0, kind="linear:q_proj"): 2, Site(1, kind="attn"): 3, Site(1): 4}
+    assert of_kind(stats, "ffn") == {Site(0): 1, Site(1): 4} and of_kind(stats, "linear") == {Site(0, kind="linear:q_proj"): 2}
