@@ -1,9 +1,10 @@
 """Predictors and thresholds trained end to end: all layers jointly against the dense model's own distribution, base weights frozen.
 
 The forward pass masks neurons by score > tau as the executors do; the backward pass takes the sigmoid's slope (straight-through, arXiv 1308.3432). The
-loss is KL(dense || sparse) over the vocabulary, mean over positions, plus `local` times the sum over layers of the energy that a layer's output loses on its own
-input, relative to the output's energy and weighted by what noise of that energy in that layer costs in divergence, plus a price on the mean kept share of all layers together. The price is a controller's: proportional and
-integral to the density's excess over a target that sinks to the wished density, so layers find their own densities and the mean meets the target.
+loss is KL(dense || sparse) over the vocabulary, mean over positions, plus `local` times the sum over layers of the energy that a layer's output loses on
+its own input, relative to the output's energy and weighted by what noise of that energy in that layer costs in divergence, plus a price on the mean kept
+share of all layers together. The price is a controller's: proportional and integral to the density's excess over a target that sinks to the wished
+density, so layers find their own densities and the mean meets the target.
 
 Where everything is kept, both errors and all their gradients vanish although some neurons matter more than others: a derivative at mask 1 is not the
 change at mask 0. Of the lost energy E = |sum_i (1 - m_i) v_i|^2, v_i = z_i w_down_i, the exact change by one mask is the derivative at m_i = 1/2, that is
