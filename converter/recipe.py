@@ -32,7 +32,7 @@ class Tune(_Strict):
     steps: int = Field(default=1000, ge=1)
     windows: int = Field(default=2, ge=1)
     rate: float = Field(default=4e-3, gt=0)
-    local: float = Field(default=1.0, ge=0)
+    local: float = Field(default=0.2, ge=0)
     data: int = Field(default=1024, ge=4)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 

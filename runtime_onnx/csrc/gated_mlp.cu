@@ -4,30 +4,18 @@
 // computes its gate and up products; one block per (columns, 256 neurons, token) gathers the kept neurons in rising order and adds their rows of w_down;
 // a last kernel adds these partial sums in rising order. No atomics and fixed grids: results repeat bit for bit and do not depend on the tokens beside.
 // Everything is queued on ORT's stream; the host never waits and nothing is copied back.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
+#include <type_traits>
 
+#include "device.cuh"
 #include "gated_mlp.h"
 
 namespace sparsegate {
 namespace gated_mlp {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 constexpr int kChunk = kThreads;   // neurons per partial sum
 constexpr int64_t kTokens = 32;    // per pass: bounds the scratch memory
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-__device__ inline float load(const float* p) { return *p; }
-__device__ inline float load(const __half* p) { return __half2float(*p); }
-__device__ inline float load(const __nv_bfloat16* p) { return __bfloat162float(*p); }
-__device__ inline void save(float* p, float v) { *p = v; }
-__device__ inline void save(__half* p, float v) { *p = __float2half_rn(v); }
-__device__ inline void save(__nv_bfloat16* p, float v) { *p = __float2bfloat16_rn(v); }
 
 __device__ inline float relu(float v) { return v < 0.f ? 0.f : v; }  // NaN stays NaN
 
@@ -56,18 +44,6 @@ __device__ float warp_dot(const W* row, const float* v, int64_t d) {
   for (int64_t j = threadIdx.x % 32; j < d; j += 32) sum = fmaf(load(row + j), v[j], sum);
   for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
   return sum;
-}
-
-template <class X>
-__global__ void widen(const X* in, int64_t count, float* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count) out[i] = load(in + i);
-}
-
-template <class X>
-__global__ void narrow(const float* in, int64_t count, X* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count) save(out + i, in[i]);
 }
 
 // hidden[t, k] = relu(p1[k] . x[t]); one warp per (k, t)
@@ -121,18 +97,10 @@ template <class W>
 __global__ void down(const W* w_down, const float* z, const uint8_t* keep, int64_t d, int64_t n, float* partial) {
   __shared__ int64_t rows[kChunk];
   __shared__ float scale[kChunk];
-  __shared__ int counts[kWarps];
   const int64_t chunk = blockIdx.y, t = blockIdx.z, i = chunk * kChunk + threadIdx.x;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool kept = i < n && keep[t * n + i];
-  const unsigned vote = __ballot_sync(kAllLanes, kept);
-  if (lane == 0) counts[warp] = __popc(vote);
-  __syncthreads();
-  int place = __popc(vote & ((1u << lane) - 1u)), total = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) place += counts[w];
-    total += counts[w];
-  }
+  int total;
+  const int place = place_of(kept, total);
   if (kept) {
     rows[place] = i;
     scale[place] = z[t * n + i];
@@ -155,16 +123,6 @@ __global__ void gather(const float* partial, const float* b_down, const P* res, 
   float residual = 0.f;
   for (int64_t k = 0; res && k < r; ++k) residual = fmaf(hidden[t * r + k], load(res + k * d + c), residual);
   y[t * d + c] = sum + residual;
-}
-
-unsigned blocks(int64_t count, int64_t per) { return static_cast<unsigned>((count + per - 1) / per); }
-
-// Calls `body` with a null pointer of the dtype's C++ type.
-template <class Body>
-void with_type(int type, Body body) {
-  if (type == ort::kFloat16) return body(static_cast<const __half*>(nullptr));
-  if (type == ort::kBfloat16) return body(static_cast<const __nv_bfloat16*>(nullptr));
-  body(static_cast<const float*>(nullptr));
 }
 
 bool supported(const Variant& variant) { return variant.weights == Weights::kFloat && !variant.has(kSP1); }

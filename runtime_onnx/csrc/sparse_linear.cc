@@ -1,5 +1,4 @@
 // SparseLinear on the CPU: y = (x where |x_j| > tau_j) W + b, W [d_in, d_out] input-major, so an active channel is one contiguous row.
-// The Python twin is ops/sparse_linear.py.
 //
 // Every token's active channels are listed in rising order. The d_out columns are cut into strips, one task each: no two tasks write one column, so
 // nothing is summed across threads. A column's sum starts at b and takes one sum per block of kBlock channels, which takes the token's own channels one by
@@ -11,29 +10,13 @@
 #include <cstring>
 
 #include "memory.h"
-#include "op.h"
 #include "row_kernels.h"
+#include "sparse_linear.h"
 
 namespace sparsegate {
 namespace sparse_linear {
 
-enum Role : int { kW, kSW, kB, kTau };
-
-struct Variant {
-  bool quantised = false;  // weights int8_row, else float
-  Present present{};
-  int x = ort::kFloat32, w = ort::kFloat32;  // ort::Type; w is of float weights
-};
-
-struct Shape {
-  int64_t d_in = 0, d_out = 0;
-};
-
 namespace {
-
-const char* const kRoleNames[] = {"w", "s_w", "b", "tau"};
-const char* const kWeightNames[] = {"float", "int8_row"};
-constexpr Names kRoles(kRoleNames), kWeights(kWeightNames);
 
 constexpr int64_t kPassBytes = 8 << 20;      // bound of the lists of active channels, which bounds the tokens per pass
 constexpr int64_t kPassTokens = 64;
@@ -42,52 +25,6 @@ constexpr int64_t kShared = kBlock / 4;      // channels whose rows several toke
 constexpr int64_t kFewTokens = 4;            // up to here long pieces of rows are read where they lie; above, panels are copied together and widened once
 constexpr int64_t kInlineBytes = 256 << 10;  // below this much work waking the other threads costs more than it gains
 constexpr int64_t kStrip = 512, kLongStrip = 2048, kShortStrip = 4 * kPanel;  // columns of a task: least and most with one token, with many
-
-// The same rules as Variant in ops/sparse_linear.py.
-std::string variant_of_attributes(const std::string& weights, const std::string& inputs, Variant& out) {
-  const int found = kWeights.find(weights);
-  if (found < 0) return "attribute weights must be one of " + kWeights.listed() + ", got '" + weights + "'";
-  out.quantised = found == 1;
-  const std::string problem = read_roles(kRoles, inputs, out.present);
-  if (!problem.empty()) return problem;
-  for (int role : {kW, kSW, kTau}) {
-    const bool needed = role != kSW || out.quantised;
-    if (needed != out.present[role]) return std::string("inputs must ") + (needed ? "" : "not ") + "hold " + kRoles.list[role] + " with weights " + weights;
-  }
-  return "";
-}
-
-std::string variant_of_name(const std::string& name, Variant& out) {
-  const std::string wrong = "not a variant of SparseLinear.1";
-  const std::vector<std::string> parts = split(name, '/');
-  if (parts.size() != 4 || parts[0] != "SparseLinear.1" || parts[3].find(' ') != std::string::npos) return wrong;
-  std::string roles = parts[3];
-  std::replace(roles.begin(), roles.end(), '+', ' ');
-  const std::string problem = variant_of_attributes(parts[1], roles, out);
-  if (!problem.empty()) return problem;
-  if (!read_types(parts[2], {"x", "w"}, {&out.x, &out.w}) || !is_float(out.x) || !is_float(out.w)) return wrong;
-  return out.quantised && out.w != ort::kFloat32 ? wrong : "";
-}
-
-// Checks the tensors that are there against each other; fills shape once w is there. Empty: all is well.
-std::string check_tensors(const Variant& variant, const Tensors& tensors, Shape& shape) {
-  shape = Shape{};
-  const Tensor& w = tensors[kW];
-  if (w.data) {
-    const bool right = variant.quantised ? w.type == ort::kInt8 : is_float(w.type);
-    if (!right || w.rank != 2 || w.dims[0] < 1 || w.dims[1] < 1 || w.dims[0] > INT32_MAX / 2 || w.dims[1] > INT32_MAX / 2)
-      return std::string("input w must be ") + (variant.quantised ? "int8" : "float32, float16 or bfloat16") + " [d_in, d_out], got " + shape_text(w);
-    shape.d_in = w.dims[0];
-    shape.d_out = w.dims[1];
-  }
-  for (int role : {kSW, kB, kTau}) {
-    const Tensor& t = tensors[role];
-    const int64_t size = role == kB ? shape.d_out : shape.d_in;  // 0: w is not constant, checked in every run
-    if (!t.data || (t.type == ort::kFloat32 && t.rank == 1 && (size == 0 || t.dims[0] == size))) continue;
-    return std::string("input ") + kRoles.list[role] + " must be float32 [" + (size ? std::to_string(size) : "?") + "], got " + shape_text(t);
-  }
-  return "";
-}
 
 struct Run {
   const Kernels* kernels;
@@ -174,32 +111,15 @@ void strip_task(void* user, size_t task) {
 struct CpuKernel {
   static constexpr const char *kName = "SparseLinear", *kProvider = "CPUExecutionProvider";
   static constexpr bool kSameShape = false;
-  NodeBase node{kName, kRoles};
-  Variant variant;
-  Shape shape;
+  Node node;
 
-  ort::StatusPtr init(const ort::Api* api, const ort::KernelInfo* info, int x_type) {
-    ORT_TRY(node.open(api, info));
-    std::string weights, inputs;
-    ORT_TRY(read_string(api, info, "weights", weights));
-    ORT_TRY(read_string(api, info, "inputs", inputs));
-    std::string problem = variant_of_attributes(weights, inputs, variant);
-    if (!problem.empty()) return node.error(ort::kInvalidArgument, problem);
-    variant.x = x_type;
-    ORT_TRY(node.bind(info, variant.present, inputs, true));
-    problem = check_tensors(variant, node.constant, shape);
-    return problem.empty() ? nullptr : node.error(ort::kInvalidArgument, problem);
-  }
+  ort::StatusPtr init(const ort::Api* api, const ort::KernelInfo* info, int x_type) { return node.init(api, info, x_type, true); }
 
   ort::StatusPtr compute(ort::KernelContext* context) const {
+    const Variant& variant = node.variant;
     Tensors tensors;
     Run run;
-    ORT_TRY(node.gather(context, tensors));
-    run.shape = shape;
-    if (!node.all_constant) {
-      const std::string problem = check_tensors(variant, tensors, run.shape);
-      if (!problem.empty()) return node.error(ort::kInvalidArgument, problem);
-    }
+    ORT_TRY(node.fetch(context, tensors, run.shape));
     const int64_t d_in = run.shape.d_in, d_out = run.shape.d_out;
     Rows io;
     ORT_TRY(open_rows(node, context, variant.x, d_in, d_out, io));
