@@ -15,7 +15,6 @@
 
 namespace sparsegate {
 namespace sparse_linear {
-
 namespace {
 
 constexpr int64_t kPassBytes = 8 << 20;      // bound of the lists of active channels, which bounds the tokens per pass

@@ -350,6 +350,10 @@ def test_file_with_both_ops(tiny, tmp_path):
     assert np.array_equal(stored["model.layers.1.mlp.down_proj.SparseLinear.w"], weights["model.layers.1.mlp.down_proj.weight"].T)
     assert not any(".attn.qkv_proj." in name for name in stored), "the packed weights are gone"
     assert executor(out).kernel and len(variants(out)) == 3
+    newer = proto.metadata_props[[entry.key for entry in proto.metadata_props].index(METADATA)]
+    newer.value = newer.value.replace("SparseLinear.1/float/x=float32,w=float32/w+tau", "SparseLinear.1/int4_g32/x=float32,w=float32/w+tau")
+    onnx.save(proto, out / "model.onnx")
+    assert not executor(out).kernel and "no CPUExecutionProvider kernel for SparseLinear.1/int4_g32" in executor(out).reason
 
 
 def test_network_gated_as_a_whole_excludes_its_linears(tiny, tmp_path):

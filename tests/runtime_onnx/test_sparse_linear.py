@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from gated_mlp_cases import nmse, open_model, run
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from sparse_linear_cases import make_model, make_tensors, make_variant, make_x, 
 from sparsegate.runtime_onnx import library
 from sparsegate.runtime_onnx.ops.sparse_linear import BOUNDS, FLOATS, ROLES, WEIGHTS, Variant, active, emulate, function, reference, traffic
 
-CPU = "CPUExecutionProvider"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 STORED = ["float32", "float16", "bfloat16", "int8_row"]
 
 
@@ -277,6 +278,30 @@ def test_kernel_is_the_reference_for_any_shape(data: st.DataObject) -> None:
     y = run(open_model(make_model(variant, tensors)), x)
     expected = reference(variant, x, tensors)
     assert np.abs(y - expected).max() < 2e-5 * (np.sqrt((expected**2).mean()) + 1)
+
+
+# CUDA: compiled where nvcc is found; running it needs a GPU
+
+
+def test_cuda_is_claimed_only_where_it_was_built() -> None:
+    built = CUDA.encode() in library.library_path().read_bytes()
+    assert all(library.supports(stored_variant(stored, x="float16").name, CUDA) == built for stored in STORED)
+
+
+@pytest.mark.skipif(CUDA not in ort.get_available_providers(), reason="onnxruntime has no CUDA provider")
+@pytest.mark.parametrize("stored", STORED)
+def test_cuda_kernel_computes_the_reference(stored: str) -> None:
+    variant = stored_variant(stored, bias=True)
+    if not library.supports(variant.name, CUDA):
+        pytest.skip("the library was built without CUDA")
+    x = make_x(variant, (5, 547))
+    tensors = with_tau(variant, x, make_tensors(variant, 547, 683), 0.3)
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library.library_path()))
+    session = ort.InferenceSession(make_model(variant, tensors), options, providers=[CUDA, CPU])
+    if session.get_providers()[0] != CUDA:
+        pytest.skip("no GPU")
+    checked(variant, x, tensors, run(session, x))
 
 
 # errors and threads

@@ -1,0 +1,83 @@
+// Variants, inputs and checks of SparseLinear: everything that does not depend on the execution provider.
+#include "sparse_linear.h"
+
+#include <algorithm>
+
+namespace sparsegate::sparse_linear {
+namespace {
+
+const char* const kRoleNames[] = {"w", "s_w", "b", "tau"};
+const char* const kWeightNames[] = {"float", "int8_row"};
+constexpr Names kRoles(kRoleNames), kWeights(kWeightNames);
+
+}  // namespace
+
+// The same rules as Variant in ops/sparse_linear.py.
+std::string variant_of_attributes(const std::string& weights, const std::string& inputs, Variant& out) {
+  const int found = kWeights.find(weights);
+  if (found < 0) return "attribute weights must be one of " + kWeights.listed() + ", got '" + weights + "'";
+  out.quantised = found == 1;
+  const std::string problem = read_roles(kRoles, inputs, out.present);
+  if (!problem.empty()) return problem;
+  for (int role : {kW, kSW, kTau}) {
+    const bool needed = role != kSW || out.quantised;
+    if (needed != out.present[role]) return std::string("inputs must ") + (needed ? "" : "not ") + "hold " + kRoles.list[role] + " with weights " + weights;
+  }
+  return "";
+}
+
+std::string variant_of_name(const std::string& name, Variant& out) {
+  const std::string wrong = "not a variant of SparseLinear.1";
+  const std::vector<std::string> parts = split(name, '/');
+  if (parts.size() != 4 || parts[0] != "SparseLinear.1" || parts[3].find(' ') != std::string::npos) return wrong;
+  std::string roles = parts[3];
+  std::replace(roles.begin(), roles.end(), '+', ' ');
+  const std::string problem = variant_of_attributes(parts[1], roles, out);
+  if (!problem.empty()) return problem;
+  if (!read_types(parts[2], {"x", "w"}, {&out.x, &out.w}) || !is_float(out.x) || !is_float(out.w)) return wrong;
+  return out.quantised && out.w != ort::kFloat32 ? wrong : "";
+}
+
+std::string check_tensors(const Variant& variant, const Tensors& tensors, Shape& shape) {
+  shape = Shape{};
+  const Tensor& w = tensors[kW];
+  if (w.data) {
+    const bool right = variant.quantised ? w.type == ort::kInt8 : is_float(w.type);
+    if (!right || w.rank != 2 || w.dims[0] < 1 || w.dims[1] < 1 || w.dims[0] > INT32_MAX / 2 || w.dims[1] > INT32_MAX / 2)
+      return std::string("input w must be ") + (variant.quantised ? "int8" : "float32, float16 or bfloat16") + " [d_in, d_out], got " + shape_text(w);
+    shape.d_in = w.dims[0];
+    shape.d_out = w.dims[1];
+  }
+  for (int role : {kSW, kB, kTau}) {
+    const Tensor& t = tensors[role];
+    const int64_t size = role == kB ? shape.d_out : shape.d_in;  // 0: w is not constant, checked in every run
+    if (!t.data || (t.type == ort::kFloat32 && t.rank == 1 && (size == 0 || t.dims[0] == size))) continue;
+    return std::string("input ") + kRoles.list[role] + " must be float32 [" + (size ? std::to_string(size) : "?") + "], got " + shape_text(t);
+  }
+  return "";
+}
+
+Node::Node() : NodeBase("SparseLinear", kRoles) {}
+
+ort::StatusPtr Node::init(const ort::Api* ort_api, const ort::KernelInfo* info, int x_type, bool constants) {
+  ORT_TRY(open(ort_api, info));
+  std::string weights, inputs;
+  ORT_TRY(read_string(api, info, "weights", weights));
+  ORT_TRY(read_string(api, info, "inputs", inputs));
+  std::string problem = variant_of_attributes(weights, inputs, variant);
+  if (!problem.empty()) return error(ort::kInvalidArgument, problem);
+  variant.x = x_type;
+  ORT_TRY(bind(info, variant.present, inputs, constants));
+  problem = check_tensors(variant, constant, shape);
+  return problem.empty() ? nullptr : error(ort::kInvalidArgument, problem);
+}
+
+ort::StatusPtr Node::fetch(const ort::KernelContext* context, Tensors& tensors, Shape& out) const {
+  ORT_TRY(gather(context, tensors));
+  out = shape;
+  if (all_constant) return nullptr;
+  const std::string problem = check_tensors(variant, tensors, out);
+  return problem.empty() ? nullptr : error(ort::kInvalidArgument, problem);
+}
+
+}  // namespace sparsegate::sparse_linear
