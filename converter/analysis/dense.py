@@ -64,9 +64,8 @@ class Dense:
                 names = ("o", "o_grad", "o_grad_path") if kind == "attn" else ("z", "grad", "grad_path")
                 fields = fields | {name: t for name, t in zip(names, (value, grad, path), strict=True) if t is not None}
             if load_score(setting.score).PHASE == "prompt":
-                length = setting.prompt
-                z = torch.where(self.mask[:, :length, None].to(fields["z"].device), fields["z"][:, :length], 0)
-                fields = fields | {"prompt": statistic(z).unsqueeze(1)}
+                # padding is on the right: a window that has some in its prompt has nothing after it
+                fields = fields | {"prompt": statistic(fields["z"][:, : setting.prompt]).unsqueeze(1)}
             found[site] = score_site(setting.score, site, fields, self.moments)
         return found
 
