@@ -82,6 +82,7 @@ def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | No
     body = template.render(
         report=report,
         chosen=report.chosen,
+        units=_units(report),
         source=source,
         hub=constants.ENDPOINT,
         repo=repo,
@@ -110,6 +111,13 @@ def speed_sentence(report: Report) -> str:
     times = f"{ratio_text(row.decode_ratio)} times the speed of the dense model"
     said = f"Not faster {where}: decoding ran at {times}." if row.decode_ratio < 1 else f"Decoding ran at {times} {where}."
     return f"{said} Other load disturbed every pair of runs: these speeds are not to be quoted." if speed.disturbed else said
+
+
+def _units(report: Report) -> str:
+    """What the sites gate, for people."""
+    linear = [".linear." in layer.site for layer in report.layers]
+    neurons, channels = "feed-forward neurons", "input channels of linear maps"
+    return f"{neurons} and {channels}" if any(linear) and not all(linear) else channels if any(linear) else neurons
 
 
 def _text(value: Any) -> str | None:

@@ -255,6 +255,20 @@ def test_card_metadata_and_licence(tmp_path: Path) -> None:
     assert "\n\n\n" not in card and not re.search(r"\{[{%]|None|nan", card)
 
 
+def test_card_names_what_is_gated(tmp_path: Path) -> None:
+    base, linear = make_base(tmp_path / "base"), {"site": "layers.0.linear.q_proj", "density_calibrated": 0.5, "density_realised": 0.5}
+    for layers, units in (
+        (REPORT["layers"], "feed-forward neurons"),
+        ([linear], "input channels of linear maps"),
+        ([linear, REPORT["layers"][1]], "feed-forward neurons and input channels of linear maps"),
+    ):
+        _, card = write(tmp_path, make_report(layers=layers), base)
+        assert f"49.0 % of the gated {units} are computed" in card and "block cost" not in card
+    rows = [{**row, "block_cost": 0.7654} for row in REPORT["rows"]]
+    _, card = write(tmp_path, make_report(rows=rows), base)
+    assert "all linear maps of the blocks" in card and "| 76.5 % |" in card
+
+
 def test_card_examples_are_valid_python(tmp_path: Path) -> None:
     _, card = write(tmp_path, make_report(), make_base(tmp_path / "base"), repo_id="ada/sparse")
     examples = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
