@@ -1,10 +1,11 @@
-"""One method's result, stage by stage: checkpoint, ONNX folder, measurements; the choice among methods, and the report on all of them."""
+"""What the methods made: each plan's held-out quality, the choice among them, the chosen one's checkpoint, ONNX folder and checks, and the report on all."""
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,65 +13,39 @@ from typing import Any
 from ..runtime_onnx.bench import bench
 from . import report as reporting
 from .artifact import Header, InputError, atomic_folder, is_finished, read_header, read_json, write_header, write_json
-from .data import CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text
 from .onnx_export import build_base, check_base, export
 from .plans import Plan, Predictor
 from .recipe import Recipe
-from .reference import load, load_dense
+from .reference import apply_plan, load, load_dense, remove_plan
 from .report import Report
 from .schedule import checkpoint
 from .source import Source
+from .texts import Texts, heldout_name
 from .verification import Check, Quality, check_budget, check_onnx, measure_quality
 
 log = logging.getLogger("sparsegate")
-HELDOUT_WINDOWS = 64
 SPEED_PAIRS = 25
-HELDOUT_SHARE = 0.2  # of a user's own calibration text, kept for measuring
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Token windows to calibrate on and to measure on; no window is in both."""
-
-    calibration: Batches
-    heldout: Batches
-    name: str
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method's plan and folders, its held-out quality, the checks it passed or failed, and its speed beside dense (empty when not measured)."""
+    """A method's plan and its held-out quality; of the one that was exported also its folders, the checks it passed or failed, and its speed beside dense
+    (empty when not measured).
+    """
 
     method: str
     plan: Plan
-    checkpoint: Path
-    onnx: Path
     sparsity: float | None
     quality: Quality
     checks: list[Check]
-    speed: dict[str, Any]
+    checkpoint: Path | None = None
+    onnx: Path | None = None
+    speed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
-
-
-def make_texts(source: Source, recipe: Recipe) -> Texts:
-    """Calibration and held-out windows: of the bundled texts, or of a user's file, whose last fifth is held out."""
-    tokenizer, asked = source.tokenizer(), recipe.calibration
-    length = min(asked.length, int(getattr(source.config, "max_position_embeddings", asked.length)))
-    if asked.file is None:
-        text, heldout, name = read_text(CALIBRATION_TEXT), read_text(HELDOUT_TEXT), "Python standard library modules"
-    else:
-        whole = read_text(Path(asked.file))
-        cut = int(len(whole) * (1 - HELDOUT_SHARE))
-        text, heldout, name = whole[:cut], whole[cut:], Path(asked.file).name
-    return Texts(
-        make_batches(tokenizer, text, asked.windows, length, recipe.seed),
-        make_batches(tokenizer, heldout, HELDOUT_WINDOWS, length, recipe.seed + 1, "The last fifth of the calibration text"),
-        name,
-    )
 
 
 def make_base(source: Source, texts: Texts, work: Path) -> Path:
@@ -84,33 +59,76 @@ def make_base(source: Source, texts: Texts, work: Path) -> Path:
     return folder
 
 
-def make_candidate(source: Source, name: str, plan: Plan, texts: Texts, base: Path, recipe: Recipe, config: dict[str, Any], work: Path) -> Candidate:
-    """Checkpoint, ONNX folder and measurements of one plan, each a stage below `work`."""
-    folder = checkpoint(source, plan, name, work, work / "plan" / name)
+def measure(source: Source, plans: Mapping[str, Plan], sparsities: Mapping[str, float | None], texts: Texts, recipe: Recipe, work: Path) -> list[Candidate]:
+    """The held-out quality of every plan, each a stage below `work`, and whether it keeps the budget and the asked density."""
+    found, model = [], None
+    for name, plan in plans.items():
+        parent = read_header(work / "plan" / name)
+        assert parent is not None
+        folder, header = work / "quality" / name, Header(format="quality", parents={"plan": parent.fingerprint}, calibration=texts.heldout.sha256)
+        if not is_finished(folder, header):
+            model = model or load_dense(source.folder)
+            apply_plan(model, plan, source.arch, source.arch.activation(source.config))
+            quality = measure_quality(model, plan, texts.heldout)
+            remove_plan(model)
+            with atomic_folder(folder) as partial:
+                write_json(partial / "quality.json", quality.model_dump())
+                write_header(partial, header)
+        quality = Quality(**read_json(folder / "quality.json", "The measured quality"))
+        budget = recipe.budget.model_dump() | {"sparsity": sparsities[name], "searched": recipe.searches}
+        found.append(Candidate(name, plan, sparsities[name], quality, check_budget(quality, budget)))
+    return found
+
+
+def choose(candidates: list[Candidate], source: Source, texts: Texts, base: Path, recipe: Recipe, work: Path) -> tuple[Candidate, list[Candidate]]:
+    """The best candidate, exported and checked, and all of them with it in its place: the cheapest one where a budget was searched, else the one with the
+    least KL to dense. One whose executors disagree is passed over.
+
+    Raises InputError with the failed checks when none passes.
+    """
+    order = sorted(candidates, key=lambda c: (c.quality.block_cost or c.quality.cost) if recipe.searches else c.quality.kl)
+    tried: dict[str, Candidate] = {candidate.method: candidate for candidate in candidates}
+    for candidate in order:
+        if candidate.passed:
+            tried[candidate.method] = _exported(candidate, source, texts, base, recipe, work)
+            if tried[candidate.method].passed:
+                break
+    else:
+        found = "; ".join(_failures(list(tried.values())))
+        raise InputError(
+            f"A checkpoint must hold its budget and its executors must agree, got {found}. "
+            "Lower --sparsity, loosen the budget, or report executors that disagree."
+        )
+    for line in _failures(list(tried.values())):
+        log.warning("not chosen, %s", line)
+    return tried[candidate.method], list(tried.values())
+
+
+def _failures(candidates: list[Candidate]) -> list[str]:
+    return [f"{c.method}: {check.name} {check.value:.3g} against {check.bound:.3g} {check.note}" for c in candidates for check in c.checks if not check.passed]
+
+
+def _exported(candidate: Candidate, source: Source, texts: Texts, base: Path, recipe: Recipe, work: Path) -> Candidate:
+    """The candidate with checkpoint, ONNX folder, checks of its executors and speed, each a stage below `work`."""
+    name = candidate.method
+    folder = checkpoint(source, candidate.plan, name, work, work / "plan" / name)
     parent = read_header(folder)
     assert parent is not None
     onnx, header = work / "onnx" / name, Header(format="onnx", parents={"checkpoint": parent.fingerprint}, config=recipe.export.model_dump(mode="json"))
     if not is_finished(onnx, header):
         with atomic_folder(onnx) as partial:
-            export(base, plan, source.arch, source.config, partial)
+            export(base, candidate.plan, source.arch, source.config, partial)
             write_header(partial, header)
-    sparsity = config.get("sparsity")
-    budget = recipe.budget.model_dump() | {"sparsity": sparsity}
-    measured, header = (
-        work / "measured" / name,
-        Header(format="measured", parents={"onnx": header.fingerprint}, config=budget, calibration=texts.heldout.sha256),
-    )
+    measured, header = work / "measured" / name, Header(format="measured", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256)
     if not is_finished(measured, header):
-        model = load(folder)
-        quality = measure_quality(model, plan, texts.heldout)
-        checks = check_onnx(onnx, model, texts.heldout) + check_budget(quality, budget)
-        del model
+        checks = check_onnx(onnx, load(folder), texts.heldout)
         speed = _speed(base, onnx, texts)
         with atomic_folder(measured) as partial:
-            write_json(partial / "measured.json", {"quality": quality.model_dump(), "checks": [check.model_dump() for check in checks], "speed": speed})
+            write_json(partial / "measured.json", {"checks": [check.model_dump() for check in checks], "speed": speed})
             write_header(partial, header)
     stored = read_json(measured / "measured.json", "The measurement")
-    return Candidate(name, plan, folder, onnx, sparsity, Quality(**stored["quality"]), [Check(**row) for row in stored["checks"]], stored["speed"])
+    checks = [Check(**row) for row in stored["checks"]] + candidate.checks
+    return replace(candidate, checkpoint=folder, onnx=onnx, checks=checks, speed=stored["speed"])
 
 
 def _speed(base: Path, onnx: Path, texts: Texts) -> dict[str, Any]:
@@ -122,22 +140,6 @@ def _speed(base: Path, onnx: Path, texts: Texts) -> dict[str, Any]:
     except ValueError as error:
         log.warning("Speed was not measured: %s", error)
         return {}
-
-
-def choose(candidates: list[Candidate]) -> Candidate:
-    """The passing candidate with the least KL to dense. Raises InputError with the failed checks when none passes."""
-    failed = [
-        f"{c.method}: {check.name} {check.value:.3g} against {check.bound:.3g} {check.note}" for c in candidates for check in c.checks if not check.passed
-    ]
-    passing = [candidate for candidate in candidates if candidate.passed]
-    if not passing:
-        raise InputError(
-            f"A checkpoint must hold its budget and its executors must agree, got {'; '.join(failed)}. "
-            "Lower --sparsity, loosen the budget, or report executors that disagree."
-        )
-    for line in failed:
-        log.warning("not chosen, %s", line)
-    return min(passing, key=lambda candidate: candidate.quality.kl)
 
 
 def build_report(source: Source, recipe: Recipe, texts: Texts, candidates: list[Candidate], chosen: Candidate, command: str) -> Report:
@@ -155,9 +157,9 @@ def build_report(source: Source, recipe: Recipe, texts: Texts, candidates: list[
         command=command,
         machine=reporting.this_machine(),
         versions=reporting.installed_versions(),
-        recipe=recipe.model_copy(update={"model": source.name, "calibration": _public(recipe)}).model_dump(mode="json"),
+        recipe=recipe.model_copy(update={"model": source.name, "calibration": _public(recipe), "stages": _public_stages(recipe)}).model_dump(mode="json"),
         calibration=reporting.Text(hash=texts.calibration.sha256, tokens=texts.calibration.count, name=texts.name),
-        evaluation=reporting.Text(hash=texts.heldout.sha256, tokens=quality.tokens, name=f"{texts.name}, held out"),
+        evaluation=reporting.Text(hash=texts.heldout.sha256, tokens=quality.tokens, name=heldout_name(recipe)),
         speed=_conditions(chosen.speed),
         rows=[dense, *(_row(candidate, candidate is chosen) for candidate in candidates)],
         layers=[_layer(chosen, site, entries[0]) for site, entries in chosen.plan.items()],
@@ -174,11 +176,18 @@ def _public(recipe: Recipe) -> Any:
     return recipe.calibration if file is None else recipe.calibration.model_copy(update={"file": Path(file).name})
 
 
+def _public_stages(recipe: Recipe) -> Any:
+    """The stages without the folders of this machine."""
+    (stage,) = recipe.stages
+    folder = stage.config.get("folder")
+    return (stage if folder is None else stage.model_copy(update={"config": stage.config | {"folder": Path(folder).name}}),)
+
+
 def _row(candidate: Candidate, selected: bool) -> reporting.Row:
     quality, speed = candidate.quality, candidate.speed
     return reporting.Row(
         method=candidate.method, nll=quality.nll, perplexity=math.exp(quality.nll), kl=max(0.0, quality.kl), agreement=quality.agreement,
-        density=quality.density, cost=quality.cost, selected=selected,
+        density=quality.density, cost=quality.cost, block_cost=quality.block_cost, selected=selected,
         prefill_tokens_per_second=speed.get("candidate", {}).get("prefill_tokens_per_s"),
         decode_tokens_per_second=speed.get("candidate", {}).get("decode_tokens_per_s"),
         decode_ratio=speed.get("decode", {}).get("ratio"),

@@ -13,16 +13,17 @@ import torch
 
 from .arch import load_arch
 from .artifact import HEADER, VERSION, InputError, atomic_folder, hash_file, hash_json
-from .candidates import Candidate, Texts, build_report, choose, make_base, make_candidate, make_texts
+from .candidates import Candidate, build_report, choose, make_base, measure
 from .data import BUNDLED
 from .hub import Remote, check_disk, check_push, download, head_commit, home_folder, is_hub_id, local_folder, push, remote_inspect
 from .manifest import MANIFEST, Manifest, check_files, installed_versions, list_files, read_manifest, write_manifest
-from .planning import BUNDLED_MODEL, BUNDLED_NAME, Estimate, compile_recipe, estimate, estimate_shapes, method_configs
+from .planning import BUNDLED_MODEL, BUNDLED_NAME, Configs, Estimate, compile_recipe, estimate, estimate_shapes, method_configs, training_windows
 from .recipe import Recipe
 from .reference import load as load_folder
 from .report import RESULTS, Report, read_base_card, write_report
 from .schedule import once
 from .source import Source, check_config, check_shapes, make_config, open_source
+from .texts import Texts, make_heldout, make_texts
 from .verification import Check, Verification, check_budget, check_onnx, check_record, check_source, measure_quality, read_plan
 
 log = logging.getLogger("sparsegate")
@@ -83,17 +84,17 @@ def convert(
     needed = estimate(source, asked, configs)
     if dry_run:
         return Result(out, False, None, needed)
-    texts = make_texts(source, asked)
+    texts = make_texts(source, asked, training_windows(configs), work)
     fingerprint = _fingerprint(source.fingerprint, asked, texts)
     if out.exists():
         return _existing(out, fingerprint, push_to, public, None if keep_stages else work)
     check_disk(out, needed.disk_bytes)
     work.mkdir(parents=True, exist_ok=True)
 
-    plans = once(source, texts.calibration, configs, work, asked.seed, device)
+    plans = once(source, texts, asked, configs, work, device)
     base = make_base(source, texts, work)
-    candidates = [make_candidate(source, name, plan, texts, base, asked, configs[name], work) for name, plan in plans.items()]
-    report = _finish(out, source, asked, fingerprint, texts, choose(candidates), candidates, command, keep_stages, push_to)
+    chosen, candidates = choose(measure(source, plans, _sparsities(configs, asked), texts, asked, work), source, texts, base, asked, work)
+    report = _finish(out, source, asked, fingerprint, texts, chosen, candidates, command, keep_stages, push_to)
     if not keep_stages:
         shutil.rmtree(work)
     url = push(out, push_to, private=not public) if push_to else None
@@ -108,6 +109,11 @@ def resolve(model: str, folder: Path) -> Source:
         fetched = download(model, folder)
         return open_source(fetched.folder, fetched.id, fetched.revision)
     return open_source(model)
+
+
+def _sparsities(configs: Configs, recipe: Recipe) -> dict[str, float | None]:
+    """The share to skip that each method was asked for; None where a budget or files decide."""
+    return {name: None if recipe.searches else getattr(next(iter(parts.values())), "sparsity", None) for name, parts in configs.items()}
 
 
 def _check_device(device: str) -> None:
@@ -142,10 +148,10 @@ def _fetched_fingerprint(out: Path, recipe: Recipe) -> str:
     source = read_manifest(out).source
     if source.get("id") != recipe.model or source.get("revision") != head_commit(recipe.model):
         return ""
-    return _fingerprint(source.get("fingerprint") or "", recipe, make_texts(open_source(out, sparse=True), recipe))
+    return _fingerprint(source.get("fingerprint") or "", recipe, make_texts(open_source(out, sparse=True), recipe, training_windows(method_configs(recipe))))
 
 
-def _remote_estimate(remote: Remote, recipe: Recipe, configs: dict[str, dict[str, Any]]) -> Estimate:
+def _remote_estimate(remote: Remote, recipe: Recipe, configs: Configs) -> Estimate:
     """What a Hub model will need, the download included, from its configuration and headers; no weight is fetched."""
     check_config(remote.config)
     arch, config = load_arch(str(remote.config.get("model_type"))), make_config(remote.config)
@@ -171,6 +177,7 @@ def _finish(
     report = build_report(source, recipe, texts, candidates, chosen, command)
     quality = chosen.quality
     with atomic_folder(out) as partial:
+        assert chosen.checkpoint is not None and chosen.onnx is not None
         _place(chosen.checkpoint, partial, keep_stages)
         (partial / "onnx").mkdir()
         _place(chosen.onnx, partial / "onnx", keep_stages)
@@ -185,7 +192,7 @@ def _finish(
             },
             recipe=report.recipe,
             seed=recipe.seed,
-            budget=recipe.budget.model_dump() | {"sparsity": chosen.sparsity},
+            budget=recipe.budget.model_dump() | {"sparsity": chosen.sparsity, "searched": recipe.searches},
             measured={name: getattr(quality, name) for name in ("nll_dense", "nll", "kl", "agreement", "density", "cost")},
             versions=installed_versions(),
             files=list_files(partial),
@@ -238,11 +245,11 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
         log.warning("Quality is measured on the text that comes with sparsegate; give the checkpoint's own with --calibration FILE.")
     text = None if calibration is None else str(calibration)
     recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": text})})
-    texts = make_texts(opened, recipe)
-    quality = measure_quality(sparse, plan, texts.heldout)
+    heldout = make_heldout(opened, recipe)
+    quality = measure_quality(sparse, plan, heldout)
     if original is not None:
-        checks.append(check_source(sparse, original.folder, texts.heldout))
-    checks += check_onnx(folder / "onnx", sparse, texts.heldout)
+        checks.append(check_source(sparse, original.folder, heldout))
+    checks += check_onnx(folder / "onnx", sparse, heldout)
     if calibration is not None or wanted is None:
         checks += check_budget(quality, manifest.budget) + check_record(quality, manifest.measured)
     else:

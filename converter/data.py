@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .artifact import InputError
 
@@ -16,6 +17,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 CALIBRATION_TEXT = BUNDLED / "calibration.txt"
 HELDOUT_TEXT = BUNDLED / "heldout.txt"
 MINIMUM_TOKENS = 512
+_TOGETHER = 32  # windows sampled at once, which bounds the key-value cache
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,37 @@ def make_batches(tokenizer: Any, text: str, windows: int, length: int, seed: int
         tokens[row, : len(window)] = torch.tensor(window)
         mask[row, : len(window)] = True
     return Batches(tokens, mask)
+
+
+@torch.no_grad()
+def self_generated(model: Any, tokenizer: Any, windows: int, length: int, seed: int, temperature: float = 1.0) -> Batches:
+    """Text that a dense transformers model in evaluation mode writes itself: `windows` windows of `length` tokens, sampled at `temperature` by `seed`.
+
+    A window starts with the tokenizer's start token, else its end token, else a token drawn uniformly. Sampling goes on after an end token, into another
+    document, so every window is full. Only tokens that the tokenizer knows are drawn: a vocabulary may be padded.
+    Raises InputError when `length` exceeds the model's positions, `temperature` is not positive or the logits are not finite.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise InputError(f"Windows must have at most {positions} tokens, the model's positions, got {length}. Take a smaller calibration length.")
+    if not temperature > 0:
+        raise InputError(f"The temperature must be positive, got {temperature}. Take 1 for the model's own distribution.")
+    known = torch.tensor(sorted(set(tokenizer.get_vocab().values())))
+    known = known[known < model.get_input_embeddings().weight.shape[0]]
+    special = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None and bool((known == token).any())]
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.empty((windows, length), dtype=torch.int64)
+    with tqdm(total=-(-windows // _TOGETHER) * (length - 1), desc="sample text", unit="token") as progress:
+        for group in tokens.split(_TOGETHER):  # views of `tokens`
+            start = torch.tensor(special[0]) if special else known[torch.randint(len(known), (len(group),), generator=generator)]
+            group[:, 0] = start
+            cache = None
+            for at in range(1, length):
+                output = model(input_ids=group[:, at - 1 : at].to(model.device), past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                chances = (output.logits[:, -1].float().cpu()[:, known] / temperature).softmax(-1)
+                if not bool(chances.isfinite().all()):
+                    raise InputError("The model's logits must be finite, got others while text was sampled. Fetch the weights again, or give a text.")
+                group[:, at] = known[torch.multinomial(chances, 1, generator=generator)[:, 0]]
+                progress.update()
+    return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))

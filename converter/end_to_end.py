@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .arch import Arch, Site
-from .artifact import Header, atomic_folder, is_finished, write_json
+from .artifact import Header, InputError, atomic_folder, is_finished, write_json
 from .blocks import down_rows, ffn_down, ffn_parts
 from .data import Batches
 from .losses import kl_divergence, straight_through
@@ -37,7 +37,7 @@ PROPORTIONAL, INTEGRAL = 5.0, 0.1
 """Nats per unit of excess density, and per unit of excess and step."""
 _STEEPNESS = 4.0  # logit of a gate value of twice its threshold
 _ASIDE, _ASIDE_MOST = 16, 32  # every 16th window, about 32 at most, is kept for setting densities
-_SHIFTS, _REACH, _TOLERANCE = 24, 8.0, 0.002  # bisection: steps, logits to either side, density
+_SHIFTS, _REACH, _REACH_MOST, _TOLERANCE = 24, 8.0, 4096.0, 0.002  # bisection: steps, logits to either side at first and at most, density
 _TOGETHER = 8  # windows
 _NOISE = 0.01  # relative energy
 
@@ -194,11 +194,18 @@ class EndToEnd:
 
     def plan(self, tokens: Tensor, density: float) -> Plan:
         """The present tensors as a plan whose mean density on windows [N, S] is `density`: one shift of all logits, found by bisection."""
-        low, high = -_REACH, _REACH
+
+        def excess_at(shift: float) -> tuple[float, dict[Site, float]]:
+            found = self.densities(tokens, shift)
+            return sum(found.values()) / len(found) - density, found
+
+        reach = _REACH
+        while reach < _REACH_MOST and not excess_at(reach)[0] <= 0 <= excess_at(-reach)[0]:
+            reach *= 2
+        low, high = -reach, reach
         for _ in range(_SHIFTS):
             shift = (low + high) / 2
-            found = self.densities(tokens, shift)
-            excess = sum(found.values()) / len(found) - density
+            excess, found = excess_at(shift)
             if abs(excess) < _TOLERANCE:
                 break
             low, high = (shift, high) if excess > 0 else (low, shift)
@@ -237,14 +244,22 @@ def train_plan(
     """Train the feed-forward entries of `plan` and return one plan per density in `densities`, which one run visits in turn; other sites stay as they are.
 
     `start` is the density that the run begins with (1 for a fresh predictor). Every plan's density holds on windows that were not trained on. State, levels
-    and curve are stored below `folder` under `header`, so an interrupted run goes on to the same result.
+    and curve are stored below `folder` under `header`, so an interrupted run goes on to the same result. Raises InputError for a plan without feed-forward
+    sites and for too few windows.
     """
+    if not any(site.kind == "ffn" for site in plan):
+        raise InputError(f"A plan to train must gate a feed-forward network, got {', '.join(site.key for site in plan) or 'no site'}. Take another method.")
     header = header.model_copy(update={"config": header.config | {"tune": tune.model_dump(mode="json"), "densities": list(densities), "plan": _hash(plan)}})
     folders = [folder / f"level_{k}" for k in range(len(densities))]
-    if not all(is_finished(place, header) for place in folders):
+    curve_file = folder / "curve.json"
+    if not all(is_finished(place, header) for place in folders) or not curve_file.is_file():
         full = batches.tokens[batches.mask.all(1)]
         aside = full[:: max(_ASIDE, len(full) // _ASIDE_MOST)]
-        kept = torch.tensor([k for k in range(len(batches.tokens)) if not bool((batches.tokens[k] == aside).all(1).any())])
+        kept = [k for k in range(len(batches.tokens)) if not bool((batches.tokens[k] == aside).all(1).any())]
+        if not len(aside) or not kept:
+            found = f"{len(full)} full ones of {len(batches.tokens)}"
+            raise InputError(f"Training end to end must have a full window to set densities on and others to train on, got {found}. Give more text.")
+        curve_file.unlink(missing_ok=True)
         settings = Settings(tune.steps * len(densities), tune.windows, tune.rate, levels=len(densities), seed=seed)
         half = tune.precision == "bf16" or (tune.precision == "auto" and multiplies_bf16(model.device))
         objective = EndToEnd(model, arch, activation, plan, settings, densities, start, tune.local, half, aside[:4])
@@ -254,7 +269,7 @@ def train_plan(
                 save_plan(partial, objective.plan(aside, densities[level]), header)
 
         curve = train(objective, Batches(batches.tokens[kept], batches.mask[kept]), settings, folder / "state", header, at_level, "train end to end")
-        write_json(folder / "curve.json", {"rows": curve})
+        write_json(curve_file, {"rows": curve})
     untrained = {site: entries for site, entries in plan.items() if site.kind != "ffn"}
     return [untrained | load_plan(place) for place in folders]
 
@@ -304,13 +319,6 @@ def noise_costs(model: Any, arch: Arch, sites: Sequence[Site], tokens: Tensor) -
         finally:
             handle.remove()
     return found
-
-
-def fresh_predictor(hidden: int, units: int, rank: int, generator: torch.Generator) -> Predictor:
-    """A predictor [r, d], [n, r] that keeps nearly everything, for inputs of rms 1: random directions and logits about 1."""
-    fc1 = torch.randn(rank, hidden, generator=generator) / hidden**0.5
-    fc2 = 0.3 * torch.randn(units, rank, generator=generator) / rank**0.5
-    return Predictor(fc1, fc2, torch.full((units,), -1.0), 1.0)
 
 
 def _hash(plan: Plan) -> str:

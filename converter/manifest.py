@@ -37,7 +37,7 @@ class Manifest(BaseModel):
     calibration: dict[str, Any]
     recipe: dict[str, Any]
     seed: int
-    budget: dict[str, float | None]
+    budget: dict[str, bool | float | None]
     measured: dict[str, float]
     versions: dict[str, str]
     files: dict[str, File]

@@ -11,7 +11,9 @@ from pydantic import BaseModel
 
 from .arch import Arch
 from .artifact import InputError
-from .methods import METHODS, load_method, make_config, needs
+from .interchange import NEEDS as IMPORTED_NEEDS
+from .interchange import Config as ImportedConfig
+from .methods import METHODS, load_method, make_config, needs, validated
 from .methods.predictor import Config as PredictorConfig
 from .methods.predictor import rank_for
 from .plans import Threshold, cost, uniform_tau
@@ -22,6 +24,15 @@ from .stats.samples import CAP
 BUNDLED_MODEL = "bundled"
 """How a recipe names the small model that comes with sparsegate."""
 BUNDLED_NAME = "sparsegate-small"
+SELF = "self"
+"""The value of --calibration that means text sampled from the model itself."""
+IMPORTED = "imported"
+"""The method that takes predictors from files; it is none of METHODS because it reads them."""
+NEURON_METHODS = ("gate", "chess", "cett", "trained_gate", "predictor")
+AUTO = {False: NEURON_METHODS, True: (*NEURON_METHODS, "teal", "wina", "chess+teal")}
+"""What `auto` tries, by whether a budget is searched: a share of neurons means nothing to methods that skip input channels."""
+Configs = Mapping[str, Mapping[str, BaseModel]]
+"""Method -> its parts (one, or those that `+` joins) -> their configurations."""
 _FP32, _FP16 = 4, 2
 _RUNTIME = 500_000_000  # bytes of a process with torch, transformers and onnxruntime imported
 
@@ -40,9 +51,7 @@ class Estimate(BaseModel):
     expected_cost: dict[str, float]
 
 
-def estimate_shapes(
-    arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]], source_bytes: int, recipe: Recipe, configs: Mapping[str, dict[str, Any]]
-) -> Estimate:
+def estimate_shapes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]], source_bytes: int, recipe: Recipe, configs: Configs) -> Estimate:
     """The estimate from tensor shapes by name."""
     hidden, units, layers = (arch.size(config, space) for space in ("hidden", "units", "layers"))
     parameters = sum(prod(shape) for shape in shapes.values())
@@ -50,14 +59,13 @@ def estimate_shapes(
     prefix = arch.block_prefix(0)
     block = sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
     windows = recipe.calibration.windows * recipe.calibration.length
-    samples = 0
-    for name, values in configs.items():
-        if any(stat.startswith("samples") for stat in needs(name, make_config(name, values))):
-            samples = layers * min(CAP, windows) * (hidden + units) * _FP16
+    stats = {stat for parts in configs.values() for part, values in parts.items() for stat in (IMPORTED_NEEDS if part == IMPORTED else needs(part, values))}
+    samples = sum(layers * min(CAP, windows) * (hidden + units) * _FP16 for stat in stats if stat.startswith("samples"))
     tied = arch.embedding in shapes and not any(name.startswith("lm_head") for name in shapes)
     whole = (parameters + (prod(shapes[arch.embedding]) if tied else 0)) * _FP32
-    disk = samples + len(configs) * source_bytes + (1 + len(configs)) * whole
+    disk = samples + source_bytes + 2 * whole
     batch = 2048 * (hidden * 4 + units * 5) * _FP32
+    costs = {} if recipe.searches else {name: _expected_cost(arch, parts, hidden, units) for name, parts in configs.items() if IMPORTED not in parts}
     return Estimate(
         parameters=parameters,
         ffn_share=sum(prod(shapes[name]) for name in ffn) / parameters,
@@ -65,23 +73,24 @@ def estimate_shapes(
         disk_bytes=disk,
         peak_calibrate=_RUNTIME + 2 * block * _FP32 + 2 * windows * hidden * _FP32 + batch,
         peak_export=_RUNTIME + 2 * whole,
-        expected_cost={name: _expected_cost(arch, name, values, hidden, units) for name, values in configs.items()},
+        expected_cost=costs,
     )
 
 
-def estimate(source: Source, recipe: Recipe, configs: Mapping[str, dict[str, Any]]) -> Estimate:
+def estimate(source: Source, recipe: Recipe, configs: Configs) -> Estimate:
     """The estimate for an opened source."""
     shapes = {name: info.shape for name, info in source.tensors.items()}
     return estimate_shapes(source.arch, source.config, shapes, sum(info.bytes for info in source.tensors.values()), recipe, configs)
 
 
-def _expected_cost(arch: Arch, name: str, values: dict[str, Any], hidden: int, units: int) -> float:
-    config: Any = make_config(name, values)
+def _expected_cost(arch: Arch, parts: Mapping[str, Any], hidden: int, units: int) -> float:
+    """Bytes of the feed-forward networks touched per token relative to dense: of the part that gates neurons, where there is one."""
+    name, config = next(((name, config) for name, config in parts.items() if name in NEURON_METHODS), next(iter(parts.items())))
     matrices, density = 2 if arch.ffn.kind == "plain" else 3, 1 - config.sparsity
     if isinstance(config, PredictorConfig):
         rank = config.rank or rank_for(hidden, units, matrices, config.cost)
         return density + rank * (hidden + units) / (matrices * hidden * units)
-    return cost(Threshold("gate", uniform_tau(0.0, 1), density), hidden, units, matrices, density)
+    return cost(Threshold("gate" if name in NEURON_METHODS else "input", uniform_tau(0.0, 1), density), hidden, units, matrices, density)
 
 
 def compile_recipe(
@@ -106,33 +115,60 @@ def compile_recipe(
         if given:
             raise InputError(f"--recipe must stand without the flags that it covers, got {', '.join(given)} as well. Put them into the recipe.")
         return read_recipe(Path(recipe))
-    sparsity = 0.5 if sparsity is None else sparsity
-    if not 0 < sparsity < 1:
+    if sparsity is not None and not 0 < sparsity < 1:
         raise InputError(f"sparsity must lie strictly between 0 and 1, got {sparsity}. Use 0.5 to skip half of the gated neurons.")
-    if method not in (None, "auto"):
-        load_method(str(method))
+    parts = parts_of(method or "auto")
+    searches = sparsity is None and (max_ppl_increase is not None or max_kl is not None)
+    config = {} if searches or parts == [IMPORTED] else {"sparsity": 0.5 if sparsity is None else sparsity}
+    if parts == [IMPORTED] and sparsity is not None:
+        raise InputError(f"sparsity must stand without method {IMPORTED}, got {sparsity}: the predictors' thresholds decide. Leave it out or give a budget.")
     values = {
         "model": str(model) if model else BUNDLED_MODEL,
-        "calibration": {"file": str(calibration) if calibration else None},
+        "calibration": {"generated": True} if str(calibration) == SELF else {"file": str(calibration) if calibration else None},
         "seed": seed or 0,
-        "stages": [{"method": method or "auto", "config": {"sparsity": sparsity}}],
+        "stages": [{"method": method or "auto", "config": config}],
         "budget": {"max_ppl_increase": max_ppl_increase, "max_kl": max_kl},
         "export": {"precision": precision or "fp32", "target": target or "cpu"},
     }
     return make_recipe(values, "convert")
 
 
-def method_configs(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The methods to try and their configurations; `auto` is every method with the fields that it knows. The recipe's seed goes to those that train."""
+def parts_of(method: str) -> list[str]:
+    """The methods that a name joins by `+`. Raises InputError for an unknown one, and for the same twice."""
+    parts = method.split("+")
+    if len(set(parts)) < len(parts) or (len(parts) > 1 and not set(parts) <= set(METHODS)):
+        raise InputError(f"method must join different ones of {', '.join(METHODS)}, got {method!r}. Name each once, as in chess+teal.")
+    for part in parts:
+        if part not in ("auto", IMPORTED):
+            load_method(part)
+    return parts
+
+
+def method_configs(recipe: Recipe) -> Configs:
+    """The methods to try and their parts' configurations; `auto` is every one of AUTO. A part takes the fields that it knows, and the recipe's seed.
+
+    Raises InputError for an unknown method and for a field that no part knows.
+    """
     (stage,) = recipe.stages
-    names = list(METHODS) if stage.method == "auto" else [stage.method]
-    known = {key for name in names for key in load_method(name).Config.model_fields}
+    names = AUTO[recipe.searches] if stage.method == "auto" else (stage.method,)
+    fields = {part: _config_class(part).model_fields for name in names for part in parts_of(name)}
+    known = {key for own in fields.values() for key in own}
     unknown = sorted(set(stage.config) - known)
     if unknown:
         raise InputError(f"The configuration of {stage.method} must hold only {', '.join(sorted(known))}, got {', '.join(unknown)}. Mend the recipe.")
-    found = {}
+    found: dict[str, dict[str, BaseModel]] = {}
     for name in names:
-        fields = load_method(name).Config.model_fields
-        seed = {"seed": recipe.seed} if "seed" in fields else {}
-        found[name] = seed | (stage.config if stage.method != "auto" else {key: value for key, value in stage.config.items() if key in fields})
+        found[name] = {}
+        for part in parts_of(name):
+            values = {key: value for key, value in {"seed": recipe.seed, **stage.config}.items() if key in fields[part]}
+            found[name][part] = validated(ImportedConfig, values, part) if part == IMPORTED else make_config(part, values)
     return found
+
+
+def training_windows(configs: Configs) -> int:
+    """The most windows that any of the methods trains on."""
+    return max((values.tune.data for parts in configs.values() for values in parts.values() if hasattr(values, "tune")), default=0)
+
+
+def _config_class(part: str) -> type[BaseModel]:
+    return ImportedConfig if part == IMPORTED else load_method(part).Config

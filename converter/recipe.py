@@ -16,9 +16,12 @@ class _Strict(BaseModel):
 
 
 class Calibration(_Strict):
-    """Where the tokens come from: a text file (None: the bundled one), `windows` of `length` tokens."""
+    """Where the tokens come from: a text file (None: the bundled one), or, when `generated`, text that the dense model writes itself; `windows` of `length`
+    tokens.
+    """
 
     file: str | None = None
+    generated: bool = False
     windows: int = Field(default=128, ge=2)
     length: int = Field(default=256, ge=16)
 
@@ -38,18 +41,22 @@ class Tune(_Strict):
 
 
 class Stage(_Strict):
-    """One method and its configuration; `auto` tries every method and keeps the one nearest to the dense model."""
+    """One method and its configuration, several joined by `+` with one configuration each under their names, or `auto`, which tries every method."""
 
     method: str = "auto"
     config: dict[str, Any] = {}
-    tune: Tune | None = None
 
 
 class Budget(_Strict):
-    """What the result must hold on held-out text: a relative rise in perplexity (0.01 is 1 %) and a KL divergence to the dense model in nats per token."""
+    """What the result may lose on held-out text: a relative rise in perplexity (0.01 is 1 %) and a KL divergence to the dense model in nats per token."""
 
     max_ppl_increase: float | None = Field(default=None, ge=0)
     max_kl: float | None = Field(default=None, ge=0)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether anything is bounded."""
+        return self.max_ppl_increase is not None or self.max_kl is not None
 
 
 class Export(_Strict):
@@ -69,6 +76,11 @@ class Recipe(_Strict):
     stages: tuple[Stage, ...] = Field(default=(Stage(),), min_length=1, max_length=1)
     budget: Budget = Budget()
     export: Export = Export()
+
+    @property
+    def searches(self) -> bool:
+        """Whether the budget decides the sparsity: it does when the stage sets none; else it is a check on the result."""
+        return self.budget.bounded and "sparsity" not in self.stages[0].config
 
     def yaml(self) -> str:
         """The recipe as a YAML document that `--recipe` reads."""

@@ -1,42 +1,212 @@
-"""The loop over stages: statistics once, then a plan for every method, each a folder below the work folder that is not made again when its header fits."""
+"""The loop over stages: statistics once, then for every method a plan, its training where it is trained, and the search where there is a budget.
+
+Each is a folder below the work folder that is not made again when its header fits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
-from .artifact import Header, atomic_folder, is_finished, read_header, write_header
-from .data import Batches
-from .methods import load_method, make_config, needs
-from .plans import Plan, load_plan, save_plan
+from .artifact import Header, InputError, atomic_folder, is_finished, read_header, write_header
+from .budget import Judge, allocate, sensitivities, settled, shifted, sparsest
+from .end_to_end import train_plan
+from .interchange import NEEDS as IMPORTED_NEEDS
+from .interchange import fingerprint, imported_plan, measured
+from .labels import collect_labels
+from .methods import load_method, needs
+from .planning import IMPORTED
+from .plans import Plan, block_cost, load_plan, merge, save_plan
+from .recipe import Recipe
+from .reference import load_dense
+from .scores import load_score
 from .source import Source
+from .stats import Stats, load_stat
 from .stats.collect import collect, drop_samples
+from .texts import Texts
 from .writer import write_checkpoint
 
+LEVELS = (0.75, 0.6, 0.45, 0.33, 0.25, 0.18, 0.13)
+"""Densities at which a trained method stops in turn on its way to a budget."""
+_REACH = 6.0  # logits that a trained plan is shifted by at most
 
-def once(source: Source, batches: Batches, configs: Mapping[str, dict[str, Any]], work: Path, seed: int, device: str) -> dict[str, Plan]:
-    """One round: the plan of every method in `configs`, from one set of statistics. Stored activations go when every plan is made."""
-    made = {name: make_config(name, values) for name, values in configs.items()}
-    headers = {name: _plan_header(source, batches, name, config, seed) for name, config in made.items()}
-    folders = {name: work / "plan" / name for name in made}
-    todo = [name for name in made if not is_finished(folders[name], headers[name])]
+
+@dataclass
+class Run:
+    """What every stage of a conversion reads; the dense model is loaded when first asked for."""
+
+    source: Source
+    texts: Texts
+    recipe: Recipe
+    work: Path
+    device: str
+    stats: Stats = field(default_factory=dict)
+
+    @cached_property
+    def model(self) -> Any:
+        """The dense model on the device."""
+        return load_dense(self.source.folder).to(self.device)
+
+    @cached_property
+    def activation(self) -> str:
+        """The feed-forward activation by the op's name."""
+        return self.source.arch.activation(self.source.config)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Losses on the search windows."""
+        assert self.texts.search is not None
+        return Judge(self.model, self.source.arch, self.activation, self.texts.search)
+
+    def header(self, name: str, config: Mapping[str, Any], **parents: str) -> Header:
+        """The header of a method's stage."""
+        own = {"model": self.source.fingerprint, **parents}
+        return Header(format="plan", parents=own, config={"method": name, **config}, seed=self.recipe.seed, calibration=self.texts.calibration.sha256)
+
+
+def once(source: Source, texts: Texts, recipe: Recipe, configs: Mapping[str, Mapping[str, Any]], work: Path, device: str) -> dict[str, Plan]:
+    """One round: the plan of every method in `configs` (validated configurations by part, as `planning.method_configs` gives them), from one set of
+    statistics; a method that cannot meet the budget is left out. Stored activations go when every plan is made.
+
+    Raises InputError when no method can meet the budget.
+    """
+    run = Run(source, texts, recipe, work, device)
+    headers = {name: _header(run, name, config) for name, config in configs.items()}
+    todo = [name for name in configs if not is_finished(work / "plan" / name, headers[name])]
     if todo:
-        names = sorted({stat for name in todo for stat in needs(name, made[name])})
-        stats = collect(source, batches, names, work / "stats", seed, device)
+        run.stats = _statistics(run, {part: config for name in todo for part, config in configs[name].items()})
         for name in todo:
-            with atomic_folder(folders[name]) as partial:
-                save_plan(partial, load_method(name).plan(stats, source.arch, made[name]), headers[name])
+            plan = _searched(run, name, configs[name]) if recipe.searches else _direct(run, name, configs[name])
+            with atomic_folder(work / "plan" / name) as partial:
+                save_plan(partial, plan or {}, headers[name])
     drop_samples(work / "stats")
-    return {name: load_plan(folder) for name, folder in folders.items()}
+    plans = {name: load_plan(work / "plan" / name) for name in configs}
+    if not any(plans.values()):
+        raise InputError(f"The budget must be one that a method can meet, got none of {', '.join(plans)} within it. Loosen it.")
+    return {name: plan for name, plan in plans.items() if plan}
 
 
-def _plan_header(source: Source, batches: Batches, name: str, config: BaseModel, seed: int) -> Header:
-    return Header(
-        format="plan", parents={"model": source.fingerprint}, config={"method": name, **config.model_dump(mode="json")}, seed=seed, calibration=batches.sha256
-    )
+def _header(run: Run, name: str, config: Mapping[str, Any]) -> Header:
+    trained = any(getattr(load_method(part), "start", None) for part in config if part != IMPORTED)
+    parents = {"training": run.texts.training.sha256} if trained else {}
+    files = fingerprint(config[IMPORTED]) if IMPORTED in config else None
+    parents |= {"predictors": files} if files else {}
+    budget = {}
+    if run.recipe.searches:
+        assert run.texts.search is not None
+        budget, parents = {"budget": run.recipe.budget.model_dump(mode="json")}, parents | {"search": run.texts.search.sha256}
+    return run.header(name, {part: values.model_dump(mode="json") for part, values in config.items()} | budget, **parents)
+
+
+def _statistics(run: Run, parts: Mapping[str, Any]) -> Stats:
+    """The statistics of all methods: those of scores that need gradients from the whole model, the others block by block."""
+    names = {stat for part, config in parts.items() for stat in (IMPORTED_NEEDS if part == IMPORTED else needs(part, config))}
+    oracle = {name for name in names if "grad" in load_score(load_stat(name)[1]).NEEDS}
+    folder, seed = run.work / "stats", run.recipe.seed
+    found = collect(run.source, run.texts.calibration, sorted(names - oracle), folder, seed, run.device)
+    if oracle:
+        labelled = collect_labels(run.model, run.source, run.texts.calibration, sorted(oracle), run.work / "stats_labels", seed)
+        found = (
+            {site: {**found.get(site, {}), **tensors} for site, tensors in labelled.items()}
+            if not found
+            else {site: {**tensors, **labelled.get(site, {})} for site, tensors in found.items()}
+        )
+    return found
+
+
+def _direct(run: Run, name: str, config: Mapping[str, Any]) -> Plan:
+    """The plan at the configured sparsity."""
+    return merge([_part(run, name, part, values) for part, values in config.items()])
+
+
+def _part(run: Run, name: str, part: str, config: Any) -> Plan:
+    if part == IMPORTED:
+        return measured(imported_plan(run.source, config), run.stats)
+    plan = load_method(part).plan(run.stats, run.source.arch, config)
+    start = _start(part, config)
+    return plan if start is None else _trained(run, name, part, config, plan, start, 1.0 - config.sparsity)
+
+
+def _start(part: str, config: Any) -> float | None:
+    module = load_method(part)
+    return module.start(config) if hasattr(module, "start") else None
+
+
+def _trained(run: Run, name: str, part: str, config: Any, plan: Plan, start: float, density: float) -> Plan:
+    folder = run.work / "trained" / f"{name}-{density:.3f}"
+    header = run.header(part, config.model_dump(mode="json"), training=run.texts.training.sha256)
+    (found,) = train_plan(run.model, run.source.arch, run.activation, plan, start, [density], run.texts.training, config.tune, config.seed, folder, header)
+    return found
+
+
+def _searched(run: Run, name: str, config: Mapping[str, Any]) -> Plan | None:
+    """The cheapest plan of a method that meets the budget on the search windows, None when there is none."""
+    part, values = next(iter(config.items()))
+    if len(config) == 1 and (part == IMPORTED or hasattr(load_method(part), "start")):
+        if part != IMPORTED and _start(part, values) is not None:
+            return _searched_training(run, name, part, values)
+        plan = _part(run, name, part, values)
+        found = sparsest(lambda shift: shifted(plan, shift), run.judge, run.recipe.budget, -_REACH, _REACH)
+    else:
+        found = sparsest(_family(run, config), run.judge, run.recipe.budget, 0.02, 0.99)
+    return None if found is None else settled(found[1], found[2].density)
+
+
+def _family(run: Run, config: Mapping[str, Any]) -> Callable[[float], Plan]:
+    """A method's plan by mean density, each site's own density from its sensitivity where the method takes any."""
+
+    def plan_of(part: str, sparsity: float, densities: Mapping[str, float] | None = None) -> Plan:
+        values = config[part].model_dump() | {"sparsity": sparsity} | ({} if densities is None else {"densities": dict(densities)})
+        module = load_method(part)
+        return module.plan(run.stats, run.source.arch, module.Config.model_validate(values))
+
+    if not all("densities" in type(values).model_fields for values in config.values()):
+        return lambda level: merge([plan_of(part, min(0.99, max(0.01, 1 - level))) for part in config])
+    keys: dict[str, str] = {}
+    for part in config:
+        for site in plan_of(part, 0.5):
+            keys[site.key if site.kind == "ffn" else f"layers.{site.layer}"] = part
+
+    def make(densities: Mapping[str, float]) -> Plan:
+        return merge([plan_of(part, 0.5, {key: densities[key] for key, owner in keys.items() if owner == part}) for part in config])
+
+    whole = make(dict.fromkeys(keys, 1.0))
+    weights = {key: _governed(run, key, whole) for key in keys}
+    curves = sensitivities(run.judge, make, list(keys))
+    return lambda level: make(allocate(curves, weights, level))
+
+
+def _governed(run: Run, key: str, whole: Plan) -> float:
+    """What a unit of a key's density costs: block cost at density 1 less that at 0."""
+    own = [site for site in whole if f"{site.key}.".startswith(f"{key}.")]
+    arch, config = run.source.arch, run.source.config
+    return block_cost(whole, arch, config, dict.fromkeys(whole, 1.0)) - block_cost(whole, arch, config, {s: 0.0 if s in own else 1.0 for s in whole})
+
+
+def _searched_training(run: Run, name: str, part: str, config: Any) -> Plan | None:
+    """A trained method goes down LEVELS until the budget breaks; the last two levels are shifted to the budget, and the cheaper one is taken."""
+    plan, start = load_method(part).plan(run.stats, run.source.arch, config), _start(part, config)
+    assert start is not None
+    trained: list[Plan] = []
+    for density in LEVELS:
+        if density >= start:
+            continue
+        plan = _trained(run, f"{name}-budget", part, config, plan, start, density)
+        start = density
+        trained.append(plan)
+        if run.judge.loss(plan, every=4).share(run.recipe.budget) > 1:
+            break
+    best: tuple[float, Plan] | None = None
+    for plan in trained[-2:]:
+        found = sparsest(lambda shift, plan=plan: shifted(plan, shift), run.judge, run.recipe.budget, -_REACH, _REACH)
+        if found is not None:
+            ready = settled(found[1], found[2].density)
+            cost = block_cost(ready, run.source.arch, run.source.config)
+            best = min(best or (cost, ready), (cost, ready), key=lambda pair: pair[0])
+    return None if best is None else best[1]
 
 
 def checkpoint(source: Source, plan: Plan, name: str, work: Path, parent: Path) -> Path:

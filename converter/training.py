@@ -5,6 +5,7 @@ What is trained and against what is an `Objective`; this module knows neither mo
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def train(
     """Run `settings.steps` steps, resumed from `folder` when it holds a state under the same `header`; `at_level(k)` is called at the end of level k.
 
     The windows of a step depend on (seed, step) alone, so an interrupted run ends with the same weights. Returns the curve: one row of figures every tenth
-    step. Raises InputError when the loss is no finite number.
+    step. Raises InputError when the loss or its gradient is not finite.
     """
     tensors = {name: tensor for name, (tensor, _) in objective.parameters().items()}
     groups = [{"params": [tensor], "lr": share * settings.rate, "peak": share * settings.rate} for tensor, share in objective.parameters().values()]
@@ -91,16 +92,18 @@ def train(
             rows = _rows(len(batches.tokens), settings, step)
             loss = objective.loss(batches.tokens[rows], batches.mask[rows], step)
             if not bool(loss.isfinite()):
-                raise InputError(f"The training loss must be a finite number, got {float(loss)} at step {step}. Lower the rate.")
+                raise InputError(f"The training loss must be a finite number, got {float(loss.detach())} at step {step}. Lower the rate.")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(tensors.values(), CLIP)
+            norm = torch.nn.utils.clip_grad_norm_(tensors.values(), CLIP)
+            if not bool(norm.isfinite()):
+                raise InputError(f"The gradient must be finite, got a norm of {float(norm)} at step {step}. Lower the rate.")
             optimizer.step()
             figures = objective.after(step)
             progress.update()
             if (step + 1) % 10 == 0:
                 progress.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})
-                curve.append({"step": step + 1, "loss": float(loss), **figures})
+                curve.append({"step": step + 1, "loss": float(loss.detach()), **figures})
             if step + 1 in settings.bounds():
                 at_level(settings.bounds().index(step + 1))
             if (step + 1) % settings.save_every == 0 and step + 1 < settings.steps:
@@ -140,6 +143,7 @@ def _resume(
     objective: Objective, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, folder: Path, header: Header
 ) -> tuple[int, list[dict[str, float]]]:
     if not is_finished(folder, header):
+        shutil.rmtree(folder, ignore_errors=True)  # another run's state would belie what this one leaves beside it
         return 0, []
     stored, state = load_file(folder / _TENSORS), read_json(folder / _STATE, "The training state")
     step = int(state["step"])

@@ -17,15 +17,19 @@ def convert(
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The new folder; MODEL-sparse when not given.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="auto, gate or predictor; auto (the default) tries all and keeps the one nearest to the dense model.")
+        str | None,
+        typer.Option(help="gate, chess, cett, trained_gate, predictor, teal, wina, imported, several as in chess+teal, or auto (the default): all of them."),
     ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Share of the gated neurons to skip, 0.5 when not given.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of the gated neurons to skip, 0.5 when neither it nor a budget is given.")] = None,
     max_ppl_increase: Annotated[
-        str | None, typer.Option(help="Most that held-out perplexity may rise, as in 1% or 0.01; otherwise nothing is written.")
+        str | None,
+        typer.Option(help="Find the cheapest checkpoint whose perplexity rises by no more than this, as in 1% or 0.01; with --sparsity only check it."),
     ] = None,
-    max_kl: Annotated[float | None, typer.Option(help="Most KL divergence to the dense model, nats per token; otherwise nothing is written.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="The same for the KL divergence to the dense model, nats per token.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML file in place of the flags that it covers.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text; its last fifth is held out. Default: Python source that comes with sparsegate.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="UTF-8 text, its last fifth held out; or self: text that the model writes. Default: Python source that comes along.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="Precision of the MLP weights in ONNX: fp32.")] = None,
     target: Annotated[str | None, typer.Option(help="Where the ONNX model runs: cpu.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of calibration windows and predictors.")] = None,

@@ -1,8 +1,9 @@
 """Methods turn statistics into a plan. One file per method, one row per file.
 
 A method module exports SOURCE, NEEDS (full statistic names; `{field}` is filled from the configuration), Config and `plan(stats, arch, config) -> Plan`.
-A module may name more statistics for some configurations with `more_needs(config)`. `plan` takes the sites of its own kind out of the statistics. Methods see
-tensors, never models, files or datasets.
+A module may name more statistics for some configurations with `more_needs(config)`. A module whose plan is to be trained end to end exports
+`start(config)`, the density of that plan (None: not under this configuration), and its Config has `tune`. `plan` takes the sites of its own kind out of the
+statistics. Methods see tensors, never models, files or datasets.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ METHODS = {
     "cett": ".cett",
     "teal": ".teal",
     "wina": ".wina",
+    "trained_gate": ".trained_gate",
     "predictor": ".predictor",
 }
 
@@ -43,8 +45,13 @@ def load_method(name: str) -> Any:
 
 def make_config(name: str, values: dict[str, Any]) -> BaseModel:
     """A method's configuration from plain values. Raises InputError naming the field that is wrong."""
+    return validated(load_method(name).Config, values, name)
+
+
+def validated(kind: type[BaseModel], values: dict[str, Any], name: str) -> BaseModel:
+    """`values` as a configuration of `kind`. Raises InputError naming the field of `name` that is wrong."""
     try:
-        return load_method(name).Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "config"

@@ -1,7 +1,8 @@
-"""Activation predictors: a two-layer network per site that says from the block's input which neurons a score would keep.
+"""Activation predictors: a two-layer network per site that says from the block's input which neurons to keep, when P2 relu(P1 x) > tau.
 
-logit = P2 relu(P1 x) + b is trained by binary cross-entropy on the per-token top-k of the score; b and the threshold that meets the target density on
-held-out tokens become tau, so that a neuron is kept when P2 relu(P1 x) > tau.
+The default is trained end to end: `plan` gives fresh predictors that keep everything, and the training against the dense model's distribution follows. The
+cheap form is trained by cross-entropy, layer by layer, on the per-token top-k of a score; a bias and the threshold that meets the target density on
+held-out tokens become tau.
 """
 
 from __future__ import annotations
@@ -17,52 +18,85 @@ from tqdm.auto import tqdm
 
 from ..arch import Arch
 from ..artifact import InputError
+from ..losses import dejavu_loss, dejavu_weight
 from ..plans import Plan, Predictor
-from ..stats import Stats
+from ..recipe import Tune
+from ..stats import Stats, of_kind
 
 SOURCE = (
-    "DejaVu, arXiv 2310.17157; PowerInfer, arXiv 2312.12456",
-    "logit = P2 relu(P1 x)",
-    "an output bias folded into the threshold; labels are the top-k of a score, because SwiGLU has no exact zeros; unweighted cross-entropy, the density is "
-    "set by the threshold afterwards",
+    "DejaVu, arXiv 2310.17157; PowerInfer, arXiv 2312.12456; straight-through gradients, arXiv 1308.3432",
+    "logit = P2 relu(P1 x), or P2 P1 x (linear2)",
+    "an output bias folded into the threshold; labels are the top-k of a score, because SwiGLU has no exact zeros; the density is set by the threshold",
 )
-NEEDS = ("samples:{score}",)
+NEEDS = ()
 _HELDOUT = 0.1  # share of the samples that thresholds and recall are measured on
 _HELDOUT_ROWS = 4096  # at most: their logits [rows, n] are in memory at once
+_START_BIAS = 1.0  # logits of a fresh predictor are about this
 
 
 class Config(BaseModel):
     """How predictors are trained.
 
-    `sparsity` is the share of neurons to skip, `score` makes the labels, `rank` is r (None: the largest r whose weights cost at most `cost` of the
-    network's), `steps` of `batch` tokens, `rate` the peak learning rate.
+    `sparsity` is the share of neurons to skip, `rank` is r (None: the largest r whose weights cost at most `cost` of the network's), `tune` the training end
+    to end. Of the cross-entropy only: `score` makes the labels, an oracle's too; `form` linear2 has no nonlinearity and is stored as an equal mlp2 of twice
+    the rank; `weighting` dejavu counts negatives by the share of positives; `steps` of `batch` tokens at peak `rate`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[1] = 1
     sparsity: float = Field(default=0.5, gt=0, lt=1)
-    score: Literal["magnitude", "gate"] = "magnitude"
+    loss: Literal["end_to_end", "cross_entropy"] = "end_to_end"
     rank: int | None = Field(default=None, ge=1)
     cost: float = Field(default=0.1, gt=0, lt=1)
+    seed: int = 0
+    tune: Tune = Tune()
+    score: Literal["magnitude", "abs_z", "gate", "gradient", "gxo", "snip", "fisher", "corrected_gxo"] = "magnitude"
+    form: Literal["mlp2", "linear2"] = "mlp2"
+    weighting: Literal["dejavu", "none"] = "dejavu"
     steps: int = Field(default=1000, ge=1)
     batch: int = Field(default=1024, ge=1)
     rate: float = Field(default=3e-3, gt=0)
-    seed: int = 0
+
+
+def more_needs(config: Config) -> tuple[str, ...]:
+    """Samples of the labels' score, or nothing but sizes."""
+    return ("sizes:gate",) if config.loss == "end_to_end" else ("samples:{score}",)
+
+
+def start(config: Config) -> float | None:
+    """The density of `plan` where training end to end follows, else None."""
+    return 1.0 if config.loss == "end_to_end" else None
 
 
 def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
-    """A trained Predictor for every site. Raises InputError when a site has too few samples to hold some out."""
+    """A Predictor for every site: fresh ones to be trained end to end, or ones trained by cross-entropy.
+
+    Raises InputError when a site has too few samples to hold some out.
+    """
     found: Plan = {}
-    matrices = 2 if arch.ffn.kind == "plain" else 3
-    with tqdm(total=len(stats) * config.steps, desc="train predictors", unit="step") as progress:
-        for site, tensors in stats.items():
+    sites, matrices = of_kind(stats, "ffn"), 2 if arch.ffn.kind == "plain" else 3
+    if config.loss == "end_to_end":
+        for site, tensors in sites.items():
+            hidden, units = int(tensors["sizes:gate.hidden"]), int(tensors["sizes:gate.units"])
+            generator = torch.Generator().manual_seed(config.seed * 7919 + site.layer)
+            found[site] = [fresh_predictor(hidden, units, config.rank or rank_for(hidden, units, matrices, config.cost), generator)]
+        return found
+    with tqdm(total=len(sites) * config.steps, desc="train predictors", unit="step") as progress:
+        for site, tensors in sites.items():
             x, score = tensors[f"samples:{config.score}.x"], tensors[f"samples:{config.score}.score"]
             if len(x) < 64:
                 raise InputError(f"Predictors must be trained on at least 64 tokens a site, got {len(x)}. Give more calibration text.")
             rank = config.rank or rank_for(x.shape[1], score.shape[1], matrices, config.cost)
             found[site] = [_train(x, score, rank, config, site.layer, progress)]
     return found
+
+
+def fresh_predictor(hidden: int, units: int, rank: int, generator: torch.Generator) -> Predictor:
+    """A predictor [r, d], [n, r] that keeps nearly everything, for inputs of rms 1: random directions and logits about 1."""
+    fc1 = torch.randn(rank, hidden, generator=generator) / hidden**0.5
+    fc2 = 0.3 * torch.randn(units, rank, generator=generator) / rank**0.5
+    return Predictor(fc1, fc2, torch.full((units,), -_START_BIAS), 1.0)
 
 
 def rank_for(hidden: int, units: int, matrices: int, cost: float = 0.1) -> int:
@@ -84,7 +118,9 @@ class _Labels:
 
 def _train(x: Tensor, score: Tensor, rank: int, config: Config, layer: int, progress: tqdm) -> Predictor:
     units, hidden = score.shape[1], x.shape[1]
-    density = 1.0 - config.sparsity
+    density, linear = 1.0 - config.sparsity, config.form == "linear2"
+    if linear:
+        rank = max(1, rank // 2)  # the equal mlp2 has twice as many rows
     labels = _Labels(score, max(1, round(density * units)))
     generator = torch.Generator().manual_seed(config.seed * 7919 + layer)
     order = torch.randperm(len(x), generator=generator)
@@ -101,14 +137,17 @@ def _train(x: Tensor, score: Tensor, rank: int, config: Config, layer: int, prog
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warm, (config.steps - step) / max(1, config.steps - warm)))
     for _ in range(config.steps):
         at = train[torch.randint(len(train), (min(config.batch, len(train)),), generator=generator)]
-        logits = F.relu(x[at].float() @ fc1.T) @ fc2.T + bias
-        loss = F.binary_cross_entropy_with_logits(logits, labels.rows(at))
+        inner = x[at].float() @ fc1.T
+        logits, wanted = (inner if linear else F.relu(inner)) @ fc2.T + bias, labels.rows(at)
+        loss = dejavu_loss(logits, wanted, dejavu_weight(wanted) if config.weighting == "dejavu" else 1.0)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
         progress.update()
     with torch.no_grad():
+        if linear:  # v = relu(v) - relu(-v)
+            fc1, fc2 = torch.cat([fc1, -fc1]), torch.cat([fc2, -fc2], dim=1)
         return _settle(fc1.detach(), fc2.detach(), bias.detach(), x[heldout].float(), labels.rows(heldout).bool(), density)
 
 

@@ -27,6 +27,7 @@ STATS = {
     "dropped": ".dropped",
     "scale": ".scale",
     "greedy": ".greedy",
+    "sizes": ".sizes",
 }
 
 

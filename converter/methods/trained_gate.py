@@ -1,0 +1,47 @@
+"""Gate thresholds trained end to end: every neuron's own threshold on |act(gate)|, all layers jointly. Begins from CHESS thresholds that keep more."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..arch import Arch
+from ..calibration_rules import chess_taus
+from ..plans import Plan, Threshold
+from ..recipe import Tune
+from ..stats import Stats, of_kind
+
+SOURCE = (
+    "CHESS, arXiv 2409.01366, for the start; straight-through gradients, arXiv 1308.3432",
+    "tau_i minimises KL(dense || sparse) at a mean density",
+    "thresholds are trained and not set by a quantile",
+)
+NEEDS = ("unit_histogram:gate",)
+_START = 0.6  # of the way from the wished density to keeping everything
+
+
+class Config(BaseModel):
+    """`sparsity`: the share of gated neurons to skip over all layers together; `tune` how the thresholds are trained."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    sparsity: float = Field(default=0.5, gt=0, lt=1)
+    seed: int = 0
+    tune: Tune = Tune(steps=300)
+
+
+def start(config: Config) -> float:
+    """The density of `plan`, from which training sinks to the wished one."""
+    density = 1.0 - config.sparsity
+    return density + _START * (1.0 - density)
+
+
+def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
+    """CHESS thresholds at the density `start`, to be trained."""
+    found: Plan = {}
+    for site, tensors in of_kind(stats, "ffn").items():
+        tau, density = chess_taus(tensors["unit_histogram:gate.count"], tensors["unit_histogram:gate.up_moment"], start(config))
+        found[site] = [Threshold("gate", tau, density)]
+    return found

@@ -1,0 +1,107 @@
+"""The token windows of a conversion: what is calibrated on, trained on, searched on and measured on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .artifact import Header, InputError, atomic_folder, is_finished, write_header
+from .data import CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text, self_generated
+from .recipe import Recipe
+from .reference import load_dense
+from .source import Source
+
+HELDOUT_WINDOWS = 64
+SEARCH_WINDOWS, SEARCH_SHARE = 256, 0.3
+"""Windows that a budget is searched on: so many, at most this share of the text. They are never calibrated or trained on."""
+HELDOUT_SHARE = 0.2  # of a user's own calibration text, kept for measuring
+UNSEEN_WINDOWS = 256  # measured on when a budget was searched: 64 windows tell half a percent of perplexity from one, not more
+_EVERY = 1 << 30
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token windows to calibrate on, to train on (those to calibrate on are among them), to measure on, and to search on where there is a search.
+
+    No window that is searched or measured on is in another part.
+    """
+
+    calibration: Batches
+    training: Batches
+    heldout: Batches
+    search: Batches | None
+    name: str
+
+
+def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | None = None) -> Texts:
+    """The windows that a recipe means: of the bundled texts, of a user's file, whose last fifth is held out, or of text that the model writes itself, which is
+    stored below `work`. `training` is the most windows to train on.
+
+    Raises InputError for a text that is too short.
+    """
+    asked, length = recipe.calibration, _length(source, recipe)
+    text, _, name = _split(recipe)
+    if asked.generated:
+        wanted = max(asked.windows, training) + (SEARCH_WINDOWS if recipe.searches else 0)
+        every, name = _generated(source, wanted, length, recipe.seed, work), "text sampled from the dense model"
+    else:
+        every = make_batches(source.tokenizer(), text, _EVERY, length, recipe.seed)
+    order = torch.randperm(len(every.tokens), generator=torch.Generator().manual_seed(recipe.seed))
+    aside = min(SEARCH_WINDOWS, int(len(order) * SEARCH_SHARE)) if recipe.searches else 0
+    if recipe.searches and not aside:
+        raise InputError(f"A budget must have windows to search on, got {len(order)} windows of text in all. Give more calibration text.")
+    pool = order[: len(order) - aside]
+    return Texts(
+        calibration=_rows(every, pool[: asked.windows]),
+        training=_rows(every, pool[: max(asked.windows, training)]),
+        heldout=make_heldout(source, recipe),
+        search=_rows(every, order[len(pool) :]) if aside else None,
+        name=name,
+    )
+
+
+def make_heldout(source: Source, recipe: Recipe) -> Batches:
+    """The windows to measure on: more where a budget was searched."""
+    windows = UNSEEN_WINDOWS if recipe.searches else HELDOUT_WINDOWS
+    return make_batches(source.tokenizer(), _split(recipe)[1], windows, _length(source, recipe), recipe.seed + 1, "The last fifth of the calibration text")
+
+
+def heldout_name(recipe: Recipe) -> str:
+    """What the held-out text is called."""
+    return f"{_split(recipe)[2]}, held out"
+
+
+def _length(source: Source, recipe: Recipe) -> int:
+    return min(recipe.calibration.length, int(getattr(source.config, "max_position_embeddings", recipe.calibration.length)))
+
+
+def _split(recipe: Recipe) -> tuple[str, str, str]:
+    """Calibration text, held-out text and their name."""
+    if recipe.calibration.file is None:
+        return read_text(CALIBRATION_TEXT), read_text(HELDOUT_TEXT), "Python standard library modules"
+    path = Path(recipe.calibration.file)
+    whole = read_text(path)
+    cut = int(len(whole) * (1 - HELDOUT_SHARE))
+    return whole[:cut], whole[cut:], path.name
+
+
+def _rows(batches: Batches, rows: torch.Tensor) -> Batches:
+    rows = rows.sort().values
+    return Batches(batches.tokens[rows], batches.mask[rows])
+
+
+def _generated(source: Source, windows: int, length: int, seed: int, work: Path | None) -> Batches:
+    """Windows that the model writes itself, made once below `work`."""
+    header = Header(format="generated", parents={"model": source.fingerprint}, config={"windows": windows, "length": length}, seed=seed)
+    if work is None or not is_finished(work / "generated", header):
+        found = self_generated(load_dense(source.folder), source.tokenizer(), windows, length, seed)
+        if work is None:
+            return found
+        with atomic_folder(work / "generated") as partial:
+            save_file({"tokens": found.tokens}, partial / "tokens.safetensors")
+            write_header(partial, header)
+    tokens = load_file(work / "generated" / "tokens.safetensors")["tokens"]
+    return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
