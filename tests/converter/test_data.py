@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TEXT, make_tokenizer
+from models import TEXT, VOCAB, make_tokenizer
 from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 
 from sparsegate.converter.artifact import InputError
-from sparsegate.converter.data import CALIBRATION_TEXT, HELDOUT_TEXT, MINIMUM_TOKENS, Batches, make_batches, read_text
+from sparsegate.converter.data import CALIBRATION_TEXT, HELDOUT_TEXT, MINIMUM_TOKENS, Batches, make_batches, read_text, self_generated
+from sparsegate.converter.reference import load_dense
 
 TOKENIZER = make_tokenizer()
 LONG = TEXT * 4
@@ -117,3 +121,128 @@ def test_bundled_texts_differ() -> None:
     lines = {line for line in calibration.splitlines() if len(line) > 60}
     shared = [line for line in heldout.splitlines() if line in lines]
     assert len(shared) < 0.05 * len([line for line in heldout.splitlines() if len(line) > 60])
+
+
+# Text that a model writes itself
+
+
+class Chain:
+    """A language model whose next token depends on the last one only: logits `table` [V, V]. The cache is a list of the batch sizes and lengths seen."""
+
+    device, config = torch.device("cpu"), SimpleNamespace(max_position_embeddings=64)
+
+    def __init__(self, table: Tensor) -> None:
+        self.table, self.calls = table, []
+
+    def get_input_embeddings(self) -> Any:
+        return SimpleNamespace(weight=self.table)
+
+    def __call__(self, input_ids: Tensor, past_key_values: int | None, use_cache: bool) -> Any:
+        assert use_cache and input_ids.shape[1] == 1, "one token at a time"
+        self.calls.append((len(input_ids), past_key_values or 0))
+        return SimpleNamespace(logits=self.table[input_ids], past_key_values=(past_key_values or 0) + 1)
+
+
+def make_chain(vocabulary: int = VOCAB, spread: float = 1.0) -> Chain:
+    return Chain(spread * torch.randn(vocabulary, vocabulary, generator=torch.Generator().manual_seed(4)))
+
+
+def excess(counts: Tensor, chances: Tensor) -> float:
+    """How many standard deviations Pearson's chi-squared of `counts` [V] against `chances` [V] lies above its mean; rare tokens are pooled."""
+    expected = chances.double() * counts.sum()
+    rare = expected < 5
+    found, wanted = (torch.cat([v[~rare], v[rare].sum()[None]]) for v in (counts.double(), expected))
+    freedom = len(found) - 1
+    return (float(((found - wanted).square() / wanted.clamp_min(1e-9)).sum()) - freedom) / (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_first_token_follows_the_models_softmax(temperature: float, tiny_model: Callable[[str], Path]) -> None:
+    model = load_dense(tiny_model("llama"))
+    found = self_generated(model, TOKENIZER, 3000, 2, seed=0, temperature=temperature)
+    assert bool((found.tokens[:, 0] == TOKENIZER.bos_token_id).all()) and found.tokens.shape == (3000, 2) and bool(found.mask.all())
+    counts = found.tokens[:, 1].bincount(minlength=VOCAB)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[TOKENIZER.bos_token_id]])).logits[0, 0]
+    assert excess(counts, (logits / temperature).softmax(0)) < 4
+    assert excess(counts, (logits / (temperature * 1.3)).softmax(0)) > 10, "a control at another temperature"
+
+
+def test_every_transition_follows_the_model_and_goes_on_after_an_end_token() -> None:
+    chain = make_chain()
+    end = TOKENIZER.eos_token_id
+    chain.table[:, end] += 4.5  # about a fifth of all tokens
+    found = self_generated(chain, TOKENIZER, 100, 64, seed=1)
+    tokens = found.tokens
+    last, following = tokens[:, :-1].flatten(), tokens[:, 1:].flatten()
+    after = following[last == end]
+    assert 500 < len(after) < 3000 and bool(found.mask.all())
+    assert excess(after.bincount(minlength=VOCAB), chain.table[end].softmax(0)) < 4
+    assert excess(following[last != end].bincount(minlength=VOCAB), chain.table[end].softmax(0)) > 10, "a control: after other tokens others follow"
+    assert chain.calls == [(size, at) for size in (32, 32, 32, 4) for at in range(63)], "in groups of 32, with a cache of their own each"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "phi", "phi3", "smollm3", "gpt2"])
+def test_the_cache_changes_nothing(model_type: str, tiny_model: Callable[[str], Path]) -> None:
+    """The windows are those drawn from passes over the whole text so far; sliding windows (24) slide."""
+    model, length = load_dense(tiny_model(model_type)), 40
+    found = self_generated(model, TOKENIZER, 3, length, seed=5)
+    generator, tokens = torch.Generator().manual_seed(5), torch.full((3, 1), TOKENIZER.bos_token_id)
+    with torch.no_grad():
+        for _ in range(length - 1):
+            chances = model(input_ids=tokens, use_cache=False).logits[:, -1].softmax(-1)
+            tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)], dim=1)
+    assert torch.equal(found.tokens, tokens)
+
+
+def test_sampling_is_seeded() -> None:
+    chain = make_chain()
+    first = self_generated(chain, TOKENIZER, 40, 20, seed=2)
+    torch.manual_seed(99)
+    assert self_generated(chain, TOKENIZER, 40, 20, seed=2).sha256 == first.sha256 != self_generated(chain, TOKENIZER, 40, 20, seed=3).sha256
+    assert len({tuple(row) for row in first.tokens.tolist()}) == 40, "groups do not repeat one another"
+
+
+@pytest.mark.parametrize(("missing", "start"), [(("bos_token",), 1), (("bos_token", "eos_token"), None), ((), 0)])
+def test_start_token(missing: tuple[str, ...], start: int | None) -> None:
+    tokenizer = make_tokenizer()
+    for name in missing:
+        setattr(tokenizer, name, None)
+    first = self_generated(make_chain(), tokenizer, 3000, 2, seed=0).tokens[:, 0]
+    if start is None:
+        assert excess(first.bincount(minlength=VOCAB), torch.full((VOCAB,), 1 / VOCAB)) < 4
+    else:
+        assert bool((first == start).all())
+
+
+def test_tokens_lie_in_the_tokenizer_and_in_the_model() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<a token beyond the vocabulary>"})
+    found = self_generated(make_chain(), tokenizer, 4, 64, seed=0).tokens
+    assert tokenizer.bos_token_id >= VOCAB and int(found.max()) < VOCAB and bool((found[:, 0] == tokenizer.eos_token_id).all())
+    padded = make_chain(VOCAB + 80)
+    assert int(self_generated(padded, TOKENIZER, 40, 64, seed=0).tokens.max()) < VOCAB, "rows that pad the vocabulary are no text"
+    assert int(self_generated(padded, tokenizer, 40, 64, seed=0).tokens.max()) == VOCAB, "the added token, which the padded model has"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_cannot_be_sampled(bad: float) -> None:
+    chain = make_chain()
+    chain.table[:, 7] = bad
+    with pytest.raises(InputError, match=r"^The model's logits must be finite, got .*\. Fetch the weights again, or give a text\.$"):
+        self_generated(chain, TOKENIZER, 2, 8, seed=0)
+    chain.table[:, 7] = -float("inf")
+    assert not bool((self_generated(chain, TOKENIZER, 40, 64, seed=0).tokens == 7).any()), "a token that the model rules out is no error"
+
+
+def test_windows_within_the_models_positions(tiny_model: Callable[[str], Path]) -> None:
+    assert self_generated(make_chain(), TOKENIZER, 1, 64, seed=0).tokens.shape == (1, 64)
+    for model, most in ((make_chain(), 64), (load_dense(tiny_model("gpt2")), 256)):
+        with pytest.raises(InputError, match=f"^Windows must have at most {most} tokens, the model's positions, got {most + 1}. Take a smaller"):
+            self_generated(model, TOKENIZER, 1, most + 1, seed=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_temperature_is_positive(temperature: float) -> None:
+    with pytest.raises(InputError, match=f"^The temperature must be positive, got {temperature}. "):
+        self_generated(make_chain(), TOKENIZER, 1, 8, seed=0, temperature=temperature)
