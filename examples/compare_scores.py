@@ -1,6 +1,6 @@
 """Compare scores of sparse activation on any model folder: metrics x sparsity, for the MLP, the attention heads and both.
 
-    python examples/compare_scores.py [MODEL] [--windows 16] [--sparsity 0.3 0.5 0.7 0.8] [--kinds mlp attention both] [--answers 0] [--out compare_scores]
+    python examples/compare_scores.py [MODEL] [--windows 8] [--sparsity 0.3 0.5 0.7 0.8] [--kinds mlp attention both] [--answers 0] [--out compare_scores]
 
 The comparison of "Achieving Sparse Activation in Small Language Models" (arXiv 2406.06562) with its metrics and its rule of selection (per token and layer),
 on held-out windows under teacher forcing, every position masked; beside its metrics the gate scores that a deployed model can compute. Quality is KL(dense ||
@@ -116,7 +116,7 @@ def measure(model: Any, arch: Any, tokenizer: Any, batches: Batches, calibration
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", type=Path, default=BUNDLED, help="a transformers folder; default: the bundled model")
-    parser.add_argument("--windows", type=int, default=16, help="held-out windows of --length tokens")
+    parser.add_argument("--windows", type=int, default=8, help="held-out windows of --length tokens")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.8], help="shares of units to drop")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))

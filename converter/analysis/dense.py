@@ -32,7 +32,7 @@ class Dense:
     def __init__(
         self, model: Any, arch: Arch, tokens: Tensor, mask: Tensor, settings: Sequence[Setting], up_moments: Mapping[Site, Tensor], steps: int
     ) -> None:
-        self.mask, self.moments = mask, up_moments
+        self.moments = up_moments
         watched = [setting for setting in settings if setting.source == "dense"]
         kinds = {kind for setting in watched for kind in setting.kinds}
         needs = {need for setting in watched for kind in setting.kinds for need in _needs(setting.score, kind)}
