@@ -25,8 +25,8 @@ from sparsegate.converter.reference import EXECUTORS
 from sparsegate.runtime_onnx.ops import OPS
 
 ROOT = Path(__file__).parent.parent
-PHASES = ("pre", "mid", "post", "oracle")
-FUTURE = {"label", "grad"}
+PHASES = ("pre", "mid", "post", "in", "prompt", "oracle")
+FUTURE = {"label", "grad", "grad_path", "o_grad", "o_grad_path"}
 """Fields of Context that only someone who knows the next token has."""
 ENTRIES: dict[str, plans.Entry] = {
     "threshold": plans.Threshold("gate", torch.rand(7), 0.5),
@@ -48,10 +48,19 @@ def test_score(name: str) -> None:
     assert module.NEEDS and set(module.NEEDS) <= fields
     assert not FUTURE & set(module.NEEDS) or module.PHASE == "oracle", "a score that sees a label is an oracle"
     assert list(inspect.signature(module.score).parameters) == ["context"]
-    tokens, units, hidden = 6, 9, 4
+    tokens, units, hidden, heads, width = 6, 9, 4, 3, 5
     shapes = {"x": (tokens, hidden), "label": (tokens,), **dict.fromkeys(("gate", "up", "z", "grad"), (tokens, units))}
-    given = {need: torch.randn(shapes.get(need, (units, hidden))) for need in module.NEEDS}
-    assert module.score(scores.Context(**given)).shape == (tokens, units), "a score must do with what NEEDS names"
+    shapes |= {"grad_path": (2, tokens, units), "o_grad_path": (2, tokens, heads, width), **dict.fromkeys(("up_moment", "prompt"), (units,))}
+    shapes |= dict.fromkeys(("o", "o_grad"), (tokens, heads, width))
+
+    def context(needs: tuple[str, ...]) -> scores.Context:
+        return scores.Context(**{need: torch.rand(shapes.get(need, (units, hidden))) for need in needs})
+
+    scored = hidden if getattr(module, "KIND", "ffn") == "linear" else units
+    assert module.score(context(module.NEEDS)).shape == (tokens, scored), "a score must do with what NEEDS names"
+    if hasattr(module, "score_heads"):
+        assert set(module.HEAD_NEEDS) <= fields and (FUTURE & set(module.HEAD_NEEDS) == set()) == (module.PHASE != "oracle")
+        assert module.score_heads(context(module.HEAD_NEEDS)).shape == (tokens, heads)
 
 
 @pytest.mark.parametrize("name", stats.STATS)
