@@ -59,18 +59,23 @@ class Objective(Protocol):
 
     def parameters(self) -> Mapping[str, tuple[Tensor, float]]:
         """Trained leaf tensors by name, each with its rate relative to the others'."""
+        ...
 
     def loss(self, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
         """The scalar loss of windows [B, S] at a step (from 0)."""
+        ...
 
     def after(self, step: int) -> dict[str, float]:
         """Called when the tensors have moved; returns figures for the progress line and the curve."""
+        ...
 
     def state(self) -> dict[str, float]:
         """What `loss` and `after` carry from step to step besides the tensors."""
+        ...
 
     def restore(self, state: dict[str, float]) -> None:
         """The inverse of `state`."""
+        ...
 
 
 def train(

@@ -20,6 +20,7 @@ from sparsegate.converter.data import CALIBRATION_TEXT, HELDOUT_TEXT, MINIMUM_TO
 from sparsegate.converter.reference import load_dense
 
 TOKENIZER = make_tokenizer()
+BOS, EOS = 0, 1  # of TOKENIZER
 LONG = TEXT * 4
 IDS = TOKENIZER(LONG, add_special_tokens=False)["input_ids"]
 
@@ -160,25 +161,24 @@ def excess(counts: Tensor, chances: Tensor) -> float:
 def test_first_token_follows_the_models_softmax(temperature: float, tiny_model: Callable[[str], Path]) -> None:
     model = load_dense(tiny_model("llama"))
     found = self_generated(model, TOKENIZER, 3000, 2, seed=0, temperature=temperature)
-    assert bool((found.tokens[:, 0] == TOKENIZER.bos_token_id).all()) and found.tokens.shape == (3000, 2) and bool(found.mask.all())
+    assert TOKENIZER.bos_token_id == BOS and bool((found.tokens[:, 0] == BOS).all()) and found.tokens.shape == (3000, 2) and bool(found.mask.all())
     counts = found.tokens[:, 1].bincount(minlength=VOCAB)
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([[TOKENIZER.bos_token_id]])).logits[0, 0]
+        logits = model(input_ids=torch.tensor([[BOS]])).logits[0, 0]
     assert excess(counts, (logits / temperature).softmax(0)) < 4
     assert excess(counts, (logits / (temperature * 1.3)).softmax(0)) > 10, "a control at another temperature"
 
 
 def test_every_transition_follows_the_model_and_goes_on_after_an_end_token() -> None:
     chain = make_chain()
-    end = TOKENIZER.eos_token_id
-    chain.table[:, end] += 4.5  # about a fifth of all tokens
+    chain.table[:, EOS] += 4.5  # about a fifth of all tokens
     found = self_generated(chain, TOKENIZER, 100, 64, seed=1)
     tokens = found.tokens
     last, following = tokens[:, :-1].flatten(), tokens[:, 1:].flatten()
-    after = following[last == end]
+    after = following[last == EOS]
     assert 500 < len(after) < 3000 and bool(found.mask.all())
-    assert excess(after.bincount(minlength=VOCAB), chain.table[end].softmax(0)) < 4
-    assert excess(following[last != end].bincount(minlength=VOCAB), chain.table[end].softmax(0)) > 10, "a control: after other tokens others follow"
+    assert excess(after.bincount(minlength=VOCAB), chain.table[EOS].softmax(0)) < 4
+    assert excess(following[last != EOS].bincount(minlength=VOCAB), chain.table[EOS].softmax(0)) > 10, "a control: after other tokens others follow"
     assert chain.calls == [(size, at) for size in (32, 32, 32, 4) for at in range(63)], "in groups of 32, with a cache of their own each"
 
 
@@ -187,7 +187,7 @@ def test_the_cache_changes_nothing(model_type: str, tiny_model: Callable[[str], 
     """The windows are those drawn from passes over the whole text so far; sliding windows (24) slide."""
     model, length = load_dense(tiny_model(model_type)), 40
     found = self_generated(model, TOKENIZER, 3, length, seed=5)
-    generator, tokens = torch.Generator().manual_seed(5), torch.full((3, 1), TOKENIZER.bos_token_id)
+    generator, tokens = torch.Generator().manual_seed(5), torch.full((3, 1), BOS)
     with torch.no_grad():
         for _ in range(length - 1):
             chances = model(input_ids=tokens, use_cache=False).logits[:, -1].softmax(-1)
@@ -219,7 +219,7 @@ def test_tokens_lie_in_the_tokenizer_and_in_the_model() -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<a token beyond the vocabulary>"})
     found = self_generated(make_chain(), tokenizer, 4, 64, seed=0).tokens
-    assert tokenizer.bos_token_id >= VOCAB and int(found.max()) < VOCAB and bool((found[:, 0] == tokenizer.eos_token_id).all())
+    assert tokenizer.convert_tokens_to_ids("<a token beyond the vocabulary>") == VOCAB and int(found.max()) < VOCAB and bool((found[:, 0] == EOS).all())
     padded = make_chain(VOCAB + 80)
     assert int(self_generated(padded, TOKENIZER, 40, 64, seed=0).tokens.max()) < VOCAB, "rows that pad the vocabulary are no text"
     assert int(self_generated(padded, tokenizer, 40, 64, seed=0).tokens.max()) == VOCAB, "the added token, which the padded model has"
