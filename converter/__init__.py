@@ -1,6 +1,6 @@
 """sparsegate.converter: a Hugging Face model becomes a sparse checkpoint that ONNX Runtime runs.
 
-Public functions: convert, inspect, load, push, verify. They are imported when first used, so that importing the package stays quick.
+Public functions: convert, evaluate, inspect, load, make_report, push, verify. They are imported when first used, so that importing the package stays quick.
 """
 
 from __future__ import annotations
@@ -10,21 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversion import convert, load, verify
+    from .evaluation import evaluate
     from .hub import push
     from .inspection import inspect
     from .onnx_export import export
+    from .report import make_report
     from .schedule import once as plan
     from .stats.collect import collect as calibrate
     from .writer import write_checkpoint as apply
 
-__all__ = ["apply", "calibrate", "convert", "export", "inspect", "load", "plan", "push", "verify"]
+__all__ = ["apply", "calibrate", "convert", "evaluate", "export", "inspect", "load", "make_report", "plan", "push", "verify"]
 _HOMES = {
     "apply": (".writer", "write_checkpoint"),
     "calibrate": (".stats.collect", "collect"),
     "convert": (".conversion", "convert"),
+    "evaluate": (".evaluation", "evaluate"),
     "export": (".onnx_export", "export"),
     "inspect": (".inspection", "inspect"),
     "load": (".conversion", "load"),
+    "make_report": (".report", "make_report"),
     "plan": (".schedule", "once"),
     "push": (".hub", "push"),
     "verify": (".conversion", "verify"),

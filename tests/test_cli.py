@@ -141,10 +141,10 @@ def test_every_flag_of_generate_push_and_verify_arrives(call: Callable[..., Done
 
 
 def test_the_published_command_has_no_folders_of_this_machine() -> None:
-    from sparsegate.converter.cli.convert import _command
+    from sparsegate.converter.cli.output import command
 
     words = ["convert", "/home/ada/model", "-o/home/ada/out", "--calibration=/home/ada/a b.txt", "--recipe", "../r.yaml", "--push", "ada/x", "--max-kl", "1"]
-    assert _command(words) == "sparsegate convert model -oout '--calibration=a b.txt' --recipe ../r.yaml --push ada/x --max-kl 1"
+    assert command(words) == "sparsegate convert model -oout '--calibration=a b.txt' --recipe ../r.yaml --push ada/x --max-kl 1"
 
 
 # help and usage

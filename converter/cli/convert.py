@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -47,12 +45,7 @@ def convert(
     result = run(
         model=model, output=output, method=method, sparsity=sparsity, max_ppl_increase=show.share(max_ppl_increase, "--max-ppl-increase"), max_kl=max_kl,
         recipe=recipe, calibration=calibration, precision=precision, target=target, seed=seed, device=device, push_to=push, public=public,
-        dry_run=dry_run, keep_stages=keep_stages, command=_command(sys.argv[1:]),
+        dry_run=dry_run, keep_stages=keep_stages, command=show.command(sys.argv[1:]),
     )  # fmt: skip
     show.conversion(result, json)
     return 0
-
-
-def _command(words: list[str]) -> str:
-    """The command for the report, which may be published: of absolute paths (`/a/b`, `--flag=/a/b`, `-o/a/b`) only the last name."""
-    return shlex.join(["sparsegate", *(re.sub(r"^(--?[\w-]+=?)?(/.*)$", lambda found: (found[1] or "") + Path(found[2]).name, word) for word in words)])

@@ -27,9 +27,9 @@ def eval(
     from ..evaluation import evaluate
     from ..report.evaluation import answer_cells, executor_cells, site_cells, sparsity_cells, task_cells
     from ..report.tables import table
-    from .convert import _command
+    from . import output as show
 
-    found = evaluate(model, text, windows, prompts, max_new_tokens, lm_eval, limit, command=_command(sys.argv[1:]))
+    found = evaluate(model, text, windows, prompts, max_new_tokens, lm_eval, limit, command=show.command(sys.argv[1:]))
     if json:
         print(found.model_dump_json(indent=2))
         return 0

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json as _json
+import re
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact import InputError
@@ -21,6 +24,11 @@ def share(text: str | None, flag: str) -> float | None:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         raise InputError(f"{flag} must be a share like 1% or 0.01, got {text!r}. Correct it.") from None
+
+
+def command(words: list[str]) -> str:
+    """The command for the report, which may be published: of absolute paths (`/a/b`, `--flag=/a/b`, `-o/a/b`) only the last name."""
+    return shlex.join(["sparsegate", *(re.sub(r"^(--?[\w-]+=?)?(/.*)$", lambda found: (found[1] or "") + Path(found[2]).name, word) for word in words)])
 
 
 def _size(count: float) -> str:

@@ -24,20 +24,18 @@ from ..report import Text, this_machine
 from ..report.evaluation import EVALUATION, Evaluation, Measured
 from ..report.results import record_files
 from ..source import open_source
+from ..texts import HELDOUT_SHARE, HELDOUT_WINDOWS
 from ..verification import measure_executor, measure_quality, read_plan
 from .answers import NEW_TOKENS, compare_answers, import_sacrebleu, make_prompts
 from .harness import find_tasks, run_tasks
 
 log = logging.getLogger("sparsegate")
-WINDOWS = 64
-HELDOUT_SHARE = 0.2
-"""Of a checkpoint's own calibration text, the last part is what it was not calibrated on."""
 
 
 def evaluate(
     model: str | Path,
     text: str | Path | None = None,
-    windows: int = WINDOWS,
+    windows: int = HELDOUT_WINDOWS,
     prompts: str | Path | None = None,
     max_new_tokens: int = NEW_TOKENS,
     lm_eval: str | None = None,
