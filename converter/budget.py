@@ -54,7 +54,7 @@ class Judge:
     def __init__(self, model: Any, arch: Arch, activation: str, batches: Batches, keep_bytes: float = 2e9) -> None:
         self.model, self.arch, self.activation = model, arch, activation
         self.groups = list(windows(batches, model.config.vocab_size))
-        self.keep = 2 * batches.tokens.numel() * model.config.vocab_size <= keep_bytes
+        self.keep = 4 * batches.tokens.numel() * model.config.vocab_size <= keep_bytes
         self.dense: dict[int, Tensor] = {}
 
     @torch.no_grad()
@@ -80,24 +80,28 @@ class Judge:
 
     def _dense(self, number: int) -> Tensor:
         if number in self.dense:
-            return self.dense[number].float()
+            return self.dense[number]
         with dense(self.model):
             p = log_probs(self.model, self.groups[number])
         if self.keep:
-            self.dense[number] = p.half()
-            return self.dense[number].float()  # the same numbers at every call
+            self.dense[number] = p
         return p
 
 
+def governs(key: str, site: Site) -> bool:
+    """Whether a density by this key decides the site: `layers.3.ffn` the network, `layers.3` the linears of the layer."""
+    return key == (site.key if site.kind == "ffn" else f"layers.{site.layer}")
+
+
 def sensitivities(judge: Judge, make: Callable[[Mapping[str, float]], Plan], keys: Sequence[str]) -> dict[str, list[float]]:
-    """Divergence (nats) with one key at each density of GRID and every other site dense; `make` gives the plan of densities by key, and a key is a site's or
-    a whole layer's.
+    """Divergence (nats) with the sites of one key (as `governs` says) at each density of GRID and every other site dense; `make` gives the plan of densities
+    by key.
     """
     found: dict[str, list[float]] = {}
     most = max(1, _SENSITIVITY_WINDOWS // judge.groups[0].shape[0])
     for key in tqdm(keys, desc="sensitivity", unit="site"):
         plans = (make({other: 1.0 for other in keys} | {key: density}) for density in GRID)
-        found[key] = [max(0.0, judge.loss({s: e for s, e in plan.items() if f"{s.key}.".startswith(f"{key}.")}, most=most).kl) for plan in plans]
+        found[key] = [max(0.0, judge.loss({s: e for s, e in plan.items() if governs(key, s)}, most=most).kl) for plan in plans]
     return found
 
 

@@ -13,7 +13,7 @@ from .arch import Arch
 from .artifact import InputError
 from .interchange import NEEDS as IMPORTED_NEEDS
 from .interchange import Config as ImportedConfig
-from .methods import METHODS, load_method, make_config, needs, validated
+from .methods import load_method, make_config, needs, validated
 from .methods.predictor import Config as PredictorConfig
 from .methods.predictor import rank_for
 from .plans import Threshold, cost, uniform_tau
@@ -29,7 +29,8 @@ SELF = "self"
 IMPORTED = "imported"
 """The method that takes predictors from files; it is none of METHODS because it reads them."""
 NEURON_METHODS = ("gate", "chess", "cett", "trained_gate", "predictor")
-AUTO = {False: NEURON_METHODS, True: (*NEURON_METHODS, "teal", "wina", "chess+teal")}
+LINEAR_METHODS = ("teal", "wina")
+AUTO = {False: NEURON_METHODS, True: (*NEURON_METHODS, *LINEAR_METHODS, "chess+teal")}
 """What `auto` tries, by whether a budget is searched: a share of neurons means nothing to methods that skip input channels."""
 Configs = Mapping[str, Mapping[str, BaseModel]]
 """Method -> its parts (one, or those that `+` joins) -> their configurations."""
@@ -134,13 +135,14 @@ def compile_recipe(
 
 
 def parts_of(method: str) -> list[str]:
-    """The methods that a name joins by `+`. Raises InputError for an unknown one, and for the same twice."""
+    """The methods that a name joins by `+`: one that gates neurons and one that skips input channels. Raises InputError for others."""
     parts = method.split("+")
-    if len(set(parts)) < len(parts) or (len(parts) > 1 and not set(parts) <= set(METHODS)):
-        raise InputError(f"method must join different ones of {', '.join(METHODS)}, got {method!r}. Name each once, as in chess+teal.")
-    for part in parts:
-        if part not in ("auto", IMPORTED):
-            load_method(part)
+    if len(parts) == 1:
+        if method not in ("auto", IMPORTED):
+            load_method(method)
+    elif len(parts) > 2 or not any(part in NEURON_METHODS for part in parts) or not any(part in LINEAR_METHODS for part in parts):
+        neurons, linears = ", ".join(NEURON_METHODS), ", ".join(LINEAR_METHODS)
+        raise InputError(f"A joined method must be one of {neurons} and one of {linears}, got {method!r}. Name one of each, as in chess+teal.")
     return parts
 
 
@@ -162,7 +164,15 @@ def method_configs(recipe: Recipe) -> Configs:
         for part in parts_of(name):
             values = {key: value for key, value in {"seed": recipe.seed, **stage.config}.items() if key in fields[part]}
             found[name][part] = validated(ImportedConfig, values, part) if part == IMPORTED else make_config(part, values)
+        if recipe.searches and len(found[name]) > 1:
+            _check_joined_search(name, found[name])
     return found
+
+
+def _check_joined_search(name: str, parts: Mapping[str, BaseModel]) -> None:
+    trained = [part for part, config in parts.items() if getattr(load_method(part), "start", lambda _: None)(config) is not None]
+    if trained:
+        raise InputError(f"A budget must be searched with a method trained end to end alone, got {name}. Set a sparsity, or take {trained[0]} or chess+teal.")
 
 
 def training_windows(configs: Configs) -> int:

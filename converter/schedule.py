@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import Header, InputError, atomic_folder, is_finished, read_header, write_header
-from .budget import Judge, allocate, sensitivities, settled, shifted, sparsest
+from .budget import Judge, allocate, governs, sensitivities, settled, shifted, sparsest
 from .end_to_end import train_plan
 from .interchange import NEEDS as IMPORTED_NEEDS
 from .interchange import fingerprint, imported_plan, measured
@@ -82,7 +82,8 @@ def once(source: Source, texts: Texts, recipe: Recipe, configs: Mapping[str, Map
             plan = _searched(run, name, configs[name]) if recipe.searches else _direct(run, name, configs[name])
             with atomic_folder(work / "plan" / name) as partial:
                 save_plan(partial, plan or {}, headers[name])
-    drop_samples(work / "stats")
+    for folder in ("stats", "stats_labels"):
+        drop_samples(work / folder)
     plans = {name: load_plan(work / "plan" / name) for name in configs}
     if not any(plans.values()):
         raise InputError(f"The budget must be one that a method can meet, got none of {', '.join(plans)} within it. Loosen it.")
@@ -166,9 +167,9 @@ def _family(run: Run, config: Mapping[str, Any]) -> Callable[[float], Plan]:
     if not all("densities" in type(values).model_fields for values in config.values()):
         return lambda level: merge([plan_of(part, min(0.99, max(0.01, 1 - level))) for part in config])
     keys: dict[str, str] = {}
-    for part in config:
-        for site in plan_of(part, 0.5):
-            keys[site.key if site.kind == "ffn" else f"layers.{site.layer}"] = part
+    plans = {part: plan_of(part, 0.5) for part in config}
+    for site in merge(plans.values()):
+        keys[site.key if site.kind == "ffn" else f"layers.{site.layer}"] = next(part for part, plan in plans.items() if site in plan)
 
     def make(densities: Mapping[str, float]) -> Plan:
         return merge([plan_of(part, 0.5, {key: densities[key] for key, owner in keys.items() if owner == part}) for part in config])
@@ -181,7 +182,7 @@ def _family(run: Run, config: Mapping[str, Any]) -> Callable[[float], Plan]:
 
 def _governed(run: Run, key: str, whole: Plan) -> float:
     """What a unit of a key's density costs: block cost at density 1 less that at 0."""
-    own = [site for site in whole if f"{site.key}.".startswith(f"{key}.")]
+    own = [site for site in whole if governs(key, site)]
     arch, config = run.source.arch, run.source.config
     return block_cost(whole, arch, config, dict.fromkeys(whole, 1.0)) - block_cost(whole, arch, config, {s: 0.0 if s in own else 1.0 for s in whole})
 
