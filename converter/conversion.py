@@ -16,14 +16,15 @@ from .artifact import HEADER, VERSION, InputError, atomic_folder, hash_file, has
 from .candidates import Candidate, build_report, choose, make_base, measure
 from .data import BUNDLED
 from .hub import Remote, check_disk, check_push, download, head_commit, home_folder, is_hub_id, local_folder, push, remote_inspect
+from .interchange import fingerprint as imported_files
 from .manifest import MANIFEST, Manifest, check_files, installed_versions, list_files, read_manifest, write_manifest
-from .planning import BUNDLED_MODEL, BUNDLED_NAME, Configs, Estimate, compile_recipe, estimate, estimate_shapes, method_configs, training_windows
+from .planning import BUNDLED_MODEL, BUNDLED_NAME, IMPORTED, Configs, Estimate, compile_recipe, estimate, estimate_shapes, method_configs, training_windows
 from .recipe import Recipe
 from .reference import load as load_folder
 from .report import RESULTS, Report, read_base_card, write_report
 from .schedule import once
 from .source import Source, check_config, check_shapes, make_config, open_source
-from .texts import Texts, make_heldout, make_texts
+from .texts import Texts, make_heldout, make_texts, texts_hash
 from .verification import Check, Verification, check_budget, check_onnx, check_record, check_source, measure_quality, read_plan
 
 log = logging.getLogger("sparsegate")
@@ -74,7 +75,7 @@ def convert(
     configs = method_configs(asked)
     if asked.model != BUNDLED_MODEL and is_hub_id(asked.model):
         if out.exists() and not dry_run:
-            return _existing(out, _fetched_fingerprint(out, asked), push_to, public, None if keep_stages else work)
+            return _existing(out, _fetched_fingerprint(out, asked, configs), push_to, public, None if keep_stages else work)
         if dry_run or not (work / "source").exists():  # what was fetched before also serves without a network
             remote_needs = _remote_estimate(remote_inspect(asked.model), asked, configs)
             if dry_run:
@@ -84,10 +85,10 @@ def convert(
     needed = estimate(source, asked, configs)
     if dry_run:
         return Result(out, False, None, needed)
-    texts = make_texts(source, asked, training_windows(configs), work)
-    fingerprint = _fingerprint(source.fingerprint, asked, texts)
+    fingerprint = _fingerprint(source.fingerprint, asked, configs)
     if out.exists():
         return _existing(out, fingerprint, push_to, public, None if keep_stages else work)
+    texts = make_texts(source, asked, training_windows(configs), work)
     check_disk(out, needed.disk_bytes)
     work.mkdir(parents=True, exist_ok=True)
 
@@ -135,20 +136,18 @@ def _occupied(out: Path, what: str) -> InputError:
     return InputError(f"OUT must be a new folder, got {out}, which holds {what}. Choose another -o, or remove the folder.")
 
 
-def _fingerprint(source: str, recipe: Recipe, texts: Texts) -> str:
-    hashes = [texts.calibration.sha256, texts.heldout.sha256]
-    return hash_json({"tool": VERSION, "source": source, "recipe": recipe.model_dump(mode="json"), "texts": hashes})
+def _fingerprint(source: str, recipe: Recipe, configs: Configs) -> str:
+    """Of everything that decides the result: the model's files, the recipe, and the texts and predictors that it names by path."""
+    files = [imported_files(parts[IMPORTED]) for parts in configs.values() if IMPORTED in parts]
+    return hash_json({"tool": VERSION, "source": source, "recipe": recipe.model_dump(mode="json"), "texts": texts_hash(recipe), "predictors": files})
 
 
-def _fetched_fingerprint(out: Path, recipe: Recipe) -> str:
-    """The fingerprint of converting a Hub model at its present commit, as far as `out` was made from that commit; no file is fetched.
-
-    A checkpoint holds the configuration and tokenizer of its source.
-    """
+def _fetched_fingerprint(out: Path, recipe: Recipe, configs: Configs) -> str:
+    """The fingerprint of converting a Hub model at its present commit, as far as `out` was made from that commit; no file is fetched."""
     source = read_manifest(out).source
     if source.get("id") != recipe.model or source.get("revision") != head_commit(recipe.model):
         return ""
-    return _fingerprint(source.get("fingerprint") or "", recipe, make_texts(open_source(out, sparse=True), recipe, training_windows(method_configs(recipe))))
+    return _fingerprint(source.get("fingerprint") or "", recipe, configs)
 
 
 def _remote_estimate(remote: Remote, recipe: Recipe, configs: Configs) -> Estimate:

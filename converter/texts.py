@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from .artifact import Header, InputError, atomic_folder, is_finished, write_header
+from .artifact import Header, InputError, atomic_folder, hash_json, is_finished, write_header
 from .data import CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text, self_generated
 from .recipe import Recipe
 from .reference import load_dense
@@ -16,7 +16,7 @@ from .source import Source
 
 HELDOUT_WINDOWS = 64
 SEARCH_WINDOWS, SEARCH_SHARE = 256, 0.3
-"""Windows that a budget is searched on: so many, at most this share of the text. They are never calibrated or trained on."""
+"""Windows that a budget is searched on: so many, at most this share of a given text. They are never calibrated or trained on."""
 HELDOUT_SHARE = 0.2  # of a user's own calibration text, kept for measuring
 UNSEEN_WINDOWS = 256  # measured on when a budget was searched: 64 windows tell half a percent of perplexity from one, not more
 _EVERY = 1 << 30
@@ -44,20 +44,21 @@ def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | N
     """
     asked, length = recipe.calibration, _length(source, recipe)
     text, _, name = _split(recipe)
+    heldout, share = make_heldout(source, recipe), SEARCH_SHARE
     if asked.generated:
         wanted = max(asked.windows, training) + (SEARCH_WINDOWS if recipe.searches else 0)
-        every, name = _generated(source, wanted, length, recipe.seed, work), "text sampled from the dense model"
+        every, name, share = _generated(source, wanted, length, recipe.seed, work), "text sampled from the dense model", 1.0
     else:
         every = make_batches(source.tokenizer(), text, _EVERY, length, recipe.seed)
     order = torch.randperm(len(every.tokens), generator=torch.Generator().manual_seed(recipe.seed))
-    aside = min(SEARCH_WINDOWS, int(len(order) * SEARCH_SHARE)) if recipe.searches else 0
+    aside = min(SEARCH_WINDOWS, int(len(order) * share)) if recipe.searches else 0
     if recipe.searches and not aside:
         raise InputError(f"A budget must have windows to search on, got {len(order)} windows of text in all. Give more calibration text.")
     pool = order[: len(order) - aside]
     return Texts(
         calibration=_rows(every, pool[: asked.windows]),
         training=_rows(every, pool[: max(asked.windows, training)]),
-        heldout=make_heldout(source, recipe),
+        heldout=heldout,
         search=_rows(every, order[len(pool) :]) if aside else None,
         name=name,
     )
@@ -67,6 +68,11 @@ def make_heldout(source: Source, recipe: Recipe) -> Batches:
     """The windows to measure on: more where a budget was searched."""
     windows = UNSEEN_WINDOWS if recipe.searches else HELDOUT_WINDOWS
     return make_batches(source.tokenizer(), _split(recipe)[1], windows, _length(source, recipe), recipe.seed + 1, "The last fifth of the calibration text")
+
+
+def texts_hash(recipe: Recipe) -> str:
+    """Sha256 (hex) of the texts that a recipe names. With the model and the recipe they decide every window, those that the model writes too."""
+    return hash_json(_split(recipe)[:2])
 
 
 def heldout_name(recipe: Recipe) -> str:
