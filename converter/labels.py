@@ -36,7 +36,8 @@ def collect_labels(model: Any, source: Source, batches: Batches, names: Sequence
         site: Header(format="stats", parents={"model": source.fingerprint}, config={"site": site.key, "stats": names}, seed=seed, calibration=batches.sha256)
         for site in sites
     }
-    if not all(is_finished(folder / site.key, headers[site]) for site in sites):
+    paths = [folder / site.key / file_name(name) for site in sites for name in names]  # stored activations go when a conversion's plans are made
+    if not all(is_finished(folder / site.key, headers[site]) for site in sites) or not all(path.is_file() for path in paths):
         with ExitStack() as stack:
             partials = {site: stack.enter_context(atomic_folder(folder / site.key)) for site in sites}
             _walk(model, source, batches, names, partials, seed)
