@@ -344,7 +344,7 @@ def test_recipe_round_trip(tmp_path: Path) -> None:
     assert read_recipe(tmp_path / "r.yaml") == recipe
     assert compile_recipe(None, None, None, None, None, tmp_path / "r.yaml", None, None, None, None) == recipe
     assert recipe.stages[0].config == {"sparsity": 0.3} and recipe.seed == 7 and recipe.budget.max_ppl_increase == 0.01
-    assert method_configs(recipe) == {"predictor": {"sparsity": 0.3, "seed": 7}}
+    assert method_configs(recipe) == {"predictor": {"predictor": make_config("predictor", {"sparsity": 0.3, "seed": 7})}}
 
 
 def test_recipe_excludes_flags(tmp_path: Path) -> None:

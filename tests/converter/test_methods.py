@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,11 +13,13 @@ from torch.nn import functional as F
 from sparsegate.converter.arch import Arch, Site, load_arch
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.calibration_rules import share_at
-from sparsegate.converter.methods import cett, chess, gate, make_config, needs, predictor, teal, wina
+from sparsegate.converter.methods import cett, chess, gate, make_config, needs, predictor, teal, trained_gate, wina
 from sparsegate.converter.plans import LINEARS, Predictor, Threshold, check_plan
+from sparsegate.converter.scores import load_score
 from sparsegate.converter.stats import Setting, histogram, unit_histogram
 
 D, N, TOKENS = 16, 48, 3000
+CROSS_ENTROPY: dict[str, Any] = {"loss": "cross_entropy"}
 LLAMA, PHI = load_arch("llama"), load_arch("phi")
 
 
@@ -211,6 +213,9 @@ def test_a_channel_without_weights_goes() -> None:
     stats[site]["scale:wina.scale"][4] = 0.0
     (entry,) = wina.plan(stats, LLAMA, wina.Config(greedy=False))[site]
     assert entry.tau[4] == torch.inf and bool(entry.tau[:4].isfinite().all())
+    stats[site]["histogram:wina.count"][0] = TOKENS  # its scores, which are 0
+    (entry,) = wina.plan(stats, LLAMA, wina.Config(greedy=False, densities={site.key: 1.0}))[site]
+    assert entry.tau[4] == torch.inf and not bool(entry.tau[:4].any()), "every other channel stays where nothing is to be skipped"
 
 
 @pytest.mark.parametrize(("name", "key"), [("gate", "layers.9.ffn"), ("chess", "layers.0.linear.q_proj"), ("teal", "layers.7"), ("wina", "q_proj")])
@@ -277,7 +282,7 @@ def learnable(rank: int, tokens: int = TOKENS, seed: int = 0) -> dict[Site, dict
 
 
 def train(stats: Any, arch: Arch = LLAMA, **config: Any) -> Predictor:
-    (entry,) = predictor.plan(stats, arch, predictor.Config(**({"steps": 150, "batch": 256, "rank": 8} | config)))[Site(0)]
+    (entry,) = predictor.plan(stats, arch, predictor.Config(**(CROSS_ENTROPY | {"steps": 150, "batch": 256, "rank": 8} | config)))[Site(0)]
     assert isinstance(entry, Predictor)
     return entry
 
@@ -362,7 +367,7 @@ def test_any_number_of_steps(steps: int) -> None:
 
 def test_layers_start_differently() -> None:
     (one,) = learnable(6).values()
-    plan = predictor.plan({Site(0): one, Site(1): one}, LLAMA, predictor.Config(steps=2, rank=4))
+    plan = predictor.plan({Site(0): one, Site(1): one}, LLAMA, predictor.Config(loss="cross_entropy", steps=2, rank=4))
     left, right = plan[Site(0)][0], plan[Site(1)][0]
     assert isinstance(left, Predictor) and isinstance(right, Predictor) and not torch.equal(left.fc1, right.fc1)
 
@@ -380,15 +385,108 @@ def test_inputs_of_any_size_train_alike() -> None:
 def test_rank_follows_the_rule_unless_given() -> None:
     (one,) = learnable(6).values()
     for arch, matrices in ((LLAMA, 3), (PHI, 2)):
-        (entry,) = predictor.plan({Site(0): one}, arch, predictor.Config(steps=1, cost=0.3))[Site(0)]
+        (entry,) = predictor.plan({Site(0): one}, arch, predictor.Config(loss="cross_entropy", steps=1, cost=0.3))[Site(0)]
         assert isinstance(entry, Predictor) and entry.rank == predictor.rank_for(D, N, matrices, 0.3)
 
 
-def test_the_score_names_the_statistic() -> None:
-    assert needs("predictor", make_config("predictor", {"score": "gate"})) == ["samples:gate"] and needs("gate", make_config("gate", {})) == ["histogram:gate"]
+LABELS = get_args(predictor.Config.model_fields["score"].annotation)
+
+
+@pytest.mark.parametrize("score", LABELS)
+def test_labels_come_from_the_named_score(score: str) -> None:
+    assert needs("predictor", make_config("predictor", CROSS_ENTROPY | {"score": score})) == [f"samples:{score}"]
     (one,) = learnable(6).values()
-    named = {name.replace("magnitude", "gate"): t for name, t in one.items()}
-    assert train({Site(0): named}, score="gate", steps=5).recall == train({Site(0): one}, steps=5).recall
+    named = {name.replace("magnitude", score): t for name, t in one.items()}
+    assert train({Site(0): named}, score=score, steps=5).recall == train({Site(0): one}, steps=5).recall
+    if score != "magnitude":
+        with pytest.raises(KeyError):
+            train({Site(0): one}, score=score, steps=5)
+
+
+def test_labels_are_only_those_scores_that_a_pass_can_give() -> None:
+    """One forward, or one forward and one backward; not what only a prompt, a path of gradients or weights alone would give."""
+    given = {"x", "gate", "up", "z", "w_gate", "w_up", "w_down"}
+    for name in LABELS:
+        asked = set(load_score(name).NEEDS)
+        assert asked <= given or asked <= {"z", "grad", "label", "w_down"}, name
+    with pytest.raises(InputError, match="predictor.score must be valid, got 'griffin'"):
+        make_config("predictor", CROSS_ENTROPY | {"score": "griffin"})
+
+
+@pytest.mark.parametrize(("weighting", "weight"), [("dejavu", 12 / N + 0.005), ("none", 1.0)])
+def test_weighting(weighting: str, weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negatives count the share of positives, here exactly 12 of 48, and the margin of MLPs; or as much as positives."""
+    seen: list[float] = []
+    real = predictor.dejavu_loss
+    monkeypatch.setattr(predictor, "dejavu_loss", lambda logits, labels, w: seen.append(w) or real(logits, labels, w))
+    found = train(learnable(6), weighting=weighting, sparsity=0.75, steps=60, rate=1e-2)
+    assert seen == pytest.approx([weight] * 60, rel=1e-6)
+    assert found.recall is not None and found.recall > 0.25 + 0.1 and found.density == pytest.approx(0.25, abs=1e-3)
+    default = train(learnable(6), sparsity=0.75, steps=60, rate=1e-2)
+    assert torch.equal(default.fc2, found.fc2) == (weighting == "dejavu")
+
+
+def test_linear2_is_stored_as_an_equal_mlp2() -> None:
+    """v = relu(v) - relu(-v): the stored network of twice the rank is W2 W1 x, negative parts included, for any x."""
+    entry = train(learnable(6), form="linear2", rank=8, sparsity=0.75)
+    w1, w2 = entry.fc1[:4], entry.fc2[:, :4]
+    assert entry.fc1.shape == (8, D) and entry.fc2.shape == (N, 8)
+    assert torch.equal(entry.fc1[4:], -w1) and torch.equal(entry.fc2[:, 4:], -w2)
+    x = torch.randn(500, D, generator=torch.Generator().manual_seed(3)) * 10
+    linear = (x.double() @ w1.double().T) @ w2.double().T
+    stored = F.relu(x.double() @ entry.fc1.double().T) @ entry.fc2.double().T
+    torch.testing.assert_close(stored, linear, rtol=0, atol=1e-12)
+    assert entry.density == pytest.approx(0.25, abs=1e-3) and entry.recall is not None and entry.recall > 0.25 + 0.1
+    bent = train(learnable(6), rank=8, sparsity=0.75)
+    assert float((F.relu(x @ bent.fc1.T) @ bent.fc2.T - (x @ bent.fc1.T) @ bent.fc2.T).abs().max()) > 1, "the control: mlp2 is not linear"
+
+
+# Trained end to end
+
+
+def sizes_stats(layers: int = 2, hidden: int = D, units: int = N) -> Any:
+    return {Site(layer): {"sizes:gate.hidden": torch.tensor(hidden), "sizes:gate.units": torch.tensor(units)} for layer in range(layers)}
+
+
+def test_end_to_end_is_the_default_and_needs_sizes_only() -> None:
+    assert predictor.Config().loss == "end_to_end" and needs("predictor", predictor.Config()) == ["sizes:gate"]
+    assert predictor.start(predictor.Config()) == 1.0 and predictor.start(predictor.Config(loss="cross_entropy")) is None
+
+
+@pytest.mark.parametrize(("arch", "matrices"), [(LLAMA, 3), (PHI, 2)])
+def test_a_fresh_predictor_keeps_everything(arch: Arch, matrices: int) -> None:
+    hidden, units = 96, 320
+    plan = predictor.plan(sizes_stats(3, hidden, units) | linear_stats("input", 1)[0], arch, predictor.Config(sparsity=0.9))
+    assert list(plan) == [Site(0), Site(1), Site(2)]
+    x = torch.randn(200, hidden, generator=torch.Generator().manual_seed(0))
+    for (entry,) in plan.values():
+        assert isinstance(entry, Predictor) and entry.rank == predictor.rank_for(hidden, units, matrices, 0.1) and entry.density == 1.0
+        assert entry.residual is None and entry.recall is None and entry.fc1.shape == (entry.rank, hidden) and entry.fc2.shape == (units, entry.rank)
+        assert float(keep(entry, x).double().mean()) > 0.99
+        logits = F.relu(x @ entry.fc1.T) @ entry.fc2.T - entry.tau
+        assert float(logits.mean()) == pytest.approx(1, abs=0.1) and 0.05 < float(logits.std()) < 0.5, "directions differ, so that there is what to train"
+    again, other = (predictor.plan(sizes_stats(1, hidden, units), arch, predictor.Config(seed=seed))[Site(0)][0].fc1 for seed in (0, 1))
+    assert torch.equal(again, plan[Site(0)][0].fc1) and not torch.equal(again, other) and not torch.equal(again, plan[Site(1)][0].fc1)
+
+
+@pytest.mark.parametrize(("sparsity", "start"), [(0.5, 0.8), (0.75, 0.7), (0.1, 0.96)])
+def test_trained_gate_begins_from_chess(sparsity: float, start: float) -> None:
+    """Six tenths of the way from the wished density to everything, with the thresholds of CHESS there."""
+    g = torch.Generator().manual_seed(0)
+    gates = [F.silu(torch.randn(TOKENS, N, generator=g)).abs() for _ in range(2)]
+    stats = chess_stats(gates, [torch.randn(TOKENS, N, generator=g) * (torch.rand(N, generator=g) + 0.1) for _ in range(2)])
+    config = trained_gate.Config(sparsity=sparsity)
+    assert trained_gate.start(config) == pytest.approx(start) and needs("trained_gate", config) == ["unit_histogram:gate"]
+    plan, expected = trained_gate.plan(stats, LLAMA, config), chess.plan(stats, LLAMA, chess.Config(sparsity=1 - start))
+    for site, score in zip(stats, gates, strict=True):
+        (entry,), (wanted,) = plan[site], expected[site]
+        assert isinstance(entry, Threshold) and entry.score == "gate" and entry.density == pytest.approx(start, abs=1e-5)
+        assert isinstance(wanted, Threshold)
+        torch.testing.assert_close(entry.tau, wanted.tau, rtol=1e-5, atol=0)
+        assert float((score > entry.tau).double().mean()) == pytest.approx(start, abs=5e-3)
+
+
+# Few or many samples
 
 
 def test_too_few_samples() -> None:
