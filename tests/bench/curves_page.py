@@ -20,9 +20,9 @@ RIVALS = (CHEAP, "gate", "chess", "cett", "teal MLP", "wina MLP")
 HALF = 0.5
 
 
-def loss(curves: Curves, point: Point) -> float:
-    """What a row loses: nats per token above the dense model."""
-    return point.nll - curves.dense.nll
+def loss(curves: Curves, point: Point, value: str = "nll") -> float:
+    """What a row loses: nats per token above the dense model, or KL from it."""
+    return getattr(point, value) - getattr(curves.dense, value)
 
 
 def rows_of(curves: Curves, method: str, target: float | None = None) -> list[Point]:
@@ -30,20 +30,20 @@ def rows_of(curves: Curves, method: str, target: float | None = None) -> list[Po
     return [row for row in curves.rows if row.method == method and target in (None, row.density_target)]
 
 
-def other_at(curves: Curves, method: str, where: float, seed: int | None, over: str) -> float | None:
+def other_at(curves: Curves, method: str, where: float, seed: int | None, over: str, value: str = "nll") -> float | None:
     """What another method loses at the same cost (or density), of the same seed where it has seeds; None where it was not measured around it."""
     seeds = {row.seed for row in rows_of(curves, method)}
     if not seeds or (seed not in seeds and None not in seeds):
         return None
     try:
-        return at_cost(curves, method, where, seed=seed if seed in seeds else None, over=over) - curves.dense.nll
+        return at_cost(curves, method, where, value, seed if seed in seeds else None, over) - getattr(curves.dense, value)
     except InputError:
         return None
 
 
-def pairs(curves: Curves, ours: str, other: str, target: float, over: str) -> list[tuple[float, float]]:
+def pairs(curves: Curves, ours: str, other: str, target: float, over: str, value: str = "nll") -> list[tuple[float, float]]:
     """(Loss of ours, loss of the other at the same place), one pair a seed of ours at a target density."""
-    found = [(loss(curves, row), other_at(curves, other, getattr(row, over), row.seed, over)) for row in rows_of(curves, ours, target)]
+    found = [(loss(curves, row, value), other_at(curves, other, getattr(row, over), row.seed, over, value)) for row in rows_of(curves, ours, target)]
     return [(own, at) for own, at in found if at is not None]
 
 
@@ -66,17 +66,17 @@ def equal_cost_cells(curves: Curves, ours: str = OURS, rivals: tuple[str, ...] =
     return ["target", "cost", ours, *rivals], body
 
 
-def wins(curves: Curves, ours: str, other: str, over: str = "cost") -> tuple[list[float], list[float]]:
+def wins(curves: Curves, ours: str, other: str, over: str = "cost", value: str = "nll") -> tuple[list[float], list[float]]:
     """Targets where ours loses less than the other at the same place with every seed, and targets that can be compared."""
-    compared = {point.density_target: pairs(curves, ours, other, point.density_target, over) for point in summarise(curves, ours)}
+    compared = {point.density_target: pairs(curves, ours, other, point.density_target, over, value) for point in summarise(curves, ours)}
     compared = {target: found for target, found in compared.items() if found}
     return [target for target, found in compared.items() if all(own < at for own, at in found)], list(compared)
 
 
-def verdict(curves: Curves, ours: str, other: str, over: str = "cost") -> str:
+def verdict(curves: Curves, ours: str, other: str, over: str = "cost", value: str = "nll") -> str:
     """One sentence: where ours loses less than the other, seed by seed."""
-    better, compared = wins(curves, ours, other, over)
-    place = "density" if over == "density" else "cost"
+    better, compared = wins(curves, ours, other, over, value)
+    place = ("density" if over == "density" else "cost") + (", in KL" if value == "kl" else "")
     if not compared:
         return f"{other} was not measured at the {place} of {ours}."
     if set(better) == set(compared):
@@ -92,14 +92,14 @@ def _list(targets: list[float]) -> str:
 
 
 def oracle_cells(curves: Curves, ours: str = OURS) -> Cells:
-    """Ours beside the oracle magnitude top-k of the same realised density, seed by seed."""
+    """Ours beside the oracle magnitude top-k of the same realised density, seed by seed: loss and KL."""
     body = []
     for row in sorted(rows_of(curves, ours), key=lambda row: (-row.density_target, row.seed or 0)):
-        at = other_at(curves, ORACLE, row.density, row.seed, "density")
-        if at is not None:
-            cells = [percent(row.density_target), str(row.seed), f"{100 * row.density:.2f} %", percent(row.cost), f"{loss(curves, row):.4f}", f"{at:.4f}"]
-            body.append([*cells, f"{loss(curves, row) - at:+.4f}"])
-    return ["target", "seed", "realised density", "cost", ours, f"{ORACLE} top-k (oracle)", "difference"], body
+        at = [other_at(curves, ORACLE, row.density, row.seed, "density", value) for value in ("nll", "kl")]
+        if None not in at:
+            cells = [percent(row.density_target), str(row.seed), f"{100 * row.density:.2f} %", percent(row.cost)]
+            body.append([*cells, f"{loss(curves, row):.4f}", f"{at[0]:.4f}", f"{row.kl:.4f}", f"{at[1]:.4f}"])
+    return ["target", "seed", "realised density", "cost", "loss", "the oracle's", "KL", "the oracle's KL"], body
 
 
 def half_cells(curves: Curves) -> Cells:
@@ -122,7 +122,7 @@ def comparisons(curves: Curves) -> str:
     parts = [
         "## Compared at equal cost",
         "Losses are nats per token above the dense model. The other method's loss is linear between its measured points, which is a little too high where its "
-        "curve is convex; cross-entropy predictors are compared seed by seed. A dash: not measured around that cost, or impossible there, as thresholds on the "
+        "curve is convex; methods with seeds are compared seed by seed. A dash: not measured around that cost, or impossible there, as thresholds on the "
         "gate never cost less than a third of the network.",
     ]
     if rows_of(curves, OURS):
@@ -138,9 +138,10 @@ def comparisons(curves: Curves) -> str:
         plain = ours.removesuffix(" + ridge")
         if rows_of(curves, ours) and rows_of(curves, plain):
             parts += [f"### {ours}", table(equal_cost_cells(curves, ours, (plain,))), verdict(curves, ours, plain)]
-    if rows_of(curves, OURS) and rows_of(curves, ORACLE):
-        sentence = verdict(curves, OURS, ORACLE, "density")
-        parts += ["### Against the oracle of the same realised density", table(oracle_cells(curves)), sentence]
+    for ours in (OURS, "gate end to end"):
+        if rows_of(curves, ours) and rows_of(curves, ORACLE):
+            parts += [f"### {ours} against the oracle {ORACLE} top-k of the same realised density", table(oracle_cells(curves, ours))]
+            parts += ["\n".join(f"- {verdict(curves, ours, ORACLE, 'density', value)}" for value in ("nll", "kl"))]
     parts += [
         "### Half of the units kept",
         "Every deployable method at target 50 %, beside gate thresholds of the same cost over all linear maps of the blocks.",

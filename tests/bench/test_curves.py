@@ -1,0 +1,108 @@
+"""The page of all methods is made from its JSON, the table is whole, and what the page says of one method against another holds in the rows."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from curves_page import CHEAP, OURS, PAGE, comparisons, half_cells, load, page, verdict
+
+from sparsegate.converter.report.curves import Curves
+
+DENSITIES = (0.7, 0.5, 0.4, 0.3, 0.2)
+DEPLOYABLE = ("gate", "chess", "cett", "teal", "teal MLP", "wina", "wina MLP", "gate + teal attention", "chess + teal attention")
+TRAINED = (CHEAP, OURS, "gate end to end")
+ORACLES = ("magnitude", "abs_z", "corrected_gxo", "gxo", "snip", "fisher")
+CURVES, PROMPT = load()
+TEXT = PAGE.read_text(encoding="utf-8")
+
+
+def curve(method: str, seed: int | None, over: str, value: str) -> tuple[np.ndarray, np.ndarray]:
+    """A method's costs and values, sorted by cost."""
+    points = sorted((getattr(row, over), getattr(row, value)) for row in CURVES.rows if row.method == method and row.seed == seed)
+    return np.array([place for place, _ in points]), np.array([found for _, found in points])
+
+
+def at(method: str, seed: int | None, where: float, over: str, value: str) -> float | None:
+    """Linear between the two neighbours; None outside."""
+    places, values = curve(method, seed, over, value)
+    right = int(np.searchsorted(places, where))
+    if len(places) == 0 or not places[0] <= where <= places[-1]:
+        return None
+    if right == 0:
+        return float(values[0])
+    part = (where - places[right - 1]) / (places[right] - places[right - 1])
+    return float(values[right - 1] + part * (values[right] - values[right - 1]))
+
+
+def compared(ours: str, other: str, over: str, value: str = "nll") -> dict[float, bool]:
+    """Target density -> whether every seed of ours loses less than the other at the same place, by the loop above."""
+    found: dict[float, bool] = {}
+    seeds = {row.seed for row in CURVES.rows if row.method == other}
+    for row in (row for row in CURVES.rows if row.method == ours):
+        reached = at(other, row.seed if row.seed in seeds else None, getattr(row, over), over, value)
+        if reached is not None:
+            found[row.density_target] = found.get(row.density_target, True) and getattr(row, value) < reached
+    return found
+
+
+def test_page_is_that_of_the_stored_results() -> None:
+    assert page(CURVES, PROMPT) == TEXT, "run python tests/bench/curves_page.py"
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT):
+        assert (PAGE.parent / picture).stat().st_size > 10_000
+    changed = CURVES.model_copy(update={"rows": [row.model_copy(update={"nll": row.nll + 0.001}) if row.method == "gate" else row for row in CURVES.rows]})
+    assert page(changed, PROMPT) != TEXT
+
+
+def test_every_method_stands_at_every_density() -> None:
+    for method, seeds in [(name, (None,)) for name in (*DEPLOYABLE, *ORACLES)] + [(name, (0, 1, 2)) for name in TRAINED]:
+        found = {(row.density_target, row.seed) for row in CURVES.rows if row.method == method}
+        missing = {(density, seed) for density in DENSITIES for seed in seeds} - found
+        assert not missing, (method, sorted(missing))
+    assert set(CURVES.methods(oracle=True)) >= set(ORACLES)
+    assert not set(CURVES.methods(oracle=True)) & {*DEPLOYABLE, *TRAINED}
+    assert CURVES.tokens == 64 * 255
+
+
+@pytest.mark.parametrize("method", DEPLOYABLE + TRAINED)
+def test_realised_density_is_near_its_target(method: str) -> None:
+    for row in CURVES.rows:
+        if row.method == method and row.density_target in DENSITIES:
+            assert row.density == pytest.approx(row.density_target, abs=0.06), row
+
+
+def test_comparisons_hold_in_the_rows() -> None:
+    section = comparisons(CURVES)
+    assert section in TEXT
+    claims = re.findall(r"### ([^\n]+)\n(.*?)(?=\n### |\Z)", section, flags=re.DOTALL)
+    checked = 0
+    for heading, body in claims:
+        ours = heading.partition(" against ")[0]
+        for other, place, kl, rest in re.findall(r"Against (.+?) at equal (cost|density)(, in KL)?: (.*)", body):
+            found = compared(ours, other, place, "kl" if kl else "nll")
+            assert found, (ours, other)
+            if "**loses less**" in rest:
+                assert all(found.values()), (ours, other, found)
+            elif "**none**" in rest:
+                assert not any(found.values()), (ours, other, found)
+            else:
+                better, worse = rest.split("**not** at ")
+                assert {float(t) for t in re.findall(r"\d\.\d+", better)} == {t for t, less in found.items() if less}
+                assert {float(t) for t in re.findall(r"\d\.\d+", worse)} == {t for t, less in found.items() if not less}
+            checked += 1
+    assert checked >= 10
+
+
+def test_verdicts_follow_the_rows() -> None:
+    assert verdict(CURVES, OURS, CHEAP, "density") == f"Against {CHEAP} at equal density: **loses less** at every target with every seed."
+    swapped = {OURS: CHEAP, CHEAP: OURS}
+    turned = Curves.model_validate(CURVES.model_dump() | {"rows": [row.model_dump() | {"method": swapped.get(row.method, row.method)} for row in CURVES.rows]})
+    assert "**none**" in verdict(turned, OURS, CHEAP, "density")
+
+
+def test_oracles_stand_in_no_ranking() -> None:
+    assert not {row[0].removesuffix(" (oracle)") for row in half_cells(CURVES)[1]} & set(CURVES.methods(oracle=True))
+    for line in TEXT.splitlines():
+        name = line.split("|")[1].strip() if line.startswith("| ") else ""
+        assert name not in CURVES.methods(oracle=True), line
