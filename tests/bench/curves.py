@@ -227,7 +227,7 @@ METHODS = {
     "gate end to end + ridge": Method(partial(with_residual, of=trained_gate), seeded=True, note=f"residual of rank {RESIDUAL_RANK}"),
 }
 ORACLES: dict[str, tuple[float, ...]] = {
-    "magnitude": (0.15,), "abs_z": (0.15,), "corrected_gxo": (), "gxo": (), "snip": (), "fisher": (), "integrated_gradients": (),
+    "magnitude": (0.8, 0.15), "abs_z": (), "corrected_gxo": (), "gxo": (), "snip": (), "fisher": (), "integrated_gradients": (),
 }  # fmt: skip
 """Scores to choose by per token and layer, and densities besides the common ones."""
 
