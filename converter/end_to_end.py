@@ -36,6 +36,7 @@ from .training import Settings, train
 PROPORTIONAL, INTEGRAL = 5.0, 0.1
 """Nats per unit of excess density, and per unit of excess and step."""
 _STEEPNESS = 4.0  # logit of a gate value of twice its threshold
+_NEVER = 1e4  # threshold in place of an infinite one
 _ASIDE, _ASIDE_MOST = 16, 32  # every 16th window, about 32 at most, is kept for setting densities
 _SHIFTS, _REACH, _REACH_MOST, _TOLERANCE = 24, 8.0, 4096.0, 0.002  # bisection: steps, logits to either side at first and at most, density
 _TOGETHER = 8  # windows
@@ -75,8 +76,10 @@ def _unit(entry: Entry, device: torch.device, scale: float) -> Unit:
     if isinstance(entry, Predictor):
         tensors, steep = {"fc1": leaf(entry.fc1 * scale), "fc2": leaf(entry.fc2), "bias": leaf(-entry.tau)}, None
     else:
-        steep = _STEEPNESS / entry.tau.to(device, torch.float32).clamp_min(1e-4)
-        tensors = {"bias": leaf(entry.tau.to(device) * steep)}
+        tau = entry.tau.to(device, torch.float32)
+        never = torch.isinf(tau)  # a neuron whose up projection is always 0
+        steep = torch.where(never, 1.0, _STEEPNESS / tau.clamp_min(1e-4))
+        tensors = {"bias": leaf(torch.where(never, _NEVER, tau * steep))}
         if entry.fc1 is not None:
             tensors["fc1"] = leaf(entry.fc1 * scale)
     if entry.residual is not None:
