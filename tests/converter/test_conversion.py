@@ -12,24 +12,39 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from models import MODEL_TYPES
+from safetensors.torch import load_file, save_file
 from small_recipe import small_recipe as write_recipe
 
-from sparsegate.converter import candidates, conversion, writer
+from sparsegate.converter import candidates, conversion, schedule, verification, writer
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.conversion import convert, verify
+from sparsegate.converter.data import Batches
+from sparsegate.converter.interchange import export_predictors
 from sparsegate.converter.manifest import read_manifest
-from sparsegate.converter.planning import compile_recipe
+from sparsegate.converter.planning import NEURON_METHODS, compile_recipe
+from sparsegate.converter.plans import load_plan
 from sparsegate.converter.reference import load, load_dense
+from sparsegate.converter.report import RESULTS, Report
+from sparsegate.converter.verification import read_plan
 from sparsegate.runtime_onnx import library_path
+
+SPEED = {
+    "settings": {"threads": 1, "prompt_tokens": 4, "new_tokens": 4}, "command": "c", "quiet": True, "decode": {"ratio": 2.0},
+    "baseline": {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 3.0, "provider": "CPUExecutionProvider"},
+    "candidate": {"prefill_tokens_per_s": 2.0, "decode_tokens_per_s": 6.0, "provider": "CPUExecutionProvider", "executor": "kernel"},
+}  # fmt: skip
+TUNE = {"steps": 3, "data": 16, "windows": 2, "precision": "fp32"}
 
 
 def small_recipe(model: Path, folder: Path, **changes: object) -> Path:
     """A recipe of every method, as small as can be."""
-    stages = [{"method": "auto", "config": {"sparsity": 0.4, "steps": 40, "batch": 128}}]
+    stages = [{"method": "auto", "config": {"sparsity": 0.4, "tune": TUNE}}]
     return write_recipe(model, folder, **({"stages": stages} | changes))
 
 
@@ -43,7 +58,7 @@ def converted(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     """A converted tiny Llama; copy it before changing anything in it."""
     folder = tmp_path_factory.mktemp("converted")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(candidates, "_speed", lambda base, onnx, texts: {})
+        patch.setattr(candidates, "_speed", lambda base, onnx, texts: SPEED)
         result = convert(recipe=small_recipe(tiny_model("llama"), folder), output=folder / "out", keep_stages=True)
     assert result.report is not None and not result.up_to_date
     return result.folder
@@ -54,7 +69,7 @@ def test_every_architecture_goes_through_the_whole_chain(model_type: str, tiny_m
     out = tmp_path / "out"
     result = convert(recipe=small_recipe(tiny_model(model_type), tmp_path), output=out)
     assert result.report is not None
-    assert [row.method for row in result.report.rows] == ["dense", "gate", "predictor"]
+    assert [row.method for row in result.report.rows] == ["dense", *NEURON_METHODS]
     assert not (tmp_path / "out.work").exists()
     found = verify(out, calibration=tmp_path / "text.txt")
     assert found.passed, [check for check in found.checks if not check.passed]
@@ -74,6 +89,18 @@ def test_every_architecture_goes_through_the_whole_chain(model_type: str, tiny_m
     assert found.quality.nll != found.quality.nll_dense
 
 
+def test_every_method_is_measured_and_the_chosen_one_alone_exported_and_timed(converted: Path) -> None:
+    work, report = converted.with_name("out.work"), Report.load(converted / RESULTS)
+    (chosen,) = (row.method for row in report.rows if row.selected)
+    least = min((row for row in report.rows if row.method != "dense"), key=lambda row: row.kl)
+    assert least.method == chosen, "without a budget the least divergence decides"
+    for folder, names in (("plan", NEURON_METHODS), ("quality", NEURON_METHODS), ("checkpoint", [chosen]), ("onnx", [chosen]), ("measured", [chosen])):
+        assert {path.name for path in (work / folder).iterdir()} == set(names), folder
+    assert {path.name.partition("-")[0] for path in (work / "trained").iterdir()} == {"trained_gate", "predictor"}
+    assert {row.method: row.decode_tokens_per_second for row in report.rows if row.decode_tokens_per_second} == {"dense": 3.0, chosen: 6.0}
+    assert all(abs(row.density - 0.6) < 0.05 and row.kl > 0 and row.block_cost for row in report.rows if row.method != "dense")
+
+
 def test_the_result_is_what_the_manifest_says(converted: Path) -> None:
     manifest = read_manifest(converted)
     assert {"config.json", "model.safetensors", "sparsity/sparsity.safetensors", "onnx/model.onnx", "onnx/genai_config.json", "README.md"} <= set(
@@ -85,8 +112,6 @@ def test_the_result_is_what_the_manifest_says(converted: Path) -> None:
 
 
 def test_verify_fails_loudly_on_a_changed_threshold_and_a_broken_budget(converted: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     folder = tmp_path / "out"
     shutil.copytree(converted, folder)
     path = folder / "sparsity" / "sparsity.safetensors"
@@ -118,8 +143,6 @@ def test_verify_compares_with_the_source(converted: Path, tiny_model: Callable[[
 
 
 def test_stock_transformers_loads_the_dense_model(converted: Path, tiny_model: Callable[[str], Path]) -> None:
-    import torch
-
     tokens = torch.arange(12)[None] + 5
     assert torch.equal(load_dense(converted)(input_ids=tokens).logits, load_dense(tiny_model("llama"))(input_ids=tokens).logits)
     assert not torch.equal(load(converted)(input_ids=tokens).logits, load_dense(converted)(input_ids=tokens).logits)
@@ -158,6 +181,101 @@ def test_a_budget_that_cannot_be_met_writes_nothing(tiny_model: Callable[[str], 
     with pytest.raises(InputError, match="KL to dense"):
         convert(recipe=recipe, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def one_method(method: str, **config: object) -> list[dict[str, object]]:
+    return [{"method": method, "config": config}]
+
+
+@pytest.mark.parametrize("method", ["chess", "chess+wina"])
+def test_a_budget_is_searched(method: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The divergence comes near the budget on the search windows; on others, of a text this short, it lands somewhere near."""
+    met: list[float] = []
+    real = schedule.sparsest
+
+    def recorded(*arguments: Any) -> Any:
+        found = real(*arguments)
+        met.append(found[2].kl)
+        return found
+
+    monkeypatch.setattr(schedule, "sparsest", recorded)
+    monkeypatch.setattr(verification, "UNSEEN_KL", 9.0)
+    recipe = small_recipe(tiny_model("llama"), tmp_path, stages=one_method(method), budget={"max_kl": 0.2})
+    result = convert(recipe=recipe, output=tmp_path / "out")
+    assert len(met) == 1 and 0.2 * 0.9 < met[0] <= 0.2
+    manifest = read_manifest(result.folder)
+    assert manifest.budget == {"max_ppl_increase": None, "max_kl": 0.2, "sparsity": None, "searched": True}
+    assert result.report is not None and result.report.chosen.block_cost is not None and 0.05 < result.report.chosen.block_cost < 1
+    assert {site.kind.partition(":")[0] for site in read_plan(result.folder)} == ({"ffn"} if method == "chess" else {"ffn", "linear"})
+    assert all(layer.density_target is None for layer in result.report.layers)
+    found = {check.name: check for check in verify(result.folder, calibration=tmp_path / "text.txt").checks}
+    assert found["KL to dense"].note.startswith("asked for 0.2 and met by search") and found["kernel logits"].passed and "density off target" not in found
+
+
+def test_a_trained_method_goes_down_to_its_budget(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "LEVELS", (0.75, 0.5, 0.25))
+    monkeypatch.setattr(verification, "UNSEEN_KL", 9.0)
+    recipe = small_recipe(tiny_model("llama"), tmp_path, stages=one_method("predictor", tune=TUNE), budget={"max_kl": 0.3})
+    result = convert(recipe=recipe, output=tmp_path / "out", keep_stages=True)
+    levels = sorted(path.name for path in (tmp_path / "out.work" / "trained").iterdir())
+    assert levels[-1] == "predictor-budget-0.750" and set(levels) <= {f"predictor-budget-{level:.3f}" for level in schedule.LEVELS}
+    (row,) = (row for row in result.report.rows if row.selected) if result.report else ()
+    assert 0 < row.kl and 0.05 < row.density < 0.98 and read_manifest(result.folder).budget["searched"] is True
+
+
+def test_a_searched_budget_that_no_method_meets(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = small_recipe(tiny_model("llama"), tmp_path, stages=one_method("gate"), budget={"max_kl": 0.0})
+    with pytest.raises(InputError, match="The budget must be one that a method can meet, got none of gate"):
+        convert(recipe=recipe, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_on_text_of_the_model_itself(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """What is measured on is the bundled text; a user's own text stays unknown to it, and the same again samples nothing."""
+    recipe = small_recipe(tiny_model("llama"), tmp_path, stages=one_method("gate"), calibration={"generated": True, "windows": 4, "length": 40})
+    result = convert(recipe=recipe, output=tmp_path / "out", keep_stages=True)
+    assert result.report is not None and result.report.calibration.name == "text sampled from the dense model" and result.report.calibration.tokens == 160
+    assert result.report.evaluation is not None and result.report.evaluation.name == "Python standard library modules, held out"
+    tokens = load_file(tmp_path / "out.work" / "generated" / "tokens.safetensors")["tokens"]
+    assert tokens.shape == (4, 40) and Batches(tokens, torch.ones_like(tokens, dtype=torch.bool)).sha256 == result.report.calibration.hash
+    assert read_manifest(result.folder).calibration["file"] is None and verify(result.folder).passed
+    shutil.rmtree(tmp_path / "out.work")
+    assert convert(recipe=recipe, output=tmp_path / "out").up_to_date and not (tmp_path / "out.work").exists()
+
+
+def test_imported_predictors_decide_as_in_their_own_system(converted: Path, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Trained predictors go out and come in again: the same density, no wish for any."""
+    plan = load_plan(converted.with_name("out.work") / "plan" / "predictor")
+    folder = export_predictors(plan, tmp_path / "predictors", bias=True)
+    recipe = small_recipe(tiny_model("llama"), tmp_path, stages=one_method("imported", folder=str(folder)))
+    result = convert(recipe=recipe, output=tmp_path / "out")
+    assert result.report is not None and result.report.chosen.method == "imported"
+    assert read_manifest(result.folder).budget["sparsity"] is None and str(tmp_path) not in str(result.report.recipe)
+    (before,) = (row for row in Report.load(converted / RESULTS).rows if row.method == "predictor")
+    assert result.report.chosen.density == pytest.approx(before.density, abs=1e-3) and result.report.chosen.kl == pytest.approx(before.kl, rel=0.02)
+    assert all(layer.recall is not None and layer.density_target is None for layer in result.report.layers)
+
+
+def test_labels_of_an_oracle(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    stages = one_method("predictor", sparsity=0.4, loss="cross_entropy", score="corrected_gxo", steps=40, batch=64)
+    result = convert(recipe=small_recipe(tiny_model("llama"), tmp_path, stages=stages), output=tmp_path / "out", keep_stages=True)
+    assert result.report is not None and all(layer.recall is not None and layer.recall > 0.6 for layer in result.report.layers)
+    assert (tmp_path / "out.work" / "stats_labels" / "layers.1.ffn" / "header.json").is_file()
+    assert not list((tmp_path / "out.work").rglob("samples.*.safetensors")) and not (tmp_path / "out.work" / "trained").exists()
+
+
+def test_a_neuron_whose_up_is_always_zero(tmp_path: Path) -> None:
+    """As in models padded to a round width: CHESS never keeps it, and training from there stays finite."""
+    from models import make_model
+
+    model = make_model("llama", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    for layer in (0, 1):
+        tensors[f"model.layers.{layer}.mlp.up_proj.weight"][5] = 0.0
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    result = convert(recipe=small_recipe(model, tmp_path, stages=one_method("trained_gate", sparsity=0.4, tune=TUNE)), output=tmp_path / "out")
+    for (entry,) in read_plan(result.folder).values():
+        assert bool(entry.tau.isfinite().all()) and float(entry.tau[5]) > 1e3 > float(entry.tau[:5].max())
 
 
 def test_dry_run_writes_nothing(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
