@@ -22,6 +22,7 @@ from .planning import IMPORTED
 from .plans import Plan, block_cost, load_plan, merge, save_plan
 from .recipe import Recipe
 from .reference import load_dense
+from .residual import add_residuals
 from .scores import load_score
 from .source import Source
 from .stats import Stats, load_stat
@@ -128,7 +129,16 @@ def _part(run: Run, name: str, part: str, config: Any) -> Plan:
         return measured(imported_plan(run.source, config), run.stats)
     plan = load_method(part).plan(run.stats, run.source.arch, config)
     start = _start(part, config)
-    return plan if start is None else _trained(run, name, part, config, plan, start, 1.0 - config.sparsity)
+    if start is not None:
+        plan = _trained(run, name, part, config, plan, start, 1.0 - config.sparsity)
+    return _completed(run, plan, config)
+
+
+def _completed(run: Run, plan: Plan, config: Any) -> Plan:
+    """The plan with residuals where they are asked for."""
+    if getattr(config, "residual", "none") == "none":
+        return plan
+    return add_residuals(run.model, run.source.arch, run.activation, plan, run.texts.calibration)
 
 
 def _start(part: str, config: Any) -> float | None:
@@ -202,6 +212,7 @@ def _searched_training(run: Run, name: str, part: str, config: Any) -> Plan | No
             break
     best: tuple[float, Plan] | None = None
     for plan in trained[-2:]:
+        plan = _completed(run, plan, config)
         found = sparsest(lambda shift, plan=plan: shifted(plan, shift), run.judge, run.recipe.budget, -_REACH, _REACH)
         if found is not None:
             ready = settled(found[1], found[2].density)

@@ -18,7 +18,7 @@ LEVELS = (
     {"stats"},
     {"methods"},
     {"checkpoint", "writer", "reference", "onnx_export", "attribution"},
-    {"training", "analysis", "interchange", "labels"},
+    {"training", "analysis", "interchange", "labels", "residual"},
     {"end_to_end"},
     {"planning", "texts", "verification", "report", "hub", "budget"},
     {"schedule", "evaluation"},
