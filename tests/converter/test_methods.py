@@ -6,18 +6,17 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from method_stats import LLAMA, PHI, TOKENS, D, N, chess_stats, linear_stats
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsegate.converter.arch import Arch, Site, load_arch
+from sparsegate.converter.arch import Arch, Site
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.methods import chess, make_config, needs, predictor, trained_gate
 from sparsegate.converter.plans import Predictor, Threshold
 from sparsegate.converter.scores import load_score
 
-D, N, TOKENS = 16, 48, 3000
 CROSS_ENTROPY: dict[str, Any] = {"loss": "cross_entropy"}
-LLAMA, PHI = load_arch("llama"), load_arch("phi")
 
 
 # Predictor
