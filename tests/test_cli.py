@@ -20,6 +20,7 @@ import sparsegate.runtime_onnx as runtime
 from sparsegate.converter import conversion, diagnosis, evaluation, hub
 from sparsegate.converter import report as reporting
 from sparsegate.converter.cli import VERBS, main
+from sparsegate.converter.methods import METHODS
 
 TINY = 16  # of bench: tokens of the prompt and new ones fit the tiny models
 
@@ -182,6 +183,7 @@ def test_help_names_every_verb_and_flag(call: Callable[..., Done], monkeypatch: 
     text = call("convert", "--help").out
     for flag in ("--output", "-o", *(f"--{name.replace('_', '-')}" for name in parameters(conversion.convert) if name not in ("model", "command", "push_to"))):
         assert flag in text, flag
+    assert all(name in text for name in (*METHODS, "imported", "auto", "chess+teal"))
 
 
 @pytest.mark.parametrize(
@@ -219,6 +221,10 @@ def test_wrong_usage_is_status_2(words: list[str], call: Callable[..., Done]) ->
         (["convert", "MODEL", "--recipe", "TMP/odd.yaml"], "--recipe must stand without the flags that it covers, got MODEL"),
         (["convert", "--recipe", "TMP/odd.yaml", "--sparsity", "0.5", "--seed", "0"], "got sparsity, seed as well"),
         (["convert", "MODEL", "--method", "magic"], "magic"),
+        (["convert", "MODEL", "--method", "gate+chess"], "A joined method must be one of gate, chess"),
+        (["convert", "MODEL", "--method", "teal+magic"], "got 'teal+magic'"),
+        (["convert", "MODEL", "--method", "predictor+teal", "--max-kl", "1"], "trained end to end alone, got predictor+teal"),
+        (["convert", "MODEL", "--method", "imported", "--sparsity", "0.5"], "sparsity must stand without method imported"),
         (["convert", "MODEL", "--precision", "fp16"], "export.precision must be valid, got 'fp16'"),
         (["convert", "MODEL", "--target", "cuda"], "export.target must be valid, got 'cuda'"),
         (["convert", "MODEL", "--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
@@ -335,6 +341,12 @@ def test_dry_run(call: Callable[..., Done], tiny_model: Callable[[str], Path], t
     found = json.loads(done.out)
     assert found["output"] == "x" and found["dry_run"] is True and set(found["expected_cost"]) == {"gate"}
     assert found["expected_cost"]["gate"] == pytest.approx((1 + 2 * 0.75) / 3)  # every gate row, the kept up and down rows
+    done = call("convert", model, "--method", "chess+teal", "--dry-run")
+    assert "method chess+teal" in done.out and "method chess\n" not in done.out
+    for words in (["--max-kl", "0.1"], ["--method", "imported"]):
+        done = call("convert", model, *words, "--dry-run")
+        assert done.status == 0 and "expected cost" not in done.out and "disk needed" in done.out, "what a budget or files decide is not known before"
+    assert "expected cost" in call("convert", model, "--max-kl", "0.1", "--sparsity", "0.5", "--dry-run").out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,12 +15,13 @@ from pydantic import BaseModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sparsegate.converter import methods, plans, scores, stats
+from sparsegate.converter import methods, planning, plans, scores, stats
 from sparsegate.converter.arch import ACTIVATIONS, Site, load_arch, supported
 from sparsegate.converter.blocks import ACTIVATIONS as TORCH_ACTIVATIONS
 from sparsegate.converter.checkpoint import encode
 from sparsegate.converter.cli import VERBS
 from sparsegate.converter.onnx_export.emit import EMITTERS, emit
+from sparsegate.converter.recipe import Tune
 from sparsegate.converter.reference import EXECUTORS
 from sparsegate.runtime_onnx.ops import OPS
 
@@ -85,6 +86,9 @@ def test_method(name: str) -> None:
     for need in methods.needs(name, module.Config()):
         _, score = stats.load_stat(need)
         assert scores.load_score(score).PHASE != "oracle", "no method is made from an oracle"
+    assert hasattr(module, "start") == isinstance(getattr(module.Config(), "tune", None), Tune), "what is trained end to end says how"
+    assert not hasattr(module, "start") or 0 < module.start(module.Config()) <= 1
+    assert (name in planning.NEURON_METHODS) != (name in planning.LINEAR_METHODS), "auto and joined methods know every row"
 
 
 @pytest.mark.parametrize("name", VERBS)

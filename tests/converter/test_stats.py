@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sparsegate.converter.arch import Site
 from sparsegate.converter.calibration_rules import UNIT_BINS, cut, unit_edges
-from sparsegate.converter.stats import Probe, Setting, SiteStats, dropped, file_name, greedy, histogram, of_kind, samples, scale, unit_histogram
+from sparsegate.converter.stats import Probe, Setting, SiteStats, dropped, file_name, greedy, histogram, of_kind, samples, scale, sizes, unit_histogram
 
 D, N = 6, 10
 RELATIVE_WIDTH = 2.0**-8
@@ -227,6 +227,12 @@ def test_scale_is_the_last_field() -> None:
     given_scale = torch.rand(N) + 1
     state = feed(scale, torch.rand(9, N), [4, 5], {"scale": given_scale}, Setting(N, N, 9, 0, Path(), "scale:wina", 3))
     assert torch.equal(scale.finish(state)["scale"], given_scale)
+
+
+def test_sizes_are_those_of_the_site() -> None:
+    state = sizes.init(Setting(D, N, 9, 0, Path(), "sizes:gate", 3))
+    sizes.update(state, torch.rand(9, D), torch.rand(9, N), torch.arange(9))
+    assert {name: int(t) for name, t in sizes.finish(state).items()} == {"hidden": D, "units": N}
 
 
 def test_dropped_measures_what_falls_out() -> None:
