@@ -16,7 +16,7 @@ from .interchange import Config as ImportedConfig
 from .methods import load_method, make_config, needs, validated
 from .methods.predictor import Config as PredictorConfig
 from .methods.predictor import rank_for
-from .plans import Threshold, cost, uniform_tau
+from .plans import FFN_LINEARS, LINEARS, Threshold, cost, uniform_tau
 from .recipe import Recipe, make_recipe, read_recipe
 from .source import Source
 from .stats.samples import CAP
@@ -163,10 +163,20 @@ def method_configs(recipe: Recipe) -> Configs:
         found[name] = {}
         for part in parts_of(name):
             values = {key: value for key, value in {"seed": recipe.seed, **stage.config}.items() if key in fields[part]}
+            if part in LINEAR_METHODS and part != name:
+                values["linears"] = _outside_networks(name, values.get("linears"))
             found[name][part] = validated(ImportedConfig, values, part) if part == IMPORTED else make_config(part, values)
         if recipe.searches and len(found[name]) > 1:
             _check_joined_search(name, found[name])
     return found
+
+
+def _outside_networks(name: str, linears: Any) -> Any:
+    """The linears that are left where another method gates the networks: the asked share holds for them alone."""
+    inside = sorted(set(linears or ()) & set(FFN_LINEARS))
+    if inside:
+        raise InputError(f"linears must lie outside the networks that {name} gates, got {', '.join(inside)}. Leave them out.")
+    return linears or [linear for linear in LINEARS if linear not in FFN_LINEARS]
 
 
 def _check_joined_search(name: str, parts: Mapping[str, BaseModel]) -> None:

@@ -177,9 +177,9 @@ def _family(run: Run, config: Mapping[str, Any]) -> Callable[[float], Plan]:
     if not all("densities" in type(values).model_fields for values in config.values()):
         return lambda level: merge([plan_of(part, min(0.99, max(0.01, 1 - level))) for part in config])
     keys: dict[str, str] = {}
-    plans = {part: plan_of(part, 0.5) for part in config}
-    for site in merge(plans.values()):
-        keys[site.key if site.kind == "ffn" else f"layers.{site.layer}"] = next(part for part, plan in plans.items() if site in plan)
+    for part in config:
+        for site in plan_of(part, 0.5):
+            keys[site.key if site.kind == "ffn" else f"layers.{site.layer}"] = part
 
     def make(densities: Mapping[str, float]) -> Plan:
         return merge([plan_of(part, 0.5, {key: densities[key] for key, owner in keys.items() if owner == part}) for part in config])
