@@ -44,12 +44,13 @@ def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | N
     """
     asked, length = recipe.calibration, _length(source, recipe)
     text, _, name = _split(recipe)
-    heldout, share = make_heldout(source, recipe), SEARCH_SHARE
+    share = SEARCH_SHARE
     if asked.generated:
         wanted = max(asked.windows, training) + (SEARCH_WINDOWS if recipe.searches else 0)
+        heldout = make_heldout(source, recipe)  # which may be too short, before anything is sampled
         every, name, share = _generated(source, wanted, length, recipe.seed, work), "text sampled from the dense model", 1.0
     else:
-        every = make_batches(source.tokenizer(), text, _EVERY, length, recipe.seed)
+        every, heldout = make_batches(source.tokenizer(), text, _EVERY, length, recipe.seed), make_heldout(source, recipe)
     order = torch.randperm(len(every.tokens), generator=torch.Generator().manual_seed(recipe.seed))
     aside = min(SEARCH_WINDOWS, int(len(order) * share)) if recipe.searches else 0
     if recipe.searches and not aside:
