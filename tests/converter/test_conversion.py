@@ -319,7 +319,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_next_run_goes_on(
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("*.partial-*"))
     plans = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.work" / "plan").rglob("header.json")}
-    assert len(plans) == 2
+    assert len(plans) == len(NEURON_METHODS)
     convert(recipe=recipe, output=tmp_path / "out", keep_stages=True)
     assert {path: path.stat().st_mtime_ns for path in plans} == plans
 
@@ -361,7 +361,7 @@ def test_a_file_size_limit_ends_in_one_line(tiny_model: Callable[[str], Path], t
 
 
 def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    recipe = small_recipe(tiny_model("llama"), tmp_path, stages=[{"method": "predictor", "config": {"sparsity": 0.4, "steps": 100000, "batch": 64}}])
+    recipe = small_recipe(tiny_model("llama"), tmp_path, stages=one_method("predictor", sparsity=0.4, tune=TUNE | {"steps": 100000}))
     child = run_cli(["convert", "--recipe", str(recipe), "-o", str(tmp_path / "out")])
     finished = tmp_path / "out.work" / "stats" / "layers.1.ffn" / "header.json"
     deadline = time.time() + 90
@@ -374,7 +374,7 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tiny_model:
     assert "Traceback" not in errors and "Interrupted" in errors
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.partial-*"))
     stamp = finished.stat().st_mtime_ns
-    small = small_recipe(tiny_model("llama"), tmp_path, stages=[{"method": "predictor", "config": {"sparsity": 0.4, "steps": 40, "batch": 64}}])
+    small = small_recipe(tiny_model("llama"), tmp_path, stages=one_method("predictor", sparsity=0.4, tune=TUNE))
     convert(recipe=small, output=tmp_path / "out", keep_stages=True)
     assert finished.stat().st_mtime_ns == stamp
 
