@@ -38,8 +38,9 @@ class Config(BaseModel):
     """How predictors are trained.
 
     `sparsity` is the share of neurons to skip, `rank` is r (None: the largest r whose weights cost at most `cost` of the network's), `residual` ridge adds a
-    head for what is skipped, which `cost` leaves out; `tune` is the training end to end. Of the cross-entropy only: `score` makes the labels, an oracle's too; `form` linear2 has no nonlinearity and is stored as an equal mlp2 of twice
-    the rank; `weighting` dejavu counts negatives by the share of positives; `steps` of `batch` tokens at peak `rate`.
+    head for what is skipped, which `cost` leaves out; `tune` is the training end to end. Of the cross-entropy only: `score` makes the labels, an oracle's
+    too; `form` linear2 has no nonlinearity and is stored as an equal mlp2 of twice the rank; `weighting` dejavu counts negatives by the share of positives;
+    `steps` of `batch` tokens at peak `rate`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
