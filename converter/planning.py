@@ -16,6 +16,7 @@ from .interchange import Config as ImportedConfig
 from .methods import load_method, make_config, needs, validated
 from .methods.predictor import Config as PredictorConfig
 from .methods.predictor import rank_for
+from .methods.trained_gate import Config as GateConfig
 from .plans import FFN_LINEARS, LINEARS, Threshold, cost, uniform_tau
 from .recipe import Recipe, make_recipe, read_recipe
 from .source import Source
@@ -187,7 +188,7 @@ def _check_joined_search(name: str, parts: Mapping[str, BaseModel]) -> None:
 
 def training_windows(configs: Configs) -> int:
     """The most windows that any of the methods trains on."""
-    return max((values.tune.data for parts in configs.values() for values in parts.values() if hasattr(values, "tune")), default=0)
+    return max((values.tune.data for parts in configs.values() for values in parts.values() if isinstance(values, PredictorConfig | GateConfig)), default=0)
 
 
 def _config_class(part: str) -> type[BaseModel]:

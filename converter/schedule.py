@@ -5,11 +5,14 @@ Each is a folder below the work folder that is not made again when its header fi
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor
 
 from .artifact import Header, InputError, atomic_folder, is_finished, read_header, write_header
 from .budget import Judge, allocate, governs, sensitivities, settled, shifted, sparsest
@@ -111,11 +114,8 @@ def _statistics(run: Run, parts: Mapping[str, Any]) -> Stats:
     found = collect(run.source, run.texts.calibration, sorted(names - oracle), folder, seed, run.device)
     if oracle:
         labelled = collect_labels(run.model, run.source, run.texts.calibration, sorted(oracle), run.work / "stats_labels", seed)
-        found = (
-            {site: {**found.get(site, {}), **tensors} for site, tensors in labelled.items()}
-            if not found
-            else {site: {**tensors, **labelled.get(site, {})} for site, tensors in found.items()}
-        )
+        every = {**found, **labelled}  # sites; their tensors stay on disk until they are asked for
+        return {site: ChainMap(*(cast("dict[str, Tensor]", part[site]) for part in (labelled, found) if site in part)) for site in every}
     return found
 
 
