@@ -76,7 +76,8 @@ class Judge:
                 tokens += target.numel()
         finally:
             remove_plan(self.model)
-        return Loss(*(total / tokens).tolist(), {site: int(kept) / max(1, int(seen)) for site, (kept, seen) in counts.items()})
+        nll, kl = (total / tokens).tolist()
+        return Loss(nll, kl, {site: int(kept) / max(1, int(seen)) for site, (kept, seen) in counts.items()})
 
     def _dense(self, number: int) -> Tensor:
         if number in self.dense:

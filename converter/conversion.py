@@ -16,9 +16,10 @@ from .artifact import HEADER, VERSION, InputError, atomic_folder, hash_file, has
 from .candidates import Candidate, build_report, choose, make_base, measure
 from .data import BUNDLED
 from .hub import Remote, check_disk, check_push, download, head_commit, home_folder, is_hub_id, local_folder, push, remote_inspect
+from .interchange import Config as ImportedConfig
 from .interchange import fingerprint as imported_files
 from .manifest import MANIFEST, Manifest, check_files, installed_versions, list_files, read_manifest, write_manifest
-from .planning import BUNDLED_MODEL, BUNDLED_NAME, IMPORTED, Configs, Estimate, compile_recipe, estimate, estimate_shapes, method_configs, training_windows
+from .planning import BUNDLED_MODEL, BUNDLED_NAME, Configs, Estimate, compile_recipe, estimate, estimate_shapes, method_configs, training_windows
 from .recipe import Recipe
 from .reference import load as load_folder
 from .report import RESULTS, Report, read_base_card, write_report
@@ -138,7 +139,7 @@ def _occupied(out: Path, what: str) -> InputError:
 
 def _fingerprint(source: str, recipe: Recipe, configs: Configs) -> str:
     """Of everything that decides the result: the model's files, the recipe, and the texts and predictors that it names by path."""
-    files = [imported_files(parts[IMPORTED]) for parts in configs.values() if IMPORTED in parts]
+    files = [imported_files(config) for parts in configs.values() for config in parts.values() if isinstance(config, ImportedConfig)]
     return hash_json({"tool": VERSION, "source": source, "recipe": recipe.model_dump(mode="json"), "texts": texts_hash(recipe), "predictors": files})
 
 
