@@ -5,6 +5,7 @@ What it says about one method against another is computed from the stored rows, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -83,8 +84,13 @@ def verdict(curves: Curves, ours: str, other: str, over: str = "cost", value: st
         where = "at every target" if len(compared) == len(summarise(curves, ours)) else f"at {_list(compared)}, where they can be compared,"
         return f"Against {other} at equal {place}: **loses less** {where} with every seed."
     if not better:
-        return f"Against {other} at equal {place}: with every seed less at **none** of {_list(compared)}."
+        return f"Against {other} at equal {place}: at **none** of {_list(compared)} it loses less with every seed."
     return f"Against {other} at equal {place}: loses less at {_list(better)} with every seed, **not** at {_list([t for t in compared if t not in better])}."
+
+
+def verdicts(curves: Curves, ours: str, rivals: Iterable[str]) -> str:
+    """A list of verdicts at equal cost, in NLL and in KL."""
+    return "\n".join(f"- {verdict(curves, ours, name, value=value)}" for name in rivals for value in ("nll", "kl"))
 
 
 def _list(targets: list[float]) -> str:
@@ -112,7 +118,7 @@ def half_cells(curves: Curves) -> Cells:
             ratios = [own / gate for own, gate in at]
             costs = [percent(fmean(row.cost for row in rows)), percent(fmean(row.block_cost or 0 for row in rows))]
             cells = [name, *costs, spread([loss(curves, row) for row in rows])]
-            cells += [f"{fmean(gate for _, gate in at):.4f}", spread(ratios, 2)] if at else [ABSENT, ABSENT]
+            cells += [f"{fmean(gate for _, gate in at):.4f}", spread(ratios, 3)] if at else [ABSENT, ABSENT]
             found.append((fmean(ratios) if ratios else float("inf"), cells))
     return ["method", "cost", "block cost", "loss", "gate at that block cost", "ratio"], [cells for _, cells in sorted(found, key=lambda item: item[0])]
 
@@ -127,18 +133,19 @@ def comparisons(curves: Curves) -> str:
     ]
     if rows_of(curves, OURS):
         rivals = [name for name in RIVALS if rows_of(curves, name)]
-        parts += [f"### {OURS}", table(equal_cost_cells(curves)), "\n".join(f"- {verdict(curves, OURS, name)}" for name in rivals)]
+        parts += [f"### {OURS}", table(equal_cost_cells(curves)), verdicts(curves, OURS, rivals)]
         if rows_of(curves, CHEAP):
             parts[-1] += f"\n- {verdict(curves, OURS, CHEAP, 'density')}"
     if rows_of(curves, "gate end to end"):
         rivals = tuple(name for name in ("gate", "chess", "cett", "teal MLP", "wina MLP", OURS) if rows_of(curves, name))
         parts += ["### gate end to end", table(equal_cost_cells(curves, "gate end to end", rivals))]
-        parts += ["\n".join(f"- {verdict(curves, 'gate end to end', name)}" for name in rivals)]
+        parts += [verdicts(curves, "gate end to end", rivals)]
     for ours in (f"{OURS} + ridge", "gate end to end + ridge"):
         plain = ours.removesuffix(" + ridge")
-        if rows_of(curves, ours) and rows_of(curves, plain):
-            parts += [f"### {ours}", table(equal_cost_cells(curves, ours, (plain,))), verdict(curves, ours, plain)]
-    for ours in (OURS, "gate end to end"):
+        rivals = tuple(name for name in dict.fromkeys((plain, "gate", "chess", "teal MLP", OURS)) if rows_of(curves, name))
+        if rows_of(curves, ours) and rivals:
+            parts += [f"### {ours}", table(equal_cost_cells(curves, ours, rivals)), verdicts(curves, ours, rivals)]
+    for ours in (OURS, "gate end to end", "gate end to end + ridge"):
         if rows_of(curves, ours) and rows_of(curves, ORACLE):
             parts += [f"### {ours} against the oracle {ORACLE} top-k of the same realised density", table(oracle_cells(curves, ours))]
             parts += ["\n".join(f"- {verdict(curves, ours, ORACLE, 'density', value)}" for value in ("nll", "kl"))]
