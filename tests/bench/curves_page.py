@@ -93,6 +93,17 @@ def verdicts(curves: Curves, ours: str, rivals: Iterable[str]) -> str:
     return "\n".join(f"- {verdict(curves, ours, name, value=value)}" for name in rivals for value in ("nll", "kl"))
 
 
+def beyond(curves: Curves, ours: str, other: str) -> list[float]:
+    """Targets at which the two have no common cost, yet ours both costs and loses less than the other's row of the same target, with every seed of both."""
+    compared = wins(curves, ours, other)[1]
+    found = []
+    for target in (point.density_target for point in summarise(curves, ours) if point.density_target not in compared):
+        own, rows = rows_of(curves, ours, target), rows_of(curves, other, target)
+        if rows and all(max(getattr(row, name) for row in own) < min(getattr(row, name) for row in rows) for name in ("cost", "nll", "kl")):
+            found.append(target)
+    return found
+
+
 def _list(targets: list[float]) -> str:
     return ", ".join(f"{target:g}" for target in targets)
 
@@ -134,6 +145,8 @@ def comparisons(curves: Curves) -> str:
     if rows_of(curves, OURS):
         rivals = [name for name in RIVALS if rows_of(curves, name)]
         parts += [f"### {OURS}", table(equal_cost_cells(curves)), verdicts(curves, OURS, rivals)]
+        if further := beyond(curves, OURS, CHEAP):
+            parts[-1] += f"\n- At {_list(further)}, where no cost is common to both, it costs less than {CHEAP} and loses less, with every seed."
         if rows_of(curves, CHEAP):
             parts[-1] += f"\n- {verdict(curves, OURS, CHEAP, 'density')}"
     if rows_of(curves, "gate end to end"):

@@ -106,3 +106,11 @@ def test_oracles_stand_in_no_ranking() -> None:
     for line in TEXT.splitlines():
         name = line.split("|")[1].strip() if line.startswith("| ") else ""
         assert name not in CURVES.methods(oracle=True), line
+
+
+def test_where_no_cost_is_common_both_cost_and_loss_are_less() -> None:
+    (targets,) = re.findall(r"- At ([\d., ]+), where no cost is common to both", TEXT)
+    for target in map(float, targets.split(", ")):
+        ours, cheap = ([row for row in CURVES.rows if row.method == name and row.density_target == target] for name in (OURS, CHEAP))
+        assert len(ours) == len(cheap) == 3
+        assert max(row.cost for row in ours) < min(row.cost for row in cheap) and max(row.nll for row in ours) < min(row.nll for row in cheap)
