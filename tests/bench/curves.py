@@ -108,7 +108,7 @@ def calibrated(study: Study, seed: int | None, densities: tuple[float, ...], met
 
 
 def cross_entropy(study: Study, seed: int | None, densities: tuple[float, ...]) -> Plans:
-    """The cheap form, layer by layer on the top-k of the magnitude; the better of its weightings on this model."""
+    """The cheap form, layer by layer on the top-k of the magnitude, unweighted."""
     return calibrated(study, seed, densities, "predictor", loss="cross_entropy", weighting="none")
 
 
