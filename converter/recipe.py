@@ -41,7 +41,9 @@ class Tune(_Strict):
 
 
 class Stage(_Strict):
-    """One method and its configuration, several joined by `+` with one configuration each under their names, or `auto`, which tries every method."""
+    """One method, two joined by `+` (a neuron method and a channel method), `imported`, or `auto`, which tries every method; and the configuration, of which a
+    method takes the fields that it knows.
+    """
 
     method: str = "auto"
     config: dict[str, Any] = {}
