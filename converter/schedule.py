@@ -25,7 +25,7 @@ from .planning import IMPORTED
 from .plans import Plan, block_cost, load_plan, merge, save_plan
 from .recipe import Recipe
 from .reference import load_dense
-from .residual import add_residuals
+from .residual import add_residuals, residual_rank
 from .scores import load_score
 from .source import Source
 from .stats import Stats, load_stat
@@ -138,7 +138,9 @@ def _completed(run: Run, plan: Plan, config: Any) -> Plan:
     """The plan with residuals where they are asked for."""
     if getattr(config, "residual", "none") == "none":
         return plan
-    return add_residuals(run.model, run.source.arch, run.activation, plan, run.texts.calibration)
+    arch, units = run.source.arch, run.source.arch.size(run.source.config, "units")
+    rank = residual_rank(units, 2 if arch.ffn.kind == "plain" else 3)
+    return add_residuals(run.model, arch, run.activation, plan, run.texts.calibration, rank)
 
 
 def _start(part: str, config: Any) -> float | None:

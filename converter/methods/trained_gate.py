@@ -22,7 +22,9 @@ _START = 0.6  # of the way from the wished density to keeping everything
 
 
 class Config(BaseModel):
-    """`sparsity`: the share of gated neurons to skip over all layers together; `tune` how the thresholds are trained."""
+    """`sparsity`: the share of gated neurons to skip over all layers together; `tune` how the thresholds are trained; `residual` ridge adds a head for what is
+    skipped, of a twentieth of the network's weights.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,6 +32,7 @@ class Config(BaseModel):
     sparsity: float = Field(default=0.5, gt=0, lt=1)
     seed: int = 0
     tune: Tune = Tune(steps=300)
+    residual: Literal["none", "ridge"] = "ridge"
 
 
 def start(config: Config) -> float:

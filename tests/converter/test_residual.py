@@ -14,7 +14,7 @@ from sparsegate.converter.data import Batches
 from sparsegate.converter.methods.predictor import fresh_predictor
 from sparsegate.converter.plans import Plan, Predictor, Threshold
 from sparsegate.converter.reference import apply_plan, load_dense, remove_plan
-from sparsegate.converter.residual import add_residuals
+from sparsegate.converter.residual import add_residuals, residual_rank
 from sparsegate.converter.source import open_source
 
 RANK = 12
@@ -58,7 +58,7 @@ def outputs(model, source, plan: Plan, tokens: Tensor, layer: int) -> tuple[Tens
 
 def test_residual_is_the_ridge_solution_layer_by_layer(source, batches: Batches) -> None:
     model, plan = load_dense(source.folder), predictors()
-    found = add_residuals(model, source.arch, source.arch.activation(source.config), plan, batches)
+    found = add_residuals(model, source.arch, source.arch.activation(source.config), plan, batches, 8)
     so_far: Plan = dict(plan)
     for layer in range(2):
         x, masked, dense = outputs(model, source, so_far, batches.tokens, layer)
@@ -73,11 +73,39 @@ def test_residual_is_the_ridge_solution_layer_by_layer(source, batches: Batches)
         so_far[Site(layer)] = [entry]
 
 
-def test_other_entries_and_tensors_stay(source, batches: Batches) -> None:
+def test_gates_get_the_directions_of_reduced_rank_regression(source, batches: Batches) -> None:
+    model, activation = load_dense(source.folder), source.arch.activation(source.config)
+    plan: Plan = {Site(0): [Threshold("gate", torch.full((176,), 0.3), 0.5)]}
+    entry = add_residuals(model, source.arch, activation, plan, batches, 8)[Site(0)][0]
+    assert isinstance(entry, Threshold) and entry.fc1 is not None and entry.residual is not None and entry.fc1.shape == (8, 64)
+    assert torch.equal(entry.fc1[:4], -entry.fc1[4:])
+    x, masked, dense = (part.double() for part in outputs(model, source, plan, batches.tokens, 0))
+    target = dense - masked
+
+    def explained(directions: Tensor) -> float:
+        inner = x @ directions.double().T
+        left = target - inner @ torch.linalg.lstsq(inner, target).solution
+        return 1 - float(left.square().sum() / target.square().sum())
+
+    # the best linear map of rank 4 projects the fitted values on their four leading principal directions
+    full = x @ torch.linalg.lstsq(x, target).solution
+    leading = torch.linalg.svd(full, full_matrices=False).S[:4].square().sum() / target.square().sum()
+    assert explained(entry.fc1[:4]) == pytest.approx(float(leading), abs=2e-3)
+    assert explained(torch.eye(64)[:4]) < float(leading) - 0.01
+    model_sparse = outputs(model, source, {Site(0): [entry]}, batches.tokens, 0)[1].double()
+    assert float((dense - model_sparse).square().sum()) < 0.95 * float(target.square().sum())
+
+
+@pytest.mark.parametrize(("units", "matrices", "rank"), [(512, 3, 38), (176, 2, 8), (4, 2, 2)])
+def test_rank_of_a_residual_of_its_own(units: int, matrices: int, rank: int) -> None:
+    assert residual_rank(units, matrices) == rank
+
+
+def test_other_tensors_and_sites_stay(source, batches: Batches) -> None:
     model, plan = load_dense(source.folder), predictors()
-    plan[Site(1)] = [Threshold("gate", torch.full((176,), 0.1), 0.5)]
-    found = add_residuals(model, source.arch, source.arch.activation(source.config), plan, batches)
-    assert found[Site(1)] == plan[Site(1)]
+    plan[Site(1, kind="linear:q_proj")] = [Threshold("input", torch.full((64,), 0.1), 0.5)]
+    found = add_residuals(model, source.arch, source.arch.activation(source.config), plan, batches, 8)
+    assert found[Site(1, kind="linear:q_proj")] == plan[Site(1, kind="linear:q_proj")]
     before, after = plan[Site(0)][0], found[Site(0)][0]
     assert isinstance(before, Predictor) and isinstance(after, Predictor)
     assert all(torch.equal(getattr(before, name), getattr(after, name)) for name in ("fc1", "fc2", "tau"))
