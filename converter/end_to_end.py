@@ -71,7 +71,7 @@ class Unit:
 
 def _unit(entry: Entry, device: torch.device, scale: float) -> Unit:
     def leaf(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(device, torch.float32).clone().requires_grad_()
+        return tensor.detach().to(device, torch.float32).clone(memory_format=torch.contiguous_format).requires_grad_()
 
     if isinstance(entry, Predictor):
         tensors, steep = {"fc1": leaf(entry.fc1 * scale), "fc2": leaf(entry.fc2), "bias": leaf(-entry.tau)}, None

@@ -45,7 +45,7 @@ def add_residuals(model: Any, arch: Arch, activation: str, plan: Plan, batches: 
             fc1 = _directions(_regressed(model, arch, activation, found, site, tokens, lambda x: x), rank)
         wide = fc1.to(model.device)
         gram = _regressed(model, arch, activation, found, site, tokens, lambda x, wide=wide: F.relu(x @ wide.T))
-        residual = gram.solve(_L2 * float(gram.hidden.diagonal().mean())).float()
+        residual = gram.solve(_L2 * float(gram.hidden.diagonal().mean())).float().contiguous()
         found[site] = [replace(entry, fc1=fc1, residual=residual)]
     return found
 
