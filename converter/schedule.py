@@ -131,16 +131,18 @@ def _part(run: Run, name: str, part: str, config: Any) -> Plan:
     start = _start(part, config)
     if start is not None:
         plan = _trained(run, name, part, config, plan, start, 1.0 - config.sparsity)
-    return _completed(run, plan, config)
+    return _completed(run, name, part, config, plan, 1.0 - config.sparsity)
 
 
-def _completed(run: Run, plan: Plan, config: Any) -> Plan:
-    """The plan with residuals where they are asked for."""
-    if getattr(config, "residual", "none") == "none":
+def _completed(run: Run, name: str, part: str, config: Any, plan: Plan, density: float) -> Plan:
+    """The plan with residuals where they are asked for, in closed form, or from there trained together with what selects."""
+    residual = getattr(config, "residual", "none")
+    if residual == "none":
         return plan
     arch, units = run.source.arch, run.source.arch.size(run.source.config, "units")
     rank = residual_rank(units, 2 if arch.ffn.kind == "plain" else 3)
-    return add_residuals(run.model, arch, run.activation, plan, run.texts.calibration, rank)
+    plan = add_residuals(run.model, arch, run.activation, plan, run.texts.calibration, rank)
+    return plan if residual == "ridge" else _trained(run, f"{name}-residual", part, config, plan, density, density)
 
 
 def _start(part: str, config: Any) -> float | None:
@@ -203,18 +205,18 @@ def _searched_training(run: Run, name: str, part: str, config: Any) -> Plan | No
     """A trained method goes down LEVELS until the budget breaks; the last two levels are shifted to the budget, and the cheaper one is taken."""
     plan, start = load_method(part).plan(run.stats, run.source.arch, config), _start(part, config)
     assert start is not None
-    trained: list[Plan] = []
+    trained: list[tuple[Plan, float]] = []
     for density in LEVELS:
         if density >= start:
             continue
         plan = _trained(run, f"{name}-budget", part, config, plan, start, density)
         start = density
-        trained.append(plan)
+        trained.append((plan, density))
         if run.judge.loss(plan, every=4).share(run.recipe.budget) > 1:
             break
     best: tuple[float, Plan] | None = None
-    for plan in trained[-2:]:
-        plan = _completed(run, plan, config)
+    for plan, density in trained[-2:]:
+        plan = _completed(run, f"{name}-budget", part, config, plan, density)
         found = sparsest(lambda shift, plan=plan: shifted(plan, shift), run.judge, run.recipe.budget, -_REACH, _REACH)
         if found is not None:
             ready = settled(found[1], found[2].density)

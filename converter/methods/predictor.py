@@ -37,10 +37,10 @@ _START_BIAS = 1.0  # logits of a fresh predictor are about this
 class Config(BaseModel):
     """How predictors are trained.
 
-    `sparsity` is the share of neurons to skip, `rank` is r (None: the largest r whose weights cost at most `cost` of the network's), `residual` ridge adds a
-    head for what is skipped, which `cost` leaves out; `tune` is the training end to end. Of the cross-entropy only: `score` makes the labels, an oracle's
-    too; `form` linear2 has no nonlinearity and is stored as an equal mlp2 of twice the rank; `weighting` dejavu counts negatives by the share of positives;
-    `steps` of `batch` tokens at peak `rate`.
+    `sparsity` is the share of neurons to skip, `rank` is r (None: the largest r whose weights cost at most `cost` of the network's), `residual` adds a head
+    for what is skipped, which `cost` leaves out, in closed form (ridge) or from there trained too; `tune` is the training end to end. Of the cross-entropy
+    only: `score` makes the labels, an oracle's too; `form` linear2 has no nonlinearity and is stored as an equal mlp2 of twice the rank; `weighting` dejavu
+    counts negatives by the share of positives; `steps` of `batch` tokens at peak `rate`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,7 +50,7 @@ class Config(BaseModel):
     loss: Literal["end_to_end", "cross_entropy"] = "end_to_end"
     rank: int | None = Field(default=None, ge=1)
     cost: float = Field(default=0.1, gt=0, lt=1)
-    residual: Literal["none", "ridge"] = "none"
+    residual: Literal["none", "ridge", "trained"] = "none"
     seed: int = 0
     tune: Tune = Tune()
     score: Literal["magnitude", "abs_z", "gate", "gradient", "gxo", "snip", "fisher", "corrected_gxo"] = "magnitude"

@@ -22,8 +22,8 @@ _START = 0.6  # of the way from the wished density to keeping everything
 
 
 class Config(BaseModel):
-    """`sparsity`: the share of gated neurons to skip over all layers together; `tune` how the thresholds are trained; `residual` ridge adds a head for what is
-    skipped, of a twentieth of the network's weights.
+    """`sparsity`: the share of gated neurons to skip over all layers together; `tune` how the thresholds are trained; `residual` adds a head for what is
+    skipped, of a twentieth of the network's weights, in closed form (ridge) or from there trained together with the thresholds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,7 +32,7 @@ class Config(BaseModel):
     sparsity: float = Field(default=0.5, gt=0, lt=1)
     seed: int = 0
     tune: Tune = Tune(steps=300)
-    residual: Literal["none", "ridge"] = "ridge"
+    residual: Literal["none", "ridge", "trained"] = "trained"
 
 
 def start(config: Config) -> float:
