@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -49,7 +50,8 @@ class Done(NamedTuple):
 def call_cli(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Done:
     """Run `sparsegate ARGUMENTS` in this process."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in arguments])
+    words = [str(word) for word in arguments]
+    with patch.object(sys, "argv", ["sparsegate", *words]), pytest.raises(SystemExit) as stop:
+        main(words)
     assert isinstance(stop.value.code, int)
     return Done(stop.value.code, *capsys.readouterr())

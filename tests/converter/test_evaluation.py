@@ -343,7 +343,7 @@ def test_every_flag_of_eval_and_report_arrives(capsys: pytest.CaptureFixture[str
     monkeypatch.setattr(evaluation, "evaluate", fake)
     words = ["d", "--text", "t", "--windows", "3", "--prompts", "p", "--max-new-tokens", "5", "--lm-eval", "a,b", "--limit", "7"]
     assert json.loads(call_cli(capsys, "eval", *words, "--json").out) == found.model_dump(mode="json")
-    assert set(calls[0]) == set(real.parameters) and calls[0].pop("command").startswith("sparsegate ")
+    assert set(calls[0]) == set(real.parameters) and calls[0].pop("command").startswith("sparsegate eval d --text t ")
     assert calls == [{"model": "d", "text": Path("t"), "windows": 3, "prompts": Path("p"), "max_new_tokens": 5, "lm_eval": "a,b", "limit": 7}]
     text = call_cli(capsys, "eval", "d").out
     assert all(part in text for part in ("ONNX kernel", "not run: no library", "53.73", "34.0 %", "layers.1.linear.q_proj", "hellaswag"))
