@@ -147,7 +147,7 @@ def build_report(source: Source, recipe: Recipe, texts: Texts, candidates: list[
     quality = chosen.quality
     dense_speed = chosen.speed.get("baseline", {})
     dense = reporting.Row(
-        method="dense", nll=quality.nll_dense, perplexity=math.exp(quality.nll_dense), kl=0.0, agreement=1.0, density=1.0, cost=1.0,
+        method="dense", nll=quality.nll_dense, perplexity=math.exp(quality.nll_dense), kl=0.0, agreement=1.0, density=1.0, cost=1.0, block_cost=1.0,
         prefill_tokens_per_second=dense_speed.get("prefill_tokens_per_s"), decode_tokens_per_second=dense_speed.get("decode_tokens_per_s"),
     )  # fmt: skip
     return Report(
