@@ -22,23 +22,20 @@ from typing import Any
 import torch
 from curves_page import write_page
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparsegate.converter import report as reporting
 from sparsegate.converter.analysis import Outcome, Setting, analyse_all, rank_correlations
-from sparsegate.converter.arch import Site
 from sparsegate.converter.artifact import Header, read_json, write_json
-from sparsegate.converter.blocks import down_rows, ffn_parts
 from sparsegate.converter.data import BUNDLED, CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text
 from sparsegate.converter.end_to_end import train_plan
-from sparsegate.converter.linalg import ridge
 from sparsegate.converter.methods import load_method, make_config, needs
 from sparsegate.converter.methods.predictor import fresh_predictor, rank_for
 from sparsegate.converter.planning import BUNDLED_NAME
-from sparsegate.converter.plans import FFN_LINEARS, LINEARS, Plan, Predictor, Threshold, linear_shapes, merge
+from sparsegate.converter.plans import FFN_LINEARS, LINEARS, Plan, linear_shapes, merge
 from sparsegate.converter.recipe import Tune
-from sparsegate.converter.reference import EXECUTORS, apply_plan, load_dense, remove_plan
+from sparsegate.converter.reference import apply_plan, load_dense, remove_plan
 from sparsegate.converter.report.curves import Correlations, Curves, Point
+from sparsegate.converter.residual import add_residuals
 from sparsegate.converter.scores import load_score
 from sparsegate.converter.source import Source, open_source
 from sparsegate.converter.stats.collect import collect
@@ -49,7 +46,7 @@ DENSITIES = (0.7, 0.5, 0.4, 0.3, 0.2)
 TRAINED_WINDOWS = 1024  # of 256 tokens: nearly all of the calibration text
 PREDICTOR, GATE = Tune(steps=1500), Tune(steps=300, rate=4e-3)
 GATE_START = 0.8
-RESIDUAL_WINDOWS, RESIDUAL_RANK, RIDGE = 64, 40, 1e-3
+RESIDUAL_WINDOWS, RESIDUAL_RANK = 64, 40
 ATTENTION = tuple(name for name in LINEARS if name not in FFN_LINEARS)
 PROMPT = 128
 CORRELATED = ("gate", "chess", "abs_z", "magnitude", "gradient", "gxo", "snip", "fisher", "corrected_gxo")
@@ -149,51 +146,8 @@ def _trained(study: Study, seed: int | None, densities: tuple[float, ...], name:
 def with_residual(study: Study, seed: int | None, densities: tuple[float, ...], of: Callable[..., Plans]) -> Plans:
     """The plans of `of` with a closed-form residual for what is skipped."""
     for density, plan in of(study, seed, densities):
-        yield density, add_residual(study, plan, study.windows(seed or 0, RESIDUAL_WINDOWS))
-
-
-@torch.no_grad()
-def add_residual(study: Study, plan: Plan, batches: Batches) -> Plan:
-    """Every layer's skipped sum regressed on relu(fc1 x), layer by layer on the sparse model's own inputs. A threshold gets an fc1 of its own: the directions
-    that a linear map of x explains best, with both signs.
-    """
-    found = dict(plan)
-    for site in sorted(plan, key=lambda site: site.layer):
-        x, skipped = _skipped(study, found, site, batches)
-        (entry,) = found[site]
-        fc1 = entry.fc1 if isinstance(entry, Predictor) else _directions(x, skipped, RESIDUAL_RANK)
-        hidden = F.relu(x @ fc1.T)
-        residual = ridge(hidden, skipped, RIDGE * float(hidden.square().sum()) / len(fc1)).float()
-        found[site] = [replace(entry, residual=residual, **({"fc1": fc1} if isinstance(entry, Threshold) else {}))]
-    return found
-
-
-def _skipped(study: Study, plan: Plan, site: Site, batches: Batches) -> tuple[Tensor, Tensor]:
-    """A layer's inputs in the sparse model and the sum of the neurons that are skipped: [T, d] both."""
-    arch, model, (entry,) = study.source.arch, study.model, plan[site]
-    module = model.get_submodule(arch.ffn_module(site.layer))
-    inputs: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].flatten(0, 1)))
-    apply_plan(model, plan, arch, study.activation)
-    try:
-        for tokens in batches.tokens[batches.mask.all(1)].split(8):
-            model.get_decoder()(input_ids=tokens, use_cache=False)
-    finally:
-        handle.remove()
-        remove_plan(model)
-    x = torch.cat(inputs)
-    parts = ffn_parts(module, arch, study.activation, x)
-    scores, _ = EXECUTORS[type(entry)](entry, parts.gate, x)  # type: ignore[arg-type]
-    return x, torch.where(scores > entry.tau, 0.0, parts.z) @ down_rows(module, arch)
-
-
-def _directions(x: Tensor, target: Tensor, rank: int) -> Tensor:
-    """fc1 [r, d] by reduced-rank regression of target [T, d] on x [T, d], every direction with both signs."""
-    linear = ridge(x, target, RIDGE * float(x.square().sum()) / x.shape[1])
-    fitted = x.double() @ linear
-    _, vectors = torch.linalg.eigh(fitted.T @ fitted)
-    half = (linear @ vectors[:, -(rank // 2) :]).T.float()
-    return torch.cat([half, -half])
+        windows = study.windows(seed or 0, RESIDUAL_WINDOWS)
+        yield density, add_residuals(study.model, study.source.arch, study.activation, plan, windows, RESIDUAL_RANK)
 
 
 @dataclass(frozen=True)
