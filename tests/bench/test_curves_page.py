@@ -12,7 +12,7 @@ from sparsegate.converter.report.curves import Curves
 
 DENSITIES = (0.7, 0.5, 0.4, 0.3, 0.2)
 DEPLOYABLE = ("gate", "chess", "cett", "teal", "teal MLP", "wina", "wina MLP", "gate + teal attention", "chess + teal attention")
-TRAINED = {CHEAP: (0, 1, 2), OURS: (0, 1, 2), "gate end to end": (0, 1)}
+TRAINED = {CHEAP: (0, 1, 2), OURS: (0, 1, 2), "gate end to end": (0, 1, 2)}
 ORACLES = ("magnitude", "abs_z", "corrected_gxo", "gxo", "snip", "fisher")
 CURVES, PROMPT = load()
 TEXT = PAGE.read_text(encoding="utf-8")
