@@ -19,6 +19,7 @@ from .methods.predictor import rank_for
 from .methods.trained_gate import Config as GateConfig
 from .plans import FFN_LINEARS, LINEARS, Threshold, cost, uniform_tau
 from .recipe import Recipe, make_recipe, read_recipe
+from .residual import residual_rank
 from .source import Source
 from .stats.samples import CAP
 
@@ -89,10 +90,12 @@ def _expected_cost(arch: Arch, parts: Mapping[str, Any], hidden: int, units: int
     """Bytes of the feed-forward networks touched per token relative to dense: of the part that gates neurons, where there is one."""
     name, config = next(((name, config) for name, config in parts.items() if name in NEURON_METHODS), next(iter(parts.items())))
     matrices, density = 2 if arch.ffn.kind == "plain" else 3, 1 - config.sparsity
+    heads = getattr(config, "residual", "none") != "none"
     if isinstance(config, PredictorConfig):
         rank = config.rank or rank_for(hidden, units, matrices, config.cost)
-        return density + rank * (hidden + units) / (matrices * hidden * units)
-    return cost(Threshold("gate" if name in NEURON_METHODS else "input", uniform_tau(0.0, 1), density), hidden, units, matrices, density)
+        return density + rank * (hidden + units + heads * hidden) / (matrices * hidden * units)
+    own = heads * 2 * residual_rank(units, matrices) / (matrices * units)
+    return own + cost(Threshold("gate" if name in NEURON_METHODS else "input", uniform_tau(0.0, 1), density), hidden, units, matrices, density)
 
 
 def compile_recipe(

@@ -22,7 +22,7 @@ def quality(report: Report) -> str:
     return (
         f"**Quality**, the bundled model {report.model} (2.4 M parameters, code), {report.evaluation.tokens} held-out tokens, `{report.command}`, "
         f"{report.machine.cpu}, {report.machine.cores} cores:\n\n{quality_table(report)}\n\n"
-        "NLL and KL in nats per token; density is the share of neurons computed; cost the MLP bytes touched per token, predictor included. "
+        "NLL and KL in nats per token; density is the share of neurons computed; cost the MLP bytes touched per token, predictor and residual included. "
         f"This model fits in a cache, so its speed says nothing about a real one's.{note}"
     )
 
