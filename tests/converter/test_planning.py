@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.interchange import Config as ImportedConfig
@@ -15,7 +17,9 @@ from sparsegate.converter.methods.chess import Config as ChessConfig
 from sparsegate.converter.methods.predictor import Config as PredictorConfig
 from sparsegate.converter.methods.teal import Config as TealConfig
 from sparsegate.converter.planning import AUTO, LINEAR_METHODS, NEURON_METHODS, compile_recipe, estimate, method_configs, parts_of, training_windows
+from sparsegate.converter.plans import Predictor, Threshold, cost
 from sparsegate.converter.recipe import Recipe, make_recipe
+from sparsegate.converter.residual import residual_rank
 from sparsegate.converter.source import open_source
 
 
@@ -138,3 +142,22 @@ def test_costs_are_expected_where_the_sparsity_is_known(tiny_model: Callable[[st
     d, n = (source.arch.size(source.config, space) for space in ("hidden", "units"))
     assert costs(recipe("predictor", sparsity=0.4, rank=5)) == {"predictor": pytest.approx(0.6 + 5 * (d + n) / (3 * d * n))}
     assert costs(recipe("auto", {"max_kl": 0.1})) == {} == costs(recipe("imported"))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi"])
+def test_expected_costs_count_residual_heads(tiny_model: Callable[[str], Path], model_type: str) -> None:
+    """The expected cost is that of an entry with the residual that the method will add."""
+    source = open_source(tiny_model(model_type))
+    matrices = 2 if model_type == "phi" else 3
+    zeros = {rank: torch.zeros(rank, 64) for rank in (residual_rank(176, matrices), 5)}
+    rank = residual_rank(176, matrices)
+    gate = Threshold("gate", torch.zeros(176), 0.6, zeros[rank], zeros[rank])
+    predictor = Predictor(zeros[5], torch.zeros(176, 5), torch.zeros(176), 0.6, zeros[5])
+    for method, config, entry in (("trained_gate", {}, gate), ("predictor", {"rank": 5, "residual": "ridge"}, predictor)):
+        made = recipe(method, sparsity=0.4, **config)
+        expected = estimate(source, made, method_configs(made)).expected_cost[method]
+        assert expected == pytest.approx(cost(entry, 64, 176, matrices, 0.6))
+        without = recipe(method, sparsity=0.4, **config | {"residual": "none"})
+        bare = replace(entry, residual=None) if isinstance(entry, Predictor) else replace(entry, fc1=None, residual=None)
+        lower = estimate(source, without, method_configs(without)).expected_cost[method]
+        assert lower == pytest.approx(cost(bare, 64, 176, matrices, 0.6)) and lower < expected
