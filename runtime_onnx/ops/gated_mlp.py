@@ -26,20 +26,21 @@ import onnx
 from numpy.typing import NDArray
 
 from .gated_mlp_body import body
+from .quantisation import GROUP, WEIGHTS, dequantise, integer_product, integer_sum
 
 DOMAIN = "ai.sparsegate"
 NAME = "GatedMLP"
 VERSION = 1
 
 ROLES = ("w_gate", "w_up", "w_down", "s_gate", "s_up", "s_down", "b_gate", "b_up", "b_down", "tau", "p1", "p2", "s_p1", "s_p2", "res")
-"""Inputs after x, in this order: [n, d] weights, [n] scales and biases (b_down [d]), tau [n], p1 [r, d], p2 [n, r], s_p1 [r], s_p2 [n], res [r, d]."""
+"""Inputs after x, in this order: [n, d] weights (int4_g32: [n, d / 2]), [n] scales (int4_g32: [n, d / 32]) and biases (b_down [d]), tau [n], p1 [r, d],
+p2 [n, r], s_p1 [r], s_p2 [n], res [r, d]."""
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "identity")
 SCORES = ("predictor", "gate", "exact", "all")
-WEIGHTS = ("float", "int8_row")
 FLOATS = ("float32", "float16", "bfloat16")
 
-BOUNDS = {"float32": 1e-12, "float16": 1.5e-7, "bfloat16": 1e-5, "int8_row": 1e-10}
-"""Largest NMSE of a kernel against `reference` on the same rounded inputs; by dtype of x for float weights."""
+BOUNDS = {"float32": 1e-12, "float16": 1.5e-7, "bfloat16": 1e-5, "int8_row": 1e-10, "int4_g32": 1e-10}
+"""Largest NMSE of a kernel: float weights, by dtype of x, against `reference` on the same rounded inputs; quantised weights and x float32 against `emulate`."""
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
@@ -51,13 +52,13 @@ class Variant:
     Attributes:
         activation: One of ACTIVATIONS.
         score: One of SCORES.
-        weights: One of WEIGHTS. int8_row: symmetric int8 [n, d] with one float32 scale per row in s_gate, s_up, s_down.
+        weights: One of WEIGHTS; the integer formats, with scales in s_gate, s_up, s_down, are described in `quantisation`.
         inputs: Roles that are present, in the order of ROLES; x is not among them.
         x: dtype of x and y.
-        w: dtype of float weights; float32 for int8_row (the scales).
+        w: dtype of float weights; float32 for integer weights.
         p: dtype of p1, p2 and res; int8 takes scales s_p1, s_p2 and no res. float32 without p1.
 
-    Scales, biases and tau are float32 always.
+    Biases, tau and the scales of rows are float32 always, the scales of groups float16.
 
     Raises:
         ValueError: The combination has no meaning or is not part of the vocabulary.
@@ -190,25 +191,41 @@ def _tensor(tensors: Mapping[str, NDArray], role: str) -> NDArray:
     return np.asarray(tensors[role]).astype(np.float64)
 
 
-def _product(x: NDArray, tensors: Mapping[str, NDArray], weight: str, scale: str = "", bias: str = "") -> NDArray:
-    """Rows [T, d] times the transpose of a weight [n, d], with row scales and biases [n] where they exist -> [T, n]."""
-    out = x @ _tensor(tensors, weight).T
-    if scale in tensors:
-        out = out * _tensor(tensors, scale)
+_SCALES = {"w_gate": "s_gate", "w_up": "s_up", "w_down": "s_down", "p1": "s_p1", "p2": "s_p2"}
+
+
+def _format(variant: Variant, role: str) -> str:
+    """Format of a matrix of the variant."""
+    return variant.weights if role[0] == "w" else "int8_row" if variant.p == "int8" else "float"
+
+
+def _matrix(variant: Variant, tensors: Mapping[str, NDArray], role: str) -> NDArray[np.float64]:
+    """A matrix in float64, dequantised."""
+    stored = _format(variant, role)
+    return _tensor(tensors, role) if stored == "float" else dequantise(tensors[role], tensors[_SCALES[role]], stored)
+
+
+def _product(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], role: str, bias: str, integer: bool) -> NDArray:
+    """Rows [T, d] times the transpose of a matrix [n, d], plus a bias [n] where it exists -> [T, n]."""
+    stored = _format(variant, role)
+    if integer and stored != "float":
+        out = integer_product(x, tensors[role], tensors[_SCALES[role]], stored)
+    else:
+        out = x @ _matrix(variant, tensors, role).T
     return out + _tensor(tensors, bias) if bias in tensors else out
 
 
-def _hidden(x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray:
-    return _relu(_product(x, tensors, "p1", "s_p1"))
+def _hidden(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool) -> NDArray:
+    return _relu(_product(variant, x, tensors, "p1", "", integer))
 
 
-def _activated(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> tuple[NDArray, NDArray]:
+def _activated(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> tuple[NDArray, NDArray]:
     """Rows x [T, d] -> (act of the gate, or of up in a plain MLP; what w_down is multiplied by), both [T, n]."""
     act = _ACTIVATE[variant.activation]
-    up = _product(x, tensors, "w_up", "s_up", "b_up")
+    up = _product(variant, x, tensors, "w_up", "b_up", integer)
     if variant.plain:
         return act(up), act(up)
-    gate = act(_product(x, tensors, "w_gate", "s_gate", "b_gate"))
+    gate = act(_product(variant, x, tensors, "w_gate", "b_gate", integer))
     return gate, gate * (_relu(up) if variant.activation == "drelu" else up)
 
 
@@ -219,56 +236,57 @@ def _present(variant: Variant, tensors: Mapping[str, NDArray]) -> Mapping[str, N
     return {role: tensors[role] for role in variant.inputs}
 
 
-def scores(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
-    """Scores [T, n] in float64 of x [..., d]; infinite for score all, |z| (what would be lost) for score exact."""
+def scores(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.float64]:
+    """Scores [T, n] in float64 of x [..., d]; infinite for score all, |z| (what would be lost) for score exact. `integer` as in `reference`."""
     tensors = _present(variant, tensors)
     rows = _rows(x)
     if variant.score == "predictor":
-        return _product(_hidden(rows, tensors), tensors, "p2", "s_p2")
+        return _product(variant, _hidden(variant, rows, tensors, integer), tensors, "p2", "", integer)
     if variant.score == "all":
         return np.full((rows.shape[0], tensors["w_up"].shape[0]), np.inf)
-    gate, z = _activated(variant, rows, tensors)
+    gate, z = _activated(variant, rows, tensors, integer)
     return np.abs(z if variant.activation == "drelu" and variant.score == "exact" else gate)
 
 
-def active(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.bool_]:
-    """Kept neurons bool [T, n] of x [..., d]: score > tau, or not zero for score exact."""
-    s = scores(variant, x, tensors)
+def active(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.bool_]:
+    """Kept neurons bool [T, n] of x [..., d]: score > tau, or not zero for score exact. `integer` as in `reference`."""
+    s = scores(variant, x, tensors, integer)
     return s > (_tensor(tensors, "tau") if "tau" in variant.inputs else 0.0)
 
 
-def reference(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
+def reference(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.float64]:
     """The op in float64 on the inputs as they are stored, so as the executors see them.
 
     Args:
         variant: Which variant.
         x: [..., d], any float dtype.
         tensors: One array per role of the variant, in the stored dtype (int8 weights as int8).
+        integer: Round activations to int8 wherever they meet integer weights, as the CPU kernels do; see `quantisation`.
 
     Returns:
         y [..., d].
     """
     tensors = _present(variant, tensors)
     rows = _rows(x)
-    _, z = _activated(variant, rows, tensors)
-    keep = active(variant, x, tensors)
-    if "s_down" in tensors:
-        z = z * _tensor(tensors, "s_down")
-    y = np.where(keep, z, 0.0) @ _tensor(tensors, "w_down")
+    _, z = _activated(variant, rows, tensors, integer)
+    keep = active(variant, x, tensors, integer)
+    if integer and variant.weights != "float":
+        y = integer_sum(z, keep, tensors["w_down"], tensors["s_down"], variant.weights)
+    else:
+        y = np.where(keep, z, 0.0) @ _matrix(variant, tensors, "w_down")
     if "b_down" in tensors:
         y = y + _tensor(tensors, "b_down")
     if "res" in tensors:
-        y = y + _hidden(rows, tensors) @ _tensor(tensors, "res")
+        y = y + _hidden(variant, rows, tensors, integer) @ _tensor(tensors, "res")
     return y.reshape(np.shape(x))
 
 
-def emulate(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
-    """What the kernels of quantised weights compute, before float32 rounding: y [..., d].
+def emulate(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], provider: str = "CPUExecutionProvider") -> NDArray[np.float64]:
+    """What the kernels of an execution provider compute, before float32 rounding: y [..., d].
 
-    They widen the stored integers to float32 and keep the activations in floating point, so nothing but the weights is quantised: the
-    emulation is `reference` itself, and the error against float32 activations is zero by construction.
+    The CPU's round activations to int8 where weights or predictor are integers; CUDA's widen the integers and keep the activations in floating point.
     """
-    return reference(variant, x, tensors)
+    return reference(variant, x, tensors, integer=provider == "CPUExecutionProvider")
 
 
 def traffic(variant: Variant, d: int, n: int, r: int, density: float) -> float:
@@ -277,14 +295,15 @@ def traffic(variant: Variant, d: int, n: int, r: int, density: float) -> float:
     density is the kept share of the n neurons. The product behind score gate or exact is read in full, so these cost 1/3 + 2/3 density of a gated MLP.
     """
     full = {"all": ("gate", "up", "down"), "predictor": ()}.get(variant.score, ("up",) if variant.plain else ("gate",))
-    row = d * (_BYTES[variant.w] if variant.weights == "float" else 1)
+    row = d * {"int8_row": 1.0, "int4_g32": 0.5}.get(variant.weights, float(_BYTES[variant.w]))
+    scale = d // GROUP * 2.0 if variant.weights == "int4_g32" else 4.0
     total = 0.0
     for role in variant.inputs:
         kind, _, part = role.partition("_")
         share = 1.0 if part in full else density
         total += {
             "w": share * n * row,
-            "s": (r if role == "s_p1" else n if role == "s_p2" else share * n) * 4.0,
+            "s": r * 4.0 if role == "s_p1" else n * 4.0 if role == "s_p2" else share * n * scale,
             "b": (d if role == "b_down" else share * n) * 4.0,
             "tau": n * 4.0,
             "p1": float(r * d * _BYTES[variant.p]),

@@ -21,21 +21,55 @@ _ACTIVATE = {
 }
 
 
+_SCALES = {"w_gate": "s_gate", "w_up": "s_up", "w_down": "s_down"}
+
+
+def unpack_int4(stored: str, scale: str, out: str) -> list[str]:
+    """Lines that make float32 `out` [rows, columns] of an int4_g32 matrix: uint8 `stored` [rows, columns / 2], float16 `scale` [rows, columns / 32]."""
+    o = out
+    return [
+        f"{o}_mask = Constant<value = uint8[1] {{15}}>()",
+        f"{o}_four = Constant<value = uint8[1] {{4}}>()",
+        f"{o}_last = Constant<value_ints=[-1]>()",
+        f"{o}_low = BitwiseAnd({stored}, {o}_mask)",
+        f'{o}_high = BitShift<direction="RIGHT">({stored}, {o}_four)',
+        f"{o}_low_column = Unsqueeze({o}_low, {o}_last)",
+        f"{o}_high_column = Unsqueeze({o}_high, {o}_last)",
+        f"{o}_pairs = Concat<axis=-1>({o}_low_column, {o}_high_column)",
+        f"{o}_integers = Cast<to=1>({o}_pairs)",
+        f"{o}_zero = Constant<value_float=8.0>()",
+        f"{o}_signed = Sub({o}_integers, {o}_zero)",
+        f"{o}_by_group = Constant<value_ints=[0, -1, 32]>()",
+        f"{o}_grouped = Reshape({o}_signed, {o}_by_group)",
+        f"{o}_scale = Cast<to=1>({scale})",
+        f"{o}_scale_column = Unsqueeze({o}_scale, {o}_last)",
+        f"{o}_values = Mul({o}_grouped, {o}_scale_column)",
+        f"{o}_flat = Constant<value_ints=[0, -1]>()",
+        f"{o} = Reshape({o}_values, {o}_flat)",
+    ]
+
+
 def body(variant: Variant, domain: str, name: str, overload: str, opset: int) -> onnx.FunctionProto:
     """Returns the function with formal inputs x and the variant's roles, output y, computing in float32.
 
     Gemm(transB) reads weights [n, d] as they lie: no transposed copy. Weights that are not float32 pass through Cast, which ORT folds at load into a float32
-    copy. Row scales multiply the products, not the weights.
+    copy, as it folds the unpacking of int4_g32. Row scales multiply the products, not the weights.
     """
     if opset < 20:
         raise ValueError(f"opset must be at least 20, got {opset}: Gelu is younger than that. Export with a newer opset.")
     lines: list[str] = []
+    unpacked: set[str] = set()
     roles = set(variant.inputs)
 
     def weight(role: str, stored: str) -> str:
         """Name of the role's tensor as float32."""
         if stored == "float32":
             return role
+        if stored == "int4_g32":
+            if f"{role}_float" not in unpacked:
+                unpacked.add(f"{role}_float")
+                lines.extend(unpack_int4(role, _SCALES[role], f"{role}_float"))
+            return f"{role}_float"
         if f"{role}_float = Cast<to=1>({role})" not in lines:
             lines.append(f"{role}_float = Cast<to=1>({role})")
         return f"{role}_float"
@@ -43,7 +77,7 @@ def body(variant: Variant, domain: str, name: str, overload: str, opset: int) ->
     def product(out: str, rows: str, role: str, stored: str, scale: str = "", bias: str = "") -> str:
         """Emits out = rows times role^T, scaled and shifted per column where scale and bias exist."""
         w = weight(role, stored)
-        if scale in roles:
+        if scale in roles and stored == "int8":
             lines.append(f"{out}_raw = Gemm<transB=1>({rows}, {w})")
             lines.append(f"{out}{'_scaled' if bias in roles else ''} = Mul({out}_raw, {scale})")
             if bias in roles:
@@ -52,8 +86,8 @@ def body(variant: Variant, domain: str, name: str, overload: str, opset: int) ->
             lines.append(f"{out} = Gemm<transB=1>({rows}, {w}{', ' + bias if bias in roles else ''})")
         return out
 
-    stored = variant.w if variant.weights == "float" else "int8"
-    lines += ["x_shape = Shape(x)", "free = Constant<value_ints=[-1]>()", "width = Shape<start=1>(w_up)", "row_shape = Concat<axis=0>(free, width)"]
+    stored = {"float": variant.w, "int8_row": "int8", "int4_g32": "int4_g32"}[variant.weights]
+    lines += ["x_shape = Shape(x)", "free = Constant<value_ints=[-1]>()", "width = Shape<start=-1>(x)", "row_shape = Concat<axis=0>(free, width)"]
     lines.append(f"{'rows' if variant.x == 'float32' else 'rows_x'} = Reshape(x, row_shape)")
     if variant.x != "float32":
         lines.append("rows = Cast<to=1>(rows_x)")
@@ -79,7 +113,7 @@ def body(variant: Variant, domain: str, name: str, overload: str, opset: int) ->
         # Where, not Mul: a NaN or inf in a neuron that is not kept must not reach y
         lines += ["keep = Greater(score, tau)", "zero = Constant<value_float=0.0>()", f"kept = Where(keep, {z}, zero)"]
         z = "kept"
-    if "s_down" in roles:
+    if "s_down" in roles and stored == "int8":
         lines.append(f"z_scaled = Mul({z}, s_down)")
         z = "z_scaled"
     lines.append(f"down = MatMul({z}, {weight('w_down', stored)})")

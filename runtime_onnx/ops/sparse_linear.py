@@ -19,17 +19,20 @@ import onnx
 import onnx.parser
 from numpy.typing import NDArray
 
+from .gated_mlp_body import unpack_int4
+from .quantisation import GROUP, WEIGHTS, dequantise, integer_sum
+
 DOMAIN = "ai.sparsegate"
 NAME = "SparseLinear"
 VERSION = 1
 
 ROLES = ("w", "s_w", "b", "tau")
-"""Inputs after x, in this order: w [d_in, d_out], s_w [d_in] scales of a quantised w, b [d_out], tau [d_in]."""
-WEIGHTS = ("float", "int8_row")
+"""Inputs after x, in this order: w [d_in, d_out] (int4_g32: [d_in, d_out / 2]), s_w [d_in] (int4_g32: [d_in, d_out / 32]) scales of an integer w, b [d_out],
+tau [d_in]."""
 FLOATS = ("float32", "float16", "bfloat16")
 
-BOUNDS = {"float32": 1e-12, "float16": 1.5e-7, "bfloat16": 1e-5, "int8_row": 1e-10}
-"""Largest NMSE of a kernel against `reference` on the same rounded inputs; by dtype of x for float weights."""
+BOUNDS = {"float32": 1e-12, "float16": 1.5e-7, "bfloat16": 1e-5, "int8_row": 1e-10, "int4_g32": 1e-10}
+"""Largest NMSE of a kernel: float weights, by dtype of x, against `reference` on the same rounded inputs; quantised weights and x float32 against `emulate`."""
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
@@ -39,12 +42,12 @@ class Variant:
     """One combination of weight format, inputs and dtypes; a kernel either supports a variant or it does not.
 
     Attributes:
-        weights: One of WEIGHTS. int8_row: symmetric int8 [d_in, d_out] with one float32 scale per input channel in s_w.
+        weights: One of WEIGHTS; the integer formats, with scales in s_w, are described in `quantisation`. A row is an input channel.
         inputs: Roles that are present, in the order of ROLES; x is not among them.
         x: dtype of x and y.
-        w: dtype of float weights; float32 for int8_row (the scales).
+        w: dtype of float weights; float32 for integer weights.
 
-    Scales, bias and tau are float32 always.
+    Bias, tau and the scales of rows are float32 always, the scales of groups float16.
 
     Raises:
         ValueError: The combination has no meaning or is not part of the vocabulary.
@@ -95,11 +98,12 @@ class Variant:
 def function(variant: Variant, overload: str = "", opset: int = 21) -> onnx.FunctionProto:
     """Returns the model-local function of the op's own domain and name: its body in standard ops, formal inputs x and the variant's roles, output y.
 
-    It computes in float32: weights that are not float32 pass through Cast, which ORT folds at load into a float32 copy; row scales multiply the
-    input channels, not the weights. A file with one variant leaves the overload empty; opset is the version of the standard ops, at least 13.
+    It computes in float32: weights that are not float32 pass through Cast, which ORT folds at load into a float32 copy, as it folds the unpacking of
+    int4_g32; row scales multiply the input channels, not the weights. A file with one variant leaves the overload empty; opset is the version of the standard
+    ops, at least 18.
     """
-    if opset < 13:
-        raise ValueError(f"opset must be at least 13, got {opset}: Abs and Greater take every dtype since then. Export with a newer opset.")
+    if opset < 18:
+        raise ValueError(f"opset must be at least 18, got {opset}: BitwiseAnd is younger than that. Export with a newer opset.")
     lines: list[str] = []
     x, w, y = "x", "w", "product"
     if variant.x != "float32":
@@ -108,10 +112,13 @@ def function(variant: Variant, overload: str = "", opset: int = 21) -> onnx.Func
     # Where, not Mul: a NaN or inf in a channel that is not kept must not reach y
     lines += [f"size = Abs({x})", "keep = Greater(size, tau)", "zero = Constant<value_float=0.0>()", f"kept = Where(keep, {x}, zero)"]
     x = "kept"
-    if "s_w" in variant.inputs:
+    if variant.weights == "int8_row":
         lines.append("scaled = Mul(kept, s_w)")
         x = "scaled"
-    if (variant.w if variant.weights == "float" else "int8") != "float32":
+    if variant.weights == "int4_g32":
+        lines += unpack_int4("w", "s_w", "w_float")
+        w = "w_float"
+    elif variant.weights == "int8_row" or variant.w != "float32":
         lines.append("w_float = Cast<to=1>(w)")
         w = "w_float"
     lines.append(f"product = MatMul({x}, {w})")
@@ -141,7 +148,7 @@ def _present(variant: Variant, tensors: Mapping[str, NDArray]) -> dict[str, NDAr
     missing = [role for role in variant.inputs if role not in tensors]
     if missing:
         raise ValueError(f"tensors must hold {' '.join(variant.inputs)}, got {' '.join(tensors)}. Add {' '.join(missing)}.")
-    return {role: np.asarray(tensors[role]).astype(np.float64) for role in variant.inputs}
+    return {role: np.asarray(tensors[role]) for role in variant.inputs}
 
 
 def scores(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
@@ -152,35 +159,42 @@ def scores(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDAr
 
 def active(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.bool_]:
     """Kept input channels bool [T, d_in] of x [..., d_in]: |x| > tau."""
-    return scores(variant, x, tensors) > _present(variant, tensors)["tau"]
+    return scores(variant, x, tensors) > _present(variant, tensors)["tau"].astype(np.float64)
 
 
-def reference(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
+def reference(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.float64]:
     """The op in float64 on the inputs as they are stored, so as the executors see them.
 
     Args:
         variant: Which variant.
         x: [..., d_in], any float dtype.
         tensors: One array per role of the variant, in the stored dtype (an int8 weight as int8).
+        integer: Round x to int8 where it meets an integer weight, as the CPU kernels do; see `quantisation`.
 
     Returns:
         y [..., d_out].
     """
     given = _present(variant, tensors)
-    kept = np.where(active(variant, x, tensors), _rows(x), 0.0)
-    y = (kept * given.get("s_w", 1.0)) @ given["w"] + given.get("b", 0.0)
-    return y.reshape(*np.shape(x)[:-1], given["w"].shape[1])
+    keep, rows = active(variant, x, tensors), _rows(x)
+    if integer and variant.weights != "float":
+        y = integer_sum(rows, keep, given["w"], given["s_w"], variant.weights)
+    else:
+        w = given["w"].astype(np.float64) if variant.weights == "float" else dequantise(given["w"], given["s_w"], variant.weights)
+        y = np.where(keep, rows, 0.0) @ w
+    if "b" in given:
+        y = y + given["b"].astype(np.float64)
+    return y.reshape(*np.shape(x)[:-1], y.shape[1])
 
 
-def emulate(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
-    """What the kernels of quantised weights compute, before float32 rounding: y [..., d_out].
+def emulate(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], provider: str = "CPUExecutionProvider") -> NDArray[np.float64]:
+    """What the kernels of an execution provider compute, before float32 rounding: y [..., d_out].
 
-    They widen the stored integers to float32 and keep x in floating point, so nothing but the weight is quantised: the emulation is `reference` itself.
+    The CPU's round x to int8 where the weight is an integer; CUDA's widen the integers and keep x in floating point.
     """
-    return reference(variant, x, tensors)
+    return reference(variant, x, tensors, integer=provider == "CPUExecutionProvider")
 
 
 def traffic(variant: Variant, d_in: int, d_out: int, density: float) -> float:
     """Bytes that one token must read: the rows of the kept share `density` of the d_in channels, their scales, the bias and tau."""
-    row = d_out * (_BYTES[variant.w] if variant.weights == "float" else 1) + (4 if "s_w" in variant.inputs else 0)
+    row = {"int8_row": d_out + 4.0, "int4_g32": d_out / 2 + d_out // GROUP * 2.0}.get(variant.weights, float(d_out * _BYTES[variant.w]))
     return density * d_in * row + (d_out * 4.0 if "b" in variant.inputs else 0.0) + d_in * 4.0
