@@ -56,7 +56,7 @@ def version() -> str:
 
 
 def isa() -> str:
-    """The instruction set that the CPU kernels use on this machine: "avx512", "avx2" or "portable"."""
+    """The instruction set that the CPU kernels use on this machine: "avx512vnni", "avx512", "avx2" or "portable"."""
     return _open(library_path()).sparsegate_isa().decode()
 
 

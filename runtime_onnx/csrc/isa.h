@@ -3,7 +3,7 @@
 
 namespace sparsegate {
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512vnni = 3 };
 
 Isa isa();
 const char* isa_name(Isa isa);

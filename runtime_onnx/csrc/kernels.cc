@@ -11,20 +11,22 @@ namespace sparsegate {
 thread_local Arena call_arena;
 thread_local Arena task_arena;
 
-// Builds of row_kernels.cc
-namespace portable { extern const Kernels table; }
+// Builds of float_rows.cc
+namespace portable { extern const Kernels float_rows; }
 #ifdef SPARSEGATE_X86
-namespace avx2 { extern const Kernels table; }
-namespace avx512 { extern const Kernels table; }
+namespace avx2 { extern const Kernels float_rows; }
+namespace avx512 { extern const Kernels float_rows; }
+namespace avx512vnni { extern const Kernels float_rows; }
 #endif
 
 const Kernels& kernels(Isa isa) {
 #ifdef SPARSEGATE_X86
-  if (isa == Isa::kAvx512) return avx512::table;
-  if (isa == Isa::kAvx2) return avx2::table;
+  if (isa == Isa::kAvx512vnni) return avx512vnni::float_rows;
+  if (isa == Isa::kAvx512) return avx512::float_rows;
+  if (isa == Isa::kAvx2) return avx2::float_rows;
 #endif
   (void)isa;
-  return portable::table;
+  return portable::float_rows;
 }
 
 namespace {

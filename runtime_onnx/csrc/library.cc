@@ -77,7 +77,7 @@ SPARSEGATE_EXPORT int sparsegate_supports(const char* variant, const char* provi
 
 SPARSEGATE_EXPORT const char* sparsegate_version(void) { return SPARSEGATE_VERSION; }
 
-// Build of the CPU kernels in use: "avx512", "avx2" or "portable".
+// Build of the CPU kernels in use: "avx512vnni", "avx512", "avx2" or "portable".
 SPARSEGATE_EXPORT const char* sparsegate_isa(void) { return sparsegate::isa_name(sparsegate::isa()); }
 
 // For tests: uses another build from the next run on; "auto" goes back to the best one. 1, or 0 if the CPU or the library does not have it.

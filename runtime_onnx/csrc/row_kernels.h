@@ -1,4 +1,4 @@
-// Inner loops of the ops on the CPU: products with and sums of a matrix's rows. One source, row_kernels.cc, is compiled once per instruction set.
+// Inner loops of the ops on the CPU: products with and sums of a matrix's rows. Their source, float_rows.cc, is compiled once per instruction set.
 //
 // What holds for every function, so that a token's result depends neither on the tokens beside it nor on the number of threads:
 // a dot product runs over d in one fixed order, a sum of rows adds them one by one in rising order, column by column.
