@@ -8,6 +8,11 @@
 
 namespace sparsegate {
 namespace SPARSEGATE_ISA {
+
+// float_panels.cc
+void multiply(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, int64_t first, int64_t width, const float* z, int64_t z_stride,
+              int64_t tokens, float* y, int64_t y_stride, float* scratch);
+
 namespace {
 
 constexpr int ROWS = 4;                      // rows per pass of a product: independent sums hide the latency of FMA
@@ -218,7 +223,7 @@ void widen(int type, const void* values, int64_t count, float* out) {
 }  // namespace
 
 extern const Kernels float_rows;
-const Kernels float_rows = {dots, accumulate, widen};
+const Kernels float_rows = {dots, accumulate, multiply, widen};
 
 }  // namespace SPARSEGATE_ISA
 }  // namespace sparsegate

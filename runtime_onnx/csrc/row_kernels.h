@@ -12,6 +12,9 @@ namespace sparsegate {
 
 constexpr int64_t kPanel = 64;  // columns that `accumulate` keeps in registers: for many tokens that share rows
 
+constexpr int64_t kMultiplyRows = 512;
+constexpr int64_t kMultiplyWidth = 256;  // columns
+
 struct Kernels {
   // out[t * stride + k] = row(k) . x[t] for k < count, t < tokens; row k starts at weights + (rows ? rows[k] : k) * d.
   // x is [tokens, d]. `then`, if any, is the matrix whose same rows are read next: they are prefetched at the end.
@@ -19,6 +22,12 @@ struct Kernels {
                const void* then);
   // y[c] += sum_k scale[k] * weights[rows[k] * d + first + c] for c < width, k = 0, 1, ... in this order
   void (*accumulate)(int type, const void* weights, const int32_t* rows, const float* scale, int64_t count, int64_t d, int64_t first, int64_t width, float* y);
+  // y[t * y_stride + c] += sum_k z[t * z_stride + k] * weights[rows[k] * d + first + c] for c < width, t < tokens: each sum starts at zero, takes
+  // k = 0, 1, ... in this order and is added to y once. A row that a token does not keep has z = 0 (but 0 * inf is NaN).
+  // count <= kMultiplyRows, width <= kMultiplyWidth; scratch holds count * kMultiplyWidth floats.
+  // Calls in rising order of `first` are the fastest: each fetches the next one's columns.
+  void (*multiply)(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, int64_t first, int64_t width, const float* z,
+                   int64_t z_stride, int64_t tokens, float* y, int64_t y_stride, float* scratch);
   // float32 of count values of a float type or int8
   void (*widen)(int type, const void* values, int64_t count, float* out);
 };

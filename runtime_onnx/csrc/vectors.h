@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 namespace sparsegate {
@@ -40,6 +42,11 @@ typedef float reg __attribute__((vector_size(16)));
 using four = reg;
 #endif
 constexpr int PARTS = LANES / WIDTH;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
 
 struct half { uint16_t bits; };
 struct bfloat { uint16_t bits; };
@@ -75,6 +82,8 @@ inline vec fma(reg a, const vec& b, const vec& c) {
   for (int i = 0; i < PARTS; ++i) out.part[i] = fma(a, b.part[i], c.part[i]);
   return out;
 }
+
+inline reg splat(float s) { return s - reg{}; }  // s - 0 is s, -0 included
 
 inline vec load(const float* p) {
   vec out;
