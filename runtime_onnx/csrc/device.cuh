@@ -1,4 +1,4 @@
-// What the CUDA kernels of all ops share: element access, conversion kernels and launch arithmetic.
+// What the CUDA kernels of all ops share: elements by type, launches, sums over warps and blocks, and the place of a kept row among the kept ones.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,33 +10,55 @@
 #include "ort_abi.h"
 
 namespace sparsegate {
-namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-__device__ inline float load(const float* p) { return *p; }
-__device__ inline float load(const __half* p) { return __half2float(*p); }
-__device__ inline float load(const __nv_bfloat16* p) { return __bfloat162float(*p); }
-__device__ inline float load(const int8_t* p) { return static_cast<float>(*p); }
-__device__ inline void save(float* p, float v) { *p = v; }
-__device__ inline void save(__half* p, float v) { *p = __float2half_rn(v); }
-__device__ inline void save(__nv_bfloat16* p, float v) { *p = __float2bfloat16_rn(v); }
+inline int64_t blocks(int64_t count, int64_t per) { return (count + per - 1) / per; }
 
-template <class X>
-__global__ void widen(const X* in, int64_t count, float* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count) out[i] = load(in + i);
+inline dim3 grid(int64_t x, int64_t y = 1, int64_t z = 1) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)); }
+
+// Queues a kernel; the error, if any, is what cudaGetLastError returns.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 blocks, int threads, cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
-template <class X>
-__global__ void narrow(const float* in, int64_t count, X* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count) save(out + i, in[i]);
+__device__ inline float relu(float v) { return v < 0.f ? 0.f : v; }  // NaN stays NaN
+
+__device__ inline float load(const void* data, int type, int64_t i) {
+  if (type == ort::kFloat16) return __half2float(static_cast<const __half*>(data)[i]);
+  if (type == ort::kBfloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+  return static_cast<const float*>(data)[i];
 }
 
-// The place of this thread's channel among the block's kept ones, in rising order; `total` is their number. All threads of the block call it.
+__device__ inline void save(void* data, int type, int64_t i, float v) {
+  if (type == ort::kFloat16)
+    static_cast<__half*>(data)[i] = __float2half_rn(v);
+  else if (type == ort::kBfloat16)
+    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(v);
+  else
+    static_cast<float*>(data)[i] = v;
+}
+
+// The sum over all threads of the block, added in one order; all threads call it, thread 0 gets it.
+__device__ inline float block_sum(float v) {
+  __shared__ float sums[32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int offset = 16; offset; offset /= 2) v += __shfl_xor_sync(kAllLanes, v, offset);
+  if (lane == 0) sums[warp] = v;
+  __syncthreads();
+  float total = 0.f;
+  for (int w = 0; threadIdx.x == 0 && w < static_cast<int>(blockDim.x) / 32; ++w) total += sums[w];
+  return total;
+}
+
+// The place of this thread's row among the block's kept ones, in rising order; `total` is their number. All threads of the block call it, once.
 __device__ inline int place_of(bool kept, int& total) {
   __shared__ int counts[kWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -52,15 +74,4 @@ __device__ inline int place_of(bool kept, int& total) {
   return place;
 }
 
-unsigned blocks(int64_t count, int64_t per) { return static_cast<unsigned>((count + per - 1) / per); }
-
-// Calls `body` with a null pointer of the dtype's C++ type.
-template <class Body>
-void with_type(int type, Body body) {
-  if (type == ort::kFloat16) return body(static_cast<const __half*>(nullptr));
-  if (type == ort::kBfloat16) return body(static_cast<const __nv_bfloat16*>(nullptr));
-  body(static_cast<const float*>(nullptr));
-}
-
-}  // namespace
 }  // namespace sparsegate

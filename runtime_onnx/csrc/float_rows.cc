@@ -9,99 +9,15 @@
 namespace sparsegate {
 namespace SPARSEGATE_ISA {
 
-// float_panels.cc
+// float_dots.cc and float_panels.cc
+void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t tokens, float* out, int64_t stride,
+          const void* then);
 void multiply(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, int64_t first, int64_t width, const float* z, int64_t z_stride,
               int64_t tokens, float* y, int64_t y_stride, float* scratch);
 
 namespace {
 
-constexpr int ROWS = 4;                      // rows per pass of a product: independent sums hide the latency of FMA
-constexpr int TOKENS = WIDTH == 16 ? 6 : 1;  // tokens per pass, so that sums, x and weights fit into the registers
-constexpr int ADDED = 8;                     // summed rows per pass over y
-
-// out[t * stride + r] = row[r] . x[t] for T tokens and the first `valid` of ROWS rows; `next` are the rows to come.
-// Every loop over acc is unrolled: only then do the sums live in registers.
-template <class W, int T>
-inline void dot_tile(const W* const* row, const W* const* next, int valid, const float* x, int64_t d, float* out, int64_t stride) {
-  constexpr int STEP = LINE / static_cast<int>(sizeof(W));
-  vec acc[T][ROWS];
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) acc[t][r] = vec{};
-  int64_t j = 0;
-  for (; j + STEP <= d; j += STEP) {
-    if (next)  // rows far apart: the hardware prefetcher stops at the page's end
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) __builtin_prefetch(next[r] + j, 0, 2);
-    for (int k = 0; k < STEP; k += LANES) {
-      vec q[T];
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) q[t] = load(x + t * d + j + k);
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) {
-        const vec w = load(row[r] + j + k);
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) acc[t][r] = fma(q[t], w, acc[t][r]);
-      }
-    }
-  }
-  for (; j < d; j += LANES) {
-    const int64_t left = d - j;
-    vec q[T];
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) q[t] = left < LANES ? load_tail(x + t * d + j, left) : load(x + t * d + j);
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-      const vec w = left < LANES ? load_tail(row[r] + j, left) : load(row[r] + j);
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) acc[t][r] = fma(q[t], w, acc[t][r]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-    const four total = sums(acc[t][0], acc[t][1], acc[t][2], acc[t][3]);
-    if (valid == ROWS)
-      memcpy(out + t * stride, &total, sizeof total);
-    else
-      memcpy(out + t * stride, &total, static_cast<size_t>(valid) * sizeof(float));
-  }
-}
-
-template <class W>
-void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t tokens, float* out, int64_t stride, const W* then) {
-  const auto row_of = [&](const W* base, int64_t k) { return base + (rows ? rows[k] : k) * d; };
-  for (int64_t k = 0; k < count; k += ROWS) {
-    const int valid = count - k < ROWS ? static_cast<int>(count - k) : ROWS;
-    const bool last = k + ROWS >= count;
-    const W *row[ROWS], *ahead[ROWS];
-    for (int r = 0; r < ROWS; ++r) {
-      row[r] = row_of(weights, k + (r < valid ? r : 0));
-      const int64_t q = last ? r : k + ROWS + r;
-      ahead[r] = row_of(last && then ? then : weights, q < count ? q : count - 1);
-    }
-    const W* const* next = last && !then ? nullptr : ahead;
-    for (int64_t t = 0, tiles = (tokens + TOKENS - 1) / TOKENS; tiles > 0; --tiles, next = nullptr) {
-      const int64_t size = (tokens - t + tiles - 1) / tiles;  // even tiles: 8 tokens are 4 and 4, not 6 and 2
-      switch (size) {
-#define SPARSEGATE_TILE(n) \
-  case n:                  \
-    dot_tile<W, (n <= TOKENS ? n : 1)>(row, next, valid, x + t * d, d, out + t * stride + k, stride); \
-    break;
-        SPARSEGATE_TILE(1)
-        SPARSEGATE_TILE(2)
-        SPARSEGATE_TILE(3)
-        SPARSEGATE_TILE(4)
-        SPARSEGATE_TILE(5)
-        SPARSEGATE_TILE(6)
-#undef SPARSEGATE_TILE
-        default:
-          break;
-      }
-      t += size;
-    }
-  }
-}
+constexpr int ADDED = 8;  // summed rows per pass over y
 
 // R rows into y, one after the other in every column.
 template <class W, int R>
@@ -164,22 +80,6 @@ void accumulate_of(const W* weights, const int32_t* rows, const float* scale, in
   for (; k < count; k += 1) {
     row[0] = weights + rows[k] * d;
     add_rows<W, 1>(row, nullptr, scale + k, width, y);
-  }
-}
-
-void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t tokens, float* out, int64_t stride,
-          const void* then) {
-  switch (type) {
-#define SPARSEGATE_TYPE(id, W) \
-  case id:                     \
-    return dots_of(static_cast<const W*>(weights), rows, count, d, x, tokens, out, stride, static_cast<const W*>(then));
-    SPARSEGATE_TYPE(ort::kFloat32, float)
-    SPARSEGATE_TYPE(ort::kFloat16, half)
-    SPARSEGATE_TYPE(ort::kBfloat16, bfloat)
-    SPARSEGATE_TYPE(ort::kInt8, int8_t)
-#undef SPARSEGATE_TYPE
-    default:
-      break;
   }
 }
 

@@ -8,7 +8,7 @@ const char* const kRoleNames[] = {"w_gate", "w_up", "w_down", "s_gate", "s_up", 
                                   "b_down", "tau",  "p1",     "p2",     "s_p1", "s_p2",   "res"};
 const char* const kActivationNames[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "identity"};
 const char* const kScoreNames[] = {"predictor", "gate", "exact", "all"};
-const char* const kWeightNames[] = {"float", "int8_row"};
+const char* const kWeightNames[] = {"float", "int8_row", "int4_g32"};
 constexpr Names kRoles(kRoleNames), kActivations(kActivationNames), kScores(kScoreNames), kWeights(kWeightNames);
 
 // The same rules as Variant in ops/gated_mlp.py: 1 the role must be there, 0 it must not, -1 both are right.
@@ -86,13 +86,15 @@ std::string variant_of_name(const std::string& name, Variant& out) {
 
 std::string check_tensors(const Variant& variant, const Tensors& tensors, Shape& shape) {
   shape = Shape{};
+  const bool int4 = variant.weights == Weights::kInt4G32;
   for (int role : {kWUp, kWDown, kWGate}) {
     const Tensor& t = tensors[role];
     if (!t.data || shape.n) continue;
     if (t.rank != 2 || t.dims[0] < 1 || t.dims[1] < 1 || t.dims[0] > INT32_MAX / 2 || t.dims[1] > INT32_MAX / 2)
       return std::string("input ") + kRoles.list[role] + " must be [n, d], got " + shape_text(t);
     shape.n = t.dims[0];
-    shape.d = t.dims[1];
+    shape.d = t.dims[1] * (int4 ? 2 : 1);
+    if (int4 && shape.d % kGroup) return std::string("input ") + kRoles.list[role] + " must have a multiple of 16 columns with weights int4_g32, got " + shape_text(t);
   }
   for (int role : {kP1, kP2, kRes}) {
     const Tensor& t = tensors[role];
@@ -103,16 +105,17 @@ std::string check_tensors(const Variant& variant, const Tensors& tensors, Shape&
   }
   // float weights share the dtype of w_up, the predictor that of p1
   const auto float_or_none = [&](Role role) -> int { return tensors[role].data && is_float(tensors[role].type) ? tensors[role].type : ort::kUndefined; };
-  int w_type = variant.weights == Weights::kFloat ? float_or_none(kWUp) : ort::kInt8, p_type = variant.has(kSP1) ? ort::kInt8 : float_or_none(kP1);
+  int w_type = variant.weights == Weights::kFloat ? float_or_none(kWUp) : int4 ? ort::kUint8 : ort::kInt8, p_type = variant.has(kSP1) ? ort::kInt8 : float_or_none(kP1);
   for (int role = 0; role < kRoles.count; ++role) {
     const Tensor& t = tensors[role];
     if (!variant.present[role] || !t.data) continue;
-    const bool weight = role <= kWDown, predictor = role == kP1 || role == kP2 || role == kRes, matrix = weight || predictor;
+    const bool weight = role <= kWDown, predictor = role == kP1 || role == kP2 || role == kRes, groups = int4 && role >= kSGate && role <= kSDown;
+    const bool matrix = weight || predictor || groups;
     const int64_t rows = role == kBDown ? shape.d : role == kP1 || role == kRes || role == kSP1 ? shape.r : shape.n;
-    const int64_t columns = role == kP2 ? shape.r : shape.d;
-    std::string type = "float32";
-    bool right = t.type == ort::kFloat32;
-    if (matrix) {
+    const int64_t columns = role == kP2 ? shape.r : groups ? shape.d / kGroup : weight && int4 ? shape.d / 2 : shape.d;
+    std::string type = groups ? "float16" : "float32";
+    bool right = t.type == (groups ? ort::kFloat16 : ort::kFloat32);
+    if (weight || predictor) {
       int& expected = weight ? w_type : p_type;
       type = expected ? type_name(expected) : "float32, float16 or bfloat16";
       right = expected ? t.type == expected : is_float(t.type);

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "integer_rows.h"
 #include "memory.h"
 #include "ort_abi.h"
 #include "row_kernels.h"
@@ -10,14 +11,21 @@ namespace sparsegate {
 
 thread_local Arena call_arena;
 thread_local Arena task_arena;
+thread_local Arena sum_arena;
 
-// Builds of float_rows.cc
-namespace portable { extern const Kernels float_rows; }
+// Builds of float_rows.cc and integer_rows.cc
+#define SPARSEGATE_BUILD(isa)           \
+  namespace isa {                       \
+  extern const Kernels float_rows;      \
+  extern const IntegerRows integer_rows; \
+  }
+SPARSEGATE_BUILD(portable)
 #ifdef SPARSEGATE_X86
-namespace avx2 { extern const Kernels float_rows; }
-namespace avx512 { extern const Kernels float_rows; }
-namespace avx512vnni { extern const Kernels float_rows; }
+SPARSEGATE_BUILD(avx2)
+SPARSEGATE_BUILD(avx512)
+SPARSEGATE_BUILD(avx512vnni)
 #endif
+#undef SPARSEGATE_BUILD
 
 const Kernels& kernels(Isa isa) {
 #ifdef SPARSEGATE_X86
@@ -27,6 +35,16 @@ const Kernels& kernels(Isa isa) {
 #endif
   (void)isa;
   return portable::float_rows;
+}
+
+const IntegerRows& integer_rows(Isa isa) {
+#ifdef SPARSEGATE_X86
+  if (isa == Isa::kAvx512vnni) return avx512vnni::integer_rows;
+  if (isa == Isa::kAvx512) return avx512::integer_rows;
+  if (isa == Isa::kAvx2) return avx2::integer_rows;
+#endif
+  (void)isa;
+  return portable::integer_rows;
 }
 
 namespace {

@@ -30,6 +30,7 @@ class Arena {
 
 extern thread_local Arena call_arena;  // of a call, whichever op it is: ops do not nest
 extern thread_local Arena task_arena;  // of the tasks that a thread runs
+extern thread_local Arena sum_arena;   // of a task's last step, while what it made in task_arena is read
 
 // Cuts one reservation into arrays; with base nullptr it only counts bytes.
 class Cut {

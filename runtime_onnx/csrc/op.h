@@ -15,6 +15,7 @@
 namespace sparsegate {
 
 constexpr int kMaxRoles = 16;
+constexpr int64_t kGroup = 32;  // columns per scale of int4_g32
 
 // A tensor as ORT holds it; rank is the real one, dims holds the first two. data nullptr: not there (yet).
 struct Tensor {

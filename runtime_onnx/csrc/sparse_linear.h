@@ -9,9 +9,10 @@
 namespace sparsegate::sparse_linear {
 
 enum Role : int { kW, kSW, kB, kTau };
+enum class Weights : int { kFloat, kInt8Row, kInt4G32 };
 
 struct Variant {
-  bool quantised = false;  // weights int8_row, else float
+  Weights weights = Weights::kFloat;
   Present present{};
   int x = ort::kFloat32, w = ort::kFloat32;  // ort::Type; w is of float weights
 };

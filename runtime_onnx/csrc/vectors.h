@@ -85,70 +85,58 @@ inline vec fma(reg a, const vec& b, const vec& c) {
 
 inline reg splat(float s) { return s - reg{}; }  // s - 0 is s, -0 included
 
-inline vec load(const float* p) {
-  vec out;
-  for (int i = 0; i < PARTS; ++i) out.part[i] = unaligned<reg>(p + i * WIDTH);
-  return out;
+// float32 of the WIDTH values at p
+inline reg load_part(const float* p) { return unaligned<reg>(p); }
+
+inline reg load_part(const half* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  return vcvt_f32_f16(vreinterpret_f16_u16(unaligned<uint16x4_t>(p)));
+#else
+  typedef uint32_t word __attribute__((vector_size(16)));
+  const word h = {p[0].bits, p[1].bits, p[2].bits, p[3].bits};
+  // exponent and mantissa moved up by 13 bits are the value times 2^-112, subnormals included; exponent 31 is inf or NaN
+  word bits = (word)((reg)((h & 0x7fffu) << 13) * 0x1p112f) | (h & 0x8000u) << 16;
+  bits |= (word)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return (reg)bits;
+#endif
 }
 
-inline vec load(const half* p) {
-  vec out;
-  for (int i = 0; i < PARTS; ++i) {
+inline reg load_part(const bfloat* p) {
 #if defined(__AVX512F__)
-    out.part[i] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 #elif defined(__AVX2__)
-    out.part[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * WIDTH)));
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 #elif defined(__aarch64__)
-    out.part[i] = vcvt_f32_f16(vreinterpret_f16_u16(unaligned<uint16x4_t>(p + i * WIDTH)));
+  return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(unaligned<uint16x4_t>(p)), 16));
 #else
-    typedef uint32_t word __attribute__((vector_size(16)));
-    const half* q = p + i * WIDTH;
-    const word h = {q[0].bits, q[1].bits, q[2].bits, q[3].bits};
-    // exponent and mantissa moved up by 13 bits are the value times 2^-112, subnormals included; exponent 31 is inf or NaN
-    word bits = (word)((reg)((h & 0x7fffu) << 13) * 0x1p112f) | (h & 0x8000u) << 16;
-    bits |= (word)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
-    out.part[i] = (reg)bits;
+  typedef uint32_t word __attribute__((vector_size(16)));
+  const word h = {p[0].bits, p[1].bits, p[2].bits, p[3].bits};
+  return (reg)(h << 16);
 #endif
-  }
-  return out;
 }
 
-inline vec load(const bfloat* p) {
-  vec out;
-  for (int i = 0; i < PARTS; ++i) {
+inline reg load_part(const int8_t* p) {
 #if defined(__AVX512F__)
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    out.part[i] = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #elif defined(__AVX2__)
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * WIDTH)));
-    out.part[i] = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 #elif defined(__aarch64__)
-    out.part[i] = vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(unaligned<uint16x4_t>(p + i * WIDTH)), 16));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(unaligned<uint32_t>(p))))));
 #else
-    typedef uint32_t word __attribute__((vector_size(16)));
-    const bfloat* q = p + i * WIDTH;
-    const word h = {q[0].bits, q[1].bits, q[2].bits, q[3].bits};
-    out.part[i] = (reg)(h << 16);
+  return reg{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
 #endif
-  }
-  return out;
 }
 
-inline vec load(const int8_t* p) {
+template <class W>
+inline vec load(const W* p) {
   vec out;
-  for (int i = 0; i < PARTS; ++i) {
-#if defined(__AVX512F__)
-    out.part[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif defined(__AVX2__)
-    out.part[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + i * WIDTH))));
-#elif defined(__aarch64__)
-    const int16x8_t eight = vmovl_s8(unaligned<int8x8_t>(p + i / 2 * 8));
-    out.part[i] = vcvtq_f32_s32(vmovl_s16(i % 2 ? vget_high_s16(eight) : vget_low_s16(eight)));
-#else
-    const int8_t* q = p + i * WIDTH;
-    out.part[i] = reg{static_cast<float>(q[0]), static_cast<float>(q[1]), static_cast<float>(q[2]), static_cast<float>(q[3])};
-#endif
-  }
+  for (int i = 0; i < PARTS; ++i) out.part[i] = load_part(p + i * WIDTH);
   return out;
 }
 
@@ -163,21 +151,29 @@ inline vec load_tail(const W* p, int64_t count) {
 
 inline void store(float* p, const vec& value) { memcpy(p, &value, sizeof value); }
 
+#if !defined(__AVX512F__)
 // Lanes i, i + 4, i + 8 and i + 12 into lane i: (v[i] + v[i + 8]) + (v[i + 4] + v[i + 12])
 inline four fold(const vec& v) {
-#if defined(__AVX512F__)
-  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v.part[0]), _mm512_extractf32x8_ps(v.part[0], 1));
-  return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   const __m256 eight = _mm256_add_ps(v.part[0], v.part[1]);
   return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 #else
   return (v.part[0] + v.part[2]) + (v.part[1] + v.part[3]);
 #endif
 }
+#endif
 
 // The sums of four vectors: (lane 0 + 1) + (lane 2 + 3) of each folded vector
 inline four sums(const vec& first, const vec& second, const vec& third, const vec& fourth) {
+#if defined(__AVX512F__)
+  const reg a = first.part[0], b = second.part[0], c = third.part[0], d = fourth.part[0];
+  const reg ab = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);  // 4 lanes each: a 0 + 2, a 1 + 3, b 0 + 2, b 1 + 3
+  const reg cd = _mm512_shuffle_f32x4(c, d, 0x44) + _mm512_shuffle_f32x4(c, d, 0xee);
+  const reg folded = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+  const reg pairs = folded + _mm512_permute_ps(folded, 0xb1);
+  const reg total = pairs + _mm512_permute_ps(pairs, 0x4e);
+  return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, total));
+#else
   const four a = fold(first), b = fold(second), c = fold(third), d = fold(fourth);
 #if defined(__AVX2__)
   return _mm_hadd_ps(_mm_hadd_ps(a, b), _mm_hadd_ps(c, d));
@@ -185,6 +181,7 @@ inline four sums(const vec& first, const vec& second, const vec& third, const ve
   return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d));
 #else
   return four{(a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3]), (c[0] + c[1]) + (c[2] + c[3]), (d[0] + d[1]) + (d[2] + d[3])};
+#endif
 #endif
 }
 

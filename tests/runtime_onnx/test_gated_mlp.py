@@ -82,7 +82,7 @@ def test_name_is_spelled_as_the_format_says() -> None:
     [
         ({"activation": "swish"}, "activation must be one of"),
         ({"score": "topk"}, "score must be one of"),
-        ({"weights": "int4_g32"}, "weights must be one of"),
+        ({"weights": "int3"}, "weights must be one of"),
         ({"x": "float64"}, "x must be one of"),
         ({"inputs": ("w_up", "w_gate", "w_down", "tau", "p1", "p2")}, "in the order"),
         ({"inputs": ("w_gate", "w_up", "tau", "p1", "p2")}, "Add or remove w_down"),

@@ -1,0 +1,455 @@
+// See integer_rows.h. Compiled once per instruction set, as vectors.h says.
+#include "integer_rows.h"
+
+#include "integers.h"
+
+namespace sparsegate {
+namespace SPARSEGATE_ISA {
+namespace {
+
+constexpr int ROWS = 4;                       // rows per pass of a product, and of a quad
+constexpr int TOKENS = WIDTH == 16 ? 6 : 1;   // tokens per pass, so that the sums fit into the registers
+constexpr int TOKENS_INT4 = WIDTH == 16 ? 4 : 1;
+constexpr float TINY = 1e-30f;
+
+// The integers of `count` <= 32 values, and their scale; see quantisation.round_activations. Writes 32 values.
+inline float round_group(const float* values, int count, int8_t* out) {
+  alignas(64) float padded[kRounded];
+  memset(padded, 0, sizeof padded);
+  memcpy(padded, values, static_cast<size_t>(count) * sizeof(float));
+  uint32_t bits[kRounded], largest = 0;
+  memcpy(bits, padded, sizeof bits);
+  for (int i = 0; i < kRounded; ++i) largest = (bits[i] & 0x7fffffffu) > largest ? bits[i] & 0x7fffffffu : largest;  // NaN is above infinity
+  float size;
+  memcpy(&size, &largest, sizeof size);
+  const bool finite = largest < 0x7f800000u, usable = finite && size >= TINY;
+  const vec inverse = spread(usable ? 127.f / size : 0.f);
+  alignas(64) int32_t q[kRounded];
+  for (int i = 0; i < kRounded; i += LANES) {
+    const bytes rounded = to_int(load(padded + i) * inverse);
+    memcpy(q + i, &rounded, sizeof rounded);
+  }
+  for (int i = 0; i < kRounded; ++i) out[i] = static_cast<int8_t>(usable ? q[i] : 0);
+  return usable ? size / 127.f : finite ? 0.f : __builtin_nanf("");
+}
+
+void round(bool int4, const float* x, int64_t width, void* out) {
+  auto* to = static_cast<char*>(out);
+  const int64_t chunk = int4 ? kChunkInt4 : kChunkInt8, offset = int4 ? -8 : -128;
+  for (int64_t j = 0; j < width; j += chunk) {
+    alignas(64) int8_t q[kChunkInt4];
+    memset(q, 0, sizeof q);
+    alignas(64) float scale[LANES];
+    const int lanes = static_cast<int>(kRounded * LANES / chunk);  // per group
+    for (int64_t g = 0; g * kRounded < chunk; ++g) {
+      const int64_t first = j + g * kRounded, left = width - first;
+      const float step = left > 0 ? round_group(x + first, static_cast<int>(left < kRounded ? left : kRounded), q + g * kRounded) : 0.f;
+      for (int l = 0; l < lanes; ++l) scale[g * lanes + l] = step;
+    }
+    alignas(64) int32_t correction[LANES];
+    const int per_lane = static_cast<int>(chunk) / LANES;
+    for (int l = 0; l < LANES; ++l) {
+      int32_t sum = 0;
+      for (int k = 0; k < per_lane; ++k) sum += q[l * per_lane + k];
+      correction[l] = static_cast<int32_t>(offset) * sum;
+    }
+    if (int4) {  // even columns, then odd ones, as the nibbles of a row come apart
+      for (int k = 0; k < 64; ++k) to[k] = q[2 * k];
+      for (int k = 0; k < 64; ++k) to[64 + k] = q[2 * k + 1];
+      to += 128;
+    } else {
+      memcpy(to, q, 64);
+      to += 64;
+    }
+    memcpy(to, correction, 64);
+    memcpy(to + 64, scale, 64);
+    to += 128;
+  }
+}
+
+template <int T>
+inline void write_sums(const vec (*total)[ROWS], int valid, float* out, int64_t stride) {
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    const four sum = sums(total[t][0], total[t][1], total[t][2], total[t][3]);
+    if (valid == ROWS)
+      memcpy(out + t * stride, &sum, sizeof sum);
+    else
+      memcpy(out + t * stride, &sum, static_cast<size_t>(valid) * sizeof(float));
+  }
+}
+
+// T tokens times four rows; x is the rounded rows of the tokens, x_stride bytes apart
+template <int T>
+inline void dot_int8(const char* const* row, const char* const* next, int valid, int64_t width, const char* x, int64_t x_stride, float* out, int64_t stride) {
+  vec total[T][ROWS];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) total[t][r] = vec{};
+  for (int64_t j = 0; j < width; j += kChunkInt8, x += 192) {
+    bytes w[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      if (next) __builtin_prefetch(next[r] + j, 0, 2);
+      w[r] = offset_by_128(j + kChunkInt8 <= width ? load_bytes(row[r] + j) : load_bytes(row[r] + j, width - j));
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const char* at = x + t * x_stride;
+      const bytes q = load_bytes(at), correction = load_bytes(at + 64);
+      const vec scale = load(reinterpret_cast<const float*>(at + 128));
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) total[t][r] = fma(to_float(dot4(correction, w[r], q)), scale, total[t][r]);
+    }
+  }
+  write_sums<T>(total, valid, out, stride);
+}
+
+template <int T>
+inline void dot_int4(const char* const* row, const char* const* next, const half* const* scales, int valid, int64_t width, const char* x, int64_t x_stride,
+                     float* out, int64_t stride) {
+  vec total[T][ROWS];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) total[t][r] = vec{};
+  for (int64_t j = 0; j < width; j += kChunkInt4, x += 256) {
+    const bool whole = j + kChunkInt4 <= width;
+    bytes low[ROWS], high[ROWS];
+    vec step[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      if (next) __builtin_prefetch(next[r] + j / 2, 0, 2);
+      const bytes packed = whole ? load_bytes(row[r] + j / 2) : load_bytes(row[r] + j / 2, (width - j) / 2);
+      low[r] = low_nibbles(packed);
+      high[r] = high_nibbles(packed);
+      float groups[LANES];
+      half four_scales[LANES] = {};
+      memcpy(four_scales, scales[r] + j / kRounded, whole ? 4 * sizeof(half) : static_cast<size_t>((width - j) / kRounded) * sizeof(half));
+      store(groups, load(four_scales));
+      step[r] = expand(groups);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const char* at = x + t * x_stride;
+      const bytes even = load_bytes(at), odd = load_bytes(at + 64), correction = load_bytes(at + 128);
+      const vec scale = load(reinterpret_cast<const float*>(at + 192));
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+        total[t][r] = fma(to_float(dot4(dot4(correction, low[r], even), high[r], odd)), scale * step[r], total[t][r]);
+    }
+  }
+  write_sums<T>(total, valid, out, stride);
+}
+
+template <bool INT4>
+void dots_of(const char* weights, const half* scales, const int32_t* rows, int64_t count, int64_t width, const char* x, int64_t tokens, float* out,
+             int64_t stride, const char* then) {
+  constexpr int MOST = INT4 ? TOKENS_INT4 : TOKENS;
+  const int64_t bytes_per_row = INT4 ? width / 2 : width, groups = width / kRounded, x_stride = rounded_bytes(INT4, width);
+  for (int64_t k = 0; k < count; k += ROWS) {
+    const int valid = count - k < ROWS ? static_cast<int>(count - k) : ROWS;
+    const bool last = k + ROWS >= count;
+    const char *row[ROWS], *ahead[ROWS];
+    const half* scale[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      const int64_t mine = k + (r < valid ? r : 0), q = last ? r : k + ROWS + r, coming = q < count ? q : count - 1;
+      row[r] = weights + (rows ? rows[mine] : mine) * bytes_per_row;
+      scale[r] = scales + (rows ? rows[mine] : mine) * groups;
+      ahead[r] = (last && then ? then : weights) + (rows ? rows[coming] : coming) * bytes_per_row;
+      if (INT4 && !last) __builtin_prefetch(scales + (rows ? rows[coming] : coming) * groups, 0, 2);
+    }
+    const char* const* next = last && !then ? nullptr : ahead;
+    for (int64_t t = 0, tiles = (tokens + MOST - 1) / MOST; tiles > 0; --tiles, next = nullptr) {
+      const int64_t size = (tokens - t + tiles - 1) / tiles;  // even tiles
+      switch (size) {
+#define SPARSEGATE_TILE(n)                                                                                                                  \
+  case n:                                                                                                                                   \
+    if (INT4)                                                                                                                               \
+      dot_int4<(n <= MOST ? n : 1)>(row, next, scale, valid, width, x + t * x_stride, x_stride, out + t * stride + k, stride);              \
+    else                                                                                                                                    \
+      dot_int8<(n <= MOST ? n : 1)>(row, next, valid, width, x + t * x_stride, x_stride, out + t * stride + k, stride);                     \
+    break;
+        SPARSEGATE_TILE(1)
+        SPARSEGATE_TILE(2)
+        SPARSEGATE_TILE(3)
+        SPARSEGATE_TILE(4)
+        SPARSEGATE_TILE(5)
+        SPARSEGATE_TILE(6)
+#undef SPARSEGATE_TILE
+        default:
+          break;
+      }
+      t += size;
+    }
+  }
+}
+
+void dots(bool int4, const void* weights, const uint16_t* scales, const int32_t* rows, int64_t count, int64_t width, const void* rounded, int64_t tokens,
+          float* out, int64_t stride, const void* then) {
+  const auto *w = static_cast<const char*>(weights), *x = static_cast<const char*>(rounded), *after = static_cast<const char*>(then);
+  const auto* s = reinterpret_cast<const half*>(scales);
+  if (int4)
+    dots_of<true>(w, s, rows, count, width, x, tokens, out, stride, after);
+  else
+    dots_of<false>(w, s, rows, count, width, x, tokens, out, stride, after);
+}
+
+// Four int8 of one row of a sum in every int32, rows lowest first
+inline int32_t quad_of(const int8_t* q) {
+  int32_t out;
+  memcpy(&out, q, sizeof out);
+  return out;
+}
+
+void factors_int8(const Quads& quads, const float* z, int32_t* q, float* step, int32_t* offset) {
+  for (int64_t s = 0; s < quads.count; ++s) {
+    int8_t rounded[kRounded];
+    step[s] = round_group(z + quads.filled[s], quads.filled[s + 1] - quads.filled[s], rounded);
+    int32_t sum = 0;
+    for (int i = 0; i < kRounded; ++i) sum += rounded[i];
+    offset[s] = -128 * sum;
+    for (int64_t k = quads.segments[s], i = 0; k < quads.segments[s + 1]; ++k, i += ROWS) q[k] = quad_of(rounded + i);
+  }
+}
+
+void factors_int4(const Quads& quads, const float* z, const half* scales, int64_t row_groups, int64_t group, int64_t groups, int32_t* q, float* step,
+                  int32_t* offset) {
+  for (int64_t s = 0; s < quads.count; ++s) {
+    const int64_t begin = quads.segments[s], end = quads.segments[s + 1];
+    const int filled = quads.filled[s + 1] - quads.filled[s];
+    for (int64_t g = 0; g < groups; g += LANES) {  // 16 column groups at a time
+      const int64_t left = groups - g < LANES ? groups - g : LANES, there = row_groups - group - g < left ? row_groups - group - g : left;
+      alignas(64) float scaled[kRounded][LANES];
+      alignas(64) uint32_t largest[LANES] = {};
+      for (int k = 0; k < filled; ++k) {
+        const half* row = scales + quads.rows[begin * ROWS + k] * row_groups + group + g;
+        const vec value = spread(z[quads.filled[s] + k]) * (there >= LANES ? load(row) : there > 0 ? load_tail(row, there) : vec{});
+        store(scaled[k], value);
+        uint32_t bits[LANES];
+        memcpy(bits, &value, sizeof bits);
+        for (int l = 0; l < LANES; ++l) largest[l] = (bits[l] & 0x7fffffffu) > largest[l] ? bits[l] & 0x7fffffffu : largest[l];
+      }
+      alignas(64) float inverse[LANES], steps[LANES];
+      for (int l = 0; l < LANES; ++l) {
+        float size;
+        memcpy(&size, &largest[l], sizeof size);
+        const bool finite = largest[l] < 0x7f800000u, usable = finite && size >= TINY;
+        inverse[l] = usable ? 127.f / size : 0.f;
+        steps[l] = usable ? size / 127.f : finite ? 0.f : __builtin_nanf("");
+      }
+      const vec by = load(inverse);
+      alignas(64) int32_t sum[LANES] = {};
+      for (int64_t k = begin; k < end; ++k) {
+        alignas(64) int32_t packed[LANES] = {};
+        for (int r = 0; r < ROWS && (k - begin) * ROWS + r < filled; ++r) {
+          const bytes rounded = to_int(load(scaled[(k - begin) * ROWS + r]) * by);
+          int32_t value[LANES];
+          memcpy(value, &rounded, sizeof value);
+          for (int l = 0; l < LANES; ++l) {
+            const int32_t kept = steps[l] == steps[l] ? value[l] : 0;
+            sum[l] += kept;
+            packed[l] |= (kept & 255) << (8 * r);
+          }
+        }
+        memcpy(q + k * groups + g, packed, static_cast<size_t>(left) * sizeof(int32_t));
+      }
+      for (int l = 0; l < LANES; ++l) sum[l] *= -8;
+      memcpy(step + s * groups + g, steps, static_cast<size_t>(left) * sizeof(float));
+      memcpy(offset + s * groups + g, sum, static_cast<size_t>(left) * sizeof(int32_t));
+    }
+  }
+}
+
+void factors(bool int4, const Quads& quads, const float* z, const uint16_t* scales, int64_t width, int64_t group, int64_t groups, int32_t* q, float* step,
+             int32_t* offset) {
+  if (int4)
+    factors_int4(quads, z, reinterpret_cast<const half*>(scales), width / kRounded, group, groups, q, step, offset);
+  else
+    factors_int8(quads, z, q, step, offset);
+}
+
+// The bytes of four rows for one chunk of 64 sums: int8 columns, or the low (part 0) or high (part 1) nibbles of 128 columns
+template <bool INT4>
+inline void take(const char* const* row, int64_t at, int64_t left, int part, bytes* out) {
+  bytes loaded[ROWS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) {
+    loaded[r] = left >= 64 ? load_bytes(row[r] + at) : load_bytes(row[r] + at, left);
+    loaded[r] = !INT4 ? offset_by_128(loaded[r]) : part ? high_nibbles(loaded[r]) : low_nibbles(loaded[r]);
+  }
+  interleave(loaded, out);
+}
+
+struct Factors {
+  const int32_t* q;
+  const float* step;
+  const int32_t* offset;
+  int64_t q_stride, s_stride, groups;
+};
+
+// One segment of one chunk for T tokens. `quad(k)` fills four vectors with the bytes of quad k; `lane` is the first of the chunk's column groups (int4).
+template <bool INT4, int T, class Quad>
+inline void add_segment(const Factors& f, int64_t s, int64_t begin, int64_t end, int64_t lane, const Quad& quad, float* y, int64_t y_stride) {
+  bytes sum[T][4];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    const int32_t* offset = f.offset + t * f.s_stride + s * f.groups;
+    const bytes start = INT4 ? expand(offset + lane) : spread(*offset);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum[t][v] = start;
+  }
+  for (int64_t k = begin; k < end; ++k) {
+    bytes u[4];
+    quad(k, u);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const int32_t* q = f.q + t * f.q_stride + k * f.groups;
+      const bytes factor = INT4 ? expand(q + lane) : spread(*q);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) sum[t][v] = dot4(sum[t][v], u[v], factor);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    const float* step = f.step + t * f.s_stride + s * f.groups;
+    const vec scale = INT4 ? expand(step + lane) : spread(*step);
+    float* to = y + t * y_stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) store(to + v * LANES, fma(to_float(sum[t][v]), scale, load(to + v * LANES)));
+  }
+}
+
+// T tokens of few: the rows are read where they lie, and interleaved for these tokens alone
+template <bool INT4, int T>
+void sum_few(const char* weights, int64_t row_bytes, const Quads& quads, int64_t first, int64_t columns, const Factors& f, float* y, int64_t y_stride) {
+  constexpr int64_t CHUNK = INT4 ? kChunkInt4 : kChunkInt8;
+  const int64_t skip = INT4 ? first / 2 : first;
+  for (int64_t s = 0; s < quads.count; ++s) {
+    const int64_t begin = quads.segments[s], end = quads.segments[s + 1];
+    const bool last = s + 1 == quads.count;
+    const int ahead = last ? 0 : quads.filled[s + 2] - quads.filled[s + 1];
+    for (int64_t c = 0; c < columns; c += CHUNK) {
+      const int64_t at = skip + (INT4 ? c / 2 : c), left = row_bytes - at;
+      for (int k = 0; k < ahead; ++k) __builtin_prefetch(weights + quads.rows[end * ROWS + k] * row_bytes + at, 0, 2);
+      for (int part = 0; part < (INT4 ? 2 : 1); ++part) {
+        const auto quad = [&](int64_t k, bytes* u) {
+          const char* row[ROWS];
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; ++r) row[r] = weights + quads.rows[k * ROWS + r] * row_bytes;
+          take<INT4>(row, at, left, part, u);
+        };
+        add_segment<INT4, T>(f, s, begin, end, c / kRounded, quad, y + c + part * 64, y_stride);
+      }
+    }
+  }
+}
+
+// Many tokens: a chunk of all rows is interleaved once
+template <bool INT4>
+void sum_many(const char* weights, int64_t row_bytes, const Quads& quads, int64_t first, int64_t columns, const Factors& f, int64_t tokens, float* y,
+              int64_t y_stride, char* panel) {
+  constexpr int64_t CHUNK = INT4 ? kChunkInt4 : kChunkInt8;
+  const int64_t skip = INT4 ? first / 2 : first, total = quads.segments[quads.count];
+  for (int64_t c = 0; c < columns; c += CHUNK)
+    for (int part = 0; part < (INT4 ? 2 : 1); ++part) {
+      const int64_t at = skip + (INT4 ? c / 2 : c), left = row_bytes - at;
+      for (int64_t k = 0; k < total; ++k) {
+        const char* row[ROWS];
+        for (int r = 0; r < ROWS; ++r) {
+          row[r] = weights + quads.rows[k * ROWS + r] * row_bytes;
+          const int64_t ahead = (k + 4 < total ? k + 4 : k) * ROWS + r;
+          __builtin_prefetch(weights + quads.rows[ahead] * row_bytes + at, 0, 2);
+        }
+        bytes u[4];
+        take<INT4>(row, at, left, part, u);
+        memcpy(panel + k * 256, u, sizeof u);
+      }
+      const auto quad = [&](int64_t k, bytes* u) { memcpy(u, panel + k * 256, 4 * sizeof(bytes)); };
+      for (int64_t t = 0, tiles = (tokens + TOKENS - 1) / TOKENS; tiles > 0; --tiles) {
+        const int64_t size = (tokens - t + tiles - 1) / tiles;
+        Factors mine = f;
+        mine.q += t * f.q_stride;
+        mine.step += t * f.s_stride;
+        mine.offset += t * f.s_stride;
+        float* to = y + t * y_stride + c + part * 64;
+        for (int64_t s = 0; s < quads.count; ++s) {
+          const int64_t begin = quads.segments[s], end = quads.segments[s + 1];
+          switch (size) {
+#define SPARSEGATE_TILE(n)                                                                                             \
+  case n:                                                                                                              \
+    add_segment<INT4, (n <= TOKENS ? n : 1)>(mine, s, begin, end, c / kRounded, quad, to, y_stride); \
+    break;
+            SPARSEGATE_TILE(1)
+            SPARSEGATE_TILE(2)
+            SPARSEGATE_TILE(3)
+            SPARSEGATE_TILE(4)
+            SPARSEGATE_TILE(5)
+            SPARSEGATE_TILE(6)
+#undef SPARSEGATE_TILE
+            default:
+              break;
+          }
+        }
+        t += size;
+      }
+    }
+}
+
+template <bool INT4>
+void sum_of(const char* weights, int64_t width, const Quads& quads, int64_t first, int64_t columns, const Factors& f, int64_t tokens, float* y,
+            int64_t y_stride, char* panel) {
+  const int64_t row_bytes = INT4 ? width / 2 : width;
+  if (panel) return sum_many<INT4>(weights, row_bytes, quads, first, columns, f, tokens, y, y_stride, panel);
+  for (int64_t t = 0, tiles = (tokens + TOKENS - 1) / TOKENS; tiles > 0; --tiles) {
+    const int64_t size = (tokens - t + tiles - 1) / tiles;
+    Factors mine = f;
+    mine.q += t * f.q_stride;
+    mine.step += t * f.s_stride;
+    mine.offset += t * f.s_stride;
+    float* to = y + t * y_stride;
+    switch (size) {
+#define SPARSEGATE_TILE(n)                                                                                               \
+  case n:                                                                                                                \
+    sum_few<INT4, (n <= TOKENS ? n : 1)>(weights, row_bytes, quads, first, columns, mine, to, y_stride); \
+    break;
+      SPARSEGATE_TILE(1)
+      SPARSEGATE_TILE(2)
+      SPARSEGATE_TILE(3)
+      SPARSEGATE_TILE(4)
+      SPARSEGATE_TILE(5)
+      SPARSEGATE_TILE(6)
+#undef SPARSEGATE_TILE
+      default:
+        break;
+    }
+    t += size;
+  }
+}
+
+void sum(bool int4, const void* weights, int64_t width, const Quads& quads, int64_t first, int64_t columns, const int32_t* q, int64_t q_stride,
+         const float* step, const int32_t* offset, int64_t s_stride, int64_t tokens, float* y, int64_t y_stride, void* panel) {
+  const auto* w = static_cast<const char*>(weights);
+  const Factors f{q, step, offset, q_stride, s_stride, int4 ? padded_columns(true, columns) / kRounded : 1};
+  if (int4)
+    sum_of<true>(w, width, quads, first, columns, f, tokens, y, y_stride, static_cast<char*>(panel));
+  else
+    sum_of<false>(w, width, quads, first, columns, f, tokens, y, y_stride, static_cast<char*>(panel));
+}
+
+void unfold(bool int4, const float* folded, int64_t columns, float* out) {
+  const int64_t chunk = int4 ? kChunkInt4 : kChunkInt8;
+  for (int64_t c = 0; c < columns; ++c) {
+    const int64_t in = c % chunk, byte = int4 ? in / 2 : in, part = int4 ? in % 2 : 0;
+    out[c] += folded[c - in + part * 64 + byte / 4 % 4 * LANES + byte / 16 * 4 + byte % 4];
+  }
+}
+
+}  // namespace
+
+extern const IntegerRows integer_rows;
+const IntegerRows integer_rows = {round, dots, factors, sum, unfold};
+
+}  // namespace SPARSEGATE_ISA
+}  // namespace sparsegate

@@ -1,0 +1,128 @@
+// See row_sums.h.
+#include "row_sums.h"
+
+namespace sparsegate {
+namespace {
+
+bool finite(const float* v, int64_t count) {
+  uint32_t bits, largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(&bits, v + i, sizeof bits);
+    largest = std::max(largest, bits & 0x7fffffffu);
+  }
+  return largest < 0x7f800000u;
+}
+
+}  // namespace
+
+void RowSums::lay(Cut& cut) {
+  rows = cut.take<int32_t>(n);
+  counts = cut.take<int32_t>(blocks);
+  if (format != RowFormat::kInt8) z = cut.take<float>(pass * n);
+  if (format == RowFormat::kFloat) return;
+  segments = cut.take<int32_t>(blocks);
+  quads = {cut.take<int32_t>(blocks * quad_rows(block)), cut.take<int32_t>(segment_stride()), cut.take<int32_t>(segment_stride())};
+  if (format == RowFormat::kInt4) return;
+  q = cut.take<int32_t>(pass * blocks * quad_rows(block) / 4);
+  step = cut.take<float>(pass * segment_stride());
+  offset = cut.take<int32_t>(pass * segment_stride());
+}
+
+void RowSums::take(int64_t index, const int32_t* own, const float* factors, int64_t count, int64_t tokens) {
+  const int64_t first = index * block;
+  counts[index] = static_cast<int32_t>(count);
+  std::memcpy(rows + first, own, static_cast<size_t>(count) * sizeof(int32_t));
+  if (z)
+    for (int64_t t = 0; t < tokens; ++t) std::memcpy(z + t * n + first, factors + t * count, static_cast<size_t>(count) * sizeof(float));
+  if (format == RowFormat::kFloat) return;
+  const int64_t s = index * quad_segments(block), at = index * quad_rows(block);
+  const Quads found = make_quads(own, count, {quads.rows + at, quads.segments + s, quads.filled + s});
+  segments[index] = static_cast<int32_t>(found.count);
+  if (format == RowFormat::kInt4) return;  // their factors depend on the columns
+  const int64_t q_stride = blocks * quad_rows(block) / 4, s_stride = segment_stride();
+  for (int64_t t = 0; t < tokens; ++t)
+    integers->factors(false, found, factors + t * count, nullptr, d, 0, 1, q + t * q_stride + at / 4, step + t * s_stride + s, offset + t * s_stride + s);
+}
+
+bool RowSums::sum(int64_t first, int64_t width, int64_t tokens, const float* bias, float* y, int64_t y_stride) const {
+  for (int64_t t = 0; t < tokens; ++t) start(y + t * y_stride, bias, first, width);
+  return format == RowFormat::kFloat ? sum_float(first, width, tokens, bias, y, y_stride) : sum_integer(first, width, tokens, y, y_stride);
+}
+
+bool RowSums::sum_float(int64_t first, int64_t width, int64_t tokens, const float* bias, float* y, int64_t y_stride) const {
+  float *panel = nullptr, *scale = nullptr, *sums = nullptr;
+  int32_t* list = nullptr;
+  const auto lay = [&](char* base) {
+    Cut cut(base);
+    panel = cut.take<float>(shared ? block * kMultiplyWidth : 0), sums = cut.take<float>(width);
+    scale = cut.take<float>(block + 1), list = cut.take<int32_t>(block + 1);
+    return cut.used();
+  };
+  char* base = task_arena.reserve(lay(nullptr));
+  if (!base) return false;
+  lay(base);
+  // one token's strip with its own rows only
+  const auto alone = [&](int64_t t) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t count = own_rows(rows + b * block, z + t * n + b * block, counts[b], list, scale);
+      if (!count) continue;
+      std::memset(sums, 0, static_cast<size_t>(width) * sizeof(float));
+      kernels->accumulate(type, weights, list, scale, count, d, first, width, sums);
+      add(y + t * y_stride, sums, width);
+    }
+  };
+  if (!shared) {
+    for (int64_t t = 0; t < tokens; ++t) alone(t);
+    return true;
+  }
+  for (int64_t b = 0; b < blocks; ++b)
+    if (counts[b]) kernels->multiply(type, weights, rows + b * block, counts[b], d, first, width, z + b * block, n, tokens, y, y_stride, panel);
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (finite(y + t * y_stride, width)) continue;
+    start(y + t * y_stride, bias, first, width);  // another token's row may hold NaN or infinity, and 0 times these is NaN
+    alone(t);
+  }
+  return true;
+}
+
+bool RowSums::sum_integer(int64_t first, int64_t width, int64_t tokens, float* y, int64_t y_stride) const {
+  const bool int4 = format == RowFormat::kInt4;
+  const int64_t columns = padded_columns(int4, width), groups = int4 ? columns / kGroup : 1, quads_most = quad_rows(block) / 4, segments_most = quad_segments(block);
+  float *folded = nullptr, *sums = nullptr, *own_step = nullptr;
+  int32_t *own_q = nullptr, *own_offset = nullptr;
+  char* panel = nullptr;
+  const auto lay = [&](char* base) {
+    Cut cut(base);
+    folded = cut.take<float>(tokens * columns), sums = cut.take<float>(tokens * columns), panel = cut.take<char>(sum_panel_bytes(quads_most));
+    own_q = cut.take<int32_t>(int4 ? tokens * quads_most * groups : 0);
+    own_offset = cut.take<int32_t>(int4 ? tokens * segments_most * groups : 0);
+    own_step = cut.take<float>(int4 ? tokens * segments_most * groups : 0);
+    return cut.used();
+  };
+  char* base = task_arena.reserve(lay(nullptr));
+  if (!base) return false;
+  lay(base);
+  std::memset(folded, 0, static_cast<size_t>(tokens * columns) * sizeof(float));
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (!counts[b]) continue;
+    const int64_t s = b * segments_most, at = b * quad_rows(block);
+    const Quads found{quads.rows + at, quads.segments + s, quads.filled + s, segments[b]};
+    const int32_t *mine = q + at / 4, *offsets = offset + s;
+    const float* steps = step + s;
+    int64_t q_stride = blocks * quads_most, s_stride = segment_stride();
+    if (int4) {
+      mine = own_q, offsets = own_offset, steps = own_step;
+      q_stride = quads_most * groups, s_stride = segments_most * groups;
+      for (int64_t t = 0; t < tokens; ++t)
+        integers->factors(true, found, z + t * n + b * block, static_cast<const uint16_t*>(scales), d, first / kGroup, groups, own_q + t * q_stride,
+                          own_step + t * s_stride, own_offset + t * s_stride);
+    }
+    std::memset(sums, 0, static_cast<size_t>(tokens * columns) * sizeof(float));
+    integers->sum(int4, weights, d, found, first, width, mine, q_stride, steps, offsets, s_stride, tokens, sums, columns, shared ? panel : nullptr);
+    add(folded, sums, tokens * columns);
+  }
+  for (int64_t t = 0; t < tokens; ++t) integers->unfold(int4, folded + t * columns, width, y + t * y_stride);
+  return true;
+}
+
+}  // namespace sparsegate
