@@ -5,19 +5,26 @@ from __future__ import annotations
 from .base_graph import build_base, check_base, compare_base, onnx_logits
 from .emit import EMITTERS
 from .linear_region import LinearRegion, find_linears
+from .matmul_nbits import open_float
 from .mlp_region import MlpRegion, find_regions
-from .surgery import METADATA, export
+from .precision import PRECISIONS
+from .rounded import round_model
+from .surgery import METADATA, export, export_dense
 
 __all__ = [
     "EMITTERS",
     "METADATA",
+    "PRECISIONS",
     "LinearRegion",
     "MlpRegion",
     "build_base",
     "check_base",
     "compare_base",
     "export",
+    "export_dense",
     "find_linears",
     "find_regions",
     "onnx_logits",
+    "open_float",
+    "round_model",
 ]

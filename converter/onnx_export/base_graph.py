@@ -1,7 +1,7 @@
 """The base graph of a causal language model: built by onnxruntime-genai's model builder, then compared with torch by teacher forcing.
 
-The builder writes a decoder with KV cache in fp32 for the CPU: `model.onnx`, `model.onnx.data`, `genai_config.json` and the tokenizer's files. It is known
-to be wrong for some models, so nothing is exported from a base graph that `check_base` has not passed.
+The builder writes a decoder with KV cache: `model.onnx`, `model.onnx.data`, `genai_config.json` and the tokenizer's files. It is known
+to be wrong for some models, so nothing is exported before `check_base` has passed its graph in fp32 for the CPU.
 """
 
 from __future__ import annotations
@@ -35,18 +35,21 @@ GENAI_CONFIG = "genai_config.json"
 _LOG = logging.getLogger("sparsegate")
 # Every layer keeps its whole KV cache: a loop in plain ONNX Runtime then only appends, where a windowed cache would have to be sized and rotated by the app.
 _OPTIONS = ["hf_token=false", "windowed_kv_cache=false"]
+_TARGET_OPTIONS = {"cpu": [], "cuda": ["enable_cuda_graph=true"]}
 
 
-def build_base(checkpoint: Path, out: Path) -> Path:
-    """Build the fp32 CPU graph of a Hugging Face folder into `out`; returns `out`. Reads local files only and holds the whole model in memory, in fp32.
+def build_base(checkpoint: Path, out: Path, precision: str = "fp32", target: str = "cpu") -> Path:
+    """Build the graph of a Hugging Face folder into `out`; returns `out`. Reads local files only and holds the whole model in memory, in fp32.
+
+    `precision` is fp32, or for the target cuda fp16 or bf16; a graph for CUDA asks its provider for CUDA graphs.
 
     Raises InputError when onnxruntime-genai is missing, when the builder refuses or fails on the model, or when the disk is full.
     """
     builder = _builder()
     with TemporaryDirectory() as temporary, _to_log():
         try:
-            given = (str(_in_float32(checkpoint, Path(temporary))), str(out), "fp32", "cpu", f"{temporary}/cache")
-            options = builder.parse_extra_options("", *given, list(_OPTIONS))
+            given = (str(_in_float32(checkpoint, Path(temporary))), str(out), precision, target, f"{temporary}/cache")
+            options = builder.parse_extra_options("", *given, [*_OPTIONS, *_TARGET_OPTIONS[target]])
             unrotated = _prepare(options["hf_details"]["hf_config"])
             builder.create_model("", *given, **options)
             _complete(out, unrotated)

@@ -49,14 +49,27 @@ def find_linears(graph: ir.Graph, arch: Arch, config: Any, layer: int, tau: Mapp
 
     Neighbours in a packed weight that have the same tau, or none, stay together. Raises InputError when the graph has no such product.
     """
-    shapes = linear_shapes(arch, config)
-    templates = {f"{role}_proj": template for role, template in arch.ffn.onnx.items()} | {f"{role}_proj": name for role, name in arch.attn.onnx.items()}
+    shapes, templates = linear_shapes(arch, config), _templates(arch)
     regions = []
+    for packed, parts in cut_linears(arch, config, tau).items():
+        d_in = shapes[parts[0].names[0]][1]
+        product = find_product(graph, layer, templates[packed].format(layer=layer), (d_in, parts[-1].columns.stop))
+        regions.append(LinearRegion(layer, product, parts))
+    return regions
+
+
+def _templates(arch: Arch) -> dict[str, str]:
+    return {f"{role}_proj": template for role, template in arch.ffn.onnx.items()} | {f"{role}_proj": name for role, name in arch.attn.onnx.items()}
+
+
+def cut_linears(arch: Arch, config: Any, tau: Mapping[str, NDArray[np.float32]]) -> dict[str, tuple[Part, ...]]:
+    """How a base graph's products that compute the linears named in `tau` are cut: product (qkv_proj, or a linear's own name) -> its parts."""
+    shapes, templates = linear_shapes(arch, config), _templates(arch)
+    found = {}
     for packed, names in {"qkv_proj": ("q_proj", "k_proj", "v_proj"), **{name: (name,) for name in shapes}}.items():
         if packed not in templates or not set(names) & set(tau):
             continue
-        d_in, widths = shapes[names[0]][1], [shapes[name][0] for name in names]
-        product = find_product(graph, layer, templates[packed].format(layer=layer), (d_in, sum(widths)))
+        widths = [shapes[name][0] for name in names]
         parts: list[Part] = []
         end = 0
         for name, width in zip(names, widths, strict=True):
@@ -66,8 +79,8 @@ def find_linears(graph: ir.Graph, arch: Arch, config: Any, layer: int, tau: Mapp
                 last = parts.pop()
                 own = Part((*last.names, name), slice(last.columns.start, end), own.tau)
             parts.append(own)
-        regions.append(LinearRegion(layer, product, tuple(parts)))
-    return regions
+        found[packed] = tuple(parts)
+    return found
 
 
 def _same(first: NDArray[np.float32] | None, second: NDArray[np.float32] | None) -> bool:

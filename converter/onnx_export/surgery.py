@@ -1,33 +1,39 @@
 """Replaces MLP regions of a base graph by `ai.sparsegate:GatedMLP` nodes, linears by `SparseLinear` nodes, and writes the model that applications open.
 
-Every weight is read from the base graph's data file and written to the new one tensor by tensor, so that the memory in use does not grow with the model.
+Every weight is read from the base graph's data file, converted, and written to the new one tensor by tensor, so that the memory in use does not grow with the
+model.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ...runtime_onnx.ops import gated_mlp, sparse_linear
+from ...runtime_onnx.ops.quantisation import GROUP
 from ..arch import Arch
 from ..artifact import InputError, disk_full, is_disk_full
 from ..plans import Plan, check_plan, linear_shapes
 from .base_graph import DATA, MODEL
 from .emit import emit
 from .linear_region import LinearRegion, Part, find_linears
+from .matmul_nbits import ACCURACY, initialiser, quantise_rest
 from .mlp_region import MlpRegion, find_regions
+from .precision import DTYPES, PRECISIONS, Precision, store_predictor
+from .tensors import moved, quantised
 
 METADATA = "ai.sparsegate.variants"
 """Key of the model's metadata: a JSON list of the names of the ops' variants in the file."""
 
+_LOG = logging.getLogger("sparsegate")
 Variant = gated_mlp.Variant | sparse_linear.Variant
 
 _PAGE = 4096  # bytes; the native kernel reads rows straight from the mapped file, so tensors start on pages and rows on cache lines
@@ -35,8 +41,10 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _ROLES = {"gate": ("w_gate", "b_gate"), "up": ("w_up", "b_up"), "down": ("w_down", "b_down")}
 
 
-def export(base: Path, plan: Plan, arch: Arch, config: Any, out: Path) -> None:
+def export(base: Path, plan: Plan, arch: Arch, config: Any, out: Path, precision: str = "fp32", target: str = "cpu") -> None:
     """Write the base graph in `base` with the plan's sites gated into `out`, with genai_config.json and the tokenizer's files; `out` is made if missing.
+
+    `precision` is a row of PRECISIONS; `base` is a float graph for `target`.
 
     The graph gets one GatedMLP node per feed-forward site, weights [n, d] neuron-major, one SparseLinear node per linear site, weight [d_in, d_out]
     input-major, and one model-local function per variant of each op, so that it runs with and without the native library. A packed weight is cut into one node
@@ -57,35 +65,55 @@ def export(base: Path, plan: Plan, arch: Arch, config: Any, out: Path) -> None:
         )
     emissions = {site: emit(site, plan[site], inputs.get(site.kind, d), inputs.get(site.kind, n)) for site in sorted(plan)}
     check_plan(plan)
+    form = PRECISIONS[precision]
     model = ir.load(base / MODEL)
     nodes: dict[ir.Node, Variant] = {}
     gated = [site for site in emissions if site.kind == "ffn"]
     regions = {region.layer: region for region in find_regions(model, arch, config)} if gated else {}
     for site in gated:
-        node, variant = _replace(model.graph, regions[site.layer], arch, emissions[site].score, arch.activation(config), emissions[site].tensors)
+        score, tensors = emissions[site].score, emissions[site].tensors
+        node, variant = _replace(model.graph, regions[site.layer], arch, score, arch.activation(config), tensors, form)
         nodes[node] = variant
     for layer in layers:
         tau = {site.kind.removeprefix("linear:"): found.tensors["tau"] for site, found in emissions.items() if site.layer == layer and site.kind != "ffn"}
         for linear in find_linears(model.graph, arch, config, layer, tau):
-            nodes |= _replace_linear(model.graph, linear, arch)
+            nodes |= _replace_linear(model.graph, linear, arch, form)
+    if form.bits is not None:
+        quantise_rest(model, form.bits, ACCURACY[target])
     _declare(model, nodes)
     out.mkdir(parents=True, exist_ok=True)
     _save(model, base, out)
 
 
+def export_dense(base: Path, out: Path, precision: str, target: str = "cpu") -> None:
+    """Write the dense graph of an integer precision into `out`: what the speed and the losses of a sparse one are compared with."""
+    form = PRECISIONS[precision]
+    assert form.bits is not None
+    model = ir.load(base / MODEL)
+    quantise_rest(model, form.bits, ACCURACY[target])
+    out.mkdir(parents=True, exist_ok=True)
+    _save(model, base, out)
+
+
 def _replace(
-    graph: ir.Graph, region: MlpRegion, arch: Arch, score: str, activation: str, tensors: Mapping[str, NDArray[np.float32]]
+    graph: ir.Graph, region: MlpRegion, arch: Arch, score: str, activation: str, tensors: Mapping[str, NDArray], form: Precision
 ) -> tuple[ir.Node, gated_mlp.Variant]:
     """Put one GatedMLP node in a region's place; tensors are the score's inputs by role."""
-    given: dict[str, ir.TensorProtocol] = {role: ir.Tensor(array) for role, array in tensors.items()}
+    stored, p = store_predictor(tensors, form)
+    given: dict[str, ir.TensorProtocol] = {role: ir.Tensor(array) for role, array in stored.items()}
+    down = region.weights["down"].const_value
+    assert down is not None
+    weights = _format(form, int(down.shape.numpy()[1]), arch.ffn_module(region.layer))
     for part, value in region.weights.items():
-        given[_ROLES[part][0]] = _moved(value, transpose=part != "down")
+        if weights == "float":
+            given[_ROLES[part][0]] = moved(value, transpose=part != "down", dtype=DTYPES[form.w])
+        else:
+            given[_ROLES[part][0]], given[f"s_{part}"] = quantised(value, weights, transpose=part != "down")
     for part, value in region.biases.items():
-        given[_ROLES[part][1]] = _moved(value)
+        given[_ROLES[part][1]] = moved(value, dtype=ir.DataType.FLOAT)
     roles = tuple(role for role in gated_mlp.ROLES if role in given)
-    x, w = (dtype.numpy().name for dtype in (region.x.dtype or ir.DataType.FLOAT, given["w_up"].dtype))
-    variant = gated_mlp.Variant(activation, score, "float", roles, x=x, w=w)
-    inputs = [region.x, *(_initialiser(graph, f"{arch.ffn_module(region.layer)}.{gated_mlp.NAME}.{role}", given[role]) for role in roles)]
+    variant = gated_mlp.Variant(activation, score, weights, roles, x=_dtype(region.x), w=form.w, p=p)
+    inputs = [region.x, *(initialiser(graph, f"{arch.ffn_module(region.layer)}.{gated_mlp.NAME}.{role}", given[role]) for role in roles)]
     y = ir.Value(name=region.y.name, shape=region.y.shape, type=region.y.type)
     name = f"/model/layers.{region.layer}/{arch.ffn.module}/{gated_mlp.NAME}"
     node = ir.Node(gated_mlp.DOMAIN, gated_mlp.NAME, inputs, ir.convenience.convert_attributes(variant.attributes()), outputs=[y], name=name)
@@ -94,7 +122,7 @@ def _replace(
     return node, variant
 
 
-def _replace_linear(graph: ir.Graph, region: LinearRegion, arch: Arch) -> dict[ir.Node, Variant]:
+def _replace_linear(graph: ir.Graph, region: LinearRegion, arch: Arch, form: Precision) -> dict[ir.Node, Variant]:
     """Put one SparseLinear node, or one dense product, per part in a product's place, and join them where there are several."""
     product, old = region.product, region.product.out
     y = ir.Value(name=old.name, shape=old.shape, type=old.type)
@@ -106,7 +134,7 @@ def _replace_linear(graph: ir.Graph, region: LinearRegion, arch: Arch) -> dict[i
         if len(region.parts) > 1:
             shape = None if old.shape is None else ir.Shape([*old.shape[:-1], part.columns.stop - part.columns.start])
             out = ir.Value(name=f"{_name(region, part)}/output_0", shape=shape, type=old.type)
-        made, variant = _part(graph, region, part, arch, out)
+        made, variant = _part(graph, region, part, arch, out, form)
         nodes += made
         results.append(out)
         if variant is not None:
@@ -119,26 +147,33 @@ def _replace_linear(graph: ir.Graph, region: LinearRegion, arch: Arch) -> dict[i
     return found
 
 
-def _part(graph: ir.Graph, region: LinearRegion, part: Part, arch: Arch, out: ir.Value) -> tuple[list[ir.Node], Variant | None]:
+def _part(graph: ir.Graph, region: LinearRegion, part: Part, arch: Arch, out: ir.Value, form: Precision) -> tuple[list[ir.Node], Variant | None]:
     """The nodes that compute a part's columns, its op last, and the op's variant; a part without a threshold is a MatMul with the Add of its bias."""
     product, columns = region.product, part.columns if len(region.parts) > 1 else None
     module = arch.attn_module(region.layer) if part.names[0] in _ATTENTION else arch.ffn_module(region.layer)
     prefix, name = f"{module}.{part.name}.", _name(region, part)
-    given = {"w": _moved(product.weight, columns=columns)}
-    if product.bias is not None:
-        given["b"] = _moved(product.bias, columns=columns)
     if part.tau is None:
-        inputs = [_initialiser(graph, f"{prefix}{op}", given[role]) for role, op in (("w", "MatMul.weight"), ("b", "Add.bias")) if role in given]
+        given = {"w": moved(product.weight, columns=columns)}
+        if product.bias is not None:
+            given["b"] = moved(product.bias, columns=columns)
+        inputs = [initialiser(graph, f"{prefix}{op}", given[role]) for role, op in (("w", "MatMul.weight"), ("b", "Add.bias")) if role in given]
         if len(inputs) == 1:
             return [ir.Node("", "MatMul", [product.x, inputs[0]], outputs=[out], name=f"{name}/MatMul")], None
         inner = ir.Value(name=f"{name}/MatMul/output_0", shape=out.shape, type=out.type)
         matmul = ir.Node("", "MatMul", [product.x, inputs[0]], outputs=[inner], name=f"{name}/MatMul")
         return [matmul, ir.Node("", "Add", [inner, inputs[1]], outputs=[out], name=f"{name}/Add")], None
+    weights = _format(form, part.columns.stop - part.columns.start, f"{module}.{part.name}")
+    if weights == "float":
+        given = {"w": moved(product.weight, columns=columns, dtype=DTYPES[form.w])}
+    else:
+        stored, scale = quantised(product.weight, weights, columns=columns)
+        given = {"w": stored, "s_w": scale}
+    if product.bias is not None:
+        given["b"] = moved(product.bias, columns=columns, dtype=ir.DataType.FLOAT)
     given["tau"] = ir.Tensor(part.tau)
     roles = tuple(role for role in sparse_linear.ROLES if role in given)
-    x, w = (dtype.numpy().name for dtype in (product.x.dtype or ir.DataType.FLOAT, given["w"].dtype))
-    variant = sparse_linear.Variant("float", roles, x=x, w=w)
-    inputs = [product.x, *(_initialiser(graph, f"{prefix}{sparse_linear.NAME}.{role}", given[role]) for role in roles)]
+    variant = sparse_linear.Variant(weights, roles, x=_dtype(product.x), w=form.w)
+    inputs = [product.x, *(initialiser(graph, f"{prefix}{sparse_linear.NAME}.{role}", given[role]) for role in roles)]
     attributes = ir.convenience.convert_attributes(variant.attributes())
     return [ir.Node(sparse_linear.DOMAIN, sparse_linear.NAME, inputs, attributes, outputs=[out], name=f"{name}/{sparse_linear.NAME}")], variant
 
@@ -148,11 +183,17 @@ def _name(region: LinearRegion, part: Part) -> str:
     return f"/model/layers.{region.layer}/{'attn' if part.names[0] in _ATTENTION else 'mlp'}/{part.name}"
 
 
-def _initialiser(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    tensor.name = name
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
+def _format(form: Precision, width: int, where: str) -> str:
+    """The weight format of an op, with a line where it is not the precision's own."""
+    found = form.fitting(width)
+    if found != form.weights:
+        _LOG.warning("%s is stored as %s: %s needs rows of a multiple of %d values, got %d.", where, found, form.weights, GROUP, width)
+    return found
+
+
+def _dtype(x: ir.Value) -> str:
+    """The name of an op's input dtype."""
+    return (x.dtype or ir.DataType.FLOAT).numpy().name
 
 
 def _drop(graph: ir.Graph, values: list[ir.Value]) -> None:
@@ -160,29 +201,6 @@ def _drop(graph: ir.Graph, values: list[ir.Value]) -> None:
     for value in values:
         if not value.uses() and value.name is not None:
             graph.initializers.pop(value.name)
-
-
-def _moved(value: ir.Value, transpose: bool = False, columns: slice | None = None) -> ir.TensorProtocol:
-    """An initialiser's tensor, or some columns of it, read from the base graph's data file only while it is written."""
-    source = value.const_value
-    assert source is not None
-    if not transpose and columns is None and isinstance(source, ir.ExternalTensor):
-        return ir.ExternalTensor(
-            source.location, source.offset, source.length, source.dtype, shape=source.shape, name=value.name or "", base_dir=source.base_dir
-        )
-    shape = list(source.shape.numpy())
-    if columns is not None:
-        shape[-1] = columns.stop - columns.start
-
-    def read() -> ir.Tensor:
-        part = source.numpy()[..., columns or slice(None)]
-        copy = np.array(part.T if transpose else part, order="C")  # always a copy: the source's memory is given back
-        del part
-        if isinstance(source, ir.ExternalTensor):
-            source.release()
-        return ir.Tensor(copy, dtype=source.dtype)
-
-    return ir.LazyTensor(read, dtype=source.dtype, shape=ir.Shape(shape[::-1] if transpose else shape), name=value.name)
 
 
 def _declare(model: ir.Model, nodes: Mapping[ir.Node, Variant]) -> None:
