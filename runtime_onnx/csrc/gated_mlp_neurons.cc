@@ -130,7 +130,7 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
     const float* s = score + t * m;
     uint8_t* kept = keep + t * m;
     if (v.score == Score::kExact)
-      for (int64_t k = 0; k < m; ++k) kept[k] = s[k] != 0.f;
+      for (int64_t k = 0; k < m; ++k) kept[k] = std::fabs(s[k]) > 0.f;
     else if (predictor)
       for (int64_t k = 0; k < m; ++k) kept[k] = s[k] > tau[first + k];
     else

@@ -35,7 +35,7 @@ inline float round_group(const float* values, int count, int8_t* out) {
 
 void round(bool int4, const float* x, int64_t width, void* out) {
   auto* to = static_cast<char*>(out);
-  const int64_t chunk = int4 ? kChunkInt4 : kChunkInt8, offset = int4 ? -8 : -128;
+  const int64_t chunk = int4 ? kChunkInt4 : kChunkInt8, offset = int4 ? -8 : -WEIGHT_OFFSET;
   for (int64_t j = 0; j < width; j += chunk) {
     alignas(64) int8_t q[kChunkInt4];
     memset(q, 0, sizeof q);
@@ -67,8 +67,72 @@ void round(bool int4, const float* x, int64_t width, void* out) {
   }
 }
 
-template <int T>
-inline void write_sums(const vec (*total)[ROWS], int valid, float* out, int64_t stride) {
+// One chunk of four rows for T tokens: x is the chunk of the first token's rounded row, x_stride bytes apart from the next token's. WHOLE: all of the chunk is there.
+template <int T, bool WHOLE>
+inline void add_chunk_int8(const char* const* row, int64_t at, int64_t left, const char* x, int64_t x_stride, vec (*total)[ROWS]) {
+  bytes w[ROWS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) w[r] = weights_of(WHOLE ? load_bytes(row[r] + at) : load_bytes(row[r] + at, left));
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    const char* from = x + t * x_stride;
+    const bytes q = load_bytes(from), correction = load_bytes(from + 64);
+    const vec scale = load(reinterpret_cast<const float*>(from + 128));
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) total[t][r] = fma(to_float(dot_weights(correction, w[r], q)), scale, total[t][r]);
+  }
+}
+
+template <int T, bool WHOLE>
+inline void add_chunk_int4(const char* const* row, const half* const* scales, int64_t at, int64_t left, const char* x, int64_t x_stride, vec (*total)[ROWS]) {
+  bytes low[ROWS], high[ROWS];
+  vec step[ROWS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) {
+    const bytes packed = WHOLE ? load_bytes(row[r] + at / 2) : load_bytes(row[r] + at / 2, left / 2);
+    low[r] = low_nibbles(packed);
+    high[r] = high_nibbles(packed);
+    half last[4] = {};
+    if (!WHOLE) memcpy(last, scales[r] + at / kRounded, static_cast<size_t>(left / kRounded) * sizeof(half));
+    step[r] = expand(WHOLE ? scales[r] + at / kRounded : last);
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    const char* from = x + t * x_stride;
+    const bytes even = load_bytes(from), odd = load_bytes(from + 64), correction = load_bytes(from + 128);
+    const vec scale = load(reinterpret_cast<const float*>(from + 192));
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+      total[t][r] = fma(to_float(dot_nibbles(dot_nibbles(correction, low[r], even), high[r], odd)), scale * step[r], total[t][r]);
+  }
+}
+
+// T tokens times four rows
+template <int T, bool INT4>
+inline void dot_tile(const char* const* row, const char* const* next, const half* const* scales, int valid, int64_t width, const char* x, int64_t x_stride,
+                     float* out, int64_t stride) {
+  constexpr int64_t CHUNK = INT4 ? kChunkInt4 : kChunkInt8, BYTES = INT4 ? 256 : 192;
+  vec total[T][ROWS];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) total[t][r] = vec{};
+  int64_t j = 0;
+  for (; j + CHUNK <= width; j += CHUNK, x += BYTES) {
+    if (next)  // rows far apart: the hardware prefetcher stops at the page's end
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) __builtin_prefetch(next[r] + (INT4 ? j / 2 : j), 0, 2);
+    if (INT4)
+      add_chunk_int4<T, true>(row, scales, j, 0, x, x_stride, total);
+    else
+      add_chunk_int8<T, true>(row, j, 0, x, x_stride, total);
+  }
+  if (j < width) {
+    if (INT4)
+      add_chunk_int4<T, false>(row, scales, j, width - j, x, x_stride, total);
+    else
+      add_chunk_int8<T, false>(row, j, width - j, x, x_stride, total);
+  }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
     const four sum = sums(total[t][0], total[t][1], total[t][2], total[t][3]);
@@ -77,70 +141,6 @@ inline void write_sums(const vec (*total)[ROWS], int valid, float* out, int64_t 
     else
       memcpy(out + t * stride, &sum, static_cast<size_t>(valid) * sizeof(float));
   }
-}
-
-// T tokens times four rows; x is the rounded rows of the tokens, x_stride bytes apart
-template <int T>
-inline void dot_int8(const char* const* row, const char* const* next, int valid, int64_t width, const char* x, int64_t x_stride, float* out, int64_t stride) {
-  vec total[T][ROWS];
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) total[t][r] = vec{};
-  for (int64_t j = 0; j < width; j += kChunkInt8, x += 192) {
-    bytes w[ROWS];
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-      if (next) __builtin_prefetch(next[r] + j, 0, 2);
-      w[r] = offset_by_128(j + kChunkInt8 <= width ? load_bytes(row[r] + j) : load_bytes(row[r] + j, width - j));
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      const char* at = x + t * x_stride;
-      const bytes q = load_bytes(at), correction = load_bytes(at + 64);
-      const vec scale = load(reinterpret_cast<const float*>(at + 128));
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) total[t][r] = fma(to_float(dot4(correction, w[r], q)), scale, total[t][r]);
-    }
-  }
-  write_sums<T>(total, valid, out, stride);
-}
-
-template <int T>
-inline void dot_int4(const char* const* row, const char* const* next, const half* const* scales, int valid, int64_t width, const char* x, int64_t x_stride,
-                     float* out, int64_t stride) {
-  vec total[T][ROWS];
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) total[t][r] = vec{};
-  for (int64_t j = 0; j < width; j += kChunkInt4, x += 256) {
-    const bool whole = j + kChunkInt4 <= width;
-    bytes low[ROWS], high[ROWS];
-    vec step[ROWS];
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-      if (next) __builtin_prefetch(next[r] + j / 2, 0, 2);
-      const bytes packed = whole ? load_bytes(row[r] + j / 2) : load_bytes(row[r] + j / 2, (width - j) / 2);
-      low[r] = low_nibbles(packed);
-      high[r] = high_nibbles(packed);
-      float groups[LANES];
-      half four_scales[LANES] = {};
-      memcpy(four_scales, scales[r] + j / kRounded, whole ? 4 * sizeof(half) : static_cast<size_t>((width - j) / kRounded) * sizeof(half));
-      store(groups, load(four_scales));
-      step[r] = expand(groups);
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      const char* at = x + t * x_stride;
-      const bytes even = load_bytes(at), odd = load_bytes(at + 64), correction = load_bytes(at + 128);
-      const vec scale = load(reinterpret_cast<const float*>(at + 192));
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r)
-        total[t][r] = fma(to_float(dot4(dot4(correction, low[r], even), high[r], odd)), scale * step[r], total[t][r]);
-    }
-  }
-  write_sums<T>(total, valid, out, stride);
 }
 
 template <bool INT4>
@@ -164,12 +164,9 @@ void dots_of(const char* weights, const half* scales, const int32_t* rows, int64
     for (int64_t t = 0, tiles = (tokens + MOST - 1) / MOST; tiles > 0; --tiles, next = nullptr) {
       const int64_t size = (tokens - t + tiles - 1) / tiles;  // even tiles
       switch (size) {
-#define SPARSEGATE_TILE(n)                                                                                                                  \
-  case n:                                                                                                                                   \
-    if (INT4)                                                                                                                               \
-      dot_int4<(n <= MOST ? n : 1)>(row, next, scale, valid, width, x + t * x_stride, x_stride, out + t * stride + k, stride);              \
-    else                                                                                                                                    \
-      dot_int8<(n <= MOST ? n : 1)>(row, next, valid, width, x + t * x_stride, x_stride, out + t * stride + k, stride);                     \
+#define SPARSEGATE_TILE(n)                                                                                                                        \
+  case n:                                                                                                                                         \
+    dot_tile<(n <= MOST ? n : 1), INT4>(row, next, scale, valid, width, x + t * x_stride, x_stride, out + t * stride + k, stride);                \
     break;
         SPARSEGATE_TILE(1)
         SPARSEGATE_TILE(2)
@@ -209,7 +206,7 @@ void factors_int8(const Quads& quads, const float* z, int32_t* q, float* step, i
     step[s] = round_group(z + quads.filled[s], quads.filled[s + 1] - quads.filled[s], rounded);
     int32_t sum = 0;
     for (int i = 0; i < kRounded; ++i) sum += rounded[i];
-    offset[s] = -128 * sum;
+    offset[s] = -WEIGHT_OFFSET * sum;
     for (int64_t k = quads.segments[s], i = 0; k < quads.segments[s + 1]; ++k, i += ROWS) q[k] = quad_of(rounded + i);
   }
 }
@@ -221,41 +218,38 @@ void factors_int4(const Quads& quads, const float* z, const half* scales, int64_
     const int filled = quads.filled[s + 1] - quads.filled[s];
     for (int64_t g = 0; g < groups; g += LANES) {  // 16 column groups at a time
       const int64_t left = groups - g < LANES ? groups - g : LANES, there = row_groups - group - g < left ? row_groups - group - g : left;
-      alignas(64) float scaled[kRounded][LANES];
-      alignas(64) uint32_t largest[LANES] = {};
+      vec scaled[kRounded];
+      bytes most = spread(0);
       for (int k = 0; k < filled; ++k) {
         const half* row = scales + quads.rows[begin * ROWS + k] * row_groups + group + g;
-        const vec value = spread(z[quads.filled[s] + k]) * (there >= LANES ? load(row) : there > 0 ? load_tail(row, there) : vec{});
-        store(scaled[k], value);
-        uint32_t bits[LANES];
-        memcpy(bits, &value, sizeof bits);
-        for (int l = 0; l < LANES; ++l) largest[l] = (bits[l] & 0x7fffffffu) > largest[l] ? bits[l] & 0x7fffffffu : largest[l];
+        const float factor = z[quads.filled[s] + k];
+        scaled[k] = vec{};
+        if (factor != 0.f && there > 0) scaled[k] = spread(factor) * (there >= LANES ? load(row) : load_tail(row, there));  // not 0 * NaN
+        most = larger_magnitude(most, scaled[k]);
       }
       alignas(64) float inverse[LANES], steps[LANES];
       for (int l = 0; l < LANES; ++l) {
+        uint32_t bits;
         float size;
-        memcpy(&size, &largest[l], sizeof size);
-        const bool finite = largest[l] < 0x7f800000u, usable = finite && size >= TINY;
+        memcpy(&bits, reinterpret_cast<const char*>(&most) + l * sizeof bits, sizeof bits);
+        memcpy(&size, &bits, sizeof size);
+        const bool finite = bits < 0x7f800000u, usable = finite && size >= TINY;
         inverse[l] = usable ? 127.f / size : 0.f;
-        steps[l] = usable ? size / 127.f : finite ? 0.f : __builtin_nanf("");
+        steps[l] = usable ? size / 127.f : finite ? 0.f : __builtin_nanf("");  // what q is then does not matter
       }
+      for (int k = filled; k < (end - begin) * ROWS; ++k) scaled[k] = vec{};
       const vec by = load(inverse);
-      alignas(64) int32_t sum[LANES] = {};
+      bytes total = spread(0);
       for (int64_t k = begin; k < end; ++k) {
-        alignas(64) int32_t packed[LANES] = {};
-        for (int r = 0; r < ROWS && (k - begin) * ROWS + r < filled; ++r) {
-          const bytes rounded = to_int(load(scaled[(k - begin) * ROWS + r]) * by);
-          int32_t value[LANES];
-          memcpy(value, &rounded, sizeof value);
-          for (int l = 0; l < LANES; ++l) {
-            const int32_t kept = steps[l] == steps[l] ? value[l] : 0;
-            sum[l] += kept;
-            packed[l] |= (kept & 255) << (8 * r);
-          }
-        }
-        memcpy(q + k * groups + g, packed, static_cast<size_t>(left) * sizeof(int32_t));
+        const vec* four_rows = scaled + (k - begin) * ROWS;
+        const bytes a = to_int(four_rows[0] * by), b = to_int(four_rows[1] * by), c = to_int(four_rows[2] * by), d = to_int(four_rows[3] * by);
+        total = total + ((a + b) + (c + d));
+        const bytes packed = with_byte<3>(with_byte<2>(with_byte<1>(with_byte<0>(spread(0), a), b), c), d);
+        memcpy(q + k * groups + g, &packed, static_cast<size_t>(left) * sizeof(int32_t));
       }
-      for (int l = 0; l < LANES; ++l) sum[l] *= -8;
+      uint32_t sum[LANES];
+      memcpy(sum, &total, sizeof sum);
+      for (int l = 0; l < LANES; ++l) sum[l] *= 0u - 8u;
       memcpy(step + s * groups + g, steps, static_cast<size_t>(left) * sizeof(float));
       memcpy(offset + s * groups + g, sum, static_cast<size_t>(left) * sizeof(int32_t));
     }
@@ -271,15 +265,28 @@ void factors(bool int4, const Quads& quads, const float* z, const uint16_t* scal
 }
 
 // The bytes of four rows for one chunk of 64 sums: int8 columns, or the low (part 0) or high (part 1) nibbles of 128 columns
-template <bool INT4>
+template <bool INT4, bool WHOLE>
 inline void take(const char* const* row, int64_t at, int64_t left, int part, bytes* out) {
   bytes loaded[ROWS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) {
-    loaded[r] = left >= 64 ? load_bytes(row[r] + at) : load_bytes(row[r] + at, left);
-    loaded[r] = !INT4 ? offset_by_128(loaded[r]) : part ? high_nibbles(loaded[r]) : low_nibbles(loaded[r]);
+    const bytes raw = WHOLE ? load_bytes(row[r] + at) : load_bytes(row[r] + at, left);
+    if (!INT4)
+      loaded[r] = weights_of(raw);
+    else if (part)
+      loaded[r] = high_nibbles(raw);
+    else
+      loaded[r] = low_nibbles(raw);
   }
   interleave(loaded, out);
+}
+
+template <bool INT4>
+inline void take(const char* const* row, int64_t at, int64_t left, int part, bytes* out) {
+  if (left >= 64)
+    take<INT4, true>(row, at, left, part, out);
+  else
+    take<INT4, false>(row, at, left, part, out);
 }
 
 struct Factors {
@@ -308,7 +315,7 @@ inline void add_segment(const Factors& f, int64_t s, int64_t begin, int64_t end,
       const int32_t* q = f.q + t * f.q_stride + k * f.groups;
       const bytes factor = INT4 ? expand(q + lane) : spread(*q);
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) sum[t][v] = dot4(sum[t][v], u[v], factor);
+      for (int v = 0; v < 4; ++v) sum[t][v] = INT4 ? dot_nibbles(sum[t][v], u[v], factor) : dot_weights(sum[t][v], u[v], factor);
     }
   }
 #pragma GCC unroll 8
@@ -364,9 +371,12 @@ void sum_many(const char* weights, int64_t row_bytes, const Quads& quads, int64_
         }
         bytes u[4];
         take<INT4>(row, at, left, part, u);
-        memcpy(panel + k * 256, u, sizeof u);
+        for (int v = 0; v < 4; ++v) store_bytes(panel + k * 256 + v * 64, u[v]);
       }
-      const auto quad = [&](int64_t k, bytes* u) { memcpy(u, panel + k * 256, 4 * sizeof(bytes)); };
+      const auto quad = [&](int64_t k, bytes* u) {
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) u[v] = load_bytes(panel + k * 256 + v * 64);
+      };
       for (int64_t t = 0, tiles = (tokens + TOKENS - 1) / TOKENS; tiles > 0; --tiles) {
         const int64_t size = (tokens - t + tiles - 1) / tiles;
         Factors mine = f;

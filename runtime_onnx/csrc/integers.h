@@ -20,18 +20,22 @@ struct bytes { ireg part[PARTS]; };  // 64 uint8 or int8, or 16 int32
 
 #define SPARSEGATE_EACH_PART _Pragma("GCC unroll 4") for (int i = 0; i < PARTS; ++i)
 
+// Register by register: a copy of the whole struct would pass through memory
 inline bytes load_bytes(const void* p) {
   bytes out;
-  memcpy(&out, p, sizeof out);
+  SPARSEGATE_EACH_PART out.part[i] = unaligned<ireg>(static_cast<const char*>(p) + i * sizeof(ireg));
   return out;
+}
+
+inline void store_bytes(void* p, const bytes& value) {
+  SPARSEGATE_EACH_PART memcpy(static_cast<char*>(p) + i * sizeof(ireg), &value.part[i], sizeof(ireg));
 }
 
 // The first `count` < 64 bytes, zeros behind them
 inline bytes load_bytes(const void* p, int64_t count) {
-  bytes out;
-  memset(&out, 0, sizeof out);
-  memcpy(&out, p, static_cast<size_t>(count));
-  return out;
+  char padded[64] = {};
+  memcpy(padded, p, static_cast<size_t>(count));
+  return load_bytes(padded);
 }
 
 inline bytes spread(int32_t value) {
@@ -62,8 +66,14 @@ inline bytes operator^(const bytes& a, const bytes& b) {
   return out;
 }
 
-// int8 values plus 128, as uint8
-inline bytes offset_by_128(const bytes& a) { return a ^ spread(static_cast<int32_t>(0x80808080u)); }
+// What is added to int8 weights before `dot_weights` takes them: VNNI multiplies uint8 by int8
+#if defined(__AVX512VNNI__)
+constexpr int32_t WEIGHT_OFFSET = 128;
+inline bytes weights_of(const bytes& a) { return a ^ spread(static_cast<int32_t>(0x80808080u)); }
+#else
+constexpr int32_t WEIGHT_OFFSET = 0;
+inline bytes weights_of(const bytes& a) { return a; }
+#endif
 
 inline bytes low_nibbles(const bytes& a) {
   bytes out;
@@ -93,27 +103,49 @@ inline bytes high_nibbles(const bytes& a) {
   return out;
 }
 
-// sum + the products of four uint8 (u) and four int8 (s) per int32, exact
-inline bytes dot4(const bytes& sum, const bytes& u, const bytes& s) {
-  bytes out;
-  SPARSEGATE_EACH_PART {
+// sum + the products of four weights and four int8 s per int32, exact. dot_weights: int8 weights as `weights_of` gives them; dot_nibbles: 0 .. 15.
+inline ireg dot_weights(ireg sum, ireg w, ireg s) {
 #if defined(__AVX512VNNI__)
-    out.part[i] = _mm512_dpbusd_epi32(sum.part[i], u.part[i], s.part[i]);
+  return _mm512_dpbusd_epi32(sum, w, s);
 #elif defined(__AVX512F__)
-    // even and odd bytes as int16: no step saturates
-    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(u.part[i], _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(s.part[i], 8), 8));
-    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(u.part[i], 8), _mm512_srai_epi16(s.part[i], 8));
-    out.part[i] = _mm512_add_epi32(sum.part[i], _mm512_add_epi32(even, odd));
+  // even and odd bytes as int16: no step saturates
+  const __m512i even = _mm512_madd_epi16(_mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), _mm512_srai_epi16(_mm512_slli_epi16(s, 8), 8));
+  return _mm512_add_epi32(sum, _mm512_add_epi32(even, _mm512_madd_epi16(_mm512_srai_epi16(w, 8), _mm512_srai_epi16(s, 8))));
 #elif defined(__AVX2__)
-    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u.part[i], _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(s.part[i], 8), 8));
-    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u.part[i], 8), _mm256_srai_epi16(s.part[i], 8));
-    out.part[i] = _mm256_add_epi32(sum.part[i], _mm256_add_epi32(even, odd));
+  // |w| <= 128 times s with w's sign, |s| <= 127: two products fit int16
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(s, w));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return (ireg)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)s);
+#elif defined(__aarch64__)
+  const int16x8_t low = vmull_s8(vget_low_s8((int8x16_t)w), vget_low_s8((int8x16_t)s)), high = vmull_high_s8((int8x16_t)w, (int8x16_t)s);
+  return sum + (ireg)vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
 #else
-    const words a = (words)u.part[i], b = (words)s.part[i];
-    const ireg even = (ireg)((a & 255) * ((words)(b << 8) >> 8)), odd = (ireg)(((a >> 8) & 255) * (b >> 8));  // 255 * 128 fits int16
-    out.part[i] = sum.part[i] + ((ireg)((even << 16) >> 16) + (even >> 16)) + ((ireg)((odd << 16) >> 16) + (odd >> 16));
+  const words a = (words)w, b = (words)s;
+  const ireg even = (ireg)(((words)(a << 8) >> 8) * ((words)(b << 8) >> 8)), odd = (ireg)((a >> 8) * (b >> 8));
+  return sum + ((ireg)(even << 16) >> 16) + (even >> 16) + ((ireg)(odd << 16) >> 16) + (odd >> 16);
 #endif
-  }
+}
+
+inline ireg dot_nibbles(ireg sum, ireg u, ireg s) {
+#if defined(__AVX512F__) && !defined(__AVX512VNNI__)
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(u, s), _mm512_set1_epi16(1)));
+#elif defined(__AVX2__) && !defined(__AVX512VNNI__)
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+#else
+  return dot_weights(sum, u, s);
+#endif
+}
+
+inline bytes dot_weights(const bytes& sum, const bytes& w, const bytes& s) {
+  bytes out;
+  SPARSEGATE_EACH_PART out.part[i] = dot_weights(sum.part[i], w.part[i], s.part[i]);
+  return out;
+}
+
+inline bytes dot_nibbles(const bytes& sum, const bytes& u, const bytes& s) {
+  bytes out;
+  SPARSEGATE_EACH_PART out.part[i] = dot_nibbles(sum.part[i], u.part[i], s.part[i]);
   return out;
 }
 
@@ -179,7 +211,7 @@ inline bytes expand(const int32_t* p) {
 
 inline vec as_floats(const bytes& a) {
   vec out;
-  memcpy(&out, &a, sizeof out);
+  SPARSEGATE_EACH_PART memcpy(&out.part[i], &a.part[i], sizeof(reg));
   return out;
 }
 
@@ -220,6 +252,75 @@ inline bytes to_int(const vec& a) {
 #endif
   }
   return out;
+}
+
+inline bytes as_bytes(const vec& a) {
+  bytes out;
+  SPARSEGATE_EACH_PART memcpy(&out.part[i], &a.part[i], sizeof(reg));
+  return out;
+}
+
+inline bytes operator+(const bytes& a, const bytes& b) {  // int32
+  bytes out;
+  SPARSEGATE_EACH_PART {
+#if defined(__AVX512F__)
+    out.part[i] = _mm512_add_epi32(a.part[i], b.part[i]);
+#elif defined(__AVX2__)
+    out.part[i] = _mm256_add_epi32(a.part[i], b.part[i]);
+#else
+    out.part[i] = a.part[i] + b.part[i];
+#endif
+  }
+  return out;
+}
+
+// The larger of a and the magnitude of b's floats, as bits: NaN is above infinity
+inline bytes larger_magnitude(const bytes& a, const vec& b) {
+  const bytes bits = as_bytes(b);
+  bytes out;
+  SPARSEGATE_EACH_PART {
+#if defined(__AVX512F__)
+    out.part[i] = _mm512_max_epi32(a.part[i], _mm512_and_si512(bits.part[i], _mm512_set1_epi32(0x7fffffff)));
+#elif defined(__AVX2__)
+    out.part[i] = _mm256_max_epi32(a.part[i], _mm256_and_si256(bits.part[i], _mm256_set1_epi32(0x7fffffff)));
+#else
+    const ireg size = bits.part[i] & 0x7fffffff, above = size > a.part[i];
+    out.part[i] = (size & above) | (a.part[i] & ~above);
+#endif
+  }
+  return out;
+}
+
+// a | (lowest byte of b's int32) << 8 * place
+template <int PLACE>
+inline bytes with_byte(const bytes& a, const bytes& b) {
+  bytes out;
+  SPARSEGATE_EACH_PART {
+#if defined(__AVX512F__)
+    out.part[i] = _mm512_or_si512(a.part[i], _mm512_slli_epi32(_mm512_and_si512(b.part[i], _mm512_set1_epi32(255)), 8 * PLACE));
+#elif defined(__AVX2__)
+    out.part[i] = _mm256_or_si256(a.part[i], _mm256_slli_epi32(_mm256_and_si256(b.part[i], _mm256_set1_epi32(255)), 8 * PLACE));
+#else
+    out.part[i] = a.part[i] | (b.part[i] & 255) << (8 * PLACE);
+#endif
+  }
+  return out;
+}
+
+// Four float16, each four times
+inline vec expand(const half* p) {
+#if defined(__AVX512F__)
+  const __m512i places = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return vec{{_mm512_permutexvar_ps(places, _mm512_castps128_ps512(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))))}};
+#elif defined(__AVX2__)
+  const __m256 four_floats = _mm256_castps128_ps256(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  return vec{{_mm256_permutevar8x32_ps(four_floats, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)),
+              _mm256_permutevar8x32_ps(four_floats, _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3))}};
+#else
+  float values[LANES];
+  store(values, load_tail(p, 4));
+  return expand(values);
+#endif
 }
 
 inline vec operator*(const vec& a, const vec& b) {
