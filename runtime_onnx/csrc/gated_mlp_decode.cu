@@ -31,7 +31,7 @@ namespace {
 constexpr int kOpenThreads = 512;  // d = 4096 in one step
 constexpr int kGroup = 32;         // neurons of a block: one vote
 constexpr int kSlots = 8;          // rows in flight per warp
-constexpr int64_t kStride = kWarps * 256;
+constexpr int kStride = kWarps * 256;
 
 // wide [tokens, d] = x; hidden [tokens, r] = relu(P1 x). Grid (tokens, r, or what d needs without a predictor)
 __global__ void __launch_bounds__(kOpenThreads) open(Matrix x, Matrix p1, float* wide, float* hidden) {
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kOpenThreads) open(Matrix x, Matrix p1, float*
     for (int j = 0; j < 8; ++j) sum = fmaf(row[j], v[j], sum);
   }
   sum = block_sum(sum);
-  if (threadIdx.x == 0 && k < p1.rows) hidden[t * p1.rows + k] = relu(sum);
+  if (threadIdx.x == 0 && k < p1.rows) hidden[t * p1.rows + k] = relu(sum * row_scale(p1, k));
 }
 
 // Adds each slot over the lanes of the warp: lane l gets the sum of slot l / 4.
@@ -69,24 +69,24 @@ __device__ inline float fold(const float (&v)[kSlots]) {
 }
 
 // Products with v of the first `count` of these rows over the columns begin, begin + step, ... of every lane: lane l gets that of slot l / 4. No row scales.
-template <class W>
-__device__ float dots(const Matrix& m, const int64_t (&rows)[kSlots], int count, int64_t begin, int64_t step, const float* v) {
+template <class W, int kRows>
+__device__ float dots(const Matrix& m, const int (&rows)[kRows], int count, int begin, int step, const float* v) {
   float sum[kSlots] = {};
-  for (int64_t c = begin; c < m.columns; c += step) {
-    Eight<W> row[kSlots];
+  for (int c = begin; c < m.columns; c += step) {
+    Eight<W> row[kRows];
     if (m.whole) {
 #pragma unroll
-      for (int k = 0; k < kSlots; ++k)
+      for (int k = 0; k < kRows; ++k)
         if (k < count) row[k] = read<W>(m, rows[k], c);
     } else {
 #pragma unroll
-      for (int k = 0; k < kSlots; ++k)
+      for (int k = 0; k < kRows; ++k)
         if (k < count) row[k] = read_edge<W>(m, rows[k], c);
     }
     float x[8];
     eight_floats(v, c, m.columns, m.whole, x);
 #pragma unroll
-    for (int k = 0; k < kSlots; ++k) {
+    for (int k = 0; k < kRows; ++k) {
       if (k >= count) continue;
       float w[8], part = 0.f;
       widen(row[k], w);
@@ -104,9 +104,9 @@ __device__ void predict(const Matrix& p2, int64_t first, const float* hidden, fl
   constexpr int kRows = kGroup / kWarps;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, from = warp * kRows;
   const int64_t left = p2.rows - first - from;
-  int64_t rows[kSlots] = {};
+  int rows[kRows];
 #pragma unroll
-  for (int k = 0; k < kRows; ++k) rows[k] = first + from + k;
+  for (int k = 0; k < kRows; ++k) rows[k] = static_cast<int>(first) + from + k;
   const float score = dots<P>(p2, rows, static_cast<int>(left < 0 ? 0 : left < kRows ? left : kRows), lane * 8, 256, hidden);
   if (lane % 4 == 0 && lane / 4 < kRows) scores[from + lane / 4] = lane / 4 < left ? score * row_scale(p2, first + from + lane / 4) : 0.f;
 }
@@ -116,15 +116,15 @@ template <class W>
 __device__ void products(const Matrix& m, int64_t first, unsigned vote, const float* x, float (*sums)[kWarps]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int at = 0; vote; at += kSlots) {
-    int64_t rows[kSlots];
+    int rows[kSlots];
     int count = 0;
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) {
-      rows[k] = first + (vote ? __ffs(static_cast<int>(vote)) - 1 : 0);
+      rows[k] = static_cast<int>(first) + (vote ? __ffs(static_cast<int>(vote)) - 1 : 0);
       count += vote != 0;
       vote &= vote - 1;
     }
-    const float sum = dots<W>(m, rows, count, threadIdx.x * 8, kStride, x);
+    const float sum = dots<W>(m, rows, count, static_cast<int>(threadIdx.x) * 8, kStride, x);
     if (lane % 4 == 0 && lane / 4 < count) sums[at + lane / 4][warp] = sum;
   }
 }
@@ -137,7 +137,7 @@ __device__ inline float total(const float* sums) {
 
 // z and keep [tokens, n]; grid (tokens, n / 32): the tokens of one group run together and share its rows in the second-level cache
 template <class W>
-__global__ void __launch_bounds__(kThreads) neurons(Neurons p, Matrix p2, const float* x, const float* hidden, float* z, uint8_t* keep) {
+__global__ void __launch_bounds__(kThreads, sizeof(W) == 4 ? 2 : 3) neurons(const __grid_constant__ Neurons p, const __grid_constant__ Matrix p2, const float* x, const float* hidden, float* z, uint8_t* keep) {
   __shared__ float scores[kGroup], gates[kGroup][kWarps], ups[kGroup][kWarps];
   const int lane = threadIdx.x % 32;
   const unsigned below = (1u << lane) - 1u;
@@ -198,7 +198,7 @@ size_t decode(const Call& call, char* base, cudaStream_t stream) {
   with_type(p.first.type, [&](auto type) {
     launch(neurons<decltype(type)>, grid(tokens, blocks(n, kGroup)), kThreads, stream, p, p2, wide, hidden, z, keep);
   });
-  add_few_rows(Rows{matrix_of(z, ort::kFloat32, tokens, n), keep, nullptr}, w_down, partials, stream);
+  add_few_rows(KeptRows{matrix_of(z, ort::kFloat32, tokens, n), keep, nullptr}, w_down, partials, stream);
   Ending end;
   end.bias = call.floats(kBDown);
   end.residual = call.matrix(kRes, kRes);

@@ -12,12 +12,12 @@
 namespace sparsegate {
 namespace {
 
-constexpr int kChunk = 128;                    // rows to a part
-constexpr int64_t kColumns = kThreads * 8;     // of a block
-constexpr int kFlight = 8;                     // rows in flight
+constexpr int kChunk = 128;                 // rows to a part
+constexpr int64_t kColumns = kThreads * 8;  // of a block
+constexpr int kFlight = 8;                  // rows in flight
 
 template <class W>
-__global__ void __launch_bounds__(kThreads) down(Rows rows, Matrix w, float* partial) {
+__global__ void __launch_bounds__(kThreads) down(KeptRows rows, Matrix w, float* partial) {
   __shared__ int64_t row[kChunk];
   __shared__ float scale[kChunk];
   const int64_t t = blockIdx.x, chunk = blockIdx.z, i = chunk * kChunk + threadIdx.x, at = t * w.rows + i;
@@ -56,8 +56,13 @@ __global__ void __launch_bounds__(kThreads) down(Rows rows, Matrix w, float* par
     }
   }
   float* out = partial + (chunk * gridDim.x + t) * w.columns + c;
-  for (int e = 0; e < 8; ++e)
-    if (c + e < w.columns) out[e] = sum[e];
+  if (w.whole) {
+    *reinterpret_cast<float4*>(out) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    *reinterpret_cast<float4*>(out + 4) = make_float4(sum[4], sum[5], sum[6], sum[7]);
+  } else {
+    for (int e = 0; e < 8; ++e)
+      if (c + e < w.columns) out[e] = sum[e];
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) finish(Partials partials, int64_t tokens, int64_t columns, Ending end) {
@@ -85,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) finish(Partials partials, int64_t to
 
 int64_t few_row_parts(int64_t rows) { return blocks(rows, kChunk); }
 
-void add_few_rows(const Rows& rows, const Matrix& w, Partials& partials, cudaStream_t stream) {
+void add_few_rows(const KeptRows& rows, const Matrix& w, Partials& partials, cudaStream_t stream) {
   partials.parts = few_row_parts(w.rows);
   with_type(w.type, [&](auto type) {
     launch(down<decltype(type)>, grid(rows.v.rows, blocks(w.columns, kColumns), partials.parts), kThreads, stream, rows, w, partials.sums);

@@ -12,7 +12,7 @@ struct Partials {
 };
 
 // Factors v [tokens, rows]; kept are those that `keep` [tokens, rows] names, or with keep nullptr those with |v| > tau [rows].
-struct Rows {
+struct KeptRows {
   Matrix v;
   const uint8_t* keep = nullptr;
   const float* tau = nullptr;
@@ -30,7 +30,7 @@ int64_t few_row_parts(int64_t rows);   // parts of add_few_rows
 int64_t tile_row_parts(int64_t rows);  // parts of add_row_tiles
 
 // Each token reads its own rows. Fills partials.parts.
-void add_few_rows(const Rows& rows, const Matrix& w, Partials& partials, cudaStream_t stream);
+void add_few_rows(const KeptRows& rows, const Matrix& w, Partials& partials, cudaStream_t stream);
 
 // All tokens at once as a product of tiles; v [tokens, pitch] holds 0 where a row is not kept and, for int8 rows, their scales. `used` (nullptr: all are)
 // [tokens / 128, rows / 64] is 0 where a tile of v is 0. Fills partials.parts.
