@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime_onnx.bench import bench
+from ..runtime_onnx.library import DENSE, PROVIDERS, executor
 from . import report as reporting
 from .artifact import Header, InputError, atomic_folder, is_finished, read_header, read_json, write_header, write_json
-from .onnx_export import build_base, check_base, export
+from .executors import NO_CUDA, check_onnx, has_cuda, measure_shipped
+from .onnx_export import PRECISIONS, build_base, check_base, export, export_dense, round_model
 from .plans import Plan, Predictor
-from .recipe import Recipe
+from .recipe import Export, Recipe
 from .reference import apply_plan, load, load_dense, remove_plan
 from .report import Report
 from .schedule import checkpoint
 from .source import Source
 from .texts import Texts, heldout_name
-from .verification import Check, Quality, check_budget, check_onnx, measure_quality
+from .verification import Check, ExecutorQuality, Quality, check_budget, measure_quality, shipped_checks
 
 log = logging.getLogger("sparsegate")
 SPEED_PAIRS = 25
@@ -29,8 +31,8 @@ SPEED_PAIRS = 25
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method's plan and its held-out quality; of the one that was exported also its folders, the checks it passed or failed, and its speed beside dense
-    (empty when not measured).
+    """A method's plan and its held-out quality; of the one that was exported also its folders, the checks it passed or failed, what its ONNX file loses in its
+    own precision (None where that is torch's, or nothing could run it), and its speed beside dense (empty when not measured).
     """
 
     method: str
@@ -40,6 +42,7 @@ class Candidate:
     checks: list[Check]
     checkpoint: Path | None = None
     onnx: Path | None = None
+    shipped: ExecutorQuality | None = None
     speed: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -57,6 +60,68 @@ def make_base(source: Source, texts: Texts, work: Path) -> Path:
             check_base(partial, load_dense(source.folder), texts.heldout.tokens[texts.heldout.mask.all(1)][:2, :32])
             write_header(partial, header)
     return folder
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The float graph that candidates are made from; the dense one in their precision, which their speed is compared with (fp16 and bf16 on the CPU: fp32,
+    since ONNX Runtime has nothing faster there); and what that one loses, where it is in integers and something could run it.
+    """
+
+    base: Path
+    dense: Path
+    loss: ExecutorQuality | None = None
+
+
+def make_graphs(source: Source, texts: Texts, recipe: Recipe, work: Path) -> Graphs:
+    """The dense graphs of a recipe's precision and target, each a stage below `work`; none before the one in fp32 is found to be the model."""
+    base, asked = make_base(source, texts, work), recipe.export
+    form = PRECISIONS[asked.precision]
+    if asked.target == "cuda":
+        base, header = work / "base_cuda", Header(format="base", parents={"model": source.fingerprint}, config={"precision": form.cuda, "target": "cuda"})
+        if not is_finished(base, header):
+            with atomic_folder(base) as partial:
+                build_base(source.folder, partial, form.cuda, "cuda")
+                write_header(partial, header)
+    if form.bits is None:
+        return Graphs(base, base)
+    parent = read_header(base)
+    assert parent is not None
+    dense, header = work / "dense", Header(format="dense", parents={"base": parent.fingerprint}, config=asked.model_dump(mode="json"))
+    if not is_finished(dense, header):
+        with atomic_folder(dense) as partial:
+            export_dense(base, partial, asked.precision, asked.target)
+            write_header(partial, header)
+    folder, header = work / "quality_dense", Header(format="quality", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256)
+    if not is_finished(folder, header):
+        found = measure_shipped(dense, load_dense(source.folder), texts.heldout, asked)
+        with atomic_folder(folder) as partial:
+            write_json(partial / "quality.json", {} if found is None else found.model_dump())
+            write_header(partial, header)
+    return Graphs(base, dense, _quality(read_json(folder / "quality.json", "The measured quality")))
+
+
+def _quality(stored: dict[str, Any]) -> ExecutorQuality | None:
+    return ExecutorQuality(**stored) if stored else None
+
+
+def room(recipe: Recipe, graphs: Graphs) -> Recipe:
+    """The recipe with what its precision leaves of its budget. Raises InputError when the dense graph in that precision already breaks it."""
+    loss, budget = graphs.loss, recipe.budget
+    if loss is None or not budget.bounded:
+        return recipe
+    rise, left = math.exp(loss.nll - loss.nll_torch) - 1, {}
+    if budget.max_ppl_increase is not None:
+        left["max_ppl_increase"] = (1 + budget.max_ppl_increase) / (1 + max(0.0, rise)) - 1
+    if budget.max_kl is not None:
+        left["max_kl"] = budget.max_kl - max(0.0, loss.kl)
+    if min(left.values()) <= 0:
+        asked = ", ".join(f"{name} {getattr(budget, name):.3g}" for name in left)
+        raise InputError(
+            f"The budget must leave room for {recipe.export.precision}, in which the dense graph alone raises perplexity by {rise:.3g} and has KL "
+            f"{loss.kl:.3g}, got {asked}. Loosen it, or choose a precision of more bits."
+        )
+    return recipe.model_copy(update={"budget": budget.model_copy(update=left)})
 
 
 def measure(source: Source, plans: Mapping[str, Plan], sparsities: Mapping[str, float | None], texts: Texts, recipe: Recipe, work: Path) -> list[Candidate]:
@@ -80,7 +145,7 @@ def measure(source: Source, plans: Mapping[str, Plan], sparsities: Mapping[str, 
     return found
 
 
-def choose(candidates: list[Candidate], source: Source, texts: Texts, base: Path, recipe: Recipe, work: Path) -> tuple[Candidate, list[Candidate]]:
+def choose(candidates: list[Candidate], source: Source, texts: Texts, graphs: Graphs, recipe: Recipe, work: Path) -> tuple[Candidate, list[Candidate]]:
     """The best candidate, exported and checked, and all of them with it in its place: the cheapest one where a budget was searched, else the one with the
     least KL to dense. One whose executors disagree is passed over.
 
@@ -90,14 +155,14 @@ def choose(candidates: list[Candidate], source: Source, texts: Texts, base: Path
     tried: dict[str, Candidate] = {candidate.method: candidate for candidate in candidates}
     for candidate in order:
         if candidate.passed:
-            tried[candidate.method] = _exported(candidate, source, texts, base, recipe, work)
+            tried[candidate.method] = _exported(candidate, source, texts, graphs, recipe, work)
             if tried[candidate.method].passed:
                 break
     else:
         found = "; ".join(_failures(list(tried.values())))
         raise InputError(
             f"A checkpoint must hold its budget and its executors must agree, got {found}. "
-            "Lower --sparsity, loosen the budget, or report executors that disagree."
+            "Lower --sparsity, loosen the budget, choose a precision of more bits, or report executors that disagree."
         )
     for line in _failures(list(tried.values())):
         log.warning("not chosen, %s", line)
@@ -108,27 +173,35 @@ def _failures(candidates: list[Candidate]) -> list[str]:
     return [f"{c.method}: {check.name} {check.value:.3g} against {check.bound:.3g} {check.note}" for c in candidates for check in c.checks if not check.passed]
 
 
-def _exported(candidate: Candidate, source: Source, texts: Texts, base: Path, recipe: Recipe, work: Path) -> Candidate:
+def _exported(candidate: Candidate, source: Source, texts: Texts, graphs: Graphs, recipe: Recipe, work: Path) -> Candidate:
     """The candidate with checkpoint, ONNX folder, checks of its executors and speed, each a stage below `work`."""
-    name = candidate.method
+    name, asked = candidate.method, recipe.export
     folder = checkpoint(source, candidate.plan, name, work, work / "plan" / name)
     parent = read_header(folder)
     assert parent is not None
-    onnx, header = work / "onnx" / name, Header(format="onnx", parents={"checkpoint": parent.fingerprint}, config=recipe.export.model_dump(mode="json"))
+    onnx, header = work / "onnx" / name, Header(format="onnx", parents={"checkpoint": parent.fingerprint}, config=asked.model_dump(mode="json"))
     if not is_finished(onnx, header):
         with atomic_folder(onnx) as partial:
-            export(base, candidate.plan, source.arch, source.config, partial)
+            export(graphs.base, candidate.plan, source.arch, source.config, partial, asked.precision, asked.target)
             write_header(partial, header)
     measured, header = work / "measured" / name, Header(format="measured", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256)
     if not is_finished(measured, header):
-        checks = check_onnx(onnx, load(folder), texts.heldout)
-        speed = _speed(base, onnx, texts)
+        model = load(folder)
+        found = measure_shipped(onnx, model, texts.heldout, asked)
+        if asked != Export():
+            round_model(model, candidate.plan, source.arch, asked.precision, asked.target)
+        checks = check_onnx(onnx, model, texts.heldout, asked)
+        speed = {} if asked.target == "cuda" and not has_cuda() else _speed(graphs.dense, onnx, texts)
         with atomic_folder(measured) as partial:
-            write_json(partial / "measured.json", {"checks": [check.model_dump() for check in checks], "speed": speed})
+            shipped = {} if found is None else found.model_dump()
+            write_json(partial / "measured.json", {"checks": [check.model_dump() for check in checks], "speed": speed, "shipped": shipped})
             write_header(partial, header)
     stored = read_json(measured / "measured.json", "The measurement")
-    checks = [Check(**row) for row in stored["checks"]] + candidate.checks
-    return replace(candidate, checkpoint=folder, onnx=onnx, checks=checks, speed=stored["speed"])
+    checks, shipped = [Check(**row) for row in stored["checks"]] + candidate.checks, _quality(stored["shipped"])
+    if shipped is not None:
+        budget = recipe.budget.model_dump() | {"searched": recipe.searches}
+        checks += shipped_checks(shipped, candidate.quality, budget, asked.precision)
+    return replace(candidate, checkpoint=folder, onnx=onnx, checks=checks, shipped=shipped, speed=stored["speed"])
 
 
 def _speed(base: Path, onnx: Path, texts: Texts) -> dict[str, Any]:
@@ -142,7 +215,7 @@ def _speed(base: Path, onnx: Path, texts: Texts) -> dict[str, Any]:
         return {}
 
 
-def build_report(source: Source, recipe: Recipe, texts: Texts, candidates: list[Candidate], chosen: Candidate, command: str) -> Report:
+def build_report(source: Source, recipe: Recipe, texts: Texts, candidates: list[Candidate], chosen: Candidate, graphs: Graphs, command: str) -> Report:
     """The report on every candidate, dense first; layers and checks are the chosen one's."""
     quality = chosen.quality
     dense_speed = chosen.speed.get("baseline", {})
@@ -160,7 +233,9 @@ def build_report(source: Source, recipe: Recipe, texts: Texts, candidates: list[
         recipe=recipe.model_copy(update={"model": source.name, "calibration": _public(recipe), "stages": _public_stages(recipe)}).model_dump(mode="json"),
         calibration=reporting.Text(hash=texts.calibration.sha256, tokens=texts.calibration.count, name=texts.name),
         evaluation=reporting.Text(hash=texts.heldout.sha256, tokens=quality.tokens, name=heldout_name(recipe)),
-        speed=_conditions(chosen.speed),
+        speed=_conditions(chosen.speed, recipe.export),
+        speed_note=f"not run: {NO_CUDA}" if not chosen.speed and recipe.export.target == "cuda" else "",
+        onnx=_onnx_rows(chosen, graphs, recipe.export),
         rows=[dense, *(_row(candidate, candidate is chosen) for candidate in candidates)],
         layers=[_layer(chosen, site, entries[0]) for site, entries in chosen.plan.items()],
         checks=[
@@ -204,12 +279,31 @@ def _layer(candidate: Candidate, site: Any, entry: Any) -> reporting.Layer:
     )  # fmt: skip
 
 
-def _conditions(speed: dict[str, Any]) -> reporting.Speed | None:
+def _onnx_rows(chosen: Candidate, graphs: Graphs, asked: Export) -> list[reporting.OnnxRow]:
+    """What the ONNX files lose in their own precision, the dense one first."""
+    rows, on_cpu = [], asked.target == "cuda" and not has_cuda()
+    for model, folder, found in (("dense", graphs.dense, graphs.loss), ("sparse", chosen.onnx, chosen.shipped)):
+        if folder is None or found is None:
+            continue
+        chose = executor(folder, PROVIDERS[asked.target == "cuda"])
+        runner = "ONNX Runtime" if chose.reason == DENSE else "native kernel" if chose.kernel and not on_cpu else "standard ONNX ops"
+        rows.append(
+            reporting.OnnxRow(
+                model=model, precision=asked.precision, executor=f"{runner}{' on the CPU' if on_cpu else ''}",
+                bytes=sum(path.stat().st_size for path in folder.glob("model.onnx*")), tokens=found.tokens,
+                nll=found.nll, perplexity=math.exp(found.nll), kl=max(0.0, found.kl), agreement=found.agreement,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _conditions(speed: dict[str, Any], asked: Export) -> reporting.Speed | None:
     if not speed:
         return None
     settings = speed["settings"]
+    baseline = "fp32" if asked.target == "cpu" and PRECISIONS[asked.precision].bits is None else asked.precision
     return reporting.Speed(
-        precision="fp32", provider=speed["candidate"]["provider"], threads=settings["threads"],
+        precision=asked.precision, baseline=baseline, provider=speed["candidate"]["provider"], threads=settings["threads"],
         prompt_tokens=settings["prompt_tokens"], new_tokens=settings["new_tokens"], executor=speed["candidate"]["executor"], command=speed["command"],
         disturbed=speed["quiet"] is False,
     )  # fmt: skip

@@ -11,35 +11,49 @@ from typing import Any
 
 import torch
 
+from ..runtime_onnx.library import variants
 from .arch import load_arch
 from .artifact import HEADER, VERSION, InputError, atomic_folder, hash_file, hash_json
-from .candidates import Candidate, build_report, choose, make_base, measure
+from .candidates import Candidate, Graphs, build_report, choose, make_graphs, measure, room
 from .data import BUNDLED
+from .executors import check_onnx, measure_shipped
 from .hub import Remote, check_disk, check_push, download, head_commit, home_folder, is_hub_id, local_folder, push, remote_inspect
 from .interchange import Config as ImportedConfig
 from .interchange import fingerprint as imported_files
 from .manifest import MANIFEST, Manifest, check_files, installed_versions, list_files, read_manifest, write_manifest
+from .onnx_export import PRECISIONS, round_model
 from .planning import BUNDLED_MODEL, BUNDLED_NAME, Configs, Estimate, compile_recipe, estimate, estimate_shapes, method_configs, training_windows
-from .recipe import Recipe
+from .recipe import Export, Recipe
 from .reference import load as load_folder
 from .report import RESULTS, Report, read_base_card, write_report
 from .schedule import once
 from .source import Source, check_config, check_shapes, make_config, open_source
 from .texts import Texts, make_heldout, make_texts, texts_hash
-from .verification import Check, Verification, check_budget, check_onnx, check_record, check_source, measure_quality, read_plan
+from .verification import (
+    Check,
+    ExecutorQuality,
+    Verification,
+    check_budget,
+    check_record,
+    check_source,
+    measure_quality,
+    read_plan,
+    shipped_checks,
+)
 
 log = logging.getLogger("sparsegate")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What `convert` returns: the folder, whether it was there already, its report and the URL it was pushed to."""
+    """What `convert` returns: the folder, whether it was there already, its report, the URL it was pushed to, and the ONNX model's precision."""
 
     folder: Path
     up_to_date: bool
     report: Report | None
     estimate: Estimate | None = None
     url: str | None = None
+    precision: str = "fp32"
 
 
 def convert(
@@ -80,12 +94,12 @@ def convert(
         if dry_run or not (work / "source").exists():  # what was fetched before also serves without a network
             remote_needs = _remote_estimate(remote_inspect(asked.model), asked, configs)
             if dry_run:
-                return Result(out, False, None, remote_needs)
+                return Result(out, False, None, remote_needs, precision=asked.export.precision)
             check_disk(out, remote_needs.disk_bytes)
     source = resolve(asked.model, work / "source")
     needed = estimate(source, asked, configs)
     if dry_run:
-        return Result(out, False, None, needed)
+        return Result(out, False, None, needed, precision=asked.export.precision)
     fingerprint = _fingerprint(source.fingerprint, asked, configs)
     if out.exists():
         return _existing(out, fingerprint, push_to, public, None if keep_stages else work)
@@ -93,14 +107,17 @@ def convert(
     check_disk(out, needed.disk_bytes)
     work.mkdir(parents=True, exist_ok=True)
 
-    plans = once(source, texts, asked, configs, work, device)
-    base = make_base(source, texts, work)
-    chosen, candidates = choose(measure(source, plans, _sparsities(configs, asked), texts, asked, work), source, texts, base, asked, work)
-    report = _finish(out, source, asked, fingerprint, texts, chosen, candidates, command, keep_stages, push_to)
+    within = asked
+    if asked.budget.bounded and PRECISIONS[asked.export.precision].bits is not None:
+        within = room(asked, make_graphs(source, texts, asked, work))
+    plans = once(source, texts, within, configs, work, device)
+    graphs = make_graphs(source, texts, asked, work)
+    chosen, candidates = choose(measure(source, plans, _sparsities(configs, asked), texts, asked, work), source, texts, graphs, asked, work)
+    report = _finish(out, source, asked, fingerprint, texts, chosen, candidates, graphs, command, keep_stages, push_to)
     if not keep_stages:
         shutil.rmtree(work)
     url = push(out, push_to, private=not public) if push_to else None
-    return Result(out, False, report, needed, url)
+    return Result(out, False, report, needed, url, asked.export.precision)
 
 
 def resolve(model: str, folder: Path) -> Source:
@@ -169,12 +186,13 @@ def _finish(
     texts: Texts,
     chosen: Candidate,
     candidates: list[Candidate],
+    graphs: Graphs,
     command: str,
     keep_stages: bool,
     repo_id: str | None,
 ) -> Report:
     """Assemble OUT from the chosen candidate's stages, report and card; the manifest is written last and one rename makes OUT appear."""
-    report = build_report(source, recipe, texts, candidates, chosen, command)
+    report = build_report(source, recipe, texts, candidates, chosen, graphs, command)
     quality = chosen.quality
     with atomic_folder(out) as partial:
         assert chosen.checkpoint is not None and chosen.onnx is not None
@@ -193,12 +211,17 @@ def _finish(
             recipe=report.recipe,
             seed=recipe.seed,
             budget=recipe.budget.model_dump() | {"sparsity": chosen.sparsity, "searched": recipe.searches},
-            measured={name: getattr(quality, name) for name in ("nll_dense", "nll", "kl", "agreement", "density", "cost")},
+            measured={name: getattr(quality, name) for name in ("nll_dense", "nll", "kl", "agreement", "density", "cost")} | _onnx_measured(chosen.shipped),
+            onnx={**recipe.export.model_dump(mode="json"), "variants": variants(chosen.onnx)},
             versions=installed_versions(),
             files=list_files(partial),
         )
         write_manifest(partial, manifest)
     return report
+
+
+def _onnx_measured(shipped: ExecutorQuality | None) -> dict[str, float]:
+    return {} if shipped is None else {f"onnx_{name}": getattr(shipped, name) for name in ("nll", "kl", "agreement")}
 
 
 def _place(stage: Path, folder: Path, keep: bool) -> None:
@@ -249,9 +272,14 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
     quality = measure_quality(sparse, plan, heldout)
     if original is not None:
         checks.append(check_source(sparse, original.folder, heldout))
-    checks += check_onnx(folder / "onnx", sparse, heldout)
+    asked = recipe.export
+    shipped = measure_shipped(folder / "onnx", sparse, heldout, asked)
+    if asked != Export():
+        round_model(sparse, plan, opened.arch, asked.precision, asked.target)
+    checks += check_onnx(folder / "onnx", sparse, heldout, asked)
     if calibration is not None or wanted is None:
-        checks += check_budget(quality, manifest.budget) + check_record(quality, manifest.measured)
+        checks += check_budget(quality, manifest.budget) + check_record(quality, manifest.measured, shipped)
+        checks += [] if shipped is None else shipped_checks(shipped, quality, manifest.budget, asked.precision)
     else:
         checks.append(Check(name="budget", value=0, bound=0, passed=True, note="not judged: it holds on the checkpoint's own text (--calibration FILE)"))
-    return Verification(quality=quality, checks=checks)
+    return Verification(quality=quality, checks=checks, shipped=shipped)

@@ -10,8 +10,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..runtime_onnx import library
+from ..runtime_onnx.ops.gated_mlp import Variant
 from .artifact import VERSION
 from .manifest import installed_versions
+from .onnx_export.precision import PRECISIONS, Precision
 
 _CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16")
 _ALWAYS = ("torch", "transformers", "safetensors", "onnx", "onnx-ir")  # dependencies whatever the extra
@@ -42,12 +44,26 @@ def diagnose() -> Diagnosis:
         remedies.append('pip install "onnxruntime-genai>=0.18,<0.19"   # onnxruntime-genai-cuda for CUDA')
     try:
         facts["native library"] = f"{library.library_path()} ({library.version()}, {library.isa()})"
+        facts["native precisions"] = ", ".join(_precisions(provider) for provider in library.PROVIDERS)
     except (ValueError, OSError, AttributeError) as error:  # none, no shared object, or one of another version
         facts["native library"] = f"missing: {error}"
         remedies.append("pip install --force-reinstall --no-deps sparsegate   # the native library; models run standard ONNX ops without it")
     if "torch" in versions and (torch := _imported("torch", "torch", facts, remedies)):
         facts["cuda in torch"] = f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU"
     return Diagnosis(facts=facts, remedies=remedies)
+
+
+def _precisions(provider: str) -> str:
+    """The precisions that the native library has kernels of a gated MLP for."""
+    found = [name for name, form in PRECISIONS.items() if library.supports(_variant(form, provider), provider)]
+    return f"{provider.removesuffix('ExecutionProvider')}: {' '.join(found) or 'none'}"
+
+
+def _variant(form: Precision, provider: str) -> str:
+    roles = ("w_gate", "w_up", "w_down", "s_gate", "s_up", "s_down", "tau")
+    x = "float32" if provider == library.PROVIDERS[0] else {"fp32": "float32", "bf16": "bfloat16"}.get(form.cuda, "float16")
+    kept = tuple(role for role in roles if form.weights != "float" or role[0] != "s")
+    return Variant("silu", "gate", form.weights, kept, x=x, w=form.w).name
 
 
 def _imported(name: str, package: str, facts: dict[str, str], remedies: list[str]) -> Any:

@@ -39,6 +39,7 @@ class Manifest(BaseModel):
     seed: int
     budget: dict[str, bool | float | None]
     measured: dict[str, float]
+    onnx: dict[str, Any] = {}
     versions: dict[str, str]
     files: dict[str, File]
 

@@ -17,6 +17,8 @@ from .methods import load_method, make_config, needs, validated
 from .methods.predictor import Config as PredictorConfig
 from .methods.predictor import rank_for
 from .methods.trained_gate import Config as GateConfig
+from .onnx_export.matmul_nbits import BLOCK
+from .onnx_export.precision import PRECISIONS, Precision
 from .plans import FFN_LINEARS, LINEARS, Threshold, cost, uniform_tau
 from .recipe import Recipe, make_recipe, read_recipe
 from .residual import residual_rank
@@ -41,8 +43,8 @@ _RUNTIME = 500_000_000  # bytes of a process with torch, transformers and onnxru
 
 
 class Estimate(BaseModel):
-    """Bytes unless said otherwise. `peak_calibrate` is two blocks in fp32, the hidden states and a batch's activations; `peak_export` the whole model in
-    fp32, because onnxruntime-genai's builder and the verification load it.
+    """Bytes unless said otherwise. `onnx_bytes` is the size of a sparse ONNX model by precision, predictors left out; `peak_calibrate` two blocks in fp32, the
+    hidden states and a batch's activations; `peak_export` the whole model in fp32, because onnxruntime-genai's builder and the verification load it.
     """
 
     parameters: int
@@ -51,6 +53,7 @@ class Estimate(BaseModel):
     disk_bytes: int
     peak_calibrate: int
     peak_export: int
+    onnx_bytes: dict[str, int] = {}
     expected_cost: dict[str, float]
 
 
@@ -66,9 +69,13 @@ def estimate_shapes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...
     samples = sum(layers * min(CAP, windows) * (hidden + units) * _FP16 for stat in stats if stat.startswith("samples"))
     tied = arch.embedding in shapes and not any(name.startswith("lm_head") for name in shapes)
     whole = (parameters + (prod(shapes[arch.embedding]) if tied else 0)) * _FP32
-    disk = samples + source_bytes + 2 * whole
+    sizes = {name: _onnx_bytes(arch, shapes, ffn, tied, form, recipe.export.target) for name, form in PRECISIONS.items()}
+    disk = samples + source_bytes + whole + sizes[recipe.export.precision] * (2 if PRECISIONS[recipe.export.precision].bits else 1)
+    if recipe.export.target == "cuda":
+        disk += whole // 2
     batch = 2048 * (hidden * 4 + units * 5) * _FP32
-    costs = {} if recipe.searches else {name: _expected_cost(arch, parts, hidden, units) for name, parts in configs.items() if IMPORTED not in parts}
+    form = PRECISIONS[recipe.export.precision]
+    costs = {} if recipe.searches else {name: _expected_cost(arch, parts, hidden, units, form) for name, parts in configs.items() if IMPORTED not in parts}
     return Estimate(
         parameters=parameters,
         ffn_share=sum(prod(shapes[name]) for name in ffn) / parameters,
@@ -76,8 +83,26 @@ def estimate_shapes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...
         disk_bytes=disk,
         peak_calibrate=_RUNTIME + 2 * block * _FP32 + 2 * windows * hidden * _FP32 + batch,
         peak_export=_RUNTIME + 2 * whole,
+        onnx_bytes=sizes,
         expected_cost=costs,
     )
+
+
+def _onnx_bytes(arch: Arch, shapes: Mapping[str, tuple[int, ...]], ffn: set[str], tied: bool, form: Precision, target: str) -> int:
+    """Bytes of an ONNX model's weights: gated ones in the op's format, other matrices in MatMulNBits' blocks or floats, and the embedding, which a tied model
+    keeps once in floats and with 4 bits, and besides the output with 8.
+    """
+    plain = _FP32 if target == "cpu" or form.cuda == "fp32" else _FP16
+    gated = {"int8_row": 1.0, "int4_g32": 0.5 + _FP16 / BLOCK}.get(form.weights, _FP32 if form.w == "float32" else _FP16)
+    rest = plain if form.bits is None else form.bits / 8 + plain / BLOCK
+    total = 0.0
+    for name, shape in shapes.items():
+        count = prod(shape)
+        if name == arch.embedding:
+            total += count * (plain if not tied or form.bits is None else rest + (plain if form.bits == 8 else 0))
+        else:
+            total += count * (gated if name in ffn and len(shape) == 2 else rest if len(shape) == 2 else plain)
+    return int(total)
 
 
 def estimate(source: Source, recipe: Recipe, configs: Configs) -> Estimate:
@@ -86,15 +111,17 @@ def estimate(source: Source, recipe: Recipe, configs: Configs) -> Estimate:
     return estimate_shapes(source.arch, source.config, shapes, sum(info.bytes for info in source.tensors.values()), recipe, configs)
 
 
-def _expected_cost(arch: Arch, parts: Mapping[str, Any], hidden: int, units: int) -> float:
-    """Bytes of the feed-forward networks touched per token relative to dense: of the part that gates neurons, where there is one."""
+def _expected_cost(arch: Arch, parts: Mapping[str, Any], hidden: int, units: int, form: Precision) -> float:
+    """Bytes of the feed-forward networks touched per token relative to dense ones in the same precision: of the part that gates neurons, where there is one."""
     name, config = next(((name, config) for name, config in parts.items() if name in NEURON_METHODS), next(iter(parts.items())))
     matrices, density = 2 if arch.ffn.kind == "plain" else 3, 1 - config.sparsity
     heads = getattr(config, "residual", "none") != "none"
+    weight = {"int8_row": 1.0, "int4_g32": 0.5 + _FP16 / BLOCK}.get(form.weights)  # bytes; None: as wide as the predictor
+    share = 1.0 if weight is None else {"float16": _FP16, "int8": 1}[form.predictor_format(heads)] / weight
     if isinstance(config, PredictorConfig):
         rank = config.rank or rank_for(hidden, units, matrices, config.cost)
-        return density + rank * (hidden + units + heads * hidden) / (matrices * hidden * units)
-    own = heads * 2 * residual_rank(units, matrices) / (matrices * units)
+        return density + share * rank * (hidden + units + heads * hidden) / (matrices * hidden * units)
+    own = share * heads * 2 * residual_rank(units, matrices) / (matrices * units)
     return own + cost(Threshold("gate" if name in NEURON_METHODS else "input", uniform_tau(0.0, 1), density), hidden, units, matrices, density)
 
 
@@ -133,9 +160,19 @@ def compile_recipe(
         "seed": seed or 0,
         "stages": [{"method": method or "auto", "config": config}],
         "budget": {"max_ppl_increase": max_ppl_increase, "max_kl": max_kl},
-        "export": {"precision": precision or "fp32", "target": target or "cpu"},
+        "export": _export(precision, target),
     }
     return make_recipe(values, "convert")
+
+
+def _export(precision: str | None, target: str | None) -> dict[str, str]:
+    """The export part: in fp32 for the CPU and in fp16 for CUDA where nothing else is asked for."""
+    for name, value, known in (("precision", precision, tuple(PRECISIONS)), ("target", target, ("cpu", "cuda"))):
+        if value is not None and value not in known:
+            raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}. Choose one of these.")
+    if (precision, target) == ("fp32", "cuda"):
+        raise InputError("precision must be fp16, bf16, int8 or int4 for the target cuda, got fp32. Choose one of these, or leave it out for fp16.")
+    return {"precision": precision or ("fp16" if target == "cuda" else "fp32"), "target": target or "cpu"}
 
 
 def parts_of(method: str) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .artifact import InputError
 
@@ -62,10 +62,16 @@ class Budget(_Strict):
 
 
 class Export(_Strict):
-    """How the feed-forward weights are stored in ONNX, and which execution provider the graph is for."""
+    """How the gated weights are stored in ONNX (`onnx_export.precision` has the table), and which execution provider the graph is for."""
 
-    precision: Literal["fp32"] = "fp32"
-    target: Literal["cpu"] = "cpu"
+    precision: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
+    target: Literal["cpu", "cuda"] = "cpu"
+
+    @model_validator(mode="after")
+    def _check(self) -> Export:
+        if self.target == "cuda" and self.precision == "fp32":
+            raise ValueError("precision must be fp16, bf16, int8 or int4 for the target cuda")
+        return self
 
 
 class Recipe(_Strict):

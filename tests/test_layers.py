@@ -20,7 +20,7 @@ LEVELS = (
     {"checkpoint", "writer", "reference", "onnx_export", "attribution"},
     {"training", "analysis", "interchange", "labels", "residual"},
     {"end_to_end"},
-    {"planning", "texts", "verification", "report", "hub", "budget"},
+    {"planning", "texts", "verification", "executors", "report", "hub", "budget"},
     {"schedule", "evaluation"},
     {"conversion", "candidates", "inspection", "diagnosis", "root"},
     {"cli"},

@@ -28,8 +28,8 @@ def convert(
     calibration: Annotated[
         Path | None, typer.Option(help="UTF-8 text, its last fifth held out; or self: text that the model writes. Default: Python source that comes along.")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="Precision of the MLP weights in ONNX: fp32.")] = None,
-    target: Annotated[str | None, typer.Option(help="Where the ONNX model runs: cpu.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of the gated weights in ONNX: fp32 (the default; fp16 for cuda), fp16, bf16, int8, int4.")] = None,
+    target: Annotated[str | None, typer.Option(help="Where the ONNX model runs: cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of calibration windows and predictors.")] = None,
     device: Annotated[str, typer.Option(help="Where torch calibrates: cpu or cuda.")] = "cpu",
     push: Annotated[str | None, typer.Option(help="Hub repository to push the result to (private).")] = None,

@@ -37,7 +37,7 @@ def _size(count: float) -> str:
 
 def conversion(result: Result, as_json: bool) -> None:
     """The table of a conversion, or what a dry run found."""
-    from ..report.tables import layer_table, quality_table
+    from ..report.tables import layer_table, onnx_table, quality_table
 
     if result.report is None:
         estimate = result.estimate
@@ -47,7 +47,7 @@ def conversion(result: Result, as_json: bool) -> None:
             return
         exists = f"{result.folder} exists: a real run writes nothing, it says up to date or refuses"
         print(exists if result.folder.exists() else f"would write {result.folder}; nothing was written")
-        _estimate(estimate)
+        _estimate(estimate, result.precision)
         return
     if as_json:
         print(
@@ -60,14 +60,19 @@ def conversion(result: Result, as_json: bool) -> None:
     print()
     print(quality_table(result.report, "text"))
     print()
+    if result.report.onnx:
+        print(onnx_table(result.report, "text"))
+        print()
     print(layer_table(result.report, "text"))
     if result.url:
         print(f"pushed to {result.url}")
 
 
-def _estimate(estimate: Any) -> None:
+def _estimate(estimate: Any, precision: str | None = None) -> None:
     print(f"parameters        {estimate.parameters / 1e6:.1f} M, {estimate.ffn_share:.0%} in the feed-forward networks")
     print(f"weights           {_size(estimate.source_bytes)}")
+    sizes = {name: size for name, size in estimate.onnx_bytes.items() if precision in (None, name)}
+    print(f"ONNX model        {', '.join(f'{_size(size)} in {name}' for name, size in sizes.items())}")
     print(f"disk needed       {_size(estimate.disk_bytes)}")
     print(f"peak memory       {_size(estimate.peak_calibrate)} while calibrating, {_size(estimate.peak_export)} while exporting and verifying")
     for name, value in estimate.expected_cost.items():
@@ -81,6 +86,9 @@ def verification(result: Verification, as_json: bool) -> None:
         return
     quality = result.quality
     print(f"NLL dense {quality.nll_dense:.4f}, sparse {quality.nll:.4f} nats per token; KL {quality.kl:.4f}; agreement {quality.agreement:.1%}")
+    if result.shipped is not None:
+        shipped = result.shipped
+        print(f"ONNX as shipped: NLL {shipped.nll:.4f}; KL to dense {shipped.kl:.4f}; agreement {shipped.agreement:.1%} over {shipped.tokens} tokens")
     print(f"density {quality.density:.3f}, cost {quality.cost:.3f} of the dense MLP's bytes")
     for key, value in quality.site_density.items():
         print(f"  {key:<20} density {value:.3f}  cost {quality.site_cost[key]:.3f}")

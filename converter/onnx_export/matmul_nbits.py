@@ -28,10 +28,8 @@ _MIDDLE = {4: 8, 8: 128}  # what stands for zero
 def quantise_rest(model: ir.Model, bits: int, accuracy: int) -> None:
     """Replace every MatMul with a constant matrix [K, N]: weight uint8 [N, K / 32, 32 * bits / 8], scales [N, K / 32] in the matrix's dtype."""
     for node in list(model.graph):
-        if (node.domain, node.op_type) != ("", "MatMul") or node.inputs[1] is None or node.inputs[1].const_value is None:
-            continue
-        weight = node.inputs[1]
-        if len(weight.const_value.shape) == 2:
+        weight = node.inputs[1] if (node.domain, node.op_type) == ("", "MatMul") else None
+        if weight is not None and weight.const_value is not None and len(weight.const_value.shape) == 2:
             _replace(model.graph, node, weight, bits, accuracy)
 
 

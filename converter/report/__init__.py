@@ -8,8 +8,8 @@ from .curves import CURVES, Correlations, Curves, Point, at_cost, best_at_cost, 
 from .evaluation import EVALUATION, Evaluation
 from .html import PAGE, make_report, render, write_report
 from .plots import plot_correlations, plot_curves, plot_layers
-from .results import RESULTS, Check, Layer, Machine, Report, Row, Speed, Text, this_machine
-from .tables import check_table, layer_table, quality_table
+from .results import RESULTS, Check, Layer, Machine, OnnxRow, Report, Row, Speed, Text, this_machine
+from .tables import check_table, layer_table, onnx_table, quality_table
 
 __all__ = [
     "CURVES",
@@ -23,6 +23,7 @@ __all__ = [
     "Evaluation",
     "Layer",
     "Machine",
+    "OnnxRow",
     "Point",
     "Report",
     "Row",
@@ -36,6 +37,7 @@ __all__ = [
     "installed_versions",
     "layer_table",
     "make_report",
+    "onnx_table",
     "plot_correlations",
     "plot_curves",
     "plot_layers",

@@ -14,8 +14,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, constants
 from huggingface_hub.repocard import metadata_load
 
-from .results import Report
-from .tables import check_table, layer_table, quality_table, ratio_text
+from .results import Report, Speed
+from .tables import check_table, layer_table, onnx_table, quality_table, ratio_text
 
 TAGS = ("onnx", "onnxruntime", "onnxruntime-genai", "sparse", "activation-sparsity")
 _LICENCE_FILES = re.compile(r"(licen[cs]e|notice|copying|use_policy)", re.IGNORECASE)
@@ -90,6 +90,8 @@ def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | No
         quality=quality_table(report),
         layers=layer_table(report),
         checks=check_table(report),
+        weights=weights,
+        onnx=onnx_table(report) if report.onnx else "",
         speed=speed_sentence(report),
         recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
         versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
@@ -105,12 +107,17 @@ def speed_sentence(report: Report) -> str:
     """What was measured about decoding speed, claiming no more."""
     row, speed = report.chosen, report.speed
     if row.method == "dense" or speed is None or row.decode_ratio is None:
-        return "Speed was not measured."
+        return f"Speed was not measured{f' ({report.speed_note})' if report.speed_note else ''}."
     threads = "" if speed.threads is None else f", {speed.threads} threads"
-    where = f"on this machine ({report.machine.cpu}, {report.machine.cores} cores{threads}, {speed.precision}, {speed.provider})"
+    where = f"on this machine ({report.machine.cpu}, {report.machine.cores} cores{threads}, {weights(speed)}, {speed.provider})"
     times = f"{ratio_text(row.decode_ratio)} times the speed of the dense model"
     said = f"Not faster {where}: decoding ran at {times}." if row.decode_ratio < 1 else f"Decoding ran at {times} {where}."
     return f"{said} Other load disturbed every pair of runs: these speeds are not to be quoted." if speed.disturbed else said
+
+
+def weights(speed: Speed) -> str:
+    """The precisions of a comparison of speeds."""
+    return speed.precision if speed.baseline in (None, speed.precision) else f"{speed.precision} against dense {speed.baseline}"
 
 
 def _units(report: Report) -> str:

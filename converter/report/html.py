@@ -19,7 +19,7 @@ from .curves import CURVES, Curves, correlation_cells, cost_cells, curves_cells,
 from .evaluation import EVALUATION, Evaluation, answer_cells, executor_cells, site_cells, sparsity_cells, task_cells
 from .plots import plot_correlations, plot_curves, plot_layers
 from .results import RESULTS, Report, record_files
-from .tables import Cells, Number, check_cells, layer_cells, quality_cells
+from .tables import Cells, Number, check_cells, layer_cells, onnx_cells, quality_cells
 
 PAGE = "report/index.html"
 
@@ -95,6 +95,8 @@ def _conversion(report: Report, shown: dict[str, Any]) -> Iterator[Part]:
         f"cost the bytes that the MLPs touch per token relative to dense, predictors included. {speed_sentence(report)}",
         tables=(("", quality_cells(report)),),
     )
+    if report.onnx:
+        yield Part("As shipped", "What the ONNX files lose in their own precision, against the dense model in fp32.", tables=(("", onnx_cells(report)),))
     if report.layers:
         yield Part(
             "Per layer", "Density asked for, on held-out calibration tokens, and on the evaluation text; recall of the predictor against its labels.",

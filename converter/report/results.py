@@ -63,11 +63,13 @@ class Text(Strict):
 class Speed(Strict):
     """How the speeds were taken: one sequence, dense and sparse in turns.
 
-    `precision` of the weights of both, `threads` None for the runtime's own choice; `disturbed` when other load made every pair of runs wait.
+    `precision` of the sparse model's gated weights and `baseline` of the dense model's (None: the same), `threads` None for the runtime's own choice;
+    `disturbed` when other load made every pair of runs wait.
     """
 
     runtime: str = "onnxruntime"
     precision: str
+    baseline: str | None = None
     provider: str
     threads: int | None
     prompt_tokens: int
@@ -109,6 +111,22 @@ class Row(Strict):
         return self
 
 
+class OnnxRow(Strict):
+    """What an ONNX file in less than fp32 loses on the evaluation text, as it is shipped: `precision` as asked for, `bytes` of graph and weights, `executor`
+    that ran it, and against the dense model in fp32 `nll` and `kl` in nats per token and the share of equal argmax tokens.
+    """
+
+    model: Literal["dense", "sparse"]
+    precision: str
+    executor: str
+    bytes: int
+    tokens: int
+    nll: float
+    perplexity: float
+    kl: float
+    agreement: float = Field(ge=0, le=1)
+
+
 class Layer(Strict):
     """One site. Densities: `density_target` asked for, `density_calibrated` on held-out calibration tokens, `density_realised` on the evaluation text."""
 
@@ -147,7 +165,9 @@ class Report(Strict):
     calibration: Text
     evaluation: Text | None = None
     speed: Speed | None = None
+    speed_note: str = ""
     rows: list[Row]
+    onnx: list[OnnxRow] = []
     layers: list[Layer] = []
     checks: list[Check] = []
 

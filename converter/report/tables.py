@@ -30,6 +30,11 @@ def quality_table(report: Report, form: Form = "markdown") -> str:
     return table(quality_cells(report), form)
 
 
+def onnx_table(report: Report, form: Form = "markdown") -> str:
+    """What the ONNX files lose in their own precision, beside torch in fp32."""
+    return table(onnx_cells(report), form)
+
+
 def layer_table(report: Report, form: Form = "markdown") -> str:
     """One row per site: densities asked for, calibrated and realised, the predictor's recall and rank, and the cost."""
     return table(layer_cells(report), form)
@@ -91,6 +96,23 @@ def quality_cells(report: Report) -> Cells:
         for cells, row in zip(body, rows, strict=True):
             cells += [_rate(row.prefill_tokens_per_second), _rate(row.decode_tokens_per_second), _speed(row)]
     return header, body
+
+
+def onnx_cells(report: Report) -> Cells:
+    """The cells of `onnx_table`: the dense model in fp32 and the sparse one in torch, then the ONNX files."""
+    chosen = report.chosen
+    torch = [("dense torch", "fp32", "torch", ABSENT, report.dense), (f"{chosen.method} torch", "fp32", "torch", ABSENT, chosen)]
+    files = [(f"{'dense' if row.model == 'dense' else chosen.method} ONNX", row.precision, row.executor, megabytes(row.bytes), row) for row in report.onnx]
+    body = [
+        [name, precision, runner, size, nats(row.nll), Number(f"{row.perplexity:.4g}", row.perplexity), nats(row.kl, small=True), percent(row.agreement)]
+        for name, precision, runner, size, row in (*torch, *files)
+    ]
+    return ["model", "weights", "executor", "size", "NLL", "perplexity", "KL to dense", "agreement"], body
+
+
+def megabytes(count: int) -> str:
+    """Bytes as `12.3 MB`."""
+    return Number(f"{count / 1e6:.1f} MB", count)
 
 
 def layer_cells(report: Report) -> Cells:

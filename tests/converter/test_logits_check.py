@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsegate.converter.verification import Probe, _logits_check
+from sparsegate.converter.executors import Probe, _logits_check
 
 
 class Executor:
@@ -28,7 +28,7 @@ class Executor:
 def judged(error: Tensor, compare: Tensor) -> Any:
     logits = torch.zeros(*compare.shape, 5)
     probe = Probe(torch.zeros_like(compare, dtype=torch.int64), logits, compare, torch.zeros(0, 0, dtype=torch.int64), [], frozenset())
-    return _logits_check("body", Executor(logits, error), probe)  # type: ignore[arg-type]
+    return _logits_check("body logits", Executor(logits, error), probe)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("off", "passed"), [(9e-5, True), (1.1e-4, False)])

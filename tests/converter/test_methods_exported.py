@@ -12,6 +12,7 @@ from models import make_model
 from small_recipe import small_recipe
 
 from sparsegate.converter.candidates import make_base
+from sparsegate.converter.executors import check_onnx
 from sparsegate.converter.methods import METHODS
 from sparsegate.converter.onnx_export import export
 from sparsegate.converter.planning import AUTO, method_configs, training_windows
@@ -21,7 +22,6 @@ from sparsegate.converter.reference import apply_plan, load_dense, remove_plan
 from sparsegate.converter.schedule import once
 from sparsegate.converter.source import Source, open_source
 from sparsegate.converter.texts import Texts, make_texts
-from sparsegate.converter.verification import check_onnx
 
 TUNE = {"steps": 4, "data": 16, "windows": 2, "precision": "fp32"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in (*METHODS, "chess+teal")} | {

@@ -155,8 +155,8 @@ def test_dense_graph_is_the_builders_own(tiny, tmp_path, model_type, precision):
         return sorted((node.op_type, sorted((a.name, a.i) for a in node.attribute), node.name) for node in quantised)
 
     assert nodes(protos["ours"]) == nodes(protos["theirs"]) != []
-    logits = [onnx_logits(open_session(tmp_path / name / "model.onnx"), TOKENS) for name in ("ours", "theirs")]
-    assert np.array_equal(*logits)
+    one_way, other_way = (onnx_logits(open_session(tmp_path / name / "model.onnx"), TOKENS) for name in ("ours", "theirs"))
+    assert np.array_equal(one_way, other_way)
 
 
 LINEARS = [("q_proj", "k_proj"), ("v_proj",), ("o_proj",), ("up_proj",), ("down_proj",)]
