@@ -1,0 +1,12 @@
+"""Measures speed so that it cannot flatter: two models or an op and its dense counterpart back to back, cold weights, disturbed samples dropped.
+
+`folders` times two ONNX folders, `op` one op at the sizes of a model; `samples` holds the rules that both follow. Torch is not needed here.
+"""
+
+from __future__ import annotations
+
+from .folders import bench, precision
+from .op import bench_op
+from .record import machine, versions
+
+__all__ = ["bench", "bench_op", "machine", "precision", "versions"]

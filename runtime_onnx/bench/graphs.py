@@ -1,0 +1,164 @@
+"""What can be read off an ONNX folder beside its speed: bytes that a token needs, the density that its thresholds give, and where a token's time goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ..library import PROVIDERS, library_path, model_file
+from ..ops import gated_mlp, sparse_linear
+from ..session import Decoder, choose
+
+_BY_ROW = ("Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding", "MultiHeadAttention")
+"""Ops of which a token reads a row of a table, or no weight."""
+MLP = "/mlp/"
+"""Part of the names that the builder gives to a feed-forward network's nodes."""
+
+
+def token_bytes(path: str | Path, density: Mapping[str, float] | None = None) -> float:
+    """Bytes of weights that one decoded token must read; `density` is the kept share by name of an ai.sparsegate node, 1 where it is not given.
+
+    Tables that are read by rows (embedding, rotation) and the cache of keys and values are not counted.
+    """
+    total, counted = 0.0, set()
+    for node in ir.load(model_file(path)).graph:
+        if node.op_type in _BY_ROW:
+            continue
+        if node.domain == gated_mlp.DOMAIN:
+            total += _op_bytes(node, (density or {}).get(node.name or "", 1.0))
+            continue
+        for value in node.inputs:
+            if value is not None and value.const_value is not None and value.name not in counted:
+                counted.add(value.name)
+                total += value.const_value.nbytes
+    return total
+
+
+def _op_bytes(node: ir.Node, density: float) -> float:
+    """The op's `traffic`, from the node's attributes and the shapes of its inputs."""
+    roles = node.attributes["inputs"].as_string().split()
+    shapes = {role: _shape(value) for role, value in zip(roles, node.inputs[1:], strict=True)}
+    variant = _variant(node, roles)
+    if isinstance(variant, sparse_linear.Variant):
+        rows, columns = shapes["w"]
+        return sparse_linear.traffic(variant, rows, columns * (2 if variant.weights == "int4_g32" else 1), density)
+    n, columns = shapes["w_up"]
+    return gated_mlp.traffic(variant, columns * (2 if variant.weights == "int4_g32" else 1), n, shapes.get("p1", (0,))[0], density)
+
+
+def _shape(value: ir.Value | None) -> tuple[int, ...]:
+    assert value is not None and value.const_value is not None
+    return tuple(int(size) for size in value.const_value.shape.numpy())
+
+
+def _variant(node: ir.Node, roles: Sequence[str]) -> gated_mlp.Variant | sparse_linear.Variant:
+    def dtype(role: str, otherwise: str = "float32") -> str:
+        found = next((value for name, value in zip(roles, node.inputs[1:], strict=True) if name == role), None)
+        return otherwise if found is None or found.const_value is None else found.const_value.dtype.numpy().name
+
+    weights = node.attributes["weights"].as_string()
+    if node.op_type == sparse_linear.NAME:
+        return sparse_linear.Variant(weights, tuple(roles), w=dtype("w") if weights == "float" else "float32")
+    activation, score = (node.attributes[name].as_string() for name in ("activation", "score"))
+    return gated_mlp.Variant(activation, score, weights, tuple(roles), w=dtype("w_up") if weights == "float" else "float32", p=dtype("p1"))
+
+
+def realised(path: str | Path, ids: Sequence[int], library: bool | None = None) -> dict[str, float]:
+    """The kept share of every GatedMLP node with a predictor or thresholds on the gate, over the tokens `ids` in one call.
+
+    The nodes' inputs are read out of a run on the CPU, and the op's reference, rounded as the kernel rounds, decides what is kept.
+    """
+    import onnxruntime
+
+    file = model_file(path)
+    chosen = choose(file, PROVIDERS[:1], library)
+    model = onnx.load(str(file), load_external_data=False)
+    nodes = {node.name: node for node in ir.load(file).graph if node.op_type == gated_mlp.NAME and node.attributes["score"].as_string() != "all"}
+    if not nodes:
+        return {}
+    taps = {name: str(node.inputs[0].name) for name, node in nodes.items() if node.inputs[0] is not None}
+    known = {entry.name for entry in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(taps.values()) if name not in known)
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent.resolve()))
+    if chosen.kernel:
+        options.register_custom_ops_library(str(library_path()))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=PROVIDERS[:1])
+    head = json.loads((file.parent / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]["head_size"]
+    values = dict(zip(taps.values(), session.run(list(taps.values()), _feeds(session, ids, head)), strict=True))
+    found: dict[str, float] = {}
+    for name, node in nodes.items():
+        roles = node.attributes["inputs"].as_string().split()
+        tensors = {role: _Lazy(value) for role, value in zip(roles, node.inputs[1:], strict=True)}
+        variant = _variant(node, roles)
+        assert isinstance(variant, gated_mlp.Variant)
+        found[name] = float(gated_mlp.active(variant, values[taps[name]], tensors, integer=chosen.kernel).mean())  # type: ignore[arg-type]
+    return found
+
+
+class _Lazy:
+    """An initialiser that is read when numpy asks for it: a predictor's density needs none of the large weights."""
+
+    def __init__(self, value: ir.Value | None) -> None:
+        assert value is not None and value.const_value is not None
+        self._tensor = value.const_value
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray:
+        found = self._tensor.numpy()
+        return found if dtype is None else found.astype(dtype)
+
+    def __len__(self) -> int:
+        return int(self._tensor.shape.numpy()[0])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(size) for size in self._tensor.shape.numpy())
+
+
+def _feeds(session: Any, ids: Sequence[int], head: int) -> dict[str, NDArray]:
+    """The inputs of one call with an empty cache."""
+    feeds: dict[str, NDArray] = {}
+    count = len(ids)
+    whole = {"input_ids": np.asarray(ids, np.int64)[None], "attention_mask": np.ones((1, count), np.int64), "position_ids": np.arange(count)[None]}
+    for entry in session.get_inputs():
+        if entry.name in whole:
+            feeds[entry.name] = whole[entry.name]
+        else:
+            feeds[entry.name] = np.zeros([1, entry.shape[1], 0, head], np.float16 if entry.type == "tensor(float16)" else np.float32)
+    return feeds
+
+
+def mlp_share(path: str | Path, ids: Sequence[int], following: Sequence[int], threads: int | None = None, library: bool | None = None) -> float:
+    """The feed-forward networks' share of the time of a decoded token in plain onnxruntime, by its profiler, over the tokens `following` after `ids`."""
+    import onnxruntime
+
+    with TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        decoder = Decoder(path, PROVIDERS[:1], options, library)
+        decoder(ids)
+        for token in following:
+            decoder([token])
+        events = json.loads(Path(decoder.session.end_profiling()).read_text(encoding="utf-8"))
+    return share_of(events, len(following))
+
+
+def share_of(events: Sequence[Mapping[str, Any]], runs: int) -> float:
+    """The share of nodes of feed-forward networks in the time of the last `runs` calls of a profile, in microseconds as onnxruntime writes it."""
+    calls = sorted((event["ts"], event["dur"]) for event in events if event["name"] == "model_run")[-runs:]
+    inside = sum(
+        event["dur"]
+        for event in events
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time") and MLP in event["name"] and event["ts"] >= calls[0][0]
+    )
+    return inside / sum(duration for _, duration in calls)
