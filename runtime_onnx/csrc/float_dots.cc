@@ -1,0 +1,237 @@
+// Products of rows with tokens: see `dots` in row_kernels.h. Compiled once per instruction set: see vectors.h.
+//
+// A product is 16 sums, one per lane, over rising d, and their fold, whatever the tiles. For several tokens a block of rows stays in the second-level
+// cache while all tokens read it, TILES x TILE at a time; the block after it is fetched meanwhile. The tokens' x, cut to DEPTH columns, is copied
+// together: rows a power of two of bytes apart would share a few sets of the first-level cache. TILE tokens x ROWS rows are summed in
+// registers, one part of the lanes after the other where a vector takes several registers; between two cuts of d the sums wait in memory.
+#include "row_kernels.h"
+
+#include <string.h>
+
+#include "ort_abi.h"
+#include "vectors.h"
+
+namespace sparsegate {
+namespace SPARSEGATE_ISA {
+
+void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t tokens, float* out, int64_t stride,
+          const void* then);
+
+namespace {
+
+constexpr int ROWS = 4;
+constexpr int TILE = REGISTERS == 32 ? 6 : 3;             // tokens: 6 x 4 sums in 32 registers, 3 x 4 in 16
+constexpr int TILES = 2;                                  // of a group of tokens
+constexpr int64_t DEPTH = REGISTERS == 32 ? 2048 : 512;   // columns: cuts cost time; parts of vectors need the rows' cut in the first-level cache
+constexpr int64_t GAP = DEPTH + LANES;                    // floats from one token's x to the next
+constexpr int64_t BLOCK = 64, BLOCK_BYTES = 512 << 10;    // most rows in a block
+
+// Products of ROWS rows with one token, the form for memory's speed: `next` are the rows to come, if any.
+template <class W>
+inline void dot_rows(const W* const* row, const W* const* next, int valid, const float* x, int64_t d, float* out) {
+  constexpr int STEP = LINE / static_cast<int>(sizeof(W));
+  vec sum[ROWS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) sum[r] = vec{};
+  int64_t j = 0;
+  for (; j + STEP <= d; j += STEP) {
+    if (next)  // rows far apart: the hardware prefetcher stops at the page's end
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) __builtin_prefetch(next[r] + j, 0, 2);
+    for (int k = 0; k < STEP; k += LANES) {
+      const vec q = load(x + j + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) sum[r] = fma(q, load(row[r] + j + k), sum[r]);
+    }
+  }
+  for (; j < d; j += LANES) {
+    const int64_t left = d - j;
+    const vec q = left < LANES ? load_tail(x + j, left) : load(x + j);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) sum[r] = fma(q, left < LANES ? load_tail(row[r] + j, left) : load(row[r] + j), sum[r]);
+  }
+  const four total = sums(sum[0], sum[1], sum[2], sum[3]);
+  memcpy(out, &total, static_cast<size_t>(valid) * sizeof(float));
+}
+
+template <class W>
+void one_token(const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, float* out, const W* then) {
+  const auto row_of = [&](const W* base, int64_t k) { return base + (rows ? rows[k] : k) * d; };
+  for (int64_t k = 0; k < count; k += ROWS) {
+    const int valid = count - k < ROWS ? static_cast<int>(count - k) : ROWS;
+    const bool last = k + ROWS >= count;
+    const W *row[ROWS], *ahead[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      row[r] = row_of(weights, k + (r < valid ? r : 0));
+      const int64_t q = last ? r : k + ROWS + r;
+      ahead[r] = row_of(last && then ? then : weights, q < count ? q : count - 1);
+    }
+    dot_rows(row, last && !then ? nullptr : ahead, valid, x, d, out + k);
+  }
+}
+
+// Of a cut [begin, begin + length) of d, `left` < LANES columns of which are behind the last whole vector.
+struct Cut {
+  int64_t whole, left;
+  bool first, last;
+};
+
+// Part `part` of the sums of T tokens x ROWS rows over one cut, added to `acc`. x is the packed one.
+template <class W, int T>
+inline void add_cut(const W* const* row, const W* const* next, int fetched, const float* x, const Cut& cut, int part, reg (&acc)[T][ROWS]) {
+  constexpr int STEP = LINE / static_cast<int>(sizeof(W));
+  const W* mine[ROWS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) mine[r] = row[r] + part * WIDTH;
+  x += part * WIDTH;
+  const auto step = [&](int64_t j) __attribute__((always_inline)) {
+    reg q[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) q[t] = load_part(x + t * GAP + j);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      const reg w = load_part(mine[r] + j);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) acc[t][r] = fma(q[t], w, acc[t][r]);
+    }
+  };
+  int64_t j = 0;
+  for (; j + STEP <= cut.whole; j += STEP) {
+    for (int r = 0; r < fetched; ++r) __builtin_prefetch(next[r] + j, 0, 2);
+    for (int k = 0; k < STEP; k += LANES) step(j + k);
+  }
+  for (; j < cut.whole; j += LANES) step(j);
+  if (!cut.left) return;
+  reg q[T];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) q[t] = load_part(x + t * GAP + j);
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) {
+    const reg w = load_tail(row[r] + j, cut.left).part[part];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) acc[t][r] = fma(q[t], w, acc[t][r]);
+  }
+}
+
+// One cut of T tokens x ROWS rows: `sum` holds what the cuts before gave; after the last one the first `valid` products go to `out`.
+// Each of the first `visits` parts fetches `fetched` of the rows `next`.
+template <class W, int T>
+void add_tile(const W* const* row, const W* const* next, int fetched, int64_t visits, const float* x, const Cut& cut, reg (*sum)[TILE][ROWS], int valid,
+              float* out, int64_t stride) {
+  vec total[T][ROWS];
+#pragma GCC unroll 4
+  for (int part = 0; part < PARTS; ++part) {
+    reg acc[T][ROWS];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) acc[t][r] = cut.first ? reg{} : sum[part][t][r];
+    add_cut<W, T>(row, next, part < visits ? fetched : 0, x, cut, part, acc);
+    next += fetched;
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+        if (cut.last)
+          total[t][r].part[part] = acc[t][r];
+        else
+          sum[part][t][r] = acc[t][r];
+  }
+  if (!cut.last) return;
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    const four y = sums(total[t][0], total[t][1], total[t][2], total[t][3]);
+    if (valid == ROWS)
+      memcpy(out + t * stride, &y, sizeof y);
+    else
+      memcpy(out + t * stride, &y, static_cast<size_t>(valid) * sizeof(float));
+  }
+}
+
+template <class W>
+void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t tokens, float* out, int64_t stride, const W* then) {
+  if (tokens == 1) return one_token(weights, rows, count, d, x, out, then);
+  const auto row_of = [&](const W* base, int64_t k) { return base + (rows ? rows[k] : k) * d; };
+  int64_t block = BLOCK_BYTES / (d * static_cast<int64_t>(sizeof(W))) / ROWS * ROWS;
+  block = block < ROWS ? ROWS : block > BLOCK ? BLOCK : block;
+  alignas(LINE) float packed[TILES * TILE * GAP];
+  alignas(LINE) reg sum[TILES * (BLOCK / ROWS)][PARTS][TILE][ROWS];
+  const int64_t all_tiles = (tokens + TILE - 1) / TILE, visits = all_tiles * PARTS;
+  const int fetched = visits >= ROWS ? 1 : static_cast<int>((ROWS + visits - 1) / visits);  // rows fetched per visit of a quad
+  for (int64_t first = 0; first < count; first += block) {
+    const int64_t size = count - first < block ? count - first : block;
+    const bool last = first + block >= count;
+    int64_t t0 = 0, tile0 = 0;
+    for (int64_t groups = (all_tiles + TILES - 1) / TILES; groups > 0; --groups) {
+      const int64_t tiles = (all_tiles - tile0 + groups - 1) / groups;
+      const int64_t group = ((tokens - t0) * tiles + (all_tiles - tile0) - 1) / (all_tiles - tile0);
+      for (int64_t begin = 0; begin < d; begin += DEPTH) {
+        const int64_t length = d - begin < DEPTH ? d - begin : DEPTH;
+        const Cut cut{length / LANES * LANES, length % LANES, begin == 0, begin + DEPTH >= d};
+        const bool packed_already = first > 0 && all_tiles <= TILES && d <= DEPTH;
+        for (int64_t t = 0; t < group && !packed_already; ++t) {
+          float* to = packed + t * GAP;
+          const float* from = x + (t0 + t) * d + begin;
+          for (int64_t j = 0; j < cut.whole; j += LANES) store(to + j, load(from + j));
+          if (cut.left) store(to + cut.whole, load_tail(from + cut.whole, cut.left));
+        }
+        for (int64_t k = 0; k < size; k += ROWS) {
+          const int valid = size - k < ROWS ? static_cast<int>(size - k) : ROWS;
+          const W *row[ROWS], *ahead[ROWS];
+          for (int r = 0; r < ROWS; ++r) {
+            row[r] = row_of(weights, first + k + (r < valid ? r : 0)) + begin;
+            const int64_t q = (last ? 0 : first + block) + k + r;
+            ahead[r] = row_of(last && then ? then : weights, q < count ? q : count - 1) + begin;
+          }
+          int64_t t = 0;
+          for (int64_t i = 0; i < tiles; ++i) {
+            const int64_t n = (group - t + tiles - i - 1) / (tiles - i);
+            const int64_t visit = (tile0 + i) * PARTS, rest = last && !then ? 0 : (ROWS - visit * fetched) / fetched;
+            reg(*acc)[TILE][ROWS] = sum[k / ROWS * TILES + i];
+            float* to = out + (t0 + t) * stride + first + k;
+            const W* const* next = ahead + (rest > 0 ? visit * fetched : 0);
+            switch (n) {
+#define SPARSEGATE_TILE(n)                                                                                                                            \
+  case n:                                                                                                                                             \
+    add_tile<W, (n <= TILE ? n : 1)>(row, next, fetched, rest, packed + t * GAP, cut, acc, valid, to, stride); \
+    break;
+              SPARSEGATE_TILE(1)
+              SPARSEGATE_TILE(2)
+              SPARSEGATE_TILE(3)
+              SPARSEGATE_TILE(4)
+              SPARSEGATE_TILE(5)
+              SPARSEGATE_TILE(6)
+#undef SPARSEGATE_TILE
+              default:
+                break;
+            }
+            t += n;
+          }
+        }
+      }
+      t0 += group;
+      tile0 += tiles;
+    }
+  }
+}
+
+}  // namespace
+
+void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t tokens, float* out, int64_t stride,
+          const void* then) {
+  switch (type) {
+#define SPARSEGATE_TYPE(id, W) \
+  case id:                     \
+    return dots_of(static_cast<const W*>(weights), rows, count, d, x, tokens, out, stride, static_cast<const W*>(then));
+    SPARSEGATE_TYPE(ort::kFloat32, float)
+    SPARSEGATE_TYPE(ort::kFloat16, half)
+    SPARSEGATE_TYPE(ort::kBfloat16, bfloat)
+    SPARSEGATE_TYPE(ort::kInt8, int8_t)
+#undef SPARSEGATE_TYPE
+    default:
+      break;
+  }
+}
+
+}  // namespace SPARSEGATE_ISA
+}  // namespace sparsegate
