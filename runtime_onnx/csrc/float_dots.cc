@@ -118,29 +118,29 @@ inline void add_cut(const W* const* row, const W* const* next, int fetched, cons
 template <class W, int T>
 void add_tile(const W* const* row, const W* const* next, int fetched, int64_t visits, const float* x, const Cut& cut, reg (*sum)[TILE][ROWS], int valid,
               float* out, int64_t stride) {
-  vec total[T][ROWS];
+  reg acc[T][ROWS];
 #pragma GCC unroll 4
   for (int part = 0; part < PARTS; ++part) {
-    reg acc[T][ROWS];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) acc[t][r] = cut.first ? reg{} : sum[part][t][r];
     add_cut<W, T>(row, next, part < visits ? fetched : 0, x, cut, part, acc);
     next += fetched;
+    if (PARTS == 1 && cut.last) break;  // the sums are in registers
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r)
-        if (cut.last)
-          total[t][r].part[part] = acc[t][r];
-        else
-          sum[part][t][r] = acc[t][r];
+      for (int r = 0; r < ROWS; ++r) sum[part][t][r] = acc[t][r];
   }
   if (!cut.last) return;
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
-    const four y = sums(total[t][0], total[t][1], total[t][2], total[t][3]);
+    vec total[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+      for (int part = 0; part < PARTS; ++part) total[r].part[part] = PARTS == 1 ? acc[t][r] : sum[part][t][r];
+    const four y = sums(total[0], total[1], total[2], total[3]);
     if (valid == ROWS)
       memcpy(out + t * stride, &y, sizeof y);
     else

@@ -24,10 +24,10 @@ struct Kernels {
   void (*accumulate)(int type, const void* weights, const int32_t* rows, const float* scale, int64_t count, int64_t d, int64_t first, int64_t width, float* y);
   // y[t * y_stride + c] += sum_k z[t * z_stride + k] * weights[rows[k] * d + first + c] for c < width, t < tokens: each sum starts at zero, takes
   // k = 0, 1, ... in this order and is added to y once. A row that a token does not keep has z = 0 (but 0 * inf is NaN).
-  // count <= kMultiplyRows, width <= kMultiplyWidth; scratch holds count * kMultiplyWidth floats.
-  // Calls in rising order of `first` are the fastest: each fetches the next one's columns.
-  void (*multiply)(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, int64_t first, int64_t width, const float* z,
-                   int64_t z_stride, int64_t tokens, float* y, int64_t y_stride, float* scratch);
+  // count <= kMultiplyRows, width <= kMultiplyWidth; scratch holds count * kMultiplyWidth floats. `then` [then_count], if any, are the rows of the
+  // next call with the same columns: they are fetched meanwhile.
+  void (*multiply)(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count, int64_t d, int64_t first,
+                   int64_t width, const float* z, int64_t z_stride, int64_t tokens, float* y, int64_t y_stride, float* scratch);
   // float32 of count values of a float type or int8
   void (*widen)(int type, const void* values, int64_t count, float* out);
 };

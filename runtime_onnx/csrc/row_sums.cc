@@ -75,8 +75,11 @@ bool RowSums::sum_float(int64_t first, int64_t width, int64_t tokens, const floa
     for (int64_t t = 0; t < tokens; ++t) alone(t);
     return true;
   }
-  for (int64_t b = 0; b < blocks; ++b)
-    if (counts[b]) kernels->multiply(type, weights, rows + b * block, counts[b], d, first, width, z + b * block, n, tokens, y, y_stride, panel);
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (!counts[b]) continue;
+    const int32_t* then = b + 1 < blocks ? rows + (b + 1) * block : nullptr;
+    kernels->multiply(type, weights, rows + b * block, counts[b], then, then ? counts[b + 1] : 0, d, first, width, z + b * block, n, tokens, y, y_stride, panel);
+  }
   for (int64_t t = 0; t < tokens; ++t) {
     if (finite(y + t * y_stride, width)) continue;
     start(y + t * y_stride, bias, first, width);  // another token's row may hold NaN or infinity, and 0 times these is NaN
