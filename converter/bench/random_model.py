@@ -108,16 +108,9 @@ def default_rank(shape: Shape) -> int:
     return max(32, shape.hidden // 16 // 32 * 32)
 
 
-def build_onnx(checkpoint: Path, plans: dict[float, Plan], arch: Arch, config: Any, precision: str, work: Path) -> dict[str, Path]:
-    """Writes the dense graph and one per density below `work`: {"dense": folder, "sparse 0.2": folder}."""
-    dense = build_dense(checkpoint, precision, work)
-    base = work / "base"
-    found = {"dense": dense}
-    for density, plan in plans.items():
-        out = work / f"sparse_{density:g}"
-        export(base, plan, arch, config, out, precision)
-        found[f"sparse {density:g}"] = out
-    return found
+def build_sparse(base: Path, plan: Plan, arch: Arch, config: Any, out: Path, precision: str) -> None:
+    """Writes the sparse ONNX folder of a plan; `base` is the fp32 graph."""
+    export(base, plan, arch, config, out, precision)
 
 
 def build_dense(checkpoint: Path, precision: str, work: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,34 +10,40 @@ import typer
 
 
 def bench(
-    baseline: Annotated[str, typer.Argument(metavar="DENSE", help="ONNX folder to compare with; a sparse checkpoint or Hub id will do, too.")],
-    candidate: Annotated[str, typer.Argument(metavar="DIR", help="ONNX folder, sparse checkpoint or Hub id.")],
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens prefilled.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded.")] = 64,
-    pairs: Annotated[int, typer.Option(help="Back-to-back pairs; medians are reported.")] = 7,
-    runtime: Annotated[str, typer.Option(help="onnxruntime or onnxruntime-genai.")] = "onnxruntime",
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[DENSE] [DIR]", help="ONNX folders, sparse checkpoints or Hub ids; one checkpoint alone brings its dense graph.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="Random weights of a model's sizes: llama-1b, llama-8b, qwen2.5-0.5b, ...")] = None,
+    op: Annotated[str | None, typer.Option(help="Time one op alone: gated_mlp or sparse_linear.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16, int8, int4; for an op a list. Default: int4 of a shape, all of an op.")] = None,
+    density: Annotated[str | None, typer.Option(help="Kept shares to force, as 0.5,0.2 or 50%,20%.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens in one call of the op, as 1,8,512.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Fewer layers than the shape has.")] = None,
+    peers: Annotated[bool, typer.Option(help="Run llama.cpp and torch beside.")] = True,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Tokens prefilled: 128 of folders, 64 of a shape.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Tokens decoded: 64 of folders, 24 of a shape.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="Back-to-back pairs: 7 of folders, 15 of a shape, 21 clean ones of an op.")] = None,
+    runtime: Annotated[str | None, typer.Option(help="onnxruntime (default of folders) or onnxruntime-genai (of a shape).")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads within an op.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File for the JSON.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder in which the models of a shape are made and kept.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file; table and plot go beside it, an op's finished rows are kept.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
-    """Measure and print tokens per second of both, and the ratio."""
+    """Measure speed against the dense model, back to back, and print tokens per second and ratios."""
     from tqdm.auto import tqdm
 
-    from ...runtime_onnx.bench import bench as run
-    from ..artifact import write_json
-    from ..hub import local_folder
+    from ..bench.run import bench as run
     from . import output as show
 
-    dense, sparse = local_folder(baseline), local_folder(candidate)
-    with tqdm(total=pairs, desc="bench", unit="pair", delay=0.01) as progress:  # the delay keeps the bar away when a folder is refused
+    with tqdm(desc="bench", unit=" rows" if op else " pairs", delay=0.01) as bar:  # the delay keeps the bar away when a folder is refused
 
-        def advance(done: int) -> None:
-            progress.update(done - progress.n)
+        def advance(done: int, total: int) -> None:
+            bar.total = total or None
+            bar.update(done - bar.n)
 
         result = run(
-            dense, sparse, prompt_tokens=prompt_tokens, new_tokens=new_tokens, pairs=pairs, runtime=runtime, threads=threads, progress=advance
+            models, shape=shape, op=op, precision=precision, density=density, tokens=tokens, layers=layers, peers=peers, prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens, pairs=pairs, runtime=runtime, threads=threads, work=work, output=output, command=show.command(sys.argv[1:]), progress=advance,
         )  # fmt: skip
-    if output:
-        write_json(output, result)
     show.speed(result, json)
     return 0

@@ -98,9 +98,14 @@ def verification(result: Verification, as_json: bool) -> None:
 
 
 def speed(result: dict[str, Any], as_json: bool) -> None:
-    """Tokens per second of both folders and their ratio."""
+    """Tokens per second and ratios; of ops and shapes the tables."""
     if as_json:
         print(_json.dumps(result, indent=2))
+        return
+    if result.get("kind"):
+        from ..bench.tables import page
+
+        print(page(result), end="")
         return
     for role in ("baseline", "candidate"):
         row = result[role]

@@ -58,6 +58,7 @@ def bench_op(
     finished: Sequence[dict[str, Any]] = (),
     command: str | None = None,
     keep: Callable[[dict[str, Any]], None] | None = None,
+    accept: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Times `op` in every format, for every number of tokens in one call and every density.
 
@@ -76,6 +77,7 @@ def bench_op(
         finished: Rows of an earlier run, which are not measured again.
         command: What to record as the command; this process's own by default.
         keep: Called with the result after every row.
+        accept: Called with the result's head before any row; refuses by raising.
 
     Returns:
         JSON-ready: "machine", "versions", "command", "settings", "roofs" and "rows".
@@ -97,6 +99,8 @@ def bench_op(
         "cuda": NO_CUDA,
         "rows": list(finished),
     }
+    if accept:
+        accept(result)
     done = {_key(row) for row in finished}
     with TemporaryDirectory() as temporary:
         for name in formats or known:
