@@ -127,7 +127,7 @@ __device__ inline void step(const Tiles<Op>& tiles, float (&sum)[4][4][4]) {
 }
 
 template <class Op>
-__global__ void __launch_bounds__(kThreads) product(const __grid_constant__ Op op) {
+__global__ void __launch_bounds__(kThreads, Tiles<Op>::kGroups ? 1 : 2) product(const __grid_constant__ Op op) {
   __shared__ Tiles<Op> tiles[2];
   if (op.skip()) return;
   float sum[4][4][4] = {};
@@ -162,23 +162,28 @@ __global__ void __launch_bounds__(kThreads) product(const __grid_constant__ Op o
     __syncthreads();
     k = next;
   }
+  // By way of shared memory, one half of the sums after the other, so that finish is compiled in a loop and not 32 times.
+  static_assert(sizeof tiles >= 32 * kThreads * sizeof(float), "half of the sums must fit");
+  float* mine = reinterpret_cast<float*>(tiles) + threadIdx.x;
   bool any = false;
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+  for (int half = 0; half < 4; half += 2) {
 #pragma unroll
-    for (int j = 0; j < 4; j += 2)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int64_t m = blockIdx.x * int64_t{kTile} + top + i * 16 + lane / 4 + e / 2 * 8;
-        any |= op.finish(m, left + j * 8 + lane % 4 * 2 + e % 2, sum[i][j][e], sum[i][j + 1][e]);
-      }
+    for (int v = 0; v < 32; ++v) mine[v * kThreads] = sum[half + v / 16][v / 4 % 4][v % 4];
+#pragma unroll 1
+    for (int v = 0; v < 32; v += v % 8 == 3 ? 5 : 1) {  // v / 4 even: with the columns eight on it makes a pair
+      const int64_t m = blockIdx.x * int64_t{kTile} + top + (half + v / 16) * 16 + lane / 4 + v % 4 / 2 * 8;
+      any |= op.finish(m, left + v / 4 % 4 * 8 + lane % 4 * 2 + v % 2, mine[v * kThreads], mine[(v + 4) * kThreads]);
+    }
+  }
   op.leave(__syncthreads_or(any));
 }
 
 // A thread holds rows y, y + 16, ... and the columns x, x + 8 of every other sixteen of the tile, so that columns j and j + 8 meet in one thread.
 template <class Op>
 __global__ void __launch_bounds__(kThreads) product_float(const __grid_constant__ Op op) {
-  __shared__ float a[2][kFloatStep][kTile + 4], b[2][kFloatStep][kTile + 4];
+  __shared__ float tiles[2][2][kFloatStep][kTile + 4];
+  auto &a = tiles[0], &b = tiles[1];
   if (op.skip()) return;
   const int y = threadIdx.x / 16, x = threadIdx.x % 16 / 8 * 16 + threadIdx.x % 8;
   const int line = threadIdx.x / 2, along = threadIdx.x % 2 * 8;      // this thread's eight of A, and of B where its rows are columns
@@ -231,11 +236,19 @@ __global__ void __launch_bounds__(kThreads) product_float(const __grid_constant_
     __syncthreads();
     k = next;
   }
+  static_assert(sizeof tiles >= 32 * kThreads * sizeof(float), "half of the sums must fit");
+  float* mine = &tiles[0][0][0][0] + threadIdx.x;
   bool any = false;
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
+  for (int half = 0; half < 8; half += 4) {
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) any |= op.finish(blockIdx.x * int64_t{kTile} + y + 16 * i, j / 2 * 32 + x, sum[i][j], sum[i][j + 1]);
+    for (int v = 0; v < 32; ++v) mine[v * kThreads] = sum[half + v / 8][v % 8];
+#pragma unroll 1
+    for (int v = 0; v < 32; v += 2) {
+      const int64_t m = blockIdx.x * int64_t{kTile} + y + 16 * (half + v / 8);
+      any |= op.finish(m, v % 8 / 2 * 32 + x, mine[v * kThreads], mine[(v + 1) * kThreads]);
+    }
+  }
   op.leave(__syncthreads_or(any));
 }
 

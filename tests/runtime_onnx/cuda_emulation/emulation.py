@@ -84,7 +84,9 @@ class Emulation:
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
 
-    def run(self, op: str, variant: str, roles: tuple[str, ...], tensors: Mapping[str, np.ndarray], x: np.ndarray, width: int, reverse: bool = False) -> np.ndarray:
+    def run(
+        self, op: str, variant: str, roles: tuple[str, ...], tensors: Mapping[str, np.ndarray], x: np.ndarray, width: int, reverse: bool = False
+    ) -> np.ndarray:
         """y [T, width] of x [T, columns] for op "gated_mlp" or "sparse_linear"; `roles` are all roles of the op. RuntimeError with the library's words.
 
         Inputs, output and scratch memory end at pages that must not be touched; scratch memory and output hold NaN before. `reverse` runs threads and
