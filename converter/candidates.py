@@ -14,8 +14,10 @@ from ..runtime_onnx.bench import bench
 from ..runtime_onnx.library import DENSE, PROVIDERS, executor
 from . import report as reporting
 from .artifact import Header, InputError, atomic_folder, is_finished, read_header, read_json, write_header, write_json
+from .evaluation import predictor_cost
 from .executors import NO_CUDA, check_onnx, has_cuda, measure_shipped
 from .onnx_export import PRECISIONS, build_base, check_base, export, export_dense, round_model
+from .onnx_export.precision import Precision
 from .plans import Plan, Predictor
 from .recipe import Export, Recipe
 from .reference import apply_plan, load, load_dense, remove_plan
@@ -235,7 +237,7 @@ def build_report(source: Source, recipe: Recipe, texts: Texts, candidates: list[
         evaluation=reporting.Text(hash=texts.heldout.sha256, tokens=quality.tokens, name=heldout_name(recipe)),
         speed=_conditions(chosen.speed, recipe.export),
         speed_note=f"not run: {NO_CUDA}" if not chosen.speed and recipe.export.target == "cuda" else "",
-        onnx=_onnx_rows(chosen, graphs, recipe.export),
+        onnx=_onnx_rows(chosen, graphs, source, recipe.export),
         rows=[dense, *(_row(candidate, candidate is chosen) for candidate in candidates)],
         layers=[_layer(chosen, site, entries[0]) for site, entries in chosen.plan.items()],
         checks=[
@@ -279,10 +281,20 @@ def _layer(candidate: Candidate, site: Any, entry: Any) -> reporting.Layer:
     )  # fmt: skip
 
 
-def _onnx_rows(chosen: Candidate, graphs: Graphs, asked: Export) -> list[reporting.OnnxRow]:
+def _shipped_cost(chosen: Candidate, source: Source, form: Precision) -> float:
+    """Bytes of the feed-forward networks touched per token relative to dense ones in the same precision: predictors may be wider than weights."""
+    extra = 0.0
+    for site, entries in chosen.plan.items():
+        share = predictor_cost({site: entries}, source.arch, source.config)
+        extra += share * (form.predictor_share(entries[0].residual is not None) - 1)
+    return chosen.quality.cost + extra
+
+
+def _onnx_rows(chosen: Candidate, graphs: Graphs, source: Source, asked: Export) -> list[reporting.OnnxRow]:
     """What the ONNX files lose in their own precision, the dense one first."""
     rows, on_cpu = [], asked.target == "cuda" and not has_cuda()
-    for model, folder, found in (("dense", graphs.dense, graphs.loss), ("sparse", chosen.onnx, chosen.shipped)):
+    files = (("dense", graphs.dense, graphs.loss, 1.0), ("sparse", chosen.onnx, chosen.shipped, _shipped_cost(chosen, source, PRECISIONS[asked.precision])))
+    for model, folder, found, cost in files:
         if folder is None or found is None:
             continue
         chose = executor(folder, PROVIDERS[asked.target == "cuda"])
@@ -291,7 +303,7 @@ def _onnx_rows(chosen: Candidate, graphs: Graphs, asked: Export) -> list[reporti
             reporting.OnnxRow(
                 model=model, precision=asked.precision, executor=f"{runner}{' on the CPU' if on_cpu else ''}",
                 bytes=sum(path.stat().st_size for path in folder.glob("model.onnx*")), tokens=found.tokens,
-                nll=found.nll, perplexity=math.exp(found.nll), kl=max(0.0, found.kl), agreement=found.agreement,
+                nll=found.nll, perplexity=math.exp(found.nll), kl=max(0.0, found.kl), agreement=found.agreement, cost=cost,
             )
         )  # fmt: skip
     return rows

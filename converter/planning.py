@@ -116,8 +116,7 @@ def _expected_cost(arch: Arch, parts: Mapping[str, Any], hidden: int, units: int
     name, config = next(((name, config) for name, config in parts.items() if name in NEURON_METHODS), next(iter(parts.items())))
     matrices, density = 2 if arch.ffn.kind == "plain" else 3, 1 - config.sparsity
     heads = getattr(config, "residual", "none") != "none"
-    weight = {"int8_row": 1.0, "int4_g32": 0.5 + _FP16 / BLOCK}.get(form.weights)  # bytes; None: as wide as the predictor
-    share = 1.0 if weight is None else {"float16": _FP16, "int8": 1}[form.predictor_format(heads)] / weight
+    share = form.predictor_share(heads)
     if isinstance(config, PredictorConfig):
         rank = config.rank or rank_for(hidden, units, matrices, config.cost)
         return density + share * rank * (hidden + units + heads * hidden) / (matrices * hidden * units)

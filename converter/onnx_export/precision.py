@@ -53,6 +53,11 @@ class Precision:
         """Format of a predictor: int8 leaves no place for a residual, so it is float16 then."""
         return "float16" if self.predictor == "int8" and residual else self.predictor
 
+    def predictor_share(self, residual: bool) -> float:
+        """Bytes of a predictor's value relative to those of a gated weight, its scales included."""
+        weight = {"int8_row": 1.0, "int4_g32": 0.5 + 2 / GROUP}.get(self.weights)
+        return 1.0 if weight is None else {"float16": 2, "int8": 1}[self.predictor_format(residual)] / weight
+
 
 PRECISIONS = {
     row.name: row

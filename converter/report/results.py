@@ -113,7 +113,8 @@ class Row(Strict):
 
 class OnnxRow(Strict):
     """What an ONNX file in less than fp32 loses on the evaluation text, as it is shipped: `precision` as asked for, `bytes` of graph and weights, `executor`
-    that ran it, and against the dense model in fp32 `nll` and `kl` in nats per token and the share of equal argmax tokens.
+    that ran it, `cost` the bytes that the MLPs touch per token relative to dense ones in the same precision, and against the dense model in fp32 `nll` and `kl`
+    in nats per token and the share of equal argmax tokens.
     """
 
     model: Literal["dense", "sparse"]
@@ -125,6 +126,7 @@ class OnnxRow(Strict):
     perplexity: float
     kl: float
     agreement: float = Field(ge=0, le=1)
+    cost: float = Field(ge=0)
 
 
 class Layer(Strict):

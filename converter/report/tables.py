@@ -104,10 +104,20 @@ def onnx_cells(report: Report) -> Cells:
     torch = [("dense torch", "fp32", "torch", ABSENT, report.dense), (f"{chosen.method} torch", "fp32", "torch", ABSENT, chosen)]
     files = [(f"{'dense' if row.model == 'dense' else chosen.method} ONNX", row.precision, row.executor, megabytes(row.bytes), row) for row in report.onnx]
     body = [
-        [name, precision, runner, size, nats(row.nll), Number(f"{row.perplexity:.4g}", row.perplexity), nats(row.kl, small=True), percent(row.agreement)]
+        [
+            name,
+            precision,
+            runner,
+            size,
+            nats(row.nll),
+            Number(f"{row.perplexity:.4g}", row.perplexity),
+            nats(row.kl, small=True),
+            percent(row.agreement),
+            percent(row.cost),
+        ]
         for name, precision, runner, size, row in (*torch, *files)
     ]
-    return ["model", "weights", "executor", "size", "NLL", "perplexity", "KL to dense", "agreement"], body
+    return ["model", "weights", "executor", "size", "NLL", "perplexity", "KL to dense", "agreement", "cost"], body
 
 
 def megabytes(count: int) -> str:
