@@ -72,6 +72,21 @@ void products(const Run& run, Role role, Role bias, int64_t first, const int32_t
     }
 }
 
+// Asks for memory that is read soon: what is not one long row the hardware does not foresee.
+void fetch(const void* data, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
+}
+
+// The scales of the listed rows of an integer matrix [n, d]
+void fetch_scales(const Run& run, Role role, int64_t first, int64_t size, const int32_t* rows, int64_t count) {
+  const Tensor& scales = run.at(role);
+  if (!scales.data || !run.integer()) return;
+  const auto* data = static_cast<const char*>(scales.data);
+  if (!run.int4()) return fetch(data + first * 4, size * 4);
+  const int64_t bytes = run.shape.d / kGroup * 2;
+  for (int64_t k = 0; k < count; ++k) fetch(data + rows[k] * bytes, bytes);
+}
+
 }  // namespace
 
 void hidden_task(void* user, size_t task) {
@@ -118,7 +133,9 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
   // 1. scores of the block, and the union of what the tokens keep
   const bool predictor = v.score == Score::kPredictor, full = v.score == Score::kGate || v.score == Score::kExact, plain = v.plain();
   const float* tau = run.floats(kTau);
+  if (tau) fetch(tau + first, m * 4);
   if (predictor) {
+    if (run.floats(kSP2)) fetch(run.floats(kSP2) + first, m * 4);
     products(run, kP2, kTau, first, nullptr, m, score, m);
   } else if (full) {
     products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, first, nullptr, m, score, m);
@@ -144,6 +161,11 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
   }
 
   // 2. z [tokens, count] of the union
+  if (run.few) {
+    if (!full && !plain) fetch_scales(run, kSGate, first, m, rows, std::min<int64_t>(count, 4));
+    if (!full || !plain) fetch_scales(run, kSUp, first, m, rows, std::min<int64_t>(count, 4));
+    fetch_scales(run, kSDown, first, m, rows, count);
+  }
   if (full) {
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t k = 0; k < count; ++k) z[t * count + k] = score[t * m + rows[k] - first];

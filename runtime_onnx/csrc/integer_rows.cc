@@ -158,7 +158,8 @@ void dots_of(const char* weights, const half* scales, const int32_t* rows, int64
       row[r] = weights + (rows ? rows[mine] : mine) * bytes_per_row;
       scale[r] = scales + (rows ? rows[mine] : mine) * groups;
       ahead[r] = (last && then ? then : weights) + (rows ? rows[coming] : coming) * bytes_per_row;
-      if (INT4 && !last) __builtin_prefetch(scales + (rows ? rows[coming] : coming) * groups, 0, 2);
+      if (INT4 && !last)
+        for (int64_t g = 0; g < groups; g += 32) __builtin_prefetch(scales + (rows ? rows[coming] : coming) * groups + g, 0, 2);
     }
     const char* const* next = last && !then ? nullptr : ahead;
     for (int64_t t = 0, tiles = (tokens + MOST - 1) / MOST; tiles > 0; --tiles, next = nullptr) {
@@ -223,8 +224,8 @@ void factors_int4(const Quads& quads, const float* z, const half* scales, int64_
       for (int k = 0; k < filled; ++k) {
         const half* row = scales + quads.rows[begin * ROWS + k] * row_groups + group + g;
         const float factor = z[quads.filled[s] + k];
-        scaled[k] = vec{};
-        if (factor != 0.f && there > 0) scaled[k] = spread(factor) * (there >= LANES ? load(row) : load_tail(row, there));  // not 0 * NaN
+        const vec scale = there >= LANES ? load(row) : there > 0 ? load_tail(row, there) : vec{};
+        scaled[k] = as_floats(as_bytes(spread(factor) * scale) & spread(factor != 0.f ? -1 : 0));  // 0 * NaN is 0, and no branch: half of them would be guessed wrong
         most = larger_magnitude(most, scaled[k]);
       }
       alignas(64) float inverse[LANES], steps[LANES];

@@ -274,6 +274,20 @@ inline bytes operator+(const bytes& a, const bytes& b) {  // int32
   return out;
 }
 
+inline bytes operator&(const bytes& a, const bytes& b) {
+  bytes out;
+  SPARSEGATE_EACH_PART {
+#if defined(__AVX512F__)
+    out.part[i] = _mm512_and_si512(a.part[i], b.part[i]);
+#elif defined(__AVX2__)
+    out.part[i] = _mm256_and_si256(a.part[i], b.part[i]);
+#else
+    out.part[i] = a.part[i] & b.part[i];
+#endif
+  }
+  return out;
+}
+
 // The larger of a and the magnitude of b's floats, as bits: NaN is above infinity
 inline bytes larger_magnitude(const bytes& a, const vec& b) {
   const bytes bits = as_bytes(b);
