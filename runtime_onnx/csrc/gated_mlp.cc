@@ -39,6 +39,7 @@ struct CpuKernel {
     Run run;
     run.kernels = &kernels(isa());
     run.integers = &integer_rows(isa());
+    run.swish = swish(isa());
     run.variant = &v;
     run.tensors = &tensors;
     run.shape = shape;

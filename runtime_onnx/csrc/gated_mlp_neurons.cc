@@ -9,16 +9,16 @@ namespace {
 
 float relu(float v) { return v < 0.f ? 0.f : v; }  // NaN stays NaN
 
-void activate(Activation activation, float* v, int64_t count) {
+void activate(const Run& run, Activation activation, float* v, int64_t count) {
   switch (activation) {
     case Activation::kSilu:
-      for (int64_t i = 0; i < count; ++i) v[i] = v[i] / (1.f + std::exp(-v[i]));
+      run.swish(v, count, 1.f, 0.f);
       break;
     case Activation::kGelu:
       for (int64_t i = 0; i < count; ++i) v[i] = 0.5f * v[i] * (1.f + std::erf(v[i] * 0.70710678f));
       break;
     case Activation::kGeluTanh:
-      for (int64_t i = 0; i < count; ++i) v[i] = 0.5f * v[i] * (1.f + std::tanh(0.79788456f * (v[i] + 0.044715f * v[i] * v[i] * v[i])));
+      run.swish(v, count, 1.5957691f, 0.071354816f);
       break;
     case Activation::kRelu:
     case Activation::kDrelu:
@@ -62,14 +62,23 @@ void products(const Run& run, Role role, Role bias, int64_t first, const int32_t
     run.kernels->dots(m.type, weights, rows, count, width, hidden ? run.hidden : run.x, run.tokens, out, stride, next);
   }
   const float* shift = bias == kTau ? nullptr : run.floats(bias);
-  if (!scale && !shift) return;
-  for (int64_t t = 0; t < run.tokens; ++t)
-    for (int64_t k = 0; k < count; ++k) {
-      const int64_t row = rows ? rows[k] : first + k;
-      float& value = out[t * stride + k];
-      if (scale) value *= scale[row];
-      if (shift) value += shift[row];
+  for (const float* by : {scale, shift}) {
+    if (!by) continue;
+    constexpr int64_t kMost = 512;  // rows of a block
+    float own[kMost];
+    const float* values = by + first;
+    if (rows) {
+      for (int64_t k = 0; k < count; ++k) own[k] = by[rows[k]];
+      values = own;
     }
+    for (int64_t t = 0; t < run.tokens; ++t) {
+      float* row = out + t * stride;
+      if (by == scale)
+        for (int64_t k = 0; k < count; ++k) row[k] *= values[k];
+      else
+        for (int64_t k = 0; k < count; ++k) row[k] += values[k];
+    }
+  }
 }
 
 // Asks for memory that is read soon: what is not one long row the hardware does not foresee.
@@ -139,7 +148,7 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
     products(run, kP2, kTau, first, nullptr, m, score, m);
   } else if (full) {
     products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, first, nullptr, m, score, m);
-    activate(v.activation, score, tokens * m);
+    activate(run, v.activation, score, tokens * m);
   }
   std::memset(any, v.score == Score::kAll, static_cast<size_t>(m));
   if (v.score == Score::kAll) std::memset(keep, 1, static_cast<size_t>(tokens * m));
@@ -171,21 +180,24 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
       for (int64_t k = 0; k < count; ++k) z[t * count + k] = score[t * m + rows[k] - first];
   } else {
     products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, 0, rows, count, z, count, plain ? kWDown : kWUp);
-    activate(v.activation, z, tokens * count);
+    activate(run, v.activation, z, tokens * count);
   }
   if (!plain) {
     products(run, kWUp, kBUp, 0, rows, count, up, count, kWDown);
-    if (v.activation == Activation::kDrelu) activate(Activation::kRelu, up, tokens * count);
+    if (v.activation == Activation::kDrelu) activate(run, Activation::kRelu, up, tokens * count);
     for (int64_t i = 0; i < tokens * count; ++i) z[i] *= up[i];
   }
-  if (v.weights == Weights::kInt8Row) {
-    const float* scale = run.floats(kSDown);
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t k = 0; k < count; ++k) z[t * count + k] *= scale[rows[k]];
+  const float* down = v.weights == Weights::kInt8Row ? run.floats(kSDown) : nullptr;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const uint8_t* kept = keep + t * m;
+    float* own = z + t * count;
+    if (count == m) {  // all rows, so that the loop can run in vectors
+      for (int64_t k = 0; k < m; ++k) own[k] = kept[k] ? own[k] : 0.f;
+      for (int64_t k = 0; down && k < m; ++k) own[k] *= down[first + k];
+    } else {
+      for (int64_t k = 0; k < count; ++k) own[k] = kept[rows[k] - first] ? (down ? own[k] * down[rows[k]] : own[k]) : 0.f;
+    }
   }
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t k = 0; k < count; ++k)
-      if (!keep[t * m + rows[k] - first]) z[t * count + k] = 0.f;
   out = {rows, z, count};
   return true;
 }

@@ -10,6 +10,7 @@
 #include "memory.h"
 #include "row_kernels.h"
 #include "row_sums.h"
+#include "swish.h"
 
 namespace sparsegate::gated_mlp {
 
@@ -19,6 +20,7 @@ constexpr int64_t kFoldedColumns = 512;  // of the strips in which partial sums 
 struct Run {
   const Kernels* kernels;
   const IntegerRows* integers;
+  Swish swish;
   const Variant* variant;
   const Tensors* tensors;
   Shape shape;

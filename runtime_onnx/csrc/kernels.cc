@@ -6,6 +6,7 @@
 #include "memory.h"
 #include "ort_abi.h"
 #include "row_kernels.h"
+#include "swish.h"
 
 namespace sparsegate {
 
@@ -13,11 +14,12 @@ thread_local Arena call_arena;
 thread_local Arena task_arena;
 thread_local Arena sum_arena;
 
-// Builds of float_rows.cc and integer_rows.cc
+// Builds of the sources that are compiled once per instruction set
 #define SPARSEGATE_BUILD(isa)           \
   namespace isa {                       \
   extern const Kernels float_rows;      \
   extern const IntegerRows integer_rows; \
+  void swish(float* v, int64_t count, float linear, float cubic); \
   }
 SPARSEGATE_BUILD(portable)
 #ifdef SPARSEGATE_X86
@@ -45,6 +47,16 @@ const IntegerRows& integer_rows(Isa isa) {
 #endif
   (void)isa;
   return portable::integer_rows;
+}
+
+Swish swish(Isa isa) {
+#ifdef SPARSEGATE_X86
+  if (isa == Isa::kAvx512vnni) return avx512vnni::swish;
+  if (isa == Isa::kAvx512) return avx512::swish;
+  if (isa == Isa::kAvx2) return avx2::swish;
+#endif
+  (void)isa;
+  return portable::swish;
 }
 
 namespace {
