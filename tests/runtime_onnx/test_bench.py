@@ -1,36 +1,52 @@
-"""bench: the ratio is what the samples say, disturbed pairs do not count, and the record holds what is needed to judge it."""
+"""bench of folders: the ratio is what the samples say, disturbed pairs do not count, and the record holds what is needed to judge it."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import onnx_folders as folders
 import pytest
 
-from sparsegate.runtime_onnx import bench as bench_module
 from sparsegate.runtime_onnx.bench import bench
+from sparsegate.runtime_onnx.bench import folders as folders_module
+from sparsegate.runtime_onnx.bench import samples as samples_module
 
 SHORT = {"prompt_tokens": 16, "new_tokens": 8, "pairs": 3, "threads": 1}
 
 
-def fixed(seconds: dict[str, Iterator[float]]) -> Any:
-    """Passes that report given decode seconds, and twice that for prefill."""
-    return lambda *_: {role: lambda values=values: (2 * (value := next(values)), value) for role, values in seconds.items()}
+class Fake:
+    """A model that reports given decode seconds, and twice that for prefill."""
+
+    def __init__(self, seconds: Iterator[float], called: Callable[[], Any] = lambda: None) -> None:
+        self.seconds, self.called = seconds, called
+
+    def greedy(self, ids: list[int], count: int) -> list[int]:
+        return [1] * count
+
+    def run(self, ids: list[int], following: list[int]) -> tuple[float, float]:
+        self.called()
+        value = next(self.seconds)
+        return 2 * value, value
 
 
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which no thread ever waits."""
-    monkeypatch.setattr(bench_module, "_waited", lambda: 0.0)
+def fixed(monkeypatch: pytest.MonkeyPatch, baseline: Fake, candidate: Fake) -> None:
+    """Folders open as these models: the dense one as the baseline."""
+    monkeypatch.setitem(folders_module.RUNTIMES, "onnxruntime", lambda folder, *_: baseline if folder == folders.dense() else candidate)
+
+
+def waits(monkeypatch: pytest.MonkeyPatch, readings: Iterator[Any]) -> None:
+    monkeypatch.setattr(samples_module, "waited", lambda: next(readings))
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "onnxruntime-genai"])
 def test_record(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two real folders: everything the record must hold, the ratio recomputed from its own samples, all of it JSON."""
-    quiet(monkeypatch)
+    waits(monkeypatch, itertools.repeat(0.0))
     counted: list[int] = []
     result = bench(folders.dense(), folders.sparse("predictor"), runtime=runtime, command="the command", progress=counted.append, **SHORT)
     assert json.loads(json.dumps(result)) == result
@@ -54,9 +70,8 @@ def test_record(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("candidate", "ratio", "verdict"), [(0.05, 2.0, "faster"), (0.1, 1.0, "not faster"), (0.2, 0.5, "not faster")])
 def test_verdict(candidate: float, ratio: float, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Candidate over baseline in tokens per second; 1 or less is not faster. One wild sample does not move the median."""
-    quiet(monkeypatch)
-    seconds = {"baseline": iter([9.0] + [0.1] * 5), "candidate": iter([0.001] + [candidate] * 3 + [5.0, candidate])}
-    monkeypatch.setitem(bench_module._PASSES, "onnxruntime", fixed(seconds))
+    waits(monkeypatch, itertools.repeat(0.0))
+    fixed(monkeypatch, Fake(iter([9.0] + [0.1] * 5)), Fake(iter([0.001] + [candidate] * 3 + [5.0, candidate])))
     result = bench(folders.dense(), folders.sparse("gate"), prompt_tokens=4, new_tokens=8, pairs=5)
     assert (result["decode"]["ratio"], result["decode"]["verdict"]) == (pytest.approx(ratio), verdict)
     assert result["decode"]["lowest"] == pytest.approx(0.02)
@@ -64,35 +79,33 @@ def test_verdict(candidate: float, ratio: float, verdict: str, monkeypatch: pyte
 
 
 def test_waiting_pairs_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pair whose threads waited for a CPU does not count, here the slow one; if all waited, or waiting is unknown, the record says so."""
-    waits = iter([0, 0, 0, 0, 0, 0, 50, 50, 50, 50, 50])  # one reading at the start, then two a pair: warm-up and three that count
-    monkeypatch.setattr(bench_module, "_waited", lambda: next(waits))
-    monkeypatch.setitem(bench_module._PASSES, "onnxruntime", fixed({"baseline": iter([1.0] * 4), "candidate": iter([1.0, 0.5, 8.0, 0.5])}))
+    """A pair in which either waited for a CPU does not count, here the slow one; if all waited, or waiting is unknown, the record says so."""
+    waits(monkeypatch, iter([0.0] * 9 + [50.0] + [50.0] * 6))  # two readings a run: warm-up, a quiet pair, a disturbed one, a quiet one
+    fixed(monkeypatch, Fake(iter([1.0] * 4)), Fake(iter([1.0, 0.5, 8.0, 0.5])))
     result = bench(folders.dense(), folders.sparse("gate"), prompt_tokens=4, new_tokens=8, pairs=3)
     assert result["dropped"] == 1 and len(result["samples"]) == 2 and result["decode"]["lowest"] == 2.0 and result["quiet"] is True
-    ever = iter(range(100))
-    monkeypatch.setattr(bench_module, "_waited", lambda: next(ever))
-    ones = {"baseline": itertools.repeat(1.0), "candidate": itertools.repeat(1.0)}
-    monkeypatch.setitem(bench_module._PASSES, "onnxruntime", fixed(ones))
+    ever = itertools.count()
+    waits(monkeypatch, (float(value) for value in ever))
+    fixed(monkeypatch, Fake(itertools.repeat(1.0)), Fake(itertools.repeat(1.0)))
     result = bench(folders.dense(), folders.sparse("gate"), **SHORT)
     assert result["quiet"] is False and len(result["samples"]) == 3 and result["dropped"] == 0 and "do not quote" in result["waits"]
-    monkeypatch.setattr(bench_module, "_waited", lambda: None)
+    for module in (samples_module, folders_module):
+        monkeypatch.setattr(module, "waited", lambda: None)
     result = bench(folders.dense(), folders.sparse("gate"), **SHORT)
     assert result["quiet"] is None and "not measured" in result["waits"]
 
 
 def test_order_alternates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither model always goes first."""
-    quiet(monkeypatch)
+    waits(monkeypatch, itertools.repeat(0.0))
     calls: list[str] = []
-    monkeypatch.setitem(
-        bench_module._PASSES, "onnxruntime", lambda *_: {role: lambda role=role: (calls.append(role), (1.0, 1.0))[1] for role in ("baseline", "candidate")}
-    )
-    bench(folders.dense(), folders.sparse("gate"), prompt_tokens=4, new_tokens=8, pairs=2)
-    assert calls[2:] == ["candidate", "baseline", "baseline", "candidate"] or calls[2:] == ["baseline", "candidate", "candidate", "baseline"]
+    fixed(monkeypatch, Fake(itertools.repeat(1.0), lambda: calls.append("b")), Fake(itertools.repeat(1.0), lambda: calls.append("c")))
+    bench(folders.dense(), folders.sparse("gate"), prompt_tokens=4, new_tokens=8, pairs=4)
+    rounds = ["".join(calls[k : k + 2]) for k in range(2, 10, 2)]
+    assert sorted(rounds) == ["bc", "bc", "cb", "cb"]
 
 
-def test_bad_arguments() -> None:
+def test_bad_arguments(tmp_path: Path) -> None:
     """One line each."""
     dense, sparse = folders.dense(), folders.sparse("gate")
     for arguments, message in (
@@ -104,4 +117,4 @@ def test_bad_arguments() -> None:
         with pytest.raises(ValueError, match=message):
             bench(dense, sparse, **arguments)
     with pytest.raises(ValueError, match="must be an ONNX folder"):
-        bench(dense, sparse.parent / "none")
+        bench(dense, tmp_path / "none")

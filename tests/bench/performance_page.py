@@ -1,0 +1,130 @@
+"""Write docs/performance.md and its plot from the stored results: `python tests/bench/performance_page.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparsegate.converter.bench.roofline import plot
+from sparsegate.converter.bench.tables import (
+    amdahl_lines,
+    commands,
+    conditions,
+    model_table,
+    nothing_line,
+    op_rows,
+    op_table,
+    prefill_table,
+    target_table,
+    worst,
+)
+
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, PLOT = DOCS / "performance.md", DOCS / "roofline.png"
+OP, PREFILL, MODELS = "op_cpu.json", "prefill_cpu.json", "model_*.json"
+INTRODUCTION = """# Performance
+
+Speed is a ratio against the dense model, measured back to back in one run; a ratio of 1 or less is called not faster. Everything on this page is written by
+`python tests/bench/performance_page.py` from the JSON files in `tests/bench/results/`, which hold machine, versions, command, commit and every row.
+
+How a number comes about: what is compared runs in turns, who goes first alternates, and a sample in which threads waited for a CPU for more than 5 % of the time is
+dropped (Linux tells). An op is timed with cold weights (a buffer larger than the caches is read before every call) and a new random selection at every call, at
+least 15 clean pairs; its result is compared with the reference first. GB/s are the bytes really needed, predictor and scales included, never those of the dense model,
+and their share is of the fastest of four ways of reading memory with all threads, before and after the row."""
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A stored result, or None where it has not been measured."""
+    path = RESULTS / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def models() -> list[dict[str, Any]]:
+    """The stored runs of whole models."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(MODELS))]
+
+
+def losses(op: dict[str, Any] | None, prefill: dict[str, Any] | None, whole: list[dict[str, Any]]) -> list[str]:
+    """Every measured case in which the sparse side is not faster, or is below what it was meant to reach."""
+    found = []
+    for result in (op, prefill):
+        for row in op_rows(result) if result else ():
+            for dense in row["dense"]:
+                if dense["verdict"] == "not faster":
+                    kept = "everything kept, no predictor" if row["score"] == "all" else f"{row['asked']:.0%} kept"
+                    many = f"{row['tokens']} token{'s' if row['tokens'] > 1 else ''}"
+                    found.append(f"{row['format']}, {many}, {kept}: {dense['ratio']:.2f} times {dense['name']}, not faster")
+    for result in whole:
+        for row in result["ratios"]:
+            for phase in ("prefill", "decode"):
+                if row[phase]["verdict"] == "not faster":
+                    found.append(f"{result['settings']['shape']}, {row['role']}, {phase}: {row[phase]['ratio']:.2f} times {row['against']}, not faster")
+    return found
+
+
+def page() -> str:
+    """The whole page."""
+    op, prefill, whole = load(OP), load(PREFILL), models()
+    parts = [INTRODUCTION]
+    if op:
+        settings = op["settings"]
+        parts += [
+            "## One token through one MLP",
+            f"d = {settings['d']}, n = {settings['n']}, predictor of rank {settings['r']} inside the op, {settings['threads']} threads. {conditions(op)}. Speed "
+            "against ONNX Runtime's dense product of the same precision; fp16 and bf16 stand against fp32, as its CPU has none faster, with 8 bits beside.",
+            target_table(op),
+            nothing_line(op),
+            "### Every row",
+            op_table(op),
+            f"![Roofline]({PLOT.name})",
+        ]
+    if prefill:
+        low = "; ".join(
+            f"{name} {row['dense'][0]['ratio']:.2f} at {row['tokens']} tokens, {'no predictor' if row['score'] == 'all' else format(row['asked'], '.0%') + ' kept'}"
+            for name, row in worst(prefill).items()
+        )
+        parts += [
+            "## Many tokens in one call",
+            "Every token keeps neurons of its own, drawn independently, which is the worst case: the union soon holds all of them. Speed against ONNX Runtime's dense "
+            f"product of the same precision. {conditions(prefill)}.",
+            prefill_table(prefill),
+            f"The lowest ratio of each format: {low}.",
+        ]
+    for result in whole:
+        settings = result["settings"]
+        parts += [
+            f"## {settings['shape']}, {settings['precision']}, whole model",
+            f"Random weights of the real sizes, {settings['layers']} layers; {settings['prompt_tokens']} tokens of prompt, {settings['new_tokens']} decoded one at a "
+            f"time, the same random ids for all; {settings['threads']} threads each, median of {settings['rounds']} rounds in turns; stream "
+            f"{result['stream_gb_per_s']:.1f} GB/s. {conditions(result)}.",
+            model_table(result),
+            *amdahl_lines(result),
+            "What is timed: " + "; ".join(f"{row['runtime']}: {row['timed']}" for row in {row["runtime"]: row for row in result["models"]}.values()) + ".",
+        ]
+    everything = [result for result in (op, prefill, *whole) if result]
+    lost = losses(op, prefill, whole)
+    parts += ["## Where sparsegate loses", "\n".join(f"- {line}" for line in lost) if lost else "In none of the cases measured."]
+    parts += [
+        "## CUDA",
+        f"Kernels for CUDA are built and tested against the reference; their speed is {everything[0]['cuda'] if everything else 'not run'}.",
+        "## How to repeat it",
+        "\n".join(f"- {commands(result)}" for result in everything),
+        "The peers are optional: `pip install 'sparsegate[bench]'` brings llama-cpp-python and gguf; one that is not installed stays in the table as not installed. "
+        "`--shape` names the sizes of well-known models, `--layers` shortens them, and `sparsegate bench DENSE DIR` times two folders of your own.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_page() -> None:
+    """The page and its plot."""
+    DOCS.mkdir(exist_ok=True)
+    PAGE.write_text(page(), encoding="utf-8")
+    drawn = [result for result in (load(OP), load(PREFILL)) if result]
+    if drawn:
+        plot(PLOT, drawn)
+
+
+if __name__ == "__main__":
+    write_page()

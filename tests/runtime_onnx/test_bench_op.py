@@ -1,0 +1,192 @@
+"""bench of ops: pairing, dropping and medians; forced densities; the dense graphs compute what they should; rows hold what they claim. No timings."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_folders as folders
+import pytest
+
+from sparsegate.runtime_onnx.bench import graphs, op, samples, stream
+from sparsegate.runtime_onnx.bench.op import Peer, bench_op
+from sparsegate.runtime_onnx.bench.op_cases import POOL, LinearCase, MlpCase, mlp_weights
+from sparsegate.runtime_onnx.bench.op_graphs import BASELINES, FORMS
+from sparsegate.runtime_onnx.ops import gated_mlp, sparse_linear
+
+D, N, R = 64, 96, 32
+
+
+@pytest.fixture
+def still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which no thread ever waits, and a small buffer to read."""
+    monkeypatch.setattr(samples, "waited", lambda: 0.0)
+    monkeypatch.setattr(op, "Stream", lambda threads: stream.Stream(threads, 1 << 16))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_order_is_fair(count: int) -> None:
+    roles = [str(k) for k in range(count)]
+    rounds = [samples.order(roles, number) for number in range(2 * count)]
+    assert all(sorted(found) == roles for found in rounds)
+    for place in (0, -1):
+        assert sorted(found[place] for found in rounds) == sorted(roles * 2)
+
+
+def test_pairs_are_cold_alternate_and_drop_what_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pair 2 waits in its second half: it is dropped whole. Every call comes after `before`, and both halves get the same number."""
+    log: list[str] = []
+    readings = itertools.chain([0.0] * 11, itertools.repeat(9.0))  # two a call; the twelfth is the end of the third pair's second call
+    monkeypatch.setattr(samples, "waited", lambda: next(readings))
+    clock = itertools.count()
+    monkeypatch.setattr(samples.time, "perf_counter", lambda: float(next(clock)))
+    found = samples.pairs(lambda i: log.append(f"a{i}"), lambda i: log.append(f"b{i}"), 3, 60.0, lambda: log.append("cold"), warm=1)
+    assert found.dropped == 1 and len(found.baseline) == len(found.candidate) == 3
+    assert log[::2] == ["cold"] * 10
+    calls = log[1::2]
+    assert all({first[1:]} == {second[1:]} and first[0] != second[0] for first, second in zip(calls[::2], calls[1::2], strict=True))
+    assert {call[0] for call in calls[2::2]} == {"a", "b"}
+
+
+def test_compare() -> None:
+    found = samples.compare([4.0, 6.0, 8.0, 10.0, 100.0], [2.0, 2.0, 2.0, 2.0, 2.0])
+    assert found["ratio"] == 4.0 and found["quartiles"] == [3.0, 5.0] and (found["lowest"], found["highest"], found["pairs"]) == (2.0, 50.0, 5)
+    assert samples.compare([1.0], [1.0])["verdict"] == "not faster" and samples.compare([1.01], [1.0])["verdict"] == "faster"
+
+
+def test_stream_reads_every_way() -> None:
+    found = stream.Stream(2, 1 << 20).bandwidth(2)
+    assert len(found) == 4 and all(np.isfinite(value) and value > 0 for value in found.values())
+    assert stream.best({"a": 1.0, "b": 4.0}, {"a": 5.0, "b": 1.0}) == 3.0
+
+
+@pytest.mark.parametrize("case", [MlpCase, LinearCase])
+@pytest.mark.parametrize("density", [0.5, 0.2])
+def test_density_is_forced_for_every_unit(case: Any, density: float, tmp_path: Path) -> None:
+    made = case(FORMS["int8"], D, N, R, tmp_path)
+    kept = made.score > made.thresholds(density)
+    assert abs(kept.mean(0) - density).max() <= 1 / POOL + 1e-9
+    assert kept[0].mean() == pytest.approx(density, abs=0.2) and (kept[0] != kept[1]).any()
+    assert not (made.score > made.thresholds(0.0)).any() and (made.score > made.thresholds(1.0)).all()
+
+
+@pytest.mark.parametrize(("baseline", "bound"), [("fp32", 1e-11), ("int8", 2e-3), ("int4", 0.1)])
+def test_dense_graphs_are_the_mlp(baseline: str, bound: float, tmp_path: Path) -> None:
+    """Against numpy on the float weights, within the format's rounding; a control with one matrix changed is far off."""
+    case = MlpCase(FORMS["fp32"], D, N, R, tmp_path)
+    run = op._Timer(1, 1, 1.0, ()).open(case.dense(baseline, tmp_path))
+    weights, x = {role: value.astype(np.float64) for role, value in mlp_weights(D, N, R).items()}, case.pool[:5].astype(np.float64)
+
+    def mlp(down: Any) -> Any:
+        gate = x @ weights["w_gate"].T
+        return (gate / (1 + np.exp(-gate)) * (x @ weights["w_up"].T)) @ down
+
+    def error(expected: Any) -> float:
+        return float(((run(case.pool[:5]) - expected) ** 2).sum() / (expected**2).sum())
+
+    assert error(mlp(weights["w_down"])) < bound
+    assert error(mlp(weights["w_down"][::-1])) > 0.5
+
+
+def test_rows_of_the_mlp(still: None) -> None:
+    seen: list[int] = []
+    peer = Peer("other", ("fp32",), lambda weights, threads: lambda x: x @ weights["w_up"].T)
+    result = bench_op(
+        "gated_mlp", D, N, R, ["fp32", "int8"], (1.0, 0.25), (1, 4), 1, wanted=2, peers=[peer], command="x", keep=lambda found: seen.append(len(found["rows"]))
+    )
+    assert json.loads(json.dumps(result)) == result and seen == list(range(1, 15)) and result["cuda"].startswith("not run")
+    by = {(row["format"], row["tokens"], row["asked"], row["score"]): row for row in result["rows"]}
+    assert len(by) == 14 and all(row["status"] == "run" for row in by.values())
+    for (name, tokens, asked, score), row in by.items():
+        if score == "nothing":
+            assert row["density"] == 0.0 and row["warm_ms"] > 0
+            continue
+        assert row["density"] == pytest.approx(asked, abs=2e-3) and row["union"] >= row["density"] - 0.05
+        assert row["union"] == pytest.approx(1 - (1 - asked) ** tokens, abs=0.05)
+        variant = gated_mlp.Variant.parse(row["variant"])
+        assert row["bytes"] == pytest.approx(gated_mlp.traffic(variant, D, N, 0 if score == "all" else R, row["union"]))
+        assert row["operations"] == pytest.approx(2 * tokens * (3 * D * N * row["density"] + (0 if score == "all" else R * (D + N))))
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"] / 1e6) and row["share_of_stream"] == pytest.approx(
+            row["gb_per_s"] / row["stream_gb_per_s"]
+        )
+        names = [f"ONNX Runtime {BASELINES[key].name}" for key in FORMS[name].baselines] + ["other"] * (name == "fp32")
+        assert [dense["name"] for dense in row["dense"]] == names
+    again: list[int] = []
+    more = bench_op("gated_mlp", D, N, R, ["fp32", "int8"], (1.0, 0.25), (1, 4), 1, 2, finished=result["rows"][:-1], keep=lambda _: again.append(1))
+    assert len(again) == 1 and more["rows"][:-1] == result["rows"][:-1]
+
+
+def test_rows_of_the_linear(still: None) -> None:
+    (row, nothing) = bench_op("sparse_linear", D, N, R, ["int4"], (0.5,), (1,), 1, wanted=2)["rows"]
+    variant = sparse_linear.Variant.parse(row["variant"])
+    assert row["bytes"] == pytest.approx(sparse_linear.traffic(variant, D, N, row["union"])) and nothing["score"] == "nothing"
+
+
+def test_a_wrong_kernel_is_not_timed(still: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = MlpCase.expected
+    monkeypatch.setattr(MlpCase, "expected", lambda self, x, tau: right(self, x, tau) * (1 + 1e-4))
+    with pytest.raises(ValueError, match="error of fp32 must be at most .*The kernel is wrong"):
+        bench_op("gated_mlp", D, N, R, ["fp32"], (0.5,), (1,), 1, wanted=1)
+
+
+def test_a_busy_machine_gives_no_number(still: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    ever = itertools.count()
+    monkeypatch.setattr(samples, "waited", lambda: float(next(ever)))
+    with pytest.raises(ValueError, match="must have 15 clean pairs in 0 s, got 0 of"):
+        bench_op("gated_mlp", D, N, R, ["fp32"], (0.5,), (1,), 1, patience=0.2)
+
+
+def test_a_variant_without_a_kernel_is_said(still: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op.library, "supports", lambda *_: False)
+    result = bench_op("gated_mlp", D, N, R, ["fp32"], (0.5,), (1,), 1, wanted=1)
+    assert {row["status"] for row in result["rows"]} == {"not run: the library has no kernel for it"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"op": "conv"}, "op must be gated_mlp or sparse_linear, got 'conv'"),
+        ({"formats": ["fp8"]}, "must be one of fp32; .*got 'fp8'"),
+        ({"densities": [0.0]}, "above 0 and be at most 1, got 0.0"),
+        ({"tokens": [0]}, "tokens must be 1 to 1024, got 0"),
+        ({"d": 65}, "multiples of 32, got 65"),
+        ({"wanted": 0}, "pairs must be at least 1"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        bench_op(**{"d": D, "n": N, **arguments})
+
+
+def test_bytes_and_density_of_a_folder() -> None:
+    """By hand from the sizes; the thresholds of the folder are medians of its neurons' scores on these very tokens."""
+    import torch
+
+    dense, sparse = folders.dense(), folders.sparse("predictor")
+    h, n, layers, r = folders.HIDDEN, folders.NEURONS, folders.LAYERS, folders.RANK
+    mlp = 3 * h * n * 4
+    tokens = torch.randint(2, folders.VOCABULARY, (1, 200), generator=torch.Generator().manual_seed(1))[0].tolist()
+    found = graphs.realised(sparse, tokens)
+    assert len(found) == layers and all(value == pytest.approx(0.5, abs=0.01) for value in found.values()) and graphs.realised(dense, tokens) == {}
+    predictor = (r * (h + n) + n) * 4
+    saved = graphs.token_bytes(dense) - graphs.token_bytes(sparse, dict.fromkeys(found, 0.25))
+    assert saved == pytest.approx(layers * (0.75 * mlp - predictor))
+    rest = 4 * (layers * (h * (h + 2 * (h // 2)) + h * h + 2 * h) + h + h * folders.VOCABULARY)
+    assert graphs.token_bytes(dense) == pytest.approx(rest + layers * mlp, rel=0.01)
+
+
+def test_share_of_the_mlp() -> None:
+    def node(name: str, start: int, duration: int) -> dict[str, Any]:
+        return {"cat": "Node", "name": name, "ts": start, "dur": duration}
+
+    calls = [{"cat": "Session", "name": "model_run", "ts": start, "dur": 100} for start in (0, 200, 400)]
+    inside = [node("/model/layers.0/mlp/up/MatMul_kernel_time", start + 10, 30) for start in (0, 200, 400)]
+    outside = [node("/model/layers.0/attn/MatMul_kernel_time", 250, 50), node("/model/layers.0/mlp/up/MatMul_fence_before", 260, 50)]
+    assert graphs.share_of([*calls, *inside, *outside], 2) == 0.3
+
+
+def test_share_of_a_real_profile() -> None:
+    assert 0 < graphs.mlp_share(folders.dense(), [2, 3, 4], [5, 6, 7], 1) < 1
