@@ -22,7 +22,7 @@ LEVELS = (
     {"end_to_end"},
     {"planning", "texts", "verification", "executors", "report", "hub", "budget"},
     {"schedule", "evaluation"},
-    {"conversion", "candidates", "inspection", "diagnosis", "root"},
+    {"conversion", "candidates", "inspection", "diagnosis", "bench", "root"},
     {"cli"},
 )
 """Names are the parts of converter/; `root` is its __init__.py. Parts of one level may import each other, without cycles."""
