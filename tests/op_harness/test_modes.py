@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from sparsegate.runtime_onnx import library
 from sparsegate.runtime_onnx.ops import OPS
 
-from . import CASES, breaking, cases_of, support, testing
+from . import CASES, breaking, cases_of, support, testing, timing
 from .case import ISAS, STORED, TOKENS, Case, formats, pairwise
 from .sessions import forced_isa, has_isa, make_model, open_model, run
 
@@ -88,6 +89,27 @@ def test_result_does_not_depend_on_the_number_of_tokens(stem: str, isa: str, sto
         for step in (1, 2, 4, 5, 7, 64):
             np.testing.assert_array_equal(np.concatenate([run(session, x[i : i + step]) for i in range(0, 130, step)]), y)
         np.testing.assert_array_equal(run(open_model(model, threads=1), x), y)
+
+
+# perf
+
+
+def test_perf_prints_a_row_per_case(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """With the measurement itself, which has tests of its own, replaced."""
+    dense = [{"name": "ONNX Runtime MatMul fp32", "ratio": 3.456}]
+    row = {"format": "fp16", "tokens": 1, "score": "predictor", "asked": 0.2, "status": "run", "ms": 1.25, "gb_per_s": 20.0, "share_of_stream": 0.75, "dense": dense}
+    rows = [row, {**row, "asked": 0.0, "warm_ms": 0.05}, {**row, "status": "not run: no kernel"}]
+
+    def bench_op(stem: str, keep: Callable[[dict], None], **given: object) -> None:
+        for i in range(len(rows)):
+            keep({"rows": rows[: i + 1]})
+
+    monkeypatch.setattr(timing, "bench_op", bench_op)
+    assert timing.main(["gated_mlp"], ISAS, False) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and "GatedMLP" in lines[0]
+    assert "20%: 1.250 ms, 20.0 GB/s, 75% of the stream, 3.46 x ONNX Runtime MatMul fp32" in lines[1]
+    assert "0%: 0.050 ms warm" in lines[2] and lines[3].endswith("not run: no kernel")
 
 
 # support
