@@ -63,7 +63,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, str], set[str]]] = {
     "generate": (runtime.generate, {"model": "path", "body": "library"}, set()),
     "verify": (conversion.verify, {}, {"json"}),
     "eval": (evaluation.evaluate, {}, {"json"}),
-    "bench": (import_module("sparsegate.runtime_onnx.bench").bench, {}, {"json", "output"}),
+    "bench": (import_module("sparsegate.converter.bench.run").bench, {}, {"json"}),
     "report": (reporting.make_report, {}, set()),
     "push": (hub.push, {"repository": "repo_id", "public": "private"}, set()),
     "link": (runtime.link, {}, set()),
@@ -244,6 +244,9 @@ def test_wrong_usage_is_status_2(words: list[str], call: Callable[..., Done]) ->
         (["report", "MODEL"], "manifest.json"),
         (["bench", "./nothing", "TMP"], "The model must be an ONNX folder"),
         (["bench", "TMP", "TMP", "--pairs", "0"], "pairs must be at least 1"),
+        (["bench"], "bench must get DENSE and DIR, one DIR, --shape or --op"),
+        (["bench", "TMP"], "The model must be an ONNX folder"),
+        (["bench", "--shape", "llama-2b"], "--shape must be one of llama-1b"),
         (["push", "TMP", "a/b"], "manifest.json"),
         (["link", "TMP"], "The model must be an ONNX folder"),
         (["unlink", "./nothing"], "The model must be an ONNX folder"),
@@ -452,6 +455,9 @@ def test_bench(converted: Path, call: Callable[..., Done], tmp_path: Path) -> No
     assert "dense" in found["baseline"]["executor"] and found["candidate"]["path"] == str(converted / "onnx")
     done = call(*map(str, words))
     assert done.status == 0 and "times the baseline's speed" in done.out and "prefill" in done.out
+    alone = call("bench", converted, *map(str, words[3:]), "--json")
+    built = json.loads(alone.out)
+    assert alone.status == 0 and built["candidate"]["path"] == str(converted / "onnx") and built["baseline"]["precision"] == found["baseline"]["precision"]
 
 
 # doctor

@@ -17,7 +17,7 @@ VERBS = {
     "generate": (".generate", "Stream a continuation of a prompt."),
     "verify": (".verify", "Check integrity, equality of executors and the quality budget."),
     "eval": (".eval", "Measure quality, answers, realised sparsity and lm-eval tasks of a checkpoint."),
-    "bench": (".bench", "Time two ONNX folders back to back."),
+    "bench": (".bench", "Time models or ops against dense ones, back to back."),
     "report": (".report", "Write the HTML report and its pictures again from stored results."),
     "push": (".push", "Upload a checkpoint to the Hub."),
     "link": (".link", "Put the native library beside the model for genai apps in other languages."),
