@@ -97,7 +97,8 @@ def test_result_does_not_depend_on_the_number_of_tokens(stem: str, isa: str, sto
 def test_perf_prints_a_row_per_case(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """With the measurement itself, which has tests of its own, replaced."""
     dense = [{"name": "ONNX Runtime MatMul fp32", "ratio": 3.456}]
-    row = {"format": "fp16", "tokens": 1, "score": "predictor", "asked": 0.2, "status": "run", "ms": 1.25, "gb_per_s": 20.0, "share_of_stream": 0.75, "dense": dense}
+    speed = {"ms": 1.25, "gb_per_s": 20.0, "share_of_stream": 0.75, "dense": dense}
+    row = {"format": "fp16", "tokens": 1, "score": "predictor", "asked": 0.2, "status": "run", **speed}
     rows = [row, {**row, "asked": 0.0, "warm_ms": 0.05}, {**row, "status": "not run: no kernel"}]
 
     def bench_op(stem: str, keep: Callable[[dict], None], **given: object) -> None:
