@@ -13,7 +13,7 @@
 // of 64 for 128 tokens.
 //
 // z is rounded to x's type before it meets w_down, as in any 16-bit model; int8 row scales of w_down are multiplied into it before that. A float16 z overflows
-// above 65504. Gate, up and scores are not rounded. A token's result does not depend on the other tokens of a call that takes this path and repeats bit for bit; it
+// above 65504. Gate, up, scores and weights of any format are not rounded. A token's result does not depend on the other tokens of a call that takes this path and repeats bit for bit; it
 // differs from decode's in rounding. Types that the tensor cores do not take together (float32, or x and weights of two 16-bit types) are multiplied in float32.
 #include "gated_mlp.cuh"
 #include "memory.h"

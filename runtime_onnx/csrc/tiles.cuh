@@ -32,9 +32,9 @@ constexpr int kPad = 8;  // 16 bytes
 __device__ inline __half narrow(float v, __half) { return __float2half_rn(v); }
 __device__ inline __nv_bfloat16 narrow(float v, __nv_bfloat16) { return __float2bfloat16_rn(v); }
 
-// Eight stored numbers as eight of T. Integers are exact; only a scale other than 1 rounds.
+// Eight stored numbers as eight of T, without scales: integers are exact.
 template <class T, class W>
-__device__ inline uint4 pack(const Eight<W>& e, float scale) {
+__device__ inline uint4 pack(const Eight<W>& e) {
   if constexpr (std::is_same_v<T, W>) {
     return e.bits;
   } else {
@@ -42,11 +42,24 @@ __device__ inline uint4 pack(const Eight<W>& e, float scale) {
     widen(e, v);
     T out[8];
 #pragma unroll
-    for (int k = 0; k < 8; ++k) out[k] = narrow(v[k] * scale, T{});
+    for (int k = 0; k < 8; ++k) out[k] = narrow(v[k], T{});
     uint4 bits;
     memcpy(&bits, out, sizeof bits);
     return bits;
   }
+}
+
+// Two numbers of T times their scales, as the sum of two pairs of T: the rounding error of the first is the second.
+template <class T>
+__device__ inline void scale_pair(uint32_t& pair, uint32_t& rest, const float* scale, T type) {
+  float v[2], rounded[2];
+  widen_words(pair, v, type);
+  T out[2] = {narrow(v[0] * scale[0], type), narrow(v[1] * scale[1], type)};
+  memcpy(&pair, out, sizeof pair);
+  widen_words(pair, rounded, type);
+  out[0] = narrow(v[0] * scale[0] - rounded[0], type);
+  out[1] = narrow(v[1] * scale[1] - rounded[1], type);
+  memcpy(&rest, out, sizeof rest);
 }
 
 // A thread's share of a step, on its way from memory to shared memory.
@@ -79,15 +92,18 @@ struct Share {
   }
 };
 
-// Shared memory of one step. Where int4 rows are columns of C, a step is one group: their scales are kept apart and multiplied into the sums of the step.
+// Shared memory of one step. int4 numbers stand there without their scales, which are not rounded to 16 bits either. Where rows are columns of C, a step is one
+// group, and the scales of the 128 columns are multiplied into the sums of the step. Where rows are k, a warp's 32 columns are one group: a pair of numbers is
+// scaled in registers and multiplied as the sum of two pairs, at twice the operations.
 template <class Op>
 struct Tiles {
   using T = typename Op::T;
-  static constexpr bool kGroups = Op::kRowsAreColumns && Share<Op>::kInt4;
+  static constexpr bool kInt4 = Share<Op>::kInt4, kGroups = kInt4 && Op::kRowsAreColumns;
+  static_assert(kTile == 4 * kStep, "one array holds the scales of 128 columns, or of 4 groups of columns in 32 rows");
   static constexpr int kWidth = (Op::kRowsAreColumns ? kStep : kTile) + kPad, kHeight = Op::kRowsAreColumns ? kTile : kStep;
   alignas(16) T a[kTile][kStep + kPad];
   alignas(16) T b[kHeight][kWidth];
-  float scale[kGroups ? kTile : 1];
+  float scale[kInt4 ? kTile : 1];
 
   __device__ void store(const Share<Op>& share) {
 #pragma unroll
@@ -95,8 +111,8 @@ struct Tiles {
       const int at = threadIdx.x + i * kThreads;
       *reinterpret_cast<uint4*>(&a[at / 4][at % 4 * 8]) = share.a[i].bits;
       T* to = Op::kRowsAreColumns ? &b[at / 4][at % 4 * 8] : &b[at / 16][at % 16 * 8];
-      *reinterpret_cast<uint4*>(to) = pack<T>(share.b[i], kGroups ? 1.f : share.scale[i]);
-      if (kGroups && at % 4 == 0) scale[at / 4] = share.scale[i];
+      *reinterpret_cast<uint4*>(to) = pack<T>(share.b[i]);
+      if (kInt4 && at % 4 == 0) scale[Op::kRowsAreColumns ? at / 4 : at % 16 / 4 * kStep + at / 16] = share.scale[i];
     }
   }
 };
@@ -107,7 +123,7 @@ __device__ inline void step(const Tiles<Op>& tiles, float (&sum)[4][4][4]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, top = warp / 4 * 64, left = warp % 4 * 32;
 #pragma unroll
   for (int k = 0; k < kStep; k += 16) {
-    uint32_t a[4][4], b[2][4];
+    uint32_t a[4][4], b[2][4], rest[2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) load_matrices(&tiles.a[top + i * 16 + lane % 16][k + lane / 16 * 8], a[i]);
 #pragma unroll
@@ -117,17 +133,28 @@ __device__ inline void step(const Tiles<Op>& tiles, float (&sum)[4][4][4]) {
         load_matrices(&tiles.b[column + lane % 8][along], b[j]);
       } else {
         load_transposed(&tiles.b[along + lane % 8][column], b[j]);
+        if constexpr (Tiles<Op>::kInt4) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            scale_pair(b[j][e], rest[j][e], &tiles.scale[warp % 4 * kStep + k + e % 2 * 8 + lane % 4 * 2], typename Op::T{});
+        }
       }
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) multiply(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], typename Op::T{});
+    if constexpr (Tiles<Op>::kInt4 && !Op::kRowsAreColumns) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) multiply(sum[i][j], a[i], rest[j / 2][j % 2 * 2], rest[j / 2][j % 2 * 2 + 1], typename Op::T{});
+    }
   }
 }
 
 template <class Op>
-__global__ void __launch_bounds__(kThreads, Tiles<Op>::kGroups ? 1 : 2) product(const __grid_constant__ Op op) {
+__global__ void __launch_bounds__(kThreads, Tiles<Op>::kInt4 ? 1 : 2) product(const __grid_constant__ Op op) {
   __shared__ Tiles<Op> tiles[2];
   if (op.skip()) return;
   float sum[4][4][4] = {};
