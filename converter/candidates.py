@@ -120,7 +120,7 @@ def room(recipe: Recipe, graphs: Graphs) -> Recipe:
     if min(left.values()) <= 0:
         asked = ", ".join(f"{name} {getattr(budget, name):.3g}" for name in left)
         raise InputError(
-            f"The budget must leave room for {recipe.export.precision}, in which the dense graph alone raises perplexity by {rise:.3g} and has KL "
+            f"The budget must leave room for {recipe.export.precision}, in which the dense graph alone raises perplexity by {rise:.1%} and has KL "
             f"{loss.kl:.3g}, got {asked}. Loosen it, or choose a precision of more bits."
         )
     return recipe.model_copy(update={"budget": budget.model_copy(update=left)})
@@ -199,7 +199,7 @@ def _exported(candidate: Candidate, source: Source, texts: Texts, graphs: Graphs
             write_json(partial / "measured.json", {"checks": [check.model_dump() for check in checks], "speed": speed, "shipped": shipped})
             write_header(partial, header)
     stored = read_json(measured / "measured.json", "The measurement")
-    checks, shipped = [Check(**row) for row in stored["checks"]] + candidate.checks, _quality(stored["shipped"])
+    checks, shipped = [Check(**row) for row in stored["checks"]] + candidate.checks, _quality(stored.get("shipped", {}))
     if shipped is not None:
         budget = recipe.budget.model_dump() | {"searched": recipe.searches}
         checks += shipped_checks(shipped, candidate.quality, budget, asked.precision)

@@ -15,7 +15,7 @@ from sparsegate.converter import candidates, executors
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.candidates import Graphs, room
 from sparsegate.converter.conversion import convert, verify
-from sparsegate.converter.executors import check_onnx
+from sparsegate.converter.executors import FloatBody, _logits_check, make_probe
 from sparsegate.converter.manifest import Manifest, read_manifest, write_manifest
 from sparsegate.converter.onnx_export import round_model
 from sparsegate.converter.planning import compile_recipe, estimate, method_configs
@@ -99,13 +99,12 @@ def test_equality_is_with_the_rounded_weights_only(int4: Path) -> None:
     """Against the weights as they were, and against those of another precision, the same check fails."""
     source, recipe = open_source(int4, sparse=True), make_recipe(read_manifest(int4).recipe)
     recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": str(int4.parent / "text.txt")})})
-    heldout, plan, model = make_heldout(source, recipe), read_plan(int4), load(int4)
+    heldout, plan, body = make_heldout(source, recipe), read_plan(int4), FloatBody(int4 / "onnx")
     for precision, passed in ((None, False), ("int8", False), ("int4", True)):
         model = load(int4)
         if precision:
             round_model(model, plan, source.arch, precision)
-        check = next(c for c in check_onnx(int4 / "onnx", model, heldout, Export(precision="int4")) if c.name == "float activations logits")
-        assert check.passed is passed, precision
+        assert _logits_check("body", body, make_probe(model, heldout)).passed is passed, precision
 
 
 def test_graph_for_cuda_claims_nothing_that_was_not_run(tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
