@@ -1,9 +1,9 @@
 // Products of rows with tokens: see `dots` in row_kernels.h. Compiled once per instruction set: see vectors.h.
 //
 // A product is 16 sums, one per lane, over rising d, and their fold, whatever the tiles. For several tokens a block of rows stays in the second-level
-// cache while all tokens read it, TILES x TILE at a time; the block after it is fetched meanwhile. The tokens' x, cut to DEPTH columns, is copied
-// together: rows a power of two of bytes apart would share a few sets of the first-level cache. TILE tokens x ROWS rows are summed in
-// registers, one part of the lanes after the other where a vector takes several registers; between two cuts of d the sums wait in memory.
+// cache while all tokens read it, TILES x TILE at a time; the block after it is fetched meanwhile. TILE tokens x ROWS rows are summed in registers,
+// one part of the lanes after the other where a vector takes several registers. d is cut to DEPTH columns, so that x stays in the caches nearest;
+// between two cuts the sums wait in memory.
 #include "row_kernels.h"
 
 #include <string.h>
@@ -14,8 +14,8 @@
 namespace sparsegate {
 namespace SPARSEGATE_ISA {
 
-void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t tokens, float* out, int64_t stride,
-          const void* then);
+void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out,
+          int64_t stride, const void* then);
 
 namespace {
 
@@ -23,7 +23,6 @@ constexpr int ROWS = 4;
 constexpr int TILE = REGISTERS == 32 ? 6 : 3;             // tokens: 6 x 4 sums in 32 registers, 3 x 4 in 16
 constexpr int TILES = 2;                                  // of a group of tokens
 constexpr int64_t DEPTH = REGISTERS == 32 ? 2048 : 512;   // columns: cuts cost time; parts of vectors need the rows' cut in the first-level cache
-constexpr int64_t GAP = DEPTH + LANES;                    // floats from one token's x to the next
 constexpr int64_t BLOCK = 64, BLOCK_BYTES = 512 << 10;    // most rows in a block
 
 // Products of ROWS rows with one token, the form for memory's speed: `next` are the rows to come, if any.
@@ -76,18 +75,18 @@ struct Cut {
   bool first, last;
 };
 
-// Part `part` of the sums of T tokens x ROWS rows over one cut, added to `acc`. x is the packed one.
+// Part `part` of the sums of T tokens x ROWS rows over one cut, added to `acc`.
 template <class W, int T>
-inline void add_cut(const W* const* row, const W* const* next, int fetched, const float* x, const Cut& cut, int part, reg (&acc)[T][ROWS]) {
+inline void add_cut(const W* const* row, const W* const* next, int fetched, const float* x, int64_t x_stride, const Cut& cut, int part, reg (&acc)[T][ROWS]) {
   constexpr int STEP = LINE / static_cast<int>(sizeof(W));
   const W* mine[ROWS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) mine[r] = row[r] + part * WIDTH;
-  x += part * WIDTH;
+  const float* y = x + part * WIDTH;
   const auto step = [&](int64_t j) __attribute__((always_inline)) {
     reg q[T];
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) q[t] = load_part(x + t * GAP + j);
+    for (int t = 0; t < T; ++t) q[t] = load_part(y + t * x_stride + j);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
       const reg w = load_part(mine[r] + j);
@@ -104,7 +103,7 @@ inline void add_cut(const W* const* row, const W* const* next, int fetched, cons
   if (!cut.left) return;
   reg q[T];
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) q[t] = load_part(x + t * GAP + j);
+  for (int t = 0; t < T; ++t) q[t] = load_tail(x + t * x_stride + j, cut.left).part[part];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) {
     const reg w = load_tail(row[r] + j, cut.left).part[part];
@@ -116,8 +115,8 @@ inline void add_cut(const W* const* row, const W* const* next, int fetched, cons
 // One cut of T tokens x ROWS rows: `sum` holds what the cuts before gave; after the last one the first `valid` products go to `out`.
 // Each of the first `visits` parts fetches `fetched` of the rows `next`.
 template <class W, int T>
-void add_tile(const W* const* row, const W* const* next, int fetched, int64_t visits, const float* x, const Cut& cut, reg (*sum)[TILE][ROWS], int valid,
-              float* out, int64_t stride) {
+void add_tile(const W* const* row, const W* const* next, int fetched, int64_t visits, const float* x, int64_t x_stride, const Cut& cut,
+              reg (*sum)[TILE][ROWS], int valid, float* out, int64_t stride) {
   reg acc[T][ROWS];
 #pragma GCC unroll 4
   for (int part = 0; part < PARTS; ++part) {
@@ -125,7 +124,7 @@ void add_tile(const W* const* row, const W* const* next, int fetched, int64_t vi
     for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) acc[t][r] = cut.first ? reg{} : sum[part][t][r];
-    add_cut<W, T>(row, next, part < visits ? fetched : 0, x, cut, part, acc);
+    add_cut<W, T>(row, next, part < visits ? fetched : 0, x, x_stride, cut, part, acc);
     next += fetched;
     if (PARTS == 1 && cut.last) break;  // the sums are in registers
 #pragma GCC unroll 8
@@ -149,12 +148,12 @@ void add_tile(const W* const* row, const W* const* next, int fetched, int64_t vi
 }
 
 template <class W>
-void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t tokens, float* out, int64_t stride, const W* then) {
+void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out, int64_t stride,
+             const W* then) {
   if (tokens == 1) return one_token(weights, rows, count, d, x, out, then);
   const auto row_of = [&](const W* base, int64_t k) { return base + (rows ? rows[k] : k) * d; };
   int64_t block = BLOCK_BYTES / (d * static_cast<int64_t>(sizeof(W))) / ROWS * ROWS;
   block = block < ROWS ? ROWS : block > BLOCK ? BLOCK : block;
-  alignas(LINE) float packed[TILES * TILE * GAP];
   alignas(LINE) reg sum[TILES * (BLOCK / ROWS)][PARTS][TILE][ROWS];
   const int64_t all_tiles = (tokens + TILE - 1) / TILE, visits = all_tiles * PARTS;
   const int fetched = visits >= ROWS ? 1 : static_cast<int>((ROWS + visits - 1) / visits);  // rows fetched per visit of a quad
@@ -168,13 +167,6 @@ void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, co
       for (int64_t begin = 0; begin < d; begin += DEPTH) {
         const int64_t length = d - begin < DEPTH ? d - begin : DEPTH;
         const Cut cut{length / LANES * LANES, length % LANES, begin == 0, begin + DEPTH >= d};
-        const bool packed_already = first > 0 && all_tiles <= TILES && d <= DEPTH;
-        for (int64_t t = 0; t < group && !packed_already; ++t) {
-          float* to = packed + t * GAP;
-          const float* from = x + (t0 + t) * d + begin;
-          for (int64_t j = 0; j < cut.whole; j += LANES) store(to + j, load(from + j));
-          if (cut.left) store(to + cut.whole, load_tail(from + cut.whole, cut.left));
-        }
         for (int64_t k = 0; k < size; k += ROWS) {
           const int valid = size - k < ROWS ? static_cast<int>(size - k) : ROWS;
           const W *row[ROWS], *ahead[ROWS];
@@ -193,7 +185,7 @@ void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, co
             switch (n) {
 #define SPARSEGATE_TILE(n)                                                                                                                            \
   case n:                                                                                                                                             \
-    add_tile<W, (n <= TILE ? n : 1)>(row, next, fetched, rest, packed + t * GAP, cut, acc, valid, to, stride); \
+    add_tile<W, (n <= TILE ? n : 1)>(row, next, fetched, rest, x + (t0 + t) * x_stride + begin, x_stride, cut, acc, valid, to, stride); \
     break;
               SPARSEGATE_TILE(1)
               SPARSEGATE_TILE(2)
@@ -217,12 +209,12 @@ void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, co
 
 }  // namespace
 
-void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t tokens, float* out, int64_t stride,
-          const void* then) {
+void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out,
+          int64_t stride, const void* then) {
   switch (type) {
 #define SPARSEGATE_TYPE(id, W) \
   case id:                     \
-    return dots_of(static_cast<const W*>(weights), rows, count, d, x, tokens, out, stride, static_cast<const W*>(then));
+    return dots_of(static_cast<const W*>(weights), rows, count, d, x, x_stride, tokens, out, stride, static_cast<const W*>(then));
     SPARSEGATE_TYPE(ort::kFloat32, float)
     SPARSEGATE_TYPE(ort::kFloat16, half)
     SPARSEGATE_TYPE(ort::kBfloat16, bfloat)

@@ -45,7 +45,8 @@ inline void fetch(const void* p, int64_t bytes) {
 
 // y[t * y_stride + c] += panel^T z for T tokens and `width` <= PANEL columns; fetched(k) runs before row k is read.
 template <int T, class Rows, class Fetch>
-inline void tile(const Rows& panel, int64_t count, int64_t d, const float* z, int64_t z_stride, float* y, int64_t y_stride, int64_t width, const Fetch& fetched) {
+inline void tile(const Rows& panel, int64_t count, int64_t d, const float* z, int64_t z_stride, float* y, int64_t y_stride, int64_t width,
+                 const Fetch& fetched) {
   reg sum[T][REGS];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)

@@ -10,8 +10,8 @@ namespace sparsegate {
 namespace SPARSEGATE_ISA {
 
 // float_dots.cc and float_panels.cc
-void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t tokens, float* out, int64_t stride,
-          const void* then);
+void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out,
+          int64_t stride, const void* then);
 void multiply(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count, int64_t d, int64_t first,
               int64_t width, const float* z, int64_t z_stride, int64_t tokens, float* y, int64_t y_stride, float* scratch);
 

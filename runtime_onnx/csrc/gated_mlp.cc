@@ -56,15 +56,16 @@ struct CpuKernel {
     run.p1_rows = std::max<int64_t>(4, (64 << 10) / p1_bytes / 4 * 4);
     const int64_t weight_bytes = tensors[kWUp].type == ort::kUint8 ? n * d / 2 : n * d * bytes_of(tensors[kWUp].type);
     const bool small = weight_bytes * (v.plain() ? 2 : 3) * std::min<int64_t>(pass, 4) < kInlineBytes;
+    const bool wide = v.x != ort::kFloat32;
     for (int64_t t = 0; t < io.tokens; t += pass) {
       run.tokens = std::min(pass, io.tokens - t);
-      if (v.x == ort::kFloat32) {
-        run.x = static_cast<const float*>(io.x) + t * d;
-        run.y = static_cast<float*>(io.y) + t * d;
-      } else {
-        run.kernels->widen(v.x, static_cast<const uint16_t*>(io.x) + t * d, run.tokens * d, x);
+      run.y = wide ? y : static_cast<float*>(io.y) + t * d;
+      if (x) {
+        for (int64_t i = 0; i < run.tokens; ++i)
+          run.kernels->widen(v.x, static_cast<const char*>(io.x) + (t + i) * d * bytes_of(v.x), d, x + i * run.x_stride);
         run.x = x;
-        run.y = y;
+      } else {
+        run.x = static_cast<const float*>(io.x) + t * d;
       }
       if (run.x8 || run.x4) ORT_TRY(parallel(node.api, context, round_x_task, run.tokens, run.few || small, &run));
       if (r) ORT_TRY(parallel(node.api, context, hidden_task, (r + run.p1_rows - 1) / run.p1_rows, small, &run));
@@ -77,7 +78,7 @@ struct CpuKernel {
         if (!run.failed.load()) ORT_TRY(parallel(node.api, context, strip_task, (d + run.strip - 1) / run.strip, small, &run));
       }
       if (run.failed.load()) return node.error(ort::kRuntimeException, "out of memory for " + std::to_string(pass) + " tokens");
-      if (v.x != ort::kFloat32) narrow(v.x, y, run.tokens * d, static_cast<uint16_t*>(io.y) + t * d);
+      if (wide) narrow(v.x, y, run.tokens * d, static_cast<uint16_t*>(io.y) + t * d);
     }
     return nullptr;
   }
@@ -89,7 +90,9 @@ struct CpuKernel {
     const bool predictor8 = v.has(kSP1), integer = run.integer();
     Cut cut(base);
     const bool wide = v.x != ort::kFloat32;
-    x = cut.take<float>(wide ? pass * d : 0);
+    const bool copied = wide || pass > 1;
+    run.x_stride = pass > 1 ? padded_stride(d) : d;
+    x = copied ? cut.take<float>(pass * run.x_stride) : nullptr;
     y = cut.take<float>(wide ? pass * d : 0);
     run.hidden = cut.take<float>(pass * r);
     const auto rounded = [&](bool needed, bool int4, int64_t width) { return needed ? cut.take<char>(pass * rounded_bytes(int4, width)) : nullptr; };

@@ -59,7 +59,7 @@ void products(const Run& run, Role role, Role bias, int64_t first, const int32_t
     run.integers->dots(false, weights, nullptr, rows, count, width, hidden ? run.hidden8 : run.x8, run.tokens, out, stride, next);
     scale = run.floats(scale_of(role));
   } else {
-    run.kernels->dots(m.type, weights, rows, count, width, hidden ? run.hidden : run.x, run.tokens, out, stride, next);
+    run.kernels->dots(m.type, weights, rows, count, width, hidden ? run.hidden : run.x, hidden ? width : run.x_stride, run.tokens, out, stride, next);
   }
   const float* shift = bias == kTau ? nullptr : run.floats(bias);
   for (const float* by : {scale, shift}) {
@@ -110,8 +110,8 @@ void hidden_task(void* user, size_t task) {
 void round_x_task(void* user, size_t token) {
   const Run& run = *static_cast<Run*>(user);
   const int64_t d = run.shape.d, t = static_cast<int64_t>(token);
-  if (run.x8) run.integers->round(false, run.x + t * d, d, run.x8 + t * rounded_bytes(false, d));
-  if (run.x4) run.integers->round(true, run.x + t * d, d, run.x4 + t * rounded_bytes(true, d));
+  if (run.x8) run.integers->round(false, run.x + t * run.x_stride, d, run.x8 + t * rounded_bytes(false, d));
+  if (run.x4) run.integers->round(true, run.x + t * run.x_stride, d, run.x4 + t * rounded_bytes(true, d));
 }
 
 void round_hidden(const Run& run) {

@@ -28,7 +28,8 @@ struct Run {
   bool few;                // tokens of the pass share nothing but the rows: partial sums per block; otherwise strips of columns
   int64_t pass = 0;        // most tokens at a time
   int64_t tokens = 0;      // of this pass
-  const float* x = nullptr;      // [tokens, d]
+  const float* x = nullptr;      // [tokens, d], rows x_stride apart
+  int64_t x_stride = 0;
   float* y = nullptr;            // [tokens, d]
   float* hidden = nullptr;       // [tokens, r]: relu(P1 x)
   char *x8 = nullptr, *x4 = nullptr, *hidden8 = nullptr;  // the same rounded for integer rows; nullptr where nothing needs it

@@ -15,11 +15,15 @@ constexpr int64_t kPanel = 64;  // columns that `accumulate` keeps in registers:
 constexpr int64_t kMultiplyRows = 512;
 constexpr int64_t kMultiplyWidth = 256;  // columns
 
+// The distance of rows of `width` floats that `dots` reads at its best
+constexpr int64_t padded_stride(int64_t width) { return (width + 15) / 16 * 16 + 16; }
+
 struct Kernels {
   // out[t * stride + k] = row(k) . x[t] for k < count, t < tokens; row k starts at weights + (rows ? rows[k] : k) * d.
-  // x is [tokens, d]. `then`, if any, is the matrix whose same rows are read next: they are prefetched at the end.
-  void (*dots)(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t tokens, float* out, int64_t stride,
-               const void* then);
+  // x is [tokens, d], its rows x_stride apart: if that is a power of two, as d often is, they share a few sets of the first-level cache; padded_stride
+  // avoids it. `then`, if any, is the matrix whose same rows are read next: they are prefetched at the end.
+  void (*dots)(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens,
+               float* out, int64_t stride, const void* then);
   // y[c] += sum_k scale[k] * weights[rows[k] * d + first + c] for c < width, k = 0, 1, ... in this order
   void (*accumulate)(int type, const void* weights, const int32_t* rows, const float* scale, int64_t count, int64_t d, int64_t first, int64_t width, float* y);
   // y[t * y_stride + c] += sum_k z[t * z_stride + k] * weights[rows[k] * d + first + c] for c < width, t < tokens: each sum starts at zero, takes
