@@ -1,7 +1,7 @@
 """Writes a GGUF file of a model's sizes with random weights, for llama.cpp: equal work, not equal numbers.
 
-Every matrix has the one format that is asked for, the output layer and the embedding included. (llama.cpp's own Q4_0 files keep those in 6 bits, which is more to
-read: the plain form is the faster one.) Norm weights are ones and stay fp32, as everywhere.
+Every matrix has the one format that is asked for, the output layer and the embedding included. (llama.cpp's own Q4_0 files keep those in 6 bits, which is
+more to read: the plain form is the faster one.) Norm weights are ones and stay fp32, as everywhere.
 """
 
 from __future__ import annotations

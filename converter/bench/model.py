@@ -1,7 +1,7 @@
 """Times whole models in one run: dense and sparse in ONNX Runtime, and the peers that are installed, on the same random tokens.
 
-Beside the ratios stands what the op's own speed-up lets one expect (Amdahl's law): the feed-forward networks' share of a dense token, by ONNX Runtime's profiler,
-and the op timed alone at the model's size and realised density.
+Beside the ratios stands what the op's own speed-up lets one expect (Amdahl's law): the feed-forward networks' share of a dense token, by ONNX Runtime's
+profiler, and the op timed alone at the model's size and realised density.
 """
 
 from __future__ import annotations
@@ -183,9 +183,7 @@ def _ratios(found: Sequence[Round[tuple[float, float]]], roles: Sequence[str]) -
     return ratios
 
 
-def _expected(
-    role: str, ratios: Sequence[dict[str, Any]], share: float, sizes: Sizes, precision: str, density: float, threads: int
-) -> dict[str, Any]:
+def _expected(role: str, ratios: Sequence[dict[str, Any]], share: float, sizes: Sizes, precision: str, density: float, threads: int) -> dict[str, Any]:
     """Amdahl's law beside what was measured, both for decoding."""
     measured = next(row["decode"]["ratio"] for row in ratios if row["role"] == role and row["against"] == "dense")
     row: dict[str, Any] = {"role": role, "mlp_share": share, "measured": measured, "density": density}

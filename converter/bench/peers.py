@@ -39,7 +39,7 @@ class Runtime:
     open: Callable[[Path, int, str, int], Any]
 
     def missing(self) -> str | None:
-        """"not installed: ..." or None."""
+        """The line "not installed: ...", or None."""
         lacking = [pip for module, pip in self.packages if find_spec(module) is None]
         return f"not installed: {', '.join(lacking)}" if lacking else None
 
@@ -63,9 +63,7 @@ def _torch(path: Path, threads: int, precision: str, tokens: int) -> Any:
 OPENERS = {
     "onnxruntime": Runtime((("onnxruntime", "onnxruntime"),), "InferenceSession.run with bound inputs and outputs", _ours("onnxruntime")),
     "onnxruntime-genai": Runtime((("onnxruntime_genai", "onnxruntime-genai"),), "Generator.append_tokens, without a search", _ours("onnxruntime-genai")),
-    "llama.cpp": Runtime(
-        (("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")), "llama_decode, the prompt in one call with logits of its last token", _llama
-    ),
+    "llama.cpp": Runtime((("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")), "llama_decode, the prompt in one call with logits of its last token", _llama),
     "torch": Runtime((("torch", "torch"),), "the transformers model with a DynamicCache, logits of the last token", _torch),
 }
 """Runtimes by name."""
@@ -84,7 +82,7 @@ def prepare(shape: Shape, layers: int | None, precision: str, checkpoint: Path, 
 
 
 def mlp_peers() -> list[Peer]:
-    """torch's dense MLPs, for the op."""
+    """Torch's dense MLPs, for the op."""
     from .torch_peer import open_mlp
 
     return [

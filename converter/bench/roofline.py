@@ -24,9 +24,7 @@ def points(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         full = 2.0 * 3 * settings["d"] * settings["n"] if settings["op"] == "gated_mlp" else 2.0 * settings["d"] * settings["n"]
         width = {"fp32": 4, "fp32, fp16 predictor": 4, "fp16": 4, "bf16": 4, "int8": 1.125, "int4": 0.625}  # of the dense baseline, scales per 32 included
         for row in op_rows(result):
-            found.append(
-                {"kind": "sparse", "format": row["format"], "tokens": row["tokens"], "x": row["operations"] / row["bytes"], "y": row["gflop_per_s"]}
-            )
+            found.append({"kind": "sparse", "format": row["format"], "tokens": row["tokens"], "x": row["operations"] / row["bytes"], "y": row["gflop_per_s"]})
             if row["score"] == "all" or row["asked"] == 1.0:
                 dense = row["dense"][0]
                 operations = full * row["tokens"]
@@ -48,7 +46,9 @@ def plot(path: Path, results: Sequence[Mapping[str, Any]]) -> Path:
     drawn = points(results)
     values = [point["x"] for point in drawn] or [1.0]
     x = np.geomspace(min(values) / 2, max([*values, compute / memory]) * 2, 200)
-    panel.plot(x, np.minimum(x * memory, compute), color="#444444", linewidth=1.2, label=f"roofs measured: {memory:.0f} GB/s read, {compute:.0f} Gflop/s fp32 product")
+    panel.plot(
+        x, np.minimum(x * memory, compute), color="#444444", linewidth=1.2, label=f"roofs measured: {memory:.0f} GB/s read, {compute:.0f} Gflop/s fp32 product"
+    )
     seen: set[tuple[str, str]] = set()
     for point in drawn:
         key = (point["kind"], point["format"])
@@ -58,7 +58,13 @@ def plot(path: Path, results: Sequence[Mapping[str, Any]]) -> Path:
         colour = _COLOURS.get(point["format"], "#666666")
         size = 18 + 6 * np.log2(point["tokens"])
         panel.scatter(point["x"], point["y"], s=size, marker="o" if sparse else "x", color=colour, linewidths=1.1, label=label, alpha=0.85)
-    panel.set(xscale="log", yscale="log", xlabel="operations per byte really needed", ylabel="Gflop/s achieved", title="Measured on the CPU; larger marks: more tokens per call")
+    panel.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations per byte really needed",
+        ylabel="Gflop/s achieved",
+        title="Measured on the CPU; larger marks: more tokens per call",
+    )
     panel.grid(alpha=0.25, which="both", linewidth=0.4)
     panel.legend(fontsize=7, loc="lower right")
     FigureCanvasAgg(figure)

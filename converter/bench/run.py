@@ -86,8 +86,8 @@ def bench(
     if output:
         write_json(output, result)
         if result.get("kind"):
-            from .tables import page
             from .roofline import plot
+            from .tables import page
 
             output.with_suffix(".md").write_text(page(result), encoding="utf-8")
             if result["kind"] == "op":

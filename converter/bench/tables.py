@@ -148,8 +148,8 @@ def amdahl_lines(result: Result) -> list[str]:
             lines.append(f"Expectation of {row['role']}: {row['status']}.")
             continue
         lines.append(
-            f"The MLP takes {row['mlp_share']:.0%} of a dense token; the op alone is {row['op_ratio']:.2f} times as fast at {row['density']:.1%} kept, so Amdahl's law "
-            f"gives {row['expected']:.2f} for {row['role']}. Measured: {row['measured']:.2f}, which is {row['measured_to_expected']:.2f} of that."
+            f"The MLP takes {row['mlp_share']:.0%} of a dense token; the op alone is {row['op_ratio']:.2f} times as fast at {row['density']:.1%} kept, "
+            f"so Amdahl's law gives {row['expected']:.2f} for {row['role']}. Measured: {row['measured']:.2f}, which is {row['measured_to_expected']:.2f} of that."
         )
     return lines
 
@@ -168,9 +168,9 @@ def _op_page(result: Result) -> list[str]:
 def _model_page(result: Result) -> list[str]:
     settings = result["settings"]
     head = (
-        f"{settings['shape']}, random weights, {settings['layers']} layers, {settings['prompt_tokens']} tokens of prompt and {settings['new_tokens']} decoded one at a "
-        f"time, the same random ids for all; {settings['threads']} threads, median of {settings['rounds']} rounds in turns; stream {result['stream_gb_per_s']:.1f} GB/s; "
-        f"{conditions(result)}. CUDA: {result['cuda']}."
+        f"{settings['shape']}, random weights, {settings['layers']} layers, {settings['prompt_tokens']} tokens of prompt and {settings['new_tokens']} decoded "
+        f"one at a time, the same random ids for all; {settings['threads']} threads, median of {settings['rounds']} rounds in turns; "
+        f"stream {result['stream_gb_per_s']:.1f} GB/s; {conditions(result)}. CUDA: {result['cuda']}."
     )
     return [head, model_table(result), *amdahl_lines(result)]
 

@@ -11,7 +11,8 @@ import typer
 
 def bench(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[DENSE] [DIR]", help="ONNX folders, sparse checkpoints or Hub ids; one checkpoint alone brings its dense graph.")
+        list[str] | None,
+        typer.Argument(metavar="[DENSE] [DIR]", help="ONNX folders, sparse checkpoints or Hub ids; one checkpoint alone brings its dense graph."),
     ] = None,
     shape: Annotated[str | None, typer.Option(help="Random weights of a model's sizes: llama-1b, llama-8b, qwen2.5-0.5b, ...")] = None,
     op: Annotated[str | None, typer.Option(help="Time one op alone: gated_mlp or sparse_linear.")] = None,
@@ -41,9 +42,10 @@ def bench(
             bar.total = total or None
             bar.update(done - bar.n)
 
+        words = show.command(sys.argv[1:])
         result = run(
             models, shape=shape, op=op, precision=precision, density=density, tokens=tokens, layers=layers, peers=peers, prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens, pairs=pairs, runtime=runtime, threads=threads, work=work, output=output, command=show.command(sys.argv[1:]), progress=advance,
+            new_tokens=new_tokens, pairs=pairs, runtime=runtime, threads=threads, work=work, output=output, command=words, progress=advance,
         )  # fmt: skip
     show.speed(result, json)
     return 0

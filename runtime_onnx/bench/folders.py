@@ -111,9 +111,7 @@ def clean(found: Sequence[Round[tuple[float, float]]]) -> tuple[list[dict[str, d
     if not quiet:
         note = f"in every pair threads waited for a CPU over {MAX_WAIT:.0%} of the time: all pairs are kept, do not quote these numbers"
         logging.getLogger("sparsegate").warning("bench: %s", note)
-    samples = [
-        {role: {"prefill_s": prefill, "decode_s": decode} for role, (prefill, decode) in sorted(entry.values.items())} for entry in quiet or found
-    ]
+    samples = [{role: {"prefill_s": prefill, "decode_s": decode} for role, (prefill, decode) in sorted(entry.values.items())} for entry in quiet or found]
     return samples, bool(quiet) if known else None, note
 
 

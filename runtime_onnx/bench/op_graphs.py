@@ -105,7 +105,7 @@ class Dense:
         self._nodes: list[ir.Node] = []
 
     def product(self, role: str, x: str, out: str, matrix: NDArray[np.float32]) -> None:
-        """out = x @ matrix [k, m]."""
+        """Out = x @ matrix [k, m]."""
         k, m = matrix.shape
         self._values[out] = tokens(out, m)
         if self._bits == 32:
@@ -119,7 +119,7 @@ class Dense:
         self._node("MatMulNBits", [x, role, f"{role}_scale"], out, "com.microsoft", attributes)
 
     def elementwise(self, op: str, given: Sequence[str], out: str) -> None:
-        """out = op(given), of the first one's shape."""
+        """Out = op(given), of the first one's shape."""
         self._values[out] = ir.Value(name=out, shape=self._values[given[0]].shape, type=ir.TensorType(ir.DataType.FLOAT))
         self._node(op, given, out)
 

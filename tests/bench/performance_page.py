@@ -29,10 +29,10 @@ INTRODUCTION = """# Performance
 Speed is a ratio against the dense model, measured back to back in one run; a ratio of 1 or less is called not faster. Everything on this page is written by
 `python tests/bench/performance_page.py` from the JSON files in `tests/bench/results/`, which hold machine, versions, command, commit and every row.
 
-How a number comes about: what is compared runs in turns, who goes first alternates, and a sample in which threads waited for a CPU for more than 5 % of the time is
-dropped (Linux tells). An op is timed with cold weights (a buffer larger than the caches is read before every call) and a new random selection at every call, at
-least 15 clean pairs; its result is compared with the reference first. GB/s are the bytes really needed, predictor and scales included, never those of the dense model,
-and their share is of the fastest of four ways of reading memory with all threads, before and after the row."""
+How a number comes about: what is compared runs in turns, who goes first alternates, and a sample in which threads waited for a CPU for more than 5 % of the
+time is dropped (Linux tells). An op is timed with cold weights (a buffer larger than the caches is read before every call) and a new random selection at every call, at
+least 15 clean pairs; its result is compared with the reference first. GB/s are the bytes really needed, predictor and scales included, never those of the
+dense model, and their share is of the fastest of four ways of reading memory with all threads, before and after the row."""
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -72,8 +72,8 @@ def page() -> str:
         settings = op["settings"]
         parts += [
             "## One token through one MLP",
-            f"d = {settings['d']}, n = {settings['n']}, predictor of rank {settings['r']} inside the op, {settings['threads']} threads. {conditions(op)}. Speed "
-            "against ONNX Runtime's dense product of the same precision; fp16 and bf16 stand against fp32, as its CPU has none faster, with 8 bits beside.",
+            f"d = {settings['d']}, n = {settings['n']}, predictor of rank {settings['r']} inside the op, {settings['threads']} threads. {conditions(op)}. "
+            "Speed against ONNX Runtime's dense product of the same precision; fp16 and bf16 stand against fp32, as its CPU has none faster, with 8 bits beside.",
             target_table(op),
             nothing_line(op),
             "### Every row",
@@ -82,13 +82,13 @@ def page() -> str:
         ]
     if prefill:
         low = "; ".join(
-            f"{name} {row['dense'][0]['ratio']:.2f} at {row['tokens']} tokens, {'no predictor' if row['score'] == 'all' else format(row['asked'], '.0%') + ' kept'}"
+            f"{name} {row['dense'][0]['ratio']:.2f} at {row['tokens']} tokens, " + ("no predictor" if row["score"] == "all" else f"{row['asked']:.0%} kept")
             for name, row in worst(prefill).items()
         )
         parts += [
             "## Many tokens in one call",
-            "Every token keeps neurons of its own, drawn independently, which is the worst case: the union soon holds all of them. Speed against ONNX Runtime's dense "
-            f"product of the same precision. {conditions(prefill)}.",
+            "Every token keeps neurons of its own, drawn independently, which is the worst case: the union soon holds all of them. Speed against ONNX Runtime's "
+            f"dense product of the same precision. {conditions(prefill)}.",
             prefill_table(prefill),
             f"The lowest ratio of each format: {low}.",
         ]
@@ -96,8 +96,8 @@ def page() -> str:
         settings = result["settings"]
         parts += [
             f"## {settings['shape']}, {settings['precision']}, whole model",
-            f"Random weights of the real sizes, {settings['layers']} layers; {settings['prompt_tokens']} tokens of prompt, {settings['new_tokens']} decoded one at a "
-            f"time, the same random ids for all; {settings['threads']} threads each, median of {settings['rounds']} rounds in turns; stream "
+            f"Random weights of the real sizes, {settings['layers']} layers; {settings['prompt_tokens']} tokens of prompt, {settings['new_tokens']} decoded "
+            f"one at a time, the same random ids for all; {settings['threads']} threads each, median of {settings['rounds']} rounds in turns; stream "
             f"{result['stream_gb_per_s']:.1f} GB/s. {conditions(result)}.",
             model_table(result),
             *amdahl_lines(result),
@@ -111,7 +111,7 @@ def page() -> str:
         f"Kernels for CUDA are built and tested against the reference; their speed is {everything[0]['cuda'] if everything else 'not run'}.",
         "## How to repeat it",
         "\n".join(f"- {commands(result)}" for result in everything),
-        "The peers are optional: `pip install 'sparsegate[bench]'` brings llama-cpp-python and gguf; one that is not installed stays in the table as not installed. "
+        "The peers are optional: `pip install 'sparsegate[bench]'` brings llama-cpp-python and gguf; one that is not installed is named as such. "
         "`--shape` names the sizes of well-known models, `--layers` shortens them, and `sparsegate bench DENSE DIR` times two folders of your own.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

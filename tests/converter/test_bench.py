@@ -1,4 +1,4 @@
-"""bench of shapes: sizes are the models' own, GGUF files hold the same sizes, a random model keeps the asked share, and tables and plots say what the JSON says."""
+"""bench of shapes: the models' own sizes, GGUF files of the same, a random model that keeps the asked share, tables and plots that say what the JSON says."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from sparsegate.converter.bench import run as run_module
 from sparsegate.converter.bench.peers import OPENERS, Runtime
 from sparsegate.converter.bench.roofline import plot, points
 from sparsegate.converter.bench.shapes import Shape
-from sparsegate.runtime_onnx.bench import samples, stream
 from sparsegate.runtime_onnx.bench import op as op_module
+from sparsegate.runtime_onnx.bench import samples, stream
 
 BILLIONS = {
     "llama-1b": 1.236, "llama-3b": 3.213, "llama-8b": 8.030, "mistral-7b": 7.248, "qwen2.5-0.5b": 0.494, "qwen2.5-1.5b": 1.544, "qwen2.5-7b": 7.616,
@@ -216,6 +216,6 @@ def test_the_dense_graph_of_a_checkpoint(tiny_model: Callable[[str], Path], monk
     name = "GatedMLP.1/silu/gate/{}/x=float32,w={},p=float32/w_gate+w_up+w_down+tau"
     monkeypatch.setattr(run_module, "model_file", lambda path: path / "model.onnx")
     for weights, w, bits in (("int4_g32", "float32", ["int4"]), ("float", "float16", []), ("int8_row", "float32", ["int8"])):
-        monkeypatch.setattr(run_module, "variants", lambda _, text=name.format(weights, w): [text])
+        monkeypatch.setattr(run_module, "variants", lambda _, words=(weights, w): [name.format(*words)])
         found = precision(run_module.dense_beside(tiny_model("llama"), tmp_path / weights))
         assert (found["variants"], found["matmul_nbits"]) == ([], bits)
