@@ -131,7 +131,7 @@ std::string check_tensors(const Variant& variant, const Tensors& tensors, Shape&
   return "";
 }
 
-Node::Node() : NodeBase("GatedMLP", kRoles) {}
+Node::Node() : NodeOf("GatedMLP", kRoles) {}
 
 ort::StatusPtr Node::init(const ort::Api* ort_api, const ort::KernelInfo* info, int x_type, bool constants) {
   ORT_TRY(open(ort_api, info));
@@ -140,20 +140,7 @@ ort::StatusPtr Node::init(const ort::Api* ort_api, const ort::KernelInfo* info, 
   ORT_TRY(read_string(api, info, "score", score));
   ORT_TRY(read_string(api, info, "weights", weights));
   ORT_TRY(read_string(api, info, "inputs", inputs));
-  std::string problem = variant_of_attributes(activation, score, weights, inputs, variant);
-  if (!problem.empty()) return error(ort::kInvalidArgument, problem);
-  variant.x = x_type;
-  ORT_TRY(bind(info, variant.present, inputs, constants));
-  problem = check_tensors(variant, constant, shape);
-  return problem.empty() ? nullptr : error(ort::kInvalidArgument, problem);
-}
-
-ort::StatusPtr Node::fetch(const ort::KernelContext* context, Tensors& tensors, Shape& out) const {
-  ORT_TRY(gather(context, tensors));
-  out = shape;
-  if (all_constant) return nullptr;
-  const std::string problem = check_tensors(variant, tensors, out);
-  return problem.empty() ? nullptr : error(ort::kInvalidArgument, problem);
+  return finish(info, x_type, variant_of_attributes(activation, score, weights, inputs, variant), inputs, constants);
 }
 
 }  // namespace sparsegate::gated_mlp

@@ -80,6 +80,33 @@ struct NodeBase {
   ort::StatusPtr gather(const ort::KernelContext* context, Tensors& tensors) const;
 };
 
+// What an op's node adds to it: its variant and shape. `Check` checks the tensors that are there against each other, fills the shape and returns what is wrong.
+template <class Variant, class Shape, std::string (*Check)(const Variant&, const Tensors&, Shape&)>
+struct NodeOf : NodeBase {
+  using NodeBase::NodeBase;
+  Variant variant;
+  Shape shape;
+
+  // The last step of init, once the attributes are read into `variant` (`problem`: what is wrong with them)
+  ort::StatusPtr finish(const ort::KernelInfo* info, int x_type, const std::string& problem, const std::string& inputs, bool constants) {
+    if (!problem.empty()) return error(ort::kInvalidArgument, problem);
+    variant.x = x_type;
+    ORT_TRY(bind(info, variant.present, inputs, constants));
+    return check(constant, shape);
+  }
+
+  ort::StatusPtr fetch(const ort::KernelContext* context, Tensors& tensors, Shape& out) const {
+    ORT_TRY(gather(context, tensors));
+    out = shape;
+    return all_constant ? nullptr : check(tensors, out);
+  }
+
+  ort::StatusPtr check(const Tensors& tensors, Shape& out) const {
+    const std::string problem = Check(variant, tensors, out);
+    return problem.empty() ? nullptr : error(ort::kInvalidArgument, problem);
+  }
+};
+
 // x of a run and the output made for it.
 struct Rows {
   const void* x = nullptr;

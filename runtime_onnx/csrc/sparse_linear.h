@@ -28,14 +28,10 @@ std::string variant_of_name(const std::string& name, Variant& out);
 // Checks the tensors that are there against each other; fills shape once w is there. Empty: all is well.
 std::string check_tensors(const Variant& variant, const Tensors& tensors, Shape& shape);
 
-struct Node : NodeBase {
-  Variant variant;
-  Shape shape;
-
+struct Node : NodeOf<Variant, Shape, check_tensors> {
   Node();
   // `constants` false: a device kernel, whose constants may move; all of them are fetched in every run.
   ort::StatusPtr init(const ort::Api* api, const ort::KernelInfo* info, int x_type, bool constants);
-  ort::StatusPtr fetch(const ort::KernelContext* context, Tensors& tensors, Shape& out) const;
 };
 
 }  // namespace sparsegate::sparse_linear
