@@ -191,9 +191,10 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
   for (int64_t t = 0; t < tokens; ++t) {
     const uint8_t* kept = keep + t * m;
     float* own = z + t * count;
-    if (count == m) {  // all rows, so that the loop can run in vectors
+    if (count == m && down) {  // all rows, so that the loops can run in vectors; not 0 times the scale, which may be NaN
+      for (int64_t k = 0; k < m; ++k) own[k] = kept[k] ? own[k] * down[first + k] : 0.f;
+    } else if (count == m) {
       for (int64_t k = 0; k < m; ++k) own[k] = kept[k] ? own[k] : 0.f;
-      for (int64_t k = 0; down && k < m; ++k) own[k] *= down[first + k];
     } else {
       for (int64_t k = 0; k < count; ++k) own[k] = kept[rows[k] - first] ? (down ? own[k] * down[rows[k]] : own[k]) : 0.f;
     }
