@@ -9,18 +9,19 @@
 // At d = 4096, n = 14336, r = 128, float16, k = n / 5: 1.0, 50.7, 25.4 and 1.8 MB, of which the partial sums stay in the second-level cache: 75 MB or
 // 25 us at 3 TB/s, against 352 MB of the dense MLP. With score gate the gate is read in full: 1/3 + 2/3 k/n of dense.
 //
-// neurons: warps and neurons. Warp w of 8 scores neurons 4 w .. 4 w + 3 of the block's 32, four rows of P2 in flight, and the scores meet in shared memory; every warp
-// compares them with tau and holds the selection as one 32-bit vote, so there is no list, no compaction and no second pass over memory. Then
-// all 8 warps work on the same kept rows, each on its own 256 columns of every 2048, eight rows in flight (16 bytes a lane and row in 16 bits: 32 kB a block);
-// no warp waits for another that got more kept neurons. A lane's eight partial sums are folded into one by 3 shuffles of halves and 2 of sums, the
-// warps' sums meet in shared memory and are added in rising order.
+// neurons: warps and neurons. Warp w of 8 scores neurons 4 w .. 4 w + 3 of the block's 32, four rows of P2 in flight, and the scores meet in shared memory;
+// every warp compares them with tau and holds the selection as one 32-bit vote, so there is no list, no compaction and no second pass over memory. Then all 8
+// warps work on the same kept rows, each on its own 256 columns of every 2048, eight rows in flight (16 bytes a lane and row in 16 bits: 32 kB a block); no
+// warp waits for another that got more kept neurons. A lane's eight partial sums are folded into one by 3 shuffles of halves and 2 of sums, the warps' sums
+// meet in shared memory and are added in rising order.
 //
-// Roofline: all four are bound by memory; a kept row costs 2 operations a weight, 1/300 of what the machine computes in the time of reading it. Expected
-// share of the copy bandwidth (not measured): 80 % in neurons and down when they fill the machine (at least 2 blocks a multiprocessor: n >= 10000), less in the
-// two small launches, whose time is latency (2 us each): 75 % at k = n / 5 on an H100, less below.
+// Roofline: memory. A weight costs a conversion and a multiply-add, in 16 bits about a seventh of what an H100's ordinary cores do in the time of reading it;
+// int4, with some four operations to half a byte, comes near their limit. Expected share of the copy bandwidth (not measured), 16 bits: 80 % in neurons and
+// down when they fill the machine (at least 2 blocks a multiprocessor: n >= 10000), less in the two small launches, whose time is latency (2 us each): 75 %
+// in all at k = n / 5 on an H100, less below. Not used: programmatic launches, which would hide some of the gaps between the four.
 //
-// Sums are float32, added in an order that depends on shapes alone: results repeat bit for bit and do not depend on the other tokens of the call. They differ from
-// prefill's in rounding. Weights are widened in registers, activations are never rounded to integers.
+// Sums are float32, added in an order that depends on shapes alone: results repeat bit for bit and do not depend on the other tokens of the call. They differ
+// from prefill's in rounding. Weights are widened in registers, activations are never rounded to integers.
 #include "gated_mlp.cuh"
 #include "memory.h"
 #include "row_sums.cuh"
@@ -137,7 +138,8 @@ __device__ inline float total(const float* sums) {
 
 // z and keep [tokens, n]; grid (tokens, n / 32): the tokens of one group run together and share its rows in the second-level cache
 template <class W>
-__global__ void __launch_bounds__(kThreads, sizeof(W) == 4 ? 2 : 3) neurons(const __grid_constant__ Neurons p, const __grid_constant__ Matrix p2, const float* x, const float* hidden, float* z, uint8_t* keep) {
+__global__ void __launch_bounds__(kThreads, sizeof(W) == 4 ? 2 : 3)
+neurons(const __grid_constant__ Neurons p, const __grid_constant__ Matrix p2, const float* x, const float* hidden, float* z, uint8_t* keep) {
   __shared__ float scores[kGroup], gates[kGroup][kWarps], ups[kGroup][kWarps];
   const int lane = threadIdx.x % 32;
   const unsigned below = (1u << lane) - 1u;

@@ -9,12 +9,13 @@
 //   rows     product, in row_tiles.cu: parts of z w_down                                          reads  n d b + 2 M n, writes 16 M d
 //   close    in row_sums.cu: adds parts, residual and bias                                        reads  16 M d, writes 2 M d
 // At d = 4096, n = 14336, float16, M = 512: 352 MB of weights, 0.18 TFLOP; bound by the tensor cores above about 300 tokens (tiles.cuh), by the reading of
-// the weights below. gate_up leaves out a tile that no token keeps, and `rows` the steps that such tiles would feed: both happen only when neurons go idle in groups
-// of 64 for 128 tokens.
+// the weights below. gate_up leaves out a tile that no token keeps, and `rows` the steps that such tiles would feed: both happen only when neurons go idle in
+// groups of 64 for 128 tokens.
 //
 // z is rounded to x's type before it meets w_down, as in any 16-bit model; int8 row scales of w_down are multiplied into it before that. A float16 z overflows
-// above 65504. Gate, up, scores and weights of any format are not rounded. A token's result does not depend on the other tokens of a call that takes this path and repeats bit for bit; it
-// differs from decode's in rounding. Types that the tensor cores do not take together (float32, or x and weights of two 16-bit types) are multiplied in float32.
+// above 65504. Gate, up, scores and weights of any format are not rounded. A token's result does not depend on the other tokens of a call that takes this
+// path and repeats bit for bit; it differs from decode's in rounding. Types that the tensor cores do not take together (float32, or x and weights of two
+// 16-bit types) are multiplied in float32.
 #include "gated_mlp.cuh"
 #include "memory.h"
 #include "row_sums.cuh"

@@ -113,7 +113,7 @@ __device__ inline void widen_words(uint32_t word, float* v, __nv_bfloat16) {
   v[1] = __uint_as_float(word & 0xffff0000u);
 }
 
-// The stored numbers, without their scales.
+// The stored numbers, without their scales. Integers become floats by their bits: 2^23 + i, i below 2^23, is 0x4b000000 | i (no slow conversion).
 template <class W>
 __device__ inline void widen(const Eight<W>& e, float (&v)[8]) {
   if constexpr (std::is_same_v<W, float>) {
@@ -121,12 +121,12 @@ __device__ inline void widen(const Eight<W>& e, float (&v)[8]) {
 #pragma unroll
     for (int k = 0; k < 8; ++k) v[k] = __uint_as_float(words[k]);
   } else if constexpr (std::is_same_v<W, int8_t>) {
-    const uint32_t words[2] = {e.bits.x, e.bits.y};
+    const uint32_t words[2] = {e.bits.x ^ 0x80808080u, e.bits.y ^ 0x80808080u};  // value + 128
 #pragma unroll
-    for (int k = 0; k < 8; ++k) v[k] = static_cast<float>(static_cast<int8_t>(words[k / 4] >> 8 * (k % 4)));
+    for (int k = 0; k < 8; ++k) v[k] = __uint_as_float(0x4b000000u | (words[k / 4] >> 8 * (k % 4) & 255u)) - 8388736.f;
   } else if constexpr (std::is_same_v<W, Int4>) {
 #pragma unroll
-    for (int k = 0; k < 8; ++k) v[k] = static_cast<float>(static_cast<int>(e.bits >> 4 * k & 15u) - 8);
+    for (int k = 0; k < 8; ++k) v[k] = __uint_as_float(0x4b000000u | (e.bits >> 4 * k & 15u)) - 8388616.f;  // value + 8
   } else {
     const uint32_t words[4] = {e.bits.x, e.bits.y, e.bits.z, e.bits.w};
 #pragma unroll

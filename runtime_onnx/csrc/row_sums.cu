@@ -1,11 +1,11 @@
 // Sums of kept rows for few tokens, and the end of both paths.
 //
-// down: a block per (token, 2048 columns, 128 rows). Its threads look at one row each and gather the kept ones in rising order in shared memory (a vote per warp,
-// no atomics); then warp w takes 256 columns, a lane eight of them, eight kept rows in flight (16 bytes a lane and row in 16 bits: 32 kB a block), each a
-// contiguous 4 kB piece of a row to the block. Sums stay in registers and are written once: 4 bytes a column for 128 rows, of which at a fifth kept 26 are read,
-// so 8 % of the traffic in 16 bits, and that in the second-level cache.
-// close: a block per (token, 32 columns): 8 warps add a rising eighth of the parts (and of the residual's rows) each, coalesced over the columns, and the eighths meet in
-// shared memory.
+// down: a block per (token, 2048 columns, 128 rows). Its threads look at one row each and gather the kept ones in rising order in shared memory (a vote per
+// warp, no atomics); then warp w takes 256 columns, a lane eight of them, eight kept rows in flight (16 bytes a lane and row in 16 bits: 32 kB a block), each
+// a contiguous 4 kB piece of a row to the block. Sums stay in registers and are written once: 4 bytes a column for 128 rows, of which at a fifth kept 26 are
+// read, so 8 % of the traffic in 16 bits, and that in the second-level cache.
+// close: a block per (token, 32 columns): 8 warps add a rising eighth of the parts (and of the residual's rows) each, coalesced over the columns, and the
+// eighths meet in shared memory.
 // Both are bound by memory; expected share of the copy bandwidth in down, not measured: 80 % from 2 blocks a multiprocessor on.
 #include "row_sums.cuh"
 

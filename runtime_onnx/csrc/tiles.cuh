@@ -1,16 +1,16 @@
 // Products of tiles, for many tokens: C [128 tokens, 128 columns] += A [128, k] B [k, 128] per block, for all products of prefill.
 //
-// product: tensor cores, 16-bit elements (mma.sync m16n8k16, sums in float32). 8 warps, 2 over the tokens and 4 over the columns: a warp holds 64 x 32 of C, 64 sums
-// a lane. Steps of 32 along k: while a step is multiplied out of shared memory, every thread holds its share of the next one in registers (2 x 16 bytes of A, as
-// many stored eights of B), widens it to 16 bits and stores it into the other half of shared memory: one barrier a step, one path for weights of every
-// format. Rows of shared memory are padded by 16 bytes, so that the eight rows of a matrix load lie in different banks.
-// product_float: the same tile in float32 on the ordinary cores (8 x 8 sums a thread, steps of 16): for float32, for mixed types, and for the predictor, whose scores
-// must not be rounded to 16 bits before they meet tau.
+// product: tensor cores, 16-bit elements (mma.sync m16n8k16, sums in float32). 8 warps, 2 over the tokens and 4 over the columns: a warp holds 64 x 32 of C,
+// 64 sums a lane. Steps of 32 along k: while a step is multiplied out of shared memory, every thread holds its share of the next one in registers (2 x 16
+// bytes of A, as many stored eights of B), widens it to 16 bits and stores it into the other half of shared memory: one barrier a step, one path for weights
+// of every format. Rows of shared memory are padded by 16 bytes, so that the eight rows of a matrix load lie in different banks.
+// product_float: the same tile in float32 on the ordinary cores (8 x 8 sums a thread, steps of 16): for float32, for mixed types, and for the predictor,
+// whose scores must not be rounded to 16 bits before they meet tau.
 //
 // Bytes of a block and step: A 8 kB (from the second-level cache: the tokens' tiles are neighbours in the grid) and B 8, 4 or 2 kB in 16, 8 or 4 bits.
-// Roofline: one tile of tokens costs 128 x 2 operations a weight, more than memory gives in 16 bits above about 300 tokens a pass on an H100 (dense 990 TFLOP/s over
-// 3.3 TB/s); below, the products are bound by the reading of B. mma.sync reaches at best some 60 % of what an H100's wgmma does; expected here, not
-// measured, is half of that, since registers and not the copy engine feed shared memory.
+// Roofline: one tile of tokens costs 128 x 2 operations a weight, more than memory gives in 16 bits above about 300 tokens a pass on an H100 (dense 990
+// TFLOP/s over 3.3 TB/s); below, the products are bound by the reading of B. mma.sync reaches at best some 60 % of what an H100's wgmma does; expected here,
+// not measured, is half of that, since registers and not the copy engine feed shared memory.
 //
 // An operation Op is passed by value:
 //   T, W            elements of A and B (float: product_float, B of any type); kRowsAreColumns: B's stored rows are columns of C, k runs along them
@@ -18,7 +18,8 @@
 //   b(j, row)       the matrix and `row` of B that column j of the tile is (kRowsAreColumns), or b() whose rows are k and whose columns those of C
 //   begin, end, next(k)  the range of k; the first step at or after k that is not known to be zero
 //   skip()          all threads: true if the tile needs no product; has then written what is needed
-//   finish(m, j, c0, c1)  takes C of token m at the tile's columns j and j + 8, where j % 16 < 8; leave(any) ends the block, with the or of what finish returned
+//   finish(m, j, c0, c1)  takes C of token m at the tile's columns j and j + 8, where j % 16 < 8; leave(any) ends the block, with the or of what finish
+//             returned
 #pragma once
 
 #include "matrix.cuh"

@@ -129,7 +129,8 @@ bool block_vote() { return votes[(generation - 1) % 2]; }
 
 void run_grid(dim3 blocks, dim3 block_threads, const std::function<void()>& body) {
   ++launches;
-  if (!blocks.x || !blocks.y || !blocks.z || blocks.y > 65535 || blocks.z > 65535 || block_threads.x % 32 || block_threads.x > 1024) failure = "launch configuration";
+  const bool fits = blocks.x && blocks.y && blocks.z && blocks.y <= 65535 && blocks.z <= 65535;
+  if (!fits || !block_threads.x || block_threads.x % 32 || block_threads.x > 1024) failure = "a grid or a block that no GPU takes";
   gridDim = blocks;
   blockDim = block_threads;
   body_of_kernel = &body;
