@@ -14,13 +14,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...runtime_onnx.bench.graphs import set_density
 from ..arch import Arch, Site, load_arch
+from ..artifact import atomic_folder
 from ..onnx_export import build_base, export, export_dense
 from ..onnx_export.precision import PRECISIONS
 from ..plans import Plan, Predictor
 from .shapes import Shape
 
 SEED = 11
+SETTLING = 256
+"""Tokens on which a finished graph's thresholds are set again."""
 CALIBRATION = (4, 128)
 """Rows and tokens of the random text that thresholds are taken from."""
 
@@ -109,8 +113,16 @@ def default_rank(shape: Shape) -> int:
 
 
 def build_sparse(base: Path, plan: Plan, arch: Arch, config: Any, out: Path, precision: str) -> None:
-    """Writes the sparse ONNX folder of a plan; `base` is the fp32 graph."""
-    export(base, plan, arch, config, out, precision)
+    """Writes the sparse ONNX folder of a plan; `base` is the fp32 graph. The folder appears finished or not at all.
+
+    What is skipped changes what the later layers see, and rounding does, too: so the thresholds are set anew, twice, on what the graph itself feeds its MLPs.
+    """
+    with atomic_folder(out) as partial:
+        export(base, plan, arch, config, partial, precision)
+        density = next(iter(plan.values()))[0].density
+        for turn in range(2):
+            generator = torch.Generator().manual_seed(SEED + 1000 + turn)
+            set_density(partial, torch.randint(2, arch.size(config, "vocab"), (SETTLING,), generator=generator).tolist(), density)
 
 
 def build_dense(checkpoint: Path, precision: str, work: Path) -> Path:

@@ -242,7 +242,7 @@ def random_folders(shape: Shape, precision: str, densities: Sequence[float], lay
     found, inputs = {"dense": dense}, None
     for density in densities:
         out = folder / f"sparse_{density:g}"
-        if not (out / "genai_config.json").is_file():
+        if not out.is_dir():
             log.info("bench: building the sparse %s graph that keeps %g", precision, density)
             inputs = inputs or make.mlp_inputs(checkpoint, arch, config)
             make.build_sparse(folder / "base", make.random_plan(inputs, shape.neurons, rank, density), arch, config, out, precision)

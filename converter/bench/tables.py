@@ -148,8 +148,9 @@ def amdahl_lines(result: Result) -> list[str]:
             lines.append(f"Expectation of {row['role']}: {row['status']}.")
             continue
         lines.append(
-            f"The MLP takes {row['mlp_share']:.0%} of a dense token; the op alone is {row['op_ratio']:.2f} times as fast at {row['density']:.1%} kept, "
-            f"so Amdahl's law gives {row['expected']:.2f} for {row['role']}. Measured: {row['measured']:.2f}, which is {row['measured_to_expected']:.2f} of that."
+            f"The MLP takes {row['mlp_share']:.0%} of a dense token; the op alone is {row['op_ratio']:.2f} times as fast at {row['density']:.1%} "
+            f"kept, so Amdahl's law gives {row['expected']:.2f} for {row['role']}. Measured: {row['measured']:.2f}, "
+            f"which is {row['measured_to_expected']:.2f} of that."
         )
     return lines
 

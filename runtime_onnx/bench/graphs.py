@@ -71,37 +71,69 @@ def _variant(node: ir.Node, roles: Sequence[str]) -> gated_mlp.Variant | sparse_
     return gated_mlp.Variant(activation, score, weights, tuple(roles), w=dtype("w_up") if weights == "float" else "float32", p=dtype("p1"))
 
 
-def realised(path: str | Path, ids: Sequence[int], library: bool | None = None) -> dict[str, float]:
-    """The kept share of every GatedMLP node with a predictor or thresholds on the gate, over the tokens `ids` in one call.
-
-    The nodes' inputs are read out of a run on the CPU, and the op's reference, rounded as the kernel rounds, decides what is kept.
-    """
+def mlp_inputs(path: str | Path, ids: Sequence[int], library: bool | None = None) -> dict[str, NDArray]:
+    """Inputs x [T, d] of every GatedMLP node with thresholds, by the node's name, read out of a run on the tokens `ids` in one call on the CPU."""
     import onnxruntime
 
     file = model_file(path)
-    chosen = choose(file, PROVIDERS[:1], library)
     model = onnx.load(str(file), load_external_data=False)
-    nodes = {node.name: node for node in ir.load(file).graph if node.op_type == gated_mlp.NAME and node.attributes["score"].as_string() != "all"}
-    if not nodes:
+    taps = {name: str(node.inputs[0].name) for name, node in _gated(file).items() if node.inputs[0] is not None}
+    if not taps:
         return {}
-    taps = {name: str(node.inputs[0].name) for name, node in nodes.items() if node.inputs[0] is not None}
     known = {entry.name for entry in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(taps.values()) if name not in known)
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent.resolve()))
-    if chosen.kernel:
+    if choose(file, PROVIDERS[:1], library).kernel:
         options.register_custom_ops_library(str(library_path()))
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=PROVIDERS[:1])
     head = json.loads((file.parent / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]["head_size"]
-    values = dict(zip(taps.values(), session.run(list(taps.values()), _feeds(session, ids, head)), strict=True))
+    found = session.run(list(taps.values()), _feeds(session, ids, head))
+    return {name: value.reshape(-1, value.shape[-1]) for name, value in zip(taps, found, strict=True)}
+
+
+def realised(path: str | Path, ids: Sequence[int], library: bool | None = None) -> dict[str, float]:
+    """The kept share of every GatedMLP node with thresholds over the tokens `ids` in one call: its reference decides, rounded as the kernel rounds."""
+    file = model_file(path)
+    nodes, integer = _gated(file), choose(file, PROVIDERS[:1], library).kernel
     found: dict[str, float] = {}
-    for name, node in nodes.items():
-        roles = node.attributes["inputs"].as_string().split()
-        tensors = {role: _Lazy(value) for role, value in zip(roles, node.inputs[1:], strict=True)}
-        variant = _variant(node, roles)
-        assert isinstance(variant, gated_mlp.Variant)
-        found[name] = float(gated_mlp.active(variant, values[taps[name]], tensors, integer=chosen.kernel).mean())  # type: ignore[arg-type]
+    for name, x in mlp_inputs(path, ids, library).items():
+        variant, tensors = _read(nodes[name])
+        found[name] = float(gated_mlp.active(variant, x, tensors, integer=integer).mean())
     return found
+
+
+def set_density(path: str | Path, ids: Sequence[int], density: float, library: bool | None = None) -> None:
+    """Rewrites the thresholds of an ONNX folder's GatedMLP nodes so that each neuron is kept for this share of the tokens `ids`, as the model now feeds it.
+
+    For models of random weights only: a trained model's thresholds are its method's. Raises ValueError for thresholds that do not lie in the data file.
+    """
+    file = model_file(path)
+    nodes, integer = _gated(file), choose(file, PROVIDERS[:1], library).kernel
+    for name, x in mlp_inputs(path, ids, library).items():
+        variant, tensors = _read(nodes[name])
+        ranked = np.sort(gated_mlp.scores(variant, x, tensors, integer=integer), axis=0)
+        cut = min(max(round((1 - density) * len(ranked)), 1), len(ranked) - 1)
+        value = nodes[name].inputs[1 + variant.inputs.index("tau")]
+        stored = value.const_value if value is not None else None
+        if not isinstance(stored, ir.ExternalTensor):
+            raise ValueError(f"tau of {name} must lie in the model's data file, got {type(stored).__name__}. Export the model again.")
+        with open(stored.path, "r+b") as data:
+            data.seek(stored.offset or 0)
+            data.write(((ranked[cut - 1] + ranked[cut]) / 2).astype(np.float32).tobytes())
+
+
+def _gated(file: Path) -> dict[str, ir.Node]:
+    """The GatedMLP nodes that have thresholds, by name."""
+    nodes = (node for node in ir.load(file).graph if node.op_type == gated_mlp.NAME)
+    return {str(node.name): node for node in nodes if "tau" in node.attributes["inputs"].as_string().split()}
+
+
+def _read(node: ir.Node) -> tuple[gated_mlp.Variant, dict[str, Any]]:
+    roles = node.attributes["inputs"].as_string().split()
+    variant = _variant(node, roles)
+    assert isinstance(variant, gated_mlp.Variant)
+    return variant, {role: _Lazy(value) for role, value in zip(roles, node.inputs[1:], strict=True)}
 
 
 class _Lazy:

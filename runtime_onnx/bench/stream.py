@@ -19,6 +19,8 @@ _READS: dict[str, tuple[str, Callable[[NDArray], object]]] = {  # dtype of the v
     "sum": ("float32", np.add.reduce),
     "dot": ("float32", lambda part: np.dot(part, part)),
 }
+_QUIET = ("or", "max", "sum")
+"""Ways whose threads sleep at once afterwards, which those of numpy's BLAS do not."""
 
 
 class Stream:
@@ -28,11 +30,21 @@ class Stream:
         """`size` in bytes, at least one word of 8 per thread."""
         buffer = np.ones(size // 8 * 2, np.float32).view(np.int64)  # ones, so that no way of reading meets subnormal numbers
         self._size, self._pool = buffer.nbytes, ThreadPoolExecutor(threads)
+        self._noted: dict[str, list[float]] = {kind: [] for kind in _QUIET}
         self._parts = {kind: [part.view(dtype) for part in np.array_split(buffer, threads)] for kind, (dtype, _) in _READS.items()}
 
     def evict(self) -> None:
-        """One pass, after which the caches hold this buffer and nothing else. The threads do not spin afterwards."""
-        self._read("or")
+        """One pass, after which the caches hold this buffer and nothing else; its speed is noted, the ways take turns. The threads do not spin afterwards."""
+        kind = _QUIET[sum(map(len, self._noted.values())) % len(_QUIET)]
+        start = time.perf_counter()
+        self._read(kind)
+        self._noted[kind].append(time.perf_counter() - start)
+
+    def noted(self) -> dict[str, float]:
+        """GB/s of the passes of `evict` since the last call, by way of reading: the median of each."""
+        found = {kind: self._size / statistics.median(seconds) / 1e9 for kind, seconds in self._noted.items() if seconds}
+        self._noted = {kind: [] for kind in _QUIET}
+        return found
 
     def bandwidth(self, passes: int = 5) -> dict[str, float]:
         """GB/s by way of reading, each the median of `passes` taken in turns; a kernel is to be judged by the highest (`best`)."""

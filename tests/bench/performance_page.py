@@ -30,9 +30,9 @@ Speed is a ratio against the dense model, measured back to back in one run; a ra
 `python tests/bench/performance_page.py` from the JSON files in `tests/bench/results/`, which hold machine, versions, command, commit and every row.
 
 How a number comes about: what is compared runs in turns, who goes first alternates, and a sample in which threads waited for a CPU for more than 5 % of the
-time is dropped (Linux tells). An op is timed with cold weights (a buffer larger than the caches is read before every call) and a new random selection at every call, at
-least 15 clean pairs; its result is compared with the reference first. GB/s are the bytes really needed, predictor and scales included, never those of the
-dense model, and their share is of the fastest of four ways of reading memory with all threads, before and after the row."""
+time is dropped (Linux tells). An op is timed with cold weights (a buffer larger than the caches is read before every call) and a new random selection at every
+call, at least 15 clean pairs; its result is compared with the reference first. GB/s are the bytes really needed, predictor and scales included, never
+those of the dense model, and their share is of the fastest of four ways of reading memory with all threads, before and after the row."""
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -73,7 +73,7 @@ def page() -> str:
         parts += [
             "## One token through one MLP",
             f"d = {settings['d']}, n = {settings['n']}, predictor of rank {settings['r']} inside the op, {settings['threads']} threads. {conditions(op)}. "
-            "Speed against ONNX Runtime's dense product of the same precision; fp16 and bf16 stand against fp32, as its CPU has none faster, with 8 bits beside.",
+            "Speed against ONNX Runtime's dense product of the same precision: fp16 and bf16 stand against fp32, its CPU has none faster, with 8 bits beside.",
             target_table(op),
             nothing_line(op),
             "### Every row",
@@ -87,7 +87,7 @@ def page() -> str:
         )
         parts += [
             "## Many tokens in one call",
-            "Every token keeps neurons of its own, drawn independently, which is the worst case: the union soon holds all of them. Speed against ONNX Runtime's "
+            "Every token keeps neurons of its own, drawn independently, the worst case: the union soon holds all of them. Speed against ONNX Runtime's "
             f"dense product of the same precision. {conditions(prefill)}.",
             prefill_table(prefill),
             f"The lowest ratio of each format: {low}.",

@@ -51,6 +51,14 @@ def test_pairs_are_cold_alternate_and_drop_what_waited(monkeypatch: pytest.Monke
     assert {call[0] for call in calls[2::2]} == {"a", "b"}
 
 
+def test_bursts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two readings a burst: the first burst waited and is thrown away, and of the second all calls but the first count."""
+    readings = iter([0.0, 9.0, 9.0, 9.0])
+    monkeypatch.setattr(samples, "waited", lambda: next(readings))
+    done: list[int] = []
+    assert len(samples.bursts(done.append, 3, 60.0, length=4)) == 3 and done == list(range(8))
+
+
 def test_compare() -> None:
     found = samples.compare([4.0, 6.0, 8.0, 10.0, 100.0], [2.0, 2.0, 2.0, 2.0, 2.0])
     assert found["ratio"] == 4.0 and found["quartiles"] == [3.0, 5.0] and (found["lowest"], found["highest"], found["pairs"]) == (2.0, 50.0, 5)
@@ -60,6 +68,10 @@ def test_compare() -> None:
 def test_stream_reads_every_way() -> None:
     found = stream.Stream(2, 1 << 20).bandwidth(2)
     assert len(found) == 4 and all(np.isfinite(value) and value > 0 for value in found.values())
+    made = stream.Stream(1, 1 << 16)
+    for _ in range(7):
+        made.evict()
+    assert sorted(made.noted()) == ["max", "or", "sum"] and made.noted() == {}
     assert stream.best({"a": 1.0, "b": 4.0}, {"a": 5.0, "b": 1.0}) == 3.0
 
 
@@ -113,6 +125,7 @@ def test_rows_of_the_mlp(still: None) -> None:
             row["gb_per_s"] / row["stream_gb_per_s"]
         )
         names = [f"ONNX Runtime {BASELINES[key].name}" for key in FORMS[name].baselines] + ["other"] * (name == "fp32")
+        names = names if tokens == 1 else names[:1]
         assert [dense["name"] for dense in row["dense"]] == names
     again: list[int] = []
     more = bench_op("gated_mlp", D, N, R, ["fp32", "int8"], (1.0, 0.25), (1, 4), 1, 2, finished=result["rows"][:-1], keep=lambda _: again.append(1))
@@ -176,6 +189,15 @@ def test_bytes_and_density_of_a_folder() -> None:
     assert saved == pytest.approx(layers * (0.75 * mlp - predictor))
     rest = 4 * (layers * (h * (h + 2 * (h // 2)) + h * h + 2 * h) + h + h * folders.VOCABULARY)
     assert graphs.token_bytes(dense) == pytest.approx(rest + layers * mlp, rel=0.01)
+
+
+def test_thresholds_are_set_again(tmp_path: Path) -> None:
+    folder = folders.copy(folders.sparse("predictor"), tmp_path / "copy")
+    tokens = np.random.default_rng(5).integers(2, folders.VOCABULARY, 128).tolist()
+    for _ in range(3):
+        graphs.set_density(folder, tokens, 0.25)
+    assert all(value == pytest.approx(0.25, abs=0.03) for value in graphs.realised(folder, tokens).values())
+    assert all(value > 0.4 for value in graphs.realised(folders.sparse("predictor"), tokens).values())
 
 
 def test_share_of_the_mlp() -> None:
