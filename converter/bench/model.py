@@ -27,7 +27,7 @@ from ..artifact import InputError
 from .memory import peak
 from .peers import OPENERS
 
-_PROBE = 64  # tokens that the realised density is measured on
+_PROBE = 96  # tokens that the realised density is measured on
 
 
 @dataclass(frozen=True)

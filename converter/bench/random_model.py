@@ -23,9 +23,9 @@ from ..plans import Plan, Predictor
 from .shapes import Shape
 
 SEED = 11
-SETTLING = 256
-"""Tokens on which a finished graph's thresholds are set again."""
-CALIBRATION = (4, 128)
+SETTLING = (5, 96)
+"""Rows and tokens on which a finished graph's thresholds are set again: rows about as long as what is timed, as a random model's states drift with position."""
+CALIBRATION = (5, 96)
 """Rows and tokens of the random text that thresholds are taken from."""
 
 
@@ -122,7 +122,7 @@ def build_sparse(base: Path, plan: Plan, arch: Arch, config: Any, out: Path, pre
         density = next(iter(plan.values()))[0].density
         for turn in range(2):
             generator = torch.Generator().manual_seed(SEED + 1000 + turn)
-            set_density(partial, torch.randint(2, arch.size(config, "vocab"), (SETTLING,), generator=generator).tolist(), density)
+            set_density(partial, torch.randint(2, arch.size(config, "vocab"), SETTLING, generator=generator).tolist(), density)
 
 
 def build_dense(checkpoint: Path, precision: str, work: Path) -> Path:

@@ -103,18 +103,20 @@ def realised(path: str | Path, ids: Sequence[int], library: bool | None = None) 
     return found
 
 
-def set_density(path: str | Path, ids: Sequence[int], density: float, library: bool | None = None) -> None:
-    """Rewrites the thresholds of an ONNX folder's GatedMLP nodes so that each neuron is kept for this share of the tokens `ids`, as the model now feeds it.
+def set_density(path: str | Path, rows: Sequence[Sequence[int]], density: float, library: bool | None = None) -> None:
+    """Rewrites the thresholds of an ONNX folder's GatedMLP nodes so that each neuron is kept for this share of the tokens of `rows`, as the model now feeds it.
 
     For models of random weights only: a trained model's thresholds are its method's. Raises ValueError for thresholds that do not lie in the data file.
     """
     file = model_file(path)
-    nodes, integer = _gated(file), choose(file, PROVIDERS[:1], library).kernel
-    for name, x in mlp_inputs(path, ids, library).items():
-        variant, tensors = _read(nodes[name])
-        ranked = np.sort(gated_mlp.scores(variant, x, tensors, integer=integer), axis=0)
+    nodes = _gated(file)
+    inputs = [mlp_inputs(path, ids, library) for ids in rows]
+    for name, node in nodes.items():
+        variant, tensors = _read(node)
+        x = np.concatenate([found[name] for found in inputs])
+        ranked = np.sort(gated_mlp.scores(variant, x, tensors), axis=0)
         cut = min(max(round((1 - density) * len(ranked)), 1), len(ranked) - 1)
-        value = nodes[name].inputs[1 + variant.inputs.index("tau")]
+        value = node.inputs[1 + variant.inputs.index("tau")]
         stored = value.const_value if value is not None else None
         if not isinstance(stored, ir.ExternalTensor):
             raise ValueError(f"tau of {name} must lie in the model's data file, got {type(stored).__name__}. Export the model again.")
