@@ -28,9 +28,9 @@ def off_boundary(values: np.ndarray) -> np.ndarray:
 
 
 def off_threshold(scores: np.ndarray, tau: np.ndarray) -> np.ndarray:
-    """bool [T]: no score [T, n] lies within TAU_MARGIN of its threshold [n]; zero at a threshold of zero is exact, so it may."""
+    """bool [T]: no score [T, n] lies within TAU_MARGIN of its threshold [n]; zero, of a ReLU, is exact and may."""
     scale = np.abs(tau) + np.sqrt((scores**2).mean())
-    return ((np.abs(scores - tau) > TAU_MARGIN * scale) | ((scores == 0) & (tau == 0))).all(1)
+    return ((np.abs(scores - tau) > TAU_MARGIN * scale) | ((scores == 0) & (tau >= 0))).all(1)
 
 
 def between(values: np.ndarray, kept: np.ndarray) -> np.ndarray:

@@ -47,7 +47,7 @@ def integer(variant) -> bool:
 def draw(stem: str, case: Case) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
     """x [tokens, ...] of settled tokens only, the tensors, and the share of tokens that were settled."""
     cases = cases_of(stem)
-    x, tensors = cases.make(case, case.tokens + case.tokens // 4 + 12)
+    x, tensors = cases.make(case, case.tokens + case.tokens // 4 + 24)
     good = cases.settled(case.variant, x, tensors)
     return x[good][: case.tokens], tensors, float(good.mean())
 
