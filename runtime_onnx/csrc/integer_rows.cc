@@ -228,15 +228,15 @@ void factors_int4(const Quads& quads, const float* z, const half* scales, int64_
         scaled[k] = as_floats(as_bytes(spread(factor) * scale) & spread(factor != 0.f ? -1 : 0));  // 0 * NaN is 0, and no branch: half of them would be guessed wrong
         most = larger_magnitude(most, scaled[k]);
       }
-      alignas(64) float inverse[LANES], steps[LANES];
+      alignas(64) float inverse[LANES], steps[LANES], size[LANES];
+      const vec sizes = as_floats(most);
+      store(size, sizes);
+      store(inverse, quotient(spread(127.f), sizes));
+      store(steps, quotient(sizes, spread(127.f)));
       for (int l = 0; l < LANES; ++l) {
-        uint32_t bits;
-        float size;
-        memcpy(&bits, reinterpret_cast<const char*>(&most) + l * sizeof bits, sizeof bits);
-        memcpy(&size, &bits, sizeof size);
-        const bool finite = bits < 0x7f800000u, usable = finite && size >= TINY;
-        inverse[l] = usable ? 127.f / size : 0.f;
-        steps[l] = usable ? size / 127.f : finite ? 0.f : __builtin_nanf("");  // what q is then does not matter
+        const bool finite = size[l] < __builtin_inff(), usable = finite && size[l] >= TINY;
+        inverse[l] = usable ? inverse[l] : 0.f;
+        steps[l] = usable ? steps[l] : finite ? 0.f : __builtin_nanf("");  // what q is then does not matter
       }
       for (int k = filled; k < (end - begin) * ROWS; ++k) scaled[k] = vec{};
       const vec by = load(inverse);

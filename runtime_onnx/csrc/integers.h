@@ -349,6 +349,12 @@ inline vec spread(float value) {
   return as_floats(spread(bits));
 }
 
+inline vec quotient(const vec& a, const vec& b) {
+  vec out;
+  for (int i = 0; i < PARTS; ++i) out.part[i] = a.part[i] / b.part[i];
+  return out;
+}
+
 }  // namespace
 }  // namespace SPARSEGATE_ISA
 }  // namespace sparsegate

@@ -1,6 +1,12 @@
 // See op.h.
 #include "op.h"
 
+#include <cstring>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace sparsegate {
 namespace {
 
@@ -25,7 +31,7 @@ std::string Names::listed() const {
 
 bool is_float(int type) { return type == ort::kFloat32 || type == ort::kFloat16 || type == ort::kBfloat16; }
 
-int64_t bytes_of(int type) { return type == ort::kFloat32 ? 4 : type == ort::kInt8 ? 1 : 2; }
+int64_t bytes_of(int type) { return type == ort::kFloat32 ? 4 : type == ort::kInt8 || type == ort::kUint8 ? 1 : 2; }
 
 std::string type_name(int type) { return type >= 0 && type < kTypes.count ? kTypes.list[type] : "type " + std::to_string(type); }
 
@@ -129,7 +135,35 @@ ort::StatusPtr NodeBase::bind(const ort::KernelInfo* info, const Present& presen
     else
       all_constant = false;
   }
+  if (constants) keep_close();
   return nullptr;
+}
+
+void NodeBase::keep_close() {
+  constexpr size_t kHuge = size_t{2} << 20, kPage = 4096;
+  const auto bytes = [](const Tensor& t) { return static_cast<size_t>(t.dims[0] * (t.rank > 1 ? t.dims[1] : 1) * bytes_of(t.type)); };
+  const auto padded = [](size_t size, size_t to) { return (size + to - 1) / to * to; };
+  size_t total = 0;
+  for (const Tensor& t : constant)
+    if (t.data && t.rank <= 2) total += padded(bytes(t), kPage);
+  if (total < kHuge) return;
+  own.reset(static_cast<char*>(std::aligned_alloc(kHuge, padded(total, kHuge))));
+  if (!own) return;  // no memory for it: the rows are read where they are
+#if defined(__linux__)
+  madvise(own.get(), padded(total, kHuge), MADV_HUGEPAGE);
+#endif
+  char* to = own.get();
+  for (Tensor& t : constant) {
+    if (!t.data || t.rank > 2) continue;
+    const size_t size = bytes(t);
+    std::memcpy(to, t.data, size);
+#if defined(__linux__) && defined(MADV_PAGEOUT)
+    // only whole pages, which is how they lie in a mapped file
+    if (reinterpret_cast<uintptr_t>(t.data) % kPage == 0 && size >= kPage) madvise(const_cast<void*>(t.data), size / kPage * kPage, MADV_PAGEOUT);
+#endif
+    t.data = to;
+    to += padded(size, kPage);
+  }
 }
 
 ort::StatusPtr NodeBase::gather(const ort::KernelContext* context, Tensors& tensors) const {

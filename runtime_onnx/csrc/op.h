@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <exception>
 #include <memory>
 #include <string>
@@ -68,6 +69,7 @@ struct NodeBase {
   Tensors constant{};
   std::array<int, kMaxRoles> index{};  // input index of a role, 0 where absent
   bool all_constant = true;
+  std::unique_ptr<char[], void (*)(void*)> own{nullptr, std::free};  // see keep_close
 
   ort::StatusPtr error(int code, const std::string& message) const;
 
@@ -75,6 +77,10 @@ struct NodeBase {
   // constants may move): all of them are fetched in every run.
   ort::StatusPtr open(const ort::Api* api, const ort::KernelInfo* info);
   ort::StatusPtr bind(const ort::KernelInfo* info, const Present& present, const std::string& inputs, bool constants);
+
+  // Copies the constants into memory of its own with huge pages, where the system has them. ONNX Runtime maps them from the model's file in pages of 4 KiB: rows
+  // far apart then miss the TLB one by one. The file's pages are given back (ONNX Runtime's own ops do the same when they pack their weights).
+  void keep_close();
 
   // Tensors of a run; `constant` where nothing else is needed.
   ort::StatusPtr gather(const ort::KernelContext* context, Tensors& tensors) const;

@@ -25,12 +25,6 @@ inline vec between(const vec& a, float low, float high) {
   return out;
 }
 
-inline vec quotient(const vec& a, const vec& b) {
-  vec out;
-  for (int i = 0; i < PARTS; ++i) out.part[i] = a.part[i] / b.part[i];
-  return out;
-}
-
 // 2^n for -126 <= n <= 127
 inline vec power_of_two(const bytes& n) {
   bytes out;
