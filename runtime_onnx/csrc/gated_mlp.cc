@@ -43,6 +43,7 @@ struct CpuKernel {
     run.variant = &v;
     run.tensors = &tensors;
     run.shape = shape;
+    run.pitch = node.pitch;
     run.block = std::min<int64_t>(512, std::max<int64_t>(64, (n / 32 + 31) / 32 * 32));
     run.blocks = (n + run.block - 1) / run.block;
     run.few = io.tokens <= (run.integer() ? kFewTokens : kFewFloatTokens);

@@ -36,6 +36,8 @@ struct Shape {
 std::string check_tensors(const Variant& variant, const Tensors& tensors, Shape& shape);
 
 struct Node : NodeOf<Variant, Shape, check_tensors> {
+  int64_t pitch = 1;  // rows from one neuron to the next in w_gate, w_up, w_down (and int4 scales): they may lie row beside row
+
   Node();
   // `constants` false: a device kernel, whose constants may move; all of them are fetched in every run.
   ort::StatusPtr init(const ort::Api* api, const ort::KernelInfo* info, int x_type, bool constants);

@@ -45,26 +45,13 @@ Role scale_of(Role role) {
   }
 }
 
-// Products of the listed (or, without a list, the first `count` from `first` on) rows of a matrix with every token, times the rows' scales, plus `bias`.
-void products(const Run& run, Role role, Role bias, int64_t first, const int32_t* rows, int64_t count, float* out, int64_t stride, Role then = kTau) {
-  const Tensor& m = run.at(role);
-  const bool hidden = role == kP2;
-  const int64_t width = hidden ? run.shape.r : run.shape.d, bytes = m.type == ort::kUint8 ? width / 2 : width * bytes_of(m.type);
-  const void *weights = static_cast<const char*>(m.data) + first * bytes, *next = then == kTau ? nullptr : run.at(then).data;
-  const float* scale = nullptr;
-  if (m.type == ort::kUint8) {
-    const auto* groups = static_cast<const uint16_t*>(run.at(scale_of(role)).data) + first * (width / kGroup);
-    run.integers->dots(true, weights, groups, rows, count, width, run.x4, run.tokens, out, stride, next);
-  } else if (m.type == ort::kInt8) {
-    run.integers->dots(false, weights, nullptr, rows, count, width, hidden ? run.hidden8 : run.x8, run.tokens, out, stride, next);
-    scale = run.floats(scale_of(role));
-  } else {
-    run.kernels->dots(m.type, weights, rows, count, width, hidden ? run.hidden : run.x, hidden ? width : run.x_stride, run.tokens, out, stride, next);
-  }
-  const float* shift = bias == kTau ? nullptr : run.floats(bias);
-  for (const float* by : {scale, shift}) {
+constexpr int64_t kMost = 512;  // rows of a block
+
+// out[t, k] times the scale and plus the bias of row k, where the roles are there
+void shift(const Run& run, Role scale, Role bias, int64_t first, const int32_t* rows, int64_t count, float* out, int64_t stride) {
+  for (Role role : {scale, bias}) {
+    const float* by = role == kTau ? nullptr : run.floats(role);
     if (!by) continue;
-    constexpr int64_t kMost = 512;  // rows of a block
     float own[kMost];
     const float* values = by + first;
     if (rows) {
@@ -73,12 +60,60 @@ void products(const Run& run, Role role, Role bias, int64_t first, const int32_t
     }
     for (int64_t t = 0; t < run.tokens; ++t) {
       float* row = out + t * stride;
-      if (by == scale)
+      if (role == scale)
         for (int64_t k = 0; k < count; ++k) row[k] *= values[k];
       else
         for (int64_t k = 0; k < count; ++k) row[k] += values[k];
     }
   }
+}
+
+// Products of rows of a matrix with every token, without the scales of int8 rows: those at `places`, or the first `count`
+void dots(const Run& run, Role role, const void* weights, const int32_t* places, int64_t count, float* out, int64_t stride, Role then) {
+  const int type = run.at(role).type;
+  const bool hidden = role == kP2;
+  const int64_t width = hidden ? run.shape.r : run.shape.d;
+  const void* next = then == kTau ? nullptr : run.at(then).data;
+  if (type == ort::kUint8)
+    run.integers->dots(true, weights, static_cast<const uint16_t*>(run.at(scale_of(role)).data), places, count, width, run.x4, run.tokens, out, stride, next);
+  else if (type == ort::kInt8)
+    run.integers->dots(false, weights, nullptr, places, count, width, hidden ? run.hidden8 : run.x8, run.tokens, out, stride, next);
+  else
+    run.kernels->dots(type, weights, places, count, width, hidden ? run.hidden : run.x, hidden ? width : run.x_stride, run.tokens, out, stride, next);
+}
+
+// The role of the scales of int8 rows, kTau where there are none
+Role row_scale(const Run& run, Role role) { return run.at(role).type == ort::kInt8 ? scale_of(role) : kTau; }
+
+// Products with the `count` rows of p1 or p2 from `first` on
+void predictor_products(const Run& run, Role role, int64_t first, int64_t count, float* out, int64_t stride) {
+  const Tensor& m = run.at(role);
+  const int64_t width = role == kP2 ? run.shape.r : run.shape.d;
+  dots(run, role, static_cast<const char*>(m.data) + first * width * bytes_of(m.type), nullptr, count, out, stride, kTau);
+  shift(run, row_scale(run, role), kTau, first, nullptr, count, out, stride);
+}
+
+// Products with listed rows of w_gate or w_up, plus the bias
+void weight_products(const Run& run, Role role, Role bias, const int32_t* rows, const int32_t* places, int64_t count, float* out, int64_t stride, Role then) {
+  dots(run, role, run.at(role).data, places, count, out, stride, then);
+  shift(run, row_scale(run, role), bias, 0, rows, count, out, stride);
+}
+
+// Both products at once, where a neuron's rows of w_gate and w_up lie beside each other; `both` is [tokens, 2 * count]
+void gate_and_up(const Run& run, const int32_t* rows, const int32_t* places, int64_t count, float* both, float* gate, float* up) {
+  int32_t pairs[2 * kMost];
+  for (int64_t k = 0; k < count; ++k) {
+    pairs[2 * k] = places[k];
+    pairs[2 * k + 1] = places[k] + 1;
+  }
+  dots(run, kWGate, run.at(kWGate).data, pairs, 2 * count, both, 2 * count, kWDown);
+  for (int64_t t = 0; t < run.tokens; ++t)
+    for (int64_t k = 0; k < count; ++k) {
+      gate[t * count + k] = both[(t * count + k) * 2];
+      up[t * count + k] = both[(t * count + k) * 2 + 1];
+    }
+  shift(run, row_scale(run, kWGate), kBGate, 0, rows, count, gate, count);
+  shift(run, row_scale(run, kWUp), kBUp, 0, rows, count, up, count);
 }
 
 // Asks for memory that is read soon: what is not one long row the hardware does not foresee.
@@ -87,13 +122,13 @@ void fetch(const void* data, int64_t bytes) {
 }
 
 // The scales of the listed rows of an integer matrix [n, d]
-void fetch_scales(const Run& run, Role role, int64_t first, int64_t size, const int32_t* rows, int64_t count) {
+void fetch_scales(const Run& run, Role role, int64_t first, int64_t size, const int32_t* places, int64_t count) {
   const Tensor& scales = run.at(role);
   if (!scales.data || !run.integer()) return;
   const auto* data = static_cast<const char*>(scales.data);
   if (!run.int4()) return fetch(data + first * 4, size * 4);
   const int64_t bytes = run.shape.d / kGroup * 2;
-  for (int64_t k = 0; k < count; ++k) fetch(data + rows[k] * bytes, bytes);
+  for (int64_t k = 0; k < count; ++k) fetch(data + places[k] * bytes, bytes);
 }
 
 }  // namespace
@@ -102,7 +137,7 @@ void hidden_task(void* user, size_t task) {
   Run& run = *static_cast<Run*>(user);
   const int64_t r = run.shape.r, first = static_cast<int64_t>(task) * run.p1_rows, count = std::min(run.p1_rows, r - first);
   float* out = run.hidden + first;
-  products(run, kP1, kTau, first, nullptr, count, out, r);
+  predictor_products(run, kP1, first, count, out, r);
   for (int64_t t = 0; t < run.tokens; ++t)
     for (int64_t k = 0; k < count; ++k) out[t * r + k] = relu(out[t * r + k]);
 }
@@ -122,8 +157,10 @@ void round_hidden(const Run& run) {
 bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
   const Variant& v = *run.variant;
   const int64_t tokens = run.tokens, first = run.first_of(index), m = run.size_of(index);
-  float *score = nullptr, *z = nullptr, *up = nullptr;
-  int32_t* rows = nullptr;
+  float *score = nullptr, *z = nullptr, *up = nullptr, *both = nullptr;
+  const bool predictor = v.score == Score::kPredictor, full = v.score == Score::kGate || v.score == Score::kExact, plain = v.plain();
+  const bool paired = run.few && run.pitch > 1 && !plain && !full;
+  int32_t *rows = nullptr, *places = nullptr;
   uint8_t *keep = nullptr, *any = nullptr;
   const auto lay = [&](char* base) {
     Cut cut(base);
@@ -131,6 +168,8 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
     z = cut.take<float>(tokens * m);      // [tokens, count]
     up = cut.take<float>(tokens * m);
     rows = cut.take<int32_t>(m);
+    places = cut.take<int32_t>(m);
+    both = cut.take<float>(paired ? 2 * tokens * m : 0);
     keep = cut.take<uint8_t>(tokens * m);
     any = cut.take<uint8_t>(m);
     return cut.used();
@@ -140,14 +179,17 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
   lay(base);
 
   // 1. scores of the block, and the union of what the tokens keep
-  const bool predictor = v.score == Score::kPredictor, full = v.score == Score::kGate || v.score == Score::kExact, plain = v.plain();
   const float* tau = run.floats(kTau);
   if (tau) fetch(tau + first, m * 4);
   if (predictor) {
     if (run.floats(kSP2)) fetch(run.floats(kSP2) + first, m * 4);
-    products(run, kP2, kTau, first, nullptr, m, score, m);
+    predictor_products(run, kP2, first, m, score, m);
   } else if (full) {
-    products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, first, nullptr, m, score, m);
+    for (int64_t k = 0; k < m; ++k) {  // all rows of the block, for now
+      rows[k] = static_cast<int32_t>(first + k);
+      places[k] = static_cast<int32_t>((first + k) * run.pitch);
+    }
+    weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, rows, places, m, score, m, kTau);
     activate(run, v.activation, score, tokens * m);
   }
   std::memset(any, v.score == Score::kAll, static_cast<size_t>(m));
@@ -169,21 +211,25 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
     count += any[k];
   }
 
+  for (int64_t k = 0; k < count; ++k) places[k] = static_cast<int32_t>(rows[k] * run.pitch);
+
   // 2. z [tokens, count] of the union
   if (run.few) {
-    if (!full && !plain) fetch_scales(run, kSGate, first, m, rows, std::min<int64_t>(count, 4));
-    if (!full || !plain) fetch_scales(run, kSUp, first, m, rows, std::min<int64_t>(count, 4));
-    fetch_scales(run, kSDown, first, m, rows, count);
+    if (!full && !plain) fetch_scales(run, kSGate, first, m, places, std::min<int64_t>(count, 4));
+    if (!full || !plain) fetch_scales(run, kSUp, first, m, places, std::min<int64_t>(count, 4));
+    fetch_scales(run, kSDown, first, m, places, count);
   }
   if (full) {
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t k = 0; k < count; ++k) z[t * count + k] = score[t * m + rows[k] - first];
+  } else if (paired) {
+    gate_and_up(run, rows, places, count, both, z, up);
   } else {
-    products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, 0, rows, count, z, count, plain ? kWDown : kWUp);
-    activate(run, v.activation, z, tokens * count);
+    weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, rows, places, count, z, count, plain ? kWDown : kWUp);
   }
+  if (!full) activate(run, v.activation, z, tokens * count);
   if (!plain) {
-    products(run, kWUp, kBUp, 0, rows, count, up, count, kWDown);
+    if (!paired) weight_products(run, kWUp, kBUp, rows, places, count, up, count, kWDown);
     if (v.activation == Activation::kDrelu) activate(run, Activation::kRelu, up, tokens * count);
     for (int64_t i = 0; i < tokens * count; ++i) z[i] *= up[i];
   }
@@ -199,7 +245,7 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
       for (int64_t k = 0; k < count; ++k) own[k] = kept[rows[k] - first] ? (down ? own[k] * down[rows[k]] : own[k]) : 0.f;
     }
   }
-  out = {rows, z, count};
+  out = {rows, places, z, count};
   return true;
 }
 

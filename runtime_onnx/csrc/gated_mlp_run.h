@@ -25,6 +25,7 @@ struct Run {
   const Tensors* tensors;
   Shape shape;
   int64_t block, blocks;
+  int64_t pitch = 1;       // see Node
   bool few;                // tokens of the pass share nothing but the rows: partial sums per block; otherwise strips of columns
   int64_t pass = 0;        // most tokens at a time
   int64_t tokens = 0;      // of this pass
@@ -51,7 +52,8 @@ struct Run {
 
 // What a block's neurons give: the rows that any token keeps, and each token's factors of w_down (0 where it does not keep the row).
 struct Neurons {
-  const int32_t* rows;  // [count]
+  const int32_t* rows;    // [count]
+  const int32_t* places;  // [count]: rows times the pitch, which is where they lie
   const float* z;       // [tokens, count]
   int64_t count;
 };

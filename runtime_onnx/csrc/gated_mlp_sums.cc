@@ -48,7 +48,7 @@ bool float_block(const Run& run, const Neurons& neurons, uint8_t* used, float* p
   if (!base) return false;
   lay(base);
   for (int64_t t = 0; t < tokens; ++t) {
-    counts[t] = static_cast<int32_t>(own_rows(neurons.rows, neurons.z + t * count, count, list + t * count, scale + t * count));
+    counts[t] = static_cast<int32_t>(own_rows(neurons.places, neurons.z + t * count, count, list + t * count, scale + t * count));
     used[t] = counts[t] > 0;
     if (used[t]) std::memset(partial + t * d, 0, static_cast<size_t>(d) * sizeof(float));
   }
@@ -84,7 +84,7 @@ bool integer_block(const Run& run, const Neurons& neurons, uint8_t* used, float*
   char* base = sum_arena.reserve(lay(nullptr));
   if (!base) return false;
   lay(base);
-  const Quads quads = make_quads(neurons.rows, count, space);
+  const Quads quads = make_quads(neurons.rows, neurons.places, count, space);
   const int64_t q_stride = quads_most * groups, s_stride = segments_most * groups;
   const auto* scales = static_cast<const uint16_t*>(run.at(kSDown).data);
   for (int64_t t = 0; t < tokens; ++t) {
@@ -133,7 +133,7 @@ void factor_task(void* user, size_t task) {
   const int64_t index = static_cast<int64_t>(task);
   Neurons neurons{};
   if (!compute_neurons(run, index, neurons)) return run.failed.store(true);
-  run.sums.take(index, neurons.rows, neurons.z, neurons.count, run.tokens);
+  run.sums.take(index, neurons.rows, neurons.places, neurons.z, neurons.count, run.tokens);
 }
 
 void strip_task(void* user, size_t task) {

@@ -140,7 +140,21 @@ ort::StatusPtr Node::init(const ort::Api* ort_api, const ort::KernelInfo* info, 
   ORT_TRY(read_string(api, info, "score", score));
   ORT_TRY(read_string(api, info, "weights", weights));
   ORT_TRY(read_string(api, info, "inputs", inputs));
-  return finish(info, x_type, variant_of_attributes(activation, score, weights, inputs, variant), inputs, constants);
+  ORT_TRY(finish(info, x_type, variant_of_attributes(activation, score, weights, inputs, variant), inputs, constants));
+  if (!constants) return nullptr;
+  std::vector<int> weights_together, scales_together;
+  for (int role : {kWGate, kWUp, kWDown})
+    if (variant.has(static_cast<Role>(role))) weights_together.push_back(role);
+  for (int role : {kSGate, kSUp, kSDown})
+    if (variant.has(static_cast<Role>(role)) && variant.weights == Weights::kInt4G32) scales_together.push_back(role);
+  bool all = true;
+  for (const auto* list : {&weights_together, &scales_together})
+    for (int role : *list) all = all && constant[role].data;
+  std::vector<std::vector<int>> together;
+  if (all) together.push_back(weights_together);
+  if (all && !scales_together.empty()) together.push_back(scales_together);
+  if (keep_close(together) && all) pitch = static_cast<int64_t>(weights_together.size());
+  return nullptr;
 }
 
 }  // namespace sparsegate::gated_mlp

@@ -1,6 +1,7 @@
 // See op.h.
 #include "op.h"
 
+#include <algorithm>
 #include <cstring>
 
 #if defined(__linux__)
@@ -135,35 +136,50 @@ ort::StatusPtr NodeBase::bind(const ort::KernelInfo* info, const Present& presen
     else
       all_constant = false;
   }
-  if (constants) keep_close();
   return nullptr;
 }
 
-void NodeBase::keep_close() {
-  constexpr size_t kHuge = size_t{2} << 20, kPage = 4096;
-  const auto bytes = [](const Tensor& t) { return static_cast<size_t>(t.dims[0] * (t.rank > 1 ? t.dims[1] : 1) * bytes_of(t.type)); };
+bool NodeBase::keep_close(const std::vector<std::vector<int>>& together) {
+  constexpr size_t kHuge = size_t{2} << 20, kPage = 4096, kLeast = size_t{64} << 10;
+  const auto row_bytes = [](const Tensor& t) { return static_cast<size_t>((t.rank > 1 ? t.dims[1] : 1) * bytes_of(t.type)); };
   const auto padded = [](size_t size, size_t to) { return (size + to - 1) / to * to; };
+  std::vector<std::vector<int>> lists = together;
+  for (int role = 0; role < roles.count; ++role) {
+    const auto holds = [role](const std::vector<int>& list) { return std::find(list.begin(), list.end(), role) != list.end(); };
+    if (constant[role].data && constant[role].rank <= 2 && std::none_of(together.begin(), together.end(), holds)) lists.push_back({role});
+  }
   size_t total = 0;
-  for (const Tensor& t : constant)
-    if (t.data && t.rank <= 2) total += padded(bytes(t), kPage);
-  if (total < kHuge) return;
-  own.reset(static_cast<char*>(std::aligned_alloc(kHuge, padded(total, kHuge))));
-  if (!own) return;  // no memory for it: the rows are read where they are
+  for (const auto& list : lists) {
+    size_t size = 0;
+    for (int role : list) size += static_cast<size_t>(constant[role].dims[0]) * row_bytes(constant[role]);
+    total += padded(size, kPage);
+  }
+  if (total < kLeast) return false;
+  const size_t alignment = total < kHuge ? kPage : kHuge;
+  own.reset(static_cast<char*>(std::aligned_alloc(alignment, padded(total, alignment))));
+  if (!own) return false;  // no memory for it: the rows are read where they are
 #if defined(__linux__)
-  madvise(own.get(), padded(total, kHuge), MADV_HUGEPAGE);
+  if (alignment == kHuge) madvise(own.get(), padded(total, kHuge), MADV_HUGEPAGE);
 #endif
   char* to = own.get();
-  for (Tensor& t : constant) {
-    if (!t.data || t.rank > 2) continue;
-    const size_t size = bytes(t);
-    std::memcpy(to, t.data, size);
+  for (const auto& list : lists) {
+    const size_t row = row_bytes(constant[list[0]]), rows = static_cast<size_t>(constant[list[0]].dims[0]), count = list.size();
+    for (size_t k = 0; k < count; ++k) {
+      Tensor& t = constant[list[k]];
+      const auto* from = static_cast<const char*>(t.data);
+      if (count == 1)
+        std::memcpy(to, from, rows * row);
+      else
+        for (size_t i = 0; i < rows; ++i) std::memcpy(to + (i * count + k) * row, from + i * row, row);
 #if defined(__linux__) && defined(MADV_PAGEOUT)
-    // only whole pages, which is how they lie in a mapped file
-    if (reinterpret_cast<uintptr_t>(t.data) % kPage == 0 && size >= kPage) madvise(const_cast<void*>(t.data), size / kPage * kPage, MADV_PAGEOUT);
+      // only whole pages, which is how they lie in a mapped file
+      if (reinterpret_cast<uintptr_t>(from) % kPage == 0 && rows * row >= kPage) madvise(const_cast<void*>(t.data), rows * row / kPage * kPage, MADV_PAGEOUT);
 #endif
-    t.data = to;
-    to += padded(size, kPage);
+      t.data = to + k * row;
+    }
+    to += padded(rows * row * count, kPage);
   }
+  return true;
 }
 
 ort::StatusPtr NodeBase::gather(const ort::KernelContext* context, Tensors& tensors) const {

@@ -80,7 +80,8 @@ struct NodeBase {
 
   // Copies the constants into memory of its own with huge pages, where the system has them. ONNX Runtime maps them from the model's file in pages of 4 KiB: rows
   // far apart then miss the TLB one by one. The file's pages are given back (ONNX Runtime's own ops do the same when they pack their weights).
-  void keep_close();
+  // Matrices of each list of roles are laid row beside row: row i of all of them, then row i + 1. false: nothing was copied.
+  bool keep_close(const std::vector<std::vector<int>>& together);
 
   // Tensors of a run; `constant` where nothing else is needed.
   ort::StatusPtr gather(const ort::KernelContext* context, Tensors& tensors) const;

@@ -28,15 +28,15 @@ void RowSums::lay(Cut& cut) {
   offset = cut.take<int32_t>(pass * segment_stride());
 }
 
-void RowSums::take(int64_t index, const int32_t* own, const float* factors, int64_t count, int64_t tokens) {
+void RowSums::take(int64_t index, const int32_t* own, const int32_t* places, const float* factors, int64_t count, int64_t tokens) {
   const int64_t first = index * block;
   counts[index] = static_cast<int32_t>(count);
-  std::memcpy(rows + first, own, static_cast<size_t>(count) * sizeof(int32_t));
+  std::memcpy(rows + first, places, static_cast<size_t>(count) * sizeof(int32_t));
   if (z)
     for (int64_t t = 0; t < tokens; ++t) std::memcpy(z + t * n + first, factors + t * count, static_cast<size_t>(count) * sizeof(float));
   if (format == RowFormat::kFloat) return;
   const int64_t s = index * quad_segments(block), at = index * quad_rows(block);
-  const Quads found = make_quads(own, count, {quads.rows + at, quads.segments + s, quads.filled + s});
+  const Quads found = make_quads(own, places, count, {quads.rows + at, quads.segments + s, quads.filled + s});
   segments[index] = static_cast<int32_t>(found.count);
   if (format == RowFormat::kInt4) return;  // their factors depend on the columns
   const int64_t q_stride = blocks * quad_rows(block) / 4, s_stride = segment_stride();

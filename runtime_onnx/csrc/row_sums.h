@@ -62,8 +62,8 @@ struct RowSums {
   // Takes the memory of a call out of `cut`.
   void lay(Cut& cut);
 
-  // The union `own` [count] of a block's rows, rising, and the factors z [tokens, count], 0 where a token does not keep a row. Blocks may come at once, on threads.
-  void take(int64_t index, const int32_t* own, const float* factors, int64_t count, int64_t tokens);
+  // The union `own` [count] of a block's rows, rising, where they lie in the matrix (`places`), and the factors z [tokens, count], 0 where a token does not keep a row. Blocks may come at once, on threads.
+  void take(int64_t index, const int32_t* own, const int32_t* places, const float* factors, int64_t count, int64_t tokens);
 
   // y[t * y_stride + c] += the sums for the columns [first, first + width) of all tokens; `first` is a multiple of 128. `bias`: what y starts from, nullptr for
   // zeros. Uses task_arena; false: out of memory.

@@ -60,7 +60,7 @@ void select_task(void* user, size_t task) {
       z[t * count + k] = std::fabs(value) > tau[rows[k] - first] ? (scale ? value * scale[rows[k]] : value) : 0.f;
     }
   }
-  run.sums.take(static_cast<int64_t>(task), rows, z, count, run.tokens);
+  run.sums.take(static_cast<int64_t>(task), rows, rows, z, count, run.tokens);
 }
 
 // One strip of columns for all tokens of the pass

@@ -71,7 +71,9 @@ ort::StatusPtr Node::init(const ort::Api* ort_api, const ort::KernelInfo* info, 
   std::string weights, inputs;
   ORT_TRY(read_string(api, info, "weights", weights));
   ORT_TRY(read_string(api, info, "inputs", inputs));
-  return finish(info, x_type, variant_of_attributes(weights, inputs, variant), inputs, constants);
+  ORT_TRY(finish(info, x_type, variant_of_attributes(weights, inputs, variant), inputs, constants));
+  if (constants) keep_close({});
+  return nullptr;
 }
 
 }  // namespace sparsegate::sparse_linear
