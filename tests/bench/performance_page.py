@@ -108,7 +108,8 @@ def page() -> str:
     parts += ["## Where sparsegate loses", "\n".join(f"- {line}" for line in lost) if lost else "In none of the cases measured."]
     parts += [
         "## CUDA",
-        f"Kernels for CUDA are built and tested against the reference; their speed is {everything[0]['cuda'] if everything else 'not run'}.",
+        "Kernels for CUDA are built, and an emulation on a CPU tests their arithmetic against the reference; on a GPU they were "
+        f"{everything[0]['cuda'] if everything else 'not run'}.",
         "## How to repeat it",
         "\n".join(f"- {commands(result)}" for result in everything),
         "The peers are optional: `pip install 'sparsegate[bench]'` brings llama-cpp-python and gguf; one that is not installed is named as such. "
