@@ -33,6 +33,7 @@ def speed(result: dict) -> str:
     rows = {(row["format"], row["asked"]): row for row in op_rows(result) if row["tokens"] == 1 and row["score"] == "predictor"}
     lines = ["| MLP weights | against ONNX Runtime's | " + " | ".join(f"{density:.0%} of the neurons" for density in DENSITIES) + " |"]
     lines.append("|---|---|" + "---|" * len(DENSITIES))
+    lines.append("| dense (ONNX Runtime, each precision's own) | itself |" + " 1 |" * len(DENSITIES))
     for name in FORMATS:
         cells = [rows[name, density] for density in DENSITIES if (name, density) in rows]
         if len(cells) < len(DENSITIES):
