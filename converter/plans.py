@@ -93,10 +93,50 @@ class Predictor:
         return found if self.residual is None else found | {"residual.weight": self.residual}
 
 
-Entry = Threshold | Predictor
+@dataclass(frozen=True)
+class Swap:
+    """The site computes with `activation`, which has exact zeros: relu, relu2, drelu (relu(gate) * relu(up)), fatrelu(b) (v where v > b, else 0) or
+    shifted_relu(b) (relu(v - b)).
+
+    Alone at its site, the units kept are the non-zero ones: nothing more is lost, and the gate (a plain network's up projection) is computed in full.
+    Before a Threshold or a Predictor those say what is kept. `density` is the calibrated share of non-zero units, `opened` that of units with a non-zero
+    gate, whose up projection is needed.
+    """
+
+    activation: str
+    density: float = 1.0
+    opened: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Width of a hidden layer: there is none."""
+        return 0
+
+    residual = None
+
+    def fields(self) -> dict[str, Any]:
+        """The entry for JSON."""
+        return {"kind": "swap", "activation": self.activation, "density": self.density, "opened": self.opened}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The entry's tensors by role: none."""
+        return {}
+
+
+Entry = Threshold | Predictor | Swap
 Plan = dict[Site, list[Entry]]
 
-KINDS: dict[str, type[Threshold] | type[Predictor]] = {"predictor": Predictor, "threshold": Threshold}
+KINDS: dict[str, type[Threshold] | type[Predictor] | type[Swap]] = {"predictor": Predictor, "swap": Swap, "threshold": Threshold}
+
+
+def deciding(entries: list[Entry]) -> Entry:
+    """The entry that says what is kept: the last one."""
+    return entries[-1]
+
+
+def activation_at(entries: list[Entry], base: str) -> str:
+    """The activation that a site computes with: the swapped one, else that of the `base` model."""
+    return entries[0].activation if isinstance(entries[0], Swap) else base
 
 
 def make_entry(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Entry:

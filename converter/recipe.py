@@ -40,13 +40,120 @@ class Tune(_Strict):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
+class Mix(_Strict):
+    """A part of a mixture: UTF-8 text `files`, or a Hub `dataset` (with its `subset`, `split` and text `field`) that is streamed; `share` of the tokens, in any
+    unit that all parts share.
+    """
+
+    name: str
+    share: float = Field(gt=0)
+    files: tuple[str, ...] = ()
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    field: str = "text"
+
+    @model_validator(mode="after")
+    def _check(self) -> Mix:
+        if bool(self.files) == (self.dataset is not None):
+            raise ValueError("a part must have either files or a dataset")
+        return self
+
+
+class Data(_Strict):
+    """What weights are trained on: `windows` of `length` tokens, of a mixture, or, without one, sampled from the dense source itself at `temperature`."""
+
+    windows: int = Field(default=4096, ge=2)
+    length: int = Field(default=256, ge=16)
+    temperature: float = Field(default=1.0, gt=0)
+    mixture: tuple[Mix, ...] = ()
+
+
+class Losses(_Strict):
+    """Weights of what is minimised, nats per token: `distill` KL(dense || student), `lm` the next token's cross-entropy; `hidden` a mean over blocks of the squared
+    difference of their outputs from the dense source's, relative to its energy.
+    """
+
+    distill: float = Field(default=1.0, ge=0)
+    lm: float = Field(default=0.0, ge=0)
+    hidden: float = Field(default=0.0, ge=0)
+
+
+class Penalty(_Strict):
+    """What makes activations sparse: `l1` weighs the mean over sites of mean z / rms z, grown over the first `ramp` of the run along a straight line or, in
+    `periods` steps, along sine curves (ProSparse, arXiv 2402.13516, equation 4); with a `density` the weight is a controller's instead, which holds the mean
+    share of non-zeros there.
+    """
+
+    l1: float = Field(default=0.1, ge=0)
+    ramp: float = Field(default=0.5, gt=0, le=1)
+    shape: Literal["linear", "sine"] = "linear"
+    periods: int = Field(default=1, ge=1)
+    density: float | None = Field(default=None, gt=0, lt=1)
+
+
+class Lora(_Strict):
+    """Low-rank updates W + alpha / rank B A of every linear map of the blocks in place of whole weights (LoRA, arXiv 2106.09685)."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+
+
+class Joint(_Strict):
+    """Predictors trained together with the weights: their cost (of the network's weights) and the density that they predict in the end; the mask is hard and its
+    gradient the sigmoid's (Turbo Sparse, arXiv 2406.05955).
+    """
+
+    cost: float = Field(default=0.1, gt=0, lt=1)
+    density: float = Field(default=0.15, gt=0, lt=1)
+
+
+class ByBlock(_Strict):
+    """Recovery block by block: every network is fitted to the dense block's output, in order, on the inputs that the blocks before really give."""
+
+    steps: int = Field(default=200, ge=1)
+    tokens: int = Field(default=2048, ge=1)
+    rate: float = Field(default=2e-3, gt=0)
+
+
+class Recovery(_Strict):
+    """Training of weights after an activation was swapped or units were gated: `steps` of `accumulate` times `windows` windows each, over all processes.
+
+    The rate rises over `warm_up` steps to `rate` and falls along `schedule` to `floor` of it. `optimizer` muon takes matrices by Muon and the rest by AdamW.
+    `end_to_end` False leaves it at `by_block`. `parallel` says what several processes under torchrun share: nothing but gradients (data), or weights and
+    optimizer too (fsdp).
+    """
+
+    steps: int = Field(default=2000, ge=1)
+    windows: int = Field(default=8, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    rate: float = Field(default=2e-3, gt=0)
+    floor: float = Field(default=0.1, ge=0, le=1)
+    warm_up: int = Field(default=50, ge=0)
+    schedule: Literal["linear", "cosine"] = "cosine"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.0, ge=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpointing: bool = False
+    data: Data = Data()
+    losses: Losses = Losses()
+    penalty: Penalty = Penalty()
+    lora: Lora | None = None
+    predictors: Joint | None = None
+    by_block: ByBlock | None = None
+    end_to_end: bool = True
+    parallel: Literal["data", "fsdp"] = "data"
+
+
 class Stage(_Strict):
     """One method, two joined by `+` (a neuron method and a channel method), `imported`, or `auto`, which tries every method; and the configuration, of which a
-    method takes the fields that it knows.
+    method takes the fields that it knows. `tune` trains the weights under the stage's plan.
     """
 
     method: str = "auto"
     config: dict[str, Any] = {}
+    tune: Recovery | None = None
 
 
 class Budget(_Strict):
@@ -81,14 +188,14 @@ class Recipe(_Strict):
     model: str
     calibration: Calibration = Calibration()
     seed: int = Field(default=0, ge=0)
-    stages: tuple[Stage, ...] = Field(default=(Stage(),), min_length=1, max_length=1)
+    stages: tuple[Stage, ...] = Field(default=(Stage(),), min_length=1, max_length=2)
     budget: Budget = Budget()
     export: Export = Export()
 
     @property
     def searches(self) -> bool:
         """Whether the budget decides the sparsity: it does when the stage sets none; else it is a check on the result."""
-        return self.budget.bounded and "sparsity" not in self.stages[0].config
+        return self.budget.bounded and "sparsity" not in self.stages[-1].config
 
     def yaml(self) -> str:
         """The recipe as a YAML document that `--recipe` reads."""

@@ -4,7 +4,8 @@ Nothing is downloaded: corpus and licence come from the interpreter that runs th
 
     python examples/pretrain.py prepare  --work WORK          corpus, splits, tokenizer, 5-gram baseline
     python examples/pretrain.py train    --work WORK --steps N   resumes from the last checkpoint; a warm-up, constant, linear-decay schedule, so that
-                                                               N may be changed on resume as long as the decay has not begun
+                                                               N may be changed on resume as long as the decay has not begun;
+                                                               --activation drelu trains relu(gate) * relu(up) in place of silu(gate) * up
     python examples/pretrain.py export   --work WORK --out DIR  weights in fp16 safetensors, tokenizer, calibration and held-out text, training record
 
 Splits are chosen by the sha256 of a module's path: bucket 0 of 50 is held out, bucket 1 is calibration text, the rest is trained on.
@@ -134,7 +135,9 @@ def prepare(work: Path) -> None:
     print(json.dumps(record, indent=2))
 
 
-def build_model():
+def build_model(activation: str = "silu"):
+    """The model; with `activation` drelu its networks compute relu(gate x) * relu(up x) (Turbo Sparse, arXiv 2406.05955, section 3)."""
+    from torch.nn.functional import relu
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -142,7 +145,11 @@ def build_model():
         max_position_embeddings=SEQUENCE, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
         pad_token_id=0, attention_bias=False,
     )  # fmt: skip
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    if activation == "drelu":
+        for block in model.model.layers:
+            block.mlp.forward = lambda x, mlp=block.mlp: mlp.down_proj(relu(mlp.gate_proj(x)) * relu(mlp.up_proj(x)))
+    return model
 
 
 def rate(step: int, steps: int) -> float:
@@ -150,13 +157,13 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP, max(0.0, (steps - step) / decay))
 
 
-def batch(ids: np.ndarray, step: int, length: int) -> np.ndarray:
-    """Windows [TOKENS_PER_STEP / length, length] of step `step`: every epoch has its own order and its own offset, both from the epoch's number."""
+def batch(ids: np.ndarray, step: int, length: int, seed: int = 0) -> np.ndarray:
+    """Windows [TOKENS_PER_STEP / length, length] of step `step`: every epoch has its own order and its own offset, both from its number and the seed."""
     windows, rows = (len(ids) - 1) // length - 1, TOKENS_PER_STEP // length
     picked = []
     for k in range(step * rows, (step + 1) * rows):
         epoch, within = divmod(k, windows)
-        random = np.random.default_rng(epoch)
+        random = np.random.default_rng(epoch + 1000 * seed)
         start = random.permutation(windows)[within] * length + int(random.integers(length))
         picked.append(ids[start : start + length])
     return np.stack(picked)
@@ -180,13 +187,13 @@ def heldout_bits(model, ids: np.ndarray, size: int, windows: int | None = None) 
     return nats / math.log(2) / (size * tokens / len(ids))
 
 
-def train(work: Path, steps: int, minutes: float, peak_muon: float, peak_adam: float) -> None:
+def train(work: Path, steps: int, minutes: float, peak_muon: float, peak_adam: float, activation: str = "silu", seed: int = 0) -> None:
     import torch
 
     record = json.loads((work / "corpus.json").read_text())
     ids, heldout = np.load(work / "train.npy"), np.load(work / "heldout.npy")
-    torch.manual_seed(0)
-    model = build_model()
+    torch.manual_seed(seed)
+    model = build_model(activation)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
@@ -210,7 +217,7 @@ def train(work: Path, steps: int, minutes: float, peak_muon: float, peak_adam: f
 
     began = last = time.time()
     while step < steps and (time.time() - began) < minutes * 60:
-        x = torch.from_numpy(batch(ids, step, SHORT if step < steps - int(steps * DECAY_SHARE) else SEQUENCE).astype(np.int64))
+        x = torch.from_numpy(batch(ids, step, SHORT if step < steps - int(steps * DECAY_SHARE) else SEQUENCE, seed).astype(np.int64))
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate(step, steps)
@@ -277,11 +284,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--muon-rate", type=float, default=4e-3)
     parser.add_argument("--adam-rate", type=float, default=4e-3)
+    parser.add_argument("--activation", choices=["silu", "drelu"], default="silu", help="drelu is for comparing the two; export writes silu only")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.stage == "prepare":
         prepare(args.work)
     elif args.stage == "train":
-        train(args.work, args.steps, args.minutes, args.muon_rate, args.adam_rate)
+        train(args.work, args.steps, args.minutes, args.muon_rate, args.adam_rate, args.activation, args.seed)
     else:
         if args.out is None:
             parser.error("--out must name a folder, got nothing. Add --out DIR.")
