@@ -8,6 +8,7 @@ from .curves import CURVES, Correlations, Curves, Point, at_cost, best_at_cost, 
 from .evaluation import EVALUATION, Evaluation
 from .html import PAGE, make_report, render, write_report
 from .plots import plot_correlations, plot_curves, plot_layers
+from .recovery import RECOVERY, CurvePoint, DenseQuality, HeldoutPoint, RecoveryRecord, SiteDensity, SwappedQuality, TrainingText
 from .results import RESULTS, Check, Layer, Machine, OnnxRow, Report, Row, Speed, Text, this_machine
 from .tables import check_table, layer_table, onnx_table, quality_table
 
@@ -15,20 +16,28 @@ __all__ = [
     "CURVES",
     "EVALUATION",
     "PAGE",
+    "RECOVERY",
     "RESULTS",
     "BaseCard",
     "Check",
     "Correlations",
+    "CurvePoint",
     "Curves",
+    "DenseQuality",
     "Evaluation",
+    "HeldoutPoint",
     "Layer",
     "Machine",
     "OnnxRow",
     "Point",
+    "RecoveryRecord",
     "Report",
     "Row",
+    "SiteDensity",
     "Speed",
+    "SwappedQuality",
     "Text",
+    "TrainingText",
     "at_cost",
     "best_at_cost",
     "check_table",
