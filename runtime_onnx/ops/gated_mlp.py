@@ -9,24 +9,50 @@ A plain MLP has no w_gate: act(w_up_i . x + b_up_i) * w_down_i. Scores:
 
     predictor  s = P2 relu(P1 x), P1 [r, d], P2 [n, r]
     gate       s = |act(gate)|, or |act(up)| of a plain MLP: that product is computed in full, the others are skipped
-    exact      ReLU activations: keeps what is not zero, so nothing is lost and no tau is needed
+    exact      ReLU activations: keeps what is not zero, so nothing is lost and no tau is needed; the gate is computed in full, up where act(gate) is not 0
     all        keeps everything, no tau
 
-A NaN score is not kept. Activation dReLU is relu(gate) * relu(up). Nothing here needs more than numpy and onnx.
+A NaN score is not kept; score exact keeps NaN. Activation dReLU is relu(gate) * relu(up); the others are described in `activation`. A neuron whose act(gate) is
+exactly 0 adds nothing, whatever its up is. Nothing here needs more than numpy and onnx.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from .activation import ACTIVATIONS, PARAMETRIC, RELUS, activate, is_relu, relu, spell_activation, split_activation
 from .gated_mlp_body import body
 from .quantisation import GROUP, WEIGHTS, dequantise, integer_product, integer_sum
+
+__all__ = [
+    "ACTIVATIONS",
+    "BOUNDS",
+    "DOMAIN",
+    "FLOATS",
+    "NAME",
+    "PARAMETRIC",
+    "RELUS",
+    "ROLES",
+    "SCORES",
+    "VERSION",
+    "WEIGHTS",
+    "Variant",
+    "active",
+    "emulate",
+    "function",
+    "is_relu",
+    "opened",
+    "reference",
+    "scores",
+    "spell_activation",
+    "split_activation",
+    "traffic",
+]
 
 DOMAIN = "ai.sparsegate"
 NAME = "GatedMLP"
@@ -35,7 +61,6 @@ VERSION = 1
 ROLES = ("w_gate", "w_up", "w_down", "s_gate", "s_up", "s_down", "b_gate", "b_up", "b_down", "tau", "p1", "p2", "s_p1", "s_p2", "res")
 """Inputs after x, in this order: [n, d] weights (int4_g32: [n, d / 2]), [n] scales (int4_g32: [n, d / 32]) and biases (b_down [d]), tau [n], p1 [r, d],
 p2 [n, r], s_p1 [r], s_p2 [n], res [r, d]."""
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "identity")
 SCORES = ("predictor", "gate", "exact", "all")
 FLOATS = ("float32", "float16", "bfloat16")
 
@@ -50,7 +75,7 @@ class Variant:
     """One combination of activation, score, weight format, inputs and dtypes; a kernel either supports a variant or it does not.
 
     Attributes:
-        activation: One of ACTIVATIONS.
+        activation: One of ACTIVATIONS, or fatrelu(b) or shifted_relu(b) as `split_activation` reads them.
         score: One of SCORES.
         weights: One of WEIGHTS; the integer formats, with scales in s_gate, s_up, s_down, are described in `quantisation`.
         inputs: Roles that are present, in the order of ROLES; x is not among them.
@@ -73,7 +98,7 @@ class Variant:
     p: str = "float32"
 
     def __post_init__(self) -> None:
-        _one_of("activation", self.activation, ACTIVATIONS)
+        split_activation(self.activation)
         _one_of("score", self.score, SCORES)
         _one_of("weights", self.weights, WEIGHTS)
         _one_of("x", self.x, FLOATS)
@@ -93,8 +118,8 @@ class Variant:
             raise ValueError(f"p must be float32 without p1, got {self.p}. It is the dtype of the predictor only.")
         if self.activation == "drelu" and self.plain:
             raise ValueError("activation must not be drelu without w_gate: it is relu(gate) * relu(up). Use relu.")
-        if self.score == "exact" and self.activation not in ("relu", "relu2", "drelu"):
-            raise ValueError(f"activation must be relu, relu2 or drelu with score exact, got {self.activation}. Use score gate.")
+        if self.score == "exact" and not is_relu(self.activation):
+            raise ValueError(f"activation must be one of {', '.join(RELUS)} with score exact, got {self.activation}. Use score gate.")
 
     def _allows(self, role: str) -> bool | None:
         """True: the role must be there, False: it must not, None: both are right."""
@@ -161,28 +186,6 @@ def function(variant: Variant, overload: str = "", opset: int = 21) -> onnx.Func
 # float64 reference
 
 
-def _relu(v: NDArray) -> NDArray:
-    return np.maximum(v, 0.0)
-
-
-def _silu(v: NDArray) -> NDArray:
-    e = np.exp(-np.abs(v))
-    return v * np.where(v >= 0, 1.0, e) / (1.0 + e)
-
-
-_erf = np.vectorize(math.erf, otypes=[np.float64])
-
-_ACTIVATE: dict[str, Callable[[NDArray], NDArray]] = {
-    "silu": _silu,
-    "gelu": lambda v: 0.5 * v * (1.0 + _erf(v / math.sqrt(2.0))),
-    "gelu_tanh": lambda v: 0.5 * v * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (v + 0.044715 * v**3))),
-    "relu": _relu,
-    "relu2": lambda v: _relu(v) ** 2,
-    "drelu": _relu,
-    "identity": lambda v: v,
-}
-
-
 def _rows(x: NDArray) -> NDArray:
     return np.asarray(x).astype(np.float64).reshape(-1, np.shape(x)[-1])
 
@@ -216,17 +219,18 @@ def _product(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], role:
 
 
 def _hidden(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool) -> NDArray:
-    return _relu(_product(variant, x, tensors, "p1", "", integer))
+    return relu(_product(variant, x, tensors, "p1", "", integer))
 
 
 def _activated(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> tuple[NDArray, NDArray]:
     """Rows x [T, d] -> (act of the gate, or of up in a plain MLP; what w_down is multiplied by), both [T, n]."""
-    act = _ACTIVATE[variant.activation]
     up = _product(variant, x, tensors, "w_up", "b_up", integer)
     if variant.plain:
-        return act(up), act(up)
-    gate = act(_product(variant, x, tensors, "w_gate", "b_gate", integer))
-    return gate, gate * (_relu(up) if variant.activation == "drelu" else up)
+        z = activate(variant.activation, up)
+        return z, z
+    gate = activate(variant.activation, _product(variant, x, tensors, "w_gate", "b_gate", integer))
+    z = gate * (relu(up) if variant.activation == "drelu" else up)
+    return gate, np.where(gate == 0, 0.0, z) if is_relu(variant.activation) else z
 
 
 def _present(variant: Variant, tensors: Mapping[str, NDArray]) -> Mapping[str, NDArray]:
@@ -245,13 +249,18 @@ def scores(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer
     if variant.score == "all":
         return np.full((rows.shape[0], tensors["w_up"].shape[0]), np.inf)
     gate, z = _activated(variant, rows, tensors, integer)
-    return np.abs(z if variant.activation == "drelu" and variant.score == "exact" else gate)
+    return np.abs(z if variant.score == "exact" else gate)
 
 
 def active(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.bool_]:
-    """Kept neurons bool [T, n] of x [..., d]: score > tau, or not zero for score exact. `integer` as in `reference`."""
+    """Kept neurons bool [T, n] of x [..., d]: score > tau, or z not zero (NaN neither) for score exact. `integer` as in `reference`."""
     s = scores(variant, x, tensors, integer)
-    return s > (_tensor(tensors, "tau") if "tau" in variant.inputs else 0.0)
+    return s > _tensor(tensors, "tau") if "tau" in variant.inputs else s != 0
+
+
+def opened(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.bool_]:
+    """Neurons bool [T, n] whose act(gate), or act(up) of a plain MLP, is not zero: where score exact needs up. `integer` as in `reference`."""
+    return _activated(variant, _rows(x), _present(variant, tensors), integer)[0] != 0
 
 
 def reference(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.float64]:
@@ -289,18 +298,21 @@ def emulate(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], provid
     return reference(variant, x, tensors, integer=provider == "CPUExecutionProvider")
 
 
-def traffic(variant: Variant, d: int, n: int, r: int, density: float) -> float:
+def traffic(variant: Variant, d: int, n: int, r: int, density: float, opened: float | None = None, nonzero: float | None = None) -> float:
     """Bytes that one token must read: weights, scales, biases, tau, predictor (rank r, 0 without) and residual.
 
-    density is the kept share of the n neurons. The product behind score gate or exact is read in full, so these cost 1/3 + 2/3 density of a gated MLP.
+    density is the kept share of the n neurons. Of a gated MLP with a ReLU activation, `opened` is the share whose up is needed, those scored high enough whose
+    act(gate) is not 0, and `nonzero` the share whose w_down is, those whose z is not; both are `density` where they are not given. The product behind score
+    gate or exact is read in full, so these cost 1/3 + 1/3 opened + 1/3 nonzero of a gated MLP.
     """
     full = {"all": ("gate", "up", "down"), "predictor": ()}.get(variant.score, ("up",) if variant.plain else ("gate",))
+    shares = {"up": density if opened is None or variant.plain else opened, "down": density if nonzero is None else nonzero}
     row = d * {"int8_row": 1.0, "int4_g32": 0.5}.get(variant.weights, float(_BYTES[variant.w]))
     scale = d // GROUP * 2.0 if variant.weights == "int4_g32" else 4.0
     total = 0.0
     for role in variant.inputs:
         kind, _, part = role.partition("_")
-        share = 1.0 if part in full else density
+        share = 1.0 if part in full else shares.get(part, density)
         total += {
             "w": share * n * row,
             "s": r * 4.0 if role == "s_p1" else n * 4.0 if role == "s_p2" else share * n * scale,

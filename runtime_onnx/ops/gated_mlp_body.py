@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx
 import onnx.parser
+
+from .activation import split_activation
 
 if TYPE_CHECKING:
     from .gated_mlp import Variant
@@ -18,7 +21,20 @@ _ACTIVATE = {
     "relu2": "{out}_relu = Relu({v})\n {out} = Mul({out}_relu, {out}_relu)",
     "drelu": "{out} = Relu({v})",
     "identity": "{out} = Identity({v})",
+    # NaN stays NaN
+    "fatrelu": "{out}_bound = {b}\n {out}_off = {zero}\n {out}_closed = LessOrEqual({v}, {out}_bound)\n {out} = Where({out}_closed, {out}_off, {v})",
+    "shifted_relu": "{out}_shift = {b}\n {out}_shifted = Sub({v}, {out}_shift)\n {out} = Relu({out}_shifted)",
 }
+
+
+def _activation(text: str, out: str, v: str) -> str:
+    """Lines that make `out` the activation of `v`."""
+    kind, parameter = split_activation(text)
+    return _ACTIVATE[kind].format(out=out, v=v, b=_constant(parameter), zero=_constant(0.0))
+
+
+def _constant(value: float) -> str:
+    return f"Constant<value_float={float(np.float32(value))!r}>()"
 
 
 _SCALES = {"w_gate": "s_gate", "w_up": "s_up", "w_down": "s_down"}
@@ -93,11 +109,11 @@ def body(variant: Variant, domain: str, name: str, overload: str, opset: int) ->
         lines.append("rows = Cast<to=1>(rows_x)")
     product("up", "rows", "w_up", stored, "s_up", "b_up")
     if variant.plain:
-        lines.append(_ACTIVATE[variant.activation].format(out="act", v="up"))
+        lines.append(_activation(variant.activation, "act", "up"))
         z = "act"
     else:
         product("gate", "rows", "w_gate", stored, "s_gate", "b_gate")
-        lines.append(_ACTIVATE[variant.activation].format(out="act", v="gate"))
+        lines.append(_activation(variant.activation, "act", "gate"))
         if variant.activation == "drelu":
             lines.append("up_relu = Relu(up)")
         lines.append(f"z = Mul(act, {'up_relu' if variant.activation == 'drelu' else 'up'})")

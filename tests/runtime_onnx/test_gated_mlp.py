@@ -70,7 +70,7 @@ def test_name_is_spelled_as_the_format_says() -> None:
         ({"inputs": ("w_gate", "w_up", "w_down", "s_up", "tau", "p1", "p2")}, "Add or remove s_up"),
         ({"score": "all"}, "Add or remove tau p1 p2"),
         ({"p": "int8"}, "Add or remove s_p1 s_p2"),
-        ({"score": "exact", "inputs": ("w_gate", "w_up", "w_down")}, "relu, relu2 or drelu with score exact"),
+        ({"score": "exact", "inputs": ("w_gate", "w_up", "w_down")}, "relu, relu2, drelu, fatrelu, shifted_relu with score exact"),
         ({"activation": "drelu", "inputs": ("w_up", "w_down", "tau", "p1", "p2")}, "must not be drelu without w_gate"),
     ],
 )

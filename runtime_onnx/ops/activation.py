@@ -1,0 +1,91 @@
+"""Activations that GatedMLP names, and how they are spelled: a kind, or a kind with one float32 parameter as in fatrelu(0.01)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "identity")
+"""Without a parameter."""
+PARAMETRIC = ("fatrelu", "shifted_relu")
+"""With one: fatrelu(b) is v where v > b, else 0 (ProSparse, arXiv 2402.13516); shifted_relu(b) is relu(v - b) ("ReLU strikes back", arXiv 2310.04564)."""
+RELUS = ("relu", "relu2", "drelu", *PARAMETRIC)
+"""Kinds that give exact zeros, so that whatever multiplies one need not be computed."""
+
+_MOST = 1e6
+_SPELLING = re.compile(r"([a-z0-9_]+)\((-?[0-9]+\.[0-9]+)\)")
+
+
+def split_activation(text: str) -> tuple[str, float]:
+    """The kind and the parameter that `text` spells: "fatrelu(0.01)" is ("fatrelu", 0.01), "relu" is ("relu", 0.0).
+
+    The parameter means the nearest float32. One value has one spelling (`spell_activation`), so that equal variants have equal names.
+
+    Raises:
+        ValueError: Another kind, a parameter that is missing, superfluous, no number, out of range or spelled in another way.
+    """
+    if text in ACTIVATIONS:
+        return text, 0.0
+    found = _SPELLING.fullmatch(text)
+    if found is None or found[1] not in PARAMETRIC:
+        names = ", ".join([*ACTIVATIONS, *(f"{kind}(b)" for kind in PARAMETRIC)])
+        raise ValueError(f"activation must be one of {names} with b in decimals such as 0.01, got {text}. Choose one of them.")
+    right = spell_activation(found[1], float(found[2]))
+    if text != right:
+        raise ValueError(f"activation must be spelled {right}, got {text}. One value has one spelling.")
+    return found[1], float(found[2])
+
+
+def spell_activation(kind: str, parameter: float = 0.0) -> str:
+    """The one text of an activation: the parameter in the fewest decimals, at least one, that give its float32. Raises ValueError as `split_activation`."""
+    if kind not in PARAMETRIC:
+        return split_activation(kind)[0]
+    value = np.float32(parameter) + np.float32(0)  # no negative zero
+    low = 0.0 if kind == "fatrelu" else -_MOST
+    if not low <= value <= _MOST:
+        raise ValueError(f"activation's parameter must lie in {low:g} to {_MOST:g} for {kind}, got {parameter:g}. Choose another.")
+    decimals = next(count for count in range(1, 200) if np.float32(float(f"{value:.{count}f}")) == value)
+    return f"{kind}({value:.{decimals}f})"
+
+
+def is_relu(text: str) -> bool:
+    """Whether the activation gives exact zeros."""
+    return split_activation(text)[0] in RELUS
+
+
+# float64
+
+
+def relu(v: NDArray) -> NDArray:
+    """max(v, 0), NaN kept."""
+    return np.maximum(v, 0.0)
+
+
+def _silu(v: NDArray) -> NDArray:
+    e = np.exp(-np.abs(v))
+    return v * np.where(v >= 0, 1.0, e) / (1.0 + e)
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+_ACTIVATE: dict[str, Callable[[NDArray, float], NDArray]] = {
+    "silu": lambda v, _: _silu(v),
+    "gelu": lambda v, _: 0.5 * v * (1.0 + _erf(v / math.sqrt(2.0))),
+    "gelu_tanh": lambda v, _: 0.5 * v * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (v + 0.044715 * v**3))),
+    "relu": lambda v, _: relu(v),
+    "relu2": lambda v, _: relu(v) ** 2,
+    "drelu": lambda v, _: relu(v),
+    "identity": lambda v, _: v,
+    "fatrelu": lambda v, b: np.where(v <= b, 0.0, v),
+    "shifted_relu": lambda v, b: relu(v - b),
+}
+
+
+def activate(text: str, v: NDArray) -> NDArray:
+    """The activation of v in float64; dReLU's is the gate's, relu. NaN stays NaN."""
+    kind, parameter = split_activation(text)
+    return _ACTIVATE[kind](v, float(np.float32(parameter)))
