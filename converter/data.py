@@ -17,7 +17,8 @@ BUNDLED = Path(__file__).parent / "bundled"
 CALIBRATION_TEXT = BUNDLED / "calibration.txt"
 HELDOUT_TEXT = BUNDLED / "heldout.txt"
 MINIMUM_TOKENS = 512
-_TOGETHER = 32  # windows sampled at once, which bounds the key-value cache
+_TOGETHER = (32, 256)  # windows sampled at once
+_CACHE = 1 << 29  # bytes of key-value cache that more than the fewest may take
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,9 @@ def self_generated(model: Any, tokenizer: Any, windows: int, length: int, seed: 
     special = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None and bool((known == token).any())]
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.empty((windows, length), dtype=torch.int64)
-    with tqdm(total=-(-windows // _TOGETHER) * (length - 1), desc="sample text", unit="token") as progress:
-        for group in tokens.split(_TOGETHER):  # views of `tokens`
+    at_once = _sampled_together(model, length)
+    with tqdm(total=-(-windows // at_once) * (length - 1), desc="sample text", unit="token") as progress:
+        for group in tokens.split(at_once):  # views of `tokens`
             start = torch.tensor(special[0]) if special else known[torch.randint(len(known), (len(group),), generator=generator)]
             group[:, 0] = start
             cache = None
@@ -111,3 +113,14 @@ def self_generated(model: Any, tokenizer: Any, windows: int, length: int, seed: 
                 group[:, at] = known[torch.multinomial(chances, 1, generator=generator)[:, 0]]
                 progress.update()
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+
+def _sampled_together(model: Any, length: int) -> int:
+    """Windows whose key-value cache fits into _CACHE, within _TOGETHER; the fewest where the configuration does not tell."""
+    config, (fewest, most) = model.config, _TOGETHER
+    layers, hidden, queries = (getattr(config, name, 0) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    if not (layers and hidden and queries):
+        return fewest
+    width = getattr(config, "head_dim", None) or hidden // queries
+    window = 2 * layers * (getattr(config, "num_key_value_heads", None) or queries) * width * length * model.get_input_embeddings().weight.element_size()
+    return max(fewest, min(most, _CACHE // window))

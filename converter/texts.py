@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from .artifact import Header, InputError, atomic_folder, hash_json, is_finished, write_header
+from .artifact import Header, InputError, atomic_folder, hash_json, is_finished, write_header, write_json
 from .data import CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text, self_generated
 from .recipe import Recipe
 from .reference import load_dense
@@ -19,6 +20,7 @@ SEARCH_WINDOWS, SEARCH_SHARE = 256, 0.3
 """Windows that a budget is searched on: so many, at most this share of a given text. They are never calibrated or trained on."""
 HELDOUT_SHARE = 0.2  # of a user's own calibration text, kept for measuring
 UNSEEN_WINDOWS = 256  # measured on when a budget was searched: 64 windows tell half a percent of perplexity from one, not more
+SECONDS = "seconds.json"
 _EVERY = 1 << 30
 
 
@@ -48,7 +50,7 @@ def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | N
     if asked.generated:
         wanted = max(asked.windows, training) + (SEARCH_WINDOWS if recipe.searches else 0)
         heldout = make_heldout(source, recipe)  # which may be too short, before anything is sampled
-        every, name, share = _generated(source, wanted, length, recipe.seed, work), "text sampled from the dense model", 1.0
+        every, name, share = generated(source, wanted, length, recipe.seed, work), "text sampled from the dense model", 1.0
     else:
         every, heldout = make_batches(source.tokenizer(), text, _EVERY, length, recipe.seed), make_heldout(source, recipe)
     order = torch.randperm(len(every.tokens), generator=torch.Generator().manual_seed(recipe.seed))
@@ -100,15 +102,18 @@ def _rows(batches: Batches, rows: torch.Tensor) -> Batches:
     return Batches(batches.tokens[rows], batches.mask[rows])
 
 
-def _generated(source: Source, windows: int, length: int, seed: int, work: Path | None) -> Batches:
-    """Windows that the model writes itself, made once below `work`."""
-    header = Header(format="generated", parents={"model": source.fingerprint}, config={"windows": windows, "length": length}, seed=seed)
+def generated(source: Source, windows: int, length: int, seed: int, work: Path | None, temperature: float = 1.0) -> Batches:
+    """Windows that the model writes itself, made once below `work`, with the seconds that it took."""
+    config = {"windows": windows, "length": length} | ({} if temperature == 1.0 else {"temperature": temperature})
+    header = Header(format="generated", parents={"model": source.fingerprint}, config=config, seed=seed)
     if work is None or not is_finished(work / "generated", header):
-        found = self_generated(load_dense(source.folder), source.tokenizer(), windows, length, seed)
+        began = time.monotonic()
+        found = self_generated(load_dense(source.folder), source.tokenizer(), windows, length, seed, temperature)
         if work is None:
             return found
         with atomic_folder(work / "generated") as partial:
             save_file({"tokens": found.tokens}, partial / "tokens.safetensors")
+            write_json(partial / SECONDS, {"seconds": time.monotonic() - began})
             write_header(partial, header)
     tokens = load_file(work / "generated" / "tokens.safetensors")["tokens"]
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
