@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .arch import Arch
+from ..runtime_onnx.ops.activation import split_activation
+from .arch import Arch, load_arch
 from .artifact import InputError
 from .source import Source, first_line
 
@@ -20,6 +23,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda v: F.relu(v).square(),
+    "drelu": F.relu,
+    "identity": lambda v: v,
+}
+"""Of the gate (a plain network's up projection), by the op's name; dReLU's other half is `ffn_parts`'."""
+_PARAMETRIC: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "fatrelu": lambda v, b: torch.where(v <= b, 0.0, v),
+    "shifted_relu": lambda v, b: F.relu(v - b),
 }
 
 
@@ -31,18 +41,64 @@ class Parts(NamedTuple):
     z: Tensor
 
 
-def ffn_parts(module: Any, arch: Arch, activation: str, x: Tensor) -> Parts:
-    """Compute `Parts` of the feed-forward `module` for x [..., d]."""
-    act, ffn = ACTIVATIONS[activation], arch.ffn
+def activate(activation: str, v: Tensor) -> Tensor:
+    """The activation of v, its parameter rounded to float32 as in the op. Raises ValueError for a name that is none."""
+    kind, parameter = split_activation(activation)
+    return ACTIVATIONS[kind](v) if kind in ACTIVATIONS else _PARAMETRIC[kind](v, float(np.float32(parameter)))
+
+
+def ffn_activation(module: Any, activation: str) -> str:
+    """The activation that a feed-forward module computes with: what it was swapped to, else the model's."""
+    return vars(module).get("swapped", activation)
+
+
+def ffn_products(module: Any, arch: Arch, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the activation is applied to, and up, both [..., n], for x [..., d]: gate x and up x, or up x and None of a plain network."""
+    ffn = arch.ffn
     if ffn.kind == "plain":
-        z = act(getattr(module, str(ffn.up))(x))
-        return Parts(z, None, z)
+        return getattr(module, str(ffn.up))(x), None
     if ffn.gate_up:
         gate, up = getattr(module, ffn.gate_up)(x).chunk(2, dim=-1)
-    else:
-        gate, up = getattr(module, str(ffn.gate))(x), getattr(module, str(ffn.up))(x)
-    gate = act(gate)
+        return gate, up
+    return getattr(module, str(ffn.gate))(x), getattr(module, str(ffn.up))(x)
+
+
+def ffn_parts(module: Any, arch: Arch, activation: str, x: Tensor) -> Parts:
+    """Compute `Parts` of the feed-forward `module` for x [..., d]; an activation that it was swapped to goes before the given one."""
+    activation = ffn_activation(module, activation)
+    before, up = ffn_products(module, arch, x)
+    gate = activate(activation, before)
+    if up is None:
+        return Parts(gate, None, gate)
+    if activation == "drelu":
+        up = F.relu(up)
     return Parts(gate, up, gate * up)
+
+
+def swap(module: Any, arch: Arch, activation: str) -> None:
+    """Give the feed-forward `module` of a model another activation, for good: its class becomes one that computes with `module.swapped`.
+
+    Weights and their names stay; `forward` may be set on the instance above it. Raises InputError for drelu in a plain network and for an unknown name.
+    """
+    try:
+        split_activation(activation)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if activation == "drelu" and arch.ffn.kind == "plain":
+        raise InputError(f"The activation of a plain network must be one of a single product, got drelu in {arch.model_type}. Use relu.")
+    if "swapped" not in vars(module):
+        module.__class__ = _swapped_class(type(module), arch.model_type)
+    module.swapped = activation
+
+
+@cache
+def _swapped_class(kind: type[nn.Module], model_type: str) -> type[nn.Module]:
+    arch = load_arch(model_type)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return ffn_down(self, arch, ffn_parts(self, arch, self.swapped, x).z)
+
+    return type(f"Swapped{kind.__name__}", (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 def ffn_down(module: Any, arch: Arch, z: Tensor) -> Tensor:

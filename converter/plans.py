@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..runtime_onnx.ops.activation import is_relu
 from .arch import Arch, Site
 from .artifact import Header, InputError, read_json, write_header, write_json
 
@@ -145,8 +146,10 @@ def make_entry(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Entry:
     if kind not in KINDS:
         raise InputError(f"A plan's kind must be one of {', '.join(KINDS)}, got {kind!r}. Update sparsegate or make the plan again.")
     try:
-        if kind == "threshold":
-            entry: Entry = Threshold(fields["score"], tensors["tau"], fields["density"], tensors.get("residual.fc1.weight"), tensors.get("residual.weight"))
+        if kind == "swap":
+            entry: Entry = Swap(fields["activation"], fields["density"], fields["opened"])
+        elif kind == "threshold":
+            entry = Threshold(fields["score"], tensors["tau"], fields["density"], tensors.get("residual.fc1.weight"), tensors.get("residual.weight"))
         else:
             fc1, fc2 = tensors["predictor.fc1.weight"], tensors["predictor.fc2.weight"]
             entry = Predictor(fc1, fc2, tensors["tau"], fields["density"], tensors.get("residual.weight"), fields.get("recall"))
@@ -196,11 +199,16 @@ def load_plan(folder: Path) -> Plan:
 
 
 def check_plan(plan: Plan) -> None:
-    """Raise InputError where an entry does not belong to its site's kind, and where a layer gates both its network and a linear inside it."""
+    """Raise InputError where an entry does not belong to its site's kind or place, and where a layer gates both its network and a linear inside it."""
     for site, entries in plan.items():
         is_linear = site.kind.startswith("linear:")
+        if [isinstance(entry, Swap) for entry in entries] not in ([False], [True], [True, False]):
+            kinds = ", ".join(entry.fields()["kind"] for entry in entries) or "none"
+            raise InputError(f"{site.key} must have one entry, or a swap and at most one after it, got {kinds}. Make another plan.")
         for entry in entries:
-            score = "predictor" if isinstance(entry, Predictor) else entry.score
+            score = score_of(entry)
+            if isinstance(entry, Swap):
+                check_exact(entry.activation)
             if is_linear != (score == "input") or (is_linear and entry.residual is not None):
                 expected = "input and have no residual" if is_linear else "of neurons (gate or predictor)"
                 raise InputError(f"The score of {site.key} must be {expected}, got {score}. Make another plan.")
@@ -209,6 +217,39 @@ def check_plan(plan: Plan) -> None:
         inside = [name for name in FFN_LINEARS if Site(site.layer, kind=f"linear:{name}") in plan]
         if site.kind == "ffn" and inside:
             raise InputError(f"{site.key} must exclude the linear sites inside it, got {', '.join(inside)} as well. Gate neurons or inputs, not both.")
+
+
+def score_of(entry: Entry) -> str:
+    """What an entry keeps units by, as checkpoints and ops name it: predictor, exact, or a threshold's own score."""
+    return "predictor" if isinstance(entry, Predictor) else "exact" if isinstance(entry, Swap) else entry.score
+
+
+def check_exact(activation: str) -> None:
+    """Raise InputError unless `activation` is one with exact zeros."""
+    try:
+        exact = is_relu(activation)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if not exact:
+        raise InputError(f"A swap's activation must have exact zeros (relu, relu2, drelu, fatrelu(b) or shifted_relu(b)), got {activation}. Take one of these.")
+
+
+def on_swaps(plan: Plan, swaps: Mapping[Site, Swap]) -> Plan:
+    """A plan for a model with swapped activations: every swapped site lists its swap, alone or before what the plan says.
+
+    Raises InputError for a site that the plan gives another activation.
+    """
+    found = dict(plan)
+    for site, swap in swaps.items():
+        entries = plan.get(site, [])
+        if entries and isinstance(entries[0], Swap):
+            if entries[0].activation != swap.activation:
+                raise InputError(
+                    f"{site.key}'s activation must be {swap.activation} as in the model, got {entries[0].activation} in the plan. Make another plan."
+                )
+            continue
+        found[site] = [swap, *entries]
+    return dict(sorted(found.items(), key=lambda item: (item[0].layer, item[0].kind != "ffn")))
 
 
 def merge(plans: Iterable[Plan]) -> Plan:
@@ -225,12 +266,15 @@ def merge(plans: Iterable[Plan]) -> Plan:
     return kept
 
 
-def cost(entry: Entry, hidden: int, units: int, matrices: int, density: float) -> float:
-    """Weight bytes touched per token relative to the site's dense weights, at a realised density.
+def cost(entry: Entry, hidden: int, units: int, matrices: int, density: float, opened: float | None = None) -> float:
+    """Weight bytes touched per token relative to the site's dense weights, at a realised density, by the site's `deciding` entry.
 
     The dense weights are `matrices` [n, d] at a feed-forward site, the one matrix at a linear site. A threshold on the gate needs the gate in full (a plain
-    network's: the up projection); a predictor adds its own weights, a residual its own. Thresholds themselves are not counted: n of n d.
+    network's: the up projection); a predictor adds its own weights, a residual its own. Thresholds themselves are not counted: n of n d. A swap needs the gate
+    in full, the up projection where the gate is not zero (the share `opened`, None: the calibrated one), and the down projection at `density`.
     """
+    if isinstance(entry, Swap):
+        return (1 + density) / 2 if matrices == 2 else (1 + (entry.opened if opened is None else opened) + density) / 3
     if isinstance(entry, Threshold):
         if entry.score == "input":
             return density
@@ -259,31 +303,34 @@ def linear_rows(arch: Arch, config: Any) -> dict[str, dict[str, slice]]:
     return found
 
 
-def mlp_cost(plan: Plan, arch: Arch, config: Any, density: Mapping[Site, float] | None = None) -> float:
+Shares = Mapping[Site, float]
+
+
+def mlp_cost(plan: Plan, arch: Arch, config: Any, density: Shares | None = None, opened: Shares | None = None) -> float:
     """Weight bytes of the feed-forward networks touched per token relative to dense, mean over all layers; a layer without an entry costs 1.
 
-    `density` is the realised share by site; None means the calibrated one.
+    `density` is the realised share by site, `opened` that of non-zero gates; None means the calibrated ones.
     """
     layers = arch.size(config, "layers")
-    return sum(_layer_costs(plan, arch, config, layer, density)[0] for layer in range(layers)) / layers
+    return sum(_layer_costs(plan, arch, config, layer, density, opened)[0] for layer in range(layers)) / layers
 
 
-def block_cost(plan: Plan, arch: Arch, config: Any, density: Mapping[Site, float] | None = None) -> float:
+def block_cost(plan: Plan, arch: Arch, config: Any, density: Shares | None = None, opened: Shares | None = None) -> float:
     """Bytes of all linears of the blocks (q, k, v, o, gate, up, down) touched per token, predictors and residuals included, relative to dense."""
     layers = arch.size(config, "layers")
-    return sum(_layer_costs(plan, arch, config, layer, density)[1] for layer in range(layers)) / layers
+    return sum(_layer_costs(plan, arch, config, layer, density, opened)[1] for layer in range(layers)) / layers
 
 
-def _layer_costs(plan: Plan, arch: Arch, config: Any, layer: int, density: Mapping[Site, float] | None) -> tuple[float, float]:
+def _layer_costs(plan: Plan, arch: Arch, config: Any, layer: int, density: Shares | None, opened: Shares | None) -> tuple[float, float]:
     """(Cost of a layer's network, cost of all its linears), both relative to dense."""
     sizes = {name: d_out * d_in for name, (d_out, d_in) in linear_shapes(arch, config).items()}
 
     def site_cost(site: Site) -> float:
         if site not in plan:
             return 1.0
-        entry = plan[site][0]
-        matrices = 2 if arch.ffn.kind == "plain" else 3
-        return cost(entry, arch.size(config, "hidden"), arch.size(config, "units"), matrices, entry.density if density is None else density[site])
+        entry = deciding(plan[site])
+        matrices, share = 2 if arch.ffn.kind == "plain" else 3, entry.density if density is None else density[site]
+        return cost(entry, arch.size(config, "hidden"), arch.size(config, "units"), matrices, share, (opened or {}).get(site))
 
     touched = {name: size * site_cost(Site(layer, kind=f"linear:{name}")) for name, size in sizes.items()}
     network = [name for name in sizes if name in FFN_LINEARS]

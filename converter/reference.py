@@ -11,15 +11,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..runtime_onnx.ops.activation import is_relu, split_activation
 from .arch import Arch, Site, load_arch
 from .artifact import InputError, read_json
-from .blocks import ffn_down, ffn_parts
+from .blocks import ffn_activation, ffn_down, ffn_parts, ffn_products
 from .checkpoint import read_sparsity
-from .plans import Entry, Plan, Predictor, Threshold, check_plan, linear_rows, linear_shapes
+from .plans import Entry, Plan, Predictor, Swap, Threshold, activation_at, check_plan, deciding, linear_rows, linear_shapes
 from .source import first_line
 
 NEAR = 1e-5
@@ -29,23 +31,41 @@ NEAR = 1e-5
 @dataclass
 class Recorder:
     """What the gated modules saw: kept and seen units (neurons, or a linear's input channels) by site, and per site the tokens [B, S] with a score near its
-    threshold, of the last call.
+    threshold, of the last call. `opened` counts the non-zero gates of sites that keep what is not zero.
     """
 
     kept: dict[Site, int] = field(default_factory=dict)
     seen: dict[Site, int] = field(default_factory=dict)
     near: dict[Site, Tensor] = field(default_factory=dict)
+    opened: dict[Site, int] = field(default_factory=dict)
 
     def density(self) -> dict[Site, float]:
         """Realised share of kept units by site."""
         return {site: self.kept[site] / self.seen[site] for site in self.seen}
 
-    def add(self, site: Site, scores: Tensor, tau: Tensor, keep: Tensor) -> None:
-        """Count the kept units of scores [..., n] against tau [n]."""
+    def opened_share(self) -> dict[Site, float]:
+        """Realised share of units whose up projection is needed, of the sites that keep what is not zero."""
+        return {site: count / self.seen[site] for site, count in self.opened.items()}
+
+    def add(self, site: Site, scores: Tensor, tau: Tensor, keep: Tensor, faint: float = 0.0) -> None:
+        """Count the kept units of scores [..., n] against tau [n]; a threshold of at most `faint` times the scores' rms is never near."""
+        self.count(site, keep)
+        near = is_near(scores, tau)
+        self.near[site] = (near & (tau > faint * _rms(scores)) if faint else near).any(-1)
+
+    def count(self, site: Site, keep: Tensor) -> None:
+        """Count the kept units [..., n]."""
         self.kept[site] = self.kept.get(site, 0) + int(keep.sum())
         self.seen[site] = self.seen.get(site, 0) + keep.numel()
-        room = NEAR * (tau.abs() + scores.square().mean(-1, keepdim=True).sqrt())
-        self.near[site] = ((scores - tau).abs() <= room).any(-1)
+
+
+def is_near(scores: Tensor, tau: Tensor | float) -> Tensor:
+    """Which of scores [..., n] lie so close to tau, [n] or one for all, that executors may disagree."""
+    return (scores - tau).abs() <= NEAR * (abs(tau) + _rms(scores))
+
+
+def _rms(scores: Tensor) -> Tensor:
+    return scores.square().mean(-1, keepdim=True).sqrt()
 
 
 def threshold_scores(entry: Threshold, gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -63,39 +83,62 @@ def predictor_scores(entry: Predictor, gate: Tensor, x: Tensor) -> tuple[Tensor,
     return inner @ entry.fc2.T, None if entry.residual is None else inner @ entry.residual
 
 
-EXECUTORS = {Threshold: threshold_scores, Predictor: predictor_scores}
+def exact_scores(entry: Swap, z: Tensor, x: Tensor) -> tuple[Tensor, None]:
+    """|z| [..., n], which has no threshold: what is not 0 is kept. The others take the gate; a swap, which sees z, needs no other decision."""
+    return z.abs(), None
+
+
+EXECUTORS = {Threshold: threshold_scores, Predictor: predictor_scores, Swap: exact_scores}
 
 
 def _on_device(entry: Entry, device: torch.device, dtype: torch.dtype) -> Entry:
     """The entry with its tensors where the activations are; itself when they already are."""
-    if entry.tau.device == device and entry.tau.dtype == dtype:
+    if isinstance(entry, Swap) or entry.tau.device == device and entry.tau.dtype == dtype:
         return entry
     moved = {name: t.to(device, dtype) for name, t in vars(entry).items() if isinstance(t, Tensor)}
     return replace(entry, **moved)
 
 
 class _Gated:
-    """The forward of one gated feed-forward module."""
+    """The forward of one gated feed-forward module; `base` is the stock model's activation, which is what an ungated stock module computes with."""
 
-    def __init__(self, site: Site, entry: Entry, arch: Arch, activation: str, module: Any) -> None:
-        self.site, self.arch, self.activation, self.module = site, arch, activation, module
-        self.entry = entry
+    def __init__(self, site: Site, entries: list[Entry], arch: Arch, base: str, module: Any) -> None:
+        self.site, self.arch, self.base, self.module = site, arch, base, module
+        self.activation, self.entry = activation_at(entries, base), deciding(entries)
         self.enabled = True
         self.recorder: Recorder | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        parts = ffn_parts(self.module, self.arch, self.activation, x)
+        parts = ffn_parts(self.module, self.arch, self.activation if self.enabled else self.base, x)
         if not self.enabled:
             return ffn_down(self.module, self.arch, parts.z)
+        if isinstance(self.entry, Swap):
+            if self.recorder is not None:
+                self.recorder.count(self.site, parts.z != 0)
+                self.recorder.opened[self.site] = self.recorder.opened.get(self.site, 0) + int((parts.gate != 0).sum())
+                self._see_jump(x)
+            return ffn_down(self.module, self.arch, parts.z)  # what is left out is 0
         # scores and thresholds stay fp32 in a half-precision model, as in the op
         wide = torch.promote_types(x.dtype, torch.float32)
         self.entry = _on_device(self.entry, x.device, wide)
         scores, residual = EXECUTORS[type(self.entry)](self.entry, parts.gate.to(wide), x.to(wide))  # type: ignore[arg-type]
         keep = scores > self.entry.tau
         if self.recorder is not None:
-            self.recorder.add(self.site, scores, self.entry.tau, keep)
+            # most gates of a ReLU are 0: with a threshold of about 0 each would be near, though what one of that size adds is nothing
+            faint = NEAR if isinstance(self.entry, Threshold) and is_relu(ffn_activation(self.module, self.activation)) else 0.0
+            self.recorder.add(self.site, scores, self.entry.tau, keep, faint)
+            self._see_jump(x)
         y = ffn_down(self.module, self.arch, torch.where(keep, parts.z, torch.zeros((), dtype=parts.z.dtype, device=x.device)))
         return y if residual is None else y + residual.to(y.dtype)
+
+    def _see_jump(self, x: Tensor) -> None:
+        """Tokens near the jump of fatrelu(b), where a rounding error decides between 0 and b, are near too; other activations are continuous."""
+        kind, b = split_activation(ffn_activation(self.module, self.activation))
+        if kind == "fatrelu" and b > 0 and self.recorder is not None:
+            before, _ = ffn_products(self.module, self.arch, x)
+            jump = is_near(before.to(torch.promote_types(x.dtype, torch.float32)), float(np.float32(b))).any(-1)
+            near = self.recorder.near
+            near[self.site] = jump | near[self.site] if isinstance(self.entry, Threshold | Predictor) else jump
 
 
 class _Masked:
@@ -132,21 +175,25 @@ class _Masked:
 def apply_plan(model: Any, plan: Plan, arch: Arch, activation: str) -> Any:
     """Gate a transformers model in place: every site's module gets the plan's mask. Weights and their names stay as they are.
 
-    Raises InputError, before anything is changed, for a site or a shape that the model does not have, and when `check_plan` does.
+    `activation` is the base model's. A swap on a stock model is a transform at load time: the ungated model (`dense`) still computes with the stock
+    activation. A model whose activation is swapped already must have the same one there.
+
+    Raises InputError, before anything is changed, for a site, a shape or an activation that the model does not have, and when `check_plan` does.
     """
     _check_fit(model.config, plan, arch)
+    _check_swaps(model, plan, arch)
     rows = linear_rows(arch, model.config)
     forwards: dict[str, _Gated | _Masked] = {}
-    for site, (entry,) in plan.items():
+    for site, entries in plan.items():
         if site.kind == "ffn":
             name = arch.ffn_module(site.layer)
-            forwards[name] = _Gated(site, entry, arch, activation, model.get_submodule(name))
+            forwards[name] = _Gated(site, entries, arch, activation, model.get_submodule(name))
             continue
         below, _ = arch.linears()[site.kind.removeprefix("linear:")]
         name = arch.block_prefix(site.layer) + below
         if name not in forwards:
             parts = {Site(site.layer, kind=f"linear:{part}"): at for part, at in rows[below].items()}
-            forwards[name] = _Masked(model.get_submodule(name), parts, {other: plan[other][0] for other in parts if other in plan})
+            forwards[name] = _Masked(model.get_submodule(name), parts, {other: deciding(plan[other]) for other in parts if other in plan})
     for name, forward in forwards.items():
         model.get_submodule(name).forward = forward
     return model
@@ -158,17 +205,25 @@ def _check_fit(config: Any, plan: Plan, arch: Arch) -> None:
     sites, units, hidden = arch.sites(config), arch.size(config, "units"), arch.size(config, "hidden")
     known = {*sites, *(Site(site.layer, kind=f"linear:{name}") for site in sites for name in shapes)}
     for site, entries in plan.items():
-        if site not in known or len(entries) != 1:
-            raise InputError(
-                f"A plan must hold one entry a site for sites up to {sites[-1].key}, got {len(entries)} for {site.key}. Take the plan of this very model."
-            )
-        (entry,) = entries
+        if site not in known:
+            raise InputError(f"A plan must hold sites up to {sites[-1].key}, got {site.key}. Take the plan of this very model.")
+        if arch.ffn.kind == "plain" and activation_at(entries, "") == "drelu":
+            raise InputError(f"The activation of {site.key} must be one of a single product in {arch.model_type}, got drelu. Use relu.")
+        entry = deciding(entries)
         width = () if isinstance(entry, Threshold) and entry.fc1 is None else (entry.rank,)
         expected = {"tau": (units if site.kind == "ffn" else shapes[site.kind.removeprefix("linear:")][1],), "predictor.fc2.weight": (units, *width)}
         for role, tensor in entry.tensors().items():
             shape = expected.get(role, (*width, hidden))
             if tuple(tensor.shape) != shape:
                 raise InputError(f"{site.key}.{role} must have shape {list(shape)}, got {list(tensor.shape)}. Take the plan of this very model.")
+
+
+def _check_swaps(model: Any, plan: Plan, arch: Arch) -> None:
+    for site, entries in plan.items():
+        if site.kind == "ffn" and isinstance(entries[0], Swap):
+            own = ffn_activation(model.get_submodule(arch.ffn_module(site.layer)), "")
+            if own and own != entries[0].activation:
+                raise InputError(f"{site.key}'s activation must be {own} as in the model, got {entries[0].activation}. Take the plan of this very model.")
 
 
 def remove_plan(model: Any) -> Any:

@@ -31,6 +31,9 @@ ACTIVATIONS = {
     "relu2": "relu2",
 }
 """transformers' activation names -> the op's."""
+SWAPPED = "sparsegate"
+"""The activation's name in the configuration of a checkpoint whose activation was swapped: no stock class knows it. Its model type has PREFIX."""
+PREFIX = f"{SWAPPED}_"
 
 
 @dataclass(frozen=True, order=True)
@@ -135,8 +138,10 @@ class Arch(BaseModel):
         return int(getattr(config, self.spaces[space].config))
 
     def activation(self, config: Any) -> str:
-        """The feed-forward activation by the op's name. Raises InputError for one that the op does not have."""
+        """The feed-forward activation by the op's name, of a model with swapped ones that of its base. Raises InputError for one that the op does not have."""
         name = getattr(config, self.ffn.activation.config)
+        if name == SWAPPED:
+            name = (getattr(config, "sparsity", None) or {}).get("base_activation")
         if name not in ACTIVATIONS:
             raise InputError(
                 f"{self.ffn.activation.config} must be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}. Convert a model with one of these activations."
@@ -191,7 +196,9 @@ def supported() -> list[str]:
 
 @cache
 def load_arch(model_type: str) -> Arch:
-    """The architecture of a model type. Raises InputError with what is supported and how to add one."""
+    """The architecture of a model type, of its base where the activation was swapped. Raises InputError with what is supported and how to add one."""
+    if model_type.startswith(PREFIX):
+        return load_arch(model_type.removeprefix(PREFIX))
     if model_type not in supported():
         raise InputError(
             f"model_type must be one of {', '.join(supported())}, got {model_type!r}. "

@@ -313,7 +313,7 @@ def test_recorder_counts_and_near(tiny_model: Callable[[str], Path], tmp_path: P
     [
         ({Site(2): [make_entry("gate")]}, ("layers.2.ffn", "layers.1.ffn")),
         ({Site(0, 3): [make_entry("gate")]}, ("layers.0.experts.3.ffn",)),
-        ({Site(0): [make_entry("gate")] * 2}, ("2", "layers.0.ffn")),
+        ({Site(0): [make_entry("gate")] * 2}, ("layers.0.ffn", "threshold, threshold")),
         ({Site(0): [make_entry("gate")], Site(1): [Threshold("gate", torch.zeros(1), 0.5)]}, ("layers.1.ffn.tau", "[176]", "[1]")),
         ({Site(0): [Predictor(torch.zeros(3, 65), torch.zeros(N, 3), torch.zeros(N), 0.5)]}, ("fc1", "[3, 64]", "[3, 65]")),
         ({Site(0): [Predictor(torch.zeros(3, D), torch.zeros(N, 4), torch.zeros(N), 0.5)]}, ("fc2", "[176, 3]", "[176, 4]")),
