@@ -19,7 +19,7 @@ from sparsegate.converter.checkpoint import TENSORS, encode, read_sparsity, writ
 from sparsegate.converter.manifest import File, Manifest, check_files, list_files, read_manifest, write_manifest
 from sparsegate.converter.methods import load_method, make_config
 from sparsegate.converter.planning import compile_recipe, method_configs
-from sparsegate.converter.plans import PLAN, Plan, Predictor, Threshold, cost, load_plan, make_entry, save_plan
+from sparsegate.converter.plans import PLAN, Plan, Predictor, Swap, Threshold, cost, load_plan, make_entry, save_plan
 from sparsegate.converter.plans import TENSORS as PLAN_TENSORS
 from sparsegate.converter.recipe import Recipe, make_recipe, read_recipe
 from sparsegate.converter.scores import load_score
@@ -68,7 +68,7 @@ def one_line(error: pytest.ExceptionInfo[InputError], *words: str) -> None:
 
 
 def test_plan_round_trip(tmp_path: Path) -> None:
-    plan = make_plan() | {Site(2): [make_plan()[Site(0)][0], make_plan()[Site(1)][0]]}
+    plan = make_plan() | {Site(2): [Swap("drelu", 0.2, 0.4), make_plan()[Site(1)][0]]}
     save_plan(tmp_path, plan, HEADER)
     assert_equal(load_plan(tmp_path), plan)
     assert read_header(tmp_path) == HEADER and is_finished(tmp_path, HEADER)
@@ -362,7 +362,7 @@ def test_recipe_excludes_flags(tmp_path: Path) -> None:
         ({"model": "m", "plugin": "x.py"}, ("plugin", "x.py")),
         ({"model": "m", "seed": -1}, ("seed", "-1")),
         ({"model": "m", "stages": []}, ("stages",)),
-        ({"model": "m", "stages": [{"method": "gate"}, {"method": "gate"}]}, ("stages",)),
+        ({"model": "m", "stages": [{"method": "gate"}] * 3}, ("stages",)),
         ({"model": "m", "export": {"precision": "fp8"}}, ("export.precision", "fp8", "fp32")),
         ({"model": "m", "budget": {"max_kl": float("nan")}}, ("budget.max_kl", "nan")),
         ({"model": "m", "budget": {"max_ppl_increase": -0.1}}, ("budget.max_ppl_increase", "-0.1")),
