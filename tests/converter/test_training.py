@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsegate.converter.artifact import Header, InputError
+from sparsegate.converter import training
+from sparsegate.converter.artifact import Header, InputError, read_json, write_json
 from sparsegate.converter.data import Batches
-from sparsegate.converter.training import Settings, train
+from sparsegate.converter.optimizers import Trained
+from sparsegate.converter.recipe import Recovery
+from sparsegate.converter.training import Settings, settings_of, train
 
 HEADER = Header(format="test")
 RATES = {"a": 1.0, "b": 0.25}
@@ -30,8 +35,8 @@ class Quadratic:
         self.memory, self.cut, self.twist = 0.0, cut, twist
         self.seen: list[tuple[int, list[list[int]]]] = []
 
-    def parameters(self) -> dict[str, tuple[Tensor, float]]:
-        return {name: (tensor, RATES[name]) for name, tensor in self.tensors.items()}
+    def parameters(self) -> dict[str, tuple[Tensor, float] | Trained]:
+        return {"a": Trained(self.tensors["a"], RATES["a"], hidden=True), "b": (self.tensors["b"], RATES["b"])}
 
     def loss(self, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
         if step == self.cut:
@@ -57,7 +62,7 @@ class Quadratic:
         return {name: tensor.detach() for name, tensor in self.tensors.items()}
 
 
-def asked(**changes: float) -> Settings:
+def asked(**changes: float | str) -> Settings:
     return Settings(**({"steps": 40, "windows": 3, "rate": 0.05, "warm_up": 4, "levels": 2, "save_every": 8} | changes))  # type: ignore[arg-type]
 
 
@@ -76,10 +81,17 @@ def test_factor_by_hand() -> None:
     assert [settings.factor(step) for step in range(20)] == pytest.approx(level + level)
 
 
-@given(st.integers(1, 200), st.integers(1, 4), st.integers(0, 60), st.floats(0, 1))
-@settings(max_examples=25)
-def test_factor_rises_to_one_and_falls_to_the_floor_in_every_level(steps: int, levels: int, warm_up: int, floor: float) -> None:
-    found = Settings(steps=steps * levels, windows=1, rate=1.0, warm_up=warm_up, levels=levels, floor=floor)
+def test_cosine_by_hand() -> None:
+    found = Settings(steps=16, windows=1, rate=1.0, warm_up=4, floor=0.2, schedule="cosine")
+    assert [found.factor(step) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert [found.factor(step) for step in (4, 6, 8, 10)] == pytest.approx([1.0, 0.6 + 0.4 * 0.8660254, 0.8, 0.6])
+    assert found.factor(14) == pytest.approx(0.6 - 0.4 * 0.8660254)
+
+
+@given(st.integers(1, 200), st.integers(1, 4), st.integers(0, 60), st.floats(0, 1), st.sampled_from(["linear", "cosine"]))
+@settings(max_examples=40)
+def test_factor_rises_to_one_and_falls_to_the_floor_in_every_level(steps: int, levels: int, warm_up: int, floor: float, schedule: str) -> None:
+    found = Settings(steps=steps * levels, windows=1, rate=1.0, warm_up=warm_up, levels=levels, floor=floor, schedule=schedule)  # type: ignore[arg-type]
     assert found.bounds() == [steps * (k + 1) for k in range(levels)]
     factors = [found.factor(step) for step in range(steps * levels)]
     one = factors[:steps]
@@ -87,7 +99,9 @@ def test_factor_rises_to_one_and_falls_to_the_floor_in_every_level(steps: int, l
     peak = one.index(max(one))
     assert one[peak] == pytest.approx(1.0) and peak == min(warm_up, steps // 4), "warm-up takes a quarter of a level at most"
     assert one[: peak + 1] == sorted(one[: peak + 1]) and one[peak:] == sorted(one[peak:], reverse=True)
-    assert min(one[peak:]) >= floor and one[-1] - floor == pytest.approx((1 - floor) / (steps - peak))
+    last = 1 / (steps - peak)
+    last = last if schedule == "linear" else math.sin(math.pi / 2 * last) ** 2
+    assert min(one[peak:]) >= floor and one[-1] - floor == pytest.approx((1 - floor) * last, abs=1e-12)
 
 
 # Order of the windows
@@ -133,15 +147,23 @@ def test_more_windows_a_step_than_there_are(tmp_path: Path) -> None:
 # Resume
 
 
-@pytest.mark.parametrize("cut", [3, 8, 13, 20, 21, 39])
-def test_an_interrupted_run_ends_with_the_same_bits(cut: int, tmp_path: Path) -> None:
-    whole = Quadratic()
-    curve, levels = run(whole, tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("cut", "changes"),
+    [
+        *((cut, {}) for cut in (3, 8, 13, 20, 21, 39)),
+        (13, {"accumulate": 2}),
+        (21, {"optimizer": "muon", "weight_decay": 0.1}),
+        (21, {"optimizer": "muon", "accumulate": 3, "schedule": "cosine", "betas": (0.9, 0.95)}),
+    ],
+)
+def test_an_interrupted_run_ends_with_the_same_bits(cut: int, changes: dict[str, Any], tmp_path: Path) -> None:
+    whole, wanted = Quadratic(), asked(**changes)
+    curve, levels = run(whole, tmp_path / "whole", wanted)
     assert levels == [0, 1] and [row["step"] for row in curve] == [10, 20, 30, 40]
     with pytest.raises(KeyboardInterrupt):
-        run(Quadratic(cut), tmp_path / "cut")
+        run(Quadratic(cut), tmp_path / "cut", wanted)
     resumed = Quadratic()
-    again, _ = run(resumed, tmp_path / "cut")
+    again, _ = run(resumed, tmp_path / "cut", wanted)
     assert resumed.seen[0][0] == cut // 8 * 8, "it goes on from the last stored step"
     assert again == curve and resumed.memory == whole.memory
     assert all(torch.equal(resumed.values[name], value) for name, value in whole.values.items())
@@ -195,6 +217,134 @@ def test_another_header_starts_anew_and_removes_the_other_state(tmp_path: Path) 
     assert run(again, tmp_path / "cut")[0] == curve
     assert again.seen[0][0] == 0, "the first run's state is gone: what it left elsewhere may have been overwritten"
     assert all(torch.equal(again.values[name], value) for name, value in whole.values.items())
+
+
+def test_the_state_is_stored_by_the_clock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cut(Quadratic):
+        def after(self, step: int) -> dict[str, float]:
+            clock[0] += 7.0
+            return super().after(step)
+
+    clock = [100.0]
+    monkeypatch.setattr(training, "monotonic", lambda: clock[0])
+    wanted = asked(save_every=100, save_seconds=20.0, timed=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(Cut(14), tmp_path, wanted)
+    assert read_json(tmp_path / "training.json", "state")["step"] == 12, "21 seconds are three steps"
+    clock[0] = 5.0  # another process's clock
+    resumed = Cut()
+    curve, _ = run(resumed, tmp_path, wanted)
+    assert resumed.seen[0][0] == 12
+    assert [row["seconds"] for row in curve] == [70.0, 140.0, 210.0, 280.0], "as if it had not been cut"
+    assert [row["tokens"] for row in curve] == [10 * 12, 20 * 12, 30 * 12, 40 * 12]
+
+
+def test_a_state_of_another_version_is_not_taken(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(Quadratic(13), tmp_path)
+    write_json(tmp_path / "training.json", read_json(tmp_path / "training.json", "state") | {"version": 1})
+    again = Quadratic()
+    run(again, tmp_path)
+    assert again.seen[0][0] == 0
+
+
+# Micro-batches
+
+
+class Masked:
+    """Mean over positions that are not padding of (w . f(token) - token / 50)^2, fp64; tensor `idle` gets no gradient."""
+
+    def __init__(self, weighs: bool = True) -> None:
+        g = torch.Generator().manual_seed(2)
+        self.w, self.idle = torch.randn(6, generator=g, dtype=torch.float64).requires_grad_(), torch.ones(2, requires_grad=True)
+        self.weighs, self.calls = weighs, 0
+
+    def parameters(self) -> dict[str, tuple[Tensor, float]]:
+        return {"w": (self.w, 1.0), "idle": (self.idle, 1.0)}
+
+    def loss(self, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
+        self.calls += 1
+        features = torch.cos(tokens[..., None].double() * torch.arange(1, 7))
+        return ((features @ self.w - tokens / 50).square() * mask).sum() / mask.sum()
+
+    def after(self, step: int) -> dict[str, float]:
+        return {}
+
+    def state(self) -> dict[str, float]:
+        return {}
+
+    def restore(self, state: dict[str, float]) -> None:
+        assert not state
+
+
+def padded() -> Batches:
+    mask = torch.arange(4)[None] < torch.tensor([4, 1, 2, 4, 3, 1, 4, 4, 2, 1, 4, 3])[:, None]
+    return Batches(WINDOWS.tokens, mask)
+
+
+@pytest.mark.parametrize(("windows", "accumulate", "calls"), [(2, 3, 3), (4, 2, 2), (1, 6, 6), (6, 9, 2)])
+def test_micro_batches_are_one_batch(windows: int, accumulate: int, calls: int, tmp_path: Path) -> None:
+    joint, parts = Masked(), Masked()
+    whole = min(windows * accumulate, 12)
+    expected = train(joint, padded(), asked(windows=whole, levels=1), tmp_path / "a", HEADER, lambda level: None)
+    curve = train(parts, padded(), asked(windows=windows, accumulate=accumulate, levels=1), tmp_path / "b", HEADER, lambda level: None)
+    assert parts.calls == 40 * calls and joint.calls == 40
+    assert float((parts.w - joint.w).detach().abs().max()) < 1e-12 and torch.equal(parts.idle, torch.ones(2))
+    assert [row["loss"] for row in curve] == pytest.approx([row["loss"] for row in expected], rel=1e-12)
+    assert [row["tokens"] for row in curve] == [row["tokens"] for row in expected] and curve[-1]["tokens"] < 40 * whole * 4
+
+
+def test_control_micro_batches_weigh_by_positions(tmp_path: Path) -> None:
+    joint, parts = Masked(), Masked()
+    train(joint, padded(), asked(windows=6), tmp_path / "a", HEADER, lambda level: None)
+    even = Batches(padded().tokens, torch.ones(12, 4, dtype=torch.bool))
+    plain, masks = parts.loss, {tuple(row.tolist()): mask for row, mask in zip(padded().tokens, padded().mask, strict=True)}
+    parts.loss = lambda tokens, mask, step: plain(tokens, torch.stack([masks[tuple(row)] for row in tokens.tolist()]), step)  # type: ignore[method-assign]
+    train(parts, even, asked(windows=2, accumulate=3), tmp_path / "b", HEADER, lambda level: None)
+    assert float((parts.w - joint.w).detach().abs().max()) > 1e-3, "a mean of means is another"
+
+
+def test_a_tensor_without_gradient_resumes(tmp_path: Path) -> None:
+    whole, cut = Masked(), Masked()
+    train(whole, padded(), asked(), tmp_path / "a", HEADER, lambda level: None)
+    plain = cut.loss
+    cut.loss = lambda tokens, mask, step: plain(tokens, mask, step) if step < 13 else int("cut")  # type: ignore[method-assign, assignment, return-value]
+    with pytest.raises(ValueError, match="cut"):
+        train(cut, padded(), asked(), tmp_path / "b", HEADER, lambda level: None)
+    again = Masked()
+    train(again, padded(), asked(), tmp_path / "b", HEADER, lambda level: None)
+    assert again.calls == 32 and torch.equal(again.w, whole.w) and torch.equal(again.idle, whole.idle)
+
+
+# Settings
+
+
+def test_settings_of_a_recipe() -> None:
+    found = settings_of(
+        Recovery(steps=7, windows=3, accumulate=4, rate=0.3, floor=0.2, warm_up=2, schedule="linear", optimizer="muon", betas=(0.8, 0.7), weight_decay=0.1),
+        seed=9,
+    )
+    assert found == Settings(7, 3, 0.3, 2, 1, 0.2, 9, 100, 4, "linear", "muon", (0.8, 0.7), 0.1, 1.0, 60.0, True)
+
+
+def test_defaults_are_plain_adamw_bit_for_bit(tmp_path: Path) -> None:
+    trained, plain = Quadratic(), Quadratic()
+    run(trained, tmp_path)
+    groups = [{"params": [plain.tensors[name]], "lr": 0.05 * share} for name, share in RATES.items()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    for step, rows in trained.seen:
+        inside = step % 20
+        for group, share in zip(optimizer.param_groups, RATES.values(), strict=True):
+            group["lr"] = share * 0.05 * ((inside + 1) / 5 if inside < 4 else 0.05 + (1 - 0.05) * (20 - inside) / 16)
+        loss = plain.loss(torch.tensor(rows), torch.ones(3, 4, dtype=torch.bool), step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(plain.tensors.values()), 1.0)
+        optimizer.step()
+    assert all(torch.equal(plain.values[name], value) for name, value in trained.values.items())
+    other = Quadratic()
+    run(other, tmp_path / "other", asked(betas=(0.9, 0.95)))
+    assert any(not torch.equal(other.values[name], value) for name, value in trained.values.items())
 
 
 # Numbers
