@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .arch import Arch, Site, load_arch
 from .artifact import InputError
 from .checkpoint import read_sparsity
 from .data import Batches
-from .plans import Plan, block_cost, cost, linear_shapes, mlp_cost
+from .plans import Plan, Swap, block_cost, cost, deciding, linear_shapes, mlp_cost
 from .reference import dense, load_dense, recording
 
 LOGIT_BOUND = 1e-4
@@ -35,7 +35,7 @@ class Quality(BaseModel):
     """Held-out quality: `nll_dense`, `nll` and `kl` in nats per token, `agreement` of the argmax, realised density and cost.
 
     `density` is the mean over gated sites, weighted by their parameters; `cost` the bytes of the MLPs touched per token relative to dense, `block_cost` those
-    of all linear maps of the blocks; `site_cost` is relative to the site's own dense weights.
+    of all linear maps of the blocks; `site_cost` is relative to the site's own dense weights; `site_opened` the share of non-zero gates where the zeros decide.
     """
 
     tokens: int
@@ -48,6 +48,7 @@ class Quality(BaseModel):
     block_cost: float | None = None
     site_density: dict[str, float]
     site_cost: dict[str, float]
+    site_opened: dict[str, float] = {}
 
     @property
     def ppl_increase(self) -> float:
@@ -138,8 +139,8 @@ def dense_log_probs(model: Any, batches: Batches) -> list[Tensor]:
 
 
 @torch.no_grad()
-def measure_quality(model: Any, plan: Plan, batches: Batches, reference: list[Tensor] | None = None) -> Quality:
-    """Compare a gated model with itself ungated on every window; the first token of a window is given.
+def measure_quality(model: Any, plan: Plan, batches: Batches, reference: list[Tensor] | None = None, original: Any | None = None) -> Quality:
+    """Compare a gated model with `original`, a dense model, or with itself ungated, on every window; the first token of a window is given.
 
     `reference` is `dense_log_probs` of the same model and batches, where it was computed before.
     """
@@ -150,11 +151,12 @@ def measure_quality(model: Any, plan: Plan, batches: Batches, reference: list[Te
         for number, rows in enumerate(tqdm(groups, desc="quality", unit="batch")):
             if reference is None:
                 with dense(model):
-                    p = log_probs(model, rows)
+                    p = log_probs(original or model, rows)
             else:
                 p = reference[number].to(model.device)
             total.add(p, log_probs(model, rows), rows[:, 1:])
-    density = record.density()
+    density, opened = record.density(), record.opened_share()
+    plan = {site: [replace(e, opened=opened[site]) if isinstance(e, Swap) and site in opened else e for e in entries] for site, entries in plan.items()}
     nll_dense, nll, kl, agreement = total.means()
     sizes = site_parameters(plan, arch, config)
     return Quality(
@@ -162,6 +164,7 @@ def measure_quality(model: Any, plan: Plan, batches: Batches, reference: list[Te
         density=weighted(density, sizes), cost=mlp_cost(plan, arch, config, density), block_cost=block_cost(plan, arch, config, density),
         site_density={site.key: v for site, v in density.items()},
         site_cost={site.key: site_cost(plan, site, arch, config, share) for site, share in density.items()},
+        site_opened={site.key: share for site, share in opened.items()},
     )  # fmt: skip
 
 
@@ -175,7 +178,7 @@ def site_parameters(plan: Plan, arch: Arch, config: Any) -> dict[Site, int]:
 
 def site_cost(plan: Plan, site: Site, arch: Arch, config: Any, density: float) -> float:
     """Bytes of a site touched per token relative to its own dense weights, predictor included."""
-    return cost(plan[site][0], arch.size(config, "hidden"), arch.size(config, "units"), 2 if arch.ffn.kind == "plain" else 3, density)
+    return cost(deciding(plan[site]), arch.size(config, "hidden"), arch.size(config, "units"), 2 if arch.ffn.kind == "plain" else 3, density)
 
 
 def weighted(values: Mapping[Site, float], sizes: Mapping[Site, int]) -> float:
