@@ -17,6 +17,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 CALIBRATION_TEXT = BUNDLED / "calibration.txt"
 HELDOUT_TEXT = BUNDLED / "heldout.txt"
 MINIMUM_TOKENS = 512
+_HASHED = 1 << 12  # windows hashed at once: they may be mapped from a file larger than memory
 _TOGETHER = (32, 256)  # windows sampled at once
 _CACHE = 1 << 29  # bytes of key-value cache that more than the fewest may take
 
@@ -32,8 +33,8 @@ class Batches:
     def sha256(self) -> str:
         """Hash (hex) of tokens, mask and their shape."""
         digest = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
-        digest.update(self.tokens.contiguous().numpy().tobytes())
-        digest.update(self.mask.contiguous().numpy().tobytes())
+        for part in (*self.tokens.split(_HASHED), *self.mask.split(_HASHED)):
+            digest.update(part.contiguous().flatten().numpy())
         return digest.hexdigest()
 
     @property
