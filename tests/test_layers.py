@@ -12,13 +12,13 @@ ROOT = Path(__file__).parent.parent
 TREES = ("converter", "runtime_onnx")
 LEVELS = (
     {"artifact", "recipe", "plans", "arch", "manifest", "runtime_onnx.ops"},
-    {"source", "data", "linalg", "distributed"},
-    {"blocks"},
+    {"checkpoint", "source", "data", "linalg", "distributed", "mixtures"},
+    {"published", "blocks", "modeling"},
     {"scores", "selectors", "calibration_rules", "losses"},
     {"stats"},
     {"methods"},
-    {"checkpoint", "writer", "reference", "onnx_export", "attribution"},
-    {"training", "optimizers", "analysis", "interchange", "labels", "residual", "orientation"},
+    {"writer", "reference", "onnx_export", "attribution"},
+    {"training", "optimizers", "analysis", "interchange", "powerinfer", "labels", "residual", "orientation"},
     {"end_to_end", "by_block"},
     {"planning", "texts", "verification", "executors", "report", "hub", "budget"},
     {"schedule", "evaluation"},
