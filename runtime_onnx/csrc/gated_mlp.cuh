@@ -31,11 +31,13 @@ inline size_t run(const Call& call, char* base, cudaStream_t stream) { return (c
 // What a kernel knows of the neurons, by value.
 struct Neurons {
   Activation activation = Activation::kIdentity;
+  float parameter = 0.f;
+  bool zeros = false;  // see Variant::relu
   Score score = Score::kAll;
   Matrix first, up;                                                  // first: gate, or up in a plain MLP, whose `up` has no data
   const float *b_first = nullptr, *b_up = nullptr, *tau = nullptr;  // nullptr where absent
 
-  explicit Neurons(const Call& call) : activation(call.variant.activation), score(call.variant.score) {
+  explicit Neurons(const Call& call) : activation(call.variant.activation), parameter(call.variant.parameter), zeros(call.variant.relu()), score(call.variant.score) {
     const bool plain = call.variant.plain();
     first = plain ? call.matrix(kWUp, kSUp) : call.matrix(kWGate, kSGate);
     b_first = call.floats(plain ? kBUp : kBGate);
@@ -56,6 +58,10 @@ struct Neurons {
         return relu(v);
       case Activation::kRelu2:
         return relu(v) * relu(v);
+      case Activation::kFatrelu:
+        return v <= parameter ? 0.f : v;
+      case Activation::kShiftedRelu:
+        return relu(v - parameter);
       default:
         return v;
     }
@@ -69,8 +75,7 @@ struct Neurons {
   }
   // whether act(gate) keeps the neuron; a predictor has decided before
   __device__ bool kept(int64_t i, float gate) const {
-    if (score == Score::kGate) return fabsf(gate) > tau[i];
-    return score != Score::kExact || gate != 0.f;
+    return !(zeros && gate == 0.f) && (score != Score::kGate || fabsf(gate) > tau[i]);
   }
 };
 

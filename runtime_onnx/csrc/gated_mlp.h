@@ -9,12 +9,13 @@
 namespace sparsegate::gated_mlp {
 
 enum Role : int { kWGate, kWUp, kWDown, kSGate, kSUp, kSDown, kBGate, kBUp, kBDown, kTau, kP1, kP2, kSP1, kSP2, kRes };
-enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kDrelu, kIdentity };
+enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kDrelu, kIdentity, kFatrelu, kShiftedRelu };
 enum class Score : int { kPredictor, kGate, kExact, kAll };
 enum class Weights : int { kFloat, kInt8Row, kInt4G32 };
 
 struct Variant {
   Activation activation;
+  float parameter = 0.f;  // of kFatrelu: v where v > parameter, else 0; of kShiftedRelu: relu(v - parameter)
   Score score;
   Weights weights;
   Present present{};
@@ -22,6 +23,11 @@ struct Variant {
 
   bool has(Role role) const { return present[role]; }
   bool plain() const { return !present[kWGate]; }
+  // Whether act gives exact zeros: whatever multiplies one is neither read nor added, so that y is the same for any finite weights.
+  bool relu() const {
+    return activation == Activation::kRelu || activation == Activation::kRelu2 || activation == Activation::kDrelu || activation == Activation::kFatrelu ||
+           activation == Activation::kShiftedRelu;
+  }
 };
 
 // Fill `out`, or return what is wrong (empty: nothing). Dtypes stay untouched in the first, which reads a node's attributes.

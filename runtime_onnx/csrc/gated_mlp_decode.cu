@@ -168,12 +168,13 @@ neurons(const __grid_constant__ Neurons p, const __grid_constant__ Matrix p2, co
   __syncthreads();
   const bool asked = vote >> lane & 1u;
   float value = asked ? p.gate(i, total(gates[__popc(vote & below)])) : 0.f;
-  const bool kept = asked && p.kept(i, value);
+  bool kept = asked && p.kept(i, value);
   if (p.up.data) {
     vote = __ballot_sync(kAllLanes, kept);
     products<W>(p.up, first, vote, x, ups);
     __syncthreads();
     if (kept) value *= p.factor(i, total(ups[__popc(vote & below)]));
+    if (p.zeros && value == 0.f) kept = false;  // its row of w_down is not read
   }
   if (threadIdx.x < 32 && i < n) {
     z[t * n + i] = value;

@@ -9,8 +9,9 @@ namespace {
 
 float relu(float v) { return v < 0.f ? 0.f : v; }  // NaN stays NaN
 
-void activate(const Run& run, Activation activation, float* v, int64_t count) {
-  switch (activation) {
+void activate(const Run& run, float* v, int64_t count) {
+  const float parameter = run.variant->parameter;
+  switch (run.variant->activation) {
     case Activation::kSilu:
       run.swish(v, count, 1.f, 0.f);
       break;
@@ -26,6 +27,12 @@ void activate(const Run& run, Activation activation, float* v, int64_t count) {
       break;
     case Activation::kRelu2:
       for (int64_t i = 0; i < count; ++i) v[i] = relu(v[i]) * relu(v[i]);
+      break;
+    case Activation::kFatrelu:
+      for (int64_t i = 0; i < count; ++i) v[i] = v[i] <= parameter ? 0.f : v[i];
+      break;
+    case Activation::kShiftedRelu:
+      for (int64_t i = 0; i < count; ++i) v[i] = relu(v[i] - parameter);
       break;
     case Activation::kIdentity:
       break;
@@ -116,6 +123,28 @@ void gate_and_up(const Run& run, const int32_t* rows, const int32_t* places, int
   shift(run, row_scale(run, kWUp), kBUp, 0, rows, count, up, count);
 }
 
+// Where v [tokens, count] is 0, a token does not keep the row any more (NaN is not 0); rows that no token keeps are taken out of the list and of v. Returns how many are left.
+int64_t drop_zeros(const Run& run, int64_t index, uint8_t* keep, int32_t* rows, int32_t* places, int64_t count, float* v) {
+  const int64_t tokens = run.tokens, first = run.first_of(index), m = run.size_of(index);
+  uint8_t any[kMost] = {};
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t k = 0; k < count; ++k) any[k] |= keep[t * m + rows[k] - first] &= v[t * count + k] != 0.f;
+  int64_t left = 0;
+  for (int64_t k = 0; k < count; ++k) left += any[k];
+  if (left == count) return count;
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* to = v + t * left;
+    for (int64_t k = 0; k < count; ++k)
+      if (any[k]) *to++ = v[t * count + k];
+  }
+  for (int64_t k = 0, to = 0; k < count; ++k) {
+    rows[to] = rows[k];
+    places[to] = places[k];
+    to += any[k];
+  }
+  return left;
+}
+
 // Asks for memory that is read soon: what is not one long row the hardware does not foresee.
 void fetch(const void* data, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
@@ -159,7 +188,8 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
   const int64_t tokens = run.tokens, first = run.first_of(index), m = run.size_of(index);
   float *score = nullptr, *z = nullptr, *up = nullptr, *both = nullptr;
   const bool predictor = v.score == Score::kPredictor, full = v.score == Score::kGate || v.score == Score::kExact, plain = v.plain();
-  const bool paired = run.few && run.pitch > 1 && !plain && !full;
+  const bool zeros = v.relu(), drelu = v.activation == Activation::kDrelu;
+  const bool paired = run.few && run.pitch > 1 && !plain && !full && !zeros;
   int32_t *rows = nullptr, *places = nullptr;
   uint8_t *keep = nullptr, *any = nullptr;
   const auto lay = [&](char* base) {
@@ -190,7 +220,7 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
       places[k] = static_cast<int32_t>((first + k) * run.pitch);
     }
     weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, rows, places, m, score, m, kTau);
-    activate(run, v.activation, score, tokens * m);
+    activate(run, score, tokens * m);
   }
   std::memset(any, v.score == Score::kAll, static_cast<size_t>(m));
   if (v.score == Score::kAll) std::memset(keep, 1, static_cast<size_t>(tokens * m));
@@ -198,11 +228,11 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
     const float* s = score + t * m;
     uint8_t* kept = keep + t * m;
     if (v.score == Score::kExact)
-      for (int64_t k = 0; k < m; ++k) kept[k] = std::fabs(s[k]) > 0.f;
+      for (int64_t k = 0; k < m; ++k) kept[k] = s[k] != 0.f;
     else if (predictor)
       for (int64_t k = 0; k < m; ++k) kept[k] = s[k] > tau[first + k];
     else
-      for (int64_t k = 0; k < m; ++k) kept[k] = std::fabs(s[k]) > tau[first + k];
+      for (int64_t k = 0; k < m; ++k) kept[k] = std::fabs(s[k]) > tau[first + k] && !(zeros && s[k] == 0.f);
     for (int64_t k = 0; k < m; ++k) any[k] |= kept[k];
   }
   int64_t count = 0;
@@ -217,7 +247,7 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
   if (run.few) {
     if (!full && !plain) fetch_scales(run, kSGate, first, m, places, std::min<int64_t>(count, 4));
     if (!full || !plain) fetch_scales(run, kSUp, first, m, places, std::min<int64_t>(count, 4));
-    fetch_scales(run, kSDown, first, m, places, count);
+    if (!zeros) fetch_scales(run, kSDown, first, m, places, count);
   }
   if (full) {
     for (int64_t t = 0; t < tokens; ++t)
@@ -225,14 +255,19 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
   } else if (paired) {
     gate_and_up(run, rows, places, count, both, z, up);
   } else {
-    weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, rows, places, count, z, count, plain ? kWDown : kWUp);
+    weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, rows, places, count, z, count, zeros ? kTau : plain ? kWDown : kWUp);
   }
-  if (!full) activate(run, v.activation, z, tokens * count);
+  if (!full) {
+    activate(run, z, tokens * count);
+    if (zeros) count = drop_zeros(run, index, keep, rows, places, count, z);
+  }
   if (!plain) {
-    if (!paired) weight_products(run, kWUp, kBUp, rows, places, count, up, count, kWDown);
-    if (v.activation == Activation::kDrelu) activate(run, Activation::kRelu, up, tokens * count);
+    if (!paired) weight_products(run, kWUp, kBUp, rows, places, count, up, count, drelu ? kTau : kWDown);
+    for (int64_t i = 0; drelu && i < tokens * count; ++i) up[i] = relu(up[i]);
     for (int64_t i = 0; i < tokens * count; ++i) z[i] *= up[i];
+    if (zeros) count = drop_zeros(run, index, keep, rows, places, count, z);
   }
+  if (zeros && run.few) fetch_scales(run, kSDown, first, m, places, count);
   const float* down = v.weights == Weights::kInt8Row ? run.floats(kSDown) : nullptr;
   for (int64_t t = 0; t < tokens; ++t) {
     const uint8_t* kept = keep + t * m;

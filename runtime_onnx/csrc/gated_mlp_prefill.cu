@@ -120,7 +120,8 @@ struct GateUp : PlainOp {
     float value = 0.f;
     if (i < p.first.rows && (!keep || keep[m * pitch + i])) {
       const float g = p.gate(i, gate);
-      if (p.kept(i, g)) value = (plain() ? g : g * p.factor(i, up)) * row_scale(w_down, i);
+      if (p.kept(i, g)) value = plain() ? g : g * p.factor(i, up);
+      if (!p.zeros || value != 0.f) value *= row_scale(w_down, i);
     }
     put(m, i, value);
     return value != 0.f;

@@ -1,15 +1,54 @@
 // Variants, inputs and checks of GatedMLP: everything that does not depend on the execution provider.
 #include "gated_mlp.h"
 
+#include <locale>
+#include <sstream>
+
 namespace sparsegate::gated_mlp {
 namespace {
 
 const char* const kRoleNames[] = {"w_gate", "w_up", "w_down", "s_gate", "s_up", "s_down", "b_gate", "b_up",
                                   "b_down", "tau",  "p1",     "p2",     "s_p1", "s_p2",   "res"};
-const char* const kActivationNames[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "identity"};
+const char* const kActivationNames[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "identity", "fatrelu", "shifted_relu"};
 const char* const kScoreNames[] = {"predictor", "gate", "exact", "all"};
 const char* const kWeightNames[] = {"float", "int8_row", "int4_g32"};
 constexpr Names kRoles(kRoleNames), kActivations(kActivationNames), kScores(kScoreNames), kWeights(kWeightNames);
+
+constexpr float kMostParameter = 1e6f;
+constexpr int kMostDecimals = 200;
+
+// The parameter of "kind(b)", spelled as split_activation in ops/activation.py wants it: the fewest decimals, at least one, that give the float32.
+bool read_parameter(const std::string& text, bool signed_, float& out) {
+  double value = 0;
+  std::istringstream in(text);
+  in.imbue(std::locale::classic());
+  if (text.find_first_not_of("-.0123456789") != std::string::npos || !(in >> value) || !in.eof()) return false;
+  if (!(value >= (signed_ ? -kMostParameter : 0.f) && value <= kMostParameter)) return false;
+  out = static_cast<float>(value) + 0.f;
+  for (int decimals = 1; decimals < kMostDecimals; ++decimals) {
+    std::stringstream spelled;
+    spelled.imbue(std::locale::classic());
+    spelled.setf(std::ios::fixed);
+    spelled.precision(decimals);
+    spelled << out;
+    const std::string found = spelled.str();
+    spelled >> value;
+    if (static_cast<float>(value) == out) return found == text;
+  }
+  return false;
+}
+
+// silu, or fatrelu(0.01)
+bool read_activation(const std::string& text, Variant& out) {
+  const size_t open = text.find('(');
+  const int a = kActivations.find(text.substr(0, open));
+  if (a < 0) return false;
+  out.activation = static_cast<Activation>(a);
+  out.parameter = 0.f;
+  const bool parametric = out.activation == Activation::kFatrelu || out.activation == Activation::kShiftedRelu;
+  if (open == std::string::npos || !parametric) return open == std::string::npos && !parametric;
+  return text.back() == ')' && read_parameter(text.substr(open + 1, text.size() - open - 2), out.activation == Activation::kShiftedRelu, out.parameter);
+}
 
 // The same rules as Variant in ops/gated_mlp.py: 1 the role must be there, 0 it must not, -1 both are right.
 int allows(const Variant& v, int role) {
@@ -48,19 +87,18 @@ std::string check_variant(const Variant& v) {
              ", score " + kScores.list[static_cast<int>(v.score)] + ", weights " + kWeights.list[static_cast<int>(v.weights)];
   }
   if (v.activation == Activation::kDrelu && v.plain()) return "activation must not be drelu without w_gate";
-  const bool relu = v.activation == Activation::kRelu || v.activation == Activation::kRelu2 || v.activation == Activation::kDrelu;
-  if (v.score == Score::kExact && !relu) return "activation must be relu, relu2 or drelu with score exact";
+  if (v.score == Score::kExact && !v.relu()) return "activation must be one of relu, relu2, drelu, fatrelu, shifted_relu with score exact";
   return "";
 }
 
 }  // namespace
 
 std::string variant_of_attributes(const std::string& activation, const std::string& score, const std::string& weights, const std::string& inputs, Variant& out) {
-  const int a = kActivations.find(activation), s = kScores.find(score), w = kWeights.find(weights);
-  if (a < 0) return "attribute activation must be one of " + kActivations.listed() + ", got '" + activation + "'";
+  const int s = kScores.find(score), w = kWeights.find(weights);
+  if (!read_activation(activation, out))
+    return "attribute activation must be one of " + kActivations.listed() + ", the last two with a parameter as in fatrelu(0.01), got '" + activation + "'";
   if (s < 0) return "attribute score must be one of " + kScores.listed() + ", got '" + score + "'";
   if (w < 0) return "attribute weights must be one of " + kWeights.listed() + ", got '" + weights + "'";
-  out.activation = static_cast<Activation>(a);
   out.score = static_cast<Score>(s);
   out.weights = static_cast<Weights>(w);
   const std::string problem = read_roles(kRoles, inputs, out.present);

@@ -279,6 +279,8 @@ def reference(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], inte
     rows = _rows(x)
     _, z = _activated(variant, rows, tensors, integer)
     keep = active(variant, x, tensors, integer)
+    if is_relu(variant.activation):
+        keep &= z != 0  # NaN stays
     if integer and variant.weights != "float":
         y = integer_sum(z, keep, tensors["w_down"], tensors["s_down"], variant.weights)
     else:

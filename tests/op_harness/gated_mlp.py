@@ -10,7 +10,21 @@ from typing import Any
 import numpy as np
 
 from sparsegate.runtime_onnx.ops import gated_mlp as OP
-from sparsegate.runtime_onnx.ops.gated_mlp import ACTIVATIONS, FLOATS, ROLES, SCORES, Variant, _activated, _hidden, _matrix, _rows, active, scores
+from sparsegate.runtime_onnx.ops.gated_mlp import (
+    FLOATS,
+    ROLES,
+    SCORES,
+    Variant,
+    _activated,
+    _hidden,
+    _matrix,
+    _product,
+    _rows,
+    active,
+    is_relu,
+    scores,
+    split_activation,
+)
 from sparsegate.runtime_onnx.ops.quantisation import quantise
 
 from .breaking import Broken, documented, message, others_untouched
@@ -18,7 +32,7 @@ from .case import ISAS, KEEP, STORED, TOKENS, Case, Row, formats, pairwise
 from .rounding import between, off_boundary, off_threshold
 from .sessions import Tensors
 
-RELUS = ("relu", "relu2", "drelu")
+ACTIVATIONS = (*OP.ACTIVATIONS, "fatrelu(0.2)", "shifted_relu(0.2)")
 SIZES = ((96, 331, 19), (160, 700, 33), (32, 31, 1), (37, 101, 8), (288, 64, 40), (83, 547, 130))
 """(d, n, r): tails in every direction, one and several blocks of neurons, enough bytes for threads in some."""
 
@@ -107,6 +121,10 @@ def settled(variant: Variant, x: np.ndarray, tensors: Tensors) -> np.ndarray:
     rows = _rows(x)
     if "tau" in variant.inputs:
         good &= off_threshold(scores(variant, x, tensors, integer=True), tensors["tau"].astype(np.float64))
+    kind, parameter = split_activation(variant.activation)
+    if kind == "fatrelu":  # jumps at its parameter
+        first = "up" if variant.plain else "gate"
+        good &= off_threshold(_product(variant, rows, tensors, f"w_{first}", f"b_{first}", True), np.full(len(tensors["w_up"]), np.float32(parameter)))
     if variant.p == "int8":
         good &= off_boundary(_hidden(variant, rows, tensors, True))
     if variant.weights != "float":
@@ -155,7 +173,7 @@ def possible(row: Row) -> bool:
     predictor = row["score"] == "predictor" or row["res"]
     return not (
         (row["plain"] and row["activation"] == "drelu")
-        or (row["score"] == "exact" and row["activation"] not in RELUS)
+        or (row["score"] == "exact" and not is_relu(row["activation"]))
         or (row["p"] != "float32" and not predictor)
         or (row["p"] == "int8" and row["res"])
         or (row["keep"] != 1.0 and row["score"] in ("exact", "all"))

@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import checker, load_model_from_string
 from op_harness.case import Case
-from op_harness.gated_mlp import OP, RELUS, make_tensors, make_variant, make_x, settled, with_tau
+from op_harness.gated_mlp import ACTIVATIONS, OP, make_tensors, make_variant, make_x, settled, with_tau
 from op_harness.sessions import make_model, nmse, open_model, run
 from op_harness.testing import check
 
 from sparsegate.runtime_onnx import library
 from sparsegate.runtime_onnx.ops.gated_mlp import (
-    ACTIVATIONS,
     BOUNDS,
     FLOATS,
     ROLES,
@@ -27,6 +26,7 @@ from sparsegate.runtime_onnx.ops.gated_mlp import (
     active,
     emulate,
     function,
+    is_relu,
     reference,
     scores,
     traffic,
@@ -34,7 +34,7 @@ from sparsegate.runtime_onnx.ops.gated_mlp import (
 
 
 def valid(activation: str, score: str, plain: bool) -> bool:
-    return not (plain and activation == "drelu") and not (score == "exact" and activation not in RELUS)
+    return not (plain and activation == "drelu") and not (score == "exact" and not is_relu(activation))
 
 
 COMBINATIONS = [c for c in itertools.product(ACTIVATIONS, SCORES, (False, True)) if valid(*c)]
@@ -108,6 +108,8 @@ def by_hand(variant: Variant, x: list[float], t: dict[str, np.ndarray]) -> list[
         "relu2": lambda v: max(v, 0.0) ** 2,
         "drelu": lambda v: max(v, 0.0),
         "identity": lambda v: v,
+        "fatrelu(0.2)": lambda v: v if v > float(np.float32(0.2)) else 0.0,
+        "shifted_relu(0.2)": lambda v: max(v - float(np.float32(0.2)), 0.0),
     }[variant.activation]
 
     def dot(row: np.ndarray, other: list[float]) -> float:

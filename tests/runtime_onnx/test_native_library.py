@@ -18,7 +18,7 @@ from op_harness.sessions import make_model, nmse, open_model, run
 
 from sparsegate.runtime_onnx import library
 from sparsegate.runtime_onnx.ops import OPS
-from sparsegate.runtime_onnx.ops.gated_mlp import ACTIVATIONS, FLOATS, ROLES, SCORES, WEIGHTS, Variant, reference
+from sparsegate.runtime_onnx.ops.gated_mlp import ACTIVATIONS, FLOATS, ROLES, SCORES, WEIGHTS, Variant, reference, spell_activation, split_activation
 
 ROOT = Path(__file__).parents[2]
 CPU = "CPUExecutionProvider"
@@ -44,6 +44,9 @@ def test_links_nothing_of_onnx_runtime_or_cuda() -> None:
     assert re.findall(r"\(SONAME\).*\[(.*)\]", text) == [library.LIBRARY]
 
 
+PARAMETRIC_TEXTS = ("fatrelu(0.01)", "shifted_relu(-1.0)", "shifted_relu(0.5)", "fatrelu(1)", "fatrelu(0.010)", "fatrelu(-0.1)", "fatrelu", "relu(0.0)")
+
+
 def random_variant(rng: random.Random) -> tuple[str, ...]:
     """Fields of a variant that may be wrong in its roles or dtypes."""
     roles = set(ROLES[:3])
@@ -62,7 +65,7 @@ def random_variant(rng: random.Random) -> tuple[str, ...]:
     for _ in range(rng.choice((0, 0, 1, 2))):
         roles ^= {rng.choice(ROLES)}
     w = rng.choice(FLOATS) if weights == "float" or rng.random() < 0.1 else "float32"
-    return rng.choice(ACTIVATIONS), score, weights, "+".join(role for role in ROLES if role in roles), rng.choice(FLOATS), w, p
+    return rng.choice((*ACTIVATIONS, *PARAMETRIC_TEXTS)), score, weights, "+".join(role for role in ROLES if role in roles), rng.choice(FLOATS), w, p
 
 
 def test_library_and_python_accept_the_same_variants() -> None:
@@ -79,6 +82,24 @@ def test_library_and_python_accept_the_same_variants() -> None:
         assert library.supports(name, CPU) == good, name
         seen[good] += 1
     assert min(seen.values()) > 1000
+
+
+def test_library_and_python_spell_parameters_alike() -> None:
+    rng = np.random.default_rng(6)
+    name = make_variant("relu", "exact").name
+    values = [0.0, 1e-40, 1e6, 0.1, 16777217.0 / 1024, *(10.0 ** rng.uniform(-8, 5, 40) * rng.choice([1.0, -1.0], 40))]
+    texts = [spell_activation("shifted_relu", value) for value in values]
+    texts += [text.replace(".", ".0") for text in texts] + [text.replace(")", "0)") for text in texts] + [text.replace(")", "1)") for text in texts]
+    texts += ["fatrelu(-1.0)", "fatrelu(1000001.0)", "fatrelu( 1.0)", "fatrelu(1.0", "fatrelu(1.0))", "fatrelu()", "fatrelu(.5)", "fatrelu(5.)", "fatrelu(1e2)"]
+    good = []
+    for text in texts:
+        try:
+            split_activation(text)
+            good.append(True)
+        except ValueError:
+            good.append(False)
+    assert [library.supports(name.replace("relu", text), CPU) for text in texts] == good
+    assert sum(good) >= len(values) and good.count(False) > 2 * len(values)
 
 
 def test_names_from_a_newer_sparsegate_are_not_supported() -> None:
