@@ -18,7 +18,7 @@ from .evaluation import predictor_cost
 from .executors import NO_CUDA, check_onnx, has_cuda, measure_shipped
 from .onnx_export import PRECISIONS, build_base, check_base, export, export_dense, round_model
 from .onnx_export.precision import Precision
-from .plans import Plan, Predictor
+from .plans import Plan, Predictor, deciding
 from .recipe import Export, Recipe
 from .reference import apply_plan, load, load_dense, remove_plan
 from .report import Report
@@ -126,17 +126,28 @@ def room(recipe: Recipe, graphs: Graphs) -> Recipe:
     return recipe.model_copy(update={"budget": budget.model_copy(update=left)})
 
 
-def measure(source: Source, plans: Mapping[str, Plan], sparsities: Mapping[str, float | None], texts: Texts, recipe: Recipe, work: Path) -> list[Candidate]:
-    """The held-out quality of every plan, each a stage below `work`, and whether it keeps the budget and the asked density."""
-    found, model = [], None
+def measure(
+    source: Source,
+    plans: Mapping[str, Plan],
+    sparsities: Mapping[str, float | None],
+    texts: Texts,
+    recipe: Recipe,
+    work: Path,
+    original: Source | None = None,
+) -> list[Candidate]:
+    """The held-out quality of every plan, each a stage below `work`, and whether it keeps the budget and the asked density.
+
+    Dense is `original`, the model that `source` was recovered from, where it was.
+    """
+    found, model, dense = [], None, None
     for name, plan in plans.items():
         parent = read_header(work / "plan" / name)
         assert parent is not None
         folder, header = work / "quality" / name, Header(format="quality", parents={"plan": parent.fingerprint}, calibration=texts.heldout.sha256)
         if not is_finished(folder, header):
-            model = model or load_dense(source.folder)
+            model, dense = model or load_dense(source.folder), dense or _load(original)
             apply_plan(model, plan, source.arch, source.arch.activation(source.config))
-            quality = measure_quality(model, plan, texts.heldout)
+            quality = measure_quality(model, plan, texts.heldout, original=dense)
             remove_plan(model)
             with atomic_folder(folder) as partial:
                 write_json(partial / "quality.json", quality.model_dump())
@@ -147,7 +158,13 @@ def measure(source: Source, plans: Mapping[str, Plan], sparsities: Mapping[str, 
     return found
 
 
-def choose(candidates: list[Candidate], source: Source, texts: Texts, graphs: Graphs, recipe: Recipe, work: Path) -> tuple[Candidate, list[Candidate]]:
+def _load(source: Source | None) -> Any | None:
+    return None if source is None else load_dense(source.folder)
+
+
+def choose(
+    candidates: list[Candidate], source: Source, texts: Texts, graphs: Graphs, recipe: Recipe, work: Path, original: Source | None = None
+) -> tuple[Candidate, list[Candidate]]:
     """The best candidate, exported and checked, and all of them with it in its place: the cheapest one where a budget was searched, else the one with the
     least KL to dense. One whose executors disagree is passed over.
 
@@ -157,7 +174,7 @@ def choose(candidates: list[Candidate], source: Source, texts: Texts, graphs: Gr
     tried: dict[str, Candidate] = {candidate.method: candidate for candidate in candidates}
     for candidate in order:
         if candidate.passed:
-            tried[candidate.method] = _exported(candidate, source, texts, graphs, recipe, work)
+            tried[candidate.method] = _exported(candidate, source, texts, graphs, recipe, work, original)
             if tried[candidate.method].passed:
                 break
     else:
@@ -175,7 +192,7 @@ def _failures(candidates: list[Candidate]) -> list[str]:
     return [f"{c.method}: {check.name} {check.value:.3g} against {check.bound:.3g} {check.note}" for c in candidates for check in c.checks if not check.passed]
 
 
-def _exported(candidate: Candidate, source: Source, texts: Texts, graphs: Graphs, recipe: Recipe, work: Path) -> Candidate:
+def _exported(candidate: Candidate, source: Source, texts: Texts, graphs: Graphs, recipe: Recipe, work: Path, original: Source | None) -> Candidate:
     """The candidate with checkpoint, ONNX folder, checks of its executors and speed, each a stage below `work`."""
     name, asked = candidate.method, recipe.export
     folder = checkpoint(source, candidate.plan, name, work, work / "plan" / name)
@@ -188,11 +205,11 @@ def _exported(candidate: Candidate, source: Source, texts: Texts, graphs: Graphs
             write_header(partial, header)
     measured, header = work / "measured" / name, Header(format="measured", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256)
     if not is_finished(measured, header):
-        model = load(folder)
-        found = measure_shipped(onnx, model, texts.heldout, asked)
+        model, dense = load(folder), _load(original)
+        found = measure_shipped(onnx, model, texts.heldout, asked, original=dense)
         if asked != Export():
             round_model(model, candidate.plan, source.arch, asked.precision, asked.target)
-        checks = check_onnx(onnx, model, texts.heldout, asked)
+        checks = check_onnx(onnx, model, texts.heldout, asked, original=dense)
         speed = {} if asked.target == "cuda" and not has_cuda() else _speed(graphs.dense, onnx, texts)
         with atomic_folder(measured) as partial:
             shipped = {} if found is None else found.model_dump()
@@ -239,7 +256,7 @@ def build_report(source: Source, recipe: Recipe, texts: Texts, candidates: list[
         speed_note=f"not run: {NO_CUDA}" if not chosen.speed and recipe.export.target == "cuda" else "",
         onnx=_onnx_rows(chosen, graphs, source, recipe.export),
         rows=[dense, *(_row(candidate, candidate is chosen) for candidate in candidates)],
-        layers=[_layer(chosen, site, entries[0]) for site, entries in chosen.plan.items()],
+        layers=[_layer(chosen, site, deciding(entries)) for site, entries in chosen.plan.items()],
         checks=[
             reporting.Check(name=check.name, value=check.value, bound=check.bound, passed=check.passed, at_least=check.at_least, note=check.note)
             for check in chosen.checks
@@ -255,9 +272,17 @@ def _public(recipe: Recipe) -> Any:
 
 def _public_stages(recipe: Recipe) -> Any:
     """The stages without the folders of this machine."""
-    (stage,) = recipe.stages
-    folder = stage.config.get("folder")
-    return (stage if folder is None else stage.model_copy(update={"config": stage.config | {"folder": Path(folder).name}}),)
+
+    def public(stage: Any) -> Any:
+        folder, tune = stage.config.get("folder"), stage.tune
+        if folder is not None:
+            stage = stage.model_copy(update={"config": stage.config | {"folder": Path(folder).name}})
+        if tune is not None:
+            parts = tuple(part.model_copy(update={"files": tuple(Path(file).name for file in part.files)}) for part in tune.data.mixture)
+            stage = stage.model_copy(update={"tune": tune.model_copy(update={"data": tune.data.model_copy(update={"mixture": parts})})})
+        return stage
+
+    return tuple(public(stage) for stage in recipe.stages)
 
 
 def _row(candidate: Candidate, selected: bool) -> reporting.Row:
@@ -286,7 +311,7 @@ def _shipped_cost(chosen: Candidate, source: Source, form: Precision) -> float:
     extra = 0.0
     for site, entries in chosen.plan.items():
         share = predictor_cost({site: entries}, source.arch, source.config)
-        extra += share * (form.predictor_share(entries[0].residual is not None) - 1)
+        extra += share * (form.predictor_share(deciding(entries).residual is not None) - 1)
     return chosen.quality.cost + extra
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,37 @@ import torch
 
 from ..runtime_onnx.library import variants
 from .arch import load_arch
-from .artifact import HEADER, VERSION, InputError, atomic_folder, hash_file, hash_json
+from .artifact import HEADER, VERSION, InputError, atomic_folder, hash_file, hash_json, write_json
 from .candidates import Candidate, Graphs, build_report, choose, make_graphs, measure, room
-from .data import BUNDLED
 from .executors import check_onnx, measure_shipped
-from .hub import Remote, check_disk, check_push, download, head_commit, home_folder, is_hub_id, local_folder, push, remote_inspect
+from .hub import Remote, check_disk, check_push, head_commit, home_folder, is_hub_id, local_folder, push, remote_inspect
 from .interchange import Config as ImportedConfig
 from .interchange import fingerprint as imported_files
 from .manifest import MANIFEST, Manifest, check_files, installed_versions, list_files, read_manifest, write_manifest
 from .onnx_export import PRECISIONS, round_model
-from .planning import BUNDLED_MODEL, BUNDLED_NAME, Configs, Estimate, compile_recipe, estimate, estimate_shapes, method_configs, training_windows
+from .opening import resolve
+from .planning import (
+    BUNDLED_MODEL,
+    BUNDLED_NAME,
+    TUNED,
+    Configs,
+    Estimate,
+    compile_recipe,
+    estimate,
+    estimate_shapes,
+    has_zeros,
+    method_configs,
+    training_stage,
+    training_windows,
+)
 from .recipe import Export, Recipe
 from .reference import load as load_folder
 from .report import RESULTS, Report, read_base_card, write_report
-from .schedule import once
+from .report.recovery import RECOVERY
+from .schedule import keep_plan, once
 from .source import Source, check_config, check_shapes, make_config, open_source
-from .texts import Texts, make_heldout, make_texts, texts_hash
+from .texts import Texts, heldout_name, make_heldout, make_texts, texts_hash
+from .tuning import Evaluation, Tuned, tuned
 from .verification import (
     Check,
     ExecutorQuality,
@@ -97,6 +112,7 @@ def convert(
                 return Result(out, False, None, remote_needs, precision=asked.export.precision)
             check_disk(out, remote_needs.disk_bytes)
     source = resolve(asked.model, work / "source")
+    configs = method_configs(asked, training_stage(asked) is not None or has_zeros(source))
     needed = estimate(source, asked, configs)
     if dry_run:
         return Result(out, False, None, needed, precision=asked.export.precision)
@@ -107,32 +123,37 @@ def convert(
     check_disk(out, needed.disk_bytes)
     work.mkdir(parents=True, exist_ok=True)
 
+    recovered = _recovered(source, asked, texts, work, device)
+    original, source = (source, recovered.source) if recovered else (None, source)
     within = asked
     if asked.budget.bounded and PRECISIONS[asked.export.precision].bits is not None:
         within = room(asked, make_graphs(source, texts, asked, work))
-    plans = once(source, texts, within, configs, work, device)
+    if recovered and TUNED in configs:
+        plans = {TUNED: keep_plan(recovered.plan, recovered.header, work)}
+    else:
+        plans = once(source, texts, within, configs, work, device, original)
     graphs = make_graphs(source, texts, asked, work)
-    chosen, candidates = choose(measure(source, plans, _sparsities(configs, asked), texts, asked, work), source, texts, graphs, asked, work)
-    report = _finish(out, source, asked, fingerprint, texts, chosen, candidates, graphs, command, keep_stages, push_to)
+    measured = measure(source, plans, _sparsities(configs, asked), texts, asked, work, original)
+    chosen, candidates = choose(measured, source, texts, graphs, asked, work, original)
+    report = _finish(out, original or source, asked, fingerprint, texts, chosen, candidates, graphs, command, keep_stages, push_to, recovered)
     if not keep_stages:
         shutil.rmtree(work)
     url = push(out, push_to, private=not public) if push_to else None
     return Result(out, False, report, needed, url, asked.export.precision)
 
 
-def resolve(model: str, folder: Path) -> Source:
-    """Open a folder, the bundled model, or a Hub id, which is fetched into `folder`."""
-    if model == BUNDLED_MODEL:
-        return replace(open_source(BUNDLED), label=BUNDLED_NAME)
-    if is_hub_id(model):
-        fetched = download(model, folder)
-        return open_source(fetched.folder, fetched.id, fetched.revision)
-    return open_source(model)
+def _recovered(source: Source, recipe: Recipe, texts: Texts, work: Path, device: str) -> Tuned | None:
+    """The checkpoint that the recipe's training stage makes of `source`, None without one."""
+    stage = training_stage(recipe)
+    if stage is None:
+        return None
+    assert stage.tune is not None
+    return tuned(source, stage.config.get("activation"), stage.tune, recipe.seed, work / "recovery", device, Evaluation(texts.heldout, heldout_name(recipe)))
 
 
 def _sparsities(configs: Configs, recipe: Recipe) -> dict[str, float | None]:
-    """The share to skip that each method was asked for; None where a budget or files decide."""
-    return {name: None if recipe.searches else getattr(next(iter(parts.values())), "sparsity", None) for name, parts in configs.items()}
+    """The share to skip that each method was asked for; None where a budget, files, zeros or a training decide."""
+    return {name: None if recipe.searches else getattr(next(iter(parts.values()), None), "sparsity", None) for name, parts in configs.items()}
 
 
 def _check_device(device: str) -> None:
@@ -190,6 +211,7 @@ def _finish(
     command: str,
     keep_stages: bool,
     repo_id: str | None,
+    recovered: Tuned | None,
 ) -> Report:
     """Assemble OUT from the chosen candidate's stages, report and card; the manifest is written last and one rename makes OUT appear."""
     report = build_report(source, recipe, texts, candidates, chosen, graphs, command)
@@ -199,6 +221,9 @@ def _finish(
         _place(chosen.checkpoint, partial, keep_stages)
         (partial / "onnx").mkdir()
         _place(chosen.onnx, partial / "onnx", keep_stages)
+        if recovered is not None:
+            (partial / RECOVERY).parent.mkdir(exist_ok=True)
+            write_json(partial / RECOVERY, recovered.record.model_dump(mode="json"))
         write_report(partial, report, read_base_card(source.folder, source.id, source.revision), repo_id)
         manifest = Manifest(
             fingerprint=fingerprint,

@@ -29,7 +29,7 @@ from .artifact import Header, InputError, atomic_folder, is_finished, write_json
 from .blocks import down_rows, ffn_down, ffn_parts
 from .data import Batches
 from .losses import kl_divergence, straight_through
-from .plans import Entry, Plan, Predictor, Threshold, load_plan, save_plan
+from .plans import Entry, Plan, Predictor, Swap, Threshold, deciding, load_plan, save_plan
 from .recipe import Tune
 from .training import Settings, train
 
@@ -69,13 +69,16 @@ class Unit:
         return Threshold("gate", (t["bias"] + self.shift) / self.steep.cpu(), density, t.get("fc1"), t.get("residual"))
 
 
-def _unit(entry: Entry, device: torch.device, scale: float) -> Unit:
+def make_unit(entry: Entry, device: torch.device, scale: float) -> Unit:
+    """The trained form of a plan's entry at a site whose inputs have the rms `scale`."""
+
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().to(device, torch.float32).clone(memory_format=torch.contiguous_format).requires_grad_()
 
     if isinstance(entry, Predictor):
         tensors, steep = {"fc1": leaf(entry.fc1 * scale), "fc2": leaf(entry.fc2), "bias": leaf(-entry.tau)}, None
     else:
+        assert isinstance(entry, Threshold)
         tau = entry.tau.to(device, torch.float32)
         never = torch.isinf(tau)  # a neuron whose up projection is always 0
         steep = torch.where(never, 1.0, _STEEPNESS / tau.clamp_min(1e-4))
@@ -91,7 +94,8 @@ class EndToEnd:
     """The objective of `training.train` for the feed-forward sites of a plan; `targets` are the densities that the levels of the run end at, `start` the one
     that it begins with.
 
-    `probe` [N, S] are a few windows that inputs are scaled by. The model's weights are never changed and get no gradients.
+    `probe` [N, S] are a few windows that inputs are scaled by. The model's weights are never changed and get no gradients; the divergence is from `teacher`,
+    where there is one, else from the model with everything kept.
     """
 
     def __init__(
@@ -106,11 +110,14 @@ class EndToEnd:
         local: float,
         half: bool,
         probe: Tensor,
+        teacher: Any | None = None,
     ) -> None:
         self.model, self.arch, self.activation = model, arch, activation
+        self.teacher = teacher
         self.settings, self.targets, self.local, self.half = settings, [start, *targets], local, half
-        scales = _input_rms(model, arch, [site for site in plan if site.kind == "ffn"], probe)
-        self.units = {site: _unit(plan[site][0], model.device, scale) for site, scale in scales.items()}
+        scales = input_rms(model, arch, [site for site in plan if site.kind == "ffn"], probe)
+        self.units = {site: make_unit(deciding(plan[site]), model.device, scale) for site, scale in scales.items()}
+        self.swaps: dict[Site, list[Entry]] = {site: [entry for entry in plan[site] if isinstance(entry, Swap)] for site in scales}
         self.price = 0.0
         self.figures: dict[str, float] = {}
         for parameter in model.parameters():
@@ -137,7 +144,7 @@ class EndToEnd:
         attention = None if bool(mask.all()) else mask.long()
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.half):
             with torch.no_grad():
-                dense = self.model(input_ids=tokens, attention_mask=attention, use_cache=False).logits
+                dense = (self.teacher or self.model)(input_ids=tokens, attention_mask=attention, use_cache=False).logits
             with self.masking() as seen:
                 sparse = self.model(input_ids=tokens, attention_mask=attention, use_cache=False).logits
         divergence = kl_divergence(dense, sparse, mask)
@@ -212,7 +219,7 @@ class EndToEnd:
             if abs(excess) < _TOLERANCE:
                 break
             low, high = (shift, high) if excess > 0 else (low, shift)
-        plan: Plan = {site: [unit.entry(found[site])] for site, unit in self.units.items()}
+        plan: Plan = {site: [*self.swaps[site], unit.entry(found[site])] for site, unit in self.units.items()}
         for unit in self.units.values():
             unit.shift = 0.0
         return plan
@@ -243,6 +250,7 @@ def train_plan(
     seed: int,
     folder: Path,
     header: Header,
+    teacher: Any | None = None,
 ) -> list[Plan]:
     """Train the feed-forward entries of `plan` and return one plan per density in `densities`, which one run visits in turn; other sites stay as they are.
 
@@ -265,7 +273,7 @@ def train_plan(
         curve_file.unlink(missing_ok=True)
         settings = Settings(tune.steps * len(densities), tune.windows, tune.rate, levels=len(densities), seed=seed)
         half = tune.precision == "bf16" or (tune.precision == "auto" and multiplies_bf16(model.device))
-        objective = EndToEnd(model, arch, activation, plan, settings, densities, start, tune.local, half, aside[:4])
+        objective = EndToEnd(model, arch, activation, plan, settings, densities, start, tune.local, half, aside[:4], teacher)
 
         def at_level(level: int) -> None:
             with atomic_folder(folders[level]) as partial:
@@ -285,7 +293,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def _input_rms(model: Any, arch: Arch, sites: Sequence[Site], tokens: Tensor) -> dict[Site, float]:
+def input_rms(model: Any, arch: Arch, sites: Sequence[Site], tokens: Tensor) -> dict[Site, float]:
     """Root mean square of the feed-forward inputs by site, on windows [N, S]."""
     found: dict[Site, float] = {}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ..runtime_onnx.ops.activation import is_relu
 from .arch import Arch
 from .artifact import InputError
 from .interchange import NEEDS as IMPORTED_NEEDS
@@ -20,7 +21,7 @@ from .methods.trained_gate import Config as GateConfig
 from .onnx_export.matmul_nbits import BLOCK
 from .onnx_export.precision import PRECISIONS, Precision
 from .plans import FFN_LINEARS, LINEARS, Threshold, cost, uniform_tau
-from .recipe import Recipe, make_recipe, read_recipe
+from .recipe import Recipe, Stage, make_recipe, read_recipe
 from .residual import residual_rank
 from .source import Source
 from .stats.samples import CAP
@@ -33,9 +34,16 @@ SELF = "self"
 IMPORTED = "imported"
 """The method that takes predictors from files; it is none of METHODS because it reads them."""
 NEURON_METHODS = ("gate", "chess", "cett", "trained_gate", "predictor")
+"""Methods that keep a share of the neurons."""
 LINEAR_METHODS = ("teal", "wina")
+EXACT = "exact"
+TUNED = "tuned"
+"""What a recipe's plan is called when its one stage trains weights: what the training ended with."""
+RECIPES = Path(__file__).parent / "recipes"
 AUTO = {False: NEURON_METHODS, True: (*NEURON_METHODS, *LINEAR_METHODS, "chess+teal")}
-"""What `auto` tries, by whether a budget is searched: a share of neurons means nothing to methods that skip input channels."""
+"""What `auto` tries, by whether a budget is searched: a share of neurons means nothing to methods that skip input channels. For a model with exact zeros it
+tries `exact` too.
+"""
 Configs = Mapping[str, Mapping[str, BaseModel]]
 """Method -> its parts (one, or those that `+` joins) -> their configurations."""
 _FP32, _FP16 = 4, 2
@@ -75,7 +83,8 @@ def estimate_shapes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...
         disk += whole // 2
     batch = 2048 * (hidden * 4 + units * 5) * _FP32
     form = PRECISIONS[recipe.export.precision]
-    costs = {} if recipe.searches else {name: _expected_cost(arch, parts, hidden, units, form) for name, parts in configs.items() if IMPORTED not in parts}
+    unknown = {IMPORTED, EXACT}
+    costs = {name: _expected_cost(arch, parts, hidden, units, form) for name, parts in configs.items() if parts and not unknown & set(parts)}
     return Estimate(
         parameters=parameters,
         ffn_share=sum(prod(shapes[name]) for name in ffn) / parameters,
@@ -84,7 +93,7 @@ def estimate_shapes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...
         peak_calibrate=_RUNTIME + 2 * block * _FP32 + 2 * windows * hidden * _FP32 + batch,
         peak_export=_RUNTIME + 2 * whole,
         onnx_bytes=sizes,
-        expected_cost=costs,
+        expected_cost={} if recipe.searches else costs,
     )
 
 
@@ -142,17 +151,18 @@ def compile_recipe(
         "precision": precision, "target": target, "seed": seed, "MODEL": model,
     }  # fmt: skip
     if recipe:
-        given = [name for name, value in flags.items() if value is not None]
+        given = [name for name, value in flags.items() if value is not None and name != "MODEL"]
         if given:
             raise InputError(f"--recipe must stand without the flags that it covers, got {', '.join(given)} as well. Put them into the recipe.")
-        return read_recipe(Path(recipe))
+        return read_recipe(named_recipe(recipe), None if model is None else str(model), BUNDLED_MODEL)
     if sparsity is not None and not 0 < sparsity < 1:
         raise InputError(f"sparsity must lie strictly between 0 and 1, got {sparsity}. Use 0.5 to skip half of the gated neurons.")
     parts = parts_of(method or "auto")
     searches = sparsity is None and (max_ppl_increase is not None or max_kl is not None)
-    config = {} if searches or parts == [IMPORTED] else {"sparsity": 0.5 if sparsity is None else sparsity}
-    if parts == [IMPORTED] and sparsity is not None:
-        raise InputError(f"sparsity must stand without method {IMPORTED}, got {sparsity}: the predictors' thresholds decide. Leave it out or give a budget.")
+    fixed = {IMPORTED: "the predictors' thresholds decide", EXACT: "the activation's zeros decide"}.get(parts[0])
+    config = {} if searches or fixed else {"sparsity": 0.5 if sparsity is None else sparsity}
+    if fixed and sparsity is not None:
+        raise InputError(f"sparsity must stand without method {method}, got {sparsity}: {fixed}. Leave it out or give a budget.")
     values = {
         "model": str(model) if model else BUNDLED_MODEL,
         "calibration": {"generated": True} if str(calibration) == SELF else {"file": str(calibration) if calibration else None},
@@ -162,6 +172,29 @@ def compile_recipe(
         "export": _export(precision, target),
     }
     return make_recipe(values, "convert")
+
+
+def named_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe: one that comes with sparsegate, by its name, or a path."""
+    own = RECIPES / f"{recipe}.yaml"
+    return own if own.is_file() and not Path(recipe).is_file() else Path(recipe)
+
+
+def training_stage(recipe: Recipe) -> Stage | None:
+    """The stage that trains weights before anything is planned, where there is one. Raises InputError for a recipe of another order."""
+    *before, last = recipe.stages
+    if before and before[0].tune is None:
+        raise InputError(f"The first of two stages must train, got {before[0].method} without tune. Give it tune, or leave the stage out.")
+    if before and last.tune is not None:
+        raise InputError("The last of two stages must plan, got tune in both. Leave one out.")
+    stage = before[0] if before else last
+    if stage.tune is None:
+        return None
+    if stage.method != EXACT or set(stage.config) - {"activation"}:
+        raise InputError(f"A stage that trains must have method {EXACT} with at most an activation, got {stage.method} with {sorted(stage.config)}. Mend it.")
+    if before and stage.tune.predictors is not None:
+        raise InputError("A stage that trains predictors must be the last one, got another after it. Leave the predictors or the last stage out.")
+    return stage
 
 
 def _export(precision: str | None, target: str | None) -> dict[str, str]:
@@ -186,13 +219,17 @@ def parts_of(method: str) -> list[str]:
     return parts
 
 
-def method_configs(recipe: Recipe) -> Configs:
-    """The methods to try and their parts' configurations; `auto` is every one of AUTO. A part takes the fields that it knows, and the recipe's seed.
+def method_configs(recipe: Recipe, exact: bool = False) -> Configs:
+    """The methods to try and their parts' configurations; `auto` is every one of AUTO, and the method exact for a model with `exact` zeros. A part takes the
+    fields that it knows, and the recipe's seed. A recipe whose one stage trains has the plan TUNED, without parts.
 
-    Raises InputError for an unknown method and for a field that no part knows.
+    Raises InputError for an unknown method, for a field that no part knows, and when `training_stage` does.
     """
-    (stage,) = recipe.stages
-    names = AUTO[recipe.searches] if stage.method == "auto" else (stage.method,)
+    training = training_stage(recipe)
+    stage = recipe.stages[-1]
+    if stage is training:
+        return {TUNED: {}}
+    names = (*AUTO[recipe.searches], *((EXACT,) if exact else ())) if stage.method == "auto" else (stage.method,)
     fields = {part: _config_class(part).model_fields for name in names for part in parts_of(name)}
     known = {key for own in fields.values() for key in own}
     unknown = sorted(set(stage.config) - known)
@@ -223,6 +260,11 @@ def _check_joined_search(name: str, parts: Mapping[str, BaseModel]) -> None:
     trained = [part for part, config in parts.items() if getattr(load_method(part), "start", lambda _: None)(config) is not None]
     if trained:
         raise InputError(f"A budget must be searched with a method trained end to end alone, got {name}. Set a sparsity, or take {trained[0]} or chess+teal.")
+
+
+def has_zeros(source: Source) -> bool:
+    """Whether the networks of a model have exact zeros: by their own activation, or by one that it was given."""
+    return bool(source.swaps) or is_relu(source.arch.activation(source.config))
 
 
 def training_windows(configs: Configs) -> int:

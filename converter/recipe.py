@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .artifact import InputError
+
+_Part = TypeVar("_Part", bound=BaseModel)
 
 
 class _Strict(BaseModel):
@@ -70,8 +72,8 @@ class Data(_Strict):
 
 
 class Losses(_Strict):
-    """Weights of what is minimised, nats per token: `distill` KL(dense || student), `lm` the next token's cross-entropy; `hidden` a mean over blocks of the squared
-    difference of their outputs from the dense source's, relative to its energy.
+    """Weights of what is minimised, nats per token: `distill` KL(dense || student), `lm` the next token's cross-entropy; `hidden` a mean over blocks of the
+    squared difference of their outputs from the dense source's, relative to its energy.
     """
 
     distill: float = Field(default=1.0, ge=0)
@@ -80,15 +82,20 @@ class Losses(_Strict):
 
 
 class Penalty(_Strict):
-    """What makes activations sparse: `l1` weighs the mean over sites of mean z / rms z, grown over the first `ramp` of the run along a straight line or, in
-    `periods` steps, along sine curves (ProSparse, arXiv 2402.13516, equation 4); with a `density` the weight is a controller's instead, which holds the mean
-    share of non-zeros there.
+    """What makes activations sparse, by its `kind`, per site and then the mean over sites.
+
+    `count` is a smooth count of the open units, sigmoid(margin / softness) where the margin is the smaller of a unit's factors that must be positive, relative
+    to the rms of each; `l1` is mean|z| / rms z. Its `weight` grows over the first `ramp` of the run along a straight line or, in `periods` steps, along sine
+    curves (ProSparse, arXiv 2402.13516). With a `density` the weight is a controller's instead, which leads the share of non-zeros there along the same
+    curve and holds it.
     """
 
-    l1: float = Field(default=0.1, ge=0)
+    kind: Literal["count", "l1"] = "count"
+    weight: float = Field(default=0.5, ge=0)
     ramp: float = Field(default=0.5, gt=0, le=1)
     shape: Literal["linear", "sine"] = "linear"
     periods: int = Field(default=1, ge=1)
+    softness: float = Field(default=0.25, gt=0)
     density: float | None = Field(default=None, gt=0, lt=1)
 
 
@@ -100,8 +107,8 @@ class Lora(_Strict):
 
 
 class Joint(_Strict):
-    """Predictors trained together with the weights: their cost (of the network's weights) and the density that they predict in the end; the mask is hard and its
-    gradient the sigmoid's (Turbo Sparse, arXiv 2406.05955).
+    """Predictors trained together with the weights: their cost (of the network's weights) and the density that they predict in the end; the mask is hard and
+    its gradient the sigmoid's (Turbo Sparse, arXiv 2406.05955).
     """
 
     cost: float = Field(default=0.1, gt=0, lt=1)
@@ -204,16 +211,24 @@ class Recipe(_Strict):
 
 def make_recipe(values: dict[str, Any], where: str = "The recipe") -> Recipe:
     """A recipe from plain values. Raises InputError naming the first field that is wrong."""
+    return make_part(Recipe, values, where)
+
+
+def make_part(kind: type[_Part], values: dict[str, Any], where: str) -> _Part:
+    """A recipe, or a part of one, from plain values. Raises InputError naming the first field that is wrong."""
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "content"
         raise InputError(f"{where}'s {field} must be valid, got {first.get('input')!r} ({first['msg']}). Mend it.") from None
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in a YAML file. Raises InputError when the file is missing, no YAML or no recipe."""
+def read_recipe(path: Path, model: str | None = None, default: str | None = None) -> Recipe:
+    """The recipe in a YAML file. `model` is taken where the file names none, else `default`.
+
+    Raises InputError when the file is missing, no YAML or no recipe, and when both name a model.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -222,4 +237,8 @@ def read_recipe(path: Path) -> Recipe:
         raise InputError(f"The recipe must be a YAML file, got {path} ({str(error).splitlines()[0]}). Mend it.") from None
     if not isinstance(values, dict):
         raise InputError(f"The recipe must be a mapping with version, model and stages, got {type(values).__name__} in {path}. Mend it.")
-    return make_recipe(values, str(path))
+    if model is not None and "model" in values:
+        raise InputError(f"MODEL must stand without a recipe that names its model, got {model} and {values['model']!r} in {path}. Leave one out.")
+    if "model" not in values and (model or default):
+        values = values | {"model": model or default}
+    return make_recipe(values, path.name)

@@ -21,12 +21,13 @@ from .interchange import NEEDS as IMPORTED_NEEDS
 from .interchange import fingerprint, imported_plan, measured
 from .labels import collect_labels
 from .methods import load_method, needs
-from .planning import IMPORTED
-from .plans import Plan, block_cost, load_plan, merge, save_plan
+from .planning import EXACT, IMPORTED, TUNED
+from .plans import Plan, Swap, block_cost, load_plan, merge, save_plan
 from .recipe import Recipe
 from .reference import load_dense
 from .residual import add_residuals, residual_rank
 from .scores import load_score
+from .shares import with_shares
 from .source import Source
 from .stats import Stats, load_stat
 from .stats.collect import collect, drop_samples
@@ -40,7 +41,9 @@ _REACH = 6.0  # logits that a trained plan is shifted by at most
 
 @dataclass
 class Run:
-    """What every stage of a conversion reads; the dense model is loaded when first asked for."""
+    """What every stage of a conversion reads; models are loaded when first asked for. `original` is the dense model that `source` was recovered from, where it
+    was: what trained predictors are to reproduce.
+    """
 
     source: Source
     texts: Texts
@@ -48,11 +51,17 @@ class Run:
     work: Path
     device: str
     stats: Stats = field(default_factory=dict)
+    original: Source | None = None
 
     @cached_property
     def model(self) -> Any:
         """The dense model on the device."""
         return load_dense(self.source.folder).to(self.device)
+
+    @cached_property
+    def teacher(self) -> Any | None:
+        """The original on the device, where there is one."""
+        return None if self.original is None else load_dense(self.original.folder).to(self.device)
 
     @cached_property
     def activation(self) -> str:
@@ -67,23 +76,28 @@ class Run:
 
     def header(self, name: str, config: Mapping[str, Any], **parents: str) -> Header:
         """The header of a method's stage."""
-        own = {"model": self.source.fingerprint, **parents}
+        own = {"model": self.source.fingerprint, **parents} | ({} if self.original is None else {"original": self.original.fingerprint})
         return Header(format="plan", parents=own, config={"method": name, **config}, seed=self.recipe.seed, calibration=self.texts.calibration.sha256)
 
 
-def once(source: Source, texts: Texts, recipe: Recipe, configs: Mapping[str, Mapping[str, Any]], work: Path, device: str) -> dict[str, Plan]:
+def once(
+    source: Source, texts: Texts, recipe: Recipe, configs: Mapping[str, Mapping[str, Any]], work: Path, device: str, original: Source | None = None
+) -> dict[str, Plan]:
     """One round: the plan of every method in `configs` (validated configurations by part, as `planning.method_configs` gives them), from one set of
     statistics; a method that cannot meet the budget is left out. Stored activations go when every plan is made.
 
+    `original` is the dense model that `source` was recovered from, where it was.
+
     Raises InputError when no method can meet the budget.
     """
-    run = Run(source, texts, recipe, work, device)
+    run = Run(source, texts, recipe, work, device, original=original)
     headers = {name: _header(run, name, config) for name, config in configs.items()}
     todo = [name for name in configs if not is_finished(work / "plan" / name, headers[name])]
     if todo:
         run.stats = _statistics(run, {part: config for name in todo for part, config in configs[name].items()})
         for name in todo:
             plan = _searched(run, name, configs[name]) if recipe.searches else _direct(run, name, configs[name])
+            plan = None if plan is None else _completely(run, plan)
             with atomic_folder(work / "plan" / name) as partial:
                 save_plan(partial, plan or {}, headers[name])
     for folder in ("stats", "stats_labels"):
@@ -92,6 +106,17 @@ def once(source: Source, texts: Texts, recipe: Recipe, configs: Mapping[str, Map
     if not any(plans.values()):
         raise InputError(f"The budget must be one that a method can meet, got none of {', '.join(plans)} within it. Loosen it.")
     return {name: plan for name, plan in plans.items() if plan}
+
+
+def _completely(run: Run, plan: Plan) -> Plan:
+    """The plan with the swapped activation of every site, where the model has any, and with the shares of exact sites as they are on the calibration text."""
+    swaps = run.source.swaps
+    whole: Plan = {}
+    for site in [*plan, *(site for site in swaps if site not in plan)]:
+        entries = plan.get(site, [])
+        whole[site] = [swaps[site], *entries] if site in swaps and not any(isinstance(entry, Swap) for entry in entries) else entries
+    whole = dict(sorted(whole.items(), key=lambda item: (item[0].layer, item[0].kind != "ffn")))
+    return with_shares(run.model, whole, run.source.arch, run.activation, run.texts.calibration)
 
 
 def _header(run: Run, name: str, config: Mapping[str, Any]) -> Header:
@@ -128,10 +153,23 @@ def _part(run: Run, name: str, part: str, config: Any) -> Plan:
     if part == IMPORTED:
         return measured(imported_plan(run.source, config), run.stats)
     plan = load_method(part).plan(run.stats, run.source.arch, config)
+    if part == EXACT:
+        return _present(run, plan)
     start = _start(part, config)
     if start is not None:
         plan = _trained(run, name, part, config, plan, start, 1.0 - config.sparsity)
     return _completed(run, name, part, config, plan, 1.0 - config.sparsity)
+
+
+def _present(run: Run, plan: Plan) -> Plan:
+    """The plan of the method exact, in which no activation means the one that a site has."""
+    found: Plan = {}
+    for site, entries in plan.items():
+        (entry,) = entries
+        assert isinstance(entry, Swap)
+        own = run.source.swaps.get(site, Swap(run.activation))
+        found[site] = [entry if entry.activation else own]
+    return found
 
 
 def _completed(run: Run, name: str, part: str, config: Any, plan: Plan, density: float) -> Plan:
@@ -153,13 +191,18 @@ def _start(part: str, config: Any) -> float | None:
 def _trained(run: Run, name: str, part: str, config: Any, plan: Plan, start: float, density: float) -> Plan:
     folder = run.work / "trained" / f"{name}-{density:.3f}"
     header = run.header(part, config.model_dump(mode="json"), training=run.texts.training.sha256)
-    (found,) = train_plan(run.model, run.source.arch, run.activation, plan, start, [density], run.texts.training, config.tune, config.seed, folder, header)
+    (found,) = train_plan(
+        run.model, run.source.arch, run.activation, plan, start, [density], run.texts.training, config.tune, config.seed, folder, header, run.teacher
+    )
     return found
 
 
 def _searched(run: Run, name: str, config: Mapping[str, Any]) -> Plan | None:
     """The cheapest plan of a method that meets the budget on the search windows, None when there is none."""
     part, values = next(iter(config.items()))
+    if part == EXACT:
+        plan = _direct(run, name, config)
+        return plan if run.judge.loss(plan).share(run.recipe.budget) <= 1 else None
     if len(config) == 1 and (part == IMPORTED or hasattr(load_method(part), "start")):
         if part != IMPORTED and _start(part, values) is not None:
             return _searched_training(run, name, part, values)
@@ -223,6 +266,15 @@ def _searched_training(run: Run, name: str, part: str, config: Any) -> Plan | No
             cost = block_cost(ready, run.source.arch, run.source.config)
             best = min(best or (cost, ready), (cost, ready), key=lambda pair: pair[0])
     return None if best is None else best[1]
+
+
+def keep_plan(plan: Plan, header: Header, work: Path, name: str = TUNED) -> Plan:
+    """A plan that a training ended with as the stage that further stages are made from; `header` is the training's."""
+    own = Header(format="plan", parents={"tuned": header.fingerprint}, config={"method": name}, seed=header.seed)
+    if not is_finished(work / "plan" / name, own):
+        with atomic_folder(work / "plan" / name) as partial:
+            save_plan(partial, plan, own)
+    return plan
 
 
 def checkpoint(source: Source, plan: Plan, name: str, work: Path, parent: Path) -> Path:

@@ -13,6 +13,7 @@ import typer.main
 
 VERBS = {
     "convert": (".convert", "Turn a model into a sparse checkpoint with ONNX."),
+    "tune": (".tune", "Give a model an activation with exact zeros and recover it by training."),
     "inspect": (".inspect", "Say from headers what can be converted, and what it will need."),
     "generate": (".generate", "Stream a continuation of a prompt."),
     "verify": (".verify", "Check integrity, equality of executors and the quality budget."),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..conversion import Result, Verification
     from ..diagnosis import Diagnosis
     from ..inspection import Inspection
+    from ..tuning import Tuned
 
 
 def share(text: str | None, flag: str) -> float | None:
@@ -77,6 +78,21 @@ def _estimate(estimate: Any, precision: str | None = None) -> None:
     print(f"peak memory       {_size(estimate.peak_calibrate)} while calibrating, {_size(estimate.peak_export)} while exporting and verifying")
     for name, value in estimate.expected_cost.items():
         print(f"expected cost     {value:.2f} of the dense MLP's bytes per token with method {name}")
+
+
+def tuning(result: Tuned, as_json: bool) -> None:
+    """What a recovery gave, beside the dense model."""
+    record = result.record
+    if as_json:
+        print(_json.dumps({"output": str(result.folder), **record.model_dump(mode="json")}, indent=2))
+        return
+    from ..report.recovery import recovery_table, site_table
+
+    print(f"wrote {result.folder}")
+    print()
+    print(recovery_table(record, "text"))
+    print()
+    print(site_table(record, "text"))
 
 
 def verification(result: Verification, as_json: bool) -> None:
