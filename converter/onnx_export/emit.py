@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,18 +11,20 @@ from numpy.typing import NDArray
 
 from ..arch import Site
 from ..artifact import InputError
-from ..plans import Entry, Predictor, Threshold
+from ..plans import Entry, Predictor, Swap, Threshold, activation_at, deciding
 
 
 @dataclass(frozen=True)
 class Emission:
-    """A score and its inputs by the op's roles, all float32.
+    """A score and its inputs by the op's roles, all float32; `activation` is what the MLP computes with where that is not the base model's.
 
-    GatedMLP has the scores gate and predictor, with tau [n], p1 [r, d], p2 [n, r], res [r, d]; SparseLinear has input, with tau [d_in].
+    GatedMLP has the scores gate and predictor, with tau [n], p1 [r, d], p2 [n, r], res [r, d], and exact, with nothing; SparseLinear has input, with
+    tau [d_in].
     """
 
     score: str
     tensors: dict[str, NDArray[np.float32]]
+    activation: str | None = None
 
 
 def threshold(entry: Threshold) -> Emission:
@@ -41,21 +43,31 @@ def predictor(entry: Predictor) -> Emission:
     return Emission("predictor", tensors if entry.residual is None else tensors | {"res": _array(entry.residual)})
 
 
-EMITTERS: dict[str, Callable[[Any], Emission]] = {"threshold": threshold, "predictor": predictor}
+def swap(entry: Swap) -> Emission:
+    """Another activation, of which what is not zero is kept."""
+    return Emission("exact", {}, entry.activation)
+
+
+EMITTERS: dict[str, Callable[[Any], Emission]] = {"threshold": threshold, "predictor": predictor, "swap": swap}
 """Plan kind -> the function that emits it."""
 
 
 def emit(site: Site, entries: list[Entry], d: int, n: int) -> Emission:
-    """The emission of a site's plan, for an MLP of n neurons over d channels or a linear of n = d input channels.
+    """The emission of a site's plan, for an MLP of n neurons over d channels or a linear of n = d input channels: of its last entry, under the activation of
+    a swap before it.
 
-    Raises InputError when the site has not exactly one entry, for a kind that has no emitter, and for tensors of a wrong shape or with NaN.
+    Raises InputError when the site has not one entry, or a swap and one after it, for a kind that has no emitter, and for tensors of a wrong shape or with NaN.
     """
     kinds = [str(entry.fields()["kind"]) for entry in entries]
-    if len(kinds) != 1 or kinds[0] not in EMITTERS:
+    if [kind for kind in kinds if kind not in EMITTERS] or not (len(kinds) == 1 or (len(kinds) == 2 and kinds[0] == "swap" != kinds[1])):
         raise InputError(
-            f"Site {site.key} must have one entry of kind {' or '.join(EMITTERS)} to be exported, got {', '.join(kinds) or 'none'}. Make another plan."
+            f"Site {site.key} must have one entry of kind {' or '.join(EMITTERS)}, or a swap before it, to be exported, "
+            f"got {', '.join(kinds) or 'none'}. Make another plan."
         )
-    found = EMITTERS[kinds[0]](entries[0])
+    decides = deciding(entries)
+    found = EMITTERS[kinds[-1]](decides)
+    if decides is not entries[0]:
+        found = replace(found, activation=activation_at(entries, ""))
     r = len(found.tensors["p1"]) if "p1" in found.tensors else 0
     shapes = {"tau": (n,), "p1": (r, d), "p2": (n, r), "res": (r, d)}
     for role, array in found.tensors.items():

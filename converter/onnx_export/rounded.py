@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..arch import Arch, Site
-from ..plans import Entry, Plan, Predictor, Threshold, linear_rows
+from ..plans import Entry, Plan, Predictor, Swap, Threshold, linear_rows
 from ..reference import apply_plan, remove_plan
 from .emit import EMITTERS
 from .linear_region import cut_linears
@@ -99,6 +99,8 @@ def _layer(model: Any, plan: Plan, arch: Arch, form: Precision, layer: int) -> I
 
 def _entry(entry: Entry, form: Precision) -> Entry:
     """A plan's entry with the predictor that the file holds."""
+    if isinstance(entry, Swap):
+        return entry
     emission = EMITTERS[str(entry.fields()["kind"])](entry)
     read = {role: torch.from_numpy(array) for role, array in load_predictor(store_predictor(emission.tensors, form)[0]).items()}
     if isinstance(entry, Predictor):

@@ -15,7 +15,6 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from ...runtime_onnx.ops import gated_mlp, sparse_linear
 from ...runtime_onnx.ops.quantisation import GROUP
@@ -23,7 +22,7 @@ from ..arch import Arch
 from ..artifact import InputError, disk_full, is_disk_full
 from ..plans import Plan, check_plan, linear_shapes
 from .base_graph import DATA, MODEL
-from .emit import emit
+from .emit import Emission, emit
 from .linear_region import LinearRegion, Part, find_linears
 from .matmul_nbits import ACCURACY, initialiser, quantise_rest
 from .mlp_region import MlpRegion, find_regions
@@ -46,9 +45,9 @@ def export(base: Path, plan: Plan, arch: Arch, config: Any, out: Path, precision
 
     `precision` is a row of PRECISIONS; `base` is a float graph for `target`.
 
-    The graph gets one GatedMLP node per feed-forward site, weights [n, d] neuron-major, one SparseLinear node per linear site, weight [d_in, d_out]
-    input-major, and one model-local function per variant of each op, so that it runs with and without the native library. A packed weight is cut into one node
-    per linear where their thresholds differ. Sites that are not in the plan stay as they are.
+    The graph gets one GatedMLP node per feed-forward site, with another activation where the plan swaps it, weights [n, d] neuron-major, one SparseLinear
+    node per linear site, weight [d_in, d_out] input-major, and one model-local function per variant of each op, so that it runs with and without the native
+    library. A packed weight is cut into one node per linear where their thresholds differ. Sites that are not in the plan stay as they are.
 
     Raises InputError for a plan that names no site of the model or that the ops cannot express, for a base graph without closed MLP regions or without the
     linears' products, for `out` equal to `base`, and when the disk is full.
@@ -71,8 +70,7 @@ def export(base: Path, plan: Plan, arch: Arch, config: Any, out: Path, precision
     gated = [site for site in emissions if site.kind == "ffn"]
     regions = {region.layer: region for region in find_regions(model, arch, config)} if gated else {}
     for site in gated:
-        score, tensors = emissions[site].score, emissions[site].tensors
-        node, variant = _replace(model.graph, regions[site.layer], arch, score, arch.activation(config), tensors, form)
+        node, variant = _replace(model.graph, regions[site.layer], arch, arch.activation(config), emissions[site], form)
         nodes[node] = variant
     for layer in layers:
         tau = {site.kind.removeprefix("linear:"): found.tensors["tau"] for site, found in emissions.items() if site.layer == layer and site.kind != "ffn"}
@@ -95,11 +93,9 @@ def export_dense(base: Path, out: Path, precision: str, target: str = "cpu") -> 
     _save(model, base, out)
 
 
-def _replace(
-    graph: ir.Graph, region: MlpRegion, arch: Arch, score: str, activation: str, tensors: Mapping[str, NDArray], form: Precision
-) -> tuple[ir.Node, gated_mlp.Variant]:
-    """Put one GatedMLP node in a region's place; tensors are the score's inputs by role."""
-    stored, p = store_predictor(tensors, form)
+def _replace(graph: ir.Graph, region: MlpRegion, arch: Arch, base: str, emission: Emission, form: Precision) -> tuple[ir.Node, gated_mlp.Variant]:
+    """Put one GatedMLP node in a region's place, of the activation `base` where the emission has no other."""
+    stored, p = store_predictor(emission.tensors, form)
     given: dict[str, ir.TensorProtocol] = {role: ir.Tensor(array) for role, array in stored.items()}
     down = region.weights["down"].const_value
     assert down is not None
@@ -112,7 +108,10 @@ def _replace(
     for part, value in region.biases.items():
         given[_ROLES[part][1]] = moved(value, dtype=ir.DataType.FLOAT)
     roles = tuple(role for role in gated_mlp.ROLES if role in given)
-    variant = gated_mlp.Variant(activation, score, weights, roles, x=_dtype(region.x), w=form.w, p=p)
+    try:
+        variant = gated_mlp.Variant(emission.activation or base, emission.score, weights, roles, x=_dtype(region.x), w=form.w, p=p)
+    except ValueError as error:
+        raise InputError(f"The op must be able to compute layers.{region.layer}.ffn, got: {error}") from None
     inputs = [region.x, *(initialiser(graph, f"{arch.ffn_module(region.layer)}.{gated_mlp.NAME}.{role}", given[role]) for role in roles)]
     y = ir.Value(name=region.y.name, shape=region.y.shape, type=region.y.type)
     name = f"/model/layers.{region.layer}/{arch.ffn.module}/{gated_mlp.NAME}"

@@ -27,7 +27,7 @@ from sparsegate.converter.arch import Site
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.onnx_export import METADATA, build_base, check_base, compare_base, find_linears, find_regions, surgery
 from sparsegate.converter.onnx_export.emit import EMITTERS
-from sparsegate.converter.plans import KINDS, Plan, Predictor, Threshold, uniform_tau
+from sparsegate.converter.plans import KINDS, Plan, Predictor, Swap, Threshold, uniform_tau
 from sparsegate.runtime_onnx.library import executor, variants
 from sparsegate.runtime_onnx.ops import sparse_linear
 from sparsegate.runtime_onnx.ops.gated_mlp import Variant
@@ -378,13 +378,17 @@ Q = Site(0, kind="linear:q_proj")
 
 class Unknown:
     def fields(self):
-        return {"kind": "swap"}
+        return {"kind": "experts"}
 
 
 @pytest.mark.parametrize(
     ("site", "entries", "match"),
     [
-        (Site(0), [Unknown()], "kind threshold or predictor to be exported, got swap"),
+        (Site(0), [Unknown()], "kind threshold or predictor or swap, or a swap before it, to be exported, got experts"),
+        (Site(0), [Swap("relu"), Unknown()], "got swap, experts"),
+        (Site(0), [Swap("relu"), Swap("relu")], "got swap, swap"),
+        (Site(0), [Threshold("gate", uniform_tau(0.1, N), 0.5), Swap("relu")], "got threshold, swap"),
+        (Site(0), [Swap("silu")], "activation must have exact zeros .*, got silu"),
         (Site(0), [], "got none"),
         (Site(0), [Threshold("gate", uniform_tau(0.1, N), 0.5)] * 2, "one entry"),
         (Site(0), [Threshold("magnitude", uniform_tau(0.1, N), 0.5)], "score must be gate or input to be exported, got magnitude"),
