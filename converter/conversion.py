@@ -38,6 +38,7 @@ from .planning import (
 )
 from .recipe import Export, Recipe
 from .reference import load as load_folder
+from .reference import load_dense
 from .report import RESULTS, Report, read_base_card, write_report
 from .report.recovery import RECOVERY
 from .schedule import keep_plan, once
@@ -57,6 +58,8 @@ from .verification import (
 )
 
 log = logging.getLogger("sparsegate")
+RECOVERING = "recovery"
+"""The training stage's own work folder below OUT.work."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +122,11 @@ def convert(
     fingerprint = _fingerprint(source.fingerprint, asked, configs)
     if out.exists():
         return _existing(out, fingerprint, push_to, public, None if keep_stages else work)
-    texts = make_texts(source, asked, training_windows(configs), work)
     check_disk(out, needed.disk_bytes)
     work.mkdir(parents=True, exist_ok=True)
 
-    recovered = _recovered(source, asked, texts, work, device)
+    recovered = _recovered(source, asked, work / RECOVERING, device)
+    texts = _texts(source, asked, training_windows(configs), work)
     original, source = (source, recovered.source) if recovered else (None, source)
     within = asked
     if asked.budget.bounded and PRECISIONS[asked.export.precision].bits is not None:
@@ -142,13 +145,21 @@ def convert(
     return Result(out, False, report, needed, url, asked.export.precision)
 
 
-def _recovered(source: Source, recipe: Recipe, texts: Texts, work: Path, device: str) -> Tuned | None:
+def _recovered(source: Source, recipe: Recipe, work: Path, device: str) -> Tuned | None:
     """The checkpoint that the recipe's training stage makes of `source`, None without one."""
     stage = training_stage(recipe)
-    if stage is None:
+    if stage is None or stage.tune is None:
         return None
-    assert stage.tune is not None
-    return tuned(source, stage.config.get("activation"), stage.tune, recipe.seed, work / "recovery", device, Evaluation(texts.heldout, heldout_name(recipe)))
+    evaluation = Evaluation(make_heldout(source, recipe), heldout_name(recipe))
+    return tuned(source, stage.config.get("activation"), stage.tune, recipe.seed, work, device, evaluation)
+
+
+def _texts(source: Source, recipe: Recipe, training: int, work: Path) -> Texts:
+    """The windows of the conversion; those that the dense model writes are the ones that it wrote for the training stage, where it did."""
+    stage = training_stage(recipe)
+    if stage is None or stage.tune is None or stage.tune.data.mixture:
+        return make_texts(source, recipe, training, work)
+    return make_texts(source, recipe, training, work / RECOVERING, stage.tune.data.temperature)
 
 
 def _sparsities(configs: Configs, recipe: Recipe) -> dict[str, float | None]:
@@ -294,14 +305,21 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
     text = None if calibration is None else str(calibration)
     recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": text})})
     heldout = make_heldout(opened, recipe)
-    quality = measure_quality(sparse, plan, heldout)
+    recovered, dense = training_stage(recipe) is not None, None
+    if recovered and original is not None:
+        dense = load_dense(original.folder)
+    quality = measure_quality(sparse, plan, heldout, original=dense)
     if original is not None:
         checks.append(check_source(sparse, original.folder, heldout))
     asked = recipe.export
-    shipped = measure_shipped(folder / "onnx", sparse, heldout, asked)
+    shipped = measure_shipped(folder / "onnx", sparse, heldout, asked, original=dense)
     if asked != Export():
         round_model(sparse, plan, opened.arch, asked.precision, asked.target)
-    checks += check_onnx(folder / "onnx", sparse, heldout, asked)
+    checks += check_onnx(folder / "onnx", sparse, heldout, asked, original=dense)
+    if recovered and dense is None:
+        log.warning("The weights were trained: NLL is measured, and what compares with the dense model is the record's. Give that model with --source MODEL.")
+        quality = quality.model_copy(update={name: manifest.measured[name] for name in ("nll_dense", "kl", "agreement")})
+        shipped = None if shipped is None else shipped.model_copy(update={name: manifest.measured[f"onnx_{name}"] for name in ("kl", "agreement")})
     if calibration is not None or wanted is None:
         checks += check_budget(quality, manifest.budget) + check_record(quality, manifest.measured, shipped)
         checks += [] if shipped is None else shipped_checks(shipped, quality, manifest.budget, asked.precision)

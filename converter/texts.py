@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from .artifact import Header, InputError, atomic_folder, hash_json, is_finished, write_header, write_json
+from .artifact import Header, InputError, atomic_folder, hash_json, read_header, write_header, write_json
 from .data import CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text, self_generated
 from .recipe import Recipe
 from .reference import load_dense
@@ -38,9 +38,9 @@ class Texts:
     name: str
 
 
-def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | None = None) -> Texts:
+def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | None = None, temperature: float = 1.0) -> Texts:
     """The windows that a recipe means: of the bundled texts, of a user's file, whose last fifth is held out, or of text that the model writes itself, which is
-    stored below `work`. `training` is the most windows to train on.
+    stored below `work` and sampled at `temperature`. `training` is the most windows to train on.
 
     Raises InputError for a text that is too short.
     """
@@ -50,7 +50,7 @@ def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | N
     if asked.generated:
         wanted = max(asked.windows, training) + (SEARCH_WINDOWS if recipe.searches else 0)
         heldout = make_heldout(source, recipe)  # which may be too short, before anything is sampled
-        every, name, share = generated(source, wanted, length, recipe.seed, work), "text sampled from the dense model", 1.0
+        every, name, share = generated(source, wanted, length, recipe.seed, work, temperature), "text sampled from the dense model", 1.0
     else:
         every, heldout = make_batches(source.tokenizer(), text, _EVERY, length, recipe.seed), make_heldout(source, recipe)
     order = torch.randperm(len(every.tokens), generator=torch.Generator().manual_seed(recipe.seed))
@@ -103,10 +103,10 @@ def _rows(batches: Batches, rows: torch.Tensor) -> Batches:
 
 
 def generated(source: Source, windows: int, length: int, seed: int, work: Path | None, temperature: float = 1.0) -> Batches:
-    """Windows that the model writes itself, made once below `work`, with the seconds that it took."""
-    config = {"windows": windows, "length": length} | ({} if temperature == 1.0 else {"temperature": temperature})
-    header = Header(format="generated", parents={"model": source.fingerprint}, config=config, seed=seed)
-    if work is None or not is_finished(work / "generated", header):
+    """Windows that the model writes itself, made once below `work`, with the seconds that it took; where more lie there, the first of them."""
+    config = {"length": length} | ({} if temperature == 1.0 else {"temperature": temperature})
+    header = Header(format="generated", parents={"model": source.fingerprint}, config=config | {"windows": windows}, seed=seed)
+    if work is None or not _covers(read_header(work / "generated"), header):
         began = time.monotonic()
         found = self_generated(load_dense(source.folder), source.tokenizer(), windows, length, seed, temperature)
         if work is None:
@@ -115,5 +115,11 @@ def generated(source: Source, windows: int, length: int, seed: int, work: Path |
             save_file({"tokens": found.tokens}, partial / "tokens.safetensors")
             write_json(partial / SECONDS, {"seconds": time.monotonic() - began})
             write_header(partial, header)
-    tokens = load_file(work / "generated" / "tokens.safetensors")["tokens"]
+    tokens = load_file(work / "generated" / "tokens.safetensors")["tokens"][:windows]
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+
+def _covers(stored: Header | None, wanted: Header) -> bool:
+    """Whether a stage holds the wanted windows, and perhaps more."""
+    count = 0 if stored is None else stored.config.get("windows", 0)
+    return stored is not None and count >= wanted.config["windows"] and stored == wanted.model_copy(update={"config": wanted.config | {"windows": count}})
