@@ -1,12 +1,15 @@
 """sparsegate.converter: a Hugging Face model becomes a sparse checkpoint that ONNX Runtime runs.
 
 Public functions: convert, evaluate, inspect, load, make_report, push, verify. They are imported when first used, so that importing the package stays quick.
+With the package imported, transformers' auto classes know models whose activation was swapped (`modeling`).
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .modeling import watch
 
 if TYPE_CHECKING:
     from .conversion import convert, load, verify
@@ -33,6 +36,9 @@ _HOMES = {
     "push": (".hub", "push"),
     "verify": (".conversion", "verify"),
 }
+
+
+watch()
 
 
 def __getattr__(name: str) -> Any:

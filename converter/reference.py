@@ -21,6 +21,7 @@ from .arch import Arch, Site, load_arch
 from .artifact import InputError, read_json
 from .blocks import ffn_activation, ffn_down, ffn_parts, ffn_products
 from .checkpoint import read_sparsity
+from .modeling import register
 from .plans import Entry, Plan, Predictor, Swap, Threshold, activation_at, check_plan, deciding, linear_rows, linear_shapes
 from .source import first_line
 
@@ -240,16 +241,21 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     model = load_dense(folder, dtype)
     arch = load_arch(str(read_json(folder / "config.json", "config.json").get("model_type")))
     activation = arch.activation(model.config)
-    for key, named in activations.items():
-        if named != activation:
-            raise InputError(f"{key}'s activation must be {activation} as in the base model, got {named}. Update sparsegate or convert again.")
+    for site, entries in plan.items():
+        expected, named = activation_at(entries, activation), activations.get(site.key)
+        if named not in (None, expected):
+            raise InputError(f"{site.key}'s activation must be {expected} as in the base model, got {named}. Update sparsegate or convert again.")
     return apply_plan(model, plan, arch, activation)
 
 
 def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The stock transformers model of a folder, in evaluation mode. Raises InputError with transformers' own reason when it does not load."""
+    """The transformers model of a folder, in evaluation mode: a stock one, or one with swapped activations.
+
+    Raises InputError with transformers' own reason when it does not load.
+    """
     from transformers import AutoModelForCausalLM
 
+    register()
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True).eval()
     except Exception as error:  # transformers raises many kinds for damaged folders

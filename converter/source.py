@@ -7,6 +7,7 @@ one tensor is resident.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,8 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .arch import Arch, load_arch
-from .artifact import InputError, hash_file, hash_json, read_json
+from .arch import PREFIX, Arch, Site, load_arch
+from .artifact import InputError, hash_file, hash_json, read_json, write_json
+from .checkpoint import KEY, read_key, read_sparsity, stock_config
+from .plans import Swap
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -49,7 +52,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Source:
-    """An opened model folder. `id` and `revision` are the Hub repository and commit it came from, when it did."""
+    """An opened model folder. `id` and `revision` are the Hub repository and commit it came from, when it did.
+
+    `arch` is the base's where activations were swapped, and `swaps` says where and to what; {} for a stock model.
+    """
 
     folder: Path
     config: Any
@@ -58,6 +64,7 @@ class Source:
     id: str | None = None
     revision: str | None = None
     label: str | None = None
+    swaps: dict[Site, Swap] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -117,18 +124,30 @@ def open_source(model: str | Path, id: str | None = None, revision: str | None =
     if not (folder / "config.json").is_file():
         raise InputError(f"MODEL must be a transformers folder with config.json, got {folder} without one. Give the folder that save_pretrained wrote.")
     raw = read_json(folder / "config.json", "config.json")
-    check_config({key: value for key, value in raw.items() if not (sparse and key == "sparsity")})
+    check_config({key: value for key, value in raw.items() if not (sparse and key == KEY)})
+    swaps: dict[Site, Swap] = {}
+    if str(raw.get("model_type")).startswith(PREFIX):
+        swaps = {site: entries[0] for site, entries in read_sparsity(folder)[0].items() if isinstance(entries[0], Swap)}
     arch = load_arch(str(raw.get("model_type")))
     config = make_config(raw)
     tensors = _read_headers(folder)
     check_shapes(arch, config, {name: info.shape for name, info in tensors.items()})
-    return Source(folder.resolve(), config, arch, tensors, id, revision)
+    return Source(folder.resolve(), config, arch, tensors, id, revision, swaps=swaps)
 
 
 def check_config(raw: dict[str, Any]) -> None:
-    """Refuse configurations that this package cannot start from: quantised weights and already sparse checkpoints."""
-    if "sparsity" in raw:
-        raise InputError("MODEL must be a dense model, got a checkpoint that is sparse already. Convert its base model instead.")
+    """Refuse configurations that this package cannot start from: quantised weights and checkpoints with a plan.
+
+    A swapped activation alone is no plan: what is not zero is kept, and another plan may stand on it.
+    """
+    if KEY in raw:
+        if not str(raw.get("model_type")).startswith(PREFIX):
+            raise InputError("MODEL must be a dense model, got a checkpoint that is sparse already. Convert its base model instead.")
+        planned = [site.key for site, fields in read_key(raw[KEY]).sites.items() if fields["score"] != "exact"]
+        if planned:
+            raise InputError(
+                f"MODEL must be a model without a plan, got a checkpoint that has a plan already ({planned[0]}). Convert the model that it was made from."
+            )
     if raw.get("quantization_config"):
         quantisation = raw["quantization_config"]
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
@@ -139,11 +158,32 @@ def make_config(raw: dict[str, Any]) -> Any:
     """The transformers configuration of a config.json's content. Raises InputError for values that transformers refuses."""
     from transformers import AutoConfig
 
-    values = {key: value for key, value in raw.items() if key not in ("model_type", "sparsity", "auto_map")}
+    dropped = {"model_type", "auto_map"} | (set() if str(raw["model_type"]).startswith(PREFIX) else {KEY})
+    values = {key: value for key, value in raw.items() if key not in dropped}
     try:
         return AutoConfig.for_model(raw["model_type"], **values)
     except Exception as error:  # configuration classes raise their own validation errors
         raise InputError(f"config.json must hold a valid {raw['model_type']} configuration, got: {first_line(error)}. Mend the file.") from None
+
+
+def stock_view(folder: Path, out: Path) -> Path:
+    """A folder that stock tools read as the base model: `folder` itself, or, where activations were swapped, `out` with links to its files.
+
+    The weights there are those of the swapped model under the base's activation: the function is neither model's, and what is built from it must put the
+    swapped activations in.
+    """
+    raw = read_json(folder / "config.json", "config.json")
+    if not str(raw.get("model_type")).startswith(PREFIX):
+        return folder
+    out.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_file() and path.name != "config.json" and not (out / path.name).exists():
+            try:
+                (out / path.name).symlink_to(path.resolve())
+            except OSError:
+                shutil.copyfile(path, out / path.name)  # a file system without links
+    write_json(out / "config.json", stock_config(raw))
+    return out
 
 
 def check_shapes(arch: Arch, config: Any, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from .checkpoint import write_sparsity
-from .plans import Plan
+from .plans import Plan, on_swaps
 from .source import INDEX, SINGLE, TOKENIZER_FILES, Source
 
 _STOCK = (
@@ -19,7 +19,10 @@ _STOCK = (
 
 
 def write_checkpoint(source: Source, plan: Plan, out: Path) -> None:
-    """Fill the folder `out` with a transformers checkpoint that holds the plan; no remote code and no pickle is carried over."""
+    """Fill the folder `out` with a transformers checkpoint that holds the plan; no remote code and no pickle is carried over.
+
+    A source with swapped activations keeps them: `plan` is put on top. Raises InputError where it gives one of those sites another activation.
+    """
     for name in _STOCK:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, out / name)
@@ -28,4 +31,4 @@ def write_checkpoint(source: Source, plan: Plan, out: Path) -> None:
         shutil.copyfile(path, out / path.name)
     if [path.name for path in files] != [SINGLE]:
         shutil.copyfile(source.folder / INDEX, out / INDEX)
-    write_sparsity(out, plan, source.arch.activation(source.config))
+    write_sparsity(out, on_swaps(plan, source.swaps), source.arch.activation(source.config))

@@ -151,7 +151,7 @@ def test_encode_refuses_what_the_format_lacks() -> None:
     one_line(error, "magnitude", "gate")
     with pytest.raises(InputError) as error:
         encode({Site(0): make_plan()[Site(0)] * 2}, "silu")
-    one_line(error, "2", "layers.0.ffn")
+    one_line(error, "threshold, threshold", "layers.0.ffn")
 
 
 def site_fields(raw: dict[str, Any], key: str = "layers.1.ffn") -> dict[str, Any]:
@@ -161,7 +161,8 @@ def site_fields(raw: dict[str, Any], key: str = "layers.1.ffn") -> dict[str, Any
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: s.update(version=2), ("1", "2")),
+        (lambda s: s.update(version=3), ("1 or 2", "3")),
+        (lambda s: s.update(version=2), ("base_activation", "None")),
         (lambda s: s.update(code="x.py"), ("version", "code")),
         (lambda s: s.pop("sites"), ("sites", "None")),
         (lambda s: site_fields(s).update(score="magic"), ("predictor", "'magic'")),
