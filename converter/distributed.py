@@ -169,9 +169,10 @@ def clip_gradients(tensors: Iterable[Tensor], most: float) -> Tensor:
     if not any(is_sharded(tensor) for tensor in tensors):
         return torch.nn.utils.clip_grad_norm_(tensors, most)
     gradients = [(_local(tensor.grad), is_sharded(tensor)) for tensor in tensors if tensor.grad is not None]
-    zero = gradients[0][0].new_zeros((), dtype=torch.float32)
-    split = sum((gradient.float().square().sum() for gradient, shared in gradients if shared), zero)
-    whole = sum((gradient.float().square().sum() for gradient, shared in gradients if not shared), zero)
+    precise = torch.float64 if any(gradient.dtype == torch.float64 for gradient, _ in gradients) else torch.float32
+    zero = gradients[0][0].new_zeros((), dtype=precise)
+    split = sum((gradient.to(precise).square().sum() for gradient, shared in gradients if shared), zero)
+    whole = sum((gradient.to(precise).square().sum() for gradient, shared in gradients if not shared), zero)
     norm = (sum_over_processes(cast(Tensor, split)) + whole).sqrt()
     for gradient, _ in gradients:
         gradient.mul_((most / (norm + 1e-6)).clamp(max=1.0).to(gradient.dtype))

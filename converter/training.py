@@ -142,7 +142,7 @@ def train(
     loss, `tokens` trained on so far, seconds if asked, and figures. Raises InputError when the loss or its gradient is not finite and when windows do not
     divide by the number of processes.
     """
-    trained = {name: Trained(*given) for name, given in objective.parameters().items()}
+    trained = {name: given if isinstance(given, Trained) else Trained(*given) for name, given in objective.parameters().items()}
     tensors = {name: each.tensor for name, each in trained.items()}
     optimizers = make_optimizers(trained, settings.rate, settings.optimizer, settings.betas, settings.weight_decay)
     share_tensors(tensors.values())
