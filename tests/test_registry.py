@@ -32,6 +32,7 @@ FUTURE = {"label", "grad", "grad_path", "o_grad", "o_grad_path"}
 ENTRIES: dict[str, plans.Entry] = {
     "threshold": plans.Threshold("gate", torch.rand(7), 0.5),
     "predictor": plans.Predictor(torch.randn(3, 5), torch.randn(7, 3), torch.randn(7), 0.5, torch.randn(3, 5)),
+    "swap": plans.Swap("drelu", 0.25, 0.5),
 }
 
 
@@ -88,7 +89,8 @@ def test_method(name: str) -> None:
         assert scores.load_score(score).PHASE != "oracle", "no method is made from an oracle"
     assert hasattr(module, "start") == isinstance(getattr(module.Config(), "tune", None), Tune), "what is trained end to end says how"
     assert not hasattr(module, "start") or 0 < module.start(module.Config()) <= 1
-    assert (name in planning.NEURON_METHODS) != (name in planning.LINEAR_METHODS), "auto and joined methods know every row"
+    kinds = (planning.NEURON_METHODS, planning.LINEAR_METHODS, (planning.EXACT,))
+    assert sum(name in kind for kind in kinds) == 1, "auto and joined methods know every row"
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -131,8 +133,9 @@ def test_plan_kind_is_executed_emitted_and_encoded(kind: str) -> None:
     scores_, _ = EXECUTORS[type(entry)](entry, torch.randn(2, 7), torch.randn(2, 5))  # type: ignore[arg-type]
     assert scores_.shape == (2, 7)
     emission = emit(Site(0), [entry], 5, 7)
-    assert emission.tensors["tau"].shape == (7,)
+    assert emission.score == plans.score_of(entry) and all(tensor.shape == (7,) for role, tensor in emission.tensors.items() if role == "tau")
     key, tensors = encode({Site(0): [entry]}, "silu")
+    assert key["sites"]["layers.0.ffn"]["score"] == plans.score_of(entry)
     assert {name.removeprefix("layers.0.ffn.") for name in tensors} == set(entry.tensors()) and "layers.0.ffn" in key["sites"]
 
 

@@ -22,6 +22,7 @@ from ..plans import Entry, Threshold
 from ..stats import Stats, of_kind
 
 METHODS = {
+    "exact": ".exact",
     "gate": ".gate",
     "chess": ".chess",
     "cett": ".cett",

@@ -16,7 +16,7 @@ from sparsegate.converter.executors import check_onnx
 from sparsegate.converter.methods import METHODS
 from sparsegate.converter.onnx_export import export
 from sparsegate.converter.planning import AUTO, method_configs, training_windows
-from sparsegate.converter.plans import Plan
+from sparsegate.converter.plans import Plan, Swap, Threshold
 from sparsegate.converter.recipe import read_recipe
 from sparsegate.converter.reference import apply_plan, load_dense, remove_plan
 from sparsegate.converter.schedule import once
@@ -25,6 +25,7 @@ from sparsegate.converter.texts import Texts, make_texts
 
 TUNE = {"steps": 4, "data": 16, "windows": 2, "precision": "fp32"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in (*METHODS, "chess+teal")} | {
+    "exact": ("exact", {"activation": "drelu"}),
     "predictor + ridge": ("predictor", {"residual": "ridge"}),
     "cross-entropy on an oracle": ("predictor", {"loss": "cross_entropy", "score": "corrected_gxo", "steps": 40}),
     "linear2": ("predictor", {"loss": "cross_entropy", "form": "linear2", "steps": 40}),
@@ -51,7 +52,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 def planned(stage: Stage, case: str) -> tuple[Plan, Texts]:
     method, config = CASES[case]
     tune = {"tune": TUNE} if {"predictor", "trained_gate"} & set(method.split("+")) else {}
-    recipe = read_recipe(small_recipe(stage.source.folder, stage.folder, stages=[{"method": method, "config": {"sparsity": 0.4, **tune, **config}}]))
+    share = {} if method == "exact" else {"sparsity": 0.4}
+    recipe = read_recipe(small_recipe(stage.source.folder, stage.folder, stages=[{"method": method, "config": {**share, **tune, **config}}]))
     configs = method_configs(recipe)
     texts = make_texts(stage.source, recipe, training_windows(configs))
     return once(stage.source, texts, recipe, configs, stage.folder / f"work {case}", "cpu")[method], texts
@@ -75,7 +77,10 @@ def test_executors_agree(stage: Stage, case: str) -> None:
     finally:
         remove_plan(stage.model)
     site, (entry,) = next(iter(plan.items()))
-    spoiled = plan | {site: [replace(entry, tau=torch.full_like(entry.tau, torch.inf))]}
+    nothing = torch.full((176,), torch.inf)
+    spoiled = plan | {
+        site: [entry, Threshold("gate", nothing, 0.0)] if isinstance(entry, Swap) else [replace(entry, tau=torch.full_like(entry.tau, torch.inf))]
+    }
     apply_plan(stage.model, spoiled, stage.source.arch, activation)
     try:
         assert any(not check.passed for check in check_onnx(onnx, stage.model, texts.heldout) if "logits" in check.name)

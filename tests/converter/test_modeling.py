@@ -233,3 +233,45 @@ def test_a_stock_checkpoint_with_a_plan_is_no_source(tiny_model: Callable[[str],
     with pytest.raises(InputError, match="sparse already"):
         check_config(raw)
     assert not hasattr(make_config(raw), "sparsity")
+
+
+# New weights
+
+
+def sharded(folder: Path, out: Path) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(out, max_shard_size="100KB")
+    shutil.copyfile(folder / "tokenizer.json", out / "tokenizer.json")
+    return out
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_new_weights_are_written_in_the_sources_files(model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    source = open_source(sharded(tiny_model(model_type), tmp_path / "source"))
+    model = load_dense(source.folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    plan: Plan = {Site(layer): [Swap("drelu", 0.25, 0.5)] for layer in range(2)}
+    (tmp_path / "out").mkdir()
+    write_checkpoint(source, plan, tmp_path / "out", model.state_dict())
+    found = open_source(tmp_path / "out")
+    assert {name: (info.shape, info.file.name) for name, info in found.tensors.items()} == {
+        name: (info.shape, info.file.name) for name, info in source.tensors.items()
+    } and len({info.file for info in found.tensors.values()}) > 1
+    assert {info.dtype for info in found.tensors.values()} == {"F32"} and found.config.dtype == torch.float32
+    wanted = logits(by_hand(model, {0: "drelu", 1: "drelu"}))
+    torch.testing.assert_close(logits(auto(tmp_path / "out")), wanted, rtol=0, atol=1e-4)
+    one = next(iter(source.tensors))
+    (tmp_path / "one").mkdir()
+    write_checkpoint(source, plan, tmp_path / "one", {one: model.state_dict()[one]})
+    changed = [name for name, info in open_source(tmp_path / "one").tensors.items() if info.dtype == "F32"]
+    assert changed == [one], "the others stay as they are"
+
+
+def test_weights_of_another_model_are_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    source = open_source(tiny_model("llama"))
+    for weights, words in (({"x.weight": torch.zeros(1)}, "x.weight, which it has not"), ({"model.norm.weight": torch.zeros(65)}, r"\[64\], got \[65\]")):
+        with pytest.raises(InputError, match=words):
+            write_checkpoint(source, {}, tmp_path, weights)
+    assert not list(tmp_path.iterdir())

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from sparsegate.converter.arch import Site, load_arch
 from sparsegate.converter.artifact import Header, InputError
 from sparsegate.converter.blocks import activate, ffn_parts, swap
+from sparsegate.converter.methods import exact, make_config
 from sparsegate.converter.plans import (
     Plan,
     Predictor,
@@ -304,3 +305,25 @@ def spelled(b: float) -> str:
     from sparsegate.runtime_onnx.ops.activation import spell_activation
 
     return spell_activation("fatrelu", b)
+
+
+# The method
+
+
+def sizes(*layers: int) -> Any:
+    return {Site(layer): {"sizes:gate.hidden": torch.tensor(D), "sizes:gate.units": torch.tensor(N)} for layer in layers}
+
+
+def test_the_method_swaps_every_network() -> None:
+    stats = sizes(0, 1) | {Site(0, kind="linear:q_proj"): {}}
+    assert exact.plan(stats, load_arch("llama"), exact.Config(activation="drelu")) == {Site(0): [Swap("drelu")], Site(1): [Swap("drelu")]}
+    assert exact.plan(stats, load_arch("phi"), exact.Config(activation="fatrelu(0.01)"))[Site(1)] == [Swap("fatrelu(0.01)")]
+    assert exact.plan(sizes(0), load_arch("llama"), exact.Config()) == {Site(0): [Swap("")]}, "its own activation, which the caller knows"
+    with pytest.raises(InputError, match="got drelu. Use relu"):
+        exact.plan(sizes(0), load_arch("phi"), exact.Config(activation="drelu"))
+
+
+@pytest.mark.parametrize(("activation", "words"), [("silu", "must have exact zeros"), ("glu", "activation must be one of"), ("fatrelu(2)", "fatrelu")])
+def test_the_method_refuses_what_has_no_zeros(activation: str, words: str) -> None:
+    with pytest.raises(InputError, match=f"exact.activation .*{words}"):
+        make_config("exact", {"activation": activation})
