@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base_graph import build_base, check_base, compare_base, onnx_logits
+from .base_graph import build_base, check_base, compare_base, load_stock, onnx_logits
 from .emit import EMITTERS
 from .linear_region import LinearRegion, find_linears
 from .matmul_nbits import open_float
@@ -24,6 +24,7 @@ __all__ = [
     "export_dense",
     "find_linears",
     "find_regions",
+    "load_stock",
     "onnx_logits",
     "open_float",
     "round_model",

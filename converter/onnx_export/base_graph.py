@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..artifact import InputError, disk_full, is_disk_full
+from ..reference import load_dense
+from ..source import stock_view
 
 BOUND = 1e-4
 """Largest logit difference between the base graph and torch, times the rms of torch's logits where that is above 1."""
@@ -41,6 +43,8 @@ _TARGET_OPTIONS = {"cpu": [], "cuda": ["enable_cuda_graph=true"]}
 def build_base(checkpoint: Path, out: Path, precision: str = "fp32", target: str = "cpu") -> Path:
     """Build the graph of a Hugging Face folder into `out`; returns `out`. Reads local files only and holds the whole model in memory, in fp32.
 
+    Where activations were swapped the graph is that of `load_stock`, with the base model's activation: `export` puts the swapped ones in.
+
     `precision` is fp32, or for the target cuda fp16 or bf16; a graph for CUDA asks its provider for CUDA graphs.
 
     Raises InputError when onnxruntime-genai is missing, when the builder refuses or fails on the model, or when the disk is full.
@@ -48,7 +52,8 @@ def build_base(checkpoint: Path, out: Path, precision: str = "fp32", target: str
     builder = _builder()
     with TemporaryDirectory() as temporary, _to_log():
         try:
-            given = (str(_in_float32(checkpoint, Path(temporary))), str(out), precision, target, f"{temporary}/cache")
+            stock = stock_view(checkpoint, Path(temporary) / "stock")
+            given = (str(_in_float32(stock, Path(temporary))), str(out), precision, target, f"{temporary}/cache")
             options = builder.parse_extra_options("", *given, [*_OPTIONS, *_TARGET_OPTIONS[target]])
             unrotated = _prepare(options["hf_details"]["hf_config"])
             builder.create_model("", *given, **options)
@@ -62,6 +67,12 @@ def build_base(checkpoint: Path, out: Path, precision: str = "fp32", target: str
                 "Convert another model, or another version of onnxruntime-genai may know this one."
             ) from error
     return out
+
+
+def load_stock(checkpoint: Path) -> Any:
+    """The model that `build_base` exports: of the stock class with the base model's activation, so of a swapped checkpoint another function than its own."""
+    with TemporaryDirectory() as temporary:
+        return load_dense(stock_view(checkpoint, Path(temporary) / "stock"))
 
 
 def _builder() -> ModuleType:
