@@ -16,7 +16,7 @@ from sparsegate.converter.methods import METHODS
 from sparsegate.converter.methods.chess import Config as ChessConfig
 from sparsegate.converter.methods.predictor import Config as PredictorConfig
 from sparsegate.converter.methods.teal import Config as TealConfig
-from sparsegate.converter.planning import AUTO, LINEAR_METHODS, NEURON_METHODS, compile_recipe, estimate, method_configs, parts_of, training_windows
+from sparsegate.converter.planning import AUTO, EXACT, LINEAR_METHODS, NEURON_METHODS, compile_recipe, estimate, method_configs, parts_of, training_windows
 from sparsegate.converter.plans import Predictor, Threshold, cost
 from sparsegate.converter.recipe import Recipe, make_recipe
 from sparsegate.converter.residual import residual_rank
@@ -40,7 +40,7 @@ def refused(call: Callable[[], Any]) -> str:
 
 
 def test_every_method_gates_neurons_or_skips_inputs() -> None:
-    assert set(NEURON_METHODS) | set(LINEAR_METHODS) == set(METHODS) and not set(NEURON_METHODS) & set(LINEAR_METHODS)
+    assert sorted([*NEURON_METHODS, *LINEAR_METHODS, EXACT]) == sorted(METHODS)
     assert all(set(parts_of(name)) <= set(METHODS) for names in AUTO.values() for name in names)
 
 
@@ -73,7 +73,7 @@ def test_joined_names_that_are_none(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["unknown", "", "Gate", "reference"])
 def test_unknown_methods(method: str) -> None:
-    assert refused(lambda: parts_of(method)).startswith(f"method must be one of auto, gate, chess, cett, teal, wina, trained_gate, predictor, got {method!r}")
+    assert refused(lambda: parts_of(method)).startswith(f"method must be one of auto, {', '.join(METHODS)}, got {method!r}")
     assert repr(method) in refused(lambda: method_configs(recipe(method)))
 
 
