@@ -7,7 +7,7 @@ from .card import BaseCard, read_base_card, write_card
 from .curves import CURVES, Correlations, Curves, Point, at_cost, best_at_cost, curves_page, curves_table, ranking
 from .evaluation import EVALUATION, Evaluation
 from .html import PAGE, make_report, render, write_report
-from .plots import plot_correlations, plot_curves, plot_layers
+from .plots import plot_correlations, plot_curves, plot_layers, plot_recovery, plot_zeros
 from .recovery import RECOVERY, CurvePoint, DenseQuality, HeldoutPoint, RecoveryRecord, SiteDensity, SwappedQuality, TrainingText
 from .results import RESULTS, Check, Layer, Machine, OnnxRow, Report, Row, Speed, Text, this_machine
 from .tables import check_table, layer_table, onnx_table, quality_table
@@ -50,6 +50,8 @@ __all__ = [
     "plot_correlations",
     "plot_curves",
     "plot_layers",
+    "plot_recovery",
+    "plot_zeros",
     "quality_table",
     "ranking",
     "read_base_card",

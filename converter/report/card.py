@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -14,6 +15,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, constants
 from huggingface_hub.repocard import metadata_load
 
+from .recovery import RECOVERY, RecoveryRecord, before_after_table, spent_table, zeros_table
 from .results import Report, Speed
 from .tables import check_table, layer_table, onnx_table, quality_table, ratio_text
 
@@ -57,16 +59,18 @@ def read_base_card(folder: Path, id: str | None = None, revision: str | None = N
 
 
 def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | None = None) -> Path:
-    """Write `folder`/README.md and copy the base model's licence files beside it. Plots that lie in `folder`/report are shown.
+    """Write `folder`/README.md and copy the base model's licence files beside it. Plots that lie in `folder`/report are shown, and the record of a recovery.
 
     `repo_id` is what the usage examples download; without it they name OWNER/NAME.
     """
     for path in source.files:
         if path.resolve() != (folder / path.name).resolve():
             shutil.copyfile(path, folder / path.name)
+    recovery = RecoveryRecord.load(folder / RECOVERY) if (folder / RECOVERY).is_file() else None
+    relation = "quantized" if recovery is None else "finetune"  # the Hub's closed list has no word for sparse
     data = ModelCardData(
         base_model=source.id,
-        base_model_relation="quantized" if source.id else None,  # the Hub's closed list has no word for sparse
+        base_model_relation=relation if source.id else None,
         library_name="sparsegate",
         pipeline_tag="text-generation",
         license=source.license,
@@ -92,6 +96,11 @@ def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | No
         checks=check_table(report),
         weights=weights,
         onnx=onnx_table(report) if report.onnx else "",
+        model_type=_model_type(folder),
+        recovery=recovery,
+        before_after=before_after_table(recovery) if recovery else "",
+        spent=spent_table(recovery) if recovery else "",
+        zeros=zeros_table(recovery) if recovery else "",
         speed=speed_sentence(report),
         recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
         versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
@@ -118,6 +127,13 @@ def speed_sentence(report: Report) -> str:
 def weights(speed: Speed) -> str:
     """The precisions of a comparison of speeds."""
     return speed.precision if speed.baseline in (None, speed.precision) else f"{speed.precision} against dense {speed.baseline}"
+
+
+def _model_type(folder: Path) -> str | None:
+    """The model type of a checkpoint that stock transformers does not know; None for every other."""
+    config = folder / "config.json"
+    found = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    return found if str(found).startswith("sparsegate_") else None
 
 
 def _units(report: Report) -> str:

@@ -69,7 +69,8 @@ class Sparsity(Strict):
 
 class Evaluation(Strict):
     """Everything that `eval` measured. `cost` and `block_cost` are bytes touched per token relative to the dense MLPs, and to all linear maps of the blocks;
-    `predictor_cost` is the part of `cost` that predictors and residuals add. `tasks`: lm-eval's metrics by task and metric, dense torch and sparse ONNX.
+    `predictor_cost` is the part of `cost` that predictors and residuals add. `against` names what everything is compared with: the checkpoint's own dense
+    model, the dense source where weights or activations were changed, or, without that one, the changed model with nothing masked. `tasks`: lm-eval's metrics by task and metric, dense torch and sparse ONNX.
     """
 
     version: Literal[1] = 1
@@ -80,6 +81,7 @@ class Evaluation(Strict):
     machine: Machine
     versions: dict[str, str]
     text: Text
+    against: Literal["dense torch", "dense source", "ungated torch"] = "dense torch"
     nll_dense: float
     executors: list[Measured]
     density: float = Field(ge=0, le=1)
@@ -99,14 +101,14 @@ class Evaluation(Strict):
 
 
 def executor_cells(found: Evaluation) -> Cells:
-    """Dense first, then one row per executor."""
-    dense = ["dense torch", _count(found.text.tokens), nats(found.nll_dense), nats(0.0), percent(1.0), ABSENT, ""]
+    """What is compared with first, then one row per executor."""
+    dense = [found.against, _count(found.text.tokens), nats(found.nll_dense), nats(0.0), percent(1.0), ABSENT, ""]
     body = [dense]
     for row in found.executors:
         cells = [ABSENT if value is None else nats(value, small=True) for value in (row.nll, row.kl)]
         off = ABSENT if row.nll is None or row.nll_torch is None or row.executor == "torch" else nats(row.nll - row.nll_torch, small=True)
         body.append([row.executor, _count(row.tokens) if row.tokens else ABSENT, *cells, percent(row.agreement), off, row.note])
-    header = ["executor", "tokens", "NLL", "KL to dense", "agreement", "NLL off torch", "note"]
+    header = ["executor", "tokens", "NLL", f"KL to {_word(found)}", "agreement", "NLL off torch", "note"]
     keep = [k for k, name in enumerate(header) if name != "note" or any(row.note for row in found.executors)]
     return [header[k] for k in keep], [[row[k] for k in keep] for row in body]
 
@@ -114,9 +116,13 @@ def executor_cells(found: Evaluation) -> Cells:
 def answer_cells(found: Evaluation) -> Cells:
     """BLEU and equal answers, by what was masked."""
     answers = found.answers
-    return ["answers", "BLEU against dense", "equal answers"], [
-        ["dense", Number(f"{answers.bleu_dense:.2f}", answers.bleu_dense), percent(1.0)],
-        ["prompt and first token dense", Number(f"{answers.bleu:.2f}", answers.bleu), percent(answers.equal)],
+    return ["answers", f"BLEU against {_word(found)}", "equal answers"], [
+        [_word(found), Number(f"{answers.bleu_dense:.2f}", answers.bleu_dense), percent(1.0)],
+        [
+            f"prompt and first token {'ungated' if found.against != 'dense torch' else 'dense'}",
+            Number(f"{answers.bleu:.2f}", answers.bleu),
+            percent(answers.equal),
+        ],
         ["everything masked", Number(f"{answers.bleu_all_masked:.2f}", answers.bleu_all_masked), percent(answers.equal_all_masked)],
     ]
 
@@ -150,6 +156,11 @@ def task_cells(found: Evaluation) -> Cells:
         for metric, values in metrics.items():
             body.append([task, metric, *(Number(f"{values[side]:.4g}", values[side]) if side in values else ABSENT for side in ("dense", "sparse"))])
     return ["task", "metric", "dense", "sparse"], body
+
+
+def _word(found: Evaluation) -> str:
+    """ "dense", or "ungated" where that is no dense model."""
+    return found.against.partition(" ")[0]
 
 
 def _count(value: int) -> Number:

@@ -17,7 +17,8 @@ from ..manifest import read_manifest
 from .card import BaseCard, speed_sentence, write_card
 from .curves import CURVES, Curves, correlation_cells, cost_cells, curves_cells, summary_cells
 from .evaluation import EVALUATION, Evaluation, answer_cells, executor_cells, site_cells, sparsity_cells, task_cells
-from .plots import plot_correlations, plot_curves, plot_layers
+from .plots import plot_correlations, plot_curves, plot_layers, plot_recovery, plot_zeros
+from .recovery import RECOVERY, RecoveryRecord, before_after_cells, heldout_cells, spent_cells, zeros_cells
 from .results import RESULTS, Report, record_files
 from .tables import Cells, Number, check_cells, layer_cells, onnx_cells, quality_cells
 
@@ -58,30 +59,38 @@ def make_report(folder: str | Path) -> Path:
 
 
 def render(folder: Path) -> list[Path]:
-    """Write the pictures and the page from report.json, and from eval.json and curves.json where they lie beside it. Returns what was written."""
+    """Write the pictures and the page from report.json, and from recovery.json, eval.json and curves.json where they lie beside it; returns what it wrote."""
     report = Report.load(folder / RESULTS)
     evaluation = Evaluation.load(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
     curves = Curves.load(folder / CURVES) if (folder / CURVES).is_file() else None
+    recovery = RecoveryRecord.load(folder / RECOVERY) if (folder / RECOVERY).is_file() else None
     pictures: dict[str, Path] = {}
     layers = plot_layers(folder, report)
     if layers is not None:
         pictures["layers"] = layers
+    for name, draw in (("recovery", plot_recovery), ("zeros", plot_zeros)):
+        drawn = draw(folder / "report" / f"{name}.png", recovery) if recovery is not None else None
+        if drawn is not None:
+            pictures[name] = drawn
     if curves is not None:
         pictures["curves"] = plot_curves(folder / "report" / "curves.png", curves)
         if curves.correlations is not None:
             pictures["correlations"] = plot_correlations(folder / "report" / "correlations.png", curves.correlations)
     page = folder / PAGE
-    page.write_text(html(report, evaluation, curves, pictures), encoding="utf-8")
+    page.write_text(html(report, evaluation, curves, pictures, recovery), encoding="utf-8")
     return [*pictures.values(), page]
 
 
-def html(report: Report, evaluation: Evaluation | None, curves: Curves | None, pictures: dict[str, Path]) -> str:
-    """The page's text; pictures by name (layers, curves, correlations) go into it. A cell that shows a number carries it in full in its `data` element."""
+def html(report: Report, evaluation: Evaluation | None, curves: Curves | None, pictures: dict[str, Path], recovery: RecoveryRecord | None = None) -> str:
+    """The page's text; pictures by name (layers, recovery, zeros, curves, correlations) go into it. A cell that shows a number carries it in full in its
+    `data` element.
+    """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["exact"] = lambda cell: repr(cell.value) if isinstance(cell, Number) else None
     shown = {name: (name, "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()) for name, path in pictures.items()}
-    parts = [*_conversion(report, shown), *(_evaluation(evaluation) if evaluation else ()), *(_curves(curves, shown) if curves else ()), *_origin(report)]
-    for name, stored in (("report.json", report), ("eval.json", evaluation), ("curves.json", curves)):
+    parts = [*_conversion(report, shown), *(_recovery(recovery, shown) if recovery else ()), *(_evaluation(evaluation) if evaluation else ())]
+    parts += [*(_curves(curves, shown) if curves else ()), *_origin(report)]
+    for name, stored in (("report.json", report), ("recovery.json", recovery), ("eval.json", evaluation), ("curves.json", curves)):
         if stored is not None:
             parts.append(Part(name, plain=json.dumps(stored.model_dump(mode="json"), indent=1, ensure_ascii=False), folded=True))
     template = environment.from_string((Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8"))
@@ -104,6 +113,21 @@ def _conversion(report: Report, shown: dict[str, Any]) -> Iterator[Part]:
         )  # fmt: skip
     if report.checks:
         yield Part("Checks", "Executors against each other, and the quality budget.", tables=(("", check_cells(report)),))
+
+
+def _recovery(record: RecoveryRecord, shown: dict[str, Any]) -> Iterator[Part]:
+    tables = [("Before and after", before_after_cells(record)), ("What it took", spent_cells(record))]
+    tables += [("Held-out text while training", heldout_cells(record))] if record.heldout else []
+    tables += [("Exact zeros by site", zeros_cells(record))] if record.recovered.sites else []
+    yield Part(
+        "Recovery training",
+        f"The networks' activation became {record.activation}, and the weights were trained. {record.evaluation.tokens} tokens of "
+        f"{record.evaluation.name or 'held-out text'}, the same for every row; the change is that of NLL, relative to dense. Density is the share of units "
+        "whose product is not exactly zero, gate open that of units whose gate is not.",
+        (*_pictures(shown, "recovery"), *_pictures(shown, "zeros")),
+        tuple(tables),
+        plain=yaml.safe_dump(record.settings, sort_keys=False, allow_unicode=True) if record.settings else "",
+    )
 
 
 def _evaluation(found: Evaluation) -> Iterator[Part]:

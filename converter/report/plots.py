@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .curves import Correlations, Curves, summarise
+from .recovery import RecoveryRecord
 from .results import Report
 
 _DPI = 110
@@ -78,6 +79,76 @@ def plot_correlations(path: Path, correlations: Correlations) -> Path:
             panel.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if abs(value) > 0.6 else "black")
     figure.colorbar(image, label="Spearman correlation")
     return _save(path, figure)
+
+
+def plot_recovery(path: Path, record: RecoveryRecord) -> Path | None:
+    """Draw a recovery over the tokens trained on: the loss and its parts, NLL on held-out text, and density. Returns the file; None without a curve."""
+    panels = [draw for draw, points in ((_draw_loss, record.curve), (_draw_heldout, record.heldout), (_draw_density, record.curve)) if points]
+    if not panels:
+        return None
+    figure = Figure(figsize=(7, 2.8 * len(panels)), layout="constrained")
+    for draw, panel in zip(panels, figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], strict=True):
+        draw(panel, record)
+        panel.set_xscale("log")
+        panel.grid(alpha=0.3)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=8)
+    figure.axes[-1].set_xlabel("tokens trained on")
+    return _save(path, figure)
+
+
+def plot_zeros(path: Path, record: RecoveryRecord) -> Path | None:
+    """Draw the share of exact zeros per site before and after a recovery. Returns the file; None when the record has no sites."""
+    before, after = record.swapped.sites, record.recovered.sites
+    if not after:
+        return None
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    panel = figure.subplots()
+    lines = [("before recovery", "o", [1 - site.density for site in before]), ("recovered", "s", [1 - site.density for site in after])]
+    lines.append(("recovered, closed gates", "^", [1 - site.opened for site in after]))
+    predicted = [(k, 1 - site.predicted) for k, site in enumerate(after) if site.predicted is not None]
+    for name, marker, values in lines:
+        panel.plot(range(len(values)), values, marker=marker, label=name)
+    if predicted:
+        panel.plot([k for k, _ in predicted], [value for _, value in predicted], marker="D", label="predicted closed")
+    panel.set_ylim(0, 1.02)
+    panel.set_ylabel("share of units that are zero")
+    panel.set_xlabel("site, from the first block to the last")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    return _save(path, figure)
+
+
+def _draw_loss(panel: Axes, record: RecoveryRecord) -> None:
+    values: list[float] = []
+    for name, label in (("loss", "loss"), ("kl", "KL to dense"), ("lm", "cross-entropy"), ("hidden", "hidden states"), ("penalty", "penalty")):
+        points = [(point.tokens, value) for point in record.curve if point.tokens and (value := getattr(point, name)) is not None]
+        if points:
+            panel.plot([tokens for tokens, _ in points], [value for _, value in points], label=label, linewidth=1.8 if name == "loss" else 1)
+            values += [value for _, value in points]
+    if values and min(values) > 0:
+        panel.set_yscale("log")
+    panel.set_ylabel("training loss")
+
+
+def _draw_heldout(panel: Axes, record: RecoveryRecord) -> None:
+    points = [point for point in record.heldout if point.tokens]
+    panel.plot([point.tokens for point in points], [point.nll for point in points], marker="o", markersize=4, label="held out")
+    dense = [(point.tokens, point.nll_dense) for point in points if point.nll_dense is not None]
+    if dense:
+        panel.plot([tokens for tokens, _ in dense], [nll for _, nll in dense], color="0.4", linestyle=":", label="dense")
+    panel.set_ylabel("NLL, nats per token")
+
+
+def _draw_density(panel: Axes, record: RecoveryRecord) -> None:
+    for points, marker, where in ((record.curve, "", "while training"), (record.heldout, "o", "held out")):
+        for name, label in (("density", "density"), ("predicted", "predicted")):
+            shares = [(point.tokens, share) for point in points if point.tokens and (share := getattr(point, name)) is not None]
+            if shares:
+                panel.plot([tokens for tokens, _ in shares], [share for _, share in shares], marker=marker, markersize=4, label=f"{label}, {where}")
+    panel.set_ylim(bottom=0)
+    panel.set_ylabel("share of units")
 
 
 def _line(panel: Axes, x: list[float], y: list[float], spread: list[float], style: dict[str, str]) -> None:
