@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from .arch import Site
 from .artifact import InputError, atomic_folder, hash_file, hash_json, read_json, write_json
 from .blocks import block_calls, embed, empty_model, filled
-from .plans import Plan, Predictor
+from .plans import Plan, Predictor, Swap, deciding, on_swaps
 from .source import Source, first_line
 
 SOURCE = (
@@ -84,7 +84,7 @@ class Published:
 
 
 def imported_plan(source: Source, config: Config) -> Plan:
-    """The plan that the predictors in `config.folder`, or those beside the weights of `source`, mean for it.
+    """The plan that the predictors in `config.folder`, or those beside the weights of `source`, mean for it; behind the swap of a site that has one.
 
     Densities are unknown and stand at 1 until `measured`. Raises InputError for files that are absent, pickles, damaged or of another model, and for
     predictors that the op cannot express.
@@ -97,7 +97,7 @@ def imported_plan(source: Source, config: Config) -> Plan:
     tap = config.tap or settings.get("tap", "residual")
     if tap not in ("input", "residual"):
         raise InputError(f"tap must be input or residual, got {tap!r} in {folder / CONFIG}. Mend the file.")
-    return _plan(source, found, config.form, tap, _number(threshold, folder), keep_equal=True)
+    return predictor_plan(source, found, config.form, tap, _number(threshold, folder), keep_equal=True)
 
 
 def fingerprint(config: Config) -> str | None:
@@ -123,7 +123,7 @@ def predictors_beside(source: Source, config: Config | None = None) -> Plan:
             raise InputError(f"{what} Name the folder of the predictors as `folder`, or take a model that carries them.")
         found[site.layer] = _published(prefix.removesuffix("."), {name.removeprefix(prefix): t for name, t in source.read(names).items()})
     threshold = 0.0 if config.threshold is None else _number(config.threshold, source.folder)
-    return _plan(source, found, config.form, config.tap or "residual", threshold, keep_equal=False)
+    return predictor_plan(source, found, config.form, config.tap or "residual", threshold, keep_equal=False)
 
 
 def read_predictors(folder: Path, layers: int) -> tuple[dict[int, Published], dict[str, Any]]:
@@ -179,7 +179,11 @@ def _number(value: Any, where: Path) -> float:
     return number  # a float32's value, as PowerInfer compares
 
 
-def _plan(source: Source, found: Mapping[int, Published], form: Form, tap: str, threshold: float, keep_equal: bool) -> Plan:
+def predictor_plan(source: Source, found: Mapping[int, Published], form: Form, tap: str, threshold: float, keep_equal: bool) -> Plan:
+    """The plan that predictors by layer mean for `source`: neuron i stays when logit_i > threshold, with `keep_equal` when logit_i >= threshold.
+
+    Raises InputError for predictors of another model and for those that the op cannot express.
+    """
     arch, config = source.arch, source.config
     hidden, units = arch.size(config, "hidden"), arch.size(config, "units")
     for published in found.values():
@@ -203,7 +207,8 @@ def _plan(source: Source, found: Mapping[int, Published], form: Form, tap: str, 
                 "Set form to linear2 if there is none between the layers, or train predictors with --method predictor."
             )
     gains = residual_gains(source) if tap == "residual" else {}
-    return {Site(layer): [_predictor(found[layer], form, gains.get(Site(layer)), threshold, keep_equal)] for layer in sorted(found)}
+    plan: Plan = {Site(layer): [_predictor(found[layer], form, gains.get(Site(layer)), threshold, keep_equal)] for layer in sorted(found)}
+    return on_swaps(plan, {site: swap for site, swap in source.swaps.items() if site in plan})
 
 
 def _predictor(published: Published, form: Form, gain: Tensor | None, threshold: float, keep_equal: bool) -> Predictor:
@@ -306,27 +311,41 @@ def _gain(norm: Any, tensors: dict[str, Tensor]) -> Tensor | None:
 def measured(plan: Plan, stats: Mapping[Site, Mapping[str, Tensor]]) -> Plan:
     """The plan with every predictor's density and recall on stored samples (`NEEDS`): recall is the kept share of each token's top-k of |z| at that density."""
     found: Plan = {}
-    for site, (entry,) in plan.items():
+    for site, entries in plan.items():
+        entry = deciding(entries)
         assert isinstance(entry, Predictor)
         x, score = stats[site]["samples:magnitude.x"][:ROWS].float(), stats[site]["samples:magnitude.score"][:ROWS].float()
         kept = F.relu(x @ entry.fc1.T) @ entry.fc2.T > entry.tau
         density = float(kept.float().mean())
         count = max(1, round(density * kept.shape[1]))
         wanted = torch.zeros_like(kept).scatter_(1, score.topk(count, dim=1).indices, True)
-        found[site] = [replace(entry, density=density, recall=float((kept & wanted).sum() / wanted.sum()))]
+        found[site] = [*entries[:-1], replace(entry, density=density, recall=float((kept & wanted).sum() / wanted.sum()))]
     return found
 
 
 def export_predictors(plan: Plan, folder: str | Path, tap: Tap = "input", source: Source | None = None, bias: bool = False) -> Path:
     """Write a plan's predictors as a new folder of `model_{layer}.safetensors` and config.json; returns the folder.
 
-    One tau for all neurons of all layers becomes `sparse_threshold`, one float32 higher, so that equal logits decide as before. Differing ones need
-    `bias`: they go into fc2.bias, which sparsegate and torch understand and PowerInfer does not. `tap` residual writes predictors of the residual stream
-    before the norm, as PowerInfer feeds them: it needs the model as `source`, and a threshold of 0. Raises InputError for what the format cannot hold.
+    Tensors, threshold and refusals are those of `folder_form`. Raises InputError for a folder that exists, too.
     """
     out = Path(folder)
     if out.exists():
         raise InputError(f"folder must be a new folder, got {out}, which exists. Choose another, or remove it.")
+    layers, threshold = folder_form(plan, tap, source, bias)
+    with atomic_folder(out) as partial:
+        for layer, tensors in layers.items():
+            save_file(tensors, partial / f"model_{layer}.safetensors")
+        write_json(partial / CONFIG, {"sparse_threshold": threshold, "tap": tap})
+    return out
+
+
+def folder_form(plan: Plan, tap: Tap, source: Source | None = None, bias: bool = False) -> tuple[dict[int, dict[str, Tensor]], float]:
+    """A plan's predictors as other systems hold them: fc1.weight [r, d] and fc2.weight [n, r] by layer, and the one threshold; a swap before one is left out.
+
+    One tau for all neurons of all layers becomes the threshold, one float32 higher, so that equal logits decide as before. Differing ones need `bias`: they
+    go into fc2.bias, which sparsegate and torch understand and PowerInfer does not. `tap` residual gives predictors of the residual stream before the norm, as
+    PowerInfer feeds them: it needs the model as `source`, and a threshold of 0. Raises InputError for what the format cannot hold.
+    """
     entries = _expressible(plan)
     cuts = {layer: torch.nextafter(entry.tau, torch.tensor(math.inf)) + 0.0 for layer, entry in entries.items()}  # + 0.0: no -0
     first = float(cuts[0][0])
@@ -346,23 +365,21 @@ def export_predictors(plan: Plan, folder: str | Path, tap: Tap = "input", source
     if not folded and not math.isfinite(first):
         raise InputError(f"sparse_threshold must be a finite float32, got {first}. Lower tau.")
     gains = residual_gains(source) if tap == "residual" and source is not None else {}
-    with atomic_folder(out) as partial:
-        for layer, entry in entries.items():
-            gain = gains.get(Site(layer))
-            fc1 = entry.fc1 if gain is None else (entry.fc1.double() * gain).float()
-            tensors = {"fc1.weight": fc1.contiguous().clone(), "fc2.weight": entry.fc2.contiguous().clone()}
-            if folded:
-                tensors["fc2.bias"] = -cuts[layer]
-            save_file(tensors, partial / f"model_{layer}.safetensors")
-        write_json(partial / CONFIG, {"sparse_threshold": 0.0 if folded else first, "tap": tap})
-    return out
+    layers: dict[int, dict[str, Tensor]] = {}
+    for layer, entry in entries.items():
+        gain = gains.get(Site(layer))
+        fc1 = entry.fc1 if gain is None else (entry.fc1.double() * gain).float()
+        layers[layer] = {"fc1.weight": fc1.contiguous().clone(), "fc2.weight": entry.fc2.contiguous().clone()}
+        if folded:
+            layers[layer]["fc2.bias"] = -cuts[layer]
+    return layers, 0.0 if folded else first
 
 
 def _expressible(plan: Plan) -> dict[int, Predictor]:
     """The predictors by layer. Raises InputError for anything that a predictor folder has no place for."""
     found: dict[int, Predictor] = {}
     for site, entries in sorted(plan.items()):
-        entry = entries[0] if len(entries) == 1 else None
+        entry = entries[-1] if len(entries) == 1 or [type(e) for e in entries[:-1]] == [Swap] else None
         if not isinstance(entry, Predictor) or site.kind != "ffn" or site.expert is not None:
             kinds = ", ".join(str(e.fields()["kind"]) for e in entries) or "none"
             raise InputError(f"A predictor folder holds one predictor a layer, got {kinds} at {site.key}. Take a plan of --method predictor.")

@@ -202,9 +202,9 @@ def test_what_is_refused() -> None:
         pass
     with pytest.raises(InputError, match="must hold a token, got none"):
         measure(model, Batches(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.bool)))
-    small = {"vocab_size": 31, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = LlamaConfig(vocab_size=31, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(InputError, match=r"must have experts in 3-D weights .* got none in LlamaForCausalLM"):
-        expert_modules(LlamaForCausalLM(LlamaConfig(**small)))
+        expert_modules(LlamaForCausalLM(small))
     module = expert_modules(model)[0]
     module.has_bias = True
     with pytest.raises(InputError, match=r"without biases, got MixtralExperts with gate_up_proj \[8, 80, 32\] at layer 0"):

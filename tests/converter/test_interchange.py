@@ -37,7 +37,8 @@ from sparsegate.converter.interchange import (
     strict_threshold,
 )  # fmt: skip
 from sparsegate.converter.onnx_export import build_base, check_base
-from sparsegate.converter.plans import Plan, Predictor, Threshold, uniform_tau
+from sparsegate.converter.plans import Plan, Predictor, Swap, Threshold, uniform_tau
+from sparsegate.converter.published import normalise
 from sparsegate.converter.reference import apply_plan, dense, load, load_dense
 from sparsegate.converter.source import Source, open_source
 from sparsegate.converter.stats.collect import collect
@@ -450,3 +451,35 @@ def test_measured_density_and_recall(tiny_model: Callable[[str], Path], tmp_path
 def test_the_base_graph_ignores_predictors_beside(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     folder = put_beside(tiny_model("llama"), tmp_path / "m")
     check_base(build_base(folder, tmp_path / "onnx"), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), TOKENS)
+
+
+def test_predictors_of_a_model_with_another_activation(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """Every list is the swap and the predictor; measured and written they are as without the swap."""
+    folder = put_beside(tiny_model("llama"), tmp_path / "m")
+    stock = predictors_beside(open_source(folder))
+    source = open_source(normalise(folder, tmp_path / "out", activation="drelu"))
+    assert source.swaps == {Site(k): Swap("drelu") for k in range(LAYERS)}
+    beside = predictors_beside(source)
+    plan = imported_plan(source, Config(folder=str(make_folder(tmp_path / "p"))))
+    for found in (beside, plan):
+        assert [[type(entry) for entry in entries] for entries in found.values()] == [[Swap, Predictor]] * LAYERS
+        assert all(entries[0] == Swap("drelu") for entries in found.values())
+    for layer in range(LAYERS):
+        ours, theirs = (found[Site(layer)][-1].tensors() for found in (beside, stock))
+        assert all(torch.equal(ours[role], theirs[role]) for role in theirs)
+
+    x = torch.randn(30, D, generator=torch.Generator().manual_seed(8))
+    score = torch.rand(30, N, generator=torch.Generator().manual_seed(9))
+    stats = {site: {"samples:magnitude.x": x, "samples:magnitude.score": score} for site in plan}
+    with_swaps, without = measured(plan, stats), measured({site: entries[1:] for site, entries in plan.items()}, stats)
+    for site, (swap, predictor) in with_swaps.items():
+        assert swap == Swap("drelu") and isinstance(predictor, Predictor)
+        assert predictor.fields() == without[site][0].fields() and 0 < predictor.density < 1
+
+    out = export_predictors(with_swaps, tmp_path / "a", tap="residual", source=source)
+    again = imported_plan(source, Config(folder=str(out)))
+    assert [[type(entry) for entry in entries] for entries in again.values()] == [[Swap, Predictor]] * LAYERS
+    for layer in range(LAYERS):
+        assert torch.allclose(load_file(out / f"model_{layer}.safetensors")["fc1.weight"], make_tensors_of(layer)["fc1.weight"], rtol=3e-7, atol=0)
+    with pytest.raises(InputError, match=r"one predictor a layer, got swap at layers\.0\.ffn"):
+        export_predictors({Site(0): [Swap("drelu")]}, tmp_path / "b")
