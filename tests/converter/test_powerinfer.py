@@ -318,7 +318,7 @@ def test_what_powerinfer_does_not_have_is_refused(relu: Source, tiny_model: Call
     def plan(rank: int = 3) -> Plan:
         return {Site(k): [Predictor(torch.zeros(rank, D), torch.zeros(N, rank), uniform_tau(0, N), 1.0)] for k in range(LAYERS)}
 
-    uneven = plan() | {Site(1): [Predictor(torch.zeros(1, D), torch.zeros(N, 1), uniform_tau(0.5, N), 1.0)]}
+    uneven: Plan = {**plan(), Site(1): [Predictor(torch.zeros(1, D), torch.zeros(N, 1), uniform_tau(0.5, N), 1.0)]}
     cases: list[tuple[Source, Plan, dict[str, Any], str]] = [
         (open_source(tiny_model("llama")), plan(), {}, "activation must be relu or drelu in every layer, got silu"),
         (open_source(tiny_model("qwen2")), plan(), {}, "must be of type llama or mistral, got qwen2"),
