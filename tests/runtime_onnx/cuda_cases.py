@@ -131,6 +131,9 @@ def _mlp_cases() -> list[Mlp]:
         out += [
             Mlp(tokens, "exact", "drelu", x="float16", w="float16"),
             Mlp(tokens, "exact", "relu2", plain=True, bias=True),
+            Mlp(tokens, "exact", "fatrelu(0.2)", bias=True),
+            Mlp(tokens, "gate", "shifted_relu(0.2)", x="float16", w="float16"),
+            Mlp(tokens, activation="drelu", weights="int8_row", x="float16", p="int8"),
             Mlp(tokens, "gate", "gelu", plain=True, bias=True, x="float16", w="float16"),
             Mlp(tokens, activation="gelu_tanh", x="float16", w="bfloat16", p="float32"),  # types that the tensor cores do not take together
             Mlp(tokens, activation="identity", x="float16", w="float32", p="int8"),

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from op_harness.gated_mlp import OP, make_tensors, make_variant, make_x
+from op_harness.gated_mlp import OP, make_tensors, make_variant, make_x, with_tau
 from op_harness.sessions import make_model, nmse, open_model, run
 
 from sparsegate.runtime_onnx.ops.activation import ACTIVATIONS, activate, is_relu, spell_activation, split_activation
-from sparsegate.runtime_onnx.ops.gated_mlp import active, opened, reference, traffic
+from sparsegate.runtime_onnx.ops.gated_mlp import _product, active, opened, reference, traffic
 
 SPELLED = [
     ("fatrelu", 0.01, "fatrelu(0.01)"),
@@ -105,3 +105,52 @@ def test_traffic_of_both_signs() -> None:
     predictor = make_variant("drelu", "predictor")
     assert traffic(predictor, d, n, 16, 0.25, 0.125, 0.0625) == n * d * 4 * (0.25 + 0.125 + 0.0625) + 4 * 16 * (d + n) + 4 * n
     assert traffic(make_variant("relu", "exact", plain=True), d, n, 0, 0.25) == n * d * 4 * 1.25
+
+
+def poisoned(tensors: dict[str, np.ndarray], role: str, row: int) -> dict[str, np.ndarray]:
+    """The tensors with NaN in a row of a matrix, or in its scales where it holds integers."""
+    role = role if f"s{role[1:]}" not in tensors else f"s{role[1:]}"
+    changed = tensors[role].copy()
+    changed[row] = np.nan
+    return {**tensors, role: changed}
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 12])
+@pytest.mark.parametrize("score", ["exact", "gate", "predictor", "all"])
+@pytest.mark.parametrize("weights", ["float", "int8_row", "int4_g32"])
+@pytest.mark.parametrize("text", ["drelu", "fatrelu(0.2)"])
+def test_rows_of_zeros_are_not_read(text: str, weights: str, score: str, tokens: int) -> None:
+    """Up where no token's gate opens, down where no token's product is not zero; where another token needs the row, a token keeps its bits."""
+    variant = make_variant(text, score, weights)
+    x = make_x(variant, (tokens, 32))
+    tensors = make_tensors(variant, 32, 90)
+    if score != "all":
+        tensors = with_tau(variant, x, tensors, 0.6) if score == "predictor" else tensors | ({"tau": np.full(90, -1, np.float32)} if score == "gate" else {})
+    clean = run(open_model(make_model(OP, variant, tensors)), x)
+    kept = np.ones((tokens, 90), bool) if score == "exact" else active(variant, x, tensors, integer=True)
+    open_gate = opened(variant, x, tensors, integer=True) & kept
+    used = active(make_variant(text, "exact", weights), x, {role: tensors[role] for role in tensors if role[:1] in "ws"}, integer=True) & kept
+    products = [_product(variant, x.astype(np.float64), tensors, role, "", True) for role in ("w_gate", "w_up")]
+    settled = (np.abs(np.stack(products) - [0, 0.2][text != "drelu"]) > 1e-5).all((0, 1))  # sums of integers may be 0, and rounded to either side
+    for role, needed in (("w_up", open_gate), ("w_down", used)):
+        read = needed.any(0)
+        assert 0 < (read & settled).sum() and ((~read & settled).any() or tokens == 12)
+        for row in (*np.flatnonzero(~read & settled)[:1], np.flatnonzero(read & settled)[0]):
+            y = run(open_model(make_model(OP, variant, poisoned(tensors, role, row))), x)
+            assert np.isnan(y).any(1).tolist() == needed[:, row].tolist()
+            np.testing.assert_array_equal(y[~needed[:, row]], clean[~needed[:, row]])
+
+
+@pytest.mark.parametrize("tokens", [1, 12])
+@pytest.mark.parametrize("text", ["drelu", "shifted_relu(0.2)"])
+def test_nan_is_never_dropped(text: str, tokens: int) -> None:
+    """A gate, or an up behind an open gate, that is NaN reaches y, and x that is NaN does."""
+    variant = make_variant(text, "exact")
+    x = make_x(variant, (tokens, 32))
+    tensors = make_tensors(variant, 32, 90)
+    row = int(np.flatnonzero(active(variant, x, tensors)[0])[0])
+    for role in ("w_gate", "w_up"):
+        assert np.isnan(run(open_model(make_model(OP, variant, poisoned(tensors, role, row))), x)[0]).all()
+    x[0, 3] = np.nan
+    y = run(open_model(make_model(OP, variant, tensors)), x)
+    assert np.isnan(y[0]).all() and np.isfinite(y[1:]).all()
