@@ -34,7 +34,7 @@ class Batches:
         """Hash (hex) of tokens, mask and their shape."""
         digest = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
         for part in (*self.tokens.split(_HASHED), *self.mask.split(_HASHED)):
-            digest.update(part.contiguous().flatten().numpy())
+            digest.update(part.contiguous().flatten().numpy().data)
         return digest.hexdigest()
 
     @property

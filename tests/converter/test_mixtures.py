@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 from models import VOCAB, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from sparsegate.converter import data as data_module
 from sparsegate.converter import mixtures
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.mixtures import counts, mixture_batches
@@ -206,6 +208,13 @@ def test_windows_are_made_once_and_again_when_anything_changes(tokenizer: Any, t
     (work / "mixture" / "header.json").unlink()  # as if the run had been killed
     mixture_batches(other, make(*three, windows=13), 1, work)
     assert len(made) == 6
+
+
+def test_windows_are_hashed_in_pieces_to_the_hash_of_the_whole(tokenizer: Any, three: list[Mix], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "_HASHED", 5)
+    found = mixture_batches(tokenizer, make(*three, windows=12), 0, tmp_path / "work")
+    whole = sha256(b"(12, 16)" + found.tokens.numpy().tobytes() + b"\1" * 12 * 16)
+    assert found.sha256 == whole.hexdigest()
 
 
 def test_what_is_wrong_is_said(tokenizer: Any, three: list[Mix], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
