@@ -114,10 +114,11 @@ def _greedy(model: Any, prompts: Tensor) -> Tensor:
     return tokens.cpu()
 
 
-def check_onnx(onnx: Path, model: Any, batches: Batches, export: Export | None = None) -> list[Check]:
+def check_onnx(onnx: Path, model: Any, batches: Batches, export: Export | None = None, original: Any | None = None) -> list[Check]:
     """Equality of every executor of an ONNX folder with the gated torch model: body and kernel, in plain ONNX Runtime and in onnxruntime-genai.
 
-    `model` holds the weights of the file (`round_model`). A graph for CUDA without a CUDA device here is run by the CPU as far as that has kernels.
+    `model` holds the weights of the file (`round_model`); notes name the divergence from `original`, or from the ungated model. A graph for CUDA without a CUDA
+    device here is run by the CPU as far as that has kernels.
     """
     export = export or Export()
     cuda = export.target == "cuda"
@@ -137,7 +138,7 @@ def check_onnx(onnx: Path, model: Any, batches: Batches, export: Export | None =
             checks += _activation_checks(name, decoder, model, batches)
             probe = _own_greedy(decoder, probe)
         else:
-            checks += [_logits_check(f"{name} logits", decoder, probe), _quality_check(name, decoder, model, batches)]
+            checks += [_logits_check(f"{name} logits", decoder, probe), _quality_check(name, decoder, model, batches, original)]
         checks.append(_greedy_check(f"genai {name}", _genai_tokens(onnx, probe, library), probe))
     return checks
 
@@ -213,9 +214,9 @@ def _own_greedy(decoder: Decoder, probe: Probe) -> Probe:
     return replace(probe, greedy=torch.tensor(rows), must_match=must)
 
 
-def _quality_check(name: str, decoder: Decoder, model: Any, batches: Batches) -> Check:
+def _quality_check(name: str, decoder: Decoder, model: Any, batches: Batches, original: Any | None) -> Check:
     """NLL, KL to dense torch and argmax agreement of an ONNX executor on QUALITY_WINDOWS windows; judged is the difference of its NLL to sparse torch's."""
-    found = measure_executor(decoder, model, batches)
+    found = measure_executor(decoder, model, batches, original=original)
     off = abs(found.nll - found.nll_torch)
     note = f"NLL {found.nll:.4f} (torch {found.nll_torch:.4f}), KL to dense {found.kl:.4f}, agreement {found.agreement:.1%} over {found.tokens} tokens"
     return Check(name=f"{name} NLL", value=off, bound=NLL_BOUND, passed=off <= NLL_BOUND, note=note)
@@ -283,8 +284,9 @@ def _greedy_check(name: str, found: list[list[int]], probe: Probe) -> Check:
 
 
 @torch.no_grad()
-def measure_shipped(onnx: Path, model: Any, batches: Batches, export: Export) -> ExecutorQuality | None:
-    """What an ONNX folder loses on all of the windows, by the executor that applications get, beside the gated torch model in fp32.
+def measure_shipped(onnx: Path, model: Any, batches: Batches, export: Export, original: Any | None = None) -> ExecutorQuality | None:
+    """What an ONNX folder loses on all of the windows against `original` (None: the ungated model), by the executor that applications get, beside the gated
+    torch model in fp32.
 
     None in fp32 for the CPU, which is the torch model within LOGIT_BOUND, and where nothing here can run the graph.
     """
@@ -298,4 +300,4 @@ def measure_shipped(onnx: Path, model: Any, batches: Batches, export: Export) ->
             raise
         log.warning("The graph for CUDA was not measured, the CPU cannot run it: %s", str(error).splitlines()[0])
         return None
-    return measure_executor(decoder, model, batches, len(batches.tokens))
+    return measure_executor(decoder, model, batches, len(batches.tokens), original)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..runtime_onnx.session import Decoder
-from .arch import Arch, Site, load_arch
+from .arch import PREFIX, Arch, Site, load_arch
 from .artifact import InputError
 from .checkpoint import read_sparsity
 from .data import Batches
-from .plans import Plan, Swap, block_cost, cost, deciding, linear_shapes, mlp_cost
+from .plans import Plan, block_cost, cost, deciding, linear_shapes, mlp_cost
 from .reference import dense, load_dense, recording
 
 LOGIT_BOUND = 1e-4
@@ -131,6 +131,14 @@ def log_probs(model: Any, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens.to(model.device)).logits[:, :-1].float().log_softmax(-1)
 
 
+def dense_side(model: Any, tokens: Tensor, original: Any | None = None) -> Tensor:
+    """`log_probs` of what a gated model is compared with: the dense `original`, or None for the model itself ungated."""
+    if original is not None:
+        return log_probs(original, tokens)
+    with dense(model):
+        return log_probs(model, tokens)
+
+
 @torch.no_grad()
 def dense_log_probs(model: Any, batches: Batches) -> list[Tensor]:
     """What `measure_quality` takes as `reference`, for many plans on one model and text: 4 bytes x tokens x vocabulary, so for small models only."""
@@ -140,9 +148,10 @@ def dense_log_probs(model: Any, batches: Batches) -> list[Tensor]:
 
 @torch.no_grad()
 def measure_quality(model: Any, plan: Plan, batches: Batches, reference: list[Tensor] | None = None, original: Any | None = None) -> Quality:
-    """Compare a gated model with `original`, a dense model, or with itself ungated, on every window; the first token of a window is given.
+    """Compare a gated model on every window with the dense `original` that it was made from (None: with itself ungated, which is that model unless its weights
+    or activations were changed); the first token of a window is given.
 
-    `reference` is `dense_log_probs` of the same model and batches, where it was computed before.
+    `reference` is `dense_log_probs` of what is compared with, on the same batches, where it was computed before.
     """
     arch, config = load_arch(model.config.model_type), model.config
     total = Totals()
@@ -150,20 +159,18 @@ def measure_quality(model: Any, plan: Plan, batches: Batches, reference: list[Te
     with recording(model) as record:
         for number, rows in enumerate(tqdm(groups, desc="quality", unit="batch")):
             if reference is None:
-                with dense(model):
-                    p = log_probs(original or model, rows)
+                p = dense_side(model, rows, original)
             else:
                 p = reference[number].to(model.device)
             total.add(p, log_probs(model, rows), rows[:, 1:])
     density, opened = record.density(), record.opened_share()
-    plan = {site: [replace(e, opened=opened[site]) if isinstance(e, Swap) and site in opened else e for e in entries] for site, entries in plan.items()}
     nll_dense, nll, kl, agreement = total.means()
     sizes = site_parameters(plan, arch, config)
     return Quality(
         tokens=total.tokens, nll_dense=nll_dense, nll=nll, kl=kl, agreement=agreement,
-        density=weighted(density, sizes), cost=mlp_cost(plan, arch, config, density), block_cost=block_cost(plan, arch, config, density),
+        density=weighted(density, sizes), cost=mlp_cost(plan, arch, config, density, opened), block_cost=block_cost(plan, arch, config, density, opened),
         site_density={site.key: v for site, v in density.items()},
-        site_cost={site.key: site_cost(plan, site, arch, config, share) for site, share in density.items()},
+        site_cost={site.key: site_cost(plan, site, arch, config, share, opened.get(site)) for site, share in density.items()},
         site_opened={site.key: share for site, share in opened.items()},
     )  # fmt: skip
 
@@ -176,9 +183,15 @@ def site_parameters(plan: Plan, arch: Arch, config: Any) -> dict[Site, int]:
     return {site: linear[site][0] * linear[site][1] if site in linear else matrices * hidden * units for site in plan}
 
 
-def site_cost(plan: Plan, site: Site, arch: Arch, config: Any, density: float) -> float:
+def site_units(plan: Plan, arch: Arch, config: Any) -> dict[Site, int]:
+    """Units that each site of a plan decides on: neurons, or a linear's input channels."""
+    shapes = linear_shapes(arch, config)
+    return {site: arch.size(config, "units") if site.kind == "ffn" else shapes[site.kind.removeprefix("linear:")][1] for site in plan}
+
+
+def site_cost(plan: Plan, site: Site, arch: Arch, config: Any, density: float, opened: float | None = None) -> float:
     """Bytes of a site touched per token relative to its own dense weights, predictor included."""
-    return cost(deciding(plan[site]), arch.size(config, "hidden"), arch.size(config, "units"), 2 if arch.ffn.kind == "plain" else 3, density)
+    return cost(deciding(plan[site]), arch.size(config, "hidden"), arch.size(config, "units"), 2 if arch.ffn.kind == "plain" else 3, density, opened)
 
 
 def weighted(values: Mapping[Site, float], sizes: Mapping[Site, int]) -> float:
@@ -187,13 +200,12 @@ def weighted(values: Mapping[Site, float], sizes: Mapping[Site, int]) -> float:
 
 
 @torch.no_grad()
-def measure_executor(decoder: Decoder, model: Any, batches: Batches, count: int = QUALITY_WINDOWS) -> ExecutorQuality:
-    """An ONNX executor on the first `count` windows, beside the gated torch model."""
+def measure_executor(decoder: Decoder, model: Any, batches: Batches, count: int = QUALITY_WINDOWS, original: Any | None = None) -> ExecutorQuality:
+    """An ONNX executor on the first `count` windows, beside the gated torch model and what that is compared with (`dense_side`)."""
     against_torch, against_dense = Totals(), Totals()
     first = Batches(batches.tokens[:count], batches.mask[:count])
     for rows in windows(first, model.config.vocab_size):
-        with dense(model):
-            p = log_probs(model, rows).cpu()
+        p = dense_side(model, rows, original).cpu()
         q = log_probs(model, rows).cpu()
         for number, row in enumerate(rows):
             decoder.reset()
@@ -248,13 +260,31 @@ def check_budget(quality: Quality, budget: dict[str, Any]) -> list[Check]:
 
 
 @torch.no_grad()
-def check_source(model: Any, source: Path, batches: Batches) -> Check:
-    """The checkpoint's dense model against the model it was made from: largest logit difference on one window."""
+def check_source(model: Any, source: Path, batches: Batches, trained: bool = False) -> Check:
+    """The checkpoint's dense model against the model it was made from: largest logit difference on one window.
+
+    Where activations were swapped, or weights `trained`, the two differ by design; then only the sizes that both configurations name are compared.
+    """
     original = load_dense(source)
+    if trained or model.config.model_type.startswith(PREFIX):
+        return _check_sizes(model, original, source)
     row = batches.tokens[:1]
     with dense(model):
         worst = float((model(input_ids=row).logits - original(input_ids=row).logits).abs().max())
     return Check(name="dense weights", value=worst, bound=LOGIT_BOUND, passed=worst <= LOGIT_BOUND, note=f"against {source.name}")
+
+
+def _check_sizes(model: Any, original: Any, source: Path) -> Check:
+    arch, wanted = load_arch(model.config.model_type), load_arch(original.config.model_type)
+    different = [space for space in arch.spaces if space not in wanted.spaces or arch.size(model.config, space) != wanted.size(original.config, space)]
+    if arch.model_type != wanted.model_type:
+        different.append(f"model type {arch.model_type} for {wanted.model_type}")
+    found, own = original.state_dict(), model.state_dict()
+    equal = sum(name in own and torch.equal(tensor, own[name]) for name, tensor in found.items())
+    note = f"against {source.name}: weights or activations were changed, so sizes are compared; {equal} of {len(found)} tensors are the source's"
+    if different:
+        note = f"against {source.name}: {', '.join(different)} differ"
+    return Check(name="dense sizes", value=len(different), bound=0, passed=not different, note=note)
 
 
 def read_plan(folder: Path) -> Plan:

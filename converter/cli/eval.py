@@ -21,6 +21,9 @@ def eval(
         str | None, typer.Option("--lm-eval", help="lm-eval tasks, with commas between; FOLDER/NAME is a task of your own.", metavar="TASKS")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Most examples of each lm-eval task.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Dense model to compare with, where weights or activations were changed. Default: the checkpoint ungated.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Measure, store report/eval.json and print the tables."""
@@ -29,7 +32,7 @@ def eval(
     from ..report.tables import table
     from . import output as show
 
-    found = evaluate(model, text, windows, prompts, max_new_tokens, lm_eval, limit, command=show.command(sys.argv[1:]))
+    found = evaluate(model, text, windows, prompts, max_new_tokens, lm_eval, limit, command=show.command(sys.argv[1:]), source=source)
     if json:
         print(found.model_dump_json(indent=2))
         return 0

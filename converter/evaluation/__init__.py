@@ -8,22 +8,23 @@ from __future__ import annotations
 import logging
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...runtime_onnx.library import executor
 from ...runtime_onnx.session import Decoder
 from ..arch import Arch
 from ..artifact import InputError, hash_file
-from ..data import HELDOUT_TEXT, Batches, make_batches, read_text
-from ..hub import is_hub_id, local_folder
+from ..data import BUNDLED, HELDOUT_TEXT, Batches, make_batches, read_text
+from ..hub import download, home_folder, is_hub_id, local_folder
 from ..manifest import Manifest, installed_versions, read_manifest
+from ..planning import BUNDLED_MODEL, training_stage
 from ..plans import Plan
 from ..recipe import Recipe
-from ..reference import load
+from ..reference import load, load_dense
 from ..report import Text, this_machine
 from ..report.evaluation import EVALUATION, Evaluation, Measured
 from ..report.results import record_files
-from ..source import open_source
+from ..source import Source, open_source
 from ..texts import HELDOUT_SHARE, HELDOUT_WINDOWS
 from ..verification import measure_executor, measure_quality, read_plan
 from .answers import NEW_TOKENS, compare_answers, import_sacrebleu, make_prompts
@@ -41,6 +42,7 @@ def evaluate(
     lm_eval: str | None = None,
     limit: int | None = None,
     command: str = "sparsegate eval",
+    source: str | Path | None = None,
 ) -> Evaluation:
     """Measure a sparse checkpoint, folder or Hub id, and store the result in the folder (not for a Hub id).
 
@@ -54,6 +56,8 @@ def evaluate(
         lm_eval: Task names of lm-eval, with commas between; FOLDER/NAME is a task of one's own in FOLDER.
         limit: Most examples of each lm-eval task.
         command: The command for the record.
+        source: The dense model that the checkpoint was made from, folder or Hub id, to compare with where weights or activations were changed. Default: the
+            checkpoint itself ungated, which is that model where neither was.
 
     Raises InputError for every user's mistake, before anything is measured where that can be known.
     """
@@ -70,9 +74,11 @@ def evaluate(
     tokenizer, arch, config = opened.tokenizer(), opened.arch, opened.config
     batches, name = _batches(tokenizer, config, manifest, None if text is None else Path(text), windows)
     rows = make_prompts(tokenizer, config, batches, None if prompts is None else Path(prompts), max_new_tokens)
+    original = None if source is None else _dense(source, config)
     sparse = load(folder)
-    quality = measure_quality(sparse, plan, batches)
-    answers, sparsity = compare_answers(sparse, plan, arch, tokenizer, rows, max_new_tokens, bleu, name if prompts is None else Path(prompts).name)
+    quality = measure_quality(sparse, plan, batches, original=original)
+    shown = name if prompts is None else Path(prompts).name
+    answers, sparsity = compare_answers(sparse, plan, arch, tokenizer, rows, max_new_tokens, bleu, shown, original)
     measured = Measured(
         executor="torch", tokens=quality.tokens, nll=quality.nll, nll_torch=quality.nll, kl=quality.kl, agreement=quality.agreement
     )  # fmt: skip
@@ -80,16 +86,37 @@ def evaluate(
     found = Evaluation(
         model=str(manifest.recipe.get("model", folder.name)), date=datetime.now(UTC).date().isoformat(), command=command, machine=this_machine(),
         versions=installed_versions(), text=Text(tokens=quality.tokens, hash=batches.sha256, name=name), nll_dense=quality.nll_dense,
-        executors=[measured, *_executors(folder / "onnx", sparse, batches)],
+        against=_against(opened, Recipe.model_validate(manifest.recipe), source),
+        executors=[measured, *_executors(folder / "onnx", sparse, batches, original)],
         density=quality.density, cost=quality.cost, block_cost=quality.block_cost, predictor_cost=predictor_cost(plan, arch, config),
         site_density=quality.site_density, site_cost=quality.site_cost,
         sparsity=sparsity.summary(1 - quality.density, sum(p.numel() for p in sparse.parameters())), answers=answers,
-        tasks={} if tasks is None else run_tasks(folder / "onnx", sparse, tasks, limit),
+        tasks={} if tasks is None else run_tasks(folder / "onnx", sparse, tasks, limit, original),
     )  # fmt: skip
     if not is_hub_id(str(model)):
         found.save(folder / EVALUATION)
         record_files(folder, EVALUATION)
     return found
+
+
+def _dense(source: str | Path, config: Any) -> Any:
+    """The dense model to compare with. Raises InputError for one of another vocabulary."""
+    if is_hub_id(str(source)):
+        opened = open_source(download(str(source), home_folder("dense", str(source))).folder)
+    else:
+        opened = open_source(BUNDLED if str(source) == BUNDLED_MODEL else source)
+    if opened.config.vocab_size != config.vocab_size:
+        raise InputError(
+            f"--source must have the checkpoint's vocabulary of {config.vocab_size}, got {opened.config.vocab_size}. Give the model it was made from."
+        )
+    return load_dense(opened.folder)
+
+
+def _against(opened: Source, recipe: Recipe, source: str | Path | None) -> Literal["dense torch", "dense source", "ungated torch"]:
+    """The honest name of what is compared with: a checkpoint with other activations or trained weights holds no dense model."""
+    if source is not None:
+        return "dense source"
+    return "ungated torch" if opened.swaps or training_stage(recipe) is not None else "dense torch"
 
 
 def predictor_cost(plan: Plan, arch: Arch, config: Any) -> float:
@@ -115,7 +142,7 @@ def _batches(tokenizer: Any, config: Any, manifest: Manifest, text: Path | None,
     return make_batches(tokenizer, words, windows, length, manifest.seed + 1, "The text"), name
 
 
-def _executors(onnx: Path, model: Any, batches: Batches) -> list[Measured]:
+def _executors(onnx: Path, model: Any, batches: Batches, original: Any | None) -> list[Measured]:
     """The ONNX folder's body and kernel, as far as they are there."""
     if not onnx.is_dir():
         return [Measured(executor="ONNX", note="not run: the checkpoint has no onnx folder")]
@@ -124,5 +151,5 @@ def _executors(onnx: Path, model: Any, batches: Batches) -> list[Measured]:
         if library and not chosen.kernel:
             found.append(Measured(executor=name, note=f"not run: {chosen.reason}"))
             continue
-        found.append(Measured(executor=name, **measure_executor(Decoder(onnx, library=library), model, batches).model_dump()))
+        found.append(Measured(executor=name, **measure_executor(Decoder(onnx, library=library), model, batches, original=original).model_dump()))
     return found

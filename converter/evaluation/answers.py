@@ -16,7 +16,7 @@ from ..data import Batches, read_text
 from ..plans import Plan
 from ..reference import Recorder, dense, recording
 from ..report.evaluation import Answers, Sparsity
-from ..verification import site_parameters, weighted
+from ..verification import site_parameters, site_units, weighted
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 32, 64
 _TOGETHER = 8  # prompts of one length that are answered at once
@@ -40,10 +40,13 @@ def make_prompts(tokenizer: Any, config: Any, batches: Batches, file: Path | Non
 
 @dataclass
 class Counts:
-    """Kept and seen units by site: while answering after a dense prompt, over the prompt when it is masked, while answering then; and prompt positions."""
+    """Kept and seen units by site, which has `units` of them a token: while answering after a dense prompt, over the prompt when it is masked, while answering
+    then; and prompt positions.
+    """
 
     plan: Plan
     sizes: dict[Site, int]
+    units: dict[Site, int]
     answers: Recorder = field(default_factory=Recorder)
     masked_prompt: Recorder = field(default_factory=Recorder)
     masked_answers: Recorder = field(default_factory=Recorder)
@@ -52,8 +55,8 @@ class Counts:
     def summary(self, windows: float, parameters: int) -> Sparsity:
         """Shares weighted by the sites' parameters; `windows` is the sparsity on held-out windows, `parameters` those of the whole model."""
         dense_prompt = Recorder()
-        for site, entries in self.plan.items():
-            dense_prompt.kept[site] = dense_prompt.seen[site] = self.prompt_positions * len(entries[0].tau)
+        for site in self.plan:
+            dense_prompt.kept[site] = dense_prompt.seen[site] = self.prompt_positions * self.units[site]
         return Sparsity(
             windows=windows, answers=self._skipped(self.answers), answers_and_prompt=self._skipped(self.answers, dense_prompt),
             masked_answers=self._skipped(self.masked_answers), masked_answers_and_prompt=self._skipped(self.masked_answers, self.masked_prompt),
@@ -68,9 +71,11 @@ class Counts:
         return 1 - weighted(density, self.sizes)
 
 
-def compare_answers(model: Any, plan: Plan, arch: Arch, tokenizer: Any, prompts: list[Tensor], new: int, bleu: Any, name: str) -> tuple[Answers, Counts]:
-    """Answers of the dense model, and of the sparse one with the prompt dense and masked; scores and counts."""
-    counts = Counts(plan, site_parameters(plan, arch, model.config))
+def compare_answers(
+    model: Any, plan: Plan, arch: Arch, tokenizer: Any, prompts: list[Tensor], new: int, bleu: Any, name: str, original: Any | None = None
+) -> tuple[Answers, Counts]:
+    """Answers of the dense `original` (None: of the model ungated), and of the sparse one with the prompt ungated and masked; scores and counts."""
+    counts = Counts(plan, site_parameters(plan, arch, model.config), site_units(plan, arch, model.config))
     kinds: dict[str, list[list[int]]] = {"dense": [], "decode": [], "all": []}
     order: list[int] = []
     for length in sorted({len(row) for row in prompts}):
@@ -79,7 +84,7 @@ def compare_answers(model: Any, plan: Plan, arch: Arch, tokenizer: Any, prompts:
         for chunk in tqdm(torch.tensor(same).split(_TOGETHER), desc=f"answers to prompts of {length} tokens", unit="batch"):
             rows = torch.stack([prompts[k] for k in chunk.tolist()])
             with dense(model):
-                kinds["dense"] += greedy(model, rows, new)
+                kinds["dense"] += greedy(model if original is None else original, rows, new)
             kinds["decode"] += greedy(model, rows, new, dense_prompt=True, answers=counts.answers)
             kinds["all"] += greedy(model, rows, new, prompt=counts.masked_prompt, answers=counts.masked_answers)
             counts.prompt_positions += rows.numel()

@@ -45,13 +45,15 @@ def find_tasks(text: str) -> Tasks:
     return Tasks(names, manager)
 
 
-def run_tasks(onnx: Path, model: Any, tasks: Tasks, limit: int | None = None) -> dict[str, dict[str, dict[str, float]]]:
-    """{task: {metric: {"dense", "sparse"}}} of the torch model without its masks and of the ONNX folder, on the first `limit` examples of each task."""
+def run_tasks(onnx: Path, model: Any, tasks: Tasks, limit: int | None = None, original: Any | None = None) -> dict[str, dict[str, dict[str, float]]]:
+    """{task: {metric: {"dense", "sparse"}}} of the dense `original` in torch (None: of the model without its masks) and of the ONNX folder, on the first
+    `limit` examples of each task.
+    """
     if not onnx.is_dir():
         raise InputError(f"lm-eval must have the checkpoint's onnx folder, got none at {onnx}. Convert again.")
     simple_evaluate = import_module("lm_eval.evaluator").simple_evaluate
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for side, language_model in (("dense", dense_model(onnx, model)), ("sparse", sparse_model(onnx))):
+    for side, language_model in (("dense", dense_model(onnx, model if original is None else original)), ("sparse", sparse_model(onnx))):
         results = simple_evaluate(
             model=language_model, tasks=tasks.names, task_manager=tasks.manager, limit=limit, log_samples=False, bootstrap_iters=0
         )["results"]  # fmt: skip

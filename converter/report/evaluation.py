@@ -70,7 +70,8 @@ class Sparsity(Strict):
 class Evaluation(Strict):
     """Everything that `eval` measured. `cost` and `block_cost` are bytes touched per token relative to the dense MLPs, and to all linear maps of the blocks;
     `predictor_cost` is the part of `cost` that predictors and residuals add. `against` names what everything is compared with: the checkpoint's own dense
-    model, the dense source where weights or activations were changed, or, without that one, the changed model with nothing masked. `tasks`: lm-eval's metrics by task and metric, dense torch and sparse ONNX.
+    model, the dense source where weights or activations were changed, or, without that one, the changed model with nothing masked. `tasks`: metrics of lm-eval
+    by task and metric, dense torch and sparse ONNX.
     """
 
     version: Literal[1] = 1
@@ -159,7 +160,7 @@ def task_cells(found: Evaluation) -> Cells:
 
 
 def _word(found: Evaluation) -> str:
-    """ "dense", or "ungated" where that is no dense model."""
+    """`dense`, or `ungated` where that is no dense model."""
     return found.against.partition(" ")[0]
 
 

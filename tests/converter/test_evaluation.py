@@ -341,10 +341,11 @@ def test_every_flag_of_eval_and_report_arrives(capsys: pytest.CaptureFixture[str
         return found
 
     monkeypatch.setattr(evaluation, "evaluate", fake)
-    words = ["d", "--text", "t", "--windows", "3", "--prompts", "p", "--max-new-tokens", "5", "--lm-eval", "a,b", "--limit", "7"]
+    words = ["d", "--text", "t", "--windows", "3", "--prompts", "p", "--max-new-tokens", "5", "--lm-eval", "a,b", "--limit", "7", "--source", "s"]
     assert json.loads(call_cli(capsys, "eval", *words, "--json").out) == found.model_dump(mode="json")
     assert set(calls[0]) == set(real.parameters) and calls[0].pop("command").startswith("sparsegate eval d --text t ")
-    assert calls == [{"model": "d", "text": Path("t"), "windows": 3, "prompts": Path("p"), "max_new_tokens": 5, "lm_eval": "a,b", "limit": 7}]
+    wanted = {"model": "d", "text": Path("t"), "windows": 3, "prompts": Path("p"), "max_new_tokens": 5, "lm_eval": "a,b", "limit": 7, "source": "s"}
+    assert calls == [wanted]
     text = call_cli(capsys, "eval", "d").out
     assert all(part in text for part in ("ONNX kernel", "not run: no library", "53.73", "34.0 %", "layers.1.linear.q_proj", "hellaswag"))
     monkeypatch.setattr(report, "make_report", lambda folder: folder / "page")
