@@ -19,7 +19,7 @@ from .arch import Arch, Site
 from .blocks import down_rows, ffn_parts
 from .data import Batches
 from .linalg import Gram
-from .plans import Entry, Plan, Predictor
+from .plans import Plan, Predictor, Swap, activation_at, deciding
 from .reference import EXECUTORS, apply_plan, remove_plan
 
 WINDOWS = 64
@@ -35,18 +35,22 @@ def residual_rank(units: int, matrices: int) -> int:
 
 @torch.no_grad()
 def add_residuals(model: Any, arch: Arch, activation: str, plan: Plan, batches: Batches, rank: int) -> Plan:
-    """`plan` with a residual [r, d] for every feed-forward site, from at most WINDOWS full windows; `rank` (even) is that of fc1 for gate thresholds."""
+    """`plan` with a residual [r, d] for every feed-forward site that skips more than zeros, from at most WINDOWS full windows; `rank` (even) is that of fc1 for
+    gate thresholds.
+    """
     found = dict(plan)
     tokens = batches.tokens[batches.mask.all(1)][:WINDOWS]
     for site in sorted(site for site in plan if site.kind == "ffn"):
-        entry = plan[site][0]
+        entry = deciding(plan[site])
+        if isinstance(entry, Swap):
+            continue
         fc1 = entry.fc1
         if not isinstance(entry, Predictor) or fc1 is None:
             fc1 = _directions(_regressed(model, arch, activation, found, site, tokens, lambda x: x), rank)
         wide = fc1.to(model.device)
         gram = _regressed(model, arch, activation, found, site, tokens, lambda x, wide=wide: F.relu(x @ wide.T))
         residual = gram.solve(_L2 * float(gram.hidden.diagonal().mean())).float().contiguous()
-        found[site] = [replace(entry, fc1=fc1, residual=residual)]
+        found[site] = [*plan[site][:-1], replace(entry, fc1=fc1, residual=residual)]
     return found
 
 
@@ -58,10 +62,12 @@ def _directions(gram: Gram, rank: int) -> Tensor:
     return torch.cat([half, -half])
 
 
-def _regressed(model: Any, arch: Arch, activation: str, plan: Plan, site: Site, tokens: Tensor, hidden: Callable[[Tensor], Tensor]) -> Gram:
+def _regressed(model: Any, arch: Arch, base: str, plan: Plan, site: Site, tokens: Tensor, hidden: Callable[[Tensor], Tensor]) -> Gram:
     """Sums over the tokens [N, S] of hidden(x) and of the skipped output at one site of the model under `plan`."""
     module = model.get_submodule(arch.ffn_module(site.layer))
-    entry: Entry = replace(plan[site][0], **{name: t.to(model.device) for name, t in vars(plan[site][0]).items() if isinstance(t, Tensor)})
+    entry, activation = deciding(plan[site]), activation_at(plan[site], base)
+    assert not isinstance(entry, Swap)
+    entry = replace(entry, **{name: t.to(model.device) for name, t in vars(entry).items() if isinstance(t, Tensor)})
     w_down = down_rows(module, arch).float()
     sums: list[Gram] = []
 
@@ -74,7 +80,7 @@ def _regressed(model: Any, arch: Arch, activation: str, plan: Plan, site: Site, 
             sums.append(Gram.empty(inner.shape[1], w_down.shape[1]))
         sums[0].add(inner, torch.where(scores > entry.tau, 0.0, parts.z.float()) @ w_down)
 
-    apply_plan(model, plan, arch, activation)
+    apply_plan(model, plan, arch, base)
     handle = module.register_forward_pre_hook(hook)
     try:
         for rows in tokens.split(_TOGETHER):
