@@ -17,7 +17,7 @@ import numpy as np
 from ..runtime_onnx.ops.activation import spell_activation, split_activation
 from .arch import ACTIVATIONS, PREFIX, SWAPPED, Arch, load_arch
 from .artifact import InputError, atomic_folder, read_json, write_json
-from .source import INDEX, SINGLE, TOKENIZER_FILES, check_config, open_source
+from .source import INDEX, SINGLE, TOKENIZER_FILES, check_config, make_config, open_source
 
 SOURCE = (
     "bamboo: PowerInfer/Bamboo-base-v0_1, Bamboo-DPO-v0_1 and TurboSparse-Mistral-Instruct, config.json (hidden_act relu) and modeling_bamboo.py: Mistral, "
@@ -81,15 +81,8 @@ def is_published(raw: dict[str, Any]) -> bool:
     return raw.get("model_type") in PUBLISHED or raw.get("model_type") in REFUSED
 
 
-def normalise(folder: str | Path, out: str | Path, activation: str | None = None) -> Path:
-    """Write `folder`, a published model, as `out` in the form that `open_source` reads; returns `out`. Weights are hard links, or else symlinks.
-
-    `activation` None is the published type's own. Another one may be given for a folder of a stock type whose config.json does not say what the weights were
-    trained with, as "drelu" for SparseQwen2. Where stock transformers computes the same, `out` is a stock folder. Raises InputError for types that are
-    unknown or refused, for configurations and weights that do not belong together, and for pickles.
-    """
-    folder, out = Path(folder), Path(out)
-    raw = read_json(folder / "config.json", "config.json")
+def normal_config(raw: dict[str, Any], activation: str | None = None) -> dict[str, Any]:
+    """What config.json says in the form that `open_source` reads, from that of a published model, without its weights; arguments and refusals as in `normalise`."""
     check_config(raw)
     model_type = str(raw.get("model_type"))
     if model_type in REFUSED:
@@ -98,6 +91,7 @@ def normalise(folder: str | Path, out: str | Path, activation: str | None = None
     if row is None and activation is None:
         raise InputError(f"model_type must be one of {', '.join(PUBLISHED)}, got {model_type!r}. Give a published folder, or the activation of a stock one.")
     arch = load_arch(row.base if row else model_type)
+    field = arch.ffn.activation.config
     found = activation or (row.activation(raw) if row else "")
     try:
         split_activation(found)
@@ -105,18 +99,30 @@ def normalise(folder: str | Path, out: str | Path, activation: str | None = None
         raise InputError(str(error)) from None
     if found == "drelu" and arch.ffn.kind == "plain":
         raise InputError(f"The activation of a plain network must be one of a single product, got drelu for {model_type}. Use relu.")
+    stock = next((name for name, ours in ACTIVATIONS.items() if ours == found), None)
+    base_activation = stock or (row.base_activation if row else _stock_activation(raw, arch))
+    base = _carried(raw, arch) | {"model_type": arch.model_type, "architectures": [_class_name(arch)], field: base_activation}
+    config = make_config(base)
+    if stock:
+        return base
+    sites = {site.key: {"score": "exact", "activation": found, "density": 1.0, "opened": 1.0} for site in arch.sites(config)}
+    swapped = {"model_type": PREFIX + arch.model_type, "architectures": [f"Sparsegate{_class_name(arch)}"], field: SWAPPED}
+    return base | swapped | {"sparsity": {"version": 2, "base_activation": base_activation, "sites": sites}}
+
+
+def normalise(folder: str | Path, out: str | Path, activation: str | None = None) -> Path:
+    """Write `folder`, a published model, as `out` in the form that `open_source` reads; returns `out`. Weights are hard links, or else symlinks.
+
+    `activation` None is the published type's own. Another one may be given for a folder of a stock type whose config.json does not say what the weights were
+    trained with, as "drelu" for SparseQwen2. Where stock transformers computes the same, `out` is a stock folder. Raises InputError for types that are
+    unknown or refused, for configurations and weights that do not belong together, and for pickles.
+    """
+    folder, out = Path(folder), Path(out)
+    config = normal_config(read_json(folder / "config.json", "config.json"), activation)
     with atomic_folder(out) as partial:
         _link_files(folder, partial)
-        base = _carried(raw, arch) | {"model_type": arch.model_type, "architectures": [_class_name(arch)]}
-        stock = next((name for name, ours in ACTIVATIONS.items() if ours == found), None)
-        base[arch.ffn.activation.config] = stock or (row.base_activation if row else _stock_activation(raw, arch))
-        write_json(partial / "config.json", base)
-        opened = open_source(partial)
-        if stock is None:
-            sites = {site.key: {"score": "exact", "activation": found, "density": 1.0, "opened": 1.0} for site in arch.sites(opened.config)}
-            sparsity = {"version": 2, "base_activation": base[arch.ffn.activation.config], "sites": sites}
-            swapped = {"model_type": PREFIX + arch.model_type, "architectures": [f"Sparsegate{_class_name(arch)}"], arch.ffn.activation.config: SWAPPED}
-            write_json(partial / "config.json", base | swapped | {"sparsity": sparsity})
+        write_json(partial / "config.json", config)
+        open_source(partial)
     return out
 
 

@@ -22,7 +22,7 @@ from sparsegate.converter.arch import Site
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.interchange import predictors_beside
 from sparsegate.converter.plans import Predictor, Swap
-from sparsegate.converter.published import PUBLISHED, REFUSED, is_published, normalise
+from sparsegate.converter.published import PUBLISHED, REFUSED, is_published, normal_config, normalise
 from sparsegate.converter.reference import apply_plan, dense
 from sparsegate.converter.source import Source, open_source
 
@@ -215,7 +215,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert (written["model_type"], written["architectures"], written["hidden_act"]) == ("sparsegate_mistral", ["SparsegateMistralForCausalLM"], "sparsegate")
     entry = {"score": "exact", "activation": "drelu", "density": 1.0, "opened": 1.0}
     assert written["sparsity"] == {"version": 2, "base_activation": "silu", "sites": {f"layers.{k}.ffn": entry for k in range(LAYERS)}}
-    assert written["rope_theta"] == THETA and written["intermediate_size"] == N
+    assert written["rope_theta"] == THETA and written["intermediate_size"] == N and written == normal_config(BAMBOO)
     first = open_source(out).fingerprint
     assert open_source(normalise(folder, out)).fingerprint == first, "written again, it is the same"
     with pytest.raises((KeyError, ValueError)):
