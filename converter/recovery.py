@@ -25,7 +25,7 @@ from .arch import Arch, Site
 from .blocks import activate, ffn_activation, ffn_down, ffn_products
 from .distributed import sum_over_processes
 from .end_to_end import INTEGRAL, PROPORTIONAL, Unit, multiplies_bf16
-from .losses import dejavu_loss, dejavu_weight, kl_divergence, straight_through
+from .losses import MLP_MARGIN, dejavu_loss, kl_divergence, straight_through
 from .optimizers import Trained
 from .recipe import Penalty, Recovery
 from .training import Settings
@@ -39,6 +39,7 @@ _GAIN, _REACTION = 0.03, 1.0  # relative change of the weight a step and at once
 _MEMORY = 0.9  # of the running mean of the density
 _SUMS = ("count", "soft", "nonzero", "absolute", "square", "gate", "up")
 _MEMORISED = ("weight", "begin", "mean", "price")
+_SHARE = 0.2  # of non-zero units, before any was seen
 _LABELS = 0.1  # weight of the predictors' cross-entropy on what is non-zero
 
 
@@ -112,11 +113,14 @@ class RecoveryObjective:
             total = total + losses.distill * self._shown("kl", kl_divergence(dense, logits, mask))
         if losses.lm:
             follows = mask[:, 1:] & mask[:, :-1]
-            nll = F.cross_entropy(logits[:, :-1][follows].float(), tokens[:, 1:][follows])
-            total = total + losses.lm * self._shown("lm", nll)
+            nll = F.cross_entropy(logits[:, :-1][follows].float(), tokens[:, 1:][follows], reduction="sum")
+            count = sum_over_processes(torch.stack([follows.sum(), mask.sum()]).float())
+            total = total + losses.lm * self._shown("lm", nll / mask.sum() * (count[1] / count[0]))
         if targets:
-            pairs = zip(outputs, targets, strict=True)
-            hidden = torch.stack([(h.float() - t.float()).square().sum() / t.float().square().sum() for h, t in pairs]).mean()
+            energies = torch.stack([t[mask].float().square().sum() for t in targets] + [mask.sum().float()])
+            energies = sum_over_processes(energies)
+            pairs = zip(outputs, targets, energies[:-1] / energies[-1], strict=True)
+            hidden = torch.stack([(h[mask].float() - t[mask].float()).square().sum() / mask.sum() / energy for h, t, energy in pairs]).mean()
             total = total + losses.hidden * self._shown("hidden", hidden)
         return total + self._penalty(seen, step) + self._selection(seen, step)
 
@@ -194,14 +198,15 @@ class RecoveryObjective:
                 module.__dict__.pop("forward", None)
 
     def _forward(self, site: Site, module: nn.Module, mask: Tensor, seen: dict[Site, dict[str, Tensor]]) -> Any:
-        whole = bool(mask.all())
+        whole, known = bool(mask.all()), self.scales.get(site)  # now: a checkpointed block calls again when they have changed
+        weight = (self.mean or _SHARE) + MLP_MARGIN
 
         def forward(x: Tensor) -> Tensor:
             before, up = ffn_products(module, self.arch, x)
             name = ffn_activation(module, self.activation)
             gate = activate(name, before)
             z = gate if up is None else gate * (F.relu(up) if name == "drelu" else up)
-            sums = self._sums(site, name, *(part if whole or part is None else part[mask] for part in (before, up, z)))
+            sums = self._sums(known, name, *(part if whole or part is None else part[mask] for part in (before, up, z)))
             if site in self.units:
                 unit = self.units[site]
                 inner = F.relu((x.detach() / unit.scale) @ unit.tensors["fc1"].T)
@@ -211,19 +216,19 @@ class RecoveryObjective:
                 z = z * kept.to(z.dtype)
                 if not whole:
                     logits, labels, kept = logits[mask], labels[mask], kept[mask]
-                sums |= {"kept": kept.mean(), "labelled": dejavu_loss(logits, labels, dejavu_weight(labels))}
+                sums |= {"kept": kept.mean(), "labelled": dejavu_loss(logits, labels, weight)}
             seen[site] = sums
             return ffn_down(module, self.arch, z)
 
         return forward
 
-    def _sums(self, site: Site, name: str, before: Tensor, up: Tensor | None, z: Tensor) -> dict[str, Tensor]:
+    def _sums(self, known: tuple[float, float] | None, name: str, before: Tensor, up: Tensor | None, z: Tensor) -> dict[str, Tensor]:
         """What a site's call adds to the penalty's sums, from the products [T, n] and z [T, n]."""
         kind, cut = split_activation(name)
         wide, gate = z.float(), before.float()
         up = torch.ones_like(gate) if up is None else up.float()
         squares = gate.detach().square().sum(), up.detach().square().sum()
-        scales = self.scales.get(site) or tuple(float(square / gate.numel()) ** 0.5 for square in squares)
+        scales = known or tuple(float(square / gate.numel()) ** 0.5 for square in squares)
         margin = (gate - cut) / max(scales[0], 1e-10)
         if kind == "drelu":
             margin = torch.minimum(margin, up / max(scales[1], 1e-10))

@@ -12,7 +12,9 @@ import torch
 from models import MODEL_TYPES, make_model
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointError
 
+from sparsegate.converter import activation_checkpointing
 from sparsegate.converter.activation_checkpointing import checkpointed
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.reference import load_dense
@@ -50,6 +52,33 @@ def test_gradients_are_equal_without_dropout_and_less_is_kept(model_type: str, t
     assert as_much == much and all(torch.equal(again[name], gradient) for name, gradient in plain.items())
     dropped, _ = gradients(model.train(), nullcontext())
     assert not any(torch.equal(dropped[name], gradient) for name, gradient in plain.items()), "a control with dropout"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_blocks_are_computed_again_with_the_forwards_of_the_pass(kept: bool, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network's forward that is set for the pass alone, and a term of the loss that it hands out."""
+    model = load_dense(tiny_model("llama"))
+    if not kept:
+        monkeypatch.setattr(activation_checkpointing, "_own_forwards", lambda block: {})
+
+    def found(through: Any) -> list[Tensor]:
+        terms: list[Tensor] = []
+        with through:
+            for layer in model.model.layers:
+                plain = type(layer.mlp).forward.__get__(layer.mlp)
+                layer.mlp.forward = lambda x, plain=plain: terms.append(x.abs().mean()) or plain(x).sin()
+            loss = model(input_ids=TOKENS, use_cache=False).logits.square().mean() + sum(terms)
+            for layer in model.model.layers:
+                del layer.mlp.forward
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    plain = found(nullcontext())
+    if not kept:
+        with pytest.raises(CheckpointError):
+            found(checkpointed(model))
+        return
+    assert all(torch.equal(one, other) for one, other in zip(found(checkpointed(model)), plain, strict=True))
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_a_model_without_blocks() -> None:
