@@ -82,7 +82,7 @@ def is_published(raw: dict[str, Any]) -> bool:
 
 
 def normal_config(raw: dict[str, Any], activation: str | None = None) -> dict[str, Any]:
-    """What config.json says in the form that `open_source` reads, from that of a published model, without its weights; arguments and refusals as in `normalise`."""
+    """What config.json says in the form that `open_source` reads, from that of a published model alone. Arguments and refusals are `normalise`'s."""
     check_config(raw)
     model_type = str(raw.get("model_type"))
     if model_type in REFUSED:
