@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import VOCAB, make_model
+from models import TEXT, VOCAB, make_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from sparsegate.converter import convert
 from sparsegate.converter.arch import Site
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.interchange import predictors_beside
@@ -306,3 +307,17 @@ def test_bad_activations_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             normalise(folder, tmp_path / "out", activation=activation)
     shutil.rmtree(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("raw", "method", "score"), [(BAMBOO, "imported", "predictor"), (PROSPARSE, "exact", "exact")])
+def test_published_folders_convert(raw: dict[str, Any], method: str, score: str, tmp_path: Path) -> None:
+    """From the published folder to a checkpoint whose executors (torch, the op's body, its kernel, genai) agree."""
+    folder = make_published(tmp_path / "p", raw, predictors=method == "imported")
+    (tmp_path / "text.txt").write_text(TEXT * 40)
+    result = convert(folder, tmp_path / "out", method=method, calibration=tmp_path / "text.txt")
+    assert {check.name.split()[0] for check in result.report.checks} == {"body", "kernel", "genai"} and all(check.passed for check in result.report.checks)
+    written = json.loads((result.folder / "config.json").read_text())
+    assert written["model_type"] == ("sparsegate_mistral" if raw is BAMBOO else "sparsegate_llama")
+    assert {fields["score"] for fields in written["sparsity"]["sites"].values()} == {score}
+    assert all(0.2 < fields["density"] < 0.8 for fields in written["sparsity"]["sites"].values())
