@@ -28,9 +28,11 @@ from .arch import Arch, Site
 from .artifact import Header, InputError, atomic_folder, is_finished, read_json, write_header, write_json
 from .blocks import block_calls, embed, ffn_down, ffn_parts, filled
 from .data import Batches
+from .distributed import same_error, share_tensors, world
 from .end_to_end import multiplies_bf16
 from .linalg import Gram
 from .optimizers import Trained
+from .orientation import energy_by_sign, flip
 from .recipe import ByBlock
 from .source import Source
 from .training import Settings, train
@@ -242,6 +244,13 @@ class Fit:
             nonzero += float((z != 0).float().mean(1).sum())
         return error / len(numbers) / self.rows.energy, nonzero / len(numbers)
 
+    def turn(self) -> None:
+        """Flip the neurons whose energy, with the dense model's activation, is larger where up is negative."""
+        chunks = torch.arange(len(self.rows.x.values)).split(_TOKENS_AT_ONCE)
+        sums = sum(energy_by_sign(self.network, self.arch, self.activation, self.rows.x[at].to(self.device)) for at in chunks)
+        assert isinstance(sums, Tensor)
+        flip(self.network, self.arch, sums[1] > sums[0])
+
     @torch.no_grad()
     def solve_down(self, numbers: Tensor, l2: float = _L2) -> None:
         """Move the down projection, with its bias, to the ridge regression's solution on rows, given their numbers [T]: the least change that explains what is
@@ -271,6 +280,7 @@ def recover_by_block(
     header: Header,
     *,
     source: Source | None = None,
+    turned: bool = False,
     l1: float = 0.0,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "cpu",
@@ -280,7 +290,8 @@ def recover_by_block(
     Tokens come from the windows of `batches` without padding. `l1` weighs mean|z| / rms z against the relative error; `precision` is that of the products
     while training (auto: bf16 where the machine multiplies it natively). A finished block is a folder below `folder` with its weights under their names in
     the block and `header` extended by the site, so that a run goes on where it was interrupted, to the same weights. A model whose blocks lie on the meta
-    device is read from `source` on `device`; of such a student the recovered weights are in the folders only.
+    device is read from `source` on `device`; of such a student the recovered weights are in the folders only. `turned` chooses the signs of a dReLU network's
+    neurons afresh, as `orientation.orient` does, on the inputs that the student gives it: for a student that could not be oriented whole, fresh from its swap.
     Returns a row per block: its `layer`; `before`, `solved`, `trained` and `after`, the error on windows set aside relative to the energy of what the dense
     network adds (0 is perfect), at the start, with the down projection solved, after training and with it solved again; `density`, the share of z that is not
     0; `curve`, the training's; `cpu_seconds`.
@@ -290,7 +301,7 @@ def recover_by_block(
     if not wanted:
         raise InputError("A network must have a swapped activation to be recovered, got none. Swap first.")
     tokens = _enough(batches, arch, teacher.config, seed)
-    config = header.config | {"by_block": settings.model_dump(), "sites": [site.key for site in wanted], "l1": l1, "precision": precision}
+    config = header.config | {"by_block": settings.model_dump(), "sites": [site.key for site in wanted], "l1": l1, "precision": precision, "turned": turned}
     header = header.model_copy(update={"seed": seed, "calibration": batches.sha256})
     curve: list[dict[str, Any]] = []
     dense, own = (Walk(model, source, arch, tokens, device) for model in (teacher, student))
@@ -305,6 +316,8 @@ def recover_by_block(
             fit = Fit(fitted.get_submodule(arch.ffn.module), arch, arch.activation(teacher.config), tail, rows, l1)
             fit.half = precision == "bf16" or (precision == "auto" and multiplies_bf16(fit.device))
             stage = header.model_copy(update={"config": config | {"site": site.key}})
+            if turned and fit.network.swapped == "drelu":
+                fit.turn()
             curve.append({"layer": layer, **_recovered(fit, settings, seed, folder / site.key, stage)})
             _advance(dense, own, fit)
     return curve
@@ -326,17 +339,19 @@ def _rows(dense: Walk, own: Walk, layer: int, block: Any, fitted: Any) -> tuple[
     arch = own.arch
     tails = [_tail(walk, layer, one, one.get_submodule(arch.ffn.module)) for walk, one in ((own, fitted), (dense, block))]
     x, target = (Half(*own.hidden.values.shape) for _ in range(2))
-    energy: list[Tensor] = []
-    handle = block.get_submodule(arch.ffn.module).register_forward_hook(lambda _, given, out: energy.append(tails[1](out).double().square().mean().cpu()))
-    for group in own.groups:
-        out = dense.run(layer, block, group)
-        with _giving(fitted.get_submodule(arch.ffn.module), None) as seen:
-            rest = own.run(layer, fitted, group)
-        x[group], target[group], dense.hidden[group] = seen[0], out - rest.to(out), out
-    handle.remove()
+    added: list[Tensor] = []  # sums of squares
+    handle = block.get_submodule(arch.ffn.module).register_forward_hook(lambda _, given, out: added.append(tails[1](out).double().square().sum().cpu()))
+    try:
+        for group in own.groups:
+            out = dense.run(layer, block, group)
+            with _giving(fitted.get_submodule(arch.ffn.module), None) as seen:
+                rest = own.run(layer, fitted, group)
+            x[group], target[group], dense.hidden[group] = seen[0], out - rest.to(out), out
+    finally:
+        handle.remove()
     if not bool(dense.hidden.scales.isfinite().all()):
         raise InputError(f"Hidden states must be finite numbers, got NaN or infinity after layer {layer}. Check the weights; fetch the model again.")
-    return tails[0], Rows(x.flat(), target.flat(), float(torch.stack(energy).mean()), len(x.values))
+    return tails[0], Rows(x.flat(), target.flat(), float(torch.stack(added).sum()) / target.values.numel(), len(x.values))
 
 
 @torch.no_grad()
@@ -381,11 +396,14 @@ def _recovered(fit: Fit, settings: ByBlock, seed: int, folder: Path, header: Hea
     _solve(fit, drawn, aside)
     figures["after"], figures["density"] = fit.measure(aside)
     figures["cpu_seconds"] = time.process_time() - begun
-    with atomic_folder(folder) as partial:
-        save_file({f"{fit.arch.ffn.module}.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}, partial / _WEIGHTS)
-        write_json(partial / _CURVE, figures)
-        write_header(partial, header)
-    shutil.rmtree(state, ignore_errors=True)
+    share_tensors(parameters.values())
+    with same_error():
+        if world().rank == 0:
+            with atomic_folder(folder) as partial:
+                save_file({f"{fit.arch.ffn.module}.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}, partial / _WEIGHTS)
+                write_json(partial / _CURVE, figures)
+                write_header(partial, header)
+            shutil.rmtree(state, ignore_errors=True)
     return figures
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .arch import Arch, Site
 from .artifact import InputError
-from .blocks import ffn_parts
+from .blocks import activate, ffn_activation, ffn_products
 
 _TOGETHER = 8  # windows
 
@@ -35,7 +35,7 @@ def orient(model: Any, arch: Arch, activation: str, tokens: Tensor, sites: Itera
     wanted = list(arch.sites(model.config) if sites is None else sites)
     modules = {site: model.get_submodule(arch.ffn_module(site.layer)) for site in wanted}
     for site, module in modules.items():
-        if getattr(module, "swapped", activation) == "drelu":
+        if ffn_activation(module, activation) == "drelu":
             raise InputError(f"{site.key} must be oriented while negative up still counts, got the activation drelu there. Orient before the swap.")
     sums: dict[Site, Tensor] = {}
     with ExitStack() as stack:
@@ -44,21 +44,30 @@ def orient(model: Any, arch: Arch, activation: str, tokens: Tensor, sites: Itera
         for rows in tokens.split(_TOGETHER):
             model.get_decoder()(input_ids=rows.to(model.device), use_cache=False)
     for site, module in modules.items():
-        _flip(module, arch, sums[site][1] > sums[site][0])
+        flip(module, arch, sums[site][1] > sums[site][0])
     return {site: float(torch.maximum(s[0], s[1]).sum() / s.sum().clamp_min(torch.finfo(s.dtype).tiny)) for site, s in sums.items()}
 
 
 def _add(sums: dict[Site, Tensor], site: Site, arch: Arch, activation: str, module: Any, given: tuple[Tensor, ...]) -> None:
-    """Add to sums[site] [3, n] fp64 the energy of z where the gate is open and up is positive, where it is open and up is negative, and elsewhere."""
-    gate, up, z = ffn_parts(module, arch, activation, given[0].flatten(0, -2))
-    assert up is not None
-    energy, opened = z.double().square(), gate > 0  # every activation here is positive exactly where its argument is
-    found = torch.stack([(energy * (side & opened)).sum(0) for side in (up > 0, up < 0)])
-    found = torch.cat([found, energy.sum(0, keepdim=True) - found.sum(0, keepdim=True)]).cpu()
+    found = energy_by_sign(module, arch, ffn_activation(module, activation), given[0].flatten(0, -2))
     sums[site] = sums[site] + found if site in sums else found
 
 
-def _flip(module: Any, arch: Arch, flipped: Tensor) -> None:
+@torch.no_grad()
+def energy_by_sign(module: Any, arch: Arch, activation: str, x: Tensor) -> Tensor:
+    """Energy of act(g_i) u_i over rows x [T, d] of a gated network where the gate is open and up positive, where it is open and up negative, and elsewhere:
+    [3, n] fp64 on the CPU. `activation` is taken, whatever the network was swapped to.
+    """
+    before, up = ffn_products(module, arch, x)
+    assert up is not None
+    gate = activate(activation, before)
+    energy, opened = (gate * up).double().square(), gate > 0  # every activation here is positive exactly where its argument is
+    sides = torch.stack([(energy * (side & opened)).sum(0) for side in (up > 0, up < 0)])
+    return torch.cat([sides, energy.sum(0, keepdim=True) - sides.sum(0, keepdim=True)]).cpu()
+
+
+@torch.no_grad()
+def flip(module: Any, arch: Arch, flipped: Tensor) -> None:
     """Negate up's rows, with their biases, and down's columns where `flipped` [n]."""
     signs = torch.where(flipped, -1.0, 1.0)
     down = getattr(module, arch.ffn.down).weight
