@@ -16,7 +16,7 @@ from . import report as reporting
 from .artifact import Header, InputError, atomic_folder, is_finished, read_header, read_json, write_header, write_json
 from .evaluation import predictor_cost
 from .executors import NO_CUDA, check_onnx, has_cuda, measure_shipped
-from .onnx_export import PRECISIONS, build_base, check_base, export, export_dense, round_model
+from .onnx_export import PRECISIONS, build_base, check_base, export, export_dense, load_stock, round_model
 from .onnx_export.precision import Precision
 from .plans import Plan, Predictor, deciding
 from .recipe import Export, Recipe
@@ -59,7 +59,7 @@ def make_base(source: Source, texts: Texts, work: Path) -> Path:
     if not is_finished(folder, header):
         with atomic_folder(folder) as partial:
             build_base(source.folder, partial)
-            check_base(partial, load_dense(source.folder), texts.heldout.tokens[texts.heldout.mask.all(1)][:2, :32])
+            check_base(partial, load_stock(source.folder), texts.heldout.tokens[texts.heldout.mask.all(1)][:2, :32])
             write_header(partial, header)
     return folder
 
@@ -96,7 +96,7 @@ def make_graphs(source: Source, texts: Texts, recipe: Recipe, work: Path) -> Gra
             write_header(partial, header)
     folder, header = work / "quality_dense", Header(format="quality", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256)
     if not is_finished(folder, header):
-        found = measure_shipped(dense, load_dense(source.folder), texts.heldout, asked)
+        found = measure_shipped(dense, load_stock(source.folder), texts.heldout, asked)
         with atomic_folder(folder) as partial:
             write_json(partial / "quality.json", {} if found is None else found.model_dump())
             write_header(partial, header)

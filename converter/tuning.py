@@ -264,10 +264,10 @@ def _trained(
     if asked.lora is not None:
         merge_lora(student)
     rows = read_json(store, "The held-out curve")["rows"] if store.is_file() else []
-    last = curve[-1] if curve else {"tokens": 0, "seconds": 0.0}
+    seconds = float(curve[-1]["seconds"]) if curve else 0.0
     cpu = float(sum_over_processes(torch.tensor(objective.cpu_seconds)))
     points = [CurvePoint.model_validate({name: row[name] for name in CurvePoint.model_fields if name in row} | _whole(row)) for row in curve]
-    return Training(int(last["tokens"]), float(last["seconds"]), cpu, points, [HeldoutPoint.model_validate(row) for row in rows], units)
+    return Training(asked.steps * tokens, seconds, cpu, points, [HeldoutPoint.model_validate(row) for row in rows], units)
 
 
 def _whole(row: dict[str, float]) -> dict[str, int]:

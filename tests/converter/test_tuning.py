@@ -1,0 +1,307 @@
+"""tune: folder in, folder out; resume to the same bits, two processes, LoRA, blocks, predictors, texts, and conversions whose first stage trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+import yaml
+from models import TEXT
+from safetensors.torch import load_file, save_file
+from small_recipe import call_cli, small_recipe
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from sparsegate.converter import candidates, recovery, tuning
+from sparsegate.converter.arch import load_arch
+from sparsegate.converter.artifact import InputError, read_json
+from sparsegate.converter.blocks import swap
+from sparsegate.converter.conversion import convert, verify
+from sparsegate.converter.distributed import mean_gradients, processes, share_of, world
+from sparsegate.converter.end_to_end import make_unit
+from sparsegate.converter.manifest import read_manifest
+from sparsegate.converter.methods.predictor import fresh_predictor
+from sparsegate.converter.plans import Predictor, Swap
+from sparsegate.converter.recipe import Recovery
+from sparsegate.converter.reference import load, load_dense
+from sparsegate.converter.report import RESULTS, Report
+from sparsegate.converter.report.recovery import RECOVERY, RecoveryRecord
+from sparsegate.converter.source import open_source
+from sparsegate.converter.training import settings_of
+from sparsegate.converter.tuning import tune
+from sparsegate.converter.verification import read_plan
+
+TRAIN = {"steps": 4, "windows": 4, "precision": "fp32", "data": {"windows": 8, "length": 24}, "penalty": {"density": 0.2}}
+
+
+@pytest.fixture(autouse=True)
+def _no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "_speed", lambda base, onnx, texts: {})
+
+
+@pytest.fixture(name="model")
+def _model(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("llama")
+
+
+def recipe(model: Path, folder: Path, last: dict[str, Any] | None = None, activation: str | None = "drelu", **changes: Any) -> Path:
+    """A recipe whose first stage trains for a moment."""
+    folder.mkdir(exist_ok=True)
+    config = {} if activation is None else {"activation": activation}
+    stages = [{"method": "exact", "config": config, "tune": TRAIN | changes}, *([last] if last else [])]
+    return small_recipe(model, folder, stages=stages)
+
+
+def tuned(model: Path, folder: Path, name: str = "out", **changes: Any) -> Path:
+    return tune(output=folder / name, recipe=recipe(model, folder, **changes)).folder
+
+
+def refused(action: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as error:
+        action()
+    return str(error.value)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+# Folder in, folder out
+
+
+def test_a_tuned_folder(model: Path, tmp_path: Path) -> None:
+    out = tuned(model, tmp_path, steps=12)
+    assert not (tmp_path / "out.work").exists()
+    config = read_json(out / "config.json", "config")
+    assert config["model_type"] == "sparsegate_llama" and config["sparsity"]["base_activation"] == "silu"
+    assert {site["activation"] for site in config["sparsity"]["sites"].values()} == {"drelu"}
+    before, after = weights(model), weights(out)
+    assert before.keys() == after.keys() and all(before[name].dtype == after[name].dtype for name in before)
+    assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight")), "all weights are trained"
+    record = RecoveryRecord.load(out / RECOVERY)
+    assert record.activation == "drelu" and record.text.sampled and record.text.tokens == 8 * 24 and record.tokens_trained == 12 * 4 * 24
+    assert [point.step for point in record.curve] == [10] and [point.step for point in record.heldout] == list(range(1, 13))
+    found = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    tokens = torch.randint(3, 290, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(load(out)(input_ids=tokens).logits, found(input_ids=tokens).logits), "exact zeros lose nothing"
+    assert record.recovered.kl < record.swapped.kl and record.recovered.density < record.swapped.density
+
+
+def test_the_record_s_quality_is_the_folder_s(model: Path, tmp_path: Path) -> None:
+    out = tuned(model, tmp_path)
+    record = RecoveryRecord.load(out / RECOVERY)
+    student, teacher = load_dense(out), load_dense(model)
+    asked = tuning.read_recipe(tmp_path / "recipe.yaml")
+    heldout = tuning.make_heldout(open_source(model), asked)
+    nll, kl, count, open_units = 0.0, 0.0, 0, []
+    hooks = [b.mlp.down_proj.register_forward_pre_hook(lambda m, x: open_units.append((x[0] != 0).float().mean(-1))) for b in student.model.layers]
+    with torch.no_grad():
+        for row, mask in zip(heldout.tokens, heldout.mask, strict=True):
+            if int(mask.sum()) > 1:
+                tokens = row[mask][None]
+                p, q = (m(input_ids=tokens).logits[0, :-1].double().log_softmax(-1) for m in (teacher, student))
+                nll -= float(q.gather(1, tokens[0, 1:, None]).sum())
+                kl += float((p.exp() * (p - q)).sum())
+                count += len(q)
+    for hook in hooks:
+        hook.remove()
+    assert record.recovered.nll == pytest.approx(nll / count, abs=1e-5) and record.recovered.kl == pytest.approx(kl / count, abs=1e-5)
+    assert record.recovered.density == pytest.approx(float(torch.cat([part.flatten() for part in open_units]).mean()), abs=1e-6)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"steps": 8, "optimizer": "muon", "accumulate": 2, "windows": 2}
+    whole = tuned(model, tmp_path, "whole", **changes)
+    plain, steps = recovery.RecoveryObjective.loss, []
+
+    def cut(self: Any, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
+        steps.append(step)
+        if step == 5 and len(steps) < 20:
+            raise KeyboardInterrupt
+        return plain(self, tokens, mask, step)
+
+    monkeypatch.setattr(recovery.RecoveryObjective, "loss", cut)
+    settings = tuning.settings_of
+    monkeypatch.setattr(tuning, "settings_of", lambda asked, seed: tuning.replace(settings(asked, seed), save_every=3))
+    with pytest.raises(KeyboardInterrupt):
+        tuned(model, tmp_path, "cut", **changes)
+    assert not (tmp_path / "cut").exists() and (tmp_path / "cut.work").exists()
+    steps.extend([-1] * 20)
+    resumed = tuned(model, tmp_path, "cut", **changes)
+    assert steps[steps.index(-1) + 20] == 3, "it goes on from the last stored step"
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(whole).items())
+    one, other = (RecoveryRecord.load(folder / RECOVERY) for folder in (whole, resumed))
+    assert one.recovered == other.recovered and one.heldout == other.heldout
+
+
+def test_the_seed_decides(model: Path, tmp_path: Path) -> None:
+    path = recipe(model, tmp_path)
+    first, again, other = (weights(tune(output=tmp_path / f"{name}", recipe=path, seed=seed).folder) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+PADDED = torch.arange(12)[None] < torch.tensor([12, 5, 9, 2])[:, None]
+
+
+def gradients(model: Path) -> dict[str, Tensor]:
+    """The gradient of the whole objective on four padded windows, shared out over the processes as the loop does it."""
+    tokens = torch.randint(3, 290, (4, 12), generator=torch.Generator().manual_seed(1))
+    student, teacher, arch = load_dense(model), load_dense(model), load_arch("llama")
+    for block in student.model.layers:
+        swap(block.mlp, arch, "drelu")
+    parts = {"losses": {"distill": 1.0, "lm": 0.5, "hidden": 0.5}, "penalty": {"weight": 0.7, "ramp": 0.01}, "predictors": {"density": 0.2}}
+    asked = Recovery.model_validate({"steps": 20, "precision": "fp32", **parts})
+    generator, sites = torch.Generator().manual_seed(0), arch.sites(student.config)
+    units = {site: make_unit(fresh_predictor(64, 176, 8, generator), torch.device("cpu"), 1.0) for site in sites}
+    objective = recovery.RecoveryObjective(student, teacher, arch, "silu", sites, asked, settings_of(asked, 0), dict(student.named_parameters()), units)
+    for step in (18, 19):  # the second one knows the scales of the first
+        own = share_of(4, "windows")
+        for each in objective.parameters().values():
+            each.tensor.grad = None
+        loss = objective.loss(tokens[own], PADDED[own], step)
+        (loss * (PADDED[own].sum() / PADDED.sum() * world().size)).backward()
+    tensors = {name: each.tensor for name, each in objective.parameters().items()}
+    mean_gradients(tensors.values())
+    return {name: tensor.grad.clone() for name, tensor in tensors.items() if tensor.grad is not None}
+
+
+def _process(rank: int, port: int, path: Path, model: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with processes("cpu"):
+        found = gradients(model)
+    if rank == 0:
+        save_file(found, out.with_name("gradients.safetensors"))
+    os.environ.update(MASTER_PORT=str(port + 1))
+    tune(output=out, recipe=path)
+
+
+def test_two_processes_are_one_with_the_joint_batch(model: Path, tmp_path: Path) -> None:
+    path = recipe(model, tmp_path, predictors={"density": 0.3}, losses={"hidden": 0.1, "lm": 0.1})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (port, path, model, tmp_path / "two"), nprocs=2)
+    joint, shared = gradients(model), load_file(tmp_path / "gradients.safetensors")
+    assert joint.keys() == shared.keys() and {"layers.0.ffn.fc1", "lm_head.weight"} <= joint.keys()
+    assert max(float((tensor - shared[name]).norm() / tensor.norm()) for name, tensor in joint.items()) < 1e-5
+    alone, both, before = weights(tune(output=tmp_path / "one", recipe=path).folder), weights(tmp_path / "two"), weights(model)
+    # Adam's first steps are of full length even where a gradient is nothing but rounding: single entries differ
+    for name, tensor in alone.items():
+        assert float((tensor - both[name]).abs().mean()) < 0.02 * float((tensor - before[name].where(before[name] * tensor >= 0, -before[name])).abs().mean())
+
+
+# What is trained, and on what
+
+
+def test_lora_changes_the_linear_maps_alone(model: Path, tmp_path: Path) -> None:
+    out = tuned(model, tmp_path, lora={"rank": 2})
+    before, after = weights(model), weights(out)
+    changed = {name for name in before if not torch.allclose(before[name].abs(), after[name].abs())}
+    assert changed == {name for name in before if name.endswith("_proj.weight")}
+    layer = "model.layers.0.self_attn.q_proj.weight"
+    assert int(torch.linalg.matrix_rank(after[layer] - before[layer], rtol=1e-3)) <= 2
+
+
+def test_block_by_block_alone(model: Path, tmp_path: Path) -> None:
+    out = tuned(model, tmp_path, end_to_end=False, by_block={"steps": 20, "tokens": 64})
+    before, after = weights(model), weights(out)
+    assert all(torch.equal(before[name], after[name]) for name in before if ".mlp." not in name)
+    record = RecoveryRecord.load(out / RECOVERY)
+    assert record.recovered.kl < record.swapped.kl and record.curve == [] and record.tokens_trained == 0
+
+
+def test_predictors_trained_with_the_weights(model: Path, tmp_path: Path) -> None:
+    out = tuned(model, tmp_path, predictors={"cost": 0.2, "density": 0.3})
+    plan = read_plan(out)
+    assert all(isinstance(entries[0], Swap) and isinstance(entries[1], Predictor) for entries in plan.values()) and len(plan) == 2
+    record = RecoveryRecord.load(out / RECOVERY)
+    predicted = record.recovered.predicted
+    assert predicted is not None and record.recovered.cost == pytest.approx(predicted + 28 * (64 + 176) / (3 * 64 * 176), abs=1e-6)
+    assert [site.predicted for site in record.recovered.sites] == [pytest.approx(entries[1].density, abs=0.2) for entries in plan.values()]
+
+
+def test_files_in_place_of_the_model_s_own_text(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text(TEXT * 4, encoding="utf-8")
+    monkeypatch.setattr(tuning, "generated", lambda *_: pytest.fail("nothing is sampled"))
+    found = tune(output=tmp_path / "out", recipe=recipe(model, tmp_path), data=[text], steps=2, density=0.5, lora=1, activation="relu")
+    settings = found.record.settings
+    assert not found.record.text.sampled and settings["data"]["mixture"][0]["files"] == [str(text)] and found.record.activation == "relu"
+    assert settings["steps"] == 2 and settings["penalty"]["density"] == 0.5 and settings["lora"] == {"rank": 1, "alpha": 2.0}
+
+
+def test_refusals(model: Path, tmp_path: Path) -> None:
+    path = recipe(model, tmp_path)
+    (tmp_path / "there").mkdir()
+    assert refused(lambda: tune(output=tmp_path / "there", recipe=path)).startswith("OUT must be a new folder, got")
+    assert refused(lambda: tune(str(model), tmp_path / "a", recipe=path)).startswith("MODEL must stand without a recipe that names its model")
+    assert "exact zeros" in refused(lambda: tune(output=tmp_path / "a", recipe=path, activation="silu"))
+    assert refused(lambda: tune(output=tmp_path / "a", recipe=path, steps=0)).startswith("The training's steps must be valid, got 0")
+    assert refused(lambda: tune(output=tmp_path / "a", recipe=small_recipe(model, tmp_path))).startswith("The recipe must have a stage with tune")
+    assert refused(lambda: tune(output=tmp_path / "a", recipe="turbo")).startswith("The recipe must be a YAML file, got nothing at turbo")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_command_prints_and_resumes_nothing_half(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(model, tmp_path)
+    done = call_cli(capsys, "tune", "-o", tmp_path / "out", "--recipe", path)
+    assert done.status == 0 and "recovered" in done.out and "layers.1.ffn" in done.out
+    again = call_cli(capsys, "tune", "-o", tmp_path / "out", "--recipe", path)
+    assert again.status == 1 and again.err.startswith("sparsegate: OUT must be a new folder")
+    as_json = call_cli(capsys, "tune", "-o", tmp_path / "json", "--recipe", path, "--json")
+    assert json.loads(as_json.out)["recovered"]["density"] == RecoveryRecord.load(tmp_path / "out" / RECOVERY).recovered.density
+
+
+# Conversions whose first stage trains
+
+
+@pytest.mark.parametrize("last", [{"method": "exact"}, {"method": "gate", "config": {"sparsity": 0.8}}, None])
+def test_convert_trains_first(last: dict[str, Any] | None, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = convert(output=out, recipe=recipe(model, tmp_path, last, **({"predictors": {"cost": 0.2, "density": 0.4}} if last is None else {})))
+    assert result.report is not None and all(check.passed for check in result.report.checks)
+    assert {"body logits", "kernel logits", "genai kernel greedy tokens"} <= {check.name for check in result.report.checks}
+    record, report = RecoveryRecord.load(out / RECOVERY), Report.load(out / RESULTS)
+    dense, row = report.rows
+    assert dense.nll == pytest.approx(record.dense.nll, abs=1e-6), "dense is the source, not the recovered model ungated"
+    plan = read_plan(out)
+    assert all(entries[0] == Swap("drelu", entries[0].density, entries[0].opened) for entries in plan.values())
+    if last == {"method": "exact"}:
+        assert row.nll == pytest.approx(record.recovered.nll, abs=1e-6) and row.density == pytest.approx(record.recovered.density, abs=1e-6)
+    assert row.method == ("tuned" if last is None else last["method"])
+    assert verify(out).passed
+    with_source = verify(out, source=model, calibration=tmp_path / "text.txt")
+    assert with_source.passed and with_source.quality.kl == pytest.approx(read_manifest(out).measured["kl"], abs=1e-6)
+
+
+def test_a_tuned_folder_is_converted_like_any_model(model: Path, tmp_path: Path) -> None:
+    folder = tuned(model, tmp_path, "recovered")
+    settings = {"steps": 2, "data": 8, "windows": 2, "precision": "fp32"}
+    path = small_recipe(folder, tmp_path, stages=[{"method": "auto", "config": {"sparsity": 0.7, "tune": settings}}])
+    result = convert(output=tmp_path / "out", recipe=path)
+    assert result.report is not None
+    assert {row.method for row in result.report.rows} == {"dense", "gate", "chess", "cett", "trained_gate", "predictor", "exact"}
+    exact = next(row for row in result.report.rows if row.method == "exact")
+    assert exact.selected and exact.kl == pytest.approx(0, abs=1e-6) and read_json(tmp_path / "out" / "config.json", "c")["model_type"] == "sparsegate_llama"
+
+
+def test_order_of_stages(model: Path, tmp_path: Path) -> None:
+    def line(*stages: dict[str, Any]) -> str:
+        path = tmp_path / "stages.yaml"
+        path.write_text(yaml.safe_dump({"version": 1, "model": str(model), "stages": list(stages)}), encoding="utf-8")
+        return refused(lambda: convert(output=tmp_path / "out", recipe=path))
+
+    trained, plain = {"method": "exact", "config": {"activation": "drelu"}, "tune": TRAIN}, {"method": "gate"}
+    assert line(plain, plain).startswith("The first of two stages must train, got gate without tune")
+    assert line(trained, trained).startswith("The last of two stages must plan")
+    assert line(plain | {"tune": TRAIN}).startswith("A stage that trains must have method exact")
+    assert line(trained | {"tune": TRAIN | {"predictors": {}}}, plain).startswith("A stage that trains predictors must be the last one")
