@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from .artifact import InputError
 
 _BUCKET = 1 << 24  # elements that are summed in one call
+_PATIENCE = timedelta(hours=12)  # the first process may sample text or write files for long while the others wait
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -58,7 +60,7 @@ def processes(device: str) -> Iterator[torch.device]:
         if local >= torch.cuda.device_count():
             raise InputError(f"Every process must have a GPU, got {torch.cuda.device_count()} for process {local + 1} of this machine. Start fewer processes.")
         torch.cuda.set_device(own)
-    dist.init_process_group(_BACKENDS[kind], device_id=own if kind == "cuda" else None)
+    dist.init_process_group(_BACKENDS[kind], timeout=_PATIENCE, device_id=own if kind == "cuda" else None)
     yield own
     dist.destroy_process_group()
 
@@ -219,7 +221,7 @@ def scatter(value: Tensor | None, into: Tensor) -> None:
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype | None = None) -> None:
     """Share every parameter of `model` out over the processes (fully_shard, FSDP2): each of `blocks` is put together only while it works, the rest, tied
-    embeddings included, for the whole pass.
+    embeddings included, for the whole pass. `model` may lie on the CPU; its parts go to this process's GPU one by one.
 
     The values are the first process's. Parameters become new tensors: name what is to be trained after this. `dtype` is that of the passes (None: the
     parameters'); shards, gradients and their sums stay in the parameters' own. Raises InputError without started processes.
@@ -235,7 +237,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype | No
     for part in [*blocks, model]:
         part.to(torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else kind)
         share_tensors([*part.parameters(), *part.buffers()])
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def share_of(count: int, what: str) -> slice:

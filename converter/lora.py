@@ -11,19 +11,21 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .artifact import InputError
+from .distributed import is_sharded
 
 SOURCE = "Hu et al. 2021, LoRA (arXiv 2106.09685), equation 3; A is drawn with variance 1 / d_in, so that A x has the rms of x."
 
 
 class LowRank(nn.Module):
-    """Maps a weight [out, in] to weight + `scale` B A with A [rank, in] and B [out, rank], fp32."""
+    """Maps a weight [out, in] to weight + `scale` B A with A [rank, in] and B [out, rank], in fp32 or, with a weight in fp64, in that."""
 
     def __init__(self, weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> None:
         super().__init__()
         rows, columns = weight.shape
+        dtype = torch.promote_types(weight.dtype, torch.float32)
         self.scale = scale
-        self.a = nn.Parameter((torch.randn(rank, columns, generator=generator) / columns**0.5).to(weight.device))
-        self.b = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+        self.a = nn.Parameter((torch.randn(rank, columns, generator=generator) / columns**0.5).to(weight.device, dtype))
+        self.b = nn.Parameter(torch.zeros(rows, rank, device=weight.device, dtype=dtype))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The updated weight [out, in], in the weight's dtype."""
@@ -68,11 +70,26 @@ def lora_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Put the updates into the weights and take the parametrization away: module classes and names are those of before; merged weights stay frozen."""
+    """Put the updates into the weights and take the parametrization away: module classes and names are those of before; merged weights stay frozen.
+
+    Where weights are sharded the parametrization stays, with an update of 0; `plain_state` has the names of before.
+    """
     modules = dict(model.named_modules())
-    for name in _updates(model):
-        parametrize.remove_parametrizations(modules[name], "weight", leave_parametrized=True)
-        cast(Any, modules[name]).weight.requires_grad_(False)
+    for name, update in _updates(model).items():
+        module = cast(Any, modules[name])
+        original = module.parametrizations.weight.original
+        if is_sharded(original):
+            original += (update.scale * (update.b @ update.a)).to(original.dtype)
+            update.b.zero_()
+            continue
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        module.weight.requires_grad_(False)
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state under the names that it has without low-rank updates, which must be merged."""
+    inside = ".parametrizations.weight."
+    return {name.replace(f"{inside}original", ".weight"): tensor for name, tensor in model.state_dict().items() if f"{inside}0." not in name}
 
 
 def _updates(model: nn.Module) -> dict[str, LowRank]:

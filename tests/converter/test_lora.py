@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsegate.converter.artifact import Header, InputError
 from sparsegate.converter.data import Batches
-from sparsegate.converter.lora import add_lora, linear_names, lora_tensors, merge_lora
+from sparsegate.converter.lora import add_lora, linear_names, lora_tensors, merge_lora, plain_state
 from sparsegate.converter.reference import load_dense
 from sparsegate.converter.training import Settings, train
 
@@ -67,10 +67,11 @@ def test_update_by_hand_merged_and_parametrised_agree(load: Load) -> None:
     assert float((found - logits(expected)).abs().max()) < 1e-5
     assert float((found - logits(plain)).abs().max()) > 0.1, "the update does something"
     kinds = {name: type(module) for name, module in plain.named_modules()}
+    assert plain_state(model).keys() == before.keys()
     merge_lora(model)
     assert torch.equal(logits(model), found)
     assert {name: type(module) for name, module in model.named_modules()} == kinds and not lora_tensors(model)
-    merged = model.state_dict()
+    merged = plain_state(model)
     assert merged.keys() == before.keys()
     assert {name for name, tensor in merged.items() if not torch.equal(tensor, before[name])} == {f"{name}.weight" for name in names}
     assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -32,7 +32,7 @@ from sparsegate.converter.distributed import (
     sum_over_processes,
     world,
 )
-from sparsegate.converter.lora import add_lora, linear_names, lora_tensors
+from sparsegate.converter.lora import add_lora, linear_names, lora_tensors, merge_lora, plain_state
 from sparsegate.converter.optimizers import Trained
 from sparsegate.converter.training import Settings, train
 
@@ -117,6 +117,13 @@ def go(
         curve = train(found, windows(), settings, folder / "states" / name, HEADER, lambda level: None)
     assert not any(tensor.isnan().any() for tensor in found.tensors.values())
     whole = {key: gathered(tensor) for key, tensor in found.tensors.items()}
+    if rank:
+        with torch.no_grad():
+            before = model(input_ids=windows().tokens, use_cache=False).logits
+            merge_lora(model)
+            after = model(input_ids=windows().tokens, use_cache=False).logits
+        assert float((after - before).abs().max()) < 1e-10
+        whole |= {key: gathered(tensor) for key, tensor in plain_state(model).items()} | {"logits": gathered(after)}
     return {key: value for key, value in whole.items() if value is not None}, curve, found.steps
 
 
