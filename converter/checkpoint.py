@@ -108,12 +108,12 @@ def stock_config(raw: dict[str, Any]) -> dict[str, Any]:
 
 def read_key(raw: Any) -> Key:
     """The `sparsity` key of a config.json. Raises InputError for anything outside the closed vocabulary of its version."""
-    version = raw.get("version") if isinstance(raw, dict) else None
-    if isinstance(raw, dict) and version not in VERSIONS:
+    version: Any = raw.get("version") if isinstance(raw, dict) else 1
+    if isinstance(version, bool) or version not in VERSIONS:
         raise InputError(f"The sparsity version must be {' or '.join(map(str, VERSIONS))} for this sparsegate, got {version!r}. Update sparsegate.")
     if not isinstance(raw, dict) or set(raw) - _KEYS[version]:
         found = sorted(raw) if isinstance(raw, dict) else raw
-        raise InputError(f'The key "{KEY}" must hold {", ".join(sorted(_KEYS[version or 1]))}, got {found!r}. Update sparsegate or convert again.')
+        raise InputError(f'The key "{KEY}" must hold {", ".join(sorted(_KEYS[version]))}, got {found!r}. Update sparsegate or convert again.')
     if not isinstance(raw.get("sites"), dict):
         raise InputError(f"The sparsity sites must be an object, got {raw.get('sites')!r}. Fetch the checkpoint again.")
     base = None

@@ -104,7 +104,8 @@ def model_class(base: str) -> type[Any]:
     from .blocks import swap
     from .checkpoint import CLASS, read_key
 
-    stock, arch = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base]], load_arch(base)
+    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[base]]
+    arch = load_arch(base)
     field = arch.ffn.activation.config
 
     def begin(self: Any, config: Any, *arguments: Any, **keywords: Any) -> None:

@@ -92,9 +92,9 @@ def exact_scores(entry: Swap, z: Tensor, x: Tensor) -> tuple[Tensor, None]:
 EXECUTORS = {Threshold: threshold_scores, Predictor: predictor_scores, Swap: exact_scores}
 
 
-def _on_device(entry: Entry, device: torch.device, dtype: torch.dtype) -> Entry:
+def _on_device(entry: Threshold | Predictor, device: torch.device, dtype: torch.dtype) -> Threshold | Predictor:
     """The entry with its tensors where the activations are; itself when they already are."""
-    if isinstance(entry, Swap) or entry.tau.device == device and entry.tau.dtype == dtype:
+    if entry.tau.device == device and entry.tau.dtype == dtype:
         return entry
     moved = {name: t.to(device, dtype) for name, t in vars(entry).items() if isinstance(t, Tensor)}
     return replace(entry, **moved)
@@ -113,7 +113,8 @@ class _Gated:
         parts = ffn_parts(self.module, self.arch, self.activation if self.enabled else self.base, x)
         if not self.enabled:
             return ffn_down(self.module, self.arch, parts.z)
-        if isinstance(self.entry, Swap):
+        entry = self.entry
+        if isinstance(entry, Swap):
             if self.recorder is not None:
                 self.recorder.count(self.site, parts.z != 0)
                 self.recorder.opened[self.site] = self.recorder.opened.get(self.site, 0) + int((parts.gate != 0).sum())
@@ -121,13 +122,13 @@ class _Gated:
             return ffn_down(self.module, self.arch, parts.z)  # what is left out is 0
         # scores and thresholds stay fp32 in a half-precision model, as in the op
         wide = torch.promote_types(x.dtype, torch.float32)
-        self.entry = _on_device(self.entry, x.device, wide)
-        scores, residual = EXECUTORS[type(self.entry)](self.entry, parts.gate.to(wide), x.to(wide))  # type: ignore[arg-type]
-        keep = scores > self.entry.tau
+        entry = self.entry = _on_device(entry, x.device, wide)
+        scores, residual = EXECUTORS[type(entry)](entry, parts.gate.to(wide), x.to(wide))  # type: ignore[arg-type]
+        keep = scores > entry.tau
         if self.recorder is not None:
             # most gates of a ReLU are 0: with a threshold of about 0 each would be near, though what one of that size adds is nothing
-            faint = NEAR if isinstance(self.entry, Threshold) and is_relu(ffn_activation(self.module, self.activation)) else 0.0
-            self.recorder.add(self.site, scores, self.entry.tau, keep, faint)
+            faint = NEAR if isinstance(entry, Threshold) and is_relu(ffn_activation(self.module, self.activation)) else 0.0
+            self.recorder.add(self.site, scores, entry.tau, keep, faint)
             self._see_jump(x)
         y = ffn_down(self.module, self.arch, torch.where(keep, parts.z, torch.zeros((), dtype=parts.z.dtype, device=x.device)))
         return y if residual is None else y + residual.to(y.dtype)
@@ -164,8 +165,9 @@ class _Masked:
     def _masked(self, site: Site, x: Tensor) -> Tensor:
         if site not in self.entries:
             return x
-        wide = torch.promote_types(x.dtype, torch.float32)
-        entry = self.entries[site] = _on_device(self.entries[site], x.device, wide)
+        wide, entry = torch.promote_types(x.dtype, torch.float32), self.entries[site]
+        assert not isinstance(entry, Swap)
+        entry = self.entries[site] = _on_device(entry, x.device, wide)
         scores = x.to(wide).abs()
         keep = scores > entry.tau
         if self.recorder is not None:

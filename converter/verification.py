@@ -219,7 +219,7 @@ def measure_executor(decoder: Decoder, model: Any, batches: Batches, count: int 
 
 def check_record(quality: Quality, measured: dict[str, float], shipped: ExecutorQuality | None = None) -> list[Check]:
     """The quality against what was measured when the checkpoint was made, on the same windows; that of the ONNX file where both measured it."""
-    pairs = [("quality as recorded", quality, "", NLL_BOUND)]
+    pairs: list[tuple[str, Quality | ExecutorQuality, str, float]] = [("quality as recorded", quality, "", NLL_BOUND)]
     if shipped is not None and "onnx_nll" in measured:
         pairs.append(("ONNX quality as recorded", shipped, "onnx_", ACTIVATION_NLL))  # another executor may round activations otherwise
     checks = []
