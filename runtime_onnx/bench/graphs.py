@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -23,7 +23,15 @@ MLP = "/mlp/"
 """Part of the names that the builder gives to a feed-forward network's nodes."""
 
 
-def token_bytes(path: str | Path, density: Mapping[str, float] | None = None) -> float:
+class Shares(NamedTuple):
+    """Of a GatedMLP's neurons: what the score keeps, and whose up and whose down rows are read. With activations that have no zeros all are the same."""
+
+    kept: float
+    opened: float
+    nonzero: float
+
+
+def token_bytes(path: str | Path, density: Mapping[str, Shares | float] | None = None) -> float:
     """Bytes of weights that one decoded token must read; `density` is the kept share by name of an ai.sparsegate node, 1 where it is not given.
 
     Tables that are read by rows (embedding, rotation) and the cache of keys and values are not counted.
@@ -42,16 +50,17 @@ def token_bytes(path: str | Path, density: Mapping[str, float] | None = None) ->
     return total
 
 
-def _op_bytes(node: ir.Node, density: float) -> float:
+def _op_bytes(node: ir.Node, density: Shares | float) -> float:
     """The op's `traffic`, from the node's attributes and the shapes of its inputs."""
     roles = node.attributes["inputs"].as_string().split()
     shapes = {role: _shape(value) for role, value in zip(roles, node.inputs[1:], strict=True)}
     variant = _variant(node, roles)
+    shares = density if isinstance(density, Shares) else Shares(density, density, density)
     if isinstance(variant, sparse_linear.Variant):
         rows, columns = shapes["w"]
-        return sparse_linear.traffic(variant, rows, columns * (2 if variant.weights == "int4_g32" else 1), density)
+        return sparse_linear.traffic(variant, rows, columns * (2 if variant.weights == "int4_g32" else 1), shares.kept)
     n, columns = shapes["w_up"]
-    return gated_mlp.traffic(variant, columns * (2 if variant.weights == "int4_g32" else 1), n, shapes.get("p1", (0,))[0], density)
+    return gated_mlp.traffic(variant, columns * (2 if variant.weights == "int4_g32" else 1), n, shapes.get("p1", (0,))[0], *shares)
 
 
 def _shape(value: ir.Value | None) -> tuple[int, ...]:
@@ -72,7 +81,7 @@ def _variant(node: ir.Node, roles: Sequence[str]) -> gated_mlp.Variant | sparse_
 
 
 def mlp_inputs(path: str | Path, ids: Sequence[int], library: bool | None = None) -> dict[str, NDArray]:
-    """Inputs x [T, d] of every GatedMLP node with thresholds, by the node's name, read out of a run on the tokens `ids` in one call on the CPU."""
+    """Inputs x [T, d] of every GatedMLP node that does not keep everything, by its name, read out of a run on the tokens `ids` in one call on the CPU."""
     import onnxruntime
 
     file = model_file(path)
@@ -92,14 +101,22 @@ def mlp_inputs(path: str | Path, ids: Sequence[int], library: bool | None = None
     return {name: value.reshape(-1, value.shape[-1]) for name, value in zip(taps, found, strict=True)}
 
 
-def realised(path: str | Path, ids: Sequence[int], library: bool | None = None) -> dict[str, float]:
-    """The kept share of every GatedMLP node with thresholds over the tokens `ids` in one call: its reference decides, rounded as the kernel rounds."""
+def realised(path: str | Path, ids: Sequence[int], library: bool | None = None) -> dict[str, Shares]:
+    """The shares of every GatedMLP node that does not keep everything, over the tokens `ids` in one call: its reference decides, rounded as the kernel rounds
+    where scores are compared with thresholds.
+    """
     file = model_file(path)
     nodes, integer = _gated(file), choose(file, PROVIDERS[:1], library).kernel
-    found: dict[str, float] = {}
+    found: dict[str, Shares] = {}
     for name, x in mlp_inputs(path, ids, library).items():
         variant, tensors = _read(nodes[name])
-        found[name] = float(gated_mlp.active(variant, x, tensors, integer=integer).mean())
+        exact = variant.score == "exact"
+        kept = gated_mlp.active(variant, x, tensors, integer=integer and not exact)
+        opened = nonzero = kept
+        if gated_mlp.is_relu(variant.activation):
+            gate, z = gated_mlp.parts(variant, x, tensors)
+            opened, nonzero = (gate != 0) & (kept | exact), (z != 0) & kept
+        found[name] = Shares(*(float(share.mean()) for share in (kept, opened, nonzero)))
     return found
 
 
@@ -113,22 +130,49 @@ def set_density(path: str | Path, rows: Sequence[Sequence[int]], density: float,
     inputs = [mlp_inputs(path, ids, library) for ids in rows]
     for name, node in nodes.items():
         variant, tensors = _read(node)
+        if "tau" not in variant.inputs:
+            continue
         x = np.concatenate([found[name] for found in inputs])
-        ranked = np.sort(gated_mlp.scores(variant, x, tensors), axis=0)
-        cut = min(max(round((1 - density) * len(ranked)), 1), len(ranked) - 1)
-        value = node.inputs[1 + variant.inputs.index("tau")]
-        stored = value.const_value if value is not None else None
-        if not isinstance(stored, ir.ExternalTensor):
-            raise ValueError(f"tau of {name} must lie in the model's data file, got {type(stored).__name__}. Export the model again.")
-        with open(stored.path, "r+b") as data:
-            data.seek(stored.offset or 0)
-            data.write(((ranked[cut - 1] + ranked[cut]) / 2).astype(np.float32).tobytes())
+        _overwrite(node, "tau", _quantile(gated_mlp.scores(variant, x, tensors), density))
+
+
+def set_opening(path: str | Path, rows: Sequence[Sequence[int]], opened: float, library: bool | None = None) -> None:
+    """Rewrites b_gate, and with dReLU b_up, of an ONNX folder's GatedMLP nodes so that each neuron's gate, and up, is open for this share of the tokens.
+
+    For models of random weights only, as `set_density`; fatrelu's and shifted_relu's parameters are counted in.
+    """
+    file = model_file(path)
+    inputs = [mlp_inputs(path, ids, library) for ids in rows]
+    for name, node in _gated(file).items():
+        variant, tensors = _read(node)
+        kind, parameter = gated_mlp.split_activation(variant.activation)
+        x = np.concatenate([found[name] for found in inputs])
+        for role, above in (("b_gate", parameter), ("b_up", 0.0))[: 2 if kind == "drelu" else 1]:
+            _overwrite(node, role, above - _quantile(gated_mlp.product(variant, x, tensors, f"w{role[1:]}"), opened))
+
+
+def _quantile(values: NDArray, above: float) -> NDArray:
+    """Per column of values [T, n] what this share of them exceeds; never all, never none."""
+    ranked = np.sort(values, axis=0)
+    cut = min(max(round((1 - above) * len(ranked)), 1), len(ranked) - 1)
+    return (ranked[cut - 1] + ranked[cut]) / 2
+
+
+def _overwrite(node: ir.Node, role: str, values: NDArray) -> None:
+    """Writes float32 values over a node's input in the model's data file."""
+    value = node.inputs[1 + node.attributes["inputs"].as_string().split().index(role)]
+    stored = value.const_value if value is not None else None
+    if not isinstance(stored, ir.ExternalTensor):
+        raise ValueError(f"{role} of {node.name} must lie in the model's data file, got {type(stored).__name__}. Export the model again.")
+    with open(stored.path, "r+b") as data:
+        data.seek(stored.offset or 0)
+        data.write(values.astype(np.float32).tobytes())
 
 
 def _gated(file: Path) -> dict[str, ir.Node]:
-    """The GatedMLP nodes that have thresholds, by name."""
+    """The GatedMLP nodes that do not keep everything, by name."""
     nodes = (node for node in ir.load(file).graph if node.op_type == gated_mlp.NAME)
-    return {str(node.name): node for node in nodes if "tau" in node.attributes["inputs"].as_string().split()}
+    return {str(node.name): node for node in nodes if node.attributes["score"].as_string() != "all"}
 
 
 def _read(node: ir.Node) -> tuple[gated_mlp.Variant, dict[str, Any]]:

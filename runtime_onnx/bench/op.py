@@ -21,13 +21,16 @@ from numpy.typing import NDArray
 
 from .. import library
 from ..ops import gated_mlp
-from .op_cases import CASES, POOL, SEED, Case, MlpCase, mlp_weights
+from .op_cases import CASES, POOL, SEED, Case, MlpCase, mlp_weights, union
 from .op_graphs import BASELINES, FORMS, Dense, Form
 from .record import record
+from .relu_case import ReluCase
 from .samples import MIN_PAIRS, Pairs, bursts, calls, compare, pairs, quartiles
 from .stream import Stream, best
 
 DENSITIES = (1.0, 0.5, 0.2, 0.1)
+RELU_DENSITIES = (0.07,)
+"""Of neurons that are not zero: what recovery training reaches."""
 RANK = 128
 """Width of the predictor: at most a tenth of the MLP's bytes at the sizes that are measured."""
 INTEGER_BOUND = 1e-7
@@ -53,7 +56,7 @@ def bench_op(
     n: int = 8192,
     r: int = RANK,
     formats: Sequence[str] | None = None,
-    densities: Sequence[float] = DENSITIES,
+    densities: Sequence[float] | None = None,
     tokens: Sequence[int] = (1,),
     threads: int | None = None,
     wanted: int = 21,
@@ -63,6 +66,7 @@ def bench_op(
     command: str | None = None,
     keep: Callable[[dict[str, Any]], None] | None = None,
     accept: Callable[[dict[str, Any]], None] | None = None,
+    activation: str = "silu",
 ) -> dict[str, Any]:
     """Times `op` in every format, for every number of tokens in one call and every density.
 
@@ -72,7 +76,8 @@ def bench_op(
         n: Neurons, or outputs of sparse_linear.
         r: Rank of the predictor.
         formats: Names in `op_graphs.FORMS`; by default all that are different for the op.
-        densities: Kept shares. 1 for one token also times the op that keeps everything and has no predictor.
+        densities: Kept shares, DENSITIES by default. 1 for one token also times the op that keeps everything and has no predictor. With a ReLU activation the
+            shares of neurons that are not zero, RELU_DENSITIES by default: each is timed with score exact and with a predictor (see `relu_case`).
         tokens: Tokens per call.
         threads: Threads within an op; by default the CPUs that this process may use.
         wanted: Clean pairs a row.
@@ -82,6 +87,7 @@ def bench_op(
         command: What to record as the command; this process's own by default.
         keep: Called with the result after every row.
         accept: Called with the result's head before any row; refuses by raising.
+        activation: Of gated_mlp: silu or one with exact zeros. The dense side computes with silu always.
 
     Returns:
         JSON-ready: "machine", "versions", "command", "settings", "roofs" and "rows".
@@ -89,11 +95,15 @@ def bench_op(
     Raises:
         ValueError: A name or a number is out of range, a kernel gives wrong numbers, or the machine was too busy for `MIN_PAIRS` clean pairs.
     """
+    zeros = activation != "silu"
+    densities = densities or (RELU_DENSITIES if zeros else DENSITIES)
     known = [name for name in FORMS if op == "gated_mlp" or "predictor" not in name]
     _check(op, known, formats, densities, tokens, d, n, wanted)
+    _check_activation(op, activation, densities)
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     timer = _Timer(threads, wanted, patience, peers)
     settings = {"op": op, "d": d, "n": n, "r": r, "threads": threads, "pairs": wanted, "cold": "a buffer larger than the caches is read before every call"}
+    settings |= {"activation": activation} if zeros else {}
     result: dict[str, Any] = {
         **record(command),
         "kind": "op",
@@ -108,13 +118,13 @@ def bench_op(
     done = {_key(row) for row in finished}
     with TemporaryDirectory() as temporary:
         for name in formats or known:
-            wishes = [wish for wish in _wishes(op, tokens, densities) if (name, *wish) not in done]
+            wishes = [wish for wish in _wishes(op, tokens, densities, zeros) if (name, *wish) not in done]
             if not wishes:
                 continue
             form = FORMS[name]
             folder = Path(temporary) / name.replace(", ", "_").replace(" ", "_")
             folder.mkdir()
-            case: Case = CASES[op](form, d, n, r, folder)
+            case: Case = ReluCase(form, d, n, r, folder, activation) if zeros else CASES[op](form, d, n, r, folder)
             for count, density, score in wishes:
                 result["rows"].append(timer.row(case, form, count, density, score, Path(temporary)))
                 if keep:
@@ -141,8 +151,19 @@ def _check(
         raise ValueError(f"pairs must be at least 1, got {wanted}. Choose a larger number.")
 
 
-def _wishes(op: str, tokens: Sequence[int], densities: Sequence[float]) -> list[tuple[int, float, str]]:
+def _check_activation(op: str, activation: str, densities: Sequence[float]) -> None:
+    if activation == "silu":
+        return
+    if op != "gated_mlp" or not gated_mlp.is_relu(activation):
+        raise ValueError(f"activation must be silu, or for gated_mlp one of {', '.join(gated_mlp.RELUS)}, got {activation} for {op}. Choose one of them.")
+    if wrong := [density for density in densities if density == 1]:
+        raise ValueError(f"A density of {activation} must be below 1, got {wrong[0]}: some gates are closed. Choose another share.")
+
+
+def _wishes(op: str, tokens: Sequence[int], densities: Sequence[float], zeros: bool = False) -> list[tuple[int, float, str]]:
     """(Tokens, density, score) of the rows to measure: "nothing" is one token that keeps no unit, its weights warm; "all" is the op without a predictor."""
+    if zeros:
+        return [(count, density, score) for count in tokens for density in densities for score in ("exact", "predictor")]
     own = "predictor" if op == "gated_mlp" else "input"
     rows = [(count, density, own) for count in tokens for density in densities]
     if op == "gated_mlp" and 1.0 in densities:
@@ -188,19 +209,20 @@ class _Timer:
     def row(self, case: Case, form: Form, count: int, density: float, score: str, folder: Path) -> dict[str, Any]:
         """One row: the op, and each baseline and peer in pairs with it."""
         everything = score == "all" and isinstance(case, MlpCase)
+        case.aim(score, density)
         variant = case.everything if everything else case.variant
         row: dict[str, Any] = {"format": form.name, "variant": variant.name, "tokens": count, "asked": density, "score": score}
         if not library.supports(variant.name):
             return row | {"status": "not run: the library has no kernel for it"}
         tau = np.empty(0, np.float32) if everything else case.thresholds(density)
-        kept = np.ones((POOL, 1), bool) if everything else case.score > tau
+        kept = np.ones((POOL, 1), bool) if everything else case.kept(tau)
         path = case.model_of_everything() if everything and isinstance(case, MlpCase) else case.model("op", tau)
         run = self.open(path, kernels=True, spinning=score == "nothing")
         rng = np.random.default_rng(SEED + 2)
         draws = [rng.choice(POOL, count, replace=False) for _ in range(64)]
         inputs = [case.pool[rows] for rows in draws]
         error = _nmse(case, run, inputs[0][:2], tau, everything)
-        row |= {"status": "run", "density": float(kept.mean()), "nmse": error}
+        row |= {"status": "run", "density": float(kept.mean()), **case.shares(kept), "nmse": error}
         if score == "nothing":
             seconds = bursts(lambda number: run(inputs[number % 64]), 4 * self.wanted, self.patience)
             self._enough(seconds, form.name, "warm")
@@ -216,13 +238,12 @@ class _Timer:
             compared.append({"name": name, "ms": statistics.median(found.baseline) * 1e3, **compare(found.baseline, found.candidate), "dropped": found.dropped})
         between = self.stream.noted()
         roof = max(best(before, self.stream.bandwidth()), *between.values())
-        union = float(np.mean([kept[rows].any(0).mean() for rows in draws]))
-        needed, seconds = case.bytes(union), statistics.median(own)
+        needed, seconds = case.needed(kept, draws), statistics.median(own)
         operations = count * (2.0 * 3 * case.d * case.n if everything else case.operations(float(kept.mean())))
         if everything and isinstance(case, MlpCase):
             needed = gated_mlp.traffic(case.everything, case.d, case.n, 0, 1.0)
         return row | {
-            "union": union,
+            "union": union(kept, draws),
             "ms": seconds * 1e3,
             "quartiles_ms": [value * 1e3 for value in quartiles(own)],
             "bytes": needed,

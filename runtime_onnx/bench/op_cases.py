@@ -6,7 +6,7 @@ A case holds random inputs enough that every call can select anew, and knows byt
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,21 @@ class Case(ABC):
             return np.full(ranked.shape[1], -1e30 if cut == 0 else 1e30, np.float32)
         return ((ranked[cut - 1] + ranked[cut]) / 2).astype(np.float32)
 
+    def aim(self, score: str, density: float) -> None:  # noqa: B027 most cases have nothing to prepare
+        """Prepares the case for the rows of a score and a density."""
+
+    def kept(self, tau: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Units that the pool's rows keep, bool [POOL, units]."""
+        return self.score > tau
+
+    def shares(self, kept: NDArray[np.bool_]) -> dict[str, float]:
+        """What else a row says of what is kept."""
+        return {}
+
+    def needed(self, kept: NDArray[np.bool_], draws: Sequence[NDArray[np.int64]]) -> float:
+        """Bytes that a call on one of the draws from the pool must read, on average."""
+        return self.bytes(union(kept, draws))
+
     def model(self, name: str, tau: NDArray[np.float32]) -> Path:
         """Writes the op's model with these thresholds."""
         return sparse_model(self.folder / f"{name}.onnx", self.op, self.variant, {**self._stored, "tau": ir.tensor(tau)}, self.d, self.out)
@@ -83,6 +98,11 @@ class Case(ABC):
         """Multiplications and additions of one token that keeps this share."""
 
 
+def union(kept: NDArray[np.bool_], draws: Sequence[NDArray[np.int64]]) -> float:
+    """The mean share of units that some row of a draw keeps."""
+    return float(np.mean([kept[rows].any(0).mean() for rows in draws]))
+
+
 def mlp_weights(d: int, n: int, r: int) -> dict[str, NDArray[np.float32]]:
     """Random weights by role; the same for every format."""
     rng = np.random.default_rng(SEED)
@@ -105,25 +125,28 @@ class MlpCase(Case):
     """GatedMLP with silu and a predictor, against gate, up and down products with silu between them."""
 
     op = gated_mlp.NAME
+    activation = "silu"
+
+    def _weights(self) -> dict[str, NDArray[np.float32]]:
+        return mlp_weights(self.d, self.n, self.r)
 
     def _make(self) -> dict[str, NDArray]:
-        weights = mlp_weights(self.d, self.n, self.r)
         arrays: dict[str, NDArray] = {}
-        for role, matrix in weights.items():
+        for role, matrix in self._weights().items():
             kind, dtype = (self.form.weights, self.form.w) if role[0] == "w" else ("int8_row" if self.form.p == "int8" else "float", self.form.p)
             if kind == "float":
                 arrays[role] = cast(matrix, dtype)
             else:
                 arrays[role], arrays[f"s{role[1:]}" if role[0] == "w" else f"s_{role}"] = quantise(matrix, kind)
         roles = tuple(role for role in gated_mlp.ROLES if role in arrays or role == "tau")
-        self.variant, self.out = gated_mlp.Variant("silu", "predictor", self.form.weights, roles, w=self.form.w, p=self.form.p), self.d
+        self.variant, self.out = gated_mlp.Variant(self.activation, "predictor", self.form.weights, roles, w=self.form.w, p=self.form.p), self.d
         return arrays
 
     @property
     def everything(self) -> gated_mlp.Variant:
         """The variant of score all: no predictor."""
         roles = tuple(role for role in self.variant.inputs if role[0] == "w" or role in ("s_gate", "s_up", "s_down"))
-        return gated_mlp.Variant("silu", "all", self.form.weights, roles, w=self.form.w)
+        return gated_mlp.Variant(self.activation, "all", self.form.weights, roles, w=self.form.w)
 
     def model_of_everything(self) -> Path:
         """Writes the model of score all."""
@@ -144,7 +167,7 @@ class MlpCase(Case):
 
     def dense(self, baseline: str, folder: Path) -> Path:
         """As in `Case`."""
-        weights = mlp_weights(self.d, self.n, self.r)
+        weights = self._weights()
         graph = Dense(baseline, self.d)
         graph.product("w_gate", "x", "gate", weights["w_gate"].T)
         graph.product("w_up", "x", "up", weights["w_up"].T)

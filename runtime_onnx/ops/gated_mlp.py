@@ -47,6 +47,8 @@ __all__ = [
     "function",
     "is_relu",
     "opened",
+    "parts",
+    "product",
     "reference",
     "scores",
     "spell_activation",
@@ -258,9 +260,19 @@ def active(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer
     return s > _tensor(tensors, "tau") if "tau" in variant.inputs else s != 0
 
 
+def parts(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(act(gate), or act(up) of a plain MLP; z, what w_down is multiplied by where it is kept), [T, n] each, of x [..., d]. `integer` as in `reference`."""
+    return _activated(variant, _rows(x), _present(variant, tensors), integer)
+
+
+def product(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], role: str) -> NDArray[np.float64]:
+    """Products [T, rows] of x [..., d] with the rows of a matrix that reads x (w_gate, w_up, p1), without a bias."""
+    return _product(variant, _rows(x), tensors, role, "", False)
+
+
 def opened(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.bool_]:
     """Neurons bool [T, n] whose act(gate), or act(up) of a plain MLP, is not zero: where score exact needs up. `integer` as in `reference`."""
-    return _activated(variant, _rows(x), _present(variant, tensors), integer)[0] != 0
+    return parts(variant, x, tensors, integer)[0] != 0
 
 
 def reference(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.float64]:

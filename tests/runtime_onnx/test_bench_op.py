@@ -15,6 +15,7 @@ from sparsegate.runtime_onnx.bench import graphs, op, samples, stream
 from sparsegate.runtime_onnx.bench.op import Peer, bench_op
 from sparsegate.runtime_onnx.bench.op_cases import POOL, LinearCase, MlpCase, mlp_weights
 from sparsegate.runtime_onnx.bench.op_graphs import BASELINES, FORMS
+from sparsegate.runtime_onnx.bench.relu_case import ReluCase
 from sparsegate.runtime_onnx.ops import gated_mlp, sparse_linear
 
 D, N, R = 64, 96, 32
@@ -132,6 +133,41 @@ def test_rows_of_the_mlp(still: None) -> None:
     assert len(again) == 1 and more["rows"][:-1] == result["rows"][:-1]
 
 
+@pytest.mark.parametrize(("activation", "both"), [("drelu", True), ("relu2", False), ("fatrelu(0.5)", False), ("shifted_relu(-0.25)", False)])
+def test_gates_are_opened_by_force(activation: str, both: bool, tmp_path: Path) -> None:
+    """The shares of the pool are those asked for, of every neuron, and the pool's own reference agrees with them."""
+    case = ReluCase(FORMS["fp32"], 256, N, R, tmp_path, activation)
+    for score, share in (("exact", 0.09), ("predictor", 0.5)):
+        case.aim(score, 0.09)
+        kept = case.kept(case.thresholds(0.09))
+        assert kept.mean() == pytest.approx(0.09 if score == "exact" else 0.18, abs=0.01)
+        assert case._used.mean() == pytest.approx(share, abs=0.02) and case._open.mean() == pytest.approx(share**0.5 if both else share, abs=0.02)
+        assert 0.4 * share < case._used.mean(0).min() and case._used.mean(0).max() < 1.6 * share + 0.05
+        x = case.pool[:64]
+        tensors = {**case._arrays, "tau": case.thresholds(0.09)}
+        assert (gated_mlp.opened(case.variant, x, tensors) == case._open[:64]).mean() > 0.999
+        assert (gated_mlp.active(case.variant, x, tensors) == kept[:64]).mean() > 0.999
+        shares = case.shares(kept)
+        assert shares["nonzero"] == pytest.approx(0.09, abs=0.02) and shares["opened"] >= shares["nonzero"]
+
+
+def test_rows_of_a_relu(still: None) -> None:
+    result = bench_op("gated_mlp", D, N, R, ["fp32", "int4"], (0.09,), (1, 4), 1, wanted=2, activation="drelu")
+    rows = result["rows"]
+    assert result["settings"]["activation"] == "drelu" and [row["score"] for row in rows] == ["exact", "predictor"] * 4
+    for row in rows:
+        variant = gated_mlp.Variant.parse(row["variant"])
+        assert row["status"] == "run" and (variant.activation, variant.score) == ("drelu", row["score"])
+        exact = row["score"] == "exact"
+        assert row["nonzero"] == pytest.approx(0.09, abs=0.03) and (row["density"] == row["nonzero"]) == exact
+        assert row["nonzero"] < row["opened"] and (exact or row["opened"] < row["density"])
+        if row["tokens"] == 1:
+            assert row["bytes"] == pytest.approx(gated_mlp.traffic(variant, D, N, 0 if exact else R, row["density"], row["opened"], row["nonzero"]), rel=0.1)
+            shares = (1.0 if exact else row["density"]) + row["opened"] + row["nonzero"]
+            assert row["operations"] == pytest.approx(2 * (D * N * shares + (0 if exact else R * (D + N))), rel=0.1)
+        assert row["dense"][0]["name"] == f"ONNX Runtime {BASELINES[FORMS[row['format']].baselines[0]].name}"
+
+
 def test_rows_of_the_linear(still: None) -> None:
     (row, nothing) = bench_op("sparse_linear", D, N, R, ["int4"], (0.5,), (1,), 1, wanted=2)["rows"]
     variant = sparse_linear.Variant.parse(row["variant"])
@@ -167,6 +203,9 @@ def test_a_variant_without_a_kernel_is_said(still: None, monkeypatch: pytest.Mon
         ({"tokens": [0]}, "tokens must be 1 to 1024, got 0"),
         ({"d": 65}, "multiples of 32, got 65"),
         ({"wanted": 0}, "pairs must be at least 1"),
+        ({"activation": "gelu"}, "activation must be silu, or for gated_mlp one of relu, .*got gelu"),
+        ({"op": "sparse_linear", "activation": "relu"}, "got relu for sparse_linear"),
+        ({"activation": "drelu", "densities": [1.0]}, "density of drelu must be below 1"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], said: str) -> None:
@@ -183,7 +222,7 @@ def test_bytes_and_density_of_a_folder() -> None:
     mlp = 3 * h * n * 4
     tokens = torch.randint(2, folders.VOCABULARY, (1, 200), generator=torch.Generator().manual_seed(1))[0].tolist()
     found = graphs.realised(sparse, tokens)
-    assert len(found) == layers and all(value == pytest.approx(0.5, abs=0.01) for value in found.values()) and graphs.realised(dense, tokens) == {}
+    assert len(found) == layers and all(value.kept == pytest.approx(0.5, abs=0.01) for value in found.values()) and graphs.realised(dense, tokens) == {}
     predictor = (r * (h + n) + n) * 4
     saved = graphs.token_bytes(dense) - graphs.token_bytes(sparse, dict.fromkeys(found, 0.25))
     assert saved == pytest.approx(layers * (0.75 * mlp - predictor))
@@ -196,8 +235,8 @@ def test_thresholds_are_set_again(tmp_path: Path) -> None:
     tokens = np.random.default_rng(5).integers(2, folders.VOCABULARY, 128).tolist()
     for _ in range(3):
         graphs.set_density(folder, [tokens[:64], tokens[64:]], 0.25)
-    assert all(value == pytest.approx(0.25, abs=0.03) for value in graphs.realised(folder, tokens[:64]).values())
-    assert all(value > 0.4 for value in graphs.realised(folders.sparse("predictor"), tokens).values())
+    assert all(value.kept == pytest.approx(0.25, abs=0.03) for value in graphs.realised(folder, tokens[:64]).values())
+    assert all(value.kept == value.opened == value.nonzero > 0.4 for value in graphs.realised(folders.sparse("predictor"), tokens).values())
 
 
 def test_share_of_the_mlp() -> None:
