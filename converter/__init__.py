@@ -1,6 +1,6 @@
 """sparsegate.converter: a Hugging Face model becomes a sparse checkpoint that ONNX Runtime runs.
 
-Public functions: convert, evaluate, inspect, load, make_report, push, verify. They are imported when first used, so that importing the package stays quick.
+Public functions: convert, evaluate, inspect, load, make_report, push, tune, verify. They are imported when first used, so that importing stays quick.
 With the package imported, transformers' auto classes know models whose activation was swapped (`modeling`).
 """
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from .report import make_report
     from .schedule import once as plan
     from .stats.collect import collect as calibrate
+    from .tuning import tune
     from .writer import write_checkpoint as apply
 
-__all__ = ["apply", "calibrate", "convert", "evaluate", "export", "inspect", "load", "make_report", "plan", "push", "verify"]
+__all__ = ["apply", "calibrate", "convert", "evaluate", "export", "inspect", "load", "make_report", "plan", "push", "tune", "verify"]
 _HOMES = {
     "apply": (".writer", "write_checkpoint"),
     "calibrate": (".stats.collect", "collect"),
@@ -34,6 +35,7 @@ _HOMES = {
     "make_report": (".report", "make_report"),
     "plan": (".schedule", "once"),
     "push": (".hub", "push"),
+    "tune": (".tuning", "tune"),
     "verify": (".conversion", "verify"),
 }
 

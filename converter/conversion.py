@@ -36,6 +36,7 @@ from .planning import (
     training_stage,
     training_windows,
 )
+from .published import is_published, normal_config
 from .recipe import Export, Recipe
 from .reference import load as load_folder
 from .reference import load_dense
@@ -202,8 +203,9 @@ def _fetched_fingerprint(out: Path, recipe: Recipe, configs: Configs) -> str:
 
 def _remote_estimate(remote: Remote, recipe: Recipe, configs: Configs) -> Estimate:
     """What a Hub model will need, the download included, from its configuration and headers; no weight is fetched."""
-    check_config(remote.config)
-    arch, config = load_arch(str(remote.config.get("model_type"))), make_config(remote.config)
+    raw = normal_config(remote.config) if is_published(remote.config) else remote.config
+    check_config(raw)
+    arch, config = load_arch(str(raw.get("model_type"))), make_config(raw)
     shapes = {name: shape for name, (shape, _) in remote.tensors.items()}
     check_shapes(arch, config, shapes)
     needed = estimate_shapes(arch, config, shapes, remote.total_bytes, recipe, configs)

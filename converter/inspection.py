@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import BaseModel
 
 from .arch import load_arch
-from .artifact import InputError
+from .artifact import InputError, read_json
 from .hub import is_hub_id, remote_inspect
+from .opening import resolve
 from .planning import Estimate, compile_recipe, estimate_shapes, method_configs
+from .published import is_published, normal_config
 from .source import check_config, check_shapes, make_config, open_source
 
 
@@ -38,32 +41,31 @@ def inspect(model: str | Path) -> Inspection:
         size, download = remote.total_bytes, remote.download_bytes
     else:
         folder = Path(model)
-        if folder.is_dir() and (folder / "config.json").is_file():
-            from .artifact import read_json
-
-            raw, shapes, size, download = read_json(folder / "config.json", "config.json"), None, 0, 0
-        else:
-            raw, shapes, size, download = {}, None, 0, 0
+        if not (folder / "config.json").is_file():
             open_source(folder)
+        raw, shapes, size, download = read_json(folder / "config.json", "config.json"), None, 0, 0
     model_type = str(raw.get("model_type"))
     try:
         if shapes is None:
-            source = open_source(name)
-            shapes = {key: info.shape for key, info in source.tensors.items()}
-            size = sum(info.bytes for info in source.tensors.values())
+            with TemporaryDirectory() as temporary:
+                source = resolve(name, Path(temporary) / "source")
+                shapes = {key: info.shape for key, info in source.tensors.items()}
+                size = sum(info.bytes for info in source.tensors.values())
         return _found(name, raw, shapes, size, download)
     except InputError as error:
         return Inspection(model=name, model_type=model_type, convertible=False, reason=str(error), download_bytes=download)
 
 
 def _found(name: str, raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], size: int, download: int) -> Inspection:
-    check_config(raw)
-    arch = load_arch(str(raw.get("model_type")))
-    config = make_config(raw)
+    read = normal_config(raw) if is_published(raw) else raw
+    check_config(read)
+    arch = load_arch(str(read.get("model_type")))
+    config = make_config(read)
     check_shapes(arch, config, shapes)
     recipe = compile_recipe(name, None, None, None, None, None, None, None, None, None)
+    swapped = {fields["activation"] for fields in read.get("sparsity", {}).get("sites", {}).values()}
     return Inspection(
-        model=name, model_type=arch.model_type, convertible=True, sites=len(arch.sites(config)), hidden=arch.size(config, "hidden"),
-        units=arch.size(config, "units"), activation=arch.activation(config), download_bytes=download,
-        estimate=estimate_shapes(arch, config, shapes, size, recipe, method_configs(recipe)),
+        model=name, model_type=str(raw.get("model_type")), convertible=True, sites=len(arch.sites(config)), hidden=arch.size(config, "hidden"),
+        units=arch.size(config, "units"), activation=", ".join(sorted(swapped)) or arch.activation(config), download_bytes=download,
+        estimate=estimate_shapes(arch, config, shapes, size, recipe, method_configs(recipe, bool(swapped))),
     )  # fmt: skip

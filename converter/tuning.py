@@ -49,6 +49,8 @@ DEFAULT = "turbosparse"
 """The recipe of `tune` where none is named."""
 WATCHED, WATCHES = 4, 12
 """Every how many of the held-out windows is looked at while training, and how often."""
+CUTS = 4
+"""Offsets at which sampled text is cut into windows."""
 _PROBE = 16  # windows that signs, input scales and shares are taken from
 
 
@@ -208,10 +210,20 @@ def training_text(source: Source, asked: Recovery, seed: int, work: Path) -> tup
         batches = mixture_batches(source.tokenizer(), data, seed, work)
         name, seconds = ", ".join(f"{part.name} {part.share:g}" for part in data.mixture), time.monotonic() - began
     else:
-        batches, name = generated(source, data.windows, data.length, seed, work, data.temperature), "text sampled from the dense model"
+        batches, name = shifted(generated(source, data.windows, data.length, seed, work, data.temperature)), "text sampled from the dense model"
         seconds = float(read_json(work / "generated" / SECONDS, "The sampling time")["seconds"])
-    count, sampled = batches.count, not data.mixture
+    sampled = not data.mixture
+    count = data.windows * data.length if sampled else batches.count  # a token of sampled text stands in several windows
     return batches, TrainingText(name=name, windows=len(batches.tokens), tokens=count, sampled=sampled, seconds=seconds, hash=batches.sha256)
+
+
+def shifted(batches: Batches) -> Batches:
+    """Sampled windows [N, S], which all start a text, joined and cut at CUTS offsets: [CUTS N - CUTS + 1, S]. Windows of real text start anywhere."""
+    count, length = batches.tokens.shape
+    stream = batches.tokens.flatten()
+    cuts = [stream[start : start + (count - bool(start)) * length].view(-1, length) for start in range(0, length, -(-length // CUTS))]
+    tokens = torch.cat(cuts)
+    return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
 def _present(source: Source, site: Site) -> str:

@@ -59,6 +59,7 @@ def converted(conversion_run: tuple[Path, Any]) -> Path:
 
 FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, str], set[str]]] = {
     "convert": (conversion.convert, {"push": "push_to"}, {"json"}),
+    "tune": (import_module("sparsegate.converter.tuning").tune, {}, {"json"}),
     "inspect": (import_module("sparsegate.converter.inspection").inspect, {}, {"json"}),
     "generate": (runtime.generate, {"model": "path", "body": "library"}, set()),
     "verify": (conversion.verify, {}, {"json"}),
@@ -66,8 +67,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, str], set[str]]] = {
     "bench": (import_module("sparsegate.converter.bench.run").bench, {}, {"json"}),
     "report": (reporting.make_report, {}, set()),
     "push": (hub.push, {"repository": "repo_id", "public": "private"}, set()),
-    "link": (runtime.link, {}, set()),
-    "unlink": (runtime.unlink, {}, set()),
+    **{name: (getattr(runtime, name), {}, set()) for name in ("link", "unlink")},
     "doctor": (diagnosis.diagnose, {}, {"json"}),
 }
 INVERTED = {("generate", "body"): (False, None), ("push", "public"): (False, True)}
@@ -218,7 +218,7 @@ def test_wrong_usage_is_status_2(words: list[str], call: Callable[..., Done]) ->
         (["convert", "--recipe", "TMP/broken.yaml"], "The recipe must be a YAML file"),
         (["convert", "--recipe", "TMP/list.yaml"], "The recipe must be a mapping"),
         (["convert", "--recipe", "TMP/odd.yaml"], "surprise must be valid"),
-        (["convert", "MODEL", "--recipe", "TMP/odd.yaml"], "--recipe must stand without the flags that it covers, got MODEL"),
+        (["convert", "MODEL", "--recipe", "TMP/odd.yaml"], "MODEL must stand without a recipe that names its model, got"),
         (["convert", "--recipe", "TMP/odd.yaml", "--sparsity", "0.5", "--seed", "0"], "got sparsity, seed as well"),
         (["convert", "MODEL", "--method", "magic"], "magic"),
         (["convert", "MODEL", "--method", "gate+chess"], "A joined method must be one of gate, chess"),

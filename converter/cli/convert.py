@@ -16,7 +16,7 @@ def convert(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The new folder; MODEL-sparse when not given.")] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="gate, chess, cett, trained_gate, predictor, teal, wina, imported, several as in chess+teal, or auto (the default): all of them."),
+        typer.Option(help="gate, chess, cett, trained_gate, predictor, exact, teal, wina, imported, two as in chess+teal, or auto (the default): all of them."),
     ] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of the gated neurons to skip, 0.5 when neither it nor a budget is given.")] = None,
     max_ppl_increase: Annotated[
@@ -24,7 +24,9 @@ def convert(
         typer.Option(help="Find the cheapest checkpoint whose perplexity rises by no more than this, as in 1% or 0.01; with --sparsity only check it."),
     ] = None,
     max_kl: Annotated[float | None, typer.Option(help="The same for the KL divergence to the dense model, nats per token.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file in place of the flags that it covers.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file in place of the flags that it covers, or the name of one that comes along: turbosparse, turbosparse_paper.")
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="UTF-8 text, its last fifth held out; or self: text that the model writes. Default: Python source that comes along.")
     ] = None,
