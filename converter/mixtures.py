@@ -101,8 +101,7 @@ def _write(path: Path, tokenizer: Any, data: Data, seed: int) -> None:
             progress.set_postfix({"part": part.name})
             found = 0
             if count:
-                own = int(hash_json([seed, part.name])[:8], 16)
-                for row, window in zip(rows, _windows(_documents(part, own), tokenizer, body), strict=False):
+                for row, window in zip(rows, _windows(_documents(part, seed), tokenizer, body), strict=False):
                     file.seek(base + row * size)
                     file.write(np.asarray([*start, *window], dtype="<i8").tobytes())
                     found += 1
