@@ -160,7 +160,7 @@ def _texts(source: Source, recipe: Recipe, training: int, work: Path) -> Texts:
     stage = training_stage(recipe)
     if stage is None or stage.tune is None or stage.tune.data.mixture:
         return make_texts(source, recipe, training, work)
-    return make_texts(source, recipe, training, work / RECOVERING, stage.tune.data.temperature)
+    return make_texts(source, recipe, training, work / RECOVERING, stage.tune.data.temperature, streams=True)
 
 
 def _sparsities(configs: Configs, recipe: Recipe) -> dict[str, float | None]:

@@ -19,6 +19,8 @@ HELDOUT_TEXT = BUNDLED / "heldout.txt"
 MINIMUM_TOKENS = 512
 _HASHED = 1 << 12  # windows hashed at once: they may be mapped from a file larger than memory
 _TOGETHER = (32, 256)  # windows sampled at once
+STREAM = 16
+"""Windows of a long text that a model writes."""
 _CACHE = 1 << 29  # bytes of key-value cache that more than the fewest may take
 
 
@@ -81,7 +83,6 @@ def make_batches(tokenizer: Any, text: str, windows: int, length: int, seed: int
     return Batches(tokens, mask)
 
 
-@torch.no_grad()
 def self_generated(model: Any, tokenizer: Any, windows: int, length: int, seed: int, temperature: float = 1.0) -> Batches:
     """Text that a dense transformers model in evaluation mode writes itself: `windows` windows of `length` tokens, sampled at `temperature` by `seed`.
 
@@ -89,31 +90,74 @@ def self_generated(model: Any, tokenizer: Any, windows: int, length: int, seed: 
     document, so every window is full. Only tokens that the tokenizer knows are drawn: a vocabulary may be padded.
     Raises InputError when `length` exceeds the model's positions, `temperature` is not positive or the logits are not finite.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise InputError(f"Windows must have at most {positions} tokens, the model's positions, got {length}. Take a smaller calibration length.")
-    if not temperature > 0:
-        raise InputError(f"The temperature must be positive, got {temperature}. Take 1 for the model's own distribution.")
-    known = torch.tensor(sorted(set(tokenizer.get_vocab().values())))
-    known = known[known < model.get_input_embeddings().weight.shape[0]]
-    special = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None and bool((known == token).any())]
-    generator = torch.Generator().manual_seed(seed)
+    sampler = _Sampler(model, tokenizer, length, seed, temperature)
     tokens = torch.empty((windows, length), dtype=torch.int64)
     at_once = _sampled_together(model, length)
     with tqdm(total=-(-windows // at_once) * (length - 1), desc="sample text", unit="token") as progress:
         for group in tokens.split(at_once):  # views of `tokens`
-            start = torch.tensor(special[0]) if special else known[torch.randint(len(known), (len(group),), generator=generator)]
-            group[:, 0] = start
-            cache = None
-            for at in range(1, length):
-                output = model(input_ids=group[:, at - 1 : at].to(model.device), past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
-                chances = (output.logits[:, -1].float().cpu()[:, known] / temperature).softmax(-1)
-                if not bool(chances.isfinite().all()):
-                    raise InputError("The model's logits must be finite, got others while text was sampled. Fetch the weights again, or give a text.")
-                group[:, at] = known[torch.multinomial(chances, 1, generator=generator)[:, 0]]
-                progress.update()
+            group[:, :1] = sampler.begin(len(group))
+            group[:, 1:] = sampler.extend(group[:, :1], length - 1, progress)
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+
+def self_generated_streams(model: Any, tokenizer: Any, windows: int, length: int, seed: int, temperature: float = 1.0) -> Batches:
+    """As `self_generated`, but of long texts: up to STREAM windows follow one another, each continued from the last half of the one before.
+
+    So windows start anywhere in a text, as those of a real corpus do, and are full of what comes deep in it; only the first of every text begins one.
+    Windows of a text are neighbours [N, S].
+    """
+    sampler = _Sampler(model, tokenizer, length, seed, temperature)
+    streams = max(1, min(_sampled_together(model, length), -(-windows // STREAM)))
+    depth = -(-windows // streams)
+    context = min(length // 2, length if sampler.positions is None else sampler.positions - length)
+    tokens = torch.empty((streams, depth * length), dtype=torch.int64)
+    with tqdm(total=depth * length, desc="sample text", unit="token") as progress:
+        for start in range(0, depth * length, length):
+            if start and context > 0:
+                tokens[:, start : start + length] = sampler.extend(tokens[:, start - context : start], length, progress)
+            else:
+                tokens[:, start : start + 1] = sampler.begin(streams)
+                tokens[:, start + 1 : start + length] = sampler.extend(tokens[:, start : start + 1], length - 1, progress)
+    found = tokens.view(streams * depth, length)[:windows].clone()
+    return Batches(found, torch.ones_like(found, dtype=torch.bool))
+
+
+class _Sampler:
+    """Draws tokens from a model's distribution; raises InputError as `self_generated` says."""
+
+    def __init__(self, model: Any, tokenizer: Any, length: int, seed: int, temperature: float) -> None:
+        self.positions = getattr(model.config, "max_position_embeddings", None)
+        if self.positions is not None and length > self.positions:
+            raise InputError(f"Windows must have at most {self.positions} tokens, the model's positions, got {length}. Take a smaller calibration length.")
+        if not temperature > 0:
+            raise InputError(f"The temperature must be positive, got {temperature}. Take 1 for the model's own distribution.")
+        known = torch.tensor(sorted(set(tokenizer.get_vocab().values())))
+        self.known = known[known < model.get_input_embeddings().weight.shape[0]]
+        special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self.special = [token for token in special if token is not None and bool((self.known == token).any())]
+        self.model, self.temperature, self.generator = model, temperature, torch.Generator().manual_seed(seed)
+
+    def begin(self, count: int) -> Tensor:
+        """First tokens [B, 1]."""
+        if self.special:
+            return torch.full((count, 1), self.special[0])
+        return self.known[torch.randint(len(self.known), (count,), generator=self.generator)][:, None]
+
+    @torch.no_grad()
+    def extend(self, context: Tensor, count: int, progress: tqdm) -> Tensor:
+        """The `count` tokens [B, count] after a context [B, C]."""
+        found = torch.empty((len(context), count), dtype=torch.int64)
+        given, cache = context, None
+        for at in range(count):
+            output = self.model(input_ids=given.to(self.model.device), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            chances = (output.logits[:, -1].float().cpu()[:, self.known] / self.temperature).softmax(-1)
+            if not bool(chances.isfinite().all()):
+                raise InputError("The model's logits must be finite, got others while text was sampled. Fetch the weights again, or give a text.")
+            found[:, at] = self.known[torch.multinomial(chances, 1, generator=self.generator)[:, 0]]
+            given = found[:, at : at + 1]
+            progress.update()
+        return found
 
 
 def _sampled_together(model: Any, length: int) -> int:

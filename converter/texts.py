@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .artifact import Header, InputError, atomic_folder, hash_json, read_header, write_header, write_json
-from .data import CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text, self_generated
+from .data import CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text, self_generated, self_generated_streams
 from .recipe import Recipe
 from .reference import load_dense
 from .source import Source
@@ -38,9 +38,9 @@ class Texts:
     name: str
 
 
-def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | None = None, temperature: float = 1.0) -> Texts:
+def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | None = None, temperature: float = 1.0, streams: bool = False) -> Texts:
     """The windows that a recipe means: of the bundled texts, of a user's file, whose last fifth is held out, or of text that the model writes itself, which is
-    stored below `work` and sampled at `temperature`. `training` is the most windows to train on.
+    stored below `work` and sampled at `temperature`, in long texts where `streams`. `training` is the most windows to train on.
 
     Raises InputError for a text that is too short.
     """
@@ -50,7 +50,7 @@ def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | N
     if asked.generated:
         wanted = max(asked.windows, training) + (SEARCH_WINDOWS if recipe.searches else 0)
         heldout = make_heldout(source, recipe)  # which may be too short, before anything is sampled
-        every, name, share = generated(source, wanted, length, recipe.seed, work, temperature), "text sampled from the dense model", 1.0
+        every, name, share = generated(source, wanted, length, recipe.seed, work, temperature, streams), "text sampled from the dense model", 1.0
     else:
         every, heldout = make_batches(source.tokenizer(), text, _EVERY, length, recipe.seed), make_heldout(source, recipe)
     order = torch.randperm(len(every.tokens), generator=torch.Generator().manual_seed(recipe.seed))
@@ -102,13 +102,16 @@ def _rows(batches: Batches, rows: torch.Tensor) -> Batches:
     return Batches(batches.tokens[rows], batches.mask[rows])
 
 
-def generated(source: Source, windows: int, length: int, seed: int, work: Path | None, temperature: float = 1.0) -> Batches:
-    """Windows that the model writes itself, made once below `work`, with the seconds that it took; where more lie there, the first of them."""
-    config = {"length": length} | ({} if temperature == 1.0 else {"temperature": temperature})
+def generated(source: Source, windows: int, length: int, seed: int, work: Path | None, temperature: float = 1.0, streams: bool = False) -> Batches:
+    """Windows that the model writes itself, made once below `work`, with the seconds that it took; where more lie there, the first of them. `streams` takes
+    them from long texts.
+    """
+    config = {"length": length} | ({} if temperature == 1.0 else {"temperature": temperature}) | ({"streams": True} if streams else {})
     header = Header(format="generated", parents={"model": source.fingerprint}, config=config | {"windows": windows}, seed=seed)
     if work is None or not _covers(read_header(work / "generated"), header):
         began = time.monotonic()
-        found = self_generated(load_dense(source.folder), source.tokenizer(), windows, length, seed, temperature)
+        write = self_generated_streams if streams else self_generated
+        found = write(load_dense(source.folder), source.tokenizer(), windows, length, seed, temperature)
         if work is None:
             return found
         with atomic_folder(work / "generated") as partial:

@@ -210,7 +210,7 @@ def training_text(source: Source, asked: Recovery, seed: int, work: Path) -> tup
         batches = mixture_batches(source.tokenizer(), data, seed, work)
         name, seconds = ", ".join(f"{part.name} {part.share:g}" for part in data.mixture), time.monotonic() - began
     else:
-        batches, name = shifted(generated(source, data.windows, data.length, seed, work, data.temperature)), "text sampled from the dense model"
+        batches, name = shifted(generated(source, data.windows, data.length, seed, work, data.temperature, streams=True)), "text sampled from the dense model"
         seconds = float(read_json(work / "generated" / SECONDS, "The sampling time")["seconds"])
     sampled = not data.mixture
     count = data.windows * data.length if sampled else batches.count  # a token of sampled text stands in several windows
@@ -218,7 +218,7 @@ def training_text(source: Source, asked: Recovery, seed: int, work: Path) -> tup
 
 
 def shifted(batches: Batches) -> Batches:
-    """Sampled windows [N, S], which all start a text, joined and cut at CUTS offsets: [CUTS N - CUTS + 1, S]. Windows of real text start anywhere."""
+    """Sampled windows [N, S], neighbours in long texts, joined and cut at CUTS offsets: [CUTS N - CUTS + 1, S], so that no two passes read the same windows."""
     count, length = batches.tokens.shape
     stream = batches.tokens.flatten()
     cuts = [stream[start : start + (count - bool(start)) * length].view(-1, length) for start in range(0, length, -(-length // CUTS))]
@@ -301,7 +301,7 @@ def _watch(
         found = _compared(student, plan, few, teacher, source)
         rows = read_json(store, "The held-out curve")["rows"] if store.is_file() else []
         row = HeldoutPoint(
-            step=step + 1, tokens=(step + 1) * tokens, nll=found.nll, kl=max(0.0, found.kl), agreement=found.agreement,
+            step=step + 1, tokens=(step + 1) * tokens, nll=found.nll, nll_dense=found.nll_dense, kl=max(0.0, found.kl), agreement=found.agreement,
             density=None if units else found.density, predicted=found.density if units else None,
         )  # fmt: skip
         write_json(store, {"rows": [old for old in rows if old["step"] < step + 1] + [row.model_dump()]})
