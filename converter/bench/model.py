@@ -18,7 +18,7 @@ import numpy as np
 
 from ...runtime_onnx import library
 from ...runtime_onnx.bench.folders import describe
-from ...runtime_onnx.bench.graphs import mlp_share, realised, token_bytes
+from ...runtime_onnx.bench.graphs import Shares, mlp_share, realised, token_bytes
 from ...runtime_onnx.bench.op import NO_CUDA, bench_op
 from ...runtime_onnx.bench.record import record
 from ...runtime_onnx.bench.samples import Round, compare, rounds
@@ -62,6 +62,7 @@ def bench_models(
     memory: bool = True,
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
+    activation: str = "silu",
 ) -> dict[str, Any]:
     """Times every entry in `count` rounds; the role "dense" is the baseline, roles "sparse ..." are compared with every other.
 
@@ -78,6 +79,7 @@ def bench_models(
         memory: Whether to run each model once more in a process of its own for its peak memory.
         command: What to record as the command; this process's own by default.
         progress: Called with the number of finished rounds.
+        activation: Of the sparse models' feed-forward networks, for the expectation.
 
     Returns:
         JSON-ready: head as in `record`, "settings", "models", "ratios", "amdahl", "stream_gb_per_s", "samples".
@@ -107,7 +109,7 @@ def bench_models(
         },
     }
     rows = {role: {"role": role, "runtime": entry.runtime, "format": entry.form} for role, entry in entries.items()}
-    densities: dict[str, dict[str, float]] = {}
+    densities: dict[str, dict[str, Shares]] = {}
     for role, entry in entries.items():
         rows[role]["timed"] = OPENERS[entry.runtime].timed
         if (missing := OPENERS[entry.runtime].missing()) is not None:
@@ -137,22 +139,28 @@ def bench_models(
     if sizes and "dense" in running:
         share = mlp_share(entries["dense"].path, ids[:8], following[:12], threads)
         result["amdahl"] = [
-            _expected(role, result["ratios"], share, sizes, precision, _mean(densities[role]), threads) for role in running if role.startswith("sparse")
+            _expected(role, result["ratios"], share, sizes, precision, _mean(densities[role]), threads, activation)
+            for role in running
+            if role.startswith("sparse")
         ]
     result["samples"] = [{"seconds": entry.values, "waits": entry.waits} for entry in found]
     return result
 
 
-def _facts(path: Path, density: dict[str, float]) -> dict[str, Any]:
-    """What the folder holds, bytes a token needs and its realised density."""
+def _facts(path: Path, density: dict[str, Shares]) -> dict[str, Any]:
+    """What the folder holds, bytes a token needs and its realised density; of a ReLU model also the shares of open gates and of what is not zero."""
     found = describe(path)
     size = sum(file.stat().st_size for file in path.iterdir() if file.name.startswith("model.onnx"))
     facts = {"executor": found["executor"], "precision": found["precision"], "file_bytes": size, "token_bytes": token_bytes(path, density)}
-    return facts | ({"density": _mean(density), "layer_densities": [min(density.values()), max(density.values())]} if density else {})
+    if not density:
+        return facts
+    mean, kept = _mean(density), [shares.kept for shares in density.values()]
+    more = {} if mean.opened == mean.nonzero == mean.kept else {"opened": mean.opened, "nonzero": mean.nonzero}
+    return facts | {"density": mean.kept, "layer_densities": [min(kept), max(kept)]} | more
 
 
-def _mean(density: dict[str, float]) -> float:
-    return statistics.mean(density.values())
+def _mean(density: dict[str, Shares]) -> Shares:
+    return Shares(*(statistics.mean(values) for values in zip(*density.values(), strict=True)))
 
 
 def _speeds(found: Sequence[Round[tuple[float, float]]], role: str, prompt: int, new: int) -> dict[str, Any]:
@@ -183,12 +191,18 @@ def _ratios(found: Sequence[Round[tuple[float, float]]], roles: Sequence[str]) -
     return ratios
 
 
-def _expected(role: str, ratios: Sequence[dict[str, Any]], share: float, sizes: Sizes, precision: str, density: float, threads: int) -> dict[str, Any]:
+def _expected(
+    role: str, ratios: Sequence[dict[str, Any]], share: float, sizes: Sizes, precision: str, shares: Shares, threads: int, activation: str
+) -> dict[str, Any]:
     """Amdahl's law beside what was measured, both for decoding."""
+    density = shares.kept
     measured = next(row["decode"]["ratio"] for row in ratios if row["role"] == role and row["against"] == "dense")
     row: dict[str, Any] = {"role": role, "mlp_share": share, "measured": measured, "density": density}
     try:
-        op = bench_op("gated_mlp", sizes.d, sizes.n, sizes.r, [precision], [round(density, 4)], (1,), threads, patience=20.0)["rows"][0]
+        asked = round(density if activation == "silu" else shares.nonzero, 4)
+        score = "exact" if role.startswith("sparse exact") else "predictor"
+        given = {"patience": 20.0, "activation": activation, "score": score}
+        (op,) = bench_op("gated_mlp", sizes.d, sizes.n, sizes.r, [precision], [asked], (1,), threads, **given)["rows"]
     except ValueError as error:
         return row | {"status": f"not measured: {error}"}
     if op["status"] != "run":

@@ -1,7 +1,10 @@
-"""Models of real sizes and random weights, dense and with predictors whose thresholds force a density: speed without weights.
+"""Models of real sizes and random weights, dense and with predictors whose thresholds force a density, or with gates that biases open by force: speed without
+weights.
 
 The weights are normal with variance 1 / inputs, so that activations stay of one size. A predictor is random too; its thresholds are quantiles, per neuron, of
-its scores on what the random model itself feeds its MLPs, so about the asked share is kept and other neurons for every token.
+its scores on what the random model itself feeds its MLPs, so about the asked share is kept and other neurons for every token. With a ReLU activation the
+sparse graphs' gates, and dReLU's ups, have biases (8 bytes a neuron, counted), quantiles likewise: so the shares of open gates and of products that are not
+zero are the asked ones. The dense graph has none.
 """
 
 from __future__ import annotations
@@ -10,16 +13,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...runtime_onnx.bench.graphs import set_density
+from ...runtime_onnx.bench.graphs import set_density, set_opening
 from ..arch import Arch, Site, load_arch
 from ..artifact import atomic_folder
 from ..onnx_export import build_base, export, export_dense
 from ..onnx_export.precision import PRECISIONS
-from ..plans import Plan, Predictor
+from ..onnx_export.product import find_product
+from ..plans import Plan, Predictor, Swap, deciding
 from .shapes import Shape
 
 SEED = 11
@@ -107,22 +113,49 @@ def random_plan(inputs: dict[Site, Tensor], neurons: int, rank: int, density: fl
     return plan
 
 
+def relu_plan(plan: Plan, activation: str, score: str) -> Plan:
+    """The plan of the same sites with an activation that has zeros, kept exactly or by the plan's predictors."""
+    return {site: [Swap(activation), *(entries if score == "predictor" else ())] for site, entries in plan.items()}
+
+
+def add_biases(model: ir.Model, arch: Arch, config: Any) -> None:
+    """Gives every gate and up product of a base graph a bias of zeros, where it has none."""
+    n = arch.size(config, "units")
+    for site in arch.sites(config):
+        for role in ("gate", "up"):
+            name = arch.ffn.onnx[role].format(layer=site.layer)
+            found = find_product(model.graph, site.layer, name, (arch.size(config, "hidden"), n))
+            if found.bias is not None:
+                continue
+            bias = ir.Value(name=f"{name}.bias", shape=ir.Shape([n]), type=ir.TensorType(ir.DataType.FLOAT))
+            bias.const_value = ir.tensor(np.zeros(n, np.float32), name=bias.name)
+            model.graph.register_initializer(bias)
+            added = ir.Value(name=f"{name}.biased", shape=found.out.shape, type=found.out.type)
+            ir.convenience.replace_all_uses_with(found.out, added)
+            node = ir.Node("", "Add", [found.out, bias], outputs=[added], name=f"/model/layers.{site.layer}/mlp/{role}_proj/Add")
+            model.graph.insert_after(found.nodes[-1], node)
+
+
 def default_rank(shape: Shape) -> int:
     """A multiple of 32 at a sixteenth of the hidden size, at least 32: the size at which a trained predictor takes a few per cent of the MLP's bytes."""
     return max(32, shape.hidden // 16 // 32 * 32)
 
 
-def build_sparse(base: Path, plan: Plan, arch: Arch, config: Any, out: Path, precision: str) -> None:
+def build_sparse(base: Path, plan: Plan, arch: Arch, config: Any, out: Path, precision: str, opened: float | None = None) -> None:
     """Writes the sparse ONNX folder of a plan; `base` is the fp32 graph. The folder appears finished or not at all.
 
-    What is skipped changes what the later layers see, and rounding does, too: so the thresholds are set anew, twice, on what the graph itself feeds its MLPs.
+    What is skipped changes what the later layers see, and rounding does, too: so the thresholds are set anew, twice, on what the graph itself feeds its MLPs,
+    and with `opened`, the share of open gates, biases of gates and ups before them.
     """
     with atomic_folder(out) as partial:
-        export(base, plan, arch, config, partial, precision)
-        density = next(iter(plan.values()))[0].density
+        export(base, plan, arch, config, partial, precision, edit=None if opened is None else lambda model: add_biases(model, arch, config))
+        density = deciding(next(iter(plan.values()))).density
         for turn in range(2):
             generator = torch.Generator().manual_seed(SEED + 1000 + turn)
-            set_density(partial, torch.randint(2, arch.size(config, "vocab"), SETTLING, generator=generator).tolist(), density)
+            rows = torch.randint(2, arch.size(config, "vocab"), SETTLING, generator=generator).tolist()
+            if opened is not None:
+                set_opening(partial, rows, opened)
+            set_density(partial, rows, density)
 
 
 def build_dense(checkpoint: Path, precision: str, work: Path) -> Path:

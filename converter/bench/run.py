@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +14,15 @@ from typing import Any
 from ...runtime_onnx.bench import bench as bench_folders
 from ...runtime_onnx.bench import bench_op
 from ...runtime_onnx.bench.folders import RUNTIMES
-from ...runtime_onnx.bench.op import DENSITIES
+from ...runtime_onnx.bench.op import DENSITIES, RELU_DENSITIES
 from ...runtime_onnx.bench.op_cases import CASES
+from ...runtime_onnx.bench.relu_case import RIGHT, open_share
 from ...runtime_onnx.library import model_file, variants
 from ..arch import load_arch
 from ..artifact import InputError, read_json, write_json
 from ..hub import local_folder
 from ..onnx_export.precision import PRECISIONS
+from ..plans import check_exact
 from .model import Entry, Sizes, bench_models
 from .shapes import Shape, find_shape
 
@@ -46,15 +49,17 @@ def bench(
     output: Path | None = None,
     command: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    activation: str | None = None,
 ) -> dict[str, Any]:
     """Measures speed and returns it as JSON-ready numbers; the forms of a call are in `sparsegate bench --help`.
 
     Args:
-        models: Two ONNX folders, sparse checkpoints or Hub ids, dense first; or one sparse checkpoint, whose dense graph is built from its own weights.
+        models: Two ONNX folders, sparse checkpoints or Hub ids, dense first; or one sparse checkpoint, whose dense graph is built from its own weights, with
+            the base model's activation where it was swapped: what the dense source costs.
         shape: A name in SHAPES: with `op` the sizes of the op, else a model of random weights.
         op: Stem of an op to time alone.
         precision: fp32, fp16, bf16, int8, int4; for ops a list with commas or semicolons, all by default; for a shape int4 by default.
-        density: Kept shares, with commas.
+        density: Kept shares, with commas; with a ReLU activation the shares of neurons that are not zero.
         tokens: Tokens per call of an op, with commas.
         layers: Of a shape, in place of its own number.
         peers: Whether to run other libraries beside.
@@ -67,20 +72,23 @@ def bench(
         output: File for the JSON, with a table and a plot beside it. An op's finished rows in it are not measured again.
         command: What to record as the command; this process's own by default.
         progress: Called with the number of finished rows, pairs or rounds and how many there will be.
+        activation: Of the sparse side of gated_mlp or of a shape: silu, or one with exact zeros (drelu), which is timed with score exact and with a predictor
+            that keeps twice what is not zero. The dense side computes with the model's own.
 
     Raises:
         InputError, ValueError: An argument is out of range or does not go with the others, or a folder cannot be opened.
     """
-    _together(models, shape, op, tokens=tokens, layers=layers, density=density, precision=precision, work=work)
+    _together(models, shape, op, tokens=tokens, layers=layers, density=density, precision=precision, work=work, activation=activation)
     if output and output.suffix != ".json":
         raise InputError(f"--output must be a .json file, got {output}. Tables and plots get their names from it.")
     if op:
         found = find_shape(shape or DEFAULT_SHAPE)
-        result = _op(op, found, precision, density, tokens, peers, pairs, threads, output, command, progress)
+        result = _op(op, found, precision, density, tokens, peers, pairs, threads, output, command, progress, activation or "silu")
     elif shape:
         result = _shape(
-            find_shape(shape), precision or "int4", density, layers, peers, prompt_tokens, new_tokens, pairs, runtime, threads, work, command, progress
-        )
+            find_shape(shape), precision or "int4", density, layers, peers, prompt_tokens, new_tokens, pairs, runtime, threads, work, command, progress,
+            activation or "silu",
+        )  # fmt: skip
     else:
         result = _folders(list(models or ()), prompt_tokens, new_tokens, pairs, runtime, threads, command, progress)
     if output:
@@ -102,7 +110,11 @@ def _together(models: Sequence[str] | None, shape: str | None, op: str | None, *
         raise InputError(f"Folders must not be given with --shape or --op, got {count} of them. Leave one out.")
     if not (shape or op) and not 1 <= count <= 2:
         raise InputError(f"bench must get DENSE and DIR, one DIR, --shape or --op, got {count} folders. See: sparsegate bench --help")
-    allowed = {"op": {"tokens", "density", "precision"}, "shape": {"layers", "density", "precision", "work"}, "folders": set()}
+    allowed = {
+        "op": {"tokens", "density", "precision", "activation"},
+        "shape": {"layers", "density", "precision", "work", "activation"},
+        "folders": set(),
+    }
     form = "op" if op else "shape" if shape else "folders"
     wrong = [name for name, value in others.items() if value is not None and name not in allowed[form]]
     if wrong:
@@ -122,6 +134,10 @@ def _numbers(text: str | None, flag: str, otherwise: Sequence[float]) -> list[fl
         raise InputError(f"{flag} must be numbers with commas between them, got {text!r}. Correct it.") from None
 
 
+def _shares(density: str | None, otherwise: Sequence[float], activation: str) -> list[float]:
+    return _numbers(density, "--density", otherwise if activation == "silu" else RELU_DENSITIES)
+
+
 def _op(
     op: str,
     shape: Shape,
@@ -134,6 +150,7 @@ def _op(
     output: Path | None,
     command: str | None,
     progress: Callable[[int, int], None] | None,
+    activation: str,
 ) -> dict[str, Any]:
     from .peers import mlp_peers
     from .random_model import default_rank
@@ -150,9 +167,10 @@ def _op(
 
     counts = [int(value) for value in _numbers(tokens, "--tokens", (1,))]
     result = bench_op(
-        op, shape.hidden, shape.neurons, default_rank(shape), formats, _numbers(density, "--density", DENSITIES), counts, threads,
+        op, shape.hidden, shape.neurons, default_rank(shape), formats, _shares(density, DENSITIES, activation), counts, threads,
         wanted=21 if pairs is None else pairs, peers=mlp_peers() if peers and op == "gated_mlp" else (), finished=(earlier or {}).get("rows", ()),
         command=command, keep=keep, accept=lambda head: _check_same(head, earlier, output),
+        activation=activation,
     )  # fmt: skip
     return _joined(result | {"shape": shape.name}, earlier)
 
@@ -192,6 +210,7 @@ def _shape(
     work: Path | None,
     command: str | None,
     progress: Callable[[int, int], None] | None,
+    activation: str,
 ) -> dict[str, Any]:
     from .peers import prepare
 
@@ -200,33 +219,45 @@ def _shape(
     runtime = _runtime(runtime or "onnxruntime-genai")
     if layers is not None and not 1 <= layers <= shape.layers:
         raise InputError(f"--layers must be 1 to {shape.layers} for {shape.name}, got {layers}. Choose another number.")
-    densities = _numbers(density, "--density", (0.2,))
-    if wrong := [value for value in densities if not 0 < value <= 1]:
-        raise InputError(f"--density must lie above 0 and be at most 1, got {wrong[0]:g}. Choose another share.")
+    densities = _shares(density, (0.2,), activation)
+    most = 1 if activation == "silu" else RIGHT
+    if wrong := [value for value in densities if not 0 < value <= most]:
+        raise InputError(f"--density must lie above 0 and be at most {most}, got {wrong[0]:g}. Choose another share.")
+    if activation != "silu":
+        check_exact(activation)
     count = 15 if pairs is None else pairs
     with _folder(work) as folder:
-        built, sizes = random_folders(shape, precision, densities, layers, folder)
+        built, sizes = random_folders(shape, precision, densities, layers, folder, activation)
         entries = {role: Entry(runtime, path, "fp32" if role == "dense" and path.name == "base" else precision) for role, path in built.items()}
         if peers:
             others = prepare(shape, layers, precision, folder / "checkpoint", folder)
             entries |= {role: Entry(*found) for role, found in others.items()}
         settings = {"shape": shape.name, "layers": sizes.layers, "hidden": sizes.d, "neurons": sizes.n, "rank": sizes.r, "density": densities}
+        settings |= {} if activation == "silu" else {"activation": activation}
         return bench_models(
             entries, precision, sizes, settings, shape.vocabulary, 64 if prompt_tokens is None else prompt_tokens, 24 if new_tokens is None else new_tokens,
             count, threads, command=command, progress=(lambda done: progress(done, count)) if progress else None,
+            activation=activation,
         )  # fmt: skip
 
 
-def random_folders(shape: Shape, precision: str, densities: Sequence[float], layers: int | None, folder: Path) -> tuple[dict[str, Path], Sizes]:
-    """The dense and the sparse ONNX folders of a shape below `folder`, by role; those that are there are used again."""
+def random_folders(
+    shape: Shape, precision: str, densities: Sequence[float], layers: int | None, folder: Path, activation: str = "silu"
+) -> tuple[dict[str, Path], Sizes]:
+    """The dense and the sparse ONNX folders of a shape below `folder`, by role; those that are there are used again.
+
+    With a ReLU activation there are two for every density: one that keeps exactly what is not zero, and one whose predictor keeps 1 / RIGHT of that share.
+    """
     from transformers import AutoConfig
 
     from . import random_model as make
 
-    wish = {"shape": shape.name, "layers": layers, "precision": precision}
+    wish = {"shape": shape.name, "layers": layers, "precision": precision} | ({} if activation == "silu" else {"activation": activation})
     stamp = folder / "made.json"
     if stamp.is_file() and read_json(stamp, "The record of the models") != wish:
-        raise InputError(f"--work must be a folder of the same shape, layers and precision, got {folder}, which is of another. Choose another folder.")
+        raise InputError(
+            f"--work must be a folder of the same shape, layers, precision and activation, got {folder}, which is of another. Choose another folder."
+        )
     log = logging.getLogger("sparsegate")
     checkpoint = folder / "checkpoint"
     if not stamp.is_file():
@@ -240,13 +271,19 @@ def random_folders(shape: Shape, precision: str, densities: Sequence[float], lay
         write_json(stamp, wish)
     rank = make.default_rank(shape)
     found, inputs = {"dense": dense}, None
-    for density in densities:
-        out = folder / f"sparse_{density:g}"
-        if not out.is_dir():
-            log.info("bench: building the sparse %s graph that keeps %g", precision, density)
-            inputs = inputs or make.mlp_inputs(checkpoint, arch, config)
+    for density, score in itertools.product(densities, ("",) if activation == "silu" else ("exact", "predictor")):
+        role = " ".join(filter(None, ("sparse", score, f"{density:g}")))
+        out = found[role] = folder / role.replace(" ", "_")
+        if out.is_dir():
+            continue
+        log.info("bench: building the %s %s graph that keeps %g", role, precision, density)
+        inputs = inputs or make.mlp_inputs(checkpoint, arch, config)
+        if not score:
             make.build_sparse(folder / "base", make.random_plan(inputs, shape.neurons, rank, density), arch, config, out, precision)
-        found[f"sparse {density:g}"] = out
+            continue
+        plan = make.relu_plan(make.random_plan(inputs, shape.neurons, rank, density / RIGHT), activation, score)
+        opened = open_share(activation, density if score == "exact" else RIGHT)
+        make.build_sparse(folder / "base", plan, arch, config, out, precision, opened)
     return found, Sizes(shape.hidden, shape.neurons, rank, layers or shape.layers)
 
 

@@ -25,6 +25,9 @@ def bench(
     new_tokens: Annotated[int | None, typer.Option(help="Tokens decoded: 64 of folders, 24 of a shape.")] = None,
     pairs: Annotated[int | None, typer.Option(help="Back-to-back pairs: 7 of folders, 15 of a shape, 21 clean ones of an op.")] = None,
     runtime: Annotated[str | None, typer.Option(help="onnxruntime (default of folders) or onnxruntime-genai (of a shape).")] = None,
+    activation: Annotated[
+        str | None, typer.Option(help="Of the sparse side of gated_mlp or a shape: drelu and others with exact zeros; --density is then what is not zero.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads within an op.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder in which the models of a shape are made and kept.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file; table and plot go beside it, an op's finished rows are kept.")] = None,
@@ -46,6 +49,7 @@ def bench(
         result = run(
             models, shape=shape, op=op, precision=precision, density=density, tokens=tokens, layers=layers, peers=peers, prompt_tokens=prompt_tokens,
             new_tokens=new_tokens, pairs=pairs, runtime=runtime, threads=threads, work=work, output=output, command=words, progress=advance,
+            activation=activation,
         )  # fmt: skip
     show.speed(result, json)
     return 0

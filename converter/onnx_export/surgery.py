@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,19 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _ROLES = {"gate": ("w_gate", "b_gate"), "up": ("w_up", "b_up"), "down": ("w_down", "b_down")}
 
 
-def export(base: Path, plan: Plan, arch: Arch, config: Any, out: Path, precision: str = "fp32", target: str = "cpu") -> None:
+def export(
+    base: Path,
+    plan: Plan,
+    arch: Arch,
+    config: Any,
+    out: Path,
+    precision: str = "fp32",
+    target: str = "cpu",
+    edit: Callable[[ir.Model], None] | None = None,
+) -> None:
     """Write the base graph in `base` with the plan's sites gated into `out`, with genai_config.json and the tokenizer's files; `out` is made if missing.
 
-    `precision` is a row of PRECISIONS; `base` is a float graph for `target`.
+    `precision` is a row of PRECISIONS; `base` is a float graph for `target`, changed by `edit`, where there is one, before anything else.
 
     The graph gets one GatedMLP node per feed-forward site, with another activation where the plan swaps it, weights [n, d] neuron-major, one SparseLinear
     node per linear site, weight [d_in, d_out] input-major, and one model-local function per variant of each op, so that it runs with and without the native
@@ -66,6 +75,8 @@ def export(base: Path, plan: Plan, arch: Arch, config: Any, out: Path, precision
     check_plan(plan)
     form = PRECISIONS[precision]
     model = ir.load(base / MODEL)
+    if edit is not None:
+        edit(model)
     nodes: dict[ir.Node, Variant] = {}
     gated = [site for site in emissions if site.kind == "ffn"]
     regions = {region.layer: region for region in find_regions(model, arch, config)} if gated else {}

@@ -67,6 +67,7 @@ def bench_op(
     keep: Callable[[dict[str, Any]], None] | None = None,
     accept: Callable[[dict[str, Any]], None] | None = None,
     activation: str = "silu",
+    score: str | None = None,
 ) -> dict[str, Any]:
     """Times `op` in every format, for every number of tokens in one call and every density.
 
@@ -88,6 +89,7 @@ def bench_op(
         keep: Called with the result after every row.
         accept: Called with the result's head before any row; refuses by raising.
         activation: Of gated_mlp: silu or one with exact zeros. The dense side computes with silu always.
+        score: Leaves out rows of another score.
 
     Returns:
         JSON-ready: "machine", "versions", "command", "settings", "roofs" and "rows".
@@ -118,7 +120,7 @@ def bench_op(
     done = {_key(row) for row in finished}
     with TemporaryDirectory() as temporary:
         for name in formats or known:
-            wishes = [wish for wish in _wishes(op, tokens, densities, zeros) if (name, *wish) not in done]
+            wishes = [wish for wish in _wishes(op, tokens, densities, zeros) if (name, *wish) not in done and score in (None, wish[2])]
             if not wishes:
                 continue
             form = FORMS[name]

@@ -113,7 +113,7 @@ def test_a_shape(folders: Path, small: None, monkeypatch: pytest.MonkeyPatch, tm
         assert row["measured_to_expected"] == pytest.approx(row["measured"] / expected) and row["op"]["tokens"] == 1
     text = out.with_suffix(".md").read_text()
     assert "not installed: llama-cpp-python" in text and "CUDA: not run" in text and "Amdahl" in text and "`the command`" in text
-    with pytest.raises(InputError, match="--work must be a folder of the same shape, layers and precision"):
+    with pytest.raises(InputError, match="--work must be a folder of the same shape, layers, precision and activation"):
         bench(shape="tiny", precision="fp32", work=folders)
 
 
@@ -219,3 +219,28 @@ def test_the_dense_graph_of_a_checkpoint(tiny_model: Callable[[str], Path], monk
         monkeypatch.setattr(run_module, "variants", lambda _, words=(weights, w): [name.format(*words)])
         found = precision(run_module.dense_beside(tiny_model("llama"), tmp_path / weights))
         assert (found["variants"], found["matmul_nbits"]) == ([], bits)
+
+
+def test_a_shape_with_both_signs(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Gates and ups open by force: the asked shares are realised in a graph of random weights, exact and with a predictor, in int4; dense has no biases."""
+    monkeypatch.setattr(model_module, "peak", lambda *_: None)
+    given: dict[str, Any] = {"activation": "drelu", "density": "0.07", "peers": False, "prompt_tokens": 80, "new_tokens": 4, "pairs": 1, "threads": 1}
+    result = bench(shape="tiny", work=tmp_path / "work", **given)
+    models = {row["role"]: row for row in result["models"]}
+    assert list(models) == ["dense", "sparse exact 0.07", "sparse predictor 0.07"] and result["settings"]["activation"] == "drelu"
+    for role, score in (("sparse exact 0.07", "exact"), ("sparse predictor 0.07", "predictor")):
+        row, exact = models[role], score == "exact"
+        assert row["density"] == pytest.approx(0.07 if exact else 0.14, abs=0.03) and row["nonzero"] == pytest.approx(0.07, abs=0.03)
+        assert row["opened"] == pytest.approx(0.07**0.5 if exact else 0.14 * 0.5**0.5, abs=0.05)
+        (name,) = row["precision"]["variants"]
+        assert name.startswith(f"GatedMLP.1/drelu/{score}/int4_g32/") and "b_gate+b_up" in name and "native kernel" in row["executor"]
+        assert row["token_bytes"] < models["dense"]["token_bytes"]
+    assert models["dense"]["precision"]["variants"] == []
+    assert {row["role"]: row["op"]["score"] for row in result["amdahl"]} == {"sparse exact 0.07": "exact", "sparse predictor 0.07": "predictor"}
+    again = run_module.random_folders(TINY, "int4", [0.07], None, tmp_path / "work", "drelu")[0]
+    assert again["sparse exact 0.07"] == tmp_path / "work" / "sparse_exact_0.07"
+    for wrong, words in (({"density": "0.6"}, "at most 0.5, got 0.6"), ({"activation": "gelu"}, "must have exact zeros .*, got gelu")):
+        with pytest.raises(InputError, match=words):
+            bench(shape="tiny", **given | wrong)
+    with pytest.raises(InputError, match="--activation must not be given for existing folders, got drelu"):
+        bench(["a", "b"], activation="drelu")
