@@ -86,13 +86,13 @@ def tuning(result: Tuned, as_json: bool) -> None:
     if as_json:
         print(_json.dumps({"output": str(result.folder), **record.model_dump(mode="json")}, indent=2))
         return
-    from ..report.recovery import recovery_table, site_table
+    from ..report.recovery import before_after_cells, spent_cells, zeros_cells
+    from ..report.tables import table
 
     print(f"wrote {result.folder}")
-    print()
-    print(recovery_table(record, "text"))
-    print()
-    print(site_table(record, "text"))
+    for cells in (before_after_cells, zeros_cells, spent_cells):
+        print()
+        print(table(cells(record), "text"))
 
 
 def verification(result: Verification, as_json: bool) -> None:
