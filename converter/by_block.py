@@ -40,7 +40,7 @@ from .training import Settings, train
 _TOKENS_AT_ONCE = 2048
 _BYTES = 1 << 31
 _ASIDE = 16  # every 16th window is kept for measuring
-_PER_UNIT = 128  # tokens for every neuron of a network, at most
+_PER_UNIT, _SOLVED_PER_UNIT = 128, 64  # tokens for every neuron of a network, at most, in training and in the closed form
 _L2 = 1e-3  # relative to the mean square of z
 _GROUP = 32  # tokens that are drawn together
 _WEIGHTS, _CURVE = "weights.safetensors", "curve.json"
@@ -414,7 +414,7 @@ def _solve(fit: Fit, drawn: Tensor, aside: Tensor) -> None:
         return
     down = getattr(fit.network, fit.arch.ffn.down)
     held, error = [p.detach().clone() for p in down.parameters()], fit.measure(aside)[0]
-    fit.solve_down(drawn)
+    fit.solve_down(drawn[: _SOLVED_PER_UNIT * down.weight.shape[1]])
     if fit.measure(aside)[0] > error:
         for parameter, value in zip(down.parameters(), held, strict=True):
             parameter.copy_(value)
