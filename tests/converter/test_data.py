@@ -16,7 +16,17 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from sparsegate.converter.artifact import InputError
-from sparsegate.converter.data import CALIBRATION_TEXT, HELDOUT_TEXT, MINIMUM_TOKENS, Batches, make_batches, read_text, self_generated
+from sparsegate.converter.data import (
+    CALIBRATION_TEXT,
+    HELDOUT_TEXT,
+    MINIMUM_TOKENS,
+    STREAM,
+    Batches,
+    make_batches,
+    read_text,
+    self_generated,
+    self_generated_streams,
+)
 from sparsegate.converter.reference import load_dense
 
 TOKENIZER = make_tokenizer()
@@ -133,15 +143,16 @@ class Chain:
     device, config = torch.device("cpu"), SimpleNamespace(max_position_embeddings=64)
 
     def __init__(self, table: Tensor) -> None:
-        self.table, self.calls = table, []
+        self.table, self.calls, self.contexts = table, [], []
 
     def get_input_embeddings(self) -> Any:
         return SimpleNamespace(weight=self.table)
 
     def __call__(self, input_ids: Tensor, past_key_values: int | None, use_cache: bool) -> Any:
-        assert use_cache and input_ids.shape[1] == 1, "one token at a time"
+        assert use_cache and (input_ids.shape[1] == 1 or past_key_values is None), "one token at a time after the first ones"
         self.calls.append((len(input_ids), past_key_values or 0))
-        return SimpleNamespace(logits=self.table[input_ids], past_key_values=(past_key_values or 0) + 1)
+        self.contexts.append(input_ids.clone())
+        return SimpleNamespace(logits=self.table[input_ids], past_key_values=(past_key_values or 0) + input_ids.shape[1])
 
 
 def make_chain(vocabulary: int = VOCAB, spread: float = 1.0) -> Chain:
@@ -180,6 +191,31 @@ def test_every_transition_follows_the_model_and_goes_on_after_an_end_token() -> 
     assert excess(after.bincount(minlength=VOCAB), chain.table[EOS].softmax(0)) < 4
     assert excess(following[last != EOS].bincount(minlength=VOCAB), chain.table[EOS].softmax(0)) > 10, "a control: after other tokens others follow"
     assert chain.calls == [(size, at) for size in (32, 32, 32, 4) for at in range(63)], "in groups of 32, with a cache of their own each"
+
+
+def test_windows_of_long_texts_follow_one_another() -> None:
+    chain = make_chain()
+    found = self_generated_streams(chain, TOKENIZER, 100, 40, seed=1)
+    assert found.tokens.shape == (100, 40) and bool(found.mask.all())
+    starts = [row for row in range(100) if int(found.tokens[row, 0]) == BOS]
+    depth = -(-100 // (-(-100 // STREAM)))
+    assert set(range(0, 100, depth)) <= set(starts) and len(starts) < 12, "one of a text's windows begins it"
+    joins = torch.tensor([[int(found.tokens[row - 1, -1]), int(found.tokens[row, 0])] for row in range(1, 100) if row % depth])
+    likely = chain.table.softmax(-1)[joins[:, 0], joins[:, 1]].log().mean()
+    control = chain.table.softmax(-1)[joins[:, 0], joins[:, 1].roll(1)].log().mean()
+    assert float(likely) > float(control) + 0.3, "the first token of a window follows the last one of the window before"
+    first = chain.contexts[40 - 1]  # what the second windows are continued from
+    assert torch.equal(first, found.tokens[::depth, 20:40]), "the last half of the window before"
+
+
+def test_windows_that_fill_the_positions_start_anew() -> None:
+    chain = make_chain()
+    tokens = self_generated_streams(chain, TOKENIZER, 34, 64, seed=1).tokens
+    assert bool((tokens[:, 0] == BOS).all()) and len({tuple(row) for row in tokens.tolist()}) == 34
+    assert max(at for _, at in chain.calls) < 64
+    partly = make_chain()
+    self_generated_streams(partly, TOKENIZER, 34, 60, seed=1)
+    assert {context.shape[1] for context in partly.contexts} == {1, 4} and max(at for _, at in partly.calls) == 63 - 1
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "phi", "phi3", "smollm3", "gpt2"])
