@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparsegate.converter.arch import Arch, Site, load_arch
 from sparsegate.converter.artifact import InputError
+from sparsegate.converter.bench.run import dense_beside
 from sparsegate.converter.onnx_export import PRECISIONS, build_base, check_base, export, load_stock, onnx_logits, open_float, round_model
 from sparsegate.converter.plans import Plan, Predictor, Swap, Threshold, uniform_tau
 from sparsegate.converter.reference import apply_plan, load, load_dense, recording, remove_plan
@@ -230,3 +231,13 @@ def test_both_signs_need_a_gate(tiny_model: Callable[[str], Path], tmp_path: Pat
     base = build_base(shutil.copytree(source.folder, tmp_path / "model"), tmp_path / "base")
     with pytest.raises(InputError, match=r"layers.0.ffn, got: activation must not be drelu without w_gate"):
         export(base, {Site(0): [Swap("drelu")]}, source.arch, source.config, tmp_path / "out")
+
+
+def test_bench_stands_it_beside_its_base(swapped: Callable[..., Swapped], tmp_path: Path) -> None:
+    """The dense graph of a swapped checkpoint: no op, the base's activation, so what the dense source costs."""
+    one = swapped("llama", ("drelu", "drelu"))
+    checkpoint = shutil.copytree(one.checkpoint, tmp_path / "checkpoint")
+    one.export("exact", checkpoint / "onnx")
+    dense = dense_beside(checkpoint, tmp_path)
+    assert native_library.variants(dense) == []
+    assert np.abs(run(dense) - torch_logits(load_stock(checkpoint))).max() < BOUND
