@@ -67,8 +67,8 @@ def test_the_small_recipe_needs_no_data_and_says_what_it_does() -> None:
     step = tune.windows * tune.accumulate * tune.data.length
     assert f"{tune.steps} steps x {tune.windows} x {tune.data.length} = {tune.steps * step / 1e6:.1f} million" in said
     assert re.search(rf"batch +{tune.windows} windows of {tune.data.length} = {step} tokens", said) and f"warm-up         {tune.warm_up} steps" in said
-    assert f"{tune.data.windows} windows" in said and f"{tune.rate:.0e}".replace("e-0", "e-") + ", to a tenth along a cosine" in said
-    assert (tune.floor, tune.schedule) == (0.1, "cosine")
+    assert f"{tune.data.windows} windows" in said and f"{tune.rate:.0e}".replace("e-0", "e-") + ", to nothing along a cosine" in said
+    assert (tune.floor, tune.schedule) == (0.0, "cosine")
 
 
 def test_the_paper_s_recipe_has_the_paper_s_numbers() -> None:
