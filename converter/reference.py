@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..runtime_onnx.ops.activation import is_relu, split_activation
-from .arch import Arch, Site, load_arch
+from .arch import PREFIX, Arch, Site, load_arch
 from .artifact import InputError, read_json
 from .blocks import ffn_activation, ffn_down, ffn_parts, ffn_products
 from .checkpoint import read_sparsity
@@ -242,9 +242,9 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     plan, activations = read_sparsity(folder)
     model = load_dense(folder, dtype)
     arch = load_arch(str(read_json(folder / "config.json", "config.json").get("model_type")))
-    activation = arch.activation(model.config)
+    activation, swapped = arch.activation(model.config), model.config.model_type.startswith(PREFIX)
     for site, entries in plan.items():
-        expected, named = activation_at(entries, activation), activations.get(site.key)
+        named, expected = activations.get(site.key), activation_at(entries, activation) if swapped else activation
         if named not in (None, expected):
             raise InputError(f"{site.key}'s activation must be {expected} as in the base model, got {named}. Update sparsegate or convert again.")
     return apply_plan(model, plan, arch, activation)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MODEL_TYPES
+from models import MODEL_TYPES, make_model
 from test_swap import N, by_hand, exact_for, logits
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +20,7 @@ from sparsegate.converter import modeling
 from sparsegate.converter.arch import Site, load_arch, supported
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.plans import Plan, Predictor, Swap, Threshold, uniform_tau
-from sparsegate.converter.reference import dense, load, load_dense
+from sparsegate.converter.reference import dense, load, load_dense, recording
 from sparsegate.converter.source import check_config, make_config, open_source, stock_view
 from sparsegate.converter.writer import write_checkpoint
 
@@ -66,7 +66,7 @@ def edit(folder: Path, out: Path, change: Callable[[dict[str, Any]], Any]) -> Pa
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=500)
 
 
 STOCK = """
@@ -233,6 +233,21 @@ def test_a_stock_checkpoint_with_a_plan_is_no_source(tiny_model: Callable[[str],
     with pytest.raises(InputError, match="sparse already"):
         check_config(raw)
     assert not hasattr(make_config(raw), "sparsity")
+
+
+def test_a_relu_model_keeps_its_type_and_loses_nothing(tmp_path: Path) -> None:
+    stock = make_model("llama", tmp_path / "model", hidden_act="relu")
+    out = write(stock, {Site(layer): [Swap("relu", 0.5, 0.5)] for layer in range(2)}, tmp_path / "out")
+    model = load(out)
+    assert type(auto(out)) is type(auto(stock)) and torch.equal(logits(model), logits(auto(stock)))
+    with recording(model) as record:
+        logits(model)
+    assert record.density() == record.opened_share() and all(0.3 < share < 0.7 for share in record.density().values())
+    raw = json.loads((out / "config.json").read_text())
+    raw["sparsity"]["base_activation"], raw["hidden_act"] = "relu", "silu"
+    (out / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="layers.0.ffn's activation must be silu as in the base model, got relu"):
+        load(out)
 
 
 # New weights
