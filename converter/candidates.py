@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..runtime_onnx.bench import bench
 from ..runtime_onnx.library import DENSE, PROVIDERS, executor
@@ -318,7 +318,11 @@ def _shipped_cost(chosen: Candidate, source: Source, form: Precision) -> float:
 def _onnx_rows(chosen: Candidate, graphs: Graphs, source: Source, asked: Export) -> list[reporting.OnnxRow]:
     """What the ONNX files lose in their own precision, the dense one first."""
     rows, on_cpu = [], asked.target == "cuda" and not has_cuda()
-    files = (("dense", graphs.dense, graphs.loss, 1.0), ("sparse", chosen.onnx, chosen.shipped, _shipped_cost(chosen, source, PRECISIONS[asked.precision])))
+    sparse = _shipped_cost(chosen, source, PRECISIONS[asked.precision])
+    files: list[tuple[Literal["dense", "sparse"], Path | None, ExecutorQuality | None, float]] = [
+        ("dense", graphs.dense, graphs.loss, 1.0),
+        ("sparse", chosen.onnx, chosen.shipped, sparse),
+    ]
     for model, folder, found, cost in files:
         if folder is None or found is None:
             continue

@@ -312,7 +312,7 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
         dense = load_dense(original.folder)
     quality = measure_quality(sparse, plan, heldout, original=dense)
     if original is not None:
-        checks.append(check_source(sparse, original.folder, heldout))
+        checks.append(check_source(sparse, original.folder, heldout, trained=recovered))
     asked = recipe.export
     shipped = measure_shipped(folder / "onnx", sparse, heldout, asked, original=dense)
     if asked != Export():

@@ -206,7 +206,8 @@ class RecoveryObjective:
             name = ffn_activation(module, self.activation)
             gate = activate(name, before)
             z = gate if up is None else gate * (F.relu(up) if name == "drelu" else up)
-            sums = self._sums(known, name, *(part if whole or part is None else part[mask] for part in (before, up, z)))
+            rows = slice(None) if whole else mask
+            sums = self._sums(known, name, before[rows], None if up is None else up[rows], z[rows])
             if site in self.units:
                 unit = self.units[site]
                 inner = F.relu((x.detach() / unit.scale) @ unit.tensors["fc1"].T)
@@ -268,7 +269,11 @@ def _blocks(model: Any, arch: Arch) -> list[nn.Module]:
 def _outputs(blocks: list[nn.Module]) -> Iterator[list[Tensor]]:
     """What blocks return [B, S, d], in the order of their calls."""
     found: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda _, __, y: found.append(y[0] if isinstance(y, tuple) else y)) for block in blocks]
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_hook(keep) for block in blocks]
     try:
         yield found
     finally:

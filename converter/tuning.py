@@ -25,7 +25,7 @@ from .by_block import recover_by_block
 from .data import Batches
 from .distributed import gathered, processes, same_error, shard, sum_over_processes, world
 from .end_to_end import Unit, input_rms, make_unit
-from .lora import add_lora, linear_names, lora_tensors, merge_lora
+from .lora import add_lora, linear_names, lora_tensors, merge_lora, plain_state
 from .manifest import installed_versions
 from .methods.predictor import fresh_predictor, rank_for
 from .mixtures import mixture_batches
@@ -164,22 +164,33 @@ def _tune(source: Source, activation: str | None, asked: Recovery, seed: int, wo
         if world().rank == 0:
             training_text(source, asked, seed, work)  # the other processes find it finished
     batches, text = training_text(source, asked, seed, work)
-    teacher, student = load_dense(source.folder).to(device), load_dense(source.folder).to(device)
+    teacher, student = load_dense(source.folder), load_dense(source.folder)
     teacher.requires_grad_(False)
     arch, own, sites = source.arch, source.arch.activation(source.config), source.arch.sites(source.config)
     wished = {site: activation or _present(source, site) for site in sites}
     turned = [site for site in sites if wished[site] == "drelu" != _present(source, site)]
     if turned:
-        orient(student, arch, own, batches.tokens[:_PROBE].to(device), turned)
+        orient(student, arch, own, batches.tokens[:_PROBE], turned)
     for site, name in wished.items():
         swap(student.get_submodule(arch.ffn_module(site.layer)), arch, name)
     exact: Plan = {site: [Swap(name)] for site, name in wished.items()}
-    swapped = _compared(student, exact, evaluation.batches, teacher, source)
+    swapped = None
     if asked.by_block is not None:
-        recover_by_block(student, teacher, arch, batches, asked.by_block, seed, work / "by_block", header)
+        swapped = _compared(student, exact, evaluation.batches, teacher, source)
+        blocks = asked.by_block
+        recover_by_block(student, teacher, arch, batches, blocks, seed, work / "by_block", header, l1=blocks.l1, precision=asked.precision, device=device)
+    leaves = _leaves(student, source, asked, seed)
+    for model in (teacher, student):  # what is shared out never stands whole on a device
+        if asked.parallel == "fsdp":
+            shard(model, model.get_submodule(arch.block.rpartition(".")[0]))
+        else:
+            model.to(device)
+    swapped = swapped or _compared(student, exact, evaluation.batches, teacher, source)
     trained = Training(0, 0.0, 0.0, [], [], {})
     if asked.end_to_end:
-        trained = _trained(student, teacher, source, asked, seed, batches, work, evaluation, header)
+        trained = _trained(student, teacher, source, asked, seed, batches, leaves, work, evaluation, header)
+    if asked.lora is not None:
+        merge_lora(student)
     whole: Plan = {site: [*entries, *([trained.units[site].entry(1.0)] if trained.units else [])] for site, entries in exact.items()}
     whole = with_shares(student, whole, arch, own, batches)
     exact = {site: entries[:1] for site, entries in whole.items()}
@@ -191,7 +202,7 @@ def _tune(source: Source, activation: str | None, asked: Recovery, seed: int, wo
         dense=DenseQuality(nll=swapped.nll_dense, tokens=swapped.tokens), swapped=_quality(swapped), recovered=quality,
         evaluation=Text(hash=evaluation.batches.sha256, tokens=swapped.tokens, name=evaluation.name),
     )  # fmt: skip
-    weights = {name: gathered(tensor) for name, tensor in student.state_dict().items()}
+    weights = {name: gathered(tensor) for name, tensor in plain_state(student).items()}
     with same_error():
         if world().rank == 0:
             with atomic_folder(work / "tuned") as partial:
@@ -210,7 +221,10 @@ def training_text(source: Source, asked: Recovery, seed: int, work: Path) -> tup
         batches = mixture_batches(source.tokenizer(), data, seed, work)
         name, seconds = ", ".join(f"{part.name} {part.share:g}" for part in data.mixture), time.monotonic() - began
     else:
-        batches, name = shifted(generated(source, data.windows, data.length, seed, work, data.temperature, streams=True)), "text sampled from the dense model"
+        batches, name = (
+            shifted(generated(source, data.windows, data.length, seed, work, data.temperature, streams=True)),
+            f"text sampled from the dense model at temperature {data.temperature:g}",
+        )
         seconds = float(read_json(work / "generated" / SECONDS, "The sampling time")["seconds"])
     sampled = not data.mixture
     count = data.windows * data.length if sampled else batches.count  # a token of sampled text stands in several windows
@@ -242,25 +256,33 @@ def _units(student: Any, source: Source, asked: Recovery, seed: int, probe: Tens
     return {site: make_unit(fresh_predictor(hidden, units, rank, generator), student.device, scale) for site, scale in scales.items()}
 
 
-def _leaves(student: Any, source: Source, asked: Recovery, seed: int) -> dict[str, Tensor]:
-    """What is trained, by name: low-rank updates of the blocks' linear maps, or every weight; shared out over processes where that is asked for."""
-    arch = source.arch
-    prefix = arch.block.partition("{layer}")[0]
-    if asked.lora is not None:
-        student.requires_grad_(False)
-        add_lora(student, linear_names(student, prefix), asked.lora.rank, asked.lora.alpha, seed)
-    if asked.parallel == "fsdp":
-        shard(student, student.get_submodule(prefix.rstrip(".")))
-    return lora_tensors(student) if asked.lora is not None else dict(student.named_parameters())
+def _leaves(student: Any, source: Source, asked: Recovery, seed: int) -> Callable[[], dict[str, Tensor]]:
+    """Makes ready what is trained, and returns how to ask for it by name when the model is in its place: low-rank updates of the blocks' linear maps, or every
+    weight.
+    """
+    if asked.lora is None:
+        return lambda: dict(student.named_parameters())
+    student.requires_grad_(False)
+    add_lora(student, linear_names(student, source.arch.block.partition("{layer}")[0]), asked.lora.rank, asked.lora.alpha, seed)
+    return lambda: lora_tensors(student)
 
 
 def _trained(
-    student: Any, teacher: Any, source: Source, asked: Recovery, seed: int, batches: Batches, work: Path, evaluation: Evaluation, header: Header
+    student: Any,
+    teacher: Any,
+    source: Source,
+    asked: Recovery,
+    seed: int,
+    batches: Batches,
+    ready: Callable[[], dict[str, Tensor]],
+    work: Path,
+    evaluation: Evaluation,
+    header: Header,
 ) -> Training:
     """Train end to end; the student's weights are the recovered ones afterwards."""
     arch, sites = source.arch, source.arch.sites(source.config)
     units = _units(student, source, asked, seed, batches.tokens[:_PROBE])
-    leaves = _leaves(student, source, asked, seed)
+    leaves = ready()
     linear = {f"{name}.weight" for name in linear_names(student, arch.block.partition("{layer}")[0])}
     store = work / "heldout.json"
     if not is_finished(work / "state", header):
@@ -273,8 +295,6 @@ def _trained(
     )  # fmt: skip
     with checkpointed(student) if asked.checkpointing else nullcontext():
         curve = train(objective, batches, settings_of(asked, seed), work / "state", header, lambda _: None, "recover")
-    if asked.lora is not None:
-        merge_lora(student)
     rows = read_json(store, "The held-out curve")["rows"] if store.is_file() else []
     seconds = float(curve[-1]["seconds"]) if curve else 0.0
     cpu = float(sum_over_processes(torch.tensor(objective.cpu_seconds)))

@@ -192,7 +192,7 @@ def spent_cells(record: RecoveryRecord) -> Cells:
     text, machine = record.text, record.machine
     rate = record.tokens_trained / record.seconds if record.seconds else None
     body = [
-        ["text", f"{text.name}{' (sampled from the dense model)' if text.sampled else ''}"],
+        ["text", text.name],
         ["tokens of it", _count(text.tokens, f" in {text.windows} windows")],
         ["minutes to make it", _minutes(text.seconds)],
         ["tokens trained on", _count(record.tokens_trained)],

@@ -1,0 +1,139 @@
+"""Write docs/turbosparse.md and its pictures from the stored results: `python tests/bench/recovery_page.py`.
+
+With `--take OUT` the records of a checkpoint that `sparsegate convert --recipe turbosparse` wrote are stored first, as recovery.json and recovered.json; with
+`--scratch WORK` the curves of `examples/pretrain.py` runs below WORK (folders silu0, drelu0, silu1 and so on), as scratch.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from sparsegate.converter.artifact import write_json
+from sparsegate.converter.report import RESULTS as REPORT
+from sparsegate.converter.report import Report, this_machine
+from sparsegate.converter.report.plots import plot_recovery, plot_zeros
+from sparsegate.converter.report.recovery import (
+    RECOVERY,
+    RecoveryRecord,
+    before_after_table,
+    heldout_cells,
+    spent_table,
+    zeros_table,
+)
+from sparsegate.converter.report.tables import quality_table, table
+
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "turbosparse.md"
+INTRODUCTION = """# dReLU: exact zeros by recovery training
+
+Turbo Sparse (arXiv 2406.05955) replaces a model's SwiGLU by dReLU, relu(gate x) * relu(up x), and trains it until it is as good as before; most products are
+then exactly zero. Everything on this page is written by `python tests/bench/recovery_page.py` from the JSON files in `tests/bench/results/`.
+
+The bundled model, on CPU cores alone and without any text but what the dense model writes itself: neurons are turned so that dReLU drops the weaker sign,
+then all weights are trained on the divergence from the dense model, its blocks' outputs, and a count of open units that a controller leads to the wished
+density. `sparsegate convert --recipe turbosparse -o out` does it again."""
+
+
+def store(out: Path) -> None:
+    """Keep what a conversion measured."""
+    for name, target in ((RECOVERY, "recovery.json"), (REPORT, "recovered.json")):
+        write_json(RESULTS / target, json.loads((out / name).read_text(encoding="utf-8")))
+
+
+def store_scratch(work: Path) -> None:
+    """Keep the curves of trainings from scratch: held-out bits per byte by step, and processor seconds as `time` wrote them into the logs beside."""
+    import torch
+
+    runs = []
+    for folder in sorted(path for path in work.iterdir() if path.is_dir()):
+        found = re.fullmatch(r"(silu|drelu)(\d+)", folder.name)
+        if found:
+            state = torch.load(folder / "checkpoint.pt", weights_only=True)
+            said = re.search(r"cpu ([\d.]+)", (work / f"{folder.name}.log").read_text())
+            cpu = float(said[1]) if said else None
+            runs.append({"activation": found[1], "seed": int(found[2]), "steps": state["step"], "cpu_seconds": cpu, "curve": state["curve"]})
+    write_json(RESULTS / "scratch.json", {"machine": this_machine().model_dump(), "command": "python examples/pretrain.py train --steps N", "runs": runs})
+
+
+def load(name: str) -> dict[str, Any]:
+    """A stored result."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def scratch_lines(stored: dict[str, Any]) -> list[str]:
+    """The table of the trainings from scratch and, by seed, how much higher dReLU's loss is."""
+    rows, bits = [], {}
+    for run in stored["runs"]:
+        last = run["curve"][-1]
+        bits[run["activation"], run["seed"]] = last["heldout_bits_per_byte"]
+        minutes = "-" if run["cpu_seconds"] is None else f"{run['cpu_seconds'] / 60:.1f}"
+        rows.append([run["activation"], str(run["seed"]), str(run["steps"]), minutes, f"{last['heldout_bits_per_byte']:.4f}"])
+    found = table((["activation", "seed", "steps", "CPU minutes", "held-out bits per byte"], rows))
+    seeds = sorted({seed for _, seed in bits})
+    changes = [f"seed {seed}: {bits['drelu', seed] / bits['silu', seed] - 1:+.2%}" for seed in seeds if {("drelu", seed), ("silu", seed)} <= set(bits)]
+    return [found, "", f"dReLU's loss against SwiGLU's: {', '.join(changes)}."]
+
+
+def speed_lines() -> list[str]:
+    """What `bench` measured of recovered models, where it did."""
+    from sparsegate.converter.bench.tables import page as bench_page
+
+    found: list[str] = []
+    for path in sorted(RESULTS.glob("drelu_*.json")):
+        found += ["", bench_page(json.loads(path.read_text(encoding="utf-8")))]
+    return found
+
+
+def page() -> str:
+    """The page."""
+    record, report = RecoveryRecord.model_validate(load("recovery.json")), Report.model_validate(load("recovered.json"))
+    after = record.recovered
+    parts = [
+        INTRODUCTION, "", "## Before and after", "",
+        f"Held out: {record.evaluation.name}, {record.evaluation.tokens} tokens. Exact zeros after recovery: {1 - after.density:.1%} of the units, NLL "
+        f"{record.rise:+.1%} of the dense model's (perplexity {math.exp(after.nll - record.dense.nll) - 1:+.1%}).", "",
+        before_after_table(record), "", "By layer:", "", zeros_table(record), "", "What it cost:", "", spent_table(record), "",
+        "![loss and density against tokens](recovery.png)", "", "![exact zeros by layer](recovery_zeros.png)", "",
+        "On every fourth of the held-out windows while it was trained:", "", table(heldout_cells(record)), "",
+        "## The checkpoint", "", f"`{report.command}`; cost is the bytes of the feed-forward networks touched per token, predictor included.", "",
+        quality_table(report), "",
+    ]  # fmt: skip
+    speed = speed_lines()
+    if speed:
+        parts += ["## Speed against its own dense source", *speed, ""]
+    if (RESULTS / "scratch.json").is_file():
+        parts += [
+            "## dReLU from scratch",
+            "",
+            "`examples/pretrain.py train --steps 1000`, everything else equal:",
+            "",
+            *scratch_lines(load("scratch.json")),
+            "",
+        ]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Store what is asked for and write the page and its pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--take", type=Path)
+    parser.add_argument("--scratch", type=Path)
+    arguments = parser.parse_args()
+    if arguments.take:
+        store(arguments.take)
+    if arguments.scratch:
+        store_scratch(arguments.scratch)
+    PAGE.write_text(page(), encoding="utf-8")
+    record = RecoveryRecord.model_validate(load("recovery.json"))
+    plot_recovery(DOCS / "recovery.png", record)
+    plot_zeros(DOCS / "recovery_zeros.png", record)
+
+
+if __name__ == "__main__":
+    main()
