@@ -212,7 +212,7 @@ class _Timer:
         """One row: the op, and each baseline and peer in pairs with it."""
         everything = score == "all" and isinstance(case, MlpCase)
         case.aim(score, density)
-        variant = case.everything if everything else case.variant
+        variant = case.everything if everything and isinstance(case, MlpCase) else case.variant
         row: dict[str, Any] = {"format": form.name, "variant": variant.name, "tokens": count, "asked": density, "score": score}
         if not library.supports(variant.name):
             return row | {"status": "not run: the library has no kernel for it"}
