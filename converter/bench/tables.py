@@ -61,6 +61,8 @@ def op_table(result: Result) -> str:
         for place, dense in enumerate(row.get("dense", [])):
             speed = [f"{row['gb_per_s']:.1f}", f"{row['share_of_stream']:.0%} of {row['stream_gb_per_s']:.1f}"] if place == 0 else ["", ""]
             kept = "all, no predictor" if row["score"] == "all" else f"{row['density']:.0%}"
+            if "nonzero" in row:
+                kept = f"{row['score']}: {kept}, {row['opened']:.0%} open, {row['nonzero']:.0%} not zero"
             cells.append([row["format"], str(row["tokens"]), kept, dense["name"], f"{dense['ms']:.2f}", f"{row['ms']:.2f}", ratio(dense), *speed])
     return table((header, cells)).rstrip("\n")
 
