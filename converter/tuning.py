@@ -56,12 +56,15 @@ _PROBE = 16  # windows that signs, input scales and shares are taken from
 
 @dataclass(frozen=True)
 class Tuned:
-    """A recovered checkpoint: its folder (swapped weights, score exact), the plan that training ended with (predictors where they were trained), its record."""
+    """A recovered checkpoint: its folder (swapped weights, score exact), the plan that training ended with (predictors where they were trained), its record;
+    `rank` is the number of the process that returns it.
+    """
 
     folder: Path
     plan: Plan
     record: RecoveryRecord
     header: Header
+    rank: int = 0
 
     @property
     def source(self) -> Source:
@@ -129,7 +132,7 @@ def tune(
                     (partial / RECOVERY).parent.mkdir()
                     write_json(partial / RECOVERY, found.record.model_dump(mode="json"))
                 shutil.rmtree(work)
-    return replace(found, folder=out)
+        return replace(found, folder=out, rank=world().rank)
 
 
 def _changed(asked: Recovery, data: Sequence[str | Path] | None, steps: int | None, density: float | None, lora: int | None) -> Recovery:

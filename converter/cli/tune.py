@@ -24,7 +24,9 @@ def tune(
     density: Annotated[float | None, typer.Option(help="Share of non-zero units to end at, in place of the recipe's.")] = None,
     lora: Annotated[int | None, typer.Option(help="Train low-rank updates of this rank in place of whole weights.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of text, order and predictors.")] = 0,
-    device: Annotated[str, typer.Option(help="Where torch trains: cpu or cuda. Several processes: start with torchrun.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where torch trains: cpu or cuda. Several processes: torchrun --nproc-per-node N $(which sparsegate) tune ...")
+    ] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> int:
     """Tune and print what was recovered."""
@@ -32,5 +34,6 @@ def tune(
     from . import output as show
 
     result = run(model, output, activation, recipe, data, steps, density, lora, seed, device)
-    show.tuning(result, json)
+    if result.rank == 0:
+        show.tuning(result, json)
     return 0
