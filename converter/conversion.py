@@ -33,7 +33,7 @@ from .planning import (
     estimate_shapes,
     has_zeros,
     method_configs,
-    training_stage,
+    training_stages,
     training_windows,
 )
 from .published import is_published, normal_config
@@ -45,7 +45,7 @@ from .report.recovery import RECOVERY
 from .schedule import keep_plan, once
 from .source import Source, check_config, check_shapes, make_config, open_source
 from .texts import Texts, heldout_name, make_heldout, make_texts, texts_hash
-from .tuning import Evaluation, Tuned, tuned
+from .tuning import Evaluation, Tuned, stage_folder, train_stages
 from .verification import (
     Check,
     ExecutorQuality,
@@ -116,7 +116,7 @@ def convert(
                 return Result(out, False, None, remote_needs, precision=asked.export.precision)
             check_disk(out, remote_needs.disk_bytes)
     source = resolve(asked.model, work / "source")
-    configs = method_configs(asked, training_stage(asked) is not None or has_zeros(source))
+    configs = method_configs(asked, bool(training_stages(asked)) or has_zeros(source))
     needed = estimate(source, asked, configs)
     if dry_run:
         return Result(out, False, None, needed, precision=asked.export.precision)
@@ -147,20 +147,19 @@ def convert(
 
 
 def _recovered(source: Source, recipe: Recipe, work: Path, device: str) -> Tuned | None:
-    """The checkpoint that the recipe's training stage makes of `source`, None without one."""
-    stage = training_stage(recipe)
-    if stage is None or stage.tune is None:
+    """The checkpoint that the recipe's training stages make of `source`, None without one."""
+    stages = training_stages(recipe)
+    if not stages:
         return None
-    evaluation = Evaluation(make_heldout(source, recipe), heldout_name(recipe))
-    return tuned(source, stage.config.get("activation"), stage.tune, recipe.seed, work, device, evaluation)
+    return train_stages(source, stages, recipe.seed, work, device, Evaluation(make_heldout(source, recipe), heldout_name(recipe)))
 
 
 def _texts(source: Source, recipe: Recipe, training: int, work: Path) -> Texts:
-    """The windows of the conversion; those that the dense model writes are the ones that it wrote for the training stage, where it did."""
-    stage = training_stage(recipe)
-    if stage is None or stage.tune is None or stage.tune.data.mixture:
+    """The windows of the conversion; those that the dense model writes are the ones that it wrote for the first training stage, where it did."""
+    first = next((stage.tune for stage in training_stages(recipe)), None)
+    if first is None or first.data.mixture:
         return make_texts(source, recipe, training, work)
-    return make_texts(source, recipe, training, work / RECOVERING, stage.tune.data.temperature, streams=True)
+    return make_texts(source, recipe, training, stage_folder(work / RECOVERING, 0), first.data.temperature, streams=True)
 
 
 def _sparsities(configs: Configs, recipe: Recipe) -> dict[str, float | None]:
@@ -307,7 +306,7 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
     text = None if calibration is None else str(calibration)
     recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": text})})
     heldout = make_heldout(opened, recipe)
-    recovered, dense = training_stage(recipe) is not None, None
+    recovered, dense = bool(training_stages(recipe)), None
     if recovered and original is not None:
         dense = load_dense(original.folder)
     quality = measure_quality(sparse, plan, heldout, original=dense)

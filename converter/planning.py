@@ -38,7 +38,7 @@ NEURON_METHODS = ("gate", "chess", "cett", "trained_gate", "predictor")
 LINEAR_METHODS = ("teal", "wina")
 EXACT = "exact"
 TUNED = "tuned"
-"""What a recipe's plan is called when its one stage trains weights: what the training ended with."""
+"""What a recipe's plan is called when its last stage trains weights: what the training ended with."""
 RECIPES = Path(__file__).parent / "recipes"
 AUTO = {False: NEURON_METHODS, True: (*NEURON_METHODS, *LINEAR_METHODS, "chess+teal")}
 """What `auto` tries, by whether a budget is searched: a share of neurons means nothing to methods that skip input channels. For a model with exact zeros it
@@ -180,21 +180,21 @@ def named_recipe(recipe: str | Path) -> Path:
     return own if own.is_file() and not Path(recipe).is_file() else Path(recipe)
 
 
-def training_stage(recipe: Recipe) -> Stage | None:
-    """The stage that trains weights before anything is planned, where there is one. Raises InputError for a recipe of another order."""
+def training_stages(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages that train weights, in order, before anything is planned. Raises InputError for a recipe of another order."""
     *before, last = recipe.stages
-    if before and before[0].tune is None:
-        raise InputError(f"The first of two stages must train, got {before[0].method} without tune. Give it tune, or leave the stage out.")
-    if before and last.tune is not None:
-        raise InputError("The last of two stages must plan, got tune in both. Leave one out.")
-    stage = before[0] if before else last
-    if stage.tune is None:
-        return None
-    if stage.method != EXACT or set(stage.config) - {"activation"}:
-        raise InputError(f"A stage that trains must have method {EXACT} with at most an activation, got {stage.method} with {sorted(stage.config)}. Mend it.")
-    if before and stage.tune.predictors is not None:
-        raise InputError("A stage that trains predictors must be the last one, got another after it. Leave the predictors or the last stage out.")
-    return stage
+    for stage in before:
+        if stage.tune is None:
+            raise InputError(f"Every stage but the last must train, got {stage.method} without tune. Give it tune, or leave the stage out.")
+        if stage.tune.predictors is not None:
+            raise InputError("A stage that trains predictors must be the last one, got another after it. Leave the predictors or the last stage out.")
+    found = tuple(stage for stage in recipe.stages if stage.tune is not None)
+    for number, stage in enumerate(found):
+        allowed = {"activation"} if number == 0 else set()
+        if stage.method != EXACT or set(stage.config) - allowed:
+            what = "with at most an activation" if allowed else "without a configuration after the first"
+            raise InputError(f"A stage that trains must have method {EXACT} {what}, got {stage.method} with {sorted(stage.config)}. Mend it.")
+    return found
 
 
 def _export(precision: str | None, target: str | None) -> dict[str, str]:
@@ -221,13 +221,13 @@ def parts_of(method: str) -> list[str]:
 
 def method_configs(recipe: Recipe, exact: bool = False) -> Configs:
     """The methods to try and their parts' configurations; `auto` is every one of AUTO, and the method exact for a model with `exact` zeros. A part takes the
-    fields that it knows, and the recipe's seed. A recipe whose one stage trains has the plan TUNED, without parts.
+    fields that it knows, and the recipe's seed. A recipe whose last stage trains has the plan TUNED, without parts.
 
-    Raises InputError for an unknown method, for a field that no part knows, and when `training_stage` does.
+    Raises InputError for an unknown method, for a field that no part knows, and when `training_stages` does.
     """
-    training = training_stage(recipe)
+    training_stages(recipe)
     stage = recipe.stages[-1]
-    if stage is training:
+    if stage.tune is not None:
         return {TUNED: {}}
     names = (*AUTO[recipe.searches], *((EXACT,) if exact else ())) if stage.method == "auto" else (stage.method,)
     fields = {part: _config_class(part).model_fields for name in names for part in parts_of(name)}

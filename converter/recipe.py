@@ -107,12 +107,13 @@ class Lora(_Strict):
 
 
 class Joint(_Strict):
-    """Predictors trained together with the weights: their cost (of the network's weights) and the density that they predict in the end; the mask is hard and
-    its gradient the sigmoid's (Turbo Sparse, arXiv 2406.05955).
+    """Predictors trained together with the weights: their cost (of the network's weights), the density that they predict in the end, and their peak rate; the
+    mask is hard and its gradient the sigmoid's (Turbo Sparse, arXiv 2406.05955).
     """
 
     cost: float = Field(default=0.1, gt=0, lt=1)
-    density: float = Field(default=0.15, gt=0, lt=1)
+    density: float = Field(default=0.14, gt=0, lt=1)
+    rate: float = Field(default=4e-3, gt=0)
 
 
 class ByBlock(_Strict):
@@ -198,7 +199,7 @@ class Recipe(_Strict):
     model: str
     calibration: Calibration = Calibration()
     seed: int = Field(default=0, ge=0)
-    stages: tuple[Stage, ...] = Field(default=(Stage(),), min_length=1, max_length=2)
+    stages: tuple[Stage, ...] = Field(default=(Stage(),), min_length=1, max_length=3)
     budget: Budget = Budget()
     export: Export = Export()
 

@@ -93,9 +93,10 @@ class RecoveryObjective:
         self.dense_blocks = _blocks(teacher, arch) if asked.losses.hidden and teacher is not None else []
 
     def parameters(self) -> Mapping[str, Trained]:
-        """Every trained tensor at the same rate."""
+        """Every weight at the same rate, and predictors at theirs."""
         found = {name: Trained(tensor, 1.0, name in self.hidden) for name, tensor in self.trained.items()}
-        return found | {f"{site.key}.{name}": Trained(tensor) for site, unit in self.units.items() for name, tensor in unit.tensors.items()}
+        share = 1.0 if self.asked.predictors is None else self.asked.predictors.rate / self.asked.rate
+        return found | {f"{site.key}.{name}": Trained(tensor, share) for site, unit in self.units.items() for name, tensor in unit.tensors.items()}
 
     def loss(self, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
         """The scalar loss of windows [B, S], padding masked [B, S]."""

@@ -31,9 +31,9 @@ from .methods.predictor import fresh_predictor, rank_for
 from .mixtures import mixture_batches
 from .opening import resolve
 from .orientation import orient
-from .planning import BUNDLED_MODEL, BUNDLED_NAME, SELF, named_recipe, training_stage
+from .planning import BUNDLED_MODEL, BUNDLED_NAME, SELF, named_recipe, training_stages
 from .plans import Plan, Swap, load_plan, save_plan
-from .recipe import Recovery, make_part, read_recipe
+from .recipe import Recovery, Stage, make_part, read_recipe
 from .recovery import RecoveryObjective
 from .reference import apply_plan, load_dense, remove_plan
 from .report import Text, this_machine
@@ -106,14 +106,16 @@ def tune(
 ) -> Tuned:
     """Write OUT, the recovered checkpoint of a dense model, with its record in report/recovery.json; `model` None is the one that comes with sparsegate.
 
-    `recipe` is a file or the name of one that comes along, of which the training stage is run; the other arguments replace parts of it. Under torchrun all
+    `recipe` is a file or the name of one that comes along, of which the training stages are run; the other arguments replace parts of them. Under torchrun all
     processes call this. Raises InputError for every user's mistake; OUT then does not appear, and the same call goes on with an interrupted training.
     """
     asked = read_recipe(named_recipe(recipe or DEFAULT), None if model is None else str(model), BUNDLED_MODEL)
-    stage = training_stage(asked)
-    if stage is None or stage.tune is None:
+    stages = training_stages(asked)
+    if not stages:
         raise InputError(f"The recipe must have a stage with tune, got none in {recipe}. Add it, or take {DEFAULT}.")
-    settings, activation = _changed(stage.tune, data, steps, density, lora), activation or stage.config.get("activation")
+    stages = tuple(_changed(stage, data, steps, density, lora) for stage in stages)
+    if activation:
+        stages = (stages[0].model_copy(update={"config": {"activation": activation}}), *stages[1:])
     out = Path(output) if output else Path(f"{BUNDLED_NAME if asked.model == BUNDLED_MODEL else Path(asked.model).absolute().name}-tuned")
     if out.exists():
         raise InputError(f"OUT must be a new folder, got {out}, which exists. Choose another -o, or remove the folder.")
@@ -124,7 +126,7 @@ def tune(
                 resolve(asked.model, work / "source")
         source = resolve(asked.model, work / "source")
         evaluation = Evaluation(make_heldout(source, asked), heldout_name(asked))
-        found = tuned(source, activation, settings, seed, work, str(own), evaluation)
+        found = train_stages(source, stages, seed, work, str(own), evaluation)
         with same_error():
             if world().rank == 0:
                 with atomic_folder(out) as partial:
@@ -135,39 +137,75 @@ def tune(
         return replace(found, folder=out, rank=world().rank)
 
 
-def _changed(asked: Recovery, data: Sequence[str | Path] | None, steps: int | None, density: float | None, lora: int | None) -> Recovery:
-    """The recipe's training with what a person gave in its place."""
-    values = asked.model_dump()
+def _changed(stage: Stage, data: Sequence[str | Path] | None, steps: int | None, density: float | None, lora: int | None) -> Stage:
+    """A stage with what a person gave in place of its training's."""
+    assert stage.tune is not None
+    values = stage.tune.model_dump()
     if data:
         mixture = [] if [str(path) for path in data] == [SELF] else [{"name": Path(data[0]).name, "share": 1.0, "files": [str(path) for path in data]}]
         values["data"] |= {"mixture": mixture}
     values |= {} if steps is None else {"steps": steps}
     values["penalty"] |= {} if density is None else {"density": density}
     values |= {} if lora is None else {"lora": {"rank": lora, "alpha": 2.0 * lora}}
-    return make_part(Recovery, values, "The training")
+    return stage.model_copy(update={"tune": make_part(Recovery, values, "The training")})
 
 
-def tuned(source: Source, activation: str | None, asked: Recovery, seed: int, work: Path, device: str, evaluation: Evaluation) -> Tuned:
+def stage_folder(work: Path, number: int) -> Path:
+    """Where a training stage keeps its text, state and result."""
+    return work / f"stage_{number}"
+
+
+def train_stages(source: Source, stages: Sequence[Stage], seed: int, work: Path, device: str, evaluation: Evaluation) -> Tuned:
+    """Run training stages one after another, each on the checkpoint of the one before and all towards the dense `source`; the record is that of all.
+
+    Raises InputError as `tuned` does.
+    """
+    found, records = None, []
+    for number, stage in enumerate(stages):
+        assert stage.tune is not None
+        given = source if found is None else found.source
+        found = tuned(given, stage.config.get("activation"), stage.tune, seed, stage_folder(work, number), device, evaluation, source)
+        records.append(found.record)
+    assert found is not None
+    return replace(found, record=joined(records))
+
+
+def tuned(
+    source: Source, activation: str | None, asked: Recovery, seed: int, work: Path, device: str, evaluation: Evaluation, original: Source | None = None
+) -> Tuned:
     """Swap the activation of every feed-forward network of `source` for `activation` (None: as it is), recover, and store all below `work`; what is finished
-    there under the same settings is not made again, and an interrupted training goes on to the same weights.
+    there under the same settings is not made again, and an interrupted training goes on to the same weights. `original` (None: `source`) is the dense model
+    that teaches and writes the text.
 
     Raises InputError for activations and settings that do not fit the model, and where training fails.
     """
     config = {"activation": activation, "tune": asked.model_dump(mode="json"), "evaluation": evaluation.batches.sha256}
-    header = Header(format="tuned", parents={"model": source.fingerprint}, config=config, seed=seed)
+    original = original or source
+    parents = {"model": source.fingerprint} | ({} if original is source else {"original": original.fingerprint})
+    header = Header(format="tuned", parents=parents, config=config, seed=seed)
     folder = work / "tuned"
     if not is_finished(folder, header):
-        _tune(source, activation, asked, seed, work, device, evaluation, header)
+        _tune(source, original, activation, asked, seed, work, device, evaluation, header)
     record = RecoveryRecord.load(folder / "recovery.json")
     return Tuned(folder / "checkpoint", load_plan(folder / "plan"), record, header)
 
 
-def _tune(source: Source, activation: str | None, asked: Recovery, seed: int, work: Path, device: str, evaluation: Evaluation, header: Header) -> None:
+def _tune(
+    source: Source,
+    original: Source,
+    activation: str | None,
+    asked: Recovery,
+    seed: int,
+    work: Path,
+    device: str,
+    evaluation: Evaluation,
+    header: Header,
+) -> None:
     with same_error():
         if world().rank == 0:
-            training_text(source, asked, seed, work)  # the other processes find it finished
-    batches, text = training_text(source, asked, seed, work)
-    teacher, student = load_dense(source.folder), load_dense(source.folder)
+            training_text(original, asked, seed, work)  # the other processes find it finished
+    batches, text = training_text(original, asked, seed, work)
+    teacher, student = load_dense(original.folder), load_dense(source.folder)
     teacher.requires_grad_(False)
     arch, own, sites = source.arch, source.arch.activation(source.config), source.arch.sites(source.config)
     wished = {site: activation or _present(source, site) for site in sites}
@@ -200,7 +238,8 @@ def _tune(source: Source, activation: str | None, asked: Recovery, seed: int, wo
     recovered = _compared(student, exact, evaluation.batches, teacher, source)
     quality = _quality(recovered, _compared(student, whole, evaluation.batches, teacher, source) if trained.units else None)
     record = RecoveryRecord(
-        activation=activation or own, text=text, settings=asked.model_dump(mode="json"), tokens_trained=trained.tokens, seconds=trained.seconds,
+        activation=", ".join(sorted(set(wished.values()))), text=text, settings=asked.model_dump(mode="json"),
+        tokens_trained=trained.tokens, seconds=trained.seconds,
         cpu_seconds=trained.cpu_seconds, machine=this_machine(), versions=installed_versions(), curve=trained.curve, heldout=trained.heldout,
         dense=DenseQuality(nll=swapped.nll_dense, tokens=swapped.tokens), swapped=_quality(swapped), recovered=quality,
         evaluation=Text(hash=evaluation.batches.sha256, tokens=swapped.tokens, name=evaluation.name),
@@ -215,6 +254,27 @@ def _tune(source: Source, activation: str | None, asked: Recovery, seed: int, wo
                 save_plan(partial / "plan", whole, header)
                 write_json(partial / "recovery.json", record.model_dump(mode="json"))
                 write_header(partial, header)
+
+
+def joined(records: Sequence[RecoveryRecord]) -> RecoveryRecord:
+    """The record of stages that followed one another: before the first, after the last, and the sums and curves of all."""
+    if len(records) == 1:
+        return records[0]
+    first, last = records[0], records[-1]
+    curve, heldout, steps, tokens, seconds = [], [], 0, 0, 0.0
+    for record in records:
+        curve += [p.model_copy(update={"step": p.step + steps, "tokens": p.tokens + tokens, "seconds": p.seconds + seconds}) for p in record.curve]
+        heldout += [p.model_copy(update={"step": p.step + steps, "tokens": p.tokens + tokens}) for p in record.heldout]
+        steps, tokens, seconds = steps + int(record.settings["steps"]), tokens + record.tokens_trained, seconds + record.seconds
+    text = first.text.model_copy(update={
+        "name": "; ".join(dict.fromkeys(record.text.name for record in records)), "windows": sum(record.text.windows for record in records),
+        "tokens": sum(record.text.tokens for record in records), "seconds": sum(record.text.seconds for record in records),
+        "sampled": all(record.text.sampled for record in records), "hash": None,
+    })  # fmt: skip
+    return last.model_copy(update={
+        "text": text, "settings": {"stages": [record.settings for record in records]}, "tokens_trained": tokens, "seconds": seconds,
+        "cpu_seconds": sum(record.cpu_seconds for record in records), "curve": curve, "heldout": heldout, "swapped": first.swapped, "dense": first.dense,
+    })  # fmt: skip
 
 
 def training_text(source: Source, asked: Recovery, seed: int, work: Path) -> tuple[Batches, TrainingText]:

@@ -17,7 +17,7 @@ from ..artifact import InputError, hash_file
 from ..data import BUNDLED, HELDOUT_TEXT, Batches, make_batches, read_text
 from ..hub import download, home_folder, is_hub_id, local_folder
 from ..manifest import Manifest, installed_versions, read_manifest
-from ..planning import BUNDLED_MODEL, training_stage
+from ..planning import BUNDLED_MODEL, training_stages
 from ..plans import Plan
 from ..recipe import Recipe
 from ..reference import load, load_dense
@@ -116,7 +116,7 @@ def _against(opened: Source, recipe: Recipe, source: str | Path | None) -> Liter
     """The honest name of what is compared with: a checkpoint with other activations or trained weights holds no dense model."""
     if source is not None:
         return "dense source"
-    return "ungated torch" if opened.swaps or training_stage(recipe) is not None else "dense torch"
+    return "ungated torch" if opened.swaps or training_stages(recipe) else "dense torch"
 
 
 def predictor_cost(plan: Plan, arch: Arch, config: Any) -> float:

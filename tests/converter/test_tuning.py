@@ -289,6 +289,21 @@ def test_convert_trains_first(last: dict[str, Any] | None, model: Path, tmp_path
     assert with_source.passed and with_source.quality.kl == pytest.approx(read_manifest(out).measured["kl"], abs=1e-6)
 
 
+def test_stages_of_training_follow_one_another(model: Path, tmp_path: Path) -> None:
+    last = {"method": "exact", "tune": TRAIN | {"steps": 12, "predictors": {"cost": 0.2, "density": 0.4}, "data": {"windows": 6, "length": 20}}}
+    path = recipe(model, tmp_path, last, steps=11)
+    found = tune(output=tmp_path / "out", recipe=path)
+    record = RecoveryRecord.load(tmp_path / "out" / RECOVERY)
+    assert all(isinstance(entries[-1], Predictor) for entries in read_plan(tmp_path / "out").values()) and found.record == record
+    alone = tune(output=tmp_path / "first", recipe=recipe(model, tmp_path / "alone", steps=11)).record
+    assert record.swapped == alone.swapped and record.dense == alone.dense, "before all of it, beside the dense source"
+    assert record.tokens_trained == 11 * 4 * 24 + 12 * 4 * 20 and record.text.tokens == 8 * 24 + 6 * 20
+    assert [point.step for point in record.curve] == [10, 21] and [point.step for point in record.heldout] == list(range(1, 24))
+    assert record.heldout[:11] == alone.heldout and record.heldout[11].predicted is not None
+    assert record.recovered.kl > 0.01, "the second stage's teacher is the dense source, not the first stage's result"
+    assert [stage["steps"] for stage in record.settings["stages"]] == [11, 12]
+
+
 def test_a_tuned_folder_is_converted_like_any_model(model: Path, tmp_path: Path) -> None:
     folder = tuned(model, tmp_path, "recovered")
     settings = {"steps": 2, "data": 8, "windows": 2, "precision": "fp32"}
@@ -307,7 +322,9 @@ def test_order_of_stages(model: Path, tmp_path: Path) -> None:
         return refused(lambda: convert(output=tmp_path / "out", recipe=path))
 
     trained, plain = {"method": "exact", "config": {"activation": "drelu"}, "tune": TRAIN}, {"method": "gate"}
-    assert line(plain, plain).startswith("The first of two stages must train, got gate without tune")
-    assert line(trained, trained).startswith("The last of two stages must plan")
+    assert line(plain, plain).startswith("Every stage but the last must train, got gate without tune")
+    assert line(trained, trained).startswith(
+        "A stage that trains must have method exact without a configuration after the first, got exact with ['activation']"
+    )
     assert line(plain | {"tune": TRAIN}).startswith("A stage that trains must have method exact")
     assert line(trained | {"tune": TRAIN | {"predictors": {}}}, plain).startswith("A stage that trains predictors must be the last one")
