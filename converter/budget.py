@@ -19,8 +19,8 @@ from .arch import Arch, Site
 from .data import Batches
 from .plans import Entry, Plan, Predictor
 from .recipe import Budget
-from .reference import apply_plan, dense, recording, remove_plan
-from .verification import log_probs, windows
+from .reference import apply_plan, recording, remove_plan
+from .verification import dense_side, log_probs, windows
 
 GRID = (0.9, 0.75, 0.6, 0.45, 0.3, 0.2, 0.1)
 """Densities at which every site is tried alone."""
@@ -49,10 +49,12 @@ class Loss:
 
 
 class Judge:
-    """Measures plans on one dense model and text; the dense side is kept when it is small, else computed again."""
+    """Measures plans on one model and text, beside that model ungated or the dense `original` that it was made from; the dense side is kept when it is
+    small, else computed again.
+    """
 
-    def __init__(self, model: Any, arch: Arch, activation: str, batches: Batches, keep_bytes: float = 2e9) -> None:
-        self.model, self.arch, self.activation = model, arch, activation
+    def __init__(self, model: Any, arch: Arch, activation: str, batches: Batches, keep_bytes: float = 2e9, original: Any | None = None) -> None:
+        self.model, self.arch, self.activation, self.original = model, arch, activation, original
         self.groups = list(windows(batches, model.config.vocab_size))
         self.keep = 4 * batches.tokens.numel() * model.config.vocab_size <= keep_bytes
         self.dense: dict[int, Tensor] = {}
@@ -82,8 +84,7 @@ class Judge:
     def _dense(self, number: int) -> Tensor:
         if number in self.dense:
             return self.dense[number]
-        with dense(self.model):
-            p = log_probs(self.model, self.groups[number])
+        p = dense_side(self.model, self.groups[number], self.original)
         if self.keep:
             self.dense[number] = p
         return p

@@ -67,7 +67,8 @@ def make_base(source: Source, texts: Texts, work: Path) -> Path:
 @dataclass(frozen=True)
 class Graphs:
     """The float graph that candidates are made from; the dense one in their precision, which their speed is compared with (fp16 and bf16 on the CPU: fp32,
-    since ONNX Runtime has nothing faster there); and what that one loses, where it is in integers and something could run it.
+    since ONNX Runtime has nothing faster there); and what that one loses, where it is in integers, something could run it and its function is a dense
+    model's: under swapped activations the float graph has the sizes of the dense source's, not its function.
     """
 
     base: Path
@@ -75,32 +76,45 @@ class Graphs:
     loss: ExecutorQuality | None = None
 
 
-def make_graphs(source: Source, texts: Texts, recipe: Recipe, work: Path) -> Graphs:
-    """The dense graphs of a recipe's precision and target, each a stage below `work`; none before the one in fp32 is found to be the model."""
-    base, asked = make_base(source, texts, work), recipe.export
-    form = PRECISIONS[asked.precision]
-    if asked.target == "cuda":
-        base, header = work / "base_cuda", Header(format="base", parents={"model": source.fingerprint}, config={"precision": form.cuda, "target": "cuda"})
-        if not is_finished(base, header):
-            with atomic_folder(base) as partial:
-                build_base(source.folder, partial, form.cuda, "cuda")
-                write_header(partial, header)
-    if form.bits is None:
+def make_graphs(source: Source, texts: Texts, recipe: Recipe, work: Path, original: Source | None = None) -> Graphs:
+    """The dense graphs of a recipe's precision and target, each a stage below `work`; none before the one in fp32 is found to be the model.
+
+    `original` is the dense model that `source` was recovered from, where it was: the dense graph in integers is then made of it.
+    """
+    base, asked = _float_graph(source, texts, recipe, work), recipe.export
+    if PRECISIONS[asked.precision].bits is None:
         return Graphs(base, base)
-    parent = read_header(base)
+    model, plain = (source, base) if original is None else (original, _float_graph(original, texts, recipe, work / "original"))
+    parent = read_header(plain)
     assert parent is not None
     dense, header = work / "dense", Header(format="dense", parents={"base": parent.fingerprint}, config=asked.model_dump(mode="json"))
     if not is_finished(dense, header):
         with atomic_folder(dense) as partial:
-            export_dense(base, partial, asked.precision, asked.target)
+            export_dense(plain, partial, asked.precision, asked.target)
             write_header(partial, header)
+    if model.swaps:
+        return Graphs(base, dense)
     folder, header = work / "quality_dense", Header(format="quality", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256)
     if not is_finished(folder, header):
-        found = measure_shipped(dense, load_stock(source.folder), texts.heldout, asked)
+        found = measure_shipped(dense, load_stock(model.folder), texts.heldout, asked)
         with atomic_folder(folder) as partial:
             write_json(partial / "quality.json", {} if found is None else found.model_dump())
             write_header(partial, header)
     return Graphs(base, dense, _quality(read_json(folder / "quality.json", "The measured quality")))
+
+
+def _float_graph(source: Source, texts: Texts, recipe: Recipe, work: Path) -> Path:
+    """A model's graph in floats for the recipe's target."""
+    base, asked = make_base(source, texts, work), recipe.export
+    if asked.target == "cpu":
+        return base
+    form = PRECISIONS[asked.precision]
+    base, header = work / "base_cuda", Header(format="base", parents={"model": source.fingerprint}, config={"precision": form.cuda, "target": "cuda"})
+    if not is_finished(base, header):
+        with atomic_folder(base) as partial:
+            build_base(source.folder, partial, form.cuda, "cuda")
+            write_header(partial, header)
+    return base
 
 
 def _quality(stored: dict[str, Any]) -> ExecutorQuality | None:

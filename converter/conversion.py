@@ -131,12 +131,12 @@ def convert(
     original, source = (source, recovered.source) if recovered else (None, source)
     within = asked
     if asked.budget.bounded and PRECISIONS[asked.export.precision].bits is not None:
-        within = room(asked, make_graphs(source, texts, asked, work))
+        within = room(asked, make_graphs(source, texts, asked, work, original))
     if recovered and TUNED in configs:
         plans = {TUNED: keep_plan(recovered.plan, recovered.header, work)}
     else:
         plans = once(source, texts, within, configs, work, device, original)
-    graphs = make_graphs(source, texts, asked, work)
+    graphs = make_graphs(source, texts, asked, work, original)
     measured = measure(source, plans, _sparsities(configs, asked), texts, asked, work, original)
     chosen, candidates = choose(measured, source, texts, graphs, asked, work, original)
     report = _finish(out, original or source, asked, fingerprint, texts, chosen, candidates, graphs, command, keep_stages, push_to, recovered)

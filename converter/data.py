@@ -19,8 +19,8 @@ HELDOUT_TEXT = BUNDLED / "heldout.txt"
 MINIMUM_TOKENS = 512
 _HASHED = 1 << 12  # windows hashed at once: they may be mapped from a file larger than memory
 _TOGETHER = (32, 256)  # windows sampled at once
-STREAM = 16
-"""Windows of a long text that a model writes."""
+STREAM = 2
+"""Windows of a text that a model writes to be trained on."""
 _CACHE = 1 << 29  # bytes of key-value cache that more than the fewest may take
 
 
@@ -101,24 +101,27 @@ def self_generated(model: Any, tokenizer: Any, windows: int, length: int, seed: 
 
 
 def self_generated_streams(model: Any, tokenizer: Any, windows: int, length: int, seed: int, temperature: float = 1.0) -> Batches:
-    """As `self_generated`, but of long texts: up to STREAM windows follow one another, each continued from the last half of the one before.
+    """As `self_generated`, but of texts of STREAM windows, each window continued from the last half of the one before, and seven of eight texts begin with a
+    token drawn uniformly.
 
-    So windows start anywhere in a text, as those of a real corpus do, and are full of what comes deep in it; only the first of every text begins one.
-    Windows of a text are neighbours [N, S].
+    A model's own texts reach little of what real ones are full of, the middle of a class or a table: it is put there by a token that stands there. So
+    windows start anywhere, as those of a corpus do. Windows of a text are neighbours [N, S].
     """
     sampler = _Sampler(model, tokenizer, length, seed, temperature)
-    streams = max(1, min(_sampled_together(model, length), -(-windows // STREAM)))
-    depth = -(-windows // streams)
+    streams = -(-windows // STREAM)
     context = min(length // 2, length if sampler.positions is None else sampler.positions - length)
-    tokens = torch.empty((streams, depth * length), dtype=torch.int64)
-    with tqdm(total=depth * length, desc="sample text", unit="token") as progress:
-        for start in range(0, depth * length, length):
-            if start and context > 0:
-                tokens[:, start : start + length] = sampler.extend(tokens[:, start - context : start], length, progress)
-            else:
-                tokens[:, start : start + 1] = sampler.begin(streams)
-                tokens[:, start + 1 : start + length] = sampler.extend(tokens[:, start : start + 1], length - 1, progress)
-    found = tokens.view(streams * depth, length)[:windows].clone()
+    tokens = torch.empty((streams, STREAM * length), dtype=torch.int64)
+    at_once = _sampled_together(model, length + max(0, context))
+    with tqdm(total=-(-streams // at_once) * STREAM * length, desc="sample text", unit="token") as progress:
+        for group in tokens.split(at_once):  # views of `tokens`
+            for start in range(0, STREAM * length, length):
+                if start and context > 0:
+                    group[:, start : start + length] = sampler.extend(group[:, start - context : start], length, progress)
+                else:
+                    first = torch.where(torch.arange(len(group))[:, None] % 8 == 0, sampler.begin(len(group)), sampler.anywhere(len(group)))
+                    group[:, start : start + 1] = first
+                    group[:, start + 1 : start + length] = sampler.extend(first, length - 1, progress)
+    found = tokens.view(streams * STREAM, length)[:windows].clone()
     return Batches(found, torch.ones_like(found, dtype=torch.bool))
 
 
@@ -139,8 +142,10 @@ class _Sampler:
 
     def begin(self, count: int) -> Tensor:
         """First tokens [B, 1]."""
-        if self.special:
-            return torch.full((count, 1), self.special[0])
+        return torch.full((count, 1), self.special[0]) if self.special else self.anywhere(count)
+
+    def anywhere(self, count: int) -> Tensor:
+        """Tokens [B, 1] drawn uniformly."""
         return self.known[torch.randint(len(self.known), (count,), generator=self.generator)][:, None]
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from .arch import Site
 from .artifact import Header, InputError, atomic_folder, is_finished, read_header, write_header
 from .budget import Judge, allocate, governs, sensitivities, settled, shifted, sparsest
 from .end_to_end import train_plan
@@ -22,7 +23,7 @@ from .interchange import fingerprint, imported_plan, measured
 from .labels import collect_labels
 from .methods import load_method, needs
 from .planning import EXACT, IMPORTED, TUNED
-from .plans import Plan, Swap, block_cost, load_plan, merge, save_plan
+from .plans import FFN_LINEARS, Plan, Swap, block_cost, load_plan, merge, save_plan
 from .recipe import Recipe
 from .reference import load_dense
 from .residual import add_residuals, residual_rank
@@ -70,9 +71,15 @@ class Run:
 
     @cached_property
     def judge(self) -> Judge:
-        """Losses on the search windows."""
+        """Losses on the search windows, from the dense model."""
         assert self.texts.search is not None
-        return Judge(self.model, self.source.arch, self.activation, self.texts.search)
+        return Judge(self.model, self.source.arch, self.activation, self.texts.search, original=self.teacher)
+
+    @cached_property
+    def own_judge(self) -> Judge:
+        """Losses on the search windows, from the model itself with everything kept."""
+        assert self.texts.search is not None
+        return self.judge if self.original is None else Judge(self.model, self.source.arch, self.activation, self.texts.search)
 
     def header(self, name: str, config: Mapping[str, Any], **parents: str) -> Header:
         """The header of a method's stage."""
@@ -152,13 +159,18 @@ def _direct(run: Run, name: str, config: Mapping[str, Any]) -> Plan:
 def _part(run: Run, name: str, part: str, config: Any) -> Plan:
     if part == IMPORTED:
         return measured(imported_plan(run.source, config), run.stats)
-    plan = load_method(part).plan(run.stats, run.source.arch, config)
+    plan = _beside_swaps(run, load_method(part).plan(run.stats, run.source.arch, config))
     if part == EXACT:
         return _present(run, plan)
     start = _start(part, config)
     if start is not None:
         plan = _trained(run, name, part, config, plan, start, 1.0 - config.sparsity)
     return _completed(run, name, part, config, plan, 1.0 - config.sparsity)
+
+
+def _beside_swaps(run: Run, plan: Plan) -> Plan:
+    """The plan without the linears inside networks that keep what a swapped activation leaves: both would skip the same weights."""
+    return {site: entries for site, entries in plan.items() if site.kind.removeprefix("linear:") not in FFN_LINEARS or Site(site.layer) not in run.source.swaps}
 
 
 def _present(run: Run, plan: Plan) -> Plan:
@@ -219,7 +231,7 @@ def _family(run: Run, config: Mapping[str, Any]) -> Callable[[float], Plan]:
     def plan_of(part: str, sparsity: float, densities: Mapping[str, float] | None = None) -> Plan:
         values = config[part].model_dump() | {"sparsity": sparsity} | ({} if densities is None else {"densities": dict(densities)})
         module = load_method(part)
-        return module.plan(run.stats, run.source.arch, module.Config.model_validate(values))
+        return _beside_swaps(run, module.plan(run.stats, run.source.arch, module.Config.model_validate(values)))
 
     if not all("densities" in type(values).model_fields for values in config.values()):
         return lambda level: merge([plan_of(part, min(0.99, max(0.01, 1 - level))) for part in config])
@@ -233,7 +245,7 @@ def _family(run: Run, config: Mapping[str, Any]) -> Callable[[float], Plan]:
 
     whole = make(dict.fromkeys(keys, 1.0))
     weights = {key: _governed(run, key, whole) for key in keys}
-    curves = sensitivities(run.judge, make, list(keys))
+    curves = sensitivities(run.own_judge, make, list(keys))
     return lambda level: make(allocate(curves, weights, level))
 
 

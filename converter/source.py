@@ -138,12 +138,13 @@ def open_source(model: str | Path, id: str | None = None, revision: str | None =
 def check_config(raw: dict[str, Any]) -> None:
     """Refuse configurations that this package cannot start from: quantised weights and checkpoints with a plan.
 
-    A swapped activation alone is no plan: what is not zero is kept, and another plan may stand on it.
+    What keeps exact zeros alone, of a swapped activation or of a ReLU model's own, is no plan: nothing is lost, and another plan may stand on it.
     """
     if KEY in raw:
-        if not str(raw.get("model_type")).startswith(PREFIX):
+        stock, key = not str(raw.get("model_type")).startswith(PREFIX), raw[KEY]
+        if stock and not (isinstance(key, dict) and key.get("version") == 2 and key.get("sites")):
             raise InputError("MODEL must be a dense model, got a checkpoint that is sparse already. Convert its base model instead.")
-        planned = [site.key for site, fields in read_key(raw[KEY]).sites.items() if fields["score"] != "exact"]
+        planned = [site.key for site, fields in read_key(key).sites.items() if fields["score"] != "exact"]
         if planned:
             raise InputError(
                 f"MODEL must be a model without a plan, got a checkpoint that has a plan already ({planned[0]}). Convert the model that it was made from."

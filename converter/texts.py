@@ -40,7 +40,7 @@ class Texts:
 
 def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | None = None, temperature: float = 1.0, streams: bool = False) -> Texts:
     """The windows that a recipe means: of the bundled texts, of a user's file, whose last fifth is held out, or of text that the model writes itself, which is
-    stored below `work` and sampled at `temperature`, in long texts where `streams`. `training` is the most windows to train on.
+    stored below `work` and sampled at `temperature`, in texts that begin anywhere where `streams`. `training` is the most windows to train on.
 
     Raises InputError for a text that is too short.
     """
@@ -104,9 +104,9 @@ def _rows(batches: Batches, rows: torch.Tensor) -> Batches:
 
 def generated(source: Source, windows: int, length: int, seed: int, work: Path | None, temperature: float = 1.0, streams: bool = False) -> Batches:
     """Windows that the model writes itself, made once below `work`, with the seconds that it took; where more lie there, the first of them. `streams` takes
-    them from long texts.
+    them from texts that begin anywhere.
     """
-    config = {"length": length} | ({} if temperature == 1.0 else {"temperature": temperature}) | ({"streams": True} if streams else {})
+    config = {"length": length} | ({} if temperature == 1.0 else {"temperature": temperature}) | ({"streams": "anywhere"} if streams else {})
     header = Header(format="generated", parents={"model": source.fingerprint}, config=config | {"windows": windows}, seed=seed)
     if work is None or not _covers(read_header(work / "generated"), header):
         began = time.monotonic()

@@ -295,7 +295,7 @@ def training_text(source: Source, asked: Recovery, seed: int, work: Path) -> tup
 
 
 def shifted(batches: Batches) -> Batches:
-    """Sampled windows [N, S], neighbours in long texts, joined and cut at CUTS offsets: [CUTS N - CUTS + 1, S], so that no two passes read the same windows."""
+    """Sampled windows [N, S], neighbours in their texts, joined and cut at CUTS offsets: [CUTS N - CUTS + 1, S], so that no two passes read the same windows."""
     count, length = batches.tokens.shape
     stream = batches.tokens.flatten()
     cuts = [stream[start : start + (count - bool(start)) * length].view(-1, length) for start in range(0, length, -(-length // CUTS))]

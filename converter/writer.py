@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .artifact import InputError, read_json, write_json
 from .checkpoint import write_sparsity
-from .plans import Plan, on_swaps
+from .plans import Plan, Swap, on_swaps
 from .source import INDEX, SINGLE, TOKENIZER_FILES, Source
 
 _STOCK = (
@@ -29,10 +29,11 @@ def write_checkpoint(source: Source, plan: Plan, out: Path, weights: Mapping[str
     """Fill the folder `out` with a transformers checkpoint that holds the plan; no remote code and no pickle is carried over.
 
     `weights` replace the source's by name, in their own dtype; what the source's files lack is left out where it is tied to something that they hold. A source
-    with swapped activations keeps them: `plan` is put on top. Raises InputError where it gives one of those sites another activation, and for weights of
-    another model.
+    with swapped activations keeps them: `plan` is put on top. Raises InputError where it gives one of those sites another activation without new weights, and
+    for weights of another model.
     """
-    plan = on_swaps(plan, source.swaps)
+    fixed = {site: swap for site, swap in source.swaps.items() if weights is None or not (site in plan and isinstance(plan[site][0], Swap))}
+    plan = on_swaps(plan, fixed)
     _check_weights(source, weights or {})
     for name in _STOCK:
         if (source.folder / name).is_file():

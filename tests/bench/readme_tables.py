@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sparsegate.converter.bench.tables import op_rows
 from sparsegate.converter.report import Report, quality_table
+from sparsegate.converter.report.recovery import RecoveryRecord, before_after_table
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "README.md"
@@ -51,10 +52,23 @@ def speed(result: dict) -> str:
     )
 
 
+def recovery(record: RecoveryRecord, report: Report) -> str:
+    """The bundled model before and after recovery, and what was made of it."""
+    after, minutes = record.recovered, (record.text.seconds + record.seconds) / 60
+    cores = f"{record.machine.cores} core{'s' if record.machine.cores > 1 else ''}"
+    return (
+        f"The bundled model, {minutes:.0f} minutes on {record.machine.cpu}, {cores}, text sampling included: "
+        f"{1 - after.density:.1%} of the products exactly zero, held-out NLL {record.rise:+.1%}.\n\n{before_after_table(record)}\n\n"
+        f"As `{report.command}` wrote it, predictor cost included:\n\n{quality_table(report)}\n\n"
+        "Curves, layers, speeds and dReLU from scratch: [turbosparse](docs/turbosparse.md)."
+    )
+
+
 def fill(text: str) -> str:
     """README's text with its tables made anew."""
     tables = {
         "quality": quality(Report.load(RESULTS / "bundled.json")),
+        "recovery": recovery(RecoveryRecord.load(RESULTS / "recovery.json"), Report.load(RESULTS / "recovered.json")),
         "speed": speed(json.loads((RESULTS / "op_cpu.json").read_text(encoding="utf-8"))),
     }
     for name, table in tables.items():
