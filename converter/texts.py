@@ -20,7 +20,7 @@ SEARCH_WINDOWS, SEARCH_SHARE = 256, 0.3
 """Windows that a budget is searched on: so many, at most this share of a given text. They are never calibrated or trained on."""
 HELDOUT_SHARE = 0.2  # of a user's own calibration text, kept for measuring
 UNSEEN_WINDOWS = 256  # measured on when a budget was searched: 64 windows tell half a percent of perplexity from one, not more
-SECONDS = "seconds.json"
+GENERATED, SECONDS = "generated", "seconds.json"
 _EVERY = 1 << 30
 
 
@@ -108,17 +108,17 @@ def generated(source: Source, windows: int, length: int, seed: int, work: Path |
     """
     config = {"length": length} | ({} if temperature == 1.0 else {"temperature": temperature}) | ({"streams": "anywhere"} if streams else {})
     header = Header(format="generated", parents={"model": source.fingerprint}, config=config | {"windows": windows}, seed=seed)
-    if work is None or not _covers(read_header(work / "generated"), header):
+    if work is None or not _covers(read_header(work / GENERATED), header):
         began = time.monotonic()
         write = self_generated_streams if streams else self_generated
         found = write(load_dense(source.folder), source.tokenizer(), windows, length, seed, temperature)
         if work is None:
             return found
-        with atomic_folder(work / "generated") as partial:
+        with atomic_folder(work / GENERATED) as partial:
             save_file({"tokens": found.tokens}, partial / "tokens.safetensors")
             write_json(partial / SECONDS, {"seconds": time.monotonic() - began})
             write_header(partial, header)
-    tokens = load_file(work / "generated" / "tokens.safetensors")["tokens"][:windows]
+    tokens = load_file(work / GENERATED / "tokens.safetensors")["tokens"][:windows]
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 

@@ -28,6 +28,7 @@ from .end_to_end import Unit, input_rms, make_unit
 from .lora import add_lora, linear_names, lora_tensors, merge_lora, plain_state
 from .manifest import installed_versions
 from .methods.predictor import fresh_predictor, rank_for
+from .mixtures import FOLDER as MIXTURE
 from .mixtures import mixture_batches
 from .opening import resolve
 from .orientation import orient
@@ -40,7 +41,7 @@ from .report import Text, this_machine
 from .report.recovery import RECOVERY, CurvePoint, DenseQuality, HeldoutPoint, RecoveryRecord, SiteDensity, SwappedQuality, TrainingText
 from .shares import with_shares
 from .source import Source, open_source
-from .texts import SECONDS, generated, heldout_name, make_heldout
+from .texts import GENERATED, SECONDS, generated, heldout_name, make_heldout
 from .training import settings_of, train
 from .verification import Quality, measure_quality
 from .writer import write_checkpoint
@@ -164,10 +165,20 @@ def train_stages(source: Source, stages: Sequence[Stage], seed: int, work: Path,
     for number, stage in enumerate(stages):
         assert stage.tune is not None
         given = source if found is None else found.source
+        if number and stage.tune.data == stages[number - 1].tune.data and world().rank == 0:  # type: ignore[union-attr]
+            _share_text(stage_folder(work, number - 1), stage_folder(work, number))
         found = tuned(given, stage.config.get("activation"), stage.tune, seed, stage_folder(work, number), device, evaluation, source)
         records.append(found.record)
     assert found is not None
     return replace(found, record=joined(records))
+
+
+def _share_text(before: Path, after: Path) -> None:
+    """Let a stage read the text that the one before it had made, with no seconds of its own."""
+    for name in (GENERATED, MIXTURE):
+        if (before / name).is_dir() and not (after / name).exists():
+            shutil.copytree(before / name, after / name)
+            write_json(after / name / SECONDS, {"seconds": 0.0})
 
 
 def tuned(
@@ -266,10 +277,11 @@ def joined(records: Sequence[RecoveryRecord]) -> RecoveryRecord:
         curve += [p.model_copy(update={"step": p.step + steps, "tokens": p.tokens + tokens, "seconds": p.seconds + seconds}) for p in record.curve]
         heldout += [p.model_copy(update={"step": p.step + steps, "tokens": p.tokens + tokens}) for p in record.heldout]
         steps, tokens, seconds = steps + int(record.settings["steps"]), tokens + record.tokens_trained, seconds + record.seconds
-    text = first.text.model_copy(update={
-        "name": "; ".join(dict.fromkeys(record.text.name for record in records)), "windows": sum(record.text.windows for record in records),
-        "tokens": sum(record.text.tokens for record in records), "seconds": sum(record.text.seconds for record in records),
-        "sampled": all(record.text.sampled for record in records), "hash": None,
+    texts = list({record.text.hash: record.text for record in reversed(records)}.values())[::-1]  # of equal ones the first, which took the seconds
+    text = first.text if len(texts) == 1 else first.text.model_copy(update={
+        "name": "; ".join(dict.fromkeys(text.name for text in texts)), "windows": sum(text.windows for text in texts),
+        "tokens": sum(text.tokens for text in texts), "seconds": sum(text.seconds for text in texts),
+        "sampled": all(text.sampled for text in texts), "hash": None,
     })  # fmt: skip
     return last.model_copy(update={
         "text": text, "settings": {"stages": [record.settings for record in records]}, "tokens_trained": tokens, "seconds": seconds,
@@ -295,7 +307,7 @@ def training_text(source: Source, asked: Recovery, seed: int, work: Path) -> tup
 
 
 def shifted(batches: Batches) -> Batches:
-    """Sampled windows [N, S], neighbours in their texts, joined and cut at CUTS offsets: [CUTS N - CUTS + 1, S], so that no two passes read the same windows."""
+    """Sampled windows [N, S], neighbours in their texts, joined and cut at CUTS offsets: [CUTS N - CUTS + 1, S], so that passes differ."""
     count, length = batches.tokens.shape
     stream = batches.tokens.flatten()
     cuts = [stream[start : start + (count - bool(start)) * length].view(-1, length) for start in range(0, length, -(-length // CUTS))]

@@ -19,7 +19,7 @@ from small_recipe import call_cli, small_recipe
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sparsegate.converter import candidates, recovery, tuning
+from sparsegate.converter import candidates, recovery, texts, tuning
 from sparsegate.converter.arch import load_arch
 from sparsegate.converter.artifact import InputError, read_json
 from sparsegate.converter.blocks import swap
@@ -302,6 +302,18 @@ def test_stages_of_training_follow_one_another(model: Path, tmp_path: Path) -> N
     assert record.heldout[:11] == alone.heldout and record.heldout[11].predicted is not None
     assert record.recovered.kl > 0.01, "the second stage's teacher is the dense source, not the first stage's result"
     assert [stage["steps"] for stage in record.settings["stages"]] == [11, 12]
+
+
+def test_stages_share_a_text_that_both_read(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, plain = [], tuning.generated
+    monkeypatch.setattr(tuning, "generated", lambda *given, **more: calls.append(given[4].name) or plain(*given, **more))
+    sampled: list[int] = []
+    inner = texts.self_generated_streams
+    monkeypatch.setattr(texts, "self_generated_streams", lambda *given: sampled.append(given[2]) or inner(*given))
+    path = recipe(model, tmp_path, {"method": "exact", "tune": TRAIN | {"predictors": {"density": 0.4}}})
+    record = tune(output=tmp_path / "out", recipe=path).record
+    assert sampled == [8] and set(calls) == {"stage_0", "stage_1"}
+    assert record.text.tokens == 8 * 24 and record.tokens_trained == 2 * 4 * 4 * 24
 
 
 def test_a_tuned_folder_is_converted_like_any_model(model: Path, tmp_path: Path) -> None:
