@@ -21,7 +21,7 @@ from .methods.trained_gate import Config as GateConfig
 from .onnx_export.matmul_nbits import BLOCK
 from .onnx_export.precision import PRECISIONS, Precision
 from .plans import FFN_LINEARS, LINEARS, Threshold, cost, uniform_tau
-from .recipe import Recipe, Stage, make_recipe, read_recipe
+from .recipe import Recipe, Recovery, Stage, make_recipe, read_recipe
 from .residual import residual_rank
 from .source import Source
 from .stats.samples import CAP
@@ -52,7 +52,8 @@ _RUNTIME = 500_000_000  # bytes of a process with torch, transformers and onnxru
 
 class Estimate(BaseModel):
     """Bytes unless said otherwise. `onnx_bytes` is the size of a sparse ONNX model by precision, predictors left out; `peak_calibrate` two blocks in fp32, the
-    hidden states and a batch's activations; `peak_export` the whole model in fp32, because onnxruntime-genai's builder and the verification load it.
+    hidden states and a batch's activations, or what a training stage holds where that is more; `peak_export` the whole model in fp32, because
+    onnxruntime-genai's builder and the verification load it.
     """
 
     parameters: int
@@ -85,16 +86,25 @@ def estimate_shapes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...
     form = PRECISIONS[recipe.export.precision]
     unknown = {IMPORTED, EXACT}
     costs = {name: _expected_cost(arch, parts, hidden, units, form) for name, parts in configs.items() if parts and not unknown & set(parts)}
+    calibrate = _RUNTIME + 2 * block * _FP32 + 2 * windows * hidden * _FP32 + batch
     return Estimate(
         parameters=parameters,
         ffn_share=sum(prod(shapes[name]) for name in ffn) / parameters,
         source_bytes=source_bytes,
         disk_bytes=disk,
-        peak_calibrate=_RUNTIME + 2 * block * _FP32 + 2 * windows * hidden * _FP32 + batch,
+        peak_calibrate=max([calibrate, *(_RUNTIME + _training_bytes(stage.tune, parameters, shapes, arch) for stage in training_stages(recipe))]),
         peak_export=_RUNTIME + 2 * whole,
         onnx_bytes=sizes,
         expected_cost={} if recipe.searches else costs,
     )
+
+
+def _training_bytes(asked: Recovery | None, parameters: int, shapes: Mapping[str, tuple[int, ...]], arch: Arch) -> int:
+    """Bytes of a training stage: teacher and student, gradient and two moments of what is trained, and a batch's logits three times, all in fp32."""
+    assert asked is not None
+    trained = parameters if asked.lora is None else sum(asked.lora.rank * sum(shape) for name, shape in shapes.items() if len(shape) == 2)
+    logits = 3 * asked.windows * asked.data.length * shapes[arch.embedding][0]
+    return _FP32 * (2 * parameters + 3 * trained + logits)
 
 
 def _onnx_bytes(arch: Arch, shapes: Mapping[str, tuple[int, ...]], ffn: set[str], tied: bool, form: Precision, target: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,18 @@ def test_expected_costs_count_residual_heads(tiny_model: Callable[[str], Path], 
         bare = replace(entry, residual=None) if isinstance(entry, Predictor) else replace(entry, fc1=None, residual=None)
         lower = estimate(source, without, method_configs(without)).expected_cost[method]
         assert lower == pytest.approx(cost(bare, 64, 176, matrices, 0.6)) and lower < expected
+
+
+def test_a_training_stage_needs_memory(tiny_model: Callable[[str], Path]) -> None:
+    source = open_source(tiny_model("llama"))
+
+    def peak(**tune: Any) -> int:
+        stages = [{"method": "exact", "config": {"activation": "drelu"}, "tune": {"windows": 4096, **tune}}, {"method": "exact"}]
+        asked = make_recipe({"model": "m", "stages": stages})
+        return estimate(source, asked, method_configs(asked)).peak_calibrate
+
+    logits, count = 3 * 4096 * 256 * 290, sum(prod(info.shape) for info in source.tensors.values())
+    assert peak() == 500_000_000 + 4 * (5 * count + logits)
+    linear = sum(sum(info.shape) for info in source.tensors.values() if len(info.shape) == 2)
+    assert peak(lora={"rank": 2}) == 500_000_000 + 4 * (2 * count + 3 * 2 * linear + logits)
+    assert peak(windows=1) < peak() and peak(data={"length": 512}) > peak()
