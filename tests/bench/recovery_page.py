@@ -81,13 +81,27 @@ def scratch_lines(stored: dict[str, Any]) -> list[str]:
 
 
 def speed_lines() -> list[str]:
-    """What `bench` measured of recovered models, where it did."""
+    """What `bench` measured of recovered models and of the op with dReLU, where it did."""
     from sparsegate.converter.bench.tables import page as bench_page
 
     found: list[str] = []
     for path in sorted(RESULTS.glob("drelu_*.json")):
-        found += ["", bench_page(json.loads(path.read_text(encoding="utf-8")))]
+        result = json.loads(path.read_text(encoding="utf-8"))
+        found += ["", bench_page(result) if result.get("kind") else folder_lines(result)]
     return found
+
+
+def folder_lines(result: dict[str, Any]) -> str:
+    """A recovered folder beside the graph of its dense source's sizes."""
+    body = []
+    for phase in ("prefill", "decode"):
+        base, own = (result[role][f"{phase}_tokens_per_s"] for role in ("baseline", "candidate"))
+        body.append([phase, f"{base:.1f}", f"{own:.1f}", f"{result[phase]['ratio']:.2f}", result[phase]["verdict"]])
+    settings = result["settings"]
+    said = f"{settings['prompt_tokens']} prompt and {settings['new_tokens']} new tokens, {settings['threads']} threads, {len(result['samples'])} pairs"
+    quiet = "" if result["quiet"] else " Other load disturbed every pair: not to be quoted."
+    cells = (["the recovered model", "dense tok/s", "tok/s", "ratio", "verdict"], body)
+    return f"{table(cells)}\n\n{said}. Written by `{result['command']}`. The model fits in a cache.{quiet}"
 
 
 def page() -> str:
