@@ -259,6 +259,7 @@ def build_report(source: Source, recipe: Recipe, texts: Texts, candidates: list[
     return Report(
         model=source.name,
         revision=source.revision,
+        swapped=bool(source.swaps),
         date=datetime.now(UTC).date().isoformat(),
         command=command,
         machine=reporting.this_machine(),

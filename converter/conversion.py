@@ -15,11 +15,13 @@ from ..runtime_onnx.library import variants
 from .arch import load_arch
 from .artifact import HEADER, VERSION, InputError, atomic_folder, hash_file, hash_json, write_json
 from .candidates import Candidate, Graphs, build_report, choose, make_graphs, measure, room
+from .distributed import check_device
 from .executors import check_onnx, measure_shipped
 from .hub import Remote, check_disk, check_push, head_commit, home_folder, is_hub_id, local_folder, push, remote_inspect
 from .interchange import Config as ImportedConfig
 from .interchange import fingerprint as imported_files
 from .manifest import MANIFEST, Manifest, check_files, installed_versions, list_files, read_manifest, write_manifest
+from .mixtures import files_hash
 from .onnx_export import PRECISIONS, round_model
 from .opening import resolve
 from .planning import (
@@ -41,7 +43,7 @@ from .recipe import Export, Recipe
 from .reference import load as load_folder
 from .reference import load_dense
 from .report import RESULTS, Report, read_base_card, write_report
-from .report.recovery import RECOVERY
+from .report.recovery import RECOVERY, RecoveryRecord
 from .schedule import keep_plan, once
 from .source import Source, check_config, check_shapes, make_config, open_source
 from .texts import Texts, heldout_name, make_heldout, make_texts, texts_hash
@@ -100,7 +102,7 @@ def convert(
     """
     asked = compile_recipe(model, method, sparsity, max_ppl_increase, max_kl, recipe, calibration, precision, target, seed)
     out = Path(output) if output else Path(f"{BUNDLED_NAME if asked.model == BUNDLED_MODEL else Path(asked.model).absolute().name}-sparse")
-    _check_device(device)
+    check_device(device)
     if push_to:
         push_to = check_push(push_to).id
     if out.exists() and not (out / MANIFEST).is_file():
@@ -116,6 +118,7 @@ def convert(
                 return Result(out, False, None, remote_needs, precision=asked.export.precision)
             check_disk(out, remote_needs.disk_bytes)
     source = resolve(asked.model, work / "source")
+    record = RecoveryRecord.load(source.folder / RECOVERY) if (source.folder / RECOVERY).is_file() else None
     configs = method_configs(asked, bool(training_stages(asked)) or has_zeros(source))
     needed = estimate(source, asked, configs)
     if dry_run:
@@ -128,7 +131,7 @@ def convert(
 
     recovered = _recovered(source, asked, work / RECOVERING, device)
     texts = _texts(source, asked, training_windows(configs), work)
-    original, source = (source, recovered.source) if recovered else (None, source)
+    original, source, record = (source, recovered.source, recovered.record) if recovered else (None, source, record)
     within = asked
     if asked.budget.bounded and PRECISIONS[asked.export.precision].bits is not None:
         within = room(asked, make_graphs(source, texts, asked, work, original))
@@ -139,7 +142,7 @@ def convert(
     graphs = make_graphs(source, texts, asked, work, original)
     measured = measure(source, plans, _sparsities(configs, asked), texts, asked, work, original)
     chosen, candidates = choose(measured, source, texts, graphs, asked, work, original)
-    report = _finish(out, original or source, asked, fingerprint, texts, chosen, candidates, graphs, command, keep_stages, push_to, recovered)
+    report = _finish(out, original or source, asked, fingerprint, texts, chosen, candidates, graphs, command, keep_stages, push_to, record)
     if not keep_stages:
         shutil.rmtree(work)
     url = push(out, push_to, private=not public) if push_to else None
@@ -151,6 +154,8 @@ def _recovered(source: Source, recipe: Recipe, work: Path, device: str) -> Tuned
     stages = training_stages(recipe)
     if not stages:
         return None
+    if any(stage.tune is not None and stage.tune.parallel == "fsdp" for stage in stages):
+        raise InputError("convert must train in one process, got parallel fsdp. Run sparsegate tune under torchrun and convert what it writes.")
     return train_stages(source, stages, recipe.seed, work, device, Evaluation(make_heldout(source, recipe), heldout_name(recipe)))
 
 
@@ -165,13 +170,6 @@ def _texts(source: Source, recipe: Recipe, training: int, work: Path) -> Texts:
 def _sparsities(configs: Configs, recipe: Recipe) -> dict[str, float | None]:
     """The share to skip that each method was asked for; None where a budget, files, zeros or a training decide."""
     return {name: None if recipe.searches else getattr(next(iter(parts.values()), None), "sparsity", None) for name, parts in configs.items()}
-
-
-def _check_device(device: str) -> None:
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"device must be cpu or cuda, got {device!r}. Choose one of these.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda must have a CUDA GPU and a CUDA build of torch, got none. Use --device cpu.")
 
 
 def _existing(out: Path, fingerprint: str, push_to: str | None, public: bool, leftover: Path | None) -> Result:
@@ -189,7 +187,9 @@ def _occupied(out: Path, what: str) -> InputError:
 def _fingerprint(source: str, recipe: Recipe, configs: Configs) -> str:
     """Of everything that decides the result: the model's files, the recipe, and the texts and predictors that it names by path."""
     files = [imported_files(config) for parts in configs.values() for config in parts.values() if isinstance(config, ImportedConfig)]
-    return hash_json({"tool": VERSION, "source": source, "recipe": recipe.model_dump(mode="json"), "texts": texts_hash(recipe), "predictors": files})
+    mixtures = [files_hash(stage.tune.data) for stage in training_stages(recipe) if stage.tune is not None]
+    texts = {"texts": texts_hash(recipe)} | ({"mixtures": mixtures} if any(mixtures) else {})
+    return hash_json({"tool": VERSION, "source": source, "recipe": recipe.model_dump(mode="json"), **texts, "predictors": files})
 
 
 def _fetched_fingerprint(out: Path, recipe: Recipe, configs: Configs) -> str:
@@ -223,9 +223,11 @@ def _finish(
     command: str,
     keep_stages: bool,
     repo_id: str | None,
-    recovered: Tuned | None,
+    record: RecoveryRecord | None,
 ) -> Report:
-    """Assemble OUT from the chosen candidate's stages, report and card; the manifest is written last and one rename makes OUT appear."""
+    """Assemble OUT from the chosen candidate's stages, report and card; the manifest is written last and one rename makes OUT appear. `record` is that of the
+    training that the weights come from, here or before.
+    """
     report = build_report(source, recipe, texts, candidates, chosen, graphs, command)
     quality = chosen.quality
     with atomic_folder(out) as partial:
@@ -233,9 +235,9 @@ def _finish(
         _place(chosen.checkpoint, partial, keep_stages)
         (partial / "onnx").mkdir()
         _place(chosen.onnx, partial / "onnx", keep_stages)
-        if recovered is not None:
+        if record is not None:
             (partial / RECOVERY).parent.mkdir(exist_ok=True)
-            write_json(partial / RECOVERY, recovered.record.model_dump(mode="json"))
+            write_json(partial / RECOVERY, record.model_dump(mode="json"))
         write_report(partial, report, read_base_card(source.folder, source.id, source.revision), repo_id)
         manifest = Manifest(
             fingerprint=fingerprint,

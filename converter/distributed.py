@@ -45,10 +45,11 @@ def processes(device: str) -> Iterator[torch.device]:
     """Join the processes that torchrun started, if it did, and leave them at the end; yields the device of this one: "cpu", or its own of the GPUs for "cuda".
 
     CPU tensors go by gloo and CUDA tensors by nccl. After an error the processes are not waited for. Raises InputError when only a part of torchrun's
-    environment is there and when a machine has fewer GPUs than processes.
+    environment is there, when a machine has fewer GPUs than processes, and for one process as `check_device`.
     """
     present = [name for name in _NEEDED if name in os.environ]
     if "WORLD_SIZE" not in present:
+        check_device(device)
         yield torch.device(device)
         return
     if len(present) < len(_NEEDED):
@@ -63,6 +64,14 @@ def processes(device: str) -> Iterator[torch.device]:
     dist.init_process_group(_BACKENDS[kind], timeout=_PATIENCE, device_id=own if kind == "cuda" else None)
     yield own
     dist.destroy_process_group()
+
+
+def check_device(device: str) -> None:
+    """Raise InputError unless torch can compute on `device`, "cpu" or "cuda"."""
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device must be cpu or cuda, got {device!r}. Choose one of these.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda must have a CUDA GPU and a CUDA build of torch, got none. Use --device cpu.")
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:

@@ -57,6 +57,12 @@ def mixture_batches(tokenizer: Any, data: Data, seed: int, work: Path) -> Batche
     return Batches(tokens, torch.ones((1, 1), dtype=torch.bool).expand(tokens.shape))
 
 
+def files_hash(data: Data) -> str | None:
+    """Sha256 (hex) over the bytes of a mixture's files; None where none is named. Raises InputError for a file that is absent."""
+    found = {part.name: [hash_file(path) for path in _paths(part)] for part in _sorted(data) if part.files}
+    return hash_json(found) if found else None
+
+
 def counts(shares: Sequence[float], windows: int) -> list[int]:
     """Whole windows [P] that sum to `windows`, each less than one from its share: of equal remainders the first is rounded up."""
     exact = [windows * share / sum(shares) for share in shares]

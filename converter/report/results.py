@@ -153,11 +153,14 @@ class Check(Strict):
 
 
 class Report(Strict):
-    """All measurements of one conversion. `model` is the Hub id (then `revision` is its commit) or the name of the source folder."""
+    """All measurements of one conversion. `model` is the Hub id (then `revision` is its commit) or the name of the source folder. Where it is `swapped`, its
+    activation was changed before, and the row of the method dense is this model with nothing skipped: tables call it ungated.
+    """
 
     version: Literal[1] = 1
     model: str
     revision: str | None = None
+    swapped: bool = False
     tool: str = VERSION
     date: str
     command: str

@@ -77,7 +77,7 @@ def quality_cells(report: Report) -> Cells:
     header = ["method", "NLL", "perplexity", "KL to dense", "agreement", "density", "cost"]
     body = [
         [
-            _method(row),
+            _method(row, report),
             nats(row.nll),
             Number(f"{row.perplexity:.4g}", row.perplexity),
             nats(row.kl, small=True),
@@ -101,7 +101,10 @@ def quality_cells(report: Report) -> Cells:
 def onnx_cells(report: Report) -> Cells:
     """The cells of `onnx_table`: the dense model in fp32 and the sparse one in torch, then the ONNX files."""
     chosen = report.chosen
-    torch = [("dense torch", "fp32", "torch", ABSENT, report.dense), (f"{chosen.method} torch", "fp32", "torch", ABSENT, chosen)]
+    torch = [
+        ("ungated torch" if report.swapped else "dense torch", "fp32", "torch", ABSENT, report.dense),
+        (f"{chosen.method} torch", "fp32", "torch", ABSENT, chosen),
+    ]
     files = [(f"{'dense' if row.model == 'dense' else chosen.method} ONNX", row.precision, row.executor, megabytes(row.bytes), row) for row in report.onnx]
     body = [
         [
@@ -143,7 +146,9 @@ def layer_cells(report: Report) -> Cells:
     return header, body
 
 
-def _method(row: Row) -> str:
+def _method(row: Row, report: Report) -> str:
+    if row.method == "dense" and report.swapped:
+        return "ungated"
     return f"{row.method} (selected)" if row.selected else row.method
 
 

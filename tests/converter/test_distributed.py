@@ -152,3 +152,10 @@ def test_half_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     with pytest.raises(InputError, match=r"must have a GPU, got 8 for process 9 of this machine"), processes("cuda"):
         pass
+
+
+@pytest.mark.parametrize(("device", "words"), [("gpu", "device must be cpu or cuda, got 'gpu'"), ("cuda", "device cuda must have a CUDA GPU")])
+def test_a_device_that_is_not_there(device: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=words), processes(device):
+        pass

@@ -33,6 +33,7 @@ from sparsegate.converter.recipe import Recovery
 from sparsegate.converter.reference import load, load_dense
 from sparsegate.converter.report import RESULTS, Report
 from sparsegate.converter.report.recovery import RECOVERY, RecoveryRecord
+from sparsegate.converter.report.tables import quality_cells
 from sparsegate.converter.source import open_source
 from sparsegate.converter.training import settings_of
 from sparsegate.converter.tuning import tune
@@ -324,6 +325,8 @@ def test_a_tuned_folder_is_converted_like_any_model(model: Path, tmp_path: Path)
     assert result.report is not None
     assert {row.method for row in result.report.rows} == {"dense", "gate", "chess", "cett", "trained_gate", "predictor", "exact"}
     exact = next(row for row in result.report.rows if row.method == "exact")
+    assert quality_cells(result.report)[1][0][0] == "ungated", "no dense model is at hand"
+    assert RecoveryRecord.load(tmp_path / "out" / RECOVERY) == RecoveryRecord.load(folder / RECOVERY)
     assert exact.selected and exact.kl == pytest.approx(0, abs=1e-6) and read_json(tmp_path / "out" / "config.json", "c")["model_type"] == "sparsegate_llama"
 
 
