@@ -306,7 +306,13 @@ def test_plans_that_no_executor_has(plan: Plan, words: tuple[str, ...], tiny_mod
 
 
 def test_linears_of_other_layers_are_no_conflict() -> None:
-    check_plan({Site(0): [residual_entry()], linear(0, "o_proj"): [Threshold("input", torch.zeros(D), 0.5)], linear(1, "up_proj"): [Threshold("input", torch.zeros(D), 0.5)]})
+    check_plan(
+        {
+            Site(0): [residual_entry()],
+            linear(0, "o_proj"): [Threshold("input", torch.zeros(D), 0.5)],
+            linear(1, "up_proj"): [Threshold("input", torch.zeros(D), 0.5)],
+        }
+    )
 
 
 @pytest.mark.parametrize("given", ["fc1", "residual"])
