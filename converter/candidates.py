@@ -18,6 +18,7 @@ from .evaluation import predictor_cost
 from .executors import NO_CUDA, check_onnx, has_cuda, measure_shipped
 from .onnx_export import PRECISIONS, build_base, check_base, export, export_dense, load_stock, round_model
 from .onnx_export.precision import Precision
+from .planning import TUNED
 from .plans import Plan, Predictor, deciding
 from .recipe import Export, Recipe
 from .reference import apply_plan, load, load_dense, remove_plan
@@ -179,12 +180,12 @@ def _load(source: Source | None) -> Any | None:
 def choose(
     candidates: list[Candidate], source: Source, texts: Texts, graphs: Graphs, recipe: Recipe, work: Path, original: Source | None = None
 ) -> tuple[Candidate, list[Candidate]]:
-    """The best candidate, exported and checked, and all of them with it in its place: the cheapest one where a budget was searched, else the one with the
-    least KL to dense. One whose executors disagree is passed over.
+    """The best candidate, exported and checked, and all of them with it in its place: what a training ended with, else the cheapest one where a budget was
+    searched, else the one with the least KL to dense. One whose executors disagree is passed over.
 
     Raises InputError with the failed checks when none passes.
     """
-    order = sorted(candidates, key=lambda c: (c.quality.block_cost or c.quality.cost) if recipe.searches else c.quality.kl)
+    order = sorted(candidates, key=lambda c: (c.method != TUNED, (c.quality.block_cost or c.quality.cost) if recipe.searches else c.quality.kl))
     tried: dict[str, Candidate] = {candidate.method: candidate for candidate in candidates}
     for candidate in order:
         if candidate.passed:

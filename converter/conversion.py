@@ -27,6 +27,7 @@ from .opening import resolve
 from .planning import (
     BUNDLED_MODEL,
     BUNDLED_NAME,
+    EXACT,
     TUNED,
     Configs,
     Estimate,
@@ -137,6 +138,8 @@ def convert(
         within = room(asked, make_graphs(source, texts, asked, work, original))
     if recovered and TUNED in configs:
         plans = {TUNED: keep_plan(recovered.plan, recovered.header, work)}
+        if any(len(entries) > 1 for entries in recovered.plan.values()):  # predictors: what the zeros alone would give stands beside
+            plans[EXACT] = keep_plan({site: entries[:1] for site, entries in recovered.plan.items()}, recovered.header, work, EXACT)
     else:
         plans = once(source, texts, within, configs, work, device, original)
     graphs = make_graphs(source, texts, asked, work, original)
@@ -169,7 +172,7 @@ def _texts(source: Source, recipe: Recipe, training: int, work: Path) -> Texts:
 
 def _sparsities(configs: Configs, recipe: Recipe) -> dict[str, float | None]:
     """The share to skip that each method was asked for; None where a budget, files, zeros or a training decide."""
-    return {name: None if recipe.searches else getattr(next(iter(parts.values()), None), "sparsity", None) for name, parts in configs.items()}
+    return {name: None if recipe.searches else getattr(next(iter(parts.values()), None), "sparsity", None) for name, parts in configs.items()} | {EXACT: None}
 
 
 def _existing(out: Path, fingerprint: str, push_to: str | None, public: bool, leftover: Path | None) -> Result:

@@ -19,21 +19,21 @@ from torch import Tensor
 
 from .activation_checkpointing import checkpointed
 from .arch import Site
-from .artifact import Header, InputError, atomic_folder, is_finished, read_json, write_header, write_json
+from .artifact import Header, InputError, atomic_folder, is_finished, read_header, read_json, write_header, write_json
 from .blocks import swap
 from .by_block import recover_by_block
 from .data import Batches
-from .distributed import gathered, processes, same_error, shard, sum_over_processes, world
+from .distributed import gathered, processes, same_error, shard, share_of, sum_over_processes, world
 from .end_to_end import Unit, input_rms, make_unit
 from .lora import add_lora, linear_names, lora_tensors, merge_lora, plain_state
 from .manifest import installed_versions
 from .methods.predictor import fresh_predictor, rank_for
 from .mixtures import FOLDER as MIXTURE
-from .mixtures import mixture_batches
+from .mixtures import files_hash, mixture_batches
 from .opening import resolve
 from .orientation import orient
 from .planning import BUNDLED_MODEL, BUNDLED_NAME, SELF, named_recipe, training_stages
-from .plans import Plan, Swap, load_plan, save_plan
+from .plans import Plan, Swap, check_exact, load_plan, save_plan
 from .recipe import Recovery, Stage, make_part, read_recipe
 from .recovery import RecoveryObjective
 from .reference import apply_plan, load_dense, remove_plan
@@ -161,24 +161,39 @@ def train_stages(source: Source, stages: Sequence[Stage], seed: int, work: Path,
 
     Raises InputError as `tuned` does.
     """
+    _check(source, stages)
     found, records = None, []
     for number, stage in enumerate(stages):
         assert stage.tune is not None
         given = source if found is None else found.source
-        if number and stage.tune.data == stages[number - 1].tune.data and world().rank == 0:  # type: ignore[union-attr]
-            _share_text(stage_folder(work, number - 1), stage_folder(work, number))
+        with same_error():
+            if number and stage.tune.data == stages[number - 1].tune.data and world().rank == 0:  # type: ignore[union-attr]
+                _share_text(stage_folder(work, number - 1), stage_folder(work, number))
         found = tuned(given, stage.config.get("activation"), stage.tune, seed, stage_folder(work, number), device, evaluation, source)
         records.append(found.record)
     assert found is not None
     return replace(found, record=joined(records))
 
 
+def _check(source: Source, stages: Sequence[Stage]) -> None:
+    """Raise InputError, before anything is sampled, for an activation or a number of windows that training would meet later."""
+    for site in source.arch.sites(source.config):
+        name = stages[0].config.get("activation") or _present(source, site)
+        check_exact(name)
+        if name == "drelu" and source.arch.ffn.kind == "plain":
+            raise InputError(f"The activation of a plain network must be one of a single product, got drelu in {source.arch.model_type}. Use relu.")
+    for stage in stages:
+        assert stage.tune is not None
+        share_of(stage.tune.windows, "The windows of a micro-batch")
+
+
 def _share_text(before: Path, after: Path) -> None:
     """Let a stage read the text that the one before it had made, with no seconds of its own."""
     for name in (GENERATED, MIXTURE):
-        if (before / name).is_dir() and not (after / name).exists():
-            shutil.copytree(before / name, after / name)
-            write_json(after / name / SECONDS, {"seconds": 0.0})
+        if (before / name).is_dir() and read_header(before / name) != read_header(after / name):
+            with atomic_folder(after / name) as partial:
+                shutil.copytree(before / name, partial, dirs_exist_ok=True)
+                write_json(partial / SECONDS, {"seconds": 0.0})
 
 
 def tuned(
@@ -190,7 +205,9 @@ def tuned(
 
     Raises InputError for activations and settings that do not fit the model, and where training fails.
     """
-    config = {"activation": activation, "tune": asked.model_dump(mode="json"), "evaluation": evaluation.batches.sha256}
+    config: dict[str, Any] = {"activation": activation, "tune": asked.model_dump(mode="json"), "evaluation": evaluation.batches.sha256}
+    if asked.data.mixture:
+        config["text"] = files_hash(asked.data)
     original = original or source
     parents = {"model": source.fingerprint} | ({} if original is source else {"original": original.fingerprint})
     header = Header(format="tuned", parents=parents, config=config, seed=seed)
@@ -226,11 +243,15 @@ def _tune(
     for site, name in wished.items():
         swap(student.get_submodule(arch.ffn_module(site.layer)), arch, name)
     exact: Plan = {site: [Swap(name)] for site, name in wished.items()}
-    swapped = None
+    swapped, fitted = None, Training(0, 0.0, 0.0, [], [], {})
     if asked.by_block is not None:
         swapped = _compared(student, exact, evaluation.batches, teacher, source)
-        blocks = asked.by_block
-        recover_by_block(student, teacher, arch, batches, blocks, seed, work / "by_block", header, l1=blocks.l1, precision=asked.precision, device=device)
+        blocks, began = asked.by_block, time.monotonic()
+        rows = recover_by_block(
+            student, teacher, arch, batches, blocks, seed, work / "by_block", header, l1=blocks.l1, precision=asked.precision, device=device
+        )
+        tokens, cpu = len(rows) * blocks.steps * blocks.tokens, sum(float(row["cpu_seconds"]) for row in rows)
+        fitted = replace(fitted, tokens=tokens, seconds=time.monotonic() - began, cpu_seconds=cpu)
     leaves = _leaves(student, source, asked, seed)
     for model in (teacher, student):  # what is shared out never stands whole on a device
         if asked.parallel == "fsdp":
@@ -250,9 +271,10 @@ def _tune(
     quality = _quality(recovered, _compared(student, whole, evaluation.batches, teacher, source) if trained.units else None)
     record = RecoveryRecord(
         activation=", ".join(sorted(set(wished.values()))), text=text, settings=asked.model_dump(mode="json"),
-        tokens_trained=trained.tokens, seconds=trained.seconds,
-        cpu_seconds=trained.cpu_seconds, machine=this_machine(), versions=installed_versions(), curve=trained.curve, heldout=trained.heldout,
+        tokens_trained=fitted.tokens + trained.tokens, seconds=fitted.seconds + trained.seconds, cpu_seconds=fitted.cpu_seconds + trained.cpu_seconds,
+        machine=this_machine(), versions=installed_versions(), curve=trained.curve, heldout=trained.heldout,
         dense=DenseQuality(nll=swapped.nll_dense, tokens=swapped.tokens), swapped=_quality(swapped), recovered=quality,
+        exact=_quality(recovered) if trained.units else None,
         evaluation=Text(hash=evaluation.batches.sha256, tokens=swapped.tokens, name=evaluation.name),
     )  # fmt: skip
     weights = {name: gathered(tensor) for name, tensor in plain_state(student).items()}
@@ -362,7 +384,7 @@ def _trained(
     store = work / "heldout.json"
     if not is_finished(work / "state", header):
         store.unlink(missing_ok=True)
-    tokens = asked.accumulate * min(asked.windows, len(batches.tokens)) * batches.tokens.shape[1]
+    tokens = min(asked.accumulate * asked.windows, len(batches.tokens)) * batches.tokens.shape[1]
     objective = RecoveryObjective(
         student, teacher if asked.losses.distill or asked.losses.hidden else None, arch, arch.activation(source.config), sites, asked,
         settings_of(asked, seed), leaves, units, {name for name in leaves if name in linear or asked.lora is not None},

@@ -95,7 +95,8 @@ class SwappedQuality(Strict):
 
 
 class RecoveryRecord(Strict):
-    """One recovery: `swapped` is the model before it, `recovered` after it, both on the tokens of `evaluation`; `settings` are the recipe's
+    """One recovery: `swapped` is the model before it, `recovered` after it, with predictors where they
+    were trained, and then `exact` without them, all on the tokens of `evaluation`; `settings` are the recipe's
     (`recipe.Recovery`).
 
     `seconds` is the wall time of training without the making of text, `cpu_seconds` the processor time of all processes over it; `tokens_trained` counts a
@@ -116,6 +117,7 @@ class RecoveryRecord(Strict):
     dense: DenseQuality
     swapped: SwappedQuality
     recovered: SwappedQuality
+    exact: SwappedQuality | None = None
     evaluation: Text
 
     @model_validator(mode="after")
@@ -158,7 +160,10 @@ def before_after_cells(record: RecoveryRecord) -> Cells:
     header = ["model", "NLL", "change", "perplexity", "KL to dense", "agreement", "density", "gate open", "predicted", "cost"]
     dense = SwappedQuality(nll=record.dense.nll, kl=0, agreement=1, density=1, opened=1, cost=1)
     body = []
-    for name, row in (("dense", dense), (f"{record.activation}, before recovery", record.swapped), (f"{record.activation}, recovered", record.recovered)):
+    rows = [("dense", dense), (f"{record.activation}, before recovery", record.swapped)]
+    rows += [] if record.exact is None else [(f"{record.activation}, recovered, exact zeros", record.exact)]
+    rows.append((f"{record.activation}, recovered{'' if record.exact is None else ', predictors'}", record.recovered))
+    for name, row in rows:
         change = row.nll / record.dense.nll - 1
         body.append(
             [

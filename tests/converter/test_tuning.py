@@ -222,7 +222,8 @@ def test_block_by_block_alone(model: Path, tmp_path: Path) -> None:
     changed = [name for name in before if ".mlp." in name and not torch.allclose(before[name].abs(), after[name].abs())]
     assert len(changed) == 6, "gate, up and down of both blocks"
     record = RecoveryRecord.load(out / RECOVERY)
-    assert record.recovered.kl != record.swapped.kl and record.curve == [] and record.tokens_trained == 0
+    assert record.recovered.kl != record.swapped.kl and record.curve == []
+    assert record.tokens_trained == 2 * 20 * 64 and record.cpu_seconds > 0
 
 
 def test_predictors_trained_with_the_weights(model: Path, tmp_path: Path) -> None:
@@ -231,6 +232,8 @@ def test_predictors_trained_with_the_weights(model: Path, tmp_path: Path) -> Non
     assert all(isinstance(entries[0], Swap) and isinstance(entries[1], Predictor) for entries in plan.values()) and len(plan) == 2
     record = RecoveryRecord.load(out / RECOVERY)
     predicted = record.recovered.predicted
+    assert record.exact is not None and record.exact.predicted is None and record.exact.density == record.recovered.density
+    assert record.exact.nll != record.recovered.nll
     assert predicted is not None and record.recovered.cost == pytest.approx(predicted + 28 * (64 + 176) / (3 * 64 * 176), abs=1e-6)
     assert [site.predicted for site in record.recovered.sites] == [pytest.approx(entries[1].density, abs=0.2) for entries in plan.values()]
 
@@ -245,11 +248,12 @@ def test_files_in_place_of_the_model_s_own_text(model: Path, tmp_path: Path, mon
     assert settings["steps"] == 2 and settings["penalty"]["density"] == 0.5 and settings["lora"] == {"rank": 1, "alpha": 2.0}
 
 
-def test_refusals(model: Path, tmp_path: Path) -> None:
+def test_refusals(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe(model, tmp_path)
     (tmp_path / "there").mkdir()
     assert refused(lambda: tune(output=tmp_path / "there", recipe=path)).startswith("OUT must be a new folder, got")
     assert refused(lambda: tune(str(model), tmp_path / "a", recipe=path)).startswith("MODEL must stand without a recipe that names its model")
+    monkeypatch.setattr(texts, "self_generated_streams", lambda *given: pytest.fail("nothing is sampled"))
     assert "exact zeros" in refused(lambda: tune(output=tmp_path / "a", recipe=path, activation="silu"))
     assert refused(lambda: tune(output=tmp_path / "a", recipe=path, steps=0)).startswith("The training's steps must be valid, got 0")
     assert refused(lambda: tune(output=tmp_path / "a", recipe=small_recipe(model, tmp_path))).startswith("The recipe must have a stage with tune")
@@ -278,7 +282,8 @@ def test_convert_trains_first(last: dict[str, Any] | None, model: Path, tmp_path
     assert result.report is not None and all(check.passed for check in result.report.checks)
     assert {"body logits", "kernel logits", "genai kernel greedy tokens"} <= {check.name for check in result.report.checks}
     record, report = RecoveryRecord.load(out / RECOVERY), Report.load(out / RESULTS)
-    dense, row = report.rows
+    dense, row, *others = report.rows
+    assert [other.method for other in others] == (["exact"] if last is None else []) and row.selected
     assert dense.nll == pytest.approx(record.dense.nll, abs=1e-6), "dense is the source, not the recovered model ungated"
     plan = read_plan(out)
     assert all(isinstance(entries[0], Swap) and entries[0].activation == "drelu" for entries in plan.values())
