@@ -17,11 +17,13 @@ from types import ModuleType
 from typing import Any
 
 _AUTO = "transformers.models.auto.configuration_auto"
+_MODELS = "transformers.models.auto.modeling_auto"
+"""It imports _AUTO; while it is itself being imported, configurations that need it cannot be."""
 
 
 def watch() -> None:
     """Register the classes as soon as transformers' auto classes are imported, or now when they are."""
-    if _AUTO in sys.modules:
+    if _AUTO in sys.modules and not _half_imported(_MODELS):
         register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
@@ -38,13 +40,18 @@ def register() -> None:
             CONFIG_MAPPING.register(PREFIX + base, config_class(base))
 
 
+def _half_imported(name: str) -> bool:
+    """Whether a module is just being imported."""
+    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
+
+
 class _Finder(MetaPathFinder):
-    """Waits for transformers' auto configuration, which the other finders load, to register after it."""
+    """Waits for transformers' auto classes, which the other finders load, to register after them."""
 
     asking = False
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != _AUTO or self.asking:
+        if fullname not in (_AUTO, _MODELS) or self.asking:
             return None
         self.asking = True
         try:
@@ -69,6 +76,8 @@ class _Loader(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.own
         self.own.exec_module(module)
+        if module.__name__ == _AUTO and _half_imported(_MODELS):
+            return  # it comes through here when it is whole
         if self.finder in sys.meta_path:
             sys.meta_path.remove(self.finder)
         register()

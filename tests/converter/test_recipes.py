@@ -18,7 +18,7 @@ from sparsegate.converter.planning import named_recipe, training_stages
 from sparsegate.converter.recipe import Recipe, Recovery, make_recipe, read_recipe
 
 FOLDER = Path(converter.__file__).parent / "recipes"
-NAMES = ("turbosparse", "turbosparse_paper")
+NAMES = ("turbosparse", "turbosparse_paper", "turbosparse_predictors")
 SHARES = {
     "WanJuan-CC": 73.55, "peS2o": 7.83, "RedPajama books": 6.54, "Pile arXiv, PubMed and PhilPapers": 2.69, "StarCoder rest": 1.73, "OpenWebMath": 1.46,
     "GitHub code": 1.41, "StarCoder Java": 0.77, "Proof-Pile-2": 0.76, "StarCoder C#": 0.74, "RedPajama Wikipedia": 0.65, "AlgebraicStack": 0.54,
@@ -53,7 +53,7 @@ def test_all_files_of_the_folder_are_tested() -> None:
 def test_recipes_load_by_name_and_leave_the_model_open(name: str) -> None:
     assert named_recipe(name) == FOLDER / f"{name}.yaml"
     found = read_recipe(named_recipe(name), "some/model")
-    assert found == recipe_of(name) and found.model == "some/model" and [stage.tune is None for stage in found.stages] == [False, name != "turbosparse"]
+    assert found == recipe_of(name) and found.model == "some/model" and [stage.tune is None for stage in found.stages] == [False, name != "turbosparse_predictors"]
     with pytest.raises(InputError, match="stages"):
         recipe_of(name, stages=[{}] * 4)
     last = found.stages[1]
@@ -69,6 +69,12 @@ def test_the_small_recipe_needs_no_data_and_says_what_it_does() -> None:
     assert re.search(rf"batch +{tune.windows} windows of {tune.data.length} = {step} tokens", said) and f"warm-up         {tune.warm_up} steps" in said
     assert f"{tune.data.windows} windows" in said and f"{tune.rate:.0e}".replace("e-0", "e-") + ", to nothing along a cosine" in said
     assert (tune.floor, tune.schedule) == (0.0, "cosine")
+
+
+def test_predictors_follow_the_same_training() -> None:
+    found = training_stages(recipe_of("turbosparse_predictors"))
+    assert found[:1] == training_stages(recipe_of("turbosparse")) and len(found) == 2
+    assert found[1].tune is not None and found[1].tune.predictors is not None and found[1].tune.data == training_of("turbosparse").data
 
 
 def test_the_paper_s_recipe_has_the_paper_s_numbers() -> None:
