@@ -1,6 +1,7 @@
 """Write docs/turbosparse.md and its pictures from the stored results: `python tests/bench/recovery_page.py`.
 
 With `--take OUT` the records of a checkpoint that `sparsegate convert --recipe turbosparse` wrote are stored first, as recovery.json and recovered.json; with
+`--predictors OUT` the report of one of the recipe turbosparse_predictors, as recovered_predictors.json; with
 `--scratch WORK` the curves of `examples/pretrain.py` runs below WORK (folders silu0, drelu0, silu1 and so on), as scratch.json.
 """
 
@@ -30,6 +31,7 @@ from sparsegate.converter.report.tables import quality_table, table
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "turbosparse.md"
+PREDICTORS = "recovered_predictors.json"
 INTRODUCTION = """# dReLU: exact zeros by recovery training
 
 Turbo Sparse (arXiv 2406.05955) replaces a model's SwiGLU by dReLU, relu(gate x) * relu(up x), and trains it until it is as good as before; most products are
@@ -118,6 +120,10 @@ def page() -> str:
         "## The checkpoint", "", f"`{report.command}`; cost is the bytes of the feed-forward networks touched per token, predictor included.", "",
         quality_table(report), "",
     ]  # fmt: skip
+    if (RESULTS / PREDICTORS).is_file():
+        other = Report.model_validate(load(PREDICTORS))
+        said = f"`{other.command}`: predictors trained with the weights in a second stage; `exact` are the same weights without them."
+        parts += ["With predictors:", "", said, "", quality_table(other), ""]
     speed = speed_lines()
     if speed:
         parts += ["## Speed against its own dense source", *speed, ""]
@@ -137,10 +143,13 @@ def main() -> None:
     """Store what is asked for and write the page and its pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--take", type=Path)
+    parser.add_argument("--predictors", type=Path)
     parser.add_argument("--scratch", type=Path)
     arguments = parser.parse_args()
     if arguments.take:
         store(arguments.take)
+    if arguments.predictors:
+        write_json(RESULTS / PREDICTORS, json.loads((arguments.predictors / REPORT).read_text(encoding="utf-8")))
     if arguments.scratch:
         store_scratch(arguments.scratch)
     PAGE.write_text(page(), encoding="utf-8")
