@@ -55,7 +55,7 @@ def store_scratch(work: Path) -> None:
     runs = []
     for folder in sorted(path for path in work.iterdir() if path.is_dir()):
         found = re.fullmatch(r"(silu|drelu)(\d+)", folder.name)
-        if found:
+        if found and (folder / "checkpoint.pt").is_file():
             state = torch.load(folder / "checkpoint.pt", weights_only=True)
             said = re.search(r"cpu ([\d.]+)", (work / f"{folder.name}.log").read_text())
             cpu = float(said[1]) if said else None
