@@ -100,7 +100,7 @@ def folder_lines(result: dict[str, Any]) -> str:
         base, own = (result[role][f"{phase}_tokens_per_s"] for role in ("baseline", "candidate"))
         body.append([phase, f"{base:.1f}", f"{own:.1f}", f"{result[phase]['ratio']:.2f}", result[phase]["verdict"]])
     settings = result["settings"]
-    said = f"{settings['prompt_tokens']} prompt and {settings['new_tokens']} new tokens, {settings['threads']} threads, {len(result['samples'])} pairs"
+    said = f"{settings['prompt_tokens']} prompt and {settings['new_tokens']} new tokens, {settings['threads'] or 'all'} threads, {len(result['samples'])} pairs"
     quiet = "" if result["quiet"] else " Other load disturbed every pair: not to be quoted."
     cells = (["the recovered model", "dense tok/s", "tok/s", "ratio", "verdict"], body)
     return f"{table(cells)}\n\n{said}. Written by `{result['command']}`. The model fits in a cache.{quiet}"
