@@ -363,7 +363,7 @@ def test_recipe_excludes_flags(tmp_path: Path) -> None:
         ({"model": "m", "plugin": "x.py"}, ("plugin", "x.py")),
         ({"model": "m", "seed": -1}, ("seed", "-1")),
         ({"model": "m", "stages": []}, ("stages",)),
-        ({"model": "m", "stages": [{"method": "gate"}] * 3}, ("stages",)),
+        ({"model": "m", "stages": [{"method": "gate"}] * 4}, ("stages",)),
         ({"model": "m", "export": {"precision": "fp8"}}, ("export.precision", "fp8", "fp32")),
         ({"model": "m", "budget": {"max_kl": float("nan")}}, ("budget.max_kl", "nan")),
         ({"model": "m", "budget": {"max_ppl_increase": -0.1}}, ("budget.max_ppl_increase", "-0.1")),

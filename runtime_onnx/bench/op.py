@@ -127,8 +127,8 @@ def bench_op(
             folder = Path(temporary) / name.replace(", ", "_").replace(" ", "_")
             folder.mkdir()
             case: Case = ReluCase(form, d, n, r, folder, activation) if zeros else CASES[op](form, d, n, r, folder)
-            for count, density, score in wishes:
-                result["rows"].append(timer.row(case, form, count, density, score, Path(temporary)))
+            for count, density, kind in wishes:
+                result["rows"].append(timer.row(case, form, count, density, kind, Path(temporary)))
                 if keep:
                     keep(result)
             for file in folder.iterdir():

@@ -53,7 +53,8 @@ def test_all_files_of_the_folder_are_tested() -> None:
 def test_recipes_load_by_name_and_leave_the_model_open(name: str) -> None:
     assert named_recipe(name) == FOLDER / f"{name}.yaml"
     found = read_recipe(named_recipe(name), "some/model")
-    assert found == recipe_of(name) and found.model == "some/model" and [stage.tune is None for stage in found.stages] == [False, name != "turbosparse_predictors"]
+    assert found == recipe_of(name) and found.model == "some/model"
+    assert [stage.tune is None for stage in found.stages] == [False, name != "turbosparse_predictors"]
     with pytest.raises(InputError, match="stages"):
         recipe_of(name, stages=[{}] * 4)
     last = found.stages[1]

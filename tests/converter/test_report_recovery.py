@@ -68,7 +68,7 @@ BEFORE_AFTER = """\
 SPENT = """\
 | recovery | spent |
 | --- | ---: |
-| text | own samples (sampled from the dense model) |
+| text | own samples |
 | tokens of it | 1,048,576 in 4096 windows |
 | minutes to make it | 1.6 |
 | tokens trained on | 4,096,000 |
