@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -56,6 +57,21 @@ def make_model(model_type: str, folder: Path, seed: int = 0, **config_overrides:
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+PREDICTOR_RANKS = (12, 5)
+"""Ranks of the predictors that `put_predictors` puts beside the two layers."""
+
+
+def put_predictors(folder: Path) -> Path:
+    """Add random predictors [r, d], [n, r] beside the feed-forward weights of a tiny model, as TurboSparse publishes them; returns `folder`."""
+    weights, hidden, units = load_file(folder / "model.safetensors"), _SHARED["hidden_size"], _SHARED["intermediate_size"]
+    generator = torch.Generator().manual_seed(3)
+    for layer, rank in enumerate(PREDICTOR_RANKS):
+        weights[f"model.layers.{layer}.mlp.predictor.fc1.weight"] = torch.randn(rank, hidden, generator=generator) / hidden**0.5
+        weights[f"model.layers.{layer}.mlp.predictor.fc2.weight"] = torch.randn(units, rank, generator=generator)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from models import VOCAB, make_model
+from models import PREDICTOR_RANKS, VOCAB, make_model, put_predictors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,17 +29,6 @@ from sparsegate.converter.published import normalise
 from sparsegate.converter.source import Source, open_source
 
 D, N, LAYERS, HEADS, KV = 64, 176, 2, 4, 2
-RANKS = (12, 5)
-
-
-def put_predictors(folder: Path) -> Path:
-    weights = load_file(folder / "model.safetensors")
-    generator = torch.Generator().manual_seed(3)
-    for layer, rank in enumerate(RANKS):
-        weights[f"model.layers.{layer}.mlp.predictor.fc1.weight"] = torch.randn(rank, D, generator=generator) / D**0.5
-        weights[f"model.layers.{layer}.mlp.predictor.fc2.weight"] = torch.randn(N, rank, generator=generator)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +66,7 @@ def test_f10_round_trip_bit_for_bit(kind: str, request: pytest.FixtureRequest, t
     sizes = {"block_count": LAYERS, "embedding_length": D, "feed_forward_length": N, "attention.head_count": HEADS, "attention.head_count_kv": KV}
     assert {key: fields[f"{arch}.{key}"] for key in sizes} == sizes and fields[f"{arch}.rope.dimension_count"] == D // HEADS
     own = {name: t for name, t in source.read(source.tensors).items() if "predictor" not in name}
-    for layer, rank in enumerate(RANKS):
+    for layer, rank in enumerate(PREDICTOR_RANKS):
         assert tensors[f"blk.{layer}.fc1.weight"].shape == (rank, D) and tensors[f"blk.{layer}.fc2.weight"].shape == (N, rank)
         down = own[f"model.layers.{layer}.mlp.down_proj.weight"]
         assert np.array_equal(tensors[f"blk.{layer}.ffn_down_t.weight"], down.T.numpy()) and f"blk.{layer}.ffn_down.weight" not in tensors

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import TEXT, VOCAB, make_model
+from models import PREDICTOR_RANKS, TEXT, VOCAB, make_model, put_predictors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,7 +28,6 @@ from sparsegate.converter.reference import apply_plan, dense
 from sparsegate.converter.source import Source, open_source
 
 D, N, LAYERS, HEADS, KV, WINDOW, THETA = 64, 176, 2, 4, 2, 24, 5000.0
-RANKS = (12, 5)
 TOKENS = torch.randint(3, VOCAB, (2, 40), generator=torch.Generator().manual_seed(0))
 BAMBOO = {
     "_name_or_path": "/somewhere/else", "architectures": ["BambooForCausalLM"], "attention_dropout": 0.0,
@@ -51,12 +50,7 @@ def make_published(folder: Path, raw: dict[str, Any], predictors: bool = False) 
     (folder / "config.json").write_text(json.dumps(raw))
     (folder / "modeling_bamboo.py").write_text("raise SystemExit('remote code ran')")
     if predictors:
-        weights = load_file(folder / "model.safetensors")
-        generator = torch.Generator().manual_seed(3)
-        for layer, rank in enumerate(RANKS):
-            weights[f"model.layers.{layer}.mlp.predictor.fc1.weight"] = torch.randn(rank, D, generator=generator) / D**0.5
-            weights[f"model.layers.{layer}.mlp.predictor.fc2.weight"] = torch.randn(N, rank, generator=generator)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        put_predictors(folder)
     return folder
 
 
@@ -130,7 +124,7 @@ def test_bamboo_with_predictors_end_to_end(tmp_path: Path) -> None:
     assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
     for layer in range(LAYERS):
         prefix, predictor = f"model.layers.{layer}.mlp", plan[Site(layer)][-1]
-        assert isinstance(predictor, Predictor) and predictor.rank == RANKS[layer]
+        assert isinstance(predictor, Predictor) and predictor.rank == PREDICTOR_RANKS[layer]
         kept = F.relu(entered[prefix] @ predictor.fc1.T) @ predictor.fc2.T > predictor.tau
         ties = logits[prefix] == 0  # tokens that no hidden unit answers to
         near = (logits[prefix].abs() < 1e-5 * logits[prefix].square().mean().sqrt()) & ~ties
