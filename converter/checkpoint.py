@@ -96,6 +96,13 @@ def write_sparsity(folder: Path, plan: Plan, activation: str) -> None:
         save_file(tensors, folder / TENSORS)
 
 
+def write_stock(folder: Path) -> None:
+    """Take the `sparsity` key from a folder's config.json, whose networks all compute the base model's own activation, and give it the base's names."""
+    raw = read_json(folder / "config.json", "config.json")
+    swapped = str(raw.get("model_type")).startswith(PREFIX)
+    write_json(folder / "config.json", stock_config(raw) if swapped else {name: value for name, value in raw.items() if name != KEY})
+
+
 def stock_config(raw: dict[str, Any]) -> dict[str, Any]:
     """The content of the base model's config.json: that of a checkpoint with a swapped activation under its stock name. Raises InputError as `read_key`."""
     arch, key = load_arch(str(raw.get("model_type"))), raw.get(KEY)

@@ -104,6 +104,8 @@ def convert(
     asked = compile_recipe(model, method, sparsity, max_ppl_increase, max_kl, recipe, calibration, precision, target, seed)
     out = Path(output) if output else Path(f"{BUNDLED_NAME if asked.model == BUNDLED_MODEL else Path(asked.model).absolute().name}-sparse")
     check_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"convert must run in one process, got {os.environ['WORLD_SIZE']}. Run sparsegate tune under torchrun and convert what it writes.")
     if push_to:
         push_to = check_push(push_to).id
     if out.exists() and not (out / MANIFEST).is_file():
@@ -163,9 +165,11 @@ def _recovered(source: Source, recipe: Recipe, work: Path, device: str) -> Tuned
 
 
 def _texts(source: Source, recipe: Recipe, training: int, work: Path) -> Texts:
-    """The windows of the conversion; those that the dense model writes are the ones that it wrote for the first training stage, where it did."""
+    """The windows of the conversion; those that the dense model writes are the ones that it wrote for the first training stage, where it did and where none is
+    searched on, which must be text that nothing was trained on.
+    """
     first = next((stage.tune for stage in training_stages(recipe)), None)
-    if first is None or first.data.mixture:
+    if first is None or first.data.mixture or recipe.searches:
         return make_texts(source, recipe, training, work)
     return make_texts(source, recipe, training, stage_folder(work / RECOVERING, 0), first.data.temperature, streams=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,29 +101,52 @@ def self_generated(model: Any, tokenizer: Any, windows: int, length: int, seed: 
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
-def self_generated_streams(model: Any, tokenizer: Any, windows: int, length: int, seed: int, temperature: float = 1.0) -> Batches:
+def self_generated_streams(
+    model: Any, tokenizer: Any, windows: int, length: int, seed: int, temperature: float = 1.0, groups: Iterable[int] | None = None
+) -> Batches:
     """As `self_generated`, but of texts of STREAM windows, each window continued from the last half of the one before, and seven of eight texts begin with a
     token drawn uniformly.
 
     A model's own texts reach little of what real ones are full of, the middle of a class or a table: it is put there by a token that stands there. So
-    windows start anywhere, as those of a corpus do. Windows of a text are neighbours [N, S].
+    windows start anywhere, as those of a corpus do. Windows of a text are neighbours [N, S]. Texts are sampled in `stream_groups` groups, each by itself;
+    `groups` are the numbers of those wanted (None: all).
     """
-    sampler = _Sampler(model, tokenizer, length, seed, temperature)
-    streams = -(-windows // STREAM)
-    context = min(length // 2, length if sampler.positions is None else sampler.positions - length)
+    count, at_once = stream_groups(model, windows, length)
+    found = []
+    wanted = list(range(count) if groups is None else groups)
+    with tqdm(total=len(wanted) * STREAM * length, desc="sample text", unit="token") as progress:
+        for group in wanted:
+            sampler = _Sampler(model, tokenizer, length, seed * 1_000_003 + group, temperature)
+            first = group * at_once * STREAM
+            found.append(_streams(sampler, min(at_once * STREAM, windows - first), length, progress))
+    tokens = torch.cat(found)
+    return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+
+def stream_groups(model: Any, windows: int, length: int) -> tuple[int, int]:
+    """How many groups of texts give `windows` windows, and the texts of a group, the last of which may be smaller."""
+    at_once = _sampled_together(model, length + max(0, _context(model, length)))
+    return -(-windows // (at_once * STREAM)), at_once
+
+
+def _context(model: Any, length: int) -> int:
+    """Tokens of a text that its next window is continued from."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return min(length // 2, length if positions is None else positions - length)
+
+
+def _streams(sampler: _Sampler, windows: int, length: int, progress: tqdm) -> Tensor:
+    """`windows` windows [N, S] of texts that are sampled together."""
+    context, streams = _context(sampler.model, length), -(-windows // STREAM)
     tokens = torch.empty((streams, STREAM * length), dtype=torch.int64)
-    at_once = _sampled_together(model, length + max(0, context))
-    with tqdm(total=-(-streams // at_once) * STREAM * length, desc="sample text", unit="token") as progress:
-        for group in tokens.split(at_once):  # views of `tokens`
-            for start in range(0, STREAM * length, length):
-                if start and context > 0:
-                    group[:, start : start + length] = sampler.extend(group[:, start - context : start], length, progress)
-                else:
-                    first = torch.where(torch.arange(len(group))[:, None] % 8 == 0, sampler.begin(len(group)), sampler.anywhere(len(group)))
-                    group[:, start : start + 1] = first
-                    group[:, start + 1 : start + length] = sampler.extend(first, length - 1, progress)
-    found = tokens.view(streams * STREAM, length)[:windows].clone()
-    return Batches(found, torch.ones_like(found, dtype=torch.bool))
+    for start in range(0, STREAM * length, length):
+        if start and context > 0:
+            tokens[:, start : start + length] = sampler.extend(tokens[:, start - context : start], length, progress)
+        else:
+            first = torch.where(torch.arange(streams)[:, None] % 8 == 0, sampler.begin(streams), sampler.anywhere(streams))
+            tokens[:, start : start + 1] = first
+            tokens[:, start + 1 : start + length] = sampler.extend(first, length - 1, progress)
+    return tokens.view(streams * STREAM, length)[:windows].clone()
 
 
 class _Sampler:

@@ -39,13 +39,14 @@ def kl_divergence(dense_logits: Tensor, sparse_logits: Tensor, mask: Tensor | No
     Both logits are [..., V]; `mask` is bool [...] with True where a position counts (all when None). A token that the dense model rules out (logit
     -inf) adds nothing. Raises ValueError when no position counts.
     """
-    if mask is not None:
+    if mask is not None and not bool(mask.all()):
         dense_logits, sparse_logits = dense_logits[mask], sparse_logits[mask]
     if dense_logits.numel() == 0:
         raise ValueError("At least one position must count, got none. Check the mask.")
     log_p, log_q = dense_logits.float().log_softmax(-1), sparse_logits.float().log_softmax(-1)
     p = log_p.exp()
-    return (p * (log_p - log_q)).masked_fill(p == 0, 0.0).sum(-1).mean()
+    lost, nothing = p * (log_p - log_q), p == 0
+    return (lost.masked_fill(nothing, 0.0) if bool(nothing.any()) else lost).sum(-1).mean()
 
 
 def straight_through(logits: Tensor) -> Tensor:

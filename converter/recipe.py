@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -132,7 +132,8 @@ class Recovery(_Strict):
 
     The rate rises over `warm_up` steps to `rate` and falls along `schedule` to `floor` of it. `optimizer` muon takes matrices by Muon and the rest by AdamW.
     `end_to_end` False leaves it at `by_block`. `parallel` says what several processes under torchrun share: nothing but gradients (data), or weights and
-    optimizer too (fsdp).
+    optimizer too (fsdp). On a CPU, `processes` of this machine train, sharing nothing but gradients (auto: one for every core where a model
+    is small); the result is the same.
     """
 
     steps: int = Field(default=2000, ge=1)
@@ -155,6 +156,7 @@ class Recovery(_Strict):
     by_block: ByBlock | None = None
     end_to_end: bool = True
     parallel: Literal["data", "fsdp"] = "data"
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
 
 
 class Stage(_Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from .artifact import Header, InputError, atomic_folder, hash_json, read_header, write_header, write_json
-from .data import CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text, self_generated, self_generated_streams
+from .artifact import Header, InputError, atomic_folder, hash_json, read_header, read_json, write_header, write_json
+from .data import CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text, self_generated, self_generated_streams, stream_groups
+from .distributed import world
+from .local_processes import run_in_processes
 from .recipe import Recipe
 from .reference import load_dense
-from .source import Source
+from .source import Source, open_source
 
 HELDOUT_WINDOWS = 64
 SEARCH_WINDOWS, SEARCH_SHARE = 256, 0.3
@@ -21,6 +24,7 @@ SEARCH_WINDOWS, SEARCH_SHARE = 256, 0.3
 HELDOUT_SHARE = 0.2  # of a user's own calibration text, kept for measuring
 UNSEEN_WINDOWS = 256  # measured on when a budget was searched: 64 windows tell half a percent of perplexity from one, not more
 GENERATED, SECONDS = "generated", "seconds.json"
+_ASKED = "asked.json"
 _EVERY = 1 << 30
 
 
@@ -102,16 +106,21 @@ def _rows(batches: Batches, rows: torch.Tensor) -> Batches:
     return Batches(batches.tokens[rows], batches.mask[rows])
 
 
-def generated(source: Source, windows: int, length: int, seed: int, work: Path | None, temperature: float = 1.0, streams: bool = False) -> Batches:
+def generated(
+    source: Source, windows: int, length: int, seed: int, work: Path | None, temperature: float = 1.0, streams: bool = False, processes: int = 1
+) -> Batches:
     """Windows that the model writes itself, made once below `work`, with the seconds that it took; where more lie there, the first of them. `streams` takes
-    them from texts that begin anywhere.
+    them from texts that begin anywhere, sampled by `processes` of this machine, whose number changes nothing but the time.
     """
-    config = {"length": length} | ({} if temperature == 1.0 else {"temperature": temperature}) | ({"streams": "anywhere"} if streams else {})
+    config = {"length": length} | ({} if temperature == 1.0 else {"temperature": temperature}) | ({"streams": "groups"} if streams else {})
     header = Header(format="generated", parents={"model": source.fingerprint}, config=config | {"windows": windows}, seed=seed)
     if work is None or not _covers(read_header(work / GENERATED), header):
         began = time.monotonic()
-        write = self_generated_streams if streams else self_generated
-        found = write(load_dense(source.folder), source.tokenizer(), windows, length, seed, temperature)
+        if streams and work is not None and processes > 1:
+            found = _sampled_by(processes, source, windows, length, seed, temperature, work / f"{GENERATED}.{hash_json(header.model_dump(mode='json'))[:16]}")
+        else:
+            write = self_generated_streams if streams else self_generated
+            found = write(load_dense(source.folder), source.tokenizer(), windows, length, seed, temperature)
         if work is None:
             return found
         with atomic_folder(work / GENERATED) as partial:
@@ -120,6 +129,31 @@ def generated(source: Source, windows: int, length: int, seed: int, work: Path |
             write_header(partial, header)
     tokens = load_file(work / GENERATED / "tokens.safetensors")["tokens"][:windows]
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+
+def _sampled_by(count: int, source: Source, windows: int, length: int, seed: int, temperature: float, folder: Path) -> Batches:
+    """`self_generated_streams` by several processes, whose groups lie in `folder` meanwhile: an interrupted sampling goes on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = {"model": str(source.folder), "windows": windows, "length": length, "seed": seed, "temperature": temperature}
+    write_json(folder / _ASKED, asked)
+    run_in_processes(count, sample_groups, folder)
+    tokens = torch.cat([load_file(part)["tokens"] for part in sorted(folder.glob("*.safetensors"))])
+    shutil.rmtree(folder)
+    return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+
+def sample_groups(folder: str) -> None:
+    """This process's share of the groups that `folder` asks for, where they are not there."""
+    asked = read_json(Path(folder) / _ASKED, "What is to be sampled")
+    source = open_source(asked["model"], sparse=True)
+    model, tokenizer = load_dense(source.folder), source.tokenizer()
+    here, sizes = world(), (asked["windows"], asked["length"])
+    for group in range(here.rank, stream_groups(model, *sizes)[0], here.size):
+        place = Path(folder) / f"{group:06}.safetensors"
+        if not place.is_file():
+            found = self_generated_streams(model, tokenizer, *sizes, asked["seed"], asked["temperature"], [group])
+            save_file({"tokens": found.tokens}, place.with_suffix(".partial"))
+            place.with_suffix(".partial").rename(place)
 
 
 def _covers(stored: Header | None, wanted: Header) -> bool:

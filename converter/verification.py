@@ -19,6 +19,7 @@ from .arch import PREFIX, Arch, Site, load_arch
 from .artifact import InputError
 from .checkpoint import read_sparsity
 from .data import Batches
+from .distributed import world
 from .plans import Plan, block_cost, cost, deciding, linear_shapes, mlp_cost
 from .reference import dense, load_dense, recording
 
@@ -157,7 +158,7 @@ def measure_quality(model: Any, plan: Plan, batches: Batches, reference: list[Te
     total = Totals()
     groups = list(windows(batches, config.vocab_size))
     with recording(model) as record:
-        for number, rows in enumerate(tqdm(groups, desc="quality", unit="batch")):
+        for number, rows in enumerate(tqdm(groups, desc="quality", unit="batch", disable=world().rank > 0)):
             if reference is None:
                 p = dense_side(model, rows, original)
             else:

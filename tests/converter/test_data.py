@@ -26,6 +26,7 @@ from sparsegate.converter.data import (
     read_text,
     self_generated,
     self_generated_streams,
+    stream_groups,
 )
 from sparsegate.converter.reference import load_dense
 
@@ -207,6 +208,17 @@ def test_windows_of_texts_that_begin_anywhere() -> None:
     likely, control = (chain.table.softmax(-1)[joins[0], after].log().mean() for after in (joins[1], joins[1].roll(1)))
     assert float(likely) > float(control) + 0.5, "the second window's first token follows the first one's last"
     assert torch.equal(chain.contexts[39], found.tokens[0:64:2, 20:40]), "and is continued from its last half"
+
+
+def test_groups_of_texts_are_sampled_each_by_itself() -> None:
+    every = self_generated_streams(make_chain(), TOKENIZER, 600, 40, seed=1).tokens
+    count, texts = stream_groups(make_chain(), 600, 40)
+    assert (count, texts) == (10, 32)
+    parts = [self_generated_streams(make_chain(), TOKENIZER, 600, 40, seed=1, groups=[group]).tokens for group in range(count)]
+    assert [len(part) for part in parts] == [64] * 9 + [24] and torch.equal(torch.cat(parts), every)
+    assert not torch.equal(parts[0], parts[1]), "each with a seed of its own"
+    other = self_generated_streams(make_chain(), TOKENIZER, 600, 40, seed=2, groups=[0]).tokens
+    assert all(not torch.equal(other, part) for part in parts[:9])
 
 
 def test_windows_that_fill_the_positions_start_anew() -> None:

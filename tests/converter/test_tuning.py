@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,9 @@ from small_recipe import call_cli, small_recipe
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sparsegate.converter import candidates, recovery, texts, tuning
+from sparsegate.converter import candidates, conversion, recovery, recovery_stage, texts, tuning
 from sparsegate.converter.arch import load_arch
-from sparsegate.converter.artifact import InputError, read_json
+from sparsegate.converter.artifact import InputError, read_json, write_json
 from sparsegate.converter.blocks import swap
 from sparsegate.converter.conversion import convert, verify
 from sparsegate.converter.distributed import mean_gradients, processes, share_of, world
@@ -29,7 +30,7 @@ from sparsegate.converter.end_to_end import make_unit
 from sparsegate.converter.manifest import read_manifest
 from sparsegate.converter.methods.predictor import fresh_predictor
 from sparsegate.converter.plans import Predictor, Swap
-from sparsegate.converter.recipe import Recovery
+from sparsegate.converter.recipe import Budget, Recovery, read_recipe
 from sparsegate.converter.reference import load, load_dense
 from sparsegate.converter.report import RESULTS, Report
 from sparsegate.converter.report.recovery import RECOVERY, RecoveryRecord
@@ -129,8 +130,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(model: Path, tmp_path: Path
         return plain(self, tokens, mask, step)
 
     monkeypatch.setattr(recovery.RecoveryObjective, "loss", cut)
-    settings = tuning.settings_of
-    monkeypatch.setattr(tuning, "settings_of", lambda asked, seed: tuning.replace(settings(asked, seed), save_every=3))
+    settings = recovery_stage.settings_of
+    monkeypatch.setattr(recovery_stage, "settings_of", lambda asked, seed: recovery_stage.replace(settings(asked, seed), save_every=3))
     with pytest.raises(KeyboardInterrupt):
         tuned(model, tmp_path, "cut", **changes)
     assert not (tmp_path / "cut").exists() and (tmp_path / "cut.work").exists()
@@ -203,6 +204,32 @@ def test_two_processes_are_one_with_the_joint_batch(model: Path, tmp_path: Path)
         assert float((tensor - alone[name]).abs().mean()) < 0.02 * float((tensor - before[name].where(before[name] * tensor >= 0, -before[name])).abs().mean())
 
 
+def test_processes_of_its_own(model: Path, tmp_path: Path) -> None:
+    """Started by tune itself: text and weights are those of one process, and so is the held-out curve."""
+    asked = {"penalty": {"weight": 0.1}, "data": {"windows": 130, "length": 24}}
+    alone, two = (tuned(model, tmp_path, f"{count}", processes=count, **asked) for count in (1, 2))
+    one, other = (RecoveryRecord.load(folder / RECOVERY) for folder in (alone, two))
+    assert one.text.hash == other.text.hash and one.text.windows == 517, "groups of 64 windows, sampled by whoever"
+    assert [point.step for point in other.heldout] == [1, 2, 3, 4] == [point.step for point in one.heldout]
+    assert all(a.nll == pytest.approx(b.nll, rel=1e-4) for a, b in zip(one.heldout, other.heldout, strict=True))
+    before, one_by_one = weights(model), weights(two)
+    for name, tensor in weights(alone).items():  # Adam's first steps, as above
+        moved = float((tensor - before[name].where(before[name] * tensor >= 0, -before[name])).abs().mean())
+        assert float((tensor - one_by_one[name]).abs().mean()) < 0.02 * moved
+    assert other.cpu_seconds > 0 and not list(tmp_path.glob("*.work"))
+
+
+def test_a_process_s_refusal_is_the_caller_s(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text(TEXT * 4, encoding="utf-8")
+    path = recipe(model, tmp_path, processes=3)
+    line = refused(lambda: tune(output=tmp_path / "a", recipe=path, data=[text]))
+    assert line.startswith("The windows of a micro-batch must divide by the number of processes, got 4 for 3")
+    path = recipe(model, tmp_path, processes=2, rate=1e30, steps=20)
+    assert "Lower the rate." in refused(lambda: tune(output=tmp_path / "b", recipe=path))
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
 # What is trained, and on what
 
 
@@ -241,7 +268,7 @@ def test_predictors_trained_with_the_weights(model: Path, tmp_path: Path) -> Non
 def test_files_in_place_of_the_model_s_own_text(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "own.txt"
     text.write_text(TEXT * 4, encoding="utf-8")
-    monkeypatch.setattr(tuning, "generated", lambda *_: pytest.fail("nothing is sampled"))
+    monkeypatch.setattr(recovery_stage, "generated", lambda *_: pytest.fail("nothing is sampled"))
     found = tune(output=tmp_path / "out", recipe=recipe(model, tmp_path), data=[text], steps=2, density=0.5, lora=1, activation="relu")
     settings = found.record.settings
     assert not found.record.text.sampled and settings["data"]["mixture"][0]["files"] == [str(text)] and found.record.activation == "relu"
@@ -311,8 +338,8 @@ def test_stages_of_training_follow_one_another(model: Path, tmp_path: Path) -> N
 
 
 def test_stages_share_a_text_that_both_read(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, plain = [], tuning.generated
-    monkeypatch.setattr(tuning, "generated", lambda *given, **more: calls.append(given[4].name) or plain(*given, **more))
+    calls, plain = [], recovery_stage.generated
+    monkeypatch.setattr(recovery_stage, "generated", lambda *given, **more: calls.append(given[4].name) or plain(*given, **more))
     sampled: list[int] = []
     inner = texts.self_generated_streams
     monkeypatch.setattr(texts, "self_generated_streams", lambda *given: sampled.append(given[2]) or inner(*given))
@@ -333,6 +360,38 @@ def test_a_tuned_folder_is_converted_like_any_model(model: Path, tmp_path: Path)
     assert quality_cells(result.report)[1][0][0] == "ungated", "no dense model is at hand"
     assert RecoveryRecord.load(tmp_path / "out" / RECOVERY) == RecoveryRecord.load(folder / RECOVERY)
     assert exact.selected and exact.kl == pytest.approx(0, abs=1e-6) and read_json(tmp_path / "out" / "config.json", "c")["model_type"] == "sparsegate_llama"
+
+
+def test_back_to_the_model_s_own_activation(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """A model that has ReLU stays a stock model, for transformers and for convert, by whatever way it got there."""
+    model = tmp_path / "relu"
+    shutil.copytree(tiny_model("llama"), model)
+    write_json(model / "config.json", read_json(model / "config.json", "c") | {"hidden_act": "relu"})
+    same = tuned(model, tmp_path, "same", activation="relu")
+    swapped = tuned(model, tmp_path, "swapped")
+    back = tune(output=tmp_path / "back", recipe=recipe(swapped, tmp_path, activation="relu", losses={"distill": 0.0, "lm": 1.0})).folder
+    for folder in (same, back):
+        raw = read_json(folder / "config.json", "c")
+        assert raw["model_type"] == "llama" and raw["hidden_act"] == "relu" and raw["architectures"] == ["LlamaForCausalLM"] and "sparsity" not in raw
+        assert open_source(folder).swaps == {} and AutoModelForCausalLM.from_pretrained(folder).config.hidden_act == "relu"
+    assert open_source(swapped).swaps
+
+
+def test_convert_trains_in_one_process_of_torchrun(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refused(lambda: convert(output=tmp_path / "out", recipe=recipe(model, tmp_path)))
+    assert line.startswith("convert must run in one process, got 2. Run sparsegate tune")
+
+
+def test_what_is_searched_on_was_not_trained_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "SEARCH_WINDOWS", 16)
+    asked = read_recipe(recipe(model, tmp_path, {"method": "gate"}))
+    asked = asked.model_copy(update={"calibration": asked.calibration.model_copy(update={"generated": True}), "budget": Budget(max_kl=1.0)})
+    source, work = open_source(model), tmp_path / "work"
+    trained, _ = recovery_stage.training_text(source, asked.stages[0].tune, asked.seed, work / "recovery" / "stage_0")
+    rows = {tuple(row) for row in trained.tokens.tolist()}
+    found = conversion._texts(source, asked, 0, work)
+    assert found.search is not None and not rows & {tuple(row) for row in found.search.tokens.tolist()}
 
 
 def test_order_of_stages(model: Path, tmp_path: Path) -> None:
