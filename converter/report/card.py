@@ -119,7 +119,8 @@ def speed_sentence(report: Report) -> str:
         return f"Speed was not measured{f' ({report.speed_note})' if report.speed_note else ''}."
     threads = "" if speed.threads is None else f", {speed.threads} threads"
     where = f"on this machine ({report.machine.cpu}, {report.machine.cores} cores{threads}, {weights(speed)}, {speed.provider})"
-    times = f"{ratio_text(row.decode_ratio)} times the speed of the dense model"
+    other = "this model's dense graph, with the stock activation and nothing skipped" if report.swapped else "the dense model"
+    times = f"{ratio_text(row.decode_ratio)} times the speed of {other}"
     said = f"Not faster {where}: decoding ran at {times}." if row.decode_ratio < 1 else f"Decoding ran at {times} {where}."
     return f"{said} Other load disturbed every pair of runs: these speeds are not to be quoted." if speed.disturbed else said
 

@@ -300,6 +300,7 @@ def test_what_the_card_says_about_speed(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     faster = speed_sentence(make_report())
     assert faster.startswith("Decoding ran at 1.42 times the speed of the dense model on this machine (Test CPU, 2 cores, 2 threads, fp32")
+    assert "1.42 times the speed of this model's dense graph, with the stock activation and nothing skipped on" in speed_sentence(make_report(swapped=True))
     rows = [{**row, "selected": row["method"] == "gate"} for row in REPORT["rows"]]
     slower = make_report(rows=rows)
     assert speed_sentence(slower).startswith("Not faster on this machine") and "0.998 times" in speed_sentence(slower)
