@@ -305,7 +305,7 @@ def recover_by_block(
     header = header.model_copy(update={"seed": seed, "calibration": batches.sha256})
     curve: list[dict[str, Any]] = []
     dense, own = (Walk(model, source, arch, tokens, device) for model in (teacher, student))
-    for layer in tqdm(range(wanted[-1].layer + 1), desc="by block", unit="block"):
+    for layer in tqdm(range(wanted[-1].layer + 1), desc="by block", unit="block", disable=world().rank > 0):
         site = Site(layer)
         with dense.block(layer) as block, own.block(layer) as fitted:
             if site not in wanted:

@@ -104,7 +104,7 @@ def convert(
     asked = compile_recipe(model, method, sparsity, max_ppl_increase, max_kl, recipe, calibration, precision, target, seed)
     out = Path(output) if output else Path(f"{BUNDLED_NAME if asked.model == BUNDLED_MODEL else Path(asked.model).absolute().name}-sparse")
     check_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise InputError(f"convert must run in one process, got {os.environ['WORLD_SIZE']}. Run sparsegate tune under torchrun and convert what it writes.")
     if push_to:
         push_to = check_push(push_to).id
@@ -196,7 +196,8 @@ def _fingerprint(source: str, recipe: Recipe, configs: Configs) -> str:
     files = [imported_files(config) for parts in configs.values() for config in parts.values() if isinstance(config, ImportedConfig)]
     mixtures = [files_hash(stage.tune.data) for stage in training_stages(recipe) if stage.tune is not None]
     texts = {"texts": texts_hash(recipe)} | ({"mixtures": mixtures} if any(mixtures) else {})
-    return hash_json({"tool": VERSION, "source": source, "recipe": recipe.model_dump(mode="json"), **texts, "predictors": files})
+    asked = recipe.model_dump(mode="json", exclude={"stages": {"__all__": {"tune": {"processes"}}}})
+    return hash_json({"tool": VERSION, "source": source, "recipe": asked, **texts, "predictors": files})
 
 
 def _fetched_fingerprint(out: Path, recipe: Recipe, configs: Configs) -> str:

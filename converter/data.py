@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .artifact import InputError
+from .distributed import world
 
 BUNDLED = Path(__file__).parent / "bundled"
 CALIBRATION_TEXT = BUNDLED / "calibration.txt"
@@ -101,26 +102,26 @@ def self_generated(model: Any, tokenizer: Any, windows: int, length: int, seed: 
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
-def self_generated_streams(
-    model: Any, tokenizer: Any, windows: int, length: int, seed: int, temperature: float = 1.0, groups: Iterable[int] | None = None
-) -> Batches:
+def self_generated_streams(model: Any, tokenizer: Any, windows: int, length: int, seed: int, temperature: float = 1.0) -> Batches:
     """As `self_generated`, but of texts of STREAM windows, each window continued from the last half of the one before, and seven of eight texts begin with a
     token drawn uniformly.
 
     A model's own texts reach little of what real ones are full of, the middle of a class or a table: it is put there by a token that stands there. So
-    windows start anywhere, as those of a corpus do. Windows of a text are neighbours [N, S]. Texts are sampled in `stream_groups` groups, each by itself;
-    `groups` are the numbers of those wanted (None: all).
+    windows start anywhere, as those of a corpus do. Windows of a text are neighbours [N, S].
     """
-    count, at_once = stream_groups(model, windows, length)
-    found = []
-    wanted = list(range(count) if groups is None else groups)
-    with tqdm(total=len(wanted) * STREAM * length, desc="sample text", unit="token") as progress:
-        for group in wanted:
+    groups = range(stream_groups(model, windows, length)[0])
+    tokens = torch.cat([part for _, part in sampled_groups(model, tokenizer, windows, length, seed, temperature, groups)])
+    return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+
+def sampled_groups(model: Any, tokenizer: Any, windows: int, length: int, seed: int, temperature: float, groups: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """The wanted of the `stream_groups` groups of texts that `self_generated_streams` consists of, each sampled by itself, with their windows [n, S]."""
+    at_once = stream_groups(model, windows, length)[1]
+    with tqdm(total=len(groups) * STREAM * length, desc="sample text", unit="token", disable=world().rank > 0) as progress:
+        for group in groups:
             sampler = _Sampler(model, tokenizer, length, seed * 1_000_003 + group, temperature)
             first = group * at_once * STREAM
-            found.append(_streams(sampler, min(at_once * STREAM, windows - first), length, progress))
-    tokens = torch.cat(found)
-    return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
+            yield group, _streams(sampler, min(at_once * STREAM, windows - first), length, progress)
 
 
 def stream_groups(model: Any, windows: int, length: int) -> tuple[int, int]:

@@ -1,43 +1,60 @@
 """Work on a CPU in several processes of this machine: a small model's operations are too short to share out over threads, its windows are not.
 
-The processes are started as programs of their own, wherever the caller's program came from, and join as torchrun's do (`distributed`). What they are to do
-and what they make lies in files.
+The processes are started as programs of their own, so that the caller's need no guard, and join as torchrun's do (`distributed`). What they are to do and what
+they make lies in files.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .artifact import InputError
+import torch.distributed
+
+from .artifact import InputError, disk_full, is_disk_full
 from .distributed import processes, world
 
 _REFUSAL = "refusal."
-_PROGRAM = f"import sys; sys.path[:] = filter(None, sys.path); from {__name__} import main; main(*sys.argv[1:])"  # the working folder holds no modules
+_PROGRAM = f"""
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller ends its processes
+sys.path[:] = filter(None, sys.path)  # the working folder holds no modules
+from {__name__} import main
+main(*sys.argv[1:])
+"""
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _FEW_STEPS = 300  # a process takes several seconds to start
 _SMALL = 32_000_000  # parameters: larger models' operations fill several threads
 _POLL = 0.1  # seconds
 
 
 def cores() -> int:
-    """Logical CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Logical CPUs that this process may use: of its affinity, a container's quota and OMP_NUM_THREADS the least."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _QUOTA.read_text(encoding="ascii").split() if _QUOTA.is_file() else []
+    if len(quota) == 2 and quota[0].isdigit():
+        found = min(found, round(int(quota[0]) / int(quota[1])))
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(found, int(threads)) if threads.isdigit() else found)
 
 
 def count_for(asked: int | str, windows: int, steps: int, parameters: int, available: int) -> int:
-    """How many processes to train in on a CPU: `asked`, or for "auto" as many as `available` cores and the `windows` of a micro-batch allow, for small models
-    and more than a few steps; else one.
+    """How many processes to train in on a CPU: `asked`, or for "auto" the most up to `available` cores that the `windows` of a micro-batch divide by, for small
+    models and more than a few steps; else one.
     """
     if isinstance(asked, int):
         return asked
-    if steps < _FEW_STEPS or parameters > _SMALL:
+    if steps < _FEW_STEPS or parameters > _SMALL or not torch.distributed.is_available():
         return 1
     return max(count for count in range(1, max(1, available) + 1) if windows % count == 0)
 
@@ -45,29 +62,34 @@ def count_for(asked: int | str, windows: int, steps: int, parameters: int, avail
 def run_in_processes(count: int, function: Callable[..., None], *arguments: str | Path) -> None:
     """Call `function(*arguments)`, a module's, in `count` new processes on the CPU, each with its share of the cores; arguments come as strings.
 
-    Raises the first process's InputError, and RuntimeError when one ends otherwise; the others are ended then, and all are when the caller is interrupted.
+    Raises InputError for the first one's InputError or system error, and RuntimeError when one ends otherwise; the others are ended then. None outlives the
+    caller, however that ends.
     """
     with tempfile.TemporaryDirectory() as name:
-        environment = os.environ | {
-            "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": str(max(1, cores() // count)),
-        }  # fmt: skip
+        environment = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        environment |= dict.fromkeys(_THREADS, str(max(1, cores() // count))) | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        if sys.platform == "win32":
+            environment["USE_LIBUV"] = "0"  # not in every torch for Windows
         command = [sys.executable, "-c", _PROGRAM, name, function.__module__, function.__name__, *map(str, arguments)]
         started: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(count):
                 own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=own))
+                started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.__stderr__, env=own))
             status = _wait(started)
         finally:
             for one in started:
                 one.terminate()
             for one in started:
-                one.wait()
+                one.communicate()
         refusals = sorted(Path(name).glob(f"{_REFUSAL}*"))
         if refusals:
             raise InputError(refusals[0].read_text(encoding="utf-8"))
         if status:
-            raise RuntimeError(f"A training process must end with status 0, got {status}. Its error stands above.")
+            if status < 0:
+                ended = signal.Signals(-status).name
+                raise InputError(f"A process must end by itself, got {ended}, as when memory is short. Run the same command with processes: 1 in the recipe.")
+            raise RuntimeError(f"A process must end with status 0, got {status}. Its error stands above.")
 
 
 def _wait(started: list[subprocess.Popen[bytes]]) -> int:
@@ -88,9 +110,21 @@ def _free_port() -> int:
 
 def main(folder: str, module: str, name: str, *arguments: str) -> None:
     """One of the processes."""
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
     try:
         with processes("cpu"):
             getattr(importlib.import_module(module), name)(*arguments)
-    except InputError as error:
-        (Path(folder) / f"{_REFUSAL}{world().rank:04}").write_text(str(error), encoding="utf-8")
+    except (InputError, OSError) as error:
+        said = str(error)
+        if isinstance(error, OSError):
+            said = str(disk_full(Path.cwd() / "out")) if is_disk_full(error) else f"The system refused: {error}. Check the path and its permissions."
+        partial = Path(folder) / f"partial.{world().rank}"
+        partial.write_text(said, encoding="utf-8")
+        partial.replace(partial.with_name(f"{_REFUSAL}{world().rank:04}"))
         sys.exit(1)
+
+
+def _end_with_the_caller() -> None:
+    while os.read(0, 1):  # until the caller closes it or is no more
+        pass
+    os._exit(1)

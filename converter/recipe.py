@@ -132,8 +132,8 @@ class Recovery(_Strict):
 
     The rate rises over `warm_up` steps to `rate` and falls along `schedule` to `floor` of it. `optimizer` muon takes matrices by Muon and the rest by AdamW.
     `end_to_end` False leaves it at `by_block`. `parallel` says what several processes under torchrun share: nothing but gradients (data), or weights and
-    optimizer too (fsdp). On a CPU, `processes` of this machine train, sharing nothing but gradients (auto: one for every core where a model
-    is small); the result is the same.
+    optimizer too (fsdp). On a CPU, `processes` of this machine sample and train, sharing nothing but gradients (auto: as many as cores and
+    windows allow, where a model is small); the result is the same up to rounding.
     """
 
     steps: int = Field(default=2000, ge=1)

@@ -88,7 +88,7 @@ class RecoveryObjective:
         self.figures: dict[str, float] = {}
         self.scales: dict[Site, tuple[float, float]] = {}
         self.hidden, self.watch = frozenset(hidden), watch
-        self.began, self.spent = time.process_time(), 0.0
+        self.began, self.spent, self.used = time.process_time(), 0.0, 0.0
         self.blocks = _blocks(student, arch) if asked.losses.hidden else []
         self.dense_blocks = _blocks(teacher, arch) if asked.losses.hidden and teacher is not None else []
 
@@ -240,11 +240,12 @@ class RecoveryObjective:
     def after(self, step: int) -> dict[str, float]:
         """The step's losses in nats, the penalty, densities and the penalty's weight."""
         watched = {} if self.watch is None else self.watch(step)
+        self.used = self.cpu_seconds
         return self.figures | {"weight": self._weight(step)} | watched
 
     def state(self) -> dict[str, float]:
         """The controllers' memory, the scales of the last step, and the processor seconds so far."""
-        found = {name: getattr(self, name) for name in _MEMORISED} | {"cpu_seconds": self.cpu_seconds}
+        found = {name: getattr(self, name) for name in _MEMORISED} | {"cpu_seconds": self.used}
         for site, (gate, up) in self.scales.items():
             found |= {f"{site.key} gate": gate, f"{site.key} up": up}
         return found
@@ -258,8 +259,8 @@ class RecoveryObjective:
 
     @property
     def cpu_seconds(self) -> float:
-        """Processor time of this process in all runs that the present one goes on from, up to what they stored."""
-        return self.spent + time.process_time() - self.began
+        """Processor time of all processes in all runs that the present one goes on from, up to what they stored; all call this together."""
+        return self.spent + float(sum_over_processes(torch.tensor(time.process_time() - self.began, dtype=torch.float64)))
 
 
 def _blocks(model: Any, arch: Arch) -> list[nn.Module]:

@@ -33,6 +33,7 @@ from .local_processes import cores, count_for, run_in_processes
 from .lora import add_lora, linear_names, lora_tensors, merge_lora, plain_state
 from .manifest import installed_versions
 from .methods.predictor import fresh_predictor, rank_for
+from .mixtures import FOLDER as MIXTURE
 from .mixtures import files_hash, mixture_batches
 from .orientation import orient
 from .plans import Plan, Swap, load_plan, save_plan
@@ -43,7 +44,7 @@ from .report import Text, this_machine
 from .report.recovery import CurvePoint, DenseQuality, HeldoutPoint, RecoveryRecord, SiteDensity, SwappedQuality, TrainingText
 from .shares import with_shares
 from .source import Source, open_source
-from .texts import SECONDS, generated
+from .texts import GENERATED, SECONDS, generated
 from .training import settings_of, train
 from .verification import Quality, measure_quality
 from .writer import write_checkpoint
@@ -111,10 +112,12 @@ def tuned(
     header = Header(format="tuned", parents=parents, config=config, seed=seed)
     folder = work / "tuned"
     if not is_finished(folder, header):
-        count = _processes(source, asked, device)
+        count = processes_for(source, asked, device)
         with same_error():
             if world().rank == 0:
-                training_text(original, asked, seed, work, count)  # the other processes find it finished
+                batches, _ = training_text(original, asked, seed, work, count)  # the other processes find it finished
+                if asked.processes == "auto" and len(batches.tokens) < asked.accumulate * asked.windows:
+                    count = 1  # a batch is all windows, whatever they divide by
         if count > 1:
             stage = {"source": str(source.folder), "original": str(original.folder), "activation": activation, "seed": seed, "name": evaluation.name}
             work.mkdir(parents=True, exist_ok=True)
@@ -127,10 +130,12 @@ def tuned(
     return Tuned(folder / "checkpoint", load_plan(folder / "plan"), record, header)
 
 
-def _processes(source: Source, asked: Recovery, device: str) -> int:
-    """How many processes to start for a training: more than one only for the end-to-end part, on a CPU, where torchrun has not started some."""
+def processes_for(source: Source, asked: Recovery, device: str) -> int:
+    """How many processes of this machine sample and train: more than one only on a CPU, for training end to end, where torchrun has not started some."""
     if device != "cpu" or "WORLD_SIZE" in os.environ or not asked.end_to_end or asked.parallel == "fsdp":
         return 1
+    if asked.by_block is not None and asked.processes == "auto":
+        return 1  # its micro-batches need not divide by what the windows do
     parameters = sum(prod(info.shape) for info in source.tensors.values())
     return count_for(asked.processes, asked.windows, asked.steps, parameters, cores())
 
@@ -218,16 +223,14 @@ def _tune(
 
 def training_text(source: Source, asked: Recovery, seed: int, work: Path, processes: int = 1) -> tuple[Batches, TrainingText]:
     """The windows to train on and their record: of the recipe's mixture, or text that the dense source writes itself, in `processes` of this machine."""
-    data, began = asked.data, time.monotonic()
+    data = asked.data
     if data.mixture:
         batches = mixture_batches(source.tokenizer(), data, seed, work)
-        name, seconds = ", ".join(f"{part.name} {part.share:g}" for part in data.mixture), time.monotonic() - began
+        name, made = ", ".join(f"{part.name} {part.share:g}" for part in data.mixture), MIXTURE
     else:
-        batches, name = (
-            shifted(generated(source, data.windows, data.length, seed, work, data.temperature, True, processes)),
-            f"text sampled from the dense model at temperature {data.temperature:g}",
-        )
-        seconds = float(read_json(work / "generated" / SECONDS, "The sampling time")["seconds"])
+        batches = shifted(generated(source, data.windows, data.length, seed, work, data.temperature, True, processes))
+        name, made = f"text sampled from the dense model at temperature {data.temperature:g}", GENERATED
+    seconds = float(read_json(work / made / SECONDS, "The time that the text took")["seconds"])
     sampled = not data.mixture
     count = data.windows * data.length if sampled else batches.count  # a token of sampled text stands in several windows
     return batches, TrainingText(name=name, windows=len(batches.tokens), tokens=count, sampled=sampled, seconds=seconds, hash=batches.sha256)
@@ -300,7 +303,7 @@ def _trained(
         curve = train(objective, batches, settings_of(asked, seed), work / "state", header, lambda _: None, "recover")
     rows = read_json(store, "The held-out curve")["rows"] if store.is_file() else []
     seconds = float(curve[-1]["seconds"]) if curve else 0.0
-    cpu = float(sum_over_processes(torch.tensor(objective.cpu_seconds)))
+    cpu = objective.cpu_seconds
     points = [CurvePoint.model_validate({name: row[name] for name in CurvePoint.model_fields if name in row} | _whole(row)) for row in curve]
     return Training(asked.steps * tokens, seconds, cpu, points, [HeldoutPoint.model_validate(row) for row in rows], units)
 
@@ -317,26 +320,28 @@ def _watch(
     every = max(1, asked.steps // WATCHES)
     modules = {site: student.get_submodule(source.arch.ffn_module(site.layer)) for site in source.arch.sites(source.config)}
 
-    def look(step: int) -> float:
+    def look(step: int) -> list[float]:
         plan: Plan = {site: [Swap(module.swapped), *([units[site].entry(1.0)] if units else [])] for site, module in modules.items()}
         found = _compared(student, plan, few, teacher, source)
-        if not (math.isfinite(found.nll) and math.isfinite(found.kl)):
-            raise InputError(f"The loss on held-out text must be a finite number, got {found.nll} after {step + 1} steps. Lower the rate.")
-        if world().rank == 0:
+        seen = [found.nll, found.kl]
+        if world().rank == 0 and all(map(math.isfinite, seen)):
             rows = read_json(store, "The held-out curve")["rows"] if store.is_file() else []
             row = HeldoutPoint(
                 step=step + 1, tokens=(step + 1) * tokens, nll=found.nll, nll_dense=found.nll_dense, kl=max(0.0, found.kl), agreement=found.agreement,
                 density=None if units else found.density, predicted=found.density if units else None,
             )  # fmt: skip
             write_json(store, {"rows": [old for old in rows if old["step"] < step + 1] + [row.model_dump()]})
-        return found.nll
+        return seen
 
     def watch(step: int) -> dict[str, float]:
         if (step + 1) % every:
             return {}
         all_look = asked.parallel == "fsdp"  # at weights that none has whole
-        seen = look(step) if all_look or world().rank == 0 else 0.0
-        return {"heldout": float(sum_over_processes(torch.tensor(seen))) / (world().size if all_look else 1)}
+        seen = look(step) if all_look or world().rank == 0 else [0.0, 0.0]
+        both = (sum_over_processes(torch.tensor(seen)) / (world().size if all_look else 1)).tolist()
+        if not all(map(math.isfinite, both)):
+            raise InputError(f"The loss on held-out text must be a finite number, got {both[0]} after {step + 1} steps. Lower the rate.")
+        return {"heldout": both[0]}
 
     return watch
 

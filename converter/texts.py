@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .artifact import Header, InputError, atomic_folder, hash_json, read_header, read_json, write_header, write_json
-from .data import CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text, self_generated, self_generated_streams, stream_groups
+from .data import CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text, sampled_groups, self_generated, self_generated_streams, stream_groups
 from .distributed import world
 from .local_processes import run_in_processes
 from .recipe import Recipe
@@ -110,36 +110,45 @@ def generated(
     source: Source, windows: int, length: int, seed: int, work: Path | None, temperature: float = 1.0, streams: bool = False, processes: int = 1
 ) -> Batches:
     """Windows that the model writes itself, made once below `work`, with the seconds that it took; where more lie there, the first of them. `streams` takes
-    them from texts that begin anywhere, sampled by `processes` of this machine, whose number changes nothing but the time.
+    them from texts that begin anywhere, sampled by `processes` of this machine, whose number changes nothing but the time (and rounding).
     """
     config = {"length": length} | ({} if temperature == 1.0 else {"temperature": temperature}) | ({"streams": "groups"} if streams else {})
     header = Header(format="generated", parents={"model": source.fingerprint}, config=config | {"windows": windows}, seed=seed)
-    if work is None or not _covers(read_header(work / GENERATED), header):
-        began = time.monotonic()
-        if streams and work is not None and processes > 1:
-            found = _sampled_by(processes, source, windows, length, seed, temperature, work / f"{GENERATED}.{hash_json(header.model_dump(mode='json'))[:16]}")
+    if work is None:
+        return _write(source, length, windows, seed, temperature, streams)
+    if not _covers(read_header(work / GENERATED), header):
+        groups = work / f"{GENERATED}.{hash_json(header.model_dump(mode='json'))[:16]}"
+        began, before = time.monotonic(), 0.0
+        if streams and (processes > 1 or groups.is_dir()):
+            found, before = _sampled_by(processes, source, windows, length, seed, temperature, groups)
         else:
-            write = self_generated_streams if streams else self_generated
-            found = write(load_dense(source.folder), source.tokenizer(), windows, length, seed, temperature)
-        if work is None:
-            return found
+            found = _write(source, length, windows, seed, temperature, streams)
         with atomic_folder(work / GENERATED) as partial:
             save_file({"tokens": found.tokens}, partial / "tokens.safetensors")
-            write_json(partial / SECONDS, {"seconds": time.monotonic() - began})
+            write_json(partial / SECONDS, {"seconds": before + time.monotonic() - began})
             write_header(partial, header)
+        shutil.rmtree(groups, ignore_errors=True)
     tokens = load_file(work / GENERATED / "tokens.safetensors")["tokens"][:windows]
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
-def _sampled_by(count: int, source: Source, windows: int, length: int, seed: int, temperature: float, folder: Path) -> Batches:
-    """`self_generated_streams` by several processes, whose groups lie in `folder` meanwhile: an interrupted sampling goes on."""
+def _write(source: Source, length: int, windows: int, seed: int, temperature: float, streams: bool) -> Batches:
+    write = self_generated_streams if streams else self_generated
+    return write(load_dense(source.folder), source.tokenizer(), windows, length, seed, temperature)
+
+
+def _sampled_by(count: int, source: Source, windows: int, length: int, seed: int, temperature: float, folder: Path) -> tuple[Batches, float]:
+    """`self_generated_streams` by several processes, whose groups lie in `folder` meanwhile: an interrupted sampling goes on. With the seconds spent before."""
     folder.mkdir(parents=True, exist_ok=True)
-    asked = {"model": str(source.folder), "windows": windows, "length": length, "seed": seed, "temperature": temperature}
-    write_json(folder / _ASKED, asked)
-    run_in_processes(count, sample_groups, folder)
+    before = float(read_json(folder / SECONDS, "The sampling time")["seconds"]) if (folder / SECONDS).is_file() else 0.0
+    write_json(folder / _ASKED, {"model": str(source.folder), "windows": windows, "length": length, "seed": seed, "temperature": temperature})
+    began = time.monotonic()
+    try:
+        run_in_processes(count, sample_groups, folder)
+    finally:
+        write_json(folder / SECONDS, {"seconds": before + time.monotonic() - began})
     tokens = torch.cat([load_file(part)["tokens"] for part in sorted(folder.glob("*.safetensors"))])
-    shutil.rmtree(folder)
-    return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool)), before
 
 
 def sample_groups(folder: str) -> None:
@@ -148,12 +157,12 @@ def sample_groups(folder: str) -> None:
     source = open_source(asked["model"], sparse=True)
     model, tokenizer = load_dense(source.folder), source.tokenizer()
     here, sizes = world(), (asked["windows"], asked["length"])
-    for group in range(here.rank, stream_groups(model, *sizes)[0], here.size):
-        place = Path(folder) / f"{group:06}.safetensors"
-        if not place.is_file():
-            found = self_generated_streams(model, tokenizer, *sizes, asked["seed"], asked["temperature"], [group])
-            save_file({"tokens": found.tokens}, place.with_suffix(".partial"))
-            place.with_suffix(".partial").rename(place)
+    places = {group: Path(folder) / f"{group:06}.safetensors" for group in range(stream_groups(model, *sizes)[0])}
+    missing = [group for group in list(places)[here.rank :: here.size] if not places[group].is_file()]
+    for group, tokens in sampled_groups(model, tokenizer, *sizes, asked["seed"], asked["temperature"], missing):
+        partial = places[group].with_suffix(".partial")
+        save_file({"tokens": tokens}, partial)
+        partial.replace(places[group])
 
 
 def _covers(stored: Header | None, wanted: Header) -> bool:

@@ -15,7 +15,7 @@ from .opening import resolve
 from .planning import BUNDLED_MODEL, BUNDLED_NAME, SELF, named_recipe, training_stages
 from .plans import check_exact
 from .recipe import Recovery, Stage, make_part, read_recipe
-from .recovery_stage import Evaluation, Tuned, present, tuned
+from .recovery_stage import Evaluation, Tuned, present, processes_for, tuned
 from .report.recovery import RECOVERY, RecoveryRecord
 from .source import Source
 from .texts import GENERATED, SECONDS, heldout_name, make_heldout
@@ -95,7 +95,7 @@ def train_stages(source: Source, stages: Sequence[Stage], seed: int, work: Path,
 
     Raises InputError as `tuned` does.
     """
-    _check(source, stages)
+    _check(source, stages, device)
     found, records = None, []
     for number, stage in enumerate(stages):
         assert stage.tune is not None
@@ -109,7 +109,7 @@ def train_stages(source: Source, stages: Sequence[Stage], seed: int, work: Path,
     return replace(found, record=joined(records))
 
 
-def _check(source: Source, stages: Sequence[Stage]) -> None:
+def _check(source: Source, stages: Sequence[Stage], device: str) -> None:
     """Raise InputError, before anything is sampled, for an activation or a number of windows that training would meet later."""
     for site in source.arch.sites(source.config):
         name = stages[0].config.get("activation") or present(source, site)
@@ -119,6 +119,9 @@ def _check(source: Source, stages: Sequence[Stage]) -> None:
     for stage in stages:
         assert stage.tune is not None
         share_of(stage.tune.windows, "The windows of a micro-batch")
+        count = processes_for(source, stage.tune, device)
+        if stage.tune.windows % count:
+            raise InputError(f"windows must divide by processes, got {stage.tune.windows} for {count}. Change one of them.")
 
 
 def _share_text(before: Path, after: Path) -> None:

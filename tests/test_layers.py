@@ -22,7 +22,7 @@ LEVELS = (
     {"end_to_end", "by_block", "recovery"},
     {"planning", "texts", "verification", "executors", "report", "hub", "budget"},
     {"schedule", "evaluation", "opening"},
-    {"tuning"},
+    {"tuning", "recovery_stage"},
     {"conversion", "candidates", "inspection", "diagnosis", "bench", "root"},
     {"cli"},
 )

@@ -24,6 +24,7 @@ from sparsegate.converter.data import (
     Batches,
     make_batches,
     read_text,
+    sampled_groups,
     self_generated,
     self_generated_streams,
     stream_groups,
@@ -212,13 +213,12 @@ def test_windows_of_texts_that_begin_anywhere() -> None:
 
 def test_groups_of_texts_are_sampled_each_by_itself() -> None:
     every = self_generated_streams(make_chain(), TOKENIZER, 600, 40, seed=1).tokens
-    count, texts = stream_groups(make_chain(), 600, 40)
-    assert (count, texts) == (10, 32)
-    parts = [self_generated_streams(make_chain(), TOKENIZER, 600, 40, seed=1, groups=[group]).tokens for group in range(count)]
-    assert [len(part) for part in parts] == [64] * 9 + [24] and torch.equal(torch.cat(parts), every)
-    assert not torch.equal(parts[0], parts[1]), "each with a seed of its own"
-    other = self_generated_streams(make_chain(), TOKENIZER, 600, 40, seed=2, groups=[0]).tokens
-    assert all(not torch.equal(other, part) for part in parts[:9])
+    assert stream_groups(make_chain(), 600, 40) == (10, 32)
+    parts = dict(sampled_groups(make_chain(), TOKENIZER, 600, 40, 1, 1.0, list(range(9, -1, -1))))
+    assert list(parts) == list(range(9, -1, -1)) and torch.equal(torch.cat([parts[group] for group in range(10)]), every)
+    assert [len(part) for part in parts.values()] == [24] + [64] * 9 and not torch.equal(parts[0], parts[1]), "each with a seed of its own"
+    other = dict(sampled_groups(make_chain(), TOKENIZER, 600, 40, 2, 1.0, [0]))[0]
+    assert all(not torch.equal(other, parts[group]) for group in range(9))
 
 
 def test_windows_that_fill_the_positions_start_anew() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from sparsegate.converter import local_processes
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.distributed import sum_over_processes, world
 from sparsegate.converter.local_processes import cores, count_for, run_in_processes
@@ -51,9 +55,30 @@ def end() -> None:
     time.sleep(600)
 
 
+def killed() -> None:
+    """As by a system that is short of memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleep(folder: str) -> None:
+    """For much longer than the caller lives."""
+    partial = Path(folder).parent / f"sleep.{world().rank}"
+    partial.write_text(str(os.getpid()))
+    partial.replace(Path(folder) / f"{world().rank}")
+    time.sleep(600)
+
+
+def alive(number: int) -> bool:
+    """Whether there is a process of that number that has not ended."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # of the caller that is a process itself
 
 
 def test_each_is_called_and_all_belong_together(tmp_path: Path) -> None:
@@ -75,8 +100,45 @@ def test_a_refusal_ends_all(rank: str) -> None:
         run_in_processes(2, refuse, rank)
 
 
+def test_a_system_s_refusal_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^The system refused: .*nowhere.* Check the path and its permissions\.$"):
+        run_in_processes(1, note, tmp_path / "nowhere", "")
+
+
 def test_a_process_that_ends_otherwise_ends_all() -> None:
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="got 7"):
         run_in_processes(2, end)
+    with pytest.raises(InputError, match="got SIGKILL, as when memory is short"):
+        run_in_processes(2, killed)
     assert time.monotonic() - began < 300
+
+
+def test_none_outlives_the_caller(tmp_path: Path) -> None:
+    said = f"from test_local_processes import sleep, run_in_processes; run_in_processes(2, sleep, {str(tmp_path)!r})"
+    caller = subprocess.Popen([sys.executable, "-c", said], env=os.environ)
+    deadline = time.monotonic() + 200
+    while len(list(tmp_path.iterdir())) < 2:
+        assert caller.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    caller.kill()
+    caller.wait()
+    numbers = [int(path.read_text()) for path in tmp_path.iterdir()]
+    while any(alive(number) for number in numbers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("affinity", "quota", "threads", "found"),
+    [(8, None, None, 8), (8, "max 100000", None, 8), (8, "250000 100000", None, 2), (8, "10000 100000", None, 1), (8, None, "3", 3), (2, None, "6", 2)],
+)
+def test_cores(affinity: int, quota: str | None, threads: str | None, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)), raising=False)
+    monkeypatch.setattr(local_processes, "_QUOTA", tmp_path / "cpu.max")
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert cores() == found

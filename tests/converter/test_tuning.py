@@ -22,15 +22,16 @@ from transformers import AutoModelForCausalLM
 
 from sparsegate.converter import candidates, conversion, recovery, recovery_stage, texts, tuning
 from sparsegate.converter.arch import load_arch
-from sparsegate.converter.artifact import InputError, read_json, write_json
+from sparsegate.converter.artifact import InputError, hash_json, read_json, write_json
 from sparsegate.converter.blocks import swap
 from sparsegate.converter.conversion import convert, verify
+from sparsegate.converter.data import Batches
 from sparsegate.converter.distributed import mean_gradients, processes, share_of, world
 from sparsegate.converter.end_to_end import make_unit
 from sparsegate.converter.manifest import read_manifest
 from sparsegate.converter.methods.predictor import fresh_predictor
 from sparsegate.converter.plans import Predictor, Swap
-from sparsegate.converter.recipe import Budget, Recovery, read_recipe
+from sparsegate.converter.recipe import Budget, ByBlock, Recovery, read_recipe
 from sparsegate.converter.reference import load, load_dense
 from sparsegate.converter.report import RESULTS, Report
 from sparsegate.converter.report.recovery import RECOVERY, RecoveryRecord
@@ -204,30 +205,86 @@ def test_two_processes_are_one_with_the_joint_batch(model: Path, tmp_path: Path)
         assert float((tensor - alone[name]).abs().mean()) < 0.02 * float((tensor - before[name].where(before[name] * tensor >= 0, -before[name])).abs().mean())
 
 
-def test_processes_of_its_own(model: Path, tmp_path: Path) -> None:
+OWN = {"penalty": {"weight": 0.1}, "data": {"windows": 130, "length": 24}}
+
+
+def like(one: Path, other: Path, before: dict[str, Tensor]) -> bool:
+    """Whether trained weights are alike up to what rounding does to Adam's first steps, which are of full length."""
+    found = weights(other)
+    moved = {name: float((tensor - before[name].where(before[name] * tensor >= 0, -before[name])).abs().mean()) for name, tensor in weights(one).items()}
+    return all(float((tensor - found[name]).abs().mean()) < 0.02 * moved[name] for name, tensor in weights(one).items())
+
+
+def test_processes_of_its_own(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Started by tune itself: text and weights are those of one process, and so is the held-out curve."""
-    asked = {"penalty": {"weight": 0.1}, "data": {"windows": 130, "length": 24}}
-    alone, two = (tuned(model, tmp_path, f"{count}", processes=count, **asked) for count in (1, 2))
+    started: list[tuple[int, str]] = []
+    for module in (texts, recovery_stage):
+        plain = module.run_in_processes
+        monkeypatch.setattr(module, "run_in_processes", lambda *given, plain=plain: started.append((given[0], given[1].__name__)) or plain(*given))
+    alone = tuned(model, tmp_path, "1", processes=1, **OWN)
+    assert not started
+    two = tuned(model, tmp_path, "2", processes=2, **OWN)
+    assert started == [(2, "sample_groups"), (2, "in_process")]
     one, other = (RecoveryRecord.load(folder / RECOVERY) for folder in (alone, two))
     assert one.text.hash == other.text.hash and one.text.windows == 517, "groups of 64 windows, sampled by whoever"
     assert [point.step for point in other.heldout] == [1, 2, 3, 4] == [point.step for point in one.heldout]
     assert all(a.nll == pytest.approx(b.nll, rel=1e-4) for a, b in zip(one.heldout, other.heldout, strict=True))
-    before, one_by_one = weights(model), weights(two)
-    for name, tensor in weights(alone).items():  # Adam's first steps, as above
-        moved = float((tensor - before[name].where(before[name] * tensor >= 0, -before[name])).abs().mean())
-        assert float((tensor - one_by_one[name]).abs().mean()) < 0.02 * moved
-    assert other.cpu_seconds > 0 and not list(tmp_path.glob("*.work"))
+    assert like(alone, two, weights(model)) and other.cpu_seconds > 0 and not list(tmp_path.glob("*.work"))
 
 
-def test_a_process_s_refusal_is_the_caller_s(model: Path, tmp_path: Path) -> None:
-    text = tmp_path / "own.txt"
-    text.write_text(TEXT * 4, encoding="utf-8")
-    path = recipe(model, tmp_path, processes=3)
-    line = refused(lambda: tune(output=tmp_path / "a", recipe=path, data=[text]))
-    assert line.startswith("The windows of a micro-batch must divide by the number of processes, got 4 for 3")
+def test_an_interrupted_run_goes_on_in_several_processes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the groups of text and the steps that are there, and the seconds that they took."""
+    whole = tuned(model, tmp_path, "whole", processes=1, **OWN)
+    plain, text = recovery.RecoveryObjective.loss, tmp_path / "cut.work" / "stage_0"
+
+    def cut(self: Any, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
+        if step == 3:
+            raise KeyboardInterrupt
+        return plain(self, tokens, mask, step)
+
+    settings = recovery_stage.settings_of
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery.RecoveryObjective, "loss", cut)
+        patch.setattr(recovery_stage, "settings_of", lambda asked, seed: recovery_stage.replace(settings(asked, seed), save_every=2))
+        with pytest.raises(KeyboardInterrupt):
+            tuned(model, tmp_path, "cut", processes=1, **OWN)
+    state = read_json(text / "state" / "training.json", "state")
+    spent = state["objective"]["cpu_seconds"]
+    assert state["step"] == 2 and spent > 0
+    tokens = load_file(text / "generated" / "tokens.safetensors")["tokens"]
+    groups = text / f"generated.{hash_json(read_json(text / 'generated' / 'header.json', 'h'))[:16]}"
+    shutil.rmtree(text / "generated")
+    groups.mkdir()
+    marked = tokens[:64].roll(1, 0)  # another text than would be sampled: it must be taken as it is
+    save_file({"tokens": marked}, groups / "000000.safetensors")
+    write_json(groups / "seconds.json", {"seconds": 1000.0})
+    resumed = tuned(model, tmp_path, "cut", processes=2, **OWN)
+    record = RecoveryRecord.load(resumed / RECOVERY)
+    assert 1000 < record.text.seconds < 2000 and record.cpu_seconds > spent and not like(whole, resumed, weights(model))
+    assert record.text.hash == recovery_stage.shifted(Batches(torch.cat([marked, tokens[64:]]), torch.ones(1))).sha256
+
+
+def test_a_process_s_refusal_is_the_caller_s(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe(model, tmp_path, processes=2, rate=1e30, steps=20)
     assert "Lower the rate." in refused(lambda: tune(output=tmp_path / "b", recipe=path))
+    monkeypatch.setattr(texts, "run_in_processes", lambda *given: pytest.fail("nothing is sampled"))
+    path = recipe(model, tmp_path, processes=3)
+    assert refused(lambda: tune(output=tmp_path / "a", recipe=path)) == "windows must divide by processes, got 4 for 3. Change one of them."
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+def test_as_many_processes_as_suit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery_stage, "cores", lambda: 4)
+    source, asked = open_source(model), Recovery(steps=1000, windows=4)
+
+    def count(device: str = "cpu", **changes: Any) -> int:
+        return recovery_stage.processes_for(source, asked.model_copy(update=changes), device)
+
+    assert count() == 4 and count(windows=6) == 3 and count(processes=2) == 2
+    assert count(by_block=ByBlock()) == 1 and count(by_block=ByBlock(), processes=2) == 2, "its micro-batches may not divide by them"
+    assert count("cuda") == 1 and count(parallel="fsdp") == 1 and count(end_to_end=False) == 1 and count(steps=4) == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert count() == 1
 
 
 # What is trained, and on what
@@ -386,7 +443,7 @@ def test_convert_trains_in_one_process_of_torchrun(model: Path, tmp_path: Path, 
 def test_what_is_searched_on_was_not_trained_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "SEARCH_WINDOWS", 16)
     asked = read_recipe(recipe(model, tmp_path, {"method": "gate"}))
-    asked = asked.model_copy(update={"calibration": asked.calibration.model_copy(update={"generated": True}), "budget": Budget(max_kl=1.0)})
+    asked = asked.model_copy(update={"calibration": asked.calibration.model_copy(update={"generated": True, "length": 24}), "budget": Budget(max_kl=1.0)})
     source, work = open_source(model), tmp_path / "work"
     trained, _ = recovery_stage.training_text(source, asked.stages[0].tune, asked.seed, work / "recovery" / "stage_0")
     rows = {tuple(row) for row in trained.tokens.tolist()}
