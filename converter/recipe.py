@@ -107,13 +107,15 @@ class Lora(_Strict):
 
 
 class Joint(_Strict):
-    """Predictors trained together with the weights: their cost (of the network's weights), the density that they predict in the end, and their peak rate; the
-    mask is hard and its gradient the sigmoid's (Turbo Sparse, arXiv 2406.05955).
+    """Predictors trained together with the weights: their cost (of the network's weights), the density that they predict after the first `ramp` of the run, to
+    which they are led from 1 along `path`, and their peak rate; the mask is hard and its gradient the sigmoid's (Turbo Sparse, arXiv 2406.05955).
     """
 
     cost: float = Field(default=0.1, gt=0, lt=1)
     density: float = Field(default=0.14, gt=0, lt=1)
     rate: float = Field(default=4e-3, gt=0)
+    ramp: float = Field(default=0.5, gt=0, le=1)
+    path: Literal["linear", "geometric"] = "linear"
 
 
 class ByBlock(_Strict):

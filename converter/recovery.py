@@ -27,7 +27,7 @@ from .distributed import sum_over_processes
 from .end_to_end import INTEGRAL, PROPORTIONAL, Unit, multiplies_bf16
 from .losses import MLP_MARGIN, dejavu_loss, kl_divergence, straight_through
 from .optimizers import Trained
-from .recipe import Penalty, Recovery
+from .recipe import Joint, Penalty, Recovery
 from .training import Settings
 
 SOURCE = (
@@ -53,6 +53,12 @@ def grown(penalty: Penalty, progress: float) -> float:
         return inside
     part, within = divmod(inside * penalty.periods, 1.0)
     return (part + 0.5 * (1 - math.cos(math.pi * within))) / penalty.periods
+
+
+def predicted_path(joint: Joint, progress: float) -> float:
+    """The density that predictors are led to at `progress` of the run, 0 to 1."""
+    share = min(1.0, progress / joint.ramp)
+    return joint.density**share if joint.path == "geometric" else 1 + (joint.density - 1) * share
 
 
 class RecoveryObjective:
@@ -179,8 +185,7 @@ class RecoveryObjective:
         weight = next(iter(seen.values()))["count"]
         both = sum_over_processes(torch.stack([kept.detach() * weight, weight]))
         self.predicted = float(both[0] / both[1])
-        progress = min(1.0, 2 * (step + 1) / self.settings.steps)
-        excess = self.predicted - (1 + (joint.density - 1) * progress)
+        excess = self.predicted - predicted_path(joint, (step + 1) / self.settings.steps)
         self.price = max(0.0, self.price + INTEGRAL * excess)
         self.figures |= {"predicted": self.predicted, "price": self.price}
         labelled = torch.stack([at["labelled"] for at in seen.values()]).mean()

@@ -1,8 +1,8 @@
 """Write docs/turbosparse.md and its pictures from the stored results: `python tests/bench/recovery_page.py`.
 
 With `--take OUT` the records of a checkpoint that `sparsegate convert --recipe turbosparse` wrote are stored first, as recovery.json and recovered.json; with
-`--predictors OUT` the report of one of the recipe turbosparse_predictors, as recovered_predictors.json; with
-`--scratch WORK` the curves of `examples/pretrain.py` runs below WORK (folders silu0, drelu0, silu1 and so on), as scratch.json.
+`--predictors OUT` those of the recipe turbosparse_predictors, as recovery_predictors.json and recovered_predictors.json; with `--scratch WORK` curves of
+`examples/pretrain.py` runs below WORK (folders silu0, drelu0, silu1 and so on), as scratch.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sparsegate.converter.report.tables import quality_table, table
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "turbosparse.md"
-PREDICTORS = "recovered_predictors.json"
+PREDICTORS, PREDICTORS_RECORD = "recovered_predictors.json", "recovery_predictors.json"
 INTRODUCTION = """# dReLU: exact zeros by recovery training
 
 Turbo Sparse (arXiv 2406.05955) replaces a model's SwiGLU by dReLU, relu(gate x) * relu(up x), and trains it until it is as good as before; most products are
@@ -42,9 +42,9 @@ then all weights are trained on the divergence from the dense model, its blocks'
 density. `sparsegate convert --recipe turbosparse -o out` does it again."""
 
 
-def store(out: Path) -> None:
+def store(out: Path, record: str = "recovery.json", report: str = "recovered.json") -> None:
     """Keep what a conversion measured."""
-    for name, target in ((RECOVERY, "recovery.json"), (REPORT, "recovered.json")):
+    for name, target in ((RECOVERY, record), (REPORT, report)):
         write_json(RESULTS / target, json.loads((out / name).read_text(encoding="utf-8")))
 
 
@@ -124,6 +124,8 @@ def page() -> str:
         other = Report.model_validate(load(PREDICTORS))
         said = f"`{other.command}`: predictors trained with the weights in a second stage; `exact` are the same weights without them."
         parts += ["With predictors:", "", said, "", quality_table(other), ""]
+        spent = RecoveryRecord.model_validate(load(PREDICTORS_RECORD))
+        parts += [spent_table(spent), "", "Held out as above, both stages:", "", table(heldout_cells(spent)), ""]
     speed = speed_lines()
     if speed:
         parts += ["## Speed against its own dense source", *speed, ""]
@@ -149,7 +151,7 @@ def main() -> None:
     if arguments.take:
         store(arguments.take)
     if arguments.predictors:
-        write_json(RESULTS / PREDICTORS, json.loads((arguments.predictors / REPORT).read_text(encoding="utf-8")))
+        store(arguments.predictors, PREDICTORS_RECORD, PREDICTORS)
     if arguments.scratch:
         store_scratch(arguments.scratch)
     PAGE.write_text(page(), encoding="utf-8")

@@ -16,8 +16,8 @@ from sparsegate.converter.arch import load_arch
 from sparsegate.converter.blocks import swap
 from sparsegate.converter.end_to_end import make_unit
 from sparsegate.converter.methods.predictor import fresh_predictor
-from sparsegate.converter.recipe import Penalty, Recovery
-from sparsegate.converter.recovery import RecoveryObjective, grown
+from sparsegate.converter.recipe import Joint, Penalty, Recovery
+from sparsegate.converter.recovery import RecoveryObjective, grown, predicted_path
 from sparsegate.converter.reference import load_dense
 from sparsegate.converter.training import settings_of
 
@@ -169,6 +169,12 @@ def test_growth_by_hand() -> None:
 
 
 # Controllers
+
+
+def test_path_of_what_is_predicted() -> None:
+    line = Joint(density=0.25)
+    assert [predicted_path(line, at) for at in (0, 0.25, 0.5, 0.9)] == [1, 0.625, 0.25, 0.25]
+    assert [predicted_path(Joint(density=0.25, ramp=0.4, path="geometric"), at) for at in (0, 0.2, 0.4, 1)] == [1, 0.5, 0.25, 0.25]
 
 
 def test_the_weight_leads_to_the_density(model: Model) -> None:

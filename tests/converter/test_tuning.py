@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsegate.converter import candidates, conversion, recovery, recovery_stage, texts, tuning
 from sparsegate.converter.arch import load_arch
-from sparsegate.converter.artifact import InputError, hash_json, read_json, write_json
+from sparsegate.converter.artifact import InputError, hash_json, read_header, read_json, write_json
 from sparsegate.converter.blocks import swap
 from sparsegate.converter.conversion import convert, verify
 from sparsegate.converter.data import Batches
@@ -252,7 +252,9 @@ def test_an_interrupted_run_goes_on_in_several_processes(model: Path, tmp_path: 
     spent = state["objective"]["cpu_seconds"]
     assert state["step"] == 2 and spent > 0
     tokens = load_file(text / "generated" / "tokens.safetensors")["tokens"]
-    groups = text / f"generated.{hash_json(read_json(text / 'generated' / 'header.json', 'h'))[:16]}"
+    header = read_header(text / "generated")
+    assert header is not None
+    groups = text / f"generated.{hash_json(header.model_dump(mode='json'))[:16]}"
     shutil.rmtree(text / "generated")
     groups.mkdir()
     marked = tokens[:64].roll(1, 0)  # another text than would be sampled: it must be taken as it is
