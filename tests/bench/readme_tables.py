@@ -58,7 +58,7 @@ def recovery(record: RecoveryRecord, report: Report) -> str:
     cores = f"{record.machine.cores} core{'s' if record.machine.cores > 1 else ''}"
     return (
         f"The bundled model, {minutes:.0f} minutes on {record.machine.cpu}, {cores}, text sampling included: "
-        f"{1 - after.density:.1%} of the products exactly zero, held-out NLL {record.rise:+.1%}.\n\n{before_after_table(record)}\n\n"
+        f"{1 - after.density:.1%} of the products exactly zero, held-out NLL {record.rise:+.2%}.\n\n{before_after_table(record)}\n\n"
         f"As `{report.command}` wrote it, predictor cost included:\n\n{quality_table(report)}\n\n"
         "Curves, layers, speeds and dReLU from scratch: [turbosparse](docs/turbosparse.md)."
     )

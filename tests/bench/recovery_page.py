@@ -113,7 +113,7 @@ def page() -> str:
     parts = [
         INTRODUCTION, "", "## Before and after", "",
         f"Held out: {record.evaluation.name}, {record.evaluation.tokens} tokens. Exact zeros after recovery: {1 - after.density:.1%} of the units, NLL "
-        f"{record.rise:+.1%} of the dense model's (perplexity {math.exp(after.nll - record.dense.nll) - 1:+.1%}).", "",
+        f"{record.rise:+.2%} of the dense model's (perplexity {math.exp(after.nll - record.dense.nll) - 1:+.1%}).", "",
         before_after_table(record), "", "By layer:", "", zeros_table(record), "", "What it cost:", "", spent_table(record), "",
         "![loss and density against tokens](recovery.png)", "", "![exact zeros by layer](recovery_zeros.png)", "",
         "On every fourth of the held-out windows while it was trained:", "", table(heldout_cells(record)), "",

@@ -78,7 +78,7 @@ def test_the_small_recipe_needs_no_data_and_says_what_it_does() -> None:
         and f" steps = {again.steps * step / 1e6:.1f} million, of {tune.data.windows} windows" in said
     )
     assert f"along a cosine, then {again.rate:.0e} ".replace("e-0", "e-") in said
-    kept = {"steps": tune.steps, "rate": tune.rate, "penalty": tune.penalty}
+    kept = {"steps": tune.steps, "rate": tune.rate, "penalty": tune.penalty, "losses": tune.losses}
     assert again.model_copy(update=kept) == tune and again.penalty.density is not None and tune.penalty.density is not None
     assert again.penalty.density >= tune.penalty.density
 
