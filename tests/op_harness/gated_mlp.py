@@ -140,9 +140,16 @@ def expected(variant: Variant, x: np.ndarray, tensors: Tensors) -> np.ndarray:
 
 
 def float_activations(variant: Variant, x: np.ndarray, tensors: Tensors) -> np.ndarray:
-    """The same selection as the kernel's, the rest without rounding of activations."""
+    """The same selection as the kernel's, and the same side of a jump, the rest without rounding of activations."""
     rows = _rows(x)
-    y = np.where(active(variant, x, tensors, integer=True), _activated(variant, rows, tensors)[1], 0.0) @ _matrix(variant, tensors, "w_down")
+    z = _activated(variant, rows, tensors)[1]
+    kind, parameter = split_activation(variant.activation)
+    if kind == "fatrelu":
+        first = "up" if variant.plain else "gate"
+        rounded, value = (_product(variant, rows, tensors, f"w_{first}", f"b_{first}", integer) for integer in (True, False))
+        other = 1.0 if variant.plain else _product(variant, rows, tensors, "w_up", "b_up", False)
+        z = np.where(rounded > np.float32(parameter), value * other, 0.0)
+    y = np.where(active(variant, x, tensors, integer=True), z, 0.0) @ _matrix(variant, tensors, "w_down")
     if "b_down" in tensors:
         y = y + tensors["b_down"].astype(np.float64)
     return y + _hidden(variant, rows, tensors, False) @ tensors["res"].astype(np.float64) if "res" in tensors else y
