@@ -214,7 +214,7 @@ def _tune(
                 (partial / "checkpoint").mkdir()
                 (partial / "plan").mkdir()
                 write_checkpoint(source, exact, partial / "checkpoint", {name: tensor for name, tensor in weights.items() if tensor is not None})
-                if set(wished.values()) == {own}:
+                if source.swaps and set(wished.values()) == {own}:
                     write_stock(partial / "checkpoint")
                 save_plan(partial / "plan", whole, header)
                 write_json(partial / "recovery.json", record.model_dump(mode="json"))

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from .artifact import InputError, atomic_folder, read_header, write_json
-from .checkpoint import write_stock
 from .distributed import processes, same_error, share_of, world
 from .mixtures import FOLDER as MIXTURE
 from .opening import resolve
@@ -64,8 +63,6 @@ def tune(
             if world().rank == 0:
                 with atomic_folder(out) as partial:
                     write_checkpoint(found.source, found.plan, partial)
-                    if not found.source.swaps and all(len(entries) == 1 for entries in found.plan.values()):
-                        write_stock(partial)  # the base model's own activation, and no predictors
                     (partial / RECOVERY).parent.mkdir()
                     write_json(partial / RECOVERY, found.record.model_dump(mode="json"))
                 shutil.rmtree(work)

@@ -205,7 +205,7 @@ def test_two_processes_are_one_with_the_joint_batch(model: Path, tmp_path: Path)
         assert float((tensor - alone[name]).abs().mean()) < 0.02 * float((tensor - before[name].where(before[name] * tensor >= 0, -before[name])).abs().mean())
 
 
-OWN = {"penalty": {"weight": 0.1}, "data": {"windows": 130, "length": 24}}
+OWN = {"penalty": {"weight": 0.1}, "data": {"windows": 600, "length": 24}}
 
 
 def like(one: Path, other: Path, before: dict[str, Tensor]) -> bool:
@@ -226,7 +226,7 @@ def test_processes_of_its_own(model: Path, tmp_path: Path, monkeypatch: pytest.M
     two = tuned(model, tmp_path, "2", processes=2, **OWN)
     assert started == [(2, "sample_groups"), (2, "in_process")]
     one, other = (RecoveryRecord.load(folder / RECOVERY) for folder in (alone, two))
-    assert one.text.hash == other.text.hash and one.text.windows == 517, "groups of 64 windows, sampled by whoever"
+    assert one.text.hash == other.text.hash and one.text.windows == 2397, "groups of 512 windows, sampled by whoever"
     assert [point.step for point in other.heldout] == [1, 2, 3, 4] == [point.step for point in one.heldout]
     assert all(a.nll == pytest.approx(b.nll, rel=1e-4) for a, b in zip(one.heldout, other.heldout, strict=True))
     assert like(alone, two, weights(model)) and other.cpu_seconds > 0 and not list(tmp_path.glob("*.work"))
@@ -257,13 +257,13 @@ def test_an_interrupted_run_goes_on_in_several_processes(model: Path, tmp_path: 
     groups = text / f"generated.{hash_json(header.model_dump(mode='json'))[:16]}"
     shutil.rmtree(text / "generated")
     groups.mkdir()
-    marked = tokens[:64].roll(1, 0)  # another text than would be sampled: it must be taken as it is
+    marked = tokens[:512].roll(1, 0)  # another text than would be sampled: it must be taken as it is
     save_file({"tokens": marked}, groups / "000000.safetensors")
     write_json(groups / "seconds.json", {"seconds": 1000.0})
     resumed = tuned(model, tmp_path, "cut", processes=2, **OWN)
     record = RecoveryRecord.load(resumed / RECOVERY)
     assert 1000 < record.text.seconds < 2000 and record.cpu_seconds > spent and not like(whole, resumed, weights(model))
-    assert record.text.hash == recovery_stage.shifted(Batches(torch.cat([marked, tokens[64:]]), torch.ones(1))).sha256
+    assert record.text.hash == recovery_stage.shifted(Batches(torch.cat([marked, tokens[512:]]), torch.ones(1))).sha256
 
 
 def test_a_process_s_refusal_is_the_caller_s(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,7 +422,7 @@ def test_a_tuned_folder_is_converted_like_any_model(model: Path, tmp_path: Path)
 
 
 def test_back_to_the_model_s_own_activation(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    """A model that has ReLU stays a stock model, for transformers and for convert, by whatever way it got there."""
+    """A model that has ReLU is loaded by transformers and opened by convert as what it is, by whatever way it got there."""
     model = tmp_path / "relu"
     shutil.copytree(tiny_model("llama"), model)
     write_json(model / "config.json", read_json(model / "config.json", "c") | {"hidden_act": "relu"})
@@ -431,7 +431,8 @@ def test_back_to_the_model_s_own_activation(tiny_model: Callable[[str], Path], t
     back = tune(output=tmp_path / "back", recipe=recipe(swapped, tmp_path, activation="relu", losses={"distill": 0.0, "lm": 1.0})).folder
     for folder in (same, back):
         raw = read_json(folder / "config.json", "c")
-        assert raw["model_type"] == "llama" and raw["hidden_act"] == "relu" and raw["architectures"] == ["LlamaForCausalLM"] and "sparsity" not in raw
+        assert raw["model_type"] == "llama" and raw["hidden_act"] == "relu" and raw["architectures"] == ["LlamaForCausalLM"]
+        assert {site["score"] for site in raw["sparsity"]["sites"].values()} == {"exact"}
         assert open_source(folder).swaps == {} and AutoModelForCausalLM.from_pretrained(folder).config.hidden_act == "relu"
     assert open_source(swapped).swaps
 
