@@ -87,6 +87,7 @@ def test_each_is_called_and_all_belong_together(tmp_path: Path) -> None:
     assert sorted(path.read_text() for path in tmp_path.iterdir()) == [f"2 3 {share} two words"] * 2
 
 
+@pytest.mark.slow
 def test_modules_in_the_working_folder_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit(9)")
     monkeypatch.chdir(tmp_path)
@@ -105,6 +106,7 @@ def test_a_system_s_refusal_is_one_line(tmp_path: Path) -> None:
         run_in_processes(1, note, tmp_path / "nowhere", "")
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_otherwise_ends_all() -> None:
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="got 7"):
@@ -114,6 +116,7 @@ def test_a_process_that_ends_otherwise_ends_all() -> None:
     assert time.monotonic() - began < 300
 
 
+@pytest.mark.slow
 def test_none_outlives_the_caller(tmp_path: Path) -> None:
     said = f"from test_local_processes import sleep, run_in_processes; run_in_processes(2, sleep, {str(tmp_path)!r})"
     caller = subprocess.Popen([sys.executable, "-c", said], env=os.environ)

@@ -232,6 +232,7 @@ def test_processes_of_its_own(model: Path, tmp_path: Path, monkeypatch: pytest.M
     assert like(alone, two, weights(model)) and other.cpu_seconds > 0 and not list(tmp_path.glob("*.work"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_in_several_processes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the groups of text and the steps that are there, and the seconds that they took."""
     whole = tuned(model, tmp_path, "whole", processes=1, **OWN)
@@ -266,6 +267,7 @@ def test_an_interrupted_run_goes_on_in_several_processes(model: Path, tmp_path: 
     assert record.text.hash == recovery_stage.shifted(Batches(torch.cat([marked, tokens[512:]]), torch.ones(1))).sha256
 
 
+@pytest.mark.slow
 def test_a_process_s_refusal_is_the_caller_s(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe(model, tmp_path, processes=2, rate=1e30, steps=20)
     assert "Lower the rate." in refused(lambda: tune(output=tmp_path / "b", recipe=path))
