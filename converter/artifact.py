@@ -10,12 +10,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = "0.1.0"
 HEADER = "header.json"
@@ -76,6 +79,21 @@ def write_json(path: Path, value: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `tensors` as safetensors beside `path` and rename it into place. Raises InputError when the disk is full."""
+    from safetensors.torch import save_file
+
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        save_file(dict(tensors), partial)
+        os.replace(partial, path)
+    except Exception as error:
+        partial.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise disk_full(path) from error
+        raise
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """The JSON object in `path`. Raises InputError naming `what` when the file is missing or is no JSON object."""
     try:
@@ -104,9 +122,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         yield partial
         _sync(partial)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
+        if target.exists():  # moved aside, so that a process that is killed here loses as little as can be
+            old = target.with_name(f"{target.name}.partial-{os.getpid()}-old")
+            os.replace(target, old)
+            os.replace(partial, target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(partial, target)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if is_disk_full(error):

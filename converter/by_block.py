@@ -28,7 +28,7 @@ from .arch import Arch, Site
 from .artifact import Header, InputError, atomic_folder, is_finished, read_json, write_header, write_json
 from .blocks import block_calls, embed, ffn_down, ffn_parts, filled
 from .data import Batches
-from .distributed import same_error, share_tensors, world
+from .distributed import same_error, share_tensors, sum_over_processes, world
 from .end_to_end import multiplies_bf16
 from .linalg import Gram
 from .optimizers import Trained
@@ -42,7 +42,7 @@ _BYTES = 1 << 31
 _ASIDE = 16  # every 16th window is kept for measuring
 _PER_UNIT, _SOLVED_PER_UNIT = 128, 64  # tokens for every neuron of a network, at most, in training and in the closed form
 _L2 = 1e-3  # relative to the mean square of z
-_GROUP = 32  # tokens that are drawn together
+GROUP = 32  # tokens that are drawn together
 _WEIGHTS, _CURVE = "weights.safetensors", "curve.json"
 
 
@@ -294,7 +294,7 @@ def recover_by_block(
     neurons afresh, as `orientation.orient` does, on the inputs that the student gives it: for a student that could not be oriented whole, fresh from its swap.
     Returns a row per block: its `layer`; `before`, `solved`, `trained` and `after`, the error on windows set aside relative to the energy of what the dense
     network adds (0 is perfect), at the start, with the down projection solved, after training and with it solved again; `density`, the share of z that is not
-    0; `curve`, the training's; `cpu_seconds`.
+    0; `curve`, the training's; `seconds`, and `cpu_seconds` of all processes, of the run that finished it.
     Raises InputError where there is nothing to fit, or a block does something else with its network's output than scale and norm it.
     """
     wanted = [site for site in arch.sites(teacher.config) if hasattr(student.get_submodule(arch.ffn_module(site.layer)), "swapped")]
@@ -321,6 +321,11 @@ def recover_by_block(
             curve.append({"layer": layer, **_recovered(fit, settings, seed, folder / site.key, stage)})
             _advance(dense, own, fit)
     return curve
+
+
+def micro_batch(settings: ByBlock) -> int:
+    """Groups of at most GROUP tokens in a training step, which processes share."""
+    return settings.tokens // min(GROUP, settings.tokens)
 
 
 def _enough(batches: Batches, arch: Arch, config: Any, seed: int) -> Tensor:
@@ -373,7 +378,7 @@ def _recovered(fit: Fit, settings: ByBlock, seed: int, folder: Path, header: Hea
             for name, parameter in parameters.items():
                 parameter.copy_(stored[f"{fit.arch.ffn.module}.{name}"])
         return read_json(folder / _CURVE, "The block's figures")
-    begun = time.process_time()
+    begun = time.process_time(), time.monotonic()
     length = len(fit.rows.x.values) // fit.rows.windows
     number = torch.arange(len(fit.rows.x.values))
     apart = number // length % _ASIDE == 0
@@ -381,7 +386,7 @@ def _recovered(fit: Fit, settings: ByBlock, seed: int, folder: Path, header: Hea
     figures: dict[str, Any] = {"before": fit.measure(aside)[0]}
     _solve(fit, drawn, aside)
     figures["solved"] = fit.measure(aside)[0]
-    group = min(_GROUP, settings.tokens, len(drawn))
+    group = min(GROUP, settings.tokens, len(drawn))
     indices = drawn[: len(drawn) // group * group].view(-1, group)
     wanted = {name: parameter.requires_grad for name, parameter in parameters.items()}
     for parameter in parameters.values():
@@ -395,7 +400,8 @@ def _recovered(fit: Fit, settings: ByBlock, seed: int, folder: Path, header: Hea
     figures["trained"] = fit.measure(aside)[0]
     _solve(fit, drawn, aside)
     figures["after"], figures["density"] = fit.measure(aside)
-    figures["cpu_seconds"] = time.process_time() - begun
+    figures["seconds"] = time.monotonic() - begun[1]
+    figures["cpu_seconds"] = float(sum_over_processes(torch.tensor(time.process_time() - begun[0], dtype=torch.float64)))
     share_tensors(parameters.values())
     with same_error():
         if world().rank == 0:

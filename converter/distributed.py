@@ -74,6 +74,12 @@ def check_device(device: str) -> None:
         raise InputError("device cuda must have a CUDA GPU and a CUDA build of torch, got none. Use --device cpu.")
 
 
+def check_started() -> None:
+    """Raises InputError where weights cannot be shared out, because no processes were started."""
+    if not _started():
+        raise InputError("Weights must be shared out over processes that torchrun started, got none. Start with torchrun, also for one process.")
+
+
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """The sum of every process's `tensor` (same shape and dtype everywhere), on each of them; a new tensor without gradient where there are several."""
     if world().size == 1:
@@ -235,8 +241,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype | No
     The values are the first process's. Parameters become new tensors: name what is to be trained after this. `dtype` is that of the passes (None: the
     parameters'); shards, gradients and their sums stay in the parameters' own. Raises InputError without started processes.
     """
-    if not _started():
-        raise InputError("Weights must be shared out over processes that torchrun started, got none. Start with torchrun, also for one process.")
+    check_started()
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

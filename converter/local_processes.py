@@ -22,6 +22,7 @@ import torch.distributed
 
 from .artifact import InputError, disk_full, is_disk_full
 from .distributed import processes, world
+from .recipe import Recovery
 
 _REFUSAL = "refusal."
 _PROGRAM = f"""
@@ -32,6 +33,8 @@ from {__name__} import main
 main(*sys.argv[1:])
 """
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_MALLOC = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296:glibc.malloc.top_pad=67108864:glibc.malloc.hugetlb=1"
+"""Freed memory stays with the process, in huge pages: a step's tensors are as many megabytes as the last one's, and new pages took 7 % of its time."""
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _FEW_STEPS = 300  # a process takes several seconds to start
 _SMALL = 32_000_000  # parameters: larger models' operations fill several threads
@@ -48,15 +51,18 @@ def cores() -> int:
     return max(1, min(found, int(threads)) if threads.isdigit() else found)
 
 
-def count_for(asked: int | str, windows: int, steps: int, parameters: int, available: int) -> int:
-    """How many processes to train in on a CPU: `asked`, or for "auto" the most up to `available` cores that the `windows` of a micro-batch divide by, for small
-    models and more than a few steps; else one.
+def count_for(asked: Recovery, parameters: int, available: int) -> int:
+    """How many processes to train in on a CPU: one where nothing is trained end to end or weights are shared out; what is asked for; or for "auto" the most up
+    to `available` cores that the windows of a micro-batch divide by, for small models and more than a few steps, and one for the rest and block by block, whose
+    micro-batches need not divide by what the windows do.
     """
-    if isinstance(asked, int):
-        return asked
-    if steps < _FEW_STEPS or parameters > _SMALL or not torch.distributed.is_available():
+    if not asked.end_to_end or asked.parallel == "fsdp":
         return 1
-    return max(count for count in range(1, max(1, available) + 1) if windows % count == 0)
+    if asked.processes != "auto":
+        return asked.processes
+    if asked.steps < _FEW_STEPS or parameters > _SMALL or asked.by_block is not None or not torch.distributed.is_available():
+        return 1
+    return max(count for count in range(1, max(1, available) + 1) if asked.windows % count == 0)
 
 
 def run_in_processes(count: int, function: Callable[..., None], *arguments: str | Path) -> None:
@@ -66,7 +72,8 @@ def run_in_processes(count: int, function: Callable[..., None], *arguments: str 
     caller, however that ends.
     """
     with tempfile.TemporaryDirectory() as name:
-        environment = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        environment = {"GLIBC_TUNABLES": _MALLOC} | _own_environment()
+        environment |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         environment |= dict.fromkeys(_THREADS, str(max(1, cores() // count))) | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         if sys.platform == "win32":
             environment["USE_LIBUV"] = "0"  # not in every torch for Windows
@@ -92,13 +99,18 @@ def run_in_processes(count: int, function: Callable[..., None], *arguments: str 
             raise RuntimeError(f"A process must end with status 0, got {status}. Its error stands above.")
 
 
+def _own_environment() -> dict[str, str]:
+    """The environment without what torchrun adds for its agent, whose store nobody serves here."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
+
+
 def _wait(started: list[subprocess.Popen[bytes]]) -> int:
     """0 when all processes have ended well, or the status of one that has not, at once."""
     while True:
         codes = [one.poll() for one in started]
         failed = [code for code in codes if code]
         if failed or None not in codes:
-            return failed[0] if failed else 0
+            return min(failed, default=0)  # a signal before the errors of those who lost their peer
         time.sleep(_POLL)
 
 

@@ -101,14 +101,14 @@ def estimate_shapes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...
 
 
 def _training_bytes(asked: Recovery | None, parameters: int, shapes: Mapping[str, tuple[int, ...]], arch: Arch) -> int:
-    """Bytes of a training stage: teacher and student, gradient and two moments of what is trained, in each of its processes, and a batch's logits three times,
-    all in fp32.
+    """Bytes of a training stage on a CPU, all in fp32: teacher and student, gradient and two moments of what is trained, in each of its processes, and a
+    batch's logits three times.
     """
     assert asked is not None
     trained = parameters if asked.lora is None else sum(asked.lora.rank * sum(shape) for name, shape in shapes.items() if len(shape) == 2)
     logits = 3 * asked.windows * asked.data.length * shapes[arch.embedding][0]
-    processes = count_for(asked.processes, asked.windows, asked.steps, parameters, cores())
-    return _FP32 * (processes * (2 * parameters + 3 * trained) + logits) + (processes - 1) * _RUNTIME
+    processes = count_for(asked, parameters, cores())
+    return _FP32 * (processes * (2 * parameters + 3 * trained) + logits) + (processes if processes > 1 else 0) * _RUNTIME  # the caller has its own
 
 
 def _onnx_bytes(arch: Arch, shapes: Mapping[str, tuple[int, ...]], ffn: set[str], tied: bool, form: Precision, target: str) -> int:

@@ -98,6 +98,12 @@ class Penalty(_Strict):
     softness: float = Field(default=0.25, gt=0)
     density: float | None = Field(default=None, gt=0, lt=1)
 
+    @model_validator(mode="after")
+    def _check(self) -> Penalty:
+        if self.density is not None and self.weight == 0:
+            raise ValueError("weight must be above 0 where a density is wished: it is what leads there")
+        return self
+
 
 class Lora(_Strict):
     """Low-rank updates W + alpha / rank B A of every linear map of the blocks in place of whole weights (LoRA, arXiv 2106.09685)."""

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,6 +62,24 @@ def predicted_path(joint: Joint, progress: float) -> float:
     return joint.density**share if joint.path == "geometric" else 1 + (joint.density - 1) * share
 
 
+@dataclass
+class _Pending:
+    """What a controller has not used yet: it is led once a step, by the mean of the micro-batches since."""
+
+    total: float = 0.0
+    count: int = 0
+    step: int = -1
+
+    def add(self, value: float, step: int) -> float | None:
+        """The mean at the first micro-batch of a step, None at the others."""
+        self.total, self.count = self.total + value, self.count + 1
+        if step == self.step:
+            return None
+        mean = self.total / self.count
+        self.total, self.count, self.step = 0.0, 0, step
+        return mean
+
+
 class RecoveryObjective:
     """The objective of `training.train` for a student whose networks have exact zeros.
 
@@ -91,7 +110,10 @@ class RecoveryObjective:
         self.half = asked.precision == "bf16" or (asked.precision == "auto" and multiplies_bf16(device))
         self.weight = asked.penalty.weight
         self.begin, self.mean, self.price, self.predicted = 0.0, 0.0, 0.0, 1.0
+        self.pending = {"density": _Pending(), "excess": _Pending()}
         self.figures: dict[str, float] = {}
+        self.micro_batches: list[dict[str, float]] = []
+        self.step = -1
         self.scales: dict[Site, tuple[float, float]] = {}
         self.hidden, self.watch = frozenset(hidden), watch
         self.began, self.spent, self.used = time.process_time(), 0.0, 0.0
@@ -116,6 +138,8 @@ class RecoveryObjective:
             with self.observing(mask) as seen, _outputs(self.blocks) as outputs:
                 logits = self.student(input_ids=tokens, **keywords).logits
         total, self.figures = logits.new_zeros((), dtype=torch.float32), {}
+        self.micro_batches = [*(self.micro_batches if step == self.step else []), self.figures]
+        self.step = step
         if dense is not None and losses.distill:
             total = total + losses.distill * self._shown("kl", kl_divergence(dense, logits, mask))
         if losses.lm:
@@ -156,7 +180,11 @@ class RecoveryObjective:
         return self._weight(step) * (value + (shown - value).detach())
 
     def _steer(self, density: float, step: int) -> None:
-        """The controller's memory after a step: running mean of the density, and the weight."""
+        """The controller's memory, once a step: running mean of the density, and the weight."""
+        mean = self.pending["density"].add(density, step)
+        if mean is None:
+            return
+        density = mean
         if self.begin == 0.0:
             self.begin = self.mean = density
         self.mean = _MEMORY * self.mean + (1 - _MEMORY) * density
@@ -186,7 +214,7 @@ class RecoveryObjective:
         both = sum_over_processes(torch.stack([kept.detach() * weight, weight]))
         self.predicted = float(both[0] / both[1])
         excess = self.predicted - predicted_path(joint, (step + 1) / self.settings.steps)
-        self.price = max(0.0, self.price + INTEGRAL * excess)
+        self.price = max(0.0, self.price + INTEGRAL * (self.pending["excess"].add(excess, step) or 0.0))
         self.figures |= {"predicted": self.predicted, "price": self.price}
         labelled = torch.stack([at["labelled"] for at in seen.values()]).mean()
         return max(0.0, self.price + PROPORTIONAL * excess) * kept + _LABELS * labelled
@@ -235,22 +263,26 @@ class RecoveryObjective:
         wide, gate = z.float(), before.float()
         up = torch.ones_like(gate) if up is None else up.float()
         squares = gate.detach().square().sum(), up.detach().square().sum()
-        scales = known or tuple(float(square / gate.numel()) ** 0.5 for square in squares)
-        margin = (gate - cut) / max(scales[0], 1e-10)
+        if known is None:
+            joint = sum_over_processes(torch.stack([*squares, squares[0].new_tensor(float(gate.numel()))]))
+            known = float(joint[0] / joint[2]) ** 0.5, float(joint[1] / joint[2]) ** 0.5
+        margin = (gate - cut) / max(known[0], 1e-10)
         if kind == "drelu":
-            margin = torch.minimum(margin, up / max(scales[1], 1e-10))
+            margin = torch.minimum(margin, up / max(known[1], 1e-10))
         found = {"soft": torch.sigmoid(margin / self.asked.penalty.softness).sum(), "nonzero": (z != 0).sum().float(), "gate": squares[0], "up": squares[1]}
         return found | {"absolute": wide.abs().sum(), "square": wide.square().sum(), "count": squares[0].new_tensor(float(z.numel()))}
 
     def after(self, step: int) -> dict[str, float]:
-        """The step's losses in nats, the penalty, densities and the penalty's weight."""
+        """The step's losses in nats, the penalty and densities, means over its micro-batches, and the penalty's weight."""
+        figures = {name: sum(each[name] for each in self.micro_batches) / len(self.micro_batches) for name in self.figures}
         watched = {} if self.watch is None else self.watch(step)
         self.used = self.cpu_seconds
-        return self.figures | {"weight": self._weight(step)} | watched
+        return figures | {"weight": self._weight(step)} | watched
 
     def state(self) -> dict[str, float]:
         """The controllers' memory, the scales of the last step, and the processor seconds so far."""
         found = {name: getattr(self, name) for name in _MEMORISED} | {"cpu_seconds": self.used}
+        found |= {f"{name} {part}": float(getattr(each, part)) for name, each in self.pending.items() for part in ("total", "count")}
         for site, (gate, up) in self.scales.items():
             found |= {f"{site.key} gate": gate, f"{site.key} up": up}
         return found
@@ -259,6 +291,7 @@ class RecoveryObjective:
         """The inverse of `state`."""
         for name in _MEMORISED:
             setattr(self, name, float(state[name]))
+        self.pending = {name: _Pending(float(state[f"{name} total"]), int(state[f"{name} count"])) for name in self.pending}
         self.began, self.spent = time.process_time(), float(state["cpu_seconds"])
         self.scales = {site: (float(state[f"{site.key} gate"]), float(state[f"{site.key} up"])) for site in self.modules if f"{site.key} gate" in state}
 

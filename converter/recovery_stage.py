@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .activation_checkpointing import checkpointed
 from .arch import Site
-from .artifact import Header, InputError, atomic_folder, is_finished, read_json, write_header, write_json
+from .artifact import Header, InputError, atomic_folder, is_finished, read_json, write_header, write_json, write_tensors
 from .blocks import swap
 from .by_block import recover_by_block
 from .checkpoint import write_stock
@@ -122,7 +121,7 @@ def tuned(
             stage = {"source": str(source.folder), "original": str(original.folder), "activation": activation, "seed": seed, "name": evaluation.name}
             work.mkdir(parents=True, exist_ok=True)
             write_json(work / _STAGE, stage | {"tune": asked.model_dump(mode="json"), "header": header.model_dump(mode="json")})
-            save_file({"tokens": evaluation.batches.tokens, "mask": evaluation.batches.mask}, work / _WINDOWS)
+            write_tensors(work / _WINDOWS, {"tokens": evaluation.batches.tokens, "mask": evaluation.batches.mask})
             run_in_processes(count, in_process, work)
         else:
             _tune(source, original, activation, asked, seed, work, device, evaluation, header)
@@ -132,12 +131,9 @@ def tuned(
 
 def processes_for(source: Source, asked: Recovery, device: str) -> int:
     """How many processes of this machine sample and train: more than one only on a CPU, for training end to end, where torchrun has not started some."""
-    if device != "cpu" or "WORLD_SIZE" in os.environ or not asked.end_to_end or asked.parallel == "fsdp":
+    if device != "cpu" or "WORLD_SIZE" in os.environ:
         return 1
-    if asked.by_block is not None and asked.processes == "auto":
-        return 1  # its micro-batches need not divide by what the windows do
-    parameters = sum(prod(info.shape) for info in source.tensors.values())
-    return count_for(asked.processes, asked.windows, asked.steps, parameters, cores())
+    return count_for(asked, sum(prod(info.shape) for info in source.tensors.values()), cores())
 
 
 def in_process(work: str) -> None:
@@ -176,12 +172,12 @@ def _tune(
     swapped, fitted = None, Training(0, 0.0, 0.0, [], [], {})
     if asked.by_block is not None:
         swapped = _compared(student, exact, evaluation.batches, teacher, source)
-        blocks, began = asked.by_block, time.monotonic()
+        blocks = asked.by_block
         rows = recover_by_block(
             student, teacher, arch, batches, blocks, seed, work / "by_block", header, l1=blocks.l1, precision=asked.precision, device=device
         )
-        tokens, cpu = len(rows) * blocks.steps * blocks.tokens, sum(float(row["cpu_seconds"]) for row in rows)
-        fitted = replace(fitted, tokens=tokens, seconds=time.monotonic() - began, cpu_seconds=cpu)
+        spent, cpu = (sum(float(row[name]) for row in rows) for name in ("seconds", "cpu_seconds"))
+        fitted = replace(fitted, tokens=len(rows) * blocks.steps * blocks.tokens, seconds=spent, cpu_seconds=cpu)
     leaves = _leaves(student, source, asked, seed)
     for model in (teacher, student):  # what is shared out never stands whole on a device
         if asked.parallel == "fsdp":

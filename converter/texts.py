@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from .artifact import Header, InputError, atomic_folder, hash_json, read_header, read_json, write_header, write_json
+from .artifact import Header, InputError, atomic_folder, hash_json, read_header, read_json, write_header, write_json, write_tensors
 from .data import CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text, sampled_groups, self_generated, self_generated_streams, stream_groups
 from .distributed import world
 from .local_processes import run_in_processes
@@ -160,9 +160,7 @@ def sample_groups(folder: str) -> None:
     places = {group: Path(folder) / f"{group:06}.safetensors" for group in range(stream_groups(model, *sizes)[0])}
     missing = [group for group in list(places)[here.rank :: here.size] if not places[group].is_file()]
     for group, tokens in sampled_groups(model, tokenizer, *sizes, asked["seed"], asked["temperature"], missing):
-        partial = places[group].with_suffix(".partial")
-        save_file({"tokens": tokens}, partial)
-        partial.replace(places[group])
+        write_tensors(places[group], {"tokens": tokens})
 
 
 def _covers(stored: Header | None, wanted: Header) -> bool:

@@ -138,9 +138,9 @@ def train(
     every process.
 
     The windows of a step depend on (seed, step) alone, so an interrupted run ends with the same weights. The losses of micro-batches and processes are
-    weighted by their positions that are not padding, so that the step is that of one batch of all of them. Returns the curve: every tenth step a row of step,
-    loss, `tokens` trained on so far, seconds if asked, and figures. Raises InputError when the loss or its gradient is not finite and when windows do not
-    divide by the number of processes.
+    weighted by their positions that are not padding, so that the step is that of one batch of all of them. Returns the curve: every tenth step and after the
+    last a row of step, loss, `tokens` trained on so far, seconds if asked, and figures. Raises InputError when the loss or its gradient is not finite and when
+    windows do not divide by the number of processes.
     """
     trained = {name: given if isinstance(given, Trained) else Trained(*given) for name, given in objective.parameters().items()}
     tensors = {name: each.tensor for name, each in trained.items()}
@@ -167,7 +167,7 @@ def train(
             figures = objective.after(step)
             progress.update()
             run.step, run.tokens, run.seconds = step + 1, run.tokens + count, before + monotonic() - begun
-            if run.step % 10 == 0:
+            if run.step % 10 == 0 or run.step == settings.steps:
                 figures = _mean(figures)
                 progress.set_postfix({name: f"{value:.4g}" for name, value in {"loss": loss, **figures}.items()})
                 times = {"seconds": run.seconds} if settings.timed else {}

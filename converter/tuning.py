@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from .artifact import InputError, atomic_folder, read_header, write_json
-from .distributed import processes, same_error, share_of, world
+from .by_block import GROUP, micro_batch
+from .distributed import check_started, processes, same_error, share_of, world
 from .mixtures import FOLDER as MIXTURE
 from .opening import resolve
 from .planning import BUNDLED_MODEL, BUNDLED_NAME, SELF, named_recipe, training_stages
@@ -33,7 +34,7 @@ def tune(
     steps: int | None = None,
     density: float | None = None,
     lora: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     device: str = "cpu",
 ) -> Tuned:
     """Write OUT, the recovered checkpoint of a dense model, with its record in report/recovery.json; `model` None is the one that comes with sparsegate.
@@ -58,7 +59,7 @@ def tune(
                 resolve(asked.model, work / "source")
         source = resolve(asked.model, work / "source")
         evaluation = Evaluation(make_heldout(source, asked), heldout_name(asked))
-        found = train_stages(source, stages, seed, work, str(own), evaluation)
+        found = train_stages(source, stages, asked.seed if seed is None else seed, work, str(own), evaluation)
         with same_error():
             if world().rank == 0:
                 with atomic_folder(out) as partial:
@@ -107,7 +108,7 @@ def train_stages(source: Source, stages: Sequence[Stage], seed: int, work: Path,
 
 
 def _check(source: Source, stages: Sequence[Stage], device: str) -> None:
-    """Raise InputError, before anything is sampled, for an activation or a number of windows that training would meet later."""
+    """Raise InputError, before anything is sampled, for what training would meet later: an activation, windows that processes cannot share, no processes."""
     for site in source.arch.sites(source.config):
         name = stages[0].config.get("activation") or present(source, site)
         check_exact(name)
@@ -116,9 +117,14 @@ def _check(source: Source, stages: Sequence[Stage], device: str) -> None:
     for stage in stages:
         assert stage.tune is not None
         share_of(stage.tune.windows, "The windows of a micro-batch")
+        if stage.tune.parallel == "fsdp":
+            check_started()
         count = processes_for(source, stage.tune, device)
         if stage.tune.windows % count:
             raise InputError(f"windows must divide by processes, got {stage.tune.windows} for {count}. Change one of them.")
+        blocks, shared = stage.tune.by_block, count * world().size
+        if blocks is not None and micro_batch(blocks) % shared:
+            raise InputError(f"tokens of by_block must be {GROUP} times what divides by processes, got {blocks.tokens} for {shared}. Change one of them.")
 
 
 def _share_text(before: Path, after: Path) -> None:

@@ -16,6 +16,7 @@ from sparsegate.converter import local_processes
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.distributed import sum_over_processes, world
 from sparsegate.converter.local_processes import cores, count_for, run_in_processes
+from sparsegate.converter.recipe import Recovery
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,9 @@ from sparsegate.converter.local_processes import cores, count_for, run_in_proces
     ],
 )
 def test_how_many(asked: int | str, windows: int, steps: int, parameters: int, available: int, count: int) -> None:
-    assert count_for(asked, windows, steps, parameters, available) == count
+    recovery = Recovery.model_validate({"processes": asked, "windows": windows, "steps": steps})
+    assert count_for(recovery, parameters, available) == count
+    assert count_for(recovery.model_copy(update={"end_to_end": False}), parameters, available) == 1
 
 
 def note(folder: str, word: str) -> None:
@@ -81,10 +84,11 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # of the caller that is a process itself
 
 
-def test_each_is_called_and_all_belong_together(tmp_path: Path) -> None:
+def test_each_is_called_and_all_belong_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_processes, "cores", lambda: 6)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # of a torchrun that this is a process of: its store is not theirs
     run_in_processes(2, note, tmp_path, "two words")
-    share = max(1, cores() // 2)
-    assert sorted(path.read_text() for path in tmp_path.iterdir()) == [f"2 3 {share} two words"] * 2
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["2 3 3 two words"] * 2
 
 
 @pytest.mark.slow

@@ -177,3 +177,5 @@ def test_a_training_stage_needs_memory(tiny_model: Callable[[str], Path]) -> Non
     linear = sum(sum(info.shape) for info in source.tensors.values() if len(info.shape) == 2)
     assert peak(lora={"rank": 2}) == 500_000_000 + 4 * (2 * count + 3 * 2 * linear + logits)
     assert peak(windows=1) < peak() and peak(data={"length": 512}) > peak()
+    assert peak(processes=2) == 500_000_000 + 4 * (2 * 5 * count + logits) + 2 * 500_000_000, "the caller stays"
+    assert peak(processes=2, parallel="fsdp") == peak()

@@ -199,9 +199,42 @@ def test_state_round_trip(model: Model) -> None:
         first.after(step)
     second.restore(first.state())
     assert {k: v for k, v in second.state().items() if k != "cpu_seconds"} == {k: v for k, v in first.state().items() if k != "cpu_seconds"}
-    assert torch.equal(first.loss(TOKENS, PADDED, 3), second.loss(TOKENS, PADDED, 3))
+    goes_on = second.loss(TOKENS, PADDED, 3)
+    assert torch.equal(first.loss(TOKENS, PADDED, 3), goes_on)
     third = objective(model(), model(None), settings)
-    assert not torch.equal(third.loss(TOKENS, PADDED, 3), second.loss(TOKENS, PADDED, 4)), "the memory matters"
+    assert not torch.equal(third.loss(TOKENS, PADDED, 3), goes_on), "the memory matters"
+
+
+def test_controllers_are_led_once_a_step(model: Model) -> None:
+    """By the mean of the micro-batches since they were last led; what is left over is kept with the state."""
+    settings = asked(penalty={"weight": 0.4, "density": 0.05, "ramp": 0.5})
+    one, several = (objective(model(), None, settings) for _ in range(2))
+    for step, density in enumerate((0.4, 0.3, 0.2)):
+        one._steer(density, step)
+    for step, densities in enumerate(((0.4,), (0.2, 0.5), (0.3, 0.15))):
+        for at, density in enumerate(densities):
+            if (step, at) == (2, 0):
+                state = several.state()
+                several = objective(model(), None, settings)
+                several.restore(state)
+            several._steer(density, step)
+    first_of_the_second, rest_and_first_of_the_third = 0.2, (0.5 + 0.3) / 2
+    by_hand = objective(model(), None, settings)
+    for step, density in enumerate((0.4, first_of_the_second, rest_and_first_of_the_third)):
+        by_hand._steer(density, step)
+    assert (several.mean, several.weight) == pytest.approx((by_hand.mean, by_hand.weight), rel=1e-12) and several.weight != one.weight
+    assert several.pending["density"].count == 1
+
+
+def test_figures_are_means_over_micro_batches(model: Model) -> None:
+    found = objective(model(), model(None), asked(penalty={"weight": 0.4, "density": 0.05}))
+    seen = []
+    for rows in (slice(0, 2), slice(2, 4)):
+        found.loss(TOKENS[rows], WHOLE[rows], 0)
+        seen.append(found.figures["kl"])
+    assert found.after(0)["kl"] == pytest.approx(sum(seen) / 2) and seen[0] != seen[1]
+    found.loss(TOKENS, WHOLE, 1)
+    assert found.after(1)["kl"] == found.figures["kl"]
 
 
 # Predictors
