@@ -122,10 +122,10 @@ def page() -> str:
     ]  # fmt: skip
     if (RESULTS / PREDICTORS).is_file():
         other = Report.model_validate(load(PREDICTORS))
-        said = f"`{other.command}`: predictors trained with the weights in a second stage; `exact` are the same weights without them."
+        said = f"`{other.command}`: predictors trained with the weights; `exact` are the same weights without them."
         parts += ["With predictors:", "", said, "", quality_table(other), ""]
         spent = RecoveryRecord.model_validate(load(PREDICTORS_RECORD))
-        parts += [spent_table(spent), "", "Held out as above, both stages:", "", table(heldout_cells(spent)), ""]
+        parts += [spent_table(spent), "", "Held out as above:", "", table(heldout_cells(spent)), ""]
     speed = speed_lines()
     if speed:
         parts += ["## Speed against its own dense source", *speed, ""]
