@@ -33,8 +33,8 @@ from {__name__} import main
 main(*sys.argv[1:])
 """
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-_MALLOC = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296:glibc.malloc.top_pad=67108864:glibc.malloc.hugetlb=1"
-"""Freed memory stays with the process, in huge pages: a step's tensors are as many megabytes as the last one's, and new pages took 7 % of its time."""
+_MALLOC = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296:glibc.malloc.top_pad=67108864"
+"""Freed memory stays with the process: a step's tensors are as many megabytes as the last one's, and asking anew for their pages took a fifth of its time."""
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _FEW_STEPS = 300  # a process takes several seconds to start
 _SMALL = 32_000_000  # parameters: larger models' operations fill several threads
