@@ -117,23 +117,23 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     for stale in list(target.parent.iterdir()):
         if stale.name.startswith(f"{target.name}.partial-"):
             shutil.rmtree(stale, ignore_errors=True)
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    partial, old = (target.with_name(f"{target.name}.partial-{os.getpid()}{end}") for end in ("", "-old"))
     partial.mkdir()
     try:
         yield partial
         _sync(partial)
-        if target.exists():  # moved aside, so that a process that is killed here loses as little as can be
-            old = target.with_name(f"{target.name}.partial-{os.getpid()}-old")
+        if target.exists():  # aside for a moment: a process that is killed while a folder is removed would leave a half
             os.replace(target, old)
-            os.replace(partial, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(partial, target)
+        os.replace(partial, target)
     except BaseException as error:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
         shutil.rmtree(partial, ignore_errors=True)
         if is_disk_full(error):
             raise disk_full(target) from error
         raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def is_disk_full(error: BaseException) -> bool:
