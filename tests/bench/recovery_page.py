@@ -89,12 +89,12 @@ def speed_lines() -> list[str]:
     found: list[str] = []
     for path in sorted(RESULTS.glob("drelu_*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        found += ["", bench_page(result) if result.get("kind") else folder_lines(result)]
+        found += ["", bench_page(result) if result.get("kind") else folder_lines(result, path.stem)]
     return found
 
 
-def folder_lines(result: dict[str, Any]) -> str:
-    """A recovered folder beside the graph of its dense source's sizes."""
+def folder_lines(result: dict[str, Any], name: str) -> str:
+    """A recovered folder beside the graph of its dense source's sizes; the stored file's `name` ends with that of the recipe."""
     body = []
     for phase in ("prefill", "decode"):
         base, own = (result[role][f"{phase}_tokens_per_s"] for role in ("baseline", "candidate"))
@@ -102,7 +102,7 @@ def folder_lines(result: dict[str, Any]) -> str:
     settings = result["settings"]
     said = f"{settings['prompt_tokens']} prompt and {settings['new_tokens']} new tokens, {settings['threads'] or 'all'} threads, {len(result['samples'])} pairs"
     quiet = "" if result["quiet"] else " Other load disturbed every pair: not to be quoted."
-    cells = (["the recovered model", "dense tok/s", "tok/s", "ratio", "verdict"], body)
+    cells = ([name.removeprefix("drelu_"), "dense tok/s", "tok/s", "ratio", "verdict"], body)
     return f"{table(cells)}\n\n{said}. Written by `{result['command']}`. The model fits in a cache.{quiet}"
 
 
