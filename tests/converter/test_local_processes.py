@@ -41,7 +41,8 @@ def test_how_many(asked: int | str, windows: int, steps: int, parameters: int, a
 def note(folder: str, word: str) -> None:
     """What a process sees."""
     found = sum_over_processes(torch.tensor(world().rank + 1))
-    Path(folder, f"{world().rank}").write_text(f"{world().size} {int(found)} {torch.get_num_threads()} {word}", encoding="utf-8")
+    threads = os.environ["OMP_NUM_THREADS"]  # torch itself takes no more than there are cores
+    Path(folder, f"{world().rank}").write_text(f"{world().size} {int(found)} {threads} {word}", encoding="utf-8")
 
 
 def refuse(rank: str) -> None:

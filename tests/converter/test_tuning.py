@@ -220,6 +220,7 @@ def like(one: Path, other: Path, before: dict[str, Tensor]) -> bool:
     return all(float((tensor - found[name]).abs().mean()) < 0.02 * moved[name] for name, tensor in weights(one).items())
 
 
+@pytest.mark.slow
 def test_processes_of_its_own(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Started by tune itself: text and weights are those of one process, and so is the held-out curve."""
     started: list[tuple[int, str]] = []
