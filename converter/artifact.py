@@ -133,7 +133,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             raise disk_full(target) from error
         raise
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def is_disk_full(error: BaseException) -> bool:
