@@ -1,4 +1,4 @@
-"""What the methods made: each plan's held-out quality, the choice among them, the chosen one's checkpoint, ONNX folder and checks, and the report on all."""
+"""What the methods made: each plan's held-out quality, the choice among them, and the chosen one's checkpoint, ONNX folder and checks."""
 
 from __future__ import annotations
 
@@ -6,26 +6,20 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..runtime_onnx.bench import bench
-from ..runtime_onnx.library import DENSE, PROVIDERS, executor
-from . import report as reporting
 from .artifact import Header, InputError, atomic_folder, is_finished, read_header, read_json, write_header, write_json
-from .evaluation import predictor_cost
-from .executors import NO_CUDA, check_onnx, has_cuda, measure_shipped
+from .executors import check_onnx, has_cuda, measure_shipped
 from .onnx_export import PRECISIONS, build_base, check_base, export, export_dense, load_stock, round_model
-from .onnx_export.precision import Precision
 from .planning import TUNED
-from .plans import Plan, Predictor, deciding
+from .plans import Plan
 from .recipe import Export, Recipe
 from .reference import apply_plan, load, load_dense, remove_plan
-from .report import Report
 from .schedule import checkpoint
 from .source import Source
-from .texts import Texts, heldout_name
+from .texts import Texts
 from .verification import Check, ExecutorQuality, Quality, check_budget, measure_quality, shipped_checks
 
 log = logging.getLogger("sparsegate")
@@ -247,120 +241,3 @@ def _speed(base: Path, onnx: Path, texts: Texts) -> dict[str, Any]:
     except ValueError as error:
         log.warning("Speed was not measured: %s", error)
         return {}
-
-
-def build_report(source: Source, recipe: Recipe, texts: Texts, candidates: list[Candidate], chosen: Candidate, graphs: Graphs, command: str) -> Report:
-    """The report on every candidate, dense first; layers and checks are the chosen one's."""
-    quality = chosen.quality
-    dense_speed = chosen.speed.get("baseline", {})
-    dense = reporting.Row(
-        method="dense", nll=quality.nll_dense, perplexity=math.exp(quality.nll_dense), kl=0.0, agreement=1.0, density=1.0, cost=1.0, block_cost=1.0,
-        prefill_tokens_per_second=dense_speed.get("prefill_tokens_per_s"), decode_tokens_per_second=dense_speed.get("decode_tokens_per_s"),
-    )  # fmt: skip
-    return Report(
-        model=source.name,
-        revision=source.revision,
-        swapped=bool(source.swaps),
-        date=datetime.now(UTC).date().isoformat(),
-        command=command,
-        machine=reporting.this_machine(),
-        versions=reporting.installed_versions(),
-        recipe=recipe.model_copy(update={"model": source.name, "calibration": _public(recipe), "stages": _public_stages(recipe)}).model_dump(mode="json"),
-        calibration=reporting.Text(hash=texts.calibration.sha256, tokens=texts.calibration.count, name=texts.name),
-        evaluation=reporting.Text(hash=texts.heldout.sha256, tokens=quality.tokens, name=heldout_name(recipe)),
-        speed=_conditions(chosen.speed, recipe.export),
-        speed_note=f"not run: {NO_CUDA}" if not chosen.speed and recipe.export.target == "cuda" else "",
-        onnx=_onnx_rows(chosen, graphs, source, recipe.export),
-        rows=[dense, *(_row(candidate, candidate is chosen) for candidate in candidates)],
-        layers=[_layer(chosen, site, deciding(entries)) for site, entries in chosen.plan.items()],
-        checks=[
-            reporting.Check(name=check.name, value=check.value, bound=check.bound, passed=check.passed, at_least=check.at_least, note=check.note)
-            for check in chosen.checks
-        ],
-    )
-
-
-def _public(recipe: Recipe) -> Any:
-    """The calibration part without the folders of this machine."""
-    file = recipe.calibration.file
-    return recipe.calibration if file is None else recipe.calibration.model_copy(update={"file": Path(file).name})
-
-
-def _public_stages(recipe: Recipe) -> Any:
-    """The stages without the folders of this machine."""
-
-    def public(stage: Any) -> Any:
-        folder, tune = stage.config.get("folder"), stage.tune
-        if folder is not None:
-            stage = stage.model_copy(update={"config": stage.config | {"folder": Path(folder).name}})
-        if tune is not None:
-            parts = tuple(part.model_copy(update={"files": tuple(Path(file).name for file in part.files)}) for part in tune.data.mixture)
-            stage = stage.model_copy(update={"tune": tune.model_copy(update={"data": tune.data.model_copy(update={"mixture": parts})})})
-        return stage
-
-    return tuple(public(stage) for stage in recipe.stages)
-
-
-def _row(candidate: Candidate, selected: bool) -> reporting.Row:
-    quality, speed = candidate.quality, candidate.speed
-    return reporting.Row(
-        method=candidate.method, nll=quality.nll, perplexity=math.exp(quality.nll), kl=max(0.0, quality.kl), agreement=quality.agreement,
-        density=quality.density, cost=quality.cost, block_cost=quality.block_cost, selected=selected,
-        prefill_tokens_per_second=speed.get("candidate", {}).get("prefill_tokens_per_s"),
-        decode_tokens_per_second=speed.get("candidate", {}).get("decode_tokens_per_s"),
-        decode_ratio=speed.get("decode", {}).get("ratio"),
-    )  # fmt: skip
-
-
-def _layer(candidate: Candidate, site: Any, entry: Any) -> reporting.Layer:
-    quality = candidate.quality
-    realised = quality.site_density[site.key]
-    return reporting.Layer(
-        site=site.key, density_target=None if candidate.sparsity is None else 1 - candidate.sparsity, density_calibrated=entry.density,
-        density_realised=realised, cost=quality.site_cost[site.key],
-        recall=entry.recall if isinstance(entry, Predictor) else None, rank=entry.rank if isinstance(entry, Predictor) else None,
-    )  # fmt: skip
-
-
-def _shipped_cost(chosen: Candidate, source: Source, form: Precision) -> float:
-    """Bytes of the feed-forward networks touched per token relative to dense ones in the same precision: predictors may be wider than weights."""
-    extra = 0.0
-    for site, entries in chosen.plan.items():
-        share = predictor_cost({site: entries}, source.arch, source.config)
-        extra += share * (form.predictor_share(deciding(entries).residual is not None) - 1)
-    return chosen.quality.cost + extra
-
-
-def _onnx_rows(chosen: Candidate, graphs: Graphs, source: Source, asked: Export) -> list[reporting.OnnxRow]:
-    """What the ONNX files lose in their own precision, the dense one first."""
-    rows, on_cpu = [], asked.target == "cuda" and not has_cuda()
-    sparse = _shipped_cost(chosen, source, PRECISIONS[asked.precision])
-    files: list[tuple[Literal["dense", "sparse"], Path | None, ExecutorQuality | None, float]] = [
-        ("dense", graphs.dense, graphs.loss, 1.0),
-        ("sparse", chosen.onnx, chosen.shipped, sparse),
-    ]
-    for model, folder, found, cost in files:
-        if folder is None or found is None:
-            continue
-        chose = executor(folder, PROVIDERS[asked.target == "cuda"])
-        runner = "ONNX Runtime" if chose.reason == DENSE else "native kernel" if chose.kernel and not on_cpu else "standard ONNX ops"
-        rows.append(
-            reporting.OnnxRow(
-                model=model, precision=asked.precision, executor=f"{runner}{' on the CPU' if on_cpu else ''}",
-                bytes=sum(path.stat().st_size for path in folder.glob("model.onnx*")), tokens=found.tokens,
-                nll=found.nll, perplexity=math.exp(found.nll), kl=max(0.0, found.kl), agreement=found.agreement, cost=cost,
-            )
-        )  # fmt: skip
-    return rows
-
-
-def _conditions(speed: dict[str, Any], asked: Export) -> reporting.Speed | None:
-    if not speed:
-        return None
-    settings = speed["settings"]
-    baseline = "fp32" if asked.target == "cpu" and PRECISIONS[asked.precision].bits is None else asked.precision
-    return reporting.Speed(
-        precision=asked.precision, baseline=baseline, provider=speed["candidate"]["provider"], threads=settings["threads"],
-        prompt_tokens=settings["prompt_tokens"], new_tokens=settings["new_tokens"], executor=speed["candidate"]["executor"], command=speed["command"],
-        disturbed=speed["quiet"] is False,
-    )  # fmt: skip

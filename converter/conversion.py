@@ -14,7 +14,7 @@ import torch
 from ..runtime_onnx.library import variants
 from .arch import load_arch
 from .artifact import HEADER, VERSION, InputError, atomic_folder, hash_file, hash_json, write_json
-from .candidates import Candidate, Graphs, build_report, choose, make_graphs, measure, room
+from .candidates import Candidate, Graphs, choose, make_graphs, measure, room
 from .distributed import check_device
 from .executors import check_onnx, measure_shipped
 from .hub import Remote, check_disk, check_push, head_commit, home_folder, is_hub_id, local_folder, push, remote_inspect
@@ -41,6 +41,7 @@ from .planning import (
 )
 from .published import is_published, normal_config
 from .recipe import Export, Recipe
+from .record import build_report
 from .reference import load as load_folder
 from .reference import load_dense
 from .report import RESULTS, Report, read_base_card, write_report

@@ -23,7 +23,7 @@ LEVELS = (
     {"planning", "texts", "verification", "executors", "report", "hub", "budget"},
     {"schedule", "evaluation", "opening"},
     {"tuning", "recovery_stage"},
-    {"conversion", "candidates", "inspection", "diagnosis", "bench", "root"},
+    {"conversion", "candidates", "record", "inspection", "diagnosis", "bench", "root"},
     {"cli"},
 )
 """Names are the parts of converter/; `root` is its __init__.py. Parts of one level may import each other, without cycles."""
