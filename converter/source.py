@@ -25,6 +25,7 @@ from .plans import Swap
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GENERATION_CONFIG = "generation_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _FLOATS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 TOKENIZER_FILES = (
@@ -242,6 +243,24 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
         if info.dtype not in _FLOATS:
             raise InputError(f"{name} must be a float tensor, got {info.dtype}. Convert the unquantised model.")
     return found
+
+
+def end_tokens(model: Any) -> frozenset[int]:
+    """The tokens that end a text: those of the generation configuration, or of the configuration where that names none. Empty where neither does.
+
+    `model` is a transformers model or a model folder. As transformers' `generate`, which counts a tokenizer's end token only where these name it.
+    Raises InputError for a folder whose end tokens are no token ids.
+    """
+    if isinstance(model, str | Path):
+        files = [Path(model) / name for name in (GENERATION_CONFIG, "config.json")]
+        named = [read_json(file, file.name).get("eos_token_id") for file in files if file.is_file()]
+    else:
+        named = [getattr(config, "eos_token_id", None) for config in (getattr(model, "generation_config", None), model.config)]
+    ends = next((value for value in named if value is not None), [])
+    ends = ends if isinstance(ends, list) else [ends]
+    if not all(type(token) is int for token in ends):
+        raise InputError(f"eos_token_id must be a token id or a list of them, got {ends!r:.100}. Mend {GENERATION_CONFIG}.")
+    return frozenset(ends)
 
 
 def first_line(error: Exception) -> str:

@@ -16,6 +16,7 @@ from ..data import Batches, read_text
 from ..plans import Plan
 from ..reference import Recorder, dense, recording
 from ..report.evaluation import Answers, Sparsity
+from ..source import end_tokens
 from ..verification import site_parameters, site_units, weighted
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 32, 64
@@ -115,8 +116,7 @@ def greedy(
     With `dense_prompt` the prompt's pass, which yields the first new token, is not masked. `prompt` and `answers` record the prompt's pass and the later
     ones, of rows that have not ended.
     """
-    ends = model.config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+    ends = end_tokens(model)
     found: list[list[int]] = [[] for _ in prompts]
     active, tokens, cache = list(range(len(prompts))), prompts.to(model.device), None
     for step in range(new):

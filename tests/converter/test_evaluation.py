@@ -168,7 +168,7 @@ def by_hand(model: Any, prompt: Tensor, new: int, start: int) -> list[int]:
 
 def test_answers_keep_exactly_the_prompt_dense(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, new = text_windows().tokens[:3, :6], 12
-    monkeypatch.setattr(model.config, "eos_token_id", -1)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", -1)
     with dense(model):
         plain = answers.greedy(model, prompts, new)
     policy = answers.greedy(model, prompts, new, dense_prompt=True)
@@ -181,7 +181,7 @@ def test_answers_keep_exactly_the_prompt_dense(model: Any, monkeypatch: pytest.M
     assert plain != policy != everything != plain
     at = next(k for k in range(2, new) if policy[1][k] not in policy[1][:k])
     end = policy[1][at]
-    monkeypatch.setattr(model.config, "eos_token_id", [end, VOCAB + 1])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [end, VOCAB + 1])
     shorter = answers.greedy(model, prompts, new, dense_prompt=True)  # a row that ends leaves the batch, the others stay as they are
     assert shorter == [row[: row.index(end)] if end in row else row for row in policy] and len(shorter[1]) == at
 
@@ -194,7 +194,7 @@ class Words:
 
 
 def test_bleu_is_sacrebleus_and_sparsity_is_what_can_be_counted(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.config, "eos_token_id", -1)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", -1)
     tokens, new, plan = text_windows().tokens, 10, mixed_plan()
     prompts = [tokens[0, :6], tokens[1, :9], tokens[2, :6], tokens[3, :3]]
     found, counts = answers.compare_answers(model, plan, load_arch("llama"), Words(), prompts, new, sacrebleu, "words")
@@ -233,7 +233,7 @@ def test_prompts_that_get_no_answer_are_left_out(model: Any, monkeypatch: pytest
     prompts = list(text_windows().tokens[:4, :6])
     with dense(model):
         first = answers.greedy(model, torch.stack(prompts), 1)
-    monkeypatch.setattr(model.config, "eos_token_id", first[0][0])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", first[0][0])
     found, _ = answers.compare_answers(model, mixed_plan(), load_arch("llama"), Words(), prompts, 5, sacrebleu, "words")
     assert found.empty == sum(row == first[0] for row in first) and found.prompts == 4 - found.empty
     with pytest.raises(InputError, match="must answer a prompt"):

@@ -12,13 +12,14 @@ import pytest
 import torch
 from models import MODEL_TYPES, OTHER_TYPES, make_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from sparsegate.converter.arch import Site
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.blocks import empty_model
 from sparsegate.converter.checkpoint import write_sparsity
 from sparsegate.converter.plans import Threshold, uniform_tau
-from sparsegate.converter.source import open_source
+from sparsegate.converter.source import end_tokens, open_source
 from sparsegate.converter.writer import write_checkpoint
 
 SINGLE = "model.safetensors"
@@ -330,3 +331,26 @@ def test_no_tokenizer(model: Path) -> None:
     refused(model, "tokenizer", "tokenizer.json", then=lambda source: source.tokenizer())
     (model / "tokenizer.json").write_text("{")
     refused(model, "tokenizer", then=lambda source: source.tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [(1, [1, 75], {1, 75}), (1, 5, {5}), ([1, 3], None, {1, 3}), (1, {}, {1}), (None, None, set())],
+)
+def test_end_tokens_are_those_of_transformers(tmp_path: Path, config: Any, generation: Any, ends: set[int]) -> None:
+    folder = make_model("llama", tmp_path / "m", eos_token_id=config)
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        fields = generation if isinstance(generation, dict) else {"eos_token_id": generation}
+        (folder / "generation_config.json").write_text(json.dumps(fields))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert end_tokens(folder) == end_tokens(model) == ends
+    used = model.generation_config.eos_token_id
+    assert generation == {} or ends == set(used if isinstance(used, list) else [used] if used is not None else [])
+
+
+def test_end_tokens_that_are_none(tmp_path: Path) -> None:
+    folder = make_model("llama", tmp_path / "m")
+    (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(InputError, match="eos_token_id must be a token id or a list of them"):
+        end_tokens(folder)
