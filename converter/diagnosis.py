@@ -45,6 +45,8 @@ def diagnose() -> Diagnosis:
     try:
         facts["native library"] = f"{library.library_path()} ({library.version()}, {library.isa()})"
         facts["native precisions"] = ", ".join(_precisions(provider) for provider in library.PROVIDERS)
+        if library.PROVIDERS[1] in facts.get("execution providers", "") and not library.has_cuda():
+            remedies.append(f"{library.WITH_CUDA}   # the CUDA kernels, with nvcc in PATH; graphs for CUDA run standard ONNX ops without them")
     except (ValueError, OSError, AttributeError) as error:  # none, no shared object, or one of another version
         facts["native library"] = f"missing: {error}"
         remedies.append("pip install --force-reinstall --no-deps sparsegate   # the native library; models run standard ONNX ops without it")

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 LIBRARY = "libsparsegate_onnx.so"  # file name and SONAME
 VARIANTS = "ai.sparsegate.variants"  # metadata key of model.onnx: JSON list of variant names
 DENSE = "a dense model: it has no op of ai.sparsegate"
-PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")  # those the library has kernels for
+PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")  # those the library has kernels for, the second where it was built so
+WITH_CUDA = "pip install --force-reinstall --no-deps -C cmake.define.SPARSEGATE_CUDA=ON sparsegate"  # needs nvcc
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,13 @@ def library_path() -> Path:
 def supports(variant: str, provider: str = PROVIDERS[0]) -> bool:
     """Whether the installed library has a kernel for the op variant of this name on this execution provider."""
     return bool(_open(library_path()).sparsegate_supports(variant.encode(), provider.encode()))
+
+
+def has_cuda() -> bool:
+    """Whether the installed library was built with the CUDA kernels: they are built on request alone."""
+    from .ops.gated_mlp import Variant
+
+    return supports(Variant("silu", "gate", "float", ("w_gate", "w_up", "w_down", "tau"), x="float16", w="float16").name, PROVIDERS[1])
 
 
 def version() -> str:
@@ -100,6 +108,8 @@ def executor(path: str | Path, provider: str = PROVIDERS[0]) -> Executor:
     if not names:
         return Executor(False, DENSE)
     if missing:
+        if provider == PROVIDERS[1] and not has_cuda():
+            return Executor(False, f"sparsegate {version()} was built without CUDA kernels. With nvcc in PATH do: {WITH_CUDA}")
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         return Executor(False, f"{tag} has no {provider} kernel for {missing[0]}{more}. Update sparsegate")
     return Executor(True, tag)

@@ -486,6 +486,17 @@ def test_doctor_names_the_command_that_mends(missing: str, added: str, remedy: s
     assert done.status == 1 and len(lines) == 1 and lines[0].startswith(f"missing: {remedy}")
 
 
+def test_doctor_says_how_to_build_the_cuda_kernels(call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ONNX Runtime has a CUDA provider and the library has no kernels for it, and only there."""
+    import onnxruntime
+
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    for built, lines in ((False, 1), (True, 0)):
+        monkeypatch.setattr(diagnosis.library, "has_cuda", lambda built=built: built)
+        assert call("doctor").out.count("-C cmake.define.SPARSEGATE_CUDA=ON") == lines
+
+
 def test_doctor_finds_packages_that_do_not_import_and_a_missing_library(call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     done = call("doctor")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import re
 import shutil
@@ -21,7 +22,7 @@ from sparsegate.runtime_onnx.ops import OPS
 from sparsegate.runtime_onnx.ops.gated_mlp import ACTIVATIONS, FLOATS, ROLES, SCORES, WEIGHTS, Variant, reference, spell_activation, split_activation
 
 ROOT = Path(__file__).parents[2]
-CPU = "CPUExecutionProvider"
+CPU, CUDA = library.PROVIDERS
 
 
 def test_every_op_has_its_source_and_its_tests() -> None:
@@ -37,11 +38,19 @@ def test_version_is_the_project_s() -> None:
     assert line and library.version() == line[1]
 
 
+SYSTEM_LIBRARIES = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "ld-linux-x86-64.so.2"}
+
+
+def dynamic_entries(path: Path, tag: str) -> list[str]:
+    """Values of the dynamic section's entries of one tag: NEEDED or SONAME."""
+    text = subprocess.run(["readelf", "-dW", str(path)], capture_output=True, text=True, check=True).stdout
+    return re.findall(rf"\({tag}\).*\[(.*)\]", text)
+
+
 @pytest.mark.skipif(not shutil.which("readelf") or sys.platform != "linux", reason="needs readelf")
 def test_links_nothing_of_onnx_runtime_or_cuda() -> None:
-    text = subprocess.run(["readelf", "-dW", str(library.library_path())], capture_output=True, text=True, check=True).stdout
-    assert set(re.findall(r"\(NEEDED\).*\[(.*)\]", text)) <= {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "ld-linux-x86-64.so.2"}
-    assert re.findall(r"\(SONAME\).*\[(.*)\]", text) == [library.LIBRARY]
+    assert set(dynamic_entries(library.library_path(), "NEEDED")) <= SYSTEM_LIBRARIES
+    assert dynamic_entries(library.library_path(), "SONAME") == [library.LIBRARY]
 
 
 PARAMETRIC_TEXTS = ("fatrelu(0.01)", "shifted_relu(-1.0)", "shifted_relu(0.5)", "fatrelu(1)", "fatrelu(0.010)", "fatrelu(-0.1)", "fatrelu", "relu(0.0)")
@@ -100,6 +109,36 @@ def test_library_and_python_spell_parameters_alike() -> None:
             good.append(False)
     assert [library.supports(name.replace("relu", text), CPU) for text in texts] == good
     assert sum(good) >= len(values) and good.count(False) > 2 * len(values)
+
+
+# CUDA
+
+
+def test_cuda_kernels_are_built_on_request_alone() -> None:
+    text = (ROOT / "runtime_onnx/csrc/CMakeLists.txt").read_text()
+    assert re.search(r"option\(SPARSEGATE_CUDA .* OFF\)", text)
+    listed = re.search(r"target_sources\(sparsegate_onnx PRIVATE (.*\.cu)\)", text)
+    assert listed and sorted(listed[1].split()) == sorted(path.name for path in (ROOT / "runtime_onnx/csrc").glob("*.cu"))
+    assert library.has_cuda() == (CUDA.encode() in library.library_path().read_bytes())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake")
+def test_library_builds_with_cuda(tmp_path: Path) -> None:
+    """With nvcc it claims the CUDA kernels and still needs no library of CUDA's; without it the configuration says what to do."""
+    configure = ["cmake", "-S", str(ROOT / "runtime_onnx/csrc"), "-B", str(tmp_path), "-DSPARSEGATE_CUDA=ON"]
+    done = subprocess.run(configure, capture_output=True, text=True, check=False)
+    if not shutil.which("nvcc") and "CUDACXX" not in os.environ:
+        assert done.returncode and "must have a CUDA compiler, got none" in " ".join(done.stderr.split())
+        pytest.skip("needs nvcc")
+    assert done.returncode == 0, done.stderr
+    subprocess.run(["cmake", "--build", str(tmp_path), "--parallel", "2"], check=True, capture_output=True)
+    built = tmp_path / library.LIBRARY
+    handle = library._open(built)
+    variant = Variant("silu", "gate", "float", ("w_gate", "w_up", "w_down", "tau"), x="float16", w="float16")
+    assert handle.sparsegate_supports(variant.name.encode(), CUDA.encode()) and handle.sparsegate_supports(variant.name.encode(), CPU.encode())
+    assert not shutil.which("readelf") or set(dynamic_entries(built, "NEEDED")) <= SYSTEM_LIBRARIES
 
 
 def test_names_from_a_newer_sparsegate_are_not_supported() -> None:
