@@ -1,0 +1,230 @@
+"""What the benchmark of a real model measures: its texts, and the plan of every method at every density, each a stage of its own below a work folder.
+
+A trained method goes through all densities in one descending run of as many steps as fit into the minutes that it is given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+
+from sparsegate.converter.artifact import Header, InputError, atomic_folder, hash_file, is_finished, read_json, write_json
+from sparsegate.converter.data import Batches, make_batches, read_text
+from sparsegate.converter.end_to_end import EndToEnd, multiplies_bf16, train_plan
+from sparsegate.converter.methods import load_method, make_config, needs
+from sparsegate.converter.plans import Plan, load_plan, save_plan
+from sparsegate.converter.recipe import Tune
+from sparsegate.converter.reference import load_dense
+from sparsegate.converter.source import Source, open_source
+from sparsegate.converter.stats.collect import collect
+from sparsegate.converter.training import Settings
+
+METHODS = ("gate", "chess", "cett", "trained_gate", "predictor", "teal", "wina")
+TRAINED = ("trained_gate", "predictor")
+DENSITIES = (0.7, 0.5, 0.4, 0.3)
+_HELDOUT_SHARE = 0.2  # of the calibration text, where no other text is given
+_PROBE = 32  # tokens that a trained method's objective is built on while a step is timed
+_TIMED = 3  # steps
+_EVERY = 1 << 30  # windows: more than any text has
+
+
+class Training(BaseModel):
+    """How a trained method came about: steps in all, CPU seconds of one step, CPU minutes in all, tokens of a step."""
+
+    steps: int
+    step_seconds: float
+    minutes: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Windows: their length in tokens, how many are calibrated on, trained on and measured on at most, and the seed that draws them. `steps` of a training at
+    every density, None for as many as fit into `minutes` of one core for all densities of a method.
+    """
+
+    length: int = 256
+    calibration: int = 128
+    training: int = 1024
+    heldout: int = 256
+    seed: int = 0
+    minutes: float = 35.0
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model folder, the text to calibrate on and the text to measure on (None: the last fifth of the former), and where stages are kept."""
+
+    folder: Path
+    text: Path
+    heldout_text: Path | None
+    work: Path
+    sizes: Sizes = Sizes()
+    name: str | None = None
+    densities: tuple[float, ...] = DENSITIES
+
+    @cached_property
+    def source(self) -> Source:
+        return open_source(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self.source.tokenizer()
+
+    @cached_property
+    def _texts(self) -> tuple[str, str]:
+        """To calibrate on, to measure on."""
+        whole = read_text(self.text)
+        if self.heldout_text is not None:
+            return whole, read_text(self.heldout_text)
+        cut = int(len(whole) * (1 - _HELDOUT_SHARE))
+        return whole[:cut], whole[cut:]
+
+    @cached_property
+    def calibration(self) -> Batches:
+        return make_batches(self.tokenizer, self._texts[0], self.sizes.calibration, self.sizes.length, self.sizes.seed)
+
+    @cached_property
+    def training(self) -> Batches:
+        return make_batches(self.tokenizer, self._texts[0], self.sizes.training, self.sizes.length, self.sizes.seed)
+
+    @cached_property
+    def heldout(self) -> Batches:
+        """Full windows, in an order drawn by the seed: the first of them are a sample of the whole text."""
+        every = make_batches(self.tokenizer, self._texts[1], _EVERY, self.sizes.length, self.sizes.seed, "The held-out text")
+        full = every.mask.all(dim=1).nonzero().flatten()
+        picked = full[torch.randperm(len(full), generator=torch.Generator().manual_seed(self.sizes.seed + 1))][: self.sizes.heldout]
+        return Batches(every.tokens[picked], every.mask[picked])
+
+    @cached_property
+    def text_hashes(self) -> dict[str, dict[str, str]]:
+        """File name and sha256 of both texts."""
+        files = {"calibration": self.text, "heldout": self.heldout_text or self.text}
+        return {role: {"file": path.name, "sha256": hash_file(path)} for role, path in files.items()}
+
+    @property
+    def activation(self) -> str:
+        return self.source.arch.activation(self.source.config)
+
+    def model(self) -> Any:
+        """The dense model, loaded anew: training freezes its weights."""
+        return load_dense(self.folder)
+
+
+def plans(study: Study, method: str) -> dict[float, Plan]:
+    """The plan of a method at every density, from the stages that are finished and from new ones. Raises InputError for a text that is too short."""
+    headers = {density: _header(study, method, density) for density in study.densities}
+    places = {density: study.work / "plans" / f"{method}-{density}" for density in study.densities}
+    missing = [density for density in study.densities if not is_finished(places[density], headers[density])]
+    if missing:
+        made = _trained(study, method) if method in TRAINED else _calibrated(study, method, missing)
+        for density in missing:
+            with atomic_folder(places[density]) as partial:
+                save_plan(partial, made[density], headers[density])
+    return {density: load_plan(place) for density, place in places.items()}
+
+
+def is_planned(study: Study, method: str) -> bool:
+    """Whether the plan of a method is there at every density."""
+    return all(is_finished(study.work / "plans" / f"{method}-{density}", _header(study, method, density)) for density in study.densities)
+
+
+def training_of(study: Study, method: str) -> Training:
+    """How a finished training went."""
+    return Training.model_validate(read_json(study.work / "trained" / method / "training.json", "The record of a training"))
+
+
+def _header(study: Study, method: str, density: float) -> Header:
+    sizes = study.sizes
+    config: dict[str, Any] = {"method": method, "density": density}
+    if method in TRAINED:
+        config |= {"densities": list(study.densities), "steps": sizes.steps, "minutes": None if sizes.steps else sizes.minutes, "residual": "none"}
+    text = study.training if method in TRAINED else study.calibration
+    return Header(format="plan", parents={"model": study.source.fingerprint}, config=config, seed=sizes.seed, calibration=text.sha256)
+
+
+def _calibrated(study: Study, method: str, densities: Sequence[float]) -> dict[float, Plan]:
+    """Plans from statistics, which all methods without training share."""
+    others = {name: _config(name, 0.5) for name in METHODS if name not in TRAINED}
+    names = sorted({stat for name, config in others.items() for stat in needs(name, config)})
+    stats = collect(study.source, study.calibration, names, study.work / "stats" / "calibrated", study.sizes.seed)
+    return {density: load_method(method).plan(stats, study.source.arch, _config(method, density)) for density in densities}
+
+
+def _config(method: str, density: float) -> Any:
+    values: dict[str, Any] = {"sparsity": round(1 - density, 9)}
+    return make_config(method, values | ({"residual": "none"} if method in TRAINED else {}))
+
+
+def _start(study: Study, method: str) -> tuple[Plan, float]:
+    """The plan that a training begins with, a stage too, and its density."""
+    module, config = load_method(method), _config(method, study.densities[0])
+    header = Header(
+        format="plan", parents={"model": study.source.fingerprint}, config={"start": method, "density": study.densities[0]}, seed=study.sizes.seed,
+        calibration=study.calibration.sha256,
+    )  # fmt: skip
+    place = study.work / "trained" / method / "start"
+    if not is_finished(place, header):
+        stats = collect(study.source, study.calibration, needs(method, config), study.work / "stats" / method, study.sizes.seed)
+        with atomic_folder(place) as partial:
+            save_plan(partial, module.plan(stats, study.source.arch, config), header)
+    return load_plan(place), module.start(config)
+
+
+def _trained(study: Study, method: str) -> dict[float, Plan]:
+    if list(study.densities) != sorted(study.densities, reverse=True):
+        raise InputError(f"Densities must fall for a training to go through them, got {study.densities}. Sort them.")
+    plan, start = _start(study, method)
+    folder, model = study.work / "trained" / method, study.model()
+    base: Tune = _config(method, study.densities[0]).tune
+    steps, seconds = _steps(study, method, model, plan, start, base)
+    tune = base.model_copy(update={"steps": steps})
+    header = Header(format="tune", parents={"model": study.source.fingerprint}, config={"method": method}, seed=study.sizes.seed, calibration=study.training.sha256)
+    begun, done = time.process_time(), _steps_done(folder)
+    found = train_plan(model, study.source.arch, study.activation, plan, start, study.densities, study.training, tune, study.sizes.seed, folder, header)
+    total = steps * len(study.densities)
+    minutes = (time.process_time() - begun) / 60 * total / max(1, total - done)  # of an interrupted run only the last part was timed
+    record = Training(steps=total, step_seconds=seconds, minutes=minutes, tokens=tune.windows * study.sizes.length)
+    write_json(folder / "training.json", record.model_dump())
+    return dict(zip(study.densities, found, strict=True))
+
+
+def _steps_done(folder: Path) -> int:
+    state = folder / "state" / "training.json"
+    return int(read_json(state, "The training state")["step"]) if state.is_file() else 0
+
+
+def _steps(study: Study, method: str, model: Any, plan: Plan, start: float, tune: Tune) -> tuple[int, float]:
+    """Steps for every density and CPU seconds of one, stored so that a run goes on with the same number."""
+    path = study.work / "trained" / method / "steps.json"
+    key = {"model": study.source.fingerprint, "minutes": study.sizes.minutes, "steps": study.sizes.steps, "densities": list(study.densities)}
+    if path.is_file():
+        stored = read_json(path, "The steps of a training")
+        if stored["key"] == key:
+            return stored["steps"], stored["seconds"]
+    seconds = step_seconds(study, model, plan, start, tune)
+    steps = study.sizes.steps or max(4, int(study.sizes.minutes * 60 / seconds / len(study.densities)))
+    write_json(path, {"key": key, "steps": steps, "seconds": seconds})
+    return steps, seconds
+
+
+def step_seconds(study: Study, model: Any, plan: Plan, start: float, tune: Tune) -> float:
+    """CPU seconds of one training step: the least of a few, the first of which warms up."""
+    half = tune.precision == "bf16" or (tune.precision == "auto" and multiplies_bf16(model.device))
+    settings = Settings(_TIMED + 1, tune.windows, tune.rate)
+    probe = study.training.tokens[:1, :_PROBE]
+    objective = EndToEnd(model, study.source.arch, study.activation, plan, settings, study.densities[:1], start, tune.local, half, probe)
+    taken = []
+    for step in range(_TIMED + 1):
+        begun = time.process_time()
+        objective.loss(study.training.tokens[: tune.windows], study.training.mask[: tune.windows], step).backward()
+        taken.append(time.process_time() - begun)
+    return min(taken[1:])
