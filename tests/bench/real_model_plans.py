@@ -187,7 +187,9 @@ def _trained(study: Study, method: str) -> dict[float, Plan]:
     base: Tune = _config(method, study.densities[0]).tune
     steps, seconds = _steps(study, method, model, plan, start, base)
     tune = base.model_copy(update={"steps": steps})
-    header = Header(format="tune", parents={"model": study.source.fingerprint}, config={"method": method}, seed=study.sizes.seed, calibration=study.training.sha256)
+    header = Header(
+        format="tune", parents={"model": study.source.fingerprint}, config={"method": method}, seed=study.sizes.seed, calibration=study.training.sha256
+    )
     begun, done = time.process_time(), _steps_done(folder)
     found = train_plan(model, study.source.arch, study.activation, plan, start, study.densities, study.training, tune, study.sizes.seed, folder, header)
     total = steps * len(study.densities)
