@@ -55,7 +55,7 @@ class Sizes:
     training: int = 1024
     heldout: int = 256
     seed: int = 0
-    minutes: float = 35.0
+    minutes: float = 30.0
     steps: int | None = None
 
 
