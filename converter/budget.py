@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .arch import Arch, Site
 from .data import Batches
 from .plans import Entry, Plan, Predictor
+from .progress import track
 from .recipe import Budget
 from .reference import apply_plan, recording, remove_plan
 from .verification import dense_side, log_probs, windows
@@ -101,7 +101,7 @@ def sensitivities(judge: Judge, make: Callable[[Mapping[str, float]], Plan], key
     """
     found: dict[str, list[float]] = {}
     most = max(1, _SENSITIVITY_WINDOWS // judge.groups[0].shape[0])
-    for key in tqdm(keys, desc="sensitivity", unit="site"):
+    for key in track(keys, unit="site"):
         plans = (make({other: 1.0 for other in keys} | {key: density}) for density in GRID)
         found[key] = [max(0.0, judge.loss({s: e for s, e in plan.items() if governs(key, s)}, most=most).kl) for plan in plans]
     return found

@@ -22,7 +22,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .arch import Arch, Site
 from .artifact import Header, InputError, atomic_folder, is_finished, read_json, write_header, write_json
@@ -33,6 +32,7 @@ from .end_to_end import multiplies_bf16
 from .linalg import Gram
 from .optimizers import Trained
 from .orientation import energy_by_sign, flip
+from .progress import track
 from .recipe import ByBlock
 from .source import Source
 from .training import Settings, train
@@ -305,7 +305,7 @@ def recover_by_block(
     header = header.model_copy(update={"seed": seed, "calibration": batches.sha256})
     curve: list[dict[str, Any]] = []
     dense, own = (Walk(model, source, arch, tokens, device) for model in (teacher, student))
-    for layer in tqdm(range(wanted[-1].layer + 1), desc="by block", unit="block", disable=world().rank > 0):
+    for layer in track(range(wanted[-1].layer + 1), unit="block"):
         site = Site(layer)
         with dense.block(layer) as block, own.block(layer) as fitted:
             if site not in wanted:
@@ -393,7 +393,7 @@ def _recovered(fit: Fit, settings: ByBlock, seed: int, folder: Path, header: Hea
         parameter.requires_grad_(True)
     state = folder.with_name(f"{folder.name}.training")
     loop = Settings(steps=settings.steps, windows=settings.tokens // group, rate=settings.rate, seed=seed)
-    figures["curve"] = train(fit, Batches(indices, torch.ones_like(indices, dtype=torch.bool)), loop, state, header, lambda _: None, folder.name)
+    figures["curve"] = train(fit, Batches(indices, torch.ones_like(indices, dtype=torch.bool)), loop, state, header, lambda _: None)
     for name, parameter in parameters.items():
         parameter.requires_grad_(wanted[name])
         parameter.grad = None

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .artifact import InputError
-from .distributed import world
+from .progress import track
 
 BUNDLED = Path(__file__).parent / "bundled"
 CALIBRATION_TEXT = BUNDLED / "calibration.txt"
@@ -95,10 +94,9 @@ def self_generated(model: Any, tokenizer: Any, windows: int, length: int, seed: 
     sampler = _Sampler(model, tokenizer, length, seed, temperature)
     tokens = torch.empty((windows, length), dtype=torch.int64)
     at_once = _sampled_together(model, length)
-    with tqdm(total=-(-windows // at_once) * (length - 1), desc="sample text", unit="token") as progress:
-        for group in tokens.split(at_once):  # views of `tokens`
-            group[:, :1] = sampler.begin(len(group))
-            group[:, 1:] = sampler.extend(group[:, :1], length - 1, progress)
+    for group in track(tokens.split(at_once), unit="batch"):  # views of `tokens`
+        group[:, :1] = sampler.begin(len(group))
+        group[:, 1:] = sampler.extend(group[:, :1], length - 1)
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
@@ -117,11 +115,10 @@ def self_generated_streams(model: Any, tokenizer: Any, windows: int, length: int
 def sampled_groups(model: Any, tokenizer: Any, windows: int, length: int, seed: int, temperature: float, groups: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
     """The wanted of the `stream_groups` groups of texts that `self_generated_streams` consists of, each sampled by itself, with their windows [n, S]."""
     at_once = stream_groups(model, windows, length)[1]
-    with tqdm(total=len(groups) * STREAM * length, desc="sample text", unit="token", disable=world().rank > 0) as progress:
-        for group in groups:
-            sampler = _Sampler(model, tokenizer, length, seed * 1_000_003 + group, temperature)
-            first = group * at_once * STREAM
-            yield group, _streams(sampler, min(at_once * STREAM, windows - first), length, progress)
+    for group in track(groups, unit="batch"):
+        sampler = _Sampler(model, tokenizer, length, seed * 1_000_003 + group, temperature)
+        first = group * at_once * STREAM
+        yield group, _streams(sampler, min(at_once * STREAM, windows - first), length)
 
 
 def stream_groups(model: Any, windows: int, length: int) -> tuple[int, int]:
@@ -136,17 +133,17 @@ def _context(model: Any, length: int) -> int:
     return min(length // 2, length if positions is None else positions - length)
 
 
-def _streams(sampler: _Sampler, windows: int, length: int, progress: tqdm) -> Tensor:
+def _streams(sampler: _Sampler, windows: int, length: int) -> Tensor:
     """`windows` windows [N, S] of texts that are sampled together."""
     context, streams = _context(sampler.model, length), -(-windows // STREAM)
     tokens = torch.empty((streams, STREAM * length), dtype=torch.int64)
-    for start in range(0, STREAM * length, length):
+    for start in track(range(0, STREAM * length, length), unit="window"):
         if start and context > 0:
-            tokens[:, start : start + length] = sampler.extend(tokens[:, start - context : start], length, progress)
+            tokens[:, start : start + length] = sampler.extend(tokens[:, start - context : start], length)
         else:
             first = torch.where(torch.arange(streams)[:, None] % 8 == 0, sampler.begin(streams), sampler.anywhere(streams))
             tokens[:, start : start + 1] = first
-            tokens[:, start + 1 : start + length] = sampler.extend(first, length - 1, progress)
+            tokens[:, start + 1 : start + length] = sampler.extend(first, length - 1)
     return tokens.view(streams * STREAM, length)[:windows].clone()
 
 
@@ -174,11 +171,11 @@ class _Sampler:
         return self.known[torch.randint(len(self.known), (count,), generator=self.generator)][:, None]
 
     @torch.no_grad()
-    def extend(self, context: Tensor, count: int, progress: tqdm) -> Tensor:
+    def extend(self, context: Tensor, count: int) -> Tensor:
         """The `count` tokens [B, count] after a context [B, C]."""
         found = torch.empty((len(context), count), dtype=torch.int64)
         given, cache = context, None
-        for at in range(count):
+        for at in track(range(count), unit="token"):
             output = self.model(input_ids=given.to(self.model.device), past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             chances = (output.logits[:, -1].float().cpu()[:, self.known] / self.temperature).softmax(-1)
@@ -186,7 +183,6 @@ class _Sampler:
                 raise InputError("The model's logits must be finite, got others while text was sampled. Fetch the weights again, or give a text.")
             found[:, at] = self.known[torch.multinomial(chances, 1, generator=self.generator)[:, 0]]
             given = found[:, at : at + 1]
-            progress.update()
         return found
 
 

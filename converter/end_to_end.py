@@ -270,7 +270,7 @@ def train_plan(
             with atomic_folder(folders[level]) as partial:
                 save_plan(partial, objective.plan(aside, densities[level]), header)
 
-        curve = train(objective, Batches(batches.tokens[kept], batches.mask[kept]), settings, folder / "state", header, at_level, "train end to end")
+        curve = train(objective, Batches(batches.tokens[kept], batches.mask[kept]), settings, folder / "state", header, at_level)
         write_json(curve_file, {"rows": curve})
     untrained = {site: entries for site, entries in plan.items() if site.kind != "ffn"}
     return [untrained | load_plan(place) for place in folders]

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .arch import Site
 from .artifact import Header, atomic_folder, is_finished, write_header
 from .attribution import Gradients, attribute
 from .blocks import down_rows
 from .data import Batches
+from .progress import track
 from .scores import Context, load_score
 from .source import Source
 from .stats import Setting, SiteStats, file_name, load_stat
@@ -56,7 +56,7 @@ def _walk(model: Any, source: Source, batches: Batches, names: Sequence[str], fo
     positions = torch.where(batches.mask.flatten(), batches.mask.flatten().cumsum(0) - 1, -1).view(batches.mask.shape)
     rows = max(1, _TOKENS_AT_ONCE // batches.tokens.shape[1])
     inputs: dict[Site, Tensor] = {}
-    for start in tqdm(range(0, len(batches.tokens), rows), desc="attribute", unit="batch"):
+    for start in track(range(0, len(batches.tokens), rows), unit="batch"):
         group = slice(start, start + rows)
         tokens, mask = batches.tokens[group].to(model.device), batches.mask[group].to(model.device)
         with ExitStack() as hooks, torch.no_grad():

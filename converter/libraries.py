@@ -71,9 +71,12 @@ def _level(name: str) -> Iterator[None]:
 
 @contextmanager
 def datasets_silenced() -> Iterator[None]:
-    """The bars of the optional library datasets, which is imported by this: it takes a second, and only what reads data sets has to wait for it."""
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
+    """The bars of the optional library datasets are switched off inside the block. It takes a second to import, so only what reads data sets does so."""
+    try:
+        from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars  # type: ignore[import-not-found]
+    except ImportError:
+        yield
+        return
     before = are_progress_bars_disabled()
     disable_progress_bars()
     try:

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
 
 from .artifact import Header, InputError, atomic_folder, hash_file, hash_json, is_finished, write_header, write_json
 from .data import Batches
+from .libraries import datasets_silenced
+from .progress import update
 from .recipe import Data, Mix
 
 BLOCK = 1 << 16  # bytes of a file that make a document
@@ -98,20 +99,20 @@ def _write(path: Path, tokenizer: Any, data: Data, seed: int) -> None:
     about = json.dumps({"tokens": {"dtype": "I64", "shape": shape, "data_offsets": [0, 8 * data.windows * data.length]}}).encode()
     about += b" " * (-len(about) % 8)  # safetensors aligns the data to 8 bytes
     base, size, body = 8 + len(about), 8 * data.length, data.length - len(start)
-    order, done = torch.randperm(data.windows, generator=torch.Generator().manual_seed(seed)), 0
-    with open(path, "wb") as file, tqdm(total=data.windows * data.length, desc="tokenise mixture", unit="token", unit_scale=True) as progress:
+    order, done, written = torch.randperm(data.windows, generator=torch.Generator().manual_seed(seed)), 0, 0
+    with open(path, "wb") as file:
         file.write(len(about).to_bytes(8, "little") + about)
         for part, count in zip(parts, counts([part.share for part in parts], data.windows), strict=True):
             rows = order[done : done + count].sort().values.tolist()
             done += count
-            progress.set_postfix({"part": part.name})
             found = 0
             if count:
                 for row, window in zip(rows, _windows(_documents(part, seed), tokenizer, body), strict=False):
                     file.seek(base + row * size)
                     file.write(np.asarray([*start, *window], dtype="<i8").tobytes())
                     found += 1
-                    progress.update(data.length)
+                    written += 1
+                    update(written, data.windows, part.name, "window")
             if found < count:
                 raise InputError(
                     f"The part {part.name} of the mixture must give {count * body} tokens, got {found * body} in full windows before it ran dry. "
@@ -187,13 +188,14 @@ def _stream(part: Mix, seed: int) -> Iterator[str]:
         raise InputError(f'The part {part.name} of the mixture needs the package datasets, got none. Run pip install "sparsegate[eval]".') from None
     assert part.dataset is not None
     try:
-        if part.subset is None or "/" not in part.subset:
-            rows = load_dataset(part.dataset, name=part.subset, split=part.split, streaming=True)
-        else:
-            loader = _loader(part.subset, part.name)
-            root = part.dataset if Path(part.dataset).is_dir() else f"hf://datasets/{part.dataset}"
-            columns = {"columns": [part.field]} if loader == "parquet" else {}
-            rows = load_dataset(loader, data_files={part.split: f"{root}/{part.subset}"}, split=part.split, streaming=True, **columns)
+        with datasets_silenced():
+            if part.subset is None or "/" not in part.subset:
+                rows = load_dataset(part.dataset, name=part.subset, split=part.split, streaming=True)
+            else:
+                loader = _loader(part.subset, part.name)
+                root = part.dataset if Path(part.dataset).is_dir() else f"hf://datasets/{part.dataset}"
+                columns = {"columns": [part.field]} if loader == "parquet" else {}
+                rows = load_dataset(loader, data_files={part.split: f"{root}/{part.subset}"}, split=part.split, streaming=True, **columns)
         rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLED)
         for row in rows:
             text = row.get(part.field)

@@ -48,13 +48,16 @@ class _Loop:
 
 @dataclass
 class _Stage:
-    """A stage, its loops from the outermost inwards, and its seconds without those of stages apart."""
+    """A stage, its loops from the outermost inwards, its seconds without those of stages apart, the share of it that is through and the share that was when
+    it began.
+    """
 
     name: str
     before: float = 0.0
     since: float = 0.0
     loops: list[_Loop] = field(default_factory=list)
     share: float | None = None
+    first: float = 0.0
 
     def elapsed(self) -> float:
         """Seconds until now."""
@@ -76,7 +79,14 @@ class _Stage:
                 return
             inner = min(1.0, (loop.done + inner) / loop.total)
         if self.loops:
+            self.first = inner if self.share is None and any(loop.counted for loop in self.loops) else self.first
             self.share = inner
+
+    def left(self) -> float | None:
+        """Seconds that the rest takes at the pace so far, None as long as too little is through."""
+        if self.share is None or self.share - self.first < _TELLING * (1 - self.first):
+            return None
+        return self.elapsed() * (1 - self.share) / (self.share - self.first) if self.share < 1 else 0.0
 
     def counts(self) -> str:
         """The outermost loop in words, and the notes."""
@@ -125,12 +135,10 @@ class Job:
 
 def _rest(stage: _Stage, earlier: float, expected: float) -> tuple[float, float]:
     """The share of a running stage that is through and the seconds it will still take; `earlier` are the seconds of its finished parts."""
-    elapsed = stage.elapsed()
     if stage.share is not None and not earlier:
-        if stage.share > _TELLING:
-            return stage.share, elapsed / stage.share - elapsed
-        return stage.share, expected * (1 - stage.share)
-    share = min(_MOST, (earlier + elapsed) / expected) if expected else _MOST
+        left = stage.left()
+        return stage.share, expected * (1 - stage.share) if left is None else left
+    share = min(_MOST, (earlier + stage.elapsed()) / expected) if expected else _MOST
     return share, expected * (1 - share)
 
 
@@ -443,9 +451,8 @@ def _left(running: _Stage) -> str:
     outlook = _work.job.outlook(_work.stages) if _work.job is not None else None
     if outlook is not None:
         return f"job {outlook[0]:.0%}, {_time(outlook[1])} left"
-    if running.share is not None and running.share > _TELLING:
-        return f"{_time(running.elapsed() * (1 / running.share - 1))} left"
-    return ""
+    left = running.left()
+    return "" if left is None else f"{_time(left)} left"
 
 
 def _time(seconds: float) -> str:

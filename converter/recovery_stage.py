@@ -296,7 +296,7 @@ def _trained(
         _watch(student, teacher, source, units, asked, evaluation, store, tokens),
     )  # fmt: skip
     with checkpointed(student) if asked.checkpointing else nullcontext():
-        curve = train(objective, batches, settings_of(asked, seed), work / "state", header, lambda _: None, "recover")
+        curve = train(objective, batches, settings_of(asked, seed), work / "state", header, lambda _: None)
     rows = read_json(store, "The held-out curve")["rows"] if store.is_file() else []
     seconds = float(curve[-1]["seconds"]) if curve else 0.0
     cpu = objective.cpu_seconds

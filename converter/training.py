@@ -20,7 +20,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
-from tqdm.auto import tqdm
 
 from .artifact import Header, InputError, atomic_folder, is_finished, read_json, write_header, write_json
 from .data import Batches
@@ -38,6 +37,7 @@ from .distributed import (
     world,
 )
 from .optimizers import Trained, make_optimizers, moments, remember
+from .progress import update
 from .recipe import Recovery
 
 _STATE, _TENSORS, _VERSION = "training.json", "training.safetensors", 2
@@ -131,9 +131,7 @@ class _Run:
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
-def train(
-    objective: Objective, batches: Batches, settings: Settings, folder: Path, header: Header, at_level: Callable[[int], None], label: str = "train"
-) -> list[dict[str, float]]:
+def train(objective: Objective, batches: Batches, settings: Settings, folder: Path, header: Header, at_level: Callable[[int], None]) -> list[dict[str, float]]:
     """Run `settings.steps` steps, resumed from `folder` when it holds a state under the same `header`; `at_level(k)` is called at the end of level k, on
     every process.
 
@@ -149,37 +147,38 @@ def train(
     run = _resume(objective, tensors, optimizers, folder, header)
     before, begun = run.seconds, monotonic()
     saved, took = begun, 0.0
-    with tqdm(total=settings.steps, initial=run.step, desc=label, unit="step", disable=world().rank > 0) as progress:
-        for step in range(run.step, settings.steps):
-            for group in (group for one in optimizers for group in one.param_groups):
-                group["lr"] = group["peak"] * settings.factor(step)
-            for one in optimizers:
-                one.zero_grad(set_to_none=True)
-            loss, count = _backward(objective, batches, settings, step)
-            if not math.isfinite(loss):
-                raise InputError(f"The training loss must be a finite number, got {loss} at step {step}. Lower the rate.")
-            mean_gradients(tensors.values())
-            norm = clip_gradients(tensors.values(), settings.clip)
-            if not bool(norm.isfinite()):
-                raise InputError(f"The gradient must be finite, got a norm of {float(norm)} at step {step}. Lower the rate.")
-            for one in optimizers:
-                one.step()
-            figures = objective.after(step)
-            progress.update()
-            run.step, run.tokens, run.seconds = step + 1, run.tokens + count, before + monotonic() - begun
-            if run.step % 10 == 0 or run.step == settings.steps:
-                figures = _mean(figures)
-                progress.set_postfix({name: f"{value:.4g}" for name, value in {"loss": loss, **figures}.items()})
-                times = {"seconds": run.seconds} if settings.timed else {}
-                run.curve.append({"step": run.step, "loss": loss, "tokens": run.tokens, **times, **figures})
-            if run.step in settings.bounds():
-                at_level(settings.bounds().index(run.step))
-            late = anywhere(monotonic() - saved > max(settings.save_seconds, _SAVING * took))
-            if (run.step % settings.save_every == 0 or late) and run.step < settings.steps:
-                start = monotonic()
-                _save(objective, tensors, optimizers, run, folder, header)
-                saved = monotonic()
-                took = saved - start
+    note = ""
+    update(run.step, settings.steps)
+    for step in range(run.step, settings.steps):
+        for group in (group for one in optimizers for group in one.param_groups):
+            group["lr"] = group["peak"] * settings.factor(step)
+        for one in optimizers:
+            one.zero_grad(set_to_none=True)
+        loss, count = _backward(objective, batches, settings, step)
+        if not math.isfinite(loss):
+            raise InputError(f"The training loss must be a finite number, got {loss} at step {step}. Lower the rate.")
+        mean_gradients(tensors.values())
+        norm = clip_gradients(tensors.values(), settings.clip)
+        if not bool(norm.isfinite()):
+            raise InputError(f"The gradient must be finite, got a norm of {float(norm)} at step {step}. Lower the rate.")
+        for one in optimizers:
+            one.step()
+        figures = objective.after(step)
+        run.step, run.tokens, run.seconds = step + 1, run.tokens + count, before + monotonic() - begun
+        if run.step % 10 == 0 or run.step == settings.steps:
+            figures = _mean(figures)
+            note = " ".join(f"{name} {value:.4g}" for name, value in {"loss": loss, **figures}.items())
+            times = {"seconds": run.seconds} if settings.timed else {}
+            run.curve.append({"step": run.step, "loss": loss, "tokens": run.tokens, **times, **figures})
+        update(run.step, settings.steps, note)
+        if run.step in settings.bounds():
+            at_level(settings.bounds().index(run.step))
+        late = anywhere(monotonic() - saved > max(settings.save_seconds, _SAVING * took))
+        if (run.step % settings.save_every == 0 or late) and run.step < settings.steps:
+            start = monotonic()
+            _save(objective, tensors, optimizers, run, folder, header)
+            saved = monotonic()
+            took = saved - start
     return run.curve
 
 

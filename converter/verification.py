@@ -12,15 +12,14 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from ..runtime_onnx.session import Decoder
 from .arch import PREFIX, Arch, Site, load_arch
 from .artifact import InputError
 from .checkpoint import read_sparsity
 from .data import Batches
-from .distributed import world
 from .plans import Plan, block_cost, cost, deciding, linear_shapes, mlp_cost
+from .progress import track
 from .reference import dense, load_dense, recording
 
 LOGIT_BOUND = 1e-4
@@ -158,7 +157,7 @@ def measure_quality(model: Any, plan: Plan, batches: Batches, reference: list[Te
     total = Totals()
     groups = list(windows(batches, config.vocab_size))
     with recording(model) as record:
-        for number, rows in enumerate(tqdm(groups, desc="quality", unit="batch", disable=world().rank > 0)):
+        for number, rows in enumerate(track(groups, unit="batch")):
             if reference is None:
                 p = dense_side(model, rows, original)
             else:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..arch import Arch, Site
 from ..artifact import InputError
 from ..data import Batches, read_text
 from ..plans import Plan
+from ..progress import track
 from ..reference import Recorder, dense, recording
 from ..report.evaluation import Answers, Sparsity
 from ..source import end_tokens
@@ -79,10 +79,10 @@ def compare_answers(
     counts = Counts(plan, site_parameters(plan, arch, model.config), site_units(plan, arch, model.config))
     kinds: dict[str, list[list[int]]] = {"dense": [], "decode": [], "all": []}
     order: list[int] = []
-    for length in sorted({len(row) for row in prompts}):
+    for length in track(sorted({len(row) for row in prompts}), unit="length"):
         same = [k for k, row in enumerate(prompts) if len(row) == length]
         order += same
-        for chunk in tqdm(torch.tensor(same).split(_TOGETHER), desc=f"answers to prompts of {length} tokens", unit="batch"):
+        for chunk in track(torch.tensor(same).split(_TOGETHER), unit="batch"):
             rows = torch.stack([prompts[k] for k in chunk.tolist()])
             with dense(model):
                 kinds["dense"] += greedy(model if original is None else original, rows, new)

@@ -14,12 +14,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from ..arch import Arch
 from ..artifact import InputError
 from ..losses import dejavu_loss, dejavu_weight
 from ..plans import Plan, Predictor
+from ..progress import track
 from ..recipe import Tune
 from ..stats import Stats, of_kind
 
@@ -84,13 +84,12 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
             generator = torch.Generator().manual_seed(config.seed * 7919 + site.layer)
             found[site] = [fresh_predictor(hidden, units, config.rank or rank_for(hidden, units, matrices, config.cost), generator)]
         return found
-    with tqdm(total=len(sites) * config.steps, desc="train predictors", unit="step") as progress:
-        for site, tensors in sites.items():
-            x, score = tensors[f"samples:{config.score}.x"], tensors[f"samples:{config.score}.score"]
-            if len(x) < 64:
-                raise InputError(f"Predictors must be trained on at least 64 tokens a site, got {len(x)}. Give more calibration text.")
-            rank = config.rank or rank_for(x.shape[1], score.shape[1], matrices, config.cost)
-            found[site] = [_train(x, score, rank, config, site.layer, progress)]
+    for site, tensors in track(sites.items(), unit="site"):
+        x, score = tensors[f"samples:{config.score}.x"], tensors[f"samples:{config.score}.score"]
+        if len(x) < 64:
+            raise InputError(f"Predictors must be trained on at least 64 tokens a site, got {len(x)}. Give more calibration text.")
+        rank = config.rank or rank_for(x.shape[1], score.shape[1], matrices, config.cost)
+        found[site] = [_train(x, score, rank, config, site.layer)]
     return found
 
 
@@ -118,7 +117,7 @@ class _Labels:
         return torch.zeros_like(picked).scatter_(1, picked.topk(self.k, dim=1).indices, 1.0)
 
 
-def _train(x: Tensor, score: Tensor, rank: int, config: Config, layer: int, progress: tqdm) -> Predictor:
+def _train(x: Tensor, score: Tensor, rank: int, config: Config, layer: int) -> Predictor:
     units, hidden = score.shape[1], x.shape[1]
     density, linear = 1.0 - config.sparsity, config.form == "linear2"
     if linear:
@@ -137,7 +136,7 @@ def _train(x: Tensor, score: Tensor, rank: int, config: Config, layer: int, prog
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     warm = max(1, config.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warm, (config.steps - step) / max(1, config.steps - warm)))
-    for _ in range(config.steps):
+    for _ in track(range(config.steps)):
         at = train[torch.randint(len(train), (min(config.batch, len(train)),), generator=generator)]
         inner = x[at].float() @ fc1.T
         logits, wanted = (inner if linear else F.relu(inner)) @ fc2.T + bias, labels.rows(at)
@@ -146,7 +145,6 @@ def _train(x: Tensor, score: Tensor, rank: int, config: Config, layer: int, prog
         loss.backward()
         optimizer.step()
         schedule.step()
-        progress.update()
     with torch.no_grad():
         if linear:  # v = relu(v) - relu(-v)
             fc1, fc2 = torch.cat([fc1, -fc1]), torch.cat([fc2, -fc2], dim=1)

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from ..arch import Site
 from ..artifact import Header, InputError, atomic_folder, read_header, write_header
 from ..blocks import BlockCalls, block_calls, down_rows, embed, empty_model, ffn_down, ffn_parts, filled
 from ..data import Batches
 from ..plans import linear_rows, linear_shapes
+from ..progress import track
 from ..scores import Context, load_score
 from ..source import Source
 from . import Probe, Setting, SiteStats, file_name, load_stat
@@ -104,7 +104,7 @@ def _walk(source: Source, batches: Batches, by_site: Mapping[Site, list[str]], f
     positions = torch.where(batches.mask.flatten(), batches.mask.flatten().cumsum(0) - 1, -1).view(batches.mask.shape)
 
     last = max(site.layer for site in by_site)
-    for layer in tqdm(range(last + 1), desc="calibrate", unit="block"):
+    for layer in track(range(last + 1), unit="block"):
         prefix = source.arch.block_prefix(layer)
         # the block's own names: files may hold more, such as rotary tables that older versions of transformers stored
         tensors = {name.removeprefix(prefix): t for name, t in source.read(prefix + name for name, _ in blocks[layer].named_parameters()).items()}

@@ -209,3 +209,13 @@ def test_libraries_are_as_before(active: bool) -> None:
         switches.set_verbosity(level)
         (switches.enable_progress_bar if bars else switches.disable_progress_bar)()
         (hub.disable_progress_bars if hidden else hub.enable_progress_bars)()
+
+
+def test_the_pace_of_a_loop_that_goes_on_leaves_out_what_was_done_before() -> None:
+    with progress.shown("quiet"), progress.stage("train"):
+        running = progress._work.stages[-1]
+        progress.update(50, 100)
+        running.since -= 10.0
+        assert running.left() is None
+        progress.update(75, 100)
+        assert running.left() == pytest.approx(10.0, abs=0.5)
