@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .arch import Arch, Site
 from .data import Batches
 from .plans import Entry, Plan, Predictor
 from .progress import track
+from .quality import LEAST_WINDOWS, Reference, Totals, compare, torch_logits
 from .recipe import Budget
-from .reference import apply_plan, recording, remove_plan
-from .verification import dense_side, log_probs, windows
+from .reference import Recorder, make_gates
 
 GRID = (0.9, 0.75, 0.6, 0.45, 0.3, 0.2, 0.1)
 """Densities at which every site is tried alone."""
@@ -28,66 +27,60 @@ _SENSITIVITY_WINDOWS = 8
 _ROUGH_SHARE = 8  # the bisection begins on every 8th window
 _STEPS, _ROUGH_STEPS = 6, 6
 _SLACK = 0.02  # a result within 2 % of the budget below it is near enough
+_SURE = 4  # standard errors between a loss and a bound that more windows will not change sides of, however often one looks
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a plan loses on the search windows: `nll` is the rise in nats per token, `kl` the divergence from dense; `density` is the realised share by site."""
+    """What a plan loses on the search windows: `nll` is the rise in nats per token, `kl` the divergence from dense, each with its standard error; `density` is
+    the realised share by site.
+    """
 
     nll: float
     kl: float
     density: Mapping[Site, float]
+    nll_error: float = 0.0
+    kl_error: float = 0.0
 
-    def share(self, budget: Budget) -> float:
-        """The used share of the budget, the tightest bound deciding; above 1 it is broken."""
+    def share(self, budget: Budget, errors: float = 0.0) -> float:
+        """The used share of the budget, the tightest bound deciding, with so many standard errors more; above 1 it is broken."""
         shares = []
         if budget.max_ppl_increase is not None:
-            shares.append(self.nll / max(1e-9, math.log1p(budget.max_ppl_increase)))
+            shares.append((self.nll + errors * self.nll_error) / max(1e-9, math.log1p(budget.max_ppl_increase)))
         if budget.max_kl is not None:
-            shares.append(self.kl / max(1e-9, budget.max_kl))
+            shares.append((self.kl + errors * self.kl_error) / max(1e-9, budget.max_kl))
         return max(shares)
+
+    def is_decided(self, budget: Budget) -> bool:
+        """Whether it is sure to keep or to break the budget."""
+        return self.share(budget, _SURE) < 1 or self.share(budget, -_SURE) > 1
 
 
 class Judge:
-    """Measures plans on one model and text, beside that model ungated or the dense `original` that it was made from; the dense side is kept when it is
-    small, else computed again.
+    """Measures plans on one model and text, beside that model ungated or the dense `original` that it was made from; of the dense side is kept what fits into
+    `keep_bytes`. Windows must be in random order where a budget may be decided on the first of them.
     """
 
     def __init__(self, model: Any, arch: Arch, activation: str, batches: Batches, keep_bytes: float = 2e9, original: Any | None = None) -> None:
-        self.model, self.arch, self.activation, self.original = model, arch, activation, original
-        self.groups = list(windows(batches, model.config.vocab_size))
-        self.keep = 4 * batches.tokens.numel() * model.config.vocab_size <= keep_bytes
-        self.dense: dict[int, Tensor] = {}
+        self.model, self.arch, self.activation = model, arch, activation
+        self.reference = Reference(model, batches, original, keep_bytes)
+        self.groups = self.reference.groups
 
     @torch.no_grad()
-    def loss(self, plan: Plan, every: int = 1, most: int | None = None) -> Loss:
-        """What `plan` loses on every `every`-th group of windows, `most` groups at most."""
-        apply_plan(self.model, plan, self.arch, self.activation)
-        total, tokens = torch.zeros(2, dtype=torch.float64), 0
-        counts = {site: torch.zeros(2, dtype=torch.int64) for site in plan}
-        try:
-            for number in list(range(0, len(self.groups), every))[:most]:
-                rows = self.groups[number]
-                p, target = self._dense(number), rows[:, 1:, None].to(self.model.device)
-                with recording(self.model) as seen:
-                    q = log_probs(self.model, rows)
-                for site, kept in seen.kept.items():
-                    counts[site] += torch.tensor([kept, seen.seen[site]])
-                rise = p.gather(-1, target).sum() - q.gather(-1, target).sum()
-                total += torch.stack([rise.double(), (p.exp() * (p - q)).sum().double()]).cpu()
-                tokens += target.numel()
-        finally:
-            remove_plan(self.model)
-        nll, kl = (total / tokens).tolist()
-        return Loss(nll, kl, {site: int(kept) / max(1, int(seen)) for site, (kept, seen) in counts.items()})
+    def loss(self, plan: Plan, every: int = 1, most: int | None = None, budget: Budget | None = None) -> Loss:
+        """What `plan` loses on every `every`-th group of windows, `most` groups at most; with a `budget` only as many as decide on it."""
+        gates = make_gates(self.model, plan, self.arch, self.activation)
+        total, seen = Totals(), Recorder(counts_only=True)
+        for number in list(range(0, len(self.groups), every))[:most]:
+            total.add(compare(self.reference, number, [torch_logits(self.model, gates, self.groups[number], seen)])[0])
+            if budget is not None and total.windows >= LEAST_WINDOWS and _loss(total, seen).is_decided(budget):
+                break
+        return _loss(total, seen)
 
-    def _dense(self, number: int) -> Tensor:
-        if number in self.dense:
-            return self.dense[number]
-        p = dense_side(self.model, self.groups[number], self.original)
-        if self.keep:
-            self.dense[number] = p
-        return p
+
+def _loss(total: Totals, seen: Recorder) -> Loss:
+    nll_dense, nll, kl, _ = total.means()
+    return Loss(nll - nll_dense, kl, seen.density(), total.error(), total.kl_error())
 
 
 def governs(key: str, site: Site) -> bool:
@@ -100,7 +93,7 @@ def sensitivities(judge: Judge, make: Callable[[Mapping[str, float]], Plan], key
     by key.
     """
     found: dict[str, list[float]] = {}
-    most = max(1, _SENSITIVITY_WINDOWS // judge.groups[0].shape[0])
+    most = max(1, _SENSITIVITY_WINDOWS // len(judge.groups[0]))
     for key in track(keys, unit="site"):
         plans = (make({other: 1.0 for other in keys} | {key: density}) for density in GRID)
         found[key] = [max(0.0, judge.loss({s: e for s, e in plan.items() if governs(key, s)}, most=most).kl) for plan in plans]
@@ -141,20 +134,21 @@ def _rate(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 
 def sparsest(make: Callable[[float], Plan], judge: Judge, budget: Budget, low: float, high: float) -> tuple[float, Plan, Loss] | None:
-    """The plan of the least level in [low, high] that meets the budget on all search windows, its level and loss; None when `high` does not meet it.
+    """The plan of the least level in [low, high] that meets the budget on the search windows, its level and loss; None when `high` does not meet it.
 
+    A plan is measured on all windows unless the first of them decide.
     `make(level)` must lose less the higher the level. A rough bisection on some windows narrows the bracket before the exact one.
     """
     ends = [low, high]
     for _ in range(_ROUGH_STEPS):
         middle = sum(ends) / 2
-        ends[judge.loss(make(middle), every=_ROUGH_SHARE).share(budget) <= 1] = middle
+        ends[judge.loss(make(middle), every=_ROUGH_SHARE, budget=budget).share(budget) <= 1] = middle
     width = (high - low) / 16
     low, top = max(low, ends[0] - width), high
     high = min(high, ends[1] + width)
     best = None
     for candidate in (high, top):
-        loss = judge.loss(make(candidate))
+        loss = judge.loss(make(candidate), budget=budget)
         if loss.share(budget) <= 1:
             best, high = (candidate, make(candidate), loss), candidate
             break
@@ -164,7 +158,7 @@ def sparsest(make: Callable[[float], Plan], judge: Judge, budget: Budget, low: f
         if best[2].share(budget) > 1 - _SLACK:
             break
         middle = (low + high) / 2
-        loss = judge.loss(make(middle))
+        loss = judge.loss(make(middle), budget=budget)
         if loss.share(budget) <= 1:
             best, high = (middle, make(middle), loss), middle
         else:

@@ -15,12 +15,13 @@ from .executors import check_onnx, has_cuda, measure_shipped
 from .onnx_export import PRECISIONS, build_base, check_base, export, export_dense, load_stock, round_model
 from .planning import TUNED
 from .plans import Plan
+from .quality import measure_qualities
 from .recipe import Export, Recipe
-from .reference import apply_plan, load, load_dense, remove_plan
+from .reference import load, load_dense
 from .schedule import checkpoint
 from .source import Source
-from .texts import Texts
-from .verification import Check, ExecutorQuality, Quality, check_budget, measure_quality, shipped_checks
+from .texts import Texts, quality_error
+from .verification import Check, ExecutorQuality, Quality, check_budget, shipped_checks
 
 log = logging.getLogger("sparsegate")
 SPEED_PAIRS = 25
@@ -144,24 +145,28 @@ def measure(
     work: Path,
     original: Source | None = None,
 ) -> list[Candidate]:
-    """The held-out quality of every plan, each a stage below `work`, and whether it keeps the budget and the asked density.
+    """The held-out quality of every plan, each a stage below `work`, and whether it keeps the budget and the asked density. What is not there yet is measured
+    together.
 
     Dense is `original`, the model that `source` was recovered from, where it was.
     """
-    found, model, dense = [], None, None
-    for name, plan in plans.items():
+    stages: dict[str, tuple[Path, Header]] = {}
+    for name in plans:
         parent = read_header(work / "plan" / name)
         assert parent is not None
-        folder, header = work / "quality" / name, Header(format="quality", parents={"plan": parent.fingerprint}, calibration=texts.heldout.sha256)
-        if not is_finished(folder, header):
-            model, dense = model or load_dense(source.folder), dense or _load(original)
-            apply_plan(model, plan, source.arch, source.arch.activation(source.config))
-            quality = measure_quality(model, plan, texts.heldout, original=dense)
-            remove_plan(model)
+        stages[name] = (work / "quality" / name, Header(format="quality", parents={"plan": parent.fingerprint}, calibration=texts.heldout.sha256))
+    missing = {name: plans[name] for name, stage in stages.items() if not is_finished(*stage)}
+    if missing:
+        model, dense = load_dense(source.folder), _load(original)
+        qualities = measure_qualities(model, missing, texts.heldout, dense, quality_error(recipe))
+        for name, quality in qualities.items():
+            folder, header = stages[name]
             with atomic_folder(folder) as partial:
                 write_json(partial / "quality.json", quality.model_dump())
                 write_header(partial, header)
-        quality = Quality(**read_json(folder / "quality.json", "The measured quality"))
+    found = []
+    for name, plan in plans.items():
+        quality = Quality(**read_json(stages[name][0] / "quality.json", "The measured quality"))
         budget = recipe.budget.model_dump() | {"sparsity": sparsities[name], "searched": recipe.searches}
         found.append(Candidate(name, plan, sparsities[name], quality, check_budget(quality, budget)))
     return found
@@ -215,7 +220,7 @@ def _exported(candidate: Candidate, source: Source, texts: Texts, graphs: Graphs
     measured, header = work / "measured" / name, Header(format="measured", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256)
     if not is_finished(measured, header):
         model, dense = load(folder), _load(original)
-        found = measure_shipped(onnx, model, texts.heldout, asked, original=dense)
+        found = measure_shipped(onnx, model, texts.heldout, asked, original=dense, count=candidate.quality.windows)
         if asked != Export():
             round_model(model, candidate.plan, source.arch, asked.precision, asked.target)
         checks = check_onnx(onnx, model, texts.heldout, asked, original=dense)

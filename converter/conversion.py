@@ -40,15 +40,17 @@ from .planning import (
     training_windows,
 )
 from .published import is_published, normal_config
+from .quality import measure_quality
 from .recipe import Export, Recipe
 from .record import build_report
+from .recovery_stage import EVALUATED
 from .reference import load as load_folder
 from .reference import load_dense
 from .report import RESULTS, Report, read_base_card, write_report
 from .report.recovery import RECOVERY, RecoveryRecord
 from .schedule import keep_plan, once
 from .source import Source, check_config, check_shapes, make_config, open_source
-from .texts import Texts, heldout_name, make_heldout, make_texts, texts_hash
+from .texts import EARLIER_WINDOWS, Texts, heldout_name, make_heldout, make_texts, texts_hash
 from .tuning import Evaluation, Tuned, stage_folder, train_stages
 from .verification import (
     Check,
@@ -57,12 +59,13 @@ from .verification import (
     check_budget,
     check_record,
     check_source,
-    measure_quality,
     read_plan,
     shipped_checks,
 )
 
 log = logging.getLogger("sparsegate")
+MEASURED = ("nll_dense", "nll", "kl", "agreement", "density", "cost", "nll_error", "windows")
+"""What the manifest records of the quality."""
 RECOVERING = "recovery"
 """The training stage's own work folder below OUT.work."""
 
@@ -162,7 +165,7 @@ def _recovered(source: Source, recipe: Recipe, work: Path, device: str) -> Tuned
         return None
     if any(stage.tune is not None and stage.tune.parallel == "fsdp" for stage in stages):
         raise InputError("convert must train in one process, got parallel fsdp. Run sparsegate tune under torchrun and convert what it writes.")
-    return train_stages(source, stages, recipe.seed, work, device, Evaluation(make_heldout(source, recipe), heldout_name(recipe)))
+    return train_stages(source, stages, recipe.seed, work, device, Evaluation(make_heldout(source, recipe, EVALUATED), heldout_name(recipe)))
 
 
 def _texts(source: Source, recipe: Recipe, training: int, work: Path) -> Texts:
@@ -259,7 +262,7 @@ def _finish(
             recipe=report.recipe,
             seed=recipe.seed,
             budget=recipe.budget.model_dump() | {"sparsity": chosen.sparsity, "searched": recipe.searches},
-            measured={name: getattr(quality, name) for name in ("nll_dense", "nll", "kl", "agreement", "density", "cost")} | _onnx_measured(chosen.shipped),
+            measured={name: getattr(quality, name) for name in MEASURED} | _onnx_measured(chosen.shipped),
             onnx={**recipe.export.model_dump(mode="json"), "variants": variants(chosen.onnx)},
             versions=installed_versions(),
             files=list_files(partial),
@@ -316,15 +319,15 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
         log.warning("Quality is measured on the text that comes with sparsegate; give the checkpoint's own with --calibration FILE.")
     text = None if calibration is None else str(calibration)
     recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": text})})
-    heldout = make_heldout(opened, recipe)
+    heldout = make_heldout(opened, recipe, int(manifest.measured.get("windows", EARLIER_WINDOWS[recipe.searches])))
     recovered, dense = bool(training_stages(recipe)), None
     if recovered and original is not None:
         dense = load_dense(original.folder)
-    quality = measure_quality(sparse, plan, heldout, original=dense)
+    quality = measure_quality(sparse, plan, heldout, original=dense, error=0.0, most=heldout.count)
     if original is not None:
         checks.append(check_source(sparse, original.folder, heldout, trained=recovered))
     asked = recipe.export
-    shipped = measure_shipped(folder / "onnx", sparse, heldout, asked, original=dense)
+    shipped = measure_shipped(folder / "onnx", sparse, heldout, asked, original=dense, count=quality.windows)
     if asked != Export():
         round_model(sparse, plan, opened.arch, asked.precision, asked.target)
     checks += check_onnx(folder / "onnx", sparse, heldout, asked, original=dense)

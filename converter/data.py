@@ -61,8 +61,9 @@ def read_text(path: Path) -> str:
     return text
 
 
-def make_batches(tokenizer: Any, text: str, windows: int, length: int, seed: int, name: str = "Calibration text") -> Batches:
-    """Cut `text` into windows of `length` tokens and draw `windows` of them by `seed`, in text order.
+def make_batches(tokenizer: Any, text: str, windows: int, length: int, seed: int, name: str = "Calibration text", text_order: bool = True) -> Batches:
+    """Cut `text` into windows of `length` tokens and draw `windows` of them by `seed`, in text order or as they were drawn: then the first of many windows are
+    those that fewer would have been.
 
     Where the tokenizer starts a text with a special token, every window does. The last window of a text may be padded.
     Raises InputError when the text has fewer than MINIMUM_TOKENS tokens.
@@ -74,7 +75,8 @@ def make_batches(tokenizer: Any, text: str, windows: int, length: int, seed: int
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id] else []
     body = length - len(start)
     cut = [ids[k : k + body] for k in range(0, len(ids), body)]
-    picked = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))[:windows].sort().values.tolist()
+    picked = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))[:windows]
+    picked = (picked.sort().values if text_order else picked).tolist()
     tokens = torch.zeros((len(picked), length), dtype=torch.int64)  # padding is masked; 0 is in every vocabulary, a tokenizer's padding token need not be
     mask = torch.zeros((len(picked), length), dtype=torch.bool)
     for row, k in enumerate(picked):

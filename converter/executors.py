@@ -22,9 +22,10 @@ from ..runtime_onnx.session import Decoder
 from .artifact import InputError
 from .data import Batches
 from .onnx_export import PRECISIONS, onnx_logits, open_float
+from .quality import compare_torch, measure_executor
 from .recipe import Export
 from .reference import recording
-from .verification import ACTIVATION_NLL, LOGIT_BOUND, NLL_BOUND, QUALITY_WINDOWS, Check, ExecutorQuality, Totals, log_probs, measure_executor, windows
+from .verification import ACTIVATION_NLL, LOGIT_BOUND, NLL_BOUND, Check, ExecutorQuality
 
 log = logging.getLogger("sparsegate")
 NO_CUDA = "no CUDA device was at hand"
@@ -180,11 +181,7 @@ class FloatBody:
 
 def _activation_checks(name: str, decoder: Decoder, model: Any, batches: Batches) -> list[Check]:
     """NLL and KL of an executor that rounds activations against the torch model that holds its weights, on QUALITY_WINDOWS windows."""
-    total = Totals()
-    for rows in windows(Batches(batches.tokens[:QUALITY_WINDOWS], batches.mask[:QUALITY_WINDOWS]), model.config.vocab_size):
-        for number, q in enumerate(log_probs(model, rows).cpu()):
-            decoder.reset()
-            total.add(q, torch.from_numpy(decoder(rows[number].numpy()))[:-1].log_softmax(-1), rows[number][1:])
+    total = compare_torch(decoder, model, batches)
     nll_torch, nll, kl, agreement = total.means()
     off, kl = abs(nll - nll_torch), max(0.0, kl)
     note = f"NLL {nll:.4f} (torch with the same weights {nll_torch:.4f}), agreement {agreement:.1%} over {total.tokens} tokens; activations are rounded"
@@ -284,9 +281,9 @@ def _greedy_check(name: str, found: list[list[int]], probe: Probe) -> Check:
 
 
 @torch.no_grad()
-def measure_shipped(onnx: Path, model: Any, batches: Batches, export: Export, original: Any | None = None) -> ExecutorQuality | None:
-    """What an ONNX folder loses on all of the windows against `original` (None: the ungated model), by the executor that applications get, beside the gated
-    torch model in fp32.
+def measure_shipped(onnx: Path, model: Any, batches: Batches, export: Export, original: Any | None = None, count: int | None = None) -> ExecutorQuality | None:
+    """What an ONNX folder loses against `original` (None: the ungated model), by the executor that applications get, beside the gated torch model in fp32; on
+    the first `count` windows, None: on as many as tell it.
 
     None in fp32 for the CPU, which is the torch model within LOGIT_BOUND, and where nothing here can run the graph.
     """
@@ -300,4 +297,4 @@ def measure_shipped(onnx: Path, model: Any, batches: Batches, export: Export, or
             raise
         log.warning("The graph for CUDA was not measured, the CPU cannot run it: %s", str(error).splitlines()[0])
         return None
-    return measure_executor(decoder, model, batches, len(batches.tokens), original)
+    return measure_executor(decoder, model, batches, count, original)

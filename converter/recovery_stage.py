@@ -36,6 +36,7 @@ from .mixtures import FOLDER as MIXTURE
 from .mixtures import files_hash, mixture_batches
 from .orientation import orient
 from .plans import Plan, Swap, load_plan, save_plan
+from .quality import measure_quality
 from .recipe import Recovery, make_part
 from .recovery import RecoveryObjective
 from .reference import apply_plan, load_dense, remove_plan
@@ -45,11 +46,13 @@ from .shares import with_shares
 from .source import Source, open_source
 from .texts import GENERATED, SECONDS, generated
 from .training import settings_of, train
-from .verification import Quality, measure_quality
+from .verification import Quality
 from .writer import write_checkpoint
 
-WATCHED, WATCHES = 4, 12
-"""Every how many of the held-out windows is looked at while training, and how often."""
+EVALUATED = 64
+"""Held-out windows that a recovery is measured on, before and after."""
+WATCHED, WATCHES = 16, 12
+"""The first held-out windows that are looked at while training, and how often."""
 CUTS = 4
 """Offsets at which sampled text is cut into windows."""
 _STAGE, _WINDOWS = "stage.json", "evaluation.safetensors"
@@ -312,7 +315,7 @@ def _watch(
     student: Any, teacher: Any, source: Source, units: dict[Site, Unit], asked: Recovery, evaluation: Evaluation, store: Path, tokens: int
 ) -> Callable[[int], dict[str, float]]:
     """Looks at held-out text WATCHES times, and keeps what it saw in `store`, so that a resumed run has the whole curve. `tokens` are those of a step."""
-    few = Batches(evaluation.batches.tokens[::WATCHED], evaluation.batches.mask[::WATCHED])
+    few = Batches(evaluation.batches.tokens[:WATCHED], evaluation.batches.mask[:WATCHED])
     every = max(1, asked.steps // WATCHES)
     modules = {site: student.get_submodule(source.arch.ffn_module(site.layer)) for site in source.arch.sites(source.config)}
 
@@ -347,7 +350,7 @@ def _compared(student: Any, plan: Plan, batches: Batches, teacher: Any, source: 
     """The student under its plan beside the dense source on held-out windows."""
     apply_plan(student, plan, source.arch, source.arch.activation(source.config))
     try:
-        return measure_quality(student, plan, batches, original=teacher)
+        return measure_quality(student, plan, batches, original=teacher, error=0.0, most=batches.count)
     finally:
         remove_plan(student)
 

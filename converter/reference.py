@@ -32,13 +32,14 @@ NEAR = 1e-5
 @dataclass
 class Recorder:
     """What the gated modules saw: kept and seen units (neurons, or a linear's input channels) by site, and per site the tokens [B, S] with a score near its
-    threshold, of the last call. `opened` counts the non-zero gates of sites that keep what is not zero.
+    threshold, of the last call, unless `counts_only`. `opened` counts the non-zero gates of sites that keep what is not zero.
     """
 
     kept: dict[Site, int] = field(default_factory=dict)
     seen: dict[Site, int] = field(default_factory=dict)
     near: dict[Site, Tensor] = field(default_factory=dict)
     opened: dict[Site, int] = field(default_factory=dict)
+    counts_only: bool = False
 
     def density(self) -> dict[Site, float]:
         """Realised share of kept units by site."""
@@ -51,12 +52,14 @@ class Recorder:
     def add(self, site: Site, scores: Tensor, tau: Tensor, keep: Tensor, faint: float = 0.0) -> None:
         """Count the kept units of scores [..., n] against tau [n]; a threshold of at most `faint` times the scores' rms is never near."""
         self.count(site, keep)
+        if self.counts_only:
+            return
         near = is_near(scores, tau)
         self.near[site] = (near & (tau > faint * _rms(scores)) if faint else near).any(-1)
 
     def count(self, site: Site, keep: Tensor) -> None:
         """Count the kept units [..., n]."""
-        self.kept[site] = self.kept.get(site, 0) + int(keep.sum())
+        self.kept[site] = self.kept.get(site, 0) + int(keep.count_nonzero())
         self.seen[site] = self.seen.get(site, 0) + keep.numel()
 
 
@@ -117,7 +120,7 @@ class _Gated:
         if isinstance(entry, Swap):
             if self.recorder is not None:
                 self.recorder.count(self.site, parts.z != 0)
-                self.recorder.opened[self.site] = self.recorder.opened.get(self.site, 0) + int((parts.gate != 0).sum())
+                self.recorder.opened[self.site] = self.recorder.opened.get(self.site, 0) + int(parts.gate.count_nonzero())
                 self._see_jump(x)
             return ffn_down(self.module, self.arch, parts.z)  # what is left out is 0
         # scores and thresholds stay fp32 in a half-precision model, as in the op
@@ -136,7 +139,7 @@ class _Gated:
     def _see_jump(self, x: Tensor) -> None:
         """Tokens near the jump of fatrelu(b), where a rounding error decides between 0 and b, are near too; other activations are continuous."""
         kind, b = split_activation(ffn_activation(self.module, self.activation))
-        if kind == "fatrelu" and b > 0 and self.recorder is not None:
+        if kind == "fatrelu" and b > 0 and self.recorder is not None and not self.recorder.counts_only:
             before, _ = ffn_products(self.module, self.arch, x)
             jump = is_near(before.to(torch.promote_types(x.dtype, torch.float32)), float(np.float32(b))).any(-1)
             near = self.recorder.near
@@ -183,6 +186,17 @@ def apply_plan(model: Any, plan: Plan, arch: Arch, activation: str) -> Any:
 
     Raises InputError, before anything is changed, for a site, a shape or an activation that the model does not have, and when `check_plan` does.
     """
+    for module, forward in make_gates(model, plan, arch, activation).items():
+        module.forward = forward
+    return model
+
+
+Gates = dict[Any, _Gated | _Masked]
+"""The gated forward of every module that a plan gates."""
+
+
+def make_gates(model: Any, plan: Plan, arch: Arch, activation: str) -> Gates:
+    """What `apply_plan` would set, for `switched`; the model stays as it is. Raises InputError as `apply_plan` does."""
     _check_fit(model.config, plan, arch)
     _check_swaps(model, plan, arch)
     rows = linear_rows(arch, model.config)
@@ -197,9 +211,34 @@ def apply_plan(model: Any, plan: Plan, arch: Arch, activation: str) -> Any:
         if name not in forwards:
             parts = {Site(site.layer, kind=f"linear:{part}"): at for part, at in rows[below].items()}
             forwards[name] = _Masked(model.get_submodule(name), parts, {other: deciding(plan[other]) for other in parts if other in plan})
-    for name, forward in forwards.items():
-        model.get_submodule(name).forward = forward
-    return model
+    return {forward.module: forward for forward in forwards.values()}
+
+
+def gates_of(model: Any) -> Gates:
+    """What gates a model now."""
+    return {gated.module: gated for gated in _gated(model)}
+
+
+@contextmanager
+def switched(model: Any, gates: Gates, recorder: Recorder | None = None) -> Iterator[Any]:
+    """The model with these gates and no others inside the block (none: dense), seen by `recorder`; afterwards as before."""
+    before = gates_of(model)
+    _set(before, gates)
+    for gated in gates.values():
+        gated.recorder = recorder
+    try:
+        yield model
+    finally:
+        for gated in gates.values():
+            gated.recorder = None
+        _set(gates, before)
+
+
+def _set(old: Gates, new: Gates) -> None:
+    for module in old:
+        del module.forward
+    for module, gated in new.items():
+        module.forward = gated
 
 
 def _check_fit(config: Any, plan: Plan, arch: Arch) -> None:

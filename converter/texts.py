@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -14,15 +15,19 @@ from .artifact import Header, InputError, atomic_folder, hash_json, read_header,
 from .data import CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text, sampled_groups, self_generated, self_generated_streams, stream_groups
 from .distributed import world
 from .local_processes import run_in_processes
+from .quality import ERROR
 from .recipe import Recipe
 from .reference import load_dense
 from .source import Source, open_source
 
-HELDOUT_WINDOWS = 64
+HELDOUT_WINDOWS = 256
+"""Windows to measure on, of which as many are taken as tell the loss."""
+EARLIER_WINDOWS = {False: 64, True: 256}
+"""What a checkpoint was measured on that does not say it: so many windows where a budget was not searched, and where it was."""
 SEARCH_WINDOWS, SEARCH_SHARE = 256, 0.3
 """Windows that a budget is searched on: so many, at most this share of a given text. They are never calibrated or trained on."""
 HELDOUT_SHARE = 0.2  # of a user's own calibration text, kept for measuring
-UNSEEN_WINDOWS = 256  # measured on when a budget was searched: 64 windows tell half a percent of perplexity from one, not more
+ERROR_SHARE = 0.1  # of a searched budget: what the standard error of the loss may be
 GENERATED, SECONDS = "generated", "seconds.json"
 _ASKED = "asked.json"
 _EVERY = 1 << 30
@@ -66,15 +71,26 @@ def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | N
         calibration=_rows(every, pool[: asked.windows]),
         training=_rows(every, pool[: max(asked.windows, training)]),
         heldout=heldout,
-        search=_rows(every, order[len(pool) :]) if aside else None,
+        search=_rows(every, order[len(pool) :], text_order=False) if aside else None,
         name=name,
     )
 
 
-def make_heldout(source: Source, recipe: Recipe) -> Batches:
-    """The windows to measure on: more where a budget was searched."""
-    windows = UNSEEN_WINDOWS if recipe.searches else HELDOUT_WINDOWS
-    return make_batches(source.tokenizer(), _split(recipe)[1], windows, _length(source, recipe), recipe.seed + 1, "The last fifth of the calibration text")
+def make_heldout(source: Source, recipe: Recipe, windows: int = HELDOUT_WINDOWS) -> Batches:
+    """The windows to measure on, in random order; fewer `windows` are the first of more."""
+    name, most = "The last fifth of the calibration text", max(windows, HELDOUT_WINDOWS)
+    every = make_batches(source.tokenizer(), _split(recipe)[1], most, _length(source, recipe), recipe.seed + 1, name, text_order=False)
+    kept = every.mask.sum(1) > 1  # a window of one token has nothing to predict
+    return Batches(every.tokens[kept][:windows], every.mask[kept][:windows])
+
+
+def quality_error(recipe: Recipe) -> float:
+    """The standard error (nats per token) that a loss is to be measured with: less where a budget was searched, which it is judged on."""
+    budget, bounds = recipe.budget, [ERROR]
+    if recipe.searches:
+        bounds += [] if budget.max_ppl_increase is None else [ERROR_SHARE * math.log1p(budget.max_ppl_increase)]
+        bounds += [] if budget.max_kl is None else [ERROR_SHARE * budget.max_kl]
+    return min(bounds)
 
 
 def texts_hash(recipe: Recipe) -> str:
@@ -101,8 +117,8 @@ def _split(recipe: Recipe) -> tuple[str, str, str]:
     return whole[:cut], whole[cut:], path.name
 
 
-def _rows(batches: Batches, rows: torch.Tensor) -> Batches:
-    rows = rows.sort().values
+def _rows(batches: Batches, rows: torch.Tensor, text_order: bool = True) -> Batches:
+    rows = rows.sort().values if text_order else rows
     return Batches(batches.tokens[rows], batches.mask[rows])
 
 

@@ -15,7 +15,7 @@ from .opening import resolve
 from .planning import BUNDLED_MODEL, BUNDLED_NAME, SELF, named_recipe, training_stages
 from .plans import check_exact
 from .recipe import Recovery, Stage, make_part, read_recipe
-from .recovery_stage import Evaluation, Tuned, present, processes_for, tuned
+from .recovery_stage import EVALUATED, Evaluation, Tuned, present, processes_for, tuned
 from .report.recovery import RECOVERY, RecoveryRecord
 from .source import Source
 from .texts import GENERATED, SECONDS, heldout_name, make_heldout
@@ -58,7 +58,7 @@ def tune(
             if world().rank == 0:
                 resolve(asked.model, work / "source")
         source = resolve(asked.model, work / "source")
-        evaluation = Evaluation(make_heldout(source, asked), heldout_name(asked))
+        evaluation = Evaluation(make_heldout(source, asked, EVALUATED), heldout_name(asked))
         found = train_stages(source, stages, asked.seed if seed is None else seed, work, str(own), evaluation)
         with same_error():
             if world().rank == 0:

@@ -1,34 +1,26 @@
-"""What a sparse checkpoint lost on held-out windows, in torch and in ONNX, and the judgement on its budget; `executors` judges whether executors agree."""
+"""What a sparse checkpoint lost on held-out windows, and the judgement on its budget; `quality` measures it, `executors` judges whether executors agree."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import BaseModel
-from torch import Tensor
-from torch.nn import functional as F
 
-from ..runtime_onnx.session import Decoder
 from .arch import PREFIX, Arch, Site, load_arch
-from .artifact import InputError
 from .checkpoint import read_sparsity
 from .data import Batches
-from .plans import Plan, block_cost, cost, deciding, linear_shapes, mlp_cost
-from .progress import track
-from .reference import dense, load_dense, recording
+from .plans import Plan, cost, deciding, linear_shapes
+from .reference import dense, load_dense
 
 LOGIT_BOUND = 1e-4
 ACTIVATION_NLL = 0.01  # nats per token: what rounding activations to 8 bits or half precision may change
 NLL_BOUND = 1e-3  # nats per token: scores near a threshold may fall on either side, each time for one neuron
 UNSEEN_PPL, UNSEEN_KL = 0.002, 0.15  # points of perplexity, share of a divergence: what one text's losses differ from another's
 QUALITY_WINDOWS = 16
-_LOGITS_AT_ONCE = 1 << 22
-"""Most logits of one forward pass while quality is measured: windows go through the model together up to this, one by one above."""
 
 
 class Quality(BaseModel):
@@ -36,6 +28,7 @@ class Quality(BaseModel):
 
     `density` is the mean over gated sites, weighted by their parameters; `cost` the bytes of the MLPs touched per token relative to dense, `block_cost` those
     of all linear maps of the blocks; `site_cost` is relative to the site's own dense weights; `site_opened` the share of non-zero gates where the zeros decide.
+    `nll_error` is the standard error (nats per token) of the mean paired difference NLL - NLL dense over the `windows` measured, which are its clusters.
     """
 
     tokens: int
@@ -49,6 +42,8 @@ class Quality(BaseModel):
     site_density: dict[str, float]
     site_cost: dict[str, float]
     site_opened: dict[str, float] = {}
+    nll_error: float = 0.0
+    windows: int = 0
 
     @property
     def ppl_increase(self) -> float:
@@ -71,13 +66,18 @@ class Check(BaseModel):
 
 
 class ExecutorQuality(BaseModel):
-    """An ONNX executor on `tokens` tokens: NLL of it and of sparse torch there, KL from dense torch to it, all in nats per token, and equal argmax to dense."""
+    """An ONNX executor on `tokens` tokens: NLL of it and of sparse torch there, KL from dense torch to it, all in nats per token, and equal argmax to dense.
+
+    `nll_error` and `windows` are as in `Quality`.
+    """
 
     tokens: int
     nll_torch: float
     nll: float
     kl: float
     agreement: float
+    nll_error: float = 0.0
+    windows: int = 0
 
 
 class Verification(BaseModel):
@@ -91,88 +91,6 @@ class Verification(BaseModel):
     def passed(self) -> bool:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
-
-
-@dataclass
-class Totals:
-    """Sums over the positions compared so far, in fp64: NLL of dense p and of sparse q, KL(p || q), equal argmax."""
-
-    tokens: int = 0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
-
-    def add(self, p: Tensor, q: Tensor, target: Tensor) -> None:
-        """Compare log-probabilities p and q [..., V] of `target` [...]."""
-        p, q, target = p.flatten(0, -2), q.flatten(0, -2).to(p.device), target.flatten().to(p.device)
-        agree = (p.argmax(-1) == q.argmax(-1)).sum()
-        parts = (F.nll_loss(p, target, reduction="sum"), F.nll_loss(q, target, reduction="sum"), (p.exp() * (p - q)).sum(), agree)
-        self.sums = self.sums + torch.stack([part.double().cpu() for part in parts])
-        self.tokens += len(target)
-
-    def means(self) -> tuple[float, float, float, float]:
-        """NLL of p, NLL of q and KL in nats per token, and the share of equal argmax. Raises InputError when nothing was compared."""
-        if not self.tokens:
-            raise InputError("Held-out text must hold a window of two tokens or more, got none. Give more text.")
-        nll_dense, nll, kl, agreement = (self.sums / self.tokens).tolist()
-        return nll_dense, nll, kl, agreement
-
-
-def windows(batches: Batches, vocabulary: int) -> Iterator[Tensor]:
-    """Token windows [B, T] without padding, in order: full ones together as far as memory allows, others alone; windows of one token are left out."""
-    at_once = max(1, min(8, _LOGITS_AT_ONCE // (batches.tokens.shape[1] * vocabulary)))
-    full = batches.mask.all(dim=1)
-    yield from batches.tokens[full].split(at_once)
-    for row, mask in zip(batches.tokens[~full], batches.mask[~full], strict=True):
-        if int(mask.sum()) > 1:
-            yield row[mask][None]
-
-
-def log_probs(model: Any, tokens: Tensor) -> Tensor:
-    """Log-probabilities [B, T - 1, V] fp32 of the tokens that follow the first of each window [B, T]."""
-    return model(input_ids=tokens.to(model.device)).logits[:, :-1].float().log_softmax(-1)
-
-
-def dense_side(model: Any, tokens: Tensor, original: Any | None = None) -> Tensor:
-    """`log_probs` of what a gated model is compared with: the dense `original`, or None for the model itself ungated."""
-    if original is not None:
-        return log_probs(original, tokens)
-    with dense(model):
-        return log_probs(model, tokens)
-
-
-@torch.no_grad()
-def dense_log_probs(model: Any, batches: Batches) -> list[Tensor]:
-    """What `measure_quality` takes as `reference`, for many plans on one model and text: 4 bytes x tokens x vocabulary, so for small models only."""
-    with dense(model):
-        return [log_probs(model, rows) for rows in windows(batches, model.config.vocab_size)]
-
-
-@torch.no_grad()
-def measure_quality(model: Any, plan: Plan, batches: Batches, reference: list[Tensor] | None = None, original: Any | None = None) -> Quality:
-    """Compare a gated model on every window with the dense `original` that it was made from (None: with itself ungated, which is that model unless its weights
-    or activations were changed); the first token of a window is given.
-
-    `reference` is `dense_log_probs` of what is compared with, on the same batches, where it was computed before.
-    """
-    arch, config = load_arch(model.config.model_type), model.config
-    total = Totals()
-    groups = list(windows(batches, config.vocab_size))
-    with recording(model) as record:
-        for number, rows in enumerate(track(groups, unit="batch")):
-            if reference is None:
-                p = dense_side(model, rows, original)
-            else:
-                p = reference[number].to(model.device)
-            total.add(p, log_probs(model, rows), rows[:, 1:])
-    density, opened = record.density(), record.opened_share()
-    nll_dense, nll, kl, agreement = total.means()
-    sizes = site_parameters(plan, arch, config)
-    return Quality(
-        tokens=total.tokens, nll_dense=nll_dense, nll=nll, kl=kl, agreement=agreement,
-        density=weighted(density, sizes), cost=mlp_cost(plan, arch, config, density, opened), block_cost=block_cost(plan, arch, config, density, opened),
-        site_density={site.key: v for site, v in density.items()},
-        site_cost={site.key: site_cost(plan, site, arch, config, share, opened.get(site)) for site, share in density.items()},
-        site_opened={site.key: share for site, share in opened.items()},
-    )  # fmt: skip
 
 
 def site_parameters(plan: Plan, arch: Arch, config: Any) -> dict[Site, int]:
@@ -197,24 +115,6 @@ def site_cost(plan: Plan, site: Site, arch: Arch, config: Any, density: float, o
 def weighted(values: Mapping[Site, float], sizes: Mapping[Site, int]) -> float:
     """Mean over the sites of `values`, weighted by their parameters."""
     return sum(value * sizes[site] for site, value in values.items()) / sum(sizes[site] for site in values)
-
-
-@torch.no_grad()
-def measure_executor(decoder: Decoder, model: Any, batches: Batches, count: int = QUALITY_WINDOWS, original: Any | None = None) -> ExecutorQuality:
-    """An ONNX executor on the first `count` windows, beside the gated torch model and what that is compared with (`dense_side`)."""
-    against_torch, against_dense = Totals(), Totals()
-    first = Batches(batches.tokens[:count], batches.mask[:count])
-    for rows in windows(first, model.config.vocab_size):
-        p = dense_side(model, rows, original).cpu()
-        q = log_probs(model, rows).cpu()
-        for number, row in enumerate(rows):
-            decoder.reset()
-            o = torch.from_numpy(decoder(row.numpy()))[:-1].log_softmax(-1)
-            against_torch.add(q[number], o, row[1:])
-            against_dense.add(p[number], o, row[1:])
-    nll_torch, nll, _, _ = against_torch.means()
-    _, _, kl, agreement = against_dense.means()
-    return ExecutorQuality(tokens=against_torch.tokens, nll_torch=nll_torch, nll=nll, kl=kl, agreement=agreement)
 
 
 def check_record(quality: Quality, measured: dict[str, float], shipped: ExecutorQuality | None = None) -> list[Check]:

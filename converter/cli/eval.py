@@ -14,7 +14,7 @@ def eval(
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text to measure on; of the checkpoint's calibration text, its last fifth. Default: Python source.")
     ] = None,
-    windows: Annotated[int, typer.Option(help="Most windows of the text.")] = 64,
+    windows: Annotated[int | None, typer.Option(help="Windows of the text. Default: as many as tell the loss.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line. Default: beginnings of windows.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
     lm_eval: Annotated[

@@ -19,14 +19,15 @@ from ..hub import download, home_folder, is_hub_id, local_folder
 from ..manifest import Manifest, installed_versions, read_manifest
 from ..planning import BUNDLED_MODEL, training_stages
 from ..plans import Plan
+from ..quality import ERROR, MOST_TOKENS, measure_executor, measure_quality
 from ..recipe import Recipe
 from ..reference import load, load_dense
 from ..report import Text, this_machine
 from ..report.evaluation import EVALUATION, Evaluation, Measured
 from ..report.results import record_files
 from ..source import Source, open_source
-from ..texts import HELDOUT_SHARE, HELDOUT_WINDOWS
-from ..verification import measure_executor, measure_quality, read_plan
+from ..texts import EARLIER_WINDOWS, HELDOUT_SHARE, HELDOUT_WINDOWS
+from ..verification import read_plan
 from .answers import NEW_TOKENS, compare_answers, import_sacrebleu, make_prompts
 from .harness import find_tasks, run_tasks
 
@@ -36,7 +37,7 @@ log = logging.getLogger("sparsegate")
 def evaluate(
     model: str | Path,
     text: str | Path | None = None,
-    windows: int = HELDOUT_WINDOWS,
+    windows: int | None = None,
     prompts: str | Path | None = None,
     max_new_tokens: int = NEW_TOKENS,
     lm_eval: str | None = None,
@@ -50,7 +51,7 @@ def evaluate(
         model: Sparse checkpoint.
         text: UTF-8 file to measure on; of the text that the checkpoint was calibrated on, only the last fifth is used. Default: the text that comes with
             sparsegate, in the windows that `convert` measured on.
-        windows: Most windows of that text.
+        windows: Windows of that text, all of which are measured. Default: as many as tell the loss.
         prompts: UTF-8 file with one prompt a line; default: the beginnings of windows.
         max_new_tokens: Most tokens of an answer.
         lm_eval: Task names of lm-eval, with commas between; FOLDER/NAME is a task of one's own in FOLDER.
@@ -73,10 +74,11 @@ def evaluate(
     plan, opened = read_plan(folder), open_source(folder, sparse=True)
     tokenizer, arch, config = opened.tokenizer(), opened.arch, opened.config
     batches, name = _batches(tokenizer, config, manifest, None if text is None else Path(text), windows)
+    error = ERROR if windows is None and text is not None else 0.0
     rows = make_prompts(tokenizer, config, batches, None if prompts is None else Path(prompts), max_new_tokens)
     original = None if source is None else _dense(source, config)
     sparse = load(folder)
-    quality = measure_quality(sparse, plan, batches, original=original)
+    quality = measure_quality(sparse, plan, batches, original=original, error=error, most=MOST_TOKENS if error else batches.count)
     shown = name if prompts is None else Path(prompts).name
     answers, sparsity = compare_answers(sparse, plan, arch, tokenizer, rows, max_new_tokens, bleu, shown, original)
     measured = Measured(
@@ -126,7 +128,7 @@ def predictor_cost(plan: Plan, arch: Arch, config: Any) -> float:
     return extra / (layers * (2 if arch.ffn.kind == "plain" else 3) * hidden * units)
 
 
-def _batches(tokenizer: Any, config: Any, manifest: Manifest, text: Path | None, windows: int) -> tuple[Batches, str]:
+def _batches(tokenizer: Any, config: Any, manifest: Manifest, text: Path | None, windows: int | None) -> tuple[Batches, str]:
     """Windows to measure on, and a name of their text for people."""
     recipe = Recipe.model_validate(manifest.recipe)
     length = min(recipe.calibration.length, int(getattr(config, "max_position_embeddings", recipe.calibration.length)))
@@ -135,11 +137,12 @@ def _batches(tokenizer: Any, config: Any, manifest: Manifest, text: Path | None,
         if own is not None:
             log.warning("Measured on the text that comes with sparsegate; give the checkpoint's own with --text FILE.")
         words, name = read_text(HELDOUT_TEXT), "Python standard library modules, held out"
+        windows = windows or int(manifest.measured.get("windows", EARLIER_WINDOWS[recipe.searches]))
     else:
         words, name = read_text(text), text.name
         if own is not None and hash_file(text) == own:
             words, name = words[int(len(words) * (1 - HELDOUT_SHARE)) :], f"{name}, held out"
-    return make_batches(tokenizer, words, windows, length, manifest.seed + 1, "The text"), name
+    return make_batches(tokenizer, words, windows or HELDOUT_WINDOWS, length, manifest.seed + 1, "The text", text_order=False), name
 
 
 def _executors(onnx: Path, model: Any, batches: Batches, original: Any | None) -> list[Measured]:
@@ -151,5 +154,6 @@ def _executors(onnx: Path, model: Any, batches: Batches, original: Any | None) -
         if library and not chosen.kernel:
             found.append(Measured(executor=name, note=f"not run: {chosen.reason}"))
             continue
-        found.append(Measured(executor=name, **measure_executor(Decoder(onnx, library=library), model, batches, original=original).model_dump()))
+        quality = measure_executor(Decoder(onnx, library=library), model, batches, original=original)
+        found.append(Measured(executor=name, **quality.model_dump(include=set(Measured.model_fields))))
     return found

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from curves_page import write_page
-from torch import Tensor
 
 from sparsegate.converter import report as reporting
 from sparsegate.converter.analysis import Outcome, Setting, analyse_all, rank_correlations
@@ -32,6 +31,7 @@ from sparsegate.converter.methods import load_method, make_config, needs
 from sparsegate.converter.methods.predictor import fresh_predictor, rank_for
 from sparsegate.converter.planning import BUNDLED_NAME
 from sparsegate.converter.plans import FFN_LINEARS, LINEARS, Plan, linear_shapes, merge
+from sparsegate.converter.quality import Reference, Totals, compare, measure_quality, torch_logits
 from sparsegate.converter.recipe import Tune
 from sparsegate.converter.reference import apply_plan, load_dense, remove_plan
 from sparsegate.converter.report.curves import Correlations, Curves, Point
@@ -39,7 +39,6 @@ from sparsegate.converter.residual import add_residuals
 from sparsegate.converter.scores import load_score
 from sparsegate.converter.source import Source, open_source
 from sparsegate.converter.stats.collect import collect
-from sparsegate.converter.verification import Totals, dense_log_probs, measure_quality, windows
 
 RESULTS = Path(__file__).parent / "results"
 DENSITIES = (0.7, 0.5, 0.4, 0.3, 0.2)
@@ -78,8 +77,8 @@ class Study:
         return load_dense(self.source.folder)
 
     @cached_property
-    def reference(self) -> list[Tensor]:
-        return dense_log_probs(self.model, self.heldout)
+    def reference(self) -> Reference:
+        return Reference(self.model, self.heldout, keep_bytes=1e9)
 
     @property
     def activation(self) -> str:
@@ -198,7 +197,7 @@ def measure(study: Study, name: str, seed: int | None) -> None:
         if density not in missing:
             continue
         apply_plan(study.model, plan, study.source.arch, study.activation)
-        quality = measure_quality(study.model, plan, study.heldout, study.reference)
+        quality = measure_quality(study.model, plan, study.heldout, error=0.0, reference=study.reference)
         remove_plan(study.model)
         ranks = {entry.rank for (entry,) in plan.values() if entry.tensors().keys() - {"tau"}}
         store(study, Point(
@@ -311,8 +310,9 @@ def measure_dense(study: Study) -> Point:
     """The dense model's row."""
     if not is_stored(study, "dense", 1.0, None):
         total = Totals()
-        for rows, p in zip(windows(study.heldout, study.model.config.vocab_size), study.reference, strict=True):
-            total.add(p, p, rows[:, 1:])
+        for number, group in enumerate(study.reference.groups):
+            with torch.no_grad():
+                total.add(compare(study.reference, number, [torch_logits(study.model, {}, group)])[0])
         store(study, Point(method="dense", density_target=1, nll=total.means()[0], kl=0, agreement=1, density=1, cost=1, block_cost=1))
     return Point.model_validate(read_json(place(study, "dense", 1.0, None), "A row")["row"])
 

@@ -22,11 +22,11 @@ from sparsegate.converter.artifact import InputError
 from sparsegate.converter.attribution import attribute
 from sparsegate.converter.data import BUNDLED, CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text
 from sparsegate.converter.plans import Threshold, uniform_tau
+from sparsegate.converter.quality import measure_quality
 from sparsegate.converter.reference import apply_plan, load_dense, remove_plan
 from sparsegate.converter.scores import SCORES, Context, load_score
 from sparsegate.converter.selectors import quantile_tau, top_k
 from sparsegate.converter.source import open_source
-from sparsegate.converter.verification import measure_quality
 
 LENGTH = 20
 Make = Callable[[str], Path]

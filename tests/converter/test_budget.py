@@ -14,13 +14,14 @@ import torch
 from models import VOCAB
 
 from sparsegate.converter import budget as search
+from sparsegate.converter import quality
 from sparsegate.converter.arch import Arch, Site, load_arch
 from sparsegate.converter.budget import GRID, Judge, Loss, allocate, governs, sensitivities, settled, shifted, sparsest
 from sparsegate.converter.data import Batches
 from sparsegate.converter.plans import Plan, Predictor, Threshold, uniform_tau
+from sparsegate.converter.quality import measure_quality
 from sparsegate.converter.recipe import Budget
 from sparsegate.converter.reference import apply_plan, dense, load_dense, remove_plan
-from sparsegate.converter.verification import measure_quality
 
 D, N = 64, 176
 WEIGHTS = {"a": 1.0, "b": 3.0, "c": 0.5}
@@ -94,7 +95,7 @@ class Known:
     def __init__(self, loss: Callable[[float], float], rough: Callable[[float], float] | None = None) -> None:
         self.curve, self.rough, self.passes = loss, rough or loss, 0
 
-    def loss(self, plan: Any, every: int = 1, most: int | None = None) -> Loss:
+    def loss(self, plan: Any, every: int = 1, most: int | None = None, budget: Budget | None = None) -> Loss:
         self.passes += every == 1
         return Loss(0.0, (self.curve if every == 1 else self.rough)(plan), {})
 
@@ -184,18 +185,18 @@ def plan_of(ffn: float, linear: float = 0.0) -> Plan:
 
 
 @pytest.mark.parametrize("keep_bytes", [0.0, 2e9])
-def test_losses_are_those_of_the_verification(model: Any, keep_bytes: float) -> None:
+def test_losses_are_those_of_the_verification(model: Any, keep_bytes: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "GROUP_TOKENS", 160)
     judge, plan = Judge(model, ARCH, "silu", batches(), keep_bytes), plan_of(0.15, 0.3)
     apply_plan(model, plan, ARCH, "silu")
     whole = measure_quality(model, plan, batches())
-    groups = list(search.windows(batches(), VOCAB))
-    few = measure_quality(model, plan, Batches(groups[0], torch.ones_like(groups[0], dtype=torch.bool)))
+    few = measure_quality(model, plan, Batches(batches().tokens[:8], batches().mask[:8]))
     remove_plan(model)
     for _ in range(2):  # the second time the dense side is there already
         loss = judge.loss(plan)
         assert loss.nll == pytest.approx(whole.nll - whole.nll_dense, abs=1e-5) and loss.kl == pytest.approx(whole.kl, abs=1e-5)
         assert {site.key: share for site, share in loss.density.items()} == pytest.approx(whole.site_density, abs=1e-12)
-    part = judge.loss(plan, every=len(groups))
+    part = judge.loss(plan, every=3)
     assert part.kl == pytest.approx(few.kl, abs=1e-5) and abs(part.kl - whole.kl) > 1e-4
     assert judge.loss(plan, most=1) == part
     assert loss.kl > 0.003 and abs(judge.loss(plan_of(0.15)).kl - loss.kl) > 1e-4
@@ -209,8 +210,9 @@ def test_the_model_is_dense_after_a_loss(model: Any) -> None:
 
 
 @torch.no_grad()
-def test_sensitivities_equal_brute_force(model: Any) -> None:
-    """Every key alone, whatever the others' entries are at density 1."""
+def test_sensitivities_equal_brute_force(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every key alone, whatever the others' entries are at density 1; on the windows that are eight or one group."""
+    monkeypatch.setattr(quality, "GROUP_TOKENS", 160)
     keys = ("layers.0.ffn", "layers.1.ffn", "layers.1")
 
     def make(densities: Mapping[str, float]) -> Plan:
@@ -219,8 +221,10 @@ def test_sensitivities_equal_brute_force(model: Any) -> None:
         plan[Site(1, kind="linear:q_proj")] = [Threshold("input", uniform_tau(1.01 - densities["layers.1"], D), 0.5)]
         return plan
 
-    found = sensitivities(Judge(model, ARCH, "silu", batches()), make, keys)
-    full = batches().tokens[batches().mask.all(1)][:8]
+    windows = batches()
+    windows = Batches(windows.tokens[windows.mask.all(1)], windows.mask[windows.mask.all(1)])
+    found = sensitivities(Judge(model, ARCH, "silu", windows), make, keys)
+    full = windows.tokens[:8]
     for key, site in zip(keys, (Site(0), Site(1), Site(1, kind="linear:q_proj")), strict=True):
         for density, kl in list(zip(GRID, found[key], strict=True))[::3]:
             alone = {site: make({"layers.0.ffn": 1.0, "layers.1.ffn": 1.0, "layers.1": 1.0} | {key: density})[site]}
@@ -240,9 +244,9 @@ def test_a_key_governs_its_own_sites_only() -> None:
     seen: dict[tuple[int, ...], int] = {}
 
     class Watching(Known):
-        groups = (torch.zeros(8, 4),)
+        groups = ([torch.zeros(4)] * 8,)
 
-        def loss(self, plan: Any, every: int = 1, most: int | None = None) -> Loss:
+        def loss(self, plan: Any, every: int = 1, most: int | None = None, budget: Budget | None = None) -> Loss:
             layers = tuple(sorted(site.layer for site in plan))
             seen[layers] = seen.get(layers, 0) + 1
             return Loss(0.0, 0.0, {})

@@ -32,9 +32,9 @@ from sparsegate.converter.data import Batches
 from sparsegate.converter.evaluation import answers, evaluate, harness, predictor_cost
 from sparsegate.converter.manifest import check_files, read_manifest
 from sparsegate.converter.plans import Plan, Predictor, Threshold, uniform_tau
+from sparsegate.converter.quality import Reference, groups, measure_quality
 from sparsegate.converter.reference import apply_plan, dense, load, load_dense
 from sparsegate.converter.report.evaluation import Evaluation
-from sparsegate.converter.verification import dense_log_probs, measure_quality, windows
 from sparsegate.runtime_onnx.session import Decoder
 
 D, N, R = 64, 176, 6
@@ -123,10 +123,9 @@ def test_quality_of_windows_together_is_that_of_windows_one_by_one(model: Any) -
     attention = 2 * parts[0] + 2 * parts[1]
     touched = 2 * attention - parts[0] * (1 - q_proj) + D * N * (1 + 2 * ffn + 2 + down)
     assert found.block_cost == pytest.approx(touched / (2 * (attention + 3 * D * N))) and config.num_hidden_layers == 2
-    again = measure_quality(model, mixed_plan(), batches, dense_log_probs(model, batches))
-    assert again == found
-    assert [rows.shape for rows in windows(batches, VOCAB)] == [(4, 24), (1, 9)]
-    assert [len(rows) for rows in windows(batches, 1 << 30)] == [1] * 5  # a large vocabulary goes through one by one
+    reference = Reference(model, batches, keep_bytes=1e9)
+    assert [measure_quality(model, mixed_plan(), batches, reference=reference) for _ in range(2)] == [found] * 2
+    assert [len(row) for group in groups(batches) for row in group] == [24, 24, 24, 24, 9]
 
 
 # answers

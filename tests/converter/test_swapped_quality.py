@@ -17,10 +17,11 @@ from sparsegate.converter.data import Batches
 from sparsegate.converter.evaluation import answers
 from sparsegate.converter.executors import make_probe
 from sparsegate.converter.plans import Plan, Swap, Threshold, mlp_cost, uniform_tau
+from sparsegate.converter.quality import measure_executor, measure_quality
 from sparsegate.converter.reference import dense, load, load_dense
 from sparsegate.converter.report.evaluation import answer_cells, executor_cells
 from sparsegate.converter.source import open_source
-from sparsegate.converter.verification import check_source, measure_executor, measure_quality, read_plan
+from sparsegate.converter.verification import check_source, read_plan
 from sparsegate.converter.writer import write_checkpoint
 
 BATCHES = Batches(torch.randint(3, VOCAB, (5, 24), generator=torch.Generator().manual_seed(7)), torch.ones(5, 24, dtype=torch.bool))
