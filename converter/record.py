@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from ..runtime_onnx.library import DENSE, PROVIDERS, executor
 from . import report as reporting
+from .arch import Arch
 from .candidates import Candidate, Graphs
 from .evaluation import predictor_cost
 from .executors import NO_CUDA, has_cuda
 from .onnx_export import PRECISIONS
 from .onnx_export.precision import Precision
-from .plans import Predictor, deciding
+from .plans import Predictor, deciding, linear_shapes
 from .recipe import Export, Recipe
 from .report import Report
 from .source import Source
@@ -27,7 +28,8 @@ def build_report(source: Source, recipe: Recipe, texts: Texts, candidates: list[
     quality = chosen.quality
     dense_speed = chosen.speed.get("baseline", {})
     dense = reporting.Row(
-        method="dense", nll=quality.nll_dense, perplexity=math.exp(quality.nll_dense), kl=0.0, agreement=1.0, density=1.0, cost=1.0, block_cost=1.0,
+        method="dense", nll=quality.nll_dense, perplexity=math.exp(quality.nll_dense), kl=0.0, agreement=1.0, density=1.0, cost=1.0,
+        block_cost=1.0, read_share=1.0,
         prefill_tokens_per_second=dense_speed.get("prefill_tokens_per_s"), decode_tokens_per_second=dense_speed.get("decode_tokens_per_s"),
     )  # fmt: skip
     return Report(
@@ -44,7 +46,7 @@ def build_report(source: Source, recipe: Recipe, texts: Texts, candidates: list[
         speed=_conditions(chosen.speed, recipe.export),
         speed_note=f"not run: {NO_CUDA}" if not chosen.speed and recipe.export.target == "cuda" else "",
         onnx=_onnx_rows(chosen, graphs, source, recipe.export),
-        rows=[dense, *(_row(candidate, candidate is chosen) for candidate in candidates)],
+        rows=[dense, *(_row(candidate, candidate is chosen, source) for candidate in candidates)],
         layers=[_layer(chosen, site, deciding(entries)) for site, entries in chosen.plan.items()],
         checks=[
             reporting.Check(name=check.name, value=check.value, bound=check.bound, passed=check.passed, at_least=check.at_least, note=check.note)
@@ -74,15 +76,31 @@ def _public_stages(recipe: Recipe) -> Any:
     return tuple(public(stage) for stage in recipe.stages)
 
 
-def _row(candidate: Candidate, selected: bool) -> reporting.Row:
+def _row(candidate: Candidate, selected: bool, source: Source) -> reporting.Row:
     quality, speed = candidate.quality, candidate.speed
     return reporting.Row(
-        method=candidate.method, nll=quality.nll, perplexity=math.exp(quality.nll), kl=max(0.0, quality.kl), agreement=quality.agreement,
-        density=quality.density, cost=quality.cost, block_cost=quality.block_cost, selected=selected,
+        method=candidate.method, nll=quality.nll, perplexity=math.exp(quality.nll), kl=max(0.0, quality.kl),
+        nll_error=quality.nll_error if quality.windows > 1 else None, agreement=quality.agreement,
+        density=quality.density, cost=quality.cost, block_cost=quality.block_cost, selected=selected, read_share=_read_share(candidate, source),
         prefill_tokens_per_second=speed.get("candidate", {}).get("prefill_tokens_per_s"),
         decode_tokens_per_second=speed.get("candidate", {}).get("decode_tokens_per_s"),
-        decode_ratio=speed.get("decode", {}).get("ratio"),
+        decode_ratio=speed.get("decode", {}).get("ratio"), prefill_ratio=speed.get("prefill", {}).get("ratio"),
     )  # fmt: skip
+
+
+def _read_share(candidate: Candidate, source: Source) -> float | None:
+    """Bytes that a token reads of the blocks' linear maps and the output head, relative to dense ones in the same format."""
+    block_cost = candidate.quality.block_cost
+    if block_cost is None:
+        return None
+    blocks, head = decoder_values(source.arch, source.config)
+    return (block_cost * blocks + head) / (blocks + head)
+
+
+def decoder_values(arch: Arch, config: Any) -> tuple[int, int]:
+    """Weights of all blocks' linear maps, and of the output head."""
+    blocks = arch.size(config, "layers") * sum(d_out * d_in for d_out, d_in in linear_shapes(arch, config).values())
+    return blocks, int(config.vocab_size) * arch.size(config, "hidden")
 
 
 def _layer(candidate: Candidate, site: Any, entry: Any) -> reporting.Layer:
@@ -121,7 +139,8 @@ def _onnx_rows(chosen: Candidate, graphs: Graphs, source: Source, asked: Export)
             reporting.OnnxRow(
                 model=model, precision=asked.precision, executor=f"{runner}{' on the CPU' if on_cpu else ''}",
                 bytes=sum(path.stat().st_size for path in folder.glob("model.onnx*")), tokens=found.tokens,
-                nll=found.nll, perplexity=math.exp(found.nll), kl=max(0.0, found.kl), agreement=found.agreement, cost=cost,
+                nll=found.nll, perplexity=math.exp(found.nll), kl=max(0.0, found.kl), nll_error=found.nll_error if found.windows > 1 else None,
+                agreement=found.agreement, cost=cost,
             )
         )  # fmt: skip
     return rows

@@ -368,7 +368,7 @@ def test_convert_json_is_all_that_stands_on_stdout(conversion_run: tuple[Path, A
     folder, done = conversion_run
     found = json.loads(done.stdout)
     assert found["output"] == str(folder) and found["up_to_date"] is False and found["url"] is None
-    assert [row["method"] for row in found["report"]["rows"]] == ["dense", "gate"]
+    assert [row["method"] for row in found["report"]["rows"]] == ["dense", "gate"] and found["verdict"]["sentence"].endswith("speed was not measured.")
     assert found["report"] == json.loads((folder / "report" / "report.json").read_text())
     assert "Traceback" not in done.stderr
 
@@ -378,7 +378,7 @@ def test_convert_again_is_up_to_date(converted: Path, call: Callable[..., Done])
     recipe = converted.parent / "recipe.yaml"
     done = call("convert", "--recipe", recipe, "-o", converted)
     assert done.status == 0 and done.out.splitlines()[0] == f"{converted} is up to date"
-    assert "gate" in done.out and "layers.1.ffn" in done.out
+    assert "gate" in done.out and "layers.1.ffn" in done.out and done.out.splitlines()[-1].startswith("Reads 0.")
     assert json.loads(call("convert", "--recipe", recipe, "-o", converted, "--json").out)["up_to_date"] is True
     assert {path: path.stat().st_mtime_ns for path in converted.rglob("*")} == stamps
 

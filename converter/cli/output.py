@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from ..conversion import Result, Verification
     from ..diagnosis import Diagnosis
     from ..inspection import Inspection
+    from ..report import Report
     from ..tuning import Tuned
+
+_MOST_SITES = 12
+"""More sites than these are not listed on a terminal."""
 
 
 def share(text: str | None, flag: str) -> float | None:
@@ -37,8 +41,8 @@ def _size(count: float) -> str:
 
 
 def conversion(result: Result, as_json: bool) -> None:
-    """The table of a conversion, or what a dry run found."""
-    from ..report.tables import layer_table, onnx_table, quality_table
+    """The tables of a conversion and the verdict on it, last, or what a dry run found."""
+    from ..report import make_verdict, onnx_table, quality_table, read_recovery, reference_table
 
     if result.report is None:
         estimate = result.estimate
@@ -50,23 +54,29 @@ def conversion(result: Result, as_json: bool) -> None:
         print(exists if result.folder.exists() else f"would write {result.folder}; nothing was written")
         _estimate(estimate, result.precision)
         return
+    report, verdict = result.report, make_verdict(result.report, read_recovery(result.folder))
     if as_json:
-        print(
-            _json.dumps(
-                {"output": str(result.folder), "up_to_date": result.up_to_date, "url": result.url, "report": result.report.model_dump(mode="json")}, indent=2
-            )
-        )
+        fields = {"output": str(result.folder), "up_to_date": result.up_to_date, "url": result.url, "verdict": verdict.numbers()}
+        print(_json.dumps({**fields, "report": report.model_dump(mode="json")}, indent=2))
         return
     print(f"{result.folder} is up to date" if result.up_to_date else f"wrote {result.folder}")
-    print()
-    print(quality_table(result.report, "text"))
-    print()
-    if result.report.onnx:
-        print(onnx_table(result.report, "text"))
-        print()
-    print(layer_table(result.report, "text"))
-    if result.url:
-        print(f"pushed to {result.url}")
+    parts = [quality_table(report, "text")]
+    parts += [reference_table(report, "text")] if report.references else []
+    parts += [onnx_table(report, "text")] if report.onnx else []
+    parts += [_layers(report)] if report.layers else []
+    parts += [f"pushed to {result.url}"] if result.url else []
+    for part in (*parts, verdict.sentence):
+        print(f"\n{part}")
+
+
+def _layers(report: Report) -> str:
+    """The table of the sites; of many sites their range alone."""
+    from ..report import layer_table
+
+    if len(report.layers) <= _MOST_SITES:
+        return layer_table(report, "text")
+    densities = [layer.density_realised for layer in report.layers]
+    return f"density of the {len(densities)} sites {min(densities):.1%} to {max(densities):.1%}; each stands in report/index.html"
 
 
 def _estimate(estimate: Any, precision: str | None = None) -> None:

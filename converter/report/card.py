@@ -15,9 +15,12 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, constants
 from huggingface_hub.repocard import metadata_load
 
-from .recovery import RECOVERY, RecoveryRecord, before_after_table, spent_table, zeros_table
+from .comparison import reference_table
+from .plots import CANDIDATES
+from .recovery import before_after_table, spent_table, zeros_table
 from .results import Report, Speed
-from .tables import check_table, layer_table, onnx_table, quality_table, ratio_text
+from .tables import check_table, detail_table, layer_table, onnx_detail_table, onnx_table, quality_table, ratio_text, speed_table
+from .verdict import make_verdict, read_recovery
 
 TAGS = ("onnx", "onnxruntime", "onnxruntime-genai", "sparse", "activation-sparsity")
 _LICENCE_FILES = re.compile(r"(licen[cs]e|notice|copying|use_policy)", re.IGNORECASE)
@@ -66,7 +69,7 @@ def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | No
     for path in source.files:
         if path.resolve() != (folder / path.name).resolve():
             shutil.copyfile(path, folder / path.name)
-    recovery = RecoveryRecord.load(folder / RECOVERY) if (folder / RECOVERY).is_file() else None
+    recovery = read_recovery(folder)
     relation = "quantized" if recovery is None else "finetune"  # the Hub's closed list has no word for sparse
     data = ModelCardData(
         base_model=source.id,
@@ -91,11 +94,17 @@ def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | No
         hub=constants.ENDPOINT,
         repo=repo,
         local=repo.split("/")[-1],
+        verdict=make_verdict(report, recovery).sentence,
         quality=quality_table(report),
+        details=detail_table(report),
+        speeds=speed_table(report) if report.speed else "",
+        errors=report.chosen.nll_error is not None,
+        references=reference_table(report) if report.references else "",
         layers=layer_table(report),
         checks=check_table(report),
         weights=weights,
         onnx=onnx_table(report) if report.onnx else "",
+        onnx_details=onnx_detail_table(report) if report.onnx else "",
         model_type=_model_type(folder),
         recovery=recovery,
         before_after=before_after_table(recovery) if recovery else "",
@@ -104,7 +113,7 @@ def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | No
         speed=speed_sentence(report),
         recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
         versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        plots=sorted(path.relative_to(folder).as_posix() for path in (folder / "report").glob("*.png")),
+        plots=sorted((path.relative_to(folder).as_posix() for path in (folder / "report").glob("*.png")), key=lambda name: (name != CANDIDATES, name)),
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", body))
     path = folder / "README.md"

@@ -15,12 +15,14 @@ import yaml
 from ..artifact import InputError
 from ..manifest import read_manifest
 from .card import BaseCard, speed_sentence, write_card
+from .comparison import reference_cells
 from .curves import CURVES, Curves, correlation_cells, cost_cells, curves_cells, summary_cells
 from .evaluation import EVALUATION, Evaluation, answer_cells, executor_cells, site_cells, sparsity_cells, task_cells
-from .plots import plot_correlations, plot_curves, plot_layers, plot_recovery, plot_zeros
-from .recovery import RECOVERY, RecoveryRecord, before_after_cells, heldout_cells, spent_cells, zeros_cells
+from .plots import plot_candidates, plot_correlations, plot_curves, plot_layers, plot_recovery, plot_zeros
+from .recovery import RecoveryRecord, before_after_cells, heldout_cells, spent_cells, zeros_cells
 from .results import RESULTS, Report, record_files
-from .tables import Cells, Number, check_cells, layer_cells, onnx_cells, quality_cells
+from .tables import Cells, Number, check_cells, detail_cells, layer_cells, onnx_cells, onnx_detail_cells, quality_cells, speed_cells
+from .verdict import make_verdict, read_recovery
 
 PAGE = "report/index.html"
 
@@ -63,9 +65,11 @@ def render(folder: Path) -> list[Path]:
     report = Report.load(folder / RESULTS)
     evaluation = Evaluation.load(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
     curves = Curves.load(folder / CURVES) if (folder / CURVES).is_file() else None
-    recovery = RecoveryRecord.load(folder / RECOVERY) if (folder / RECOVERY).is_file() else None
+    recovery = read_recovery(folder)
     pictures: dict[str, Path] = {}
-    layers = plot_layers(folder, report)
+    candidates, layers = plot_candidates(folder, report), plot_layers(folder, report)
+    if candidates is not None:
+        pictures["candidates"] = candidates
     if layers is not None:
         pictures["layers"] = layers
     for name, draw in (("recovery", plot_recovery), ("zeros", plot_zeros)):
@@ -82,8 +86,8 @@ def render(folder: Path) -> list[Path]:
 
 
 def html(report: Report, evaluation: Evaluation | None, curves: Curves | None, pictures: dict[str, Path], recovery: RecoveryRecord | None = None) -> str:
-    """The page's text; pictures by name (layers, recovery, zeros, curves, correlations) go into it. A cell that shows a number carries it in full in its
-    `data` element.
+    """The page's text; pictures by name (candidates, layers, recovery, zeros, curves, correlations) go into it. A cell that shows a number carries it in full
+    in its `data` element.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["exact"] = lambda cell: repr(cell.value) if isinstance(cell, Number) else None
@@ -94,18 +98,29 @@ def html(report: Report, evaluation: Evaluation | None, curves: Curves | None, p
         if stored is not None:
             parts.append(Part(name, plain=json.dumps(stored.model_dump(mode="json"), indent=1, ensure_ascii=False), folded=True))
     template = environment.from_string((Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8"))
-    return template.render(report=report, chosen=report.chosen, parts=parts)
+    return template.render(report=report, chosen=report.chosen, verdict=make_verdict(report, recovery).sentence, parts=parts)
 
 
 def _conversion(report: Report, shown: dict[str, Any]) -> Iterator[Part]:
+    against = "the model with nothing skipped" if report.swapped else "the dense model"
+    tables = [("", quality_cells(report)), *([("Beside dense models of fewer bits", reference_cells(report))] if report.references else ())]
     yield Part(
         "Quality and speed",
-        "NLL and KL in nats per token; agreement is the share of positions with the dense model's most likely token, density the mean share of units computed, "
-        f"cost the bytes that the MLPs touch per token relative to dense, predictors included. {speed_sentence(report)}",
-        tables=(("", quality_cells(report)),),
-    )
+        f"Change is that of perplexity against {against}, ± the standard error of the paired difference where it was measured; KL to dense in nats per "
+        "token; density is the mean share of units computed, cost the bytes that the MLPs touch per token relative to dense, predictors included, read those "
+        f"of blocks and output head. {speed_sentence(report)}",
+        _pictures(shown, "candidates"), tuple(tables),
+    )  # fmt: skip
     if report.onnx:
         yield Part("As shipped", "What the ONNX files lose in their own precision, against the dense model in fp32.", tables=(("", onnx_cells(report)),))
+    more = [("", detail_cells(report)), *([("Speed", speed_cells(report))] if report.speed else ())]
+    more += [("As shipped", onnx_detail_cells(report))] if report.onnx else []
+    yield Part(
+        "More of each model",
+        "NLL in nats per token, and the standard error of its paired difference to dense; agreement is the share of positions with the dense model's most "
+        "likely token, block cost the bytes of all linear maps of the blocks relative to dense, read that with the output head.",
+        tables=tuple(more),
+    )
     if report.layers:
         yield Part(
             "Per layer", "Density asked for, on held-out calibration tokens, and on the evaluation text; recall of the predictor against its labels.",

@@ -13,13 +13,23 @@ from matplotlib.ticker import MaxNLocator
 from .curves import Correlations, Curves, summarise
 from .recovery import RecoveryRecord
 from .results import Report
+from .scatter import candidate_points, draw_candidates
 
+CANDIDATES = "report/candidates.png"
 _DPI = 110
 _MARKERS = "osD^vP*Xpdh<>"
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black")
 _ORACLE_COLOURS = ("0.2", "darkgoldenrod", "slateblue", "0.5", "firebrick", "teal", "0.7", "darkolivegreen")
 _SHOWN = 4.0
 """NLL is drawn up to this many times the smallest method's worst rise over dense: one collapsed method must not flatten all others."""
+
+
+def plot_candidates(folder: Path, report: Report) -> Path | None:
+    """Draw what every candidate loses over what a token of it reads into `folder`/report/candidates.png and return the file; None without a sparse row."""
+    points = candidate_points(report)
+    if not points:
+        return None
+    return _save(folder / CANDIDATES, draw_candidates(points, report))
 
 
 def plot_layers(folder: Path, report: Report) -> Path | None:

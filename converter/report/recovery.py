@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from .results import Machine, Strict, Text, read_stored
-from .tables import ABSENT, Cells, Number, nats, percent, table
+from .tables import ABSENT, Cells, Number, nats, percent, table, without_absent
 
 RECOVERY = "report/recovery.json"
 """The record's place in a checkpoint folder."""
@@ -179,7 +179,7 @@ def before_after_cells(record: RecoveryRecord) -> Cells:
                 percent(row.cost),
             ]
         )
-    return _without_absent(header, body)
+    return without_absent(header, body)
 
 
 def zeros_cells(record: RecoveryRecord) -> Cells:
@@ -189,7 +189,7 @@ def zeros_cells(record: RecoveryRecord) -> Cells:
         [after.site, _rest(before.density), _rest(after.density), _rest(after.opened), _rest(after.predicted)]
         for before, after in zip(record.swapped.sites, record.recovered.sites, strict=True)
     ]
-    return _without_absent(header, body)
+    return without_absent(header, body)
 
 
 def spent_cells(record: RecoveryRecord) -> Cells:
@@ -225,19 +225,13 @@ def heldout_cells(record: RecoveryRecord) -> Cells:
         ]
         for row in record.heldout
     ]
-    return _without_absent(header, body)
+    return without_absent(header, body)
 
 
 def perplexity(nll: float) -> str:
     """exp(nll); one of an untrained model may be beyond floats."""
     value = math.exp(min(nll, 700.0))
     return Number(f"{value:.4g}", value)
-
-
-def _without_absent(header: list[str], body: list[list[str]]) -> Cells:
-    """The table without columns in which nothing stands."""
-    keep = [k for k, _ in enumerate(header) if not body or any(row[k] != ABSENT for row in body)]
-    return [header[k] for k in keep], [[row[k] for k in keep] for row in body]
 
 
 def _rest(share: float | None) -> str:

@@ -83,22 +83,26 @@ class Speed(Strict):
 class Row(Strict):
     """One model's quality and speed on the held-out text.
 
-    `nll` and `kl` (dense to this one) in nats per token, `agreement` the share of equal argmax tokens, `density` the mean realised share of kept units, `cost`
-    the bytes touched per token relative to the dense MLP, predictors included, and `block_cost` relative to all linear maps of the blocks. `decode_ratio` is
-    the median, over back-to-back pairs, of decoding speed relative to dense; `bench` the samples behind it.
+    `nll` and `kl` (dense to this one) in nats per token, `nll_error` the standard error of the paired difference of NLL to dense, `agreement` the share of
+    equal argmax tokens, `density` the mean realised share of kept units, `cost` the bytes touched per token relative to the dense MLP, predictors included,
+    `block_cost` relative to all linear maps of the blocks, and `read_share` relative to those and the output head. `decode_ratio` and `prefill_ratio` are the
+    medians, over back-to-back pairs, of speeds relative to dense; `bench` the samples behind them.
     """
 
     method: str
     nll: float
     perplexity: float
     kl: float
+    nll_error: float | None = Field(default=None, ge=0)
     agreement: float = Field(ge=0, le=1)
     density: float = Field(ge=0, le=1)
     cost: float = Field(ge=0)
     block_cost: float | None = Field(default=None, ge=0)
+    read_share: float | None = Field(default=None, ge=0)
     prefill_tokens_per_second: float | None = None
     decode_tokens_per_second: float | None = None
     decode_ratio: float | None = Field(default=None, gt=0)
+    prefill_ratio: float | None = Field(default=None, gt=0)
     selected: bool = False
     bench: dict[str, Any] | None = None
 
@@ -113,8 +117,9 @@ class Row(Strict):
 
 class OnnxRow(Strict):
     """What an ONNX file in less than fp32 loses on the evaluation text, as it is shipped: `precision` as asked for, `bytes` of graph and weights, `executor`
-    that ran it, `cost` the bytes that the MLPs touch per token relative to dense ones in the same precision, and against the dense model in fp32 `nll` and `kl`
-    in nats per token and the share of equal argmax tokens.
+    that ran it, `cost` the bytes that the MLPs touch per token relative to dense ones in the same precision, `read_share` the bytes of blocks and output head
+    relative to dense ones in fp32, and against the dense model in fp32 `nll` (standard error of the paired difference: `nll_error`) and `kl` in nats per token
+    and the share of equal argmax tokens. Of the sparse file `dense_error` is the standard error of the paired difference to the dense file.
     """
 
     model: Literal["dense", "sparse"]
@@ -125,8 +130,35 @@ class OnnxRow(Strict):
     nll: float
     perplexity: float
     kl: float
+    nll_error: float | None = Field(default=None, ge=0)
+    dense_error: float | None = Field(default=None, ge=0)
     agreement: float = Field(ge=0, le=1)
     cost: float = Field(ge=0)
+    read_share: float | None = Field(default=None, ge=0)
+
+
+class Reference(Strict):
+    """A dense ONNX graph in fewer bits, measured in the same run: what a sparse model has to be better than.
+
+    `nll` and, of the dense model in fp32 on the same `tokens`, `nll_dense` in nats per token; `nll_error` the standard error of their paired difference; `kl`
+    from that model and the share of equal argmax tokens. `bytes` are those of the file, `read_share` the bytes that a token reads of blocks and output head
+    relative to the graph in fp32. `decode_ratio` and `prefill_ratio` are the medians over `pairs` back-to-back pairs of speeds relative to that graph, None
+    where nothing was timed; `disturbed` when other load made every pair wait.
+    """
+
+    precision: Literal["int8", "int4"]
+    tokens: int = Field(ge=1)
+    nll_dense: float
+    nll: float
+    nll_error: float | None = Field(default=None, ge=0)
+    kl: float
+    agreement: float = Field(ge=0, le=1)
+    bytes: int = Field(ge=0)
+    read_share: float = Field(ge=0)
+    decode_ratio: float | None = Field(default=None, gt=0)
+    prefill_ratio: float | None = Field(default=None, gt=0)
+    pairs: int | None = None
+    disturbed: bool = False
 
 
 class Layer(Strict):
@@ -173,6 +205,7 @@ class Report(Strict):
     speed_note: str = ""
     rows: list[Row]
     onnx: list[OnnxRow] = []
+    references: list[Reference] = []
     layers: list[Layer] = []
     checks: list[Check] = []
 
@@ -182,6 +215,8 @@ class Report(Strict):
             raise ValueError("rows must hold exactly one of the method dense")
         if sum(row.selected for row in self.rows) > 1:
             raise ValueError("at most one row may be selected")
+        if len({reference.precision for reference in self.references}) < len(self.references):
+            raise ValueError("references must hold each precision once")
         if any(row.decode_ratio is not None for row in self.rows) and (self.speed is None or self.dense.decode_tokens_per_second is None):
             raise ValueError("a speed ratio needs the dense model's speed and the conditions in `speed`")
         return self

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from .results import Report, Row
+from .change import perplexity_change
+from .results import OnnxRow, Report, Row
 
 ABSENT = "-"
 Form = Literal["markdown", "text"]  # a pipe table for cards, or aligned columns for terminals
@@ -26,13 +27,28 @@ class Number(str):
 
 
 def quality_table(report: Report, form: Form = "markdown") -> str:
-    """One row per method: what it loses and what it costs, with speed columns where speed was measured."""
+    """One row per method: what it loses and what it costs, with its speed where that was measured."""
     return table(quality_cells(report), form)
+
+
+def detail_table(report: Report, form: Form = "markdown") -> str:
+    """One row per method: quality that `quality_table` leaves out."""
+    return table(detail_cells(report), form)
+
+
+def speed_table(report: Report, form: Form = "markdown") -> str:
+    """One row per method that was timed: tokens per second, and ratios to dense."""
+    return table(speed_cells(report), form)
 
 
 def onnx_table(report: Report, form: Form = "markdown") -> str:
     """What the ONNX files lose in their own precision, beside torch in fp32."""
     return table(onnx_cells(report), form)
+
+
+def onnx_detail_table(report: Report, form: Form = "markdown") -> str:
+    """What `onnx_table` leaves out."""
+    return table(onnx_detail_cells(report), form)
 
 
 def layer_table(report: Report, form: Form = "markdown") -> str:
@@ -72,55 +88,111 @@ def ratio_text(ratio: float) -> str:
 
 
 def quality_cells(report: Report) -> Cells:
-    """The cells of `quality_table`."""
-    rows = [report.dense, *(row for row in report.rows if row.method != "dense")]
-    header = ["method", "NLL", "perplexity", "KL to dense", "agreement", "density", "cost"]
+    """The cells of `quality_table`. The change of perplexity is relative to the first row, with the standard error of the paired difference."""
+    rows = _dense_first(report)
+    header = ["method", "perplexity", "change", "KL", "density", "cost"]
     body = [
         [
             _method(row, report),
-            nats(row.nll),
             Number(f"{row.perplexity:.4g}", row.perplexity),
+            ABSENT if row is report.dense else change_cell(row.nll, report.dense.nll, row.nll_error),
             nats(row.kl, small=True),
-            percent(row.agreement),
             percent(row.density),
             percent(row.cost),
         ]
         for row in rows
     ]
-    if any(row.block_cost is not None for row in rows):
-        header.append("block cost")
-        for cells, row in zip(body, rows, strict=True):
-            cells.append(percent(row.block_cost))
     if report.speed is not None:
-        header += ["prefill tok/s", "decode tok/s", "decode / dense"]
+        header.append("decode / dense")
         for cells, row in zip(body, rows, strict=True):
-            cells += [_rate(row.prefill_tokens_per_second), _rate(row.decode_tokens_per_second), _speed(row)]
+            cells.append(_speed(row))
     return header, body
 
 
-def onnx_cells(report: Report) -> Cells:
-    """The cells of `onnx_table`: the dense model in fp32 and the sparse one in torch, then the ONNX files."""
-    chosen = report.chosen
-    torch = [
-        ("ungated torch" if report.swapped else "dense torch", "fp32", "torch", ABSENT, report.dense),
-        (f"{chosen.method} torch", "fp32", "torch", ABSENT, chosen),
+def detail_cells(report: Report) -> Cells:
+    """Quality that `quality_cells` leaves out of every row; a column in which nothing was measured is left out."""
+    header = ["method", "NLL", "± of its change", "agreement", "block cost", "read"]
+    body = [
+        [
+            _method(row, report),
+            nats(row.nll),
+            ABSENT if row.nll_error is None else nats(row.nll_error, small=True),
+            percent(row.agreement),
+            percent(row.block_cost),
+            percent(row.read_share),
+        ]
+        for row in _dense_first(report)
     ]
-    files = [(f"{'dense' if row.model == 'dense' else chosen.method} ONNX", row.precision, row.executor, megabytes(row.bytes), row) for row in report.onnx]
+    return without_absent(header, body)
+
+
+def speed_cells(report: Report) -> Cells:
+    """Tokens per second of every row that was timed, and the medians of their ratios to dense over back-to-back pairs."""
+    body = [
+        [
+            _method(row, report),
+            _rate(row.prefill_tokens_per_second),
+            _rate(row.decode_tokens_per_second),
+            ratio_cell(row.prefill_ratio),
+            ratio_cell(row.decode_ratio),
+        ]
+        for row in _dense_first(report)
+        if row.decode_tokens_per_second is not None
+    ]
+    return without_absent(["method", "prefill tok/s", "decode tok/s", "prefill / dense", "decode / dense"], body)
+
+
+def without_absent(header: list[str], body: list[list[str]]) -> Cells:
+    """The table without columns in which nothing stands."""
+    keep = [k for k, _ in enumerate(header) if not body or any(row[k] != ABSENT for row in body)]
+    return [header[k] for k in keep], [[row[k] for k in keep] for row in body]
+
+
+def _dense_first(report: Report) -> list[Row]:
+    return [report.dense, *(row for row in report.rows if row.method != "dense")]
+
+
+def change_cell(nll: float, nll_dense: float, nll_error: float | None) -> str:
+    """The change of perplexity and its standard error, from nats per token."""
+    change = perplexity_change(nll, nll_dense, nll_error)
+    return Number(change.cell, change.value)
+
+
+def onnx_cells(report: Report) -> Cells:
+    """The cells of `onnx_table`: the dense model in fp32 and the sparse one in torch, then the ONNX files. The change is relative to the first row."""
     body = [
         [
             name,
             precision,
             runner,
             size,
-            nats(row.nll),
             Number(f"{row.perplexity:.4g}", row.perplexity),
+            ABSENT if row is report.dense else change_cell(row.nll, report.dense.nll, row.nll_error),
             nats(row.kl, small=True),
-            percent(row.agreement),
-            percent(row.cost),
         ]
-        for name, precision, runner, size, row in (*torch, *files)
+        for name, precision, runner, size, row in _onnx_rows(report)
     ]
-    return ["model", "weights", "executor", "size", "NLL", "perplexity", "KL to dense", "agreement", "cost"], body
+    return ["model", "weights", "executor", "size", "perplexity", "change", "KL"], body
+
+
+def onnx_detail_cells(report: Report) -> Cells:
+    """What `onnx_cells` leaves out of every row."""
+    body = [
+        [name, precision, nats(row.nll), percent(row.agreement), percent(row.cost), percent(row.read_share) if isinstance(row, OnnxRow) else ABSENT]
+        for name, precision, _, _, row in _onnx_rows(report)
+    ]
+    return without_absent(["model", "weights", "NLL", "agreement", "cost", "read"], body)
+
+
+def _onnx_rows(report: Report) -> list[tuple[str, str, str, str, Row | OnnxRow]]:
+    """Name, weights, executor, size and numbers of every model."""
+    chosen = report.chosen
+    torch: list[tuple[str, str, str, str, Row | OnnxRow]] = [
+        ("ungated torch" if report.swapped else "dense torch", "fp32", "torch", ABSENT, report.dense),
+        (f"{chosen.method} torch", "fp32", "torch", ABSENT, chosen),
+    ]
+    files = [(f"{'dense' if row.model == 'dense' else chosen.method} ONNX", row.precision, row.executor, megabytes(row.bytes), row) for row in report.onnx]
+    return [*torch, *files]
 
 
 def megabytes(count: int) -> str:
@@ -158,6 +230,11 @@ def _speed(row: Row) -> str:
     if row.decode_ratio is None:
         return ABSENT
     return Number(f"{ratio_text(row.decode_ratio)}{', not faster' if row.decode_ratio < 1 else ''}", row.decode_ratio)
+
+
+def ratio_cell(ratio: float | None) -> str:
+    """A ratio of speeds."""
+    return ABSENT if ratio is None else Number(ratio_text(ratio), ratio)
 
 
 def percent(share: float | None) -> str:

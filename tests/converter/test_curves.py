@@ -220,8 +220,8 @@ def test_html_is_well_formed_self_contained_and_escapes(folder: Path) -> None:
     names = {tag for tag, _ in page.tags}
     assert not names & {"script", "link", "iframe", "object", "a"} and sum(tag == "h1" for tag, _ in page.tags) == 1
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
-    assert len(sources) == 3 and all(source and source.startswith("data:image/png;base64,iVBOR") for source in sources)
-    assert {path.name for path in (folder / "report").glob("*.png")} == {"layers.png", "curves.png", "correlations.png"}
+    assert len(sources) == 4 and all(source and source.startswith("data:image/png;base64,iVBOR") for source in sources)
+    assert {path.name for path in (folder / "report").glob("*.png")} == {"candidates.png", "layers.png", "curves.png", "correlations.png"}
 
 
 def test_html_shows_every_stored_number(folder: Path) -> None:
@@ -245,7 +245,7 @@ def test_html_with_a_report_alone(folder: Path) -> None:
     (folder / reporting.EVALUATION).unlink()
     (folder / reporting.CURVES).unlink()
     written = reporting.render(folder)
-    assert [path.name for path in written] == ["layers.png", "index.html"]
+    assert [path.name for path in written] == ["candidates.png", "layers.png", "index.html"]
     text = (folder / reporting.PAGE).read_text(encoding="utf-8")
     assert "Evaluation" not in text and "oracle)" not in text and Page(text).open == []
 
@@ -254,7 +254,8 @@ def test_report_rewrites_the_manifest_with_what_it_wrote_alone(folder: Path) -> 
     before = read_manifest(folder)
     reporting.make_report(folder)
     after = read_manifest(folder)
-    assert set(after.files) - set(before.files) == {"report/index.html", "report/layers.png", "report/curves.png", "report/correlations.png"}
+    pictures = {f"report/{name}.png" for name in ("candidates", "layers", "curves", "correlations")}
+    assert set(after.files) - set(before.files) == {"report/index.html", *pictures}
     assert check_files(folder, after) == ["weights has other bytes than the manifest says"]  # damage stays damage
     (folder / "manifest.json").unlink()
     with pytest.raises(InputError, match=r"manifest\.json"):

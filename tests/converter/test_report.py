@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from sparsegate.converter import report as reporting
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.report.card import read_base_card, speed_sentence
-from sparsegate.converter.report.tables import ratio_text
+from sparsegate.converter.report.tables import ratio_text, speed_cells, table
 
 REPORT: dict[str, Any] = {
     "model": "org/base-1B",
@@ -57,6 +57,7 @@ REPORT: dict[str, Any] = {
             "nll": 2.2,
             "perplexity": math.exp(2.2),
             "kl": 0.00002,
+            "nll_error": 0.004,
             "agreement": 0.87,
             "density": 0.4903,
             "cost": 0.58,
@@ -102,18 +103,30 @@ def without_speed(selected: str = "predictor") -> dict[str, Any]:
 
 
 QUALITY = """\
-| method | NLL | perplexity | KL to dense | agreement | density | cost | prefill tok/s | decode tok/s | decode / dense |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| dense | 2.0000 | 7.389 | 0.0000 | 100.0 % | 100.0 % | 100.0 % | 1000.0 | 41.1 | baseline |
-| gate | 2.1000 | 8.166 | 0.0321 | 91.2 % | 50.1 % | 66.8 % | 900.0 | 41.0 | 0.998, not faster |
-| predictor (selected) | 2.2000 | 9.025 | 2.0e-05 | 87.0 % | 49.0 % | 58.0 % | - | 58.2 | 1.42 |
+| method | perplexity | change | KL | density | cost | decode / dense |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| dense | 7.389 | - | 0.0000 | 100.0 % | 100.0 % | baseline |
+| gate | 8.166 | +10.5 % | 0.0321 | 50.1 % | 66.8 % | 0.998, not faster |
+| predictor (selected) | 9.025 | +22.1 ± 0.5 % | 2.0e-05 | 49.0 % | 58.0 % | 1.42 |
 """
 QUALITY_TEXT = """\
-method                   NLL  perplexity  KL to dense  agreement  density     cost
---------------------  ------  ----------  -----------  ---------  -------  -------
-dense                 2.0000       7.389       0.0000    100.0 %  100.0 %  100.0 %
-gate                  2.1000       8.166       0.0321     91.2 %   50.1 %   66.8 %
-predictor (selected)  2.2000       9.025      2.0e-05     87.0 %   49.0 %   58.0 %"""
+method                perplexity         change       KL  density     cost
+--------------------  ----------  -------------  -------  -------  -------
+dense                      7.389              -   0.0000  100.0 %  100.0 %
+gate                       8.166        +10.5 %   0.0321   50.1 %   66.8 %
+predictor (selected)       9.025  +22.1 ± 0.5 %  2.0e-05   49.0 %   58.0 %"""
+DETAILS_TEXT = """\
+method                   NLL  ± of its change  agreement
+--------------------  ------  ---------------  ---------
+dense                 2.0000                -    100.0 %
+gate                  2.1000                -     91.2 %
+predictor (selected)  2.2000           0.0040     87.0 %"""
+SPEED_TEXT = """\
+method                prefill tok/s  decode tok/s  decode / dense
+--------------------  -------------  ------------  --------------
+dense                        1000.0          41.1               -
+gate                          900.0          41.0           0.998
+predictor (selected)              -          58.2            1.42"""
 LAYERS = """\
 site          target  held-out  realised  recall  rank    cost
 ------------  ------  --------  --------  ------  ----  ------
@@ -125,6 +138,8 @@ def test_tables_have_the_golden_text() -> None:
     report = make_report()
     assert reporting.quality_table(report) == QUALITY
     assert reporting.quality_table(make_report(**without_speed()), "text") == QUALITY_TEXT
+    assert reporting.detail_table(report, "text") == DETAILS_TEXT
+    assert table(speed_cells(report), "text") == SPEED_TEXT
     assert reporting.layer_table(report, "text") == LAYERS
     assert reporting.layer_table(report).splitlines()[2] == "| layers.0.ffn | 50.0 % | 49.0 % | 48.1 % | 83.0 % | 16 | 57.0 % |"
     assert reporting.check_table(report).splitlines()[2] == "| body logits | 1.2e-06 | ≤ 0.0001 | passed | 95% of 512 \\| positions |"
@@ -172,7 +187,7 @@ def test_everything_made_from_a_report_is_written(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     reporting.write_report(tmp_path / "out", make_report(machine=reporting.this_machine().model_dump()), reporting.read_base_card(base, "org/base-1B"))
     names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert names == {"README.md", "LICENSE", "report/report.json", "report/layers.png", "report/index.html"}
+    assert names == {"README.md", "LICENSE", "report/report.json", "report/candidates.png", "report/layers.png", "report/index.html"}
     assert "(report/layers.png)" in (tmp_path / "out" / "README.md").read_text()
     assert reporting.this_machine().cores >= 1 and "torch" in reporting.installed_versions()
 

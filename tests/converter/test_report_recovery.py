@@ -148,12 +148,12 @@ def stored(folder: Path, record: reporting.RecoveryRecord, **changes: Any) -> Pa
 def test_the_page_shows_every_number_and_escapes(tmp_path: Path) -> None:
     hostile = make(text=RECORD["text"] | {"name": HOSTILE}, machine=RECORD["machine"] | {"gpu": HOSTILE}, settings={"file": "<b>bold"})
     written = reporting.render(stored(tmp_path, hostile))
-    assert [path.name for path in written] == ["layers.png", "recovery.png", "zeros.png", "index.html"]
+    assert [path.name for path in written] == ["candidates.png", "layers.png", "recovery.png", "zeros.png", "index.html"]
     text = (tmp_path / reporting.PAGE).read_text(encoding="utf-8")
     page, visible = Page(text), Page(text.split("<details>")[0])
     assert page.open == [] and visible.text.count(HOSTILE) == 2 and "file: <b>bold" in visible.text
     assert not {tag for tag, _ in page.tags} & {"script", "a", "b", "link"}
-    assert sum(tag == "img" for tag, _ in page.tags) == 3
+    assert sum(tag == "img" for tag, _ in page.tags) == 4
     for number in numbers(json.loads((tmp_path / reporting.RECOVERY).read_text())):
         assert repr(number) in page.text, number
     shown = {float(value) for value in visible.values}
@@ -167,7 +167,7 @@ def test_the_page_shows_every_number_and_escapes(tmp_path: Path) -> None:
 
 
 def test_the_page_with_as_little_as_may_be_and_without_a_record(tmp_path: Path) -> None:
-    assert [path.name for path in reporting.render(stored(tmp_path, least()))] == ["layers.png", "index.html"]
+    assert [path.name for path in reporting.render(stored(tmp_path, least()))] == ["candidates.png", "layers.png", "index.html"]
     text = (tmp_path / reporting.PAGE).read_text(encoding="utf-8")
     section = text.split("Recovery training")[1].split("<h2>")[0]
     assert "4096 tokens of held-out text" in section and "None" not in section and "img" not in section and "by site" not in section
