@@ -12,14 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .arch import Arch, Site
-from .blocks import down_rows, ffn_parts
+from .blocks import block_calls, down_rows, ffn_parts
 from .data import Batches
 from .linalg import Gram
-from .plans import Plan, Predictor, Swap, activation_at, deciding
+from .plans import Plan, Predictor, Swap, Threshold, activation_at, deciding
 from .reference import EXECUTORS, apply_plan, remove_plan
 
 WINDOWS = 64
@@ -37,21 +37,69 @@ def residual_rank(units: int, matrices: int) -> int:
 def add_residuals(model: Any, arch: Arch, activation: str, plan: Plan, batches: Batches, rank: int) -> Plan:
     """`plan` with a residual [r, d] for every feed-forward site that skips more than zeros, from at most WINDOWS full windows; `rank` (even) is that of fc1 for
     gate thresholds.
+
+    Hidden states advance block by block, so every block runs twice at most: to see its network's inputs, and with what was found for it.
     """
     found = dict(plan)
-    tokens = batches.tokens[batches.mask.all(1)][:WINDOWS]
-    for site in sorted(site for site in plan if site.kind == "ffn"):
-        entry = deciding(plan[site])
-        if isinstance(entry, Swap):
-            continue
-        fc1 = entry.fc1
-        if not isinstance(entry, Predictor) or fc1 is None:
-            fc1 = _directions(_regressed(model, arch, activation, found, site, tokens, lambda x: x), rank)
-        wide = fc1.to(model.device)
-        gram = _regressed(model, arch, activation, found, site, tokens, lambda x, wide=wide: F.relu(x @ wide.T))
-        residual = gram.solve(_L2 * float(gram.hidden.diagonal().mean())).float().contiguous()
-        found[site] = [*plan[site][:-1], replace(entry, fc1=fc1, residual=residual)]
+    walk = _Walk(model, batches.tokens[batches.mask.all(1)][:WINDOWS])
+    for layer in range(max((site.layer for site in plan), default=-1) + 1):
+        site = Site(layer)
+        entry = deciding(plan[site]) if site in plan else None
+        if entry is not None and not isinstance(entry, Swap):
+            apply_plan(model, found, arch, activation)
+            try:
+                inputs = walk.inputs(layer, model.get_submodule(arch.ffn_module(layer)))
+            finally:
+                remove_plan(model)
+            found[site] = [*plan[site][:-1], _with_residual(model, arch, activation_at(plan[site], activation), site, entry, inputs, rank)]
+        apply_plan(model, found, arch, activation)
+        try:
+            walk.advance(layer)
+        finally:
+            remove_plan(model)
     return found
+
+
+class _Walk:
+    """Hidden states [B, S, d] of windows [N, S], all of them full, on their way through a model's blocks."""
+
+    def __init__(self, model: Any, tokens: Tensor) -> None:
+        self.blocks = model.get_decoder().layers
+        self.keywords: dict[int, list[dict[str, Any]]] = {}  # by B: where nothing is padded they do not depend on the tokens
+        self.hidden: list[Tensor] = []
+        for rows in tokens.split(_TOGETHER):
+            call = block_calls(model, self.blocks, rows.to(model.device), torch.ones_like(rows, dtype=torch.bool))
+            self.hidden.append(call.hidden)
+            self.keywords.setdefault(len(rows), call.keywords)
+
+    def _run(self, layer: int) -> list[Tensor]:
+        outputs = [self.blocks[layer](hidden, **self.keywords[len(hidden)][layer]) for hidden in self.hidden]
+        return [out[0] if isinstance(out, tuple) else out for out in outputs]
+
+    def inputs(self, layer: int, module: nn.Module) -> list[Tensor]:
+        """What enters `module` [T, d] in a block; the hidden states stay before the block."""
+        seen: list[Tensor] = []
+        handle = module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].flatten(0, -2)))
+        try:
+            self._run(layer)
+        finally:
+            handle.remove()
+        return seen
+
+    def advance(self, layer: int) -> None:
+        """Run a block."""
+        self.hidden = self._run(layer)
+
+
+def _with_residual(model: Any, arch: Arch, activation: str, site: Site, entry: Threshold | Predictor, inputs: list[Tensor], rank: int) -> Threshold | Predictor:
+    """The entry with its residual, and gate thresholds with the fc1 of one."""
+    module, fc1 = model.get_submodule(arch.ffn_module(site.layer)), entry.fc1
+    if not isinstance(entry, Predictor) or fc1 is None:
+        fc1 = _directions(_regressed(module, arch, activation, entry, inputs, lambda x: x), rank)
+    wide = fc1.to(model.device)
+    gram = _regressed(module, arch, activation, entry, inputs, lambda x: F.relu(x @ wide.T))
+    residual = gram.solve(_L2 * float(gram.hidden.diagonal().mean())).float().contiguous()
+    return replace(entry, fc1=fc1, residual=residual)
 
 
 def _directions(gram: Gram, rank: int) -> Tensor:
@@ -62,30 +110,16 @@ def _directions(gram: Gram, rank: int) -> Tensor:
     return torch.cat([half, -half])
 
 
-def _regressed(model: Any, arch: Arch, base: str, plan: Plan, site: Site, tokens: Tensor, hidden: Callable[[Tensor], Tensor]) -> Gram:
-    """Sums over the tokens [N, S] of hidden(x) and of the skipped output at one site of the model under `plan`."""
-    module = model.get_submodule(arch.ffn_module(site.layer))
-    entry, activation = deciding(plan[site]), activation_at(plan[site], base)
-    assert not isinstance(entry, Swap)
-    entry = replace(entry, **{name: t.to(model.device) for name, t in vars(entry).items() if isinstance(t, Tensor)})
+def _regressed(module: nn.Module, arch: Arch, activation: str, entry: Threshold | Predictor, inputs: list[Tensor], hidden: Callable[[Tensor], Tensor]) -> Gram:
+    """Sums over the inputs, each [T, d], of hidden(x) and of the output that a network skips under its entry."""
     w_down = down_rows(module, arch).float()
-    sums: list[Gram] = []
-
-    def hook(_: Any, given: tuple[Tensor, ...]) -> None:
-        x = given[0].flatten(0, -2)
+    entry = replace(entry, **{name: t.to(w_down.device) for name, t in vars(entry).items() if isinstance(t, Tensor)})
+    sums: Gram | None = None
+    for x in inputs:
         parts = ffn_parts(module, arch, activation, x)
         scores, _ = EXECUTORS[type(entry)](entry, parts.gate.float(), x.float())  # type: ignore[arg-type]
         inner = hidden(x.float())
-        if not sums:
-            sums.append(Gram.empty(inner.shape[1], w_down.shape[1]))
-        sums[0].add(inner, torch.where(scores > entry.tau, 0.0, parts.z.float()) @ w_down)
-
-    apply_plan(model, plan, arch, base)
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        for rows in tokens.split(_TOGETHER):
-            model.get_decoder()(input_ids=rows.to(model.device), use_cache=False)
-    finally:
-        handle.remove()
-        remove_plan(model)
-    return sums[0]
+        sums = sums or Gram.empty(inner.shape[1], w_down.shape[1])
+        sums.add(inner, torch.where(scores > entry.tau, 0.0, parts.z.float()) @ w_down)
+    assert sums is not None
+    return sums
