@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from sparsegate.converter import end_to_end
 from sparsegate.converter.arch import Arch, Site, load_arch
 from sparsegate.converter.artifact import Header, InputError
 from sparsegate.converter.data import Batches
-from sparsegate.converter.end_to_end import EndToEnd, Unit, _settled, noise_costs, train_plan
+from sparsegate.converter.end_to_end import EndToEnd, Unit, noise_costs, train_plan
 from sparsegate.converter.losses import kl_divergence
 from sparsegate.converter.plans import Entry, Plan, Predictor, Threshold
 from sparsegate.converter.recipe import Tune
@@ -498,26 +497,3 @@ def test_too_few_windows(full: int, padded: int, load: Load, tmp_path: Path) -> 
     with pytest.raises(InputError, match=f"got {full} full ones of {full + padded}. Give more text.$"):
         trained(load("llama"), make_plan("gate"), tmp_path, [0.5], data=given)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("wished", [0.7, 0.3, 0.05])
-@pytest.mark.parametrize("centre", [0.0, 0.4, -30.0])
-def test_densities_are_set_in_few_passes(wished: float, centre: float) -> None:
-    """Logits of a normal distribution around `centre`; bisection over eight logits to either side takes a dozen passes."""
-    tried: list[float] = []
-
-    def excess_at(shift: float) -> tuple[float, dict[Site, float]]:
-        tried.append(shift)
-        density = 0.5 * math.erfc((shift - centre) / 1.5 / 2**0.5)
-        return density - wished, {Site(0): density}
-
-    assert _settled(excess_at)[Site(0)] == pytest.approx(wished, abs=0.002)
-    assert len(tried) <= (9 if abs(centre) < 1 else 18)
-
-
-def test_density_that_jumps_is_set_as_near_as_trials_allow() -> None:
-    def excess_at(shift: float) -> tuple[float, dict[Site, float]]:
-        density = 1.0 if shift < 0.3 else 0.2
-        return density - 0.5, {Site(0): density}
-
-    assert _settled(excess_at)[Site(0)] in (1.0, 0.2)
