@@ -6,9 +6,10 @@ The functions `session`, `generate` and `link` have the names of their modules; 
 
 from __future__ import annotations
 
-from .generate import generate, load
+from .generate import end_tokens, generate, load
 from .library import Executor, executor, library_path
 from .link import link, unlink
 from .session import Decoder, session
+from .text import Tokenizer
 
-__all__ = ["Decoder", "Executor", "executor", "generate", "library_path", "link", "load", "session", "unlink"]
+__all__ = ["Decoder", "Executor", "Tokenizer", "end_tokens", "executor", "generate", "library_path", "link", "load", "session", "unlink"]

@@ -11,13 +11,32 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from .library import LIBRARY, PROVIDERS, Executor, library_path, model_file
 from .session import choose, read_config, report
+from .text import Stream, Tokenizer, read_json
 
 if TYPE_CHECKING:
     import onnxruntime_genai
+
+
+NO_TOKEN = -1
+"""The pad token's id in genai_config.json. genai takes pads off a prompt's end, and many models pad with a token that ends a turn; no token has this id, and the
+lookup of an embedding takes it in a padded batch.
+"""
+
+
+class Sampling(TypedDict, total=False):
+    """How the next token is chosen. Temperature 0 is greedy; above 0 it is sampled from the `top_k` likeliest (0: all) within probability mass `top_p`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+
+_GREEDY: Sampling = {"temperature": 0.0, "top_k": 50, "top_p": 1.0, "seed": 0}
 
 
 def load(path: str | Path, library: bool | None = None, options: dict[str, Any] | None = None) -> onnxruntime_genai.Model:
@@ -42,60 +61,75 @@ def load(path: str | Path, library: bool | None = None, options: dict[str, Any] 
         if library:
             raise ValueError(f"{foreign} must not lie in the way: onnxruntime-genai would take it, got another library than the installed one. Remove it.")
         chosen = Executor(False, f"{foreign} is another library of the same name, which onnxruntime-genai would take. Remove it")
+    overlay = {**_tokens_overlay(file.parent, config), "decoder": {"session_options": options or {}}}
     try:
-        model = _open(genai, file.parent, options or {}, chosen.kernel and linked is None)
+        model = _open(genai, file.parent, overlay, chosen.kernel and linked is None)
     except Exception as error:
         if linked is not None or not chosen.kernel or library:
             raise
         chosen = Executor(False, f"onnxruntime-genai did not take the library: {error}")
-        model = _open(genai, file.parent, options or {}, False)
+        model = _open(genai, file.parent, overlay, False)
     report(file, chosen, library)
     return model
 
 
 def generate(
-    path: str | Path,
-    prompt: str,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    seed: int = 0,
-    library: bool | None = None,
+    path: str | Path, prompt: str, max_new_tokens: int = 128, *, chat: bool | None = None, library: bool | None = None, **sampling: Unpack[Sampling]
 ) -> Iterator[str]:
-    """Yields the continuation of `prompt` piece by piece, until end of text, `max_new_tokens`, or the model's context is full.
+    """Yields the model's text piece by piece, until a token that ends a text, `max_new_tokens`, or the model's context is full.
 
-    Temperature 0 is greedy; above 0 the next token is sampled from the `top_k` likeliest (0: all) within probability mass `top_p`, seeded.
+    With `chat` the prompt is what a user says in the model's chat template, and the text is the answer; without it the prompt is continued as it is, with the
+    tokens that the tokenizer puts before a text. None chats with a model that has a template. Sampling is greedy unless a temperature is given, and seeded.
     `path` and `library` are as in `load`.
 
     Raises:
-        ValueError: At the call, before any piece: as `load`, or the prompt is empty or too long, or a number is out of range.
+        ValueError: At the call, before any piece: as `load`, or the prompt is empty or too long, a number is out of range, there is no chat template or it fails.
+        TypeError: An unknown name in `sampling`.
     """
-    for name, value, right in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-        ("temperature", temperature, temperature >= 0),
-        ("top_k", top_k, top_k >= 0),
-        ("top_p", top_p, 0 < top_p <= 1),
-    ):
-        if not right:
-            bound = {"max_new_tokens": "at least 1", "top_p": "in (0, 1]"}.get(name, "at least 0")
-            raise ValueError(f"{name} must be {bound}, got {value}. Choose another number.")
+    chosen = _sampling(sampling)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}. Choose another number.")
     if not prompt:
         raise ValueError("The prompt must hold text, got an empty string. Pass some words to continue.")
     genai = _genai()
     context = read_config(path)["model"]["context_length"]
-    model = load(path, library)
-    tokenizer = genai.Tokenizer(model)
-    tokenizer.update_options(add_special_tokens="true")  # as transformers does: a Llama 3 without its begin-of-text token writes worse text
-    tokens = tokenizer.encode(prompt)
+    tokenizer = Tokenizer(path)
+    chat = tokenizer.template is not None if chat is None else chat
+    tokens = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    if not tokens:
+        raise ValueError("The prompt must make tokens, got none. Pass some words to continue.")
     if len(tokens) >= context:
         raise ValueError(f"The prompt must be shorter than the model's context of {context} tokens, got {len(tokens)} tokens. Shorten it.")
+    model = load(path, library)
     parameters = genai.GeneratorParams(model)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "random_seed": seed} if temperature else {}
-    parameters.set_search_options(max_length=min(len(tokens) + max_new_tokens, context), do_sample=temperature > 0, **sampling)
+    parameters.set_search_options(max_length=min(len(tokens) + max_new_tokens, context), **chosen)
     generator = genai.Generator(model, parameters)
     generator.append_tokens(tokens)
-    return _pieces(generator, tokenizer)
+    return _pieces(generator, end_tokens(path), tokenizer.stream(() if chat else tokens, skip_special_tokens=chat))
+
+
+def _sampling(asked: Sampling) -> dict[str, Any]:
+    """genai's search options. Raises ValueError for a number out of range, TypeError for an unknown name."""
+    if unknown := sorted(set(asked) - set(_GREEDY)):
+        raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
+    given: Sampling = {**_GREEDY, **asked}
+    for name, right, bound in (
+        ("temperature", given["temperature"] >= 0, "at least 0"),
+        ("top_k", given["top_k"] >= 0, "at least 0"),
+        ("top_p", 0 < given["top_p"] <= 1, "in (0, 1]"),
+    ):
+        if not right:
+            raise ValueError(f"{name} must be {bound}, got {given[name]}. Choose another number.")
+    if not given["temperature"]:
+        return {"do_sample": False}
+    return {"do_sample": True, **{name: given[name] for name in ("temperature", "top_k", "top_p")}, "random_seed": given["seed"]}
+
+
+def end_tokens(path: str | Path) -> frozenset[int]:
+    """The tokens that end a text of the model at `path`; empty where none does. Raises ValueError as `load` does for a folder without configuration."""
+    config = read_config(path)
+    ends = {**config["model"], **_tokens_overlay(model_file(path).parent, config)}.get("eos_token_id")
+    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
 def config_provider(config: dict[str, Any]) -> str:
@@ -104,22 +138,34 @@ def config_provider(config: dict[str, Any]) -> str:
     return PROVIDERS[any(key.lower().startswith("cuda") for entry in entries for key in entry)]
 
 
-def _pieces(generator: Any, tokenizer: Any) -> Iterator[str]:
-    stream, ends = tokenizer.create_stream(), set(tokenizer.eos_token_ids)
+def _pieces(generator: Any, ends: frozenset[int], stream: Stream) -> Iterator[str]:
     while not generator.is_done():
         generator.generate_next_token()
-        token = generator.get_next_tokens()[0]
-        if token not in ends and (piece := stream.decode(token)):
+        token = int(generator.get_next_tokens()[0])
+        if token not in ends and (piece := stream.put(token)):
             yield piece
+    if rest := stream.end():
+        yield rest
 
 
-def _open(genai: Any, folder: Path, options: dict[str, Any], library: bool) -> onnxruntime_genai.Model:
+def _tokens_overlay(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The pad and end tokens of a folder whose configuration is the builder's own: no pad, and the ends of the checkpoint that it lies in."""
+    if config["model"].get("pad_token_id") == NO_TOKEN:
+        return {}
+    ends = None
+    if folder.name == "onnx":
+        files = (folder.parent / "generation_config.json", folder.parent / "config.json")
+        ends = next((value for file in files if (value := read_json(file).get("eos_token_id")) is not None), None)
+    return {"pad_token_id": NO_TOKEN, **({} if ends is None else {"eos_token_id": ends})}
+
+
+def _open(genai: Any, folder: Path, overlay: dict[str, Any], library: bool) -> onnxruntime_genai.Model:
     if library:
         ctypes.CDLL(str(library_path()))
-        options = {**options, "custom_ops_library": LIBRARY}
+        decoder = overlay["decoder"]
+        overlay = {**overlay, "decoder": {"session_options": {**decoder["session_options"], "custom_ops_library": LIBRARY}}}
     config = genai.Config(str(folder))
-    if options:
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    config.overlay(json.dumps({"model": overlay}))
     return genai.Model(config)
 
 

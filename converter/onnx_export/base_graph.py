@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..artifact import InputError, disk_full, is_disk_full
 from ..reference import load_dense
-from ..source import stock_view
+from ..source import end_tokens, stock_view
 
 BOUND = 1e-4
 """Largest logit difference between the base graph and torch, times the rms of torch's logits where that is above 1."""
@@ -33,6 +33,8 @@ BOUND = 1e-4
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 GENAI_CONFIG = "genai_config.json"
+NO_TOKEN = -1
+"""An id that no token has. ONNX's Gather takes it, so that a padded batch still runs."""
 
 _LOG = logging.getLogger("sparsegate")
 # Every layer keeps its whole KV cache: a loop in plain ONNX Runtime then only appends, where a windowed cache would have to be sized and rotated by the app.
@@ -58,6 +60,7 @@ def build_base(checkpoint: Path, out: Path, precision: str = "fp32", target: str
             unrotated = _prepare(options["hf_details"]["hf_config"])
             builder.create_model("", *given, **options)
             _complete(out, unrotated)
+            _set_tokens(out, end_tokens(checkpoint))
         except Exception as error:  # the builder raises whatever its hundred code paths meet
             if is_disk_full(error):
                 raise disk_full(out) from error
@@ -135,6 +138,17 @@ def _complete(folder: Path, unrotated: list[int]) -> None:
                 if given is not None and given.name in ("cos_cache", "sin_cache"):
                     attention.replace_input_with(index, None)
     ir.save(model, folder / MODEL)
+
+
+def _set_tokens(folder: Path, ends: frozenset[int]) -> None:
+    """The end tokens that transformers' `generate` stops at, and no pad token.
+
+    The builder adds the tokenizer's end token, and genai takes pads off a prompt's end: a chat model often pads with the token that ends a turn.
+    """
+    file = folder / GENAI_CONFIG
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["model"] |= {"eos_token_id": sorted(ends) or NO_TOKEN, "pad_token_id": NO_TOKEN}
+    file.write_text(json.dumps(config, indent=4), encoding="utf-8")
 
 
 class _LogLines(io.TextIOBase):

@@ -1,0 +1,130 @@
+"""Renders a chat template in a process of its own, because a template comes with a model and is not to be trusted.
+
+As a script this file reads {"template", "variables"} as JSON and writes {"text"} or {"error"}. Inside, jinja2's immutable sandbox keeps a template from
+Python's objects; the process bounds its time and its memory, which no sandbox does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+SECONDS, MEMORY, CHARACTERS = 5, 1 << 29, 1 << 24
+"""Most processor seconds, bytes of address space, and characters of text that a template may take."""
+_ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
+
+
+def render(template: str, variables: dict[str, Any]) -> str:
+    """The text that a template makes of plain JSON values, as transformers' `apply_chat_template` does.
+
+    Raises ValueError with one line where the template does not parse, raises an exception, or takes too much.
+    """
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    given = json.dumps({"template": template, "variables": variables}).encode()
+    try:
+        done = subprocess.run([sys.executable, "-P", __file__], input=given, capture_output=True, timeout=3 * SECONDS, env=environment)
+        answer = json.loads(done.stdout) if done.returncode == 0 else {"error": f"it did not end within {SECONDS} seconds or {MEMORY >> 20} MiB"}
+    except subprocess.TimeoutExpired:
+        answer = {"error": f"it did not end within {3 * SECONDS} seconds"}
+    except (OSError, ValueError) as error:
+        answer = {"error": f"its process failed ({error})"}
+    if "text" not in answer:
+        said = " ".join(str(answer.get("error")).split()).removesuffix(".")
+        raise ValueError(f"The chat template must render the conversation, got: {said:.300}. Pass the prompt as it is instead (--raw).")
+    return answer["text"]
+
+
+def _environment() -> Any:
+    """jinja2's immutable sandbox with what transformers gives a template."""
+    from datetime import datetime
+
+    from jinja2 import nodes
+    from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class Generation(Extension):
+        """{% generation %} marks what the assistant said; only training reads the marks."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+        def _body(self, caller: Any) -> str:
+            return caller()
+
+    class Dict:
+        """`dict` without the type's attributes."""
+
+        def __call__(self, *args: Any, **fields: Any) -> dict:
+            return dict(*args, **fields)
+
+        def fromkeys(self, *args: Any) -> dict:
+            return dict.fromkeys(*args)
+
+    class SafeNamespace(Namespace):
+        """`namespace` without attributes that Python itself reads."""
+
+        def __init__(*args: Any, **fields: Any) -> None:  # as jinja2's, so that a field may be called self
+            for name in dict(*args[1:], **fields):
+                SafeNamespace.check(name)
+            Namespace.__init__(*args, **fields)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            SafeNamespace.check(name)
+            Namespace.__setitem__(self, name, value)
+
+        @staticmethod
+        def check(name: Any) -> None:
+            if isinstance(name, str) and name.startswith("_"):
+                raise SecurityError(f"a namespace must have no field that starts with an underscore, got {name!r}")
+
+    def raise_exception(message: Any) -> None:
+        raise TemplateError(str(message))
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def strftime_now(form: str) -> str:
+        return datetime.now().strftime(form)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now, "dict": Dict(), "namespace": SafeNamespace}
+    return environment
+
+
+def _limit() -> None:
+    """Bound this process, where the system can: time, memory, and no writing of files."""
+    try:
+        import resource
+    except ImportError:  # no such thing on Windows: the time limit of `render` holds there
+        return
+    for name, most in (("RLIMIT_CPU", SECONDS), ("RLIMIT_AS", MEMORY), ("RLIMIT_FSIZE", 0)):
+        try:
+            resource.setrlimit(getattr(resource, name), (most, most))
+        except (OSError, ValueError):  # a system without this limit, or a lower one
+            continue
+
+
+def _answer(given: dict[str, Any]) -> dict[str, str]:
+    try:
+        environment = _environment()
+        _limit()
+        text = environment.from_string(given["template"]).render(**given["variables"])
+    except MemoryError:
+        return {"error": f"it takes more than {MEMORY >> 20} MiB"}
+    except Exception as error:  # a template can raise every kind
+        return {"error": str(error) or type(error).__name__}
+    return {"text": text} if len(text) <= CHARACTERS else {"error": f"its text has {len(text)} characters, more than {CHARACTERS}"}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(_answer(json.load(sys.stdin))))
