@@ -21,7 +21,7 @@ from .reference import load, load_dense
 from .schedule import checkpoint
 from .source import Source
 from .texts import Texts, quality_error
-from .verification import Check, ExecutorQuality, Quality, check_budget, shipped_checks
+from .verification import Check, ExecutorQuality, Quality, check_budget, check_text, shipped_checks
 
 log = logging.getLogger("sparsegate")
 SPEED_PAIRS = 25
@@ -223,7 +223,7 @@ def _exported(candidate: Candidate, source: Source, texts: Texts, graphs: Graphs
         found = measure_shipped(onnx, model, texts.heldout, asked, original=dense, count=candidate.quality.windows)
         if asked != Export():
             round_model(model, candidate.plan, source.arch, asked.precision, asked.target)
-        checks = check_onnx(onnx, model, texts.heldout, asked, original=dense)
+        checks = [*check_onnx(onnx, model, texts.heldout, asked, original=dense), check_text(onnx)]
         speed = {} if asked.target == "cuda" and not has_cuda() else _speed(graphs.dense, onnx, texts)
         with atomic_folder(measured) as partial:
             shipped = {} if found is None else found.model_dump()

@@ -59,6 +59,7 @@ from .verification import (
     check_budget,
     check_record,
     check_source,
+    check_text,
     read_plan,
     shipped_checks,
 )
@@ -330,7 +331,7 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
     shipped = measure_shipped(folder / "onnx", sparse, heldout, asked, original=dense, count=quality.windows)
     if asked != Export():
         round_model(sparse, plan, opened.arch, asked.precision, asked.target)
-    checks += check_onnx(folder / "onnx", sparse, heldout, asked, original=dense)
+    checks += [*check_onnx(folder / "onnx", sparse, heldout, asked, original=dense), check_text(folder / "onnx")]
     if recovered and dense is None:
         log.warning("The weights were trained: NLL is measured, and what compares with the dense model is the record's. Give that model with --source MODEL.")
         quality = quality.model_copy(update={name: manifest.measured[name] for name in ("nll_dense", "kl", "agreement")})

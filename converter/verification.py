@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from .arch import PREFIX, Arch, Site, load_arch
 from .checkpoint import read_sparsity
 from .data import Batches
+from .onnx_export.tokenizer_check import check_tokenizer
 from .plans import Plan, cost, deciding, linear_shapes
 from .reference import dense, load_dense
 
@@ -115,6 +116,13 @@ def site_cost(plan: Plan, site: Site, arch: Arch, config: Any, density: float, o
 def weighted(values: Mapping[Site, float], sizes: Mapping[Site, int]) -> float:
     """Mean over the sites of `values`, weighted by their parameters."""
     return sum(value * sizes[site] for site, value in values.items()) / sum(sizes[site] for site in values)
+
+
+def check_text(onnx: Path) -> Check:
+    """How many probe texts onnxruntime-genai's own tokenizer reads otherwise than the tokenizers library: whether it may be used. Never a failure."""
+    found = check_tokenizer(onnx)
+    wrong = found.texts - min(found.ids, found.decoded)
+    return Check(name="genai's own tokenizer", value=wrong, bound=found.texts, passed=True, note=found.note)
 
 
 def check_record(quality: Quality, measured: dict[str, float], shipped: ExecutorQuality | None = None) -> list[Check]:

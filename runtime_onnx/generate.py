@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any
 
 from .library import LIBRARY, PROVIDERS, Executor, library_path, model_file
 from .session import choose, read_config, report
@@ -22,21 +22,9 @@ if TYPE_CHECKING:
 
 
 NO_TOKEN = -1
-"""The pad token's id in genai_config.json. genai takes pads off a prompt's end, and many models pad with a token that ends a turn; no token has this id, and the
-lookup of an embedding takes it in a padded batch.
+"""The pad token's id in genai_config.json. genai takes pads off a prompt's end, and many models pad with a token that ends a turn; no token has this id, and
+the lookup of an embedding takes it in a padded batch.
 """
-
-
-class Sampling(TypedDict, total=False):
-    """How the next token is chosen. Temperature 0 is greedy; above 0 it is sampled from the `top_k` likeliest (0: all) within probability mass `top_p`."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-
-
-_GREEDY: Sampling = {"temperature": 0.0, "top_k": 50, "top_p": 1.0, "seed": 0}
 
 
 def load(path: str | Path, library: bool | None = None, options: dict[str, Any] | None = None) -> onnxruntime_genai.Model:
@@ -61,34 +49,39 @@ def load(path: str | Path, library: bool | None = None, options: dict[str, Any] 
         if library:
             raise ValueError(f"{foreign} must not lie in the way: onnxruntime-genai would take it, got another library than the installed one. Remove it.")
         chosen = Executor(False, f"{foreign} is another library of the same name, which onnxruntime-genai would take. Remove it")
-    overlay = {**_tokens_overlay(file.parent, config), "decoder": {"session_options": options or {}}}
+    tokens = _tokens_overlay(file.parent, config)
     try:
-        model = _open(genai, file.parent, overlay, chosen.kernel and linked is None)
+        model = _open(genai, file.parent, tokens, options or {}, chosen.kernel and linked is None)
     except Exception as error:
         if linked is not None or not chosen.kernel or library:
             raise
         chosen = Executor(False, f"onnxruntime-genai did not take the library: {error}")
-        model = _open(genai, file.parent, overlay, False)
+        model = _open(genai, file.parent, tokens, options or {}, False)
     report(file, chosen, library)
     return model
 
 
 def generate(
-    path: str | Path, prompt: str, max_new_tokens: int = 128, *, chat: bool | None = None, library: bool | None = None, **sampling: Unpack[Sampling]
+    path: str | Path,
+    prompt: str,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 0,
+    library: bool | None = None,
+    chat: bool | None = None,
 ) -> Iterator[str]:
     """Yields the model's text piece by piece, until a token that ends a text, `max_new_tokens`, or the model's context is full.
 
     With `chat` the prompt is what a user says in the model's chat template, and the text is the answer; without it the prompt is continued as it is, with the
-    tokens that the tokenizer puts before a text. None chats with a model that has a template. Sampling is greedy unless a temperature is given, and seeded.
-    `path` and `library` are as in `load`.
+    tokens that the tokenizer puts before a text. None chats with a model that has a template. Temperature 0 is greedy; above 0 the next token is sampled from
+    the `top_k` likeliest (0: all) within probability mass `top_p`, seeded. `path` and `library` are as in `load`.
 
     Raises:
-        ValueError: At the call, before any piece: as `load`, or the prompt is empty or too long, a number is out of range, there is no chat template or it fails.
-        TypeError: An unknown name in `sampling`.
+        ValueError: At the call, before any piece: as `load`, or the prompt is empty or too long, a number out of range, the chat template absent or failing.
     """
-    chosen = _sampling(sampling)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}. Choose another number.")
+    _check_numbers(max_new_tokens, temperature, top_k, top_p)
     if not prompt:
         raise ValueError("The prompt must hold text, got an empty string. Pass some words to continue.")
     genai = _genai()
@@ -102,27 +95,22 @@ def generate(
         raise ValueError(f"The prompt must be shorter than the model's context of {context} tokens, got {len(tokens)} tokens. Shorten it.")
     model = load(path, library)
     parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=min(len(tokens) + max_new_tokens, context), **chosen)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "random_seed": seed} if temperature else {}
+    parameters.set_search_options(max_length=min(len(tokens) + max_new_tokens, context), do_sample=temperature > 0, **sampling)
     generator = genai.Generator(model, parameters)
     generator.append_tokens(tokens)
     return _pieces(generator, end_tokens(path), tokenizer.stream(() if chat else tokens, skip_special_tokens=chat))
 
 
-def _sampling(asked: Sampling) -> dict[str, Any]:
-    """genai's search options. Raises ValueError for a number out of range, TypeError for an unknown name."""
-    if unknown := sorted(set(asked) - set(_GREEDY)):
-        raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
-    given: Sampling = {**_GREEDY, **asked}
-    for name, right, bound in (
-        ("temperature", given["temperature"] >= 0, "at least 0"),
-        ("top_k", given["top_k"] >= 0, "at least 0"),
-        ("top_p", 0 < given["top_p"] <= 1, "in (0, 1]"),
+def _check_numbers(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    for name, value, right, bound in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, temperature >= 0, "at least 0"),
+        ("top_k", top_k, top_k >= 0, "at least 0"),
+        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
     ):
         if not right:
-            raise ValueError(f"{name} must be {bound}, got {given[name]}. Choose another number.")
-    if not given["temperature"]:
-        return {"do_sample": False}
-    return {"do_sample": True, **{name: given[name] for name in ("temperature", "top_k", "top_p")}, "random_seed": given["seed"]}
+            raise ValueError(f"{name} must be {bound}, got {value}. Choose another number.")
 
 
 def end_tokens(path: str | Path) -> frozenset[int]:
@@ -159,13 +147,13 @@ def _tokens_overlay(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return {"pad_token_id": NO_TOKEN, **({} if ends is None else {"eos_token_id": ends})}
 
 
-def _open(genai: Any, folder: Path, overlay: dict[str, Any], library: bool) -> onnxruntime_genai.Model:
+def _open(genai: Any, folder: Path, tokens: dict[str, Any], options: dict[str, Any], library: bool) -> onnxruntime_genai.Model:
     if library:
         ctypes.CDLL(str(library_path()))
-        decoder = overlay["decoder"]
-        overlay = {**overlay, "decoder": {"session_options": {**decoder["session_options"], "custom_ops_library": LIBRARY}}}
+        options = {**options, "custom_ops_library": LIBRARY}
     config = genai.Config(str(folder))
-    config.overlay(json.dumps({"model": overlay}))
+    if tokens or options:
+        config.overlay(json.dumps({"model": {**tokens, **({"decoder": {"session_options": options}} if options else {})}}))
     return genai.Model(config)
 
 

@@ -14,6 +14,7 @@ from . import chat_template
 from .library import model_file
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_CONTEXT = 8  # tokens before a text that decide how it begins
 _INCOMPLETE = "\ufffd"  # what a decoder makes of bytes that are no whole character
 
 
@@ -39,7 +40,7 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens", False))
         self._special = {token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
         self.special_tokens = _special_tokens(settings, self.folder)
-        self.template = _template(settings, self.folder)
+        self.template = find_template(path)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the tokens that this tokenizer puts around every text. A lone surrogate, which has no bytes, is read as a question mark."""
@@ -80,7 +81,11 @@ class Stream:
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int], skipped: set[int]) -> None:
         """Starts after the text of `context`; tokens in `skipped` add nothing."""
         self._tokenizer, self._skipped = tokenizer, skipped
-        self._ids = [token for token in context if token not in skipped][-8:]
+        ids = [token for token in context if token not in skipped]
+        start = max(0, len(ids) - _CONTEXT)
+        while start > 0 and tokenizer.decode(ids[start:]).startswith(_INCOMPLETE):
+            start -= 1  # byte tokens in a row are decoded together or not at all
+        self._ids = ids[start:]
         self._start, self._shown = 0, len(self._ids)
 
     def put(self, token: int) -> str:
@@ -138,15 +143,19 @@ def _special_tokens(settings: dict[str, Any], folder: Path) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _template(settings: dict[str, Any], folder: Path) -> str | None:
-    """The chat template: of its own file, or of the settings, there perhaps under the name default of a list."""
+def find_template(path: str | Path) -> str | None:
+    """The chat template beside a model: of its own file, or of tokenizer_config.json, there perhaps under the name default of a list. None without one.
+
+    Raises ValueError where there is no model, and for a damaged file.
+    """
+    folder = model_file(path).parent
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} must be text in UTF-8, got other bytes ({error}). Convert or download the folder again.") from None
-    given = settings.get("chat_template")
+    given = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(given, list):
         given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
     if isinstance(given, dict):

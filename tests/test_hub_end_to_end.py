@@ -283,8 +283,8 @@ def test_inspect_and_dry_run_fetch_headers_only(
 
 
 def test_generate_verify_and_bench_take_a_hub_id(pushed: Push, call: Callable[..., Done], server: HubServer, home: Path) -> None:
-    done = call("generate", "lab/tiny-sparse", "import os", "--max-new-tokens", "6")
-    assert done.status == 0 and done.out == "import os" + "".join(runtime.generate(pushed.folder, "import os", 6)) + "\n"
+    done = call("generate", "lab/tiny-sparse", "import os", "--raw", "--max-new-tokens", "6")
+    assert done.status == 0 and done.out == "import os" + "".join(runtime.generate(pushed.folder, "import os", 6, chat=False)) + "\n"
     place = home / "sparsegate" / "sparse" / "lab--tiny-sparse"
     assert contents(place) == contents(pushed.folder)
     server.log.clear()

@@ -27,7 +27,7 @@ LEVELS = (
     {"cli"},
 )
 """Names are the parts of converter/; `root` is its __init__.py. Parts of one level may import each other, without cycles."""
-RUNTIME = {"session", "generate", "bench", "library", "link"}
+RUNTIME = {"session", "generate", "bench", "library", "link", "text", "chat_template"}
 RUNTIME_FROM = next(k for k, level in enumerate(LEVELS) if "verification" in level)
 
 

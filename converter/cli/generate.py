@@ -24,17 +24,16 @@ def generate(
     body: Annotated[bool, typer.Option("--body", help="Run standard ONNX ops even where the native library would do.")] = False,
 ) -> int:
     """Print the answer, or prompt and continuation, as they come."""
-    from ...runtime_onnx import Tokenizer
     from ...runtime_onnx import generate as run
+    from ...runtime_onnx.text import find_template
     from ..hub import local_folder
 
     folder = local_folder(model)
     if (clean := prompt.encode("utf-8", "replace").decode()) != prompt:
         logging.getLogger("sparsegate").warning("The prompt must be text in this terminal's encoding, got other bytes. They are read as question marks.")
     prompt = clean
-    chat = Tokenizer(folder).template is not None if chat is None else chat
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    pieces = run(folder, prompt, max_new_tokens, chat=chat, library=False if body else None, **sampling)
+    chat = find_template(folder) is not None if chat is None else chat
+    pieces = run(folder, prompt, max_new_tokens, temperature, top_k, top_p, seed, library=False if body else None, chat=chat)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may have other letters than the model
     if not chat:

@@ -18,11 +18,11 @@ from tokenizers import Tokenizer
 TEXTS = (
     "Once upon a time, there was a model.", "The capital of France is", " a leading space", "two  spaces,   three", "a trailing space ",
     "Caf\u00e9, na\u00efve, \u00c5ngstr\u00f6m", "Cafe\u0301, nai\u0308ve, A\u030angstro\u0308m", "UPPER lower MiXeD \u0130stanbul stra\u00dfe",
-    "0 7 42 1234567890 3.14159 1,000,000", "don't we'll I'VE it's", "a\tb\n\nc\r\nd\n", "   \n\n\n  ", "def add(first, second):\n    return first + second\n",
-    "for (int i = 0; i < n; ++i) { x[i] += 1; } // done", '{"key": [1, 2.5, null], "other": "\\u00e9"}', "https://example.org/a?b=c&d=%20#e",
-    "<b>bold</b> &amp; <br/>", "\u6771\u4eac\u306f\u65e5\u672c\u306e\u9996\u90fd\u3067\u3059\u3002", "\u4f60\u597d\uff0c\u4e16\u754c\uff01", "\ud55c\uad6d\uc5b4 \ubb38\uc7a5",
-    "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440", "\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645", "\u0928\u092e\u0938\u094d\u0924\u0947",
-    "\U0001f600 \U0001f469\u200d\U0001f4bb \U0001f1eb\U0001f1f7", "\ufb01 \uff21\uff22\uff23 \u2460 \u00bd", "x\u00a0y\u2003z\u200bw", "\u201cquoted\u201d \u2014 and \u2026", "_______ ------ ======",
+    "0 7 42 1234567890 3.14159 1,000,000", "don't we'll I'VE it's", "a\tb\n\nc\r\nd\n", "   \n\n\n  ",
+    "def add(first, second):\n    return first + second\n", "for (int i = 0; i < n; ++i) { x[i] += 1; } // done",
+    '{"key": [1, 2.5, null], "other": "\\u00e9"}', "https://example.org/a?b=c&d=%20#e", "<b>bold</b> &amp; <br/>", "東京は日本の首都です。",
+    "你好，世界！", "한국어 문장", "Привет, мир", "مرحبا بالعالم", "नमस्ते", "\U0001f600 \U0001f469\u200d\U0001f4bb \U0001f1eb\U0001f1f7",
+    "\ufb01 \uff21\uff22\uff23 \u2460 \u00bd", "x\u00a0y\u2003z\u200bw", "\u201cquoted\u201d \u2014 and \u2026", "_______ ------ ======",
 )  # fmt: skip
 """Accents composed and decomposed, case, digits, white space, code, other scripts, emoji, compatibility forms."""
 SECONDS = 60

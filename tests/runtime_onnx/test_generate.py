@@ -20,6 +20,11 @@ generation = sys.modules["sparsegate.runtime_onnx.generate"]  # the package's at
 TOKENS = 24
 
 
+def raw(*arguments: object, **options: object) -> str:
+    """A continuation, the folders' chat template left aside."""
+    return "".join(runtime.generate(*arguments, **{"chat": False, **options}))  # type: ignore[arg-type]
+
+
 def greedy(folder: Path, library: bool) -> list[int]:
     """The plain onnxruntime loop's greedy continuation of PROMPT."""
     decoder = runtime.Decoder(folder, library=library)
@@ -40,7 +45,7 @@ def test_four_ways_agree(score: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     text = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(expected)
     logits = {}
     for library in (True, False):
-        pieces = list(runtime.generate(folder, folders.PROMPT, TOKENS, library=library))
+        pieces = list(runtime.generate(folder, folders.PROMPT, TOKENS, chat=False, library=library))
         assert len(pieces) > TOKENS // 3 and "".join(pieces) == text
         model = runtime.load(folder, library)
         generator = og.Generator(model, og.GeneratorParams(model))
@@ -75,9 +80,9 @@ def test_genai_runs_what_the_line_says(library: bool, tmp_path: Path, caplog: py
 def test_sampling_is_seeded() -> None:
     """One seed gives one text, another seed another; top_k = 1 is greedy at any temperature."""
     folder = folders.sparse("gate")
-    texts = ["".join(runtime.generate(folder, folders.PROMPT, 16, temperature=2.0, top_k=0, seed=seed)) for seed in (1, 1, 2)]
+    texts = [raw(folder, folders.PROMPT, 16, temperature=2.0, top_k=0, seed=seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
-    assert "".join(runtime.generate(folder, folders.PROMPT, 16, temperature=2.0, top_k=1, seed=7)) == "".join(runtime.generate(folder, folders.PROMPT, 16))
+    assert raw(folder, folders.PROMPT, 16, temperature=2.0, top_k=1, seed=7) == raw(folder, folders.PROMPT, 16)
 
 
 @pytest.mark.parametrize("begin", [True, False])
@@ -90,7 +95,7 @@ def test_prompt_is_tokenised_as_in_transformers(begin: bool, tmp_path: Path) -> 
         tokenizer.save(str(folder / "tokenizer.json"))
     assert (tokenizer.encode(folders.PROMPT).ids[0] == 0) == begin
     assert (greedy(folder, library=False) == greedy(folders.sparse("gate"), library=False)) != begin
-    assert "".join(runtime.generate(folder, folders.PROMPT, TOKENS)) == tokenizer.decode(greedy(folder, library=False))
+    assert raw(folder, folders.PROMPT, TOKENS) == tokenizer.decode(greedy(folder, library=False))
 
 
 def test_ends_at_end_of_text(tmp_path: Path) -> None:
@@ -102,7 +107,7 @@ def test_ends_at_end_of_text(tmp_path: Path) -> None:
     config["model"]["eos_token_id"] = end
     (folder / "genai_config.json").write_text(json.dumps(config))
     text = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(tokens[: tokens.index(end)])
-    assert "".join(runtime.generate(folder, folders.PROMPT, TOKENS)) == text
+    assert raw(folder, folders.PROMPT, TOKENS) == text
 
 
 def test_context_is_the_limit() -> None:
@@ -113,11 +118,11 @@ def test_context_is_the_limit() -> None:
     while len(tokenizer.encode(words).ids) > folders.CONTEXT - 3:
         words = words[:-2]
     room = folders.CONTEXT - len(tokenizer.encode(words).ids)
-    assert 1 <= len(list(runtime.generate(folder, words, 100))) <= room < 10
+    assert 1 <= len(list(runtime.generate(folder, words, 100, chat=False))) <= room < 10
     with pytest.raises(
         ValueError, match=f"prompt must be shorter than the model's context of {folders.CONTEXT} tokens, got {len(tokenizer.encode(words * 3).ids)}"
     ):
-        runtime.generate(folder, words * 3)
+        runtime.generate(folder, words * 3, chat=False)
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
@@ -147,9 +152,9 @@ def test_missing_genai(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refused_library_falls_back(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """If genai does not take the library by its bare name, a warning says so and the body gives the text; demanded, it is genai's own error."""
     monkeypatch.setattr(generation, "LIBRARY", "libsparsegate_renamed.so")
-    expected = "".join(runtime.generate(folders.sparse("gate"), folders.PROMPT, 8, library=False))
+    expected = raw(folders.sparse("gate"), folders.PROMPT, 8, library=False)
     caplog.clear()
-    assert "".join(runtime.generate(folders.sparse("gate"), folders.PROMPT, 8)) == expected
+    assert raw(folders.sparse("gate"), folders.PROMPT, 8) == expected
     assert [record.levelno for record in caplog.records] == [logging.WARNING] and "did not take the library" in caplog.text
     with pytest.raises(RuntimeError, match="libsparsegate_renamed"):
         runtime.load(folders.sparse("gate"), library=True)
@@ -167,9 +172,9 @@ def test_other_library_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_unknown_variant_runs_the_body(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Version skew in genai: the body runs, one warning names the variant."""
-    expected = "".join(runtime.generate(folders.sparse("predictor"), folders.PROMPT, 8, library=False))
+    expected = raw(folders.sparse("predictor"), folders.PROMPT, 8, library=False)
     folder = folders.copy(folders.sparse("predictor"), tmp_path / "onnx")
     folders.rename_variant(folder, "GatedMLP.7/silu")
     caplog.clear()
-    assert "".join(runtime.generate(folder, folders.PROMPT, 8)) == expected
+    assert raw(folder, folders.PROMPT, 8) == expected
     assert [record.levelno for record in caplog.records] == [logging.WARNING] and "GatedMLP.7/silu" in caplog.text

@@ -83,7 +83,7 @@ def test_apps_get_the_kernel(folder: Path, tmp_path: Path) -> None:
     assert mapped == "False"
     runtime.link(folder)
     assert app(folder, tmp_path) == [text, "True"]
-    assert "".join(runtime.generate(folder, folders.PROMPT, 8)) == ast.literal_eval(text)
+    assert "".join(runtime.generate(folder, folders.PROMPT, 8, chat=False)) == ast.literal_eval(text)
     runtime.unlink(folder)
     assert app(folder, tmp_path) == [text, "False"]
 
