@@ -141,13 +141,15 @@ def _complete(folder: Path, unrotated: list[int]) -> None:
 
 
 def _set_tokens(folder: Path, ends: frozenset[int]) -> None:
-    """The end tokens that transformers' `generate` stops at, and no pad token.
+    """The end tokens that transformers' `generate` stops at, and no pad token. Where it stops at none the builder's remain, since genai has to have one.
 
     The builder adds the tokenizer's end token, and genai takes pads off a prompt's end: a chat model often pads with the token that ends a turn.
     """
     file = folder / GENAI_CONFIG
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["model"] |= {"eos_token_id": sorted(ends) or NO_TOKEN, "pad_token_id": NO_TOKEN}
+    config["model"]["pad_token_id"] = NO_TOKEN
+    if ends:
+        config["model"]["eos_token_id"] = min(ends) if len(ends) == 1 else sorted(ends)
     file.write_text(json.dumps(config, indent=4), encoding="utf-8")
 
 
