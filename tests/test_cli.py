@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect as signatures
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
