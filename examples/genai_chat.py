@@ -10,25 +10,21 @@ OUT is a folder that `sparsegate convert` wrote. The native kernels run where th
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 
 import onnxruntime_genai as og
 
-from sparsegate.runtime_onnx import load
+from sparsegate.runtime_onnx import Tokenizer, end_tokens, load
 
 
-def encode(tokenizer: og.Tokenizer, messages: list[dict[str, str]]) -> list[int]:
+def encode(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """Token ids of the conversation in the model's own chat template, or as plain text for a base model that has none."""
-    try:
-        text = tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
-    except RuntimeError:
-        text = "\n".join(message["content"] for message in messages)
-        tokenizer.update_options(add_special_tokens="true")  # a template holds the begin-of-text token, plain text does not
-    return list(tokenizer.encode(text))
+    if tokenizer.template is None:
+        return tokenizer.encode("\n".join(message["content"] for message in messages))
+    return tokenizer.encode_chat(messages)
 
 
-def answer(model: og.Model, tokenizer: og.Tokenizer, messages: list[dict[str, str]], arguments: argparse.Namespace) -> str:
+def answer(model: og.Model, tokenizer: Tokenizer, messages: list[dict[str, str]], arguments: argparse.Namespace) -> str:
     """Print the model's answer as it comes and return it."""
     ids = encode(tokenizer, messages)
     parameters = og.GeneratorParams(model)
@@ -39,14 +35,15 @@ def answer(model: og.Model, tokenizer: og.Tokenizer, messages: list[dict[str, st
     parameters.set_search_options(max_length=length, do_sample=arguments.temperature > 0, **(sampling if arguments.temperature else {}))
     generator = og.Generator(model, parameters)
     generator.append_tokens(ids)
-    stream, pieces, ends = tokenizer.create_stream(), [], set(tokenizer.eos_token_ids)
+    stream, pieces, ends = tokenizer.stream(skip_special_tokens=True), [], end_tokens(arguments.model)
     while not generator.is_done():
         generator.generate_next_token()
-        token = generator.get_next_tokens()[0]
+        token = int(generator.get_next_tokens()[0])
         if token not in ends:
-            pieces.append(stream.decode(token))
+            pieces.append(stream.put(token))
             print(pieces[-1], end="", flush=True)
-    print()
+    pieces.append(stream.end())
+    print(pieces[-1])
     return "".join(pieces)
 
 
@@ -64,7 +61,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     model = load(arguments.model)
-    tokenizer, messages = og.Tokenizer(model), []
+    tokenizer, messages = Tokenizer(arguments.model), []
     for text in [arguments.prompt] if arguments.prompt else iter(lambda: input("> ").strip(), ""):
         messages.append({"role": "user", "content": text})
         messages.append({"role": "assistant", "content": answer(model, tokenizer, messages, arguments)})

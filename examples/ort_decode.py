@@ -1,7 +1,8 @@
-"""Greedy text generation from a sparse checkpoint with nothing but onnxruntime and tokenizers: the KV-cache loop, written out.
+"""Greedy text generation from a sparse checkpoint with nothing but onnxruntime, tokenizers and jinja2: the KV-cache loop, written out.
 
-    python examples/ort_decode.py OUT "def f(x):"            # a folder that `sparsegate convert` wrote
-    python examples/ort_decode.py owner/repo "def f(x):"     # or a Hub repository, downloaded once into ./owner--repo
+    python examples/ort_decode.py OUT "What is a list?"             # a folder that `sparsegate convert` wrote: an answer in the model's chat template
+    python examples/ort_decode.py OUT "def f(x):" --raw             # the text goes on as it is, the default for a model without a template
+    python examples/ort_decode.py owner/repo "def f(x):" --raw      # or a Hub repository, downloaded once into ./owner--repo
 
 With sparsegate installed its native kernels run the sparse MLPs; without it the same file runs in standard ONNX ops, and gives the same tokens.
 """
@@ -43,12 +44,24 @@ def open_session(folder: Path) -> ort.InferenceSession:
     return ort.InferenceSession(str(folder / "model.onnx"), options)
 
 
+def chat_text(folder: Path, prompt: str) -> str:
+    """What a user says, in the model's chat template. A template comes with the model: jinja2's sandbox keeps it from everything but the text."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    special = {name: token for name, token in settings.items() if name.endswith("_token") and isinstance(token, str)}
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    template = environment.from_string((folder / "chat_template.jinja").read_text(encoding="utf-8"))
+    return template.render(messages=[{"role": "user", "content": prompt}], add_generation_prompt=True, **special)
+
+
 def main() -> None:
-    """Parse the command line and print the prompt with its continuation."""
+    """Parse the command line and print the answer, or the prompt with its continuation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub repository")
     parser.add_argument("prompt")
     parser.add_argument("--tokens", type=int, default=64, help="how many to generate at most")
+    parser.add_argument("--raw", action="store_true", help="go on with the text instead of answering it in the model's chat template")
     arguments = parser.parse_args()
 
     folder = find_folder(arguments.model)
@@ -59,7 +72,10 @@ def main() -> None:
     wanted = {entry.name: entry for entry in session.get_inputs()}
     outputs = [entry.name for entry in session.get_outputs()]
 
-    ids = tokenizer.encode(arguments.prompt).ids
+    chat = not arguments.raw and (folder / "chat_template.jinja").is_file()
+    # A template writes the special tokens itself; before plain text the tokenizer puts its own.
+    ids = tokenizer.encode(chat_text(folder, arguments.prompt), add_special_tokens=False).ids if chat else tokenizer.encode(arguments.prompt).ids
+    shown = len(ids) if chat else 0
     heads, size = config["decoder"]["num_key_value_heads"], config["decoder"]["head_size"]
     cache = {name: np.zeros((1, heads, 0, size), np.float32) for name in wanted if name.startswith("past_key_values.")}
     step = ids  # the whole prompt first, then one token at a time
@@ -72,7 +88,7 @@ def main() -> None:
         if step[0] in ends:
             break
         ids = ids + step
-    print(tokenizer.decode(ids))
+    print(tokenizer.decode(ids[shown:]))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,38 @@
-// Greedy decoding of a sparse checkpoint in JavaScript: token ids in, token ids out.
+// Greedy decoding of a sparse checkpoint in JavaScript.
 //
-//     npm install                                # onnxruntime-node, once
-//     node main.mjs OUT/onnx 12,7,99 32          # ONNX folder, prompt as token ids, how many to generate (default 16)
+//     npm install                                    # onnxruntime-node, tokenizers and jinja, once
+//     node main.mjs OUT/onnx "What is a list?" 32    # ONNX folder, what to say, how many tokens to generate (default 16): an answer in the chat template
+//     node main.mjs OUT/onnx "def f(x):" 32 --raw    # the text goes on as it is, the default for a model without a template
 //
 // onnxruntime-node has no way to register a custom-op library, so every GatedMLP runs as its function body in standard ONNX ops: right, but not faster
-// than the dense model. Token ids come from the tokenizer.json in the folder, e.g. with a tokenizer package from npm.
+// than the dense model.
 
-import { readFileSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
+import { Template } from "@huggingface/jinja";
+import { Tokenizer } from "@huggingface/tokenizers";
 import ort from "onnxruntime-node";
 
-const [folder, prompt, count = "16"] = process.argv.slice(2);
-if (!folder || !/^\d+(,\d+)*$/.test(prompt ?? "")) {
-  console.error("The arguments must be an ONNX folder and token ids. Do: node main.mjs OUT/onnx 12,7,99 32");
+const words = process.argv.slice(2).filter((word) => word !== "--raw");
+const [folder, prompt, count = "16"] = words;
+if (!folder || !prompt || !/^\d+$/.test(count) || words.length > 3) {
+  console.error('The arguments must be an ONNX folder, a text and a number of tokens. Do: node main.mjs OUT/onnx "What is a list?" 32');
   process.exit(2);
 }
+
+const json = (name) => JSON.parse(readFileSync(join(folder, name), "utf8"));
+const settings = json("tokenizer_config.json");
+const tokenizer = new Tokenizer(json("tokenizer.json"), settings);
+const template = join(folder, "chat_template.jinja");
+const chat = existsSync(template) && !process.argv.includes("--raw");
+let text = prompt;
+if (chat) {
+  const special = Object.fromEntries(Object.entries(settings).filter(([name, token]) => name.endsWith("_token") && typeof token === "string"));
+  const messages = [{ role: "user", content: prompt }];
+  text = new Template(readFileSync(template, "utf8")).render({ ...special, messages, add_generation_prompt: true });
+}
+// A template writes the special tokens itself; before plain text the tokenizer puts its own.
+const ids = tokenizer.encode(text, { add_special_tokens: !chat }).ids;
 
 const { model } = JSON.parse(readFileSync(join(folder, "genai_config.json"), "utf8"));
 const { num_key_value_heads: heads, head_size: size } = model.decoder;
@@ -27,7 +45,6 @@ for (const name of session.inputNames.filter((name) => name.startsWith("past_key
   cache[name] = new ort.Tensor("float32", new Float32Array(0), [1, heads, 0, size]);
 }
 
-const ids = prompt.split(",").map(Number);
 const generated = [];
 let step = ids.slice(); // the whole prompt first, then one token at a time
 while (generated.length < Number(count) && ids.length < model.context_length) {
@@ -47,4 +64,4 @@ while (generated.length < Number(count) && ids.length < model.context_length) {
   generated.push(token);
   step = [token];
 }
-console.log(generated.join(","));
+console.log(tokenizer.decode(chat ? generated : ids, { skip_special_tokens: true }));

@@ -48,13 +48,22 @@ def test_ort_decode(tmp_path: Path) -> None:
     """A checkpoint folder with onnx/ inside: the same text with sparsegate's kernel and where sparsegate is not installed."""
     shutil.copytree(folders.sparse("gate"), tmp_path / "out" / "onnx")
     example = str(ROOT / "examples" / "ort_decode.py")
-    arguments = [str(tmp_path / "out"), folders.PROMPT, "--tokens", str(TOKENS)]
+    arguments = [str(tmp_path / "out"), folders.PROMPT, "--raw", "--tokens", str(TOKENS)]
     expected = folders.PROMPT + decode(greedy(folders.PROMPT))
     done = run(sys.executable, example, *arguments, cwd=tmp_path)
     assert done.stdout == expected + "\n" and "native kernel" in done.stderr
     hidden = f"import runpy, sys; sys.modules['sparsegate'] = None; sys.argv = {[example, *arguments]!r}; runpy.run_path({example!r}, run_name='__main__')"
     done = run(sys.executable, "-c", hidden, cwd=tmp_path)
     assert done.stdout == expected + "\n" and "not installed" in done.stderr
+
+
+def test_ort_decode_chats(tmp_path: Path) -> None:
+    """A model with a template answers in it; one without goes on with the text."""
+    folder, example = folders.copy(folders.sparse("gate"), tmp_path / "onnx"), str(ROOT / "examples" / "ort_decode.py")
+    arguments = [sys.executable, example, str(folder), "hello", "--tokens", str(TOKENS)]
+    assert run(*arguments, cwd=tmp_path).stdout == decode(greedy("user: hello\nassistant: ")) + "\n"
+    (folder / "chat_template.jinja").unlink()
+    assert run(*arguments, cwd=tmp_path).stdout == "hello" + decode(greedy("hello")) + "\n"
 
 
 def test_ort_decode_downloads_real_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,13 +123,15 @@ def node_app(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_node(node_app: Path) -> None:
-    """JavaScript runs the function bodies and gives the same tokens."""
-    ids = Tokenizer.from_file(str(folders.sparse("gate") / "tokenizer.json")).encode(folders.PROMPT).ids
-    done = run("node", "main.mjs", str(folders.sparse("gate")), ",".join(map(str, ids)), str(TOKENS), cwd=node_app)
-    assert [int(token) for token in done.stdout.strip().split(",")] == greedy(folders.PROMPT)
+    """JavaScript runs the function bodies and gives the same text: in the chat template, and as it is."""
+    folder = str(folders.sparse("gate"))
+    done = run("node", "main.mjs", folder, folders.PROMPT, str(TOKENS), "--raw", cwd=node_app)
+    assert done.stdout == folders.PROMPT + decode(greedy(folders.PROMPT)) + "\n"
+    done = run("node", "main.mjs", folder, "hello", str(TOKENS), cwd=node_app)
+    assert done.stdout == decode(greedy("user: hello\nassistant: ")) + "\n"
 
 
 def test_node_refuses_nonsense(node_app: Path) -> None:
     """Wrong arguments end with the usage line and exit code 2."""
-    done = subprocess.run(["node", "main.mjs", "folder", "text"], cwd=node_app, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "token ids" in done.stderr
+    done = subprocess.run(["node", "main.mjs", "folder", "text", "many"], cwd=node_app, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "a number of tokens" in done.stderr
