@@ -15,6 +15,7 @@ from .executors import check_onnx, has_cuda, measure_shipped
 from .onnx_export import PRECISIONS, build_base, check_base, export, export_dense, load_stock, round_model
 from .planning import TUNED
 from .plans import Plan
+from .progress import resumed, stage, update
 from .quality import measure_qualities
 from .recipe import Export, Recipe
 from .reference import load, load_dense
@@ -53,10 +54,12 @@ def make_base(source: Source, texts: Texts, work: Path) -> Path:
     """The dense ONNX graph, compared with torch before anything is built on it."""
     folder, header = work / "base", Header(format="base", parents={"model": source.fingerprint})
     if not is_finished(folder, header):
-        with atomic_folder(folder) as partial:
+        with stage("base graph"), atomic_folder(folder) as partial:
             build_base(source.folder, partial)
             check_base(partial, load_stock(source.folder), texts.heldout.tokens[texts.heldout.mask.all(1)][:2, :32])
             write_header(partial, header)
+    else:
+        resumed("base graph")
     return folder
 
 
@@ -85,15 +88,15 @@ def make_graphs(source: Source, texts: Texts, recipe: Recipe, work: Path, origin
     assert parent is not None
     dense, header = work / "dense", Header(format="dense", parents={"base": parent.fingerprint}, config=asked.model_dump(mode="json"))
     if not is_finished(dense, header):
-        with atomic_folder(dense) as partial:
+        with stage("base graph"), atomic_folder(dense) as partial:
             export_dense(plain, partial, asked.precision, asked.target)
             write_header(partial, header)
     if model.swaps:
         return Graphs(base, dense)
     folder, header = work / "quality_dense", Header(format="quality", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256)
     if not is_finished(folder, header):
-        found = measure_shipped(dense, load_stock(model.folder), texts.heldout, asked)
-        with atomic_folder(folder) as partial:
+        with stage("quality"), atomic_folder(folder) as partial:
+            found = measure_shipped(dense, load_stock(model.folder), texts.heldout, asked)
             write_json(partial / "quality.json", {} if found is None else found.model_dump())
             write_header(partial, header)
     return Graphs(base, dense, _quality(read_json(folder / "quality.json", "The measured quality")))
@@ -107,7 +110,7 @@ def _float_graph(source: Source, texts: Texts, recipe: Recipe, work: Path) -> Pa
     form = PRECISIONS[asked.precision]
     base, header = work / "base_cuda", Header(format="base", parents={"model": source.fingerprint}, config={"precision": form.cuda, "target": "cuda"})
     if not is_finished(base, header):
-        with atomic_folder(base) as partial:
+        with stage("base graph"), atomic_folder(base) as partial:
             build_base(source.folder, partial, form.cuda, "cuda")
             write_header(partial, header)
     return base
@@ -164,6 +167,8 @@ def measure(
             with atomic_folder(folder) as partial:
                 write_json(partial / "quality.json", quality.model_dump())
                 write_header(partial, header)
+    else:
+        resumed()
     found = []
     for name, plan in plans.items():
         quality = Quality(**read_json(stages[name][0] / "quality.json", "The measured quality"))
@@ -209,21 +214,28 @@ def _failures(candidates: list[Candidate]) -> list[str]:
 def _exported(candidate: Candidate, source: Source, texts: Texts, graphs: Graphs, recipe: Recipe, work: Path, original: Source | None) -> Candidate:
     """The candidate with checkpoint, ONNX folder, checks of its executors and speed, each a stage below `work`."""
     name, asked = candidate.method, recipe.export
-    folder = checkpoint(source, candidate.plan, name, work, work / "plan" / name)
-    parent = read_header(folder)
-    assert parent is not None
-    onnx, header = work / "onnx" / name, Header(format="onnx", parents={"checkpoint": parent.fingerprint}, config=asked.model_dump(mode="json"))
-    if not is_finished(onnx, header):
-        with atomic_folder(onnx) as partial:
-            export(graphs.base, candidate.plan, source.arch, source.config, partial, asked.precision, asked.target)
-            write_header(partial, header)
+    with stage("export"):
+        folder = checkpoint(source, candidate.plan, name, work, work / "plan" / name)
+        parent = read_header(folder)
+        assert parent is not None
+        onnx, header = work / "onnx" / name, Header(format="onnx", parents={"checkpoint": parent.fingerprint}, config=asked.model_dump(mode="json"))
+        if is_finished(onnx, header):
+            resumed()
+        else:
+            with atomic_folder(onnx) as partial:
+                export(graphs.base, candidate.plan, source.arch, source.config, partial, asked.precision, asked.target)
+                write_header(partial, header)
     measured, header = work / "measured" / name, Header(format="measured", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256)
-    if not is_finished(measured, header):
-        model, dense = load(folder), _load(original)
-        found = measure_shipped(onnx, model, texts.heldout, asked, original=dense, count=candidate.quality.windows)
-        if asked != Export():
-            round_model(model, candidate.plan, source.arch, asked.precision, asked.target)
-        checks = [*check_onnx(onnx, model, texts.heldout, asked, original=dense), check_text(onnx)]
+    if is_finished(measured, header):
+        resumed("agreement")
+        resumed("speed")
+    else:
+        with stage("agreement"):
+            model, dense = load(folder), _load(original)
+            found = measure_shipped(onnx, model, texts.heldout, asked, original=dense, count=candidate.quality.windows)
+            if asked != Export():
+                round_model(model, candidate.plan, source.arch, asked.precision, asked.target)
+            checks = [*check_onnx(onnx, model, texts.heldout, asked, original=dense), check_text(onnx)]
         speed = {} if asked.target == "cuda" and not has_cuda() else _speed(graphs.dense, onnx, texts)
         with atomic_folder(measured) as partial:
             shipped = {} if found is None else found.model_dump()
@@ -237,12 +249,16 @@ def _exported(candidate: Candidate, source: Source, texts: Texts, graphs: Graphs
     return replace(candidate, checkpoint=folder, onnx=onnx, checks=checks, shipped=shipped, speed=stored["speed"])
 
 
+@stage("speed")
 def _speed(base: Path, onnx: Path, texts: Texts) -> dict[str, Any]:
     """Tokens per second of a candidate and of the dense graph, back to back; an empty dict where the machine was too busy to measure."""
     length = texts.heldout.tokens.shape[1]
     prompt = texts.heldout.tokens[0, : min(128, length // 2)].tolist()
     try:
-        return bench(base, onnx, prompt=prompt, new_tokens=min(64, length - len(prompt) - 1), pairs=SPEED_PAIRS, command="sparsegate convert")
+        return bench(
+            base, onnx, prompt=prompt, new_tokens=min(64, length - len(prompt) - 1), pairs=SPEED_PAIRS, command="sparsegate convert",
+            progress=lambda done: update(done, SPEED_PAIRS, unit="pair"),
+        )  # fmt: skip
     except ValueError as error:
         log.warning("Speed was not measured: %s", error)
         return {}

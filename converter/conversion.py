@@ -14,7 +14,7 @@ import torch
 from ..runtime_onnx.library import variants
 from .arch import load_arch
 from .artifact import HEADER, VERSION, InputError, atomic_folder, hash_file, hash_json, write_json
-from .candidates import Candidate, Graphs, choose, make_graphs, measure, room
+from .candidates import Candidate, choose, make_graphs, measure, room
 from .distributed import check_device
 from .executors import check_onnx, measure_shipped
 from .hub import Remote, check_disk, check_push, head_commit, home_folder, is_hub_id, local_folder, push, remote_inspect
@@ -39,6 +39,7 @@ from .planning import (
     training_stages,
     training_windows,
 )
+from .progress import Job, job, stage
 from .published import is_published, normal_config
 from .quality import measure_quality
 from .recipe import Export, Recipe
@@ -46,7 +47,7 @@ from .record import build_report
 from .recovery_stage import EVALUATED
 from .reference import load as load_folder
 from .reference import load_dense
-from .report import RESULTS, Report, read_base_card, write_report
+from .report import RESULTS, Report, StageTime, read_base_card, write_report
 from .report.recovery import RECOVERY, RecoveryRecord
 from .schedule import keep_plan, once
 from .source import Source, check_config, check_shapes, make_config, open_source
@@ -115,31 +116,76 @@ def convert(
         push_to = check_push(push_to).id
     if out.exists() and not (out / MANIFEST).is_file():
         raise _occupied(out, "something else")
-    work = out.absolute().with_name(out.absolute().name + ".work")
+    order = _Order(asked, out, device, push_to, public, dry_run, keep_stages, command)
+    with job() as running:
+        with stage("open"):
+            opened = _opened(order)
+        return opened if isinstance(opened, Result) else _converted(order, opened, running)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a person wants of a conversion."""
+
+    recipe: Recipe
+    out: Path
+    device: str
+    push_to: str | None
+    public: bool
+    dry_run: bool
+    keep_stages: bool
+    command: str
+
+    @property
+    def work(self) -> Path:
+        """The folder of the stages."""
+        return self.out.absolute().with_name(self.out.absolute().name + ".work")
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model that can be converted, the record of the training that its weights come from (None: of none), and what its conversion is and needs."""
+
+    source: Source
+    record: RecoveryRecord | None
+    configs: Configs
+    needed: Estimate
+    fingerprint: str
+
+
+def _opened(order: _Order) -> _Opened | Result:
+    """The model, fetched where it lies on the Hub; the result where nothing is to be made: of a dry run, or where OUT is there already."""
+    asked, out, work = order.recipe, order.out, order.work
     configs = method_configs(asked)
     if asked.model != BUNDLED_MODEL and is_hub_id(asked.model):
-        if out.exists() and not dry_run:
-            return _existing(out, _fetched_fingerprint(out, asked, configs), push_to, public, None if keep_stages else work)
-        if dry_run or not (work / "source").exists():  # what was fetched before also serves without a network
+        if out.exists() and not order.dry_run:
+            return _existing(order, _fetched_fingerprint(out, asked, configs))
+        if order.dry_run or not (work / "source").exists():  # what was fetched before also serves without a network
             remote_needs = _remote_estimate(remote_inspect(asked.model), asked, configs)
-            if dry_run:
+            if order.dry_run:
                 return Result(out, False, None, remote_needs, precision=asked.export.precision)
             check_disk(out, remote_needs.disk_bytes)
     source = resolve(asked.model, work / "source")
     record = RecoveryRecord.load(source.folder / RECOVERY) if (source.folder / RECOVERY).is_file() else None
     configs = method_configs(asked, bool(training_stages(asked)) or has_zeros(source))
     needed = estimate(source, asked, configs)
-    if dry_run:
+    if order.dry_run:
         return Result(out, False, None, needed, precision=asked.export.precision)
     fingerprint = _fingerprint(source.fingerprint, asked, configs)
     if out.exists():
-        return _existing(out, fingerprint, push_to, public, None if keep_stages else work)
+        return _existing(order, fingerprint)
     check_disk(out, needed.disk_bytes)
     work.mkdir(parents=True, exist_ok=True)
+    return _Opened(source, record, configs, needed, fingerprint)
 
+
+def _converted(order: _Order, opened: _Opened, running: Job) -> Result:
+    """The stages from the opened model to OUT."""
+    asked, work, device, source, configs = order.recipe, order.work, order.device, opened.source, opened.configs
     recovered = _recovered(source, asked, work / RECOVERING, device)
-    texts = _texts(source, asked, training_windows(configs), work)
-    original, source, record = (source, recovered.source, recovered.record) if recovered else (None, source, record)
+    with stage("text"):
+        texts = _texts(source, asked, training_windows(configs), work)
+    original, source, record = (source, recovered.source, recovered.record) if recovered else (None, source, opened.record)
     within = asked
     if asked.budget.bounded and PRECISIONS[asked.export.precision].bits is not None:
         within = room(asked, make_graphs(source, texts, asked, work, original))
@@ -150,13 +196,27 @@ def convert(
     else:
         plans = once(source, texts, within, configs, work, device, original)
     graphs = make_graphs(source, texts, asked, work, original)
-    measured = measure(source, plans, _sparsities(configs, asked), texts, asked, work, original)
+    with stage("quality"):
+        measured = measure(source, plans, _sparsities(configs, asked), texts, asked, work, original)
     chosen, candidates = choose(measured, source, texts, graphs, asked, work, original)
-    report = _finish(out, original or source, asked, fingerprint, texts, chosen, candidates, graphs, command, keep_stages, push_to, record)
-    if not keep_stages:
-        shutil.rmtree(work)
-    url = push(out, push_to, private=not public) if push_to else None
-    return Result(out, False, report, needed, url, asked.export.precision)
+    with stage("report"):
+        report = build_report(original or source, asked, texts, candidates, chosen, graphs, order.command)
+        report = report.model_copy(update={"stages": _times(running)})
+        _finish(order, opened.fingerprint, original or source, texts, chosen, report, record)
+        if not order.keep_stages:
+            shutil.rmtree(work)
+    return Result(order.out, False, report, opened.needed, _pushed(order), asked.export.precision)
+
+
+def _times(running: Job) -> list[StageTime]:
+    return [StageTime(name=name, expected_seconds=expected, seconds=seconds) for name, expected, seconds in running.rows()]
+
+
+def _pushed(order: _Order) -> str | None:
+    """The URL that OUT was pushed to, None where it was not to be pushed."""
+    if not order.push_to:
+        return None
+    return push(order.out, order.push_to, private=not order.public)
 
 
 def _recovered(source: Source, recipe: Recipe, work: Path, device: str) -> Tuned | None:
@@ -184,11 +244,12 @@ def _sparsities(configs: Configs, recipe: Recipe) -> dict[str, float | None]:
     return {name: None if recipe.searches else getattr(next(iter(parts.values()), None), "sparsity", None) for name, parts in configs.items()} | {EXACT: None}
 
 
-def _existing(out: Path, fingerprint: str, push_to: str | None, public: bool, leftover: Path | None) -> Result:
+def _existing(order: _Order, fingerprint: str) -> Result:
+    out, leftover = order.out, None if order.keep_stages else order.work
     if read_manifest(out).fingerprint == fingerprint:
         if leftover and (out / "config.json").stat().st_nlink > 1:  # still shared with stages that were to go
             shutil.rmtree(leftover, ignore_errors=True)
-        return Result(out, True, Report.load(out / RESULTS), url=push(out, push_to, private=not public) if push_to else None)
+        return Result(out, True, Report.load(out / RESULTS), url=_pushed(order))
     raise _occupied(out, "another conversion")
 
 
@@ -224,24 +285,11 @@ def _remote_estimate(remote: Remote, recipe: Recipe, configs: Configs) -> Estima
     return needed.model_copy(update={"disk_bytes": needed.disk_bytes + remote.download_bytes})
 
 
-def _finish(
-    out: Path,
-    source: Source,
-    recipe: Recipe,
-    fingerprint: str,
-    texts: Texts,
-    chosen: Candidate,
-    candidates: list[Candidate],
-    graphs: Graphs,
-    command: str,
-    keep_stages: bool,
-    repo_id: str | None,
-    record: RecoveryRecord | None,
-) -> Report:
+def _finish(order: _Order, fingerprint: str, source: Source, texts: Texts, chosen: Candidate, report: Report, record: RecoveryRecord | None) -> None:
     """Assemble OUT from the chosen candidate's stages, report and card; the manifest is written last and one rename makes OUT appear. `record` is that of the
     training that the weights come from, here or before.
     """
-    report = build_report(source, recipe, texts, candidates, chosen, graphs, command)
+    out, recipe, keep_stages = order.out, order.recipe, order.keep_stages
     quality = chosen.quality
     with atomic_folder(out) as partial:
         assert chosen.checkpoint is not None and chosen.onnx is not None
@@ -251,7 +299,7 @@ def _finish(
         if record is not None:
             (partial / RECOVERY).parent.mkdir(exist_ok=True)
             write_json(partial / RECOVERY, record.model_dump(mode="json"))
-        write_report(partial, report, read_base_card(source.folder, source.id, source.revision), repo_id)
+        write_report(partial, report, read_base_card(source.folder, source.id, source.revision), order.push_to)
         manifest = Manifest(
             fingerprint=fingerprint,
             source={"id": source.id, "revision": source.revision, "fingerprint": source.fingerprint},
@@ -269,7 +317,6 @@ def _finish(
             files=list_files(partial),
         )
         write_manifest(partial, manifest)
-    return report
 
 
 def _onnx_measured(shipped: ExecutorQuality | None) -> dict[str, float]:
@@ -296,17 +343,19 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     return load_folder(local_folder(model), dtype)
 
 
+@job()
 def verify(model: str | Path, source: str | Path | None = None, calibration: str | Path | None = None) -> Verification:
     """Check a checkpoint: files against the manifest, dense weights against `source`, quality against budget and record, executors against each other.
 
     A checkpoint made with a text of its own is measured on that text when it is given as `calibration`, else on the one that comes with sparsegate.
     Speed is never judged. Raises InputError when the folder is no sparse checkpoint.
     """
-    folder = local_folder(model)
+    with stage("open"):
+        folder = local_folder(model)
+        original = None if source is None or not folder.is_dir() else resolve(str(source), home_folder("dense", str(source)))
     if not folder.is_dir():
         raise InputError(f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the spelling.")
     manifest = read_manifest(folder)
-    original = None if source is None else resolve(str(source), home_folder("dense", str(source)))
     wrong = check_files(folder, manifest)
     checks = [Check(name="files", value=len(wrong), bound=0, passed=not wrong, note="; ".join(wrong[:3]) or f"{len(manifest.files)} files as written")]
     plan = read_plan(folder)
@@ -324,14 +373,16 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
     recovered, dense = bool(training_stages(recipe)), None
     if recovered and original is not None:
         dense = load_dense(original.folder)
-    quality = measure_quality(sparse, plan, heldout, original=dense, error=0.0, most=heldout.count)
+    with stage("quality"):
+        quality = measure_quality(sparse, plan, heldout, original=dense, error=0.0, most=heldout.count)
     if original is not None:
         checks.append(check_source(sparse, original.folder, heldout, trained=recovered))
     asked = recipe.export
-    shipped = measure_shipped(folder / "onnx", sparse, heldout, asked, original=dense, count=quality.windows)
-    if asked != Export():
-        round_model(sparse, plan, opened.arch, asked.precision, asked.target)
-    checks += [*check_onnx(folder / "onnx", sparse, heldout, asked, original=dense), check_text(folder / "onnx")]
+    with stage("agreement"):
+        shipped = measure_shipped(folder / "onnx", sparse, heldout, asked, original=dense, count=quality.windows)
+        if asked != Export():
+            round_model(sparse, plan, opened.arch, asked.precision, asked.target)
+        checks += [*check_onnx(folder / "onnx", sparse, heldout, asked, original=dense), check_text(folder / "onnx")]
     if recovered and dense is None:
         log.warning("The weights were trained: NLL is measured, and what compares with the dense model is the record's. Give that model with --source MODEL.")
         quality = quality.model_copy(update={name: manifest.measured[name] for name in ("nll_dense", "kl", "agreement")})

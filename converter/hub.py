@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .artifact import InputError, disk_full, is_disk_full, read_json, write_json
 from .manifest import LINK_FILES, MANIFEST, check_files, read_manifest
+from .progress import job, stage
 
 _TIMEOUT = 10.0  # seconds until a silent Hub counts as unreachable; later requests have the Hub client's own limits
 _RECORD = Path(".cache") / "sparsegate.json"  # beside huggingface_hub's own notes on a local folder
@@ -237,6 +238,8 @@ def check_push(repo_id: str, token: str | None = None, endpoint: str | None = No
     return PushTarget(repo_id, True, bool(info.private))
 
 
+@job()
+@stage("push")
 def push(folder: Path, repo_id: str, private: bool = True, token: str | None = None, endpoint: str | None = None) -> str:
     """Upload a finished checkpoint folder and return the repository's URL.
 

@@ -13,6 +13,7 @@ from .artifact import InputError, read_json
 from .hub import is_hub_id, remote_inspect
 from .opening import resolve
 from .planning import Estimate, compile_recipe, estimate_shapes, method_configs
+from .progress import job
 from .published import is_published, normal_config
 from .source import check_config, check_shapes, make_config, open_source
 
@@ -32,6 +33,7 @@ class Inspection(BaseModel):
     estimate: Estimate | None = None
 
 
+@job()
 def inspect(model: str | Path) -> Inspection:
     """Inspect a folder or a Hub id. Raises InputError when there is nothing to read; what is readable but unsupported comes back with its reason."""
     name = str(model)

@@ -22,9 +22,10 @@ import torch.distributed
 
 from .artifact import InputError, disk_full, is_disk_full
 from .distributed import processes, world
+from .progress import follow, relayed
 from .recipe import Recovery
 
-_REFUSAL = "refusal."
+_REFUSAL, _PROGRESS = "refusal.", "progress.json"
 _PROGRAM = f"""
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller ends its processes
@@ -83,7 +84,7 @@ def run_in_processes(count: int, function: Callable[..., None], *arguments: str 
             for rank in range(count):
                 own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.__stderr__, env=own))
-            status = _wait(started)
+            status = _wait(started, Path(name) / _PROGRESS)
         finally:
             for one in started:
                 one.terminate()
@@ -104,13 +105,14 @@ def _own_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
 
 
-def _wait(started: list[subprocess.Popen[bytes]]) -> int:
-    """0 when all processes have ended well, or the status of one that has not, at once."""
+def _wait(started: list[subprocess.Popen[bytes]], progress: Path) -> int:
+    """0 when all processes have ended well, or the status of one that has not, at once; meanwhile what the first one says in `progress` is shown."""
     while True:
         codes = [one.poll() for one in started]
         failed = [code for code in codes if code]
         if failed or None not in codes:
             return min(failed, default=0)  # a signal before the errors of those who lost their peer
+        follow(progress)
         time.sleep(_POLL)
 
 
@@ -124,7 +126,7 @@ def main(folder: str, module: str, name: str, *arguments: str) -> None:
     """One of the processes."""
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
     try:
-        with processes("cpu"):
+        with processes("cpu"), relayed(None if world().rank else Path(folder) / _PROGRESS):
             getattr(importlib.import_module(module), name)(*arguments)
     except (InputError, OSError) as error:
         said = str(error)

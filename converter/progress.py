@@ -49,7 +49,7 @@ class _Loop:
 @dataclass
 class _Stage:
     """A stage, its loops from the outermost inwards, its seconds without those of stages apart, the share of it that is through and the share that was when
-    it began.
+    it began, and whether it was found finished.
     """
 
     name: str
@@ -58,6 +58,7 @@ class _Stage:
     loops: list[_Loop] = field(default_factory=list)
     share: float | None = None
     first: float = 0.0
+    resumed: bool = False
 
     def elapsed(self) -> float:
         """Seconds until now."""
@@ -108,6 +109,16 @@ class Job:
     def expect(self, expected: Mapping[str, float]) -> None:
         """Set the expected seconds by stage, when they are known after the job has begun."""
         self.expected = dict(expected)
+
+    def add(self, ended: _Stage) -> None:
+        """Count a stage, or a part of one."""
+        if ended.resumed:
+            if ended.name not in self.seconds:
+                self.seconds[ended.name] = 0.0
+                self.resumed.add(ended.name)
+        else:
+            self.seconds[ended.name] = self.seconds.get(ended.name, 0.0) + ended.before
+            self.resumed.discard(ended.name)
 
     def rows(self) -> list[tuple[str, float | None, float]]:
         """Name, expected seconds (None: none were) and seconds of every finished stage, in order."""
@@ -323,10 +334,9 @@ def _end(begun: _Stage, ended: bool) -> None:
     with _work.lock:
         begun.pause()
         _work.stages.remove(begun)
-        _work.display.end(begun, _line(begun.name, f"{begun.before:.1f} s") if ended else None)
+        _work.display.end(begun, _line(begun.name, "resumed" if begun.resumed else f"{begun.before:.1f} s") if ended else None)
         if _work.job is not None:
-            _work.job.seconds[begun.name] = _work.job.seconds.get(begun.name, 0.0) + begun.before
-            _work.job.resumed.discard(begun.name)
+            _work.job.add(begun)
         if _work.stages:
             _work.stages[-1].resume()
             _work.display.begin(_work.stages[-1])
@@ -334,13 +344,16 @@ def _end(begun: _Stage, ended: bool) -> None:
             _work.display = _Nothing()
 
 
-def resumed(name: str) -> None:
-    """Say that a stage was found finished: it took no time in this job."""
+def resumed(name: str | None = None) -> None:
+    """Say that a stage was found finished and took no time in this job: the running one, or one by its name, unless that has done something before."""
     with _work.lock:
+        if name is None:
+            if _work.stages:
+                _work.stages[-1].resumed = True
+            return
         if _work.job is None or name in _work.job.seconds:
             return
-        _work.job.seconds[name] = 0.0
-        _work.job.resumed.add(name)
+        _work.job.add(_Stage(name, resumed=True))
         running, line = _work.stages[-1] if _work.stages else None, _line(name, "resumed")
         if running is None:
             _work.shown_on().end(_Stage(name), line)

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from . import progress
 from .activation_checkpointing import checkpointed
 from .arch import Site
 from .artifact import Header, InputError, atomic_folder, is_finished, read_json, write_header, write_json, write_tensors
@@ -128,6 +129,8 @@ def tuned(
             run_in_processes(count, in_process, work)
         else:
             _tune(source, original, activation, asked, seed, work, device, evaluation, header)
+    else:
+        progress.resumed()
     record = RecoveryRecord.load(folder / "recovery.json")
     return Tuned(folder / "checkpoint", load_plan(folder / "plan"), record, header)
 
@@ -220,6 +223,7 @@ def _tune(
                 write_header(partial, header)
 
 
+@progress.stage("text", apart=True)
 def training_text(source: Source, asked: Recovery, seed: int, work: Path, processes: int = 1) -> tuple[Batches, TrainingText]:
     """The windows to train on and their record: of the recipe's mixture, or text that the dense source writes itself, in `processes` of this machine."""
     data = asked.data

@@ -24,6 +24,7 @@ from .labels import collect_labels
 from .methods import load_method, needs
 from .planning import EXACT, IMPORTED, TUNED
 from .plans import FFN_LINEARS, Plan, Swap, block_cost, load_plan, merge, save_plan
+from .progress import resumed, stage, track
 from .recipe import Recipe
 from .reference import load_dense
 from .residual import add_residuals, residual_rank
@@ -102,17 +103,30 @@ def once(
     todo = [name for name in configs if not is_finished(work / "plan" / name, headers[name])]
     if todo:
         run.stats = _statistics(run, {part: config for name in todo for part, config in configs[name].items()})
-        for name in todo:
-            plan = _searched(run, name, configs[name]) if recipe.searches else _direct(run, name, configs[name])
-            plan = None if plan is None else _completely(run, plan)
-            with atomic_folder(work / "plan" / name) as partial:
-                save_plan(partial, plan or {}, headers[name])
+        with stage("plan"):
+            for name in track(todo, unit="method"):
+                _make_plan(run, name, configs[name], headers[name])
+    else:
+        for name in ("calibrate", *(f"train {name}" for name, config in configs.items() if _is_trained(config)), "plan"):
+            resumed(name)
     for folder in ("stats", "stats_labels"):
         drop_samples(work / folder)
     plans = {name: load_plan(work / "plan" / name) for name in configs}
     if not any(plans.values()):
         raise InputError(f"The budget must be one that a method can meet, got none of {', '.join(plans)} within it. Loosen it.")
     return {name: plan for name, plan in plans.items() if plan}
+
+
+def _make_plan(run: Run, name: str, config: Mapping[str, Any], header: Header) -> None:
+    """A method's plan, as a stage that is finished."""
+    if run.recipe.searches:
+        with stage(f"search {name}", apart=True):
+            plan = _searched(run, name, config)
+    else:
+        plan = _direct(run, name, config)
+    plan = None if plan is None else _completely(run, plan)
+    with atomic_folder(run.work / "plan" / name) as partial:
+        save_plan(partial, plan or {}, header)
 
 
 def _completely(run: Run, plan: Plan) -> Plan:
@@ -127,8 +141,7 @@ def _completely(run: Run, plan: Plan) -> Plan:
 
 
 def _header(run: Run, name: str, config: Mapping[str, Any]) -> Header:
-    trained = any(getattr(load_method(part), "start", None) for part in config if part != IMPORTED)
-    parents = {"training": run.texts.training.sha256} if trained else {}
+    parents = {"training": run.texts.training.sha256} if _is_trained(config) else {}
     files = fingerprint(config[IMPORTED]) if IMPORTED in config else None
     parents |= {"predictors": files} if files else {}
     budget = {}
@@ -138,6 +151,12 @@ def _header(run: Run, name: str, config: Mapping[str, Any]) -> Header:
     return run.header(name, {part: values.model_dump(mode="json") for part, values in config.items()} | budget, **parents)
 
 
+def _is_trained(config: Mapping[str, Any]) -> bool:
+    """Whether a method of these parts can be trained."""
+    return any(getattr(load_method(part), "start", None) for part in config if part != IMPORTED)
+
+
+@stage("calibrate")
 def _statistics(run: Run, parts: Mapping[str, Any]) -> Stats:
     """The statistics of all methods: those of scores that need gradients from the whole model, the others block by block."""
     names = {stat for part, config in parts.items() for stat in (IMPORTED_NEEDS if part == IMPORTED else needs(part, config))}
@@ -203,9 +222,10 @@ def _start(part: str, config: Any) -> float | None:
 def _trained(run: Run, name: str, part: str, config: Any, plan: Plan, start: float, density: float) -> Plan:
     folder = run.work / "trained" / f"{name}-{density:.3f}"
     header = run.header(part, config.model_dump(mode="json"), training=run.texts.training.sha256)
-    (found,) = train_plan(
-        run.model, run.source.arch, run.activation, plan, start, [density], run.texts.training, config.tune, config.seed, folder, header, run.teacher
-    )
+    with stage(f"train {name.partition('-')[0]}", apart=True):
+        (found,) = train_plan(
+            run.model, run.source.arch, run.activation, plan, start, [density], run.texts.training, config.tune, config.seed, folder, header, run.teacher
+        )
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from . import progress
 from .artifact import InputError, atomic_folder, read_header, write_json
 from .by_block import GROUP, micro_batch
 from .distributed import check_started, processes, same_error, share_of, world
@@ -25,6 +26,7 @@ DEFAULT = "turbosparse"
 """The recipe of `tune` where none is named."""
 
 
+@progress.job()
 def tune(
     model: str | None = None,
     output: str | Path | None = None,
@@ -54,11 +56,12 @@ def tune(
         raise InputError(f"OUT must be a new folder, got {out}, which exists. Choose another -o, or remove the folder.")
     work = out.absolute().with_name(out.absolute().name + ".work")
     with processes(device) as own:
-        with same_error():
-            if world().rank == 0:
-                resolve(asked.model, work / "source")
-        source = resolve(asked.model, work / "source")
-        evaluation = Evaluation(make_heldout(source, asked, EVALUATED), heldout_name(asked))
+        with progress.stage("open"):
+            with same_error():
+                if world().rank == 0:
+                    resolve(asked.model, work / "source")
+            source = resolve(asked.model, work / "source")
+            evaluation = Evaluation(make_heldout(source, asked, EVALUATED), heldout_name(asked))
         found = train_stages(source, stages, asked.seed if seed is None else seed, work, str(own), evaluation)
         with same_error():
             if world().rank == 0:
@@ -101,7 +104,8 @@ def train_stages(source: Source, stages: Sequence[Stage], seed: int, work: Path,
         with same_error():
             if number and stage.tune.data == stages[number - 1].tune.data and world().rank == 0:  # type: ignore[union-attr]
                 _share_text(stage_folder(work, number - 1), stage_folder(work, number))
-        found = tuned(given, stage.config.get("activation"), stage.tune, seed, stage_folder(work, number), device, evaluation, source)
+        with progress.stage(f"train {number + 1}" if len(stages) > 1 else "train"):
+            found = tuned(given, stage.config.get("activation"), stage.tune, seed, stage_folder(work, number), device, evaluation, source)
         records.append(found.record)
     assert found is not None
     return replace(found, record=joined(records))

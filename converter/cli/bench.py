@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .output import Quiet, Verbose
+
 
 def bench(
     models: Annotated[
@@ -31,20 +33,19 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="Threads within an op.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder in which the models of a shape are made and kept.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file; table and plot go beside it, an op's finished rows are kept.")] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Measure speed against the dense model, back to back, and print tokens per second and ratios."""
-    from tqdm.auto import tqdm
-
+    from .. import progress
     from ..bench.run import bench as run
     from . import output as show
 
-    with tqdm(desc="bench", unit=" rows" if op else " pairs", delay=0.01) as bar:  # the delay keeps the bar away when a folder is refused
+    def advance(done: int, total: int) -> None:
+        progress.update(done, total or None, unit="row" if op else "pair")
 
-        def advance(done: int, total: int) -> None:
-            bar.total = total or None
-            bar.update(done - bar.n)
-
+    with show.telling(quiet, verbose), progress.job(), progress.stage("bench"):
         words = show.command(sys.argv[1:])
         result = run(
             models, shape=shape, op=op, precision=precision, density=density, tokens=tokens, layers=layers, peers=peers, prompt_tokens=prompt_tokens,

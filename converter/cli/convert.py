@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .output import Quiet, Verbose
+
 
 def convert(
     model: Annotated[
@@ -38,16 +40,19 @@ def convert(
     public: Annotated[bool, typer.Option("--public", help="Make a pushed repository public.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and needed, and stop.")] = False,
     keep_stages: Annotated[bool, typer.Option("--keep-stages", help="Keep OUT.work with every stage, the dense ONNX graph included.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> int:
     """Convert and print the measured table."""
     from ..conversion import convert as run
     from . import output as show
 
-    result = run(
-        model=model, output=output, method=method, sparsity=sparsity, max_ppl_increase=show.share(max_ppl_increase, "--max-ppl-increase"), max_kl=max_kl,
-        recipe=recipe, calibration=calibration, precision=precision, target=target, seed=seed, device=device, push_to=push, public=public,
-        dry_run=dry_run, keep_stages=keep_stages, command=show.command(sys.argv[1:]),
-    )  # fmt: skip
+    with show.telling(quiet, verbose):
+        result = run(
+            model=model, output=output, method=method, sparsity=sparsity, max_ppl_increase=show.share(max_ppl_increase, "--max-ppl-increase"), max_kl=max_kl,
+            recipe=recipe, calibration=calibration, precision=precision, target=target, seed=seed, device=device, push_to=push, public=public,
+            dry_run=dry_run, keep_stages=keep_stages, command=show.command(sys.argv[1:]),
+        )  # fmt: skip
     show.conversion(result, json)
     return 0

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .output import Quiet, Verbose
+
 
 def eval(
     model: Annotated[str, typer.Argument(metavar="DIR", help="Sparse checkpoint or Hub id.")],
@@ -24,6 +26,8 @@ def eval(
     source: Annotated[
         str | None, typer.Option(help="Dense model to compare with, where weights or activations were changed. Default: the checkpoint ungated.")
     ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Measure, store report/eval.json and print the tables."""
@@ -32,7 +36,8 @@ def eval(
     from ..report.tables import table
     from . import output as show
 
-    found = evaluate(model, text, windows, prompts, max_new_tokens, lm_eval, limit, command=show.command(sys.argv[1:]), source=source)
+    with show.telling(quiet, verbose):
+        found = evaluate(model, text, windows, prompts, max_new_tokens, lm_eval, limit, command=show.command(sys.argv[1:]), source=source)
     if json:
         print(found.model_dump_json(indent=2))
         return 0

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json as _json
+import logging
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from ..artifact import InputError
 
@@ -19,6 +24,32 @@ if TYPE_CHECKING:
 
 _MOST_SITES = 12
 """More sites than these are not listed on a terminal."""
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and errors, and nothing of the way there.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print what libraries say too, and everything that sparsegate logs.")]
+
+
+@contextmanager
+def telling(quiet: bool, verbose: bool) -> Iterator[None]:
+    """How much goes to stderr inside the block."""
+    if quiet and verbose:
+        raise InputError("--quiet and --verbose must not be given together, got both. Leave one out.")
+    from .. import progress
+
+    own, root = logging.getLogger("sparsegate"), logging.getLogger()
+    before = own.level, root.level
+    if quiet:
+        own.setLevel(logging.ERROR)
+    if verbose:
+        own.setLevel(logging.DEBUG)
+        root.setLevel(logging.INFO)
+    try:
+        with progress.shown("quiet" if quiet else "verbose" if verbose else "normal"):
+            yield
+    finally:
+        own.setLevel(before[0])
+        root.setLevel(before[1])
 
 
 def share(text: str | None, flag: str) -> float | None:
@@ -42,7 +73,7 @@ def _size(count: float) -> str:
 
 def conversion(result: Result, as_json: bool) -> None:
     """The tables of a conversion and the verdict on it, last, or what a dry run found."""
-    from ..report import make_verdict, onnx_table, quality_table, read_recovery, reference_table
+    from ..report import make_verdict, onnx_table, quality_table, read_recovery, reference_table, stage_text
 
     if result.report is None:
         estimate = result.estimate
@@ -64,6 +95,7 @@ def conversion(result: Result, as_json: bool) -> None:
     parts += [reference_table(report, "text")] if report.references else []
     parts += [onnx_table(report, "text")] if report.onnx else []
     parts += [_layers(report)] if report.layers else []
+    parts += [stage_text(report)] if report.stages and not result.up_to_date else []
     parts += [f"pushed to {result.url}"] if result.url else []
     for part in (*parts, verdict.sentence):
         print(f"\n{part}")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .output import Quiet, Verbose
+
 
 def tune(
     model: Annotated[
@@ -28,13 +30,16 @@ def tune(
     device: Annotated[
         str, typer.Option(help="Where torch trains: cpu or cuda. Several processes: torchrun --nproc-per-node N $(which sparsegate) tune ...")
     ] = "cpu",
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> int:
     """Tune and print what was recovered."""
     from ..tuning import tune as run
     from . import output as show
 
-    result = run(model, output, activation, recipe, data, steps, density, lora, seed, device)
+    with show.telling(quiet, verbose):
+        result = run(model, output, activation, recipe, data, steps, density, lora, seed, device)
     if result.rank == 0:
         show.tuning(result, json)
     return 0

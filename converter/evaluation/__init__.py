@@ -19,6 +19,7 @@ from ..hub import download, home_folder, is_hub_id, local_folder
 from ..manifest import Manifest, installed_versions, read_manifest
 from ..planning import BUNDLED_MODEL, training_stages
 from ..plans import Plan
+from ..progress import job, stage
 from ..quality import ERROR, MOST_TOKENS, measure_executor, measure_quality
 from ..recipe import Recipe
 from ..reference import load, load_dense
@@ -34,6 +35,7 @@ from .harness import find_tasks, run_tasks
 log = logging.getLogger("sparsegate")
 
 
+@job()
 def evaluate(
     model: str | Path,
     text: str | Path | None = None,
@@ -65,7 +67,8 @@ def evaluate(
     for name, number, least in (("windows", windows, 1), ("max_new_tokens", max_new_tokens, 1), ("limit", limit, 1)):
         if number is not None and number < least:
             raise InputError(f"{name} must be at least {least}, got {number}. Choose a larger number.")
-    folder = local_folder(model)
+    with stage("open"):
+        folder = local_folder(model)
     if not folder.is_dir():
         raise InputError(f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the spelling.")
     manifest = read_manifest(folder)
@@ -78,9 +81,17 @@ def evaluate(
     rows = make_prompts(tokenizer, config, batches, None if prompts is None else Path(prompts), max_new_tokens)
     original = None if source is None else _dense(source, config)
     sparse = load(folder)
-    quality = measure_quality(sparse, plan, batches, original=original, error=error, most=MOST_TOKENS if error else batches.count)
+    with stage("quality"):
+        quality = measure_quality(sparse, plan, batches, original=original, error=error, most=MOST_TOKENS if error else batches.count)
     shown = name if prompts is None else Path(prompts).name
-    answers, sparsity = compare_answers(sparse, plan, arch, tokenizer, rows, max_new_tokens, bleu, shown, original)
+    with stage("answers"):
+        answers, sparsity = compare_answers(sparse, plan, arch, tokenizer, rows, max_new_tokens, bleu, shown, original)
+    with stage("executors"):
+        executors = _executors(folder / "onnx", sparse, batches, original)
+    results = {}
+    if tasks is not None:
+        with stage("tasks"):
+            results = run_tasks(folder / "onnx", sparse, tasks, limit, original)
     measured = Measured(
         executor="torch", tokens=quality.tokens, nll=quality.nll, nll_torch=quality.nll, kl=quality.kl, agreement=quality.agreement
     )  # fmt: skip
@@ -89,11 +100,11 @@ def evaluate(
         model=str(manifest.recipe.get("model", folder.name)), date=datetime.now(UTC).date().isoformat(), command=command, machine=this_machine(),
         versions=installed_versions(), text=Text(tokens=quality.tokens, hash=batches.sha256, name=name), nll_dense=quality.nll_dense,
         against=_against(opened, Recipe.model_validate(manifest.recipe), source),
-        executors=[measured, *_executors(folder / "onnx", sparse, batches, original)],
+        executors=[measured, *executors],
         density=quality.density, cost=quality.cost, block_cost=quality.block_cost, predictor_cost=predictor_cost(plan, arch, config),
         site_density=quality.site_density, site_cost=quality.site_cost,
         sparsity=sparsity.summary(1 - quality.density, sum(p.numel() for p in sparse.parameters())), answers=answers,
-        tasks={} if tasks is None else run_tasks(folder / "onnx", sparse, tasks, limit, original),
+        tasks=results,
     )  # fmt: skip
     if not is_hub_id(str(model)):
         found.save(folder / EVALUATION)

@@ -11,8 +11,8 @@ from .evaluation import EVALUATION, Evaluation
 from .html import PAGE, make_report, render, write_report
 from .plots import plot_candidates, plot_correlations, plot_curves, plot_layers, plot_recovery, plot_zeros
 from .recovery import RECOVERY, CurvePoint, DenseQuality, HeldoutPoint, RecoveryRecord, SiteDensity, SwappedQuality, TrainingText
-from .results import RESULTS, Check, Layer, Machine, OnnxRow, Reference, Report, Row, Speed, Text, this_machine
-from .tables import check_table, detail_table, layer_table, onnx_table, quality_table
+from .results import RESULTS, Check, Layer, Machine, OnnxRow, Reference, Report, Row, Speed, StageTime, Text, this_machine
+from .tables import check_table, detail_table, layer_table, onnx_table, quality_table, stage_text
 from .verdict import Verdict, make_verdict, read_recovery
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "Report",
     "Row",
     "SiteDensity",
+    "StageTime",
     "Speed",
     "SwappedQuality",
     "Text",
@@ -68,6 +69,7 @@ __all__ = [
     "ranking",
     "read_base_card",
     "render",
+    "stage_text",
     "this_machine",
     "write_card",
     "write_report",

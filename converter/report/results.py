@@ -184,6 +184,14 @@ class Check(Strict):
     at_least: bool = False
 
 
+class StageTime(Strict):
+    """Seconds that a stage of the conversion took (0: it was found finished) and was expected to take, None where nothing was."""
+
+    name: str
+    expected_seconds: float | None = Field(default=None, ge=0)
+    seconds: float = Field(ge=0)
+
+
 class Report(Strict):
     """All measurements of one conversion. `model` is the Hub id (then `revision` is its commit) or the name of the source folder. Where it is `swapped`, its
     activation was changed before, and the row of the method dense is this model with nothing skipped: tables call it ungated.
@@ -208,6 +216,7 @@ class Report(Strict):
     references: list[Reference] = []
     layers: list[Layer] = []
     checks: list[Check] = []
+    stages: list[StageTime] = []
 
     @model_validator(mode="after")
     def _check(self) -> Report:

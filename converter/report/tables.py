@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Literal
 
 from .change import perplexity_change
-from .results import OnnxRow, Report, Row
+from .results import OnnxRow, Report, Row, StageTime
 
 ABSENT = "-"
 Form = Literal["markdown", "text"]  # a pipe table for cards, or aligned columns for terminals
@@ -59,6 +60,19 @@ def layer_table(report: Report, form: Form = "markdown") -> str:
 def check_table(report: Report, form: Form = "markdown") -> str:
     """One row per check: the value, its bound, whether it holds, and what was compared."""
     return table(check_cells(report), form)
+
+
+def stage_text(report: Report, width: int = 120) -> str:
+    """The seconds of every stage, beside what was expected where something was, and of all, in lines of at most `width` columns."""
+    stages = [*report.stages, _whole(report.stages)]
+    parts = [f"{stage.name} {stage.seconds:.1f}{'' if stage.expected_seconds is None else f' ({stage.expected_seconds:.1f})'}" for stage in stages]
+    expected = " (expected)" if any(stage.expected_seconds is not None for stage in report.stages) else ""
+    return textwrap.fill(f"seconds{expected}: {', '.join(parts)}", width)
+
+
+def _whole(stages: list[StageTime]) -> StageTime:
+    expected = [stage.expected_seconds for stage in stages if stage.expected_seconds is not None]
+    return StageTime(name="in all", seconds=sum(stage.seconds for stage in stages), expected_seconds=sum(expected) if expected else None)
 
 
 def table(cells: Cells, form: Form = "markdown") -> str:
