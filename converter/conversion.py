@@ -352,27 +352,27 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
     """
     with stage("open"):
         folder = local_folder(model)
-        original = None if source is None or not folder.is_dir() else resolve(str(source), home_folder("dense", str(source)))
-    if not folder.is_dir():
-        raise InputError(f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the spelling.")
-    manifest = read_manifest(folder)
-    wrong = check_files(folder, manifest)
-    checks = [Check(name="files", value=len(wrong), bound=0, passed=not wrong, note="; ".join(wrong[:3]) or f"{len(manifest.files)} files as written")]
-    plan = read_plan(folder)
-    sparse = load_folder(folder)
-    opened = open_source(folder, sparse=True)
-    recipe = Recipe.model_validate(manifest.recipe)
-    wanted = manifest.calibration.get("file")
-    if calibration is not None and (not Path(calibration).is_file() or hash_file(Path(calibration)) != wanted):
-        raise InputError(f"--calibration must be the text that the checkpoint was made with, got {calibration}. Give that file, or none.")
-    if calibration is None and wanted is not None:
-        log.warning("Quality is measured on the text that comes with sparsegate; give the checkpoint's own with --calibration FILE.")
-    text = None if calibration is None else str(calibration)
-    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": text})})
-    heldout = make_heldout(opened, recipe, int(manifest.measured.get("windows", EARLIER_WINDOWS[recipe.searches])))
-    recovered, dense = bool(training_stages(recipe)), None
-    if recovered and original is not None:
-        dense = load_dense(original.folder)
+        if not folder.is_dir():
+            raise InputError(f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the spelling.")
+        manifest = read_manifest(folder)
+        original = None if source is None else resolve(str(source), home_folder("dense", str(source)))
+        wrong = check_files(folder, manifest)
+        checks = [Check(name="files", value=len(wrong), bound=0, passed=not wrong, note="; ".join(wrong[:3]) or f"{len(manifest.files)} files as written")]
+        plan = read_plan(folder)
+        sparse = load_folder(folder)
+        opened = open_source(folder, sparse=True)
+        recipe = Recipe.model_validate(manifest.recipe)
+        wanted = manifest.calibration.get("file")
+        if calibration is not None and (not Path(calibration).is_file() or hash_file(Path(calibration)) != wanted):
+            raise InputError(f"--calibration must be the text that the checkpoint was made with, got {calibration}. Give that file, or none.")
+        if calibration is None and wanted is not None:
+            log.warning("Quality is measured on the text that comes with sparsegate; give the checkpoint's own with --calibration FILE.")
+        text = None if calibration is None else str(calibration)
+        recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": text})})
+        heldout = make_heldout(opened, recipe, int(manifest.measured.get("windows", EARLIER_WINDOWS[recipe.searches])))
+        recovered, dense = bool(training_stages(recipe)), None
+        if recovered and original is not None:
+            dense = load_dense(original.folder)
     with stage("quality"):
         quality = measure_quality(sparse, plan, heldout, original=dense, error=0.0, most=heldout.count)
     if original is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..artifact import InputError, read_json, write_json
 from ..hub import local_folder
 from ..onnx_export.precision import PRECISIONS
 from ..plans import check_exact
+from ..progress import stage
 from .model import Entry, Sizes, bench_models
 from .shapes import Shape, find_shape
 
@@ -258,16 +258,15 @@ def random_folders(
         raise InputError(
             f"--work must be a folder of the same shape, layers, precision and activation, got {folder}, which is of another. Choose another folder."
         )
-    log = logging.getLogger("sparsegate")
     checkpoint = folder / "checkpoint"
     if not stamp.is_file():
-        log.info("bench: writing a random %s", shape.name)
-        make.make_checkpoint(shape, checkpoint, layers)
+        with stage(f"random {shape.name}", apart=True):
+            make.make_checkpoint(shape, checkpoint, layers)
     config, arch = AutoConfig.from_pretrained(checkpoint), load_arch(shape.model_type)
     dense = folder / ("base" if PRECISIONS[precision].bits is None else "dense")
     if not stamp.is_file():
-        log.info("bench: building the dense %s graph", precision)
-        make.build_dense(checkpoint, precision, folder)
+        with stage(f"dense {precision} graph", apart=True):
+            make.build_dense(checkpoint, precision, folder)
         write_json(stamp, wish)
     rank = make.default_rank(shape)
     found, inputs = {"dense": dense}, None
@@ -276,14 +275,14 @@ def random_folders(
         out = found[role] = folder / role.replace(" ", "_")
         if out.is_dir():
             continue
-        log.info("bench: building the %s %s graph that keeps %g", role, precision, density)
-        inputs = inputs or make.mlp_inputs(checkpoint, arch, config)
-        if not score:
-            make.build_sparse(folder / "base", make.random_plan(inputs, shape.neurons, rank, density), arch, config, out, precision)
-            continue
-        plan = make.relu_plan(make.random_plan(inputs, shape.neurons, rank, density / RIGHT), activation, score)
-        opened = open_share(activation, density if score == "exact" else RIGHT)
-        make.build_sparse(folder / "base", plan, arch, config, out, precision, opened)
+        with stage(f"{role} {precision} graph", apart=True):
+            inputs = inputs or make.mlp_inputs(checkpoint, arch, config)
+            if not score:
+                make.build_sparse(folder / "base", make.random_plan(inputs, shape.neurons, rank, density), arch, config, out, precision)
+                continue
+            plan = make.relu_plan(make.random_plan(inputs, shape.neurons, rank, density / RIGHT), activation, score)
+            opened = open_share(activation, density if score == "exact" else RIGHT)
+            make.build_sparse(folder / "base", plan, arch, config, out, precision, opened)
     return found, Sizes(shape.hidden, shape.neurons, rank, layers or shape.layers)
 
 

@@ -39,10 +39,8 @@ def telling(quiet: bool, verbose: bool) -> Iterator[None]:
 
     own, root = logging.getLogger("sparsegate"), logging.getLogger()
     before = own.level, root.level
-    if quiet:
-        own.setLevel(logging.ERROR)
+    own.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING)
     if verbose:
-        own.setLevel(logging.DEBUG)
         root.setLevel(logging.INFO)
     try:
         with progress.shown("quiet" if quiet else "verbose" if verbose else "normal"):

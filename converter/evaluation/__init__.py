@@ -69,18 +69,18 @@ def evaluate(
             raise InputError(f"{name} must be at least {least}, got {number}. Choose a larger number.")
     with stage("open"):
         folder = local_folder(model)
-    if not folder.is_dir():
-        raise InputError(f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the spelling.")
-    manifest = read_manifest(folder)
-    bleu = import_sacrebleu()
-    tasks = None if lm_eval is None else find_tasks(lm_eval)
-    plan, opened = read_plan(folder), open_source(folder, sparse=True)
-    tokenizer, arch, config = opened.tokenizer(), opened.arch, opened.config
-    batches, name = _batches(tokenizer, config, manifest, None if text is None else Path(text), windows)
-    error = ERROR if windows is None and text is not None else 0.0
-    rows = make_prompts(tokenizer, config, batches, None if prompts is None else Path(prompts), max_new_tokens)
-    original = None if source is None else _dense(source, config)
-    sparse = load(folder)
+        if not folder.is_dir():
+            raise InputError(f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the spelling.")
+        manifest = read_manifest(folder)
+        bleu = import_sacrebleu()
+        tasks = None if lm_eval is None else find_tasks(lm_eval)
+        plan, opened = read_plan(folder), open_source(folder, sparse=True)
+        tokenizer, arch, config = opened.tokenizer(), opened.arch, opened.config
+        batches, name = _batches(tokenizer, config, manifest, None if text is None else Path(text), windows)
+        error = ERROR if windows is None and text is not None else 0.0
+        rows = make_prompts(tokenizer, config, batches, None if prompts is None else Path(prompts), max_new_tokens)
+        original = None if source is None else _dense(source, config)
+        sparse = load(folder)
     with stage("quality"):
         quality = measure_quality(sparse, plan, batches, original=original, error=error, most=MOST_TOKENS if error else batches.count)
     shown = name if prompts is None else Path(prompts).name
