@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -139,6 +140,16 @@ def empty_model(source: Source) -> Any:
             with torch.no_grad():
                 model._init_weights(module)
     return model.eval()
+
+
+def unused_tensors(source: Source) -> list[str]:
+    """Names in the files of a model that its class does not have, so that nothing computes with them, in order; rotary tables, which every class makes itself,
+    are left out. Raises InputError as `empty_model` does.
+    """
+    model = empty_model(source)
+    known = set(model.state_dict())
+    ignored = [re.compile(pattern) for pattern in (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$")]
+    return [name for name in sorted(source.tensors) if name not in known and not any(pattern.search(name) for pattern in ignored)]
 
 
 @contextmanager

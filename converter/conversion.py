@@ -14,6 +14,7 @@ import torch
 from ..runtime_onnx.library import variants
 from .arch import load_arch
 from .artifact import HEADER, VERSION, InputError, atomic_folder, hash_file, hash_json, write_json
+from .blocks import unused_tensors
 from .candidates import Candidate, choose, make_graphs, measure, room
 from .distributed import check_device
 from .executors import check_onnx, measure_shipped
@@ -144,13 +145,16 @@ class _Order:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A model that can be converted, the record of the training that its weights come from (None: of none), and what its conversion is and needs."""
+    """A model that can be converted, the record of the training that its weights come from (None: of none), what its conversion is and needs, and the tensors
+    in its files that it does not compute with.
+    """
 
     source: Source
     record: RecoveryRecord | None
     configs: Configs
     needed: Estimate
     fingerprint: str
+    unused: list[str]
 
 
 def _opened(order: _Order) -> _Opened | Result:
@@ -175,8 +179,12 @@ def _opened(order: _Order) -> _Opened | Result:
     if out.exists():
         return _existing(order, fingerprint)
     check_disk(out, needed.disk_bytes)
+    unused = unused_tensors(source)
+    if unused:
+        names = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
+        log.warning("Not computed with, because %s has no such tensors: %s. The report lists them.", source.arch.model_type, names)
     work.mkdir(parents=True, exist_ok=True)
-    return _Opened(source, record, configs, needed, fingerprint)
+    return _Opened(source, record, configs, needed, fingerprint, unused)
 
 
 def _converted(order: _Order, opened: _Opened, running: Job) -> Result:
@@ -201,7 +209,7 @@ def _converted(order: _Order, opened: _Opened, running: Job) -> Result:
     chosen, candidates = choose(measured, source, texts, graphs, asked, work, original)
     with stage("report"):
         report = build_report(original or source, asked, texts, candidates, chosen, graphs, order.command)
-        report = report.model_copy(update={"stages": _times(running)})
+        report = report.model_copy(update={"stages": _times(running), "unused_tensors": opened.unused})
         _finish(order, opened.fingerprint, original or source, texts, chosen, report, record)
         if not order.keep_stages:
             shutil.rmtree(work)

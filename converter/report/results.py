@@ -195,6 +195,8 @@ class StageTime(Strict):
 class Report(Strict):
     """All measurements of one conversion. `model` is the Hub id (then `revision` is its commit) or the name of the source folder. Where it is `swapped`, its
     activation was changed before, and the row of the method dense is this model with nothing skipped: tables call it ungated.
+    `stages` are the times of all stages before the report itself, absent in older reports; `unused_tensors` the names in the source's files that its class does
+    not have.
     """
 
     version: Literal[1] = 1
@@ -217,6 +219,7 @@ class Report(Strict):
     layers: list[Layer] = []
     checks: list[Check] = []
     stages: list[StageTime] = []
+    unused_tensors: list[str] = []
 
     @model_validator(mode="after")
     def _check(self) -> Report:
