@@ -28,7 +28,7 @@ from sparsegate.converter.data import BUNDLED, CALIBRATION_TEXT, HELDOUT_TEXT, B
 from sparsegate.converter.evaluation.answers import import_sacrebleu
 from sparsegate.converter.reference import load_dense
 from sparsegate.converter.scores import load_score
-from sparsegate.converter.source import open_source
+from sparsegate.converter.source import end_tokens, open_source
 
 KINDS = {"mlp": ("ffn",), "attention": ("attn",), "both": ("ffn", "attn")}
 METRICS = ("abs_z", "magnitude", "gradient", "gxo", "snip", "fisher", "integrated_gradients", "corrected_gxo")
@@ -92,9 +92,9 @@ def bleu(dense: list[str], sparse: list[str]) -> float:
     return sum(sacrebleu.corpus_bleu([a], [[b]]).score for a, b in zip(sparse, dense, strict=True)) / len(dense)
 
 
-def decode(tokenizer: Any, tokens: list[int]) -> str:
+def decode(tokenizer: Any, tokens: list[int], ends: frozenset[int]) -> str:
     """The text up to its end."""
-    end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
+    end = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
     return tokenizer.decode(tokens[:end], skip_special_tokens=True)
 
 
@@ -107,7 +107,7 @@ def measure(model: Any, arch: Any, tokenizer: Any, batches: Batches, calibration
     if args.answers:
         prompts = batches.tokens[batches.mask.all(1)][: args.answers, :PROMPT]
         dense, answers = sparse_answers(model, arch, prompts, NEW, [setting for _, setting in asked], calibration, args.steps)
-        texts = [[decode(tokenizer, row) for row in tokens.tolist()] for tokens in (dense, *answers)]
+        texts = [[decode(tokenizer, row, end_tokens(model)) for row in tokens.tolist()] for tokens in (dense, *answers)]
         for row, text in zip(rows, texts[1:], strict=True):
             row["bleu"] = bleu(texts[0], text)
     return rows
