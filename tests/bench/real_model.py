@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--heldout", type=Path, help="UTF-8 text to measure on; default: the last fifth of --text")
     parser.add_argument("--work", type=Path, required=True, help="where stages are kept")
     parser.add_argument("--only", help="methods, separated by commas; default: all")
-    parser.add_argument("--train-minutes", type=float, default=30.0, help="of one core, for each trained method")
+    parser.add_argument("--train-minutes", type=float, default=15.0, help="of one core, for each trained method")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

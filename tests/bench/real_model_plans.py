@@ -52,10 +52,10 @@ class Sizes:
 
     length: int = 256
     calibration: int = 128
-    training: int = 1024
+    training: int = 320
     heldout: int = 256
     seed: int = 0
-    minutes: float = 30.0
+    minutes: float = 15.0
     steps: int | None = None
 
 
