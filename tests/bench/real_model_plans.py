@@ -53,7 +53,7 @@ class Sizes:
     length: int = 256
     calibration: int = 128
     training: int = 320
-    heldout: int = 256
+    heldout: int = 64
     seed: int = 0
     minutes: float = 15.0
     steps: int | None = None
@@ -121,7 +121,7 @@ class Study:
 
 def plans(study: Study, method: str) -> dict[float, Plan]:
     """The plan of a method at every density, from the stages that are finished and from new ones. Raises InputError for a text that is too short."""
-    headers = {density: _header(study, method, density) for density in study.densities}
+    headers = {density: header_of(study, method, density) for density in study.densities}
     places = {density: study.work / "plans" / f"{method}-{density}" for density in study.densities}
     missing = [density for density in study.densities if not is_finished(places[density], headers[density])]
     if missing:
@@ -134,7 +134,7 @@ def plans(study: Study, method: str) -> dict[float, Plan]:
 
 def is_planned(study: Study, method: str) -> bool:
     """Whether the plan of a method is there at every density."""
-    return all(is_finished(study.work / "plans" / f"{method}-{density}", _header(study, method, density)) for density in study.densities)
+    return all(is_finished(study.work / "plans" / f"{method}-{density}", header_of(study, method, density)) for density in study.densities)
 
 
 def training_of(study: Study, method: str) -> Training:
@@ -142,7 +142,8 @@ def training_of(study: Study, method: str) -> Training:
     return Training.model_validate(read_json(study.work / "trained" / method / "training.json", "The record of a training"))
 
 
-def _header(study: Study, method: str, density: float) -> Header:
+def header_of(study: Study, method: str, density: float) -> Header:
+    """The header of a plan."""
     sizes = study.sizes
     config: dict[str, Any] = {"method": method, "density": density}
     if method in TRAINED:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +12,7 @@ import onnxruntime as ort
 from onnx import helper, numpy_helper
 
 from sparsegate.runtime_onnx import library
+from sparsegate.runtime_onnx.library import forced_isa as forced_isa
 
 Tensors = dict[str, np.ndarray]
 
@@ -80,15 +80,3 @@ def has_isa(name: str) -> bool:
     found = bool(handle.sparsegate_force_isa(name.encode()))
     handle.sparsegate_force_isa(b"auto")
     return found
-
-
-@contextmanager
-def forced_isa(name: str) -> Iterator[None]:
-    """Every run inside uses this build of the CPU kernels. Raises ValueError where there is none."""
-    handle = library._open(library.library_path())
-    if not handle.sparsegate_force_isa(name.encode()):
-        raise ValueError(f"isa must be a build that this machine has, got {name}. The best one is {library.isa()}.")
-    try:
-        yield
-    finally:
-        handle.sparsegate_force_isa(b"auto")

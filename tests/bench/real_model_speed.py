@@ -1,0 +1,203 @@
+"""A real model in every runtime: its graphs and GGUF files, each a stage below the work folder; what each loses on the same token windows; and their speeds,
+in one run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+from real_model_plans import Study
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sparsegate.converter.artifact import Header, InputError, atomic_folder, hash_file, is_finished, read_header, read_json, write_header, write_json
+from sparsegate.converter.bench.model import Entry, bench_models
+from sparsegate.converter.bench.peers import OPENERS
+from sparsegate.converter.onnx_export import build_base, check_base, export, export_dense
+from sparsegate.converter.plans import Plan
+from sparsegate.converter.reference import load_dense
+from sparsegate.runtime_onnx.session import Decoder
+
+PRECISIONS = ("fp32", "int8", "int4")
+BUILDER_PRECISIONS = ("int8", "int4")
+GENAI, GENAI_AVX2, LLAMA = "onnxruntime-genai", "onnxruntime-genai, AVX2", "llama.cpp"
+BASELINE = "dense fp32"
+Q4_0 = "Q4_0"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Tokens of the prompt, tokens decoded, rounds, threads of every runtime, and windows whose losses are measured."""
+
+    prompt: int = 128
+    decoded: int = 32
+    rounds: int = 11
+    threads: int = 2
+    windows: int = 32
+
+
+class Loss(BaseModel):
+    """What one model loses: tokens and NLL (nats) of every window, in order."""
+
+    tokens: list[int]
+    nll: list[float]
+
+
+def entries(study: Study, plan: Plan, plan_header: Header, gguf: Path | None) -> dict[str, Entry]:
+    """The models by role, made where they are not there yet: dense and the plan in every precision, the plan with kernels forced to AVX2, the graphs of
+    onnxruntime-genai's own builder, and llama.cpp's files where a GGUF file is there.
+    """
+    base = _base(study)
+    found = {BASELINE: Entry(GENAI, base, "fp32")}
+    for precision in PRECISIONS[1:]:
+        path = _stage(study, f"dense_{precision}", base, {"precision": precision}, lambda out, p=precision: export_dense(base, out, p))
+        found[f"dense {precision}"] = Entry(GENAI, path, precision)
+    for precision in PRECISIONS:
+        path = _stage(
+            study,
+            f"sparse_{precision}",
+            base,
+            {"plan": plan_header.fingerprint, "precision": precision},
+            lambda out, p=precision: _sparse(study, base, plan, out, p),
+        )
+        found[f"sparse {precision}"] = Entry(GENAI, path, precision)
+    for precision in PRECISIONS:
+        found[f"sparse {precision} AVX2"] = Entry(GENAI_AVX2, found[f"sparse {precision}"].path, precision)
+    for precision in BUILDER_PRECISIONS:
+        path = _stage(study, f"genai_{precision}", base, {"builder": precision}, lambda out, p=precision: build_base(study.folder, out, p) and None)
+        found[f"genai {precision}"] = Entry(GENAI, path, precision)
+    if gguf is not None:
+        found |= {f"llama.cpp {form}": Entry(LLAMA, path, form) for form, path in _llama_files(study, gguf).items()}
+    return found
+
+
+def _base(study: Study) -> Path:
+    folder, header = study.work / "graphs" / "base", Header(format="base", parents={"model": study.source.fingerprint})
+    if not is_finished(folder, header):
+        with atomic_folder(folder) as partial:
+            build_base(study.folder, partial)
+            check_base(partial, load_dense(study.folder), study.heldout.tokens[:2, :32])
+            write_header(partial, header)
+    return folder
+
+
+def _stage(study: Study, name: str, base: Path, config: dict[str, Any], make: Callable[[Path], None]) -> Path:
+    parent = read_header(base)
+    assert parent is not None
+    folder, header = study.work / "graphs" / name, Header(format="graph", parents={"base": parent.fingerprint}, config=config)
+    if not is_finished(folder, header):
+        with atomic_folder(folder) as partial:
+            make(partial)
+            write_header(partial, header)
+    return folder
+
+
+def _sparse(study: Study, base: Path, plan: Plan, out: Path, precision: str) -> None:
+    export(base, plan, study.source.arch, study.source.config, out, precision)
+
+
+def _llama_files(study: Study, gguf: Path) -> dict[str, Path]:
+    """The very file, and one that llama.cpp rounds to Q4_0 from it; where llama.cpp is not installed the latter is not made."""
+    form = gguf_format(gguf)
+    made = study.work / "graphs" / f"{gguf.stem}.from-{hash_file(gguf)[:12]}.{Q4_0}.gguf"
+    if OPENERS[LLAMA].missing() is None and not made.is_file() and form != Q4_0:
+        from sparsegate.converter.bench.llama_cpp_peer import quantise
+
+        quantise(gguf, made, Q4_0)
+    return {form: gguf} if form == Q4_0 else {form: gguf, Q4_0: made}
+
+
+def gguf_format(path: Path) -> str:
+    """The format in a GGUF file's name, as in model.Q4_1.gguf. Raises InputError where it names none."""
+    found = re.search(r"[.-]((?:Q\d+_\w+|F16|BF16|F32))\.gguf$", path.name, re.IGNORECASE)
+    if found is None:
+        raise InputError(f"The GGUF file's name must end with its format, as in model.Q4_1.gguf, got {path.name}. Rename it.")
+    return found[1].upper()
+
+
+# Losses
+
+
+def losses(study: Study, models: dict[str, Entry], timing: Timing) -> dict[str, Loss]:
+    """The loss of every model that can be run, each a stage: the same ids go into all of them."""
+    found = {}
+    for role, entry in models.items():
+        if OPENERS[entry.runtime].missing() is not None:
+            continue
+        same = next((other for other in found if models[other].path == entry.path), None)
+        found[role] = found[same] if same is not None else _loss(study, role, entry, timing)
+    return found
+
+
+def _loss(study: Study, role: str, entry: Entry, timing: Timing) -> Loss:
+    windows = study.heldout.tokens[: timing.windows]
+    header = read_header(entry.path) if entry.path.is_dir() else None
+    made = Header(
+        format="loss", parents={"model": hash_file(entry.path) if header is None else header.fingerprint}, config={"windows": len(windows)},
+        calibration=study.heldout.sha256,
+    )  # fmt: skip
+    folder = study.work / "losses" / role.replace(" ", "_")
+    if not is_finished(folder, made):
+        logits = _llama_logits(entry, windows.shape[1], timing.threads) if entry.runtime == LLAMA else _onnx_logits(entry)
+        nll = [window_nll(logits(window), window) for window in tqdm(windows, desc=f"loss of {role}", unit="window")]
+        with atomic_folder(folder) as partial:
+            write_json(partial / "loss.json", Loss(tokens=[len(window) - 1 for window in windows], nll=nll).model_dump())
+            write_header(partial, made)
+    return Loss.model_validate(read_json(folder / "loss.json", "A stored loss"))
+
+
+def window_nll(logits: np.ndarray, window: Tensor) -> float:
+    """NLL in nats of the tokens after the first of a window [T], from logits [T, V]."""
+    chances = torch.from_numpy(logits)[:-1].double().log_softmax(-1)
+    return float(-chances.gather(1, window[1:, None]).sum())
+
+
+def _onnx_logits(entry: Entry) -> Callable[[Tensor], np.ndarray]:
+    decoder = Decoder(entry.path)
+
+    def logits(window: Tensor) -> np.ndarray:
+        decoder.reset()
+        return decoder(window.numpy())
+
+    return logits
+
+
+def _llama_logits(entry: Entry, context: int, threads: int) -> Callable[[Tensor], np.ndarray]:
+    from sparsegate.converter.bench.llama_cpp_peer import Llama
+
+    model = Llama(entry.path, threads, context)
+    return lambda window: model.all_logits(window.tolist())
+
+
+# Speeds
+
+
+def speeds(study: Study, models: dict[str, Entry], timing: Timing, command: str) -> dict[str, Any]:
+    """`bench_models` of all models on held-out text, a stage."""
+    header = Header(
+        format="speed", parents={"model": study.source.fingerprint} | {role: _fingerprint(entry) for role, entry in models.items()},
+        config=timing.__dict__, calibration=study.heldout.sha256,
+    )  # fmt: skip
+    folder = study.work / "speed"
+    if not is_finished(folder, header):
+        ids = study.heldout.tokens[: 1 + (timing.prompt + timing.decoded) // study.heldout.tokens.shape[1]].flatten().tolist()
+        settings = {"model": study.source.name, "density": None}
+        result = bench_models(models, "each its own", None, settings, ids, timing.prompt, timing.decoded, timing.rounds, timing.threads, command=command)
+        with atomic_folder(folder) as partial:
+            write_json(partial / "speed.json", result)
+            write_header(partial, header)
+    return read_json(folder / "speed.json", "The stored speeds")
+
+
+def _fingerprint(entry: Entry) -> str:
+    header = read_header(entry.path) if entry.path.is_dir() else None
+    if header is not None:
+        return header.fingerprint
+    return hash_file(entry.path) if entry.path.is_file() else "missing"
