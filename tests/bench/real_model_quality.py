@@ -1,5 +1,5 @@
-"""What every planned method loses on held-out windows, a chunk of windows at a time, each chunk a stage: a run that is stopped loses one of them, and one with
-more windows goes on from those that are measured.
+"""What every planned method loses on held-out windows, a chunk of windows at a time, each chunk a stage: a run that is
+stopped loses one of them, and one with more windows goes on from those that are measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ Key = tuple[str, float]
 
 
 def measure(study: Study, methods: Sequence[str]) -> None:
-    """Store the quality of the methods that are planned on every chunk where it is not stored yet. The plans of a chunk share its dense pass."""
+    """Store the quality of the methods that are planned on every chunk where it is not stored yet. The plans of a chunk
+    share its dense pass.
+    """
     found = {(method, density): plan for method in methods if is_planned(study, method) for density, plan in plans(study, method).items()}
     model = None
     for number in range(chunks(study)):
@@ -36,11 +38,16 @@ def measure(study: Study, methods: Sequence[str]) -> None:
             with atomic_folder(_folder(study, key, number)) as partial:
                 write_json(partial / "quality.json", quality.model_dump(mode="json"))
                 write_header(partial, _header(study, key, number))
-            print(f"windows {number * CHUNK} on, {key[0]} {key[1]}: NLL {quality.nll_dense:.4f} -> {quality.nll:.4f}", flush=True)
+            print(
+                f"windows {number * CHUNK} on, {key[0]} {key[1]}: NLL {quality.nll_dense:.4f} -> {quality.nll:.4f}",
+                flush=True,
+            )
 
 
 def rows(study: Study) -> tuple[list[Row], list[str]]:
-    """What is measured, all on the same windows, and the names of what is not: a chunk counts when all that are measured at all have it."""
+    """What is measured, all on the same windows, and the names of what is not: a chunk counts when all that are
+    measured at all have it.
+    """
     keys = [(method, density) for method in METHODS for density in study.densities]
     measured = {key: [number for number in range(chunks(study)) if _is_measured(study, key, number)] for key in keys}
     having = [numbers for numbers in measured.values() if numbers]
@@ -60,9 +67,11 @@ def chunks(study: Study) -> int:
 
 
 def joined(parts: Sequence[Quality]) -> Quality:
-    """The quality on the windows of all parts, whose windows have one length. Shares and costs are means over tokens, as they are in each part.
+    """The quality on the windows of all parts, whose windows have one length. Shares and costs are means over tokens,
+    as they are in each part.
 
-    The squares about the common mean are those about the parts' own and the parts' about the common one, so the standard error is that of one measurement.
+    The squares about the common mean are those about the parts' own and the parts' about the common one, so the
+    standard error is that of one measurement.
     """
     tokens, windows = sum(part.tokens for part in parts), sum(part.windows for part in parts)
     shares = [part.tokens / tokens for part in parts]
@@ -84,7 +93,12 @@ def joined(parts: Sequence[Quality]) -> Quality:
 def _row(study: Study, key: Key, parts: Sequence[Quality]) -> Row:
     quality = joined(parts)
     values = {name: getattr(quality, name) for name in Row.model_fields if name in Quality.model_fields}
-    return Row(method=key[0], density_target=key[1], **values, training=training_of(study, key[0]) if key[0] in TRAINED else None)
+    return Row(
+        method=key[0],
+        density_target=key[1],
+        **values,
+        training=training_of(study, key[0]) if key[0] in TRAINED else None,
+    )
 
 
 def _batches(study: Study, number: int) -> Batches:
@@ -97,7 +111,11 @@ def _folder(study: Study, key: Key, number: int) -> Path:
 
 
 def _header(study: Study, key: Key, number: int) -> Header:
-    return Header(format="quality", parents={"plan": header_of(study, *key).fingerprint}, calibration=_batches(study, number).sha256)
+    return Header(
+        format="quality",
+        parents={"plan": header_of(study, *key).fingerprint},
+        calibration=_batches(study, number).sha256,
+    )
 
 
 def _is_measured(study: Study, key: Key, number: int) -> bool:

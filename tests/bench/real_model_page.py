@@ -1,0 +1,306 @@
+"""Write docs/real_model.md from the stored benchmark: `python tests/bench/real_model_page.py`. README's first table is
+of the same.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from real_model_results import PLACE, RealModel, Row, Shipped
+from real_model_speed import BASELINE, PRECISIONS
+
+from sparsegate.converter.report.results import read_stored
+from sparsegate.converter.report.tables import ABSENT, megabytes, nats, percent, table
+from sparsegate.runtime_onnx.bench.samples import MAX_WAIT, compare
+
+PAGE = Path(__file__).parents[2] / "docs" / "real_model.md"
+_PHASES = ("prefill", "decode")
+_BITS = {"fp32": 32, "F32": 32, "F16": 16, "BF16": 16, "int8": 8, "int4": 4}
+
+
+def load() -> RealModel:
+    """The stored benchmark."""
+    return read_stored(RealModel, PLACE, "The benchmark of a real model", "Run python tests/bench/real_model.py again.")
+
+
+# Cells
+
+
+def change_text(found: Row | Shipped) -> str:
+    """A rise in perplexity with its standard error, as `+3.1 % ± 0.2`."""
+    return f"{100 * found.change:+.1f} % ± {100 * found.change_error:.1f}"
+
+
+def against(role: str, formats: dict[str, str]) -> str | None:
+    """The dense model of the same number of bits, which a role's speed is a ratio to; None for a dense model itself and
+    where there is none.
+    """
+    form = formats[role]
+    bits = _BITS.get(form) or int(form.removeprefix("Q").partition("_")[0])
+    name = next((precision for precision in PRECISIONS if _BITS[precision] == bits), None)
+    return None if name is None or role == f"dense {name}" else f"dense {name}"
+
+
+def ratio(speed: dict[str, Any], role: str, other: str, phase: str) -> dict[str, Any]:
+    """How many times as fast as another a role is: a median over the rounds in which neither waited for a CPU, or over
+    all, and then it is not `quiet`.
+    """
+    at, samples = _PHASES.index(phase), speed["samples"]
+    quiet = [sample for sample in samples if all(sample["waits"][name] <= MAX_WAIT for name in (role, other))]
+    kept = quiet or samples
+    return compare(*([sample["seconds"][name][at] for sample in kept] for name in (other, role))) | {"quiet": bool(quiet)}
+
+
+def ratio_cell(speed: dict[str, Any], role: str, formats: dict[str, str], phase: str) -> str:
+    """A ratio to the dense model of the same precision; 1 for that model itself."""
+    other = against(role, formats)
+    if other is None:
+        return "1" if role.startswith("dense ") else ABSENT
+    found = ratio(speed, role, other, phase)
+    return f"{found['ratio']:.2f}" + (", not faster" if found["ratio"] <= 1 else "") + ("" if found["quiet"] else " (disturbed)")
+
+
+def role_name(role: str, result: RealModel) -> str:
+    """A role for people: the method in place of `sparse`."""
+    if result.chosen is None or not role.startswith("sparse "):
+        return {"genai int8": "dense int8, genai's builder", "genai int4": "dense int4, genai's builder"}.get(role, role)
+    precision, _, isa = role.removeprefix("sparse ").partition(" ")
+    return f"{result.chosen.method} {result.chosen.density:g} {precision}" + (f", {isa} kernels" if isa else "")
+
+
+# Tables
+
+
+def quality_table(result: RealModel) -> str:
+    """Every method at every density, in torch in fp32."""
+    header = [
+        "method",
+        "density",
+        "NLL",
+        "perplexity",
+        "change",
+        "KL to dense",
+        "agreement",
+        "realised",
+        "cost",
+        "block cost",
+    ]
+    first = result.rows[0]
+    body = [
+        [
+            "dense",
+            ABSENT,
+            nats(first.nll_dense),
+            f"{math.exp(first.nll_dense):.4g}",
+            ABSENT,
+            nats(0),
+            percent(1),
+            percent(1),
+            percent(1),
+            percent(1),
+        ]
+    ]
+    for row in result.rows:
+        body.append(
+            [
+                row.method,
+                f"{row.density_target:g}",
+                nats(row.nll),
+                f"{math.exp(row.nll):.4g}",
+                change_text(row),
+                nats(row.kl),
+                percent(row.agreement),
+                percent(row.density),
+                percent(row.cost),
+                percent(row.block_cost),
+            ]
+        )
+    return table((header, body)).rstrip("\n")
+
+
+def speed_table(result: RealModel) -> str:
+    """Every model in its runtime: what it loses, its size and memory, and its speeds."""
+    assert result.speed is not None
+    models = {row["role"]: row for row in result.speed["models"]}
+    formats = {role: row["format"] for role, row in models.items()}
+    header = [
+        "model",
+        "runtime",
+        "perplexity",
+        "change",
+        "size",
+        "peak memory",
+        "prefill tok/s",
+        "decode tok/s",
+        "prefill / dense",
+        "decode / dense",
+    ]
+    body = []
+    for role, row in models.items():
+        if row["status"] != "run":
+            body.append([role_name(role, result), row["runtime"], row["status"], *[ABSENT] * 7])
+            continue
+        loss = result.losses[role]
+        memory = row.get("peak_bytes")
+        body.append(
+            [
+                role_name(role, result),
+                row["runtime"].partition(",")[0],
+                f"{math.exp(loss.nll):.4g}",
+                ABSENT if role == BASELINE else change_text(loss),
+                megabytes(row["file_bytes"]),
+                megabytes(memory) if memory else ABSENT,
+                f"{row['prefill_tokens_per_s']:.0f}",
+                f"{row['decode_tokens_per_s']:.1f}",
+                *(ratio_cell(result.speed, role, formats, phase) for phase in _PHASES),
+            ]
+        )
+    return table((header, body)).rstrip("\n")
+
+
+def compact(result: RealModel) -> str:
+    """README's table: dense and best in three precisions, and the other runtimes at four bits."""
+    assert result.speed is not None
+    header = [
+        "model",
+        "perplexity",
+        "change",
+        "size",
+        "prefill tok/s",
+        "decode tok/s",
+        "decode / dense of the same bits",
+    ]
+    models = {row["role"]: row for row in result.speed["models"]}
+    formats = {role: row["format"] for role, row in models.items()}
+    body = []
+    for role, row in models.items():
+        if row["status"] != "run" or role.endswith("AVX2") or role == "genai int8":
+            continue
+        loss = result.losses[role]
+        body.append(
+            [
+                role_name(role, result),
+                f"{math.exp(loss.nll):.4g}",
+                ABSENT if role == BASELINE else change_text(loss),
+                megabytes(row["file_bytes"]),
+                f"{row['prefill_tokens_per_s']:.0f}",
+                f"{row['decode_tokens_per_s']:.1f}",
+                ratio_cell(result.speed, role, formats, "decode"),
+            ]
+        )
+    return table((header, body)).rstrip("\n")
+
+
+# Sentences
+
+
+def machine_line(result: RealModel) -> str:
+    """Machine, versions, commit and date."""
+    names = ("torch", "onnxruntime", "onnxruntime-genai", "llama-cpp-python")
+    versions = dict(result.versions) | {k: v for k, v in (result.speed or {}).get("versions", {}).items() if v}
+    others = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
+    isa = f"{result.speed['isa']} kernels; " if result.speed else ""
+    return f"{result.machine.cpu}, {result.machine.cores} cores; {isa}{others}; commit {result.commit or 'unknown'}, {result.date}"
+
+
+def training_lines(result: RealModel) -> str:
+    """How long the trained methods were trained."""
+    found = {row.method: row.training for row in result.rows if row.training is not None}
+    return " ".join(
+        f"{method} was trained for {one.steps} steps of {one.tokens} tokens, {one.minutes:.0f} minutes of one core for all its densities together."
+        for method, one in found.items()
+        if one is not None
+    )
+
+
+def judgement(result: RealModel) -> str:
+    """What the exported plan gains and loses in every precision, in words."""
+    assert result.speed is not None and result.chosen is not None
+    formats = {row["role"]: row["format"] for row in result.speed["models"]}
+    said = []
+    for precision in PRECISIONS:
+        role = f"sparse {precision}"
+        speeds = {phase: ratio(result.speed, role, f"dense {precision}", phase)["ratio"] for phase in _PHASES}
+        against_dense = result.losses[role].nll - result.losses[f"dense {precision}"].nll
+        assert against(role, formats) == f"dense {precision}"
+        words = " and ".join(f"{phase}s {value:.2f} times as fast" + (", which is not faster," if value <= 1 else "") for phase, value in speeds.items())
+        said.append(f"in {precision} it {words} as the dense model of that precision, and perplexity changes by {100 * math.expm1(against_dense):+.1f} %")
+    return f"{result.chosen.method} at density {result.chosen.density:g}: " + "; ".join(said) + "."
+
+
+def readme(result: RealModel) -> str:
+    """README's first table with its line."""
+    assert result.speed is not None and result.chosen is not None
+    settings = result.speed["settings"]
+    return (
+        f"**{result.model}** ({result.parameters / 1e6:.0f} M parameters), {result.losses[BASELINE].tokens} held-out tokens of "
+        f"{result.heldout.file}, {settings['prompt_tokens']} tokens of prompt and {settings['new_tokens']} decoded, "
+        f"{settings['threads']} threads, {machine_line(result)}:\n\n{compact(result)}\n\n"
+        f"Change is that of perplexity against dense fp32 with its standard error. {judgement(result)} "
+        "Every method at every density, memory, other runtimes and what these weights are: [a real model](docs/real_model.md)."
+    )
+
+
+def page(result: RealModel) -> str:
+    """The whole page."""
+    parts = [
+        f"# {result.model}, measured",
+        "Written by `python tests/bench/real_model_page.py` from `tests/bench/results/real_model.json`; nothing is typed by hand.",
+        f"{result.parameters / 1e6:.1f} M parameters, weights from {result.origin}. Where a GGUF file was the source its values "
+        "were read as fp32: llama.cpp on the very file loses nothing to rounding, and every other format of few bits rounds a "
+        "second time.",
+        f"Calibrated on {result.calibration.tokens} tokens of {result.calibration.file} (sha256 {result.calibration.sha256[:16]}), "
+        f"trained on {result.training.tokens} tokens of it, measured on {result.heldout.file} (sha256 {result.heldout.sha256[:16]}), "
+        f"windows of {result.length} tokens drawn at random. {machine_line(result)}.",
+        *_quality_part(result),
+        *_speed_part(result),
+        "## How to repeat it",
+        f"`{result.command}`",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _quality_part(result: RealModel) -> list[str]:
+    first = result.rows[0]
+    said = (
+        f"In torch, in fp32, on {first.windows} windows, {first.tokens} tokens, the same for all. Change is the rise in perplexity "
+        "with the standard error of the paired difference over windows; density the share of neurons (teal, wina: of input channels "
+        "of all linear maps) that was asked for, realised the measured one; cost the MLP bytes touched per token, block cost those "
+        f"of all linear maps. {training_lines(result)}"
+    )
+    missing = [f"Not measured: {', '.join(result.missing)}."] if result.missing else []
+    return ["## What every method loses", said.rstrip(), quality_table(result), *missing]
+
+
+def _speed_part(result: RealModel) -> list[str]:
+    if result.speed is None or result.chosen is None:
+        return []
+    settings, base = result.speed["settings"], result.losses[BASELINE]
+    return [
+        "## Dense, sparse and other runtimes",
+        f"The neuron method of the lowest NLL at density {result.chosen.density:g}, {result.chosen.method}, exported in every "
+        "precision beside the dense graphs; the graphs of onnxruntime-genai's own builder; llama.cpp on GGUF files. Losses on "
+        f"{base.windows} windows, {base.tokens} tokens, the same ids in every runtime, against dense fp32. Speeds in one run: "
+        f"{settings['prompt_tokens']} tokens of held-out text as prompt, {settings['new_tokens']} decoded one at a time, "
+        f"{settings['threads']} threads each, medians of {settings['rounds']} rounds in turns, rounds in which threads waited for a "
+        "CPU left out; ratios are to the dense model of the same bits, round by round. Peak memory is that of a process that opens "
+        "the model and runs it once, mapped files included.",
+        speed_table(result),
+        judgement(result),
+        "Rows with AVX2 kernels force sparsegate's kernels to AVX2, and those of ONNX Runtime use what the machine has: a lower "
+        "bound, not a machine without AVX-512.",
+    ]
+
+
+def write_pages() -> None:
+    """The page, and README's tables."""
+    from readme_tables import README, fill
+
+    PAGE.write_text(page(load()), encoding="utf-8")
+    README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_pages()
