@@ -100,7 +100,8 @@ def test_an_interrupted_run_goes_on(tiny_model: Callable[..., Path], text: Path,
     assert {row.windows for row in found.rows} == {24} and {row.method for row in found.rows} == {"gate", "chess"}
     assert "cett 0.7" in found.missing and found.speed is None and choose(found.rows, 0.4) is None
     more = run([*words, "--windows", "30", "--only", "gate"])
-    assert {(row.method, row.windows) for row in more.rows} == {("gate", 30)}, "chess lacks the last windows"
+    assert {(row.method, row.windows) for row in more.rows} == {("gate", 16), ("chess", 16)}, "chess lacks the windows after those"
+    assert {row.windows for row in run([*words, "--windows", "30"]).rows} == {30}
 
 
 def test_chunks_give_what_one_measurement_gives(whole: SimpleNamespace, tiny_model: Callable[..., Path], text: Path) -> None:
@@ -114,9 +115,14 @@ def test_chunks_give_what_one_measurement_gives(whole: SimpleNamespace, tiny_mod
 
 
 def test_heldout_is_never_calibration(tiny_model: Callable[..., Path], text: Path, tmp_path: Path) -> None:
-    study = Study(tiny_model("llama"), text, None, tmp_path, Sizes(32, 16, 24, 24))
-    one, other = (study.tokenizer.decode(rows.tokens.flatten().tolist()) for rows in (study.training, study.heldout))
-    assert "value_11 =" in other and "value_11 =" not in one and "value_0 =" not in other
+    every = Sizes(32, 1000, 1000, 1000)
+    study, whole = Study(tiny_model("llama"), text, None, tmp_path, every), Study(tiny_model("llama"), text, text, tmp_path, every)
+    tokens = [len(rows.tokens) for rows in (study.training, study.heldout, whole.training)]
+    assert tokens[0] + tokens[1] == pytest.approx(tokens[2], abs=2) and tokens[1] == pytest.approx(tokens[2] / 5, abs=3)
+    start = study.tokenizer.decode(study.training.tokens[:2].flatten().tolist())
+    assert "value_0 = 0" in start and text.read_text(encoding="utf-8").startswith("value_0 = 0")
+    picked = {tuple(row.tolist()) for row in study.heldout.tokens}
+    assert tuple(study.calibration.tokens[0].tolist()) not in picked, "the text begins with what stands nowhere else"
 
 
 def test_smollm2_says_how_to_get_it(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
