@@ -11,13 +11,13 @@ from typing import Any
 
 from ..runtime_onnx.bench import bench
 from .artifact import Header, InputError, atomic_folder, is_finished, read_header, read_json, write_header, write_json
-from .executors import check_onnx, has_cuda, measure_shipped
-from .onnx_export import PRECISIONS, build_base, check_base, export, export_dense, load_stock, round_model
+from .executors import check_dense_text, check_onnx, has_cuda, measure_shipped
+from .onnx_export import PRECISIONS, build_base, check_base, export, export_dense, load_stock
 from .planning import TUNED
 from .plans import Plan
 from .progress import resumed, stage, update
 from .quality import measure_qualities
-from .recipe import Export, Recipe
+from .recipe import Recipe
 from .reference import load, load_dense
 from .schedule import checkpoint
 from .source import Source
@@ -56,7 +56,9 @@ def make_base(source: Source, texts: Texts, work: Path) -> Path:
     if not is_finished(folder, header):
         with stage("base graph"), atomic_folder(folder) as partial:
             build_base(source.folder, partial)
-            check_base(partial, load_stock(source.folder), texts.heldout.tokens[texts.heldout.mask.all(1)][:2, :32])
+            model = load_stock(source.folder)
+            check_base(partial, model, texts.heldout.tokens[texts.heldout.mask.all(1)][:2, :32])
+            check_dense_text(partial, model, texts.heldout)
             write_header(partial, header)
     else:
         resumed("base graph")
@@ -233,9 +235,7 @@ def _exported(candidate: Candidate, source: Source, texts: Texts, graphs: Graphs
         with stage("agreement"):
             model, dense = load(folder), _load(original)
             found = measure_shipped(onnx, model, texts.heldout, asked, original=dense, count=candidate.quality.windows)
-            if asked != Export():
-                round_model(model, candidate.plan, source.arch, asked.precision, asked.target)
-            checks = [*check_onnx(onnx, model, texts.heldout, asked, original=dense), check_text(onnx)]
+            checks = [*check_onnx(onnx, model, candidate.plan, texts.heldout, asked), check_text(onnx)]
         speed = {} if asked.target == "cuda" and not has_cuda() else _speed(graphs.dense, onnx, texts)
         with atomic_folder(measured) as partial:
             shipped = {} if found is None else found.model_dump()

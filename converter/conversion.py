@@ -23,7 +23,7 @@ from .interchange import Config as ImportedConfig
 from .interchange import fingerprint as imported_files
 from .manifest import MANIFEST, Manifest, check_files, installed_versions, list_files, read_manifest, write_manifest
 from .mixtures import files_hash
-from .onnx_export import PRECISIONS, round_model
+from .onnx_export import PRECISIONS
 from .opening import resolve
 from .planning import (
     BUNDLED_MODEL,
@@ -43,7 +43,7 @@ from .planning import (
 from .progress import Job, job, stage
 from .published import is_published, normal_config
 from .quality import measure_quality
-from .recipe import Export, Recipe
+from .recipe import Recipe
 from .record import build_report
 from .recovery_stage import EVALUATED
 from .reference import load as load_folder
@@ -388,9 +388,7 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
     asked = recipe.export
     with stage("agreement"):
         shipped = measure_shipped(folder / "onnx", sparse, heldout, asked, original=dense, count=quality.windows)
-        if asked != Export():
-            round_model(sparse, plan, opened.arch, asked.precision, asked.target)
-        checks += [*check_onnx(folder / "onnx", sparse, heldout, asked, original=dense), check_text(folder / "onnx")]
+        checks += [*check_onnx(folder / "onnx", sparse, plan, heldout, asked), check_text(folder / "onnx")]
     if recovered and dense is None:
         log.warning("The weights were trained: NLL is measured, and what compares with the dense model is the record's. Give that model with --source MODEL.")
         quality = quality.model_copy(update={name: manifest.measured[name] for name in ("nll_dense", "kl", "agreement")})

@@ -1,109 +1,143 @@
-"""Whether the executors of an ONNX folder agree with torch: ONNX body and kernel, in plain ONNX Runtime and in onnxruntime-genai.
+"""Whether the executors of an ONNX folder agree with torch: the ops' bodies and kernels in plain ONNX Runtime, and onnxruntime-genai.
 
-Equality is judged on short windows and greedy tokens, where a score near its threshold excuses a difference (such windows are counted, not compared) because
-rounding may flip it. A file in less than fp32 is compared with the torch model that holds its rounded weights: within the same bound where activations stay in
-float32, and by NLL and KL where they are rounded too.
+Equality is judged op by op at each op's own input (`op_agreement`), and end to end by the mean NLL beside what rounding does to torch (`paired`). A file in
+less than fp32 is compared with the torch model that holds its rounded weights. Greedy tokens of a sparse graph are reported and judge nothing: one flip at
+a threshold changes the text after it.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..runtime_onnx.library import PROVIDERS, executor
 from ..runtime_onnx.session import Decoder
+from .arch import load_arch
 from .artifact import InputError
 from .data import Batches
-from .onnx_export import PRECISIONS, onnx_logits, open_float
-from .quality import compare_torch, measure_executor
+from .onnx_export import PRECISIONS, round_model
+from .onnx_export.stored import StoredOp, stored_ops
+from .op_agreement import Watched, judge_ops, judge_rest, open_watched, watch, watched_tokens
+from .paired import compare, eight_bits, half_precision, last_bits
+from .plans import Plan
+from .quality import measure_executor
 from .recipe import Export
-from .reference import recording
-from .verification import ACTIVATION_NLL, LOGIT_BOUND, NLL_BOUND, Check, ExecutorQuality
+from .source import end_tokens
+from .verification import Check, ExecutorQuality
 
 log = logging.getLogger("sparsegate")
 NO_CUDA = "no CUDA device was at hand"
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 16, 32
 MARGIN = 1e-4
-REMAINING = 0.8
-ACTIVATION_KL = 0.05
-"""Nats per token that rounding activations to 8 bits or half precision may cost, beside ACTIVATION_NLL; measured on the bundled model: 0.0003 to 0.002 with
-one op a layer, 0.024 with six, whose thresholds pass rounding on."""
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS, FULL_MATCHES = 10, 16, 64, 8
-_LENGTHS = (16, 8, 4, 2, 1)
-_CHECKED_TOKENS = 512
+"""Logits: where the two likeliest tokens lie nearer, executors may take either."""
+NOISE_SEED = 0
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Token windows for equality checks, made once a checkpoint: `windows` [N, T] with sparse logits [N, T, V], `compare` [N, T]; greedy rows with how
-    many new tokens each must match; `ends` are the tokens that end a text.
-    """
+class Form:
+    """How a folder is run here: its precision and target, the executors by name ("body", "kernel") with whether they use the library, and what is not run."""
 
-    windows: Tensor
-    logits: Tensor
-    compare: Tensor
-    greedy: Tensor
-    must_match: list[int]
-    ends: frozenset[int]
+    export: Export
+    providers: list[str]
+    executors: dict[str, bool]
+    left_out: list[Check]
 
     @property
-    def remaining(self) -> float:
-        """Share of the windows' positions that are compared."""
-        return float(self.compare.float().mean())
+    def cuda(self) -> bool:
+        """Whether the graph is one for CUDA, whose activations are in half precision."""
+        return self.export.target == "cuda"
+
+    @property
+    def rounded(self) -> bool:
+        """Whether activations are rounded outside the ops."""
+        return self.cuda or PRECISIONS[self.export.precision].bits is not None
+
+
+def check_onnx(onnx: Path, model: Any, plan: Plan, batches: Batches, export: Export | None = None) -> list[Check]:
+    """Equality of every executor of an ONNX folder with the gated torch model, on held-out windows.
+
+    `model` is gated by `plan` and holds the checkpoint's weights; they are rounded in place as the file's are. A graph for CUDA without a CUDA device here is
+    run by the CPU as far as that has kernels.
+    """
+    form = _form(onnx, export or Export())
+    arch, precision, target = load_arch(model.config.model_type), form.export.precision, form.export.target
+    tokens = watched_tokens(batches, PRECISIONS[precision].bits is not None)
+    ops = list(stored_ops(model, plan, arch, precision, target))
+    watched, checks = _watched(onnx, form, tokens)
+    if form.export != Export():
+        round_model(model, plan, arch, precision, target)
+    if watched:
+        checks += [tally.check(f"{name} ops") for name, tally in judge_ops(model, watched, ops).items()]
+        checks += _rest(model, form, watched, ops)
+        checks += _end_to_end(onnx, form, list(watched)[-1], model, batches)
+    return [*checks, *form.left_out]
+
+
+def _form(onnx: Path, export: Export) -> Form:
+    if export.target == "cuda" and not has_cuda():
+        return Form(export, list(PROVIDERS[:1]), {"body on CPU": False}, [_not_run("kernel", NO_CUDA), _not_run("genai", NO_CUDA)])
+    cuda = export.target == "cuda"
+    chosen = executor(onnx, PROVIDERS[cuda])
+    providers = [PROVIDERS[1], PROVIDERS[0]] if cuda else list(PROVIDERS[:1])
+    if chosen.kernel:
+        return Form(export, providers, {"body": False, "kernel": True}, [])
+    return Form(export, providers, {"body": False}, [_not_run("kernel", chosen.reason)])
+
+
+def _watched(onnx: Path, form: Form, tokens: Tensor) -> tuple[dict[str, Watched], list[Check]]:
+    """What the ops of every executor saw, and which executors can't run."""
+    found: dict[str, Watched] = {}
+    checks = []
+    for name, library in form.executors.items():
+        try:
+            graph = open_watched(onnx, library, form.providers, form.rounded)
+        except Exception as error:  # onnxruntime's exceptions have no public base
+            if not form.cuda:
+                raise
+            checks.append(_not_run(name, str(error).splitlines()[0]))  # the CPU has no kernels for bfloat16
+            continue
+        found[name] = watch(graph, tokens)
+    return found, checks
+
+
+def _rest(model: Any, form: Form, watched: dict[str, Watched], ops: list[StoredOp]) -> list[Check]:
+    """Everything outside the ops; a graph in half precision differs there by rounding and is judged end to end."""
+    if form.cuda:
+        return []
+    complete = {op.node for op in ops}
+    return [judge_rest(f"{name} logits", model, run, ops) for name, run in watched.items() if complete <= set(run.seen)]
+
+
+def _end_to_end(onnx: Path, form: Form, name: str, model: Any, batches: Batches) -> list[Check]:
+    """The executor that applications get, whole: its NLL beside torch's, and onnxruntime-genai's greedy tokens beside torch's."""
+    library = form.executors[name]
+    noise = half_precision if form.cuda else eight_bits if form.rounded else last_bits(NOISE_SEED)
+    checks = compare(name, Decoder(onnx, form.providers, library=library), model, batches, noise, form.rounded)
+    if form.cuda and not has_cuda():
+        return checks
+    prompts = _prompts(batches)
+    expected = greedy(model, prompts)
+    equal = sum(_equal(a, b) for a, b in zip(genai_tokens(onnx, prompts, library, expected.shape[1]), _ended(expected, model), strict=True))
+    note = f"{equal} of {len(prompts)} prompts equal to torch's to the end; reported, not judged"
+    return [*checks, Check(name=f"genai {name} greedy tokens", value=equal, bound=0, passed=True, at_least=True, note=note)]
+
+
+def _prompts(batches: Batches) -> Tensor:
+    rows = batches.tokens[batches.mask.all(1)]
+    if len(rows) < 1 or rows.shape[1] < PROMPT_TOKENS + 1:
+        raise InputError(f"Held-out text must hold a full window of {batches.tokens.shape[1]} tokens, got less. Give more text.")
+    return rows[:: max(1, len(rows) // PROMPTS)][:PROMPTS, :PROMPT_TOKENS]
 
 
 @torch.no_grad()
-def make_probe(model: Any, batches: Batches) -> Probe:
-    """Sparse logits on the longest windows of which enough positions stay clear of thresholds, or on the longest of all where there are none, and greedy
-    continuations of PROMPTS prompts.
-
-    A model is causal, so a position is compared when no score at it or before it in its window is near its threshold.
-    """
-    rows = batches.tokens[batches.mask.all(dim=1)]
-    if len(rows) < 1 or rows.shape[1] < PROMPT_TOKENS + 1:
-        raise InputError(f"Held-out text must hold a full window of {batches.tokens.shape[1]} tokens, got less. Give more text.")
-    tried: list[tuple[Tensor, Tensor, Tensor]] = []
-    for length in _LENGTHS:
-        per_row = rows.shape[1] // length
-        windows = rows[:, : per_row * length].reshape(-1, length)
-        windows = windows[:: max(1, len(windows) * length // _CHECKED_TOKENS)][: max(8, _CHECKED_TOKENS // length)]
-        with recording(model) as record:
-            logits = model(input_ids=windows.to(model.device)).logits.float().cpu()
-            near = _near(record, windows)
-        tried.append((windows, logits, near.cumsum(1) == 0))
-        if float(tried[-1][2].float().mean()) >= REMAINING:
-            break
-    enough = float(tried[-1][2].float().mean()) >= REMAINING
-    windows, logits, compare = tried[-1 if enough else 0]
-    prompts = rows[:: max(1, len(rows) // PROMPTS)][:PROMPTS, :PROMPT_TOKENS]
-    while len(prompts) < PROMPTS:
-        prompts = torch.cat([prompts, rows[: PROMPTS - len(prompts), len(prompts) : len(prompts) + PROMPT_TOKENS]])
-    greedy = _greedy(model, prompts)
-    with recording(model) as record:
-        scores = model(input_ids=greedy.to(model.device)).logits.float().cpu()
-        near = _near(record, greedy)
-    top = scores.topk(2, dim=-1).values
-    doubtful = near | (top[..., 0] - top[..., 1] < MARGIN)
-    first = [int(row.nonzero()[0]) if bool(row.any()) else greedy.shape[1] for row in doubtful]
-    must = [min(max(0, at - PROMPT_TOKENS + 1), greedy.shape[1] - PROMPT_TOKENS) for at in first]
-    ends = model.config.eos_token_id
-    return Probe(windows, logits, compare, greedy, must, frozenset(ends if isinstance(ends, list) else [ends]))
-
-
-def _near(record: Any, tokens: Tensor) -> Tensor:
-    flags = torch.zeros(tokens.shape, dtype=torch.bool)
-    for site in record.near.values():
-        flags |= site.view(tokens.shape).cpu()
-    return flags
-
-
-def _greedy(model: Any, prompts: Tensor) -> Tensor:
+def greedy(model: Any, prompts: Tensor) -> Tensor:
+    """Prompts [N, P] with torch's greedy continuation of at most NEW_TOKENS tokens: [N, P + new]."""
     limit = int(getattr(model.config, "max_position_embeddings", 1 << 30))
     new = min(NEW_TOKENS, limit - prompts.shape[1] - 1)
     tokens = prompts.to(model.device)
@@ -115,33 +149,57 @@ def _greedy(model: Any, prompts: Tensor) -> Tensor:
     return tokens.cpu()
 
 
-def check_onnx(onnx: Path, model: Any, batches: Batches, export: Export | None = None, original: Any | None = None) -> list[Check]:
-    """Equality of every executor of an ONNX folder with the gated torch model: body and kernel, in plain ONNX Runtime and in onnxruntime-genai.
+def _ended(tokens: Tensor, model: Any) -> list[list[int]]:
+    """The new tokens of every row [N, P + new], up to the one that ends a text: onnxruntime-genai stops before it."""
+    ends = end_tokens(model)
+    rows = [row[PROMPT_TOKENS:].tolist() for row in tokens]
+    return [row[: next((k for k, token in enumerate(row) if token in ends), len(row))] for row in rows]
 
-    `model` holds the weights of the file (`round_model`); notes name the divergence from `original`, or from the ungated model. A graph for CUDA without a CUDA
-    device here is run by the CPU as far as that has kernels.
+
+def _equal(found: list[int], wanted: list[int]) -> bool:
+    return found[: len(wanted)] == wanted
+
+
+def genai_tokens(onnx: Path, prompts: Tensor, library: bool, length: int) -> list[list[int]]:
+    """onnxruntime-genai's greedy continuations of prompts [N, P], up to `length` tokens with the prompt."""
+    from ..runtime_onnx.generate import load
+
+    try:
+        import onnxruntime_genai as genai
+    except ImportError:
+        raise InputError('Verification must have onnxruntime-genai, got none. Run pip install "sparsegate[cpu]".') from None
+    model = load(onnx, library=library)
+    found = []
+    for row in prompts:
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=length, do_sample=False)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(row.numpy().astype(np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        found.append([int(t) for t in generator.get_sequence(0)][len(row) :])
+    return found
+
+
+def check_dense_text(onnx: Path, model: Any, batches: Batches) -> None:
+    """Greedy tokens of the dense graph in fp32 in onnxruntime-genai against torch's, up to the first near tie of two tokens.
+
+    Raises InputError where they differ: the graph, its configuration or onnxruntime-genai is wrong for this model.
     """
-    export = export or Export()
-    cuda = export.target == "cuda"
-    if cuda and not has_cuda():
-        return [*_on_cpu(onnx, model, batches), _not_run("kernel", NO_CUDA), _not_run("genai", NO_CUDA)]
-    provider = PROVIDERS[cuda]
-    rounded = cuda or PRECISIONS[export.precision].bits is not None
-    probe = make_probe(model, batches)
-    chosen = executor(onnx, provider)
-    checks = [_logits_check("float activations logits", FloatBody(onnx), probe)] if rounded and not cuda else []
-    for name, library in (("body", False), ("kernel", True)):
-        if library and not chosen.kernel:
-            checks.append(_not_run(name, chosen.reason))
-            continue
-        decoder = Decoder(onnx, [provider, PROVIDERS[0]] if cuda else None, library=library)
-        if rounded:
-            checks += _activation_checks(name, decoder, model, batches)
-            probe = _own_greedy(decoder, probe)
-        else:
-            checks += [_logits_check(f"{name} logits", decoder, probe), _quality_check(name, decoder, model, batches, original)]
-        checks.append(_greedy_check(f"genai {name}", _genai_tokens(onnx, probe, library), probe))
-    return checks
+    prompts = _prompts(batches)
+    expected = greedy(model, prompts)
+    with torch.no_grad():
+        top = model(input_ids=expected).logits.float().topk(2, dim=-1).values
+    doubtful = (top[..., 0] - top[..., 1] < MARGIN)[:, PROMPT_TOKENS - 1 : -1]
+    for number, (found, wanted) in enumerate(zip(genai_tokens(onnx, prompts, False, expected.shape[1]), _ended(expected, model), strict=True)):
+        clear = int(doubtful[number].int().argmax()) if bool(doubtful[number].any()) else len(wanted)
+        sure = min(clear, len(wanted))
+        if found[:sure] != wanted[:sure]:
+            at = next((k for k, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), len(found))
+            raise InputError(
+                f"onnxruntime-genai must continue the dense graph as torch does, got another token after {at} of {sure}. "
+                "Its configuration is wrong for this model: convert another one, or try another version of onnxruntime-genai."
+            )
 
 
 def has_cuda() -> bool:
@@ -153,131 +211,6 @@ def has_cuda() -> bool:
 
 def _not_run(name: str, reason: str) -> Check:
     return Check(name=name, value=0, bound=0, passed=True, note=f"not run: {reason}")
-
-
-def _on_cpu(onnx: Path, model: Any, batches: Batches) -> list[Check]:
-    """The body of a graph for CUDA on the CPU, which has no kernels for bfloat16."""
-    try:
-        decoder = Decoder(onnx, library=False)
-    except Exception as error:  # onnxruntime's exceptions have no public base
-        return [_not_run("body on CPU", str(error).splitlines()[0])]
-    return _activation_checks("body on CPU", decoder, model, batches)
-
-
-class FloatBody:
-    """Teacher-forced logits of an ONNX folder's body with activations in float32, called as a Decoder."""
-
-    def __init__(self, onnx: Path) -> None:
-        """Opens the folder."""
-        self.session = open_float(onnx)
-
-    def reset(self) -> None:
-        """Every call starts anew."""
-
-    def __call__(self, ids: Any) -> NDArray[np.float32]:
-        """Logits [T, vocabulary] of token ids [T]."""
-        return onnx_logits(self.session, np.asarray(ids, np.int64)[None])[0]
-
-
-def _activation_checks(name: str, decoder: Decoder, model: Any, batches: Batches) -> list[Check]:
-    """NLL and KL of an executor that rounds activations against the torch model that holds its weights, on QUALITY_WINDOWS windows."""
-    total = compare_torch(decoder, model, batches)
-    nll_torch, nll, kl, agreement = total.means()
-    off, kl = abs(nll - nll_torch), max(0.0, kl)
-    note = f"NLL {nll:.4f} (torch with the same weights {nll_torch:.4f}), agreement {agreement:.1%} over {total.tokens} tokens; activations are rounded"
-    return [
-        Check(name=f"{name} NLL", value=off, bound=ACTIVATION_NLL, passed=off <= ACTIVATION_NLL, note=note),
-        Check(name=f"{name} KL", value=kl, bound=ACTIVATION_KL, passed=kl <= ACTIVATION_KL, note="torch with the same weights to it"),
-    ]
-
-
-def _own_greedy(decoder: Decoder, probe: Probe) -> Probe:
-    """The probe with an executor's own greedy tokens: what onnxruntime-genai has to repeat, up to the first top-2 margin below MARGIN."""
-    rows, must = [], []
-    for row in probe.greedy:
-        decoder.reset()
-        tokens, doubtful = row[:PROMPT_TOKENS].tolist(), None
-        logits = decoder(tokens)[-1]
-        while True:
-            second, first = np.partition(logits, -2)[-2:]
-            if doubtful is None and first - second < MARGIN:
-                doubtful = len(tokens) - PROMPT_TOKENS
-            tokens.append(int(logits.argmax()))
-            if len(tokens) == len(row):
-                break
-            logits = decoder(tokens[-1:])[-1]
-        rows.append(tokens)
-        must.append(len(tokens) - PROMPT_TOKENS if doubtful is None else doubtful)
-    return replace(probe, greedy=torch.tensor(rows), must_match=must)
-
-
-def _quality_check(name: str, decoder: Decoder, model: Any, batches: Batches, original: Any | None) -> Check:
-    """NLL, KL to dense torch and argmax agreement of an ONNX executor on QUALITY_WINDOWS windows; judged is the difference of its NLL to sparse torch's."""
-    found = measure_executor(decoder, model, batches, original=original)
-    off = abs(found.nll - found.nll_torch)
-    note = f"NLL {found.nll:.4f} (torch {found.nll_torch:.4f}), KL to dense {found.kl:.4f}, agreement {found.agreement:.1%} over {found.tokens} tokens"
-    return Check(name=f"{name} NLL", value=off, bound=NLL_BOUND, passed=off <= NLL_BOUND, note=note)
-
-
-def _logits_check(name: str, decoder: Decoder | FloatBody, probe: Probe) -> Check:
-    """Largest logit difference where compared, relative to the rms of the logits when that exceeds 1.
-
-    With very many units nearly every token has some score near its threshold; then the median over all positions is judged, since a score that close seldom
-    really falls on the other side.
-    """
-    differences = []
-    for window, logits in zip(probe.windows, probe.logits, strict=True):
-        decoder.reset()
-        differences.append((torch.from_numpy(decoder(window.numpy())) - logits).abs().amax(-1))
-    difference, few = torch.stack(differences), probe.remaining < REMAINING
-    value = float(difference.median() if few else difference[probe.compare].max())
-    bound = LOGIT_BOUND * max(1.0, float(probe.logits.square().mean().sqrt()))
-    where = f"{probe.compare.numel()} positions in windows of {probe.windows.shape[1]}"
-    note = (
-        f"median of {where}; only {probe.remaining:.0%} are clear of thresholds" if few else f"{probe.remaining:.0%} of {where}; the rest lie near a threshold"
-    )
-    return Check(name=name, value=value, bound=bound, passed=value <= bound, note=note)
-
-
-def _genai_tokens(onnx: Path, probe: Probe, library: bool) -> list[list[int]]:
-    from ..runtime_onnx.generate import load
-
-    try:
-        import onnxruntime_genai as genai
-    except ImportError:
-        raise InputError('Verification must have onnxruntime-genai, got none. Run pip install "sparsegate[cpu]".') from None
-    model = load(onnx, library=library)
-    found = []
-    for row in probe.greedy:
-        parameters = genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=len(row), do_sample=False)
-        generator = genai.Generator(model, parameters)
-        generator.append_tokens(row[:PROMPT_TOKENS].numpy().astype(np.int32))
-        while not generator.is_done():
-            generator.generate_next_token()
-        found.append([int(t) for t in generator.get_sequence(0)][PROMPT_TOKENS:])
-    return found
-
-
-def _greedy_check(name: str, found: list[list[int]], probe: Probe) -> Check:
-    """Shortfall of greedy tokens: every prompt up to its first doubtful position, and FULL_MATCHES prompts to the end."""
-    short, full = 0, 0
-    for tokens, row, must in zip(found, probe.greedy, probe.must_match, strict=True):
-        wanted = row[PROMPT_TOKENS:].tolist()
-        end = next((k for k, token in enumerate(wanted) if token in probe.ends), len(wanted))
-        wanted, must = wanted[:end], min(must, end)  # genai stops before the token that ends a text
-        equal = next((k for k, (a, b) in enumerate(zip(tokens, wanted, strict=False)) if a != b), min(len(tokens), len(wanted)))
-        short += max(0, must - equal)
-        full += equal == len(wanted)
-    passed = short == 0 and full >= FULL_MATCHES
-    return Check(
-        name=f"{name} greedy tokens",
-        value=float(full),
-        bound=float(FULL_MATCHES),
-        passed=passed,
-        at_least=True,
-        note=f"{full} of {len(found)} prompts equal to the end",
-    )
 
 
 @torch.no_grad()

@@ -388,13 +388,3 @@ def measure_executor(
     nll_torch = sparse.means()[1]
     _, nll, kl, agreement = onnx.means()
     return ExecutorQuality(tokens=onnx.tokens, windows=onnx.windows, nll_torch=nll_torch, nll=nll, nll_error=_finite(onnx.error()), kl=kl, agreement=agreement)
-
-
-@torch.no_grad()
-def compare_torch(decoder: Decoder, model: Any, batches: Batches, count: int = QUALITY_WINDOWS) -> Totals:
-    """An ONNX executor (q) beside the gated torch model (p) itself, on the first `count` windows."""
-    first = Batches(batches.tokens[:count], batches.mask[:count])
-    reference, total = Reference(model, first, gates=gates_of(model)), Totals()
-    for number, group in enumerate(reference.groups):
-        total.add(compare(reference, number, [onnx_logits(decoder, group)])[0])
-    return total

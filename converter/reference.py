@@ -65,7 +65,8 @@ class Recorder:
 
 def is_near(scores: Tensor, tau: Tensor | float) -> Tensor:
     """Which of scores [..., n] lie so close to tau, [n] or one for all, that executors may disagree."""
-    return (scores - tau).abs() <= NEAR * (abs(tau) + _rms(scores))
+    distance = (scores - tau).abs()
+    return (distance <= NEAR * (abs(tau) + _rms(scores))) & distance.isfinite()
 
 
 def _rms(scores: Tensor) -> Tensor:
@@ -305,6 +306,11 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 def _gated(model: Any) -> list[_Gated | _Masked]:
     return [module.forward for module in model.modules() if isinstance(getattr(module, "forward", None), _Gated | _Masked)]
+
+
+def gated_modules(model: Any) -> list[Any]:
+    """The modules that a plan gates, in the model's order."""
+    return [gated.module for gated in _gated(model)]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ LEVELS = (
     {"writer", "reference", "onnx_export", "attribution"},
     {"training", "optimizers", "analysis", "interchange", "powerinfer", "labels", "residual", "orientation", "shares"},
     {"end_to_end", "by_block", "recovery"},
-    {"planning", "texts", "verification", "quality", "executors", "report", "hub", "budget"},
+    {"planning", "texts", "verification", "quality", "executors", "op_agreement", "paired", "watched", "report", "hub", "budget"},
     {"schedule", "evaluation", "opening"},
     {"tuning", "recovery_stage"},
     {"conversion", "candidates", "record", "inspection", "diagnosis", "bench", "root"},

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..arch import Arch
 from ..plans import linear_shapes
+from .names import joined_name
 from .product import Product, find_product
 
 
@@ -32,7 +33,7 @@ class Part:
     @property
     def name(self) -> str:
         """One name for all of them, as in qk_proj."""
-        return "".join(name.removesuffix("_proj") for name in self.names) + "_proj"
+        return joined_name(self.names)
 
 
 @dataclass(frozen=True)

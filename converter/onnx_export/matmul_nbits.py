@@ -22,6 +22,8 @@ BLOCK = 32
 """Values per scale."""
 ACCURACY = {"cpu": 4, "cuda": 0}
 """MatMulNBits' accuracy level by target, as the builder chooses it: 4 rounds activations to 8 bits in blocks, 0 leaves them in floating point."""
+FOLDER_ENTRY = "session.model_external_initializers_file_folder_path"
+"""Session option that says where the weights of a graph in memory lie."""
 _MIDDLE = {4: 8, 8: 128}  # what stands for zero
 
 
@@ -118,16 +120,21 @@ def _quantiser(bits: int) -> Any:
     return DefaultWeightOnlyQuantizer(DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, bits=bits))
 
 
-def open_float(folder: Path) -> Any:
-    """A plain CPU session of an ONNX folder, without the native library, in which MatMulNBits leaves its activations in float32."""
-    import onnxruntime
-
-    proto = onnx.load(folder / "model.onnx", load_external_data=False)
+def keep_activations(proto: onnx.ModelProto) -> None:
+    """Take the accuracy level off every MatMulNBits, so that activations stay in float32."""
     for node in proto.graph.node:
         if node.op_type == "MatMulNBits":
             kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
             del node.attribute[:]
             node.attribute.extend(kept)
+
+
+def open_float(folder: Path) -> Any:
+    """A plain CPU session of an ONNX folder, without the native library, in which MatMulNBits leaves its activations in float32."""
+    import onnxruntime
+
+    proto = onnx.load(folder / "model.onnx", load_external_data=False)
+    keep_activations(proto)
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    options.add_session_config_entry(FOLDER_ENTRY, str(folder))
     return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

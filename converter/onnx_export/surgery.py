@@ -26,6 +26,7 @@ from .emit import Emission, emit
 from .linear_region import LinearRegion, Part, find_linears
 from .matmul_nbits import ACCURACY, initialiser, quantise_rest
 from .mlp_region import MlpRegion, find_regions
+from .names import ATTENTION, linear_node, linear_place, mlp_node
 from .precision import DTYPES, PRECISIONS, Precision, store_predictor
 from .tensors import moved, quantised
 
@@ -36,7 +37,6 @@ _LOG = logging.getLogger("sparsegate")
 Variant = gated_mlp.Variant | sparse_linear.Variant
 
 _PAGE = 4096  # bytes; the native kernel reads rows straight from the mapped file, so tensors start on pages and rows on cache lines
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _ROLES = {"gate": ("w_gate", "b_gate"), "up": ("w_up", "b_up"), "down": ("w_down", "b_down")}
 
 
@@ -125,8 +125,8 @@ def _replace(graph: ir.Graph, region: MlpRegion, arch: Arch, base: str, emission
         raise InputError(f"The op must be able to compute layers.{region.layer}.ffn, got: {error}") from None
     inputs = [region.x, *(initialiser(graph, f"{arch.ffn_module(region.layer)}.{gated_mlp.NAME}.{role}", given[role]) for role in roles)]
     y = ir.Value(name=region.y.name, shape=region.y.shape, type=region.y.type)
-    name = f"/model/layers.{region.layer}/{arch.ffn.module}/{gated_mlp.NAME}"
-    node = ir.Node(gated_mlp.DOMAIN, gated_mlp.NAME, inputs, ir.convenience.convert_attributes(variant.attributes()), outputs=[y], name=name)
+    attributes = ir.convenience.convert_attributes(variant.attributes())
+    node = ir.Node(gated_mlp.DOMAIN, gated_mlp.NAME, inputs, attributes, outputs=[y], name=mlp_node(arch, region.layer))
     ir.convenience.replace_nodes_and_values(graph, region.nodes[-1], region.nodes, [node], [region.y], [y])
     _drop(graph, [*region.weights.values(), *region.biases.values()])
     return node, variant
@@ -143,14 +143,14 @@ def _replace_linear(graph: ir.Graph, region: LinearRegion, arch: Arch, form: Pre
         out = y
         if len(region.parts) > 1:
             shape = None if old.shape is None else ir.Shape([*old.shape[:-1], part.columns.stop - part.columns.start])
-            out = ir.Value(name=f"{_name(region, part)}/output_0", shape=shape, type=old.type)
+            out = ir.Value(name=f"{linear_place(region.layer, part.names)}/output_0", shape=shape, type=old.type)
         made, variant = _part(graph, region, part, arch, out, form)
         nodes += made
         results.append(out)
         if variant is not None:
             found[made[-1]] = variant
     if len(results) > 1:
-        name = f"{_name(region, region.parts[0]).rpartition('/')[0]}/Concat"
+        name = f"{linear_place(region.layer, region.parts[0].names).rpartition('/')[0]}/Concat"
         nodes.append(ir.Node("", "Concat", results, [ir.AttrInt64("axis", -1)], outputs=[y], name=name))
     ir.convenience.replace_nodes_and_values(graph, product.nodes[-1], product.nodes, nodes, [old], [y])
     _drop(graph, [product.weight, *([] if product.bias is None else [product.bias])])
@@ -160,8 +160,8 @@ def _replace_linear(graph: ir.Graph, region: LinearRegion, arch: Arch, form: Pre
 def _part(graph: ir.Graph, region: LinearRegion, part: Part, arch: Arch, out: ir.Value, form: Precision) -> tuple[list[ir.Node], Variant | None]:
     """The nodes that compute a part's columns, its op last, and the op's variant; a part without a threshold is a MatMul with the Add of its bias."""
     product, columns = region.product, part.columns if len(region.parts) > 1 else None
-    module = arch.attn_module(region.layer) if part.names[0] in _ATTENTION else arch.ffn_module(region.layer)
-    prefix, name = f"{module}.{part.name}.", _name(region, part)
+    module = arch.attn_module(region.layer) if part.names[0] in ATTENTION else arch.ffn_module(region.layer)
+    prefix, name = f"{module}.{part.name}.", linear_place(region.layer, part.names)
     if part.tau is None:
         given = {"w": moved(product.weight, columns=columns)}
         if product.bias is not None:
@@ -185,12 +185,7 @@ def _part(graph: ir.Graph, region: LinearRegion, part: Part, arch: Arch, out: ir
     variant = sparse_linear.Variant(weights, roles, x=_dtype(product.x), w=form.w)
     inputs = [product.x, *(initialiser(graph, f"{prefix}{sparse_linear.NAME}.{role}", given[role]) for role in roles)]
     attributes = ir.convenience.convert_attributes(variant.attributes())
-    return [ir.Node(sparse_linear.DOMAIN, sparse_linear.NAME, inputs, attributes, outputs=[out], name=f"{name}/{sparse_linear.NAME}")], variant
-
-
-def _name(region: LinearRegion, part: Part) -> str:
-    """A part's place in the graph, after the builder's names, as in /model/layers.0/attn/q_proj."""
-    return f"/model/layers.{region.layer}/{'attn' if part.names[0] in _ATTENTION else 'mlp'}/{part.name}"
+    return [ir.Node(sparse_linear.DOMAIN, sparse_linear.NAME, inputs, attributes, outputs=[out], name=linear_node(region.layer, part.names))], variant
 
 
 def _format(form: Precision, width: int, where: str) -> str:

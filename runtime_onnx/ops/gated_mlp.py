@@ -43,8 +43,10 @@ __all__ = [
     "WEIGHTS",
     "Variant",
     "active",
+    "before_activation",
     "emulate",
     "function",
+    "hidden",
     "is_relu",
     "opened",
     "parts",
@@ -250,8 +252,9 @@ def scores(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer
         return _product(variant, _hidden(variant, rows, tensors, integer), tensors, "p2", "", integer)
     if variant.score == "all":
         return np.full((rows.shape[0], tensors["w_up"].shape[0]), np.inf)
-    gate, z = _activated(variant, rows, tensors, integer)
-    return np.abs(z if variant.score == "exact" else gate)
+    if variant.score == "gate":
+        return np.abs(activate(variant.activation, before_activation(variant, x, tensors, integer)))
+    return np.abs(_activated(variant, rows, tensors, integer)[1])
 
 
 def active(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.bool_]:
@@ -268,6 +271,17 @@ def parts(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer:
 def product(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], role: str) -> NDArray[np.float64]:
     """Products [T, rows] of x [..., d] with the rows of a matrix that reads x (w_gate, w_up, p1), without a bias."""
     return _product(variant, _rows(x), tensors, role, "", False)
+
+
+def hidden(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.float64]:
+    """relu(P1 x) [T, r] of x [..., d], of a variant with p1. `integer` as in `reference`."""
+    return _hidden(variant, _rows(x), _present(variant, tensors), integer)
+
+
+def before_activation(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.float64]:
+    """What the activation is applied to [T, n], of x [..., d]: the gate's product, or up's of a plain MLP. `integer` as in `reference`."""
+    part = "up" if variant.plain else "gate"
+    return _product(variant, _rows(x), _present(variant, tensors), f"w_{part}", f"b_{part}", integer)
 
 
 def opened(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.bool_]:
@@ -289,8 +303,8 @@ def reference(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], inte
     """
     tensors = _present(variant, tensors)
     rows = _rows(x)
-    _, z = _activated(variant, rows, tensors, integer)
-    keep = active(variant, x, tensors, integer)
+    gate, z = _activated(variant, rows, tensors, integer)
+    keep = np.abs(gate) > _tensor(tensors, "tau") if variant.score == "gate" else active(variant, x, tensors, integer)
     if is_relu(variant.activation):
         keep &= z != 0  # NaN stays
     if integer and variant.weights != "float":

@@ -78,13 +78,13 @@ def round_activations(values: NDArray) -> tuple[NDArray[np.int64], NDArray[np.fl
 
 def integer_product(x: NDArray, stored: NDArray, scale: NDArray, weights: str) -> NDArray[np.float64]:
     """Products [T, rows] of x [T, columns] with a stored matrix's rows: x rounded per 32 columns, integer sums per group, the rest in float64."""
-    x, q = np.asarray(x, np.float32), integers(stored, weights)
+    x, q = np.asarray(x, np.float32), integers(stored, weights).astype(np.float64)  # sums of 32 products of int8 are exact in float64
     scale = np.asarray(scale).astype(np.float64)
     total = np.zeros((len(x), len(q)))
     for group, start in enumerate(range(0, q.shape[1], GROUP)):
         part = slice(start, start + GROUP)
         rounded, step = round_activations(x[:, part])
-        total += (rounded @ q[:, part].T) * step.astype(np.float64) * (scale[:, group] if weights == "int4_g32" else 1.0)
+        total += (rounded.astype(np.float64) @ q[:, part].T) * step.astype(np.float64) * (scale[:, group] if weights == "int4_g32" else 1.0)
     return total * scale if weights == "int8_row" else total
 
 
@@ -93,7 +93,7 @@ def integer_sum(z: NDArray, keep: NDArray[np.bool_], stored: NDArray, scale: NDA
 
     The rows' scales are multiplied into z before it is rounded, per 32 rows (and per 32 columns where the scales are), over the kept ones only.
     """
-    z, q, scale = np.asarray(z, np.float32), integers(stored, weights), np.asarray(scale).astype(np.float32)
+    z, q, scale = np.asarray(z, np.float32), integers(stored, weights).astype(np.float64), np.asarray(scale).astype(np.float32)
     groups = scale.shape[1] if weights == "int4_g32" else 1
     columns = scale.reshape(len(q), groups)
     width = q.shape[1] // groups
@@ -102,6 +102,7 @@ def integer_sum(z: NDArray, keep: NDArray[np.bool_], stored: NDArray, scale: NDA
         rows = slice(start, start + GROUP)
         scaled = np.where(keep[:, rows, None], z[:, rows, None] * columns[None, rows], np.float32(0))  # [T, 32, groups]
         rounded, step = round_activations(scaled.transpose(0, 2, 1))  # [T, groups, 32], [T, groups, 1]
-        part = q[rows].reshape(-1, groups, width)
-        out += (np.einsum("tgi,igc->tgc", rounded, part) * step.astype(np.float64)).reshape(len(z), -1)
+        part = q[rows].reshape(-1, groups, width).transpose(1, 0, 2)  # [groups, 32, width]
+        sums = (rounded.astype(np.float64).transpose(1, 0, 2) @ part).transpose(1, 0, 2)  # exact in float64, [T, groups, width]
+        out += (sums * step.astype(np.float64)).reshape(len(z), -1)
     return out

@@ -77,8 +77,9 @@ def test_every_architecture_goes_through_the_whole_chain(model_type: str, tiny_m
     assert {
         "files",
         "body logits",
-        "genai body greedy tokens",
-        "body NLL",
+        "body ops",
+        "kernel ops",
+        "torch ops",
         "kernel logits",
         "kernel NLL",
         "genai kernel greedy tokens",

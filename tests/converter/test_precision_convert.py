@@ -15,9 +15,8 @@ from sparsegate.converter import candidates, executors
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.candidates import Graphs, room
 from sparsegate.converter.conversion import convert, verify
-from sparsegate.converter.executors import FloatBody, _logits_check, make_probe
+from sparsegate.converter.executors import check_onnx
 from sparsegate.converter.manifest import Manifest, read_manifest, write_manifest
-from sparsegate.converter.onnx_export import round_model
 from sparsegate.converter.planning import compile_recipe, estimate, method_configs
 from sparsegate.converter.recipe import Export, make_recipe, read_recipe
 from sparsegate.converter.reference import load
@@ -75,7 +74,7 @@ def test_float_weights_are_equal_to_torch_and_compared_with_dense_fp32(fp16: Pat
     assert abs(sparse.nll - report.chosen.nll) < 0.01
     assert "fp16 against dense fp32" in speed_sentence(report)
     names = {check.name for check in report.checks}
-    assert {"body logits", "body NLL", "genai body greedy tokens"} <= names and "float activations logits" not in names
+    assert {"body logits", "body ops", "kernel NLL", "genai kernel greedy tokens"} <= names and "kernel KL" not in names
     shutil.copytree(fp16, tmp_path / "out")
     assert verify(tmp_path / "out", calibration=fp16.parent / "text.txt").passed
 
@@ -86,7 +85,7 @@ def test_verify_judges_the_shipped_file(int4: Path, tmp_path: Path) -> None:
     found = verify(folder, calibration=int4.parent / "text.txt")
     assert found.passed, [check for check in found.checks if not check.passed]
     names = {check.name for check in found.checks}
-    assert {"float activations logits", "body NLL", "body KL", "genai body greedy tokens", "ONNX quality as recorded"} <= names
+    assert {"kernel ops", "kernel logits", "kernel NLL", "kernel KL", "genai kernel greedy tokens", "ONNX quality as recorded"} <= names
     assert found.shipped is not None and found.shipped.kl > 2 * found.quality.kl
     manifest = read_manifest(folder)
     between = (found.quality.kl + found.shipped.kl) / 2
@@ -96,15 +95,14 @@ def test_verify_judges_the_shipped_file(int4: Path, tmp_path: Path) -> None:
 
 
 def test_equality_is_with_the_rounded_weights_only(int4: Path) -> None:
-    """Against the weights as they were, and against those of another precision, the same check fails."""
+    """The same ops fail against the weights as they were, and against those of another precision."""
     source, recipe = open_source(int4, sparse=True), make_recipe(read_manifest(int4).recipe)
     recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": str(int4.parent / "text.txt")})})
-    heldout, plan, body = make_heldout(source, recipe), read_plan(int4), FloatBody(int4 / "onnx")
-    for precision, passed in ((None, False), ("int8", False), ("int4", True)):
-        model = load(int4)
-        if precision:
-            round_model(model, plan, source.arch, precision)
-        assert _logits_check("body", body, make_probe(model, heldout)).passed is passed, precision
+    heldout, plan = make_heldout(source, recipe), read_plan(int4)
+    for precision, passed in (("fp32", False), ("int8", False), ("int4", True)):
+        checks = check_onnx(int4 / "onnx", load(int4), plan, heldout, Export(precision=precision))  # type: ignore[arg-type]
+        ops = [check.passed for check in checks if check.name in ("body ops", "kernel ops", "torch ops")]
+        assert ops == [passed] * 3 or (not passed and not any(ops[:2])), (precision, ops)
 
 
 def test_graph_for_cuda_claims_nothing_that_was_not_run(tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

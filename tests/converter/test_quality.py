@@ -186,8 +186,6 @@ def test_executors_are_measured_on_one_dense_pass(tiny_model: Callable[[str], Pa
     assert found.nll_torch == pytest.approx(sparse[:, 2].sum() / 230, rel=1e-6)
     assert (found.nll, found.kl, found.agreement) == pytest.approx(tuple(onnx[:, 2:].sum(0) / 230), rel=1e-6)
     assert measure_executor(executor, model, batches, count=None, error=1e9).windows == 60, "one group"  # type: ignore[arg-type]
-    total = quality.compare_torch(executor, model, batches, 10)  # type: ignore[arg-type]
-    assert total.means()[:2] == pytest.approx((found.nll_torch, found.nll), rel=1e-6) and total.means()[2] > 0.01
 
 
 def test_nothing_to_compare_is_an_error() -> None:

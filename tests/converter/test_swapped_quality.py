@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from models import VOCAB, make_model
-from test_swap import N, exact_for
+from test_swap import N
 
 from sparsegate.converter.arch import Site, load_arch
 from sparsegate.converter.data import Batches
 from sparsegate.converter.evaluation import answers
-from sparsegate.converter.executors import make_probe
 from sparsegate.converter.plans import Plan, Swap, Threshold, mlp_cost, uniform_tau
 from sparsegate.converter.quality import measure_executor, measure_quality
 from sparsegate.converter.reference import dense, load, load_dense
@@ -108,16 +107,6 @@ def test_the_source_check_compares_sizes(folder: Path, tiny_model: Callable[[str
     for other, word in ((make_model("llama", tmp_path / "wide", intermediate_size=192), "units"), (tiny_model("qwen3"), "model type llama for qwen3")):
         found = check_source(model, other, BATCHES)
         assert not found.passed and word in found.note
-
-
-def test_a_probe_of_exact_sites_compares_everything(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    for model_type in ("llama", "phi"):
-        plan: Plan = {Site(layer): [Swap(exact_for(model_type))] for layer in range(2)}
-        model = load(write(tiny_model(model_type), tmp_path / model_type, plan))
-        probe = make_probe(model, BATCHES)
-        assert bool(probe.compare.all()) and probe.windows.shape[1] == 16, "no score decides, so the longest windows are compared in full"
-        with torch.no_grad():
-            assert torch.equal(model(input_ids=probe.windows).logits, probe.logits)
 
 
 class _Words:

@@ -382,7 +382,7 @@ def test_convert_trains_first(last: dict[str, Any] | None, model: Path, tmp_path
     more: dict[str, Any] = {"predictors": {"cost": 0.2, "density": 0.4}} if last is None else {}
     result = convert(output=out, recipe=recipe(model, tmp_path, last, **more))
     assert result.report is not None and all(check.passed for check in result.report.checks)
-    assert {"body logits", "kernel logits", "genai kernel greedy tokens"} <= {check.name for check in result.report.checks}
+    assert {"body logits", "kernel logits", "kernel ops", "genai kernel greedy tokens"} <= {check.name for check in result.report.checks}
     record, report = RecoveryRecord.load(out / RECOVERY), Report.load(out / RESULTS)
     dense, row, *others = report.rows
     assert [other.method for other in others] == (["exact"] if last is None else []) and row.selected

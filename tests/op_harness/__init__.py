@@ -15,7 +15,7 @@ from types import ModuleType
 
 CASES = {"gated_mlp": ".gated_mlp", "sparse_linear": ".sparse_linear"}
 """Stem of an op -> module with its cases, which exports OP (the op's module in the package), SAMPLED and every_case() (both of Case), make_variant,
-make_tensors, make_x, with_tau, expected, float_activations, settled, without_one, sizes_of, grid() and broken()."""
+make_tensors, make_x, with_tau, expected, float_activations, without_one, sizes_of, grid() and broken()."""
 MODES = {"test": ".testing", "perf": ".timing", "support": ".support", "break": ".breaking"}
 """Mode -> module with `main(ops, isas, full) -> int`, an exit status."""
 

@@ -29,7 +29,7 @@ from sparsegate.runtime_onnx.ops.quantisation import quantise
 
 from .breaking import Broken, documented, message, others_untouched
 from .case import ISAS, KEEP, STORED, TOKENS, Case, Row, formats, pairwise
-from .rounding import between, off_boundary, off_threshold
+from .rounding import between
 from .sessions import Tensors
 
 ACTIVATIONS = (*OP.ACTIVATIONS, "fatrelu(0.2)", "shifted_relu(0.2)")
@@ -113,25 +113,6 @@ def make(case: Case, pool: int) -> tuple[np.ndarray, Tensors]:
     d, n, r = case.sizes
     x = make_x(case.variant, (pool, d), case.seed + 1)
     return x, with_tau(case.variant, x, make_tensors(case.variant, d, n, r, case.seed), case.keep, case.seed + 2)
-
-
-def settled(variant: Variant, x: np.ndarray, tensors: Tensors) -> np.ndarray:
-    """bool [T]: tokens in which neither a score nor a value that is rounded lies at its boundary."""
-    good = np.ones(len(x), bool)
-    rows = _rows(x)
-    if "tau" in variant.inputs:
-        good &= off_threshold(scores(variant, x, tensors, integer=True), tensors["tau"].astype(np.float64))
-    kind, parameter = split_activation(variant.activation)
-    if kind == "fatrelu":  # jumps at its parameter
-        first = "up" if variant.plain else "gate"
-        good &= off_threshold(_product(variant, rows, tensors, f"w_{first}", f"b_{first}", True), np.full(len(tensors["w_up"]), np.float32(parameter)))
-    if variant.p == "int8":
-        good &= off_boundary(_hidden(variant, rows, tensors, True))
-    if variant.weights != "float":
-        z = np.where(active(variant, x, tensors, integer=True), _activated(variant, rows, tensors, True)[1], 0.0)
-        scale = tensors["s_down"].astype(np.float64)
-        good &= off_boundary(z * scale if variant.weights == "int8_row" else z[:, :, None] * scale)
-    return good
 
 
 def expected(variant: Variant, x: np.ndarray, tensors: Tensors) -> np.ndarray:

@@ -61,11 +61,6 @@ def make(case: Case, pool: int) -> tuple[np.ndarray, Tensors]:
     return x, with_tau(case.variant, x, make_tensors(case.variant, *case.sizes, case.seed), case.keep, case.seed + 2)
 
 
-def settled(variant: Variant, x: np.ndarray, tensors: Tensors) -> np.ndarray:
-    """bool [T], all: what is compared and what is rounded are products of two float32 numbers at most, the same bits in the emulation."""
-    return np.ones(len(x), bool)
-
-
 def expected(variant: Variant, x: np.ndarray, tensors: Tensors) -> np.ndarray:
     """What the CPU's kernel computes, in float64."""
     return OP.emulate(variant, x, tensors)

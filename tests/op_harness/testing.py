@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sparsegate.runtime_onnx.ops.margins import settled
+
 from . import cases_of
 from .case import ISAS, Case
 from .sessions import forced_isa, has_isa, make_model, nmse, open_model, run
@@ -48,7 +50,7 @@ def draw(stem: str, case: Case) -> tuple[np.ndarray, dict[str, np.ndarray], floa
     """x [tokens, ...] of settled tokens only, the tensors, and the share of tokens that were settled."""
     cases = cases_of(stem)
     x, tensors = cases.make(case, 2 * case.tokens + 24)  # of the widest integer cases more than a third lies near some boundary
-    good = cases.settled(case.variant, x, tensors)
+    good = settled(case.variant, x, tensors)
     return x[good][: case.tokens], tensors, float(good.mean())
 
 

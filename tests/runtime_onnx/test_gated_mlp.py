@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import checker, load_model_from_string
 from op_harness.case import Case
-from op_harness.gated_mlp import ACTIVATIONS, OP, make_tensors, make_variant, make_x, settled, with_tau
+from op_harness.gated_mlp import ACTIVATIONS, OP, make_tensors, make_variant, make_x, with_tau
 from op_harness.sessions import make_model, nmse, open_model, run
 from op_harness.testing import check
 
@@ -31,6 +31,7 @@ from sparsegate.runtime_onnx.ops.gated_mlp import (
     scores,
     traffic,
 )
+from sparsegate.runtime_onnx.ops.margins import settled
 
 
 def valid(activation: str, score: str, plain: bool) -> bool:

@@ -1,0 +1,116 @@
+"""The one judgement end to end: an executor's NLL against torch's, window by window, beside what rounding alone does to torch.
+
+Logits of a deep thresholded model can't be equal: rounding moves a score over its threshold, and everything after it moves along. What rounding does is
+therefore measured in the same run: torch once more, with noise of the executor's kind on every gated op's input. The mean difference of an executor that
+computes the same model lies within STANDARD_ERRORS standard errors of that noise; a wrong wiring lies far outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..runtime_onnx.ops.quantisation import GROUP
+from ..runtime_onnx.session import Decoder
+from .data import Batches
+from .reference import gated_modules
+from .verification import ACTIVATION_NLL, NLL_BOUND, Check
+
+WINDOWS, LENGTH = 32, 128
+"""Windows that are compared, and their tokens at most."""
+STANDARD_ERRORS = 3.0
+LAST_BITS = 2.0**-21
+"""Relative noise on an op's input: what float32 sums of a few hundred terms before it differ by between two executors."""
+ACTIVATION_KL = 0.05
+"""Nats per token that rounding activations to 8 bits or half precision outside the ops may cost, beside ACTIVATION_NLL; measured on the bundled model:
+.0003 to .002 with one op a layer, .024 with six, whose thresholds pass rounding on."""
+
+Noise = Callable[[Tensor], Tensor]
+
+
+def last_bits(seed: int) -> Noise:
+    """Uniform relative noise of LAST_BITS."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def put(x: Tensor) -> Tensor:
+        noise = torch.rand(x.shape, generator=generator, dtype=torch.float32) * 2 - 1
+        return x * (1 + LAST_BITS * noise.to(x.device, x.dtype))
+
+    return put
+
+
+def eight_bits(x: Tensor) -> Tensor:
+    """X [..., d] rounded to int8 in groups of 32 channels, as kernels with integer weights do."""
+    width = x.shape[-1]
+    grouped = F.pad(x, (0, -width % GROUP)).unflatten(-1, (-1, GROUP))
+    step = grouped.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return ((grouped / step).round() * step).flatten(-2)[..., :width]
+
+
+def half_precision(x: Tensor) -> Tensor:
+    """X rounded to float16."""
+    return x.half().to(x.dtype)
+
+
+@torch.no_grad()
+def compare(name: str, decoder: Decoder, model: Any, batches: Batches, noise: Noise, rounded: bool) -> list[Check]:
+    """The judgement on one executor, on the first WINDOWS full windows; where activations are `rounded` outside the ops too, also on its divergence.
+
+    `model` is gated and holds the file's weights; `noise` is of the executor's kind.
+    """
+    tokens = batches.tokens[batches.mask.all(1)][:WINDOWS, :LENGTH]
+    rows = torch.tensor([_row(decoder, model, row, noise) for row in tokens], dtype=torch.float64)  # [N, 5]
+    torch_nll, noisy_nll, nll, noise_kl, kl = rows.unbind(1)
+    error = standard_error(noisy_nll - torch_nll)
+    off, moved = abs(float((nll - torch_nll).mean())), abs(float((noisy_nll - torch_nll).mean()))
+    bound = STANDARD_ERRORS * error + (moved + ACTIVATION_NLL if rounded else NLL_BOUND)
+    note = (
+        f"NLL {float(nll.mean()):.4f} (torch {float(torch_nll.mean()):.4f}) over {len(rows)} windows; noise alone {moved:.2g} +- {error:.2g}; "
+        f"KL from torch {float(kl.mean()):.2g}, noise alone {float(noise_kl.mean()):.2g}"
+    )
+    checks = [Check(name=f"{name} NLL", value=off, bound=bound, passed=off <= bound, note=note)]
+    if rounded:
+        value, most = max(0.0, float(kl.mean())), ACTIVATION_KL + STANDARD_ERRORS * float(noise_kl.mean())
+        checks.append(Check(name=f"{name} KL", value=value, bound=most, passed=value <= most, note="from torch with the same weights"))
+    return checks
+
+
+def _row(decoder: Decoder, model: Any, row: Tensor, noise: Noise) -> tuple[float, float, float, float, float]:
+    """Of one window: NLL of torch, of torch under noise and of the executor; KL from torch to torch under noise and to the executor."""
+    q = _log_probs(model, row)
+    with noised(model, noise):
+        other = _log_probs(model, row)
+    decoder.reset()
+    o = torch.from_numpy(decoder(row.numpy()))[:-1].log_softmax(-1)
+    p = q.exp()
+    return _nll(q, row), _nll(other, row), _nll(o, row), float((p * (q - other)).sum(-1).mean()), float((p * (q - o)).sum(-1).mean())
+
+
+def standard_error(differences: Tensor) -> float:
+    """Standard error of the mean of differences [N]."""
+    return float(differences.double().std() / len(differences) ** 0.5)
+
+
+def _log_probs(model: Any, row: Tensor) -> Tensor:
+    """Log-probabilities [T - 1, V] fp32 of the tokens that follow the first of a window [T]."""
+    return model(input_ids=row[None].to(model.device)).logits[0, :-1].float().log_softmax(-1).cpu()
+
+
+def _nll(log_p: Tensor, row: Tensor) -> float:
+    return float(F.nll_loss(log_p, row[1:]))
+
+
+@contextmanager
+def noised(model: Any, noise: Noise) -> Iterator[None]:
+    """Noise on what enters the model's gated modules, inside the block."""
+    handles = [module.register_forward_pre_hook(lambda _, inputs: (noise(inputs[0]), *inputs[1:])) for module in gated_modules(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

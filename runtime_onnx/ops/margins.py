@@ -1,0 +1,109 @@
+"""Which tokens of an op say something about an executor: those in which no score and no rounded value lies at its boundary.
+
+An executor computes scores, and the values that an integer kernel rounds, in float32; the reference computes them in float64. Within these margins the
+two may fall on either side, which says nothing about either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import gated_mlp, sparse_linear
+from .activation import split_activation
+from .quantisation import GROUP, integers
+
+ROUNDING = 3e-5
+"""In units of the step: 127 times the relative rounding errors of float32 sums."""
+NEAR = 1e-5
+"""Of scores, relative to |tau| + rms of the token's scores."""
+
+
+def off_boundary(values: NDArray) -> NDArray[np.bool_]:
+    """Bool [T]: no value of [T, m, ...], rounded in groups of 32 along the second axis, lies within ROUNDING of a boundary."""
+    near, _ = _at_boundary(values)
+    return ~near.reshape(len(values), -1).any(1)
+
+
+def _at_boundary(values: NDArray) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Of [T, m, ...], rounded in groups of 32 along the second axis: which values [T, m, ...] lie at a boundary, and every value's step [T, m, ...]."""
+    tokens, m = values.shape[:2]
+    pad = -m % GROUP
+    padded = np.concatenate([values, np.zeros((tokens, pad, *values.shape[2:]))], 1)
+    grouped = padded.reshape(tokens, -1, GROUP, *values.shape[2:])
+    largest = np.abs(grouped).max(2, keepdims=True)
+    steps = np.divide(grouped * 127.0, largest, out=np.zeros_like(grouped), where=largest > 0)
+    near = np.abs(steps - np.floor(steps) - 0.5) <= ROUNDING
+    step = np.broadcast_to(largest / 127.0, grouped.shape)
+    return near.reshape(padded.shape)[:, :m], step.reshape(padded.shape)[:, :m]
+
+
+def off_threshold(scores: NDArray, tau: NDArray) -> NDArray[np.bool_]:
+    """Bool [T]: no score [T, n] lies within NEAR of its threshold [n]; zero, of a ReLU, is exact and may. None lies near an infinite one."""
+    scale = np.abs(tau) + np.sqrt((scores**2).mean(1, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        far = np.isinf(tau) | (np.abs(scores - tau) > NEAR * scale)
+    return (far | ((scores == 0) & (tau >= 0))).all(1)
+
+
+def off_thresholds(variant: Any, x: NDArray, tensors: Mapping[str, NDArray], integer: bool) -> NDArray[np.bool_]:
+    """Bool [T] of x [T, d]: no score lies at its threshold and no gate at the jump of its activation; `integer` as in `reference`.
+
+    A SparseLinear compares what it is given, so there every executor sees the same bits.
+    """
+    if isinstance(variant, sparse_linear.Variant):
+        return np.ones(len(x), bool)
+    clear = np.ones(len(x), bool)
+    if "tau" in variant.inputs:
+        scores = gated_mlp.scores(variant, x, tensors, integer=integer)
+        clear &= off_threshold(scores, np.asarray(tensors["tau"]).astype(np.float64))
+    kind, parameter = split_activation(variant.activation)
+    if kind == "fatrelu":  # jumps at its parameter
+        before = gated_mlp.before_activation(variant, x, tensors, integer)
+        clear &= off_threshold(before, np.full(before.shape[1], np.float32(parameter)))
+    return clear
+
+
+def settled_scores(variant: Any, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.bool_]:
+    """Bool [T] of x [T, d]: tokens in which an integer kernel and its emulation see every score on the same side of its threshold."""
+    clear = off_thresholds(variant, x, tensors, integer=True)
+    if isinstance(variant, gated_mlp.Variant) and variant.p == "int8":
+        clear &= off_boundary(gated_mlp.hidden(variant, x, tensors, integer=True))
+    return clear
+
+
+def settled(variant: Any, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.bool_]:
+    """Bool [T] of x [T, d]: tokens in which every score and every rounded value is seen on the same side.
+
+    What a SparseLinear rounds are products of two float32 numbers at most: the same bits in the emulation.
+    """
+    good = settled_scores(variant, x, tensors)
+    if isinstance(variant, gated_mlp.Variant) and variant.weights != "float":
+        good &= off_boundary(_scaled(variant, x, tensors))
+    return good
+
+
+def tie_energy(variant: Any, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
+    """[T] of x [T, d]: the largest squared change of y when every value at a rounding boundary is rounded to the other side.
+
+    A step of such a value moves y by the step times its row of integers; steps in one group of columns may add up.
+    """
+    if isinstance(variant, sparse_linear.Variant) or variant.weights == "float":
+        return np.zeros(len(x))
+    near, step = _at_boundary(_scaled(variant, x, tensors))
+    rows = integers(tensors["w_down"], variant.weights).astype(np.float64)
+    groups = near.shape[2] if near.ndim == 3 else 1
+    sizes = np.sqrt(np.square(rows.reshape(len(rows), groups, -1)).sum(2))  # [n, groups]
+    moved = np.where(near, step, 0.0) * (sizes if near.ndim == 3 else sizes[:, 0])
+    return np.square(moved.sum(1)).reshape(len(x), -1).sum(1)
+
+
+def _scaled(variant: gated_mlp.Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
+    """What a kernel rounds before the sum over w_down's rows: kept z times the rows' scales, [T, n] or [T, n, d / 32]."""
+    z = gated_mlp.parts(variant, x, tensors, integer=True)[1]
+    z = np.where(gated_mlp.active(variant, x, tensors, integer=True), z, 0.0)
+    scale = np.asarray(tensors["s_down"]).astype(np.float64)
+    return z * scale if variant.weights == "int8_row" else z[:, :, None] * scale
