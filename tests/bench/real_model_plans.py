@@ -29,6 +29,7 @@ from sparsegate.converter.artifact import (
 from sparsegate.converter.data import Batches, make_batches, read_text
 from sparsegate.converter.end_to_end import EndToEnd, multiplies_bf16, train_plan
 from sparsegate.converter.methods import load_method, make_config, needs
+from sparsegate.converter.planning import LINEAR_METHODS, NEURON_METHODS
 from sparsegate.converter.plans import Plan, load_plan, save_plan
 from sparsegate.converter.recipe import Tune
 from sparsegate.converter.reference import load_dense
@@ -179,10 +180,11 @@ def header_of(study: Study, method: str, density: float) -> Header:
 
 
 def _calibrated(study: Study, method: str, densities: Sequence[float]) -> dict[float, Plan]:
-    """Plans from statistics, which all methods without training share."""
-    others = {name: _config(name, 0.5) for name in METHODS if name not in TRAINED}
-    names = sorted({stat for name, config in others.items() for stat in needs(name, config)})
-    stats = collect(study.source, study.calibration, names, study.work / "stats" / "calibrated", study.sizes.seed)
+    """Plans from statistics, which the methods without training share that skip the same kind of thing."""
+    kin = LINEAR_METHODS if method in LINEAR_METHODS else tuple(name for name in NEURON_METHODS if name not in TRAINED)
+    names = sorted({stat for name in kin for stat in needs(name, _config(name, 0.5))})
+    folder = study.work / "stats" / ("channels" if method in LINEAR_METHODS else "neurons")
+    stats = collect(study.source, study.calibration, names, folder, study.sizes.seed)
     return {density: load_method(method).plan(stats, study.source.arch, _config(method, density)) for density in densities}
 
 
