@@ -207,12 +207,16 @@ def machine_line(result: RealModel) -> str:
 
 def training_lines(result: RealModel) -> str:
     """How long the trained methods were trained."""
-    found = {row.method: row.training for row in result.rows if row.training is not None}
-    return " ".join(
-        f"{method} was trained for {one.steps} steps of {one.tokens} tokens, {one.minutes:.0f} minutes of one core for all its densities together."
-        for method, one in found.items()
-        if one is not None
-    )
+    found: dict[str, Row] = {row.method: row for row in result.rows if row.training is not None}  # the lowest density
+    lines = []
+    for method, row in found.items():
+        one = row.training
+        assert one is not None
+        lines.append(
+            f"{method} was trained for {one.steps} steps of {one.tokens} tokens down to {row.density_target:g}, which is "
+            f"{one.minutes:.0f} minutes of one core: short."
+        )
+    return " ".join(lines)
 
 
 def judgement(result: RealModel) -> str:

@@ -23,6 +23,7 @@ from sparsegate.converter.artifact import (
     atomic_folder,
     hash_file,
     is_finished,
+    read_header,
     read_json,
     write_json,
 )
@@ -47,7 +48,9 @@ _EVERY = 1 << 30  # windows: more than any text has
 
 
 class Training(BaseModel):
-    """How a trained method came about: steps in all, CPU seconds of one step, CPU minutes in all, tokens of a step."""
+    """How a trained plan came about: steps from the start on, through the densities above; CPU seconds of a step, timed before;
+    the minutes of one core that they make together; tokens of a step.
+    """
 
     steps: int
     step_seconds: float
@@ -148,14 +151,38 @@ def plans(study: Study, method: str) -> dict[float, Plan]:
     return {density: load_plan(place) for density, place in places.items()}
 
 
-def is_planned(study: Study, method: str) -> bool:
-    """Whether the plan of a method is there at every density."""
-    return all(is_finished(study.work / "plans" / f"{method}-{density}", header_of(study, method, density)) for density in study.densities)
+def planned(study: Study, method: str) -> dict[float, Plan]:
+    """The plans of a method that are there, those of a training that goes on among them; nothing is made but their stages."""
+    found = {}
+    for level, density in enumerate(study.densities):
+        place, header = study.work / "plans" / f"{method}-{density}", header_of(study, method, density)
+        if method in TRAINED and not is_finished(place, header):
+            _take_level(study, method, level, place, header)
+        if is_finished(place, header):
+            found[density] = load_plan(place)
+    return found
 
 
-def training_of(study: Study, method: str) -> Training:
-    """How a finished training went."""
-    return Training.model_validate(read_json(study.work / "trained" / method / "training.json", "The record of a training"))
+def _take_level(study: Study, method: str, level: int, place: Path, header: Header) -> None:
+    """Make a plan's stage of a level that a training has finished, where it has."""
+    folder = study.work / "trained" / method
+    stored, path = read_header(folder / f"level_{level}"), folder / "steps.json"
+    if stored is None or not path.is_file():
+        return
+    steps = read_json(path, "The steps of a training")
+    same = stored.parents == header.parents and stored.calibration == header.calibration and stored.seed == header.seed
+    own = stored.config.get("densities") == list(study.densities) and stored.config["tune"]["steps"] == steps["steps"]
+    if same and own and steps["key"] == _key(study):
+        with atomic_folder(place) as partial:
+            save_plan(partial, load_plan(folder / f"level_{level}"), header)
+
+
+def training_of(study: Study, method: str, density: float) -> Training:
+    """How the training went down to a density."""
+    stored = read_json(study.work / "trained" / method / "steps.json", "The steps of a training")
+    steps = stored["steps"] * (study.densities.index(density) + 1)
+    tokens = _config(method, density).tune.windows * study.sizes.length
+    return Training(steps=steps, step_seconds=stored["seconds"], minutes=steps * stored["seconds"] / 60, tokens=tokens)
 
 
 def header_of(study: Study, method: str, density: float) -> Header:
@@ -214,7 +241,7 @@ def _trained(study: Study, method: str) -> dict[float, Plan]:
     plan, start = _start(study, method)
     folder, model = study.work / "trained" / method, study.model()
     base: Tune = _config(method, study.densities[0]).tune
-    steps, seconds = _steps(study, method, model, plan, start, base)
+    steps = _steps(study, method, model, plan, start, base)
     tune = base.model_copy(update={"steps": steps})
     header = Header(
         format="tune",
@@ -223,7 +250,6 @@ def _trained(study: Study, method: str) -> dict[float, Plan]:
         seed=study.sizes.seed,
         calibration=study.training.sha256,
     )
-    begun, done = time.process_time(), _steps_done(folder)
     found = train_plan(
         model,
         study.source.arch,
@@ -237,35 +263,32 @@ def _trained(study: Study, method: str) -> dict[float, Plan]:
         folder,
         header,
     )
-    total = steps * len(study.densities)
-    minutes = (time.process_time() - begun) / 60 * total / max(1, total - done)  # of an interrupted run only the last part was timed
-    record = Training(steps=total, step_seconds=seconds, minutes=minutes, tokens=tune.windows * study.sizes.length)
-    write_json(folder / "training.json", record.model_dump())
     return dict(zip(study.densities, found, strict=True))
 
 
-def _steps_done(folder: Path) -> int:
-    state = folder / "state" / "training.json"
-    return int(read_json(state, "The training state")["step"]) if state.is_file() else 0
-
-
-def _steps(study: Study, method: str, model: Any, plan: Plan, start: float, tune: Tune) -> tuple[int, float]:
-    """Steps for every density and CPU seconds of one, stored so that a run goes on with the same number."""
-    path = study.work / "trained" / method / "steps.json"
-    key = {
+def _key(study: Study) -> dict[str, Any]:
+    """What decides the steps of a training."""
+    sizes = study.sizes
+    return {
         "model": study.source.fingerprint,
-        "minutes": study.sizes.minutes,
-        "steps": study.sizes.steps,
+        "minutes": sizes.minutes,
+        "steps": sizes.steps,
         "densities": list(study.densities),
     }
+
+
+def _steps(study: Study, method: str, model: Any, plan: Plan, start: float, tune: Tune) -> int:
+    """Steps for every density, stored with the CPU seconds of one so that a run goes on with the same number."""
+    path = study.work / "trained" / method / "steps.json"
+    key = _key(study)
     if path.is_file():
         stored = read_json(path, "The steps of a training")
         if stored["key"] == key:
-            return stored["steps"], stored["seconds"]
+            return stored["steps"]
     seconds = step_seconds(study, model, plan, start, tune)
     steps = study.sizes.steps or max(4, int(study.sizes.minutes * 60 / seconds / len(study.densities)))
     write_json(path, {"key": key, "steps": steps, "seconds": seconds})
-    return steps, seconds
+    return steps
 
 
 def step_seconds(study: Study, model: Any, plan: Plan, start: float, tune: Tune) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from real_model_plans import METHODS, TRAINED, Study, header_of, is_planned, plans, training_of
+from real_model_plans import METHODS, TRAINED, Study, header_of, planned, training_of
 from real_model_results import Row
 
 from sparsegate.converter.artifact import Header, atomic_folder, is_finished, read_json, write_header, write_json
@@ -25,7 +25,7 @@ def measure(study: Study, methods: Sequence[str]) -> None:
     """Store the quality of the methods that are planned on every chunk where it is not stored yet. The plans of a chunk
     share its dense pass.
     """
-    found = {(method, density): plan for method in methods if is_planned(study, method) for density, plan in plans(study, method).items()}
+    found = {(method, density): plan for method in methods for density, plan in planned(study, method).items()}
     model = None
     for number in range(chunks(study)):
         missing = {key: plan for key, plan in found.items() if not _is_measured(study, key, number)}
@@ -97,7 +97,7 @@ def _row(study: Study, key: Key, parts: Sequence[Quality]) -> Row:
         method=key[0],
         density_target=key[1],
         **values,
-        training=training_of(study, key[0]) if key[0] in TRAINED else None,
+        training=training_of(study, *key) if key[0] in TRAINED else None,
     )
 
 

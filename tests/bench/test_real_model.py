@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ from models import TEXT
 from real_model import run
 from real_model_page import against, page, ratio
 from real_model_page import readme as readme_text
-from real_model_plans import METHODS, Sizes, Study
+from real_model_plans import METHODS, Sizes, Study, planned
 from real_model_quality import joined
 from real_model_results import RealModel, choose
 from real_model_speed import gguf_format, window_nll
@@ -57,7 +59,8 @@ def test_every_part_of_a_run_is_in_its_result(whole: SimpleNamespace) -> None:
     assert all(row.windows == 24 and row.nll_error > 0 and row.kl > 0 and row.nll_dense == found.rows[0].nll_dense for row in found.rows)
     assert all(abs(row.density - row.density_target) < 0.1 for row in found.rows if row.method in ("gate", "chess", "cett"))
     assert all((row.training is not None) == (row.method in ("trained_gate", "predictor")) for row in found.rows)
-    assert {row.training.steps for row in found.rows if row.training} == {4} and found.missing == []
+    assert {(row.density_target, row.training.steps) for row in found.rows if row.training} == {(0.7, 2), (0.5, 4)}
+    assert found.missing == []
     roles = [f"{kind} {form}" for kind in ("dense", "sparse") for form in ("fp32", "int8", "int4")]
     roles += [f"sparse {form} AVX2" for form in ("fp32", "int8", "int4")] + ["genai int8", "genai int4"]
     assert [row["role"] for row in found.speed["models"]] == roles and set(found.losses) == set(roles)
@@ -104,9 +107,20 @@ def test_an_interrupted_run_goes_on(tiny_model: Callable[..., Path], text: Path,
     assert {row.windows for row in run([*words, "--windows", "30"]).rows} == {30}
 
 
+def test_levels_of_a_training_that_goes_on_are_plans(whole: SimpleNamespace, tiny_model: Callable[..., Path], text: Path) -> None:
+    work = whole.folder / "half"
+    shutil.copytree(whole.folder / "work" / "trained", work / "trained")
+    shutil.rmtree(work / "trained" / "predictor" / "level_1")
+    sizes = Sizes(32, 16, 24, 24, 0, 15.0, 2)
+    study = Study(tiny_model("llama"), text, None, work, sizes, None, (0.7, 0.5))
+    assert list(planned(study, "trained_gate")) == [0.7, 0.5] and list(planned(study, "predictor")) == [0.7] and not planned(study, "gate")
+    other = Study(tiny_model("llama"), text, None, work, replace(sizes, steps=3), None, (0.7, 0.5))
+    assert not planned(other, "predictor"), "levels of another training"
+
+
 def test_chunks_give_what_one_measurement_gives(whole: SimpleNamespace, tiny_model: Callable[..., Path], text: Path) -> None:
     study = Study(tiny_model("llama"), text, None, whole.folder / "work", Sizes(32, 16, 24, 24, 0, 15.0, 2), None, (0.7, 0.5))
-    plan = real_model_quality.plans(study, "gate")[0.5]
+    plan = planned(study, "gate")[0.5]
     every = measure_qualities(study.model(), {"": plan}, study.heldout, error=0.0)[""]
     row = next(row for row in whole.result.rows if row.method == "gate" and row.density_target == 0.5)
     for name in ("tokens", "windows", "nll_dense", "nll", "nll_error", "kl", "agreement", "density", "cost", "block_cost"):
