@@ -221,7 +221,7 @@ class _Terminal(_Nothing):
             self.stream.flush()
 
     def _form(self, stage: _Stage) -> str:
-        share = "" if stage.share is None else f"{stage.share:.0%}"
+        share = _time(stage.elapsed()) if stage.share is None else f"{stage.share:.0%}"
         text = "; ".join(filter(None, (share, stage.counts(), _left(stage))))
         return f"{_braced(stage.name):<{_NAME}} {{bar:{_BAR}}} {_braced(text)}"
 

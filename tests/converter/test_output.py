@@ -133,3 +133,10 @@ def test_verify_on_a_terminal_and_verbose(run: tuple[Path, Path, Shown]) -> None
 def test_unused_tensors_are_none_of_an_ordinary_model(tiny_model: Callable[[str], Path]) -> None:
     for model_type in ("llama", "gemma2", "phi"):
         assert unused_tensors(open_source(tiny_model(model_type))) == []
+
+
+@pytest.mark.slow
+def test_the_log_of_the_main_job_is_short(tmp_path: Path) -> None:
+    said = shown("convert", "-o", tmp_path / "out")
+    lines = said.err.splitlines()
+    assert len(lines) < 60 and {*STAGES, "train trained_gate", "train predictor", "speed", "report"} <= set(names(lines))
