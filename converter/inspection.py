@@ -16,6 +16,7 @@ from .planning import Estimate, compile_recipe, estimate_shapes, method_configs
 from .progress import job
 from .published import is_published, normal_config
 from .source import check_config, check_shapes, make_config, open_source
+from .time_budget import decide, decided
 
 
 class Inspection(BaseModel):
@@ -66,8 +67,11 @@ def _found(name: str, raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], s
     check_shapes(arch, config, shapes)
     recipe = compile_recipe(name, None, None, None, None, None, None, None, None, None)
     swapped = {fields["activation"] for fields in read.get("sparsity", {}).get("sites", {}).values()}
+    decision = decide(arch, config, shapes, size, recipe, method_configs(recipe, bool(swapped)))
+    recipe = decided(recipe, decision)
+    needed = estimate_shapes(arch, config, shapes, size, recipe, method_configs(recipe, bool(swapped)))
     return Inspection(
         model=name, model_type=str(raw.get("model_type")), convertible=True, sites=len(arch.sites(config)), hidden=arch.size(config, "hidden"),
         units=arch.size(config, "units"), activation=", ".join(sorted(swapped)) or arch.activation(config), download_bytes=download,
-        estimate=estimate_shapes(arch, config, shapes, size, recipe, method_configs(recipe, bool(swapped))),
+        estimate=needed.model_copy(update={"seconds": dict(decision.seconds), "notes": list(decision.notes), "download_bytes": download}),
     )  # fmt: skip

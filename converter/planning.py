@@ -54,7 +54,8 @@ _RUNTIME = 500_000_000  # bytes of a process with torch, transformers and onnxru
 class Estimate(BaseModel):
     """Bytes unless said otherwise. `onnx_bytes` is the size of a sparse ONNX model by precision, predictors left out; `peak_calibrate` two blocks in fp32, the
     hidden states and a batch's activations, or what a training stage holds where that is more; `peak_export` the whole model in fp32, because
-    onnxruntime-genai's builder and the verification load it.
+    onnxruntime-genai's builder and the verification load it. `seconds` are those that the stages are expected to take on this
+    machine, the download left out, and `notes` say what a time budget leaves out, one line each.
     """
 
     parameters: int
@@ -65,6 +66,9 @@ class Estimate(BaseModel):
     peak_export: int
     onnx_bytes: dict[str, int] = {}
     expected_cost: dict[str, float]
+    download_bytes: int = 0
+    seconds: dict[str, float] = {}
+    notes: list[str] = []
 
 
 def estimate_shapes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]], source_bytes: int, recipe: Recipe, configs: Configs) -> Estimate:
@@ -244,6 +248,7 @@ def method_configs(recipe: Recipe, exact: bool = False) -> Configs:
     if stage.tune is not None:
         return {TUNED: {}}
     names = (*AUTO[recipe.searches], *((EXACT,) if exact else ())) if stage.method == "auto" else (stage.method,)
+    names = _kept(names, stage.steps)
     fields = {part: _config_class(part).model_fields for name in names for part in parts_of(name)}
     known = {key for own in fields.values() for key in own}
     unknown = sorted(set(stage.config) - known)
@@ -256,10 +261,26 @@ def method_configs(recipe: Recipe, exact: bool = False) -> Configs:
             values = {key: value for key, value in {"seed": recipe.seed, **stage.config}.items() if key in fields[part]}
             if part in LINEAR_METHODS and part != name:
                 values["linears"] = _outside_networks(name, values.get("linears"))
-            found[name][part] = validated(ImportedConfig, values, part) if part == IMPORTED else make_config(part, values)
+            made = validated(ImportedConfig, values, part) if part == IMPORTED else make_config(part, values)
+            found[name][part] = _with_steps(made, stage.steps.get(name))
         if recipe.searches and len(found[name]) > 1:
             _check_joined_search(name, found[name])
     return found
+
+
+def _kept(names: tuple[str, ...], steps: Mapping[str, int]) -> tuple[str, ...]:
+    """The methods without those that are left out with 0 steps. Raises InputError for steps of a method that is not among them, and when none is left."""
+    unknown, kept = sorted(set(steps) - set(names)), tuple(name for name in names if steps.get(name) != 0)
+    if unknown or not kept:
+        raise InputError(f"steps must name some of the methods {', '.join(names)} and leave one, got {', '.join(unknown) or 'none left'}. Mend the recipe.")
+    return kept
+
+
+def _with_steps(config: BaseModel, steps: int | None) -> BaseModel:
+    """The configuration with other steps of its training end to end, where it has one."""
+    if steps is None or not isinstance(config, PredictorConfig | GateConfig):
+        return config
+    return config.model_copy(update={"tune": config.tune.model_copy(update={"steps": steps})})
 
 
 def _outside_networks(name: str, linears: Any) -> Any:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,21 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .arch import Arch, Site
+from .blocks import empty_model
 from .data import Batches
 from .end_to_end import EndToEnd, multiplies_bf16
-from .losses import kl_divergence
+from .methods.predictor import rank_for
 from .plans import Plan, Predictor, Threshold
+from .quality import Reference, compare, torch_logits
 from .recipe import Tune
-from .residual import residual_rank
 from .source import Source, TensorInfo
-from .stats.collect import collect
+from .stats.collect import TOKENS_AT_ONCE, collect
 from .training import Settings
 
 _PARAMETERS = 1 << 27  # of the measured block
-_VOCABULARY, _LOGITS = 512, 1 << 22  # tokens that the measured block knows; logits of one measured product with the head
+_VOCABULARY, _HEAD = 512, 1 << 25  # tokens that the measured block knows; weights of the measured head
 _WORK = 1.5e11  # multiplications that one measured pass takes about
 _REPEATS, _SPENT = 3, 0.7  # runs of a measurement, fewer when so many seconds are spent
 _BYTES = 1 << 24
@@ -87,17 +88,21 @@ class _Block:
     scale: float
 
 
-def measure(arch: Arch, config: Any, stats: Iterable[str], tunes: Mapping[str, Tune], windows: int = 8, length: int = 256) -> Rates:
-    """Rates for a model of `config` on this machine: statistics `stats` (full names), training by part in `tunes`, batches of `windows` windows of `length`."""
-    block = _one_block(arch, config)
+def measure(arch: Arch, config: Any, stats: Iterable[str], tunes: Mapping[str, Tune], length: int = 256, device: str = "cpu") -> Rates:
+    """Rates for a model of `config` on this machine: statistics `stats` (full names), training by part in `tunes`, windows of `length` tokens. torch's are
+    those of `device`, ONNX Runtime's the CPU's.
+    """
+    block = _one_block(arch, config, device)
     length = min(length, int(getattr(config, "max_position_embeddings", length)))
-    tokens = torch.randint(0, _VOCABULARY, (_windows(block.parameters, length, windows), length), generator=torch.Generator().manual_seed(0))
+    count = _windows(block.parameters, length, max(1, TOKENS_AT_ONCE // length))
+    tokens = torch.randint(0, _VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0))
+    placed = tokens.to(device)
     with torch.no_grad():
-        forward = _seconds(lambda: block.model.get_decoder()(input_ids=tokens, use_cache=False)) / tokens.numel()
-    calibrate, store = _calibrate(block, tokens, sorted(stats)) if stats else (forward, 0.0)
-    train = {part: _train(block, arch, part, tune, length) for part, tune in tunes.items()}
+        forward = _seconds(lambda: block.model.get_decoder()(input_ids=placed, use_cache=False)) / tokens.numel()
+    calibrate, store = _calibrate(block, tokens, sorted(stats), device) if stats else (forward, 0.0)
     hidden, vocabulary = arch.size(config, "hidden"), arch.size(config, "vocab")
-    head, train_head = _head(hidden, vocabulary, any(_half(tune) for tune in tunes.values()), bool(tunes))
+    head = _head(block, vocabulary, forward, length)
+    train, train_head = _trains(block, arch, tunes, length, vocabulary)
     prefill, decode = _onnx(block.parameters, hidden, min(128, length))
     write, read = _disk()
     share = vocabulary * hidden / block.parameters
@@ -110,11 +115,17 @@ def measure(arch: Arch, config: Any, stats: Iterable[str], tunes: Mapping[str, T
 
 def _seconds(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
     """The median of a few runs after one that is not counted; fewer where they take long."""
-    run()
+
+    def timed() -> None:
+        run()
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
+    timed()
     found: list[float] = []
     while len(found) < repeats and sum(found) < _SPENT:
         start = time.perf_counter()
-        run()
+        timed()
         found.append(time.perf_counter() - start)
     return median(found)
 
@@ -130,7 +141,7 @@ def _drawn(shape: tuple[int, ...]) -> Tensor:
     return pattern.repeat(-(-count // len(pattern)))[:count].view(shape)
 
 
-def _one_block(arch: Arch, config: Any) -> _Block:
+def _one_block(arch: Arch, config: Any, device: str) -> _Block:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     layers, hidden, units = (arch.size(config, space) for space in ("layers", "hidden", "units"))
@@ -139,20 +150,19 @@ def _one_block(arch: Arch, config: Any) -> _Block:
     kept = units if kept == units else max(32, kept // 32 * 32)
     dropped = ("model_type", "sparsity", "architectures", "transformers_version", "_name_or_path", "pad_token_id", "bos_token_id", "eos_token_id")
     values = {key: value[:1] if isinstance(value, list) and len(value) == layers else value for key, value in config.to_dict().items() if key not in dropped}
-    values |= {arch.spaces["layers"].config: 1, arch.spaces["units"].config: kept, arch.spaces["vocab"].config: _VOCABULARY, "pad_token_id": None}
+    values |= {arch.spaces["layers"].config: 1, arch.spaces["units"].config: kept, arch.spaces["vocab"].config: _VOCABULARY}
+    values |= {"pad_token_id": None, "tie_word_embeddings": False}
     values[arch.ffn.activation.config] = _stock_activation(arch, config)
     one = AutoConfig.for_model(arch.model_type, **values)
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(one, dtype=torch.float32)
     tensors = {name: TensorInfo("F32", tuple(parameter.shape), Path()) for name, parameter in shapes.named_parameters()}
     source = DrawnSource(Path(), one, arch, tensors)
-    from .blocks import empty_model
-
     model = empty_model(source)
     model.load_state_dict(source.read(tensors), assign=True, strict=False)
     prefix = arch.block_prefix(0)
     parameters = sum(parameter.numel() for name, parameter in model.named_parameters() if name.startswith(prefix))
-    return _Block(model, source, parameters, (parameters + matrices * hidden * (units - kept)) / parameters)
+    return _Block(model.to(device), source, parameters, (parameters + matrices * hidden * (units - kept)) / parameters)
 
 
 def _stock_activation(arch: Arch, config: Any) -> str:
@@ -161,7 +171,7 @@ def _stock_activation(arch: Arch, config: Any) -> str:
     return (getattr(config, "sparsity", None) or {}).get("base_activation", name)
 
 
-def _calibrate(block: _Block, tokens: Tensor, stats: list[str]) -> tuple[float, float]:
+def _calibrate(block: _Block, tokens: Tensor, stats: list[str], device: str) -> tuple[float, float]:
     """Seconds a token of the calibration pass, and a layer for storing."""
     found = []
     for repeats in (1, 3):
@@ -169,63 +179,80 @@ def _calibrate(block: _Block, tokens: Tensor, stats: list[str]) -> tuple[float, 
         batches = Batches(rows, torch.ones_like(rows, dtype=torch.bool))
         with TemporaryDirectory() as folder:
             start = time.perf_counter()
-            collect(block.source, batches, stats, Path(folder))
+            collect(block.source, batches, stats, Path(folder), device=device)
             found.append(time.perf_counter() - start)
     each = max((found[1] - found[0]) / (2 * tokens.numel()), 0.2 * found[1] / (3 * tokens.numel()))
     return each, max(0.0, found[1] - 3 * each * tokens.numel())
 
 
-def _half(tune: Tune) -> bool:
-    return tune.precision == "bf16" or (tune.precision == "auto" and multiplies_bf16(torch.device("cpu")))
-
-
-def _train(block: _Block, arch: Arch, part: str, tune: Tune, length: int) -> float:
-    """Seconds a token of a step of training end to end."""
+def _objective(block: _Block, arch: Arch, part: str, tune: Tune, tokens: Tensor) -> EndToEnd:
+    """The training end to end of the one block, for windows [B, S]."""
     config, activation = block.model.config, arch.activation(block.model.config)
     hidden, units = arch.size(config, "hidden"), arch.size(config, "units")
-    rank = residual_rank(units, 2 if arch.ffn.kind == "plain" else 3)
     entry: Any = Threshold("gate", torch.full((units,), 0.1), 0.5)
     if part == "predictor":
-        entry = Predictor(_drawn((2 * rank, hidden)), _drawn((units, 2 * rank)), torch.full((units,), -1.0), 1.0)
+        rank = rank_for(hidden, units, 2 if arch.ffn.kind == "plain" else 3)
+        entry = Predictor(_drawn((rank, hidden)), _drawn((units, rank)), torch.full((units,), -1.0), 1.0)
+    half = tune.precision == "bf16" or (tune.precision == "auto" and multiplies_bf16(block.model.device))
     plan: Plan = {Site(0): [entry]}
-    tokens = torch.randint(0, _VOCABULARY, (min(tune.windows, _windows(block.parameters, length, tune.windows)), length))
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    objective = EndToEnd(block.model, arch, activation, plan, Settings(10, tune.windows, tune.rate), [0.5], 1.0, tune.local, _half(tune), tokens[:1])
-    return _seconds(lambda: objective.loss(tokens, mask, 0).backward()) / tokens.numel()
+    settings = Settings(10, tune.windows, tune.rate)
+    return EndToEnd(block.model, arch, activation, plan, settings, [0.5], 1.0, tune.local, half, tokens[:1])
 
 
-def _head(hidden: int, vocabulary: int, half: bool, trains: bool) -> tuple[float, float]:
-    """Seconds a position of the head with log-probabilities, and of two heads with their divergence and its gradient."""
-    part = min(vocabulary, _LOGITS // 64)
-    positions = max(8, min(256, _LOGITS // part))
-    weight, h = _drawn((part, hidden)), torch.randn(positions, hidden)
-    scale = vocabulary / part / positions
-    with torch.no_grad():
-        plain = _seconds(lambda: F.linear(h, weight).log_softmax(-1)) * scale
-    if not trains:
-        return plain, 0.0
+def _trains(block: _Block, arch: Arch, tunes: Mapping[str, Tune], length: int, vocabulary: int) -> tuple[dict[str, float], float]:
+    """Seconds a token of a step of every part's training, and a position of its head."""
+    if not tunes:
+        return {}, 0.0
+    steps: dict[str, Callable[[], None]] = {}
+    counts: dict[str, int] = {}
+    for part, tune in tunes.items():
+        windows = min(tune.windows, _windows(block.parameters, length, tune.windows))
+        tokens = torch.randint(0, _VOCABULARY, (windows, length))
+        objective, mask = _objective(block, arch, part, tune, tokens), torch.ones_like(tokens, dtype=torch.bool)
+        steps[part] = lambda objective=objective, tokens=tokens, mask=mask: objective.loss(tokens, mask, 0).backward()
+        counts[part] = tokens.numel()
+    found = {part: _seconds(step) / counts[part] for part, step in steps.items()}
+    part = next(iter(steps))
+    with _wide_head(block, vocabulary) as share:
+        wide = _seconds(steps[part]) / counts[part]
+    return found, max(wide - found[part], 0.1 * wide) * share
 
-    def step() -> None:
-        given = h.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            with torch.no_grad():
-                p = F.linear(h, weight)
-            q = F.linear(given, weight)
-        kl_divergence(p, q).backward()
 
-    return plain, _seconds(step) * scale
+def _head(block: _Block, vocabulary: int, forward: float, length: int) -> float:
+    """Seconds a position of one side of a comparison of distributions, with the product that gives its logits."""
+    tokens = torch.randint(0, _VOCABULARY, (1, length))
+    batches = Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    with torch.no_grad(), _wide_head(block, vocabulary) as share:
+        reference = Reference(block.model, batches)
+        both = _seconds(lambda: compare(reference, 0, [torch_logits(block.model, {}, reference.groups[0])])) / tokens.numel()
+    return max(both / 2 - forward, 0.1 * both) * share
+
+
+@contextmanager
+def _wide_head(block: _Block, vocabulary: int) -> Iterator[float]:
+    """The model with a head for as much of the real vocabulary as is quick; yields how many times as large the real one is."""
+    model, (_, hidden) = block.model, block.model.get_output_embeddings().weight.shape
+    narrow, part = model.get_output_embeddings(), min(vocabulary, max(_VOCABULARY, _HEAD // hidden))
+    wide = torch.nn.Linear(1, 1, bias=False, device="meta")
+    wide.weight = torch.nn.Parameter(_drawn((part, hidden)).to(model.device), requires_grad=False)
+    model.set_output_embeddings(wide)
+    before, model.config.vocab_size = model.config.vocab_size, part
+    try:
+        yield vocabulary / part
+    finally:
+        model.set_output_embeddings(narrow)
+        model.config.vocab_size = before
 
 
 def _onnx(parameters: int, hidden: int, length: int) -> tuple[float, float]:
     """Seconds a token of ONNX Runtime's products with a block's parameters, many tokens and one at a time."""
     import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import numpy_helper, parser
 
     width = max(1, min(parameters // hidden, _BYTES // hidden))
-    weight = numpy_helper.from_array(_drawn((hidden, width)).numpy(), "w")
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["t", size]) for name, size in (("x", hidden), ("y", width))]
-    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "product", ends[:1], ends[1:], [weight])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    graph = f"product (float[t, {hidden}] x) => (float[t, {width}] y) {{ y = MatMul(x, w) }}"
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]>\n{graph}')
+    model.graph.initializer.append(numpy_helper.from_array(_drawn((hidden, width)).numpy(), "w"))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     rows = {count: np.ones((count, hidden), np.float32) for count in (length, 1)}
     many, one = (_seconds(lambda x=x: session.run(None, {"x": x})) / len(x) for x in rows.values())

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .artifact import InputError
 
 _Part = TypeVar("_Part", bound=BaseModel)
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a time such as 90s, 20m or 1h30m. Raises ValueError for anything else, a number without a unit too."""
+    found = _DURATION.fullmatch(text)
+    seconds = 0.0 if found is None else sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
+    if seconds <= 0:
+        hint = f"Write {text}m for minutes" if re.fullmatch(r"\d+(\.\d+)?", text) else "Write hours, minutes and seconds in this order"
+        raise ValueError(f"must be a time such as 90s, 20m or 1h30m, got {text!r}. {hint}.")
+    return seconds
 
 
 class _Strict(BaseModel):
@@ -169,11 +181,13 @@ class Recovery(_Strict):
 
 class Stage(_Strict):
     """One method, two joined by `+` (a neuron method and a channel method), `imported`, or `auto`, which tries every method; and the configuration, of which a
-    method takes the fields that it knows. `tune` trains the weights under the stage's plan.
+    method takes the fields that it knows. `steps` are those of methods that are trained end to end, by name, in place of the configuration's; 0 leaves a
+    method out. `tune` trains the weights under the stage's plan.
     """
 
     method: str = "auto"
     config: dict[str, Any] = {}
+    steps: dict[str, Annotated[int, Field(ge=0)]] = {}
     tune: Recovery | None = None
 
 
@@ -203,7 +217,9 @@ class Export(_Strict):
 
 
 class Recipe(_Strict):
-    """Everything that decides the result, apart from the model's own bytes."""
+    """Everything that decides the result, apart from the model's own bytes; of a recipe with a `time_budget` (as in 20m), or of one that says neither it nor
+    steps, also how fast the machine is: what is decided by that is stored as steps.
+    """
 
     version: Literal[1] = 1
     model: str
@@ -211,7 +227,15 @@ class Recipe(_Strict):
     seed: int = Field(default=0, ge=0)
     stages: tuple[Stage, ...] = Field(default=(Stage(),), min_length=1, max_length=3)
     budget: Budget = Budget()
+    time_budget: str | None = None
     export: Export = Export()
+
+    @field_validator("time_budget")
+    @classmethod
+    def _check_time(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_duration(value)
+        return value
 
     @property
     def searches(self) -> bool:

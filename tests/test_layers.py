@@ -21,7 +21,7 @@ LEVELS = (
     {"training", "optimizers", "analysis", "interchange", "powerinfer", "labels", "residual", "orientation", "shares"},
     {"end_to_end", "by_block", "recovery"},
     {"planning", "texts", "verification", "quality", "executors", "op_agreement", "paired", "watched", "report", "hub", "budget"},
-    {"schedule", "evaluation", "opening"},
+    {"schedule", "evaluation", "opening", "probe", "timing", "time_budget"},
     {"tuning", "recovery_stage"},
     {"conversion", "candidates", "record", "inspection", "diagnosis", "bench", "root"},
     {"cli"},

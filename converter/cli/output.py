@@ -118,6 +118,13 @@ def _estimate(estimate: Any, precision: str | None = None) -> None:
     print(f"peak memory       {_size(estimate.peak_calibrate)} while calibrating, {_size(estimate.peak_export)} while exporting and verifying")
     for name, value in estimate.expected_cost.items():
         print(f"expected cost     {value:.2f} of the dense MLP's bytes per token with method {name}")
+    if estimate.seconds:
+        download = f", without the download of {_size(estimate.download_bytes)}" if estimate.download_bytes else ""
+        print(f"expected time     {sum(estimate.seconds.values()) / 60:.1f} minutes on this machine{download}:")
+        for name, seconds in estimate.seconds.items():
+            print(f"  {name:<22} {seconds / 60:6.1f} minutes")
+    for note in estimate.notes:
+        print(note)
 
 
 def tuning(result: Tuned, as_json: bool) -> None:

@@ -1,0 +1,221 @@
+"""Seconds of every stage of a conversion, from what a probe measured of the machine, the model's sizes and the recipe. Nothing here is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from .arch import Arch
+from .budget import GRID
+from .data import CALIBRATION_TEXT
+from .interchange import NEEDS as IMPORTED_NEEDS
+from .methods import load_method, needs
+from .methods.predictor import Config as PredictorConfig
+from .planning import EXACT, IMPORTED, LINEAR_METHODS, TUNED, Configs, training_stages
+from .probe import Rates
+from .recipe import Recipe, Tune
+from .residual import WINDOWS as RESIDUAL_WINDOWS
+from .texts import SEARCH_SHARE, SEARCH_WINDOWS
+
+SPEED_PAIRS, PROMPT, DECODED = 25, 128, 64
+"""Pairs that a candidate's speed is timed with, and their tokens."""
+SPREAD = 0.8
+"""Standard deviation over windows of 256 tokens of the paired NLL difference, relative to its mean: what decides how many windows are measured."""
+_START = 3.0  # seconds until torch and transformers are imported
+_BUILDER = 6.0  # seconds of the builder and of what it imports
+_PLOTS = 6.0  # seconds of plots and pages
+_TEXT = 1.5e-6  # seconds a character to tokens
+_PASSES_ASIDE, _ASIDE = 8, 32  # passes that find the density of a trained plan, over windows
+_NOISE_WINDOWS = 4
+_LEVELS = 4  # densities that a search trains through until its budget breaks
+_SEARCH_PASSES = 8.0  # over all windows, the rough ones counted as shares
+_QUALITY_WINDOWS = 64
+_AGREEMENT_TOKENS, _GREEDY_TOKENS = 16 * 256 + 1024, 10 * 80
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model and its text in numbers: parameters in all and of the blocks' own, bytes of its files and of its float32 graph; windows of `length` tokens to
+    calibrate on, in `characters` of text.
+    """
+
+    layers: int
+    hidden: int
+    units: int
+    vocabulary: int
+    parameters: int
+    source_bytes: int
+    graph_bytes: int
+    windows: int
+    length: int
+    characters: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to calibrate on."""
+        return self.windows * self.length
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a method's training end to end takes: `steps` as configured, seconds by one of them, all its densities together, and seconds beside the steps."""
+
+    steps: int
+    step: float
+    rest: float
+
+    def seconds(self, steps: int) -> float:
+        """Seconds with so many steps; 0 steps are no training."""
+        return self.rest + steps * self.step if steps else 0.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds by stage without what is trained, `each` a method's own share of them, and the trainings by method."""
+
+    stages: Mapping[str, float]
+    each: Mapping[str, Mapping[str, float]]
+    trainings: Mapping[str, Training]
+
+    def seconds(self, steps: Mapping[str, int]) -> dict[str, float]:
+        """Seconds by stage, in order, with so many steps by trained method; a method with 0 steps is left out."""
+        found = dict(self.stages)
+        for name, own in self.each.items():
+            if steps.get(name, 1):
+                for stage, value in own.items():
+                    found[stage] = found.get(stage, 0.0) + value
+        for name, training in self.trainings.items():
+            count = steps.get(name, training.steps)
+            if count:
+                found[f"train {name}"] = training.seconds(count)
+        return {stage: found[stage] for stage in sorted(found, key=_place)}
+
+
+_ORDER = ("open", "recover", "text", "base graph", "calibrate", "train", "plan", "search", "quality", "export", "agreement", "speed", "report")
+
+
+def _place(stage: str) -> int:
+    return next(k for k, name in enumerate(_ORDER) if stage == name or stage.startswith(f"{name} "))
+
+
+def sizes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]], source_bytes: int, recipe: Recipe) -> Sizes:
+    """The sizes of a model by its tensors' shapes, and of a recipe's text."""
+    layers, hidden, units = (arch.size(config, space) for space in ("layers", "hidden", "units"))
+    parameters = sum(prod(shape) for shape in shapes.values())
+    vocabulary = shapes[arch.embedding][0]
+    tied = not any(name.startswith("lm_head") for name in shapes)
+    file = Path(recipe.calibration.file) if recipe.calibration.file else CALIBRATION_TEXT
+    characters = file.stat().st_size if file.is_file() else 0
+    length = min(recipe.calibration.length, int(getattr(config, "max_position_embeddings", recipe.calibration.length)))
+    windows = recipe.calibration.windows if recipe.calibration.generated else max(2, min(recipe.calibration.windows, characters // (3 * length)))
+    graph = 4 * (parameters + (vocabulary * hidden if tied else 0))
+    return Sizes(layers, hidden, units, vocabulary, parameters, source_bytes, graph, windows, length, characters)
+
+
+def tunes(configs: Configs) -> dict[str, Tune]:
+    """The training end to end of every part that has one."""
+    found = {}
+    for parts in configs.values():
+        for part, values in parts.items():
+            if part != IMPORTED and getattr(load_method(part), "start", lambda _: None)(values) is not None:
+                found[part] = values.tune  # type: ignore[attr-defined]
+    return found
+
+
+def statistics(configs: Configs) -> list[str]:
+    """Statistics that one forward gives, without stored activations."""
+    parts = [(part, values) for found in configs.values() for part, values in found.items()]
+    names = {stat for part, values in parts for stat in (IMPORTED_NEEDS if part == IMPORTED else needs(part, values))}
+    return sorted(name for name in names if not name.startswith("samples"))
+
+
+def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timing:
+    """Seconds of every stage with `rates`, without the download of a Hub model."""
+    forward = size.layers * rates.forward
+    measured = _QUALITY_WINDOWS * size.length
+    narrow = {"int8": 0.4, "int4": 0.3}.get(recipe.export.precision, 1.0)
+    prefill = size.layers * rates.prefill + rates.onnx_head
+    decode = (size.layers * rates.decode + rates.onnx_head_alone) * narrow
+    stages = {
+        "open": _START + 2 * size.source_bytes * rates.hash,
+        "text": size.characters * _TEXT,
+        "base graph": _BUILDER + size.graph_bytes * 2 * rates.write,
+        "plan": 0.0,
+        "quality": measured * (forward + rates.head),
+        "export": size.graph_bytes * 2 * rates.write + size.source_bytes * (rates.write + rates.hash),
+        "agreement": _AGREEMENT_TOKENS * (2 * (forward + rates.head) + prefill) + _GREEDY_TOKENS * 3 * decode,
+        "speed": 2 * (SPEED_PAIRS + 1) * (PROMPT * prefill + DECODED * decode) + DECODED * decode,
+        "report": _PLOTS + size.graph_bytes * rates.hash,
+    }
+    if recipe.calibration.generated:
+        stages["text"] += size.tokens * (size.layers * rates.decode + rates.head)
+    if statistics(configs):
+        stages["calibrate"] = size.tokens * size.layers * rates.calibrate + size.layers * rates.store
+    recovered = _recovery(size, rates, recipe)
+    if recovered:
+        stages["recover"] = recovered
+    each = {name: _each(name, parts, size, rates, recipe) for name, parts in configs.items()}
+    trainings = {}
+    for name, parts in configs.items():
+        for part, values in parts.items():
+            if part in rates.train and part in tunes({name: parts}):
+                trainings[name] = _training(part, values, size, rates, recipe)
+    return Timing(stages, each, trainings)
+
+
+def _each(name: str, parts: Mapping[str, BaseModel], size: Sizes, rates: Rates, recipe: Recipe) -> dict[str, float]:
+    """A method's own seconds beside its training: the plan, a search, and its pass over the measured text."""
+    window = size.length * (size.layers * rates.forward + rates.head)
+    found = {"plan": 0.0, "quality": _QUALITY_WINDOWS * window}
+    for part, values in parts.items():
+        if getattr(values, "residual", "none") != "none":
+            found["plan"] += RESIDUAL_WINDOWS * size.length * 2 * size.layers * rates.forward
+        if isinstance(values, PredictorConfig) and values.loss == "cross_entropy":
+            rank = values.rank or int(values.cost * 3 * size.hidden * size.units / (size.hidden + size.units))
+            share = rank * (size.hidden + size.units) / (3 * size.hidden * size.units + 4 * size.hidden**2)
+            found["plan"] += 3 * values.steps * values.batch * size.layers * rates.forward * share
+        if name != TUNED and part not in (IMPORTED, EXACT) and part in LINEAR_METHODS:
+            found["plan"] += 0.05 * size.layers
+    if recipe.searches and name != TUNED:
+        windows = min(SEARCH_WINDOWS, int(SEARCH_SHARE * max(size.windows, size.characters // (4 * size.length))))
+        alone = len(GRID) * size.layers * 8 if any("densities" in type(values).model_fields for values in parts.values()) else 0
+        found[f"search {name}"] = (_SEARCH_PASSES * windows + alone) * window + windows * window
+    return found
+
+
+def _training(part: str, values: Any, size: Sizes, rates: Rates, recipe: Recipe) -> Training:
+    tune: Tune = values.tune
+    runs = (_LEVELS if recipe.searches else 1) + (values.residual == "trained") * (2 if recipe.searches else 1)
+    step = tune.windows * size.length * (size.layers * rates.train[part] + rates.train_head)
+    window = size.length * size.layers * rates.forward
+    noise = (size.layers + 2) * _NOISE_WINDOWS * (window + size.length * rates.head)
+    return Training(tune.steps, runs * step, runs * (noise + _PASSES_ASIDE * _ASIDE * window))
+
+
+def _recovery(size: Sizes, rates: Rates, recipe: Recipe) -> float:
+    """Seconds of the stages that train weights: a teacher's and a student's pass, the gradients of inputs and weights, and the text that the source writes."""
+    seconds = 0.0
+    for number, stage in enumerate(training_stages(recipe)):
+        asked = stage.tune
+        assert asked is not None
+        tokens = asked.steps * asked.accumulate * asked.windows * asked.data.length * asked.end_to_end
+        seconds += tokens * (4 * size.layers * rates.forward + 4 * rates.head)
+        if not number and not asked.data.mixture:
+            seconds += asked.data.windows * asked.data.length * (size.layers * rates.forward + rates.head) * 4
+        if asked.by_block is not None:
+            seconds += 3 * asked.by_block.steps * asked.by_block.tokens * size.layers * rates.forward
+    return seconds
+
+
+def whole(seconds: Iterable[float]) -> str:
+    """A time in words: seconds below 100, minutes above, hours above 100 minutes."""
+    total = sum(seconds)
+    if total < 100:
+        return f"{total:.0f} seconds"
+    minutes = round(total / 60)
+    return f"{minutes} minutes" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
