@@ -33,7 +33,7 @@ from .stats.collect import TOKENS_AT_ONCE, collect
 from .training import Settings
 
 _PARAMETERS = 1 << 27  # of the measured block
-_VOCABULARY, _HEAD = 512, 1 << 25  # tokens that the measured block knows; weights of the measured head
+_VOCABULARY, _HEAD = 256, 1 << 25  # tokens that the measured block knows; weights of the measured head
 _WORK = 1.5e11  # multiplications that one measured pass takes about
 _REPEATS, _SPENT = 3, 0.7  # runs of a measurement, fewer when so many seconds are spent
 _BYTES = 1 << 24

@@ -174,7 +174,7 @@ def _each(name: str, parts: Mapping[str, BaseModel], size: Sizes, rates: Rates, 
     found = {"plan": 0.0, "quality": _QUALITY_WINDOWS * window}
     for part, values in parts.items():
         if getattr(values, "residual", "none") != "none":
-            found["plan"] += RESIDUAL_WINDOWS * size.length * 2 * size.layers * rates.forward
+            found["plan"] += RESIDUAL_WINDOWS * size.length * 4 * size.layers * rates.forward
         if isinstance(values, PredictorConfig) and values.loss == "cross_entropy":
             rank = values.rank or int(values.cost * 3 * size.hidden * size.units / (size.hidden + size.units))
             share = rank * (size.hidden + size.units) / (3 * size.hidden * size.units + 4 * size.hidden**2)
