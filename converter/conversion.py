@@ -53,6 +53,7 @@ from .report.recovery import RECOVERY, RecoveryRecord
 from .schedule import keep_plan, once
 from .source import Source, check_config, check_shapes, make_config, open_source
 from .texts import EARLIER_WINDOWS, Texts, heldout_name, make_heldout, make_texts, texts_hash
+from .time_budget import Decision, decide, decided, header, keep, stored, within
 from .tuning import Evaluation, Tuned, stage_folder, train_stages
 from .verification import (
     Check,
@@ -97,6 +98,7 @@ def convert(
     precision: str | None = None,
     target: str | None = None,
     seed: int | None = None,
+    time_budget: str | None = None,
     device: str = "cpu",
     push_to: str | None = None,
     public: bool = False,
@@ -109,6 +111,7 @@ def convert(
     Raises InputError for every user's mistake, and when the result breaks its budget or its executors disagree; OUT then does not appear.
     """
     asked = compile_recipe(model, method, sparsity, max_ppl_increase, max_kl, recipe, calibration, precision, target, seed)
+    asked = within(asked, time_budget, recipe is not None)
     out = Path(output) if output else Path(f"{BUNDLED_NAME if asked.model == BUNDLED_MODEL else Path(asked.model).absolute().name}-sparse")
     check_device(device)
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
@@ -121,7 +124,12 @@ def convert(
     with job() as running:
         with stage("open"):
             opened = _opened(order)
-        return opened if isinstance(opened, Result) else _converted(order, opened, running)
+        if isinstance(opened, Result):
+            return opened
+        running.expect(opened.needed.seconds)
+        for note in opened.needed.notes:
+            log.warning("%s", note)
+        return _converted(order, opened, running)
 
 
 @dataclass(frozen=True)
@@ -145,12 +153,13 @@ class _Order:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A model that can be converted, the record of the training that its weights come from (None: of none), what its conversion is and needs, and the tensors
-    in its files that it does not compute with.
+    """A model that can be converted, the record of the training that its weights come from (None: of none), what its conversion is and needs (`recipe` has the
+    steps that fit into its time), and the tensors in its files that it does not compute with.
     """
 
     source: Source
     record: RecoveryRecord | None
+    recipe: Recipe
     configs: Configs
     needed: Estimate
     fingerprint: str
@@ -165,51 +174,65 @@ def _opened(order: _Order) -> _Opened | Result:
         if out.exists() and not order.dry_run:
             return _existing(order, _fetched_fingerprint(out, asked, configs))
         if order.dry_run or not (work / "source").exists():  # what was fetched before also serves without a network
-            remote_needs = _remote_estimate(remote_inspect(asked.model), asked, configs)
+            remote_needs = _remote_estimate(remote_inspect(asked.model), order, configs)
             if order.dry_run:
                 return Result(out, False, None, remote_needs, precision=asked.export.precision)
             check_disk(out, remote_needs.disk_bytes)
     source = resolve(asked.model, work / "source")
     record = RecoveryRecord.load(source.folder / RECOVERY) if (source.folder / RECOVERY).is_file() else None
-    configs = method_configs(asked, bool(training_stages(asked)) or has_zeros(source))
-    needed = estimate(source, asked, configs)
+    exact = bool(training_stages(asked)) or has_zeros(source)
+    fingerprint = ""
+    if not order.dry_run:
+        fingerprint = _fingerprint(source.fingerprint, asked, method_configs(asked, exact))
+        if out.exists():
+            return _existing(order, fingerprint)
+    decision = _decision(order, source, method_configs(asked, exact))
+    recipe = decided(asked, decision)
+    configs = method_configs(recipe, exact)
+    needed = estimate(source, recipe, configs).model_copy(update=decision.shown())
     if order.dry_run:
         return Result(out, False, None, needed, precision=asked.export.precision)
-    fingerprint = _fingerprint(source.fingerprint, asked, configs)
-    if out.exists():
-        return _existing(order, fingerprint)
     check_disk(out, needed.disk_bytes)
     unused = unused_tensors(source)
     if unused:
         names = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
         log.warning("Not computed with, because %s has no such tensors: %s. The report lists them.", source.arch.model_type, names)
     work.mkdir(parents=True, exist_ok=True)
-    return _Opened(source, record, configs, needed, fingerprint, unused)
+    keep(work, header(source.fingerprint, asked), decision)
+    return _Opened(source, record, recipe, configs, needed, fingerprint, unused)
+
+
+def _decision(order: _Order, source: Source, configs: Configs) -> Decision:
+    """The methods and steps that fit: those of an earlier run, else by what this machine takes now."""
+    shapes, size = {name: info.shape for name, info in source.tensors.items()}, sum(info.bytes for info in source.tensors.values())
+    found = stored(order.work, lambda: header(source.fingerprint, order.recipe))
+    return found or decide(source.arch, source.config, shapes, size, order.recipe, configs, order.device)
 
 
 def _converted(order: _Order, opened: _Opened, running: Job) -> Result:
     """The stages from the opened model to OUT."""
-    asked, work, device, source, configs = order.recipe, order.work, order.device, opened.source, opened.configs
+    asked, work, device, source, configs = opened.recipe, order.work, order.device, opened.source, opened.configs
     recovered = _recovered(source, asked, work / RECOVERING, device)
     with stage("text"):
         texts = _texts(source, asked, training_windows(configs), work)
     original, source, record = (source, recovered.source, recovered.record) if recovered else (None, source, opened.record)
-    within = asked
+    searched = asked
     if asked.budget.bounded and PRECISIONS[asked.export.precision].bits is not None:
-        within = room(asked, make_graphs(source, texts, asked, work, original))
+        searched = room(asked, make_graphs(source, texts, asked, work, original))
     if recovered and TUNED in configs:
         plans = {TUNED: keep_plan(recovered.plan, recovered.header, work)}
         if any(len(entries) > 1 for entries in recovered.plan.values()):  # predictors: what the zeros alone would give stands beside
             plans[EXACT] = keep_plan({site: entries[:1] for site, entries in recovered.plan.items()}, recovered.header, work, EXACT)
     else:
-        plans = once(source, texts, within, configs, work, device, original)
+        plans = once(source, texts, searched, configs, work, device, original)
     graphs = make_graphs(source, texts, asked, work, original)
     with stage("quality"):
         measured = measure(source, plans, _sparsities(configs, asked), texts, asked, work, original)
     chosen, candidates = choose(measured, source, texts, graphs, asked, work, original)
     with stage("report"):
         report = build_report(original or source, asked, texts, candidates, chosen, graphs, order.command)
-        report = report.model_copy(update={"stages": _times(running), "unused_tensors": opened.unused})
+        told = {"stages": _times(running), "unused_tensors": opened.unused, "time_notes": opened.needed.notes}
+        report = report.model_copy(update=told)
         _finish(order, opened.fingerprint, original or source, texts, chosen, report, record)
         if not order.keep_stages:
             shutil.rmtree(work)
@@ -271,6 +294,8 @@ def _fingerprint(source: str, recipe: Recipe, configs: Configs) -> str:
     mixtures = [files_hash(stage.tune.data) for stage in training_stages(recipe) if stage.tune is not None]
     texts = {"texts": texts_hash(recipe)} | ({"mixtures": mixtures} if any(mixtures) else {})
     asked = recipe.model_dump(mode="json", exclude={"stages": {"__all__": {"tune": {"processes"}}}})
+    asked = {name: value for name, value in asked.items() if (name, value) != ("time_budget", None)}
+    asked["stages"] = [{name: value for name, value in stage.items() if (name, value) != ("steps", {})} for stage in asked["stages"]]
     return hash_json({"tool": VERSION, "source": source, "recipe": asked, **texts, "predictors": files})
 
 
@@ -282,15 +307,20 @@ def _fetched_fingerprint(out: Path, recipe: Recipe, configs: Configs) -> str:
     return _fingerprint(source.get("fingerprint") or "", recipe, configs)
 
 
-def _remote_estimate(remote: Remote, recipe: Recipe, configs: Configs) -> Estimate:
-    """What a Hub model will need, the download included, from its configuration and headers; no weight is fetched."""
+def _remote_estimate(remote: Remote, order: _Order, configs: Configs) -> Estimate:
+    """What a Hub model will need, from its configuration and headers; no weight is fetched. Bytes include the download, the times of a dry run do not."""
+    recipe = order.recipe
     raw = normal_config(remote.config) if is_published(remote.config) else remote.config
     check_config(raw)
     arch, config = load_arch(str(raw.get("model_type"))), make_config(raw)
     shapes = {name: shape for name, (shape, _) in remote.tensors.items()}
     check_shapes(arch, config, shapes)
+    times: dict[str, Any] = {}
+    if order.dry_run:
+        decision = decide(arch, config, shapes, remote.total_bytes, recipe, configs, order.device)
+        times, configs = decision.shown(), method_configs(decided(recipe, decision))
     needed = estimate_shapes(arch, config, shapes, remote.total_bytes, recipe, configs)
-    return needed.model_copy(update={"disk_bytes": needed.disk_bytes + remote.download_bytes})
+    return needed.model_copy(update={"disk_bytes": needed.disk_bytes + remote.download_bytes, "download_bytes": remote.download_bytes, **times})
 
 
 def _finish(order: _Order, fingerprint: str, source: Source, texts: Texts, chosen: Candidate, report: Report, record: RecoveryRecord | None) -> None:

@@ -73,5 +73,5 @@ def _found(name: str, raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], s
     return Inspection(
         model=name, model_type=str(raw.get("model_type")), convertible=True, sites=len(arch.sites(config)), hidden=arch.size(config, "hidden"),
         units=arch.size(config, "units"), activation=", ".join(sorted(swapped)) or arch.activation(config), download_bytes=download,
-        estimate=needed.model_copy(update={"seconds": dict(decision.seconds), "notes": list(decision.notes), "download_bytes": download}),
+        estimate=needed.model_copy(update={"download_bytes": download, **decision.shown()}),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ DEFAULT = 1800.0
 """Seconds that `auto` stays below without being told."""
 LEAST = 0.25
 """Share of the configured steps below which a training is not worth its time."""
-DECISION = "decision"
+DECISION, _FILE = "decision", "decision.json"
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class Decision:
     steps: Mapping[str, int]
     seconds: Mapping[str, float]
     notes: tuple[str, ...] = ()
+
+    def shown(self) -> dict[str, Any]:
+        """The fields of an estimate that tell it."""
+        return {"seconds": dict(self.seconds), "notes": list(self.notes)}
 
 
 class _Stored(BaseModel):
@@ -146,17 +150,17 @@ def header(fingerprint: str, recipe: Recipe) -> Header:
     return Header(format="decision", parents={"model": fingerprint}, config={"recipe": recipe.model_dump(mode="json")}, seed=recipe.seed)
 
 
-def stored(work: Path, wanted: Header) -> Decision | None:
-    """The decision that an earlier run made for the same, None without one."""
-    if not is_finished(work / DECISION, wanted):
+def stored(work: Path, wanted: Callable[[], Header]) -> Decision | None:
+    """The decision that an earlier run made for the same header, None without one."""
+    if not (work / DECISION).is_dir() or not is_finished(work / DECISION, wanted()):
         return None
-    found = read_json(work / DECISION / f"{DECISION}.json", "The decision on time")
-    kept = make_part(_Stored, found, f"{DECISION}.json")
-    return Decision(kept.steps, kept.seconds, kept.notes)
+    found = make_part(_Stored, read_json(work / DECISION / _FILE, "The decision on time"), _FILE)
+    return Decision(found.steps, found.seconds, found.notes)
 
 
-def store(work: Path, wanted: Header, decision: Decision) -> None:
-    """Keep a decision for later runs."""
-    with atomic_folder(work / DECISION) as partial:
-        write_json(partial / f"{DECISION}.json", {"steps": dict(decision.steps), "seconds": dict(decision.seconds), "notes": list(decision.notes)})
-        write_header(partial, wanted)
+def keep(work: Path, wanted: Header, decision: Decision) -> None:
+    """Store a decision for later runs, where it is not stored yet."""
+    if not is_finished(work / DECISION, wanted):
+        with atomic_folder(work / DECISION) as partial:
+            write_json(partial / _FILE, {"steps": dict(decision.steps), "seconds": dict(decision.seconds), "notes": list(decision.notes)})
+            write_header(partial, wanted)

@@ -96,7 +96,7 @@ class Timing:
         return {stage: found[stage] for stage in sorted(found, key=_place)}
 
 
-_ORDER = ("open", "recover", "text", "base graph", "calibrate", "train", "plan", "search", "quality", "export", "agreement", "speed", "report")
+_ORDER = ("open", "text", "base graph", "calibrate", "train", "plan", "search", "quality", "export", "agreement", "speed", "report")
 
 
 def _place(stage: str) -> int:
@@ -156,9 +156,8 @@ def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timin
         stages["text"] += size.tokens * (size.layers * rates.decode + rates.head)
     if statistics(configs):
         stages["calibrate"] = size.tokens * size.layers * rates.calibrate + size.layers * rates.store
-    recovered = _recovery(size, rates, recipe)
-    if recovered:
-        stages["recover"] = recovered
+    for stage, seconds in _recovery(size, rates, recipe).items():
+        stages[stage] = stages.get(stage, 0.0) + seconds
     each = {name: _each(name, parts, size, rates, recipe) for name, parts in configs.items()}
     trainings = {}
     for name, parts in configs.items():
@@ -197,19 +196,21 @@ def _training(part: str, values: Any, size: Sizes, rates: Rates, recipe: Recipe)
     return Training(tune.steps, runs * step, runs * (noise + _PASSES_ASIDE * _ASIDE * window))
 
 
-def _recovery(size: Sizes, rates: Rates, recipe: Recipe) -> float:
+def _recovery(size: Sizes, rates: Rates, recipe: Recipe) -> dict[str, float]:
     """Seconds of the stages that train weights: a teacher's and a student's pass, the gradients of inputs and weights, and the text that the source writes."""
-    seconds = 0.0
-    for number, stage in enumerate(training_stages(recipe)):
+    found: dict[str, float] = {}
+    stages = training_stages(recipe)
+    for number, stage in enumerate(stages):
         asked = stage.tune
         assert asked is not None
         tokens = asked.steps * asked.accumulate * asked.windows * asked.data.length * asked.end_to_end
-        seconds += tokens * (4 * size.layers * rates.forward + 4 * rates.head)
-        if not number and not asked.data.mixture:
-            seconds += asked.data.windows * asked.data.length * (size.layers * rates.forward + rates.head) * 4
+        seconds = tokens * (4 * size.layers * rates.forward + 4 * rates.head)
         if asked.by_block is not None:
             seconds += 3 * asked.by_block.steps * asked.by_block.tokens * size.layers * rates.forward
-    return seconds
+        found[f"train {number + 1}" if len(stages) > 1 else "train"] = seconds
+        if not number and not asked.data.mixture:
+            found["text"] = asked.data.windows * asked.data.length * (size.layers * rates.forward + rates.head) * 4
+    return found
 
 
 def whole(seconds: Iterable[float]) -> str:

@@ -12,6 +12,9 @@ import torch
 from hypothesis import settings
 from models import make_model
 
+from sparsegate.converter import time_budget
+from sparsegate.converter.probe import Rates
+
 # Tiny models: a second thread only costs, and threads that spin for one another make a busy machine ten times slower.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
@@ -19,6 +22,19 @@ torch.set_num_threads(1)
 # The same examples in every run: a test that fails once can be run again.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+RATES = Rates(
+    forward=1e-7, calibrate=2e-7, store=1e-4, train={"predictor": 1e-6, "trained_gate": 1e-6}, head=1e-6, train_head=5e-6, prefill=1e-7, decode=1e-6,
+    onnx_head=1e-6, onnx_head_alone=1e-5, write=1e-9, hash=1e-9,
+)  # fmt: skip
+"""A machine on which a tiny model's trainings always fit."""
+
+
+@pytest.fixture(autouse=True)
+def _no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How fast this machine is decides nothing in a test."""
+    monkeypatch.setattr(time_budget, "measure", lambda *_, **__: RATES)
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,10 @@ def convert(
     precision: Annotated[str | None, typer.Option(help="Of the gated weights in ONNX: fp32 (the default; fp16 for cuda), fp16, bf16, int8, int4.")] = None,
     target: Annotated[str | None, typer.Option(help="Where the ONNX model runs: cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of calibration windows and predictors.")] = None,
+    time_budget: Annotated[
+        str | None,
+        typer.Option(help="Time on this machine, as in 90s, 20m or 1h30m: trainings are cut to it or left out, and auto takes 30m unless told otherwise."),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where torch calibrates: cpu or cuda.")] = "cpu",
     push: Annotated[str | None, typer.Option(help="Hub repository to push the result to (private).")] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a pushed repository public.")] = False,
@@ -51,8 +55,8 @@ def convert(
     with show.telling(quiet, verbose):
         result = run(
             model=model, output=output, method=method, sparsity=sparsity, max_ppl_increase=show.share(max_ppl_increase, "--max-ppl-increase"), max_kl=max_kl,
-            recipe=recipe, calibration=calibration, precision=precision, target=target, seed=seed, device=device, push_to=push, public=public,
-            dry_run=dry_run, keep_stages=keep_stages, command=show.command(sys.argv[1:]),
+            recipe=recipe, calibration=calibration, precision=precision, target=target, seed=seed, time_budget=time_budget, device=device,
+            push_to=push, public=public, dry_run=dry_run, keep_stages=keep_stages, command=show.command(sys.argv[1:]),
         )  # fmt: skip
     show.conversion(result, json)
     return 0

@@ -101,6 +101,10 @@ def html(report: Report, evaluation: Evaluation | None, curves: Curves | None, p
     return template.render(report=report, chosen=report.chosen, verdict=make_verdict(report, recovery).sentence, parts=parts)
 
 
+def _time(report: Report) -> str:
+    return f" What its time budget decided: {'; '.join(report.time_notes)}." if report.time_notes else ""
+
+
 def _conversion(report: Report, shown: dict[str, Any]) -> Iterator[Part]:
     against = "the model with nothing skipped" if report.swapped else "the dense model"
     tables = [("", quality_cells(report)), *([("Beside dense models of fewer bits", reference_cells(report))] if report.references else ())]
@@ -108,7 +112,7 @@ def _conversion(report: Report, shown: dict[str, Any]) -> Iterator[Part]:
         "Quality and speed",
         f"Change is that of perplexity against {against}, ± the standard error of the paired difference where it was measured; KL to dense in nats per "
         "token; density is the mean share of units computed, cost the bytes that the MLPs touch per token relative to dense, predictors included, read those "
-        f"of blocks and output head. {speed_sentence(report)}",
+        f"of blocks and output head. {speed_sentence(report)}{_time(report)}",
         _pictures(shown, "candidates"), tuple(tables),
     )  # fmt: skip
     if report.onnx:

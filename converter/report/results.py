@@ -196,7 +196,7 @@ class Report(Strict):
     """All measurements of one conversion. `model` is the Hub id (then `revision` is its commit) or the name of the source folder. Where it is `swapped`, its
     activation was changed before, and the row of the method dense is this model with nothing skipped: tables call it ungated.
     `stages` are the times of all stages before the report itself, absent in older reports; `unused_tensors` the names in the source's files that its class does
-    not have.
+    not have; `time_notes` say what was cut or left out to stay within a time.
     """
 
     version: Literal[1] = 1
@@ -220,6 +220,7 @@ class Report(Strict):
     checks: list[Check] = []
     stages: list[StageTime] = []
     unused_tensors: list[str] = []
+    time_notes: list[str] = []
 
     @model_validator(mode="after")
     def _check(self) -> Report:

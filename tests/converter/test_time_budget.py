@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -9,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_recipe import call_cli, small_recipe
 
-from sparsegate.converter.artifact import InputError
+from sparsegate.converter import candidates, conversion, time_budget
+from sparsegate.converter.artifact import InputError, read_header
+from sparsegate.converter.conversion import convert, verify
+from sparsegate.converter.inspection import inspect
 from sparsegate.converter.planning import compile_recipe, method_configs
 from sparsegate.converter.probe import Rates, measure
 from sparsegate.converter.recipe import Recipe, Tune, make_recipe, parse_duration
 from sparsegate.converter.source import open_source
-from sparsegate.converter.time_budget import LEAST, Decision, choose, decided, header, store, stored, within
+from sparsegate.converter.time_budget import LEAST, Decision, choose, decided, header, keep, stored, within
 from sparsegate.converter.timing import Sizes, Timing, Training, statistics, timing, tunes, whole
 
 RATES = Rates(
@@ -85,7 +90,7 @@ def test_every_stage_has_seconds() -> None:
     assert {f"search {name}" for name in ("gate", "chess", "teal", "predictor", "chess+teal")} <= set(searched)
     assert searched["train predictor"] > 2 * found["train predictor"], "through several densities"
     stages = [{"method": "exact", "config": {"activation": "drelu"}, "tune": {"steps": 100}}, {"method": "exact"}]
-    assert "recover" in of(make_recipe({"model": "m", "stages": stages})).seconds({})
+    assert "train" in of(make_recipe({"model": "m", "stages": stages})).seconds({})
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Rates) if field.name != "train"])
@@ -166,10 +171,11 @@ def test_decided_steps_are_the_configurations() -> None:
 
 def test_a_decision_is_kept_for_the_same_recipe(tmp_path: Path) -> None:
     made, found = recipe(), Decision({"predictor": 12}, {"open": 1.5}, ("one line",))
-    assert stored(tmp_path, header("model", made)) is None
-    store(tmp_path, header("model", made), found)
-    assert stored(tmp_path, header("model", made)) == found
-    assert stored(tmp_path, header("other", made)) is None and stored(tmp_path, header("model", recipe(time="9m"))) is None
+    assert stored(tmp_path, lambda: header("model", made)) is None
+    keep(tmp_path, header("model", made), found)
+    keep(tmp_path, header("model", made), Decision({}, {}))
+    assert stored(tmp_path, lambda: header("model", made)) == found, "what was decided first"
+    assert stored(tmp_path, lambda: header("other", made)) is None and stored(tmp_path, lambda: header("model", recipe(time="9m"))) is None
 
 
 # The probe
@@ -201,3 +207,70 @@ def test_the_probe_reads_no_weight(tiny_model: Callable[[str], Path]) -> None:
         assert info.file.is_file()
     bare = replace(source, folder=Path("nowhere"), tensors={})
     assert measure(bare.arch, bare.config, ["histogram:gate"], {"predictor": Tune(steps=1)}, length=32).forward > 0
+
+
+# Whole conversions
+
+
+TUNE = {"steps": 40, "data": 16, "windows": 2, "precision": "fp32"}
+
+
+@pytest.fixture
+def without_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "_speed", lambda base, onnx, texts: {})
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, train: float) -> None:
+    """A machine on which a token and layer of a training take so many seconds."""
+    rates = replace(RATES, forward=1e-7, calibrate=1e-7, head=1e-7, decode=1e-6, onnx_head_alone=1e-6, train_head=0.0)
+    monkeypatch.setattr(time_budget, "measure", lambda *_, **__: replace(rates, train={"predictor": train, "trained_gate": train}))
+
+
+def test_a_resumed_run_keeps_what_was_decided(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_speed: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """40 steps of 96 tokens through 2 layers take 768 s and 76.8 s: the first machine has time for half of the steps, the second one for all."""
+    stages = [{"method": "trained_gate", "config": {"sparsity": 0.4, "tune": TUNE, "residual": "none"}}]
+    path, out = small_recipe(tiny_model("llama"), tmp_path, stages=stages, time_budget="400s"), tmp_path / "out"
+    slow(monkeypatch, 0.1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(conversion, "once", _broken_off)
+        convert(recipe=path, output=out)
+    slow(monkeypatch, 0.01)
+    found = convert(recipe=path, output=out, keep_stages=True)
+    assert found.report is not None
+    steps = found.report.recipe["stages"][-1]["steps"]["trained_gate"]
+    assert 10 <= steps < 25 and f"trained for {steps} of 40 steps" in caplog.text and found.report.time_notes
+    trained = read_header(tmp_path / "out.work" / "plan" / "trained_gate")
+    assert trained is not None and trained.config["trained_gate"]["tune"]["steps"] == steps
+    assert {row.name for row in found.report.stages if row.expected_seconds is not None} >= {"open", "train trained_gate", "quality"}
+    assert f"trained for {steps} of 40 steps" in (out / "README.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(time_budget, "measure", lambda *_, **__: pytest.fail("probed"))
+    assert convert(recipe=path, output=out, keep_stages=True).up_to_date, "what the machine takes now does not matter"
+    stored_recipe = make_recipe(found.report.recipe)
+    assert method_configs(stored_recipe)["trained_gate"]["trained_gate"].tune.steps == steps  # type: ignore[attr-defined]
+    assert verify(out, calibration=tmp_path / "text.txt").passed
+
+
+def _broken_off(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_dry_run_says_what_every_stage_takes(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow(monkeypatch, 1.0)
+    words = ["convert", str(tiny_model("llama")), "-o", str(tmp_path / "out"), "--dry-run"]
+    done = call_cli(capsys, *words)
+    assert done.status == 0 and not (tmp_path / "out.work").exists()
+    lines = [line.split() for line in done.out.splitlines()]
+    assert [" ".join(line[:-2]) for line in lines if line[-1:] == ["minutes"]] == STAGES
+    assert "left out: predictor would take " in done.out and "name it with --method predictor" in done.out and "expected time " in done.out
+    found = json.loads(call_cli(capsys, *words, "--json", "--time-budget", "999h").out)
+    assert list(found["seconds"]) == [*STAGES[:4], "train trained_gate", "train predictor", *STAGES[4:]] and found["notes"] == []
+    assert call_cli(capsys, *words, "--time-budget", "20").err.count("\n") == 1
+
+
+def test_inspect_says_what_every_stage_takes(tiny_model: Callable[[str], Path]) -> None:
+    found = inspect(tiny_model("llama")).estimate
+    assert found is not None and set(STAGES) < set(found.seconds) and not found.notes and found.download_bytes == 0
