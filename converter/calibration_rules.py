@@ -26,7 +26,7 @@ UNIT_BINS = 40 * 16 + 1  # up to 2^16
 
 def bins(score: Tensor) -> Tensor:
     """The bin of every score's absolute value, int32, in [0, BINS)."""
-    return score.float().abs().contiguous().view(torch.int32) >> _SHIFT
+    return (score.float().contiguous().view(torch.int32) >> _SHIFT).bitwise_and_(BINS - 1)  # without the sign
 
 
 def edges(first: int, last: int) -> Tensor:
@@ -36,7 +36,8 @@ def edges(first: int, last: int) -> Tensor:
 
 def unit_bins(score: Tensor) -> Tensor:
     """The coarse bin of every score's absolute value, int32, in [0, UNIT_BINS)."""
-    return ((score.float().abs().contiguous().view(torch.int32) >> _UNIT_SHIFT) - (_UNIT_FIRST - 1)).clamp_(0, UNIT_BINS - 1)
+    found = (score.float().contiguous().view(torch.int32) >> _UNIT_SHIFT).bitwise_and_((1 << 31 - _UNIT_SHIFT) - 1)  # without the sign
+    return found.sub_(_UNIT_FIRST - 1).clamp_(0, UNIT_BINS - 1)
 
 
 def unit_edges() -> Tensor:

@@ -30,7 +30,7 @@ MOST_TOKENS = 65536
 LEAST_WINDOWS = 16
 """Fewer windows do not tell a standard error."""
 GROUP_TOKENS = 2048
-_LOGITS_AT_ONCE = 1 << 23
+_LOGITS_AT_ONCE = 1 << 24
 """Most logits of a chunk of positions, one position at least."""
 _LOGITS_IN_CACHE = 1 << 18
 """Logits that the passes of a softmax go over together on a CPU."""

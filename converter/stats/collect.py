@@ -137,7 +137,8 @@ def _advance(
             recorder.keep, recorder.positions = mask[group].flatten(), positions[group].flatten()[mask[group].flatten()]
         out = block(hidden[group].to(device), **keywords)
         hidden[group] = (out[0] if isinstance(out, tuple) else out).cpu()
-        if not bool(hidden[group][mask[group]].isfinite().all()):
+        entered = hidden[group] if full else hidden[group][mask[group]]
+        if not bool(entered.sum(dtype=torch.float64).isfinite()):  # NaN and infinity stay in a sum, and finite fp32 numbers do not overflow it
             raise InputError(f"Hidden states must be finite numbers, got NaN or infinity after layer {layer}. Check the weights; fetch the model again.")
 
 

@@ -25,9 +25,9 @@ def init(setting: Setting) -> dict[str, Any]:
 def update(state: dict[str, Any], x: Tensor, score: Tensor, positions: Tensor) -> None:
     """Count the scores [T, n] unit by unit, and add up^2 of the field `up` [T, n]."""
     units = score.shape[1]
-    places = unit_bins(score).cpu().long() + torch.arange(units) * UNIT_BINS
-    state["count"].view(-1).index_add_(0, places.flatten(), torch.ones(places.numel(), dtype=torch.int32))
-    state["squares"] += state["fields"]["up"].double().square().sum(0).cpu()
+    places = unit_bins(score).cpu().add_(torch.arange(units, dtype=torch.int32) * UNIT_BINS)
+    state["count"].view(-1).add_(torch.bincount(places.flatten(), minlength=units * UNIT_BINS))
+    state["squares"] += state["fields"]["up"].float().square().sum(0, dtype=torch.float64).cpu()
     state["tokens"] += len(score)
 
 
