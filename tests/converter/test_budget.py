@@ -255,3 +255,21 @@ def test_a_key_governs_its_own_sites_only() -> None:
     linears: Plan = {site: [Threshold("input", uniform_tau(0.1, D), 0.5)] for site in sites if site.kind != "ffn"}
     sensitivities(cast(Judge, Watching(lambda level: 0.0)), lambda densities: linears, keys)
     assert seen == {(layer, layer): len(GRID) for layer in range(12)}
+
+
+def test_a_budget_is_decided_on_as_few_windows_as_are_sure(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far from the budget on the first windows, near it on all."""
+    monkeypatch.setattr(quality, "GROUP_TOKENS", 160)
+    windows = batches(64)
+    judge, plan, used = Judge(model, ARCH, "silu", windows, keep_bytes=1e9), plan_of(1.2), []
+    monkeypatch.setattr(search, "compare", lambda *given: used.append(given[1]) or quality.compare(*given))
+    whole = judge.loss(plan)
+    assert len(used) == 8 and 0 < whole.kl_error < 0.1 * whole.kl
+    for share, groups in ((0.01, 2), (1.0, 8), (100.0, 2)):
+        used.clear()
+        loss, budget = judge.loss(plan, budget=Budget(max_kl=whole.kl * share)), Budget(max_kl=whole.kl * share)
+        assert used == list(range(groups)), "16 windows at least"
+        assert (loss.share(budget) <= 1) == (share >= 1)
+    assert loss.share(budget, 4) < 1 and loss.is_decided(budget) and not whole.is_decided(Budget(max_kl=whole.kl * 1.01))
+    both = Budget(max_kl=whole.kl * 100, max_ppl_increase=math.expm1(whole.nll)) if whole.nll > 0 else Budget(max_kl=whole.kl)
+    assert not whole.is_decided(both), "the tightest bound decides"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparsegate.converter import texts as module
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.data import Batches, read_text
-from sparsegate.converter.recipe import Recipe, make_recipe
+from sparsegate.converter.recipe import Budget, Recipe, make_recipe
 from sparsegate.converter.source import Source, open_source
-from sparsegate.converter.texts import SEARCH_SHARE, SEARCH_WINDOWS, heldout_name, make_heldout, make_texts, texts_hash
+from sparsegate.converter.texts import SEARCH_SHARE, SEARCH_WINDOWS, heldout_name, make_heldout, make_texts, quality_error, texts_hash
 
 LENGTH = 24
 
@@ -62,7 +64,7 @@ def test_a_search_leaves_the_calibration_as_it_was_where_text_suffices(source: S
     plain, searched = (make_texts(source, recipe(text, searches), training=60) for searches in (False, True))
     assert plain.search is None
     assert plain.calibration.sha256 == searched.calibration.sha256 and plain.training.sha256 == searched.training.sha256
-    assert rows(plain.heldout) <= rows(searched.heldout), "a search measures on more windows"
+    assert rows(plain.heldout) == rows(searched.heldout), "as many windows are taken as tell the loss"
     everything, rest = (make_texts(source, recipe(text, searches, windows=100000)) for searches in (False, True))
     assert rows(rest.calibration) | rows(rest.search) == rows(everything.calibration), "and takes from it where it does not"
 
@@ -149,3 +151,21 @@ def test_too_short_text_is_one_line(source: Source, text: Path, sampled: list[tu
     monkeypatch.setattr(module, "SEARCH_SHARE", 0.01)
     line = too_short(source, recipe(text, searches=True, length=256))
     assert line.startswith("A budget must have windows to search on, got ") and "\n" not in line
+
+
+def test_the_first_heldout_windows_are_those_of_fewer(source: Source, text: Path) -> None:
+    """So a checkpoint's number of windows says which they were; they are spread over the text."""
+    whole = make_heldout(source, recipe(text)).tokens
+    for count in (1, 3, len(whole) - 1):
+        assert torch.equal(make_heldout(source, recipe(text), count).tokens, whole[:count])
+    tail = make_heldout(source, recipe(text, seed=4)).tokens
+    assert rows(make_heldout(source, recipe(text, seed=4))) == rows(make_heldout(source, recipe(text))) and not torch.equal(tail, whole)
+
+
+@pytest.mark.parametrize(
+    ("budget", "wanted"),
+    [({}, 0.005), ({"max_ppl_increase": 0.01}, 0.1 * math.log(1.01)), ({"max_kl": 0.02}, 0.002), ({"max_ppl_increase": 0.5, "max_kl": 0.3}, 0.005)],
+)
+def test_a_searched_budget_is_measured_more_exactly(budget: dict[str, float], wanted: float) -> None:
+    asked = recipe(None).model_copy(update={"budget": Budget(**budget)})
+    assert quality_error(asked) == pytest.approx(wanted)
