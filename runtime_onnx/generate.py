@@ -74,9 +74,11 @@ def generate(
 ) -> Iterator[str]:
     """Yields the model's text piece by piece, until a token that ends a text, `max_new_tokens`, or the model's context is full.
 
-    With `chat` the prompt is what a user says in the model's chat template, and the text is the answer; without it the prompt is continued as it is, with the
-    tokens that the tokenizer puts before a text. None chats with a model that has a template. Temperature 0 is greedy; above 0 the next token is sampled from
-    the `top_k` likeliest (0: all) within probability mass `top_p`, seeded. `path` and `library` are as in `load`.
+    With `chat` the prompt is what a user says in the model's chat template, and the text is the answer. Without it the prompt is continued as it is, with the
+    tokens that the tokenizer puts before a text, and special tokens are shown, but for the one that ends the text. None chats with a model that has a template.
+
+    Temperature 0 is greedy; above 0 the next token is sampled from the `top_k` likeliest (0: all) within probability mass `top_p`, seeded. `path` and
+    `library` are as in `load`.
 
     Raises:
         ValueError: At the call, before any piece: as `load`, or the prompt is empty or too long, a number out of range, the chat template absent or failing.

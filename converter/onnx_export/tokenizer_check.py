@@ -72,7 +72,7 @@ class TokenizerCheck:
     def note(self) -> str:
         """One line for people."""
         if self.error:
-            return f"genai's own tokenizer does not open ({self.error}): use sparsegate generate or the tokenizers library"
+            return f"genai's own tokenizer cannot be used ({self.error}): use sparsegate generate or the tokenizers library"
         if self.agrees:
             return f"genai's own tokenizer may be used: it reads all {self.texts} probe texts as the tokenizers library does"
         wrong = [f"{what} {self.texts - right} of {self.texts}" for what, right in (("reads", self.ids), ("decodes", self.decoded)) if right < self.texts]
@@ -84,6 +84,8 @@ def check_tokenizer(folder: Path) -> TokenizerCheck:
 
     It never raises for what genai does: a tokenizer that cannot be opened, or ends the process, is the result.
     """
+    if not (folder / "tokenizer.json").is_file():
+        return TokenizerCheck(0, 0, 0, "there is no tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library has no class of its own

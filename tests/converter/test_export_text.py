@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsegate.runtime_onnx as runtime
-from sparsegate.converter.onnx_export import build_base
+from sparsegate.converter.onnx_export import build_base, tokenizer_check
 from sparsegate.converter.onnx_export.base_graph import GENAI_CONFIG
 from sparsegate.converter.onnx_export.tokenizer_check import check_tokenizer
 from sparsegate.converter.verification import check_text
@@ -180,9 +180,17 @@ def test_a_tokenizer_that_genai_reads_alike(padded: Path) -> None:
     assert check.passed and check.value == 0 and check.bound > 28 and "may be used" in check.note
 
 
-def test_a_tokenizer_that_is_not_there_is_a_note(tmp_path: Path) -> None:
+def test_what_genai_does_with_a_tokenizer_is_a_note(padded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file, no configuration, a process that ends or never does: nothing of it ends a conversion."""
     found = check_tokenizer(tmp_path)
-    assert not found.agrees and "does not open" in found.note
+    assert not found.agrees and "cannot be used (there is no tokenizer.json)" in found.note
     make_tokenizer().save_pretrained(tmp_path)
-    found = check_tokenizer(tmp_path)  # no genai_config.json
-    assert found.texts > 28 and "does not open" in found.note and "\n" not in found.note
+    found = check_tokenizer(tmp_path)
+    assert found.texts > 28 and "cannot be used" in found.note and "\n" not in found.note, "there is no genai_config.json"
+    monkeypatch.setattr(tokenizer_check, "_PROGRAM", "import os; os.abort()")
+    assert "its process ended" in check_tokenizer(padded / "onnx").note
+    monkeypatch.setattr(tokenizer_check, "_PROGRAM", "print('hello')")
+    assert "its process gave no answer" in check_tokenizer(padded / "onnx").note
+    monkeypatch.setattr(tokenizer_check, "_PROGRAM", "import time; time.sleep(60)")
+    monkeypatch.setattr(tokenizer_check, "SECONDS", 0.2)
+    assert "takes more than 0.2 seconds" in check_tokenizer(padded / "onnx").note
