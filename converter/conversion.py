@@ -48,6 +48,7 @@ from .record import build_report
 from .recovery_stage import EVALUATED
 from .reference import load as load_folder
 from .reference import load_dense
+from .references import measure_references
 from .report import RESULTS, Report, StageTime, read_base_card, write_report
 from .report.recovery import RECOVERY, RecoveryRecord
 from .schedule import keep_plan, once
@@ -229,8 +230,9 @@ def _converted(order: _Order, opened: _Opened, running: Job) -> Result:
     with stage("quality"):
         measured = measure(source, plans, _sparsities(configs, asked), texts, asked, work, original)
     chosen, candidates = choose(measured, source, texts, graphs, asked, work, original)
+    references = measure_references(source, texts, graphs, asked, work, bool(chosen.speed), original)
     with stage("report"):
-        report = build_report(original or source, asked, texts, candidates, chosen, graphs, order.command)
+        report = build_report(original or source, asked, texts, candidates, chosen, graphs, order.command, references)
         told = {"stages": _times(running), "unused_tensors": opened.unused, "time_notes": opened.needed.notes}
         report = report.model_copy(update=told)
         _finish(order, opened.fingerprint, original or source, texts, chosen, report, record)

@@ -279,6 +279,10 @@ class Totals:
         """Standard error (nats per token) of the mean of NLL(q) - NLL(p), see `clustered_error`."""
         return clustered_error(self.sums[:, 2] - self.sums[:, 1], self.sums[:, 0])
 
+    def rises(self) -> list[tuple[int, float]]:
+        """Tokens of every window, and its sum of NLL(q) - NLL(p)."""
+        return [(int(count), rise) for count, rise in zip(self.sums[:, 0].tolist(), (self.sums[:, 2] - self.sums[:, 1]).tolist(), strict=True)]
+
     def kl_error(self) -> float:
         """Standard error (nats per token) of the mean KL."""
         return clustered_error(self.sums[:, 3], self.sums[:, 0])
@@ -386,5 +390,30 @@ def measure_executor(
         if onnx.is_enough(error, most):
             break
     nll_torch = sparse.means()[1]
-    _, nll, kl, agreement = onnx.means()
-    return ExecutorQuality(tokens=onnx.tokens, windows=onnx.windows, nll_torch=nll_torch, nll=nll, nll_error=_finite(onnx.error()), kl=kl, agreement=agreement)
+    nll_dense, nll, kl, agreement = onnx.means()
+    return ExecutorQuality(
+        tokens=onnx.tokens, windows=onnx.windows, nll_dense=nll_dense, nll_torch=nll_torch, nll=nll, nll_error=_finite(onnx.error()), kl=kl,
+        agreement=agreement, rises=onnx.rises(),
+    )  # fmt: skip
+
+
+def paired_rise(sparse: ExecutorQuality, dense: ExecutorQuality) -> tuple[float, float | None] | None:
+    """Mean of NLL(sparse) - NLL(dense) in nats per token over the windows that both were measured on, the first ones of the same text, and its standard error
+    (None for one window). None where either does not tell its windows.
+    """
+    pairs = list(zip(sparse.rises, dense.rises, strict=False))
+    if not pairs:
+        return None
+    counts = torch.tensor([count for (count, _), _ in pairs], dtype=torch.float64)
+    sums = torch.tensor([own - other for (_, own), (_, other) in pairs], dtype=torch.float64)
+    error = clustered_error(sums, counts)
+    return float(sums.sum() / counts.sum()), None if math.isinf(error) else error
+
+
+@torch.no_grad()
+def measure_dense_executor(decoder: Decoder, model: Any, batches: Batches, count: int = QUALITY_WINDOWS) -> Totals:
+    """The ONNX executor of a dense graph (q) beside the dense torch model (p), which runs once, on the first `count` windows."""
+    reference, total = Reference(model, Batches(batches.tokens[:count], batches.mask[:count])), Totals()
+    for number, group in enumerate(reference.groups):
+        total.add(compare(reference, number, [onnx_logits(decoder, group)])[0])
+    return total

@@ -15,15 +15,26 @@ from .evaluation import predictor_cost
 from .executors import NO_CUDA, has_cuda
 from .onnx_export import PRECISIONS
 from .onnx_export.precision import Precision
-from .plans import Predictor, deciding, linear_shapes
+from .plans import FFN_LINEARS, Predictor, deciding, linear_shapes
+from .quality import paired_rise
 from .recipe import Export, Recipe
-from .report import Report
+from .references import read_bytes
+from .report import Reference, Report
 from .source import Source
 from .texts import Texts, heldout_name
-from .verification import ExecutorQuality
+from .verification import ExecutorQuality, site_parameters
 
 
-def build_report(source: Source, recipe: Recipe, texts: Texts, candidates: list[Candidate], chosen: Candidate, graphs: Graphs, command: str) -> Report:
+def build_report(
+    source: Source,
+    recipe: Recipe,
+    texts: Texts,
+    candidates: list[Candidate],
+    chosen: Candidate,
+    graphs: Graphs,
+    command: str,
+    references: list[Reference],
+) -> Report:
     """The report on every candidate, dense first; layers and checks are the chosen one's."""
     quality = chosen.quality
     dense_speed = chosen.speed.get("baseline", {})
@@ -46,6 +57,7 @@ def build_report(source: Source, recipe: Recipe, texts: Texts, candidates: list[
         speed=_conditions(chosen.speed, recipe.export),
         speed_note=f"not run: {NO_CUDA}" if not chosen.speed and recipe.export.target == "cuda" else "",
         onnx=_onnx_rows(chosen, graphs, source, recipe.export),
+        references=references,
         rows=[dense, *(_row(candidate, candidate is chosen, source) for candidate in candidates)],
         layers=[_layer(chosen, site, deciding(entries)) for site, entries in chosen.plan.items()],
         checks=[
@@ -126,6 +138,8 @@ def _onnx_rows(chosen: Candidate, graphs: Graphs, source: Source, asked: Export)
     """What the ONNX files lose in their own precision, the dense one first."""
     rows, on_cpu = [], asked.target == "cuda" and not has_cuda()
     sparse = _shipped_cost(chosen, source, PRECISIONS[asked.precision])
+    shares = _file_shares(chosen, graphs, source, asked)
+    pair = None if chosen.shipped is None or graphs.loss is None else paired_rise(chosen.shipped, graphs.loss)
     files: list[tuple[Literal["dense", "sparse"], Path | None, ExecutorQuality | None, float]] = [
         ("dense", graphs.dense, graphs.loss, 1.0),
         ("sparse", chosen.onnx, chosen.shipped, sparse),
@@ -135,15 +149,36 @@ def _onnx_rows(chosen: Candidate, graphs: Graphs, source: Source, asked: Export)
             continue
         chose = executor(folder, PROVIDERS[asked.target == "cuda"])
         runner = "ONNX Runtime" if chose.reason == DENSE else "native kernel" if chose.kernel and not on_cpu else "standard ONNX ops"
+        rise, rise_error = pair if pair is not None and model == "sparse" else (None, None)
         rows.append(
             reporting.OnnxRow(
                 model=model, precision=asked.precision, executor=f"{runner}{' on the CPU' if on_cpu else ''}",
                 bytes=sum(path.stat().st_size for path in folder.glob("model.onnx*")), tokens=found.tokens,
-                nll=found.nll, perplexity=math.exp(found.nll), kl=max(0.0, found.kl), nll_error=found.nll_error if found.windows > 1 else None,
-                agreement=found.agreement, cost=cost,
+                nll=found.nll, perplexity=math.exp(found.nll), kl=max(0.0, found.kl), nll_dense=found.nll_dense,
+                nll_error=found.nll_error if found.windows > 1 else None, rise=rise, rise_error=rise_error,
+                agreement=found.agreement, cost=cost, read_share=shares[model],
             )
         )  # fmt: skip
     return rows
+
+
+def _file_shares(chosen: Candidate, graphs: Graphs, source: Source, asked: Export) -> dict[str, float | None]:
+    """Bytes that a token reads of the dense and the sparse file's products, relative to the dense graph in fp32. Ops in 16 bits lie in a graph in fp32 on the
+    CPU; in integers all products have as many bits.
+    """
+    blocks, head = decoder_values(source.arch, source.config)
+    sizes, form = site_parameters(chosen.plan, source.arch, source.config), PRECISIONS[asked.precision]
+    predictors = blocks * _network_share(source) * (_shipped_cost(chosen, source, form) - chosen.quality.cost)
+    gated = sum(size * chosen.quality.site_cost[site.key] for site, size in sizes.items()) + predictors
+    narrow = 0.5 if form.bits is None and form.w != "float32" and asked.target == "cpu" else 1.0
+    dense = read_bytes(graphs.dense) / (4 * (blocks + head))
+    return {"dense": dense, "sparse": dense * (blocks + head - sum(sizes.values()) + narrow * gated) / (blocks + head)}
+
+
+def _network_share(source: Source) -> float:
+    """Weights of the feed-forward network among all linear maps of a block."""
+    sizes = {name: d_out * d_in for name, (d_out, d_in) in linear_shapes(source.arch, source.config).items()}
+    return sum(size for name, size in sizes.items() if name in FFN_LINEARS) / sum(sizes.values())
 
 
 def _conditions(speed: dict[str, Any], asked: Export) -> reporting.Speed | None:

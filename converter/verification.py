@@ -67,9 +67,10 @@ class Check(BaseModel):
 
 
 class ExecutorQuality(BaseModel):
-    """An ONNX executor on `tokens` tokens: NLL of it and of sparse torch there, KL from dense torch to it, all in nats per token, and equal argmax to dense.
+    """An ONNX executor on `tokens` tokens: NLL of it, of sparse and of dense torch there, KL from dense torch to it, all in nats per token, and equal argmax to
+    dense.
 
-    `nll_error` and `windows` are as in `Quality`.
+    `nll_error` and `windows` are as in `Quality`; `rises` are each window's tokens and sum of NLL - NLL dense, by which files are compared in pairs.
     """
 
     tokens: int
@@ -79,6 +80,8 @@ class ExecutorQuality(BaseModel):
     agreement: float
     nll_error: float = 0.0
     windows: int = 0
+    nll_dense: float | None = None
+    rises: list[tuple[int, float]] = []
 
 
 class Verification(BaseModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -42,3 +42,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     """model type -> folder of its tiny model, made once per session; copy it before changing anything in it."""
     root = tmp_path_factory.mktemp("models")
     return cache(lambda model_type: make_model(model_type, root / model_type))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_references() -> Iterator[None]:
+    """Conversions leave out the dense models of fewer bits, a second each; test_references.py measures them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsegate.converter.conversion.measure_references", lambda *_: [])
+        yield

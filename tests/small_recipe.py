@@ -15,8 +15,10 @@ from models import TEXT
 
 from sparsegate.converter.cli import main
 
-WITHOUT_SPEED = "from sparsegate.converter import candidates\ncandidates._speed = lambda base, onnx, texts: {}\n"
-"""Python that leaves out the timing of candidates: half of a tiny conversion."""
+WITHOUT_SPEED = (
+    "from sparsegate.converter import candidates, conversion\ncandidates._speed = lambda base, onnx, texts: {}\nconversion.measure_references = lambda *_: []\n"
+)
+"""Python that leaves out the timing of candidates and the dense models of fewer bits: half of a tiny conversion."""
 
 
 def small_recipe(model: str | Path, folder: Path, **changes: object) -> Path:

@@ -23,7 +23,7 @@ LEVELS = (
     {"planning", "texts", "verification", "quality", "executors", "op_agreement", "paired", "watched", "report", "hub", "budget"},
     {"schedule", "evaluation", "opening", "probe", "timing", "time_budget"},
     {"tuning", "recovery_stage"},
-    {"conversion", "candidates", "record", "inspection", "diagnosis", "bench", "root"},
+    {"conversion", "candidates", "record", "references", "inspection", "diagnosis", "bench", "root"},
     {"cli"},
 )
 """Names are the parts of converter/; `root` is its __init__.py. Parts of one level may import each other, without cycles."""

@@ -145,7 +145,7 @@ def tuning(result: Tuned, as_json: bool) -> None:
 def verification(result: Verification, as_json: bool) -> None:
     """One line a check, then the verdict."""
     if as_json:
-        print(_json.dumps(result.model_dump(mode="json"), indent=2))
+        print(_json.dumps(result.model_dump(mode="json", exclude={"shipped": {"rises"}}), indent=2))
         return
     quality = result.quality
     print(f"NLL dense {quality.nll_dense:.4f}, sparse {quality.nll:.4f} nats per token; KL {quality.kl:.4f}; agreement {quality.agreement:.1%}")

@@ -118,8 +118,9 @@ class Row(Strict):
 class OnnxRow(Strict):
     """What an ONNX file in less than fp32 loses on the evaluation text, as it is shipped: `precision` as asked for, `bytes` of graph and weights, `executor`
     that ran it, `cost` the bytes that the MLPs touch per token relative to dense ones in the same precision, `read_share` the bytes of blocks and output head
-    relative to dense ones in fp32, and against the dense model in fp32 `nll` (standard error of the paired difference: `nll_error`) and `kl` in nats per token
-    and the share of equal argmax tokens. Of the sparse file `dense_error` is the standard error of the paired difference to the dense file.
+    relative to dense ones in fp32, and against the dense model in fp32 `kl` in nats per token and the share of equal argmax tokens. `nll_dense` is that model's
+    on the same tokens, `nll_error` the standard error of the paired difference. Of the sparse file `rise` is the mean paired difference of NLL to the dense
+    file and `rise_error` its standard error.
     """
 
     model: Literal["dense", "sparse"]
@@ -131,7 +132,9 @@ class OnnxRow(Strict):
     perplexity: float
     kl: float
     nll_error: float | None = Field(default=None, ge=0)
-    dense_error: float | None = Field(default=None, ge=0)
+    nll_dense: float | None = None
+    rise: float | None = None
+    rise_error: float | None = Field(default=None, ge=0)
     agreement: float = Field(ge=0, le=1)
     cost: float = Field(ge=0)
     read_share: float | None = Field(default=None, ge=0)

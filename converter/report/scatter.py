@@ -95,7 +95,9 @@ def _scale(panel: Axes, points: Sequence[Point]) -> None:
     """Shares from 0, changes to scale or, where they range wide, by their logarithm above 1 %."""
     changes = [point.change.value for point in points]
     panel.set_xlim(0, 105 * max(1.0, *(point.share for point in points)))
-    low, high = min(changes), max(changes)
+    errors = [point.change.error or 0.0 for point in points]
+    low = min(change - error for change, error in zip(changes, errors, strict=True))
+    high = max(change + error for change, error in zip(changes, errors, strict=True))
     if high <= _WIDE:
         panel.set_ylim(100 * min(1.3 * low, -0.1 * high, -0.001), 100 * max(1.15 * high, 0.002))
         panel.yaxis.set_major_locator(MaxNLocator(8))

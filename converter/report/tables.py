@@ -6,7 +6,7 @@ import math
 import textwrap
 from typing import Literal
 
-from .change import perplexity_change
+from .change import Change, perplexity_change
 from .results import OnnxRow, Report, Row, StageTime
 
 ABSENT = "-"
@@ -109,7 +109,7 @@ def quality_cells(report: Report) -> Cells:
         [
             _method(row, report),
             Number(f"{row.perplexity:.4g}", row.perplexity),
-            ABSENT if row is report.dense else change_cell(row.nll, report.dense.nll, row.nll_error),
+            ABSENT if row is report.dense else _change_cell(perplexity_change(row.nll, report.dense.nll, row.nll_error)),
             nats(row.kl, small=True),
             percent(row.density),
             percent(row.cost),
@@ -166,10 +166,14 @@ def _dense_first(report: Report) -> list[Row]:
     return [report.dense, *(row for row in report.rows if row.method != "dense")]
 
 
-def change_cell(nll: float, nll_dense: float, nll_error: float | None) -> str:
-    """The change of perplexity and its standard error, from nats per token."""
-    change = perplexity_change(nll, nll_dense, nll_error)
+def _change_cell(change: Change) -> str:
     return Number(change.cell, change.value)
+
+
+def onnx_change(row: Row | OnnxRow, report: Report) -> Change:
+    """The change of perplexity of a file, or of torch, against the dense model in fp32: on the file's own tokens where that is stored."""
+    nll_dense = row.nll_dense if isinstance(row, OnnxRow) and row.nll_dense is not None else report.dense.nll
+    return perplexity_change(row.nll, nll_dense, row.nll_error)
 
 
 def onnx_cells(report: Report) -> Cells:
@@ -181,7 +185,7 @@ def onnx_cells(report: Report) -> Cells:
             runner,
             size,
             Number(f"{row.perplexity:.4g}", row.perplexity),
-            ABSENT if row is report.dense else change_cell(row.nll, report.dense.nll, row.nll_error),
+            ABSENT if row is report.dense else _change_cell(onnx_change(row, report)),
             nats(row.kl, small=True),
         ]
         for name, precision, runner, size, row in _onnx_rows(report)
@@ -192,10 +196,18 @@ def onnx_cells(report: Report) -> Cells:
 def onnx_detail_cells(report: Report) -> Cells:
     """What `onnx_cells` leaves out of every row."""
     body = [
-        [name, precision, nats(row.nll), percent(row.agreement), percent(row.cost), percent(row.read_share) if isinstance(row, OnnxRow) else ABSENT]
+        [
+            name,
+            precision,
+            nats(row.nll),
+            ABSENT if row.nll_error is None else nats(row.nll_error, small=True),
+            percent(row.agreement),
+            percent(row.cost),
+            percent(row.read_share) if isinstance(row, OnnxRow) else ABSENT,
+        ]
         for name, precision, _, _, row in _onnx_rows(report)
     ]
-    return without_absent(["model", "weights", "NLL", "agreement", "cost", "read"], body)
+    return without_absent(["model", "weights", "NLL", "± of its change", "agreement", "cost", "read"], body)
 
 
 def _onnx_rows(report: Report) -> list[tuple[str, str, str, str, Row | OnnxRow]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from .change import Change, perplexity_change
 from .recovery import RECOVERY, RecoveryRecord
 from .results import OnnxRow, Reference, Report
-from .tables import ratio_text
+from .tables import onnx_change, ratio_text
 
 _BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
 _SLOWER_PROMPTS = 0.95
@@ -125,15 +125,17 @@ def fp32_change(report: Report) -> Change:
     """Change of perplexity of the chosen model, as it is shipped where that was measured, against the dense model in fp32."""
     row, sparse = report.chosen, onnx_row(report, "sparse")
     if sparse is not None:
-        return perplexity_change(sparse.nll, report.dense.nll, sparse.nll_error)
+        return onnx_change(sparse, report)
     return perplexity_change(row.nll, report.dense.nll, row.nll_error)
 
 
 def _own_change(report: Report) -> Change:
     """Change of perplexity of the chosen model against the dense one of the same precision: of the ONNX files where both were measured."""
     sparse, dense = onnx_row(report, "sparse"), onnx_row(report, "dense")
+    if sparse is not None and sparse.rise is not None:
+        return perplexity_change(sparse.rise, 0.0, sparse.rise_error)
     if sparse is not None and dense is not None:
-        return perplexity_change(sparse.nll, dense.nll, sparse.dense_error)
+        return perplexity_change(sparse.nll, dense.nll)
     return fp32_change(report)
 
 

@@ -57,7 +57,7 @@ def test_shipped_losses_stand_beside_torchs(int4: Path) -> None:
     report, manifest = Report.load(int4 / RESULTS), read_manifest(int4)
     dense, sparse = report.onnx
     assert (dense.model, sparse.model, dense.precision, sparse.precision) == ("dense", "sparse", "int4", "int4")
-    assert 0 < dense.kl < sparse.kl and dense.tokens == sparse.tokens == report.evaluation.tokens  # type: ignore[union-attr]
+    assert 0 < dense.kl < sparse.kl and sparse.tokens == report.evaluation.tokens and sparse.rise_error  # type: ignore[union-attr]
     assert sparse.nll != report.chosen.nll and sparse.bytes == sum(path.stat().st_size for path in (int4 / "onnx").glob("model.onnx*"))
     assert manifest.onnx["precision"] == "int4" and all("int4_g32" in name for name in manifest.onnx["variants"])
     assert manifest.measured["onnx_nll"] == sparse.nll

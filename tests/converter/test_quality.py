@@ -16,8 +16,9 @@ from sparsegate.converter import quality
 from sparsegate.converter.arch import Site, load_arch
 from sparsegate.converter.data import Batches
 from sparsegate.converter.plans import Plan, Threshold, uniform_tau
-from sparsegate.converter.quality import Reference, Totals, clustered_error, measure_executor, measure_qualities, measure_quality
+from sparsegate.converter.quality import Reference, Totals, clustered_error, measure_executor, measure_qualities, measure_quality, paired_rise
 from sparsegate.converter.reference import apply_plan, dense, load_dense, remove_plan
+from sparsegate.converter.verification import ExecutorQuality
 
 N, LENGTH = 176, 24
 
@@ -191,3 +192,19 @@ def test_executors_are_measured_on_one_dense_pass(tiny_model: Callable[[str], Pa
 def test_nothing_to_compare_is_an_error() -> None:
     with pytest.raises(quality.InputError, match="a window of two tokens or more, got none"):
         Totals().means()
+
+
+def test_two_files_are_compared_in_pairs_on_the_windows_that_both_have() -> None:
+    generator = np.random.default_rng(3)
+    counts, dense_rises, own = generator.integers(5, 30, 7), generator.normal(2, 5, 7), generator.normal(0.5, 0.1, 7)
+    fields = {"tokens": 1, "nll_torch": 1.0, "nll": 1.0, "kl": 0.0, "agreement": 1.0}
+    dense_file = ExecutorQuality(**fields, rises=[(int(n), float(rise)) for n, rise in zip(counts, dense_rises, strict=True)])
+    sparse_file = ExecutorQuality(**fields, rises=[(int(n), float(rise)) for n, rise in zip(counts[:5], (dense_rises + own)[:5], strict=True)])
+    paired = paired_rise(sparse_file, dense_file)
+    n, sums = counts[:5], own[:5]
+    mean = sums.sum() / n.sum()
+    expected = np.sqrt(5 / 4 * np.square(sums - mean * n).sum()) / n.sum()
+    assert paired is not None and paired == pytest.approx((mean, expected))
+    assert clustered_error(torch.tensor(dense_rises), torch.tensor(counts)) > 10 * expected, "what the windows share cancels"
+    assert paired_rise(ExecutorQuality(**fields), dense_file) is None
+    assert paired_rise(sparse_file.model_copy(update={"rises": [(4, 2.0)]}), dense_file.model_copy(update={"rises": [(4, 1.0)]})) == (0.25, None)

@@ -37,7 +37,7 @@ def report_of(chosen: dict[str, Any] | None = None, **changes: Any) -> reporting
 
 
 def onnx_rows(dense: float, sparse: float, error: float | None = 0.004) -> list[dict[str, Any]]:
-    values = [("dense", dense, {}), ("sparse", sparse, {"dense_error": error, "nll_error": 0.01})]
+    values = [("dense", dense, {}), ("sparse", sparse, {"rise": sparse - dense, "rise_error": error, "nll_error": 0.01})]
     return [ONNX | {"model": model, "nll": nll, "perplexity": math.exp(nll)} | extra for model, nll, extra in values]
 
 
