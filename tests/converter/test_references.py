@@ -145,7 +145,7 @@ def test_a_conversion_shows_them_and_ends_with_the_verdict(
     assert report.chosen.nll_error and math.isclose(report.chosen.read_share or 0, 1 - (1 - (report.chosen.block_cost or 0)) * _blocks_share(tiny_model))
     last = done.out.strip().splitlines()[-1]
     assert last.startswith("Reads 0.") and last.endswith("speed was not measured.") and "(± " in last
-    assert "decode / fp32" in done.out and max(map(len, done.out.splitlines()[1:-1])) <= 100
+    assert "decode / fp32" in done.out
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"**{last}**" in card and "| dense | int4 |" in card and (tmp_path / "out" / "report" / "candidates.png").is_file()
     again = json.loads(call_cli(capsys, "convert", "--recipe", tmp_path / "recipe.yaml", "-o", tmp_path / "out", "--json").out)
