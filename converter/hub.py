@@ -173,6 +173,7 @@ def local_folder(model: str | Path) -> Path:
     return fetch_checkpoint(name).folder if is_hub_id(name) else Path(name)
 
 
+@job()
 def _fetch(api: HfApi, repo_id: str, folder: Path, revision: str | None, choose: Callable[[str, dict[str, int]], list[str]]) -> Download:
     """Bring the files that `choose` takes from (commit, {name: bytes}) into `folder`, and those of an earlier commit that are not among them away."""
     record = _finished(folder, repo_id)
@@ -300,6 +301,7 @@ def _select(repo_id: str, names: list[str]) -> list[str]:
     raise InputError(f"The weights must be {_SINGLE} or shards with {_INDEX}, got {weights[0]} in {repo_id}. Choose another repository.")
 
 
+@job()
 def _remote_json(api: HfApi, repo_id: str, name: str, revision: str | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = hf_hub_download(repo_id, name, revision=revision, local_dir=folder, token=api.token, endpoint=api.endpoint)
