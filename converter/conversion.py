@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def convert(
         raise _occupied(out, "something else")
     order = _Order(asked, out, device, push_to, public, dry_run, keep_stages, command)
     with job() as running:
-        with stage("open"):
+        with nullcontext() if order.dry_run else stage("open"):
             opened = _opened(order)
         if isinstance(opened, Result):
             return opened

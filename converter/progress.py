@@ -1,7 +1,7 @@
 """What a person sees of long work, on stderr: stages with their seconds, the progress of the one that runs, and the share and time left of the whole job.
 
 On a terminal the running stage is one live line and a finished one leaves a line. Elsewhere there is a line for every finished stage, and one at most
-every minute for a stage that takes longer.
+every minute, the rarer the longer it takes, for one that runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from .libraries import silenced
 Item = TypeVar("Item")
 Level = Literal["quiet", "normal", "verbose"]
 EVERY = 60.0
-"""Seconds between two lines on a running stage where stderr is no terminal."""
+"""Seconds between two lines on a running stage, at least, where stderr is no terminal."""
+_RARER = 0.25  # of a stage's time: between two lines on it, so that an hour is 16 lines and ten hours are 26
 _TICK = 1.0  # seconds between two drawings of a live line without news
 _RELAY = 0.5  # seconds between two reports of a process to the one that started it
 _PRIOR = 0.1  # of the whole job's expected time: how much weight expectations keep beside what has happened
@@ -179,7 +180,7 @@ class _File(_Nothing):
         self.last = time.monotonic()
 
     def tick(self, stage: _Stage) -> None:
-        if time.monotonic() - self.last >= EVERY:
+        if time.monotonic() - self.last >= max(EVERY, _RARER * stage.elapsed()):
             self.last = time.monotonic()
             share = "" if stage.share is None else f"{stage.share:.0%}"
             self._say(_line(stage.name, "; ".join(filter(None, (share, stage.counts(), f"{_time(stage.elapsed())} so far", _left(stage))))))

@@ -219,3 +219,16 @@ def test_the_pace_of_a_loop_that_goes_on_leaves_out_what_was_done_before() -> No
         assert running.left() is None
         progress.update(75, 100)
         assert running.left() == pytest.approx(10.0, abs=0.5)
+
+
+def test_the_longer_a_stage_takes_the_rarer_are_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, now = io.StringIO(), [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    display, running = progress._File(stream), progress._Stage("train")
+    running.resume()
+    display.begin(running)
+    for _ in range(36000):
+        now[0] += 1.0
+        display.tick(running)
+    lines = stream.getvalue().splitlines()
+    assert 20 <= len(lines) <= 30 and [line.split()[1:3] for line in lines[:3]] == [["60", "s"], ["2", "min"], ["3", "min"]]
