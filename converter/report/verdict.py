@@ -11,6 +11,8 @@ from .results import OnnxRow, Reference, Report
 from .tables import onnx_change, ratio_text
 
 _BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
+_FASTER = 1.005
+"""The least ratio that does not read as 1.00: below it nothing is gained."""
 _SLOWER_PROMPTS = 0.95
 """Below this ratio of prefill speeds the sentence names it: a loss that a person will notice."""
 
@@ -87,7 +89,7 @@ def make_verdict(report: Report, recovery: RecoveryRecord | None = None) -> Verd
             f"({ratio_text(row.decode_ratio)} of that of {dense}) is not to be quoted."
         )
         return Verdict(sentence, None, change, row.cost, **numbers)
-    if row.decode_ratio <= 1:
+    if row.decode_ratio < _FASTER:
         sentence = f"Not worth it: not faster than {dense} on this machine, decodes at {ratio_text(row.decode_ratio)} of its speed{prompts}; {loss}."
         return Verdict(sentence, False, change, row.cost, **numbers)
     gain = f"decodes {ratio_text(row.decode_ratio)} times as fast as {dense} on this machine{prompts}"
@@ -117,7 +119,7 @@ def _said(better: Reference, report: Report) -> str:
     ratio = fp32_decode_ratio(report)
     assert ratio is not None and better.decode_ratio is not None
     faster = better.decode_ratio / ratio
-    as_fast = f"{ratio_text(faster)} times as fast as this" if faster >= 1.005 else "as fast as this"
+    as_fast = f"{ratio_text(faster)} times as fast as this" if faster >= _FASTER else "as fast as this"
     return f"the dense {better.precision} model decodes {as_fast} and loses less (perplexity {reference_change(better)})"
 
 
