@@ -110,14 +110,15 @@ def test_every_flag_of_convert_arrives(call: Callable[..., Done], monkeypatch: p
     calls = recorded(monkeypatch, "sparsegate.converter.conversion.convert", found)
     assert call(
         "convert", "m", "-o", "o", "--method", "gate", "--sparsity", "0.25", "--max-ppl-increase", "2%", "--max-kl", "0.5", "--recipe", "r", "--calibration",
-        "c", "--precision", "p", "--target", "t", "--seed", "7", "--device", "d", "--push", "a/b", "--public", "--dry-run", "--keep-stages",
+        "c",
+        "--precision", "p", "--target", "t", "--seed", "7", "--device", "d", "--push", "a/b", "--public", "--dry-run", "--keep-stages", "--time-budget", "20m",
     ).status == 0  # fmt: skip
     assert calls[0].pop("command").startswith("sparsegate convert m -o o --method gate ")
     assert calls == [
         {
             "model": "m", "output": Path("o"), "method": "gate", "sparsity": 0.25, "max_ppl_increase": 0.02, "max_kl": 0.5, "recipe": Path("r"),
             "calibration": Path("c"), "precision": "p", "target": "t", "seed": 7, "device": "d", "push_to": "a/b", "public": True, "dry_run": True,
-            "keep_stages": True,
+            "keep_stages": True, "time_budget": "20m",
         }
     ]  # fmt: skip
     assert {*calls[0], "command"} == names

@@ -269,6 +269,10 @@ def test_inspect_and_dry_run_fetch_headers_only(
     done = call("inspect", "ada/tiny", "--json")
     found = json.loads(done.out)
     assert done.status == 0 and found["convertible"]
+    for inspected in (local, found):
+        estimate = inspected["estimate"]
+        assert all(seconds > 0 for seconds in estimate["seconds"].values())
+        estimate |= {"seconds": {}, "notes": [], "download_bytes": 0}  # times are measured and never twice the same
     assert found | {"model": "", "download_bytes": 0} == local | {"model": ""}
     needed = {name: len(blob.data) for name, blob in server.repos["ada/tiny"].head.files.items() if name not in FOREIGN}
     assert found["download_bytes"] == sum(needed.values())
