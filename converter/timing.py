@@ -12,30 +12,33 @@ from pydantic import BaseModel
 
 from .arch import Arch
 from .budget import GRID
-from .data import CALIBRATION_TEXT
+from .data import CALIBRATION_TEXT, HELDOUT_TEXT
 from .interchange import NEEDS as IMPORTED_NEEDS
 from .methods import load_method, needs
 from .methods.predictor import Config as PredictorConfig
 from .planning import EXACT, IMPORTED, LINEAR_METHODS, TUNED, Configs, training_stages
 from .probe import Rates
+from .quality import ERROR, LEAST_WINDOWS, MOST_TOKENS
 from .recipe import Recipe, Tune
 from .residual import WINDOWS as RESIDUAL_WINDOWS
-from .texts import SEARCH_SHARE, SEARCH_WINDOWS
+from .texts import HELDOUT_SHARE, HELDOUT_WINDOWS, SEARCH_SHARE, SEARCH_WINDOWS
 
-SPEED_PAIRS, PROMPT, DECODED = 25, 128, 64
-"""Pairs that a candidate's speed is timed with, and their tokens."""
-SPREAD = 0.8
-"""Standard deviation over windows of 256 tokens of the paired NLL difference, relative to its mean: what decides how many windows are measured."""
-_START = 3.0  # seconds until torch and transformers are imported
-_BUILDER = 6.0  # seconds of the builder and of what it imports
-_PLOTS = 6.0  # seconds of plots and pages
+SPREAD = 0.25
+"""Standard deviation over windows of the paired NLL difference, nats per token, by the squared share that is skipped; of SmolLM2-135M with gate and chess."""
+_START = 3.0  # seconds until torch and transformers are imported and a model's files are checked
+_BUILDER = 5.0  # seconds of the builder and of what it imports
+_PLOTS = 4.0  # seconds of plots and pages
 _TEXT = 1.5e-6  # seconds a character to tokens
+_CHARACTERS = 4  # a token
 _PASSES_ASIDE, _ASIDE = 8, 32  # passes that find the density of a trained plan, over windows
 _NOISE_WINDOWS = 4
 _LEVELS = 4  # densities that a search trains through until its budget breaks
-_SEARCH_PASSES = 8.0  # over all windows, the rough ones counted as shares
-_QUALITY_WINDOWS = 64
-_AGREEMENT_TOKENS, _GREEDY_TOKENS = 16 * 256 + 1024, 10 * 80
+_SEARCH_PASSES = 6.0  # over all windows, the rough ones counted as shares
+_PAIRED_TOKENS, _WATCHED_TOKENS, _GREEDY_TOKENS = 32 * 128, 3 * 128, 4 * 48 + 32  # of the comparison of executors
+_SPEED = (26, 128, 64)  # runs of a candidate beside dense, tokens of the prompt and new ones
+_REFERENCE = (8, 64, 32, 16)  # the same of a dense reference, and its windows
+_NARROW = {"int8": 0.4, "int4": 0.3}  # time of a decoded token relative to floats
+_PASS = 3.0  # of a float64 evaluation in numpy, relative to torch's float32
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Timing:
         return {stage: found[stage] for stage in sorted(found, key=_place)}
 
 
-_ORDER = ("open", "text", "base graph", "calibrate", "train", "plan", "search", "quality", "export", "agreement", "speed", "report")
+_ORDER = ("open", "text", "base graph", "calibrate", "train", "plan", "search", "quality", "export", "agreement", "speed", "dense references", "report")
 
 
 def _place(stage: str) -> int:
@@ -136,22 +139,32 @@ def statistics(configs: Configs) -> list[str]:
 
 def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timing:
     """Seconds of every stage with `rates`, without the download of a Hub model."""
-    forward = size.layers * rates.forward
-    measured = _QUALITY_WINDOWS * size.length
-    narrow = {"int8": 0.4, "int4": 0.3}.get(recipe.export.precision, 1.0)
+    forward, precision = size.layers * rates.forward, recipe.export.precision
+    measured = _windows(size, recipe, configs) * size.length
+    narrow = _NARROW.get(precision, 1.0)
     prefill = size.layers * rates.prefill + rates.onnx_head
-    decode = (size.layers * rates.decode + rates.onnx_head_alone) * narrow
+    decode = size.layers * rates.decode + rates.onnx_head_alone
+    read = size.graph_bytes * rates.hash  # a graph or a model opened: about as fast as its bytes are hashed
+    runs, prompt, new = _SPEED
     stages = {
-        "open": _START + 2 * size.source_bytes * rates.hash,
+        "open": _START + size.source_bytes * rates.hash,
         "text": size.characters * _TEXT,
-        "base graph": _BUILDER + size.graph_bytes * 2 * rates.write,
+        "base graph": _BUILDER + size.graph_bytes * (2 * rates.write + 3 * rates.hash),
         "plan": 0.0,
-        "quality": measured * (forward + rates.head),
-        "export": size.graph_bytes * 2 * rates.write + size.source_bytes * (rates.write + rates.hash),
-        "agreement": _AGREEMENT_TOKENS * (2 * (forward + rates.head) + prefill) + _GREEDY_TOKENS * 3 * decode,
-        "speed": 2 * (SPEED_PAIRS + 1) * (PROMPT * prefill + DECODED * decode) + DECODED * decode,
-        "report": _PLOTS + size.graph_bytes * rates.hash,
+        "quality": 2 * read + measured * (forward + rates.head),
+        "export": size.graph_bytes * (rates.write + rates.hash) + size.source_bytes * rates.write,
+        "agreement": _PAIRED_TOKENS * (2 * forward + 2 * rates.head + prefill)
+        + _WATCHED_TOKENS * _PASS * (forward + rates.head)
+        + _GREEDY_TOKENS * decode
+        + 6 * read,
+        "speed": 4 * read + runs * (1 + narrow) * (prompt * prefill + new * decode),
+        "dense references": _references(size, rates, precision, forward, prefill, decode) if recipe.export.target == "cpu" else 0.0,
+        "report": _PLOTS + read,
     }
+    if narrow < 1:
+        stages["base graph"] += 4 * read
+        for stage in ("quality", "agreement"):
+            stages[stage] += measured * (2 * forward + 2 * rates.head + prefill)
     if recipe.calibration.generated:
         stages["text"] += size.tokens * (size.layers * rates.decode + rates.head)
     if statistics(configs):
@@ -167,10 +180,29 @@ def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timin
     return Timing(stages, each, trainings)
 
 
+def _windows(size: Sizes, recipe: Recipe, configs: Configs) -> int:
+    """Windows that tell a loss: those that bring its standard error below ERROR, within what the text has."""
+    shares = [getattr(values, "sparsity", 0.5) for parts in configs.values() for values in parts.values()]
+    wanted = HELDOUT_WINDOWS if recipe.searches else (SPREAD * max(shares, default=0.5) ** 2 / ERROR) ** 2
+    text = HELDOUT_SHARE * size.characters if recipe.calibration.file else HELDOUT_TEXT.stat().st_size
+    return int(max(LEAST_WINDOWS, min(wanted, HELDOUT_WINDOWS, MOST_TOKENS / size.length, text / (_CHARACTERS * size.length))))
+
+
+def _references(size: Sizes, rates: Rates, precision: str, forward: float, prefill: float, decode: float) -> float:
+    """Seconds of the dense graphs in integers, which are made, measured and timed beside the one in float32."""
+    runs, prompt, new, windows = _REFERENCE
+    total = 0.0
+    for name, narrow in _NARROW.items():
+        total += runs * (1 + narrow) * (prompt * prefill + new * decode)
+        if name != precision:
+            total += size.graph_bytes * (rates.write + 6 * rates.hash) + windows * size.length * (forward + 2 * rates.head + prefill)
+    return total
+
+
 def _each(name: str, parts: Mapping[str, BaseModel], size: Sizes, rates: Rates, recipe: Recipe) -> dict[str, float]:
     """A method's own seconds beside its training: the plan, a search, and its pass over the measured text."""
     window = size.length * (size.layers * rates.forward + rates.head)
-    found = {"plan": 0.0, "quality": _QUALITY_WINDOWS * window}
+    found = {"plan": 0.0, "quality": _windows(size, recipe, {name: parts}) * window}
     for part, values in parts.items():
         if getattr(values, "residual", "none") != "none":
             found["plan"] += RESIDUAL_WINDOWS * size.length * 4 * size.layers * rates.forward

@@ -31,7 +31,7 @@ SIZES = Sizes(
     layers=10, hidden=64, units=176, vocabulary=1000, parameters=10**6, source_bytes=4 * 10**6, graph_bytes=4 * 10**6, windows=128, length=256,
     characters=10**6,
 )  # fmt: skip
-STAGES = ["open", "text", "base graph", "calibrate", "plan", "quality", "export", "agreement", "speed", "report"]
+STAGES = ["open", "text", "base graph", "calibrate", "plan", "quality", "export", "agreement", "speed", "dense references", "report"]
 
 
 def recipe(method: str = "auto", budget: dict[str, float] | None = None, time: str | None = None, **stage: Any) -> Recipe:
