@@ -100,7 +100,7 @@ def measure(arch: Arch, config: Any, stats: Iterable[str], tunes: Mapping[str, T
     placed = tokens.to(device)
     with torch.no_grad():
         forward = _seconds(lambda: block.model.get_decoder()(input_ids=placed, use_cache=False)) / tokens.numel()
-    calibrate, store = _calibrate(block, tokens[:2], sorted(stats), device) if stats else (forward, 0.0)
+    calibrate, store = _calibrate(block, tokens[:1], sorted(stats), device) if stats else (forward, 0.0)
     hidden, vocabulary = arch.size(config, "hidden"), arch.size(config, "vocab")
     head = _head(block, vocabulary, forward, length)
     train, train_head = _trains(block, arch, tunes, length, vocabulary)
