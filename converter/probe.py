@@ -29,7 +29,7 @@ from .plans import Plan, Predictor, Threshold
 from .quality import Reference, compare, torch_logits
 from .recipe import Tune
 from .source import Source, TensorInfo
-from .stats.collect import collect
+from .stats.collect import PROBE_TOKENS, collect
 from .training import Settings
 
 _PARAMETERS = 1 << 27  # of the measured block
@@ -100,7 +100,7 @@ def measure(arch: Arch, config: Any, stats: Iterable[str], tunes: Mapping[str, T
     placed = tokens.to(device)
     with torch.no_grad():
         forward = _seconds(lambda: block.model.get_decoder()(input_ids=placed, use_cache=False)) / tokens.numel()
-    calibrate, store = _calibrate(block, tokens[:1], sorted(stats), device) if stats else (forward, 0.0)
+    calibrate, store = _calibrate(block, tokens[: PROBE_TOKENS // length or 1], sorted(stats), device) if stats else (forward, 0.0)
     hidden, vocabulary = arch.size(config, "hidden"), arch.size(config, "vocab")
     head = _head(block, vocabulary, forward, length)
     train, train_head = _trains(block, arch, tunes, length, vocabulary)
@@ -173,17 +173,17 @@ def _stock_activation(arch: Arch, config: Any) -> str:
 
 
 def _calibrate(block: _Block, tokens: Tensor, stats: list[str], device: str) -> tuple[float, float]:
-    """Seconds a token of the calibration pass, and a layer for storing."""
+    """Seconds a token of the calibration pass, and a layer for what it does once; `tokens` [B, S] are as many as statistics look at twice."""
     found = []
-    for repeats in (1, 3):
+    for repeats in (1, 1, 3):  # the first one also loads code
         rows = tokens.repeat(repeats, 1)
         batches = Batches(rows, torch.ones_like(rows, dtype=torch.bool))
         with TemporaryDirectory() as folder:
             start = time.perf_counter()
             collect(block.source, batches, stats, Path(folder), device=device)
             found.append(time.perf_counter() - start)
-    each = max((found[1] - found[0]) / (2 * tokens.numel()), 0.2 * found[1] / (3 * tokens.numel()))
-    return each, max(0.0, found[1] - 3 * each * tokens.numel())
+    each = max((found[2] - found[1]) / (2 * tokens.numel()), 0.2 * found[2] / (3 * tokens.numel()))
+    return each, max(0.0, found[2] - 3 * each * tokens.numel())
 
 
 def _objective(block: _Block, arch: Arch, part: str, tune: Tune, tokens: Tensor) -> EndToEnd:

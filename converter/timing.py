@@ -26,7 +26,9 @@ from .texts import HELDOUT_SHARE, HELDOUT_WINDOWS, SEARCH_SHARE, SEARCH_WINDOWS
 SPREAD = 0.25
 """Standard deviation over windows of the paired NLL difference, nats per token, by the squared share that is skipped; of SmolLM2-135M with gate and chess."""
 _START = 3.0  # seconds until torch and transformers are imported and a model's files are checked
-_BUILDER = 5.0  # seconds of the builder and of what it imports
+_BUILDER = 2.0  # seconds of the builder and of what it imports
+_CALL = 2e-4  # seconds a layer of one call of ONNX Runtime beside its products
+_OPENED = 2.0  # seconds of the sessions that are compared, made and watched
 _PLOTS = 4.0  # seconds of plots and pages
 _TEXT = 1.5e-6  # seconds a character to tokens
 _CHARACTERS = 4  # a token
@@ -143,7 +145,7 @@ def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timin
     measured = _windows(size, recipe, configs) * size.length
     narrow = _NARROW.get(precision, 1.0)
     prefill = size.layers * rates.prefill + rates.onnx_head
-    decode = size.layers * rates.decode + rates.onnx_head_alone
+    decode = size.layers * (rates.decode + _CALL) + rates.onnx_head_alone
     read = size.graph_bytes * rates.hash  # a graph or a model opened: about as fast as its bytes are hashed
     runs, prompt, new = _SPEED
     stages = {
@@ -153,7 +155,8 @@ def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timin
         "plan": 0.0,
         "quality": 2 * read + measured * (forward + rates.head),
         "export": size.graph_bytes * (rates.write + rates.hash) + size.source_bytes * rates.write,
-        "agreement": _PAIRED_TOKENS * (2 * forward + 2 * rates.head + prefill)
+        "agreement": _OPENED
+        + _PAIRED_TOKENS * (2 * forward + 2 * rates.head + prefill)
         + _WATCHED_TOKENS * _PASS * (forward + rates.head)
         + _GREEDY_TOKENS * decode
         + 6 * read,
@@ -191,7 +194,7 @@ def _windows(size: Sizes, recipe: Recipe, configs: Configs) -> int:
 def _references(size: Sizes, rates: Rates, precision: str, forward: float, prefill: float, decode: float) -> float:
     """Seconds of the dense graphs in integers, which are made, measured and timed beside the one in float32."""
     runs, prompt, new, windows = _REFERENCE
-    total = 0.0
+    total = _OPENED
     for name, narrow in _NARROW.items():
         total += runs * (1 + narrow) * (prompt * prefill + new * decode)
         if name != precision:
