@@ -85,8 +85,7 @@ def estimate_shapes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...
     whole = (parameters + (prod(shapes[arch.embedding]) if tied else 0)) * _FP32
     sizes = {name: _onnx_bytes(arch, shapes, ffn, tied, form, recipe.export.target) for name, form in PRECISIONS.items()}
     disk = samples + source_bytes + whole + sizes[recipe.export.precision] * (2 if PRECISIONS[recipe.export.precision].bits else 1)
-    if recipe.export.target == "cuda":
-        disk += whole // 2
+    disk += whole // 2 if recipe.export.target == "cuda" else sizes["int8"]  # the graph in fp16; a dense reference, until it is measured
     batch = 2048 * (hidden * 4 + units * 5) * _FP32
     form = PRECISIONS[recipe.export.precision]
     unknown = {IMPORTED, EXACT}

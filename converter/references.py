@@ -69,14 +69,13 @@ def measure_references(
 
 
 def _measure(dense: _Dense, texts: Texts, scratch: Path, timed: bool) -> list[Reference]:
-    model, references, whole = None, [], read_bytes(dense.graph)
+    references, whole = [], read_bytes(dense.graph)
     for precision in PRECISIONS:
         graphs = dense.finished.get(precision)
         folder = scratch / precision if graphs is None else graphs.dense
         if graphs is None:
             export_dense(dense.graph, folder, precision)
-            model = model or load_dense(dense.source.folder)
-            loss = _loss(folder, model, texts)
+            loss = _loss(folder, dense.source, texts)
         else:
             loss = _known_loss(graphs)
         speed = _speed(dense.graph, folder, texts) if timed else {}
@@ -88,9 +87,9 @@ def _measure(dense: _Dense, texts: Texts, scratch: Path, timed: bool) -> list[Re
     return references
 
 
-def _loss(folder: Path, model: Any, texts: Texts) -> dict[str, Any]:
-    """On the first QUALITY_WINDOWS windows."""
-    total = measure_dense_executor(Decoder(folder), model, texts.heldout)
+def _loss(folder: Path, source: Source, texts: Texts) -> dict[str, Any]:
+    """On the first QUALITY_WINDOWS windows. The torch model is gone before anything is timed, so that memory never holds three models."""
+    total = measure_dense_executor(Decoder(folder), load_dense(source.folder), texts.heldout)
     nll_dense, nll, kl, agreement = total.means()
     error = total.error()
     return {
