@@ -14,7 +14,10 @@ the derivative plus (1 - 2 m_i) |v_i|^2; this term is added, so neurons learn th
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +94,9 @@ def make_unit(entry: Entry, device: torch.device, scale: float) -> Unit:
 
 
 class _Masked(torch.autograd.Function):
-    """(z * m, the mean of m, the sum of (1 - 2 m) |v|^2 m) of z [..., n] and the mask m = logit > 0 with the sigmoid's slope; v_i = z_i w_down_i from the norms
-    [n] of w_down, through which no gradient goes. None for the norms: the last one is 0. Logits and norms are fp32.
+    """(z * m, the mean of m, the sum by window of (1 - 2 m) |v|^2 m) of z [B, S, n] and the mask m = logit > 0 with the sigmoid's slope.
+
+    v_i = z_i w_down_i from the norms [n] of w_down, and no gradient goes through it. None for the norms: the last one is 0. Logits and norms are fp32.
     """
 
     @staticmethod
@@ -103,15 +107,60 @@ class _Masked(torch.autograd.Function):
             return kept, share, share.new_zeros(())
         worth = (z.float() * norms).square_()
         ctx.save_for_backward(z, logits, mask, worth)
-        return kept, share, -torch.dot(worth.flatten(), mask.flatten())
+        return kept, share, -torch.linalg.vecdot(worth.flatten(1), mask.flatten(1))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         z, logits, mask, worth = ctx.saved_tensors
-        of_kept, of_share, of_toggles = gradients
+        of_kept, of_share, of_toggles = gradients[0], gradients[1], gradients[2][:, None, None]
         of_mask = mask.mul(-2 * of_toggles).add_(of_toggles).mul_(worth)
         of_mask.addcmul_(of_kept.to(mask.dtype), z.to(mask.dtype)).add_(of_share / mask.numel())
         return of_kept * mask.to(of_kept.dtype), of_mask.mul_(sigmoid_slope(logits)), None
+
+
+@dataclass
+class _Part:
+    """Windows of a step that one thread takes, [b, S], with their padding masked: their share of the step's windows, and of its positions; how many threads its
+    operations may take.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    share: float
+    positions: float
+    threads: int
+
+
+@dataclass
+class _Pass:
+    """What a part adds to the divergence, and its lost energy and density."""
+
+    divergence: Tensor
+    lost: Tensor
+    density: Tensor
+    part: _Part
+
+    def value(self, weights: Tensor) -> Tensor:
+        """What it adds to the loss that weighs the three so."""
+        return weights[0] * self.divergence + self.part.share * (weights[1] * self.lost + weights[2] * self.density)
+
+    def gradients(self, weights: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        """Of `value`, by leaf."""
+        torch.set_num_threads(self.part.threads)
+        return torch.autograd.grad(self.value(weights), leaves)
+
+
+class _Known(torch.autograd.Function):
+    """A value of leaves whose gradients are there already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(outer[0] * gradient for gradient in ctx.gradients)
 
 
 class EndToEnd:
@@ -143,6 +192,7 @@ class EndToEnd:
         self.units = {site: make_unit(deciding(plan[site]), model.device, scale) for site, scale in scales.items()}
         self.swaps: dict[Site, list[Entry]] = {site: [entry for entry in plan[site] if isinstance(entry, Swap)] for site in scales}
         self.price = 0.0
+        self._seen: defaultdict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self.figures: dict[str, float] = {}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -165,34 +215,65 @@ class EndToEnd:
     def loss(self, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
         """Divergence (nats per position), lost energy and price; windows [B, S], padding masked [B, S]."""
         tokens, mask = tokens.to(self.model.device), mask.to(self.model.device)
-        attention = None if bool(mask.all()) else mask.long()
+        parts, threads = self._parts(tokens, mask), torch.get_num_threads()
+        with ThreadPoolExecutor(len(parts)) as pool:
+            try:
+                dense = list(pool.map(self._dense, parts))
+                with self.masking():
+                    passes = list(pool.map(self._masked, parts, dense))
+                del dense
+                density = float(sum(each.density.detach() * each.part.share for each in passes))
+                excess = density - self.target(step)
+                self.price = max(0.0, self.price + INTEGRAL * excess)
+                weights = torch.tensor([1.0, self.local, max(0.0, self.price + PROPORTIONAL * excess)], device=tokens.device)
+                leaves = [tensor for tensor, _ in self.parameters().values()]
+                gradients = list(pool.map(lambda each: each.gradients(weights, leaves), passes))
+            finally:
+                torch.set_num_threads(threads)
+        self.figures = {"kl": float(sum(each.divergence.detach() for each in passes)), "density": density, "price": self.price}
+        value = torch.stack([each.value(weights).detach() for each in passes]).sum()
+        loss: Tensor = _Known.apply(value, [sum(each) for each in zip(*gradients, strict=True)], *leaves)
+        return loss
+
+    def _parts(self, tokens: Tensor, mask: Tensor) -> list[_Part]:
+        """The windows of a step, shared out among threads: short operations do not fill several, windows do. On a GPU all windows are one part."""
+        count = min(len(tokens), torch.get_num_threads()) if self.model.device.type == "cpu" else 1
+        threads, kept = max(1, torch.get_num_threads() // count), int(mask.sum())
+        rows = zip(tokens.tensor_split(count), mask.tensor_split(count), strict=True)
+        return [_Part(own, which, len(own) / len(tokens), int(which.sum()) / max(1, kept), threads) for own, which in rows]
+
+    def _logits(self, model: Any, part: _Part) -> Tensor:
+        attention = None if bool(part.mask.all()) else part.mask.long()
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.half):
-            with torch.no_grad():
-                dense = (self.teacher or self.model)(input_ids=tokens, attention_mask=attention, use_cache=False).logits
-            with self.masking() as seen:
-                sparse = self.model(input_ids=tokens, attention_mask=attention, use_cache=False).logits
-        divergence = kl_divergence(dense, sparse, mask)
-        density = torch.stack([share for share, _ in seen]).mean()
-        lost = torch.stack([energy for _, energy in seen]).sum()
-        excess = float(density.detach()) - self.target(step)
-        self.price = max(0.0, self.price + INTEGRAL * excess)
-        self.figures = {"kl": float(divergence.detach()), "density": float(density.detach()), "price": self.price}
-        return divergence + self.local * lost + max(0.0, self.price + PROPORTIONAL * excess) * density
+            logits: Tensor = model(input_ids=part.tokens, attention_mask=attention, use_cache=False).logits
+        return logits
+
+    def _dense(self, part: _Part) -> Tensor:
+        torch.set_num_threads(part.threads)
+        with torch.no_grad():
+            return self._logits(self.teacher or self.model, part)
+
+    def _masked(self, part: _Part, dense: Tensor) -> _Pass:
+        """The divergence, lost energy and density of a part, with their graph."""
+        torch.set_num_threads(part.threads)
+        sparse, seen = self._logits(self.model, part), self._seen[threading.get_ident()]
+        divergence = kl_divergence(dense, sparse, part.mask) * part.positions if part.positions else sparse.sum() * 0.0
+        return _Pass(divergence, torch.stack([energy for _, energy in seen]).sum(), torch.stack([share for share, _ in seen]).mean(), part)
 
     @contextmanager
     def masking(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """The model masked by the present tensors; yields (kept share, lost energy in nats), one pair a call of a site, in layer order."""
-        seen: list[tuple[Tensor, Tensor]] = []
+        """The model masked by the present tensors; yields (kept share, lost energy in nats), one pair a call of a site by this thread, in layer order."""
+        self._seen = defaultdict(list)
         modules = {site: self.model.get_submodule(self.arch.ffn_module(site.layer)) for site in self.units}
         try:
             for site, module in modules.items():
-                module.forward = self._forward(site, module, seen)
-            yield seen
+                module.forward = self._forward(site, module)
+            yield self._seen[threading.get_ident()]
         finally:
             for module in modules.values():
                 module.__dict__.pop("forward", None)
 
-    def _forward(self, site: Site, module: nn.Module, seen: list[tuple[Tensor, Tensor]]) -> Any:
+    def _forward(self, site: Site, module: nn.Module) -> Any:
         unit = self.units[site]
 
         def forward(x: Tensor) -> Tensor:
@@ -208,10 +289,9 @@ class EndToEnd:
                 y = y + hidden @ unit.tensors["residual"]
             if trained:
                 dense = ffn_down(module, self.arch, parts.z.detach()).float()
-                energy = (dense - y.float()).square().sum() + toggles
-                seen.append((share, self.worth[site] * energy / dense.square().sum().clamp_min(1e-20)))
-            else:
-                seen.append((share, toggles))
+                energy = (dense - y.float()).square().sum((-2, -1)) + toggles
+                lost = self.worth[site] * (energy / dense.square().sum((-2, -1)).clamp_min(1e-20)).mean()
+            self._seen[threading.get_ident()].append((share, lost if trained else toggles))
             return y
 
         return forward
@@ -250,7 +330,7 @@ class EndToEnd:
         with self.masking() as seen:
             for rows in tokens.split(_TOGETHER):
                 seen.clear()
-                self.model(input_ids=rows.to(self.model.device), use_cache=False)
+                self.model.get_decoder()(input_ids=rows.to(self.model.device), use_cache=False)
                 total += len(rows) * torch.stack([share for share, _ in seen]).cpu()
         return dict(zip(self.units, (total / len(tokens)).tolist(), strict=True))
 
