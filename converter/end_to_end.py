@@ -256,7 +256,8 @@ class EndToEnd:
     def _masked(self, part: _Part, dense: Tensor) -> _Pass:
         """The divergence, lost energy and density of a part, with their graph."""
         torch.set_num_threads(part.threads)
-        sparse, seen = self._logits(self.model, part), self._seen[threading.get_ident()]
+        seen = self._seen[threading.get_ident()] = []  # a thread may have had another part before
+        sparse = self._logits(self.model, part)
         divergence = kl_divergence(dense, sparse, part.mask) * part.positions if part.positions else sparse.sum() * 0.0
         return _Pass(divergence, torch.stack([energy for _, energy in seen]).sum(), torch.stack([share for share, _ in seen]).mean(), part)
 

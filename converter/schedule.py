@@ -181,10 +181,12 @@ def _part(run: Run, name: str, part: str, config: Any) -> Plan:
     plan = _beside_swaps(run, load_method(part).plan(run.stats, run.source.arch, config))
     if part == EXACT:
         return _present(run, plan)
-    start = _start(part, config)
+    start, density = _start(part, config), 1.0 - config.sparsity
+    if start is not None and start < 1 and config.residual == "trained":  # something is skipped from the start: one training serves thresholds and residual
+        return _trained(run, name, part, config, _with_residuals(run, plan), start, density)
     if start is not None:
-        plan = _trained(run, name, part, config, plan, start, 1.0 - config.sparsity)
-    return _completed(run, name, part, config, plan, 1.0 - config.sparsity)
+        plan = _trained(run, name, part, config, plan, start, density)
+    return _completed(run, name, part, config, plan, density)
 
 
 def _beside_swaps(run: Run, plan: Plan) -> Plan:
@@ -208,10 +210,14 @@ def _completed(run: Run, name: str, part: str, config: Any, plan: Plan, density:
     residual = getattr(config, "residual", "none")
     if residual == "none":
         return plan
-    arch, units = run.source.arch, run.source.arch.size(run.source.config, "units")
-    rank = residual_rank(units, 2 if arch.ffn.kind == "plain" else 3)
-    plan = add_residuals(run.model, arch, run.activation, plan, run.texts.calibration, rank)
+    plan = _with_residuals(run, plan)
     return plan if residual == "ridge" else _trained(run, f"{name}-residual", part, config, plan, density, density)
+
+
+def _with_residuals(run: Run, plan: Plan) -> Plan:
+    """The plan with residuals in closed form."""
+    arch, units = run.source.arch, run.source.arch.size(run.source.config, "units")
+    return add_residuals(run.model, arch, run.activation, plan, run.texts.calibration, residual_rank(units, 2 if arch.ffn.kind == "plain" else 3))
 
 
 def _start(part: str, config: Any) -> float | None:
