@@ -31,6 +31,7 @@ from .arch import Arch, Site
 from .artifact import Header, InputError, atomic_folder, is_finished, write_json
 from .blocks import down_rows, ffn_down, ffn_parts
 from .data import Batches
+from .local_processes import keep_freed_memory
 from .losses import kl_divergence, sigmoid_slope
 from .plans import Entry, Plan, Predictor, Swap, Threshold, deciding, load_plan, save_plan
 from .recipe import Tune
@@ -369,6 +370,7 @@ def train_plan(
             found = f"{len(full)} full ones of {len(batches.tokens)}"
             raise InputError(f"Training end to end must have a full window to set densities on and others to train on, got {found}. Give more text.")
         curve_file.unlink(missing_ok=True)
+        keep_freed_memory()
         settings = Settings(tune.steps * len(densities), tune.windows, tune.rate, levels=len(densities), seed=seed)
         half = tune.precision == "bf16" or (tune.precision == "auto" and multiplies_bf16(model.device))
         objective = EndToEnd(model, arch, activation, plan, settings, densities, start, tune.local, half, aside[:4], teacher)
