@@ -46,7 +46,7 @@ class Tune(_Strict):
     natively); `data` windows are trained on at most.
     """
 
-    steps: int = Field(default=1000, ge=1)
+    steps: int = Field(default=300, ge=1)
     windows: int = Field(default=2, ge=1)
     rate: float = Field(default=4e-3, gt=0)
     local: float = Field(default=0.2, ge=0)

@@ -38,6 +38,7 @@ from .writer import write_checkpoint
 
 LEVELS = (0.75, 0.6, 0.45, 0.33, 0.25, 0.18, 0.13)
 """Densities at which a trained method stops in turn on its way to a budget."""
+_ABOVE = 0.8  # density that gate thresholds set out from to the first of them
 _REACH = 6.0  # logits that a trained plan is shifted by at most
 
 
@@ -284,6 +285,7 @@ def _governed(run: Run, key: str, whole: Plan) -> float:
 
 def _searched_training(run: Run, name: str, part: str, config: Any) -> Plan | None:
     """A trained method goes down LEVELS until the budget breaks; the last two levels are shifted to the budget, and the cheaper one is taken."""
+    config = config.model_copy(update={"sparsity": 1 - _ABOVE})
     plan, start = load_method(part).plan(run.stats, run.source.arch, config), _start(part, config)
     assert start is not None
     trained: list[tuple[Plan, float]] = []

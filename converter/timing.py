@@ -224,7 +224,9 @@ def _each(name: str, parts: Mapping[str, BaseModel], size: Sizes, rates: Rates, 
 
 def _training(part: str, values: Any, size: Sizes, rates: Rates, recipe: Recipe) -> Training:
     tune: Tune = values.tune
-    runs = (_LEVELS if recipe.searches else 1) + (values.residual == "trained") * (2 if recipe.searches else 1)
+    begins = getattr(load_method(part), "start", lambda _: None)(values)
+    once = not recipe.searches and begins is not None and begins < 1  # what is skipped from the start has its residual from there
+    runs = (_LEVELS if recipe.searches else 1) + (values.residual == "trained" and not once) * (2 if recipe.searches else 1)
     step = tune.windows * size.length * (size.layers * rates.train[part] + rates.train_head)
     window = size.length * size.layers * rates.forward
     noise = (size.layers + 2) * _NOISE_WINDOWS * (window + size.length * rates.head)

@@ -1,4 +1,4 @@
-"""Gate thresholds trained end to end: every neuron's own threshold on |act(gate)|, all layers jointly. Begins from CHESS thresholds that keep more."""
+"""Gate thresholds trained end to end: every neuron's own threshold on |act(gate)|, all layers jointly. Begins from CHESS thresholds of the same density."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ SOURCE = (
     "thresholds are trained and not set by a quantile",
 )
 NEEDS = ("unit_histogram:gate",)
-_START = 0.6  # of the way from the wished density to keeping everything
 
 
 class Config(BaseModel):
     """`sparsity`: the share of gated neurons to skip over all layers together; `tune` how the thresholds are trained; `residual` adds a head for what is
-    skipped, of a twentieth of the network's weights, in closed form (ridge) or from there trained together with the thresholds.
+    skipped, of a twentieth of the network's weights, in closed form (ridge, after the training) or from there trained together with the thresholds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,14 +30,13 @@ class Config(BaseModel):
     version: Literal[1] = 1
     sparsity: float = Field(default=0.5, gt=0, lt=1)
     seed: int = 0
-    tune: Tune = Tune(steps=300)
+    tune: Tune = Tune(steps=100, rate=1e-2)
     residual: Literal["none", "ridge", "trained"] = "trained"
 
 
 def start(config: Config) -> float:
-    """The density of `plan`, from which training sinks to the wished one."""
-    density = 1.0 - config.sparsity
-    return density + _START * (1.0 - density)
+    """The density of `plan`: the wished one, since short training moves thresholds little."""
+    return 1.0 - config.sparsity
 
 
 def plan(stats: Stats, arch: Arch, config: Config) -> Plan:

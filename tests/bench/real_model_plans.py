@@ -43,6 +43,7 @@ TRAINED = ("trained_gate", "predictor")
 DENSITIES = (0.7, 0.5, 0.4, 0.3)
 _HELDOUT_SHARE = 0.2  # of the calibration text, where no other text is given
 _PROBE = 32  # tokens that a trained method's objective is built on while a step is timed
+_RATE = 4e-3  # of every training
 _TIMED = 3  # steps
 _EVERY = 1 << 30  # windows: more than any text has
 
@@ -242,7 +243,7 @@ def _trained(study: Study, method: str) -> dict[float, Plan]:
     folder, model = study.work / "trained" / method, study.model()
     base: Tune = _config(method, study.densities[0]).tune
     steps = _steps(study, method, model, plan, start, base)
-    tune = base.model_copy(update={"steps": steps})
+    tune = base.model_copy(update={"steps": steps, "rate": _RATE})
     header = Header(
         format="tune",
         parents={"model": study.source.fingerprint},

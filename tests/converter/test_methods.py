@@ -234,9 +234,9 @@ def test_a_fresh_predictor_keeps_everything(arch: Arch, matrices: int) -> None:
     assert torch.equal(again, plan[Site(0)][0].fc1) and not torch.equal(again, other) and not torch.equal(again, plan[Site(1)][0].fc1)
 
 
-@pytest.mark.parametrize(("sparsity", "start"), [(0.5, 0.8), (0.75, 0.7), (0.1, 0.96)])
+@pytest.mark.parametrize(("sparsity", "start"), [(0.5, 0.5), (0.75, 0.25), (0.1, 0.9)])
 def test_trained_gate_begins_from_chess(sparsity: float, start: float) -> None:
-    """Six tenths of the way from the wished density to everything, with the thresholds of CHESS there."""
+    """With the thresholds of CHESS at the wished density."""
     g = torch.Generator().manual_seed(0)
     gates = [F.silu(torch.randn(TOKENS, N, generator=g)).abs() for _ in range(2)]
     stats = chess_stats(gates, [torch.randn(TOKENS, N, generator=g) * (torch.rand(N, generator=g) + 0.1) for _ in range(2)])
