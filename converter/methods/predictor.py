@@ -52,7 +52,7 @@ class Config(BaseModel):
     cost: float = Field(default=0.1, gt=0, lt=1)
     residual: Literal["none", "ridge", "trained"] = "none"
     seed: int = 0
-    tune: Tune = Tune()
+    tune: Tune = Tune(rate=8e-3)
     score: Literal["magnitude", "abs_z", "gate", "gradient", "gxo", "snip", "fisher", "corrected_gxo"] = "magnitude"
     form: Literal["mlp2", "linear2"] = "mlp2"
     weighting: Literal["dejavu", "none"] = "dejavu"

@@ -30,7 +30,7 @@ class Config(BaseModel):
     version: Literal[1] = 1
     sparsity: float = Field(default=0.5, gt=0, lt=1)
     seed: int = 0
-    tune: Tune = Tune(steps=100, rate=1e-2)
+    tune: Tune = Tune(steps=60, rate=2e-3)
     residual: Literal["none", "ridge", "trained"] = "trained"
 
 
