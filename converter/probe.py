@@ -210,6 +210,7 @@ def _trains(block: _Block, arch: Arch, tunes: Mapping[str, Tune], length: int, v
         windows = min(tune.windows, _windows(block.parameters, length, tune.windows))
         tokens = torch.randint(0, _VOCABULARY, (windows, length))
         objective, mask = _objective(block, arch, part, tune, tokens), torch.ones_like(tokens, dtype=torch.bool)
+        block.model.get_input_embeddings().weight.requires_grad_(True)  # gradients pass through every block but the first
         steps[part] = lambda objective=objective, tokens=tokens, mask=mask: objective.loss(tokens, mask, 0).backward()
         counts[part] = tokens.numel()
     found = {part: _seconds(step) / counts[part] for part, step in steps.items()}

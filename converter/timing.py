@@ -27,7 +27,7 @@ SPREAD = 0.25
 """Standard deviation over windows of the paired NLL difference, nats per token, by the squared share that is skipped; of SmolLM2-135M with gate and chess."""
 _START = 3.0  # seconds until torch and transformers are imported and a model's files are checked
 _BUILDER = 2.0  # seconds of the builder and of what it imports
-_CALL = 2e-4  # seconds a layer of one call of ONNX Runtime beside its products
+_CALL = 3e-4  # seconds a layer of one call of ONNX Runtime beside its products
 _OPENED = 2.0  # seconds of the sessions that are compared, made and watched
 _PLOTS = 4.0  # seconds of plots and pages
 _TEXT = 1.5e-6  # seconds a character to tokens
@@ -40,6 +40,7 @@ _PAIRED_TOKENS, _WATCHED_TOKENS, _GREEDY_TOKENS = 32 * 128, 3 * 128, 4 * 48 + 32
 _SPEED = (26, 128, 64)  # runs of a candidate beside dense, tokens of the prompt and new ones
 _REFERENCE = (8, 64, 32, 16)  # the same of a dense reference, and its windows
 _NARROW = {"int8": 0.4, "int4": 0.3}  # time of a decoded token relative to floats
+_SPREAD_OUT = 1.3  # a step through many layers beside one layer's alone, whose activations stay in cache
 _PASS = 3.0  # of a float64 evaluation in numpy, relative to torch's float32
 
 
@@ -227,7 +228,7 @@ def _training(part: str, values: Any, size: Sizes, rates: Rates, recipe: Recipe)
     begins = getattr(load_method(part), "start", lambda _: None)(values)
     once = not recipe.searches and begins is not None and begins < 1  # what is skipped from the start has its residual from there
     runs = (_LEVELS if recipe.searches else 1) + (values.residual == "trained" and not once) * (2 if recipe.searches else 1)
-    step = tune.windows * size.length * (size.layers * rates.train[part] + rates.train_head)
+    step = _SPREAD_OUT * tune.windows * size.length * (size.layers * rates.train[part] + rates.train_head)
     window = size.length * size.layers * rates.forward
     noise = (size.layers + 2) * _NOISE_WINDOWS * (window + size.length * rates.head)
     return Training(tune.steps, runs * step, runs * (noise + _PASSES_ASIDE * _ASIDE * window))
