@@ -23,8 +23,10 @@ from .recipe import Recipe, Tune
 from .residual import WINDOWS as RESIDUAL_WINDOWS
 from .texts import HELDOUT_SHARE, HELDOUT_WINDOWS, SEARCH_SHARE, SEARCH_WINDOWS
 
-SPREAD = 0.25
-"""Standard deviation over windows of the paired NLL difference, nats per token, by the squared share that is skipped; of SmolLM2-135M with gate and chess."""
+_LOST, _VARIANCE = 0.036, 0.021
+"""Nats per token that a layer loses, by the squared share that is skipped, and the variance over windows of the paired difference, by the nats lost:
+SmolLM2-135M loses .27 under gate .5, the bundled model .04; SmolLM2's variance is .0028 at .131 nats and .0057 at .271.
+"""
 _START = 3.0  # seconds until torch and transformers are imported and a model's files are checked
 _BUILDER = 2.0  # seconds of the builder and of what it imports
 _CALL = 3e-4  # seconds a layer of one call of ONNX Runtime beside its products
@@ -40,7 +42,7 @@ _PAIRED_TOKENS, _WATCHED_TOKENS, _GREEDY_TOKENS = 32 * 128, 3 * 128, 4 * 48 + 32
 _SPEED = (26, 128, 64)  # runs of a candidate beside dense, tokens of the prompt and new ones
 _REFERENCE = (8, 64, 32, 16)  # the same of a dense reference, and its windows
 _NARROW = {"int8": 0.4, "int4": 0.3}  # time of a decoded token relative to floats
-_SPREAD_OUT = 1.3  # a step through many layers beside one layer's alone, whose activations stay in cache
+_SPREAD_OUT = 1.15  # a step through many layers beside one layer's alone, whose activations stay in cache
 _PASS = 3.0  # of a float64 evaluation in numpy, relative to torch's float32
 
 
@@ -187,7 +189,8 @@ def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timin
 def _windows(size: Sizes, recipe: Recipe, configs: Configs) -> int:
     """Windows that tell a loss: those that bring its standard error below ERROR, within what the text has."""
     shares = [getattr(values, "sparsity", 0.5) for parts in configs.values() for values in parts.values()]
-    wanted = HELDOUT_WINDOWS if recipe.searches else (SPREAD * max(shares, default=0.5) ** 2 / ERROR) ** 2
+    lost = _LOST * size.layers * max(shares, default=0.5) ** 2
+    wanted = HELDOUT_WINDOWS if recipe.searches else _VARIANCE * lost / ERROR**2
     text = HELDOUT_SHARE * size.characters if recipe.calibration.file else HELDOUT_TEXT.stat().st_size
     return int(max(LEAST_WINDOWS, min(wanted, HELDOUT_WINDOWS, MOST_TOKENS / size.length, text / (_CHARACTERS * size.length))))
 
