@@ -18,8 +18,8 @@ from .timing import Timing, sizes, statistics, timing, tunes, whole
 
 DEFAULT = 1800.0
 """Seconds that `auto` stays below without being told."""
-LEAST = 0.25
-"""Share of the configured steps below which a training is not worth its time."""
+LEAST = 0.5
+"""Share of the configured steps below which a training is not worth its time: the defaults are short already, and methods without training lose less."""
 DECISION, _FILE = "decision", "decision.json"
 
 

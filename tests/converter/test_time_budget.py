@@ -143,11 +143,11 @@ def test_a_named_method_is_cut_only_when_asked() -> None:
     timed = Timing({"open": 100.0}, {"predictor": {"quality": 1.0}}, {"predictor": Training(1000, 3.0, 0.0)})
     free = choose(timed, recipe("predictor"))
     assert free.steps == {} and free.notes == ("this takes about 52 minutes on this machine; --time-budget 30m cuts the training",)
-    assert choose(timed, recipe("predictor", time="26m")).steps == {"predictor": 486}
+    assert choose(timed, recipe("predictor", time="30m")).steps == {"predictor": 566}
     with pytest.raises(InputError) as error:
         choose(timed, recipe("predictor", time="5m"))
-    assert "--time-budget must be at least 15m for predictor on this machine, got 5m." in str(error.value)
-    assert choose(timed, recipe("predictor", time="15m")).steps["predictor"] >= 1000 * LEAST
+    assert "--time-budget must be at least 27m for predictor on this machine, got 5m." in str(error.value)
+    assert choose(timed, recipe("predictor", time="27m")).steps["predictor"] >= 1000 * LEAST
 
 
 def test_steps_of_a_recipe_stay() -> None:
@@ -229,9 +229,9 @@ def slow(monkeypatch: pytest.MonkeyPatch, train: float) -> None:
 def test_a_resumed_run_keeps_what_was_decided(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_speed: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """40 steps of 96 tokens through 2 layers take 768 s and 76.8 s: the first machine has time for half of the steps, the second one for all."""
+    """40 steps of 96 tokens through 2 layers take about 900 s and 90 s: the first machine has time for some of the steps, the second one for all."""
     stages = [{"method": "trained_gate", "config": {"sparsity": 0.4, "tune": TUNE, "residual": "none"}}]
-    path, out = small_recipe(tiny_model("llama"), tmp_path, stages=stages, time_budget="400s"), tmp_path / "out"
+    path, out = small_recipe(tiny_model("llama"), tmp_path, stages=stages, time_budget="600s"), tmp_path / "out"
     slow(monkeypatch, 0.1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(conversion, "once", _broken_off)
@@ -240,7 +240,7 @@ def test_a_resumed_run_keeps_what_was_decided(
     found = convert(recipe=path, output=out, keep_stages=True)
     assert found.report is not None
     steps = found.report.recipe["stages"][-1]["steps"]["trained_gate"]
-    assert 10 <= steps < 25 and f"trained for {steps} of 40 steps" in caplog.text and found.report.time_notes
+    assert 20 <= steps < 35 and f"trained for {steps} of 40 steps" in caplog.text and found.report.time_notes
     trained = read_header(tmp_path / "out.work" / "plan" / "trained_gate")
     assert trained is not None and trained.config["trained_gate"]["tune"]["steps"] == steps
     assert {row.name for row in found.report.stages if row.expected_seconds is not None} >= {"open", "train trained_gate", "quality"}
