@@ -126,6 +126,7 @@ class MlpCase(Case):
 
     op = gated_mlp.NAME
     activation = "silu"
+    decides = "predictor"
 
     def _weights(self) -> dict[str, NDArray[np.float32]]:
         return mlp_weights(self.d, self.n, self.r)
@@ -139,7 +140,8 @@ class MlpCase(Case):
             else:
                 arrays[role], arrays[f"s{role[1:]}" if role[0] == "w" else f"s_{role}"] = quantise(matrix, kind)
         roles = tuple(role for role in gated_mlp.ROLES if role in arrays or role == "tau")
-        self.variant, self.out = gated_mlp.Variant(self.activation, "predictor", self.form.weights, roles, w=self.form.w, p=self.form.p), self.d
+        p = self.form.p if "p1" in roles else "float32"
+        self.variant, self.out = gated_mlp.Variant(self.activation, self.decides, self.form.weights, roles, w=self.form.w, p=p), self.d
         return arrays
 
     @property

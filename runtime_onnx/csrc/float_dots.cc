@@ -22,7 +22,7 @@ namespace {
 constexpr int ROWS = 4;
 constexpr int TILE = REGISTERS == 32 ? 6 : 3;             // tokens: 6 x 4 sums in 32 registers, 3 x 4 in 16
 constexpr int TILES = 2;                                  // of a group of tokens
-constexpr int64_t DEPTH = REGISTERS == 32 ? 2048 : 512;   // columns: cuts cost time; parts of vectors need the rows' cut in the first-level cache
+constexpr int64_t DEPTH = REGISTERS == 32 ? 2048 : 640;   // columns: cuts cost time; parts of vectors need the rows' cut in the first-level cache
 constexpr int64_t BLOCK = 64, BLOCK_BYTES = 512 << 10;    // most rows in a block
 
 // Products of ROWS rows with one token, the form for memory's speed: `next` are the rows to come, if any.
@@ -76,8 +76,8 @@ struct Cut {
 };
 
 // Part `part` of the sums of T tokens x ROWS rows over one cut, added to `acc`.
-template <class W, int T>
-inline void add_cut(const W* const* row, const W* const* next, int fetched, const float* x, int64_t x_stride, const Cut& cut, int part, reg (&acc)[T][ROWS]) {
+template <class W, int T, int NEAR, int FAR>
+inline void add_cut(const W* const* row, const W* const* near, const W* const* far, const float* x, int64_t x_stride, const Cut& cut, int part, reg (&acc)[T][ROWS]) {
   constexpr int STEP = LINE / static_cast<int>(sizeof(W));
   const W* mine[ROWS];
 #pragma GCC unroll 4
@@ -96,7 +96,11 @@ inline void add_cut(const W* const* row, const W* const* next, int fetched, cons
   };
   int64_t j = 0;
   for (; j + STEP <= cut.whole; j += STEP) {
-    for (int r = 0; r < fetched; ++r) __builtin_prefetch(next[r] + j, 0, 2);
+#pragma GCC unroll 4
+    for (int r = 0; r < FAR; ++r) __builtin_prefetch(far[r] + j, 0, 2);
+#pragma GCC unroll 4
+    for (int r = 0; r < NEAR; ++r) __builtin_prefetch(near[r] + j, 0, 3);
+#pragma GCC unroll 4
     for (int k = 0; k < STEP; k += LANES) step(j + k);
   }
   for (; j < cut.whole; j += LANES) step(j);
@@ -113,9 +117,10 @@ inline void add_cut(const W* const* row, const W* const* next, int fetched, cons
 }
 
 // One cut of T tokens x ROWS rows: `sum` holds what the cuts before gave; after the last one the first `valid` products go to `out`.
-// Each of the first `visits` parts fetches `fetched` of the rows `next`.
-template <class W, int T>
-void add_tile(const W* const* row, const W* const* next, int fetched, int64_t visits, const float* x, int64_t x_stride, const Cut& cut,
+// Every part is a visit to the rows; the first ROWS / N visits fetch N of the rows to come each: `near` (the next rows) into the first-level cache, and
+// `far` (the next block's, if any) into the second.
+template <class W, int T, int N>
+void add_tile(const W* const* row, const W* const* near, const W* const* far, int visit, const float* x, int64_t x_stride, const Cut& cut,
               reg (*sum)[TILE][ROWS], int valid, float* out, int64_t stride) {
   reg acc[T][ROWS];
 #pragma GCC unroll 4
@@ -124,8 +129,13 @@ void add_tile(const W* const* row, const W* const* next, int fetched, int64_t vi
     for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) acc[t][r] = cut.first ? reg{} : sum[part][t][r];
-    add_cut<W, T>(row, next, part < visits ? fetched : 0, x, x_stride, cut, part, acc);
-    next += fetched;
+    const int first = (visit + part) * N;
+    if (first >= ROWS)
+      add_cut<W, T, 0, 0>(row, near, near, x, x_stride, cut, part, acc);
+    else if (far)
+      add_cut<W, T, N, N>(row, near + first, far + first, x, x_stride, cut, part, acc);
+    else
+      add_cut<W, T, N, 0>(row, near + first, near, x, x_stride, cut, part, acc);
     if (PARTS == 1 && cut.last) break;  // the sums are in registers
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
@@ -147,6 +157,31 @@ void add_tile(const W* const* row, const W* const* next, int fetched, int64_t vi
   }
 }
 
+template <class W, int N>
+void tiles_of(const W* const* row, const W* const* near, const W* const* far, int64_t tiles, int64_t tokens, const float* x, int64_t x_stride, const Cut& cut,
+              reg (*sum)[PARTS][TILE][ROWS], int valid, float* out, int64_t stride) {
+  int64_t t = 0;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t n = (tokens - t + tiles - i - 1) / (tiles - i);
+    switch (n) {
+#define SPARSEGATE_TILE(n)                                                                                                                                       \
+  case n:                                                                                                                                                        \
+    add_tile<W, (n <= TILE ? n : 1), N>(row, near, far, static_cast<int>(i) * PARTS, x + t * x_stride, x_stride, cut, sum[i], valid, out + t * stride, stride); \
+    break;
+      SPARSEGATE_TILE(1)
+      SPARSEGATE_TILE(2)
+      SPARSEGATE_TILE(3)
+      SPARSEGATE_TILE(4)
+      SPARSEGATE_TILE(5)
+      SPARSEGATE_TILE(6)
+#undef SPARSEGATE_TILE
+      default:
+        break;
+    }
+    t += n;
+  }
+}
+
 template <class W>
 void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out, int64_t stride,
              const W* then) {
@@ -155,8 +190,8 @@ void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, co
   int64_t block = BLOCK_BYTES / (d * static_cast<int64_t>(sizeof(W))) / ROWS * ROWS;
   block = block < ROWS ? ROWS : block > BLOCK ? BLOCK : block;
   alignas(LINE) reg sum[TILES * (BLOCK / ROWS)][PARTS][TILE][ROWS];
-  const int64_t all_tiles = (tokens + TILE - 1) / TILE, visits = all_tiles * PARTS;
-  const int fetched = visits >= ROWS ? 1 : static_cast<int>((ROWS + visits - 1) / visits);  // rows fetched per visit of a quad
+  const int64_t all_tiles = (tokens + TILE - 1) / TILE;
+  const int64_t cuts = (d + DEPTH - 1) / DEPTH, depth = (d + cuts * 2 * LANES - 1) / (cuts * 2 * LANES) * (2 * LANES);  // even cuts: a short one costs as much
   for (int64_t first = 0; first < count; first += block) {
     const int64_t size = count - first < block ? count - first : block;
     const bool last = first + block >= count;
@@ -164,41 +199,29 @@ void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, co
     for (int64_t groups = (all_tiles + TILES - 1) / TILES; groups > 0; --groups) {
       const int64_t tiles = (all_tiles - tile0 + groups - 1) / groups;
       const int64_t group = ((tokens - t0) * tiles + (all_tiles - tile0) - 1) / (all_tiles - tile0);
-      for (int64_t begin = 0; begin < d; begin += DEPTH) {
-        const int64_t length = d - begin < DEPTH ? d - begin : DEPTH;
-        const Cut cut{length / LANES * LANES, length % LANES, begin == 0, begin + DEPTH >= d};
+      for (int64_t begin = 0; begin < d; begin += depth) {
+        const int64_t length = d - begin < depth ? d - begin : depth;
+        const Cut cut{length / LANES * LANES, length % LANES, begin == 0, begin + depth >= d};
         for (int64_t k = 0; k < size; k += ROWS) {
           const int valid = size - k < ROWS ? static_cast<int>(size - k) : ROWS;
-          const W *row[ROWS], *ahead[ROWS];
+          const bool ends = k + ROWS >= size;
+          const int64_t next = !ends ? first + k + ROWS : groups > 1 || !cut.last ? first : first + block;
+          const int64_t column = ends && (groups > 1 || !cut.last) ? (cut.last ? 0 : begin + depth) : begin;
+          const W *row[ROWS], *near[ROWS], *far[ROWS];
           for (int r = 0; r < ROWS; ++r) {
             row[r] = row_of(weights, first + k + (r < valid ? r : 0)) + begin;
+            near[r] = row_of(weights, next + r < count ? next + r : count - 1) + column;
             const int64_t q = (last ? 0 : first + block) + k + r;
-            ahead[r] = row_of(last && then ? then : weights, q < count ? q : count - 1) + begin;
+            far[r] = row_of(last && then ? then : weights, q < count ? q : count - 1) + begin;
           }
-          int64_t t = 0;
-          for (int64_t i = 0; i < tiles; ++i) {
-            const int64_t n = (group - t + tiles - i - 1) / (tiles - i);
-            const int64_t visit = (tile0 + i) * PARTS, rest = last && !then ? 0 : (ROWS - visit * fetched) / fetched;
-            reg(*acc)[TILE][ROWS] = sum[k / ROWS * TILES + i];
-            float* to = out + (t0 + t) * stride + first + k;
-            const W* const* next = ahead + (rest > 0 ? visit * fetched : 0);
-            switch (n) {
-#define SPARSEGATE_TILE(n)                                                                                                                            \
-  case n:                                                                                                                                             \
-    add_tile<W, (n <= TILE ? n : 1)>(row, next, fetched, rest, x + (t0 + t) * x_stride + begin, x_stride, cut, acc, valid, to, stride); \
-    break;
-              SPARSEGATE_TILE(1)
-              SPARSEGATE_TILE(2)
-              SPARSEGATE_TILE(3)
-              SPARSEGATE_TILE(4)
-              SPARSEGATE_TILE(5)
-              SPARSEGATE_TILE(6)
-#undef SPARSEGATE_TILE
-              default:
-                break;
-            }
-            t += n;
-          }
+          const W* const* fetched = tile0 > 0 || (last && !then) ? nullptr : far;
+          const float* from = x + t0 * x_stride + begin;
+          float* to = out + t0 * stride + first + k;
+          constexpr int ALONE = (ROWS + PARTS - 1) / PARTS, TWO = (ROWS + 2 * PARTS - 1) / (2 * PARTS);
+          if (tiles == 1)
+            tiles_of<W, ALONE>(row, near, fetched, 1, group, from, x_stride, cut, sum + k / ROWS * TILES, valid, to, stride);
+          else
+            tiles_of<W, TWO>(row, near, fetched, tiles, group, from, x_stride, cut, sum + k / ROWS * TILES, valid, to, stride);
         }
       }
       t0 += group;

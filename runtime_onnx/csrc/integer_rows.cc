@@ -2,6 +2,7 @@
 #include "integer_rows.h"
 
 #include "integers.h"
+#include "integers_avx2.h"
 
 namespace sparsegate {
 namespace SPARSEGATE_ISA {
@@ -10,6 +11,11 @@ namespace {
 constexpr int ROWS = 4;                       // rows per pass of a product, and of a quad
 constexpr int TOKENS = WIDTH == 16 ? 6 : 1;   // tokens per pass, so that the sums fit into the registers
 constexpr int TOKENS_INT4 = WIDTH == 16 ? 4 : 1;
+#ifdef SPARSEGATE_INTEGERS_AVX2
+constexpr int TOKENS_DOTS = TILE_AVX2, TOKENS_DOTS_INT4 = TILE_AVX2;
+#else
+constexpr int TOKENS_DOTS = TOKENS, TOKENS_DOTS_INT4 = TOKENS_INT4;
+#endif
 constexpr float TINY = 1e-30f;
 
 // The integers of `count` <= 32 values, and their scale; see quantisation.round_activations. Writes 32 values.
@@ -111,6 +117,9 @@ inline void add_chunk_int4(const char* const* row, const half* const* scales, in
 template <int T, bool INT4>
 inline void dot_tile(const char* const* row, const char* const* next, const half* const* scales, int valid, int64_t width, const char* x, int64_t x_stride,
                      float* out, int64_t stride) {
+#ifdef SPARSEGATE_INTEGERS_AVX2
+  if (T > 1) return dot_rows_avx2<T, INT4>(row, next, scales, valid, width, x, x_stride, out, stride);
+#endif
   constexpr int64_t CHUNK = INT4 ? kChunkInt4 : kChunkInt8, BYTES = INT4 ? 256 : 192;
   vec total[T][ROWS];
 #pragma GCC unroll 8
@@ -146,7 +155,7 @@ inline void dot_tile(const char* const* row, const char* const* next, const half
 template <bool INT4>
 void dots_of(const char* weights, const half* scales, const int32_t* rows, int64_t count, int64_t width, const char* x, int64_t tokens, float* out,
              int64_t stride, const char* then) {
-  constexpr int MOST = INT4 ? TOKENS_INT4 : TOKENS;
+  constexpr int MOST = INT4 ? TOKENS_DOTS_INT4 : TOKENS_DOTS;
   const int64_t bytes_per_row = INT4 ? width / 2 : width, groups = width / kRounded, x_stride = rounded_bytes(INT4, width);
   for (int64_t k = 0; k < count; k += ROWS) {
     const int valid = count - k < ROWS ? static_cast<int>(count - k) : ROWS;
@@ -212,6 +221,7 @@ void factors_int8(const Quads& quads, const float* z, int32_t* q, float* step, i
   }
 }
 
+#ifndef SPARSEGATE_INTEGERS_AVX2
 void factors_int4(const Quads& quads, const float* z, const half* scales, int64_t row_groups, int64_t group, int64_t groups, int32_t* q, float* step,
                   int32_t* offset) {
   for (int64_t s = 0; s < quads.count; ++s) {
@@ -257,10 +267,16 @@ void factors_int4(const Quads& quads, const float* z, const half* scales, int64_
   }
 }
 
+#endif
+
 void factors(bool int4, const Quads& quads, const float* z, const uint16_t* scales, int64_t width, int64_t group, int64_t groups, int32_t* q, float* step,
              int32_t* offset) {
   if (int4)
+#ifdef SPARSEGATE_INTEGERS_AVX2
+    factors_int4_avx2(quads, z, reinterpret_cast<const half*>(scales), width / kRounded, group, groups, q, step, offset, TINY);
+#else
     factors_int4(quads, z, reinterpret_cast<const half*>(scales), width / kRounded, group, groups, q, step, offset);
+#endif
   else
     factors_int8(quads, z, q, step, offset);
 }
@@ -300,6 +316,9 @@ struct Factors {
 // One segment of one chunk for T tokens. `quad(k)` fills four vectors with the bytes of quad k; `lane` is the first of the chunk's column groups (int4).
 template <bool INT4, int T, class Quad>
 inline void add_segment(const Factors& f, int64_t s, int64_t begin, int64_t end, int64_t lane, const Quad& quad, float* y, int64_t y_stride) {
+#ifdef SPARSEGATE_INTEGERS_AVX2
+  if (INT4) return add_segment_avx2(f.q + lane, f.groups, f.offset + s * f.groups + lane, f.step + s * f.groups + lane, begin, end, quad, y);
+#endif
   bytes sum[T][4];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
