@@ -21,8 +21,8 @@ namespace {
 
 constexpr int ROWS = 4;
 constexpr int TILE = REGISTERS == 32 ? 6 : 3;             // tokens: 6 x 4 sums in 32 registers, 3 x 4 in 16
-constexpr int TILES = 2;                                  // of a group of tokens
-constexpr int64_t DEPTH = REGISTERS == 32 ? 2048 : 640;   // columns: cuts cost time; parts of vectors need the rows' cut in the first-level cache
+constexpr int TILES = REGISTERS == 32 ? 2 : 4;            // of a group of tokens
+constexpr int64_t DEPTH = REGISTERS == 32 ? 2048 : 320;   // columns: cuts cost time; parts of vectors need the rows' cut in the first-level cache
 constexpr int64_t BLOCK = 64, BLOCK_BYTES = 512 << 10;    // most rows in a block
 
 // Products of ROWS rows with one token, the form for memory's speed: `next` are the rows to come, if any.

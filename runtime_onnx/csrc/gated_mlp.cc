@@ -15,7 +15,7 @@ namespace sparsegate {
 namespace gated_mlp {
 namespace {
 
-constexpr int64_t kFewTokens = 4, kFewFloatTokens = 2;  // above, reading rows together for all tokens costs less than partial sums
+constexpr int64_t kFewTokens = 4, kFewFloatTokens = 2, kFewInt4Avx2 = 1;  // above, reading rows together for all tokens costs less than partial sums
 constexpr int64_t kManyTokens = 128;         // at a time: their x and their part of y stay in the second-level cache
 constexpr int64_t kInlineBytes = 256 << 10;  // below this much work waking the other threads costs more than it gains
 
@@ -46,7 +46,7 @@ struct CpuKernel {
     run.pitch = node.pitch;
     run.block = std::min<int64_t>(512, std::max<int64_t>(64, (n / 32 + 31) / 32 * 32));
     run.blocks = (n + run.block - 1) / run.block;
-    run.few = io.tokens <= (run.integer() ? kFewTokens : kFewFloatTokens);
+    run.few = io.tokens <= (run.int4() && isa() == Isa::kAvx2 ? kFewInt4Avx2 : run.integer() ? kFewTokens : kFewFloatTokens);
     const int64_t pass = run.pass = std::min(io.tokens, kManyTokens);
     float *x = nullptr, *y = nullptr;
     char* base = call_arena.reserve(lay(run, nullptr, x, y));

@@ -16,6 +16,8 @@ constexpr int TOKENS_DOTS = TILE_AVX2, TOKENS_DOTS_INT4 = TILE_AVX2;
 #else
 constexpr int TOKENS_DOTS = TOKENS, TOKENS_DOTS_INT4 = TOKENS_INT4;
 #endif
+constexpr int64_t NEAR_BYTES = 20 << 10;      // of rounded rows that a block of rows is multiplied with at a time: they stay in the first-level cache
+constexpr int64_t BLOCK = 64;                 // rows
 constexpr float TINY = 1e-30f;
 
 // The integers of `count` <= 32 values, and their scale; see quantisation.round_activations. Writes 32 values.
@@ -98,9 +100,9 @@ inline void add_chunk_int4(const char* const* row, const half* const* scales, in
     const bytes packed = WHOLE ? load_bytes(row[r] + at / 2) : load_bytes(row[r] + at / 2, left / 2);
     low[r] = low_nibbles(packed);
     high[r] = high_nibbles(packed);
-    half last[4] = {};
-    if (!WHOLE) memcpy(last, scales[r] + at / kRounded, static_cast<size_t>(left / kRounded) * sizeof(half));
-    step[r] = expand(WHOLE ? scales[r] + at / kRounded : last);
+    const half* mine = scales[r] + at / kRounded;
+    const int64_t last = WHOLE ? 0 : few_halves(mine, left / kRounded);
+    step[r] = expand(WHOLE ? mine : reinterpret_cast<const half*>(&last));
   }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
@@ -155,38 +157,43 @@ inline void dot_tile(const char* const* row, const char* const* next, const half
 template <bool INT4>
 void dots_of(const char* weights, const half* scales, const int32_t* rows, int64_t count, int64_t width, const char* x, int64_t tokens, float* out,
              int64_t stride, const char* then) {
-  constexpr int MOST = INT4 ? TOKENS_DOTS_INT4 : TOKENS_DOTS;
+  constexpr int64_t MOST = INT4 ? TOKENS_DOTS_INT4 : TOKENS_DOTS;
   const int64_t bytes_per_row = INT4 ? width / 2 : width, groups = width / kRounded, x_stride = rounded_bytes(INT4, width);
-  for (int64_t k = 0; k < count; k += ROWS) {
-    const int valid = count - k < ROWS ? static_cast<int>(count - k) : ROWS;
-    const bool last = k + ROWS >= count;
-    const char *row[ROWS], *ahead[ROWS];
-    const half* scale[ROWS];
-    for (int r = 0; r < ROWS; ++r) {
-      const int64_t mine = k + (r < valid ? r : 0), q = last ? r : k + ROWS + r, coming = q < count ? q : count - 1;
-      row[r] = weights + (rows ? rows[mine] : mine) * bytes_per_row;
-      scale[r] = scales + (rows ? rows[mine] : mine) * groups;
-      ahead[r] = (last && then ? then : weights) + (rows ? rows[coming] : coming) * bytes_per_row;
-      if (INT4 && !last)
-        for (int64_t g = 0; g < groups; g += 32) __builtin_prefetch(scales + (rows ? rows[coming] : coming) * groups + g, 0, 2);
-    }
-    const char* const* next = last && !then ? nullptr : ahead;
-    for (int64_t t = 0, tiles = (tokens + MOST - 1) / MOST; tiles > 0; --tiles, next = nullptr) {
+  const int64_t fits = NEAR_BYTES / x_stride < 2 ? 2 : NEAR_BYTES / x_stride, most = fits < MOST ? fits : MOST;
+  const auto place = [&](int64_t k) { return rows ? rows[k] : k; };
+  for (int64_t first = 0; first < count; first += BLOCK) {
+    const int64_t end = first + BLOCK < count ? first + BLOCK : count;
+    for (int64_t t = 0, tiles = (tokens + most - 1) / most; tiles > 0; --tiles) {
       const int64_t size = (tokens - t + tiles - 1) / tiles;  // even tiles
-      switch (size) {
+      for (int64_t k = first; k < end; k += ROWS) {
+        const int valid = count - k < ROWS ? static_cast<int>(count - k) : ROWS;
+        const bool last = k + ROWS >= count;
+        const char *row[ROWS], *ahead[ROWS];
+        const half* scale[ROWS];
+        for (int r = 0; r < ROWS; ++r) {
+          const int64_t mine = place(k + (r < valid ? r : 0)), q = last ? r : k + ROWS + r, coming = place(q < count ? q : count - 1);
+          row[r] = weights + mine * bytes_per_row;
+          scale[r] = scales + mine * groups;
+          ahead[r] = (last && then ? then : weights) + coming * bytes_per_row;
+          if (INT4 && !last && t == 0)
+            for (int64_t g = 0; g < groups; g += 32) __builtin_prefetch(scales + coming * groups + g, 0, 2);
+        }
+        const char* const* next = t > 0 || (last && !then) ? nullptr : ahead;
+        switch (size) {
 #define SPARSEGATE_TILE(n)                                                                                                                        \
   case n:                                                                                                                                         \
     dot_tile<(n <= MOST ? n : 1), INT4>(row, next, scale, valid, width, x + t * x_stride, x_stride, out + t * stride + k, stride);                \
     break;
-        SPARSEGATE_TILE(1)
-        SPARSEGATE_TILE(2)
-        SPARSEGATE_TILE(3)
-        SPARSEGATE_TILE(4)
-        SPARSEGATE_TILE(5)
-        SPARSEGATE_TILE(6)
+          SPARSEGATE_TILE(1)
+          SPARSEGATE_TILE(2)
+          SPARSEGATE_TILE(3)
+          SPARSEGATE_TILE(4)
+          SPARSEGATE_TILE(5)
+          SPARSEGATE_TILE(6)
 #undef SPARSEGATE_TILE
-        default:
-          break;
+          default:
+            break;
+        }
       }
       t += size;
     }
@@ -234,7 +241,7 @@ void factors_int4(const Quads& quads, const float* z, const half* scales, int64_
       for (int k = 0; k < filled; ++k) {
         const half* row = scales + quads.rows[begin * ROWS + k] * row_groups + group + g;
         const float factor = z[quads.filled[s] + k];
-        const vec scale = there >= LANES ? load(row) : there > 0 ? load_tail(row, there) : vec{};
+        const vec scale = there >= LANES ? load(row) : there > 0 ? load_some(row, there) : vec{};
         scaled[k] = as_floats(as_bytes(spread(factor) * scale) & spread(factor != 0.f ? -1 : 0));  // 0 * NaN is 0, and no branch: half of them would be guessed wrong
         most = larger_magnitude(most, scaled[k]);
       }

@@ -33,6 +33,9 @@ inline void store_bytes(void* p, const bytes& value) {
 
 // The first `count` < 64 bytes, zeros behind them
 inline bytes load_bytes(const void* p, int64_t count) {
+#if defined(__AVX512BW__)
+  return bytes{{_mm512_maskz_loadu_epi8((uint64_t{1} << count) - 1, p)}};
+#endif
   char padded[64] = {};
   memcpy(padded, p, static_cast<size_t>(count));
   return load_bytes(padded);
@@ -334,6 +337,22 @@ inline vec expand(const half* p) {
   float values[LANES];
   store(values, load_tail(p, 4));
   return expand(values);
+#endif
+}
+
+// The first `count` <= 4 of 4 values, zeros behind them: through a register, as short stores and a long load would wait for each other
+inline int64_t few_halves(const half* p, int64_t count) {
+  if (count >= 4) return unaligned<int64_t>(p);
+  const int64_t low = count & 2 ? unaligned<uint32_t>(p) : 0;
+  return count & 1 ? low | static_cast<int64_t>(p[count - 1].bits) << 16 * (count - 1) : low;
+}
+
+// The first `count` < 16 of 16 values
+inline vec load_some(const half* p, int64_t count) {
+#if defined(__AVX512BW__)
+  return vec{{_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1 << count) - 1), p))}};
+#else
+  return load_tail(p, count);
 #endif
 }
 

@@ -1,8 +1,8 @@
 // What the AVX2 build does in another way than the others in integer_rows.cc: 16 registers and no dot product of bytes. Same integers, same order of float sums,
 // so the same bits.
 //
-// Per 32 bytes of weights and token, instructions of arithmetic: int8 5 (sign, maddubs, madd, convert, fma), int4 8 for 64 columns (2 maddubs, add of 16 bits, madd, add,
-// convert, mul, fma). What a row alone costs, its absolute values or nibbles and the expanded scales, is paid once for TILE_AVX2 tokens.
+// Per 32 bytes of weights and token, instructions of arithmetic: int8 5 (sign, maddubs, madd, convert, fma), int4 8 for 64 columns (2 maddubs, add of 16 bits,
+// madd, add, convert, mul, fma). What a row alone costs, its absolute values or nibbles and the expanded scales, is paid once for TILE_AVX2 tokens.
 // In a sum of int4 rows two maddubs of a quad stay below 2^15 / 8, so a segment's 8 quads are added as 16 bits and widened once.
 #pragma once
 
@@ -26,92 +26,102 @@ inline __m256i load_halves(const char* p, int64_t count) {
   return count >= 16 ? _mm256_zextsi128_si256(unaligned<__m128i>(p)) : _mm256_setzero_si256();
 }
 
-// The first `there` < 8 of 8 values, zeros behind them, without a call
-inline __m256 load_few_halves(const half* p, int64_t there) {
-  alignas(16) half few[8] = {};
-  int at = 0;
-  if (there & 4) memcpy(few, p, 8), at = 4;
-  if (there & 2) memcpy(few + at, p + at, 4), at += 2;
-  if (there & 1) few[at] = p[at];
-  return load_part(few);
+// The first `count` < 8 of 8 values
+inline __m256 load_few_halves(const half* p, int64_t count) {
+  return _mm256_cvtph_ps(_mm_set_epi64x(count > 4 ? few_halves(p + 4, count - 4) : 0, few_halves(p, count)));
 }
 
-// One part of one row's products with T tokens: `sum` has one lane-wise sum a token.
-template <int T>
-inline void dot_part_int8(const char* row, int64_t width, const char* x, int64_t x_stride, int part, __m256* sum) {
+// One row's products with T tokens, P parts of it from PART on: `sum` has a lane-wise sum for each part and token.
+template <int T, int P, int PART>
+inline void dot_parts_int8(const char* row, int64_t width, const char* x, int64_t x_stride, __m256 (*sum)[T]) {
   const __m256i ones = _mm256_set1_epi16(1);
-  __m256 total[T];
+  __m256 total[P][T];
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) total[t] = _mm256_setzero_ps();
-  row += part * 32;
-  x += part * 32;
-  const auto step = [&](__m256i w, const char* from) __attribute__((always_inline)) {
-    const __m256i size = _mm256_abs_epi8(w);
+    for (int t = 0; t < T; ++t) total[p][t] = _mm256_setzero_ps();
+  x += PART * 32;
+  const auto step = [&](const char* weights, const char* from) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) {
+      const __m256i w = load_part_bytes(weights + p * 32), size = _mm256_abs_epi8(w);
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      const char* q = from + t * x_stride;
-      const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(load_part_bytes(q), w));
-      total[t] = fma(_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones)), load_part(reinterpret_cast<const float*>(q + 128)), total[t]);
+      for (int t = 0; t < T; ++t) {
+        const char* q = from + t * x_stride + p * 32;
+        const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(load_part_bytes(q), w));
+        total[p][t] = fma(_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones)), load_part(reinterpret_cast<const float*>(q + 128)), total[p][t]);
+      }
     }
   };
   int64_t j = 0;
-  for (; j + kChunkInt8 <= width; j += kChunkInt8, x += 192) step(load_part_bytes(row + j), x);
+  for (; j + kChunkInt8 <= width; j += kChunkInt8, x += 192) step(row + PART * 32 + j, x);
   if (j < width) {
     char last[64] = {};
-    memcpy(last, row - part * 32 + j, static_cast<size_t>(width - j));
-    step(load_part_bytes(last + part * 32), x);
+    memcpy(last, row + j, static_cast<size_t>(width - j));
+    step(last + PART * 32, x);
   }
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) sum[t] = total[t];
+    for (int t = 0; t < T; ++t) sum[p][t] = total[p][t];
 }
 
-template <int T>
-inline void dot_part_int4(const char* row, const half* scales, int64_t width, const char* x, int64_t x_stride, int part, __m256* sum) {
+template <int T, int P, int PART>
+inline void dot_parts_int4(const char* row, const half* scales, int64_t width, const char* x, int64_t x_stride, __m256 (*sum)[T]) {
   const __m256i ones = _mm256_set1_epi16(1), nibble = _mm256_set1_epi8(15);
-  const __m256i places = part ? _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3) : _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-  __m256 total[T];
+  const __m256i first = _mm256_add_epi32(_mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), _mm256_set1_epi32(2 * PART));
+  __m256 total[P][T];
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) total[t] = _mm256_setzero_ps();
-  row += part * 32;
-  x += part * 32;
-  const auto step = [&](__m256i packed, __m128i four_scales, const char* from) __attribute__((always_inline)) {
+    for (int t = 0; t < T; ++t) total[p][t] = _mm256_setzero_ps();
+  row += PART * 32;
+  x += PART * 32;
+  const auto step = [&](int p, __m256i packed, __m256 four_scales, const char* from) __attribute__((always_inline)) {
     const __m256i low = _mm256_and_si256(packed, nibble), high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
-    const __m256 scale = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_cvtph_ps(four_scales)), places);
+    const __m256 scale = _mm256_permutevar8x32_ps(four_scales, p ? _mm256_add_epi32(first, _mm256_set1_epi32(2)) : first);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      const char* q = from + t * x_stride;
+      const char* q = from + t * x_stride + p * 32;
       const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, load_part_bytes(q)), _mm256_maddubs_epi16(high, load_part_bytes(q + 64)));
       const __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), load_part_bytes(q + 128));
-      total[t] = fma(_mm256_cvtepi32_ps(dot), load_part(reinterpret_cast<const float*>(q + 192)) * scale, total[t]);
+      total[p][t] = fma(_mm256_cvtepi32_ps(dot), load_part(reinterpret_cast<const float*>(q + 192)) * scale, total[p][t]);
     }
   };
+  const auto widened = [](int64_t four_halves) { return _mm256_castps128_ps256(_mm_cvtph_ps(_mm_cvtsi64_si128(four_halves))); };
   int64_t j = 0;
-  for (; j + kChunkInt4 <= width; j += kChunkInt4, x += 256)
-    step(load_part_bytes(row + j / 2), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + j / kRounded)), x);
-  if (j < width) {
-    const int64_t left = (width - j) / 2 - part * 32;
-    half last[4] = {};
-    for (int64_t g = 0; g < (width - j) / kRounded; ++g) last[g] = scales[j / kRounded + g];
-    step(left > 0 ? load_halves(row + j / 2, left) : _mm256_setzero_si256(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(last)), x);
+  for (; j + kChunkInt4 <= width; j += kChunkInt4, x += 256) {
+    const __m256 four_scales = widened(unaligned<int64_t>(scales + j / kRounded));
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) step(p, load_part_bytes(row + j / 2 + p * 32), four_scales, x);
   }
+  if (j < width) {
+    const __m256 four_scales = widened(few_halves(scales + j / kRounded, (width - j) / kRounded));
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) step(p, load_halves(row + j / 2 + p * 32, (width - j) / 2 - (PART + p) * 32), four_scales, x);
+  }
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) sum[t] = total[t];
+    for (int t = 0; t < T; ++t) sum[p][t] = total[p][t];
 }
 
-// T tokens times four rows, row by row and part by part; `next`: the rows to come, if any
+// T tokens times four rows, row by row: few tokens with both parts at once, so that sums enough are on their way. `next`: the rows to come, if any
 template <int T, bool INT4>
 void dot_rows_avx2(const char* const* row, const char* const* next, const half* const* scales, int valid, int64_t width, const char* x, int64_t x_stride,
                    float* out, int64_t stride) {
+  constexpr int P = 2 * T <= TILE_AVX2 ? 2 : 1;
   __m256 sum[4][2][T];
   const int64_t bytes_per_row = INT4 ? width / 2 : width;
   for (int r = 0; r < 4; ++r) {
     if (next)
       for (int64_t j = 0; j < bytes_per_row; j += LINE) __builtin_prefetch(next[r] + j, 0, 2);
-    for (int part = 0; part < 2; ++part) {
-      if (INT4)
-        dot_part_int4<T>(row[r], scales[r], width, x, x_stride, part, sum[r][part]);
-      else
-        dot_part_int8<T>(row[r], width, x, x_stride, part, sum[r][part]);
+    if (INT4) {
+      dot_parts_int4<T, P, 0>(row[r], scales[r], width, x, x_stride, sum[r]);
+      if (P == 1) dot_parts_int4<T, 1, 1>(row[r], scales[r], width, x, x_stride, sum[r] + 1);
+    } else {
+      dot_parts_int8<T, P, 0>(row[r], width, x, x_stride, sum[r]);
+      if (P == 1) dot_parts_int8<T, 1, 1>(row[r], width, x, x_stride, sum[r] + 1);
     }
   }
 #pragma GCC unroll 8
@@ -120,7 +130,10 @@ void dot_rows_avx2(const char* const* row, const char* const* next, const half* 
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) total[r] = {{sum[r][0][t], sum[r][1][t]}};
     const four y = sums(total[0], total[1], total[2], total[3]);
-    memcpy(out + t * stride, &y, static_cast<size_t>(valid) * sizeof(float));
+    if (valid == 4)
+      memcpy(out + t * stride, &y, sizeof y);
+    else
+      memcpy(out + t * stride, &y, static_cast<size_t>(valid) * sizeof(float));
   }
 }
 

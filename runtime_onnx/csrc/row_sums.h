@@ -69,7 +69,8 @@ struct RowSums {
   // zeros. Uses task_arena; false: out of memory.
   bool sum(int64_t first, int64_t width, int64_t tokens, const float* bias, float* y, int64_t y_stride) const;
 
-  int64_t strip() const { return format == RowFormat::kInt4 ? 512 : 256; }  // columns for one call of `sum` with many tokens
+  // Columns for one call of `sum` with many tokens: narrow rows are cut finer, so that threads get even shares
+  int64_t strip() const { return (format == RowFormat::kInt4 ? 512 : 256) / (d <= 1024 ? 2 : 1); }
 
  private:
   int64_t segment_stride() const { return blocks * quad_segments(block); }
