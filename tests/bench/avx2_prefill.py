@@ -1,0 +1,134 @@
+"""Time the gated MLP with AVX2 on both sides: `python tests/bench/avx2_prefill.py` (Linux on x86-64, needs objdump and readelf).
+
+sparsegate's library has a switch for its instruction set, ONNX Runtime has none. So the dense side is a copy of the installed ONNX Runtime in which every
+`xgetbv` says that the system saves the registers of AVX and not those of AVX-512: its kernels then choose themselves as on a machine without AVX-512.
+Rows that are stored with enough pairs are not measured again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+RESULT = Path(__file__).parent / "results" / "prefill_avx2.json"
+SIZES = (576, 1536)  # of SmolLM2-135M
+DENSITY = 0.5
+TOKENS = (2, 4, 8, 16, 32, 64, 128, 512)
+FORMATS = ("fp32", "int8", "int4")
+PAIRS = 15
+PATIENCE = 12.0
+XGETBV, SAYS_AVX = b"\x0f\x01\xd0", b"\xb0\x07\x90"  # mov al, 7: x87, SSE and AVX; nop
+
+
+def limited_onnxruntime(folder: Path) -> int:
+    """Copies the installed onnxruntime to `folder` without AVX-512; returns how many places were changed."""
+    import onnxruntime
+
+    shutil.copytree(Path(onnxruntime.__file__).parent, folder / "onnxruntime")
+    file = next((folder / "onnxruntime" / "capi").glob("onnxruntime_pybind11_state*.so"))
+    code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", file], capture_output=True, text=True, check=True).stdout
+    loads = subprocess.run(["readelf", "-lW", file], capture_output=True, text=True, check=True).stdout
+    segments = [[int(part, 16) for part in line.split()[1:5]] for line in loads.splitlines() if line.split()[:1] == ["LOAD"]]
+    content, changed = bytearray(file.read_bytes()), 0
+    for line in code.splitlines():
+        if not line.endswith("xgetbv"):
+            continue
+        address = int(line.split(":")[0], 16)
+        start, virtual = next((offset, place) for offset, place, _, size in segments if place <= address < place + size)
+        at = address - virtual + start
+        if content[at : at + 3] != XGETBV:
+            raise ValueError(f"{file} must hold xgetbv at {at:#x}, got {content[at : at + 3].hex()}. Its symbols were not understood.")
+        content[at : at + 3] = SAYS_AVX
+        changed += 1
+    file.write_bytes(content)
+    return changed
+
+
+def measure(threads: int, changed: int) -> None:
+    """Adds the rows of a number of threads to the stored result; onnxruntime must be the limited copy."""
+    from sparsegate.runtime_onnx import library
+    from sparsegate.runtime_onnx.bench.gate_case import GateCase
+    from sparsegate.runtime_onnx.bench.op_graphs import BASELINES, FORMS
+    from sparsegate.runtime_onnx.bench.record import record
+    from sparsegate.runtime_onnx.bench.samples import compare, pairs, quartiles
+    from sparsegate.runtime_onnx.bench.stream import Stream
+
+    if not ctypes.CDLL(str(library.library_path())).sparsegate_force_isa(b"avx2"):
+        raise ValueError("The machine must have AVX2, got one without. Run this elsewhere.")
+    d, n = SIZES
+    settings = {"op": "gated_mlp", "d": d, "n": n, "score": "gate", "density": DENSITY, "pairs": PAIRS, "xgetbv_changed": changed}
+    head = {**record("python tests/bench/avx2_prefill.py"), "kind": "op", "settings": settings, "isa": "avx2 (forced on both sides)"}
+    stored = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
+    rows = stored.get("rows", [])
+    if stored and (stored["machine"], stored["settings"]) != (head["machine"], json.loads(json.dumps(settings))):
+        raise ValueError(f"{RESULT} must hold rows of the same machine and settings to be continued, got others. Move the file away.")
+    stream = Stream(threads)
+    with TemporaryDirectory() as temporary:
+        for name in FORMATS:
+            wanted = [count for count in TOKENS if not any((row["format"], row["tokens"], row["threads"]) == (name, count, threads) for row in rows)]
+            if not wanted:
+                continue
+            folder = Path(temporary) / name
+            folder.mkdir()
+            form = FORMS[name]
+            case = GateCase(form, d, n, 32, folder)
+            tau = case.thresholds(DENSITY)
+            dense, sparse = opened(case.dense(form.baselines[0], folder), threads), opened(case.model("op", tau), threads, library.library_path())
+            x = case.pool[:4]
+            expected = case.expected(x, tau)
+            nmse = float(((sparse(x) - expected) ** 2).sum() / (expected**2).sum())
+            for count in wanted:
+                inputs = [case.pool[first : first + count] for first in range(0, len(case.pool) - count + 1, max(1, (len(case.pool) - count) // 15))]
+                found = pairs(partial(call, dense, inputs), partial(call, sparse, inputs), PAIRS, PATIENCE, stream.evict)
+                if len(found.baseline) < PAIRS:
+                    print(f"{name}, {count} tokens, {threads} threads: {len(found.baseline)} clean pairs of {PAIRS}, not kept", flush=True)
+                    continue
+                against = {"name": f"ONNX Runtime {BASELINES[form.baselines[0]].name}, AVX2", "ms": statistics.median(found.baseline) * 1e3}
+                against |= {**compare(found.baseline, found.candidate), "dropped": found.dropped}
+                row = {"format": name, "variant": case.variant.name, "tokens": count, "asked": DENSITY, "score": "gate", "threads": threads, "status": "run"}
+                row |= {"density": float(case.kept(tau).mean()), "nmse": nmse, "ms": statistics.median(found.candidate) * 1e3}
+                row |= {"quartiles_ms": [value * 1e3 for value in quartiles(found.candidate)], "dense": [against]}
+                rows.append(row)
+                print(f"{name}, {count} tokens, {threads} threads: {against['ratio']:.2f}", flush=True)
+                RESULT.write_text(json.dumps({**head, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+def call(run: Callable[[Any], Any], inputs: list[Any], number: int) -> None:
+    """Call `number`: the inputs come in turns."""
+    run(inputs[number % len(inputs)])
+
+
+def opened(path: Path, threads: int, kernels: Path | None = None) -> Callable[[Any], Any]:
+    """What runs a model of one input x."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if kernels:
+        options.register_custom_ops_library(str(kernels))
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda x: session.run(None, {"x": x})[0]
+
+
+def main() -> None:
+    """Makes the limited copy and measures with it, one process for each number of threads."""
+    with TemporaryDirectory() as copy:
+        changed = limited_onnxruntime(Path(copy))
+        paths = os.pathsep.join([copy, *filter(None, [os.environ.get("PYTHONPATH")])])
+        for threads in (1, 2):
+            subprocess.run([sys.executable, __file__, str(threads), str(changed)], env={**os.environ, "PYTHONPATH": paths}, check=True)
+
+
+if __name__ == "__main__":
+    main() if len(sys.argv) == 1 else measure(int(sys.argv[1]), int(sys.argv[2]))
