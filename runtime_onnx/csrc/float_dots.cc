@@ -2,8 +2,8 @@
 //
 // A product is 16 sums, one per lane, over rising d, and their fold, whatever the tiles. For several tokens a block of rows stays in the second-level
 // cache while all tokens read it, TILES x TILE at a time; the block after it is fetched meanwhile. TILE tokens x ROWS rows are summed in registers,
-// one part of the lanes after the other where a vector takes several registers. d is cut to DEPTH columns, so that x stays in the caches nearest;
-// between two cuts the sums wait in memory.
+// one part of the lanes after the other where a vector takes several registers: 7 loads for 12 fma (both parts of 2 rows would need 10, and loads decide).
+// d is cut evenly to at most DEPTH columns, so that x stays in the caches nearest; between two cuts the sums wait in memory.
 #include "row_kernels.h"
 
 #include <string.h>
@@ -77,7 +77,7 @@ struct Cut {
 
 // Part `part` of the sums of T tokens x ROWS rows over one cut, added to `acc`.
 template <class W, int T, int NEAR, int FAR>
-inline void add_cut(const W* const* row, const W* const* near, const W* const* far, const float* x, int64_t x_stride, const Cut& cut, int part, reg (&acc)[T][ROWS]) {
+__attribute__((always_inline)) inline void add_cut(const W* const* row, const W* const* near, const W* const* far, const float* x, int64_t x_stride, const Cut& cut, int part, reg (&acc)[T][ROWS]) {
   constexpr int STEP = LINE / static_cast<int>(sizeof(W));
   const W* mine[ROWS];
 #pragma GCC unroll 4
@@ -122,6 +122,7 @@ inline void add_cut(const W* const* row, const W* const* near, const W* const* f
 template <class W, int T, int N>
 void add_tile(const W* const* row, const W* const* near, const W* const* far, int visit, const float* x, int64_t x_stride, const Cut& cut,
               reg (*sum)[TILE][ROWS], int valid, float* out, int64_t stride) {
+  constexpr int NEAR = PARTS == 1 ? 0 : N;  // with AVX-512 it does not pay
   reg acc[T][ROWS];
 #pragma GCC unroll 4
   for (int part = 0; part < PARTS; ++part) {
@@ -133,9 +134,9 @@ void add_tile(const W* const* row, const W* const* near, const W* const* far, in
     if (first >= ROWS)
       add_cut<W, T, 0, 0>(row, near, near, x, x_stride, cut, part, acc);
     else if (far)
-      add_cut<W, T, N, N>(row, near + first, far + first, x, x_stride, cut, part, acc);
+      add_cut<W, T, NEAR, N>(row, near + first, far + first, x, x_stride, cut, part, acc);
     else
-      add_cut<W, T, N, 0>(row, near + first, near, x, x_stride, cut, part, acc);
+      add_cut<W, T, NEAR, 0>(row, near + first, near, x, x_stride, cut, part, acc);
     if (PARTS == 1 && cut.last) break;  // the sums are in registers
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)

@@ -19,11 +19,12 @@ from sparsegate.converter.bench.tables import (
     target_table,
     worst,
 )
+from sparsegate.converter.report.tables import table
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, PLOT = DOCS / "performance.md", DOCS / "roofline.png"
-OP, PREFILL, MODELS = "op_cpu.json", "prefill_cpu.json", "model_*.json"
+OP, PREFILL, NARROW, MODELS = "op_cpu.json", "prefill_cpu.json", "prefill_avx2.json", "model_*.json"
 INTRODUCTION = """# Performance
 
 Speed is a ratio against the dense model, measured back to back in one run; a ratio of 1 or less is called not faster. Everything on this page is written by
@@ -64,9 +65,30 @@ def losses(op: dict[str, Any] | None, prefill: dict[str, Any] | None, whole: lis
     return found
 
 
+def narrow_table(result: dict[str, Any]) -> str:
+    """Speed against the dense product of the same precision, formats and threads down, tokens per call across."""
+    rows = {(row["format"], row["threads"], row["tokens"]): row["dense"][0] for row in op_rows(result)}
+    counts = sorted({count for *_, count in rows})
+    cells = []
+    for name, threads in dict.fromkeys((name, threads) for name, threads, _ in rows):
+        of = [rows.get((name, threads, count)) for count in counts]
+        cells.append([name, str(threads), next(dense["name"] for dense in of if dense), *(f"{dense['ratio']:.2f}" if dense else "-" for dense in of)])
+    return table((["weights", "threads", "against", *(f"T = {count}" for count in counts)], cells)).rstrip("\n")
+
+
+def narrow_losses(result: dict[str, Any]) -> list[str]:
+    """The cases with AVX2 alone in which the sparse side is not faster."""
+    return [
+        f"AVX2, {row['format']}, {row['tokens']} tokens, {row['threads']} threads, {row['asked']:.0%} kept: {row['dense'][0]['ratio']:.2f} times "
+        f"{row['dense'][0]['name']}, not faster"
+        for row in op_rows(result)
+        if row["dense"][0]["verdict"] == "not faster"
+    ]
+
+
 def page() -> str:
     """The whole page."""
-    op, prefill, whole = load(OP), load(PREFILL), models()
+    op, prefill, narrow, whole = load(OP), load(PREFILL), load(NARROW), models()
     parts = [INTRODUCTION]
     if op:
         settings = op["settings"]
@@ -92,6 +114,16 @@ def page() -> str:
             prefill_table(prefill),
             f"The lowest ratio of each format: {low}.",
         ]
+    if narrow:
+        settings = narrow["settings"]
+        parts += [
+            "## Many tokens in one call, AVX2 alone",
+            f"d = {settings['d']}, n = {settings['n']} (SmolLM2-135M), score gate, {settings['density']:.0%} of the neurons kept by every token. "
+            "Both sides are held to AVX2: sparsegate by its switch, ONNX Runtime by a copy whose `xgetbv` reports none of AVX-512 "
+            f"(`tests/bench/avx2_prefill.py`). "
+            f"Cold weights. {conditions(narrow)}.",
+            narrow_table(narrow),
+        ]
     for result in whole:
         settings = result["settings"]
         parts += [
@@ -103,8 +135,8 @@ def page() -> str:
             *amdahl_lines(result),
             "What is timed: " + "; ".join(f"{row['runtime']}: {row['timed']}" for row in {row["runtime"]: row for row in result["models"]}.values()) + ".",
         ]
-    everything = [result for result in (op, prefill, *whole) if result]
-    lost = losses(op, prefill, whole)
+    everything = [result for result in (op, prefill, narrow, *whole) if result]
+    lost = losses(op, prefill, whole) + (narrow_losses(narrow) if narrow else [])
     parts += ["## Where sparsegate loses", "\n".join(f"- {line}" for line in lost) if lost else "In none of the cases measured."]
     parts += [
         "## CUDA",
