@@ -28,15 +28,16 @@ from real_model_speed import Timing, entries, losses, speeds
 from sparsegate.converter import report as reporting
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.data import Batches
+from sparsegate.converter.planning import NEURON_METHODS
 from sparsegate.converter.plans import load_plan
 
 PARTS = ("plans", "quality", "speed")
 
 
-def result(study: Study, origin: str, gguf: Path | None, timing: Timing, command: str, timed: bool) -> RealModel:
+def result(study: Study, origin: str, gguf: Path | None, timing: Timing, command: str, timed: bool, named: str | None = None) -> RealModel:
     """Everything that is stored; what runs beside is measured now where `timed`."""
     measured, missing = rows(study)
-    chosen, lost, speed = choose(measured), {}, None
+    chosen, lost, speed = choose(measured, named=named), {}, None
     if timed and chosen is not None:
         header = header_of(study, chosen.method, chosen.density)
         models = entries(study, load_plan(study.work / "plans" / f"{chosen.method}-{chosen.density}"), header, gguf)
@@ -73,6 +74,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, default=PLACE, help="the JSON to write")
     parser.add_argument("--only", help="methods, separated by commas; default: all")
     parser.add_argument("--parts", default=",".join(PARTS), help="of plans, quality and speed, separated by commas; default: all")
+    parser.add_argument("--best", choices=NEURON_METHODS, help="the method to export; default: the one of the lowest NLL at density 0.5")
     parser.add_argument("--gguf", type=Path, help="the model's GGUF file, for llama.cpp; smollm2 has its own")
     parser.add_argument("--densities", default=",".join(map(str, DENSITIES)), help="falling, separated by commas")
     sizes, timing = Sizes(), Timing()
@@ -140,7 +142,7 @@ def run(given: Sequence[str] | None = None) -> RealModel:
     if "quality" in parts:
         measure(study, methods)
     command = f"python tests/bench/real_model.py {Path(args.model).name} --text {args.text.name}" + (f" --heldout {args.heldout.name}" if args.heldout else "")
-    found = result(study, origin, gguf, timing, command, "speed" in parts)
+    found = result(study, origin, gguf, timing, command, "speed" in parts, args.best)
     found.save(args.output)
     print(
         f"{args.output}: {len(found.rows)} rows" + (f"; not measured: {', '.join(found.missing)}" if found.missing else ""),

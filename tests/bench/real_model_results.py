@@ -86,10 +86,13 @@ class Shipped(Strict):
 
 
 class Chosen(Strict):
-    """The plan that was exported: the method of the lowest NLL at the density, among those that skip neurons."""
+    """The plan that was exported: the method of the lowest NLL at the density, among those that skip neurons, or the one
+    that was named.
+    """
 
     method: str
     density: float
+    named: bool = False
 
 
 class RealModel(Strict):
@@ -117,8 +120,11 @@ class RealModel(Strict):
     speed: dict[str, Any] | None = None
 
 
-def choose(rows: list[Row], density: float = CHOSEN_AT) -> Chosen | None:
-    """The neuron method of the lowest NLL at a density; None where none was measured there."""
+def choose(rows: list[Row], density: float = CHOSEN_AT, named: str | None = None) -> Chosen | None:
+    """The neuron method of the lowest NLL at a density, or the `named` one; None where none was measured there."""
+    if named is not None:
+        measured = any(row.method == named and row.density_target == density for row in rows)
+        return Chosen(method=named, density=density, named=True) if measured else None
     able = [row for row in rows if row.density_target == density and row.method in NEURON_METHODS]
     return Chosen(method=min(able, key=lambda row: row.nll).method, density=density) if able else None
 

@@ -102,6 +102,8 @@ def test_an_interrupted_run_goes_on(tiny_model: Callable[..., Path], text: Path,
     found = run(words)
     assert {row.windows for row in found.rows} == {24} and {row.method for row in found.rows} == {"gate", "chess"}
     assert "cett 0.7" in found.missing and found.speed is None and choose(found.rows, 0.4) is None
+    named = choose(found.rows, named="gate")
+    assert named is not None and (named.method, named.named) == ("gate", True) and choose(found.rows, named="cett") is None
     more = run([*words, "--windows", "30", "--only", "gate"])
     assert {(row.method, row.windows) for row in more.rows} == {("gate", 16), ("chess", 16)}, "chess lacks the windows after those"
     assert {row.windows for row in run([*words, "--windows", "30"]).rows} == {30}
