@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+from real_model_page import load, readme
+
 from sparsegate.converter.bench.tables import op_rows
 from sparsegate.converter.report import Report, quality_table
 from sparsegate.converter.report.recovery import RecoveryRecord, before_after_table
@@ -14,19 +16,6 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "README.md"
 FORMATS = ("fp32", "fp16", "bf16", "int8", "int4")
 DENSITIES = (0.5, 0.2, 0.1)
-
-
-def quality(report: Report) -> str:
-    """The table of the bundled model: dense and every method."""
-    speed = report.speed
-    assert speed is not None and report.evaluation is not None
-    note = " Other load disturbed every pair of runs: the speeds are not to be quoted." if speed.disturbed else ""
-    return (
-        f"**Quality**, the bundled model {report.model} (2.4 M parameters, code), {report.evaluation.tokens} held-out tokens, `{report.command}`, "
-        f"{report.machine.cpu}, {report.machine.cores} cores:\n\n{quality_table(report)}\n\n"
-        "NLL and KL in nats per token; density is the share of neurons computed; cost the MLP bytes touched per token, predictor and residual included. "
-        f"This model fits in a cache, so its speed says nothing about a real one's.{note}"
-    )
 
 
 def speed(result: dict) -> str:
@@ -67,7 +56,7 @@ def recovery(record: RecoveryRecord, report: Report) -> str:
 def fill(text: str) -> str:
     """README's text with its tables made anew."""
     tables = {
-        "quality": quality(Report.load(RESULTS / "bundled.json")),
+        "quality": readme(load()),
         "recovery": recovery(RecoveryRecord.load(RESULTS / "recovery.json"), Report.load(RESULTS / "recovered.json")),
         "speed": speed(json.loads((RESULTS / "op_cpu.json").read_text(encoding="utf-8"))),
     }

@@ -70,6 +70,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", help=f"a model folder, or {smollm2.NAME}")
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to calibrate and train on")
     parser.add_argument("--heldout", type=Path, help="UTF-8 text to measure on; default: the last fifth of --text")
+    parser.add_argument("--corpus", help="what the texts are of, for the record")
     parser.add_argument("--work", type=Path, help="where stages are kept; default: MODEL.work")
     parser.add_argument("-o", "--output", type=Path, default=PLACE, help="the JSON to write")
     parser.add_argument("--only", help="methods, separated by commas; default: all")
@@ -141,8 +142,10 @@ def run(given: Sequence[str] | None = None) -> RealModel:
         plans(study, method)
     if "quality" in parts:
         measure(study, methods)
-    command = f"python tests/bench/real_model.py {Path(args.model).name} --text {args.text.name}" + (f" --heldout {args.heldout.name}" if args.heldout else "")
-    found = result(study, origin, gguf, timing, command, "speed" in parts, args.best)
+    command = f"python tests/bench/real_model.py {Path(args.model).name} --text {args.text.name}"
+    command += f" --heldout {args.heldout.name}" if args.heldout else ""
+    command += f" --best {args.best}" if args.best else ""
+    found = result(study, origin, gguf, timing, command, "speed" in parts, args.best).model_copy(update={"corpus": args.corpus})
     found.save(args.output)
     print(
         f"{args.output}: {len(found.rows)} rows" + (f"; not measured: {', '.join(found.missing)}" if found.missing else ""),

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from real_model_results import PLACE, RealModel, Row, Shipped, choose
+from real_model_results import PLACE, RealModel, Row, Shipped, TextFile, choose
 from real_model_speed import BASELINE, PRECISIONS
 
 from sparsegate.converter.report.results import read_stored
@@ -60,6 +60,12 @@ def ratio_cell(speed: dict[str, Any], role: str, formats: dict[str, str], phase:
         return "1" if role.startswith("dense ") else ABSENT
     found = ratio(speed, role, other, phase)
     return f"{found['ratio']:.2f}" + (", not faster" if found["ratio"] <= 1 else "") + ("" if found["quiet"] else " (disturbed)")
+
+
+def pairs_cell(speed: dict[str, Any], role: str, formats: dict[str, str]) -> str:
+    """How many rounds a ratio is the median of."""
+    other = against(role, formats)
+    return ABSENT if other is None else str(ratio(speed, role, other, "decode")["pairs"])
 
 
 def role_name(role: str, result: RealModel) -> str:
@@ -140,7 +146,7 @@ def speed_table(result: RealModel) -> str:
     body = []
     for role, row in models.items():
         if row["status"] != "run":
-            body.append([role_name(role, result), row["runtime"], row["status"], *[ABSENT] * 7])
+            body.append([role_name(role, result), row["runtime"], row["status"], *[ABSENT] * 8])
             continue
         loss = result.losses[role]
         memory = row.get("peak_bytes")
@@ -155,6 +161,7 @@ def speed_table(result: RealModel) -> str:
                 f"{row['prefill_tokens_per_s']:.0f}",
                 f"{row['decode_tokens_per_s']:.1f}",
                 *(ratio_cell(result.speed, role, formats, phase) for phase in _PHASES),
+                pairs_cell(result.speed, role, formats),
             ]
         )
     return table((header, body)).rstrip("\n")
@@ -196,6 +203,11 @@ def compact(result: RealModel) -> str:
 # Sentences
 
 
+def named(result: RealModel, text: TextFile) -> str:
+    """A text's file and the corpus that it is of, where that was said."""
+    return text.file if result.corpus is None else f"{result.corpus}'s {text.file}"
+
+
 def machine_line(result: RealModel) -> str:
     """Machine, versions, commit and date."""
     names = ("torch", "onnxruntime", "onnxruntime-genai", "llama-cpp-python")
@@ -222,16 +234,15 @@ def training_lines(result: RealModel) -> str:
 def judgement(result: RealModel) -> str:
     """What the exported plan gains and loses in every precision, in words."""
     assert result.speed is not None and result.chosen is not None
-    formats = {row["role"]: row["format"] for row in result.speed["models"]}
-    said = []
+    said, slower = [], []
     for precision in PRECISIONS:
-        role = f"sparse {precision}"
-        speeds = {phase: ratio(result.speed, role, f"dense {precision}", phase)["ratio"] for phase in _PHASES}
-        against_dense = result.losses[role].nll - result.losses[f"dense {precision}"].nll
-        assert against(role, formats) == f"dense {precision}"
-        words = " and ".join(f"{phase}s {value:.2f} times as fast" + (", which is not faster," if value <= 1 else "") for phase, value in speeds.items())
-        said.append(f"in {precision} it {words} as the dense model of that precision, and perplexity changes by {100 * math.expm1(against_dense):+.1f} %")
-    return f"{result.chosen.method} at density {result.chosen.density:g}: " + "; ".join(said) + "."
+        role, dense = f"sparse {precision}", f"dense {precision}"
+        speeds = {phase: ratio(result.speed, role, dense, phase)["ratio"] for phase in _PHASES}
+        rise = math.expm1(result.losses[role].nll - result.losses[dense].nll)
+        said.append(f"{precision} decode {speeds['decode']:.2f}, prefill {speeds['prefill']:.2f}, perplexity {100 * rise:+.1f} %")
+        slower += [f"{phase} in {precision}" for phase, value in speeds.items() if value <= 1]
+    end = f" Not faster: {', '.join(slower)}." if slower else ""
+    return f"{result.chosen.method} at density {result.chosen.density:g} against the dense model of the same precision: {'; '.join(said)}.{end}"
 
 
 def readme(result: RealModel) -> str:
@@ -240,7 +251,7 @@ def readme(result: RealModel) -> str:
     settings = result.speed["settings"]
     return (
         f"**{result.model}** ({result.parameters / 1e6:.0f} M parameters), {result.losses[BASELINE].tokens} held-out tokens of "
-        f"{result.heldout.file}, {settings['prompt_tokens']} tokens of prompt and {settings['new_tokens']} decoded, "
+        f"{named(result, result.heldout)}, {settings['prompt_tokens']} tokens of prompt and {settings['new_tokens']} decoded, "
         f"{settings['threads']} threads, {machine_line(result)}:\n\n{compact(result)}\n\n"
         f"Change is that of perplexity against dense fp32 with its standard error. {judgement(result)} "
         "Every method at every density, memory, other runtimes and what these weights are: [a real model](docs/real_model.md)."
@@ -255,8 +266,8 @@ def page(result: RealModel) -> str:
         f"{result.parameters / 1e6:.1f} M parameters, weights from {result.origin}. Where a GGUF file was the source its values "
         "were read as fp32: llama.cpp on the very file loses nothing to rounding, and every other format of few bits rounds a "
         "second time.",
-        f"Calibrated on {result.calibration.tokens} tokens of {result.calibration.file} (sha256 {result.calibration.sha256[:16]}), "
-        f"trained on {result.training.tokens} tokens of it, measured on {result.heldout.file} (sha256 {result.heldout.sha256[:16]}), "
+        f"Calibrated on {result.calibration.tokens} tokens of {named(result, result.calibration)} (sha256 {result.calibration.sha256[:16]}), "
+        f"trained on {result.training.tokens} tokens of it, measured on {named(result, result.heldout)} (sha256 {result.heldout.sha256[:16]}), "
         f"windows of {result.length} tokens drawn at random. {machine_line(result)}.",
         *_quality_part(result),
         *_speed_part(result),
@@ -293,7 +304,8 @@ def _speed_part(result: RealModel) -> list[str]:
         f"{base.windows} windows, {base.tokens} tokens, the same ids in every runtime, against dense fp32. Speeds in one run: "
         f"{settings['prompt_tokens']} tokens of held-out text as prompt, {settings['new_tokens']} decoded one at a time, "
         f"{settings['threads']} threads each, medians of {settings['rounds']} rounds in turns, rounds in which threads waited for a "
-        "CPU left out; ratios are to the dense model of the same bits, round by round. Peak memory is that of a process that opens "
+        "CPU left out; ratios are to the dense model of the same bits, medians over the pairs of rounds that are left (disturbed: "
+        "none was, all count, not to be quoted). Peak memory is that of a process that opens "
         "the model and runs it once, mapped files included.",
         speed_table(result),
         judgement(result),

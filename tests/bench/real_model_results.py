@@ -96,12 +96,13 @@ class Chosen(Strict):
 
 
 class RealModel(Strict):
-    """One benchmark. `origin` says where the weights come from; `missing` names what was left out; `speed` is a record
+    """One benchmark. `origin` says where the weights come from, `corpus` what the texts are of; `missing` names what was left out; `speed` is a record
     of `bench_models`.
     """
 
     model: str
     origin: str
+    corpus: str | None = None
     fingerprint: str
     parameters: int
     length: int

@@ -17,9 +17,9 @@ import smollm2
 import torch
 from models import TEXT
 from real_model import run
-from real_model_page import against, page, ratio
+from real_model_page import PAGE, against, load, page, ratio
 from real_model_page import readme as readme_text
-from real_model_plans import METHODS, Sizes, Study, planned
+from real_model_plans import DENSITIES, METHODS, Sizes, Study, planned
 from real_model_quality import joined
 from real_model_results import RealModel, choose
 from real_model_speed import gguf_format, window_nll
@@ -214,10 +214,23 @@ def test_pages_are_made_from_the_result_alone(whole: SimpleNamespace) -> None:
         sample["seconds"]["sparse int4"] = [2 * seconds for seconds in sample["seconds"]["dense int4"]]
         sample["waits"] = dict.fromkeys(sample["waits"], 0.0)
     slow = found.model_copy(update={"speed": slower})
-    assert ratio(slower, "sparse int4", "dense int4", "decode")["ratio"] == 0.5 and "0.50, not faster" in readme_text(slow)
+    assert (
+        ratio(slower, "sparse int4", "dense int4", "decode")["ratio"] == 0.5
+        and "0.50, not faster" in readme_text(slow)
+        and "decode in int4" in readme_text(slow)
+    )
     assert "not faster" in page(slow)
     partial = found.model_copy(update={"speed": None, "missing": ["predictor 0.3"]})
     assert "Not measured: predictor 0.3." in page(partial) and "## Dense, sparse" not in page(partial)
+
+
+def test_page_is_that_of_the_stored_result() -> None:
+    found = load()
+    assert page(found) == PAGE.read_text(encoding="utf-8"), "run python tests/bench/real_model_page.py"
+    assert {(row.windows, row.tokens) for row in found.rows} == {(found.rows[0].windows, found.rows[0].tokens)}
+    assert found.chosen is not None and found.speed is not None and all(row.nll_error > 0 for row in found.rows)
+    named = {f"{row.method} {row.density_target:g}" for row in found.rows} | set(found.missing)
+    assert named == {f"{method} {density:g}" for method in METHODS for density in DENSITIES}, "every method at every density, or said to be missing"
 
 
 def test_speeds_are_compared_with_the_dense_model_of_the_same_bits() -> None:
