@@ -120,8 +120,7 @@ def page() -> str:
             "## Many tokens in one call, AVX2 alone",
             f"d = {settings['d']}, n = {settings['n']} (SmolLM2-135M), score gate, {settings['density']:.0%} of the neurons kept by every token. "
             "Both sides are held to AVX2: sparsegate by its switch, ONNX Runtime by a copy whose `xgetbv` reports none of AVX-512 "
-            f"(`tests/bench/avx2_prefill.py`). "
-            f"Cold weights. {conditions(narrow)}.",
+            f"(`tests/bench/avx2_prefill.py`). Cold weights; a dash: too few clean pairs. {conditions(narrow)}.",
             narrow_table(narrow),
         ]
     for result in whole:
