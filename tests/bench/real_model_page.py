@@ -12,7 +12,7 @@ from real_model_results import PLACE, RealModel, Row, Shipped, TextFile, choose
 from real_model_speed import BASELINE, PRECISIONS
 
 from sparsegate.converter.report.results import read_stored
-from sparsegate.converter.report.tables import ABSENT, megabytes, nats, percent, table
+from sparsegate.converter.report.tables import ABSENT, megabytes, nats, percent, ratio_text, table
 from sparsegate.runtime_onnx.bench.samples import MAX_WAIT, compare
 
 PAGE = Path(__file__).parents[2] / "docs" / "real_model.md"
@@ -59,7 +59,7 @@ def ratio_cell(speed: dict[str, Any], role: str, formats: dict[str, str], phase:
     if other is None:
         return "1" if role.startswith("dense ") else ABSENT
     found = ratio(speed, role, other, phase)
-    return f"{found['ratio']:.2f}" + (", not faster" if found["ratio"] <= 1 else "") + ("" if found["quiet"] else " (disturbed)")
+    return ratio_text(found["ratio"]) + (", not faster" if found["ratio"] <= 1 else "") + ("" if found["quiet"] else " (disturbed)")
 
 
 def pairs_cell(speed: dict[str, Any], role: str, formats: dict[str, str]) -> str:
@@ -142,6 +142,7 @@ def speed_table(result: RealModel) -> str:
         "decode tok/s",
         "prefill / dense",
         "decode / dense",
+        "pairs",
     ]
     body = []
     for role, row in models.items():
@@ -214,7 +215,8 @@ def machine_line(result: RealModel) -> str:
     versions = dict(result.versions) | {k: v for k, v in (result.speed or {}).get("versions", {}).items() if v}
     others = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
     isa = f"{result.speed['isa']} kernels; " if result.speed else ""
-    return f"{result.machine.cpu}, {result.machine.cores} cores; {isa}{others}; commit {result.commit or 'unknown'}, {result.date}"
+    commit = versions.get("commit") or result.commit or "unknown"  # that of the speeds, where they are measured
+    return f"{result.machine.cpu}, {result.machine.cores} cores; {isa}{others}; commit {commit}, {result.date}"
 
 
 def training_lines(result: RealModel) -> str:
@@ -239,7 +241,7 @@ def judgement(result: RealModel) -> str:
         role, dense = f"sparse {precision}", f"dense {precision}"
         speeds = {phase: ratio(result.speed, role, dense, phase)["ratio"] for phase in _PHASES}
         rise = math.expm1(result.losses[role].nll - result.losses[dense].nll)
-        said.append(f"{precision} decode {speeds['decode']:.2f}, prefill {speeds['prefill']:.2f}, perplexity {100 * rise:+.1f} %")
+        said.append(f"{precision} decode {ratio_text(speeds['decode'])}, prefill {ratio_text(speeds['prefill'])}, perplexity {100 * rise:+.1f} %")
         slower += [f"{phase} in {precision}" for phase, value in speeds.items() if value <= 1]
     end = f" Not faster: {', '.join(slower)}." if slower else ""
     return f"{result.chosen.method} at density {result.chosen.density:g} against the dense model of the same precision: {'; '.join(said)}.{end}"

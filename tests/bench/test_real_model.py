@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -229,6 +230,8 @@ def test_page_is_that_of_the_stored_result() -> None:
     assert page(found) == PAGE.read_text(encoding="utf-8"), "run python tests/bench/real_model_page.py"
     assert {(row.windows, row.tokens) for row in found.rows} == {(found.rows[0].windows, found.rows[0].tokens)}
     assert found.chosen is not None and found.speed is not None and all(row.nll_error > 0 for row in found.rows)
+    for block in re.findall(r"(?:^\|.*\n)+", page(found), re.MULTILINE):
+        assert len({line.count("|") for line in block.splitlines()}) == 1, "rows have as many cells as the header"
     named = {f"{row.method} {row.density_target:g}" for row in found.rows} | set(found.missing)
     assert named == {f"{method} {density:g}" for method in METHODS for density in DENSITIES}, "every method at every density, or said to be missing"
 
