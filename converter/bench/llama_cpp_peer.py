@@ -25,9 +25,10 @@ class Llama:
     """A GGUF file, mapped, on the CPU with a given number of threads for prompts and tokens alike."""
 
     def __init__(self, path: Path, threads: int, context: int) -> None:
-        import llama_cpp.llama_cpp as library
+        from llama_cpp import llama_cpp
 
-        self._library = library
+        self._library: Any = llama_cpp
+        library = self._library
         library.llama_log_set(_silent, ctypes.c_void_p(0))
         library.llama_backend_init()
         wishes = library.llama_model_default_params()
@@ -92,8 +93,9 @@ def quantise(path: Path, out: Path, form: str = "Q4_0") -> Path:
 
     Raises InputError for a format that llama.cpp does not have and for a file that it refuses.
     """
-    import llama_cpp.llama_cpp as library
+    from llama_cpp import llama_cpp
 
+    library: Any = llama_cpp
     library.llama_log_set(_silent, ctypes.c_void_p(0))
     library.llama_backend_init()
     settings = library.llama_model_quantize_default_params()

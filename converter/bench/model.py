@@ -108,7 +108,7 @@ def bench_models(
             "tokens": "random ids, the same for all" if isinstance(tokens, int) else "of a text, the same for all",
         },
     }
-    rows = {role: {"role": role, "runtime": entry.runtime, "format": entry.form} for role, entry in entries.items()}
+    rows: dict[str, dict[str, Any]] = {role: {"role": role, "runtime": entry.runtime, "format": entry.form} for role, entry in entries.items()}
     densities: dict[str, dict[str, Shares]] = {}
     for role, entry in entries.items():
         rows[role]["timed"] = OPENERS[entry.runtime].timed
