@@ -121,7 +121,7 @@ def test_verify_fails_loudly_on_a_changed_threshold_and_a_broken_budget(converte
     tensors[name] = tensors[name] + 10.0
     save_file(tensors, path)
     failed = {check.name for check in verify(folder, calibration=converted.parent / "text.txt").checks if not check.passed}
-    assert {"files", "body logits", "kernel logits", "quality as recorded"} <= failed
+    assert {"files", "body ops", "kernel ops", "quality as recorded"} <= failed
     with pytest.raises(InputError, match="must be the text that the checkpoint was made with"):
         verify(folder, calibration=converted / "config.json")
 

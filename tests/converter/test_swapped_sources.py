@@ -76,6 +76,7 @@ def test_integers_of_the_dense_graph_are_the_dense_source_s(tiny_model: Callable
     loss = ExecutorQuality(tokens=1, nll_torch=1.0, nll=1.25, kl=0.5, agreement=1.0)
     monkeypatch.setattr(candidates, "build_base", lambda folder, out: (out / "of").write_text(str(folder)))
     monkeypatch.setattr(candidates, "check_base", lambda *_: 0.0)
+    monkeypatch.setattr(candidates, "check_dense_text", lambda *_: None)
     monkeypatch.setattr(candidates, "export_dense", lambda base, out, *_: (out / "of").write_text((base / "of").read_text()))
     monkeypatch.setattr(candidates, "load_stock", lambda folder: folder)
     monkeypatch.setattr(candidates, "measure_shipped", lambda onnx, model, *_: measured.append(model) or loss)

@@ -156,7 +156,7 @@ def test_a_template_that_fails_is_one_line(template: str, reason: str) -> None:
 
 
 def test_a_template_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "SECONDS", 0.3)  # three times that by the clock, which is what a test can wait for
+    monkeypatch.setattr(chat_template, "SECONDS", 0.3)  # a few seconds by the clock, which is what a test can wait for
     with pytest.raises(ValueError, match="did not end"):
         chat_template.render("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
 
