@@ -26,6 +26,10 @@ from .verification import Check, ExecutorQuality, Quality, check_budget, check_t
 
 log = logging.getLogger("sparsegate")
 SPEED_PAIRS = 25
+DENSE_WINDOWS = 64
+"""Windows that the dense graph in integers is measured on where no budget depends on its loss: rounding to 4 bits spreads so much over windows that the
+error asked of a plan would take all of them.
+"""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ def make_graphs(source: Source, texts: Texts, recipe: Recipe, work: Path, origin
     folder, header = work / "quality_dense", Header(format="quality", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256)
     if not is_finished(folder, header):
         with stage("quality"), atomic_folder(folder) as partial:
-            found = measure_shipped(dense, load_stock(model.folder), texts.heldout, asked)
+            windows = None if recipe.budget.bounded else DENSE_WINDOWS
+            found = measure_shipped(dense, load_stock(model.folder), texts.heldout, asked, count=windows)
             write_json(partial / "quality.json", {} if found is None else found.model_dump())
             write_header(partial, header)
     return Graphs(base, dense, _quality(read_json(folder / "quality.json", "The measured quality")))

@@ -79,7 +79,7 @@ def test_integers_of_the_dense_graph_are_the_dense_source_s(tiny_model: Callable
     monkeypatch.setattr(candidates, "check_dense_text", lambda *_: None)
     monkeypatch.setattr(candidates, "export_dense", lambda base, out, *_: (out / "of").write_text((base / "of").read_text()))
     monkeypatch.setattr(candidates, "load_stock", lambda folder: folder)
-    monkeypatch.setattr(candidates, "measure_shipped", lambda onnx, model, *_: measured.append(model) or loss)
+    monkeypatch.setattr(candidates, "measure_shipped", lambda onnx, model, *_, **__: measured.append(model) or loss)
     recipe = read_recipe(small_recipe(source.folder, tmp_path, stages=[LAST], export={"precision": "int8", "target": "cpu"}))
     texts = make_texts(source, recipe)
     found = candidates.make_graphs(source, texts, recipe, tmp_path / "recovered", original)
