@@ -2,7 +2,8 @@
 
 Logits of a deep thresholded model can't be equal: rounding moves a score over its threshold, and everything after it moves along. What rounding does is
 therefore measured in the same run: torch once more, with noise of the executor's kind on every gated op's input. The mean difference of an executor that
-computes the same model lies within STANDARD_ERRORS standard errors of that noise; a wrong wiring lies far outside.
+computes the same model lies within STANDARD_ERRORS standard errors of that noise; a wrong wiring lies far outside. Crossings are rare and their effects
+differ much, so the standard error is that of the noise's and the executor's differences together: a single window can't raise an alarm, a shift of all does.
 """
 
 from __future__ import annotations
@@ -66,11 +67,11 @@ def compare(name: str, decoder: Decoder, model: Any, batches: Batches, noise: No
     tokens = batches.tokens[batches.mask.all(1)][:WINDOWS, :LENGTH]
     rows = torch.tensor([_row(decoder, model, row, noise) for row in tokens], dtype=torch.float64)  # [N, 5]
     torch_nll, noisy_nll, nll, noise_kl, kl = rows.unbind(1)
-    error = standard_error(noisy_nll - torch_nll)
+    noise_error, error = standard_error(noisy_nll - torch_nll), standard_error(nll - torch_nll)
     off, moved = abs(float((nll - torch_nll).mean())), abs(float((noisy_nll - torch_nll).mean()))
-    bound = STANDARD_ERRORS * error + (moved + ACTIVATION_NLL if rounded else NLL_BOUND)
+    bound = STANDARD_ERRORS * (noise_error**2 + error**2) ** 0.5 + (moved + ACTIVATION_NLL if rounded else NLL_BOUND)
     note = (
-        f"NLL {float(nll.mean()):.4f} (torch {float(torch_nll.mean()):.4f}) over {len(rows)} windows; noise alone {moved:.2g} +- {error:.2g}; "
+        f"NLL {float(nll.mean()):.4f} (torch {float(torch_nll.mean()):.4f}) over {len(rows)} windows; noise alone {moved:.2g} +- {noise_error:.2g}; "
         f"KL from torch {float(kl.mean()):.2g}, noise alone {float(noise_kl.mean()):.2g}"
     )
     checks = [Check(name=f"{name} NLL", value=off, bound=bound, passed=off <= bound, note=note)]
@@ -92,7 +93,9 @@ def _row(decoder: Decoder, model: Any, row: Tensor, noise: Noise) -> tuple[float
 
 
 def standard_error(differences: Tensor) -> float:
-    """Standard error of the mean of differences [N]."""
+    """Standard error of the mean of differences [N]; 0 of a single one, which has none."""
+    if len(differences) < 2:
+        return 0.0
     return float(differences.double().std() / len(differences) ** 0.5)
 
 
