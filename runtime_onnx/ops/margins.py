@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from . import gated_mlp, sparse_linear
 from .activation import split_activation
-from .quantisation import GROUP, integers
+from .quantisation import GROUP, dequantise, integers
 
 ROUNDING = 3e-5
 """In units of the step: 127 times the relative rounding errors of float32 sums."""
+SUMS = 2.0**-22
+"""Of float32 sums, relative to the sum of their absolute terms."""
 NEAR = 1e-5
 """Of scores, relative to |tau| + rms of the token's scores."""
 
@@ -28,17 +30,20 @@ def off_boundary(values: NDArray) -> NDArray[np.bool_]:
     return ~near.reshape(len(values), -1).any(1)
 
 
-def _at_boundary(values: NDArray) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Of [T, m, ...], rounded in groups of 32 along the second axis: which values [T, m, ...] lie at a boundary, and every value's step [T, m, ...]."""
+def _at_boundary(values: NDArray, error: NDArray | float = 0.0) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Of [T, m, ...], rounded in groups of 32 along the second axis: which values [T, m, ...] lie at a boundary, and every value's step [T, m, ...].
+
+    `error` of the values' shape is what they may be off by beside ROUNDING.
+    """
     tokens, m = values.shape[:2]
     pad = -m % GROUP
     padded = np.concatenate([values, np.zeros((tokens, pad, *values.shape[2:]))], 1)
     grouped = padded.reshape(tokens, -1, GROUP, *values.shape[2:])
     largest = np.abs(grouped).max(2, keepdims=True)
     steps = np.divide(grouped * 127.0, largest, out=np.zeros_like(grouped), where=largest > 0)
-    near = np.abs(steps - np.floor(steps) - 0.5) <= ROUNDING
-    step = np.broadcast_to(largest / 127.0, grouped.shape)
-    return near.reshape(padded.shape)[:, :m], step.reshape(padded.shape)[:, :m]
+    gap = np.abs(steps - np.floor(steps) - 0.5).reshape(padded.shape)[:, :m]
+    step = np.broadcast_to(largest / 127.0, grouped.shape).reshape(padded.shape)[:, :m]
+    return gap * step <= ROUNDING * step + error, step
 
 
 def off_threshold(scores: NDArray, tau: NDArray) -> NDArray[np.bool_]:
@@ -89,16 +94,34 @@ def settled(variant: Any, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray
 def tie_energy(variant: Any, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
     """[T] of x [T, d]: the largest squared change of y when every value at a rounding boundary is rounded to the other side.
 
-    A step of such a value moves y by the step times its row of integers; steps in one group of columns may add up.
+    A step of such a value moves y by the step times its row of integers; steps in one group of columns may add up. A value is off by the rounding of the
+    sums that it comes from, which is large beside it where a few channels of x are very large.
     """
     if isinstance(variant, sparse_linear.Variant) or variant.weights == "float":
         return np.zeros(len(x))
-    near, step = _at_boundary(_scaled(variant, x, tensors))
+    scaled = _scaled(variant, x, tensors)
+    scale = np.abs(np.asarray(tensors["s_down"]).astype(np.float64))
+    error = _product_error(variant, x, tensors)
+    near, step = _at_boundary(scaled, error * scale if scaled.ndim == 2 else error[:, :, None] * scale)
     rows = integers(tensors["w_down"], variant.weights).astype(np.float64)
     groups = near.shape[2] if near.ndim == 3 else 1
     sizes = np.sqrt(np.square(rows.reshape(len(rows), groups, -1)).sum(2))  # [n, groups]
     moved = np.where(near, step, 0.0) * (sizes if near.ndim == 3 else sizes[:, 0])
     return np.square(moved.sum(1)).reshape(len(x), -1).sum(1)
+
+
+def _product_error(variant: gated_mlp.Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
+    """[T, n] of x [T, d]: what float32 sums may be off by in z = act(gate) * up: SUMS times the sums of the absolute terms."""
+    size = np.abs(np.asarray(x).astype(np.float64))
+    gate, z = gated_mlp.parts(variant, x, tensors, integer=True)
+
+    def terms(part: str) -> NDArray[np.float64]:
+        return size @ np.abs(dequantise(tensors[f"w_{part}"], tensors[f"s_{part}"], variant.weights)).T
+
+    if variant.plain:
+        return SUMS * terms("up")
+    up = np.abs(z) / np.maximum(np.abs(gate), 1e-30)
+    return SUMS * (up * terms("gate") + np.abs(gate) * terms("up"))
 
 
 def _scaled(variant: gated_mlp.Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
