@@ -43,7 +43,7 @@ def _at_boundary(values: NDArray, error: NDArray | float = 0.0) -> tuple[NDArray
     steps = np.divide(grouped * 127.0, largest, out=np.zeros_like(grouped), where=largest > 0)
     gap = np.abs(steps - np.floor(steps) - 0.5).reshape(padded.shape)[:, :m]
     step = np.broadcast_to(largest / 127.0, grouped.shape).reshape(padded.shape)[:, :m]
-    return gap * step <= ROUNDING * step + error, step
+    return (step > 0) & (gap * step <= ROUNDING * step + error), step
 
 
 def off_threshold(scores: NDArray, tau: NDArray) -> NDArray[np.bool_]:
