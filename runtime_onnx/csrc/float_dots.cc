@@ -1,7 +1,7 @@
 // Products of rows with tokens: see `dots` in row_kernels.h. Compiled once per instruction set: see vectors.h.
 //
-// A product is 16 sums, one per lane, over rising d, and their fold, whatever the tiles. For several tokens a block of rows stays in the second-level
-// cache while all tokens read it, TILES x TILE at a time; the block after it is fetched meanwhile. TILE tokens x ROWS rows are summed in registers,
+// A product is 16 sums, one per lane, over rising d, and their fold, whatever the tiles. For several tokens a block of rows comes into the second-level
+// cache with the first kMaskTokens of them, then the others read it, TILES x TILE at a time. TILE tokens x ROWS rows are summed in registers,
 // one part of the lanes after the other where a vector takes several registers: 7 loads for 12 fma (both parts of 2 rows would need 10, and loads decide).
 // d is cut evenly to at most DEPTH columns, so that x stays in the caches nearest; between two cuts the sums wait in memory.
 #include "row_kernels.h"
@@ -16,6 +16,8 @@ namespace SPARSEGATE_ISA {
 
 void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out,
           int64_t stride, const void* then);
+void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens,
+               const uint16_t* masks, float* out, int64_t stride, const void* then);  // float_kept.cc
 
 namespace {
 
@@ -23,6 +25,7 @@ constexpr int ROWS = 4;
 constexpr int TILE = REGISTERS == 32 ? 6 : 3;             // tokens: 6 x 4 sums in 32 registers, 3 x 4 in 16
 constexpr int TILES = REGISTERS == 32 ? 2 : 4;            // of a group of tokens
 constexpr int64_t DEPTH = REGISTERS == 32 ? 2048 : 320;   // columns: cuts cost time; parts of vectors need the rows' cut in the first-level cache
+constexpr int64_t PIECE = 512;                            // rows
 constexpr int64_t BLOCK = 64, BLOCK_BYTES = 512 << 10;    // most rows in a block
 
 // Products of ROWS rows with one token, the form for memory's speed: `next` are the rows to come, if any.
@@ -69,6 +72,19 @@ void one_token(const W* weights, const int32_t* rows, int64_t count, int64_t d, 
   }
 }
 
+// Memory decides: the form that reads rows once, in their order
+template <class W>
+void few_tokens(int type, const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out,
+                int64_t stride, const W* then) {
+  uint16_t masks[PIECE];
+  for (uint16_t& mask : masks) mask = static_cast<uint16_t>((1u << tokens) - 1u);
+  for (int64_t first = 0; first < count; first += PIECE) {
+    const int64_t left = count - first;
+    dots_kept(type, rows ? weights : weights + first * d, rows ? rows + first : nullptr, left < PIECE ? left : PIECE, d, x, x_stride, tokens, masks, out + first,
+              stride, left <= PIECE ? then : nullptr);
+  }
+}
+
 // Of a cut [begin, begin + length) of d, `left` < LANES columns of which are behind the last whole vector.
 struct Cut {
   int64_t whole, left;
@@ -76,9 +92,8 @@ struct Cut {
 };
 
 // Part `part` of the sums of T tokens x ROWS rows over one cut, added to `acc`.
-template <class W, int T, int NEAR, int FAR>
-__attribute__((always_inline)) inline void add_cut(const W* const* row, const W* const* near, const W* const* far, const float* x, int64_t x_stride,
-                                                   const Cut& cut, int part, reg (&acc)[T][ROWS]) {  // a call would keep the sums in memory
+template <class W, int T, int NEAR>
+__attribute__((always_inline)) inline void add_cut(const W* const* row, const W* const* near, const float* x, int64_t x_stride, const Cut& cut, int part, reg (&acc)[T][ROWS]) {  // a call would keep the sums in memory
   constexpr int STEP = LINE / static_cast<int>(sizeof(W));
   const W* mine[ROWS];
 #pragma GCC unroll 4
@@ -98,8 +113,6 @@ __attribute__((always_inline)) inline void add_cut(const W* const* row, const W*
   int64_t j = 0;
   for (; j + STEP <= cut.whole; j += STEP) {
 #pragma GCC unroll 4
-    for (int r = 0; r < FAR; ++r) __builtin_prefetch(far[r] + j, 0, 2);
-#pragma GCC unroll 4
     for (int r = 0; r < NEAR; ++r) __builtin_prefetch(near[r] + j, 0, 3);
 #pragma GCC unroll 4
     for (int k = 0; k < STEP; k += LANES) step(j + k);
@@ -118,11 +131,10 @@ __attribute__((always_inline)) inline void add_cut(const W* const* row, const W*
 }
 
 // One cut of T tokens x ROWS rows: `sum` holds what the cuts before gave; after the last one the first `valid` products go to `out`.
-// Every part is a visit to the rows; the first ROWS / N visits fetch N of the rows to come each: `near` (the next rows) into the first-level cache, and
-// `far` (the next block's, if any) into the second.
+// Every part is a visit to the rows; the first ROWS / N visits fetch N of the next rows each into the first-level cache.
 template <class W, int T, int N>
-void add_tile(const W* const* row, const W* const* near, const W* const* far, int visit, const float* x, int64_t x_stride, const Cut& cut,
-              reg (*sum)[TILE][ROWS], int valid, float* out, int64_t stride) {
+void add_tile(const W* const* row, const W* const* near, int visit, const float* x, int64_t x_stride, const Cut& cut, reg (*sum)[TILE][ROWS], int valid,
+              float* out, int64_t stride) {
   constexpr int NEAR = PARTS == 1 ? 0 : N;  // with AVX-512 it does not pay
   reg acc[T][ROWS];
 #pragma GCC unroll 4
@@ -133,11 +145,9 @@ void add_tile(const W* const* row, const W* const* near, const W* const* far, in
       for (int r = 0; r < ROWS; ++r) acc[t][r] = cut.first ? reg{} : sum[part][t][r];
     const int first = (visit + part) * N;
     if (first >= ROWS)
-      add_cut<W, T, 0, 0>(row, near, near, x, x_stride, cut, part, acc);
-    else if (far)
-      add_cut<W, T, NEAR, N>(row, near + first, far + first, x, x_stride, cut, part, acc);
+      add_cut<W, T, 0>(row, near, x, x_stride, cut, part, acc);
     else
-      add_cut<W, T, NEAR, 0>(row, near + first, near, x, x_stride, cut, part, acc);
+      add_cut<W, T, NEAR>(row, near + first, x, x_stride, cut, part, acc);
     if (PARTS == 1 && cut.last) break;  // the sums are in registers
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
@@ -160,7 +170,7 @@ void add_tile(const W* const* row, const W* const* near, const W* const* far, in
 }
 
 template <class W, int N>
-void tiles_of(const W* const* row, const W* const* near, const W* const* far, int64_t tiles, int64_t tokens, const float* x, int64_t x_stride, const Cut& cut,
+void tiles_of(const W* const* row, const W* const* near, int64_t tiles, int64_t tokens, const float* x, int64_t x_stride, const Cut& cut,
               reg (*sum)[PARTS][TILE][ROWS], int valid, float* out, int64_t stride) {
   int64_t t = 0;
   for (int64_t i = 0; i < tiles; ++i) {
@@ -168,7 +178,7 @@ void tiles_of(const W* const* row, const W* const* near, const W* const* far, in
     switch (n) {
 #define SPARSEGATE_TILE(n)                                                                                                                                       \
   case n:                                                                                                                                                        \
-    add_tile<W, (n <= TILE ? n : 1), N>(row, near, far, static_cast<int>(i) * PARTS, x + t * x_stride, x_stride, cut, sum[i], valid, out + t * stride, stride); \
+    add_tile<W, (n <= TILE ? n : 1), N>(row, near, static_cast<int>(i) * PARTS, x + t * x_stride, x_stride, cut, sum[i], valid, out + t * stride, stride); \
     break;
       SPARSEGATE_TILE(1)
       SPARSEGATE_TILE(2)
@@ -184,51 +194,57 @@ void tiles_of(const W* const* row, const W* const* near, const W* const* far, in
   }
 }
 
+// The rows of a block, which lie in the second-level cache, times many tokens
 template <class W>
-void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out, int64_t stride,
-             const W* then) {
-  if (tokens == 1) return one_token(weights, rows, count, d, x, out, then);
-  const auto row_of = [&](const W* base, int64_t k) { return base + (rows ? rows[k] : k) * d; };
-  int64_t block = BLOCK_BYTES / (d * static_cast<int64_t>(sizeof(W))) / ROWS * ROWS;
-  block = block < ROWS ? ROWS : block > BLOCK ? BLOCK : block;
+void block_of(const W* weights, const int32_t* rows, int64_t size, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out, int64_t stride) {
+  const auto row_of = [&](int64_t k) { return weights + (rows ? rows[k] : k) * d; };
   alignas(LINE) reg sum[TILES * (BLOCK / ROWS)][PARTS][TILE][ROWS];
   const int64_t all_tiles = (tokens + TILE - 1) / TILE;
   const int64_t cuts = (d + DEPTH - 1) / DEPTH, depth = (d + cuts * 2 * LANES - 1) / (cuts * 2 * LANES) * (2 * LANES);  // even cuts: a short one costs as much
-  for (int64_t first = 0; first < count; first += block) {
-    const int64_t size = count - first < block ? count - first : block;
-    const bool last = first + block >= count;
-    int64_t t0 = 0, tile0 = 0;
-    for (int64_t groups = (all_tiles + TILES - 1) / TILES; groups > 0; --groups) {
-      const int64_t tiles = (all_tiles - tile0 + groups - 1) / groups;
-      const int64_t group = ((tokens - t0) * tiles + (all_tiles - tile0) - 1) / (all_tiles - tile0);
-      for (int64_t begin = 0; begin < d; begin += depth) {
-        const int64_t length = d - begin < depth ? d - begin : depth;
-        const Cut cut{length / LANES * LANES, length % LANES, begin == 0, begin + depth >= d};
-        for (int64_t k = 0; k < size; k += ROWS) {
-          const int valid = size - k < ROWS ? static_cast<int>(size - k) : ROWS;
-          const bool ends = k + ROWS >= size;
-          const int64_t next = !ends ? first + k + ROWS : groups > 1 || !cut.last ? first : first + block;
-          const int64_t column = ends && (groups > 1 || !cut.last) ? (cut.last ? 0 : begin + depth) : begin;
-          const W *row[ROWS], *near[ROWS], *far[ROWS];
-          for (int r = 0; r < ROWS; ++r) {
-            row[r] = row_of(weights, first + k + (r < valid ? r : 0)) + begin;
-            near[r] = row_of(weights, next + r < count ? next + r : count - 1) + column;
-            const int64_t q = (last ? 0 : first + block) + k + r;
-            far[r] = row_of(last && then ? then : weights, q < count ? q : count - 1) + begin;
-          }
-          const W* const* fetched = tile0 > 0 || (last && !then) ? nullptr : far;
-          const float* from = x + t0 * x_stride + begin;
-          float* to = out + t0 * stride + first + k;
-          constexpr int ALONE = (ROWS + PARTS - 1) / PARTS, TWO = (ROWS + 2 * PARTS - 1) / (2 * PARTS);
-          if (tiles == 1)
-            tiles_of<W, ALONE>(row, near, fetched, 1, group, from, x_stride, cut, sum + k / ROWS * TILES, valid, to, stride);
-          else
-            tiles_of<W, TWO>(row, near, fetched, tiles, group, from, x_stride, cut, sum + k / ROWS * TILES, valid, to, stride);
+  int64_t t0 = 0, tile0 = 0;
+  for (int64_t groups = (all_tiles + TILES - 1) / TILES; groups > 0; --groups) {
+    const int64_t tiles = (all_tiles - tile0 + groups - 1) / groups;
+    const int64_t group = ((tokens - t0) * tiles + (all_tiles - tile0) - 1) / (all_tiles - tile0);
+    for (int64_t begin = 0; begin < d; begin += depth) {
+      const int64_t length = d - begin < depth ? d - begin : depth;
+      const Cut cut{length / LANES * LANES, length % LANES, begin == 0, begin + depth >= d};
+      for (int64_t k = 0; k < size; k += ROWS) {
+        const int valid = size - k < ROWS ? static_cast<int>(size - k) : ROWS;
+        const bool ends = k + ROWS >= size;
+        const int64_t next = ends ? 0 : k + ROWS, column = !ends ? begin : cut.last ? 0 : begin + depth;
+        const W *row[ROWS], *near[ROWS];
+        for (int r = 0; r < ROWS; ++r) {
+          row[r] = row_of(k + (r < valid ? r : 0)) + begin;
+          near[r] = row_of(next + r < size ? next + r : size - 1) + column;
         }
+        const float* from = x + t0 * x_stride + begin;
+        float* to = out + t0 * stride + k;
+        constexpr int ALONE = (ROWS + PARTS - 1) / PARTS, TWO = (ROWS + 2 * PARTS - 1) / (2 * PARTS);
+        if (tiles == 1)
+          tiles_of<W, ALONE>(row, near, 1, group, from, x_stride, cut, sum + k / ROWS * TILES, valid, to, stride);
+        else
+          tiles_of<W, TWO>(row, near, tiles, group, from, x_stride, cut, sum + k / ROWS * TILES, valid, to, stride);
       }
-      t0 += group;
-      tile0 += tiles;
     }
+    t0 += group;
+    tile0 += tiles;
+  }
+}
+
+template <class W>
+void dots_of(int type, const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out,
+             int64_t stride, const W* then) {
+  if (tokens == 1) return one_token(weights, rows, count, d, x, out, then);
+  if (tokens <= kMaskTokens) return few_tokens(type, weights, rows, count, d, x, x_stride, tokens, out, stride, then);
+  int64_t block = BLOCK_BYTES / (d * static_cast<int64_t>(sizeof(W))) / ROWS * ROWS;
+  block = block < ROWS ? ROWS : block > BLOCK ? BLOCK : block;
+  for (int64_t first = 0; first < count; first += block) {
+    const bool last = first + block >= count;
+    const W* own = rows ? weights : weights + first * d;
+    const int32_t* listed = rows ? rows + first : nullptr;
+    const int64_t size = last ? count - first : block;
+    few_tokens(type, own, listed, size, d, x, x_stride, kMaskTokens, out + first, stride, last ? then : nullptr);  // brings the rows into the cache
+    block_of(own, listed, size, d, x + kMaskTokens * x_stride, x_stride, tokens - kMaskTokens, out + first + kMaskTokens * stride, stride);
   }
 }
 
@@ -239,11 +255,10 @@ void dots(int type, const void* weights, const int32_t* rows, int64_t count, int
   switch (type) {
 #define SPARSEGATE_TYPE(id, W) \
   case id:                     \
-    return dots_of(static_cast<const W*>(weights), rows, count, d, x, x_stride, tokens, out, stride, static_cast<const W*>(then));
+    return dots_of(id, static_cast<const W*>(weights), rows, count, d, x, x_stride, tokens, out, stride, static_cast<const W*>(then));
     SPARSEGATE_TYPE(ort::kFloat32, float)
     SPARSEGATE_TYPE(ort::kFloat16, half)
     SPARSEGATE_TYPE(ort::kBfloat16, bfloat)
-    SPARSEGATE_TYPE(ort::kInt8, int8_t)
 #undef SPARSEGATE_TYPE
     default:
       break;

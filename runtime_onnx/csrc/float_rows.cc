@@ -9,11 +9,15 @@
 namespace sparsegate {
 namespace SPARSEGATE_ISA {
 
-// float_dots.cc and float_panels.cc
+// float_dots.cc, float_kept.cc and float_panels.cc
 void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out,
           int64_t stride, const void* then);
+void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens,
+               const uint16_t* masks, float* out, int64_t stride, const void* then);
 void multiply(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count, int64_t d, int64_t first,
               int64_t width, const float* z, int64_t z_stride, int64_t tokens, float* y, int64_t y_stride, float* scratch);
+void multiply_kept(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count, int64_t d, int64_t first,
+                   int64_t width, const OwnRows& own, int64_t tokens, float* y, int64_t y_stride, float* scratch);
 
 namespace {
 
@@ -123,7 +127,7 @@ void widen(int type, const void* values, int64_t count, float* out) {
 }  // namespace
 
 extern const Kernels float_rows;
-const Kernels float_rows = {dots, accumulate, multiply, widen};
+const Kernels float_rows = {dots, dots_kept, accumulate, multiply, multiply_kept, widen, REGISTERS == 32 ? 0.6f : 0.75f};
 
 }  // namespace SPARSEGATE_ISA
 }  // namespace sparsegate

@@ -75,16 +75,23 @@ void shift(const Run& run, Role scale, Role bias, int64_t first, const int32_t* 
   }
 }
 
-// Products of rows of a matrix with every token, without the scales of int8 rows: those at `places`, or the first `count`
-void dots(const Run& run, Role role, const void* weights, const int32_t* places, int64_t count, float* out, int64_t stride, Role then) {
+// Products of rows of a matrix with every token, or with those of `masks`, without the scales of int8 rows: rows at `places`, or the first `count`.
+// `next`: the matrix whose rows at the same places are read next, if any
+void dots(const Run& run, Role role, const void* weights, const int32_t* places, int64_t count, const uint16_t* masks, float* out, int64_t stride,
+          const void* next) {
   const int type = run.at(role).type;
   const bool hidden = role == kP2;
   const int64_t width = hidden ? run.shape.r : run.shape.d;
-  const void* next = then == kTau ? nullptr : run.at(then).data;
-  if (type == ort::kUint8)
+  if (type == ort::kUint8 && masks)
+    run.integers->dots_kept(true, weights, static_cast<const uint16_t*>(run.at(scale_of(role)).data), places, count, width, run.x4, run.tokens, masks, out, stride);
+  else if (type == ort::kInt8 && masks)
+    run.integers->dots_kept(false, weights, nullptr, places, count, width, run.x8, run.tokens, masks, out, stride);
+  else if (type == ort::kUint8)
     run.integers->dots(true, weights, static_cast<const uint16_t*>(run.at(scale_of(role)).data), places, count, width, run.x4, run.tokens, out, stride, next);
   else if (type == ort::kInt8)
     run.integers->dots(false, weights, nullptr, places, count, width, hidden ? run.hidden8 : run.x8, run.tokens, out, stride, next);
+  else if (masks)
+    run.kernels->dots_kept(type, weights, places, count, width, hidden ? run.hidden : run.x, hidden ? width : run.x_stride, run.tokens, masks, out, stride, next);
   else
     run.kernels->dots(type, weights, places, count, width, hidden ? run.hidden : run.x, hidden ? width : run.x_stride, run.tokens, out, stride, next);
 }
@@ -96,13 +103,14 @@ Role row_scale(const Run& run, Role role) { return run.at(role).type == ort::kIn
 void predictor_products(const Run& run, Role role, int64_t first, int64_t count, float* out, int64_t stride) {
   const Tensor& m = run.at(role);
   const int64_t width = role == kP2 ? run.shape.r : run.shape.d;
-  dots(run, role, static_cast<const char*>(m.data) + first * width * bytes_of(m.type), nullptr, count, out, stride, kTau);
+  dots(run, role, static_cast<const char*>(m.data) + first * width * bytes_of(m.type), nullptr, count, nullptr, out, stride, nullptr);
   shift(run, row_scale(run, role), kTau, first, nullptr, count, out, stride);
 }
 
-// Products with listed rows of w_gate or w_up, plus the bias
-void weight_products(const Run& run, Role role, Role bias, const int32_t* rows, const int32_t* places, int64_t count, float* out, int64_t stride, Role then) {
-  dots(run, role, run.at(role).data, places, count, out, stride, then);
+// Products with listed rows of w_gate or w_up, plus the bias; `masks` as in `dots_kept`, or nullptr for every token
+void weight_products(const Run& run, Role role, Role bias, const int32_t* rows, const int32_t* places, int64_t count, const uint16_t* masks, float* out,
+                     int64_t stride, const void* next) {
+  dots(run, role, run.at(role).data, places, count, masks, out, stride, next);
   shift(run, row_scale(run, role), bias, 0, rows, count, out, stride);
 }
 
@@ -113,7 +121,7 @@ void gate_and_up(const Run& run, const int32_t* rows, const int32_t* places, int
     pairs[2 * k] = places[k];
     pairs[2 * k + 1] = places[k] + 1;
   }
-  dots(run, kWGate, run.at(kWGate).data, pairs, 2 * count, both, 2 * count, kWDown);
+  dots(run, kWGate, run.at(kWGate).data, pairs, 2 * count, nullptr, both, 2 * count, run.at(kWDown).data);
   for (int64_t t = 0; t < run.tokens; ++t)
     for (int64_t k = 0; k < count; ++k) {
       gate[t * count + k] = both[(t * count + k) * 2];
@@ -143,6 +151,33 @@ int64_t drop_zeros(const Run& run, int64_t index, uint8_t* keep, int32_t* rows, 
     to += any[k];
   }
   return left;
+}
+
+// The tokens of every row, as `dots_kept` takes them; nullptr where most tokens keep most rows
+const uint16_t* own_masks(const Run& run, int64_t index, const uint8_t* keep, const int32_t* rows, int64_t count, uint16_t* masks) {
+  const int64_t tokens = run.tokens, first = run.first_of(index), m = run.size_of(index);
+  std::memset(masks, 0, static_cast<size_t>((tokens + kMaskTokens - 1) / kMaskTokens * count) * sizeof(uint16_t));
+  int64_t kept = 0;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const uint8_t* mine = keep + t * m - first;
+    uint16_t* group = masks + t / kMaskTokens * count;
+    const int bit = static_cast<int>(t % kMaskTokens);
+    for (int64_t k = 0; k < count; ++k) {
+      group[k] = static_cast<uint16_t>(group[k] | mine[rows[k]] << bit);
+      kept += mine[rows[k]];
+    }
+  }
+  if (!run.integer() && tokens <= kMaskTokens) return masks;  // the form for memory's speed
+  const float most = run.integer() ? run.integers->most_kept : run.kernels->most_kept;
+  return static_cast<float>(kept) > most * static_cast<float>(tokens * count) ? nullptr : masks;
+}
+
+// The rows of the next block at this one's places, if it is as long: many tokens come to w_down when all blocks are done
+const void* next_block(const Run& run, int64_t index, Role role) {
+  const Tensor& m = run.at(role);
+  if (run.size_of(index + 1) < run.size_of(index)) return nullptr;
+  const int64_t bytes = m.type == ort::kUint8 ? run.shape.d / 2 : run.shape.d * bytes_of(m.type);
+  return static_cast<const char*>(m.data) + run.block * run.pitch * bytes;
 }
 
 // Asks for memory that is read soon: what is not one long row the hardware does not foresee.
@@ -190,8 +225,10 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
   const bool predictor = v.score == Score::kPredictor, full = v.score == Score::kGate || v.score == Score::kExact, plain = v.plain();
   const bool zeros = v.relu(), drelu = v.activation == Activation::kDrelu;
   const bool paired = run.few && run.pitch > 1 && !plain && !full && !zeros;
+  const bool shared = tokens > 1 && !paired && v.score != Score::kAll;
   int32_t *rows = nullptr, *places = nullptr;
   uint8_t *keep = nullptr, *any = nullptr;
+  uint16_t* masks = nullptr;
   const auto lay = [&](char* base) {
     Cut cut(base);
     score = cut.take<float>(tokens * m);  // scores, or the activated product that score gate computes in full
@@ -202,6 +239,7 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
     both = cut.take<float>(paired ? 2 * tokens * m : 0);
     keep = cut.take<uint8_t>(tokens * m);
     any = cut.take<uint8_t>(m);
+    masks = cut.take<uint16_t>(shared ? (tokens + kMaskTokens - 1) / kMaskTokens * m : 0);
     return cut.used();
   };
   char* base = task_arena.reserve(lay(nullptr));
@@ -219,7 +257,7 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
       rows[k] = static_cast<int32_t>(first + k);
       places[k] = static_cast<int32_t>((first + k) * run.pitch);
     }
-    weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, rows, places, m, score, m, kTau);
+    weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, rows, places, m, nullptr, score, m, plain || tokens == 1 ? nullptr : run.at(kWUp).data);
     activate(run, score, tokens * m);
   }
   std::memset(any, v.score == Score::kAll, static_cast<size_t>(m));
@@ -244,25 +282,27 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
   for (int64_t k = 0; k < count; ++k) places[k] = static_cast<int32_t>(rows[k] * run.pitch);
 
   // 2. z [tokens, count] of the union
+  const void* after = run.few ? run.at(kWDown).data : next_block(run, index, plain ? kWUp : kWGate);
   if (run.few) {
     if (!full && !plain) fetch_scales(run, kSGate, first, m, places, std::min<int64_t>(count, 4));
     if (!full || !plain) fetch_scales(run, kSUp, first, m, places, std::min<int64_t>(count, 4));
     if (!zeros) fetch_scales(run, kSDown, first, m, places, count);
   }
+  const auto own = [&]() { return shared ? own_masks(run, index, keep, rows, count, masks) : nullptr; };
   if (full) {
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t k = 0; k < count; ++k) z[t * count + k] = score[t * m + rows[k] - first];
   } else if (paired) {
     gate_and_up(run, rows, places, count, both, z, up);
   } else {
-    weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, rows, places, count, z, count, zeros ? kTau : plain ? kWDown : kWUp);
+    weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, rows, places, count, own(), z, count, zeros ? nullptr : plain ? after : run.at(kWUp).data);
   }
   if (!full) {
     activate(run, z, tokens * count);
     if (zeros) count = drop_zeros(run, index, keep, rows, places, count, z);
   }
   if (!plain) {
-    if (!paired) weight_products(run, kWUp, kBUp, rows, places, count, up, count, drelu ? kTau : kWDown);
+    if (!paired) weight_products(run, kWUp, kBUp, rows, places, count, own(), up, count, drelu ? nullptr : after);
     for (int64_t i = 0; drelu && i < tokens * count; ++i) up[i] = relu(up[i]);
     for (int64_t i = 0; i < tokens * count; ++i) z[i] *= up[i];
     if (zeros) count = drop_zeros(run, index, keep, rows, places, count, z);

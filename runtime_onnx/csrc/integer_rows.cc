@@ -6,6 +6,11 @@
 
 namespace sparsegate {
 namespace SPARSEGATE_ISA {
+
+// integer_kept.cc
+void integer_dots_kept(bool int4, const void* weights, const uint16_t* scales, const int32_t* rows, int64_t count, int64_t width, const void* rounded,
+                       int64_t tokens, const uint16_t* masks, float* out, int64_t stride);
+
 namespace {
 
 constexpr int ROWS = 4;                       // rows per pass of a product, and of a quad
@@ -19,6 +24,7 @@ constexpr int TOKENS_DOTS = TOKENS, TOKENS_DOTS_INT4 = TOKENS_INT4;
 constexpr int64_t NEAR_BYTES = 20 << 10;      // of rounded rows that a block of rows is multiplied with at a time: they stay in the first-level cache
 constexpr int64_t BLOCK = 64;                 // rows
 constexpr float TINY = 1e-30f;
+constexpr float MOST_KEPT = WIDTH == 4 ? 0.f : WIDTH == 16 ? 0.6f : 0.75f;
 
 // The integers of `count` <= 32 values, and their scale; see quantisation.round_activations. Writes 32 values.
 inline float round_group(const float* values, int count, int8_t* out) {
@@ -486,7 +492,7 @@ void unfold(bool int4, const float* folded, int64_t columns, float* out) {
 }  // namespace
 
 extern const IntegerRows integer_rows;
-const IntegerRows integer_rows = {round, dots, factors, sum, unfold};
+const IntegerRows integer_rows = {round, dots, integer_dots_kept, factors, sum, unfold, MOST_KEPT};
 
 }  // namespace SPARSEGATE_ISA
 }  // namespace sparsegate

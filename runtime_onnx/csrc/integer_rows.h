@@ -44,6 +44,10 @@ struct IntegerRows {
   void (*dots)(bool int4, const void* weights, const uint16_t* scales, const int32_t* rows, int64_t count, int64_t width, const void* rounded, int64_t tokens,
                float* out, int64_t stride, const void* then);
 
+  // The same bits for the tokens that keep a row, as Kernels::dots_kept
+  void (*dots_kept)(bool int4, const void* weights, const uint16_t* scales, const int32_t* rows, int64_t count, int64_t width, const void* rounded, int64_t tokens,
+                    const uint16_t* masks, float* out, int64_t stride);
+
   // Factors z [rows without repeats] of one token, 0 where it does not keep the row, for `sum`: q [quads * groups] holds four int8 each, step and
   // offset [segments * groups]. int8: groups = 1 and z holds the rows' scales. int4: the column groups from `group` on, of `width` / 32 in a row of scales; those past the end are 0.
   void (*factors)(bool int4, const Quads& quads, const float* z, const uint16_t* scales, int64_t width, int64_t group, int64_t groups, int32_t* q, float* step,
@@ -57,6 +61,9 @@ struct IntegerRows {
 
   // out[c] += sums[place of column c] for c < columns
   void (*unfold)(bool int4, const float* sums, int64_t columns, float* out);
+
+  // As in Kernels
+  float most_kept;
 };
 
 constexpr int64_t sum_panel_bytes(int64_t quads) { return quads * 256; }

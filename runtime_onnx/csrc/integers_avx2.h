@@ -31,34 +31,45 @@ inline __m256 load_few_halves(const half* p, int64_t count) {
   return _mm256_cvtph_ps(_mm_set_epi64x(count > 4 ? few_halves(p + 4, count - 4) : 0, few_halves(p, count)));
 }
 
+// Where the rounded rows of tokens lie: evenly, or anywhere
+struct Even {
+  const char* first;
+  int64_t stride;
+  const char* at(int t) const { return first + t * stride; }
+};
+
+struct Listed {
+  const char* const* place;
+  const char* at(int t) const { return place[t]; }
+};
+
 // One row's products with T tokens, P parts of it from PART on: `sum` has a lane-wise sum for each part and token.
-template <int T, int P, int PART>
-inline void dot_parts_int8(const char* row, int64_t width, const char* x, int64_t x_stride, __m256 (*sum)[T]) {
+template <int T, int P, int PART, class X>
+inline void dot_parts_int8(const char* row, int64_t width, const X& x, __m256 (*sum)[T]) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 total[P][T];
 #pragma GCC unroll 2
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) total[p][t] = _mm256_setzero_ps();
-  x += PART * 32;
-  const auto step = [&](const char* weights, const char* from) __attribute__((always_inline)) {
+  const auto step = [&](const char* weights, int64_t from) __attribute__((always_inline)) {
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
       const __m256i w = load_part_bytes(weights + p * 32), size = _mm256_abs_epi8(w);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        const char* q = from + t * x_stride + p * 32;
+        const char* q = x.at(t) + from + p * 32;
         const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(load_part_bytes(q), w));
         total[p][t] = fma(_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones)), load_part(reinterpret_cast<const float*>(q + 128)), total[p][t]);
       }
     }
   };
-  int64_t j = 0;
-  for (; j + kChunkInt8 <= width; j += kChunkInt8, x += 192) step(row + PART * 32 + j, x);
+  int64_t j = 0, from = PART * 32;
+  for (; j + kChunkInt8 <= width; j += kChunkInt8, from += 192) step(row + PART * 32 + j, from);
   if (j < width) {
     char last[64] = {};
     memcpy(last, row + j, static_cast<size_t>(width - j));
-    step(last + PART * 32, x);
+    step(last + PART * 32, from);
   }
 #pragma GCC unroll 2
   for (int p = 0; p < P; ++p)
@@ -66,8 +77,8 @@ inline void dot_parts_int8(const char* row, int64_t width, const char* x, int64_
     for (int t = 0; t < T; ++t) sum[p][t] = total[p][t];
 }
 
-template <int T, int P, int PART>
-inline void dot_parts_int4(const char* row, const half* scales, int64_t width, const char* x, int64_t x_stride, __m256 (*sum)[T]) {
+template <int T, int P, int PART, class X>
+inline void dot_parts_int4(const char* row, const half* scales, int64_t width, const X& x, __m256 (*sum)[T]) {
   const __m256i ones = _mm256_set1_epi16(1), nibble = _mm256_set1_epi8(15);
   const __m256i first = _mm256_add_epi32(_mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), _mm256_set1_epi32(2 * PART));
   __m256 total[P][T];
@@ -76,29 +87,28 @@ inline void dot_parts_int4(const char* row, const half* scales, int64_t width, c
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) total[p][t] = _mm256_setzero_ps();
   row += PART * 32;
-  x += PART * 32;
-  const auto step = [&](int p, __m256i packed, __m256 four_scales, const char* from) __attribute__((always_inline)) {
+  const auto step = [&](int p, __m256i packed, __m256 four_scales, int64_t from) __attribute__((always_inline)) {
     const __m256i low = _mm256_and_si256(packed, nibble), high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
     const __m256 scale = _mm256_permutevar8x32_ps(four_scales, p ? _mm256_add_epi32(first, _mm256_set1_epi32(2)) : first);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      const char* q = from + t * x_stride + p * 32;
+      const char* q = x.at(t) + from + p * 32;
       const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, load_part_bytes(q)), _mm256_maddubs_epi16(high, load_part_bytes(q + 64)));
       const __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), load_part_bytes(q + 128));
       total[p][t] = fma(_mm256_cvtepi32_ps(dot), load_part(reinterpret_cast<const float*>(q + 192)) * scale, total[p][t]);
     }
   };
   const auto widened = [](int64_t four_halves) { return _mm256_castps128_ps256(_mm_cvtph_ps(_mm_cvtsi64_si128(four_halves))); };
-  int64_t j = 0;
-  for (; j + kChunkInt4 <= width; j += kChunkInt4, x += 256) {
+  int64_t j = 0, from = PART * 32;
+  for (; j + kChunkInt4 <= width; j += kChunkInt4, from += 256) {
     const __m256 four_scales = widened(unaligned<int64_t>(scales + j / kRounded));
 #pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) step(p, load_part_bytes(row + j / 2 + p * 32), four_scales, x);
+    for (int p = 0; p < P; ++p) step(p, load_part_bytes(row + j / 2 + p * 32), four_scales, from);
   }
   if (j < width) {
     const __m256 four_scales = widened(few_halves(scales + j / kRounded, (width - j) / kRounded));
 #pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) step(p, load_halves(row + j / 2 + p * 32, (width - j) / 2 - (PART + p) * 32), four_scales, x);
+    for (int p = 0; p < P; ++p) step(p, load_halves(row + j / 2 + p * 32, (width - j) / 2 - (PART + p) * 32), four_scales, from);
   }
 #pragma GCC unroll 2
   for (int p = 0; p < P; ++p)
@@ -106,23 +116,29 @@ inline void dot_parts_int4(const char* row, const half* scales, int64_t width, c
     for (int t = 0; t < T; ++t) sum[p][t] = total[p][t];
 }
 
-// T tokens times four rows, row by row: few tokens with both parts at once, so that sums enough are on their way. `next`: the rows to come, if any
+// The products of one row with T tokens: few of them with both parts at once, so that sums enough are on their way
+template <int T, bool INT4, class X>
+inline void dot_row_avx2(const char* row, const half* scales, int64_t width, const X& x, __m256 (*sum)[T]) {
+  constexpr int P = 2 * T <= TILE_AVX2 ? 2 : 1;
+  if (INT4) {
+    dot_parts_int4<T, P, 0>(row, scales, width, x, sum);
+    if (P == 1) dot_parts_int4<T, 1, 1>(row, scales, width, x, sum + 1);
+  } else {
+    dot_parts_int8<T, P, 0>(row, width, x, sum);
+    if (P == 1) dot_parts_int8<T, 1, 1>(row, width, x, sum + 1);
+  }
+}
+
+// T tokens times four rows, row by row. `next`: the rows to come, if any
 template <int T, bool INT4>
 void dot_rows_avx2(const char* const* row, const char* const* next, const half* const* scales, int valid, int64_t width, const char* x, int64_t x_stride,
                    float* out, int64_t stride) {
-  constexpr int P = 2 * T <= TILE_AVX2 ? 2 : 1;
   __m256 sum[4][2][T];
   const int64_t bytes_per_row = INT4 ? width / 2 : width;
   for (int r = 0; r < 4; ++r) {
     if (next)
       for (int64_t j = 0; j < bytes_per_row; j += LINE) __builtin_prefetch(next[r] + j, 0, 2);
-    if (INT4) {
-      dot_parts_int4<T, P, 0>(row[r], scales[r], width, x, x_stride, sum[r]);
-      if (P == 1) dot_parts_int4<T, 1, 1>(row[r], scales[r], width, x, x_stride, sum[r] + 1);
-    } else {
-      dot_parts_int8<T, P, 0>(row[r], width, x, x_stride, sum[r]);
-      if (P == 1) dot_parts_int8<T, 1, 1>(row[r], width, x, x_stride, sum[r] + 1);
-    }
+    dot_row_avx2<T, INT4>(row[r], scales[r], width, Even{x, x_stride}, sum[r]);
   }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {

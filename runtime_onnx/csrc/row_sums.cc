@@ -18,7 +18,8 @@ bool finite(const float* v, int64_t count) {
 void RowSums::lay(Cut& cut) {
   rows = cut.take<int32_t>(n);
   counts = cut.take<int32_t>(blocks);
-  if (format != RowFormat::kInt8) z = cut.take<float>(pass * n);
+  if (format != RowFormat::kInt8) z = cut.take<float>(blocks * pass * block);
+  if (format == RowFormat::kFloat && shared) entries = cut.take<uint16_t>(blocks * pass * block), own_counts = cut.take<int32_t>(blocks * pass);
   if (format == RowFormat::kFloat) return;
   segments = cut.take<int32_t>(blocks);
   quads = {cut.take<int32_t>(blocks * quad_rows(block)), cut.take<int32_t>(segment_stride()), cut.take<int32_t>(segment_stride())};
@@ -28,12 +29,34 @@ void RowSums::lay(Cut& cut) {
   offset = cut.take<int32_t>(pass * segment_stride());
 }
 
+bool RowSums::take_own(int64_t index, const float* factors, int64_t count, int64_t tokens) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < tokens * count; ++i) kept += factors[i] != 0.f;
+  int32_t* counts_of = own_counts + index * pass;
+  counts_of[0] = -1;
+  if (static_cast<float>(kept) > kernels->most_kept * static_cast<float>(tokens * count)) return false;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* mine = factors + t * count;
+    uint16_t* entry = entries + (index * pass + t) * block;
+    float* scale = z + (index * pass + t) * block;
+    int32_t found = 0;
+    for (int64_t k = 0; k < count; ++k) {  // no branch: half of them would be guessed wrong
+      entry[found] = static_cast<uint16_t>(k);
+      scale[found] = mine[k];
+      found += mine[k] != 0.f;
+    }
+    counts_of[t] = found;
+  }
+  return true;
+}
+
 void RowSums::take(int64_t index, const int32_t* own, const int32_t* places, const float* factors, int64_t count, int64_t tokens) {
   const int64_t first = index * block;
   counts[index] = static_cast<int32_t>(count);
   std::memcpy(rows + first, places, static_cast<size_t>(count) * sizeof(int32_t));
+  if (own_counts && take_own(index, factors, count, tokens)) return;
   if (z)
-    for (int64_t t = 0; t < tokens; ++t) std::memcpy(z + t * n + first, factors + t * count, static_cast<size_t>(count) * sizeof(float));
+    for (int64_t t = 0; t < tokens; ++t) std::memcpy(z + (index * pass + t) * block, factors + t * count, static_cast<size_t>(count) * sizeof(float));
   if (format == RowFormat::kFloat) return;
   const int64_t s = index * quad_segments(block), at = index * quad_rows(block);
   const Quads found = make_quads(own, places, count, {quads.rows + at, quads.segments + s, quads.filled + s});
@@ -61,10 +84,18 @@ bool RowSums::sum_float(int64_t first, int64_t width, int64_t tokens, const floa
   char* base = task_arena.reserve(lay(nullptr));
   if (!base) return false;
   lay(base);
+  const auto is_own = [&](int64_t b) { return own_counts && own_counts[b * pass] >= 0; };
   // one token's strip with its own rows only
   const auto alone = [&](int64_t t) {
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t count = own_rows(rows + b * block, z + t * n + b * block, counts[b], list, scale);
+      const float* factors = z + (b * pass + t) * block;
+      int64_t count = 0;
+      if (is_own(b)) {
+        const uint16_t* entry = entries + (b * pass + t) * block;
+        for (count = 0; count < own_counts[b * pass + t]; ++count) list[count] = rows[b * block + entry[count]], scale[count] = factors[count];
+      } else {
+        count = own_rows(rows + b * block, factors, counts[b], list, scale);
+      }
       if (!count) continue;
       std::memset(sums, 0, static_cast<size_t>(width) * sizeof(float));
       kernels->accumulate(type, weights, list, scale, count, d, first, width, sums);
@@ -78,7 +109,11 @@ bool RowSums::sum_float(int64_t first, int64_t width, int64_t tokens, const floa
   for (int64_t b = 0; b < blocks; ++b) {
     if (!counts[b]) continue;
     const int32_t* then = b + 1 < blocks ? rows + (b + 1) * block : nullptr;
-    kernels->multiply(type, weights, rows + b * block, counts[b], then, then ? counts[b + 1] : 0, d, first, width, z + b * block, n, tokens, y, y_stride, panel);
+    const int64_t then_count = then ? counts[b + 1] : 0;
+    if (is_own(b))
+      kernels->multiply_kept(type, weights, rows + b * block, counts[b], then, then_count, d, first, width, own_rows_of(b), tokens, y, y_stride, panel);
+    else
+      kernels->multiply(type, weights, rows + b * block, counts[b], then, then_count, d, first, width, z + b * pass * block, block, tokens, y, y_stride, panel);
   }
   for (int64_t t = 0; t < tokens; ++t) {
     if (finite(y + t * y_stride, width)) continue;
@@ -117,7 +152,7 @@ bool RowSums::sum_integer(int64_t first, int64_t width, int64_t tokens, float* y
       mine = own_q, offsets = own_offset, steps = own_step;
       q_stride = quads_most * groups, s_stride = segments_most * groups;
       for (int64_t t = 0; t < tokens; ++t)
-        integers->factors(true, found, z + t * n + b * block, static_cast<const uint16_t*>(scales), d, first / kGroup, groups, own_q + t * q_stride,
+        integers->factors(true, found, z + (b * pass + t) * block, static_cast<const uint16_t*>(scales), d, first / kGroup, groups, own_q + t * q_stride,
                           own_step + t * s_stride, own_offset + t * s_stride);
     }
     std::memset(sums, 0, static_cast<size_t>(tokens * columns) * sizeof(float));

@@ -55,7 +55,9 @@ struct RowSums {
 
   int32_t *rows = nullptr, *counts = nullptr, *segments = nullptr;  // [n]; [blocks]
   QuadSpace quads{};
-  float* z = nullptr;      // [pass, n]: a block's factors lie together from its first row on (int8: not used)
+  float* z = nullptr;      // [blocks, pass, block]: the factors of all rows, or of a token's own ones (int8: not used)
+  uint16_t* entries = nullptr;   // [blocks, pass, block]: the own rows' numbers in `rows`
+  int32_t* own_counts = nullptr; // [blocks, pass]: how many a token has; the first is -1 where z has all rows
   int32_t *q = nullptr, *offset = nullptr;
   float* step = nullptr;
 
@@ -73,6 +75,9 @@ struct RowSums {
   int64_t strip() const { return (format == RowFormat::kInt4 ? 512 : 256) / (d <= 1024 ? 2 : 1); }
 
  private:
+  OwnRows own_rows_of(int64_t b) const { return {entries + b * pass * block, z + b * pass * block, own_counts + b * pass, block}; }
+  // The block's own rows, where they are few enough; false: nothing is taken.
+  bool take_own(int64_t index, const float* factors, int64_t count, int64_t tokens);
   int64_t segment_stride() const { return blocks * quad_segments(block); }
   bool sum_float(int64_t first, int64_t width, int64_t tokens, const float* bias, float* y, int64_t y_stride) const;
   bool sum_integer(int64_t first, int64_t width, int64_t tokens, float* y, int64_t y_stride) const;

@@ -1,0 +1,275 @@
+// Products of rows with the tokens that keep them: see `dots_kept` in row_kernels.h. Compiled once per instruction set: see vectors.h.
+//
+// A group of tokens stays in the first-level cache while a block of rows passes, each row for TILE of its tokens at a time: every sum has its 16 lanes in
+// registers, and x is read straight into the multiplications. A load a multiplication is the price of leaving the others out.
+// The first group reads rows in their order, as memory likes it; for the others rows go by falling numbers of tokens, so that the processor foresees which
+// tile is next.
+#include "row_kernels.h"
+
+#include <string.h>
+
+#include "kept_order.h"
+#include "ort_abi.h"
+#include "vectors.h"
+
+namespace sparsegate {
+namespace SPARSEGATE_ISA {
+
+void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens,
+               const uint16_t* masks, float* out, int64_t stride, const void* then);
+void multiply_kept(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count, int64_t d, int64_t first,
+                   int64_t width, const OwnRows& own, int64_t tokens, float* y, int64_t y_stride, float* scratch);
+
+namespace {
+
+constexpr int FITS = (REGISTERS - 4) / PARTS;
+constexpr int TILE = FITS > 8 ? 8 : FITS;             // tokens
+constexpr int64_t NEAR_BYTES = 20 << 10;              // of x, for all tokens of a group
+constexpr int64_t BLOCK_BYTES = 256 << 10;            // of a block of rows
+
+constexpr int64_t AHEAD = 8;                          // rows that are fetched ahead, where no earlier pass has fetched them
+
+// Of a cut of `whole` + `left` < LANES columns
+struct Cut {
+  int64_t whole, left;
+  bool first, last;
+};
+
+// One cut of one row for T tokens: `sum` holds what the cuts before gave. `far`, if any, is fetched.
+template <class W, int T, bool FETCH>
+inline void add_cut(const W* row, const W* far, const float* const* x, const Cut& cut, reg (*sum)[PARTS], float* total, float* const* out) {
+  constexpr int STEP = LINE / static_cast<int>(sizeof(W)), STEPS = 64;  // columns: of a line, and of a turn, whose turns the processor can count
+  reg acc[T][PARTS];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) acc[t][p] = cut.first ? reg{} : sum[t][p];
+  const auto step = [&](int64_t j) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; ++p) {
+      const reg w = load_part(row + j + p * WIDTH);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) acc[t][p] = fma(w, load_part(x[t] + j + p * WIDTH), acc[t][p]);
+    }
+  };
+  int64_t j = 0;
+  for (; j + STEPS <= cut.whole; j += STEPS) {
+#pragma GCC unroll 4
+    for (int k = 0; k < STEPS; k += LANES) {
+      if (FETCH && k % STEP == 0) __builtin_prefetch(far + j + k, 0, 2);
+      step(j + k);
+    }
+  }
+  for (; j < cut.whole; j += LANES) step(j);
+  if (cut.left) {
+    const vec w = load_tail(row + j, cut.left);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const vec q = load_tail(x[t] + j, cut.left);
+#pragma GCC unroll 4
+      for (int p = 0; p < PARTS; ++p) acc[t][p] = fma(w.part[p], q.part[p], acc[t][p]);
+    }
+  }
+  if (!cut.last) {
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+      for (int p = 0; p < PARTS; ++p) sum[t][p] = acc[t][p];
+    return;
+  }
+#pragma GCC unroll 2
+  for (int t = 0; t < T; t += 4) {
+    vec four_sums[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+      for (int p = 0; p < PARTS; ++p) four_sums[i].part[p] = acc[t + i < T ? t + i : t][p];
+    const four y = sums(four_sums[0], four_sums[1], four_sums[2], four_sums[3]);
+    memcpy(total, &y, sizeof y);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      if (t + i < T) *out[t + i] = total[i];
+  }
+}
+
+template <class W, bool FETCH>
+inline void add_cut_of(int n, const W* row, const W* far, const float* const* x, const Cut& cut, reg (*sum)[PARTS], float* const* out) {
+  alignas(16) float total[4];
+  switch (n) {
+#define SPARSEGATE_TILE(n) \
+  case n:                  \
+    return add_cut<W, (n <= TILE ? n : 1), FETCH>(row, far, x, cut, sum, total, out);
+    SPARSEGATE_TILE(1)
+    SPARSEGATE_TILE(2)
+    SPARSEGATE_TILE(3)
+    SPARSEGATE_TILE(4)
+    SPARSEGATE_TILE(5)
+    SPARSEGATE_TILE(6)
+    SPARSEGATE_TILE(7)
+    SPARSEGATE_TILE(8)
+#undef SPARSEGATE_TILE
+    default:
+      break;
+  }
+}
+
+template <class W>
+void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, const uint16_t* masks,
+             float* out, int64_t stride, const W* then) {
+  const auto row_of = [&](const W* base, int64_t k) { return base + (rows ? rows[k] : k) * d; };
+  int64_t block = BLOCK_BYTES / (d * static_cast<int64_t>(sizeof(W)));
+  block = block < 4 ? 4 : block > kOrderRows ? kOrderRows : block;
+  const int64_t group = tokens < kMaskTokens ? tokens : kMaskTokens, fits = NEAR_BYTES / (group * static_cast<int64_t>(sizeof(float)));
+  const int64_t cuts = (d + fits - 1) / fits, depth = (d + cuts * 2 * LANES - 1) / (cuts * 2 * LANES) * (2 * LANES);
+  alignas(LINE) reg sum[kOrderRows][kMaskTokens][PARTS];
+  Order order;
+  for (int64_t first = 0; first < count; first += block) {
+    const int64_t size = count - first < block ? count - first : block;
+    const bool last = first + block >= count;
+    for (int64_t t0 = 0; t0 < tokens; t0 += kMaskTokens) {
+      const bool streams = t0 == 0;  // memory decides: the first group reads rows in their order and fetches those ahead
+      sort(masks + t0 / kMaskTokens * count + first, size, streams, order);
+      for (int64_t begin = 0; begin < d; begin += depth) {
+        const int64_t length = d - begin < depth ? d - begin : depth;
+        const Cut cut{length / LANES * LANES, length % LANES, begin == 0, begin + depth >= d};
+        for (int i = 0; i < order.count; ++i) {
+          const int64_t k = first + order.rows[i];
+          const W *row = row_of(weights, k) + begin, *far = nullptr;
+          const int64_t ahead = i + AHEAD, later = ahead - order.count;  // `later`: in what comes after the block
+          if (streams && later < 0)
+            far = row_of(weights, first + order.rows[ahead]) + begin;
+          else if (streams && !last)
+            far = row_of(weights, first + block + later < count ? first + block + later : k) + begin;
+          else if (streams)
+            far = then && later < count ? row_of(then, later) + begin : nullptr;
+          const int n = order.sizes[i], tiles = (n + TILE - 1) / TILE;
+          for (int tile = 0, done = 0; tile < tiles; ++tile) {
+            const int now = (n - done + tiles - tile - 1) / (tiles - tile);
+            const float* from[TILE];
+            float* to[TILE];
+            for (int t = 0; t < now; ++t) {
+              const int64_t token = t0 + order.tokens[i][done + t];
+              from[t] = x + token * x_stride + begin;
+              to[t] = out + token * stride + k;
+            }
+            if (far && !tile)
+              add_cut_of<W, true>(now, row, far, from, cut, sum[i] + done, to);
+            else
+              add_cut_of<W, false>(now, row, far, from, cut, sum[i] + done, to);
+            done += now;
+          }
+        }
+      }
+    }
+  }
+}
+
+constexpr int PANEL_REGS = static_cast<int>(kPanel) / WIDTH;
+constexpr int HELD = PANEL_REGS > REGISTERS / 2 ? REGISTERS / 2 : PANEL_REGS;  // of a panel's columns in registers at a time
+
+// The sum of the entries' rows of a panel, HELD * WIDTH columns of it, added to `to`; fetched(i) runs before entry i
+template <class Fetch>
+inline void add_own(const uint16_t* entry, const float* scale, int64_t count, const float* panel, float* to, int64_t width, const Fetch& fetched) {
+  reg sum[HELD];
+#pragma GCC unroll 16
+  for (int v = 0; v < HELD; ++v) sum[v] = reg{};
+  for (int64_t i = 0; i < count; ++i) {
+    fetched(i);
+    const float* row = panel + entry[i] * kPanel;
+    const reg s = splat(scale[i]);
+#pragma GCC unroll 16
+    for (int v = 0; v < HELD; ++v) sum[v] = fma(s, load_part(row + v * WIDTH), sum[v]);
+  }
+  if (width == HELD * WIDTH) {
+#pragma GCC unroll 16
+    for (int v = 0; v < HELD; ++v) {
+      const reg total = load_part(to + v * WIDTH) + sum[v];
+      memcpy(to + v * WIDTH, &total, sizeof total);
+    }
+  } else {
+    float totals[HELD * WIDTH];
+    memcpy(totals, sum, sizeof totals);
+    for (int64_t c = 0; c < width; ++c) to[c] += totals[c];
+  }
+}
+
+// A panel of columns of some rows
+template <class W>
+struct Piece {
+  const W* base;
+  const int32_t* rows;
+  int64_t count, columns;
+
+  void fetch(int64_t k, int64_t d) const {
+    const W* row = base + rows[k] * d;
+    for (int64_t i = 0; i < columns; i += LINE / static_cast<int64_t>(sizeof(W))) __builtin_prefetch(row + i, 0, 2);
+  }
+};
+
+template <class W>
+void multiply_panel(const Piece<W>& piece, const Piece<W>& then, int64_t d, const OwnRows& own, int64_t tokens, float* y, int64_t y_stride, float* panel) {
+  for (int64_t k = 0; k < piece.count; ++k) {
+    if (k + AHEAD < piece.count) piece.fetch(k + AHEAD, d);
+    const W* row = piece.base + piece.rows[k] * d;
+    for (int64_t i = 0; i < piece.columns; i += LANES)
+      store(panel + k * kPanel + i, piece.columns - i < LANES ? load_tail(row + i, piece.columns - i) : load(row + i));
+  }
+  const int64_t share = (then.count + tokens - 1) / tokens;  // rows to come that each token's sum fetches
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t v = 0; v < piece.columns; v += HELD * WIDTH) {
+      const int64_t begin = t * share, left = v || begin >= then.count ? 0 : then.count - begin < share ? then.count - begin : share;
+      const auto fetched = [&](int64_t i) __attribute__((always_inline)) {
+        if (i < left) then.fetch(begin + i, d);
+      };
+      const int64_t width = piece.columns - v;
+      add_own(own.entries + t * own.stride, own.scales + t * own.stride, own.counts[t], panel + v, y + t * y_stride + v,
+              width < HELD * WIDTH ? width : HELD * WIDTH, fetched);
+    }
+}
+
+template <class W>
+void multiply_of(const W* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count, int64_t d, int64_t width, const OwnRows& own,
+                 int64_t tokens, float* y, int64_t y_stride, float* panel) {
+  const auto panel_of = [&](int64_t c, const int32_t* listed, int64_t size) { return Piece<W>{weights + c, listed, size, width - c < kPanel ? width - c : kPanel}; };
+  for (int64_t c = 0; c < width; c += kPanel) {
+    const bool last = c + kPanel >= width;
+    multiply_panel(panel_of(c, rows, count), last ? panel_of(0, then, then ? then_count : 0) : panel_of(c + kPanel, rows, count), d, own, tokens, y + c, y_stride,
+                   panel);
+  }
+}
+
+}  // namespace
+
+void multiply_kept(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count, int64_t d, int64_t first,
+                   int64_t width, const OwnRows& own, int64_t tokens, float* y, int64_t y_stride, float* scratch) {
+  switch (type) {
+#define SPARSEGATE_TYPE(id, W) \
+  case id:                     \
+    return multiply_of(static_cast<const W*>(weights) + first, rows, count, then, then_count, d, width, own, tokens, y, y_stride, scratch);
+    SPARSEGATE_TYPE(ort::kFloat32, float)
+    SPARSEGATE_TYPE(ort::kFloat16, half)
+    SPARSEGATE_TYPE(ort::kBfloat16, bfloat)
+    SPARSEGATE_TYPE(ort::kInt8, int8_t)
+#undef SPARSEGATE_TYPE
+    default:
+      break;
+  }
+}
+
+void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens,
+               const uint16_t* masks, float* out, int64_t stride, const void* then) {
+  switch (type) {
+#define SPARSEGATE_TYPE(id, W) \
+  case id:                     \
+    return dots_of(static_cast<const W*>(weights), rows, count, d, x, x_stride, tokens, masks, out, stride, static_cast<const W*>(then));
+    SPARSEGATE_TYPE(ort::kFloat32, float)
+    SPARSEGATE_TYPE(ort::kFloat16, half)
+    SPARSEGATE_TYPE(ort::kBfloat16, bfloat)
+#undef SPARSEGATE_TYPE
+    default:
+      break;
+  }
+}
+
+}  // namespace SPARSEGATE_ISA
+}  // namespace sparsegate

@@ -1,0 +1,44 @@
+// In which order a block's rows are multiplied with the tokens of a group that keep them. Included by files that are compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "row_kernels.h"
+
+namespace sparsegate {
+namespace SPARSEGATE_ISA {
+namespace {
+
+constexpr int64_t kOrderRows = 64;  // of a block, at most
+
+// The rows of a block that some token of a group keeps, by falling numbers of their tokens.
+struct Order {
+  uint8_t rows[kOrderRows], sizes[kOrderRows], tokens[kOrderRows][kMaskTokens];
+  int count;
+};
+
+void sort(const uint16_t* masks, int64_t size, bool rising, Order& order) {
+  uint8_t number[kMaskTokens + 1] = {}, sizes[kOrderRows];
+  for (int64_t k = 0; k < size; ++k) ++number[sizes[k] = static_cast<uint8_t>(__builtin_popcount(masks[k]))];
+  if (rising) {  // all numbers are one
+    for (int n = 2; n <= kMaskTokens; ++n) number[1] = static_cast<uint8_t>(number[1] + number[n]), number[n] = 0;
+  }
+  uint8_t place[kMaskTokens + 1], next = 0;
+  for (int n = kMaskTokens; n > 0; --n) {
+    place[n] = next;
+    next = static_cast<uint8_t>(next + number[n]);
+  }
+  order.count = next;
+  for (int64_t k = 0; k < size; ++k) {
+    if (!sizes[k]) continue;
+    const int at = place[rising ? 1 : sizes[k]]++;
+    order.rows[at] = static_cast<uint8_t>(k);
+    order.sizes[at] = sizes[k];
+    int n = 0;
+    for (unsigned mask = masks[k]; mask; mask &= mask - 1) order.tokens[at][n++] = static_cast<uint8_t>(__builtin_ctz(mask));
+  }
+}
+
+}  // namespace
+}  // namespace SPARSEGATE_ISA
+}  // namespace sparsegate
