@@ -15,7 +15,7 @@ namespace sparsegate {
 namespace gated_mlp {
 namespace {
 
-constexpr int64_t kFewTokens = 4, kFewFloatTokens = 4, kFewInt4Avx2 = 1;  // above, reading rows together for all tokens costs less than partial sums
+constexpr int64_t kFewTokens = 4, kFewFloatTokens = 4, kFewInt4Avx2 = 2;  // above, reading rows together for all tokens costs less than partial sums
 constexpr int64_t kManyTokens = 128;         // at a time: their x and their part of y stay in the second-level cache
 constexpr int64_t kInlineBytes = 256 << 10;  // below this much work waking the other threads costs more than it gains
 

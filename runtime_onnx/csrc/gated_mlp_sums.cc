@@ -62,7 +62,7 @@ bool float_block(const Run& run, const Neurons& neurons, uint8_t* used, float* p
   return true;
 }
 
-// Factors of integer rows for the tokens of the pass
+// Factors of integer rows for some tokens
 struct Scaled {
   int32_t *q, *offset;
   float* step;
@@ -71,31 +71,50 @@ struct Scaled {
 bool integer_block(const Run& run, const Neurons& neurons, uint8_t* used, float* partial) {
   const int64_t d = run.shape.d, tokens = run.tokens, count = neurons.count;
   const int64_t groups = run.int4() ? run.columns / kGroup : 1, quads_most = quad_rows(run.block) / 4, segments_most = quad_segments(run.block);
+  const bool alone = tokens == 1 || run.integers->sum_tokens == 1;  // each token with its own rows, where tokens share no work
+  const int64_t together = alone ? 1 : tokens;
   QuadSpace space{};
   Scaled scaled{};
+  int32_t *rows = nullptr, *places = nullptr;
+  float* z = nullptr;
   const auto lay = [&](char* base) {
     Cut cut(base);
     space = {cut.take<int32_t>(quad_rows(run.block)), cut.take<int32_t>(segments_most), cut.take<int32_t>(segments_most)};
-    scaled.q = cut.take<int32_t>(tokens * quads_most * groups);
-    scaled.offset = cut.take<int32_t>(tokens * segments_most * groups);
-    scaled.step = cut.take<float>(tokens * segments_most * groups);
+    scaled.q = cut.take<int32_t>(together * quads_most * groups);
+    scaled.offset = cut.take<int32_t>(together * segments_most * groups);
+    scaled.step = cut.take<float>(together * segments_most * groups);
+    rows = cut.take<int32_t>(alone ? count : 0), places = cut.take<int32_t>(alone ? count : 0), z = cut.take<float>(alone ? count : 0);
     return cut.used();
   };
   char* base = sum_arena.reserve(lay(nullptr));
   if (!base) return false;
   lay(base);
-  const Quads quads = make_quads(neurons.rows, neurons.places, count, space);
   const int64_t q_stride = quads_most * groups, s_stride = segments_most * groups;
   const auto* scales = static_cast<const uint16_t*>(run.at(kSDown).data);
-  for (int64_t t = 0; t < tokens; ++t) {
-    run.integers->factors(run.int4(), quads, neurons.z + t * count, scales, d, 0, groups, scaled.q + t * q_stride, scaled.step + t * s_stride,
-                          scaled.offset + t * s_stride);
-    used[t] = count > 0;
-    if (used[t]) std::memset(partial + t * run.columns, 0, static_cast<size_t>(run.columns) * sizeof(float));
+  const auto add_rows = [&](const Quads& quads, const float* factors, int64_t stride, int64_t n, float* sums) {
+    std::memset(sums, 0, static_cast<size_t>(n * run.columns) * sizeof(float));
+    for (int64_t t = 0; t < n; ++t)
+      run.integers->factors(run.int4(), quads, factors + t * stride, scales, d, 0, groups, scaled.q + t * q_stride, scaled.step + t * s_stride,
+                            scaled.offset + t * s_stride);
+    run.integers->sum(run.int4(), run.at(kWDown).data, d, quads, 0, d, scaled.q, q_stride, scaled.step, scaled.offset, s_stride, n, sums, run.columns, nullptr);
+  };
+  if (!alone) {
+    std::memset(used, count > 0, static_cast<size_t>(tokens));
+    if (count) add_rows(make_quads(neurons.rows, neurons.places, count, space), neurons.z, count, tokens, partial);
+    return true;
   }
-  if (count)
-    run.integers->sum(run.int4(), run.at(kWDown).data, d, quads, 0, d, scaled.q, q_stride, scaled.step, scaled.offset, s_stride, tokens, partial, run.columns,
-                      nullptr);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* mine = neurons.z + t * count;
+    int64_t own = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      rows[own] = neurons.rows[k];
+      places[own] = neurons.places[k];
+      z[own] = mine[k];
+      own += mine[k] != 0.f;
+    }
+    used[t] = own > 0;
+    if (own) add_rows(make_quads(rows, places, own, space), z, own, 1, partial + t * run.columns);
+  }
   return true;
 }
 

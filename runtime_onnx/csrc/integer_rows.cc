@@ -126,7 +126,7 @@ template <int T, bool INT4>
 inline void dot_tile(const char* const* row, const char* const* next, const half* const* scales, int valid, int64_t width, const char* x, int64_t x_stride,
                      float* out, int64_t stride) {
 #ifdef SPARSEGATE_INTEGERS_AVX2
-  if (T > 1) return dot_rows_avx2<T, INT4>(row, next, scales, valid, width, x, x_stride, out, stride);
+  return dot_rows_avx2<T, INT4>(row, next, scales, valid, width, x, x_stride, out, stride);
 #endif
   constexpr int64_t CHUNK = INT4 ? kChunkInt4 : kChunkInt8, BYTES = INT4 ? 256 : 192;
   vec total[T][ROWS];
@@ -492,7 +492,7 @@ void unfold(bool int4, const float* folded, int64_t columns, float* out) {
 }  // namespace
 
 extern const IntegerRows integer_rows;
-const IntegerRows integer_rows = {round, dots, integer_dots_kept, factors, sum, unfold, MOST_KEPT};
+const IntegerRows integer_rows = {round, dots, integer_dots_kept, factors, sum, unfold, TOKENS, MOST_KEPT};
 
 }  // namespace SPARSEGATE_ISA
 }  // namespace sparsegate

@@ -62,6 +62,9 @@ struct IntegerRows {
   // out[c] += sums[place of column c] for c < columns
   void (*unfold)(bool int4, const float* sums, int64_t columns, float* out);
 
+  // Most tokens that `sum` takes at a time, which share the work on their rows
+  int sum_tokens;
+
   // As in Kernels
   float most_kept;
 };
