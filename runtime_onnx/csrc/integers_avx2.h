@@ -164,25 +164,18 @@ inline void factors_int4_avx2(const Quads& quads, const float* z, const half* sc
     const int filled = quads.filled[s + 1] - quads.filled[s];
     const float* factors = z + quads.filled[s];
     const int32_t* rows = quads.rows + begin * 4;
-    uint8_t kept[kRounded] = {};
-    int own = 0;
-    for (int k = 0; k < filled; ++k) {
-      kept[own] = static_cast<uint8_t>(k);
-      own += factors[k] != 0.f;
-    }
     for (int64_t g = 0; g < groups; g += 8) {  // groups are a multiple of 4
       const int64_t there = row_groups - group - g;
       const bool whole = groups - g >= 8;
       __m256 scaled[kRounded];
       __m256i most = _mm256_setzero_si256();
-      for (int64_t k = 0; k < (end - begin) * 4; ++k) scaled[k] = none;
-      for (int i = 0; i < own; ++i) {
-        const int k = kept[i];
+      for (int k = 0; k < filled; ++k) {
         const half* from = scales + rows[k] * row_groups + group + g;
         const __m256 scale = there >= 8 ? load_part(from) : there > 0 ? load_few_halves(from, there) : none, factor = _mm256_broadcast_ss(factors + k);
-        scaled[k] = factor * scale;
+        scaled[k] = _mm256_and_ps(factor * scale, _mm256_cmp_ps(factor, none, _CMP_NEQ_UQ));  // 0 * NaN is 0
         most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(scaled[k]), magnitude));
       }
+      for (int64_t k = filled; k < (end - begin) * 4; ++k) scaled[k] = none;
       const __m256 size = _mm256_castsi256_ps(most), finite = _mm256_castsi256_ps(_mm256_cmpgt_epi32(infinite, most));
       const __m256 usable = _mm256_and_ps(finite, _mm256_cmp_ps(size, _mm256_set1_ps(tiny), _CMP_GE_OQ));
       const __m256 inverse = _mm256_and_ps(most_int8 / size, usable), steps = _mm256_and_ps(size / most_int8, usable);
