@@ -116,8 +116,7 @@ void weight_products(const Run& run, Role role, Role bias, const int32_t* rows, 
 
 // Both products at once, where a neuron's rows of w_gate and w_up lie beside each other; `both` is [tokens, 2 * count]
 void gate_and_up(const Run& run, const int32_t* rows, const int32_t* places, int64_t count, float* both, float* gate, float* up) {
-  if (!count) return;
-  int32_t pairs[2 * kMost];
+  int32_t pairs[2 * kMost] = {};
   for (int64_t k = 0; k < count; ++k) {
     pairs[2 * k] = places[k];
     pairs[2 * k + 1] = places[k] + 1;
