@@ -1,4 +1,8 @@
-"""Time the gated MLP with AVX2 on both sides: `python tests/bench/avx2_prefill.py` (Linux on x86-64, needs objdump and readelf).
+"""Time prompts with AVX2 on both sides (Linux on x86-64, needs objdump and readelf): the gated MLP, and whole models beside it.
+
+    python tests/bench/avx2_prefill.py [GRAPHS NAME]
+
+GRAPHS holds the graphs of `real_model.py` (WORK/graphs), NAME says what they are of.
 
 sparsegate's library has a switch for its instruction set, ONNX Runtime has none. So the dense side is a copy of the installed ONNX Runtime in which every
 `xgetbv` says that the system saves the registers of AVX and not those of AVX-512: its kernels then choose themselves as on a machine without AVX-512.
@@ -25,6 +29,8 @@ SIZES = (576, 1536)  # of SmolLM2-135M
 DENSITY = 0.5
 TOKENS = (2, 4, 8, 16, 32, 64, 128, 512)
 FORMATS = ("fp32", "int8", "int4")
+PROMPTS = (32, 128, 256)  # tokens, of whole models
+GRAPHS = {"fp32": "base", "int8": "dense_int8", "int4": "dense_int4"}  # of the dense models
 PAIRS = 15
 PATIENCE = 40.0
 XGETBV, SAYS_AVX = b"\x0f\x01\xd0", b"\xb0\x07\x90"  # mov al, 7: x87, SSE and AVX; nop
@@ -71,7 +77,7 @@ def measure(threads: int, changed: int) -> None:
     settings = {"op": "gated_mlp", "d": d, "n": n, "score": "gate", "density": DENSITY, "pairs": PAIRS, "xgetbv_changed": changed}
     head = {**record("python tests/bench/avx2_prefill.py"), "kind": "op", "settings": settings, "isa": "avx2 (forced on both sides)"}
     stored = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
-    rows = stored.get("rows", [])
+    rows, models = stored.get("rows", []), {key: stored[key] for key in ("models",) if key in stored}
     if stored and (stored["machine"], stored["settings"]) != (head["machine"], json.loads(json.dumps(settings))):
         raise ValueError(f"{RESULT} must hold rows of the same machine and settings to be continued, got others. Move the file away.")
     stream = Stream(threads)
@@ -106,7 +112,42 @@ def measure(threads: int, changed: int) -> None:
                 rows.append(row)
                 rows.sort(key=lambda row: (FORMATS.index(row["format"]), row["threads"], row["tokens"]))
                 print(f"{name}, {count} tokens, {threads} threads: {against['ratio']:.2f}", flush=True)
-                RESULT.write_text(json.dumps({**head, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+                RESULT.write_text(json.dumps({**head, "rows": rows, **models}, indent=2) + "\n", encoding="utf-8")
+
+
+def measure_models(threads: int, graphs: Path, name: str) -> None:
+    """Sets the rows of whole models in the stored result, whose op rows must be there; onnxruntime must be the limited copy."""
+    import numpy as np
+    import onnxruntime
+
+    from sparsegate.runtime_onnx import library
+    from sparsegate.runtime_onnx.bench.samples import compare, pairs
+    from sparsegate.runtime_onnx.session import Decoder
+
+    if not ctypes.CDLL(str(library.library_path())).sparsegate_force_isa(b"avx2"):
+        raise ValueError("The machine must have AVX2, got one without. Run this elsewhere.")
+    stored = json.loads(RESULT.read_text(encoding="utf-8"))
+    rows = []
+    for form, dense in GRAPHS.items():
+        opened_models = []
+        for folder in (dense, f"sparse_{form}"):
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            opened_models.append(Decoder(graphs / folder, session_options=options))
+        vocabulary = opened_models[0](np.zeros(1, np.int64)).shape[-1]
+        for count in PROMPTS:
+            ids = np.random.default_rng(count).integers(0, vocabulary, count)
+
+            def prompt(decoder: Decoder, _: int, ids: Any = ids) -> None:
+                decoder.reset()
+                decoder(ids)
+
+            found = pairs(partial(prompt, opened_models[0]), partial(prompt, opened_models[1]), PAIRS, 4 * PATIENCE, lambda: None)
+            row = {"format": form, "tokens": count, "threads": threads, "ms": statistics.median(found.candidate) * 1e3}
+            rows.append({**row, "dense_ms": statistics.median(found.baseline) * 1e3, **compare(found.baseline, found.candidate), "dropped": found.dropped})
+            print(f"{name}, {form}, {count} tokens: {rows[-1]['ratio']:.2f}", flush=True)
+    stored["models"] = {"name": name, "rows": rows}
+    RESULT.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 
 def call(run: Callable[[Any], Any], inputs: list[Any], number: int) -> None:
@@ -127,14 +168,21 @@ def opened(path: Path, threads: int, kernels: Path | None = None) -> Callable[[A
     return lambda x: session.run(None, {"x": x})[0]
 
 
-def main() -> None:
-    """Makes the limited copy and measures with it, one process for each number of threads."""
+def main(models: list[str]) -> None:
+    """Makes the limited copy and measures with it, one process for each number of threads, and one for whole models."""
     with TemporaryDirectory() as copy:
         changed = limited_onnxruntime(Path(copy))
         paths = os.pathsep.join([copy, *filter(None, [os.environ.get("PYTHONPATH")])])
         for threads in (1, 2):
-            subprocess.run([sys.executable, __file__, str(threads), str(changed)], env={**os.environ, "PYTHONPATH": paths}, check=True)
+            subprocess.run([sys.executable, __file__, "op", str(threads), str(changed)], env={**os.environ, "PYTHONPATH": paths}, check=True)
+        if models:
+            subprocess.run([sys.executable, __file__, "models", *models], env={**os.environ, "PYTHONPATH": paths}, check=True)
 
 
 if __name__ == "__main__":
-    main() if len(sys.argv) == 1 else measure(int(sys.argv[1]), int(sys.argv[2]))
+    if sys.argv[1:2] == ["op"]:
+        measure(int(sys.argv[2]), int(sys.argv[3]))
+    elif sys.argv[1:2] == ["models"]:
+        measure_models(2, Path(sys.argv[2]), sys.argv[3])
+    else:
+        main(sys.argv[1:])

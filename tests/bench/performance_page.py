@@ -86,6 +86,17 @@ def narrow_losses(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def narrow_models(result: dict[str, Any]) -> list[str]:
+    """Prompts of a whole model with AVX2 alone, where they are stored."""
+    if "models" not in result:
+        return []
+    rows = result["models"]["rows"]
+    counts = sorted({row["tokens"] for row in rows})
+    cells = [[name, *(f"{row['ratio']:.2f}" for row in rows if row["format"] == name)] for name in dict.fromkeys(row["format"] for row in rows)]
+    text = f"A whole model, {result['models']['name']}, logits of every position, {rows[0]['threads']} threads, against the dense model of the same precision:"
+    return [text, table((["weights", *(f"prompt of {count}" for count in counts)], cells)).rstrip("\n")]
+
+
 def page() -> str:
     """The whole page."""
     op, prefill, narrow, whole = load(OP), load(PREFILL), load(NARROW), models()
@@ -122,6 +133,7 @@ def page() -> str:
             "Both sides are held to AVX2: sparsegate by its switch, ONNX Runtime by a copy whose `xgetbv` reports none of AVX-512 "
             f"(`tests/bench/avx2_prefill.py`). Cold weights; a dash: too few clean pairs. {conditions(narrow)}.",
             narrow_table(narrow),
+            *narrow_models(narrow),
         ]
     for result in whole:
         settings = result["settings"]
