@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ..runtime_onnx.errors import InputError
+from ..runtime_onnx.untrusted import read_json
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = "0.1.0"
 HEADER = "header.json"
 _CHUNK = 1 << 22  # bytes read at a time
-
-
-class InputError(ValueError):
-    """A user's mistake: one line that says what must be, what was found and what to do."""
 
 
 class Header(BaseModel):
@@ -92,19 +91,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if is_disk_full(error):
             raise disk_full(path) from error
         raise
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in `path`. Raises InputError naming `what` when the file is missing or is no JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{what} must be a file, got nothing at {path}. Check the folder.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{what} must be JSON, got {path} ({error}). Fetch or write the file again.") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{what} must be a JSON object, got {type(value).__name__} in {path}. Fetch or write the file again.")
-    return value
 
 
 @contextmanager

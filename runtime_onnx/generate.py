@@ -2,6 +2,8 @@
 
 genai opens a custom-op library only inside the model folder or the current directory, or by a bare name that the dynamic loader knows. A library that is loaded
 already answers to its SONAME, so from Python nothing is copied. A folder that `link` has treated names its own copy, which must be the installed library.
+
+genai never reads the folder's own genai_config.json: it opens a folder of links with a configuration that is written here from the checked fields.
 """
 
 from __future__ import annotations
@@ -9,12 +11,17 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from .errors import InputError
+from .genai_config import CONFIG, check_config, read_config
 from .library import LIBRARY, PROVIDERS, Executor, library_path, model_file
-from .session import choose, read_config, report
+from .session import choose, report
 from .text import Stream, Tokenizer, read_json
 
 if TYPE_CHECKING:
@@ -36,27 +43,29 @@ def load(path: str | Path, library: bool | None = None, options: dict[str, Any] 
         options: Session options to lay over those of genai_config.json, e.g. {"intra_op_num_threads": 2}.
 
     Raises:
-        ValueError: No such folder, a linked library that is not the installed one, or onnxruntime-genai is not installed.
+        ValueError: No such folder, a field of genai_config.json that is not known, a linked library that is not the installed one, or onnxruntime-genai is
+            not installed.
     """
     genai = _genai()
     config = read_config(path)
     file = model_file(path)
+    if (named := config["model"]["decoder"]["filename"]) != file.name:
+        raise InputError(f"{CONFIG} beside {file} must name that file, got {named}. Convert or download the folder again.")
     chosen = choose(file, [config_provider(config)], library)
-    linked = config["model"]["decoder"].get("session_options", {}).get("custom_ops_library")
-    if linked is not None:
-        _check_linked(file.parent, linked, chosen)
-    elif chosen.kernel and (foreign := _foreign(file.parent)):
+    if "custom_ops_library" in config["model"]["decoder"].get("session_options", {}):
+        _check_copy(file.parent)
+    if chosen.kernel and (foreign := _foreign()):
         if library:
             raise ValueError(f"{foreign} must not lie in the way: onnxruntime-genai would take it, got another library than the installed one. Remove it.")
         chosen = Executor(False, f"{foreign} is another library of the same name, which onnxruntime-genai would take. Remove it")
-    tokens = _tokens_overlay(file.parent, config)
+    config = check_config(config | {"model": config["model"] | _tokens_overlay(file.parent, config)}, file.with_name(CONFIG))
     try:
-        model = _open(genai, file.parent, tokens, options or {}, chosen.kernel and linked is None)
+        model = _open(genai, file.parent, config, options or {}, chosen.kernel)
     except Exception as error:
-        if linked is not None or not chosen.kernel or library:
+        if not chosen.kernel or library:
             raise
         chosen = Executor(False, f"onnxruntime-genai did not take the library: {error}")
-        model = _open(genai, file.parent, tokens, options or {}, False)
+        model = _open(genai, file.parent, config, options or {}, False)
     report(file, chosen, library)
     return model
 
@@ -149,29 +158,45 @@ def _tokens_overlay(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return {"pad_token_id": NO_TOKEN, **({} if ends is None else {"eos_token_id": ends})}
 
 
-def _open(genai: Any, folder: Path, tokens: dict[str, Any], options: dict[str, Any], library: bool) -> onnxruntime_genai.Model:
+def _open(genai: Any, folder: Path, config: dict[str, Any], options: dict[str, Any], library: bool) -> onnxruntime_genai.Model:
+    """A model of `folder` under `config` with the caller's session options over it; genai reads both in a folder of links that lives as long as the model."""
+    session = config["model"]["decoder"].get("session_options", {}) | options
+    session.pop("custom_ops_library", None)
     if library:
         ctypes.CDLL(str(library_path()))
-        options = {**options, "custom_ops_library": LIBRARY}
-    config = genai.Config(str(folder))
-    if tokens or options:
-        config.overlay(json.dumps({"model": {**tokens, **({"decoder": {"session_options": options}} if options else {})}}))
-    return genai.Model(config)
+        session["custom_ops_library"] = LIBRARY
+    given = config | {"model": config["model"] | {"decoder": config["model"]["decoder"] | {"session_options": session}}}
+    view = TemporaryDirectory(prefix="sparsegate-")
+    try:
+        for path in folder.resolve().iterdir():
+            if path.name not in (CONFIG, LIBRARY):
+                _link(path, Path(view.name) / path.name)
+        (Path(view.name) / CONFIG).write_text(json.dumps(given), encoding="utf-8")
+        model = genai.Model(genai.Config(view.name))
+    except BaseException:
+        view.cleanup()
+        raise
+    weakref.finalize(model, view.cleanup)
+    return model
 
 
-def _check_linked(folder: Path, name: str, chosen: Executor) -> None:
-    """A config that names a library makes genai load it, whatever the overlay says: only the installed one, for a model it supports, is let through."""
-    if not chosen.kernel:
-        raise ValueError(
-            f"{folder} must be unlinked to run in standard ONNX ops ({chosen.reason}), got a config that names {name}. Do: sparsegate unlink {folder}"
-        )
-    if name != LIBRARY or not (folder / LIBRARY).is_file() or not _installed(folder / LIBRARY):
-        raise ValueError(f"custom_ops_library in {folder} must be the installed library, got another one, {name}. Do: sparsegate link {folder}")
+def _link(target: Path, link: Path) -> None:
+    try:
+        link.symlink_to(target)
+    except OSError:  # a system on which not everyone may make symbolic links
+        os.link(target, link)
 
 
-def _foreign(folder: Path) -> Path | None:
-    """A library of our name, but not ours, in the places where genai looks before the loader's names."""
-    return next((path for path in (folder / LIBRARY, Path.cwd() / LIBRARY) if path.is_file() and not _installed(path)), None)
+def _check_copy(folder: Path) -> None:
+    """The copy that a linked folder names is what apps in other languages load: only the installed library is let through."""
+    if not (folder / LIBRARY).is_file() or not _installed(folder / LIBRARY):
+        raise InputError(f"custom_ops_library in {folder} must be the installed library, got another file of that name or none. Do: sparsegate link {folder}")
+
+
+def _foreign() -> Path | None:
+    """A library of our name, but not ours, in the current directory, where genai looks before the loader's names."""
+    path = Path.cwd() / LIBRARY
+    return path if path.is_file() and not _installed(path) else None
 
 
 def _installed(path: Path) -> bool:

@@ -6,13 +6,14 @@ A registered library never falls back to a function body, so `executor` asks it 
 from __future__ import annotations
 
 import ctypes
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .untrusted import parse_json
 
 if TYPE_CHECKING:
     import onnx
@@ -145,8 +146,8 @@ def _names(model: onnx.ModelProto) -> list[str]:
     functions = sum(function.domain == DOMAIN for function in model.functions)
     text = next((entry.value for entry in model.metadata_props if entry.key == VARIANTS), "[]")
     try:
-        names = json.loads(text)
-    except json.JSONDecodeError:
+        names = parse_json(text)
+    except ValueError:
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) != functions:
         raise ValueError(f"Metadata {VARIANTS} must name the {functions} op variants of the model, got {text[:200]!r}. Convert the model again.")

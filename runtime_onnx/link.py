@@ -1,27 +1,35 @@
 """Copies the native library into an ONNX folder and names it in genai_config.json, for onnxruntime-genai apps in C++, C#, Java and for servers.
 
-It has to be a real copy: genai refuses a library outside the model folder, and a link that leads there. `sparsegate_link.json` beside it keeps what `unlink`
-needs:
+It has to be a real copy: genai refuses a library outside the model folder, and a link that leads there. `sparsegate_link.json` beside it says what `link`
+put there:
 
     version, sha256      of the copied library
     config               the text of genai_config.json before
     linked_sha256        sha256 of the text of genai_config.json after
+
+The record lies in a folder that others may have written. So it only restores how the present configuration was spelled, and a library goes only where its
+bytes are those that the record names, or the installed ones.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
+from .errors import InputError
 from .generate import config_provider
+from .genai_config import CONFIG, read_config
 from .library import DENSE, LIBRARY, executor, library_path, model_file, version
-from .session import read_config
+from .untrusted import inside, load_json, parse_json
 
 RECORD = "sparsegate_link.json"
-CONFIG = "genai_config.json"
+_WHAT = "A linked folder"
+_log = logging.getLogger("sparsegate")
 
 
 def link(folder: str | Path) -> Path:
@@ -30,67 +38,109 @@ def link(folder: str | Path) -> Path:
     `folder` is an ONNX folder or a sparse checkpoint with onnx/ inside.
 
     Raises:
-        ValueError: No genai_config.json, a dense model, a library that does not support the model, or a config that names another library.
+        ValueError: No genai_config.json, or one with fields that are not known; a dense model; a library that does not support the model; a file of the
+            library's name that `link` did not put there; a link in place of a file.
     """
     folder = model_file(folder).parent
     config = read_config(folder)
     chosen = executor(folder, config_provider(config))
     if not chosen.kernel:
         remedy = "Link a converted folder" if chosen.reason == DENSE else "The folder runs without the library as it is"
-        raise ValueError(f"The native library must support the model in {folder} to be linked, got: {chosen.reason}. {remedy}.")
-    options = config["model"]["decoder"].setdefault("session_options", {})
-    if options.get("custom_ops_library", LIBRARY) != LIBRARY:
-        raise ValueError(f"{CONFIG} in {folder} must name no other custom_ops_library, got {options['custom_ops_library']!r}. Take that line out first.")
-    text = (folder / CONFIG).read_bytes()
-    if "custom_ops_library" in options:
-        text = _original(folder, text)
-        config = json.loads(text)
-        options = config["model"]["decoder"].setdefault("session_options", {})
-    options["custom_ops_library"] = LIBRARY
+        raise InputError(f"The native library must support the model in {folder} to be linked, got: {chosen.reason}. {remedy}.")
+    places = [inside(folder, name, _WHAT) for name in (RECORD, LIBRARY, CONFIG)]
+    if places[1].exists() and not _ours(folder):
+        raise InputError(f"{places[1]} must be a library that sparsegate link put there, got another file. Move it away, then link again.")
+    text = _original(folder, config)
+    config = parse_json(text)
+    config["model"]["decoder"].setdefault("session_options", {})["custom_ops_library"] = LIBRARY
     linked = json.dumps(config, indent=4).encode()
     library = library_path().read_bytes()
     record = {"version": version(), "sha256": _hash(library), "config": text.decode("utf-8"), "linked_sha256": _hash(linked)}
-    # Record first and config last: whatever was written before a crash, `unlink` finds the record, and no config names a library that is not there.
-    _write(folder / RECORD, json.dumps(record, indent=2).encode())
-    _write(folder / LIBRARY, library)
-    _write(folder / CONFIG, linked)
-    logging.getLogger("sparsegate").info("%s names %s, version %s", folder / CONFIG, LIBRARY, record["version"])
+    # Config last and, but where an older copy is renewed, record first: whatever was written before a crash, `unlink` finds the record, the library there is
+    # known as ours, and no config names one that is not there.
+    writes = list(zip(places, (json.dumps(record, indent=2).encode(), library, linked), strict=True))
+    for path, content in [writes[1], writes[0], writes[2]] if places[1].exists() else writes:
+        _write(path, content)
+    _log.info("%s names %s, version %s", folder / CONFIG, LIBRARY, record["version"])
     return folder / LIBRARY
 
 
 def unlink(folder: str | Path) -> bool:
     """Undoes `link`: genai_config.json is what it was, byte for byte, and the copy goes. A folder that is not linked stays as it is; returns whether it was.
 
-    A config that was edited after `link` keeps the edits and loses the library's line only. Raises ValueError when there is no genai_config.json.
+    A config that was edited after `link` keeps the edits and loses the library's line only. A library that `link` did not put there stays. Raises ValueError
+    as `link` for the folder's genai_config.json and for links in place of files.
     """
     folder = model_file(folder).parent
-    read_config(folder)
-    if not (folder / RECORD).is_file():
+    config = read_config(folder)
+    record, library, named = (inside(folder, name, _WHAT) for name in (RECORD, LIBRARY, CONFIG))
+    if not record.is_file():
         return False
-    text = (folder / CONFIG).read_bytes()
-    original = _original(folder, text)
+    text = named.read_bytes()
+    original = _original(folder, config)
     if original != text:
-        _write(folder / CONFIG, original)
-    (folder / LIBRARY).unlink(missing_ok=True)
-    (folder / RECORD).unlink()
-    logging.getLogger("sparsegate").info("%s names no library any more", folder / CONFIG)
+        _write(named, original)
+    if library.exists():
+        if _ours(folder):
+            library.unlink()
+        else:
+            _log.warning("%s stays: sparsegate link did not put it there. Take it away by hand if it is not wanted.", library)
+    record.unlink()
+    _log.info("%s names no library any more", named)
     return True
 
 
-def _original(folder: Path, text: bytes) -> bytes:
-    """The config before `link`, from the record when `text` is what `link` wrote, else `text` without the library's line."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if record["linked_sha256"] == _hash(text):
-            return record["config"].encode()
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no usable record: the line is all that link adds
-    config = json.loads(text)
-    options = config["model"]["decoder"].get("session_options", {})
-    if options.pop("custom_ops_library", None) is None:
+def _original(folder: Path, config: dict[str, Any]) -> bytes:
+    """The text of the config without the library: as it stands, or as the record spells it where that says the same, else written anew.
+
+    `config` is what the present text says.
+    """
+    text = (folder / CONFIG).read_bytes()
+    before = copy.deepcopy(config)
+    if before["model"]["decoder"].get("session_options", {}).pop("custom_ops_library", None) is None:
         return text
-    logging.getLogger("sparsegate").info("%s was edited after it was linked: only the library's line is taken out", folder / CONFIG)
-    return json.dumps(config, indent=4).encode()
+    record = _record(folder)
+    try:
+        stored = parse_json(record["config"]) if record["linked_sha256"] == _hash(text) else None
+    except ValueError:
+        stored = None
+    if stored is not None and _exact(_spared(stored)) == _exact(_spared(before)):
+        return record["config"].encode()
+    _log.info("%s was edited after it was linked: only the library's line is taken out", folder / CONFIG)
+    return json.dumps(before, indent=4).encode()
+
+
+def _spared(config: Any) -> Any:
+    """`config` with the empty session options that `link` may have added left out."""
+    found = copy.deepcopy(config)
+    try:
+        if found["model"]["decoder"].get("session_options") == {}:
+            del found["model"]["decoder"]["session_options"]
+    except (TypeError, KeyError, AttributeError):
+        return None
+    return found
+
+
+def _exact(value: Any) -> str:
+    """JSON that differs wherever two values do: in Python 1, 1.0 and true are equal."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _record(folder: Path) -> dict[str, str]:
+    """The record of `link`; empty texts where there is none that `link` could have written."""
+    names = ("version", "sha256", "config", "linked_sha256")
+    try:
+        found = load_json(folder / RECORD)
+    except (OSError, ValueError):
+        found = None
+    right = isinstance(found, dict) and set(found) == set(names) and all(isinstance(value, str) for value in found.values())
+    return found if right else dict.fromkeys(names, "")
+
+
+def _ours(folder: Path) -> bool:
+    """Whether the library in `folder` is what the record says that `link` put there, or the installed one."""
+    found = _hash((folder / LIBRARY).read_bytes())
+    return found in (_record(folder)["sha256"], _hash(library_path().read_bytes()))
 
 
 def _hash(content: bytes) -> str:
@@ -100,8 +150,9 @@ def _hash(content: bytes) -> str:
 def _write(path: Path, content: bytes) -> None:
     """Write beside `path` and rename into place: a process that has the old library open keeps it."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial.unlink(missing_ok=True)
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

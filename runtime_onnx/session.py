@@ -5,20 +5,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-
+from .errors import InputError
+from .genai_config import read_config
 from .library import DENSE, PROVIDERS, Executor, executor, library_path, model_file
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnxruntime
+    from numpy.typing import ArrayLike, NDArray
 
 Providers = Sequence[str | tuple[str, dict[str, Any]]]
 
@@ -48,14 +48,14 @@ def session(
         options.register_custom_ops_library(str(library_path()))
         _registered.add(options)
     elif not chosen.kernel and options in _registered:
-        raise ValueError(
+        raise InputError(
             f"session_options must be fresh for a model that runs without the library ({chosen.reason}), got options that hold it. Make new SessionOptions."
         )
     try:
         opened = ort.InferenceSession(str(file), options, providers=providers)
     except Exception as error:
         if file.is_symlink():
-            raise ValueError(
+            raise InputError(
                 f"{file} must be a real file beside its data, got a link into a cache ({error}). Download with snapshot_download(repo, local_dir=...)."
             ) from error
         raise
@@ -74,7 +74,7 @@ def choose(path: str | Path, providers: Sequence[str] = PROVIDERS[:1], library: 
     if library is False:
         return Executor(False, DENSE if chosen.reason == DENSE else "asked for without the library")
     if library and not chosen.kernel:
-        raise ValueError(f"The native library must support the model at {path}, got: {chosen.reason}. Pass library=None to run standard ONNX ops instead.")
+        raise InputError(f"The native library must support the model at {path}, got: {chosen.reason}. Pass library=None to run standard ONNX ops instead.")
     return chosen
 
 
@@ -106,6 +106,8 @@ class Decoder:
 
     def reset(self) -> None:
         """Forget all tokens."""
+        import numpy as np
+
         self.length = 0
         self._cache = {}
         for name, entry in self._inputs.items():
@@ -116,6 +118,8 @@ class Decoder:
 
     def __call__(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Appends token ids [T] and returns their logits [T, vocabulary]."""
+        import numpy as np
+
         tokens = np.asarray(ids, np.int64).reshape(1, -1)
         before, self.length = self.length, self.length + tokens.shape[1]
         feeds = {"input_ids": tokens, "attention_mask": np.ones((1, self.length), np.int64), "position_ids": np.arange(before, self.length)[None]}
@@ -133,23 +137,11 @@ class Decoder:
         return results["logits"].numpy()[0].astype(np.float32, copy=False)
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The genai_config.json beside a model. Raises ValueError when it is missing or is no JSON object."""
-    file = model_file(path).with_name("genai_config.json")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The model must have a genai_config.json beside it, got {file} ({error}). Convert or download the folder again.") from None
-    if not isinstance(value, dict) or "decoder" not in value.get("model", {}):
-        raise ValueError(f"{file} must describe a decoder (model.decoder), got another JSON value. Convert or download the folder again.")
-    return value
-
-
 def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             f'onnxruntime must be installed to run a model, got: {error}. Do: pip install "sparsegate[cpu]" (with a CUDA GPU: "sparsegate[gpu]")'
         ) from None
     return onnxruntime

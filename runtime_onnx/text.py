@@ -5,13 +5,14 @@ onnxruntime-genai reads tokenizer.json by an implementation of its own, which gi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from . import chat_template
+from .errors import InputError
 from .library import model_file
+from .untrusted import load_json
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CONTEXT = 8  # tokens before a text that decide how it begins
@@ -126,9 +127,9 @@ def _open(file: Path) -> Any:
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file; {} where there is none."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        value = load_json(file) if file.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{file} must be JSON, got another text ({error}). Convert or download the folder again.") from None
+        raise InputError(f"{file} must be JSON, got another text ({error}). Convert or download the folder again.") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} must be a JSON object, got another value. Convert or download the folder again.")
     return value

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..generate import config_provider, load
+from ..genai_config import read_config
 from ..library import PROVIDERS, model_file, variants
-from ..session import Decoder, choose, read_config
+from ..session import Decoder, choose
 from .record import record
 from .samples import MAX_WAIT, Round, compare, rounds, waited
 

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ..genai_config import read_config
 from ..library import PROVIDERS, library_path, model_file
 from ..ops import gated_mlp, sparse_linear
 from ..session import Decoder, choose
@@ -96,7 +97,7 @@ def mlp_inputs(path: str | Path, ids: Sequence[int], library: bool | None = None
     if choose(file, PROVIDERS[:1], library).kernel:
         options.register_custom_ops_library(str(library_path()))
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=PROVIDERS[:1])
-    head = json.loads((file.parent / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]["head_size"]
+    head = read_config(file)["model"]["decoder"]["head_size"]
     found = session.run(list(taps.values()), _feeds(session, ids, head))
     return {name: value.reshape(-1, value.shape[-1]) for name, value in zip(taps, found, strict=True)}
 

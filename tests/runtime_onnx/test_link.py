@@ -93,7 +93,10 @@ def test_stale_copy_is_renewed(folder: Path) -> None:
     before = content(folder)
     runtime.link(folder)
     linked = content(folder)
-    (folder / LIBRARY).write_bytes(linked[LIBRARY] + b"older")
+    older = linked[LIBRARY] + b"older"
+    (folder / LIBRARY).write_bytes(older)
+    record = json.loads(linked[RECORD]) | {"version": "0.0.1", "sha256": hashlib.sha256(older).hexdigest()}
+    (folder / RECORD).write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"must be the installed library.*sparsegate link"):
         runtime.load(folder)
     runtime.link(folder)
@@ -139,15 +142,64 @@ def test_full_disk(folder: Path, failing: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_linked_folder_without_the_library(folder: Path, tmp_path: Path) -> None:
-    """genai always loads what the config names, so the body needs unlink; a config that names something else is never loaded."""
+    """From Python the copy is never what runs: the body does where it is asked for. A config that names something else is refused everywhere."""
     runtime.link(folder)
-    with pytest.raises(ValueError, match="must be unlinked"):
-        runtime.load(folder, library=False)
+    linked = content(folder)
+    assert list(runtime.generate(folder, folders.PROMPT, 4, library=False)) == list(runtime.generate(folders.sparse("gate"), folders.PROMPT, 4, library=False))
+    assert content(folder) == linked
     (folder / CONFIG).write_text((folder / CONFIG).read_text().replace(LIBRARY, "libother.so"))
-    with pytest.raises(ValueError, match="must be the installed library"):
-        runtime.load(folder)
-    with pytest.raises(ValueError, match=r"must name no other custom_ops_library, got 'libother\.so'"):
+    for function in (runtime.load, runtime.link, runtime.unlink):
+        with pytest.raises(ValueError, match=r"must name no other custom_ops_library than libsparsegate_onnx\.so, got 'libother\.so'"):
+            function(folder)
+
+
+def test_a_foreign_library_stays(folder: Path) -> None:
+    """link does not write over a library that it did not put there, and unlink does not delete one, whatever a record says of another one."""
+    runtime.link(folder)
+    record = (folder / RECORD).read_bytes()
+    runtime.unlink(folder)
+    before = content(folder)
+    (folder / LIBRARY).write_bytes(b"somebody's own build")
+    with pytest.raises(ValueError, match=r"must be a library that sparsegate link put there, got another file\. Move it away"):
         runtime.link(folder)
+    assert content(folder) == before | {LIBRARY: b"somebody's own build"}
+    (folder / RECORD).write_bytes(record)
+    assert runtime.unlink(folder) is True
+    assert content(folder) == before | {LIBRARY: b"somebody's own build"}
+
+
+@pytest.mark.parametrize("wish", ["another value", "one for true", "a library elsewhere", "no JSON", "not even a record"])
+def test_a_forged_record_writes_nothing(folder: Path, wish: str) -> None:
+    """What a record says was the config before is written only where it says the same as the present one does."""
+    runtime.link(folder)
+    record, now = json.loads((folder / RECORD).read_text()), json.loads((folder / CONFIG).read_text())
+    del now["model"]["decoder"]["session_options"]["custom_ops_library"]
+    forged = json.loads(json.dumps(now))
+    if wish == "another value":
+        forged["search"]["temperature"] = 0.25
+    elif wish == "one for true":
+        forged["search"]["early_stopping"] = 1
+    elif wish == "a library elsewhere":
+        forged["model"]["decoder"]["pipeline"] = [{"a": {"session_options": {"custom_ops_library": "evil.so"}}}]
+    record["config"] = "{" if wish == "no JSON" else json.dumps(forged)
+    (folder / RECORD).write_text(json.dumps([record] if wish == "not even a record" else record))
+    assert runtime.unlink(folder) is True
+    assert json.loads((folder / CONFIG).read_text()) == now and json.loads((folder / CONFIG).read_text())["search"]["early_stopping"] is True
+    assert not (folder / RECORD).exists() and not (folder / LIBRARY).exists()
+
+
+@pytest.mark.parametrize("name", [CONFIG, LIBRARY, RECORD])
+def test_links_in_place_of_files_are_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    """Neither link nor unlink writes or deletes through a symbolic link, or follows one."""
+    if name != CONFIG:
+        runtime.link(folder)
+    (folder / name).rename(tmp_path / name)
+    outside = (tmp_path / name).read_bytes()
+    (folder / name).symlink_to(tmp_path / name)
+    for function in (runtime.link, runtime.unlink):
+        with pytest.raises(ValueError, match="must name regular files inside its own folder"):
+            function(folder)
+    assert (tmp_path / name).read_bytes() == outside and (folder / name).is_symlink()
 
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:
