@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..runtime_onnx.errors import InputError
-from ..runtime_onnx.untrusted import read_json
+from ..runtime_onnx.untrusted import read_json as read_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -147,7 +147,7 @@ def empty_model(source: Source) -> Any:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # modelling classes raise what they like on impossible sizes
         raise InputError(f"config.json must describe a model that transformers builds, got: {first_line(error)}. Mend the file.") from None
     for name, parameter in model.named_parameters():

@@ -1,6 +1,7 @@
 """The Hugging Face Hub side: what a repository holds, downloads into real folders, and pushes that can be repeated.
 
-Every failure a person can mend is an InputError of one line. Weights are read as safetensors only; neither pickle files nor code are ever fetched.
+Every failure a person can mend is an InputError of one line. Weights are read as safetensors only; neither pickle files nor code nor libraries are ever fetched
+or pushed, and every name that a repository or a record tells passes `inside` before anything is written or removed by it.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, errors, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.utils import validate_repo_id
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from ..runtime_onnx.genai_config import check_config
+from ..runtime_onnx.untrusted import check_data, check_name, inside, is_data, load_json
 from .artifact import InputError, disk_full, is_disk_full, read_json, write_json
-from .manifest import LINK_FILES, MANIFEST, check_files, read_manifest
+from .manifest import LINK_FILES, MANIFEST, check_files, check_links, read_manifest
 from .progress import job, stage
 
 _TIMEOUT = 10.0  # seconds until a silent Hub counts as unreachable; later requests have the Hub client's own limits
@@ -157,6 +160,7 @@ def fetch_checkpoint(repo_id: str, folder: Path | None = None, revision: str | N
         if MANIFEST not in sizes:
             raise InputError(f"{repo_id} must hold a finished sparse checkpoint, got no {MANIFEST}. Convert it with `sparsegate convert {repo_id}`.")
         files = _remote_json(api, repo_id, MANIFEST, commit).get("files")
+        check_data(files if isinstance(files, dict) else (), f"{MANIFEST} of {repo_id}")
         return [*sorted(sizes.keys() & set(files if isinstance(files, dict) else ())), MANIFEST]
 
     return _fetch(api, repo_id, Path(folder) if folder else home_folder("sparse", repo_id), revision, listed)
@@ -168,9 +172,20 @@ def home_folder(kind: str, repo_id: str) -> Path:
 
 
 def local_folder(model: str | Path) -> Path:
-    """The folder that a folder's name or the Hub id of a sparse checkpoint means; a repository is fetched first, onnx/ included."""
+    """The folder that a folder's name or the Hub id of a sparse checkpoint means; a repository is fetched first, onnx/ included.
+
+    Raises InputError, before anything else is done, where its genai_config.json has what onnxruntime-genai must not be given.
+    """
     name = str(model)
-    return fetch_checkpoint(name).folder if is_hub_id(name) else Path(name)
+    folder = fetch_checkpoint(name).folder if is_hub_id(name) else Path(name)
+    _check_genai(folder)
+    return folder
+
+
+def _check_genai(folder: Path) -> None:
+    config = folder / "onnx" / "genai_config.json"
+    if config.is_file():
+        check_config(read_json(config, config.name), config)
 
 
 @job()
@@ -188,15 +203,16 @@ def _fetch(api: HfApi, repo_id: str, folder: Path, revision: str | None, choose:
             raise
         logger.warning("The Hub cannot be reached; using the copy of %s at %s in %s.", repo_id, record.revision[:12], folder)
         return Download(folder, repo_id, record.revision)
-    check_disk(folder, sum(sizes[name] for name in names if not _has_size(folder / name, sizes[name])))
+    places = {name: inside(folder, name, repo_id) for name in names}
+    check_disk(folder, sum(sizes[name] for name, path in places.items() if not _has_size(path, sizes[name])))
     earlier = _read_record(folder)
-    stale = set(earlier.files) - set(names) if earlier else set()
+    stale = [inside(folder, name, str(folder / _RECORD)) for name in sorted(earlier.files.keys() - set(names))] if earlier else []
     try:
         with _explained(repo_id, api.endpoint):
             patterns = [glob.escape(name) for name in names]
             snapshot_download(repo_id, revision=commit, local_dir=folder, token=api.token, endpoint=api.endpoint, allow_patterns=patterns)
-        for name in stale:
-            (folder / name).unlink(missing_ok=True)
+        for path in stale:
+            path.unlink(missing_ok=True)
         record = _Record(id=repo_id, requested=revision, revision=commit, files={name: sizes[name] for name in names})
         write_json(folder / _RECORD, record.model_dump(mode="json"))
     except (OSError, RuntimeError) as error:
@@ -244,10 +260,10 @@ def check_push(repo_id: str, token: str | None = None, endpoint: str | None = No
 def push(folder: Path, repo_id: str, private: bool = True, token: str | None = None, endpoint: str | None = None) -> str:
     """Upload a finished checkpoint folder and return the repository's URL.
 
-    Uploaded is what manifest.json lists, each file checked against its sha256 first, and the manifest itself in a last commit of its own, so that a
-    half-uploaded repository is seen as such. Files of an older manifest that the new one lacks are removed. Running it again continues, and changes nothing
-    when all is there. A repository that exists keeps its visibility. README.md has to exist but may be edited by hand. Raises InputError, with the line that
-    retries when the upload failed.
+    Uploaded is what manifest.json lists, each a regular file checked against its sha256 first, and the manifest itself in a last commit of its own, once the
+    repository holds the others, so that a half-uploaded one is seen as such. Files of an older manifest that the new one lacks are removed. Running it again
+    continues, and changes nothing when all is there. A repository that exists keeps its visibility. README.md has to exist but may be edited by hand. Raises
+    InputError, with the line that retries when the upload failed.
     """
     folder = Path(folder)
     names = _check_folder(folder)
@@ -267,6 +283,7 @@ def push(folder: Path, repo_id: str, private: bool = True, token: str | None = N
                 delete_patterns=[glob.escape(name) for name in sorted(stale)] or None,
                 commit_message="Upload sparse checkpoint",
             )
+            _check_uploaded(api, target.id, folder, names)
             api.upload_file(path_or_fileobj=folder / MANIFEST, path_in_repo=MANIFEST, repo_id=target.id, commit_message="Upload manifest")
     except InputError as error:
         raise InputError(f"{error} Nothing local was changed; to go on with the upload run `{retry}`.") from error
@@ -293,7 +310,7 @@ def _select(repo_id: str, names: list[str]) -> list[str]:
                 f"Convert them with {constants.ENDPOINT}/spaces/safetensors/convert, then use the converted repository."
             )
         raise InputError(f"{repo_id} must hold *.safetensors weights, got none. Choose another repository.")
-    texts = [name for name in root if (name.endswith(_SUFFIXES) or _TEXTS.match(name)) and not name.endswith((".py", *_PICKLES))]
+    texts = [name for name in root if (name.endswith(_SUFFIXES) or _TEXTS.match(name)) and is_data(name)]
     if _SINGLE in weights:  # transformers' order; copies of the weights in other layouts stay away
         return [_SINGLE, *(name for name in texts if name != _INDEX)]
     if _INDEX in texts:
@@ -335,18 +352,31 @@ def _check_rights(account: dict[str, Any], repo_id: str) -> None:
             raise InputError(f"The fine-grained Hub token must have write access to the repositories of {owner}, got one without it. Change it at {_TOKENS}.")
 
 
+def _check_uploaded(api: HfApi, repo_id: str, folder: Path, names: list[str]) -> None:
+    """Raise InputError unless the repository holds every file at its size: the client leaves out what it cannot reach, in silence."""
+    _, sizes = _listing(api, repo_id, None)
+    absent = next((name for name in names if sizes.get(name) != (folder / name).stat().st_size), None)
+    if absent is not None:
+        raise InputError(f"{repo_id} must hold every file of the manifest after the upload, got {absent} missing or of another size.")
+
+
 def _check_folder(folder: Path) -> list[str]:
-    """The files of a checkpoint folder as its manifest lists them. Raises InputError when one is missing, altered or outside, or when the folder is linked."""
+    """The files of a checkpoint folder as its manifest lists them.
+
+    Raises InputError when one is missing, altered, outside, a link, or of a kind that no checkpoint has, and when the folder is linked to the native library.
+    """
+    check_links(folder)
     manifest, quoted = read_manifest(folder), shlex.quote(str(folder))
-    outside = [name for name in manifest.files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or (folder / name).is_symlink()]
-    if outside or not manifest.files:
-        raise InputError(f"manifest.json must list files inside the folder, got {(outside or ['none'])[0]}. Convert the model again.")
+    if not manifest.files:
+        raise InputError("manifest.json must list files inside the folder, got none. Convert the model again.")
     genai = folder / "onnx" / "genai_config.json"
     linked = [path.name for path in folder.rglob("*") if path.name in LINK_FILES]
     if genai.is_file() and b"custom_ops_library" in genai.read_bytes():
         linked.append(genai.name)
     if linked:
         raise InputError(f"{folder} must not be linked to this machine's library when pushed, got {linked[0]}. Run `sparsegate unlink {quoted}` first.")
+    check_data(manifest.files, MANIFEST)
+    _check_genai(folder)
     wrong = [line for line in check_files(folder, manifest) if line != "README.md has other bytes than the manifest says"]
     if wrong:
         raise InputError(f"{folder} must be as its manifest.json says, got: {wrong[0]}. Restore the file or convert the model again.")
@@ -356,10 +386,14 @@ def _check_folder(folder: Path) -> list[str]:
 
 
 def _read_record(folder: Path) -> _Record | None:
+    """The record of a download; None where there is none that this module could have written."""
     try:
-        return _Record.model_validate_json((folder / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValidationError):
+        record = _Record.model_validate(load_json(folder / _RECORD))
+        for name in record.files:
+            check_name(name, str(_RECORD))
+    except (OSError, ValueError):
         return None
+    return record
 
 
 def _finished(folder: Path, repo_id: str) -> _Record | None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ..runtime_onnx.untrusted import check_name, inside
 from .artifact import VERSION, InputError, hash_file, read_json, write_json
 
 MANIFEST = "manifest.json"
@@ -68,14 +69,24 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint. Raises InputError when it is missing or of another version."""
+    """The manifest of a checkpoint. Raises InputError when it is missing, of another version, or lists files outside the folder."""
     raw = read_json(folder / MANIFEST, "manifest.json of the checkpoint")
     try:
-        return Manifest.model_validate(raw)
+        found = Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"manifest.json must follow version 1, got {where}: {first['msg']}. Update sparsegate or convert again.") from None
+    for name in found.files:
+        check_name(name, MANIFEST)
+    return found
+
+
+def check_links(folder: Path) -> None:
+    """Raise InputError for a link in a checkpoint folder: what is written there or pushed from there must not lie, or end, in another place."""
+    found = next((path for path in sorted(folder.rglob("*")) if path.is_symlink()), None)
+    if found is not None:
+        raise InputError(f"{folder} must hold regular files and folders alone, got {found.relative_to(folder)}, a link. Put what it leads to in its place.")
 
 
 def check_files(folder: Path, manifest: Manifest) -> list[str]:
@@ -83,7 +94,11 @@ def check_files(folder: Path, manifest: Manifest) -> list[str]:
     linked = any((folder / "onnx" / name).is_file() for name in LINK_FILES)
     wrong = []
     for name, file in manifest.files.items():
-        path = folder / name
+        try:
+            path = inside(folder, name, MANIFEST)
+        except InputError:
+            wrong.append(f"{name} is a link to another place")
+            continue
         if linked and path.name == "genai_config.json":
             continue
         if name == "README.md" and path.is_file():

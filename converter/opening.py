@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from .data import BUNDLED
 from .hub import download, is_hub_id
 from .planning import BUNDLED_MODEL, BUNDLED_NAME
 from .published import is_published, normalise
-from .source import Source, open_source
+from .source import Source, asks_for_code, open_source
+
+_log = logging.getLogger("sparsegate")
 
 
 def resolve(model: str, folder: Path) -> Source:
@@ -29,6 +32,8 @@ def resolve(model: str, folder: Path) -> Source:
 
 def _normal(given: Path, folder: Path) -> Path:
     config = given / "config.json"
+    for name in asks_for_code(given):
+        _log.warning("%s of %s names code of the model's own (auto_map): it is not run, and left out of what is written.", name, given.name)
     if not config.is_file() or not is_published(read_json(config, "config.json")):
         return given
     return normalise(given, folder.with_name(f"{folder.name}-normal"))

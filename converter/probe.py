@@ -156,7 +156,7 @@ def _one_block(arch: Arch, config: Any, device: str) -> _Block:
     values[arch.ffn.activation.config] = _stock_activation(arch, config)
     one = AutoConfig.for_model(arch.model_type, **values)
     with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(one, dtype=torch.float32)
+        shapes = AutoModelForCausalLM.from_config(one, dtype=torch.float32, trust_remote_code=False)
     tensors = {name: TensorInfo("F32", tuple(parameter.shape), Path()) for name, parameter in shapes.named_parameters()}
     source = DrawnSource(Path(), one, arch, tensors)
     model = empty_model(source)

@@ -7,6 +7,7 @@ they are; only config.json is written anew. Predictors that lie beside the feed-
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from ..runtime_onnx.ops.activation import spell_activation, split_activation
+from ..runtime_onnx.untrusted import regular
 from .arch import ACTIVATIONS, PREFIX, SWAPPED, Arch, load_arch
 from .artifact import InputError, atomic_folder, read_json, write_json
-from .source import INDEX, SINGLE, TOKENIZER_FILES, check_config, make_config, open_source
+from .source import INDEX, SINGLE, TOKENIZER_FILES, check_config, drop_code, make_config, open_source
 
 SOURCE = (
     "bamboo: PowerInfer/Bamboo-base-v0_1, Bamboo-DPO-v0_1 and TurboSparse-Mistral-Instruct, config.json (hidden_act relu) and modeling_bamboo.py: Mistral, "
@@ -161,14 +163,13 @@ def _link_files(folder: Path, partial: Path) -> None:
         raise InputError(f"Weights must be {SINGLE} or shards with {INDEX}, got neither in {folder}. Fetch the weights.")
     for name in [*weights, INDEX, "generation_config.json", *TOKENIZER_FILES]:
         if (folder / name).is_file():
-            _link((folder / name).resolve(), partial / name)
-    settings = partial / "tokenizer_config.json"
-    if settings.is_file() and "auto_map" in (values := read_json(settings, settings.name)):
-        write_json(settings, {key: value for key, value in values.items() if key != "auto_map"})
+            weight = name in weights
+            _link((folder / name if weight else regular(folder / name)).resolve(), partial / name, weight)
+    drop_code(partial)
 
 
-def _link(target: Path, link: Path) -> None:
+def _link(target: Path, link: Path, large: bool) -> None:
     try:
         os.link(target, link)
     except OSError:  # another file system, or one without hard links
-        link.symlink_to(target)
+        link.symlink_to(target) if large else shutil.copyfile(target, link)

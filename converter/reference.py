@@ -299,7 +299,7 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
     register()
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False).eval()
     except Exception as error:  # transformers raises many kinds for damaged folders
         raise InputError(f"The model must load from {folder}, got: {first_line(error)}. Fetch the folder again.") from error
 

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..runtime_onnx.untrusted import inside
 from .arch import PREFIX, Arch, Site, load_arch
 from .artifact import InputError, hash_file, hash_json, read_json, write_json
 from .checkpoint import KEY, read_key, read_sparsity, stock_config
@@ -27,6 +28,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 GENERATION_CONFIG = "generation_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_CODE = "auto_map"
+_CONFIGS = ("config.json", "tokenizer_config.json", GENERATION_CONFIG, "processor_config.json", "preprocessor_config.json")
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 _FLOATS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
@@ -83,8 +87,11 @@ class Source:
         """The folder's tokenizer. Raises InputError when there is none."""
         from transformers import AutoTokenizer
 
+        for path in (self.folder / name for name in TOKENIZER_FILES):
+            if path.suffix == ".json" and path.is_file():
+                read_json(path, path.name)
         try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # every tokenizer class raises its own kind
             raise InputError(f"The tokenizer must load from {self.folder}, got: {first_line(error)}. Add tokenizer.json and tokenizer_config.json.") from None
 
@@ -129,6 +136,8 @@ def open_source(model: str | Path, id: str | None = None, revision: str | None =
     swaps: dict[Site, Swap] = {}
     if str(raw.get("model_type")).startswith(PREFIX):
         swaps = {site: entries[0] for site, entries in read_sparsity(folder)[0].items() if isinstance(entries[0], Swap)}
+    if (folder / GENERATION_CONFIG).is_file():
+        read_json(folder / GENERATION_CONFIG, GENERATION_CONFIG)
     arch = load_arch(str(raw.get("model_type")))
     config = make_config(raw)
     tensors = _read_headers(folder)
@@ -137,7 +146,7 @@ def open_source(model: str | Path, id: str | None = None, revision: str | None =
 
 
 def check_config(raw: dict[str, Any]) -> None:
-    """Refuse configurations that this package cannot start from: quantised weights and checkpoints with a plan.
+    """Refuse configurations that this package cannot start from: quantised weights, checkpoints with a plan, and kernels that transformers would fetch.
 
     What keeps exact zeros alone, of a swapped activation or of a ReLU model's own, is no plan: nothing is lost, and another plan may stand on it.
     """
@@ -150,17 +159,31 @@ def check_config(raw: dict[str, Any]) -> None:
             raise InputError(
                 f"MODEL must be a model without a plan, got a checkpoint that has a plan already ({planned[0]}). Convert the model that it was made from."
             )
+    for name in _KERNELS:
+        if "/" in str(raw.get(name)):
+            raise InputError(f"{name} in config.json must be one of transformers' own, got {raw[name]!r:.100}, code of a repository. Take that line out.")
     if raw.get("quantization_config"):
         quantisation = raw["quantization_config"]
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
         raise InputError(f"MODEL must have float weights, got weights quantised by {method!r}. Convert the unquantised model.")
 
 
+def asks_for_code(folder: Path) -> list[str]:
+    """The configuration files of a model folder that name code of the model's own for transformers to run."""
+    return [name for name in _CONFIGS if (folder / name).is_file() and _CODE in read_json(folder / name, name)]
+
+
+def drop_code(folder: Path) -> None:
+    """Take what names code of the model's own out of a folder's configuration files, so that nobody who trusts the folder runs it."""
+    for name in asks_for_code(folder):
+        write_json(folder / name, {key: value for key, value in read_json(folder / name, name).items() if key != _CODE})
+
+
 def make_config(raw: dict[str, Any]) -> Any:
     """The transformers configuration of a config.json's content. Raises InputError for values that transformers refuses."""
     from transformers import AutoConfig
 
-    dropped = {"model_type", "auto_map"} | (set() if str(raw["model_type"]).startswith(PREFIX) else {KEY})
+    dropped = {"model_type", _CODE} | (set() if str(raw["model_type"]).startswith(PREFIX) else {KEY})
     values = {key: value for key, value in raw.items() if key not in dropped}
     try:
         return AutoConfig.for_model(raw["model_type"], **values)
@@ -216,7 +239,7 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
         named = read_json(folder / INDEX, INDEX).get("weight_map", {})
         if not isinstance(named, dict) or not all(isinstance(file, str) and file == Path(file).name for file in named.values()):
             raise InputError(f"{INDEX} must map tensors to files beside it, got another weight_map in {folder}. Fetch it again.")
-        files = [folder / file for file in sorted(set(named.values()))]
+        files = [inside(folder, file, INDEX, link=True) for file in sorted(set(named.values()))]
     if not files:
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickles:

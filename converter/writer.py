@@ -14,10 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..runtime_onnx.untrusted import regular
 from .artifact import InputError, read_json, write_json
 from .checkpoint import write_sparsity
 from .plans import Plan, Swap, on_swaps
-from .source import INDEX, SINGLE, TOKENIZER_FILES, Source
+from .source import INDEX, SINGLE, TOKENIZER_FILES, Source, drop_code
 
 _STOCK = (
     "config.json", "generation_config.json", *TOKENIZER_FILES,
@@ -37,7 +38,8 @@ def write_checkpoint(source: Source, plan: Plan, out: Path, weights: Mapping[str
     _check_weights(source, weights or {})
     for name in _STOCK:
         if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, out / name)
+            shutil.copyfile(regular(source.folder / name), out / name)
+    drop_code(out)
     files = sorted({info.file for info in source.tensors.values()})
     for path in files:
         replaced = {name: tensor for name, tensor in (weights or {}).items() if name in source.tensors and source.tensors[name].file == path}
@@ -49,7 +51,7 @@ def write_checkpoint(source: Source, plan: Plan, out: Path, weights: Mapping[str
             held = {name: replaced[name].detach().cpu() if name in replaced else file.get_tensor(name) for name in names}
         save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in held.items()}, out / path.name, metadata)
     if [path.name for path in files] != [SINGLE]:
-        shutil.copyfile(source.folder / INDEX, out / INDEX)
+        shutil.copyfile(regular(source.folder / INDEX), out / INDEX)
     _name_dtype(out, weights or {})
     write_sparsity(out, plan, source.arch.activation(source.config))
 

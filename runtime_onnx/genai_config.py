@@ -6,10 +6,13 @@ that its reader and ours cannot see two contents.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from .errors import InputError
@@ -117,6 +120,27 @@ def check_config(value: Any, file: Path) -> dict[str, Any]:
     for name in (*(f"model.{key}" for key in _NEEDED if key not in model), *(f"model.decoder.{key}" for key in _NEEDED_DECODER if key not in model["decoder"])):
         raise InputError(f"{file} must have {name}, got none. Convert or download the folder again.")
     return _copied(value, FIELDS, "", file)
+
+
+def make_view(folder: Path, config: dict[str, Any]) -> TemporaryDirectory[str]:
+    """A folder of links to the files of the ONNX folder `folder`, with `config` as its genai_config.json and no native library: what genai is given."""
+    view = TemporaryDirectory(prefix="sparsegate-")
+    try:
+        for path in folder.resolve().iterdir():
+            if path.name not in (CONFIG, LIBRARY):
+                _link(path, Path(view.name) / path.name)
+        (Path(view.name) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    except BaseException:
+        view.cleanup()
+        raise
+    return view
+
+
+def _link(target: Path, link: Path) -> None:
+    try:
+        link.symlink_to(target)
+    except OSError:  # a system on which not everyone may make symbolic links
+        os.link(target, link)
 
 
 def _copied(value: Any, known: Any, where: str, file: Path) -> Any:

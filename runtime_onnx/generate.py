@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
-import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
-from .genai_config import CONFIG, check_config, read_config
+from .genai_config import CONFIG, check_config, make_view, read_config
 from .library import LIBRARY, PROVIDERS, Executor, library_path, model_file
 from .session import choose, report
 from .text import Stream, Tokenizer, read_json
@@ -166,25 +163,14 @@ def _open(genai: Any, folder: Path, config: dict[str, Any], options: dict[str, A
         ctypes.CDLL(str(library_path()))
         session["custom_ops_library"] = LIBRARY
     given = config | {"model": config["model"] | {"decoder": config["model"]["decoder"] | {"session_options": session}}}
-    view = TemporaryDirectory(prefix="sparsegate-")
+    view = make_view(folder, given)
     try:
-        for path in folder.resolve().iterdir():
-            if path.name not in (CONFIG, LIBRARY):
-                _link(path, Path(view.name) / path.name)
-        (Path(view.name) / CONFIG).write_text(json.dumps(given), encoding="utf-8")
         model = genai.Model(genai.Config(view.name))
     except BaseException:
         view.cleanup()
         raise
     weakref.finalize(model, view.cleanup)
     return model
-
-
-def _link(target: Path, link: Path) -> None:
-    try:
-        link.symlink_to(target)
-    except OSError:  # a system on which not everyone may make symbolic links
-        os.link(target, link)
 
 
 def _check_copy(folder: Path) -> None:

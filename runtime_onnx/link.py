@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .generate import config_provider
 from .genai_config import CONFIG, read_config
+from .generate import config_provider
 from .library import DENSE, LIBRARY, executor, library_path, model_file, version
 from .untrusted import inside, load_json, parse_json
 

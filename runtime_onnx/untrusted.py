@@ -19,7 +19,7 @@ LARGEST_JSON = 1 << 28
 """Most bytes of a JSON file; the largest tokenizers have a tenth of it."""
 _LONGEST = 1024  # characters of a name
 _KEPT = {".cache", ".git", ".huggingface"}  # where the Hub's client and git keep notes of their own
-_DATA = re.compile(r".*\.(json|safetensors|onnx|data|md|txt|png|html|jinja|model|tiktoken)", re.IGNORECASE)
+_DATA = re.compile(r".*\.(json|safetensors|onnx|data|md|txt|png|html|jinja|model|tiktoken|pdf|rst)", re.IGNORECASE)
 _TEXTS = re.compile(r"(licen[cs]e|notice|copying|use_policy)", re.IGNORECASE)
 
 
@@ -83,11 +83,16 @@ def regular(path: Path) -> Path:
     return path
 
 
+def is_data(name: str) -> bool:
+    """Whether a file's name is of a kind that models and checkpoints have: weights, graphs, JSON, texts, pictures."""
+    last = name.split("/")[-1]
+    return _DATA.fullmatch(last) is not None or (_TEXTS.match(last) is not None and "." not in last)
+
+
 def check_data(names: Iterable[str], what: str) -> None:
-    """Raise InputError for a name of a kind that no checkpoint has: shared libraries, programs, code and pickles among them."""
+    """Raise InputError for a name outside the folder and for one of a kind that `is_data` does not know, as libraries, programs, code and pickles."""
     for name in names:
-        last = check_name(name, what).split("/")[-1]
-        if not _DATA.fullmatch(last) and not (_TEXTS.match(last) and "." not in last):
+        if not is_data(check_name(name, what)):
             raise InputError(f"{what} must list weights, graphs, JSON, texts and pictures alone, got {name}. Take that file out, or do not use this copy.")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TREES = ("converter", "runtime_onnx")
-RUNTIME_BELOW = {"runtime_onnx.ops", "runtime_onnx.errors", "runtime_onnx.untrusted"}
+RUNTIME_BELOW = {"runtime_onnx.ops", "runtime_onnx.errors", "runtime_onnx.untrusted", "runtime_onnx.genai_config"}
 """What every part of converter/ may import."""
 LEVELS = (
     {"artifact", "recipe", "plans", "arch", "manifest", "libraries", "progress", *RUNTIME_BELOW},

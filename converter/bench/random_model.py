@@ -41,7 +41,7 @@ def make_checkpoint(shape: Shape, folder: Path, layers: int | None = None) -> Pa
 
     config = AutoConfig.for_model(shape.model_type, **shape.config(layers), dtype="bfloat16")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     folder.mkdir(parents=True)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
@@ -86,7 +86,7 @@ def mlp_inputs(folder: Path, arch: Arch, config: Any) -> dict[Site, Tensor]:
     """What a checkpoint feeds its MLPs on random tokens: x [T, d] by site. The model is held in bf16."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
     found: dict[Site, Tensor] = {}
     for site in arch.sites(config):
 

@@ -262,7 +262,7 @@ def random_folders(
     if not stamp.is_file():
         with stage(f"random {shape.name}", apart=True):
             make.make_checkpoint(shape, checkpoint, layers)
-    config, arch = AutoConfig.from_pretrained(checkpoint), load_arch(shape.model_type)
+    config, arch = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False), load_arch(shape.model_type)
     dense = folder / ("base" if PRECISIONS[precision].bits is None else "dense")
     if not stamp.is_file():
         with stage(f"dense {precision} graph", apart=True):

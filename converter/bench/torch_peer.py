@@ -27,7 +27,9 @@ class Torch:
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of(precision)).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype_of(precision), local_files_only=True, use_safetensors=True, trust_remote_code=False
+        ).eval()
 
     @torch.inference_mode()
     def run(self, ids: Sequence[int], following: Sequence[int]) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from ..arch import Arch
 from ..artifact import InputError, hash_file
 from ..data import BUNDLED, HELDOUT_TEXT, Batches, make_batches, read_text
 from ..hub import download, home_folder, is_hub_id, local_folder
-from ..manifest import Manifest, installed_versions, read_manifest
+from ..manifest import Manifest, check_links, installed_versions, read_manifest
 from ..planning import BUNDLED_MODEL, training_stages
 from ..plans import Plan
 from ..progress import job, stage
@@ -72,6 +72,8 @@ def evaluate(
         if not folder.is_dir():
             raise InputError(f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the spelling.")
         manifest = read_manifest(folder)
+        if not is_hub_id(str(model)):
+            check_links(folder)
         bleu = import_sacrebleu()
         tasks = None if lm_eval is None else find_tasks(lm_eval)
         plan, opened = read_plan(folder), open_source(folder, sparse=True)

@@ -23,9 +23,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..artifact import InputError, disk_full, is_disk_full
+from ...runtime_onnx.genai_config import check_config
+from ..artifact import InputError, disk_full, is_disk_full, read_json
 from ..reference import load_dense
-from ..source import end_tokens, stock_view
+from ..source import drop_code, end_tokens, stock_view
 
 BOUND = 1e-4
 """Largest logit difference between the base graph and torch, times the rms of torch's logits where that is above 1."""
@@ -38,7 +39,7 @@ NO_TOKEN = -1
 
 _LOG = logging.getLogger("sparsegate")
 # Every layer keeps its whole KV cache: a loop in plain ONNX Runtime then only appends, where a windowed cache would have to be sized and rotated by the app.
-_OPTIONS = ["hf_token=false", "windowed_kv_cache=false"]
+_OPTIONS = ["hf_token=false", "hf_remote=false", "windowed_kv_cache=false"]
 _TARGET_OPTIONS = {"cpu": [], "cuda": ["enable_cuda_graph=true"]}
 
 
@@ -61,6 +62,7 @@ def build_base(checkpoint: Path, out: Path, precision: str = "fp32", target: str
             builder.create_model("", *given, **options)
             _complete(out, unrotated)
             _set_tokens(out, end_tokens(checkpoint))
+            drop_code(out)
         except Exception as error:  # the builder raises whatever its hundred code paths meet
             if is_disk_full(error):
                 raise disk_full(out) from error
@@ -94,7 +96,7 @@ def _in_float32(checkpoint: Path, temporary: Path) -> Path:
 
     In half precision the builder would round what it computes from weights, such as gemma's 1 + norm.
     """
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config = read_json(checkpoint / "config.json", "config.json")
     if config.get("dtype", config.get("torch_dtype")) == "float32":
         return checkpoint
     folder = temporary / "float32"
@@ -150,7 +152,7 @@ def _set_tokens(folder: Path, ends: frozenset[int]) -> None:
     config["model"]["pad_token_id"] = NO_TOKEN
     if ends:
         config["model"]["eos_token_id"] = min(ends) if len(ends) == 1 else sorted(ends)
-    file.write_text(json.dumps(config, indent=4), encoding="utf-8")
+    file.write_text(json.dumps(check_config(config, file), indent=4), encoding="utf-8")
 
 
 class _LogLines(io.TextIOBase):

@@ -1,7 +1,7 @@
 """Whether onnxruntime-genai's own tokenizer reads an ONNX folder's tokenizer.json as the tokenizers library does.
 
-genai has an implementation of its own, which knows some tokenizers otherwise or not at all. It runs in a process of its own here: what it does with files it
-does not expect is not known.
+genai has an implementation of its own, which knows some tokenizers otherwise or not at all. It runs in a process of its own here, on a configuration of known
+fields: what it does with files it does not expect is not known.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+
+from ...runtime_onnx.genai_config import make_view, read_config
 
 TEXTS = (
     "Once upon a time, there was a model.", "The capital of France is", " a leading space", "two  spaces,   three", "a trailing space ",
@@ -94,11 +96,16 @@ def check_tokenizer(folder: Path) -> TokenizerCheck:
     tokenizer.no_padding()
     texts = [*TEXTS, *_added_texts(tokenizer)]
     expected = [tokenizer.encode(text).ids for text in texts]
-    given = json.dumps({"folder": str(folder), "texts": list(zip(texts, expected, strict=True))})
     try:
-        done = subprocess.run([sys.executable, "-P", "-c", _PROGRAM], input=given, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return TokenizerCheck(len(texts), 0, 0, f"it takes more than {SECONDS} seconds")
+        view = make_view(folder, read_config(folder))
+    except ValueError as error:
+        return TokenizerCheck(len(texts), 0, 0, _line(error))
+    with view as place:
+        given = json.dumps({"folder": place, "texts": list(zip(texts, expected, strict=True))})
+        try:
+            done = subprocess.run([sys.executable, "-P", "-c", _PROGRAM], input=given, capture_output=True, text=True, timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            return TokenizerCheck(len(texts), 0, 0, f"it takes more than {SECONDS} seconds")
     found = _answer(done)
     if "error" in found:
         return TokenizerCheck(len(texts), 0, 0, found["error"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -15,7 +14,10 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, constants
 from huggingface_hub.repocard import metadata_load
 
+from ...runtime_onnx.untrusted import is_data, regular
+from ..artifact import read_json
 from .comparison import reference_table
+from .markdown import code, fenced, inline, target
 from .plots import CANDIDATES
 from .recovery import before_after_table, spent_table, zeros_table
 from .results import Report, Speed
@@ -45,11 +47,11 @@ def read_base_card(folder: Path, id: str | None = None, revision: str | None = N
     """Read a model folder's README.md front matter and find its licence files. A README without front matter, or none, gives a card without a licence."""
     readme = folder / "README.md"
     try:
-        data: dict[str, Any] = (metadata_load(readme) if readme.is_file() else None) or {}
+        data: dict[str, Any] = (metadata_load(regular(readme)) if readme.is_file() else None) or {}
     except (ValueError, yaml.YAMLError):
         logger.warning("The front matter of %s is no YAML mapping; the licence has to be filled in by hand.", readme)
         data = {}
-    files = tuple(sorted(path for path in folder.iterdir() if path.is_file() and _LICENCE_FILES.match(path.name)))
+    files = tuple(sorted(regular(path) for path in folder.iterdir() if path.is_file() and _LICENCE_FILES.match(path.name) and is_data(path.name)))
     license, name, link = data.get("license"), data.get("license_name"), data.get("license_link")
     if license is None and files:
         license, name, link = "other", "license-of-the-base-model", files[0].name
@@ -58,7 +60,7 @@ def read_base_card(folder: Path, id: str | None = None, revision: str | None = N
     language = [] if data.get("language") is None else data["language"]
     # YAML 1.1 reads the code of Norwegian as the boolean false
     codes = tuple("no" if code is False else str(code) for code in (language if isinstance(language, list) else [language]))
-    return BaseCard(id, revision, _text(license), _text(name), _text(link), codes, files)
+    return BaseCard(id, revision, _text(license), _text(name), target(_text(link), tuple(path.name for path in files)), codes, files)
 
 
 def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | None = None) -> Path:
@@ -84,6 +86,7 @@ def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | No
         tags=list(TAGS),
     )
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"inline": inline, "code": code}
     template = environment.from_string((Path(__file__).parent / "card.md.jinja").read_text(encoding="utf-8"))
     repo = repo_id or "OWNER/NAME"
     body = template.render(
@@ -94,7 +97,7 @@ def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | No
         hub=constants.ENDPOINT,
         repo=repo,
         local=repo.split("/")[-1],
-        verdict=make_verdict(report, recovery).sentence,
+        verdict=inline(make_verdict(report, recovery).sentence),
         quality=quality_table(report),
         details=detail_table(report),
         speeds=speed_table(report) if report.speed else "",
@@ -110,9 +113,9 @@ def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | No
         before_after=before_after_table(recovery) if recovery else "",
         spent=spent_table(recovery) if recovery else "",
         zeros=zeros_table(recovery) if recovery else "",
-        speed=speed_sentence(report),
-        recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
-        versions=", ".join(f"{name} {version}" for name, version in report.versions.items()),
+        speed=inline(speed_sentence(report)),
+        recipe=fenced(yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True), "yaml"),
+        versions=inline(", ".join(f"{name} {version}" for name, version in report.versions.items())),
         plots=sorted((path.relative_to(folder).as_posix() for path in (folder / "report").glob("*.png")), key=lambda name: (name != CANDIDATES, name)),
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", body))
@@ -142,7 +145,7 @@ def weights(speed: Speed) -> str:
 def _model_type(folder: Path) -> str | None:
     """The model type of a checkpoint that stock transformers does not know; None for every other."""
     config = folder / "config.json"
-    found = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    found = read_json(config, config.name).get("model_type") if config.is_file() else None
     return found if str(found).startswith("sparsegate_") else None
 
 

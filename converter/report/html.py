@@ -13,7 +13,7 @@ import jinja2
 import yaml
 
 from ..artifact import InputError
-from ..manifest import read_manifest
+from ..manifest import check_links, read_manifest
 from .card import BaseCard, speed_sentence, write_card
 from .comparison import reference_cells
 from .curves import CURVES, Curves, correlation_cells, cost_cells, curves_cells, summary_cells
@@ -55,6 +55,7 @@ def make_report(folder: str | Path) -> Path:
     if not folder.is_dir():
         raise InputError(f"DIR must be a sparse checkpoint, got nothing at {folder}. Check the path.")
     read_manifest(folder)
+    check_links(folder)
     written = render(folder)
     record_files(folder, *(path.relative_to(folder).as_posix() for path in written))
     return folder / PAGE

@@ -7,6 +7,7 @@ import textwrap
 from typing import Literal
 
 from .change import Change, perplexity_change
+from .markdown import inline
 from .results import OnnxRow, Report, Row, StageTime
 
 ABSENT = "-"
@@ -279,7 +280,7 @@ def _rate(value: float | None) -> str:
 
 def _markdown(header: list[str], body: list[list[str]]) -> str:
     """A pipe table whose first column is left-aligned and the others right-aligned. Ends with a newline."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in (header, *body)]
+    rows = [[inline(cell) for cell in row] for row in (header, *body)]
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "".join(f"| {' | '.join(row)} |\n" for row in (rows[0], rule, *rows[1:]))
 

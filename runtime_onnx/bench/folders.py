@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..generate import config_provider, load
 from ..genai_config import read_config
+from ..generate import config_provider, load
 from ..library import PROVIDERS, model_file, variants
 from ..session import Decoder, choose
 from .record import record

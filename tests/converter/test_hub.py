@@ -22,6 +22,7 @@ from sparsegate.converter.manifest import LINK_FILES, File, Manifest, write_mani
 
 TOKEN = "hf_secretsecretsecret"
 CONFIG = {"model_type": "llama", "hidden_size": 4}
+GENAI = {"model": {"context_length": 8, "decoder": {"filename": "model.onnx", "head_size": 4, "session_options": {}}}}
 
 
 def safetensors(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
@@ -81,7 +82,7 @@ def make_checkpoint(folder: Path, extra: dict[str, bytes] | None = None) -> Path
         "sparsity/sparsity.safetensors": WEIGHTS,
         "onnx/model.onnx": b"graph",
         "onnx/model.onnx.data": bytes(1000),
-        "onnx/genai_config.json": b'{"model": {"decoder": {"session_options": {}}}}',
+        "onnx/genai_config.json": json.dumps(GENAI).encode(),
         "README.md": b"---\nlicense: mit\n---\n# card\n",
         **(extra or {}),
     }
@@ -401,7 +402,7 @@ def test_push_refuses_what_is_no_finished_checkpoint(server: HubServer, tmp_path
         "got none": altered("nothing", lambda folder: relist(folder, lambda files: files.clear())),
         "onnx/model.onnx is missing": altered("missing", lambda folder: (folder / "onnx/model.onnx").unlink()),
         "model.safetensors has other bytes": altered("changed", lambda folder: (folder / "model.safetensors").write_bytes(WEIGHTS[:-1] + b"!")),
-        "inside the folder": altered("outside", lambda folder: relist(folder, lambda files: files.update({"../secret": outside}))),
+        "inside its own folder": altered("outside", lambda folder: relist(folder, lambda files: files.update({"../secret": outside}))),
         "README.md is missing": altered("lost-card", lambda folder: (folder / "README.md").unlink()),
         "model card": altered("no-card", lambda folder: ((folder / "README.md").unlink(), relist(folder, lambda files: files.pop("README.md")))),
         "sparsegate_link.json": altered("linked", lambda folder: (folder / "onnx" / "sparsegate_link.json").write_text("{}")),
