@@ -45,9 +45,9 @@ class BaseCard:
 
 def read_base_card(folder: Path, id: str | None = None, revision: str | None = None) -> BaseCard:
     """Read a model folder's README.md front matter and find its licence files. A README without front matter, or none, gives a card without a licence."""
-    readme = folder / "README.md"
+    readme = regular(folder / "README.md")
     try:
-        data: dict[str, Any] = (metadata_load(regular(readme)) if readme.is_file() else None) or {}
+        data: dict[str, Any] = (metadata_load(readme) if readme.is_file() else None) or {}
     except (ValueError, yaml.YAMLError):
         logger.warning("The front matter of %s is no YAML mapping; the licence has to be filled in by hand.", readme)
         data = {}

@@ -24,9 +24,10 @@ def code(value: object) -> str:
 
 
 def fenced(text: str, language: str) -> str:
-    """A block of code; its fence is longer than any run of marks inside."""
+    """A block of code; its fence is longer than any run of marks inside, and what does not print is spelled out."""
     fence = "`" * max(3, _longest(text) + 1)
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+    shown = "".join(letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode() for letter in text.rstrip())
+    return f"{fence}{language}\n{shown}\n{fence}"
 
 
 def target(link: str | None, files: tuple[str, ...] = ()) -> str | None:
