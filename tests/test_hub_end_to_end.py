@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import socket
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,6 +25,7 @@ from hub_server import Account, HubServer
 from huggingface_hub import constants
 from small_recipe import WITHOUT_SPEED, Done, call_cli, run_cli, small_recipe
 
+import sparsegate.converter
 import sparsegate.runtime_onnx as runtime
 from sparsegate.converter.reference import load, load_dense
 
@@ -333,3 +337,71 @@ def test_a_fresh_download_runs_in_onnxruntime_and_torch(pushed: Push, home: Path
     bound = 1e-4 * max(1.0, float(sparse.square().mean().sqrt()))
     assert float((logits - sparse).abs().max()) <= bound
     assert float((logits - dense).abs().max()) > 100 * bound
+
+
+# a checkpoint of a stranger
+
+
+@pytest.fixture
+def hostile(pushed: Push, server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Puts eve/model on the server: the pushed checkpoint with other files, all as its manifest says. Returns the file that their library would leave."""
+    monkeypatch.setenv("HOSTILE_MARK", str(tmp_path / "loaded"))
+
+    def add(**files: bytes) -> Path:
+        whole = contents(pushed.folder) | {name.replace("__", "/"): data for name, data in files.items()}
+        manifest = json.loads(whole.pop("manifest.json"))
+        manifest["files"] = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in whole.items()}
+        server.add_repo("eve/model", whole | {"manifest.json": json.dumps(manifest).encode()})
+        return tmp_path / "loaded"
+
+    return add
+
+
+VERBS = (["generate", "eve/model", "a"], ["verify", "eve/model"], ["eval", "eve/model"], ["bench", "eve/model", "eve/model"])
+
+
+def library() -> bytes:
+    """A shared library that leaves a file as soon as it is loaded."""
+    if not shutil.which("cc"):
+        pytest.skip("there is no C compiler")
+    code = "void *fopen(const char*, const char*); char *getenv(const char*);"
+    code += '__attribute__((constructor)) static void run(void) { fopen(getenv("HOSTILE_MARK"), "w"); }'
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", f"{folder}/x.so"], input=code.encode(), check=True)
+        return Path(folder, "x.so").read_bytes()
+
+
+@pytest.mark.parametrize("way", ["a library by its name", "a library under another name", "a pipeline", "a key twice"])
+def test_no_verb_runs_what_a_repository_holds(way: str, hostile: Callable[..., Path], pushed: Push, call: Callable[..., Done], home: Path) -> None:
+    """Also where the library is called data, so that it could be fetched; a folder that was fetched otherwise is treated alike."""
+    config = json.loads((pushed.folder / "onnx" / "genai_config.json").read_text())
+    decoder = config["model"]["decoder"]
+    name = "evil.so" if way == "a library by its name" else "evil.data"
+    if way == "a pipeline":
+        decoder["pipeline"] = [{"a": {"filename": "model.onnx", "session_options": {"custom_ops_library": name}}}]
+    elif way != "a key twice":
+        decoder["session_options"]["custom_ops_library"] = name
+    text = json.dumps(config)
+    if way == "a key twice":
+        text = text.replace('"session_options":', f'"session_options": {{"custom_ops_library": "{name}"}}, "session_options":')
+    mark = hostile(**{f"onnx__{name}": library(), "onnx__genai_config.json": text.encode()})
+    for words in VERBS:
+        one_line(call(*words))
+    with pytest.raises(ValueError, match="must"):
+        sparsegate.converter.load("eve/model")
+    if way == "a library by its name":
+        assert not (home / "sparsegate" / "sparse").exists(), "nothing was fetched"
+    folder = Path(huggingface_hub.snapshot_download("eve/model", local_dir=Path.cwd() / "fetched"))
+    for verb in ("generate", "verify", "eval", "link", "unlink", "push"):
+        one_line(call(verb, folder, *{"generate": ["a"], "push": ["lab/evil"]}.get(verb, [])))
+    assert not mark.exists() and (folder / "onnx" / name).is_file()
+
+
+def test_a_repository_that_names_other_places_is_refused_by_every_verb(
+    hostile: Callable[..., Path], call: Callable[..., Done], tmp_path: Path, home: Path
+) -> None:
+    (tmp_path / "victim.json").write_text("mine")
+    hostile(**{"..__..__..__..__victim.json": b"theirs"})
+    for words in VERBS:
+        assert "must name files inside its own folder" in one_line(call(*words))
+    assert (tmp_path / "victim.json").read_text() == "mine" and not (home / "sparsegate").exists()
