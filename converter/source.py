@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 GENERATION_CONFIG = "generation_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
+_PIECES = b"\n"  # how a sentencepiece model begins: its first field is the list of pieces
 _CODE = "auto_map"
 _CONFIGS = ("config.json", "tokenizer_config.json", GENERATION_CONFIG, "processor_config.json", "preprocessor_config.json")
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -87,6 +90,7 @@ class Source:
         """The folder's tokenizer. Raises InputError when there is none."""
         from transformers import AutoTokenizer
 
+        _check_tokenizer_files(self.folder)
         for path in (self.folder / name for name in TOKENIZER_FILES):
             if path.suffix == ".json" and path.is_file():
                 read_json(path, path.name)
@@ -284,6 +288,18 @@ def end_tokens(model: Any) -> frozenset[int]:
     if not all(type(token) is int for token in ends):
         raise InputError(f"eos_token_id must be a token id or a list of them, got {ends!r:.100}. Mend {GENERATION_CONFIG}.")
     return frozenset(ends)
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Refuse a folder without a vocabulary, for which transformers makes an empty tokenizer in silence, and a sentencepiece file that nothing here can read."""
+    files = [path for path in folder.iterdir() if path.name in _VOCABULARIES or path.suffix in (".model", ".tiktoken")]
+    if not files:
+        raise InputError(f"The tokenizer must lie in {folder} as tokenizer.json, got none of its files. Add tokenizer.json and tokenizer_config.json.")
+    pieces = folder / "tokenizer.model"
+    if not (folder / "tokenizer.json").is_file() and pieces.is_file() and find_spec("sentencepiece") is None:
+        with open(pieces, "rb") as file:
+            if file.read(1) == _PIECES:
+                raise InputError(f"tokenizer.model of {folder} must be read by sentencepiece, got no such package. Do: pip install sentencepiece protobuf.")
 
 
 def first_line(error: Exception) -> str:

@@ -25,8 +25,9 @@ def find_folder(model: str) -> Path:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        # Real files in a folder of our own: onnxruntime refuses weights that are links into the Hub's cache.
-        folder = Path(snapshot_download(model, local_dir=model.replace("/", "--"), allow_patterns=["onnx/*"]))
+        # Real files in a folder of our own: onnxruntime refuses weights that are links into the Hub's cache. Data alone: no library is fetched.
+        patterns = [f"onnx/*.{kind}" for kind in ("onnx", "data", "json", "jinja")]
+        folder = Path(snapshot_download(model, local_dir=model.replace("/", "--"), allow_patterns=patterns))
     return folder / "onnx" if (folder / "onnx").is_dir() else folder
 
 

@@ -354,3 +354,26 @@ def test_end_tokens_that_are_none(tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(InputError, match="eos_token_id must be a token id or a list of them"):
         end_tokens(folder)
+
+
+def test_no_vocabulary(model: Path) -> None:
+    """transformers makes an empty tokenizer of such a folder."""
+    (model / "tokenizer.json").unlink()
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "LlamaTokenizer"}))
+    assert "tokenizer.json" in refused(model, "must lie in", "got none of its files", then=lambda source: source.tokenizer())
+
+
+def test_a_sentencepiece_model_alone_names_sentencepiece(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    monkeypatch.setattr("sparsegate.converter.source.find_spec", lambda name: None)
+    line = refused(model, "sentencepiece", "pip install sentencepiece protobuf", then=lambda source: source.tokenizer())
+    assert "tiktoken" not in line
+
+
+def test_a_damaged_sentencepiece_model(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the package there, or for a file of another kind, the reason is the reader's."""
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.model").write_bytes(b"nonsense")
+    refused(model, "The tokenizer must load from", then=lambda source: source.tokenizer())
