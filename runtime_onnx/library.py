@@ -6,14 +6,14 @@ A registered library never falls back to a function body, so `executor` asks it 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .untrusted import parse_json
+from .untrusted import inside, parse_json
 
 if TYPE_CHECKING:
     import onnx
@@ -135,9 +135,22 @@ def _read(file: Path) -> onnx.ModelProto:
     from google.protobuf.message import DecodeError
 
     try:
-        return onnx.load(str(file), load_external_data=False)
+        model = onnx.load(str(file), load_external_data=False)
     except DecodeError as error:
         raise ValueError(f"{file} must be an ONNX model, got bytes that do not parse ({error}). Fetch or convert it again.") from None
+    tensors = [*model.graph.initializer, *_constants(model.graph.node), *(tensor for function in model.functions for tensor in _constants(function.node))]
+    for place in {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}:
+        inside(file.parent, place, str(file), link=True)
+    return model
+
+
+def _constants(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    """The tensors in the attributes of nodes, those of the graphs inside them too."""
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from graph.initializer
+            yield from _constants(graph.node)
 
 
 def _names(model: onnx.ModelProto) -> list[str]:

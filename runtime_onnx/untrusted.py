@@ -113,8 +113,8 @@ def _reason(name: Any) -> str:
         return "a control character"
     if name.startswith("/"):
         return "an absolute path"
-    if "\\" in name or ":" in name or PureWindowsPath(name).drive:
-        return "a drive or a backslash"
+    if set(name) & set("\\:*") or PureWindowsPath(name).drive:
+        return "a drive, a backslash or a star"
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts):
         return "an empty part, '.' or '..'"

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import onnx_folders as folders
 import onnxruntime_genai as og
 import pytest
@@ -197,3 +199,27 @@ def test_the_vocabulary_has_what_the_export_writes_and_no_path() -> None:
     assert known == {"filename", "custom_ops_library"}
     for wrong in ("../model.onnx", "/model.onnx", "a/model.onnx", "", ".", "..", "C:model.onnx", "a\\b"):
         assert not FIELDS["model"]["decoder"]["filename"](wrong), wrong
+
+
+@pytest.mark.parametrize("place", ["../outside.bin", "/etc/hostname", "*/_ORT_MEM_ADDR_/*", "a/../../outside.bin", ""])
+@pytest.mark.parametrize("where", ["an initialiser", "a constant", "a function"])
+def test_weights_lie_beside_the_graph(tmp_path: Path, place: str, where: str) -> None:
+    """A graph names the file of its weights, too; one name means an address in memory to onnxruntime."""
+    folder = folders.copy(folders.sparse("gate"), tmp_path / "out" / "onnx")
+    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    if where == "an initialiser":
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    else:
+        node = onnx.helper.make_node("Constant", [], ["unused"], value=onnx.numpy_helper.from_array(np.zeros(4, np.float32)))
+        nodes = model.graph.node if where == "a constant" else model.functions[0].node
+        nodes.append(node)
+        tensor = nodes[-1].attribute[0].t
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="")
+    next(entry for entry in tensor.external_data if entry.key == "location").value = place
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    for function in (runtime.session, runtime.load, runtime.link):
+        with pytest.raises(ValueError, match="must name files inside its own folder") as error:
+            function(folder)
+        assert "\n" not in str(error.value)
