@@ -36,3 +36,10 @@ def test_what_it_names_exists() -> None:
     assert set(re.findall(r"^    sparsegate (\w+)", TEXT, flags=re.MULTILINE)) <= set(VERBS)
     named = re.search(r"^Supported: ([a-z0-9, ]+)\.", TEXT, flags=re.MULTILINE)
     assert named and sorted(named[1].split(", ")) == supported()
+
+
+def test_the_page_on_security_names_files_that_exist() -> None:
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:converter|runtime_onnx)/[\w/]+\.py)`", page)
+    assert len(named) > 10 and all((ROOT / name).is_file() for name in named)
+    assert "(docs/security.md)" in TEXT
