@@ -243,7 +243,8 @@ def _converted(order: _Order, opened: _Opened, running: Job) -> Result:
 
 
 def _times(running: Job) -> list[StageTime]:
-    return [StageTime(name=name, expected_seconds=expected, seconds=seconds) for name, expected, seconds in running.rows()]
+    found = running.resumed | running.partly
+    return [StageTime(name=name, expected_seconds=expected, seconds=seconds, resumed=name in found) for name, expected, seconds in running.rows()]
 
 
 def _pushed(order: _Order) -> str | None:
