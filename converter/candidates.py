@@ -249,7 +249,7 @@ def _exported(candidate: Candidate, source: Source, texts: Texts, graphs: Graphs
     else:
         with stage("agreement"):
             model, dense = load(folder), _load(original)
-            found = measure_shipped(onnx, model, texts.heldout, asked, original=dense, count=candidate.quality.windows)
+            found = measure_shipped(onnx, model, texts.heldout, asked, original=dense, known=candidate.quality)
             checks = [*check_onnx(onnx, model, candidate.plan, texts.heldout, asked), check_text(onnx)]
         agree = all(check.passed for check in checks)
         speed = {} if not agree or (asked.target == "cuda" and not has_cuda()) else _speed(graphs.dense, onnx, texts)
