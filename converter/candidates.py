@@ -22,15 +22,11 @@ from .reference import load, load_dense
 from .schedule import checkpoint
 from .source import Source
 from .texts import Texts, quality_error
-from .verification import Check, ExecutorQuality, Quality, check_budget, check_text, shipped_checks
+from .verification import DENSE_WINDOWS, Check, ExecutorQuality, Quality, check_budget, check_text, shipped_checks
 
 log = logging.getLogger("sparsegate")
 SPEED_PAIRS = 25
 _MEASURED = "measured.json"
-DENSE_WINDOWS = 64
-"""Windows that the dense graph in integers is measured on where no budget depends on its loss: rounding to 4 bits spreads so much over windows that the
-error asked of a plan would take all of them.
-"""
 
 
 @dataclass(frozen=True)
