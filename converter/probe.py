@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime_onnx.bench.samples import waited
+from ..runtime_onnx.bench.samples import waits
 from .arch import Arch, Site
 from .blocks import empty_model
 from .data import Batches
@@ -133,11 +133,12 @@ def _seconds(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
 
 
 def _undisturbed(run: Callable[[], Any]) -> float:
-    """Seconds of a run without those that its threads waited for a CPU, where the kernel tells them: threads meet after every product."""
-    start, before = time.perf_counter(), waited()
+    """Seconds of a run without those that a thread waited for a CPU, where the kernel tells them: threads meet after every product, so all wait for one."""
+    start, before = time.perf_counter(), waits()
     run()
-    wall, after = time.perf_counter() - start, waited()
-    return wall if before is None or after is None else max(wall - (after - before), _LEAST * wall)
+    wall, after = time.perf_counter() - start, waits()
+    lost = max((after[thread] - since for thread, since in before.items() if thread in after), default=0.0)
+    return max(wall - lost, _LEAST * wall)
 
 
 def _windows(parameters: int, length: int, most: int) -> int:
