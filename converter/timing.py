@@ -31,8 +31,8 @@ SmolLM2-135M .3 to .7 of the neurons skipped lose gates .085 a layer, CHESS .04,
 model .037, .028 and .09; the figures are between the two. The variance is .016 to .03 of what is lost.
 """
 _START = 3.0  # seconds until torch and transformers are imported and a model's files are checked
-_BUILDER = 2.0  # seconds of the builder and of what it imports
-_CALL = 3e-4  # seconds a layer of one call of ONNX Runtime beside its products
+_BUILDER = 0.5  # seconds of the builder and of what it imports, beside what grows with the graph
+_CALL = 6e-5  # seconds a layer of one call of ONNX Runtime beside its products
 _TORCH_CALL = 2e-3  # the same of torch's, in which a token attends to those before
 _OPENED = 2.0  # seconds of the sessions that are compared, made and watched
 _PLOTS = 4.0  # seconds of plots and pages
