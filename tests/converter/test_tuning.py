@@ -194,6 +194,7 @@ def _process(rank: int, port: int, path: Path, model: Path, out: Path) -> None:
     tune(output=out.with_name("shared out"), recipe=path.with_name("shared.yaml"))
 
 
+@pytest.mark.slow  # test_distributed.py has the same of the training alone
 def test_two_processes_are_one_with_the_joint_batch(model: Path, tmp_path: Path) -> None:
     path = recipe(model, tmp_path, predictors={"density": 0.3}, losses={"hidden": 0.1, "lm": 0.1}, parallel="data")
     path.with_name("shared.yaml").write_text(path.read_text().replace("parallel: data", "parallel: fsdp"))
