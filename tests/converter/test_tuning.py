@@ -377,7 +377,7 @@ def test_the_command_prints_and_resumes_nothing_half(model: Path, tmp_path: Path
 # Conversions whose first stage trains
 
 
-@pytest.mark.parametrize("last", [{"method": "exact"}, {"method": "gate", "config": {"sparsity": 0.8}}, None])
+@pytest.mark.parametrize("last", [{"method": "exact"}, pytest.param({"method": "gate", "config": {"sparsity": 0.8}}, marks=pytest.mark.slow), None])
 def test_convert_trains_first(last: dict[str, Any] | None, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     more: dict[str, Any] = {"predictors": {"cost": 0.2, "density": 0.4}} if last is None else {}
