@@ -25,14 +25,14 @@ from .texts import HELDOUT_SHARE, HELDOUT_WINDOWS, SEARCH_SHARE, SEARCH_WINDOWS
 from .verification import DENSE_WINDOWS
 
 _LOST = {"gate": 0.056, "trained_gate": 0.025, "chess": 0.033, "cett": 0.104, "predictor": 0.114, "teal": 0.05, "wina": 0.06}
-_LOST_BY_OTHERS, _VARIANCE = 0.05, 0.02
+_LOST_BY_OTHERS, _VARIANCE, _PREDICTOR_VARIANCE = 0.05, 0.02, 0.03
 """Nats per token that a layer loses, by the cube of the share that is skipped, and the variance over windows of the paired difference, by the nats lost. On
 SmolLM2-135M .3 to .7 of the neurons skipped lose gates .085 a layer, CHESS .04, CETT .12, channels .06 (predictors .14 at .5), half of them in the bundled
-model .037, .028 and .09; the figures are between the two. The variance is .016 to .03 of what is lost.
+model .037, .028 and .09; the figures are between the two. The variance is .016 to .03 of what is lost, under predictors .022 and .039.
 """
 _START = 3.0  # seconds until torch and transformers are imported and a model's files are checked
-_BUILDER = 2.0  # seconds of the builder and of what it imports
-_CALL = 3e-4  # seconds a layer of one call of ONNX Runtime beside its products
+_BUILDER = 0.5  # seconds of the builder and of what it imports, beside what grows with the graph
+_CALL = 6e-5  # seconds a layer of one call of ONNX Runtime beside its products
 _TORCH_CALL = 2e-3  # the same of torch's, in which a token attends to those before
 _OPENED = 2.0  # seconds of the sessions that are compared, made and watched
 _PLOTS = 4.0  # seconds of plots and pages
@@ -196,15 +196,15 @@ def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timin
 
 def _windows(size: Sizes, recipe: Recipe, configs: Configs) -> int:
     """Windows that tell every method's loss: those that bring its standard error below ERROR, whole groups of them, within what the text has."""
-    lost = [_lost(part, getattr(values, "sparsity", 0.5)) * size.layers for parts in configs.values() for part, values in parts.items()]
-    wanted = HELDOUT_WINDOWS if recipe.searches else _VARIANCE * max(lost, default=0.0) / ERROR**2
+    spread = [_spread(part, getattr(values, "sparsity", 0.5)) * size.layers for parts in configs.values() for part, values in parts.items()]
+    wanted = HELDOUT_WINDOWS if recipe.searches else max(spread, default=0.0) / ERROR**2
     group = max(1, GROUP_TOKENS // size.length)
     return int(min(math.ceil(max(LEAST_WINDOWS, wanted) / group) * group, MOST_TOKENS / size.length, _text_windows(size, recipe)))
 
 
-def _lost(part: str, share: float) -> float:
-    """Nats per token and layer that are lost where so large a share is skipped."""
-    return _LOST.get(part, _LOST_BY_OTHERS) * share**3
+def _spread(part: str, share: float) -> float:
+    """The variance over windows and a layer of what is lost where so large a share is skipped."""
+    return (_PREDICTOR_VARIANCE if part == "predictor" else _VARIANCE) * _LOST.get(part, _LOST_BY_OTHERS) * share**3
 
 
 def _text_windows(size: Sizes, recipe: Recipe) -> int:

@@ -39,6 +39,8 @@ SPEED = {
     "baseline": {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 3.0, "provider": "CPUExecutionProvider"},
     "candidate": {"prefill_tokens_per_s": 2.0, "decode_tokens_per_s": 6.0, "provider": "CPUExecutionProvider", "executor": "kernel"},
 }  # fmt: skip
+LIKE_LLAMA = ("mistral", "qwen2", "qwen3", "smollm3", "granite")
+"""Their parts have tests of their own, and their whole chain is that of a Llama."""
 TUNE = {"steps": 3, "data": 16, "windows": 2, "precision": "fp32"}
 
 
@@ -64,7 +66,7 @@ def converted(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     return result.folder
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", [pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_LLAMA else []) for name in MODEL_TYPES])
 def test_every_architecture_goes_through_the_whole_chain(model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = convert(recipe=small_recipe(tiny_model(model_type), tmp_path), output=out)
