@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from test_hub import make_checkpoint
 
 from sparsegate.converter.artifact import InputError
+from sparsegate.converter.evaluation import evaluate
 from sparsegate.converter.opening import resolve
 from sparsegate.converter.published import normalise
 from sparsegate.converter.report import make_report
@@ -135,17 +137,15 @@ def test_a_published_folder_passes_no_link_on(model: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_a_report_writes_through_no_link(tmp_path: Path) -> None:
-    from test_hub import make_checkpoint
-
+@pytest.mark.parametrize("write", [make_report, evaluate])
+def test_results_are_written_through_no_link(tmp_path: Path, write: Callable[[Path], object]) -> None:
     folder = make_checkpoint(tmp_path / "out")
-    (tmp_path / "mine.html").write_text("mine")
-    (folder / "report").mkdir()
-    (folder / "report" / "index.html").symlink_to(tmp_path / "mine.html")
-    with pytest.raises(InputError, match=r"must hold regular files and folders alone, got report/index\.html, a link") as error:
-        make_report(folder)
+    (tmp_path / "mine").mkdir()
+    (folder / "report").symlink_to(tmp_path / "mine")
+    with pytest.raises(InputError, match=r"must hold regular files and folders alone, got report, a link") as error:
+        write(folder)
     one_line(error)
-    assert (tmp_path / "mine.html").read_text() == "mine"
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 # code

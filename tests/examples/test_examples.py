@@ -67,11 +67,11 @@ def test_ort_decode_chats(tmp_path: Path) -> None:
 
 
 def test_ort_decode_downloads_real_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that is no folder is a Hub repository; its onnx/ comes into a local folder, not into a cache of links."""
+    """A name that is no folder is a Hub repository; the data in its onnx/ comes into a local folder, not into a cache of links."""
     import huggingface_hub
 
     def download(repository: str, local_dir: str, allow_patterns: list[str]) -> str:
-        assert repository == "owner/model" and allow_patterns == ["onnx/*"]
+        assert repository == "owner/model" and allow_patterns == ["onnx/*.onnx", "onnx/*.data", "onnx/*.json", "onnx/*.jinja"]
         shutil.copytree(folders.sparse("gate"), Path(local_dir) / "onnx")
         return local_dir
 
