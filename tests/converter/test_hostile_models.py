@@ -179,7 +179,7 @@ def test_a_tokenizer_that_needs_its_code_is_refused(model: Path, tmp_path: Path,
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     (model / "code.py").write_text(CODE)
     change(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Thing", None]}, tokenizer_class="Thing")
-    (model / "tokenizer.json").unlink()
+    (model / "tokenizer.json").rename(model / "vocab.txt")
     with pytest.raises(InputError, match="The tokenizer must load") as error:
         open_source(model).tokenizer()
     one_line(error)
