@@ -22,7 +22,7 @@ from huggingface_hub import HfApi, constants, errors, get_token, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .artifact import InputError, disk_full, is_disk_full, read_json, write_json
+from .artifact import InputError, disk_full, is_disk_full, read_json, size, write_json
 from .manifest import LINK_FILES, MANIFEST, check_files, read_manifest
 from .progress import job, stage
 
@@ -106,9 +106,8 @@ def check_disk(path: Path, bytes_needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < bytes_needed:
-        raise InputError(
-            f"Free disk space at {place} must be at least {bytes_needed / 1e9:.2f} GB, got {free / 1e9:.2f} GB. Free some space or choose another folder."
-        )
+        needed, found = (size(bytes_needed), size(free)) if size(bytes_needed) != size(free) else (f"{bytes_needed} bytes", f"{free} bytes")
+        raise InputError(f"Free disk space at {place} must be at least {needed}, got {found}. Free some space or choose another folder.")
 
 
 def remote_inspect(repo_id: str, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> Remote:

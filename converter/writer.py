@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .artifact import InputError, read_json, write_json
+from .artifact import InputError, read_json, write_json, write_tensors
 from .checkpoint import write_sparsity
 from .plans import Plan, Swap, on_swaps
 from .source import INDEX, SINGLE, TOKENIZER_FILES, Source
@@ -47,7 +46,7 @@ def write_checkpoint(source: Source, plan: Plan, out: Path, weights: Mapping[str
         with safe_open(path, framework="pt") as file:
             names, metadata = list(file.keys()), file.metadata()
             held = {name: replaced[name].detach().cpu() if name in replaced else file.get_tensor(name) for name in names}
-        save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in held.items()}, out / path.name, metadata)
+        write_tensors(out / path.name, {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in held.items()}, metadata)
     if [path.name for path in files] != [SINGLE]:
         shutil.copyfile(source.folder / INDEX, out / INDEX)
     _name_dtype(out, weights or {})

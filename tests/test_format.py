@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsegate.converter.arch import Site, load_arch
 from sparsegate.converter.artifact import (
+    RECORD,
     Header,
     InputError,
     atomic_folder,
@@ -276,20 +277,37 @@ def test_header_on_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["out", "out[1]*?"])
 def test_atomic_folder(tmp_path: Path, name: str) -> None:
     target = tmp_path / name
-    for stale in (f"{name}.partial-1", f"{name}.partial-99999999"):
-        (tmp_path / stale).mkdir()
-    other = tmp_path / "other.partial-1"
-    other.mkdir()
+    stale, other = tmp_path / f"{name}.partial-99999999", tmp_path / "other.partial-99999999"
+    for folder in (stale, other):
+        (folder / name).mkdir(parents=True)
+        write_json(folder / RECORD, {"kind": "sparsegate folder", "process": 1 << 30, "host": "gone", "since": "then"})
+    (tmp_path / f"{name}.partial-abcdef01").mkdir()
+    mine = tmp_path / f"{name}.partial-mine"
+    mine.mkdir()
     with pytest.raises(RuntimeError), atomic_folder(target) as partial:
         (partial / "a").write_text("half")
         raise RuntimeError
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.partial-1"], "failure leaves nothing, other folders stay"
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([mine.name, other.name]), "failure leaves nothing, other folders stay"
     for text in ("one", "two"):
         with atomic_folder(target) as partial:
             (partial / "a").write_text(text)
+            write_header(partial, HEADER)
             assert not target.exists() or (target / "a").read_text() != text
         assert (target / "a").read_text() == text
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.partial-1", name]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([mine.name, other.name, name])
+
+
+def test_a_replaced_folder_is_never_there_by_half(tmp_path: Path) -> None:
+    """What another process finishes in between is replaced too."""
+    target = tmp_path / "out"
+    with atomic_folder(target) as first:
+        (first / "a").write_text("first")
+        write_header(first, HEADER)
+        with atomic_folder(target) as second:
+            (second / "a").write_text("second")
+            write_header(second, HEADER)
+        assert (target / "a").read_text() == "second"
+    assert (target / "a").read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_atomic_folder_says_that_the_disk_is_full(tmp_path: Path) -> None:
@@ -308,9 +326,10 @@ def test_atomic_folder_keeps_the_old_one_until_the_new_one_is_there(tmp_path: Pa
     target, plain = tmp_path / "out", os.replace
     target.mkdir()
     (target / "a").write_text("old")
+    write_header(target, HEADER)
 
     def fails(source: Path, place: Path) -> None:
-        if Path(place) == target and "-old" not in str(source):
+        if Path(place) == target and ".old" not in str(source):
             raise OSError("no")
         plain(source, place)
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TREES = ("converter", "runtime_onnx")
 LEVELS = (
-    {"artifact", "recipe", "plans", "arch", "manifest", "libraries", "progress", "runtime_onnx.ops"},
+    {"artifact", "locks", "work_folder", "recipe", "plans", "arch", "manifest", "libraries", "progress", "runtime_onnx.ops"},
     {"checkpoint", "source", "data", "linalg", "distributed", "local_processes", "lora", "activation_checkpointing", "mixtures"},
     {"published", "blocks", "modeling"},
     {"scores", "selectors", "calibration_rules", "losses"},
