@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,13 @@ class Fork:
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send it a signal."""
         os.kill(self.process, number)
+
+    def until(self, text: str) -> None:
+        """Wait until it says `text`."""
+        end = time.monotonic() + 120
+        while text not in self.text:
+            assert time.monotonic() < end, self.text
+            time.sleep(0.02)
 
     @property
     def text(self) -> str:
@@ -66,8 +75,8 @@ def _server() -> _Server:
     return _running[0]
 
 
-def start(folder: Path, *arguments: str | Path, call: str = "forks:command", kill_at: int | None = None, name: str = "said") -> Fork:
-    """Start `sparsegate ARGUMENTS`, or the function `call` of a test module on them; what it says goes to a file in `folder`.
+def start(folder: Path, *arguments: str | Path, call: str = f"{__file__}:command", kill_at: int | None = None, name: str = "said") -> Fork:
+    """Start `sparsegate ARGUMENTS`, or the function `call` (FILE:NAME) on them; what it says goes to a file in `folder`.
 
     With `kill_at` it kills itself before its so many-th change of a file or folder below `folder`; the count of all is in NAME.count when it ends by itself.
     """
@@ -119,9 +128,13 @@ def _child(asked: dict[str, Any], out: int) -> None:
     status = 99
     try:
         count = _count(asked["root"], asked["kill_at"])
-        module, _, function = asked["run"].partition(":")
-        __import__(module)
-        status = getattr(sys.modules[module], function)(*asked["arguments"]) or 0
+        file, _, function = asked["run"].rpartition(":")
+        spec = spec_from_file_location("forked", file)
+        assert spec is not None and spec.loader is not None
+        module = module_from_spec(spec)
+        sys.modules["forked"] = module
+        spec.loader.exec_module(module)
+        status = getattr(module, function)(*asked["arguments"]) or 0
         number = count[0]
         Path(asked["said"]).with_suffix(".count").write_text(str(number))
     except BaseException:

@@ -234,9 +234,8 @@ def hold(out: str) -> int:
 def test_a_second_conversion_is_refused_while_the_first_one_lives(
     tiny_model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = start(tmp_path, tmp_path / "out", call="converter.test_work_folder:hold")
-    while "held" not in first.text:
-        time.sleep(0.02)
+    first = start(tmp_path, tmp_path / "out", call=f"{__file__}:hold")
+    first.until("held")
     for verb, flags in (("convert", FLAGS), ("tune", ())):
         line = refused(capsys, tmp_path, verb, tiny_model("llama"), "-o", tmp_path / "out", *flags)
         assert f"another conversion that is writing {tmp_path / 'out'} (process {first.process} on host " in line and " since 2" in line, line
@@ -259,7 +258,7 @@ def write(target: str, number: str) -> int:
 def race(folder: Path) -> None:
     """Three processes write one folder: it is always one of theirs, whole."""
     folder.mkdir()
-    racing = [start(folder, folder / "out", number, call="converter.test_work_folder:write", name=f"said{number}") for number in range(3)]
+    racing = [start(folder, folder / "out", number, call=f"{__file__}:write", name=f"said{number}") for number in range(3)]
     assert [one.wait() for one in racing] == [0, 0, 0], [one.text for one in racing]
     assert len({(folder / "out" / name).read_text() for name in ("a", "b", "c")}) == 1
     assert not list(folder.glob("*partial*"))
