@@ -15,21 +15,18 @@ from .executors import check_dense_text, check_onnx, has_cuda, measure_shipped
 from .onnx_export import PRECISIONS, build_base, check_base, export, export_dense, load_stock
 from .planning import TUNED
 from .plans import Plan
-from .progress import resumed, stage, update
+from .progress import partly, resumed, stage, update
 from .quality import measure_qualities
 from .recipe import Recipe
 from .reference import load, load_dense
 from .schedule import checkpoint
 from .source import Source
 from .texts import Texts, quality_error
-from .verification import Check, ExecutorQuality, Quality, check_budget, check_text, shipped_checks
+from .verification import DENSE_WINDOWS, Check, ExecutorQuality, Quality, check_budget, check_text, shipped_checks
 
 log = logging.getLogger("sparsegate")
 SPEED_PAIRS = 25
-DENSE_WINDOWS = 64
-"""Windows that the dense graph in integers is measured on where no budget depends on its loss: rounding to 4 bits spreads so much over windows that the
-error asked of a plan would take all of them.
-"""
+_MEASURED = "measured.json"
 
 
 @dataclass(frozen=True)
@@ -97,6 +94,8 @@ def make_graphs(source: Source, texts: Texts, recipe: Recipe, work: Path, origin
         with stage("base graph"), atomic_folder(dense) as partial:
             export_dense(plain, partial, asked.precision, asked.target)
             write_header(partial, header)
+    else:
+        resumed("base graph")
     if model.swaps:
         return Graphs(base, dense)
     folder, header = work / "quality_dense", Header(format="quality", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256)
@@ -106,6 +105,8 @@ def make_graphs(source: Source, texts: Texts, recipe: Recipe, work: Path, origin
             found = measure_shipped(dense, load_stock(model.folder), texts.heldout, asked, count=windows)
             write_json(partial / "quality.json", {} if found is None else found.model_dump())
             write_header(partial, header)
+    else:
+        resumed("quality")
     return Graphs(base, dense, _quality(read_json(folder / "quality.json", "The measured quality")))
 
 
@@ -120,6 +121,8 @@ def _float_graph(source: Source, texts: Texts, recipe: Recipe, work: Path) -> Pa
         with stage("base graph"), atomic_folder(base) as partial:
             build_base(source.folder, partial, form.cuda, "cuda")
             write_header(partial, header)
+    else:
+        resumed("base graph")
     return base
 
 
@@ -167,6 +170,8 @@ def measure(
         stages[name] = (work / "quality" / name, Header(format="quality", parents={"plan": parent.fingerprint}, calibration=texts.heldout.sha256))
     missing = {name: plans[name] for name, stage in stages.items() if not is_finished(*stage)}
     if missing:
+        if len(missing) < len(plans):
+            partly()
         model, dense = load_dense(source.folder), _load(original)
         qualities = measure_qualities(model, missing, texts.heldout, dense, quality_error(recipe))
         for name, quality in qualities.items():
@@ -233,25 +238,36 @@ def _exported(candidate: Candidate, source: Source, texts: Texts, graphs: Graphs
                 export(graphs.base, candidate.plan, source.arch, source.config, partial, asked.precision, asked.target)
                 write_header(partial, header)
     measured, header = work / "measured" / name, Header(format="measured", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256)
-    if is_finished(measured, header):
+    stored = _agreed(measured, header)
+    if stored is not None:
         resumed("agreement")
         resumed("speed")
     else:
         with stage("agreement"):
             model, dense = load(folder), _load(original)
-            found = measure_shipped(onnx, model, texts.heldout, asked, original=dense, count=candidate.quality.windows)
+            found = measure_shipped(onnx, model, texts.heldout, asked, original=dense, known=candidate.quality)
             checks = [*check_onnx(onnx, model, candidate.plan, texts.heldout, asked), check_text(onnx)]
-        speed = {} if asked.target == "cuda" and not has_cuda() else _speed(graphs.dense, onnx, texts)
-        with atomic_folder(measured) as partial:
-            shipped = {} if found is None else found.model_dump()
-            write_json(partial / "measured.json", {"checks": [check.model_dump() for check in checks], "speed": speed, "shipped": shipped})
-            write_header(partial, header)
-    stored = read_json(measured / "measured.json", "The measurement")
+        agree = all(check.passed for check in checks)
+        speed = {} if not agree or (asked.target == "cuda" and not has_cuda()) else _speed(graphs.dense, onnx, texts)
+        shipped = {} if found is None else found.model_dump()
+        stored = {"checks": [check.model_dump() for check in checks], "speed": speed, "shipped": shipped}
+        if agree:
+            with atomic_folder(measured) as partial:
+                write_json(partial / _MEASURED, stored)
+                write_header(partial, header)
     checks, shipped = [Check(**row) for row in stored["checks"]] + candidate.checks, _quality(stored.get("shipped", {}))
     if shipped is not None:
         budget = recipe.budget.model_dump() | {"searched": recipe.searches}
         checks += shipped_checks(shipped, candidate.quality, budget, asked.precision)
     return replace(candidate, checkpoint=folder, onnx=onnx, checks=checks, shipped=shipped, speed=stored["speed"])
+
+
+def _agreed(measured: Path, header: Header) -> dict[str, Any] | None:
+    """What was measured of an ONNX folder whose executors agreed. None where nothing was, or where they did not: another version may judge otherwise."""
+    if not is_finished(measured, header):
+        return None
+    stored = read_json(measured / _MEASURED, "The measurement")
+    return stored if all(row["passed"] for row in stored["checks"]) else None
 
 
 @stage("speed")

@@ -263,7 +263,8 @@ def _converted(order: _Order, opened: _Opened, running: Job) -> Result:
 
 
 def _times(running: Job) -> list[StageTime]:
-    return [StageTime(name=name, expected_seconds=expected, seconds=seconds) for name, expected, seconds in running.rows()]
+    found = running.resumed | running.partly
+    return [StageTime(name=name, expected_seconds=expected, seconds=seconds, resumed=name in found) for name, expected, seconds in running.rows()]
 
 
 def _pushed(order: _Order) -> str | None:
@@ -438,7 +439,7 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
         checks.append(check_source(sparse, original.folder, heldout, trained=recovered))
     asked = recipe.export
     with stage("agreement"):
-        shipped = measure_shipped(folder / "onnx", sparse, heldout, asked, original=dense, count=quality.windows)
+        shipped = measure_shipped(folder / "onnx", sparse, heldout, asked, original=dense, known=quality)
         checks += [*check_onnx(folder / "onnx", sparse, plan, heldout, asked), check_text(folder / "onnx")]
     if recovered and dense is None:
         log.warning("The weights were trained: NLL is measured, and what compares with the dense model is the record's. Give that model with --source MODEL.")

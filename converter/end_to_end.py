@@ -34,6 +34,7 @@ from .data import Batches
 from .local_processes import keep_freed_memory
 from .losses import kl_divergence, sigmoid_slope
 from .plans import Entry, Plan, Predictor, Swap, Threshold, deciding, load_plan, save_plan
+from .progress import resumed
 from .recipe import Tune
 from .training import Settings, train
 
@@ -381,6 +382,8 @@ def train_plan(
 
         curve = train(objective, Batches(batches.tokens[kept], batches.mask[kept]), settings, folder / "state", header, at_level)
         write_json(curve_file, {"rows": curve})
+    else:
+        resumed()
     untrained = {site: entries for site, entries in plan.items() if site.kind != "ffn"}
     return [untrained | load_plan(place) for place in folders]
 

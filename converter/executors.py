@@ -29,7 +29,7 @@ from .plans import Plan
 from .quality import measure_executor
 from .recipe import Export
 from .source import end_tokens
-from .verification import Check, ExecutorQuality
+from .verification import Check, ExecutorQuality, Quality
 
 log = logging.getLogger("sparsegate")
 NO_CUDA = "no CUDA device was at hand"
@@ -214,9 +214,11 @@ def _not_run(name: str, reason: str) -> Check:
 
 
 @torch.no_grad()
-def measure_shipped(onnx: Path, model: Any, batches: Batches, export: Export, original: Any | None = None, count: int | None = None) -> ExecutorQuality | None:
+def measure_shipped(
+    onnx: Path, model: Any, batches: Batches, export: Export, original: Any | None = None, count: int | None = None, known: Quality | None = None
+) -> ExecutorQuality | None:
     """What an ONNX folder loses against `original` (None: the ungated model), by the executor that applications get, beside the gated torch model in fp32; on
-    the first `count` windows, None: on as many as tell it.
+    the windows that the torch model's own quality is `known` on, else on the first `count`, None: on as many as tell it.
 
     None in fp32 for the CPU, which is the torch model within LOGIT_BOUND, and where nothing here can run the graph.
     """
@@ -230,4 +232,6 @@ def measure_shipped(onnx: Path, model: Any, batches: Batches, export: Export, or
             raise
         log.warning("The graph for CUDA was not measured, the CPU cannot run it: %s", str(error).splitlines()[0])
         return None
+    if known is not None:
+        return measure_executor(decoder, model, batches, known.windows, original, nll_torch=known.nll)
     return measure_executor(decoder, model, batches, count, original)

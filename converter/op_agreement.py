@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..runtime_onnx.ops.margins import off_thresholds, settled_scores, tie_energy
+from ..runtime_onnx.ops.margins import off_thresholds, settled_scores, sum_energy, tie_energy
 from .data import Batches
 from .onnx_export.stored import StoredOp
 from .verification import LOGIT_BOUND, Check
@@ -133,8 +133,12 @@ def _judge_float(tallies: Mapping[str, Tally], op: StoredOp, seen: Mapping[str, 
     start = 0
     for executor, part in seen.items():
         rows = slice(start, start := start + len(part.x))
-        bound = op.op.BOUNDS[op.variant.x] if executor == "kernel" else max(SUM_BOUND, op.op.BOUNDS[op.variant.x])
-        tallies[executor].add(op.node, nmse(part.y, expected[rows]), np.full(len(part.x), bound), clear[rows])
+        error, bound = nmse(part.y, expected[rows]), np.full(len(part.x), op.op.BOUNDS[op.variant.x])
+        if executor != "kernel":
+            bound = np.maximum(bound, SUM_BOUND)
+        if (over := error > bound).any():
+            bound[over] += sum_energy(op.variant, part.x[over].astype(np.float32), op.tensors) / np.maximum(np.square(expected[rows][over]).sum(-1), 1e-30)
+        tallies[executor].add(op.node, error, bound, clear[rows])
 
 
 def _judge_kernel(tally: Tally, op: StoredOp, seen: Seen) -> None:

@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from ..runtime_onnx.ops.quantisation import GROUP
 from ..runtime_onnx.session import Decoder
 from .data import Batches
-from .reference import gated_modules
+from .quality import Reference, onnx_logits, torch_logits
+from .quality import compare as compare_windows
+from .reference import gated_modules, gates_of
 from .verification import ACTIVATION_NLL, NLL_BOUND, Check
 
 WINDOWS, LENGTH = 32, 128
@@ -65,13 +67,14 @@ def compare(name: str, decoder: Decoder, model: Any, batches: Batches, noise: No
     `model` is gated and holds the file's weights; `noise` is of the executor's kind.
     """
     tokens = batches.tokens[batches.mask.all(1)][:WINDOWS, :LENGTH]
-    rows = torch.tensor([_row(decoder, model, row, noise) for row in tokens], dtype=torch.float64)  # [N, 5]
-    torch_nll, noisy_nll, nll, noise_kl, kl = rows.unbind(1)
+    noisy, own = _sums(decoder, model, tokens, noise)
+    count = own[:, 0]
+    torch_nll, noisy_nll, nll, noise_kl, kl = (sums / count for sums in (own[:, 1], noisy[:, 2], own[:, 2], noisy[:, 3], own[:, 3]))
     noise_error, error = standard_error(noisy_nll - torch_nll), standard_error(nll - torch_nll)
     off, moved = abs(float((nll - torch_nll).mean())), abs(float((noisy_nll - torch_nll).mean()))
     bound = STANDARD_ERRORS * (noise_error**2 + error**2) ** 0.5 + (moved + ACTIVATION_NLL if rounded else NLL_BOUND)
     note = (
-        f"NLL {float(nll.mean()):.4f} (torch {float(torch_nll.mean()):.4f}) over {len(rows)} windows; noise alone {moved:.2g} +- {noise_error:.2g}; "
+        f"NLL {float(nll.mean()):.4f} (torch {float(torch_nll.mean()):.4f}) over {len(tokens)} windows; noise alone {moved:.2g} +- {noise_error:.2g}; "
         f"KL from torch {float(kl.mean()):.2g}, noise alone {float(noise_kl.mean()):.2g}"
     )
     checks = [Check(name=f"{name} NLL", value=off, bound=bound, passed=off <= bound, note=note)]
@@ -81,15 +84,15 @@ def compare(name: str, decoder: Decoder, model: Any, batches: Batches, noise: No
     return checks
 
 
-def _row(decoder: Decoder, model: Any, row: Tensor, noise: Noise) -> tuple[float, float, float, float, float]:
-    """Of one window: NLL of torch, of torch under noise and of the executor; KL from torch to torch under noise and to the executor."""
-    q = _log_probs(model, row)
-    with noised(model, noise):
-        other = _log_probs(model, row)
-    decoder.reset()
-    o = torch.from_numpy(decoder(row.numpy()))[:-1].log_softmax(-1)
-    p = q.exp()
-    return _nll(q, row), _nll(other, row), _nll(o, row), float((p * (q - other)).sum(-1).mean()), float((p * (q - o)).sum(-1).mean())
+def _sums(decoder: Decoder, model: Any, tokens: Tensor, noise: Noise) -> Tensor:
+    """Sums [2, N, 5] as `quality.compare` gives them over windows [N, T], from the gated torch model to itself under noise and to the executor."""
+    gates, parts = gates_of(model), []
+    reference = Reference(model, Batches(tokens, torch.ones_like(tokens, dtype=torch.bool)), gates=gates)
+    for number, group in enumerate(reference.groups):
+        with noised(model, noise):
+            noisy = torch_logits(model, gates, group)
+        parts.append(compare_windows(reference, number, [noisy, onnx_logits(decoder, group)]))
+    return torch.cat(parts, dim=1)
 
 
 def standard_error(differences: Tensor) -> float:
@@ -97,15 +100,6 @@ def standard_error(differences: Tensor) -> float:
     if len(differences) < 2:
         return 0.0
     return float(differences.double().std() / len(differences) ** 0.5)
-
-
-def _log_probs(model: Any, row: Tensor) -> Tensor:
-    """Log-probabilities [T - 1, V] fp32 of the tokens that follow the first of a window [T]."""
-    return model(input_ids=row[None].to(model.device)).logits[0, :-1].float().log_softmax(-1).cpu()
-
-
-def _nll(log_p: Tensor, row: Tensor) -> float:
-    return float(F.nll_loss(log_p, row[1:]))
 
 
 @contextmanager

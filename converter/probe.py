@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime_onnx.bench.samples import waits
 from .arch import Arch, Site
 from .blocks import empty_model
 from .data import Batches
@@ -37,6 +37,8 @@ _VOCABULARY, _HEAD = 256, 1 << 25  # tokens that the measured block knows; weigh
 _WORK = 4e9  # multiplications of one measured pass, as far as a window and _MOST windows allow
 _MOST = 4
 _REPEATS, _SPENT = 3, 0.3  # runs of a measurement, fewer when so many seconds are spent
+_SHORT = 16  # tokens of a pass that is not counted
+_LEAST = 0.2  # of a run's time: what stays of it, however long its threads waited
 _BYTES = 1 << 24
 
 
@@ -104,7 +106,8 @@ def measure(arch: Arch, config: Any, stats: Iterable[str], tunes: Mapping[str, T
     hidden, vocabulary = arch.size(config, "hidden"), arch.size(config, "vocab")
     head = _head(block, vocabulary, forward, length)
     train, train_head = _trains(block, arch, tunes, length, vocabulary)
-    prefill, decode = _onnx(block.parameters, hidden, min(128, length))
+    whole = block.scale * block.parameters * arch.size(config, "layers") + vocabulary * hidden
+    prefill, decode = _onnx(block.parameters, hidden, min(128, length), whole)
     write, read = _disk()
     share = vocabulary * hidden / block.parameters
     return Rates(
@@ -115,7 +118,7 @@ def measure(arch: Arch, config: Any, stats: Iterable[str], tunes: Mapping[str, T
 
 
 def _seconds(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
-    """The median of a few runs after one that is not counted; fewer where they take long."""
+    """The least of a few runs after one that is not counted; fewer where they take long. Other work on the machine makes a run longer, never shorter."""
 
     def timed() -> None:
         run()
@@ -125,10 +128,17 @@ def _seconds(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
     timed()
     found: list[float] = []
     while len(found) < repeats and sum(found) < _SPENT:
-        start = time.perf_counter()
-        timed()
-        found.append(time.perf_counter() - start)
-    return median(found)
+        found.append(_undisturbed(timed))
+    return min(found)
+
+
+def _undisturbed(run: Callable[[], Any]) -> float:
+    """Seconds of a run without those that a thread waited for a CPU, where the kernel tells them: threads meet after every product, so all wait for one."""
+    start, before = time.perf_counter(), waits()
+    run()
+    wall, after = time.perf_counter() - start, waits()
+    lost = max((after[thread] - since for thread, since in before.items() if thread in after), default=0.0)
+    return max(wall - lost, _LEAST * wall)
 
 
 def _windows(parameters: int, length: int, most: int) -> int:
@@ -175,15 +185,12 @@ def _stock_activation(arch: Arch, config: Any) -> str:
 def _calibrate(block: _Block, tokens: Tensor, stats: list[str], device: str) -> tuple[float, float]:
     """Seconds a token of the calibration pass, and a layer for what it does once; `tokens` [B, S] are as many as statistics look at twice."""
     found = []
-    for repeats in (1, 1, 3):  # the first one also loads code
-        rows = tokens.repeat(repeats, 1)
+    for rows in (tokens[:1, :_SHORT], tokens, tokens.repeat(3, 1)):  # the first one loads code
         batches = Batches(rows, torch.ones_like(rows, dtype=torch.bool))
         with TemporaryDirectory() as folder:
-            start = time.perf_counter()
-            collect(block.source, batches, stats, Path(folder), device=device)
-            found.append(time.perf_counter() - start)
+            found.append(_undisturbed(lambda batches=batches, folder=folder: collect(block.source, batches, stats, Path(folder), device=device)))
     each = max((found[2] - found[1]) / (2 * tokens.numel()), 0.2 * found[2] / (3 * tokens.numel()))
-    return each, max(0.0, found[2] - 3 * each * tokens.numel())
+    return each, max(0.0, found[1] - each * tokens.numel())
 
 
 def _objective(block: _Block, arch: Arch, part: str, tune: Tune, tokens: Tensor) -> EndToEnd:
@@ -246,12 +253,14 @@ def _wide_head(block: _Block, vocabulary: int) -> Iterator[float]:
         model.config.vocab_size = before
 
 
-def _onnx(parameters: int, hidden: int, length: int) -> tuple[float, float]:
-    """Seconds a token of ONNX Runtime's products with a block's parameters, many tokens and one at a time."""
+def _onnx(parameters: int, hidden: int, length: int, whole: float) -> tuple[float, float]:
+    """Seconds a token of ONNX Runtime's products with a block's parameters, many tokens and one at a time. The measured weights are those of the `whole` model
+    up to _BYTES of them: a token's product takes as long as its weights come from where they lie, and those of a small model lie in the cache.
+    """
     import onnxruntime
     from onnx import numpy_helper, parser
 
-    width = max(1, min(parameters // hidden, _BYTES // hidden))
+    width = max(1, int(min(whole, _BYTES)) // hidden)
     graph = f"product (float[t, {hidden}] x) => (float[t, {width}] y) {{ y = MatMul(x, w) }}"
     model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]>\n{graph}')
     model.graph.initializer.append(numpy_helper.from_array(_drawn((hidden, width)).numpy(), "w"))

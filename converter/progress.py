@@ -100,11 +100,14 @@ class _Stage:
 
 
 class Job:
-    """Seconds by stage, as they happened and as they were expected. A stage that was found finished has 0."""
+    """Seconds by stage, as they happened and as they were expected. A stage that was found finished has 0; `resumed` are these, `partly` those that found a
+    part of their work done.
+    """
 
     def __init__(self, expected: Mapping[str, float] | None = None) -> None:
         self.seconds: dict[str, float] = {}
         self.resumed: set[str] = set()
+        self.partly: set[str] = set()
         self.expected: dict[str, float] = dict(expected or {})
 
     def expect(self, expected: Mapping[str, float]) -> None:
@@ -117,13 +120,18 @@ class Job:
             if ended.name not in self.seconds:
                 self.seconds[ended.name] = 0.0
                 self.resumed.add(ended.name)
+            elif ended.name not in self.resumed:
+                self.partly.add(ended.name)
         else:
             self.seconds[ended.name] = self.seconds.get(ended.name, 0.0) + ended.before
-            self.resumed.discard(ended.name)
+            if ended.name in self.resumed:
+                self.resumed.discard(ended.name)
+                self.partly.add(ended.name)
 
     def rows(self) -> list[tuple[str, float | None, float]]:
-        """Name, expected seconds (None: none were) and seconds of every finished stage, in order."""
-        return [(name, self.expected.get(name), seconds) for name, seconds in self.seconds.items()]
+        """Name, expected seconds (None: none were, or work was found done, which they count) and seconds of every finished stage, in order."""
+        found = self.resumed | self.partly
+        return [(name, None if name in found else self.expected.get(name), seconds) for name, seconds in self.seconds.items()]
 
     def outlook(self, stages: list[_Stage]) -> tuple[float, float] | None:
         """The share of the whole job that is through and the seconds left, at the pace so far; None without expectations. `stages` are those that run."""
@@ -131,7 +139,7 @@ class Job:
         if not whole:
             return None
         ended = [name for name in self.expected if name in self.seconds and name not in running]
-        told = {name: self.expected[name] for name in ended if name not in self.resumed}
+        told = {name: self.expected[name] for name in ended if name not in self.resumed | self.partly}
         spent = sum(self.seconds[name] for name in told)
         pace = (spent + _PRIOR * whole) / (sum(told.values()) + _PRIOR * whole)
         through, left = sum(self.expected[name] for name in ended), 0.0
@@ -361,6 +369,13 @@ def resumed(name: str | None = None) -> None:
         else:
             _work.display.end(running, line)
             _work.display.begin(running)
+
+
+def partly() -> None:
+    """Say that the running stage found a part of its work done."""
+    with _work.lock:
+        if _work.stages and _work.job is not None:
+            _work.job.partly.add(_work.stages[-1].name)
 
 
 def track(iterable: Iterable[Item], total: int | None = None, unit: str = "step") -> Iterator[Item]:

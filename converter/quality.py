@@ -376,22 +376,23 @@ def measure_executor(
     original: Any | None = None,
     error: float = ERROR,
     most: int = MOST_TOKENS,
+    nll_torch: float | None = None,
 ) -> ExecutorQuality:
     """An ONNX executor beside the gated torch model and what that is compared with (`Reference`), on the first `count` windows; None: on as many as
-    `measure_qualities` would take.
+    `measure_qualities` would take. The torch model is not run again where its NLL on these windows is known, as `nll_torch`.
     """
     if count is not None:
         batches, error, most = Batches(batches.tokens[:count], batches.mask[:count]), 0.0, batches.tokens.numel()
     reference, gates, sparse, onnx = Reference(model, batches, original), gates_of(model), Totals(), Totals()
     dense = original is None and not gates  # torch is the reference itself
     for number, group in enumerate(reference.groups):
-        torch_side = [] if dense else [torch_logits(model, gates, group)]
+        torch_side = [] if dense or nll_torch is not None else [torch_logits(model, gates, group)]
         sums = compare(reference, number, [*torch_side, onnx_logits(decoder, group)])
         sparse.add(sums[0])
         onnx.add(sums[-1])
         if onnx.is_enough(error, most):
             break
-    nll_torch = sparse.means()[0 if dense else 1]
+    nll_torch = sparse.means()[0 if dense else 1] if nll_torch is None else nll_torch
     nll_dense, nll, kl, agreement = onnx.means()
     return ExecutorQuality(
         tokens=onnx.tokens, windows=onnx.windows, nll_dense=nll_dense, nll_torch=nll_torch, nll=nll, nll_error=_finite(onnx.error()), kl=kl,

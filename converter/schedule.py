@@ -24,7 +24,7 @@ from .labels import collect_labels
 from .methods import load_method, needs
 from .planning import EXACT, IMPORTED, TUNED
 from .plans import FFN_LINEARS, Plan, Swap, block_cost, load_plan, merge, save_plan
-from .progress import resumed, stage, track
+from .progress import partly, resumed, stage, track
 from .recipe import Recipe
 from .reference import load_dense
 from .residual import add_residuals, residual_rank
@@ -105,6 +105,8 @@ def once(
     if todo:
         run.stats = _statistics(run, {part: config for name in todo for part, config in configs[name].items()})
         with stage("plan"):
+            if len(todo) < len(configs):
+                partly()
             for name in track(todo, unit="method"):
                 _make_plan(run, name, configs[name], headers[name])
     else:

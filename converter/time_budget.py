@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,11 @@ def decide(
     arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]], source_bytes: int, recipe: Recipe, configs: Configs, device: str = "cpu"
 ) -> Decision:
     """Probe this machine and choose. Raises InputError as `choose` does."""
+    begun = time.perf_counter()
     rates = measure(arch, config, statistics(configs), tunes(configs), recipe.calibration.length, device)
-    return choose(timing(sizes(arch, config, shapes, source_bytes, recipe), rates, recipe, configs), recipe)
+    spent = time.perf_counter() - begun
+    found = timing(sizes(arch, config, shapes, source_bytes, recipe), rates, recipe, configs)
+    return choose(replace(found, stages={**found.stages, "open": found.stages["open"] + spent}), recipe)
 
 
 def choose(found: Timing, recipe: Recipe) -> Decision:

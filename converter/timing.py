@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,22 @@ from .methods import load_method, needs
 from .methods.predictor import Config as PredictorConfig
 from .planning import EXACT, IMPORTED, LINEAR_METHODS, TUNED, Configs, training_stages
 from .probe import Rates
-from .quality import ERROR, LEAST_WINDOWS, MOST_TOKENS
+from .quality import ERROR, GROUP_TOKENS, LEAST_WINDOWS, MOST_TOKENS
 from .recipe import Recipe, Tune
 from .residual import WINDOWS as RESIDUAL_WINDOWS
 from .texts import HELDOUT_SHARE, HELDOUT_WINDOWS, SEARCH_SHARE, SEARCH_WINDOWS
+from .verification import DENSE_WINDOWS
 
-_LOST, _VARIANCE = 0.036, 0.021
-"""Nats per token that a layer loses, by the squared share that is skipped, and the variance over windows of the paired difference, by the nats lost:
-SmolLM2-135M loses .27 under gate .5, the bundled model .04; SmolLM2's variance is .0028 at .131 nats and .0057 at .271.
+_LOST = {"gate": 0.056, "trained_gate": 0.025, "chess": 0.033, "cett": 0.104, "predictor": 0.114, "teal": 0.05, "wina": 0.06}
+_LOST_BY_OTHERS, _VARIANCE, _PREDICTOR_VARIANCE = 0.05, 0.02, 0.03
+"""Nats per token that a layer loses, by the cube of the share that is skipped, and the variance over windows of the paired difference, by the nats lost. On
+SmolLM2-135M .3 to .7 of the neurons skipped lose gates .085 a layer, CHESS .04, CETT .12, channels .06 (predictors .14 at .5), half of them in the bundled
+model .037, .028 and .09; the figures are between the two. The variance is .016 to .03 of what is lost, under predictors .022 and .039.
 """
 _START = 3.0  # seconds until torch and transformers are imported and a model's files are checked
-_BUILDER = 2.0  # seconds of the builder and of what it imports
-_CALL = 3e-4  # seconds a layer of one call of ONNX Runtime beside its products
+_BUILDER = 0.5  # seconds of the builder and of what it imports, beside what grows with the graph
+_CALL = 6e-5  # seconds a layer of one call of ONNX Runtime beside its products
+_TORCH_CALL = 2e-3  # the same of torch's, in which a token attends to those before
 _OPENED = 2.0  # seconds of the sessions that are compared, made and watched
 _PLOTS = 4.0  # seconds of plots and pages
 _TEXT = 1.5e-6  # seconds a character to tokens
@@ -38,12 +42,14 @@ _PASSES_ASIDE, _ASIDE = 8, 32  # passes that find the density of a trained plan,
 _NOISE_WINDOWS = 4
 _LEVELS = 4  # densities that a search trains through until its budget breaks
 _SEARCH_PASSES = 6.0  # over all windows, the rough ones counted as shares
-_PAIRED_TOKENS, _WATCHED_TOKENS, _GREEDY_TOKENS = 32 * 128, 3 * 128, 4 * 48 + 32  # of the comparison of executors
+_PAIRED_TOKENS, _WATCHED_TOKENS = 32 * 128, 3 * 128  # of the comparison of executors
+_ANSWERS, _ANSWER = 4, 32  # greedy texts and their tokens: one by one in onnxruntime-genai, together in torch
 _SPEED = (26, 128, 64)  # runs of a candidate beside dense, tokens of the prompt and new ones
 _REFERENCE = (8, 64, 32, 16)  # the same of a dense reference, and its windows
 _NARROW = {"int8": 0.4, "int4": 0.3}  # time of a decoded token relative to floats
 _SPREAD_OUT = 1.15  # a step through many layers beside one layer's alone, whose activations stay in cache
 _PASS = 3.0  # of a float64 evaluation in numpy, relative to torch's float32
+_SOFTMAX = 0.5  # of a side of a comparison: without the product
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ def _place(stage: str) -> int:
 def sizes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]], source_bytes: int, recipe: Recipe) -> Sizes:
     """The sizes of a model by its tensors' shapes, and of a recipe's text."""
     layers, hidden, units = (arch.size(config, space) for space in ("layers", "hidden", "units"))
-    parameters = sum(prod(shape) for shape in shapes.values())
+    parameters = sum(math.prod(shape) for shape in shapes.values())
     vocabulary = shapes[arch.embedding][0]
     tied = not any(name.startswith("lm_head") for name in shapes)
     file = Path(recipe.calibration.file) if recipe.calibration.file else CALIBRATION_TEXT
@@ -146,31 +152,33 @@ def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timin
     """Seconds of every stage with `rates`, without the download of a Hub model."""
     forward, precision = size.layers * rates.forward, recipe.export.precision
     measured = _windows(size, recipe, configs) * size.length
-    narrow = _NARROW.get(precision, 1.0)
+    narrow, side = _NARROW.get(precision, 1.0), _SOFTMAX * rates.head
     prefill = size.layers * rates.prefill + rates.onnx_head
     decode = size.layers * (rates.decode + _CALL) + rates.onnx_head_alone
     read = size.graph_bytes * rates.hash  # a graph or a model opened: about as fast as its bytes are hashed
+    answers = _ANSWERS * _ANSWER * decode + _ANSWER * (decode + size.layers * _TORCH_CALL)
     runs, prompt, new = _SPEED
     stages = {
         "open": _START + size.source_bytes * rates.hash,
         "text": size.characters * _TEXT,
-        "base graph": _BUILDER + size.graph_bytes * (2 * rates.write + 3 * rates.hash),
+        "base graph": _BUILDER + size.graph_bytes * (2 * rates.write + 3 * rates.hash) + answers,
         "plan": 0.0,
         "quality": 2 * read + measured * (forward + rates.head),
         "export": size.graph_bytes * (rates.write + rates.hash) + size.source_bytes * rates.write,
         "agreement": _OPENED
-        + _PAIRED_TOKENS * (2 * forward + 2 * rates.head + prefill)
+        + _PAIRED_TOKENS * (2 * forward + 2 * rates.head + side + prefill)
         + _WATCHED_TOKENS * _PASS * (forward + rates.head)
-        + _GREEDY_TOKENS * decode
+        + answers
         + 6 * read,
-        "speed": 4 * read + runs * (1 + narrow) * (prompt * prefill + new * decode),
+        "speed": 4 * read + 2 * runs * (prompt * prefill + narrow * new * decode),
         "dense references": _references(size, rates, precision, forward, prefill, decode) if recipe.export.target == "cpu" else 0.0,
         "report": _PLOTS + read,
     }
     if narrow < 1:
         stages["base graph"] += 4 * read
-        for stage in ("quality", "agreement"):
-            stages[stage] += measured * (2 * forward + 2 * rates.head + prefill)
+        dense_windows = _text_windows(size, recipe) if recipe.budget.bounded else min(DENSE_WINDOWS, _text_windows(size, recipe))
+        for stage, tokens in (("quality", dense_windows * size.length), ("agreement", measured)):
+            stages[stage] += tokens * (forward + rates.head + side + prefill)
     if recipe.calibration.generated:
         stages["text"] += size.tokens * (size.layers * rates.decode + rates.head)
     if statistics(configs):
@@ -187,12 +195,22 @@ def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timin
 
 
 def _windows(size: Sizes, recipe: Recipe, configs: Configs) -> int:
-    """Windows that tell a loss: those that bring its standard error below ERROR, within what the text has."""
-    shares = [getattr(values, "sparsity", 0.5) for parts in configs.values() for values in parts.values()]
-    lost = _LOST * size.layers * max(shares, default=0.5) ** 2
-    wanted = HELDOUT_WINDOWS if recipe.searches else _VARIANCE * lost / ERROR**2
+    """Windows that tell every method's loss: those that bring its standard error below ERROR, whole groups of them, within what the text has."""
+    spread = [_spread(part, getattr(values, "sparsity", 0.5)) * size.layers for parts in configs.values() for part, values in parts.items()]
+    wanted = HELDOUT_WINDOWS if recipe.searches else max(spread, default=0.0) / ERROR**2
+    group = max(1, GROUP_TOKENS // size.length)
+    return int(min(math.ceil(max(LEAST_WINDOWS, wanted) / group) * group, MOST_TOKENS / size.length, _text_windows(size, recipe)))
+
+
+def _spread(part: str, share: float) -> float:
+    """The variance over windows and a layer of what is lost where so large a share is skipped."""
+    return (_PREDICTOR_VARIANCE if part == "predictor" else _VARIANCE) * _LOST.get(part, _LOST_BY_OTHERS) * share**3
+
+
+def _text_windows(size: Sizes, recipe: Recipe) -> int:
+    """Windows that the held-out text has, at most those that are taken."""
     text = HELDOUT_SHARE * size.characters if recipe.calibration.file else HELDOUT_TEXT.stat().st_size
-    return int(max(LEAST_WINDOWS, min(wanted, HELDOUT_WINDOWS, MOST_TOKENS / size.length, text / (_CHARACTERS * size.length))))
+    return max(1, min(HELDOUT_WINDOWS, int(text / (_CHARACTERS * size.length))))
 
 
 def _references(size: Sizes, rates: Rates, precision: str, forward: float, prefill: float, decode: float) -> float:
@@ -200,9 +218,9 @@ def _references(size: Sizes, rates: Rates, precision: str, forward: float, prefi
     runs, prompt, new, windows = _REFERENCE
     total = _OPENED
     for name, narrow in _NARROW.items():
-        total += runs * (1 + narrow) * (prompt * prefill + new * decode)
+        total += runs * (2 * prompt * prefill + (1 + narrow) * new * decode)
         if name != precision:
-            total += size.graph_bytes * (rates.write + 6 * rates.hash) + windows * size.length * (forward + 2 * rates.head + prefill)
+            total += size.graph_bytes * (rates.write + 6 * rates.hash) + windows * size.length * (forward + (1 + _SOFTMAX) * rates.head + prefill)
     return total
 
 

@@ -36,7 +36,7 @@ from .distributed import (
     world,
 )
 from .optimizers import Trained, make_optimizers, moments, remember
-from .progress import update
+from .progress import partly, update
 from .recipe import Recovery
 
 STATE = "training.json"
@@ -245,6 +245,7 @@ def _resume(objective: Objective, tensors: Mapping[str, Tensor], optimizers: lis
     state = json.loads(broadcast_text(json.dumps(state)))
     if not state:
         return _Run()
+    partly()
     stored = safe_open(folder / _TENSORS, framework="pt") if world().rank == 0 else None
     for name, tensor in tensors.items():
         for key, into in {"value": tensor, **remember(optimizers, tensor, state["moments"][name])}.items():

@@ -22,6 +22,10 @@ ACTIVATION_NLL = 0.01  # nats per token: what rounding activations to 8 bits or 
 NLL_BOUND = 1e-3  # nats per token: scores near a threshold may fall on either side, each time for one neuron
 UNSEEN_PPL, UNSEEN_KL = 0.002, 0.15  # points of perplexity, share of a divergence: what one text's losses differ from another's
 QUALITY_WINDOWS = 16
+DENSE_WINDOWS = 64
+"""Windows that the dense graph in integers is measured on where no budget depends on its loss: rounding to 4 bits spreads so much over windows that the
+error asked of a plan would take all of them.
+"""
 
 
 class Quality(BaseModel):

@@ -28,7 +28,7 @@ from ..report.evaluation import EVALUATION, Evaluation, Measured
 from ..report.results import record_files
 from ..source import Source, open_source
 from ..texts import EARLIER_WINDOWS, HELDOUT_SHARE, HELDOUT_WINDOWS
-from ..verification import read_plan
+from ..verification import ExecutorQuality, Quality, read_plan
 from .answers import NEW_TOKENS, compare_answers, import_sacrebleu, make_prompts
 from .harness import find_tasks, run_tasks
 
@@ -93,7 +93,8 @@ def evaluate(
         with stage("tasks"):
             results = run_tasks(folder / "onnx", sparse, tasks, limit, original)
     measured = Measured(
-        executor="torch", tokens=quality.tokens, nll=quality.nll, nll_torch=quality.nll, kl=quality.kl, agreement=quality.agreement
+        executor="torch", tokens=quality.tokens, nll=quality.nll, nll_dense=quality.nll_dense, nll_error=_error(quality), nll_torch=quality.nll,
+        kl=quality.kl, agreement=quality.agreement,
     )  # fmt: skip
     assert quality.block_cost is not None
     found = Evaluation(
@@ -166,5 +167,11 @@ def _executors(onnx: Path, model: Any, batches: Batches, original: Any | None) -
             found.append(Measured(executor=name, note=f"not run: {chosen.reason}"))
             continue
         quality = measure_executor(Decoder(onnx, library=library), model, batches, original=original)
-        found.append(Measured(executor=name, **quality.model_dump(include=set(Measured.model_fields))))
+        measured = quality.model_dump(include=set(Measured.model_fields)) | {"nll_error": _error(quality)}
+        found.append(Measured(executor=name, **measured))
     return found
+
+
+def _error(quality: Quality | ExecutorQuality) -> float | None:
+    """The standard error of the mean difference to dense; a single window has none."""
+    return quality.nll_error if quality.windows > 1 else None

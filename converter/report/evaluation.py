@@ -18,12 +18,15 @@ EVALUATION = "report/eval.json"
 class Measured(Strict):
     """One executor on `tokens` held-out tokens: NLL, and KL from dense torch to it, in nats per token, and the share of equal argmax to dense.
 
-    `nll_torch` is the sparse torch model's NLL on the same tokens; `note` says why an executor did not run, its numbers being absent then.
+    On the same tokens, `nll_dense` is the NLL of what is compared with, `nll_error` the standard error of the paired difference to it (None: of one window, or
+    not stored by an older version), and `nll_torch` the sparse torch model's NLL. `note` says why an executor did not run, its numbers being absent then.
     """
 
     executor: str
     tokens: int = 0
     nll: float | None = None
+    nll_dense: float | None = None
+    nll_error: float | None = Field(default=None, ge=0)
     nll_torch: float | None = None
     kl: float | None = None
     agreement: float | None = Field(default=None, ge=0, le=1)
@@ -103,14 +106,20 @@ class Evaluation(Strict):
 
 def executor_cells(found: Evaluation) -> Cells:
     """What is compared with first, then one row per executor."""
-    dense = [found.against, _count(found.text.tokens), nats(found.nll_dense), nats(0.0), percent(1.0), ABSENT, ""]
+    dense = [found.against, _count(found.text.tokens), nats(found.nll_dense), ABSENT, ABSENT, nats(0.0), percent(1.0), ABSENT, ""]
     body = [dense]
     for row in found.executors:
-        cells = [ABSENT if value is None else nats(value, small=True) for value in (row.nll, row.kl)]
+        change = None if row.nll is None or row.nll_dense is None else row.nll - row.nll_dense
+        cells = [ABSENT if value is None else nats(value, small=True) for value in (row.nll, change, row.nll_error, row.kl)]
         off = ABSENT if row.nll is None or row.nll_torch is None or row.executor == "torch" else nats(row.nll - row.nll_torch, small=True)
         body.append([row.executor, _count(row.tokens) if row.tokens else ABSENT, *cells, percent(row.agreement), off, row.note])
-    header = ["executor", "tokens", "NLL", f"KL to {_word(found)}", "agreement", "NLL off torch", "note"]
-    keep = [k for k, name in enumerate(header) if name != "note" or any(row.note for row in found.executors)]
+    header = ["executor", "tokens", "NLL", "change", "± of its change", f"KL to {_word(found)}", "agreement", "NLL off torch", "note"]
+    stored = {
+        "change": any(row.nll_dense is not None for row in found.executors),
+        "± of its change": any(row.nll_error is not None for row in found.executors),
+        "note": any(row.note for row in found.executors),
+    }
+    keep = [k for k, name in enumerate(header) if stored.get(name, True)]
     return [header[k] for k in keep], [[row[k] for k in keep] for row in body]
 
 

@@ -188,11 +188,14 @@ class Check(Strict):
 
 
 class StageTime(Strict):
-    """Seconds that a stage of the conversion took (0: it was found finished) and was expected to take, None where nothing was."""
+    """Seconds that a stage of the conversion took and was expected to take, None where nothing was. `resumed`: an earlier run had done all of it, which takes
+    0 seconds, or a part of it; then nothing is compared.
+    """
 
     name: str
     expected_seconds: float | None = Field(default=None, ge=0)
     seconds: float = Field(ge=0)
+    resumed: bool = False
 
 
 class Report(Strict):

@@ -63,16 +63,23 @@ def check_table(report: Report, form: Form = "markdown") -> str:
 
 
 def stage_text(report: Report, width: int = 120) -> str:
-    """The seconds of every stage, beside what was expected where something was, and of all, in lines of at most `width` columns."""
-    stages = [*report.stages, _whole(report.stages)]
-    parts = [f"{stage.name} {stage.seconds:.1f}{'' if stage.expected_seconds is None else f' ({stage.expected_seconds:.1f})'}" for stage in stages]
-    expected = " (expected)" if any(stage.expected_seconds is not None for stage in report.stages) else ""
-    return textwrap.fill(f"seconds{expected}: {', '.join(parts)}", width)
+    """The seconds of every stage, beside what was expected where something was and all of it was done now, and of all, in lines of at most `width` columns."""
+    compared = [stage for stage in report.stages if stage.expected_seconds is not None]
+    parts = [_stage_time(stage) for stage in report.stages]
+    whole = StageTime(name="in all", seconds=sum(stage.seconds for stage in report.stages))
+    if any(stage.resumed for stage in report.stages):
+        parts.append(_stage_time(whole))
+        whole = StageTime(name="without what was found done", seconds=sum(stage.seconds for stage in report.stages if not stage.resumed))
+    if compared:
+        whole = whole.model_copy(update={"expected_seconds": sum(stage.expected_seconds or 0.0 for stage in compared)})
+    expected = " (expected)" if compared else ""
+    return textwrap.fill(f"seconds{expected}: {', '.join([*parts, _stage_time(whole)])}", width)
 
 
-def _whole(stages: list[StageTime]) -> StageTime:
-    expected = [stage.expected_seconds for stage in stages if stage.expected_seconds is not None]
-    return StageTime(name="in all", seconds=sum(stage.seconds for stage in stages), expected_seconds=sum(expected) if expected else None)
+def _stage_time(stage: StageTime) -> str:
+    if stage.resumed:
+        return f"{stage.name} {f'{stage.seconds:.1f} for the rest' if stage.seconds else 'found done'}"
+    return f"{stage.name} {stage.seconds:.1f}{'' if stage.expected_seconds is None else f' ({stage.expected_seconds:.1f})'}"
 
 
 def table(cells: Cells, form: Form = "markdown") -> str:

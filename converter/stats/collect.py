@@ -21,7 +21,7 @@ from ..artifact import Header, InputError, atomic_folder, is_intact, leave_out, 
 from ..blocks import BlockCalls, block_calls, down_rows, embed, empty_model, ffn_down, ffn_parts, filled
 from ..data import Batches
 from ..plans import linear_rows, linear_shapes
-from ..progress import track
+from ..progress import partly, track
 from ..scores import Context, load_score
 from ..source import Source
 from . import Probe, Setting, SiteStats, file_name, load_stat
@@ -39,6 +39,8 @@ def collect(source: Source, batches: Batches, names: Sequence[str], folder: Path
     by_site = _by_site(source, names)
     headers = {site: _header(source, batches, wanted, site, seed) for site, wanted in by_site.items()}
     todo = {site for site, wanted in by_site.items() if not _is_complete(folder / site.key, headers[site], wanted)}
+    if len(todo) < len(by_site):
+        partly()
     if todo:
         begun = {(site.layer, site.kind.partition(":")[0]) for site in todo}  # a layer's linears are settled together
         again = [site for site in by_site if (site.layer, site.kind.partition(":")[0]) in begun]

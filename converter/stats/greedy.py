@@ -6,6 +6,7 @@ Thresholds are quantiles of the score over all tokens; the path is found afterwa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,8 +36,12 @@ def settle(states: Mapping[Site, dict[str, Any]], probe: Probe, score: str) -> N
     dense = probe.block({})
     size = dense.square().sum(-1).clamp_min(1e-30)
 
+    @cache  # a step changes one linear's share
+    def tau(name: str, share: float) -> Tensor:
+        return cut(named[name]["count"], 1.0 - share)[0] / named[name]["scale"]
+
     def error(shares: Mapping[str, float]) -> float:
-        taus = {name: cut(named[name]["count"], 1.0 - share)[0] / named[name]["scale"] for name, share in shares.items() if share > 0}
+        taus = {name: tau(name, share) for name, share in shares.items() if share > 0}
         return float(((probe.block(taus) - dense).square().sum(-1) / size).mean())
 
     path = greedy_split({name: state["size"] for name, state in named.items()}, error)

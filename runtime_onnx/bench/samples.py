@@ -43,13 +43,19 @@ class Pairs:
 
 def waited() -> float | None:
     """Seconds that this process's threads have waited for a CPU so far, in all; None where the kernel does not tell."""
-    waits = []
+    found = waits()
+    return sum(found.values()) if found else None
+
+
+def waits() -> dict[str, float]:
+    """Seconds that each of this process's threads has waited for a CPU so far; empty where the kernel does not tell."""
+    found = {}
     for file in Path("/proc/self/task").glob("*/schedstat"):
         try:
-            waits.append(int(file.read_text().split()[1]))  # run ns, wait ns, timeslices
+            found[file.parent.name] = int(file.read_text().split()[1]) * 1e-9  # run ns, wait ns, timeslices
         except (OSError, ValueError, IndexError):
             continue  # the thread has just ended
-    return sum(waits) * 1e-9 if waits else None
+    return found
 
 
 def order(roles: Sequence[str], number: int) -> list[str]:

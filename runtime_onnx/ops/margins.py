@@ -20,6 +20,8 @@ ROUNDING = 3e-5
 """In units of the step: 127 times the relative rounding errors of float32 sums."""
 SUMS = 2.0**-22
 """Of float32 sums, relative to the sum of their absolute terms."""
+TERM = 2.0**-25
+"""What a float32 sum of products is off by, by chance, relative to the sum of their absolute values: half a bit of a term of that size."""
 NEAR = 1e-5
 """Of scores, relative to |tau| + rms of the token's scores."""
 
@@ -101,7 +103,7 @@ def tie_energy(variant: Any, x: NDArray, tensors: Mapping[str, NDArray]) -> NDAr
         return np.zeros(len(x))
     scaled = _scaled(variant, x, tensors)
     scale = np.abs(np.asarray(tensors["s_down"]).astype(np.float64))
-    error = _product_error(variant, x, tensors)
+    error = _product_error(variant, x, tensors, SUMS, integer=True)
     near, step = _at_boundary(scaled, error * scale if scaled.ndim == 2 else error[:, :, None] * scale)
     rows = integers(tensors["w_down"], variant.weights).astype(np.float64)
     groups = near.shape[2] if near.ndim == 3 else 1
@@ -110,18 +112,37 @@ def tie_energy(variant: Any, x: NDArray, tensors: Mapping[str, NDArray]) -> NDAr
     return np.square(moved.sum(1)).reshape(len(x), -1).sum(1)
 
 
-def _product_error(variant: gated_mlp.Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
-    """[T, n] of x [T, d]: what float32 sums may be off by in z = act(gate) * up: SUMS times the sums of the absolute terms."""
+def sum_energy(variant: Any, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
+    """[T] of x [T, d]: the squared change of y that the rounding of float32 sums before the activation accounts for, where weights are floats.
+
+    Where large terms of a product cancel, what is left is as inexact as they are; such a neuron may be most of a token's y. Errors of different neurons are
+    independent, so their squares add up.
+    """
+    if isinstance(variant, sparse_linear.Variant) or variant.weights != "float":
+        return np.zeros(len(x))
+    error = _product_error(variant, x, tensors, TERM, integer=False)
+    kept = np.where(gated_mlp.active(variant, x, tensors), error, 0.0)
+    return np.square(kept) @ np.square(_weights(variant, tensors, "down")).sum(1)
+
+
+def _weights(variant: gated_mlp.Variant, tensors: Mapping[str, NDArray], part: str) -> NDArray[np.float64]:
+    """A matrix in float64."""
+    role = f"w_{part}"
+    return np.asarray(tensors[role]).astype(np.float64) if variant.weights == "float" else dequantise(tensors[role], tensors[f"s_{part}"], variant.weights)
+
+
+def _product_error(variant: gated_mlp.Variant, x: NDArray, tensors: Mapping[str, NDArray], relative: float, integer: bool) -> NDArray[np.float64]:
+    """[T, n] of x [T, d]: what float32 sums may be off by in z = act(gate) * up: `relative` times the sums of the absolute terms."""
     size = np.abs(np.asarray(x).astype(np.float64))
-    gate, z = gated_mlp.parts(variant, x, tensors, integer=True)
+    gate, z = gated_mlp.parts(variant, x, tensors, integer=integer)
 
     def terms(part: str) -> NDArray[np.float64]:
-        return size @ np.abs(dequantise(tensors[f"w_{part}"], tensors[f"s_{part}"], variant.weights)).T
+        return size @ np.abs(_weights(variant, tensors, part)).T
 
     if variant.plain:
-        return SUMS * terms("up")
+        return relative * terms("up")
     up = np.abs(z) / np.maximum(np.abs(gate), 1e-30)
-    return SUMS * (up * terms("gate") + np.abs(gate) * terms("up"))
+    return relative * (up * terms("gate") + np.abs(gate) * terms("up"))
 
 
 def _scaled(variant: gated_mlp.Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:

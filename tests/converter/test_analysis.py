@@ -409,7 +409,7 @@ def leaks() -> Leaks:
     """On the bundled model: every score with the second choice as label, every score with the greedy label, and magnitude over more densities."""
     source = open_source(BUNDLED)
     model, tokenizer = load_dense(BUNDLED), source.tokenizer()
-    batches, calibration = (make_batches(tokenizer, read_text(text)[:60_000], 4, 80, 0) for text in (HELDOUT_TEXT, CALIBRATION_TEXT))
+    batches, calibration = (make_batches(tokenizer, read_text(text)[:60_000], 4, 56, 0) for text in (HELDOUT_TEXT, CALIBRATION_TEXT))
     second = [every_score(name, DENSITY, "second", prompt=24) for name in SCORES]
     greedy = [replace(setting, label="greedy") for setting in second]
     magnitude = [Setting("magnitude", density) for density in REFERENCE]

@@ -241,8 +241,8 @@ def test_f03_completeness_of_integrated_gradients(tiny_model: Make) -> None:
     model, arch, tokens = tiny(tiny_model)
     modules = sites_of(model, arch)
     labels = attribute(model, arch, tokens).labels
-    t = 11
-    found = {steps: attribute(model, arch, tokens[:, : t + 1], labels=labels[:, : t + 1], steps=steps).sites for steps in (6, 36)}
+    t = 7
+    found = {steps: attribute(model, arch, tokens[:, : t + 1], labels=labels[:, : t + 1], steps=steps).sites for steps in (4, 24)}
     for site in modules:
 
         def loss(factor: float, site: Site = site) -> Tensor:
@@ -256,21 +256,21 @@ def test_f03_completeness_of_integrated_gradients(tiny_model: Make) -> None:
             value, _, path = sites[site]
             assert path is not None
             errors[steps] = float(((-value * path.mean(0)).flatten(2).sum(-1)[:, t] - exact).abs().max())
-        assert errors[36] < 0.25 * errors[6] and errors[36] < 0.1 * float(exact.abs().max()), (site, errors, exact)
+        assert errors[24] < 0.25 * errors[4] and errors[24] < 0.1 * float(exact.abs().max()), (site, errors, exact)
 
     site = Site(0)
     total = torch.zeros(2)
-    for k in range(1, 37):
+    for k in range(1, 25):
         seen = []
 
         def scale(_: Site, value: Tensor, k: int = k, seen: list[Tensor] = seen) -> Tensor:
-            seen.append((value * (k / 36)).detach().requires_grad_())
+            seen.append((value * (k / 24)).detach().requires_grad_())
             return seen[0]
 
         with changed({site: modules[site]}, scale):
             logits = model(input_ids=tokens[:, : t + 1]).logits[:, -1]
         (grad,) = torch.autograd.grad(F.cross_entropy(logits, labels[:, t], reduction="sum"), seen)
-        total -= (seen[0].detach() * (36 / k) * grad)[:, -1].sum(-1) / 36
+        total -= (seen[0].detach() * (24 / k) * grad)[:, -1].sum(-1) / 24
     with torch.no_grad(), changed({site: modules[site]}, lambda _, value: value * 0):
         zeroed = F.cross_entropy(model(input_ids=tokens[:, : t + 1]).logits[:, -1], labels[:, t], reduction="none")
     exact = zeroed - F.cross_entropy(attribute(model, arch, tokens[:, : t + 1]).logits[:, -1], labels[:, t], reduction="none")

@@ -31,7 +31,7 @@ from sparsegate.converter.planning import NEURON_METHODS, compile_recipe
 from sparsegate.converter.plans import load_plan
 from sparsegate.converter.reference import load, load_dense
 from sparsegate.converter.report import RESULTS, Report
-from sparsegate.converter.verification import read_plan
+from sparsegate.converter.verification import Check, read_plan
 from sparsegate.runtime_onnx import library_path
 
 SPEED = {
@@ -39,6 +39,8 @@ SPEED = {
     "baseline": {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 3.0, "provider": "CPUExecutionProvider"},
     "candidate": {"prefill_tokens_per_s": 2.0, "decode_tokens_per_s": 6.0, "provider": "CPUExecutionProvider", "executor": "kernel"},
 }  # fmt: skip
+LIKE_LLAMA = ("mistral", "qwen2", "qwen3", "smollm3", "granite")
+"""Their parts have tests of their own, and their whole chain is that of a Llama."""
 TUNE = {"steps": 3, "data": 16, "windows": 2, "precision": "fp32"}
 
 
@@ -64,7 +66,7 @@ def converted(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     return result.folder
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", [pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_LLAMA else []) for name in MODEL_TYPES])
 def test_every_architecture_goes_through_the_whole_chain(model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = convert(recipe=small_recipe(tiny_model(model_type), tmp_path), output=out)
@@ -175,6 +177,25 @@ def test_two_conversions_with_one_seed_give_the_same_weights(converted: Path, tm
     first, second = read_manifest(converted).files, read_manifest(result.folder).files
     for name in ("config.json", "model.safetensors", "sparsity/sparsity.safetensors", "onnx/model.onnx.data"):
         assert first[name] == second[name], name
+
+
+def test_executors_that_disagreed_are_judged_again(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, judged = write_recipe(tiny_model("llama"), tmp_path), candidates.check_onnx
+    timed: list[Path] = []
+    monkeypatch.setattr(candidates, "_speed", lambda base, onnx, texts: timed.append(onnx) or {})
+    monkeypatch.setattr(candidates, "check_onnx", lambda *_: [Check(name="kernel ops", value=2.0, bound=1.0, passed=False)])
+    with pytest.raises(InputError, match="executors must agree, got gate: kernel ops 2 against 1"):
+        convert(recipe=recipe, output=tmp_path / "out")
+    assert not timed, "what is refused is not timed"
+    measured = tmp_path / "out.work" / "measured" / "gate"
+    assert not measured.exists()
+    monkeypatch.setattr(candidates, "check_onnx", judged)
+    convert(recipe=recipe, output=tmp_path / "out", keep_stages=True)
+    stored = json.loads((measured / "measured.json").read_text(encoding="utf-8"))
+    (measured / "measured.json").write_text(json.dumps(stored | {"checks": [row | {"passed": False} for row in stored["checks"]]}), encoding="utf-8")
+    shutil.rmtree(tmp_path / "out")  # as an older version stored a disagreement
+    report = convert(recipe=recipe, output=tmp_path / "out").report
+    assert report is not None and all(check.passed for check in report.checks) and len(timed) == 2
 
 
 def test_a_budget_that_cannot_be_met_writes_nothing(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from sparsegate.converter.manifest import check_files, read_manifest
 from sparsegate.converter.plans import Plan, Predictor, Threshold, uniform_tau
 from sparsegate.converter.quality import Reference, groups, measure_quality
 from sparsegate.converter.reference import apply_plan, dense, load, load_dense
-from sparsegate.converter.report.evaluation import Evaluation
+from sparsegate.converter.report.evaluation import Evaluation, executor_cells
 from sparsegate.runtime_onnx.session import Decoder
 
 D, N, R = 64, 176, 6
@@ -269,17 +269,36 @@ def test_evaluate_measures_what_convert_measured_and_records_it(converted: Path,
     found = evaluate(out, text=text, max_new_tokens=6, command="sparsegate eval out")
     rows = {row.executor: row for row in found.executors}
     assert set(rows) == {"torch", "ONNX body", "ONNX kernel"}
-    for name in ("nll", "kl", "agreement"):
+    for name in ("nll", "nll_dense", "nll_error", "kl", "agreement"):
         assert getattr(rows["torch"], name) == pytest.approx(before.measured[name], abs=1e-6)  # its own text: the same held-out part
     assert (found.nll_dense, found.density, found.cost) == pytest.approx(tuple(before.measured[name] for name in ("nll_dense", "density", "cost")), abs=1e-6)
     for name in ("ONNX body", "ONNX kernel"):
         assert rows[name].nll == pytest.approx(rows[name].nll_torch, abs=1e-3) and rows[name].tokens > 0
+        assert rows[name].nll_dense and rows[name].nll_error
     assert found.text.name == "text.txt, held out" and found.model == before.recipe["model"]
     assert found.sparsity.windows == pytest.approx(1 - found.density)
     assert Evaluation.load(out / "report" / "eval.json") == found
     after = read_manifest(out)
     assert check_files(out, after) == [] and set(after.files) == {*before.files, "report/eval.json"}
     assert {name: after.files[name] for name in before.files} == before.files
+
+
+def test_the_table_has_the_change_and_its_error() -> None:
+    torch_row, body = ({"nll_dense": dense, "nll_error": error} for dense, error in ((2.0078125, 0.0031), (2.01, 0.0052)))
+    first, second, third = EVALUATION["executors"]
+    found = Evaluation.model_validate(EVALUATION | {"executors": [first | torch_row, second | body, third]})
+    header, rows = executor_cells(found)
+    place = [header.index(name) for name in ("change", "± of its change")]
+    assert [[row[k] for k in place] for row in rows] == [["-", "-"], ["0.1022", "0.0031"], ["0.1130", "0.0052"], ["-", "-"]]
+    header, _ = executor_cells(Evaluation.model_validate(EVALUATION))
+    assert "change" not in header and "± of its change" not in header, "an older evaluation has none"
+
+
+def test_one_window_has_no_error(converted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(converted, out)
+    found = evaluate(out, text=converted.parent / "text.txt", windows=1, max_new_tokens=2)
+    assert [row.nll_error for row in found.executors] == [None, None, None]
 
 
 def test_evaluate_takes_other_texts_and_prompts(converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

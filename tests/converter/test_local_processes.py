@@ -100,7 +100,7 @@ def test_modules_in_the_working_folder_are_not_taken(tmp_path: Path, monkeypatch
     assert (tmp_path / "0").is_file()
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_a_refusal_ends_all(rank: str) -> None:
     with pytest.raises(InputError, match=rf"^It must be well, got process {rank}\. Mend it\.$"):
         run_in_processes(2, refuse, rank)

@@ -100,6 +100,10 @@ def test_expected_seconds_stand_beside(run: tuple[Path, Path, Shown]) -> None:
     report = Report.load(run[1] / RESULTS)
     report = report.model_copy(update={"stages": [StageTime(name="plan", seconds=2.0, expected_seconds=3.0), StageTime(name="export", seconds=1.5)]})
     assert stage_text(report) == "seconds (expected): plan 2.0 (3.0), export 1.5, in all 3.5 (3.0)"
+    done = [StageTime(name="calibrate", seconds=0, resumed=True), StageTime(name="base graph", seconds=1.5, resumed=True)]
+    report = report.model_copy(update={"stages": [*done, *report.stages]})
+    wanted = "calibrate found done, base graph 1.5 for the rest, plan 2.0 (3.0), export 1.5, in all 5.0, without what was found done 3.5 (3.0)"
+    assert stage_text(report, 200) == f"seconds (expected): {wanted}"
 
 
 def test_older_reports_load(run: tuple[Path, Path, Shown], tmp_path: Path) -> None:
@@ -114,9 +118,12 @@ def test_quiet_prints_the_result_alone_and_a_resumed_run_says_so(run: tuple[Path
     shutil.rmtree(out)
     again = shown("convert", "--recipe", recipe, "-o", out, "--keep-stages", "--quiet")
     assert again.err == "" and again.out.startswith(f"wrote {out}\n")
-    times = {stage.name: stage.seconds for stage in Report.load(out / RESULTS).stages}
+    stages = Report.load(out / RESULTS).stages
+    times = {stage.name: stage.seconds for stage in stages}
     assert times.pop("open") > 0 and times.pop("text") > 0
     assert times == dict.fromkeys([*STAGES[2:], "speed"], 0.0)
+    assert all(stage.resumed and stage.expected_seconds is None for stage in stages if stage.name in times), "nothing to compare with what was expected"
+    assert "calibrate found done, " in again.out
     shutil.rmtree(out)
     resumed = [line.split("  ")[0] for line in shown("convert", "--recipe", recipe, "-o", out, "--keep-stages").err.splitlines() if line.endswith(" resumed")]
     assert resumed == [*STAGES[2:], "speed"]

@@ -152,6 +152,20 @@ def test_outside_of_a_stage_loops_run_and_show_nothing(capsys: pytest.CaptureFix
     assert capsys.readouterr().err == ""
 
 
+def test_work_that_was_found_done_is_not_compared_with_what_was_expected() -> None:
+    with progress.shown("quiet"), progress.job({"graph": 9.0, "plan": 5.0, "text": 1.0, "export": 2.0}) as job:
+        progress.resumed("graph")
+        progress.resumed("export")
+        for name in ("graph", "plan", "text"):
+            with progress.stage(name):
+                if name == "plan":
+                    progress.partly()
+                time.sleep(0.01)
+        progress.resumed("text")  # made in this job, and asked for again
+    assert (job.resumed, job.partly) == ({"export"}, {"graph", "plan"})
+    assert {name: expected for name, expected, _ in job.rows()} == {"graph": None, "export": None, "plan": None, "text": 1.0}
+
+
 def test_time_left_follows_the_pace_so_far() -> None:
     job = progress.Job({"a": 10.0, "b": 10.0, "c": 20.0})
     assert job.outlook([]) == (0.0, 40.0)

@@ -186,6 +186,8 @@ def test_executors_are_measured_on_one_dense_pass(tiny_model: Callable[[str], Pa
     assert (found.tokens, found.windows, executor.calls) == (230, 10, 10), "a window runs once, however many chunks it has"
     assert found.nll_torch == pytest.approx(sparse[:, 2].sum() / 230, rel=1e-6)
     assert (found.nll, found.kl, found.agreement) == pytest.approx(tuple(onnx[:, 2:].sum(0) / 230), rel=1e-6)
+    known = measure_executor(executor, model, batches, count=10, nll_torch=found.nll_torch)  # type: ignore[arg-type]
+    assert known == found, "without the sparse torch model's pass"
     assert measure_executor(executor, model, batches, count=None, error=1e9).windows == 60, "one group"  # type: ignore[arg-type]
 
 

@@ -194,6 +194,7 @@ def _process(rank: int, port: int, path: Path, model: Path, out: Path) -> None:
     tune(output=out.with_name("shared out"), recipe=path.with_name("shared.yaml"))
 
 
+@pytest.mark.slow  # test_distributed.py has the same of the training alone
 def test_two_processes_are_one_with_the_joint_batch(model: Path, tmp_path: Path) -> None:
     path = recipe(model, tmp_path, predictors={"density": 0.3}, losses={"hidden": 0.1, "lm": 0.1}, parallel="data")
     path.with_name("shared.yaml").write_text(path.read_text().replace("parallel: data", "parallel: fsdp"))
@@ -376,7 +377,7 @@ def test_the_command_prints_and_resumes_nothing_half(model: Path, tmp_path: Path
 # Conversions whose first stage trains
 
 
-@pytest.mark.parametrize("last", [{"method": "exact"}, {"method": "gate", "config": {"sparsity": 0.8}}, None])
+@pytest.mark.parametrize("last", [{"method": "exact"}, pytest.param({"method": "gate", "config": {"sparsity": 0.8}}, marks=pytest.mark.slow), None])
 def test_convert_trains_first(last: dict[str, Any] | None, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     more: dict[str, Any] = {"predictors": {"cost": 0.2, "density": 0.4}} if last is None else {}
