@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -22,9 +23,11 @@ from sparsegate.converter.artifact import (
     InputError,
     atomic_folder,
     hash_file,
+    is_disk_full,
     is_finished,
     read_header,
     read_json,
+    size,
     write_header,
     write_json,
     write_tensors,
@@ -311,8 +314,6 @@ def test_a_replaced_folder_is_never_there_by_half(tmp_path: Path) -> None:
 
 
 def test_atomic_folder_says_that_the_disk_is_full(tmp_path: Path) -> None:
-    import errno
-
     for failure in (OSError(errno.ENOSPC, "x"), OSError(errno.EFBIG, "x"), RuntimeError("I/O error: No space left on device (os error 28)")):
         with pytest.raises(InputError) as error, atomic_folder(tmp_path / "out"):
             raise failure
@@ -320,6 +321,28 @@ def test_atomic_folder_says_that_the_disk_is_full(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out"):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error, full",
+    [
+        (OSError("4096 requested and 0 written"), True),  # numpy's
+        (OSError(errno.ENOSPC, "x"), True),
+        (OSError(errno.EDQUOT, "x"), True),
+        (RuntimeError("I/O error: File too large (os error 27)"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (RuntimeError("a shape was requested"), False),
+    ],
+)
+def test_what_says_that_the_disk_is_full(error: Exception, full: bool) -> None:
+    assert is_disk_full(error) == full
+
+
+@pytest.mark.parametrize(
+    "count, text", [(0, "0 bytes"), (999, "999 bytes"), (12_300, "12.3 kB"), (1_750_000, "1.75 MB"), (5e8, "500 MB"), (1.5e10, "15.0 GB"), (2e12, "2000 GB")]
+)
+def test_sizes_as_a_person_reads_them(count: float, text: str) -> None:
+    assert size(count) == text
 
 
 def test_atomic_folder_keeps_the_old_one_until_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
