@@ -46,6 +46,10 @@ class InputError(ValueError):
     """A user's mistake: one line that says what must be, what was found and what to do."""
 
 
+class CheckError(InputError):
+    """What was made does not pass a check: no input was wrong by itself."""
+
+
 class DiskFull(InputError):
     """No byte more can be written."""
 

@@ -1,4 +1,4 @@
-"""The command line: one file per verb, one row per file. Flags are the parameters of the verb's function; user mistakes end in one line and status 1."""
+"""The command line: one file per verb, one row per file. Flags are the parameters of the verb's function; user mistakes end in one line and status 2."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _application(argv: list[str]) -> typer.Typer:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; exits with 0, 1 (a user's mistake or a failed check), 2 (usage), or 128 and the number of the signal that ended it."""
+    """Run the command line; exits with 0, 1 (a check that failed), 2 (a user's mistake), or 128 and the number of the signal that ended it."""
     with stoppable() as stop:  # before anything that takes time is imported
         try:
             code = _run(sys.argv[1:] if argv is None else argv, stop)
@@ -67,7 +67,7 @@ def _run(argv: list[str], stop: Stop) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import typer.main
 
-    from ..artifact import disk_full, is_disk_full
+    from ..artifact import CheckError, InputError, disk_full, is_disk_full
 
     try:
         application = _application(argv)
@@ -75,8 +75,8 @@ def _run(argv: list[str], stop: Stop) -> int:
     except Exception as error:
         if stop.since is not None:  # whatever a library made of the interruption
             return _INTERRUPTED
-        if isinstance(error, ValueError) and _is_ours(error):
-            return _told(str(error))
+        if isinstance(error, InputError) or (isinstance(error, ValueError) and _is_ours(error)):
+            return _told(str(error), 1 if isinstance(error, CheckError) else 2)
         if is_disk_full(error):  # of whichever library wrote
             name = getattr(error, "filename", None)
             return _told(str(disk_full(Path(name if isinstance(name, str) else "OUT"))))
@@ -104,7 +104,7 @@ def _is_ours(error: BaseException) -> bool:
     return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"  # not int("x") or an unpacking that failed in our code
 
 
-def _told(text: str) -> int:
+def _told(text: str, status: int = 2) -> int:
     line = " ".join(part.strip() for part in text.splitlines())
     print(f"sparsegate: {line}", file=sys.stderr)
-    return 1
+    return status

@@ -375,7 +375,7 @@ def test_a_file_size_limit_ends_in_one_line(tiny_model: Callable[[str], Path], t
     limit = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))"
     child = run_cli(["convert", "--recipe", str(recipe), "-o", str(tmp_path / "out")], limit)
     _, errors = child.communicate(timeout=120)
-    assert child.returncode == 1
+    assert child.returncode == 2
     assert "Traceback" not in errors
     assert "Disk space must suffice" in errors.splitlines()[-1]
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.partial-*"))
