@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .arch import Arch, Site
-from .artifact import Header, InputError, atomic_folder, is_finished, read_json, write_header, write_json
+from .artifact import Header, InputError, atomic_folder, is_finished, read_json, write_header, write_json, write_tensors
 from .blocks import block_calls, embed, ffn_down, ffn_parts, filled
 from .data import Batches
 from .distributed import same_error, share_tensors, sum_over_processes, world
@@ -406,7 +406,8 @@ def _recovered(fit: Fit, settings: ByBlock, seed: int, folder: Path, header: Hea
     with same_error():
         if world().rank == 0:
             with atomic_folder(folder) as partial:
-                save_file({f"{fit.arch.ffn.module}.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}, partial / _WEIGHTS)
+                weights = {f"{fit.arch.ffn.module}.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
+                write_tensors(partial / _WEIGHTS, weights)
                 write_json(partial / _CURVE, figures)
                 write_header(partial, header)
             shutil.rmtree(state, ignore_errors=True)

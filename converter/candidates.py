@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime_onnx.bench import bench
-from .artifact import Header, InputError, atomic_folder, is_finished, read_header, read_json, write_header, write_json
+from .artifact import CheckError, Header, InputError, atomic_folder, is_finished, read_header, read_json, write_header, write_json
 from .executors import check_dense_text, check_onnx, has_cuda, measure_shipped
 from .onnx_export import PRECISIONS, build_base, check_base, export, export_dense, load_stock
 from .planning import TUNED
@@ -210,7 +210,7 @@ def choose(
                 break
     else:
         found = "; ".join(_failures(list(tried.values())))
-        raise InputError(
+        raise CheckError(
             f"A checkpoint must hold its budget and its executors must agree, got {found}. "
             "Lower --sparsity, loosen the budget, choose a precision of more bits, or report executors that disagree."
         )

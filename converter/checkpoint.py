@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..runtime_onnx.ops.activation import is_relu
 from .arch import ACTIVATIONS, PREFIX, SWAPPED, Site, load_arch, supported
-from .artifact import InputError, read_json, write_json
+from .artifact import InputError, read_json, write_json, write_tensors
 from .plans import Entry, Plan, Predictor, Swap, Threshold, activation_at, check_plan, deciding, score_of
 
 VERSIONS = (1, 2)
@@ -93,7 +93,7 @@ def write_sparsity(folder: Path, plan: Plan, activation: str) -> None:
     write_json(folder / "config.json", raw | {KEY: key})
     if tensors:
         (folder / TENSORS).parent.mkdir(exist_ok=True)
-        save_file(tensors, folder / TENSORS)
+        write_tensors(folder / TENSORS, tensors)
 
 
 def write_stock(folder: Path) -> None:

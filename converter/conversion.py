@@ -8,13 +8,14 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from ..runtime_onnx.library import variants
 from .arch import load_arch
-from .artifact import HEADER, VERSION, InputError, atomic_folder, hash_file, hash_json, write_json
+from .artifact import VERSION, InputError, atomic_folder, hash_file, hash_json, listed_files, write_json
 from .blocks import unused_tensors
 from .candidates import Candidate, choose, make_graphs, measure, room
 from .distributed import check_device
@@ -56,7 +57,7 @@ from .schedule import keep_plan, once
 from .source import Source, check_config, check_shapes, make_config, open_source
 from .texts import EARLIER_WINDOWS, Texts, heldout_name, make_heldout, make_texts, texts_hash
 from .time_budget import Decision, decide, decided, header, keep, stored, within
-from .tuning import Evaluation, Tuned, stage_folder, train_stages
+from .tuning import Evaluation, Tuned, stage_folder, train_stages, training_inputs
 from .verification import (
     Check,
     ExecutorQuality,
@@ -68,6 +69,7 @@ from .verification import (
     read_plan,
     shipped_checks,
 )
+from .work_folder import check_out, check_work, claimed, remove, remove_leftover, work_of
 
 log = logging.getLogger("sparsegate")
 MEASURED = ("nll_dense", "nll", "kl", "agreement", "density", "cost", "nll_error", "windows")
@@ -120,23 +122,45 @@ def convert(
         raise InputError(f"convert must run in one process, got {os.environ['WORLD_SIZE']}. Run sparsegate tune under torchrun and convert what it writes.")
     if push_to:
         push_to = check_push(push_to).id
+    check_out(out)
     if out.exists() and not (out / MANIFEST).is_file():
         raise _occupied(out, "something else")
-    order = _Order(asked, out, device, push_to, public, dry_run, keep_stages, command)
+    inputs = _inputs(asked, recipe)
     with job() as running:
-        with nullcontext() if order.dry_run else stage("open"):
-            opened = _opened(order)
-        if isinstance(opened, Result):
-            return opened
-        running.expect(opened.needed.seconds)
-        for note in opened.needed.notes:
-            log.warning("%s", note)
-        return _converted(order, opened, running)
+        if not dry_run and not out.exists():
+            with claimed(out, inputs) as work:
+                if not out.exists():  # else a conversion that ended in this moment
+                    return _run(_Order(asked, out, device, push_to, public, dry_run, keep_stages, command, inputs, work), running)
+        elif not out.exists():
+            check_work(out, inputs)
+        with TemporaryDirectory() as scratch:  # what only looks writes nothing
+            return _run(_Order(asked, out, device, push_to, public, dry_run, keep_stages, command, inputs, Path(scratch)), running)
+
+
+def _run(order: _Order, running: Job) -> Result:
+    with nullcontext() if order.dry_run else stage("open"):
+        opened = _opened(order)
+    if isinstance(opened, Result):
+        return opened
+    running.expect(opened.needed.seconds)
+    for note in opened.needed.notes:
+        log.warning("%s", note)
+    return _converted(order, opened, running)
+
+
+def _inputs(asked: Recipe, recipe: str | Path | None) -> list[tuple[str, Path]]:
+    """Files and folders of the user's that a conversion reads, and what they are."""
+    found = [] if asked.model == BUNDLED_MODEL or is_hub_id(asked.model) else [("MODEL", Path(asked.model))]
+    found += [("The recipe", Path(recipe))] if recipe and Path(recipe).exists() else []
+    found += [("The calibration text", Path(asked.calibration.file))] if asked.calibration.file else []
+    imported = [config for parts in method_configs(asked).values() for config in parts.values() if isinstance(config, ImportedConfig)]
+    found += [("The folder of predictors", Path(config.folder)) for config in imported if config.folder]
+    return found + training_inputs(training_stages(asked))
 
 
 @dataclass(frozen=True)
 class _Order:
-    """What a person wants of a conversion."""
+    """What a person wants of a conversion, and the folder of its stages."""
 
     recipe: Recipe
     out: Path
@@ -146,11 +170,8 @@ class _Order:
     dry_run: bool
     keep_stages: bool
     command: str
-
-    @property
-    def work(self) -> Path:
-        """The folder of the stages."""
-        return self.out.absolute().with_name(self.out.absolute().name + ".work")
+    inputs: list[tuple[str, Path]]
+    work: Path
 
 
 @dataclass(frozen=True)
@@ -199,7 +220,6 @@ def _opened(order: _Order) -> _Opened | Result:
     if unused:
         names = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
         log.warning("Not computed with, because %s has no such tensors: %s. The report lists them.", source.arch.model_type, names)
-    work.mkdir(parents=True, exist_ok=True)
     keep(work, header(source.fingerprint, asked), decision)
     return _Opened(source, record, recipe, configs, needed, fingerprint, unused)
 
@@ -207,7 +227,7 @@ def _opened(order: _Order) -> _Opened | Result:
 def _decision(order: _Order, source: Source, configs: Configs) -> Decision:
     """The methods and steps that fit: those of an earlier run, else by what this machine takes now."""
     shapes, size = {name: info.shape for name, info in source.tensors.items()}, sum(info.bytes for info in source.tensors.values())
-    found = stored(order.work, lambda: header(source.fingerprint, order.recipe))
+    found = stored(work_of(order.out), lambda: header(source.fingerprint, order.recipe))
     return found or decide(source.arch, source.config, shapes, size, order.recipe, configs, order.device)
 
 
@@ -238,7 +258,7 @@ def _converted(order: _Order, opened: _Opened, running: Job) -> Result:
         report = report.model_copy(update=told)
         _finish(order, opened.fingerprint, original or source, texts, chosen, report, record)
         if not order.keep_stages:
-            shutil.rmtree(work)
+            remove(work)
     return Result(order.out, False, report, opened.needed, _pushed(order), asked.export.precision)
 
 
@@ -280,10 +300,10 @@ def _sparsities(configs: Configs, recipe: Recipe) -> dict[str, float | None]:
 
 
 def _existing(order: _Order, fingerprint: str) -> Result:
-    out, leftover = order.out, None if order.keep_stages else order.work
+    out = order.out
     if read_manifest(out).fingerprint == fingerprint:
-        if leftover and (out / "config.json").stat().st_nlink > 1:  # still shared with stages that were to go
-            shutil.rmtree(leftover, ignore_errors=True)
+        if not order.keep_stages:
+            remove_leftover(out, order.inputs, shared=(out / "config.json").stat().st_nlink > 1)
         return Result(out, True, Report.load(out / RESULTS), url=_pushed(order))
     raise _occupied(out, "another conversion")
 
@@ -333,7 +353,7 @@ def _finish(order: _Order, fingerprint: str, source: Source, texts: Texts, chose
     """
     out, recipe, keep_stages = order.out, order.recipe, order.keep_stages
     quality = chosen.quality
-    with atomic_folder(out) as partial:
+    with atomic_folder(out, new=True) as partial:
         assert chosen.checkpoint is not None and chosen.onnx is not None
         _place(chosen.checkpoint, partial, keep_stages)
         (partial / "onnx").mkdir()
@@ -367,10 +387,8 @@ def _onnx_measured(shipped: ExecutorQuality | None) -> dict[str, float]:
 
 def _place(stage: Path, folder: Path, keep: bool) -> None:
     """Put a stage's files into `folder`. The stage stays whole, so that an interruption costs nothing; without `keep` it goes soon and hard links do."""
-    for path in stage.rglob("*"):
-        if path.is_dir() or path == stage / HEADER:
-            continue
-        target = folder / path.relative_to(stage)
+    for name in listed_files(stage) or {}:  # and nothing that came there since
+        path, target = stage / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             (shutil.copyfile if keep else os.link)(path, target)

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..runtime_onnx.genai_config import check_config
 from ..runtime_onnx.untrusted import check_data, check_name, inside, is_data, load_json
-from .artifact import InputError, disk_full, is_disk_full, read_json, write_json
+from .artifact import InputError, disk_full, is_disk_full, read_json, size, write_json
 from .manifest import LINK_FILES, MANIFEST, check_files, check_links, read_manifest
 from .progress import job, stage
 
@@ -109,9 +109,8 @@ def check_disk(path: Path, bytes_needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < bytes_needed:
-        raise InputError(
-            f"Free disk space at {place} must be at least {bytes_needed / 1e9:.2f} GB, got {free / 1e9:.2f} GB. Free some space or choose another folder."
-        )
+        needed, found = (size(bytes_needed), size(free)) if size(bytes_needed) != size(free) else (f"{bytes_needed} bytes", f"{free} bytes")
+        raise InputError(f"Free disk space at {place} must be at least {needed}, got {found}. Free some space or choose another folder.")
 
 
 def remote_inspect(repo_id: str, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> Remote:

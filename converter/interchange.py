@@ -20,12 +20,12 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from .arch import Site
-from .artifact import InputError, atomic_folder, hash_file, hash_json, read_json, write_json
+from .artifact import InputError, atomic_folder, hash_file, hash_json, read_json, write_json, write_tensors
 from .blocks import block_calls, embed, empty_model, filled
 from .plans import Plan, Predictor, Swap, deciding, on_swaps
 from .source import Source, first_line
@@ -332,9 +332,9 @@ def export_predictors(plan: Plan, folder: str | Path, tap: Tap = "input", source
     if out.exists():
         raise InputError(f"folder must be a new folder, got {out}, which exists. Choose another, or remove it.")
     layers, threshold = folder_form(plan, tap, source, bias)
-    with atomic_folder(out) as partial:
+    with atomic_folder(out, new=True) as partial:
         for layer, tensors in layers.items():
-            save_file(tensors, partial / f"model_{layer}.safetensors")
+            write_tensors(partial / f"model_{layer}.safetensors", tensors)
         write_json(partial / CONFIG, {"sparse_threshold": threshold, "tap": tap})
     return out
 

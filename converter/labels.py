@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .arch import Site
-from .artifact import Header, atomic_folder, is_finished, write_header
+from .artifact import Header, atomic_folder, is_finished, write_header, write_tensors
 from .attribution import Gradients, attribute
 from .blocks import down_rows
 from .data import Batches
@@ -37,7 +36,7 @@ def collect_labels(model: Any, source: Source, batches: Batches, names: Sequence
         for site in sites
     }
     paths = [folder / site.key / file_name(name) for site in sites for name in names]  # stored activations go when a conversion's plans are made
-    if not all(is_finished(folder / site.key, headers[site]) for site in sites) or not all(path.is_file() for path in paths):
+    if not all(path.is_file() for path in paths) or not all(is_finished(folder / site.key, headers[site]) for site in sites):
         with ExitStack() as stack:
             partials = {site: stack.enter_context(atomic_folder(folder / site.key)) for site in sites}
             _walk(model, source, batches, names, partials, seed)
@@ -77,4 +76,4 @@ def _walk(model: Any, source: Source, batches: Batches, names: Sequence[str], fo
     for (site, name), state in states.items():
         tensors = load_stat(name)[0].finish(state)
         if tensors:
-            save_file(tensors, folders[site] / file_name(name))
+            write_tensors(folders[site] / file_name(name), tensors)

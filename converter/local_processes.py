@@ -23,6 +23,7 @@ import torch.distributed
 
 from .artifact import InputError, disk_full, is_disk_full
 from .distributed import processes, world
+from .locks import inherited
 from .progress import follow, relayed
 from .recipe import Recovery
 
@@ -94,7 +95,7 @@ def run_in_processes(count: int, function: Callable[..., None], *arguments: str 
         try:
             for rank in range(count):
                 own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.__stderr__, env=own))
+                started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.__stderr__, env=own, pass_fds=inherited()))
             status = _wait(started, Path(name) / _PROGRESS)
         finally:
             for one in started:

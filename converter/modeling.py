@@ -148,9 +148,11 @@ def _base_activation(config: Any, field: str) -> Any:
 
 def __getattr__(name: str) -> Any:
     """The classes by name, as in `modeling.SparsegateLlamaForCausalLM`."""
+    if not name.startswith("Sparsegate"):  # importing asks for __path__, which is to stay quick
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .arch import supported
 
-    for base in supported() if name.startswith("Sparsegate") else ():
+    for base in supported():
         for made in (config_class(base), model_class(base)):
             if made.__name__ == name:
                 return made

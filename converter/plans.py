@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..runtime_onnx.ops.activation import is_relu
 from .arch import Arch, Site
-from .artifact import Header, InputError, read_json, write_header, write_json
+from .artifact import Header, InputError, read_json, write_header, write_json, write_tensors
 
 PLAN = "plan.json"
 TENSORS = "plan.safetensors"
@@ -172,7 +172,7 @@ def save_plan(folder: Path, plan: Plan, header: Header) -> None:
             for role, tensor in entry.tensors().items():
                 tensors[f"{site.key}.{number}.{role}"] = tensor.clone(memory_format=torch.contiguous_format)  # sites may share one
     write_json(folder / PLAN, {"version": 1, "sites": sites})
-    save_file(tensors, folder / TENSORS)
+    write_tensors(folder / TENSORS, tensors)
     write_header(folder, header)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from ..runtime_onnx.ops.activation import spell_activation, split_activation
 from ..runtime_onnx.untrusted import regular
 from .arch import ACTIVATIONS, PREFIX, SWAPPED, Arch, load_arch
-from .artifact import InputError, atomic_folder, read_json, write_json
+from .artifact import HEADER, Header, InputError, atomic_folder, hash_json, mark, read_json, write_json
 from .source import INDEX, SINGLE, TOKENIZER_FILES, check_config, drop_code, make_config, open_source
 
 SOURCE = (
@@ -121,7 +121,11 @@ def normalise(folder: str | Path, out: str | Path, activation: str | None = None
     """
     folder, out = Path(folder), Path(out)
     config = normal_config(read_json(folder / "config.json", "config.json"), activation)
+    header = Header(format="normal", parents={"config": hash_json(config)})
+    if out.is_dir() and not (out / HEADER).exists() and (out / "config.json").is_file() and read_json(out / "config.json", "config.json") == config:
+        mark(out, header)  # by a version that left no header
     with atomic_folder(out) as partial:
+        mark(partial, header)
         _link_files(folder, partial)
         write_json(partial / "config.json", config)
         open_source(partial)

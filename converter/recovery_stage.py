@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from torch import Tensor
 from . import progress
 from .activation_checkpointing import checkpointed
 from .arch import Site
-from .artifact import Header, InputError, atomic_folder, is_finished, read_json, write_header, write_json, write_tensors
+from .artifact import Header, InputError, atomic_folder, is_finished, read_header, read_json, write_header, write_json, write_tensors
 from .blocks import swap
 from .by_block import recover_by_block
 from .checkpoint import write_stock
@@ -46,7 +47,7 @@ from .report.recovery import CurvePoint, DenseQuality, HeldoutPoint, RecoveryRec
 from .shares import with_shares
 from .source import Source, open_source
 from .texts import GENERATED, SECONDS, generated
-from .training import settings_of, train
+from .training import STATE, settings_of, train
 from .verification import Quality
 from .writer import write_checkpoint
 
@@ -56,7 +57,7 @@ WATCHED, WATCHES = 16, 12
 """The first held-out windows that are looked at while training, and how often."""
 CUTS = 4
 """Offsets at which sampled text is cut into windows."""
-_STAGE, _WINDOWS = "stage.json", "evaluation.safetensors"
+_STAGE, _WINDOWS, _ROWS = "stage.json", "evaluation.safetensors", "heldout.json"
 _PROBE = 16  # windows that signs, input scales and shares are taken from
 
 
@@ -293,9 +294,10 @@ def _trained(
     units = _units(student, source, asked, seed, batches.tokens[:_PROBE])
     leaves = ready()
     linear = {f"{name}.weight" for name in linear_names(student, arch.block.partition("{layer}")[0])}
-    store = work / "heldout.json"
-    if not is_finished(work / "state", header):
-        store.unlink(missing_ok=True)
+    store = _Rows(work / "heldout", header)
+    if world().rank == 0 and not store.belongs(work / "state", max(1, asked.steps // WATCHES)):
+        for folder in (store.folder, work / "state"):
+            shutil.rmtree(folder, ignore_errors=True)
     tokens = min(asked.accumulate * asked.windows, len(batches.tokens)) * batches.tokens.shape[1]
     objective = RecoveryObjective(
         student, teacher if asked.losses.distill or asked.losses.hidden else None, arch, arch.activation(source.config), sites, asked,
@@ -304,7 +306,7 @@ def _trained(
     )  # fmt: skip
     with checkpointed(student) if asked.checkpointing else nullcontext():
         curve = train(objective, batches, settings_of(asked, seed), work / "state", header, lambda _: None)
-    rows = read_json(store, "The held-out curve")["rows"] if store.is_file() else []
+    rows = store.read()
     seconds = float(curve[-1]["seconds"]) if curve else 0.0
     cpu = objective.cpu_seconds
     points = [CurvePoint.model_validate({name: row[name] for name in CurvePoint.model_fields if name in row} | _whole(row)) for row in curve]
@@ -315,8 +317,33 @@ def _whole(row: dict[str, float]) -> dict[str, int]:
     return {name: int(row[name]) for name in ("step", "tokens")}
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """The held-out curve so far, a stage of its own: looks are taken between states."""
+
+    folder: Path
+    header: Header
+
+    def read(self) -> list[dict[str, Any]]:
+        """What was seen."""
+        return read_json(self.folder / _ROWS, "The held-out curve")["rows"] if read_header(self.folder) == self.header else []
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Store it."""
+        with atomic_folder(self.folder) as partial:
+            write_json(partial / _ROWS, {"rows": rows})
+            write_header(partial, self.header)
+
+    def belongs(self, state: Path, every: int) -> bool:
+        """Whether it is whole up to a training state that is, which looked every so many steps."""
+        if not is_finished(state, self.header) or (self.folder.exists() and not is_finished(self.folder, self.header)):
+            return False
+        done = int(read_json(state / STATE, "The training state").get("step", 0))
+        return sum(row["step"] <= done for row in self.read()) == done // every
+
+
 def _watch(
-    student: Any, teacher: Any, source: Source, units: dict[Site, Unit], asked: Recovery, evaluation: Evaluation, store: Path, tokens: int
+    student: Any, teacher: Any, source: Source, units: dict[Site, Unit], asked: Recovery, evaluation: Evaluation, store: _Rows, tokens: int
 ) -> Callable[[int], dict[str, float]]:
     """Looks at held-out text WATCHES times, and keeps what it saw in `store`, so that a resumed run has the whole curve. `tokens` are those of a step."""
     few = Batches(evaluation.batches.tokens[:WATCHED], evaluation.batches.mask[:WATCHED])
@@ -328,12 +355,12 @@ def _watch(
         found = _compared(student, plan, few, teacher, source)
         seen = [found.nll, found.kl]
         if world().rank == 0 and all(map(math.isfinite, seen)):
-            rows = read_json(store, "The held-out curve")["rows"] if store.is_file() else []
+            rows = store.read()
             row = HeldoutPoint(
                 step=step + 1, tokens=(step + 1) * tokens, nll=found.nll, nll_dense=found.nll_dense, kl=max(0.0, found.kl), agreement=found.agreement,
                 density=None if units else found.density, predicted=found.density if units else None,
             )  # fmt: skip
-            write_json(store, {"rows": [old for old in rows if old["step"] < step + 1] + [row.model_dump()]})
+            store.write([old for old in rows if old["step"] < step + 1] + [row.model_dump()])
         return seen
 
     def watch(step: int) -> dict[str, float]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from .artifact import Header, InputError, atomic_folder, hash_json, read_header, read_json, write_header, write_json, write_tensors
+from .artifact import Header, InputError, atomic_folder, hash_json, is_finished, is_intact, read_header, read_json, write_header, write_json, write_tensors
 from .data import CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text, sampled_groups, self_generated, self_generated_streams, stream_groups
 from .distributed import world
 from .local_processes import run_in_processes
@@ -29,7 +29,7 @@ SEARCH_WINDOWS, SEARCH_SHARE = 256, 0.3
 HELDOUT_SHARE = 0.2  # of a user's own calibration text, kept for measuring
 ERROR_SHARE = 0.1  # of a searched budget: what the standard error of the loss may be
 GENERATED, SECONDS = "generated", "seconds.json"
-_ASKED = "asked.json"
+_ASKED, _TOKENS = "asked.json", "tokens.safetensors"
 _EVERY = 1 << 30
 
 
@@ -132,7 +132,7 @@ def generated(
     header = Header(format="generated", parents={"model": source.fingerprint}, config=config | {"windows": windows}, seed=seed)
     if work is None:
         return _write(source, length, windows, seed, temperature, streams)
-    if not _covers(read_header(work / GENERATED), header):
+    if not _covers(read_header(work / GENERATED), header) or not is_intact(work / GENERATED):
         groups = work / f"{GENERATED}.{hash_json(header.model_dump(mode='json'))[:16]}"
         began, before = time.monotonic(), 0.0
         if streams and (processes > 1 or groups.is_dir()):
@@ -140,11 +140,11 @@ def generated(
         else:
             found = _write(source, length, windows, seed, temperature, streams)
         with atomic_folder(work / GENERATED) as partial:
-            save_file({"tokens": found.tokens}, partial / "tokens.safetensors")
+            write_tensors(partial / _TOKENS, {"tokens": found.tokens})
             write_json(partial / SECONDS, {"seconds": before + time.monotonic() - began})
             write_header(partial, header)
         shutil.rmtree(groups, ignore_errors=True)
-    tokens = load_file(work / GENERATED / "tokens.safetensors")["tokens"][:windows]
+    tokens = load_file(work / GENERATED / _TOKENS)["tokens"][:windows]
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
@@ -163,7 +163,7 @@ def _sampled_by(count: int, source: Source, windows: int, length: int, seed: int
         run_in_processes(count, sample_groups, folder)
     finally:
         write_json(folder / SECONDS, {"seconds": before + time.monotonic() - began})
-    tokens = torch.cat([load_file(part)["tokens"] for part in sorted(folder.glob("*.safetensors"))])
+    tokens = torch.cat([load_file(part)["tokens"] for part in sorted(folder.glob(f"*/{_TOKENS}"))])
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool)), before
 
 
@@ -173,10 +173,13 @@ def sample_groups(folder: str) -> None:
     source = open_source(asked["model"], sparse=True)
     model, tokenizer = load_dense(source.folder), source.tokenizer()
     here, sizes = world(), (asked["windows"], asked["length"])
-    places = {group: Path(folder) / f"{group:06}.safetensors" for group in range(stream_groups(model, *sizes)[0])}
-    missing = [group for group in list(places)[here.rank :: here.size] if not places[group].is_file()]
+    places = {group: Path(folder) / f"{group:06}" for group in range(stream_groups(model, *sizes)[0])}
+    headers = {group: Header(format="group", config=asked | {"group": group}) for group in places}
+    missing = [group for group in list(places)[here.rank :: here.size] if not is_finished(places[group], headers[group])]
     for group, tokens in sampled_groups(model, tokenizer, *sizes, asked["seed"], asked["temperature"], missing):
-        write_tensors(places[group], {"tokens": tokens})
+        with atomic_folder(places[group]) as partial:
+            write_tensors(partial / _TOKENS, {"tokens": tokens})
+            write_header(partial, headers[group])
 
 
 def _covers(stored: Header | None, wanted: Header) -> bool:

@@ -17,11 +17,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .artifact import Header, InputError, atomic_folder, is_finished, read_json, write_header, write_json
+from .artifact import Header, InputError, atomic_folder, is_finished, read_json, write_header, write_json, write_tensors
 from .data import Batches
 from .distributed import (
     anywhere,
@@ -40,7 +39,8 @@ from .optimizers import Trained, make_optimizers, moments, remember
 from .progress import partly, update
 from .recipe import Recovery
 
-_STATE, _TENSORS, _VERSION = "training.json", "training.safetensors", 2
+STATE = "training.json"
+_TENSORS, _VERSION = "training.safetensors", 2
 _SAVING = 20  # between saves, at least this many times what the last one took
 
 
@@ -228,8 +228,8 @@ def _save(objective: Objective, tensors: Mapping[str, Tensor], optimizers: list[
     with same_error():
         if world().rank == 0:
             with atomic_folder(folder) as partial:
-                save_file(stored, partial / _TENSORS)
-                write_json(partial / _STATE, {**state, "objective": objective.state(), "curve": run.curve})
+                write_tensors(partial / _TENSORS, stored)
+                write_json(partial / STATE, {**state, "objective": objective.state(), "curve": run.curve})
                 write_header(partial, header)
 
 
@@ -238,7 +238,7 @@ def _resume(objective: Objective, tensors: Mapping[str, Tensor], optimizers: lis
     state: dict[str, Any] = {}
     with same_error():
         if world().rank == 0:
-            state = read_json(folder / _STATE, "The training state") if is_finished(folder, header) else {}
+            state = read_json(folder / STATE, "The training state") if is_finished(folder, header) else {}
             if state.get("version") != _VERSION:
                 state = {}
                 shutil.rmtree(folder, ignore_errors=True)  # another run's state would belie what this one leaves beside it

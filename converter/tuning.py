@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from . import progress
-from .artifact import InputError, atomic_folder, read_header, write_json
+from .artifact import InputError, atomic_folder, is_finished, read_header, write_header, write_json
 from .by_block import GROUP, micro_batch
 from .distributed import check_started, processes, same_error, share_of, world
+from .hub import is_hub_id
 from .mixtures import FOLDER as MIXTURE
 from .opening import resolve
 from .planning import BUNDLED_MODEL, BUNDLED_NAME, SELF, named_recipe, training_stages
@@ -20,6 +22,7 @@ from .recovery_stage import EVALUATED, Evaluation, Tuned, present, processes_for
 from .report.recovery import RECOVERY, RecoveryRecord
 from .source import Source
 from .texts import GENERATED, SECONDS, heldout_name, make_heldout
+from .work_folder import check_out, claimed, remove, work_of
 from .writer import write_checkpoint
 
 DEFAULT = "turbosparse"
@@ -52,24 +55,28 @@ def tune(
     if activation:
         stages = (stages[0].model_copy(update={"config": {"activation": activation}}), *stages[1:])
     out = Path(output) if output else Path(f"{BUNDLED_NAME if asked.model == BUNDLED_MODEL else Path(asked.model).absolute().name}-tuned")
+    check_out(out)
     if out.exists():
         raise InputError(f"OUT must be a new folder, got {out}, which exists. Choose another -o, or remove the folder.")
-    work = out.absolute().with_name(out.absolute().name + ".work")
-    with processes(device) as own:
+    work = work_of(out)
+    inputs = [] if asked.model == BUNDLED_MODEL or is_hub_id(asked.model) else [("MODEL", Path(asked.model))]
+    inputs += [("The recipe", Path(recipe))] if recipe and Path(recipe).exists() else []
+    with processes(device) as own, ExitStack() as held:
         with progress.stage("open"):
             with same_error():
                 if world().rank == 0:
+                    held.enter_context(claimed(out, inputs + training_inputs(stages)))
                     resolve(asked.model, work / "source")
             source = resolve(asked.model, work / "source")
             evaluation = Evaluation(make_heldout(source, asked, EVALUATED), heldout_name(asked))
         found = train_stages(source, stages, asked.seed if seed is None else seed, work, str(own), evaluation)
         with same_error():
             if world().rank == 0:
-                with atomic_folder(out) as partial:
+                with atomic_folder(out, new=True) as partial:
                     write_checkpoint(found.source, found.plan, partial)
                     (partial / RECOVERY).parent.mkdir()
                     write_json(partial / RECOVERY, found.record.model_dump(mode="json"))
-                shutil.rmtree(work)
+                remove(work)
         return replace(found, folder=out, rank=world().rank)
 
 
@@ -84,6 +91,12 @@ def _changed(stage: Stage, data: Sequence[str | Path] | None, steps: int | None,
     values["penalty"] |= {} if density is None else {"density": density}
     values |= {} if lora is None else {"lora": {"rank": lora, "alpha": 2.0 * lora}}
     return stage.model_copy(update={"tune": make_part(Recovery, values, "The training")})
+
+
+def training_inputs(stages: Sequence[Stage]) -> list[tuple[str, Path]]:
+    """Files of the user's that training stages read, and what they are."""
+    parts = [part for stage in stages if stage.tune is not None for part in stage.tune.data.mixture]
+    return [("The training text", Path(name)) for part in parts for name in part.files or ()]
 
 
 def stage_folder(work: Path, number: int) -> Path:
@@ -134,10 +147,12 @@ def _check(source: Source, stages: Sequence[Stage], device: str) -> None:
 def _share_text(before: Path, after: Path) -> None:
     """Let a stage read the text that the one before it had made, with no seconds of its own."""
     for name in (GENERATED, MIXTURE):
-        if (before / name).is_dir() and read_header(before / name) != read_header(after / name):
+        header = read_header(before / name)
+        if header is not None and not (is_finished(after / name, header)):
             with atomic_folder(after / name) as partial:
                 shutil.copytree(before / name, partial, dirs_exist_ok=True)
                 write_json(partial / SECONDS, {"seconds": 0.0})
+                write_header(partial, header)
 
 
 def joined(records: Sequence[RecoveryRecord]) -> RecoveryRecord:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..runtime_onnx.untrusted import regular
-from .artifact import InputError, read_json, write_json
+from .artifact import InputError, read_json, write_json, write_tensors
 from .checkpoint import write_sparsity
 from .plans import Plan, Swap, on_swaps
 from .source import INDEX, SINGLE, TOKENIZER_FILES, Source, drop_code
@@ -49,7 +48,7 @@ def write_checkpoint(source: Source, plan: Plan, out: Path, weights: Mapping[str
         with safe_open(path, framework="pt") as file:
             names, metadata = list(file.keys()), file.metadata()
             held = {name: replaced[name].detach().cpu() if name in replaced else file.get_tensor(name) for name in names}
-        save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in held.items()}, out / path.name, metadata)
+        write_tensors(out / path.name, {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in held.items()}, metadata)
     if [path.name for path in files] != [SINGLE]:
         shutil.copyfile(regular(source.folder / INDEX), out / INDEX)
     _name_dtype(out, weights or {})

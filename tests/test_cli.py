@@ -18,6 +18,7 @@ from small_recipe import WITHOUT_SPEED, Done, call_cli, run_cli, small_recipe
 import sparsegate.runtime_onnx as runtime
 from sparsegate.converter import conversion, diagnosis, evaluation, hub
 from sparsegate.converter import report as reporting
+from sparsegate.converter.artifact import CheckError
 from sparsegate.converter.cli import VERBS, main
 from sparsegate.converter.methods import METHODS
 
@@ -32,7 +33,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 
 def one_line(done: Done) -> str:
     """The single line on stderr of a user's mistake; nothing stands on stdout."""
-    assert done.status == 1 and done.out == "", done
+    assert done.status == 2 and done.out == "", done
     assert done.err.startswith("sparsegate: ") and done.err.count("\n") == 1 and done.err.endswith("\n"), done.err
     assert "must" in done.err and "got" in done.err, done.err
     return done.err
@@ -170,7 +171,7 @@ print("AT LAST", *heavy)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     lines = done.stdout.splitlines()
     assert lines.count("HEAVY") == len(VERBS) + 2 and not [line for line in lines if line.startswith("HEAVY ")]
-    assert [line for line in lines if line.startswith("STATUS")] == ["STATUS 0"] * (len(VERBS) + 1) + ["STATUS 1"]
+    assert [line for line in lines if line.startswith("STATUS")] == ["STATUS 0"] * (len(VERBS) + 1) + ["STATUS 2"]
     assert lines[-1] == "AT LAST torch"
     for verb in VERBS:
         assert f"Usage: sparsegate {verb} " in done.stdout
@@ -318,7 +319,7 @@ def test_errors_of_the_system_are_one_line(call: Callable[..., Done], monkeypatc
 
     monkeypatch.setattr(diagnosis, "diagnose", denied)
     done = call("doctor")
-    assert (done.status, done.out) == (1, "") and done.err.count("\n") == 1 and "Permission denied" in done.err and "/x" in done.err
+    assert (done.status, done.out) == (2, "") and done.err.count("\n") == 1 and "Permission denied" in done.err and "/x" in done.err
 
     def interrupted() -> None:
         raise KeyboardInterrupt
@@ -417,7 +418,7 @@ def test_link_and_unlink(converted: Path, call: Callable[..., Done], tmp_path: P
 
 def test_verify_and_its_status(converted: Path, call: Callable[..., Done], tmp_path: Path) -> None:
     done = call("verify", converted, "--source", converted)
-    assert done.status == 1 and "sparse already" in done.err  # a checkpoint is no dense model to compare with
+    assert done.status == 2 and "sparse already" in done.err  # a checkpoint is no dense model to compare with
     done = call("verify", converted)
     assert done.status == 0 and done.out.splitlines()[-1] == "verified"
     assert "FAILED" not in done.out and "ok     files" in done.out and "layers.0.ffn" in done.out
@@ -443,3 +444,13 @@ def test_bench(converted: Path, call: Callable[..., Done], tmp_path: Path) -> No
     assert done.status == 0 and "times the baseline's speed" in done.out and "prefill" in done.out
     built = json.loads(call("bench", converted, *map(str, words[3:]), "--json").out)
     assert built["candidate"]["path"] == str(converted / "onnx") and built["baseline"]["precision"] == found["baseline"]["precision"]
+
+
+def test_a_check_that_fails_has_another_status_than_a_mistake(call: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise CheckError("A checkpoint must hold its budget, got one that does not. Loosen it.")
+
+    monkeypatch.setattr(conversion, "choose", fails)
+    done = call("convert", "--recipe", small_recipe(make_model("llama", tmp_path / "model"), tmp_path), "-o", tmp_path / "out", "--quiet")
+    assert done.status == 1 and done.err == "sparsegate: A checkpoint must hold its budget, got one that does not. Loosen it.\n"
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.work" / "plan").is_dir()

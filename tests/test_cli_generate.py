@@ -26,7 +26,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 
 def one_line(done: Done) -> str:
     """The single line on stderr of a user's mistake; nothing stands on stdout."""
-    assert done.status == 1 and done.out == "" and done.err.startswith("sparsegate: ") and done.err.count("\n") == 1, done
+    assert done.status == 2 and done.out == "" and done.err.startswith("sparsegate: ") and done.err.count("\n") == 1, done
     return done.err
 
 

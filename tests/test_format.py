@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +17,12 @@ from sparsegate.converter.arch import Site, load_arch
 from sparsegate.converter.artifact import (
     Header,
     InputError,
-    atomic_folder,
     hash_file,
     is_finished,
     read_header,
     read_json,
     write_header,
     write_json,
-    write_tensors,
 )
 from sparsegate.converter.checkpoint import TENSORS, encode, read_sparsity, write_sparsity
 from sparsegate.converter.manifest import File, Manifest, check_files, list_files, read_manifest, write_manifest
@@ -271,79 +267,6 @@ def test_header_on_disk(tmp_path: Path) -> None:
     for text in ("", "{", "[]", json.dumps(raw | {"extra": 1}), json.dumps(raw | {"seed": "3"})):
         (tmp_path / "header.json").write_text(text)
         assert read_header(tmp_path) is None, text
-
-
-@pytest.mark.parametrize("name", ["out", "out[1]*?"])
-def test_atomic_folder(tmp_path: Path, name: str) -> None:
-    target = tmp_path / name
-    for stale in (f"{name}.partial-1", f"{name}.partial-99999999"):
-        (tmp_path / stale).mkdir()
-    other = tmp_path / "other.partial-1"
-    other.mkdir()
-    with pytest.raises(RuntimeError), atomic_folder(target) as partial:
-        (partial / "a").write_text("half")
-        raise RuntimeError
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.partial-1"], "failure leaves nothing, other folders stay"
-    for text in ("one", "two"):
-        with atomic_folder(target) as partial:
-            (partial / "a").write_text(text)
-            assert not target.exists() or (target / "a").read_text() != text
-        assert (target / "a").read_text() == text
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.partial-1", name]
-
-
-def test_atomic_folder_says_that_the_disk_is_full(tmp_path: Path) -> None:
-    import errno
-
-    for failure in (OSError(errno.ENOSPC, "x"), OSError(errno.EFBIG, "x"), RuntimeError("I/O error: No space left on device (os error 28)")):
-        with pytest.raises(InputError) as error, atomic_folder(tmp_path / "out"):
-            raise failure
-        one_line(error, "out", "GB free")
-    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out"):
-        raise KeyboardInterrupt
-    assert not list(tmp_path.iterdir())
-
-
-def test_atomic_folder_keeps_the_old_one_until_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, plain = tmp_path / "out", os.replace
-    target.mkdir()
-    (target / "a").write_text("old")
-
-    def fails(source: Path, place: Path) -> None:
-        if Path(place) == target and "-old" not in str(source):
-            raise OSError("no")
-        plain(source, place)
-
-    monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(OSError, match="no"), atomic_folder(target) as partial:
-        (partial / "a").write_text("new")
-    assert (target / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_tensors_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    """A file-size limit is met by the library that writes, whose error is its own."""
-    import resource
-
-    write_tensors(tmp_path / "a", {"x": torch.ones(3)})
-    assert torch.equal(load_file(tmp_path / "a")["x"], torch.ones(3))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        with pytest.raises(InputError) as error:
-            write_tensors(tmp_path / "a", {"x": torch.ones(3000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    one_line(error, "Disk space must suffice", "GB free")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"] and torch.equal(load_file(tmp_path / "a")["x"], torch.ones(3))
-
-
-def test_write_json_keeps_the_old_file_on_failure(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"b": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"b": {1, 2}})
-    assert read_json(tmp_path / "a.json", "x") == {"b": 1} and len(list(tmp_path.iterdir())) == 1
 
 
 # Manifests

@@ -111,7 +111,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def one_line(done: Done) -> str:
-    assert done.status == 1 and done.out == "", done
+    assert done.status == 2 and done.out == "", done
     assert done.err.startswith("sparsegate: ") and done.err.count("\n") == 1, done.err
     assert not any(token in done.err for token in (WRITE, READ, OTHER))
     return done.err

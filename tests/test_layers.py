@@ -13,7 +13,7 @@ TREES = ("converter", "runtime_onnx")
 RUNTIME_BELOW = {"runtime_onnx.ops", "runtime_onnx.errors", "runtime_onnx.untrusted", "runtime_onnx.genai_config"}
 """What every part of converter/ may import."""
 LEVELS = (
-    {"artifact", "recipe", "plans", "arch", "manifest", "libraries", "progress", *RUNTIME_BELOW},
+    {"artifact", "locks", "work_folder", "recipe", "plans", "arch", "manifest", "libraries", "progress", *RUNTIME_BELOW},
     {"checkpoint", "source", "data", "linalg", "distributed", "local_processes", "lora", "activation_checkpointing", "mixtures"},
     {"published", "blocks", "modeling"},
     {"scores", "selectors", "calibration_rules", "losses"},
@@ -181,6 +181,26 @@ def test_no_pickle() -> None:
         assert not [n for n in names if n.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")], path
         calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)}
         assert not calls & {"torch.load", "torch.save", "np.save", "eval", "exec"}, path
+
+
+REMOVING = {
+    "artifact": "what it made itself, known by its record",
+    "work_folder": "stages by their names, in a folder known by its record",
+    "texts": "groups that are joined",
+    "by_block": "the state of a block that is finished",
+    "training": "a state that does not belong to the run",
+    "recovery_stage": "a state without what was seen on the way",
+    "references": "graphs that are measured and thrown away",
+}
+"""Files that remove folders, and which: all lie in OUT.work."""
+
+
+def test_few_files_remove_folders_and_one_writes_safetensors() -> None:
+    """A folder that is not ours is never removed, and what safetensors writes has the mode that the umask says."""
+    for path in sources(*TREES):
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)}
+        assert not calls & {"shutil.rmtree", "rmtree"} or path.stem in REMOVING, path
+        assert not calls & {"save_file", "safetensors.torch.save_file"} or path.stem == "artifact", path
 
 
 def test_no_grab_bag_modules() -> None:

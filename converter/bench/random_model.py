@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...runtime_onnx.bench.graphs import set_density, set_opening
 from ..arch import Arch, Site, load_arch
-from ..artifact import atomic_folder
+from ..artifact import atomic_folder, write_tensors
 from ..onnx_export import build_base, export, export_dense
 from ..onnx_export.precision import PRECISIONS
 from ..onnx_export.product import find_product
@@ -56,7 +55,7 @@ def make_checkpoint(shape: Shape, folder: Path, layers: int | None = None) -> Pa
     for number, entries in enumerate(files.values()):
         file = f"model-{number + 1:05}-of-{len(files):05}.safetensors"
         made = {name: _random(name, value, generator) for name, value in entries.items()}
-        save_file(made, folder / file, metadata={"format": "pt"})
+        write_tensors(folder / file, made, {"format": "pt"})
         index |= dict.fromkeys(made, file)
         total += sum(value.nbytes for value in made.values())
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The command line: one file per verb, one row per file. Flags are the parameters of the verb's function; user mistakes end in one line and status 1."""
+"""The command line: one file per verb, one row per file. Flags are the parameters of the verb's function; user mistakes end in one line and status 2."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import logging
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import typer
-import typer.main
+from .interruption import Stop, stoppable
+
+if TYPE_CHECKING:
+    import typer
 
 VERBS = {
     "convert": (".convert", "Turn a model into a sparse checkpoint with ONNX."),
@@ -26,11 +30,13 @@ VERBS = {
     "doctor": (".doctor", "Print versions, providers, library and CPU features, and what mends what is missing."),
 }
 _INTERRUPTED = 130
-_GO_ON = "Interrupted. Run the same command again to go on from the finished stages."
+"""What typer turns a KeyboardInterrupt into."""
 
 
 def _application(argv: list[str]) -> typer.Typer:
     """The typer application; only the verb that is asked for is imported, so that help stays quick."""
+    import typer
+
     application = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Sparse checkpoints for ONNX Runtime.")
     asked = next((word for word in argv if not word.startswith("-")), None)
     for verb, (module, text) in VERBS.items():
@@ -42,39 +48,50 @@ def _application(argv: list[str]) -> typer.Typer:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; exits with 0, 1 (a user's mistake or a failed check), 2 (usage) or 130 (interrupted)."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run the command line; exits with 0, 1 (a check that failed), 2 (a user's mistake), or 128 and the number of the signal that ended it."""
+    with stoppable() as stop:  # before anything that takes time is imported
+        try:
+            code = _run(sys.argv[1:] if argv is None else argv, stop)
+        except KeyboardInterrupt:
+            code = _INTERRUPTED
+        if code == _INTERRUPTED:
+            stop.tell()
+            code = stop.status
+        sys.exit(code)
+
+
+def _run(argv: list[str], stop: Stop) -> int:
+    """The exit status of a command."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("sparsegate").setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from ..artifact import disk_full, is_disk_full
+    import typer.main
+
+    from ..artifact import CheckError, InputError, disk_full, is_disk_full
 
     try:
         application = _application(argv)
         code = typer.main.get_command(application).main(argv, prog_name="sparsegate", standalone_mode=False)
-    except KeyboardInterrupt:
-        _end(_GO_ON, _INTERRUPTED)
-    except ValueError as error:
-        if not _is_ours(error):
-            raise
-        _end(str(error), 1)
-    except OSError as error:
-        from pathlib import Path
-
-        _end(str(disk_full(Path.cwd() / "out")) if is_disk_full(error) else f"The system refused: {error}. Check the path and its permissions.", 1)
     except Exception as error:
+        if stop.since is not None:  # whatever a library made of the interruption
+            return _INTERRUPTED
+        if isinstance(error, InputError) or (isinstance(error, ValueError) and _is_ours(error)):
+            return _told(str(error), 1 if isinstance(error, CheckError) else 2)
+        if is_disk_full(error):  # of whichever library wrote
+            name = getattr(error, "filename", None)
+            return _told(str(disk_full(Path(name if isinstance(name, str) else "OUT"))))
+        if isinstance(error, OSError):
+            return _told(f"The system refused: {error}. Check the path and its permissions.")
         if type(error).__module__.split(".")[0] not in ("typer", "click"):
             raise
         if type(error).__name__ == "Abort":
-            _end(_GO_ON, _INTERRUPTED)
+            return _INTERRUPTED
         show = getattr(error, "show", None)
         if show is None:
             raise
         show()
-        sys.exit(getattr(error, "exit_code", 2))
-    if code == _INTERRUPTED:  # what typer turns a KeyboardInterrupt into
-        _end(_GO_ON, _INTERRUPTED)
-    sys.exit(code if isinstance(code, int) else 0)
+        return int(getattr(error, "exit_code", 2))
+    return code if isinstance(code, int) else 0
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -87,7 +104,7 @@ def _is_ours(error: BaseException) -> bool:
     return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"  # not int("x") or an unpacking that failed in our code
 
 
-def _end(text: str, code: int) -> None:
+def _told(text: str, status: int = 2) -> int:
     line = " ".join(part.strip() for part in text.splitlines())
-    print(f"sparsegate: {line}" if code != _INTERRUPTED else line, file=sys.stderr)
-    sys.exit(code)
+    print(f"sparsegate: {line}", file=sys.stderr)
+    return status

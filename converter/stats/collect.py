@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..arch import Site
-from ..artifact import Header, InputError, atomic_folder, read_header, write_header
+from ..artifact import Header, InputError, atomic_folder, is_intact, leave_out, read_header, write_header, write_tensors
 from ..blocks import BlockCalls, block_calls, down_rows, embed, empty_model, ffn_down, ffn_parts, filled
 from ..data import Batches
 from ..plans import linear_rows, linear_shapes
@@ -73,13 +72,15 @@ def _is_complete(folder: Path, header: Header, names: Sequence[str]) -> bool:
     if stored is None or not set(names) <= set(stored.config.get("stats", ())):
         return False
     same = stored.model_copy(update={"config": header.config}) == header and stored.config.get("site") == header.config["site"]
-    return same and all((folder / file_name(name)).is_file() for name in names)
+    return same and all((folder / file_name(name)).is_file() for name in names) and is_intact(folder)
 
 
 def drop_samples(folder: Path) -> None:
     """Delete the stored activations below a statistics folder; the other statistics stay."""
-    for path in folder.glob("*/samples.*.safetensors"):
-        path.unlink()
+    for site in folder.glob("*"):
+        samples = [path.name for path in site.glob("samples.*.safetensors")]
+        if samples:
+            leave_out(site, samples)
 
 
 def _header(source: Source, batches: Batches, names: Sequence[str], site: Site, seed: int) -> Header:
@@ -276,4 +277,4 @@ class _Recorder:
         for name, state in self.states[site].items():
             tensors = load_stat(name)[0].finish(state)
             if tensors:
-                save_file(tensors, folder / file_name(name))
+                write_tensors(folder / file_name(name), tensors)

@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 
 from sparsegate.converter import data as data_module
 from sparsegate.converter import mixtures
-from sparsegate.converter.artifact import InputError
+from sparsegate.converter.artifact import RECORD, InputError, write_json
 from sparsegate.converter.mixtures import counts, mixture_batches
 from sparsegate.converter.recipe import Data, Mix
 
@@ -205,7 +205,8 @@ def test_windows_are_made_once_and_again_when_anything_changes(tokenizer: Any, t
     mixture_batches(other, data, 1, work)
     mixture_batches(other, make(*three, windows=13), 1, work)
     assert len(made) == 5
-    (work / "mixture" / "header.json").unlink()  # as if the run had been killed
+    write_json(work / RECORD, {"kind": "sparsegate folder", "version": 1})  # a work folder of ours
+    (work / "mixture" / "header.json").unlink()
     mixture_batches(other, make(*three, windows=13), 1, work)
     assert len(made) == 6
 

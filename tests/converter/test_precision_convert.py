@@ -164,7 +164,7 @@ def test_flags_and_recipes(tmp_path: Path) -> None:
 )
 def test_command_line_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str], said: str) -> None:
     done = call_cli(capsys, "convert", "-o", tmp_path / "out", *flags)
-    assert done.status == 1 and said in done.err and not (tmp_path / "out").exists()
+    assert done.status == 2 and said in done.err and not (tmp_path / "out").exists()
 
 
 def test_estimates_know_the_precision(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Make, int4: Path, fp16: Path) -> None:

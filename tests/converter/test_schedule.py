@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsegate.converter import candidates, schedule
 from sparsegate.converter import texts as texts_module
 from sparsegate.converter.arch import Site
-from sparsegate.converter.artifact import InputError
+from sparsegate.converter.artifact import RECORD, InputError, write_json
 from sparsegate.converter.budget import Judge
 from sparsegate.converter.conversion import convert, verify
 from sparsegate.converter.end_to_end import EndToEnd
@@ -136,6 +136,7 @@ def test_a_looser_budget_is_cheaper_and_one_that_nobody_meets_is_one_line(
 def test_a_finished_round_is_read_and_a_part_made_again(searched: tuple[dict[str, Plan], Texts, Path], source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     plans, _, folder = searched
     assert not list((folder / "work").rglob("samples.*.safetensors")), "stored activations go"
+    write_json(folder / "work" / RECORD, {"kind": "sparsegate folder", "version": 1})  # a work folder of ours, in which a stage was damaged
     (folder / "work" / "plan" / "gate" / "header.json").unlink()
     made, plain = [], schedule._searched
     monkeypatch.setattr(schedule, "_searched", lambda run, name, config: made.append(name) or plain(run, name, config))

@@ -369,7 +369,7 @@ def test_the_command_prints_and_resumes_nothing_half(model: Path, tmp_path: Path
     done = call_cli(capsys, "tune", "-o", tmp_path / "out", "--recipe", path)
     assert done.status == 0 and "recovered" in done.out and "layers.1.ffn" in done.out
     again = call_cli(capsys, "tune", "-o", tmp_path / "out", "--recipe", path)
-    assert again.status == 1 and again.err.startswith("sparsegate: OUT must be a new folder")
+    assert again.status == 2 and again.err.startswith("sparsegate: OUT must be a new folder")
     as_json = call_cli(capsys, "tune", "-o", tmp_path / "json", "--recipe", path, "--json")
     assert json.loads(as_json.out)["recovered"]["density"] == RecoveryRecord.load(tmp_path / "out" / RECOVERY).recovered.density
 
