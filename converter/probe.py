@@ -36,9 +36,10 @@ _PARAMETERS = 1 << 27  # of the measured block
 _VOCABULARY, _HEAD = 256, 1 << 25  # tokens that the measured block knows; weights of the measured head
 _WORK = 4e9  # multiplications of one measured pass, as far as a window and _MOST windows allow
 _MOST = 4
-_REPEATS, _SPENT = 3, 0.3  # runs of a measurement, fewer when so many seconds are spent
+_REPEATS, _SPENT = 9, 0.5  # runs of a measurement, fewer when so many seconds are spent
 _SHORT = 16  # tokens of a pass that is not counted
 _LEAST = 0.2  # of a run's time: what stays of it, however long its threads waited
+_TOLD = 0.1  # seconds of a run that is so long that the waits told at its end are its own: a thread's are told when it runs again
 _BYTES = 1 << 24
 
 
@@ -117,15 +118,18 @@ def measure(arch: Arch, config: Any, stats: Iterable[str], tunes: Mapping[str, T
     )  # fmt: skip
 
 
-def _seconds(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
-    """The least of a few runs after one that is not counted; fewer where they take long. Other work on the machine makes a run longer, never shorter."""
+def _seconds(run: Callable[[], Any], repeats: int = _REPEATS, warm: bool = False) -> float:
+    """The least of a few runs after one that is not counted, unless all is `warm`; fewer where they take long. Other work on the machine makes a run longer,
+    never shorter.
+    """
 
     def timed() -> None:
         run()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
 
-    timed()
+    if not warm:
+        timed()
     found: list[float] = []
     while len(found) < repeats and sum(found) < _SPENT:
         found.append(_undisturbed(timed))
@@ -138,7 +142,7 @@ def _undisturbed(run: Callable[[], Any]) -> float:
     run()
     wall, after = time.perf_counter() - start, waits()
     lost = max((after[thread] - since for thread, since in before.items() if thread in after), default=0.0)
-    return max(wall - lost, _LEAST * wall)
+    return wall if wall < _TOLD else max(wall - lost, _LEAST * wall)
 
 
 def _windows(parameters: int, length: int, most: int) -> int:
@@ -184,13 +188,20 @@ def _stock_activation(arch: Arch, config: Any) -> str:
 
 def _calibrate(block: _Block, tokens: Tensor, stats: list[str], device: str) -> tuple[float, float]:
     """Seconds a token of the calibration pass, and a layer for what it does once; `tokens` [B, S] are as many as statistics look at twice."""
-    found = []
-    for rows in (tokens[:1, :_SHORT], tokens, tokens.repeat(3, 1)):  # the first one loads code
+
+    def collected(rows: Tensor) -> float:
         batches = Batches(rows, torch.ones_like(rows, dtype=torch.bool))
-        with TemporaryDirectory() as folder:
-            found.append(_undisturbed(lambda batches=batches, folder=folder: collect(block.source, batches, stats, Path(folder), device=device)))
-    each = max((found[2] - found[1]) / (2 * tokens.numel()), 0.2 * found[2] / (3 * tokens.numel()))
-    return each, max(0.0, found[1] - each * tokens.numel())
+
+        def run() -> None:
+            with TemporaryDirectory() as folder:
+                collect(block.source, batches, stats, Path(folder), device=device)
+
+        return _seconds(run, warm=True)
+
+    collected(tokens[:1, :_SHORT])  # loads code
+    once, thrice = collected(tokens), collected(tokens.repeat(3, 1))
+    each = max((thrice - once) / (2 * tokens.numel()), 0.2 * thrice / (3 * tokens.numel()))
+    return each, max(0.0, once - each * tokens.numel())
 
 
 def _objective(block: _Block, arch: Arch, part: str, tune: Tune, tokens: Tensor) -> EndToEnd:
