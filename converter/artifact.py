@@ -157,13 +157,25 @@ def atomic_folder(target: Path, new: bool = False) -> Iterator[Path]:
 
 def check_replaced(target: Path, new: bool) -> None:
     """Raise InputError where `atomic_folder` would not put a folder at `target`."""
-    if not os.path.lexists(target):
-        return
-    if new:
-        raise InputError(f"{target} must be a new folder, got something that is there already. Choose another name, or remove it.")
-    ours = not target.is_symlink() and (read_header(target) is not None or any(read_record(parent / RECORD) for parent in target.absolute().parents))
-    if not ours:
-        raise InputError(f"{target} must be new or a folder that sparsegate made, got another one. Choose another name, or move it away.")
+    while True:
+        before = _identity(target)
+        if before is None:
+            return
+        if new:
+            raise InputError(f"{target} must be a new folder, got something that is there already. Choose another name, or remove it.")
+        if not target.is_symlink() and (read_header(target) is not None or any(read_record(parent / RECORD) for parent in target.absolute().parents)):
+            return
+        if _identity(target) == before:  # else another process has just put its own there
+            raise InputError(f"{target} must be new or a folder that sparsegate made, got another one. Choose another name, or move it away.")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file or folder from another one of the same name; None where there is none."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparsegate.converter import artifact
 from sparsegate.converter.artifact import (
     RECORD,
     Header,
@@ -143,3 +144,26 @@ def test_write_json_keeps_the_old_file_on_failure(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"b": {1, 2}})
     assert read_json(tmp_path / "a.json", "x") == {"b": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_vanishes_while_it_is_looked_at_is_no_stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process takes it away and puts its own there, for a moment without one."""
+    target, plain = tmp_path / "out", artifact.read_header
+
+    def write() -> None:
+        with atomic_folder(target) as partial:
+            (partial / "a").write_text("")
+            write_header(partial, HEADER)
+
+    write()
+
+    def vanishing(folder: Path) -> Header | None:
+        monkeypatch.setattr(artifact, "read_header", plain)
+        (folder / "gone").mkdir()
+        os.replace(folder, tmp_path / "aside")
+        write()
+        return None
+
+    monkeypatch.setattr(artifact, "read_header", vanishing)
+    write()
+    assert (target / "a").exists()
