@@ -125,6 +125,9 @@ def _child(asked: dict[str, Any], out: int) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as on a terminal, whatever the caller ignores
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     status = 99
     try:
         count = _count(asked["root"], asked["kill_at"])

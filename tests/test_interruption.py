@@ -20,7 +20,9 @@ SIGNALS = {"SIGINT": "Interrupted", "SIGTERM": "Terminated", "SIGHUP": "Hung up"
 LONG = {"steps": 100000, "data": 16, "windows": 2, "precision": "fp32"}
 _AT_IMPORT = """
 import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # as on a terminal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as on a terminal, whatever the caller ignores
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 def hook(event, arguments):
     if event == "import" and arguments[0] == {module!r}:
         os.kill(os.getpid(), signal.{name})

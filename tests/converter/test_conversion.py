@@ -383,7 +383,8 @@ def test_a_file_size_limit_ends_in_one_line(tiny_model: Callable[[str], Path], t
 
 def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = small_recipe(tiny_model("llama"), tmp_path, stages=one_method("predictor", sparsity=0.4, tune=TUNE | {"steps": 100000}))
-    child = run_cli(["convert", "--recipe", str(recipe), "-o", str(tmp_path / "out")])
+    terminal = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"  # whatever the caller ignores
+    child = run_cli(["convert", "--recipe", str(recipe), "-o", str(tmp_path / "out")], terminal)
     finished = tmp_path / "out.work" / "stats" / "layers.1.ffn" / "header.json"
     deadline = time.time() + 90
     while not finished.exists() and child.poll() is None and time.time() < deadline:
