@@ -133,6 +133,7 @@ def measure_models(threads: int, graphs: Path, name: str) -> None:
         for folder in (dense, f"sparse_{form}"):
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
+            options.add_session_config_entry("session.force_spinning_stop", "1")  # the other model's threads would wait for a CPU
             opened_models.append(Decoder(graphs / folder, session_options=options))
         vocabulary = opened_models[0](np.zeros(1, np.int64)).shape[-1]
         for count in PROMPTS:
@@ -143,6 +144,9 @@ def measure_models(threads: int, graphs: Path, name: str) -> None:
                 decoder(ids)
 
             found = pairs(partial(prompt, opened_models[0]), partial(prompt, opened_models[1]), PAIRS, 4 * PATIENCE, lambda: None)
+            if len(found.baseline) < PAIRS:
+                print(f"{name}, {form}, {count} tokens: {len(found.baseline)} clean pairs of {PAIRS}, not kept", flush=True)
+                continue
             row = {"format": form, "tokens": count, "threads": threads, "ms": statistics.median(found.candidate) * 1e3}
             rows.append({**row, "dense_ms": statistics.median(found.baseline) * 1e3, **compare(found.baseline, found.candidate), "dropped": found.dropped})
             print(f"{name}, {form}, {count} tokens: {rows[-1]['ratio']:.2f}", flush=True)
