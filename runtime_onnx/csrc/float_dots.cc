@@ -93,7 +93,8 @@ struct Cut {
 
 // Part `part` of the sums of T tokens x ROWS rows over one cut, added to `acc`.
 template <class W, int T, int NEAR>
-__attribute__((always_inline)) inline void add_cut(const W* const* row, const W* const* near, const float* x, int64_t x_stride, const Cut& cut, int part, reg (&acc)[T][ROWS]) {  // a call would keep the sums in memory
+__attribute__((always_inline)) inline void add_cut(const W* const* row, const W* const* near, const float* x, int64_t x_stride, const Cut& cut, int part,
+                                                   reg (&acc)[T][ROWS]) {  // a call would keep the sums in memory
   constexpr int STEP = LINE / static_cast<int>(sizeof(W));
   const W* mine[ROWS];
 #pragma GCC unroll 4

@@ -11,16 +11,17 @@ namespace {
 
 constexpr int64_t kOrderRows = 64;  // of a block, at most
 
-// The rows of a block that some token of a group keeps, by falling numbers of their tokens.
+// The rows of a block that some token of a group keeps, and those tokens.
 struct Order {
   uint8_t rows[kOrderRows], sizes[kOrderRows], tokens[kOrderRows][kMaskTokens];
   int count;
 };
 
-void sort(const uint16_t* masks, int64_t size, bool rising, Order& order) {
+// Rows as they come (`as_listed`), or by falling numbers of their tokens
+void sort(const uint16_t* masks, int64_t size, bool as_listed, Order& order) {
   uint8_t number[kMaskTokens + 1] = {}, sizes[kOrderRows];
   for (int64_t k = 0; k < size; ++k) ++number[sizes[k] = static_cast<uint8_t>(__builtin_popcount(masks[k]))];
-  if (rising) {  // all numbers are one
+  if (as_listed) {  // as if all numbers were one
     for (int n = 2; n <= kMaskTokens; ++n) number[1] = static_cast<uint8_t>(number[1] + number[n]), number[n] = 0;
   }
   uint8_t place[kMaskTokens + 1], next = 0;
@@ -31,7 +32,7 @@ void sort(const uint16_t* masks, int64_t size, bool rising, Order& order) {
   order.count = next;
   for (int64_t k = 0; k < size; ++k) {
     if (!sizes[k]) continue;
-    const int at = place[rising ? 1 : sizes[k]]++;
+    const int at = place[as_listed ? 1 : sizes[k]]++;
     order.rows[at] = static_cast<uint8_t>(k);
     order.sizes[at] = sizes[k];
     int n = 0;

@@ -56,8 +56,8 @@ struct RowSums {
   int32_t *rows = nullptr, *counts = nullptr, *segments = nullptr;  // [n]; [blocks]
   QuadSpace quads{};
   float* z = nullptr;      // [blocks, pass, block]: the factors of all rows, or of a token's own ones (int8: not used)
-  uint16_t* entries = nullptr;   // [blocks, pass, block]: the own rows' numbers in `rows`
-  int32_t* own_counts = nullptr; // [blocks, pass]: how many a token has; the first is -1 where z has all rows
+  uint16_t* entries = nullptr;    // [blocks, pass, block]: the own rows' numbers in `rows`
+  int32_t* own_counts = nullptr;  // [blocks, pass]: how many a token has; the first is -1 where z has all rows
   int32_t *q = nullptr, *offset = nullptr;
   float* step = nullptr;
 
