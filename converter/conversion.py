@@ -45,7 +45,7 @@ from .planning import (
 from .progress import Job, job, stage
 from .published import is_published, normal_config
 from .quality import measure_quality
-from .recipe import Recipe
+from .recipe import Recipe, make_recipe
 from .record import build_report
 from .recovery_stage import EVALUATED
 from .reference import load as load_folder
@@ -421,7 +421,7 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
         plan = read_plan(folder)
         sparse = load_folder(folder)
         opened = open_source(folder, sparse=True)
-        recipe = Recipe.model_validate(manifest.recipe)
+        recipe = make_recipe(manifest.recipe, f"{MANIFEST}'s recipe")
         wanted = manifest.calibration.get("file")
         if calibration is not None and (not Path(calibration).is_file() or hash_file(Path(calibration)) != wanted):
             raise InputError(f"--calibration must be the text that the checkpoint was made with, got {calibration}. Give that file, or none.")

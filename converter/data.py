@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime_onnx.untrusted import read_bytes
 from .artifact import InputError
 from .progress import track
 
@@ -18,6 +19,8 @@ BUNDLED = Path(__file__).parent / "bundled"
 CALIBRATION_TEXT = BUNDLED / "calibration.txt"
 HELDOUT_TEXT = BUNDLED / "heldout.txt"
 MINIMUM_TOKENS = 512
+LARGEST_TEXT = 1 << 30
+"""Bytes of a text file: it is held in memory whole, with its tokens."""
 _HASHED = 1 << 12  # windows hashed at once: they may be mapped from a file larger than memory
 _TOGETHER = (32, 256)  # windows sampled at once
 STREAM = 2
@@ -47,15 +50,20 @@ class Batches:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises InputError when it is missing, empty or no text."""
+    """The text of a UTF-8 file of at most LARGEST_TEXT bytes, with newlines as line ends and without a byte order mark.
+
+    Raises InputError when it is missing, empty, larger, no regular file or no text.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, LARGEST_TEXT).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         raise InputError(f"Calibration text must be a UTF-8 file, got nothing at {path}. Check the path.") from None
-    except IsADirectoryError:
-        raise InputError(f"Calibration text must be a UTF-8 file, got the folder {path}. Give one file.") from None
     except UnicodeDecodeError:
         raise InputError(f"Calibration text must be UTF-8, got other bytes in {path}. Convert the file.") from None
+    except ValueError as error:  # also of a path with a zero byte
+        raise InputError(
+            f"Calibration text must be a regular UTF-8 file of at most {LARGEST_TEXT >> 20} MiB, got {path} ({error}). Give another file."
+        ) from None
     if not text.strip():
         raise InputError(f"Calibration text must hold at least {MINIMUM_TOKENS} tokens, got an empty file {path}. Give more text.")
     return text

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime_onnx.errors import explained
 from ..runtime_onnx.library import PROVIDERS, executor
 from ..runtime_onnx.session import Decoder
 from .arch import load_arch
@@ -171,13 +172,14 @@ def genai_tokens(onnx: Path, prompts: Tensor, library: bool, length: int) -> lis
     model = load(onnx, library=library)
     found = []
     for row in prompts:
-        parameters = genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=length, do_sample=False)
-        generator = genai.Generator(model, parameters)
-        generator.append_tokens(row.numpy().astype(np.int32))
-        while not generator.is_done():
-            generator.generate_next_token()
-        found.append([int(t) for t in generator.get_sequence(0)][len(row) :])
+        with explained(str(onnx)):
+            parameters = genai.GeneratorParams(model)
+            parameters.set_search_options(max_length=length, do_sample=False)
+            generator = genai.Generator(model, parameters)
+            generator.append_tokens(row.numpy().astype(np.int32))
+            while not generator.is_done():
+                generator.generate_next_token()
+            found.append([int(t) for t in generator.get_sequence(0)][len(row) :])
     return found
 
 

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..runtime_onnx.errors import explained
 from .artifact import InputError, disk_full, is_disk_full
 from .interchange import Published, folder_form, predictor_plan
 from .plans import Plan, activation_at, on_swaps
@@ -46,6 +47,7 @@ _BLOCK = {
     "mlp.down_proj": "ffn_down_t",
 }  # fmt: skip
 """transformers' names below model.layers.N -> PowerInfer's below blk.N."""
+_HEADS = 1 << 16  # more than any model has
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 Precision = Literal["fp32", "fp16"]
 
@@ -122,21 +124,18 @@ def read_powerinfer(path: str | Path) -> PowerInferModel:
     """Read a model file; quantised matrices come back as fp32. Raises InputError for a file of another kind, a damaged one, and tensors that are unknown."""
     gguf, path = _package(), Path(path)
     reader = _reader(gguf, path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    fields = _contents(reader, path)
     architecture = str(fields.get("general.architecture"))
     if architecture not in ARCHITECTURES.values():
         raise InputError(f"A PowerInfer model must be of architecture {' or '.join(ARCHITECTURES.values())}, got {architecture} in {path}. Take another file.")
-    try:
-        heads, kv_heads = (int(fields[f"{architecture}.attention.{key}"]) for key in ("head_count", "head_count_kv"))
-        count = int(fields[f"{architecture}.block_count"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"A PowerInfer model must hold its sizes, got no whole {error} in {path}. Fetch the file again.") from None
+    (heads, kv_heads, count), threshold = _sizes(fields, architecture, len(reader.tensors), path), _threshold(fields, path)
     back = {ours: name for name, ours in _WHOLE.items()}
     back |= {f"blk.{k}.{ours}.weight": f"model.layers.{k}.{name}.weight" for k in range(count) for name, ours in _BLOCK.items()}
     weights: dict[str, Tensor] = {}
     roles: dict[int, dict[str, Tensor]] = {}
     for tensor in reader.tensors:
-        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+        with explained(f"{tensor.name} of {path}", "Fetch the file again, or take one in another format."):
+            values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
         if tensor.name in back:
             weights[back[tensor.name]] = _from_file(tensor.name, values, heads, kv_heads)
             continue
@@ -150,7 +149,32 @@ def read_powerinfer(path: str | Path) -> PowerInferModel:
         what = absent[0] if absent else f"blk.{incomplete[0]}.fc1 or fc2" if incomplete else f"no {count} layers but predictors of {len(roles)}"
         raise InputError(f"A PowerInfer model must hold every weight and predictor, got none of {what} in {path}. Fetch the file again.")
     predictors = {layer: Published(f"blk.{layer}", found["fc1"], found["fc2"]) for layer, found in sorted(roles.items())}
-    return PowerInferModel(path, architecture, float(fields.get(THRESHOLD) or 0.0), fields, weights, predictors)
+    return PowerInferModel(path, architecture, threshold, fields, weights, predictors)
+
+
+def _contents(reader: Any, path: Path) -> dict[str, Any]:
+    with explained(f"The metadata of {path}", "Fetch the file again."):  # texts that are no UTF-8
+        return {name: field.contents() for name, field in reader.fields.items()}
+
+
+def _sizes(fields: Mapping[str, Any], architecture: str, tensors: int, path: Path) -> tuple[int, int, int]:
+    """Heads, key-value heads and blocks. Raises InputError for what is no whole number and for more blocks than the file's tensors can back."""
+    found = {key: fields.get(f"{architecture}.{key}") for key in ("attention.head_count", "attention.head_count_kv", "block_count")}
+    for key, value in found.items():
+        most = tensors if key == "block_count" else _HEADS
+        if type(value) is not int or not 1 <= value <= most:
+            raise InputError(f"{architecture}.{key} must be a whole number from 1 to {most}, got {ascii(value):.100} in {path}. Fetch the file again.")
+    heads, kv_heads, count = found.values()
+    if heads % kv_heads:
+        raise InputError(f"{architecture}.attention.head_count_kv must divide the {heads} heads, got {kv_heads} in {path}. Fetch the file again.")
+    return heads, kv_heads, count
+
+
+def _threshold(fields: Mapping[str, Any], path: Path) -> float:
+    value = fields.get(THRESHOLD, 0.0)
+    if type(value) is not float or not math.isfinite(value):
+        raise InputError(f"{THRESHOLD} must be a finite float, got {ascii(value):.100} in {path}. Fetch the file again.")
+    return value
 
 
 def powerinfer_plan(model: PowerInferModel, source: Source) -> Plan:
@@ -209,7 +233,14 @@ def read_gpu_split(path: str | Path) -> GpuSplit:
     for layer, index in split.items():
         if not torch.equal(found[f"blk.{layer}.gpu_bucket"].long(), index.nonzero()[:, 0]):
             raise InputError(f"blk.{layer}.gpu_bucket must list where blk.{layer}.gpu_idx is 1, in order, got others in {side}. Make it again.")
-    return GpuSplit(split, int(capacity.contents()))
+    return GpuSplit(split, _capacity(capacity, side))
+
+
+def _capacity(field: Any, side: Path) -> int:
+    value = field.contents()
+    if type(value) is not int:
+        raise InputError(f"{CAPACITY} must be a whole number of bytes, got {ascii(value):.100} in {side}. Make it again.")
+    return value
 
 
 def _check_split(side: Path, split: dict[int, Tensor]) -> None:
@@ -334,6 +365,8 @@ def _from_file(name: str, values: Tensor, heads: int, kv_heads: int) -> Tensor:
     if "ffn_down_t" in name:
         return values.T.contiguous()
     count = {"attn_q": heads, "attn_k": kv_heads}.get(name.split(".")[-2])
+    if count is not None and (values.ndim < 1 or not len(values) or len(values) % (2 * count)):
+        raise InputError(f"{name} must have rows for {count} heads of an even width, got {list(values.shape)}. Fetch the file again.")
     return values if count is None else values.unflatten(0, (count, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
@@ -389,6 +422,8 @@ def _reader(gguf: Any, path: Path) -> Any:
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             if offset == 0:
                 self.data[:4] = np.frombuffer(b"GGUF", np.uint8)
+            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it ends too early")  # the package reads on, an array's count times
             return super()._get(offset, dtype, count, override_order)
 
     try:

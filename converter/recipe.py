@@ -9,8 +9,15 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ..runtime_onnx.untrusted import check_letters, read_bytes
 from .artifact import InputError
 
+LARGEST, MOST, DEEPEST = 1 << 20, 10_000, 40
+"""Of a recipe: bytes, values and levels of values inside values."""
+MOST_WINDOWS, LONGEST = 1 << 28, 1 << 20
+"""Windows of a text, and tokens of a window."""
+MOST_SEED = (1 << 32) - 1
+"""What seeds are made of it, of texts, windows and predictors, stays within 64 bits."""
 _Part = TypeVar("_Part", bound=BaseModel)
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 
@@ -36,8 +43,8 @@ class Calibration(_Strict):
 
     file: str | None = None
     generated: bool = False
-    windows: int = Field(default=128, ge=2)
-    length: int = Field(default=256, ge=16)
+    windows: int = Field(default=128, ge=2, le=MOST_WINDOWS)
+    length: int = Field(default=256, ge=16, le=LONGEST)
 
 
 class Tune(_Strict):
@@ -77,8 +84,8 @@ class Mix(_Strict):
 class Data(_Strict):
     """What weights are trained on: `windows` of `length` tokens, of a mixture, or, without one, sampled from the dense source itself at `temperature`."""
 
-    windows: int = Field(default=4096, ge=2)
-    length: int = Field(default=256, ge=16)
+    windows: int = Field(default=4096, ge=2, le=MOST_WINDOWS)
+    length: int = Field(default=256, ge=16, le=LONGEST)
     temperature: float = Field(default=1.0, gt=0)
     mixture: tuple[Mix, ...] = ()
 
@@ -224,7 +231,7 @@ class Recipe(_Strict):
     version: Literal[1] = 1
     model: str
     calibration: Calibration = Calibration()
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
     stages: tuple[Stage, ...] = Field(default=(Stage(),), min_length=1, max_length=3)
     budget: Budget = Budget()
     time_budget: str | None = None
@@ -259,7 +266,39 @@ def make_part(kind: type[_Part], values: dict[str, Any], where: str) -> _Part:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "content"
-        raise InputError(f"{where}'s {field} must be valid, got {first.get('input')!r} ({first['msg']}). Mend it.") from None
+        raise InputError(f"{where}'s {field:.200} must be valid, got {ascii(first.get('input')):.200} ({first['msg']}). Mend it.") from None
+
+
+def _parse_yaml(text: bytes) -> Any:
+    """The value of a YAML text, plain and finite. Raises ValueError with the reason alone."""
+    try:
+        values = yaml.safe_load(text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("values inside values too deep to read") from None
+    except Exception as error:  # besides YAMLError whatever a tag's constructor raises: !!int x, !!timestamp x
+        raise ValueError(next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)) from None
+    _check_plain(values)
+    return values
+
+
+def _check_plain(values: Any) -> None:
+    """Raise ValueError for values too deep, too many (aliases of aliases count each time) or too large, which an error could not even quote."""
+    level, count = [values], 0
+    for _ in range(DEEPEST):
+        count += len(level)
+        if count > MOST:
+            raise ValueError(f"more than {MOST} values")
+        if any(type(value) is int and abs(value) >= 1 << 63 for value in level):
+            raise ValueError("a number outside 64 bits")
+        below: list[Any] = []
+        for value in level:
+            below += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else []
+            if len(below) > MOST:
+                raise ValueError(f"more than {MOST} values")
+        level = below
+        if not level:
+            return check_letters(values)
+    raise ValueError("values inside values too deep to read")
 
 
 def read_recipe(path: Path, model: str | None = None, default: str | None = None) -> Recipe:
@@ -268,11 +307,11 @@ def read_recipe(path: Path, model: str | None = None, default: str | None = None
     Raises InputError when the file is missing, no YAML or no recipe, and when both name a model.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _parse_yaml(read_bytes(path, LARGEST))
     except FileNotFoundError:
         raise InputError(f"The recipe must be a YAML file, got nothing at {path}. Check the path.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise InputError(f"The recipe must be a YAML file, got {path} ({str(error).splitlines()[0]}). Mend it.") from None
+    except ValueError as error:
+        raise InputError(f"The recipe must be a YAML file, got {path} ({error}). Mend it.") from None
     if not isinstance(values, dict):
         raise InputError(f"The recipe must be a mapping with version, model and stages, got {type(values).__name__} in {path}. Mend it.")
     if model is not None and "model" in values:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from ..runtime_onnx.errors import explained
 from ..runtime_onnx.library import library_path
 from ..runtime_onnx.ops.gated_mlp import DOMAIN
 from .onnx_export.base_graph import MODEL
@@ -49,7 +50,9 @@ class WatchedGraph:
         options.add_session_config_entry(FOLDER_ENTRY, str(folder))
         if library:
             options.register_custom_ops_library(str(library_path()))
-        self.session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=providers or ["CPUExecutionProvider"])
+        with explained(str(folder / MODEL)):
+            self.session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=providers or ["CPUExecutionProvider"])
+        self._file = folder / MODEL
 
     def run(self, tokens: NDArray[np.int64], single: int = 0) -> tuple[dict[str, Seen], NDArray[np.float32]]:
         """What every op saw of one sequence of tokens [T], and its logits [T, vocabulary].
@@ -86,7 +89,8 @@ class WatchedGraph:
         names = [entry.name for entry in self.session.get_inputs()]
         feeds |= {name: value for name, value in given.items() if name in names}
         outputs = [entry.name for entry in self.session.get_outputs()]
-        return dict(zip(outputs, self.session.run(outputs, feeds), strict=True))
+        with explained(str(self._file)):
+            return dict(zip(outputs, self.session.run(outputs, feeds), strict=True))
 
 
 def _expose(proto: onnx.ModelProto, names: list[str]) -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError
+from .errors import InputError, explained
 from .genai_config import CONFIG, check_config, make_view, read_config
 from .library import LIBRARY, PROVIDERS, Executor, library_path, model_file
 from .session import choose, report
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import onnxruntime_genai
 
 
+LEAST_TEMPERATURE = 1e-4
+"""Logits are divided by it: below, their quotients leave float32."""
 NO_TOKEN = -1
 """The pad token's id in genai_config.json. genai takes pads off a prompt's end, and many models pad with a token that ends a turn; no token has this id, and
 the lookup of an embedding takes it in a padded batch.
@@ -40,8 +43,8 @@ def load(path: str | Path, library: bool | None = None, options: dict[str, Any] 
         options: Session options to lay over those of genai_config.json, e.g. {"intra_op_num_threads": 2}.
 
     Raises:
-        ValueError: No such folder, a field of genai_config.json that is not known, a linked library that is not the installed one, or onnxruntime-genai is
-            not installed.
+        InputError, ValueError: No such folder, a field of genai_config.json that is not known, a linked library that is not the installed one, a folder that
+            onnxruntime-genai refuses (its text is in the error), or onnxruntime-genai is not installed.
     """
     genai = _genai()
     config = read_config(path)
@@ -57,12 +60,14 @@ def load(path: str | Path, library: bool | None = None, options: dict[str, Any] 
         chosen = Executor(False, f"{foreign} is another library of the same name, which onnxruntime-genai would take. Remove it")
     config = check_config(config | {"model": config["model"] | _tokens_overlay(file.parent, config)}, file.with_name(CONFIG))
     try:
-        model = _open(genai, file.parent, config, options or {}, chosen.kernel)
-    except Exception as error:
+        with explained(str(file)):
+            model = _open(genai, file.parent, config, options or {}, chosen.kernel)
+    except InputError as error:
         if not chosen.kernel or library:
             raise
+        with explained(str(file)):
+            model = _open(genai, file.parent, config, options or {}, False)
         chosen = Executor(False, f"onnxruntime-genai did not take the library: {error}")
-        model = _open(genai, file.parent, config, options or {}, False)
     report(file, chosen, library)
     return model
 
@@ -89,11 +94,12 @@ def generate(
     Raises:
         ValueError: At the call, before any piece: as `load`, or the prompt is empty or too long, a number out of range, the chat template absent or failing.
     """
-    _check_numbers(max_new_tokens, temperature, top_k, top_p)
+    _check_numbers(max_new_tokens, temperature, top_k, top_p, seed)
     if not prompt:
         raise ValueError("The prompt must hold text, got an empty string. Pass some words to continue.")
     genai = _genai()
-    context = read_config(path)["model"]["context_length"]
+    config = read_config(path)["model"]
+    context, words = config["context_length"], config.get("vocab_size", top_k)
     tokenizer = Tokenizer(path)
     chat = tokenizer.template is not None if chat is None else chat
     tokens = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
@@ -102,20 +108,23 @@ def generate(
     if len(tokens) >= context:
         raise ValueError(f"The prompt must be shorter than the model's context of {context} tokens, got {len(tokens)} tokens. Shorten it.")
     model = load(path, library)
-    parameters = genai.GeneratorParams(model)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "random_seed": seed} if temperature else {}
-    parameters.set_search_options(max_length=min(len(tokens) + max_new_tokens, context), do_sample=temperature > 0, **sampling)
-    generator = genai.Generator(model, parameters)
-    generator.append_tokens(tokens)
-    return _pieces(generator, end_tokens(path), tokenizer.stream(() if chat else tokens, skip_special_tokens=chat))
+    sampling = {"temperature": temperature, "top_k": min(top_k, words), "top_p": top_p, "random_seed": seed} if temperature else {}
+    file = model_file(path)
+    with explained(str(file)):
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=min(len(tokens) + max_new_tokens, context), do_sample=temperature > 0, **sampling)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(tokens)
+    return _pieces(generator, file, end_tokens(path), tokenizer.stream(() if chat else tokens, skip_special_tokens=chat))
 
 
-def _check_numbers(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+def _check_numbers(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
     for name, value, right, bound in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature, temperature >= 0, "at least 0"),
+        ("temperature", temperature, LEAST_TEMPERATURE <= temperature < math.inf or temperature == 0, f"0, or at least {LEAST_TEMPERATURE}"),
         ("top_k", top_k, top_k >= 0, "at least 0"),
         ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
+        ("seed", seed, 0 <= seed < 1 << 31, "from 0 to 2147483647"),
     ):
         if not right:
             raise ValueError(f"{name} must be {bound}, got {value}. Choose another number.")
@@ -134,10 +143,11 @@ def config_provider(config: dict[str, Any]) -> str:
     return PROVIDERS[any(key.lower().startswith("cuda") for entry in entries for key in entry)]
 
 
-def _pieces(generator: Any, ends: frozenset[int], stream: Stream) -> Iterator[str]:
+def _pieces(generator: Any, file: Path, ends: frozenset[int], stream: Stream) -> Iterator[str]:
     while not generator.is_done():
-        generator.generate_next_token()
-        token = int(generator.get_next_tokens()[0])
+        with explained(str(file)):
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
         if token not in ends and (piece := stream.put(token)):
             yield piece
     if rest := stream.end():

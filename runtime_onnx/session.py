@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from .errors import InputError
+from .errors import InputError, explained
 from .genai_config import read_config
 from .library import DENSE, PROVIDERS, Executor, executor, library_path, model_file
 
@@ -20,8 +20,13 @@ if TYPE_CHECKING:
     import onnxruntime
     from numpy.typing import ArrayLike, NDArray
 
+_PAST, _PRESENT = "past_key_values.", "present."
 Providers = Sequence[str | tuple[str, dict[str, Any]]]
 
+_REMEDIES = {
+    False: "Fetch or convert the folder again.",
+    True: "It must be a real file beside its data: download with snapshot_download(repo, local_dir=...).",
+}
 _registered: WeakSet[Any] = WeakSet()  # SessionOptions that hold the library: a second registration of a domain is an error in onnxruntime
 
 
@@ -37,7 +42,8 @@ def session(
         library: None uses the native library where it supports the model, False never, True raises ValueError where it cannot.
 
     Raises:
-        ValueError: There is no model, the library was demanded and cannot run it, or onnxruntime is not installed.
+        InputError, ValueError: There is no model, onnxruntime refuses it (its text is in the error), the library was demanded and cannot run it, or onnxruntime
+            is not installed.
     """
     ort = _onnxruntime()
     file = model_file(path)
@@ -51,14 +57,8 @@ def session(
         raise InputError(
             f"session_options must be fresh for a model that runs without the library ({chosen.reason}), got options that hold it. Make new SessionOptions."
         )
-    try:
+    with explained(f"{file}, a link into a cache," if file.is_symlink() else str(file), _REMEDIES[file.is_symlink()]):
         opened = ort.InferenceSession(str(file), options, providers=providers)
-    except Exception as error:
-        if file.is_symlink():
-            raise InputError(
-                f"{file} must be a real file beside its data, got a link into a cache ({error}). Download with snapshot_download(repo, local_dir=...)."
-            ) from error
-        raise
     report(file, chosen, library)
     return opened
 
@@ -102,6 +102,14 @@ class Decoder:
         self._device = "cuda" if self.session.get_providers()[0] == PROVIDERS[1] else "cpu"
         self._inputs = {entry.name: entry for entry in self.session.get_inputs()}
         self._outputs = [entry.name for entry in self.session.get_outputs()]
+        self._file = model_file(path)
+        caches = [name for name in self._inputs if name.startswith(_PAST)]
+        missing = [name for name in ("logits", *(name.replace(_PAST, _PRESENT) for name in caches)) if name not in self._outputs]
+        if missing or "input_ids" not in self._inputs or not all(_is_cache(self._inputs[name].shape) for name in caches):
+            found = f"no output {missing[0]}" if missing else f"inputs {', '.join(self._inputs)}"
+            raise InputError(
+                f"{self._file} must be a decoder with input_ids, logits and a cache of keys and values, got {found:.200}. Convert the model again."
+            )
         self.reset()
 
     def reset(self) -> None:
@@ -111,30 +119,37 @@ class Decoder:
         self.length = 0
         self._cache = {}
         for name, entry in self._inputs.items():
-            if name.startswith("past_key_values."):
+            if name.startswith(_PAST):
                 shape = [1, entry.shape[1], 0, self._head_size]
                 dtype = np.float16 if entry.type == "tensor(float16)" else np.float32
-                self._cache[name] = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._device, 0)
+                with explained(str(self._file)):
+                    self._cache[name] = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._device, 0)
 
     def __call__(self, ids: ArrayLike) -> NDArray[np.float32]:
-        """Appends token ids [T] and returns their logits [T, vocabulary]."""
+        """Appends token ids [T] and returns their logits [T, vocabulary]. Raises InputError with onnxruntime's text where the graph does not run."""
         import numpy as np
 
         tokens = np.asarray(ids, np.int64).reshape(1, -1)
         before, self.length = self.length, self.length + tokens.shape[1]
         feeds = {"input_ids": tokens, "attention_mask": np.ones((1, self.length), np.int64), "position_ids": np.arange(before, self.length)[None]}
-        binding = self.session.io_binding()
-        for name, value in feeds.items():
-            if name in self._inputs:
-                binding.bind_cpu_input(name, value)
-        for name, value in self._cache.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
-            binding.bind_output(name, self._device if name.startswith("present.") else "cpu")
-        self.session.run_with_iobinding(binding)
-        results = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-        self._cache = {name: results[name.replace("past_key_values.", "present.")] for name in self._cache}
-        return results["logits"].numpy()[0].astype(np.float32, copy=False)
+        with explained(str(self._file)):
+            binding = self.session.io_binding()
+            for name, value in feeds.items():
+                if name in self._inputs:
+                    binding.bind_cpu_input(name, value)
+            for name, value in self._cache.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in self._outputs:
+                binding.bind_output(name, self._device if name.startswith(_PRESENT) else "cpu")
+            self.session.run_with_iobinding(binding)
+            results = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+            self._cache = {name: results[name.replace(_PAST, _PRESENT)] for name in self._cache}
+            return results["logits"].numpy()[0].astype(np.float32, copy=False)
+
+
+def _is_cache(shape: Sequence[Any]) -> bool:
+    """Whether an input's shape is [1, heads, length, head size] with a number of heads."""
+    return len(shape) == 4 and isinstance(shape[1], int)
 
 
 def _onnxruntime() -> Any:

@@ -18,26 +18,57 @@ from .errors import InputError
 LARGEST_JSON = 1 << 28
 """Most bytes of a JSON file; the largest tokenizers have a tenth of it."""
 _LONGEST = 1024  # characters of a name
+_DIGITS = "integer string conversion"  # of Python's error for more digits than it reads
+_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF = re.compile("[\ud800-\udfff]")
 _KEPT = {".cache", ".git", ".huggingface"}  # where the Hub's client and git keep notes of their own
 _DATA = re.compile(r".*\.(json|safetensors|onnx|data|md|txt|png|html|jinja|model|tiktoken|pdf|rst)", re.IGNORECASE)
 _TEXTS = re.compile(r"(licen[cs]e|notice|copying|use_policy)", re.IGNORECASE)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError with the reason alone: no JSON, too deep, or a key that stands twice in one object."""
+    """The value of a JSON text. Raises ValueError with the reason alone: no JSON, too deep, a number of thousands of digits, half of a surrogate pair, or a key
+    that stands twice in one object.
+    """
+    text = text.decode("utf-8") if isinstance(text, bytes) else text
     try:
-        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("values inside values too deep to read") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise ValueError("a number of thousands of digits") if _DIGITS in str(error) else error from None
+    if _ESCAPED.search(text):
+        check_letters(value)
+    return value
+
+
+def check_letters(value: Any) -> None:
+    """Raise ValueError where a text in plain lists and objects has half of a surrogate pair, which no file and no terminal can hold."""
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, str) and _HALF.search(found):
+            raise ValueError(f"half of a surrogate pair in {ascii(found):.100}")
+        if isinstance(found, dict):
+            waiting += [*found, *found.values()]
+        elif isinstance(found, list | tuple):
+            waiting += found
 
 
 def load_json(path: Path) -> Any:
     """The value in a JSON file. Raises OSError where it cannot be read and ValueError as `parse_json`, or for what is no file or too large a one."""
+    return parse_json(read_bytes(path, LARGEST_JSON))
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The bytes of a regular file of at most `most` bytes, or a link to one; no pipe, no device. Raises OSError and ValueError as `load_json`."""
     if path.exists() and not path.is_file():
-        raise ValueError("no regular file")
-    if (size := path.stat().st_size) > LARGEST_JSON:
-        raise ValueError(f"{size} bytes, more than {LARGEST_JSON}")
-    return parse_json(path.read_bytes())
+        raise ValueError("a folder" if path.is_dir() else "no regular file")
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"{size} bytes, more than {most}")
+    return path.read_bytes()
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...runtime_onnx.errors import said_by
 from .interruption import Stop, stoppable
 
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ def _run(argv: list[str], stop: Stop) -> int:
             return _told(str(disk_full(Path(name if isinstance(name, str) else "OUT"))))
         if isinstance(error, OSError):
             return _told(f"The system refused: {error}. Check the path and its permissions.")
+        if (line := _foreign(error)) is not None:
+            logging.getLogger("sparsegate").debug("The error in full:", exc_info=error)
+            return _told(line)
         if type(error).__module__.split(".")[0] not in ("typer", "click"):
             raise
         if type(error).__name__ == "Abort":
@@ -102,6 +106,23 @@ def _is_ours(error: BaseException) -> bool:
     if last is None or not str(last.tb_frame.f_globals.get("__name__", "")).startswith("sparsegate."):
         return False
     return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"  # not int("x") or an unpacking that failed in our code
+
+
+_LIBRARIES = {"onnxruntime": "ONNX Runtime", "onnxruntime_genai": "onnxruntime-genai", "safetensors": "safetensors", "safetensors_rust": "safetensors"}
+_NO_MEMORY = ("DefaultCPUAllocator", "bad allocation", "std::bad_alloc", "out of memory", "Failed to allocate memory")
+
+
+def _foreign(error: BaseException) -> str | None:
+    """The line for what a library or Python says of data that no reader refused: too large, too deep, or not readable. None for a defect of ours."""
+    if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
+        return f"The work must fit into memory, got: {said_by(error)}. Take a smaller model, text or number, or a machine with more memory."
+    if isinstance(error, RecursionError):
+        return "Values must not lie so deep inside one another, got a file or a text that does. Take another one."
+    if isinstance(error, UnicodeError):
+        return f"Names and texts must be UTF-8, got others: {said_by(error)}. Rename the file or correct the text."
+    if (library := _LIBRARIES.get(type(error).__module__.split(".")[0])) is not None:
+        return f"{library} must be able to read the files, got: {said_by(error)}. Fetch or convert the folder again."
+    return None
 
 
 def _told(text: str, status: int = 2) -> int:

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...runtime_onnx.errors import explained
 from ...runtime_onnx.genai_config import check_config
 from ..artifact import InputError, disk_full, is_disk_full, read_json
 from ..reference import load_dense
@@ -242,4 +243,5 @@ def open_session(model: Path | bytes) -> Any:
         import onnxruntime
     except ImportError as error:
         raise InputError(f"ONNX export must find onnxruntime, got {error}. Install it with: pip install 'sparsegate[cpu]'") from None
-    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    with explained(str(model) if isinstance(model, Path) else "A part of the graph"):
+        return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import InputError
 from ..genai_config import read_config
 from ..generate import config_provider, load
 from ..library import PROVIDERS, model_file, variants
@@ -20,6 +21,7 @@ from .record import record
 from .samples import MAX_WAIT, Round, compare, rounds, waited
 
 _SINGLE = {"session.force_spinning_stop": "1"}  # idle workers of the other model must not spin while this one runs
+MOST_THREADS = 1 << 10
 _FORMATS = {  # of initialisers: our spelling, bits
     "FLOAT": ("fp32", 32),
     "FLOAT16": ("fp16", 16),
@@ -71,15 +73,20 @@ def bench(
     """
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime must be {' or '.join(RUNTIMES)}, got {runtime!r}. Choose one of them.")
-    for name, value, least in (("pairs", pairs, 1), ("new_tokens", new_tokens, 1), ("prompt_tokens", prompt_tokens, 1)):
+    for name, value, least in (("pairs", pairs, 1), ("new_tokens", new_tokens, 1), ("prompt_tokens", prompt_tokens, 1), ("threads", threads or 1, 1)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}. Choose a larger number.")
+    if threads is not None and threads > MOST_THREADS:
+        raise ValueError(f"threads must be at most {MOST_THREADS}, got {threads}. Choose a smaller number.")
     folders = {"baseline": model_file(baseline).parent, "candidate": model_file(candidate).parent}
     configs = {role: read_config(folder)["model"] for role, folder in folders.items()}
+    if missing := [role for role, config in configs.items() if config.get("vocab_size", 0) < 1]:
+        raise InputError(f"genai_config.json of {folders[missing[0]]} must have a vocab_size, got none. Convert or download the folder again.")
     vocabulary, context = (min(config[key] for config in configs.values()) for key in ("vocab_size", "context_length"))
+    count = min(len(prompt), prompt_tokens) if prompt else prompt_tokens
+    if count + new_tokens > context:
+        raise ValueError(f"prompt_tokens + new_tokens must fit the context of {context} tokens, got {count} + {new_tokens}. Choose smaller numbers.")
     ids = list(prompt or np.random.default_rng(0).integers(0, vocabulary, prompt_tokens).tolist())[:prompt_tokens]
-    if len(ids) + new_tokens > context:
-        raise ValueError(f"prompt_tokens + new_tokens must fit the context of {context} tokens, got {len(ids)} + {new_tokens}. Choose smaller numbers.")
     opened = {role: RUNTIMES[runtime](folder, threads, library) for role, folder in folders.items()}
     following = opened["baseline"].greedy(ids, new_tokens)
     found = rounds({role: lambda model=model: model.run(ids, following) for role, model in opened.items()}, pairs, progress=progress)
