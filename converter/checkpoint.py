@@ -125,7 +125,7 @@ def read_key(raw: Any) -> Key:
         raise InputError(f"The sparsity sites must be an object, got {raw.get('sites')!r}. Fetch the checkpoint again.")
     base = None
     if version == 2:
-        if raw.get("base_activation") not in ACTIVATIONS:
+        if str(raw.get("base_activation")) not in ACTIVATIONS:
             raise InputError(f"base_activation must be one of {', '.join(sorted(ACTIVATIONS))}, got {raw.get('base_activation')!r}. Update sparsegate.")
         base = ACTIVATIONS[raw["base_activation"]]
     sites: dict[Site, dict[str, Any]] = {}
@@ -187,6 +187,8 @@ def _check_fields(key: str, fields: Any, version: int, scores: tuple[str, ...], 
         raise InputError(f"{key} must hold only {sorted(allowed)} in sparsity version {version}, got {sorted(unknown)}. Update sparsegate.")
     if missing:
         raise InputError(f"{key} must hold {sorted(missing)}, got only {sorted(fields)}. Fetch the checkpoint again.")
+    if not isinstance(fields.get("residual", True), bool):
+        raise InputError(f"The residual of {key} must be true or false, got {fields['residual']!r:.100}. Fetch the checkpoint again.")
     for name in {"density", "opened"} & needed:
         share = fields[name]
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:

@@ -18,6 +18,7 @@ from .arch import load_arch
 from .artifact import VERSION, InputError, atomic_folder, hash_file, hash_json, listed_files, write_json
 from .blocks import unused_tensors
 from .candidates import Candidate, choose, make_graphs, measure, room
+from .config_bounds import check_backed, check_graph
 from .distributed import check_device
 from .executors import check_onnx, measure_shipped
 from .hub import Remote, check_disk, check_push, head_commit, home_folder, is_hub_id, local_folder, push, remote_inspect
@@ -202,6 +203,7 @@ def _opened(order: _Order) -> _Opened | Result:
                 return Result(out, False, None, remote_needs, precision=asked.export.precision)
             check_disk(out, remote_needs.disk_bytes)
     source = resolve(asked.model, work / "source")
+    check_graph(source.arch, source.config)
     record = RecoveryRecord.load(source.folder / RECOVERY) if (source.folder / RECOVERY).is_file() else None
     exact = bool(training_stages(asked)) or has_zeros(source)
     fingerprint = ""
@@ -336,7 +338,10 @@ def _remote_estimate(remote: Remote, order: _Order, configs: Configs) -> Estimat
     recipe = order.recipe
     raw = normal_config(remote.config) if is_published(remote.config) else remote.config
     check_config(raw)
-    arch, config = load_arch(str(raw.get("model_type"))), make_config(raw)
+    arch = load_arch(str(raw.get("model_type")))
+    check_backed(arch, raw, {name: shape for name, (shape, _) in remote.tensors.items()})
+    config = make_config(raw)
+    check_graph(arch, config)
     shapes = {name: shape for name, (shape, _) in remote.tensors.items()}
     check_shapes(arch, config, shapes)
     times: dict[str, Any] = {}

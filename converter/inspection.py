@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from .arch import load_arch
 from .artifact import InputError, read_json
+from .config_bounds import check_backed, check_graph
 from .hub import is_hub_id, remote_inspect
 from .opening import resolve
 from .planning import Estimate, compile_recipe, estimate_shapes, method_configs
@@ -63,8 +64,10 @@ def _found(name: str, raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], s
     read = normal_config(raw) if is_published(raw) else raw
     check_config(read)
     arch = load_arch(str(read.get("model_type")))
+    check_backed(arch, read, shapes)
     config = make_config(read)
     check_shapes(arch, config, shapes)
+    check_graph(arch, config)
     recipe = compile_recipe(name, None, None, None, None, None, None, None, None, None)
     swapped = {fields["activation"] for fields in read.get("sparsity", {}).get("sites", {}).values()}
     decision = decide(arch, config, shapes, size, recipe, method_configs(recipe, bool(swapped)))

@@ -80,7 +80,7 @@ REFUSED = {
 
 def is_published(raw: dict[str, Any]) -> bool:
     """Whether a config.json's content is of a published type that `normalise` knows, one that it refuses included."""
-    return raw.get("model_type") in PUBLISHED or raw.get("model_type") in REFUSED
+    return str(raw.get("model_type")) in {*PUBLISHED, *REFUSED}
 
 
 def normal_config(raw: dict[str, Any], activation: str | None = None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ..runtime_onnx.untrusted import inside
 from .arch import PREFIX, Arch, Site, load_arch
 from .artifact import InputError, hash_file, hash_json, read_json, write_json
 from .checkpoint import KEY, read_key, read_sparsity, stock_config
+from .config_bounds import check_backed, check_counts
 from .plans import Swap
 
 INDEX = "model.safetensors.index.json"
@@ -143,8 +144,9 @@ def open_source(model: str | Path, id: str | None = None, revision: str | None =
     if (folder / GENERATION_CONFIG).is_file():
         read_json(folder / GENERATION_CONFIG, GENERATION_CONFIG)
     arch = load_arch(str(raw.get("model_type")))
-    config = make_config(raw)
     tensors = _read_headers(folder)
+    check_backed(arch, raw, {name: info.shape for name, info in tensors.items()})
+    config = make_config(raw)
     check_shapes(arch, config, {name: info.shape for name, info in tensors.items()})
     return Source(folder.resolve(), config, arch, tensors, id, revision, swaps=swaps)
 
@@ -184,9 +186,10 @@ def drop_code(folder: Path) -> None:
 
 
 def make_config(raw: dict[str, Any]) -> Any:
-    """The transformers configuration of a config.json's content. Raises InputError for values that transformers refuses."""
+    """The transformers configuration of a config.json's content. Raises InputError for counts out of bounds and for values that transformers refuses."""
     from transformers import AutoConfig
 
+    check_counts(raw)
     dropped = {"model_type", _CODE} | (set() if str(raw["model_type"]).startswith(PREFIX) else {KEY})
     values = {key: value for key, value in raw.items() if key not in dropped}
     try:

@@ -14,7 +14,7 @@ RUNTIME_BELOW = {"runtime_onnx.ops", "runtime_onnx.errors", "runtime_onnx.untrus
 """What every part of converter/ may import."""
 LEVELS = (
     {"artifact", "locks", "work_folder", "recipe", "plans", "arch", "manifest", "libraries", "progress", *RUNTIME_BELOW},
-    {"checkpoint", "source", "data", "linalg", "distributed", "local_processes", "lora", "activation_checkpointing", "mixtures"},
+    {"checkpoint", "source", "data", "linalg", "distributed", "local_processes", "lora", "activation_checkpointing", "mixtures", "config_bounds"},
     {"published", "blocks", "modeling"},
     {"scores", "selectors", "calibration_rules", "losses"},
     {"stats"},

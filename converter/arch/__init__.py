@@ -142,7 +142,7 @@ class Arch(BaseModel):
         name = getattr(config, self.ffn.activation.config)
         if name == SWAPPED:
             name = (getattr(config, "sparsity", None) or {}).get("base_activation")
-        if name not in ACTIVATIONS:
+        if not isinstance(name, str) or name not in ACTIVATIONS:
             raise InputError(
                 f"{self.ffn.activation.config} must be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}. Convert a model with one of these activations."
             )

@@ -272,7 +272,7 @@ def _pickled(folder: Path) -> None:
         (BAMBOO | {"intermediate_size": 99}, None, "model.layers.0.mlp.gate_proj.weight must have shape [99, 64] by config.json, got [176, 64]"),
         (BAMBOO | {"sparsity": {}}, None, "got a checkpoint that is sparse already"),
         (BAMBOO | {"quantization_config": {"quant_method": "gptq"}}, None, "must have float weights, got weights quantised by 'gptq'"),
-        (BAMBOO | {"num_attention_heads": "four"}, None, "config.json must hold a valid mistral configuration"),
+        (BAMBOO | {"num_attention_heads": "four"}, None, "num_attention_heads in config.json must be a whole number"),
         (BAMBOO, _cut, "model.layers.1.mlp.up_proj.weight must have shape [176, 64] by config.json, got [177, 64]"),
         (BAMBOO, _pickled, "Weights must be safetensors, got pytorch_model.bin, a pickle file"),
         (BAMBOO, lambda folder: (folder / "model.safetensors").unlink(), "Weights must be model.safetensors or shards with"),
