@@ -96,7 +96,9 @@ class Source:
             if path.suffix == ".json" and path.is_file():
                 read_json(path, path.name)
         try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            found = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            found.decode(found("a")["input_ids"])  # some settings are looked at only then
+            return found
         except Exception as error:  # every tokenizer class raises its own kind
             raise InputError(f"The tokenizer must load from {self.folder}, got: {first_line(error)}. Add tokenizer.json and tokenizer_config.json.") from None
 

@@ -278,7 +278,7 @@ def _prepare(row: Row, drawn: random.Random, root: Path, here: Path) -> Mutation
     target = here / row.file
     if drawn.random() < 0.04:
         name = drawn.choice(sorted(PLACES))
-        mutation = Mutation(name, True, place=PLACES[name])
+        mutation = Mutation(name, "zeros" not in name, place=PLACES[name])
     else:
         mutation = row.mutate(target.read_bytes(), drawn)
     target.unlink()
@@ -404,9 +404,9 @@ def _dense(folder: str) -> Any:
 
 
 def _read_dense(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    single = (here / "model" / "model.safetensors").lstat(), (here / "model" / "config.json").lstat()
-    changed = any(found.st_nlink < 2 for found in single)
-    return _dense(str(here / ("model" if changed else "sharded"))), ""
+    index = here / "sharded" / "model.safetensors.index.json"
+    changed = not index.is_file() or index.lstat().st_nlink < 2
+    return _dense(str(here / ("sharded" if changed else "model"))), ""
 
 
 def _read_words(here: Path, drawn: random.Random) -> tuple[Any, str]:

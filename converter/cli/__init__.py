@@ -116,6 +116,8 @@ def _foreign(error: BaseException) -> str | None:
     """The line for what a library or Python says of data that no reader refused: too large, too deep, or not readable. None for a defect of ours."""
     if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
         return f"The work must fit into memory, got: {said_by(error)}. Take a smaller model, text or number, or a machine with more memory."
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib's before Python 3.13
+        return f"A path must lead to a file or folder, got a link to itself: {said_by(error)}. Remove the link."
     if isinstance(error, RecursionError):
         return "Values must not lie so deep inside one another, got a file or a text that does. Take another one."
     if isinstance(error, UnicodeError):
