@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, explained
+from .errors import InputError, explained, said_by
 from .genai_config import CONFIG, check_config, make_view, read_config
 from .library import LIBRARY, PROVIDERS, Executor, library_path, model_file
 from .session import choose, report
@@ -67,7 +67,7 @@ def load(path: str | Path, library: bool | None = None, options: dict[str, Any] 
             raise
         with explained(str(file)):
             model = _open(genai, file.parent, config, options or {}, False)
-        chosen = Executor(False, f"onnxruntime-genai did not take the library: {error}")
+        chosen = Executor(False, f"onnxruntime-genai did not take the library: {said_by(error.__cause__ or error)}")
     report(file, chosen, library)
     return model
 

@@ -17,7 +17,7 @@ import pytest
 from models import make_model, put_predictors
 
 from sparsegate.converter.artifact import InputError
-from sparsegate.converter.config_bounds import LEAST_POSITIONS, MOST, check_graph
+from sparsegate.converter.config_bounds import LEAST_POSITIONS, MOST, check_counts, check_graph
 from sparsegate.converter.data import LARGEST_TEXT, read_text
 from sparsegate.converter.inspection import inspect
 from sparsegate.converter.interchange import predictors_beside
@@ -63,10 +63,18 @@ def test_a_count_that_the_weights_cannot_back(name: str, value: Any, model: Path
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, most + 1) for name, most in MOST.items()])
-def test_counts_of_a_published_model_have_bounds_without_weights(name: str, value: int) -> None:
+def test_every_count_has_a_bound_of_its_own(name: str, value: int) -> None:
     with pytest.raises(InputError, match=f"{name} in config.json must be a whole number from 1 to {value - 1}, got {value}") as error:
-        normal_config(CONFIG | {name: value})
+        check_counts({name: value})
     one_line(error)
+    check_counts({name: value - 1})
+    check_counts({name: None})
+
+
+def test_counts_of_a_published_model_have_bounds_without_weights() -> None:
+    for value in (10_000_000, -1):
+        with pytest.raises(InputError, match="num_hidden_layers in config.json must be a whole number"):
+            normal_config(CONFIG | {"num_hidden_layers": value})
 
 
 def test_a_model_type_that_is_no_name() -> None:

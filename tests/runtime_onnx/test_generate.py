@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import sparsegate.runtime_onnx as runtime
+from sparsegate.runtime_onnx.errors import InputError
 
 generation = sys.modules["sparsegate.runtime_onnx.generate"]  # the package's attribute of that name is the function
 TOKENS = 24
@@ -150,13 +151,13 @@ def test_missing_genai(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_refused_library_falls_back(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """If genai does not take the library by its bare name, a warning says so and the body gives the text; demanded, it is genai's own error."""
+    """If genai does not take the library by its bare name, a warning says so and the body gives the text; demanded, the error holds genai's text."""
     monkeypatch.setattr(generation, "LIBRARY", "libsparsegate_renamed.so")
     expected = raw(folders.sparse("gate"), folders.PROMPT, 8, library=False)
     caplog.clear()
     assert raw(folders.sparse("gate"), folders.PROMPT, 8) == expected
     assert [record.levelno for record in caplog.records] == [logging.WARNING] and "did not take the library" in caplog.text
-    with pytest.raises(RuntimeError, match="libsparsegate_renamed"):
+    with pytest.raises(InputError, match="libsparsegate_renamed"):
         runtime.load(folders.sparse("gate"), library=True)
 
 
