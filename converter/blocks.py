@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from ..runtime_onnx.ops.activation import split_activation
 from .arch import Arch, load_arch
 from .artifact import InputError
-from .source import Source, first_line
+from .model_check import meta_model
+from .source import Source
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -141,23 +142,9 @@ def ffn_biases(module: Any, arch: Arch) -> dict[str, Tensor]:
 def empty_model(source: Source) -> Any:
     """The transformers model of `source` with every parameter on the meta device and every buffer real, in evaluation mode.
 
-    Raises InputError when transformers cannot build it, and when a parameter is absent from the files or has another shape there.
+    Its parameters are those that `open_source` found in the files.
     """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32, trust_remote_code=False)
-    except Exception as error:  # modelling classes raise what they like on impossible sizes
-        raise InputError(f"config.json must describe a model that transformers builds, got: {first_line(error)}. Mend the file.") from None
-    for name, parameter in model.named_parameters():
-        if name not in source.tensors:
-            raise InputError(f"The safetensors must hold {name} {list(parameter.shape)}, got no such tensor. Fetch the weights again.")
-        if source.tensors[name].shape != tuple(parameter.shape):
-            raise InputError(
-                f"{name} must have shape {list(parameter.shape)} by config.json, got {list(source.tensors[name].shape)}. "
-                "Config and weights do not belong together; fetch both again."
-            )
+    model = meta_model(source.config)
     for module in model.modules():
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in names:
@@ -170,7 +157,7 @@ def empty_model(source: Source) -> Any:
 
 def unused_tensors(source: Source) -> list[str]:
     """Names in the files of a model that its class does not have, so that nothing computes with them, in order; rotary tables, which every class makes itself,
-    are left out. Raises InputError as `empty_model` does.
+    are left out.
     """
     model = empty_model(source)
     known = set(model.state_dict())

@@ -18,7 +18,7 @@ from .arch import load_arch
 from .artifact import VERSION, InputError, atomic_folder, hash_file, hash_json, listed_files, write_json
 from .blocks import unused_tensors
 from .candidates import Candidate, choose, make_graphs, measure, room
-from .config_bounds import check_backed, check_graph
+from .config_bounds import check_graph
 from .distributed import check_device
 from .executors import check_onnx, measure_shipped
 from .hub import Remote, check_disk, check_push, head_commit, home_folder, is_hub_id, local_folder, push, remote_inspect
@@ -55,7 +55,7 @@ from .references import measure_references
 from .report import RESULTS, Report, StageTime, read_base_card, write_report
 from .report.recovery import RECOVERY, RecoveryRecord
 from .schedule import keep_plan, once
-from .source import Source, check_config, check_shapes, make_config, open_source
+from .source import Source, backed_config, check_config, open_source
 from .texts import EARLIER_WINDOWS, Texts, heldout_name, make_heldout, make_texts, texts_hash
 from .time_budget import Decision, decide, decided, header, keep, stored, within
 from .tuning import Evaluation, Tuned, stage_folder, train_stages, training_inputs
@@ -339,11 +339,9 @@ def _remote_estimate(remote: Remote, order: _Order, configs: Configs) -> Estimat
     raw = normal_config(remote.config) if is_published(remote.config) else remote.config
     check_config(raw)
     arch = load_arch(str(raw.get("model_type")))
-    check_backed(arch, raw, {name: shape for name, (shape, _) in remote.tensors.items()})
-    config = make_config(raw)
+    config = backed_config(arch, raw, remote.tensors)
     check_graph(arch, config)
     shapes = {name: shape for name, (shape, _) in remote.tensors.items()}
-    check_shapes(arch, config, shapes)
     times: dict[str, Any] = {}
     if order.dry_run:
         decision = decide(arch, config, shapes, remote.total_bytes, recipe, configs, order.device)

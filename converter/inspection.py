@@ -10,13 +10,14 @@ from pydantic import BaseModel
 
 from .arch import load_arch
 from .artifact import InputError, read_json
-from .config_bounds import check_backed, check_graph
+from .config_bounds import check_graph
 from .hub import is_hub_id, remote_inspect
+from .model_check import Stored
 from .opening import resolve
 from .planning import Estimate, compile_recipe, estimate_shapes, method_configs
 from .progress import job
 from .published import is_published, normal_config
-from .source import check_config, check_shapes, make_config, open_source
+from .source import backed_config, check_config, open_source, stored
 from .time_budget import decide, decided
 
 
@@ -41,32 +42,31 @@ def inspect(model: str | Path) -> Inspection:
     name = str(model)
     if is_hub_id(name):
         remote = remote_inspect(name)
-        raw, shapes = remote.config, {key: shape for key, (shape, _) in remote.tensors.items()}
+        raw, tensors = remote.config, remote.tensors
         size, download = remote.total_bytes, remote.download_bytes
     else:
         folder = Path(model)
         if not (folder / "config.json").is_file():
             open_source(folder)
-        raw, shapes, size, download = read_json(folder / "config.json", "config.json"), None, 0, 0
+        raw, tensors, size, download = read_json(folder / "config.json", "config.json"), None, 0, 0
     model_type = str(raw.get("model_type"))
     try:
-        if shapes is None:
+        if tensors is None:
             with TemporaryDirectory() as temporary:
                 source = resolve(name, Path(temporary) / "source")
-                shapes = {key: info.shape for key, info in source.tensors.items()}
+                tensors = stored(source.tensors)
                 size = sum(info.bytes for info in source.tensors.values())
-        return _found(name, raw, shapes, size, download)
+        return _found(name, raw, tensors, size, download)
     except InputError as error:
         return Inspection(model=name, model_type=model_type, convertible=False, reason=str(error), download_bytes=download)
 
 
-def _found(name: str, raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], size: int, download: int) -> Inspection:
+def _found(name: str, raw: dict[str, Any], tensors: Stored, size: int, download: int) -> Inspection:
     read = normal_config(raw) if is_published(raw) else raw
     check_config(read)
     arch = load_arch(str(read.get("model_type")))
-    check_backed(arch, read, shapes)
-    config = make_config(read)
-    check_shapes(arch, config, shapes)
+    config = backed_config(arch, read, tensors)
+    shapes = {key: shape for key, (shape, _) in tensors.items()}
     check_graph(arch, config)
     recipe = compile_recipe(name, None, None, None, None, None, None, None, None, None)
     swapped = {fields["activation"] for fields in read.get("sparsity", {}).get("sites", {}).values()}

@@ -23,7 +23,8 @@ from .blocks import ffn_activation, ffn_down, ffn_parts, ffn_products
 from .checkpoint import read_sparsity
 from .modeling import register
 from .plans import Entry, Plan, Predictor, Swap, Threshold, activation_at, check_plan, deciding, linear_rows, linear_shapes
-from .source import first_line
+from .source import open_source
+from .tensor_files import first_line
 
 NEAR = 1e-5
 """A score within NEAR * (|tau| + rms of its row) of its threshold is near: executors that round differently may disagree there."""
@@ -293,15 +294,22 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
 def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The transformers model of a folder, in evaluation mode: a stock one, or one with swapped activations.
 
-    Raises InputError with transformers' own reason when it does not load.
+    Raises InputError as `open_source` does, so that no weight is made up, and with transformers' own reason when it does not load.
     """
     from transformers import AutoModelForCausalLM
 
     register()
+    open_source(folder, sparse=True)
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False).eval()
+        model, seen = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     except Exception as error:  # transformers raises many kinds for damaged folders
         raise InputError(f"The model must load from {folder}, got: {first_line(error)}. Fetch the folder again.") from error
+    made_up = sorted(map(str, {*seen["missing_keys"], *seen["mismatched_keys"]}))
+    if made_up:
+        raise InputError(f"The model must load from {folder} as it is stored, got {made_up[0]} made up by transformers. Fetch the folder again.")
+    return model.eval()
 
 
 def _gated(model: Any) -> list[_Gated | _Masked]:

@@ -6,9 +6,8 @@ one tensor is resident.
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -24,7 +23,9 @@ from .arch import PREFIX, Arch, Site, load_arch
 from .artifact import InputError, hash_file, hash_json, read_json, write_json
 from .checkpoint import KEY, read_key, read_sparsity, stock_config
 from .config_bounds import check_backed, check_counts
+from .model_check import Stored, check_model
 from .plans import Swap
+from .tensor_files import FLOATS, damaged, first_line, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,7 +36,6 @@ _PIECES = b"\n"  # how a sentencepiece model begins: its first field is the list
 _CODE = "auto_map"
 _CONFIGS = ("config.json", "tokenizer_config.json", GENERATION_CONFIG, "processor_config.json", "preprocessor_config.json")
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
-_FLOATS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
     "chat_template.jinja",
@@ -53,7 +53,7 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         """Size in bytes."""
-        size = _FLOATS.get(self.dtype, 1)
+        size = FLOATS.get(self.dtype, 1)
         for extent in self.shape:
             size *= extent
         return size
@@ -107,11 +107,13 @@ class Source:
         found: dict[str, Tensor] = {}
         for name in names:
             info = self.tensors[name]
+            if info.dtype not in FLOATS:
+                raise InputError(f"{name} must be a float tensor, got {info.dtype}. Fetch the weights again.")
             try:
                 with safe_open(info.file, framework="pt") as file:
                     found[name] = torch.empty(info.shape, dtype=dtype).copy_(file.get_tensor(name))
             except (SafetensorError, OSError) as error:
-                raise _damaged(info.file, error) from None
+                raise damaged(info.file, error) from None
         return found
 
     def rows(self, name: str, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -124,7 +126,7 @@ class Source:
                 for k, row in enumerate(indices.tolist()):
                     out[k] = view[row : row + 1][0]
         except (SafetensorError, OSError) as error:
-            raise _damaged(info.file, error) from None
+            raise damaged(info.file, error) from None
         return out
 
 
@@ -147,9 +149,7 @@ def open_source(model: str | Path, id: str | None = None, revision: str | None =
         read_json(folder / GENERATION_CONFIG, GENERATION_CONFIG)
     arch = load_arch(str(raw.get("model_type")))
     tensors = _read_headers(folder)
-    check_backed(arch, raw, {name: info.shape for name, info in tensors.items()})
-    config = make_config(raw)
-    check_shapes(arch, config, {name: info.shape for name, info in tensors.items()})
+    config = backed_config(arch, raw, stored(tensors))
     return Source(folder.resolve(), config, arch, tensors, id, revision, swaps=swaps)
 
 
@@ -176,6 +176,11 @@ def check_config(raw: dict[str, Any]) -> None:
         raise InputError(f"MODEL must have float weights, got weights quantised by {method!r}. Convert the unquantised model.")
 
 
+def stored(tensors: Mapping[str, TensorInfo]) -> Stored:
+    """Shape and dtype by name, as `check_model` takes them."""
+    return {name: (info.shape, info.dtype) for name, info in tensors.items()}
+
+
 def asks_for_code(folder: Path) -> list[str]:
     """The configuration files of a model folder that name code of the model's own for transformers to run."""
     return [name for name in _CONFIGS if (folder / name).is_file() and _CODE in read_json(folder / name, name)]
@@ -200,6 +205,16 @@ def make_config(raw: dict[str, Any]) -> Any:
         raise InputError(f"config.json must hold a valid {raw['model_type']} configuration, got: {first_line(error)}. Mend the file.") from None
 
 
+def backed_config(arch: Arch, raw: dict[str, Any], tensors: Stored) -> Any:
+    """The transformers configuration of a config.json's content, which the tensors in the files are those of: the one check of `inspect`, `convert` and every
+    reader of weights. Raises InputError as `check_backed`, `make_config` and `check_model` do, in this order: nothing large is made before it is known.
+    """
+    check_backed(arch, raw, {name: shape for name, (shape, _) in tensors.items()})
+    config = make_config(raw)
+    check_model(arch, config, tensors)
+    return config
+
+
 def stock_view(folder: Path, out: Path) -> Path:
     """A folder that stock tools read as the base model: `folder` itself, or, where activations were swapped, `out` with links to its files.
 
@@ -218,25 +233,6 @@ def stock_view(folder: Path, out: Path) -> Path:
                 shutil.copyfile(path, out / path.name)  # a file system without links
     write_json(out / "config.json", stock_config(raw))
     return out
-
-
-def check_shapes(arch: Arch, config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Compare the feed-forward weights' shapes with the configuration. Raises InputError naming the first one that is absent or differs."""
-    for site in arch.sites(config):
-        for weight in arch.weights:
-            name = arch.block_prefix(site.layer) + weight.name
-            expected = arch.shape(config, weight)
-            if name not in shapes:
-                if weight.optional:
-                    continue
-                raise InputError(f"The safetensors must hold {name} {list(expected)}, got no such tensor. Fetch the weights again.")
-            if shapes[name] != expected:
-                raise InputError(
-                    f"{name} must have shape {list(expected)} by config.json, got {list(shapes[name])}. "
-                    "Config and weights do not belong together; fetch both again."
-                )
-    if arch.embedding not in shapes:
-        raise InputError(f"The safetensors must hold {arch.embedding}, got no such tensor. Fetch the weights again.")
 
 
 def _read_headers(folder: Path) -> dict[str, TensorInfo]:
@@ -261,19 +257,13 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     for path in files:
         if not path.is_file():
             raise InputError(f"{INDEX} names {path.name}, which must lie in {folder}, got no such file. Fetch it.")
-        try:
-            with safe_open(path, framework="np") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    view = file.get_slice(name)
-                    found[name] = TensorInfo(view.get_dtype(), tuple(view.get_shape()), path)
-        except (SafetensorError, OSError, json.JSONDecodeError) as error:
-            raise _damaged(path, error) from None
-    absent = sorted(set(named) - set(found))
-    if absent:
-        raise InputError(f"{INDEX} names {absent[0]}, which must stand in a shard, got no such tensor. Fetch the weights again.")
-    for name, info in found.items():
-        if info.dtype not in _FLOATS:
-            raise InputError(f"{name} must be a float tensor, got {info.dtype}. Convert the unquantised model.")
+        for name, entry in read_header(path).items():
+            if name in found:
+                raise InputError(f"{name} must stand in one file, got it in {found[name].file.name} and {path.name}. Fetch the weights again.")
+            found[name] = TensorInfo(entry.dtype, entry.shape, path)
+    absent = min((name for name, file in named.items() if name not in found or found[name].file.name != file), default=None)
+    if absent is not None:
+        raise InputError(f"{INDEX} names {absent}, which must stand in {named[absent]}, got no such tensor there. Fetch the weights again.")
     return found
 
 
@@ -305,12 +295,3 @@ def _check_tokenizer_files(folder: Path) -> None:
         with open(pieces, "rb") as file:
             if file.read(1) == _PIECES:
                 raise InputError(f"tokenizer.model of {folder} must be read by sentencepiece, got no such package. Do: pip install sentencepiece protobuf.")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its class where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path.name} must be a complete safetensors file, got a damaged one ({first_line(error)}). Fetch it again.")

@@ -13,8 +13,20 @@ TREES = ("converter", "runtime_onnx")
 RUNTIME_BELOW = {"runtime_onnx.ops", "runtime_onnx.errors", "runtime_onnx.untrusted", "runtime_onnx.genai_config"}
 """What every part of converter/ may import."""
 LEVELS = (
-    {"artifact", "locks", "work_folder", "recipe", "plans", "arch", "manifest", "libraries", "progress", *RUNTIME_BELOW},
-    {"checkpoint", "source", "data", "linalg", "distributed", "local_processes", "lora", "activation_checkpointing", "mixtures", "config_bounds"},
+    {"artifact", "locks", "work_folder", "recipe", "plans", "arch", "manifest", "libraries", "progress", "tensor_files", *RUNTIME_BELOW},
+    {
+        "checkpoint",
+        "source",
+        "model_check",
+        "data",
+        "linalg",
+        "distributed",
+        "local_processes",
+        "lora",
+        "activation_checkpointing",
+        "mixtures",
+        "config_bounds",
+    },
     {"published", "blocks", "modeling"},
     {"scores", "selectors", "calibration_rules", "losses"},
     {"stats"},

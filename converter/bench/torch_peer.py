@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..reference import load_dense
+
 DTYPES = {"fp32": torch.float32}
 """Our precision -> torch's; bf16 for all that are smaller."""
 
@@ -24,12 +26,8 @@ class Torch:
     """A Hugging Face folder in transformers, on the CPU."""
 
     def __init__(self, path: Path, threads: int, precision: str) -> None:
-        from transformers import AutoModelForCausalLM
-
         torch.set_num_threads(threads)
-        self._model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype_of(precision), local_files_only=True, use_safetensors=True, trust_remote_code=False
-        ).eval()
+        self._model = load_dense(path, dtype_of(precision))
 
     @torch.inference_mode()
     def run(self, ids: Sequence[int], following: Sequence[int]) -> tuple[float, float]:

@@ -267,7 +267,6 @@ def test_more_layers_than_weights(model: Path) -> None:
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.k_proj.weight", "model.norm.weight", "lm_head.weight", "model.layers.1.input_layernorm.weight"])
 @pytest.mark.parametrize("how", ["absent", "shape"])
 def test_weights_outside_the_network_are_checked_too(model: Path, name: str, how: str) -> None:
-    """Opening reads what the architecture names; the calibration's empty model knows every other weight, before it reads one."""
     tensors = load_file(model / SINGLE)
     save_file({k: t for k, t in tensors.items() if k != name} if how == "absent" else tensors | {name: tensors[name][:-1].contiguous()}, model / SINGLE)
     refused(model, name, "no such tensor" if how == "absent" else "[", then=empty_model)
