@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..runtime_onnx.ops.activation import is_relu
 from .arch import ACTIVATIONS, PREFIX, SWAPPED, Site, load_arch, supported
 from .artifact import InputError, read_json, write_json, write_tensors
-from .plans import Entry, Plan, Predictor, Swap, Threshold, activation_at, check_plan, deciding, score_of
+from .plans import Entry, Plan, Predictor, Swap, Threshold, activation_at, check_plan, check_share, check_values, deciding, score_of
+from .tensor_files import load_tensors
 
 VERSIONS = (1, 2)
 KEY = "sparsity"
@@ -55,6 +54,7 @@ def encode(plan: Plan, activation: str, base_activation: str | None = None) -> t
     sites, tensors, version = {}, {}, 1
     for site, entries in plan.items():
         entry, score, own = deciding(entries), score_of(deciding(entries)), activation_at(entries, activation)
+        check_values(site, entry)
         if score not in _FIELDS:
             raise InputError(f"The score of {site.key} must be one of {', '.join(_FIELDS)} in sparsity version 2, got {score!r}. Make another plan.")
         fields: dict[str, Any] = {"score": score, "activation": own, "density": entry.density, "rank": entry.rank}
@@ -132,6 +132,8 @@ def read_key(raw: Any) -> Key:
     for key, fields in raw["sites"].items():
         site = Site.parse(key)
         kind = site.kind.partition(":")[0]
+        if site.key != key:  # two spellings of a site would be two contents of one
+            raise InputError(f"A site must be spelled {site.key}, got {key!r}. Fetch the checkpoint again.")
         if site.expert is not None or kind not in _SCORES[version]:
             raise InputError(f"A site must read like layers.3.ffn or layers.3.linear.q_proj in sparsity version {version}, got {key!r}. Update sparsegate.")
         sites[site] = _check_fields(key, fields, version, _SCORES[version][kind], base)
@@ -146,14 +148,12 @@ def read_sparsity(folder: Path) -> tuple[Plan, dict[str, str]]:
     key = read_key(config[KEY])
     _check_type(config, key)
     needed = any(fields["score"] != "exact" for fields in key.sites.values())
-    try:
-        stored = load_file(folder / TENSORS) if needed or (folder / TENSORS).exists() else {}
-    except (FileNotFoundError, SafetensorError) as error:
-        raise InputError(f"{TENSORS} must be a safetensors file, got {error}. Fetch the checkpoint again.") from None
+    stored = load_tensors(folder / TENSORS, ["F32"]) if needed or (folder / TENSORS).exists() else {}
     swapped = key.swapped()
     plan: Plan = {}
     for site, fields in key.sites.items():
         entry = _entry(site.key, fields, stored)
+        check_values(site, entry)
         plan[site] = [Swap(swapped[site]), entry] if site in swapped and not isinstance(entry, Swap) else [entry]
     check_plan(plan)
     known = {f"{site.key}.{role}" for site, entries in plan.items() for role in deciding(entries).tensors()}
@@ -190,9 +190,11 @@ def _check_fields(key: str, fields: Any, version: int, scores: tuple[str, ...], 
     if not isinstance(fields.get("residual", True), bool):
         raise InputError(f"The residual of {key} must be true or false, got {fields['residual']!r:.100}. Fetch the checkpoint again.")
     for name in {"density", "opened"} & needed:
-        share = fields[name]
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise InputError(f"The {name} of {key} must be a number from 0 to 1, got {share!r}. Fetch the checkpoint again.")
+        check_share(f"The {name} of {key}", fields[name])
+    if "rank" in needed and (isinstance(fields["rank"], bool) or not isinstance(fields["rank"], int) or fields["rank"] < 1):
+        raise InputError(f"The rank of {key} must be a number from 1 on, got {fields['rank']!r:.100}. Fetch the checkpoint again.")
+    if fields.get("residual", True) is not True:
+        raise InputError(f"The residual of {key} must be true or absent, got {fields['residual']!r:.100}. Fetch the checkpoint again.")
     if score != "input":
         _check_activation(key, fields["activation"], score, base)
     return fields
@@ -216,9 +218,7 @@ def _entry(key: str, fields: dict[str, Any], stored: dict[str, Tensor]) -> Entry
         name = f"{key}.{role}"
         if name not in stored:
             raise InputError(f"{TENSORS} must hold {name}, got no such tensor. Fetch the checkpoint again.")
-        if bool(stored[name].isnan().any()):
-            raise InputError(f"{name} must hold numbers, got NaN. Fetch the checkpoint again.")
-        return stored[name].float()
+        return stored[name]
 
     if fields["score"] == "exact":
         return Swap(fields["activation"], float(fields["density"]), float(fields["opened"]))

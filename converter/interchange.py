@@ -19,8 +19,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,7 +26,8 @@ from .arch import Site
 from .artifact import InputError, atomic_folder, hash_file, hash_json, read_json, write_json, write_tensors
 from .blocks import block_calls, embed, empty_model, filled
 from .plans import Plan, Predictor, Swap, deciding, on_swaps
-from .source import Source, first_line
+from .source import Source
+from .tensor_files import load_tensors
 
 SOURCE = (
     "PowerInfer, arXiv 2312.12456 (folders, sparse_threshold); DejaVu, arXiv 2310.17157 (linear2); Turbo Sparse, arXiv 2406.05955 (beside weights)",
@@ -146,11 +145,7 @@ def read_predictors(folder: Path, layers: int) -> tuple[dict[int, Published], di
     settings = read_json(folder / CONFIG, f"{folder.name}/{CONFIG}") if (folder / CONFIG).is_file() else {}
     found = {}
     for layer in range(layers):
-        try:
-            tensors = load_file(present[layer])
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{present[layer].name} must be a complete safetensors file, got {first_line(error)}. Fetch it again.") from None
-        found[layer] = _published(present[layer].name, tensors)
+        found[layer] = _published(present[layer].name, load_tensors(present[layer]))
     return found, settings
 
 

@@ -5,22 +5,24 @@ The kinds are closed. A row of KINDS names the class; `writer.py`, `reference.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..runtime_onnx.ops.activation import is_relu
 from .arch import Arch, Site
 from .artifact import Header, InputError, read_json, write_header, write_json, write_tensors
+from .tensor_files import load_tensors
 
 PLAN = "plan.json"
 TENSORS = "plan.safetensors"
+_SHARE_ERROR = 0.01
+"""What a share by a histogram is off by at most."""
 
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -181,19 +183,19 @@ def load_plan(folder: Path) -> Plan:
     data = read_json(folder / PLAN, "The plan")
     if data.get("version") != 1:
         raise InputError(f"A plan's version must be 1, got {data.get('version')!r}. Update sparsegate or make the plan again.")
-    try:
-        stored = load_file(folder / TENSORS)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise InputError(f"The plan's tensors must be a safetensors file, got {error}. Make the plan again.") from None
+    stored = load_tensors(folder / TENSORS, ["F32"])
     sites = data.get("sites")
     if not isinstance(sites, dict) or not all(isinstance(entries, list) and all(isinstance(f, dict) for f in entries) for entries in sites.values()):
         raise InputError(f"The plan's sites must map a site to its entries, got {type(sites).__name__} in {folder / PLAN}. Make the plan again.")
     plan: Plan = {}
     for key, entries in sites.items():
-        plan[Site.parse(key)] = [
+        site = Site.parse(key)
+        plan[site] = [
             make_entry(fields, {name.removeprefix(f"{key}.{number}."): t for name, t in stored.items() if name.startswith(f"{key}.{number}.")})
             for number, fields in enumerate(entries)
         ]
+        for entry in plan[site]:
+            check_values(site, entry)
     check_plan(plan)
     return plan
 
@@ -217,6 +219,33 @@ def check_plan(plan: Plan) -> None:
         inside = [name for name in FFN_LINEARS if Site(site.layer, kind=f"linear:{name}") in plan]
         if site.kind == "ffn" and inside:
             raise InputError(f"{site.key} must exclude the linear sites inside it, got {', '.join(inside)} as well. Gate neurons or inputs, not both.")
+
+
+def check_values(site: Site, entry: Entry) -> None:
+    """Raise InputError for numbers that an entry cannot have: shares outside 0 to 1, tensors that are no float32, NaN, and infinity.
+
+    tau alone may be +infinity, of a unit that is never kept, and then `density` leaves room for such units.
+    """
+    for name in {"density", "opened"} & set(entry.fields()):
+        check_share(f"The {name} of {site.key}", getattr(entry, name))
+    for role, tensor in entry.tensors().items():
+        name = f"{site.key}.{role}"
+        if tensor.dtype != torch.float32:
+            raise InputError(f"{name} must be float32, got {str(tensor.dtype).removeprefix('torch.')}. Make the plan or checkpoint again.")
+        bad = tensor.isnan() | (tensor == -torch.inf) if role == "tau" else ~tensor.isfinite()
+        if bool(bad.any()):
+            value = float(tensor[bad][0])
+            raise InputError(f"{name} must hold numbers, got {'NaN' if math.isnan(value) else value}. Make the plan or checkpoint again.")
+    if not isinstance(entry, Swap) and entry.density > (most := float(entry.tau.isfinite().double().mean())) + _SHARE_ERROR:
+        raise InputError(
+            f"The density of {site.key} must be at most {most:.3g}, the share of finite tau, got {entry.density}. Make the plan or checkpoint again."
+        )
+
+
+def check_share(what: str, value: Any) -> None:
+    """Raise InputError unless `value` is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InputError(f"{what} must be a number from 0 to 1, got {value!r:.100}. Fetch the checkpoint again.")
 
 
 def score_of(entry: Entry) -> str:

@@ -42,7 +42,7 @@ def make_plan() -> Plan:
     """Every kind, with and without residual; infinite thresholds included."""
     g = torch.Generator().manual_seed(0)
     tau = torch.randn(N, generator=g)
-    tau[0], tau[1] = -torch.inf, torch.inf
+    tau[0], tau[1] = -3e38, torch.inf
     fc1, fc2, residual = (torch.randn(*shape, generator=g) for shape in ((R, D), (N, R), (R, D)))
     return {
         Site(0): [Threshold("gate", tau.abs(), 0.31)],
@@ -181,7 +181,11 @@ def site_fields(raw: dict[str, Any], key: str = "layers.1.ffn") -> dict[str, Any
         (lambda s: site_fields(s).pop("rank"), ("rank",)),
         (lambda s: site_fields(s).update(rank=R + 1), (str(R + 1), f"[{R}, {D}]")),
         (lambda s: site_fields(s).update(density="half"), ("0 to 1", "half")),
-        (lambda s: site_fields(s).update(density=float("nan")), ("0 to 1", "nan")),
+        (lambda s: site_fields(s).update(density=True), ("0 to 1", "True")),
+        (lambda s: site_fields(s).update(density=1.0), ("at most 0.909", "1.0")),
+        (lambda s: site_fields(s).update(rank=True), ("rank", "True")),
+        (lambda s: site_fields(s, "layers.10.ffn").update(residual=1), ("residual", "1")),
+        (lambda s: s["sites"].update({"layers.01.ffn": site_fields(s)}), ("spelled layers.1.ffn", "layers.01.ffn")),
         (lambda s: site_fields(s).update(activation=7), ("name", "7")),
         (lambda s: site_fields(s).update(residual=True), ("residual.weight",)),
         (lambda s: site_fields(s, "layers.10.ffn").pop("residual"), ("layers.10.ffn.residual.weight",)),
@@ -205,6 +209,13 @@ def test_checkpoint_vocabulary_is_closed(checkpoint: Path, change: Callable[[Any
     [
         ("layers.0.ffn.tau", lambda t: t.index_fill(0, torch.tensor([2]), torch.nan), ("NaN",)),
         ("layers.1.ffn.predictor.fc2.weight", lambda t: t.clone().fill_(torch.nan), ("NaN",)),
+        ("layers.0.ffn.tau", lambda t: t.index_fill(0, torch.tensor([2]), -torch.inf), ("-inf",)),
+        ("layers.0.ffn.tau", lambda t: t.view(torch.int32), ("must be F32", "I32")),
+        ("layers.0.ffn.tau", lambda t: t > 0, ("must be F32", "BOOL")),
+        ("layers.1.ffn.predictor.fc1.weight", lambda t: t.half(), ("must be F32", "F16")),
+        ("layers.1.ffn.predictor.fc1.weight", lambda t: t + torch.inf, ("fc1", "inf")),
+        ("layers.10.ffn.residual.weight", lambda t: t - torch.inf, ("residual", "-inf")),
+        ("layers.0.ffn.tau", lambda t: torch.full_like(t, torch.inf), ("at most 0", "0.31")),
         ("layers.1.ffn.predictor.fc1.weight", lambda t: t[0], ("fc1", f"[{D}]")),
         ("layers.1.ffn.predictor.fc2.weight", lambda t: t.T.contiguous(), ("fc2", f"[{R}, {N}]")),
         ("layers.1.ffn.predictor.fc2.weight", lambda t: t[:-1].contiguous(), (f"[{N}, r]", f"[{N - 1}, {R}]")),
