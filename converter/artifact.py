@@ -89,11 +89,14 @@ def hash_file(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON beside `path` and rename it into place."""
+    """Write `value` as indented JSON beside `path` and rename it into place. Raises InputError for NaN and infinity, which no reader takes."""
     partial = partial_name(path)
     try:
         with open(partial, "x", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, sort_keys=False)
+            try:
+                json.dump(value, file, indent=2, sort_keys=False, allow_nan=False)
+            except ValueError as error:
+                raise InputError(f"{path.name} must hold finite numbers, got NaN or infinity ({error}). Check the model's weights.") from None
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .arch import Arch, Site
+from .artifact import InputError
 from .data import Batches
 from .plans import Entry, Plan, Predictor
 from .progress import track
@@ -49,7 +50,7 @@ class Loss:
             shares.append((self.nll + errors * self.nll_error) / max(1e-9, math.log1p(budget.max_ppl_increase)))
         if budget.max_kl is not None:
             shares.append((self.kl + errors * self.kl_error) / max(1e-9, budget.max_kl))
-        return max(shares)
+        return math.inf if any(math.isnan(share) for share in shares) else max(shares)
 
     def is_decided(self, budget: Budget) -> bool:
         """Whether it is sure to keep or to break the budget."""
@@ -96,7 +97,10 @@ def sensitivities(judge: Judge, make: Callable[[Mapping[str, float]], Plan], key
     most = max(1, _SENSITIVITY_WINDOWS // len(judge.groups[0]))
     for key in track(keys, unit="site"):
         plans = (make({other: 1.0 for other in keys} | {key: density}) for density in GRID)
-        found[key] = [max(0.0, judge.loss({s: e for s, e in plan.items() if governs(key, s)}, most=most).kl) for plan in plans]
+        losses = [judge.loss({s: e for s, e in plan.items() if governs(key, s)}, most=most).kl for plan in plans]
+        if any(map(math.isnan, losses)):
+            raise InputError(f"The divergence with {key} gated must be a number, got NaN. Check the model's weights.")
+        found[key] = [max(loss, 0.0) for loss in losses]
     return found
 
 

@@ -137,10 +137,10 @@ def room(recipe: Recipe, graphs: Graphs) -> Recipe:
         return recipe
     rise, left = math.exp(loss.nll - loss.nll_torch) - 1, {}
     if budget.max_ppl_increase is not None:
-        left["max_ppl_increase"] = (1 + budget.max_ppl_increase) / (1 + max(0.0, rise)) - 1
+        left["max_ppl_increase"] = (1 + budget.max_ppl_increase) / (1 + max(rise, 0.0)) - 1
     if budget.max_kl is not None:
-        left["max_kl"] = budget.max_kl - max(0.0, loss.kl)
-    if min(left.values()) <= 0:
+        left["max_kl"] = budget.max_kl - max(loss.kl, 0.0)
+    if not all(value > 0 for value in left.values()):
         asked = ", ".join(f"{name} {getattr(budget, name):.3g}" for name in left)
         raise InputError(
             f"The budget must leave room for {recipe.export.precision}, in which the dense graph alone raises perplexity by {rise:.1%} and has KL "

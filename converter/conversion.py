@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from contextlib import nullcontext
@@ -24,7 +25,8 @@ from .executors import check_onnx, measure_shipped
 from .hub import Remote, check_disk, check_push, head_commit, home_folder, is_hub_id, local_folder, push, remote_inspect
 from .interchange import Config as ImportedConfig
 from .interchange import fingerprint as imported_files
-from .manifest import MANIFEST, Manifest, check_files, installed_versions, list_files, read_manifest, write_manifest
+from .listing import SMALL, unlisted
+from .manifest import MANIFEST, Manifest, check_files, contradictions, installed_versions, list_files, read_manifest, write_manifest
 from .mixtures import files_hash
 from .onnx_export import PRECISIONS
 from .opening import resolve
@@ -302,8 +304,11 @@ def _sparsities(configs: Configs, recipe: Recipe) -> dict[str, float | None]:
 
 
 def _existing(order: _Order, fingerprint: str) -> Result:
-    out = order.out
-    if read_manifest(out).fingerprint == fingerprint:
+    out, manifest = order.out, read_manifest(order.out)
+    if manifest.fingerprint == fingerprint:
+        wrong = check_files(out, manifest, hashed=SMALL) + unlisted(out, manifest)
+        if wrong:
+            raise InputError(f"OUT must be as its {MANIFEST} says, got {out}, where {wrong[0]}. Remove the folder and run the same command again.")
         if not order.keep_stages:
             remove_leftover(out, order.inputs, shared=(out / "config.json").stat().st_nlink > 1)
         return Result(out, True, Report.load(out / RESULTS), url=_pushed(order))
@@ -406,6 +411,11 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     return load_folder(local_folder(model), dtype)
 
 
+def _counted(name: str, wrong: list[str], right: str) -> Check:
+    """The check that nothing is wrong; `right` is said then."""
+    return Check(name=name, value=len(wrong), bound=0, passed=not wrong, note="; ".join(wrong[:3]) or right)
+
+
 @job()
 def verify(model: str | Path, source: str | Path | None = None, calibration: str | Path | None = None) -> Verification:
     """Check a checkpoint: files against the manifest, dense weights against `source`, quality against budget and record, executors against each other.
@@ -419,8 +429,10 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
             raise InputError(f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the spelling.")
         manifest = read_manifest(folder)
         original = None if source is None else resolve(str(source), home_folder("dense", str(source)))
-        wrong = check_files(folder, manifest)
-        checks = [Check(name="files", value=len(wrong), bound=0, passed=not wrong, note="; ".join(wrong[:3]) or f"{len(manifest.files)} files as written")]
+        checks = [
+            _counted("files", check_files(folder, manifest) + unlisted(folder, manifest), f"{len(manifest.files)} files as written"),
+            _counted("manifest", contradictions(manifest), "judged by its own recipe"),
+        ]
         plan = read_plan(folder)
         sparse = load_folder(folder)
         opened = open_source(folder, sparse=True)
@@ -446,8 +458,9 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
         checks += [*check_onnx(folder / "onnx", sparse, plan, heldout, asked), check_text(folder / "onnx")]
     if recovered and dense is None:
         log.warning("The weights were trained: NLL is measured, and what compares with the dense model is the record's. Give that model with --source MODEL.")
-        quality = quality.model_copy(update={name: manifest.measured[name] for name in ("nll_dense", "kl", "agreement")})
-        shipped = None if shipped is None else shipped.model_copy(update={name: manifest.measured[f"onnx_{name}"] for name in ("kl", "agreement")})
+        recorded = {name: manifest.measured.get(name, math.nan) for name in ("nll_dense", "kl", "agreement", "onnx_kl", "onnx_agreement")}
+        quality = quality.model_copy(update={name: recorded[name] for name in ("nll_dense", "kl", "agreement")})
+        shipped = None if shipped is None else shipped.model_copy(update={name: recorded[f"onnx_{name}"] for name in ("kl", "agreement")})
     if calibration is not None or wanted is None:
         checks += check_budget(quality, manifest.budget) + check_record(quality, manifest.measured, shipped)
         checks += [] if shipped is None else shipped_checks(shipped, quality, manifest.budget, asked.precision)

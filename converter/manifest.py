@@ -6,10 +6,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..runtime_onnx.untrusted import check_name, inside
 from .artifact import VERSION, InputError, hash_file, read_json, write_json
+from .recipe import LARGEST_LOSS, make_recipe
 
 MANIFEST = "manifest.json"
 LINK_FILES = ("sparsegate_link.json", "libsparsegate_onnx.so")
@@ -17,19 +18,30 @@ LINK_FILES = ("sparsegate_link.json", "libsparsegate_onnx.so")
 _PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
 
 
+_ROUNDING = 1e-3  # nats: a divergence of 0 may come out below it
+_LARGEST = 1e9
+MEASURED: dict[str, tuple[float, float]] = {
+    "nll_dense": (0, _LARGEST), "nll": (0, _LARGEST), "kl": (-_ROUNDING, _LARGEST), "agreement": (0, 1), "density": (0, 1), "cost": (0, _LARGEST),
+    "nll_error": (0, _LARGEST), "windows": (1, _LARGEST), "onnx_nll": (0, _LARGEST), "onnx_kl": (-_ROUNDING, _LARGEST), "onnx_agreement": (0, 1),
+}  # fmt: skip
+"""What may have been measured, least and most of each."""
+_ALWAYS = ("nll_dense", "nll", "kl", "agreement", "density", "cost")
+_BUDGET = {"max_ppl_increase": LARGEST_LOSS, "max_kl": LARGEST_LOSS, "sparsity": 1.0}
+
+
 class File(BaseModel):
     """A file's sha256 (hex) and size in bytes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    sha256: str
-    size: int
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
 
 
 class Manifest(BaseModel):
     """The record of a conversion: `fingerprint` covers source, recipe and calibration; equal fingerprints mean the same conversion."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     version: Literal[1] = 1
     tool: str = VERSION
@@ -43,6 +55,31 @@ class Manifest(BaseModel):
     onnx: dict[str, Any] = {}
     versions: dict[str, str]
     files: dict[str, File]
+
+    @field_validator("measured")
+    @classmethod
+    def _check_measured(cls, values: dict[str, float]) -> dict[str, float]:
+        for name, value in values.items():
+            if name not in MEASURED:
+                raise ValueError(f"{name} is none of {', '.join(MEASURED)}")
+            least, most = MEASURED[name]
+            if not least <= value <= most:
+                raise ValueError(f"{name} must be from {least:g} to {most:g}, got {value}")
+        return values
+
+    @field_validator("budget")
+    @classmethod
+    def _check_budget(cls, values: dict[str, bool | float | None]) -> dict[str, bool | float | None]:
+        for name, value in values.items():
+            if name == "searched":
+                fits = isinstance(value, bool)
+            elif name in _BUDGET:
+                fits = value is None or (not isinstance(value, bool) and 0 <= value <= _BUDGET[name])
+            else:
+                raise ValueError(f"{name} is none of searched, {', '.join(_BUDGET)}")
+            if not fits:
+                raise ValueError(f"{name} must be {'true or false' if name == 'searched' else f'from 0 to {_BUDGET[name]:g}'}, got {value!r}")
+        return values
 
 
 def installed_versions() -> dict[str, str]:
@@ -82,6 +119,24 @@ def read_manifest(folder: Path) -> Manifest:
     return found
 
 
+def contradictions(manifest: Manifest) -> list[str]:
+    """What of a manifest does not follow from its own recipe, one line each: the budget that results are judged by, the seed, the precision.
+
+    Raises InputError for a recipe that is none.
+    """
+    recipe = make_recipe(manifest.recipe, f"The recipe of {MANIFEST}")
+    wrong = [f"measured lacks {name}" for name in _ALWAYS if name not in manifest.measured]
+    expected = {**recipe.budget.model_dump(), "searched": recipe.searches}
+    sparsity = recipe.stages[-1].config.get("sparsity")
+    expected |= {} if sparsity is None else {"sparsity": sparsity}
+    wrong += [f"budget.{name} is {manifest.budget.get(name)}, {value} in the recipe" for name, value in expected.items() if manifest.budget.get(name) != value]
+    if manifest.seed != recipe.seed:
+        wrong.append(f"seed is {manifest.seed}, {recipe.seed} in the recipe")
+    export = recipe.export.model_dump()
+    wrong += [f"onnx.{name} is {manifest.onnx[name]}, {value} in the recipe" for name, value in export.items() if manifest.onnx.get(name, value) != value]
+    return wrong
+
+
 def check_links(folder: Path) -> None:
     """Raise InputError for a link in a checkpoint folder: what is written there or pushed from there must not lie, or end, in another place."""
     found = next((path for path in sorted(folder.rglob("*")) if path.is_symlink()), None)
@@ -89,8 +144,11 @@ def check_links(folder: Path) -> None:
         raise InputError(f"{folder} must hold regular files and folders alone, got {found.relative_to(folder)}, a link. Put what it leads to in its place.")
 
 
-def check_files(folder: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with a folder's files by its manifest, one line a file; empty when all is as written. The model card may be edited by hand."""
+def check_files(folder: Path, manifest: Manifest, hashed: int | None = None) -> list[str]:
+    """What is wrong with a folder's files by its manifest, one line a file; empty when all is as written. The model card may be edited by hand.
+
+    Of files above `hashed` bytes (None: none) sizes alone are compared.
+    """
     linked = any((folder / "onnx" / name).is_file() for name in LINK_FILES)
     wrong = []
     for name, file in manifest.files.items():
@@ -105,6 +163,6 @@ def check_files(folder: Path, manifest: Manifest) -> list[str]:
             continue
         if not path.is_file():
             wrong.append(f"{name} is missing")
-        elif path.stat().st_size != file.size or hash_file(path) != file.sha256:
+        elif path.stat().st_size != file.size or ((hashed is None or file.size <= hashed) and hash_file(path) != file.sha256):
             wrong.append(f"{name} has other bytes than the manifest says")
     return wrong

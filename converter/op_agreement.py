@@ -55,8 +55,8 @@ class Tally:
         self.left_out += int((~clear).sum())
         self.compared += int(clear.sum())
         ratios = (np.where(np.isfinite(error), error, np.inf) / bound)[clear]
-        if len(ratios) and (worst := float(ratios.max())) > self.worst:
-            self.worst, self.where = worst, name
+        if len(ratios) and not (worst := float(ratios.max())) <= self.worst:  # NaN, of a bound that is none, is the worst
+            self.worst, self.where = float(np.nan_to_num(worst, nan=np.inf, posinf=np.inf)), name
 
     def check(self, name: str) -> Check:
         """The judgement: no op may be missing or unknown, and every error must keep its bound."""

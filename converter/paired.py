@@ -79,7 +79,7 @@ def compare(name: str, decoder: Decoder, model: Any, batches: Batches, noise: No
     )
     checks = [Check(name=f"{name} NLL", value=off, bound=bound, passed=off <= bound, note=note)]
     if rounded:
-        value, most = max(0.0, float(kl.mean())), ACTIVATION_KL + STANDARD_ERRORS * float(noise_kl.mean())
+        value, most = max(float(kl.mean()), 0.0), ACTIVATION_KL + STANDARD_ERRORS * float(noise_kl.mean())
         checks.append(Check(name=f"{name} KL", value=value, bound=most, passed=value <= most, note="from torch with the same weights"))
     return checks
 

@@ -32,8 +32,12 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
+LARGEST_LOSS = 100.0
+"""Most that a budget may allow: a hundredfold rise in perplexity, or nats per token. More bounds nothing."""
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Calibration(_Strict):
@@ -201,8 +205,8 @@ class Stage(_Strict):
 class Budget(_Strict):
     """What the result may lose on held-out text: a relative rise in perplexity (0.01 is 1 %) and a KL divergence to the dense model in nats per token."""
 
-    max_ppl_increase: float | None = Field(default=None, ge=0)
-    max_kl: float | None = Field(default=None, ge=0)
+    max_ppl_increase: float | None = Field(default=None, ge=0, le=LARGEST_LOSS)
+    max_kl: float | None = Field(default=None, ge=0, le=LARGEST_LOSS)
 
     @property
     def bounded(self) -> bool:

@@ -91,7 +91,7 @@ def _public_stages(recipe: Recipe) -> Any:
 def _row(candidate: Candidate, selected: bool, source: Source) -> reporting.Row:
     quality, speed = candidate.quality, candidate.speed
     return reporting.Row(
-        method=candidate.method, nll=quality.nll, perplexity=math.exp(quality.nll), kl=max(0.0, quality.kl),
+        method=candidate.method, nll=quality.nll, perplexity=math.exp(quality.nll), kl=max(quality.kl, 0.0),
         nll_error=quality.nll_error if quality.windows > 1 else None, agreement=quality.agreement,
         density=quality.density, cost=quality.cost, block_cost=quality.block_cost, selected=selected, read_share=_read_share(candidate, source),
         prefill_tokens_per_second=speed.get("candidate", {}).get("prefill_tokens_per_s"),
@@ -154,7 +154,7 @@ def _onnx_rows(chosen: Candidate, graphs: Graphs, source: Source, asked: Export)
             reporting.OnnxRow(
                 model=model, precision=asked.precision, executor=f"{runner}{' on the CPU' if on_cpu else ''}",
                 bytes=sum(path.stat().st_size for path in folder.glob("model.onnx*")), tokens=found.tokens,
-                nll=found.nll, perplexity=math.exp(found.nll), kl=max(0.0, found.kl), nll_dense=found.nll_dense,
+                nll=found.nll, perplexity=math.exp(found.nll), kl=max(found.kl, 0.0), nll_dense=found.nll_dense,
                 nll_error=found.nll_error if found.windows > 1 else None, rise=rise, rise_error=rise_error,
                 agreement=found.agreement, cost=cost, read_share=shares[model],
             )

@@ -357,7 +357,7 @@ def _watch(
         if world().rank == 0 and all(map(math.isfinite, seen)):
             rows = store.read()
             row = HeldoutPoint(
-                step=step + 1, tokens=(step + 1) * tokens, nll=found.nll, nll_dense=found.nll_dense, kl=max(0.0, found.kl), agreement=found.agreement,
+                step=step + 1, tokens=(step + 1) * tokens, nll=found.nll, nll_dense=found.nll_dense, kl=max(found.kl, 0.0), agreement=found.agreement,
                 density=None if units else found.density, predicted=found.density if units else None,
             )  # fmt: skip
             store.write([old for old in rows if old["step"] < step + 1] + [row.model_dump()])
@@ -394,6 +394,6 @@ def _quality(exact: Quality, predicted: Quality | None = None) -> SwappedQuality
         for key, share in exact.site_density.items()
     ]
     return SwappedQuality(
-        nll=shown.nll, kl=max(0.0, shown.kl), agreement=shown.agreement, density=exact.density,
+        nll=shown.nll, kl=max(shown.kl, 0.0), agreement=shown.agreement, density=exact.density,
         opened=sum(site.opened for site in sites) / len(sites), predicted=predicted.density if predicted else None, cost=shown.cost, sites=sites,
     )  # fmt: skip

@@ -93,7 +93,7 @@ def _loss(folder: Path, source: Source, texts: Texts) -> dict[str, Any]:
     nll_dense, nll, kl, agreement = total.means()
     error = total.error()
     return {
-        "tokens": total.tokens, "nll_dense": nll_dense, "nll": nll, "nll_error": None if math.isinf(error) else error, "kl": max(0.0, kl),
+        "tokens": total.tokens, "nll_dense": nll_dense, "nll": nll, "nll_error": None if math.isinf(error) else error, "kl": max(kl, 0.0),
         "agreement": agreement,
     }  # fmt: skip
 
@@ -104,7 +104,7 @@ def _known_loss(graphs: Graphs) -> dict[str, Any]:
     assert loss is not None
     return {
         "tokens": loss.tokens, "nll_dense": loss.nll_torch, "nll": loss.nll, "nll_error": loss.nll_error if loss.windows > 1 else None,
-        "kl": max(0.0, loss.kl), "agreement": loss.agreement,
+        "kl": max(loss.kl, 0.0), "agreement": loss.agreement,
     }  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ LOGIT_BOUND = 1e-4
 ACTIVATION_NLL = 0.01  # nats per token: what rounding activations to 8 bits or half precision may change
 NLL_BOUND = 1e-3  # nats per token: scores near a threshold may fall on either side, each time for one neuron
 UNSEEN_PPL, UNSEEN_KL = 0.002, 0.15  # points of perplexity, share of a divergence: what one text's losses differ from another's
+SHARE_BOUND = 0.02
+"""Of agreement, density and cost: what another machine's rounding may move them by."""
 QUALITY_WINDOWS = 16
 DENSE_WINDOWS = 64
 """Windows that the dense graph in integers is measured on where no budget depends on its loss: rounding to 4 bits spreads so much over windows that the
@@ -139,9 +142,17 @@ def check_record(quality: Quality, measured: dict[str, float], shipped: Executor
         pairs.append(("ONNX quality as recorded", shipped, "onnx_", ACTIVATION_NLL))  # another executor may round activations otherwise
     checks = []
     for name, found, prefix, bound in pairs:
-        off = max(abs(found.nll - measured[f"{prefix}nll"]), abs(found.kl - measured[f"{prefix}kl"]))
+        off = largest(abs(getattr(found, part) - measured.get(f"{prefix}{part}", math.nan)) for part in ("nll", "kl"))
         checks.append(Check(name=name, value=off, bound=bound, passed=off <= bound, note="largest difference of NLL and KL"))
-    return checks
+    shares = [abs(getattr(quality, name) - measured.get(name, math.nan)) for name in ("agreement", "density", "cost")]
+    off = largest(shares)
+    note = "largest difference of agreement, density and cost"
+    return [*checks, Check(name="shares as recorded", value=off, bound=SHARE_BOUND, passed=off <= SHARE_BOUND, note=note)]
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest value, NaN where one is: Python's max keeps a NaN only in the first place."""
+    return float(np.max(list(values)))
 
 
 def shipped_checks(shipped: ExecutorQuality, quality: Quality, budget: dict[str, Any], precision: str) -> list[Check]:
@@ -156,6 +167,9 @@ def check_budget(quality: Quality, budget: dict[str, Any]) -> list[Check]:
     A budget that was searched was met on other text; on this one it must land within UNSEEN_PPL and UNSEEN_KL of it.
     """
     checks = []
+    numbers = (quality.nll_dense, quality.nll, quality.kl, quality.density)
+    if not all(map(math.isfinite, numbers)):
+        checks.append(Check(name="held-out numbers", value=largest(numbers), bound=0, passed=False, note="NLL, KL and density must be finite"))
     searched = bool(budget.get("searched"))
     if budget.get("max_ppl_increase") is not None:
         asked = float(budget["max_ppl_increase"] or 0.0)

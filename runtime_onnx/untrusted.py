@@ -7,6 +7,7 @@ refused; a name must not lead out of its folder, and no file that a system can r
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -27,12 +28,12 @@ _TEXTS = re.compile(r"(licen[cs]e|notice|copying|use_policy)", re.IGNORECASE)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError with the reason alone: no JSON, too deep, a number of thousands of digits, half of a surrogate pair, or a key
-    that stands twice in one object.
+    """The value of a JSON text. Raises ValueError with the reason alone: no JSON, too deep, a number of thousands of digits, NaN or infinity, half of a surrogate
+    pair, or a key that stands twice in one object.
     """
     text = text.decode("utf-8") if isinstance(text, bytes) else text
     try:
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_number, parse_float=_number)
     except RecursionError:
         raise ValueError("values inside values too deep to read") from None
     except json.JSONDecodeError:
@@ -125,6 +126,13 @@ def check_data(names: Iterable[str], what: str) -> None:
     for name in names:
         if not is_data(check_name(name, what)):
             raise InputError(f"{what} must list weights, graphs, JSON, texts and pictures alone, got {name}. Take that file out, or do not use this copy.")
+
+
+def _number(text: str) -> float:
+    """A number that every reader understands and every comparison can fail on: NaN and infinity are no JSON."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {text:.40}, which is not finite")
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

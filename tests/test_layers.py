@@ -15,17 +15,8 @@ RUNTIME_BELOW = {"runtime_onnx.ops", "runtime_onnx.errors", "runtime_onnx.untrus
 LEVELS = (
     {"artifact", "locks", "work_folder", "recipe", "plans", "arch", "manifest", "libraries", "progress", "tensor_files", *RUNTIME_BELOW},
     {
-        "checkpoint",
-        "source",
-        "model_check",
-        "data",
-        "linalg",
-        "distributed",
-        "local_processes",
-        "lora",
-        "activation_checkpointing",
-        "mixtures",
-        "config_bounds",
+        "checkpoint", "source", "config_bounds", "model_check", "listing", "data", "linalg", "distributed", "local_processes", "lora",
+        "activation_checkpointing", "mixtures",
     },
     {"published", "blocks", "modeling"},
     {"scores", "selectors", "calibration_rules", "losses"},
@@ -39,7 +30,7 @@ LEVELS = (
     {"tuning", "recovery_stage"},
     {"conversion", "candidates", "record", "references", "inspection", "diagnosis", "bench", "root"},
     {"cli"},
-)
+)  # fmt: skip
 """Names are the parts of converter/; `root` is its __init__.py. Parts of one level may import each other, without cycles."""
 RUNTIME = {"session", "generate", "bench", "library", "link", "text", "chat_template", "genai_config", "errors", "untrusted"}
 RUNTIME_FROM = next(k for k, level in enumerate(LEVELS) if "verification" in level)

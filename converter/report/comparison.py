@@ -21,7 +21,7 @@ def reference_cells(report: Report) -> Cells:
     for found in report.references:
         ratio = None if found.disturbed else found.decode_ratio
         body.append(
-            ["dense", found.precision, _change(reference_change(found)), nats(max(0.0, found.kl), small=True), percent(found.read_share), ratio_cell(ratio)]
+            ["dense", found.precision, _change(reference_change(found)), nats(max(found.kl, 0.0), small=True), percent(found.read_share), ratio_cell(ratio)]
         )
     chosen = report.chosen
     share = sparse.read_share if sparse is not None else chosen.read_share if precision == "fp32" else None
