@@ -282,7 +282,7 @@ def write_header(folder: Path, header: Header) -> None:
     A gigabyte takes about 0.8 s of one core (sha256 at 1.3 GB/s), here and once in a run that finds the stage finished; writing it takes longer.
     """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    _write_header(folder, header, {name: {"size": (folder / name).stat().st_size, "sha256": _known_hash(folder / name)} for name in names if name != HEADER})
+    _write_header(folder, header, {name: {"size": (folder / name).stat().st_size, "sha256": known_hash(folder / name)} for name in names if name != HEADER})
 
 
 def mark(folder: Path, header: Header) -> None:
@@ -350,7 +350,7 @@ def is_intact(folder: Path) -> bool:
             wrong = f"{name} is missing"
         elif path.stat().st_size != file["size"]:
             wrong = f"{name} has {path.stat().st_size} bytes in place of {file['size']}"
-        elif _known_hash(path) != file["sha256"]:
+        elif known_hash(path) != file["sha256"]:
             wrong = f"{name} has other bytes than when it was finished"
         if wrong:
             break
@@ -362,8 +362,8 @@ def is_intact(folder: Path) -> bool:
 _hashes: dict[tuple[int, ...], str] = {}
 
 
-def _known_hash(path: Path) -> str:
-    """The hash of a file, taken once as long as nobody writes to it: a stage is asked for several times in a run."""
+def known_hash(path: Path) -> str:
+    """Sha256 (hex) of a file's bytes, taken once as long as nobody writes to it: a stage or a model is asked for several times in a run."""
     found = path.stat()
     key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
     if key not in _hashes:

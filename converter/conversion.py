@@ -16,7 +16,7 @@ import torch
 
 from ..runtime_onnx.library import variants
 from .arch import load_arch
-from .artifact import VERSION, InputError, atomic_folder, hash_file, hash_json, listed_files, write_json
+from .artifact import VERSION, InputError, atomic_folder, hash_file, hash_json, known_hash, listed_files, write_json
 from .blocks import unused_tensors
 from .candidates import Candidate, choose, make_graphs, measure, room
 from .config_bounds import check_graph
@@ -210,7 +210,7 @@ def _opened(order: _Order) -> _Opened | Result:
     exact = bool(training_stages(asked)) or has_zeros(source)
     fingerprint = ""
     if not order.dry_run:
-        fingerprint = _fingerprint(source.fingerprint, asked, method_configs(asked, exact))
+        fingerprint = _fingerprint(_taken_over(source), asked, method_configs(asked, exact))
         if out.exists():
             return _existing(order, fingerprint)
     decision = _decision(order, source, method_configs(asked, exact))
@@ -328,6 +328,12 @@ def _fingerprint(source: str, recipe: Recipe, configs: Configs) -> str:
     asked = {name: value for name, value in asked.items() if (name, value) != ("time_budget", None)}
     asked["stages"] = [{name: value for name, value in stage.items() if (name, value) != ("steps", {})} for stage in asked["stages"]]
     return hash_json({"tool": VERSION, "source": source, "recipe": asked, **texts, "predictors": files})
+
+
+def _taken_over(source: Source) -> str:
+    """The fingerprint of the model, with the record of the training that made it, where there is one: it goes into OUT as well."""
+    record = source.folder / RECOVERY
+    return hash_json({"model": source.fingerprint, "record": known_hash(record)}) if record.is_file() else source.fingerprint
 
 
 def _fetched_fingerprint(out: Path, recipe: Recipe, configs: Configs) -> str:

@@ -7,14 +7,14 @@ or pushed, and every name that a repository or a record tells passes `inside` be
 from __future__ import annotations
 
 import glob
+import hashlib
 import logging
 import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from pydantic import BaseModel, ConfigDict
 
 from ..runtime_onnx.genai_config import check_config
 from ..runtime_onnx.untrusted import check_data, check_name, inside, is_data, load_json
-from .artifact import InputError, disk_full, is_disk_full, read_json, size, write_json
+from .artifact import InputError, disk_full, is_disk_full, known_hash, read_json, size, write_json
+from .hub_errors import TOKENS, Unreachable, explained
+from .listing import SMALL
 from .manifest import LINK_FILES, MANIFEST, check_files, check_links, read_manifest
 from .progress import job, stage
 
@@ -37,17 +39,12 @@ _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _TEXTS = re.compile(r"(licen[cs]e|notice|copying|use_policy|readme\.md)", re.IGNORECASE)
-_TOKENS = f"{constants.ENDPOINT}/settings/tokens"
 
 logger = logging.getLogger("sparsegate")
 
 
-class _Unreachable(InputError):
-    """No answer from the Hub; what is on the disk may still do."""
-
-
 class _Record(BaseModel):
-    """What a finished download left in its folder."""
+    """What a finished download left in its folder: sizes and sha256 of the files. Earlier versions noted no hashes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,6 +52,24 @@ class _Record(BaseModel):
     requested: str | None
     revision: str
     files: dict[str, int]
+    hashes: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """A file as a repository lists it: bytes, and the sha256 of one that is kept in large-file storage, else git's sha1; None where it tells neither."""
+
+    size: int
+    sha256: str | None
+    git: str | None
+
+    def fits(self, path: Path) -> bool:
+        """Whether the file at `path` has these bytes."""
+        if not _has_size(path, self.size):
+            return False
+        if self.sha256 is not None:
+            return known_hash(path) == self.sha256
+        return self.git is None or _git_hash(path) == self.git
 
 
 @dataclass(frozen=True)
@@ -119,9 +134,9 @@ def remote_inspect(repo_id: str, revision: str | None = None, token: str | None 
     Raises InputError when the repository is missing, gated, unreachable or holds no safetensors model.
     """
     api = HfApi(endpoint=endpoint, token=token)
-    with _explained(repo_id, api.endpoint):
-        commit, sizes = _listing(api, repo_id, revision)
-        names = _select(repo_id, list(sizes))
+    with explained(repo_id, api.endpoint):
+        commit, listing = _listing(api, repo_id, revision)
+        names = _select(repo_id, list(listing))
         config = _remote_json(api, repo_id, "config.json", commit)
         weights = [name for name in names if name.endswith(".safetensors")]
         with ThreadPoolExecutor(8) as pool:
@@ -129,13 +144,13 @@ def remote_inspect(repo_id: str, revision: str | None = None, token: str | None 
     infos = {name: info for header in headers for name, info in header.tensors.items()}
     tensors = {name: (tuple(info.shape), str(info.dtype)) for name, info in sorted(infos.items())}
     total = sum(info.data_offsets[1] - info.data_offsets[0] for info in infos.values())
-    return Remote(repo_id, commit, config, tensors, total, sum(sizes[name] for name in names))
+    return Remote(repo_id, commit, config, tensors, total, sum(listing[name].size for name in names))
 
 
 def head_commit(repo_id: str, token: str | None = None, endpoint: str | None = None) -> str:
     """The sha of a repository's newest commit. Raises InputError as `remote_inspect` does."""
     api = HfApi(endpoint=endpoint, token=token)
-    with _explained(repo_id, api.endpoint):
+    with explained(repo_id, api.endpoint):
         return str(api.model_info(repo_id, timeout=_TIMEOUT).sha)
 
 
@@ -145,7 +160,7 @@ def download(repo_id: str, folder: Path, revision: str | None = None, token: str
     Fetched are the root's safetensors weights, configuration, tokenizer, README and licence. Free disk space is checked before the first byte, an interrupted
     download goes on where it stopped, and a finished one also serves without a network. Raises InputError as `remote_inspect` does, or when the disk is full.
     """
-    return _fetch(HfApi(endpoint=endpoint, token=token), repo_id, Path(folder), revision, lambda _, sizes: _select(repo_id, list(sizes)))
+    return _fetch(HfApi(endpoint=endpoint, token=token), repo_id, Path(folder), revision, lambda _, names: _select(repo_id, names), None)
 
 
 def fetch_checkpoint(repo_id: str, folder: Path | None = None, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> Download:
@@ -155,14 +170,14 @@ def fetch_checkpoint(repo_id: str, folder: Path | None = None, revision: str | N
     """
     api = HfApi(endpoint=endpoint, token=token)
 
-    def listed(commit: str, sizes: dict[str, int]) -> list[str]:
-        if MANIFEST not in sizes:
+    def listed(commit: str, names: list[str]) -> list[str]:
+        if MANIFEST not in names:
             raise InputError(f"{repo_id} must hold a finished sparse checkpoint, got no {MANIFEST}. Convert it with `sparsegate convert {repo_id}`.")
         files = _remote_json(api, repo_id, MANIFEST, commit).get("files")
         check_data(files if isinstance(files, dict) else (), f"{MANIFEST} of {repo_id}")
-        return [*sorted(sizes.keys() & set(files if isinstance(files, dict) else ())), MANIFEST]
+        return [*sorted(set(names) & set(files if isinstance(files, dict) else ())), MANIFEST]
 
-    return _fetch(api, repo_id, Path(folder) if folder else home_folder("sparse", repo_id), revision, listed)
+    return _fetch(api, repo_id, Path(folder) if folder else home_folder("sparse", repo_id), revision, listed, SMALL)
 
 
 def home_folder(kind: str, repo_id: str) -> Path:
@@ -188,37 +203,52 @@ def _check_genai(folder: Path) -> None:
 
 
 @job()
-def _fetch(api: HfApi, repo_id: str, folder: Path, revision: str | None, choose: Callable[[str, dict[str, int]], list[str]]) -> Download:
-    """Bring the files that `choose` takes from (commit, {name: bytes}) into `folder`, and those of an earlier commit that are not among them away."""
-    record = _finished(folder, repo_id)
+def _fetch(api: HfApi, repo_id: str, folder: Path, revision: str | None, choose: Callable[[str, list[str]], list[str]], hashed: int | None) -> Download:
+    """Bring the files that `choose` takes from (commit, names) into `folder`, and those of an earlier commit that are not among them away.
+
+    A copy that is there already is used when its sizes and hashes are those of its download, hashes of files above `hashed` bytes left out (None: of none).
+    """
+    record = _finished(folder, repo_id, hashed)
     if record and revision == record.revision:
         return Download(folder, repo_id, record.revision)
     try:
-        with _explained(repo_id, api.endpoint):
-            commit, sizes = _listing(api, repo_id, revision)
-            names = choose(commit, sizes)
-    except _Unreachable:
+        with explained(repo_id, api.endpoint):
+            commit, listing = _listing(api, repo_id, revision)
+            names = choose(commit, list(listing))
+    except Unreachable:
         if record is None or revision != record.requested:
             raise
         logger.warning("The Hub cannot be reached; using the copy of %s at %s in %s.", repo_id, record.revision[:12], folder)
         return Download(folder, repo_id, record.revision)
     places = {name: inside(folder, name, repo_id) for name in names}
-    check_disk(folder, sum(sizes[name] for name, path in places.items() if not _has_size(path, sizes[name])))
+    check_disk(folder, sum(listing[name].size for name, path in places.items() if not _has_size(path, listing[name].size)))
     earlier = _read_record(folder)
     stale = [inside(folder, name, str(folder / _RECORD)) for name in sorted(earlier.files.keys() - set(names))] if earlier else []
+    if earlier is not None:  # the client looks at no bytes of what it has fetched once
+        stale += [places[name] for name in earlier.hashes.keys() & set(names) if places[name].is_file() and known_hash(places[name]) != earlier.hashes[name]]
     try:
-        with _explained(repo_id, api.endpoint):
-            patterns = [glob.escape(name) for name in names]
-            snapshot_download(repo_id, revision=commit, local_dir=folder, token=api.token, endpoint=api.endpoint, allow_patterns=patterns)
         for path in stale:
             path.unlink(missing_ok=True)
-        record = _Record(id=repo_id, requested=revision, revision=commit, files={name: sizes[name] for name in names})
+        with explained(repo_id, api.endpoint):
+            patterns = [glob.escape(name) for name in names]
+            snapshot_download(repo_id, revision=commit, local_dir=folder, token=api.token, endpoint=api.endpoint, allow_patterns=patterns)
+        _check_fetched(repo_id, places, listing)
+        hashes = {name: known_hash(path) for name, path in places.items()}
+        record = _Record(id=repo_id, requested=revision, revision=commit, files={name: listing[name].size for name in names}, hashes=hashes)
         write_json(folder / _RECORD, record.model_dump(mode="json"))
     except (OSError, RuntimeError) as error:
         if is_disk_full(error):
             raise disk_full(folder) from error
         raise
     return Download(folder, repo_id, commit)
+
+
+def _check_fetched(repo_id: str, places: dict[str, Path], listing: dict[str, _Listed]) -> None:
+    """Raise InputError, and remove the file, where one that was fetched is not what the repository lists."""
+    for name, path in places.items():
+        if not listing[name].fits(path):
+            path.unlink(missing_ok=True)
+            raise InputError(f"{name} of {repo_id} must have the bytes that the repository lists, got others. Run the same command again.")
 
 
 def check_push(repo_id: str, token: str | None = None, endpoint: str | None = None) -> PushTarget:
@@ -233,7 +263,7 @@ def check_push(repo_id: str, token: str | None = None, endpoint: str | None = No
     api = HfApi(endpoint=endpoint, token=token or get_token())
     if not api.token:
         raise InputError(f"Pushing to {repo_id} must have a Hub token, got none. Run `hf auth login` with a token of the role write, or set HF_TOKEN.")
-    with _explained(repo_id, api.endpoint):
+    with explained(repo_id, api.endpoint):
         info = None
         try:
             info = api.model_info(repo_id, timeout=_TIMEOUT) if "/" in repo_id else None
@@ -272,7 +302,7 @@ def push(folder: Path, repo_id: str, private: bool = True, token: str | None = N
     api = HfApi(endpoint=endpoint, token=token or get_token())
     retry = f"sparsegate push {shlex.quote(str(folder))} {repo_id}{'' if private else ' --public'}"
     try:
-        with _explained(target.id, api.endpoint):
+        with explained(target.id, api.endpoint):
             url = str(api.create_repo(target.id, private=private, exist_ok=True))
             stale = _remote_names(api, target) - set(names)
             api.upload_folder(
@@ -284,15 +314,18 @@ def push(folder: Path, repo_id: str, private: bool = True, token: str | None = N
             )
             _check_uploaded(api, target.id, folder, names)
             api.upload_file(path_or_fileobj=folder / MANIFEST, path_in_repo=MANIFEST, repo_id=target.id, commit_message="Upload manifest")
+            _check_uploaded(api, target.id, folder, [MANIFEST])
     except InputError as error:
         raise InputError(f"{error} Nothing local was changed; to go on with the upload run `{retry}`.") from error
     return url
 
 
-def _listing(api: HfApi, repo_id: str, revision: str | None) -> tuple[str, dict[str, int]]:
-    """The commit sha that `revision` means now, and every file's size in bytes."""
+def _listing(api: HfApi, repo_id: str, revision: str | None) -> tuple[str, dict[str, _Listed]]:
+    """The commit sha that `revision` means now, and every file of it."""
     info = api.model_info(repo_id, revision=revision, files_metadata=True, timeout=_TIMEOUT)
-    return str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or []}
+    return str(info.sha), {
+        file.rfilename: _Listed(file.size or 0, file.lfs.sha256 if file.lfs else None, None if file.lfs else file.blob_id) for file in info.siblings or []
+    }
 
 
 def _select(repo_id: str, names: list[str]) -> list[str]:
@@ -341,22 +374,22 @@ def _check_rights(account: dict[str, Any], repo_id: str) -> None:
     owner = repo_id.split("/")[0]
     access = account.get("auth", {}).get("accessToken") or {}
     if access.get("role") == "read":
-        raise InputError(f"The Hub token must have the role write, got one of the role read ({account['name']}). Make another at {_TOKENS}.")
+        raise InputError(f"The Hub token must have the role write, got one of the role read ({account['name']}). Make another at {TOKENS}.")
     writable = [account["name"], *(org["name"] for org in account.get("orgs", []) if org.get("roleInOrg") != "read")]
     if owner not in writable:
         raise InputError(f"The owner of {repo_id} must be one that the token may write to ({', '.join(writable)}), got {owner}. Choose one of these.")
     if access.get("role") == "fineGrained":
         scopes = (access.get("fineGrained") or {}).get("scoped") or []
         if not any(scope.get("entity", {}).get("name") in (owner, repo_id) and "repo.write" in scope.get("permissions", ()) for scope in scopes):
-            raise InputError(f"The fine-grained Hub token must have write access to the repositories of {owner}, got one without it. Change it at {_TOKENS}.")
+            raise InputError(f"The fine-grained Hub token must have write access to the repositories of {owner}, got one without it. Change it at {TOKENS}.")
 
 
 def _check_uploaded(api: HfApi, repo_id: str, folder: Path, names: list[str]) -> None:
-    """Raise InputError unless the repository holds every file at its size: the client leaves out what it cannot reach, in silence."""
-    _, sizes = _listing(api, repo_id, None)
-    absent = next((name for name in names if sizes.get(name) != (folder / name).stat().st_size), None)
-    if absent is not None:
-        raise InputError(f"{repo_id} must hold every file of the manifest after the upload, got {absent} missing or of another size.")
+    """Raise InputError unless the repository holds every file with its bytes: the client leaves out what it cannot reach, in silence."""
+    _, listing = _listing(api, repo_id, None)
+    wrong = next((name for name in names if name not in listing or not listing[name].fits(folder / name)), None)
+    if wrong is not None:
+        raise InputError(f"{repo_id} must hold every file of the manifest after the upload, got {wrong} missing or with other bytes.")
 
 
 def _check_folder(folder: Path) -> list[str]:
@@ -388,71 +421,35 @@ def _read_record(folder: Path) -> _Record | None:
     """The record of a download; None where there is none that this module could have written."""
     try:
         record = _Record.model_validate(load_json(folder / _RECORD))
-        for name in record.files:
+        for name in (*record.files, *record.hashes):
             check_name(name, str(_RECORD))
+        if not record.hashes.keys() <= record.files.keys():
+            return None
     except (OSError, ValueError):
         return None
     return record
 
 
-def _finished(folder: Path, repo_id: str) -> _Record | None:
-    """The record of a finished download of `repo_id` whose files are all still there."""
+def _finished(folder: Path, repo_id: str, hashed: int | None) -> _Record | None:
+    """The record of a finished download of `repo_id` whose files are all still there as they came; see `_fetch`. The log says what is damaged."""
     record = _read_record(folder)
-    if record and record.id == repo_id and all(_has_size(folder / name, size) for name, size in record.files.items()):
-        return record
-    return None
+    if record is None or record.id != repo_id or not all(_has_size(folder / name, size) for name, size in record.files.items()):
+        return None
+    for name, sha256 in record.hashes.items():
+        if (hashed is None or record.files.get(name, 0) <= hashed) and known_hash(folder / name) != sha256:
+            logger.warning("%s in %s is fetched again: it has other bytes than when it came.", name, folder)
+            return None
+    return record
 
 
 def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-@contextmanager
-def _explained(repo_id: str, endpoint: str) -> Iterator[None]:
-    """Turn the Hub client's exceptions into InputErrors of one line; others pass."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        link: BaseException | None = error
-        while link is not None:  # the client wraps connection errors in its own kinds of OSError and RuntimeError
-            if explanation := _explain(link, repo_id, endpoint):
-                raise explanation from error
-            link = (link.__cause__ or link.__context__) if isinstance(link, (OSError, RuntimeError)) else None
-        if isinstance(error, RuntimeError) and not is_disk_full(error):  # all that the Xet transfer library raises
-            raise InputError(f"The transfer of {repo_id} must complete, got: {str(error).splitlines()[0]}. Run the same command again.") from error
-        raise
-
-
-def _explain(error: BaseException, repo_id: str, endpoint: str) -> InputError | None:
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return _Unreachable(f"The Hub must be reachable to fetch {repo_id}, got offline mode. Unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, or give a folder.")
-    if isinstance(error, errors.GatedRepoError):
-        return InputError(
-            f"{repo_id} must be open to the token's user, got a gated repository. Ask for access at {endpoint}/{repo_id} and run `hf auth login`."
-        )
-    if isinstance(error, errors.DisabledRepoError):
-        return InputError(f"{repo_id} must be available, got a repository that the Hub has disabled. Choose another one.")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return InputError(f"The revision must exist in {repo_id}, got one that does not. Give a branch, a tag or a commit of {endpoint}/{repo_id}.")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return InputError(
-            f"MODEL must be a folder or a Hub repository, got {repo_id}, which is neither. Check the name, or run `hf auth login` if it is private."
-        )
-    if isinstance(error, errors.SafetensorsParsingError):
-        return InputError(f"The safetensors files of {repo_id} must have valid headers, got a broken one. Choose another repository or revision.")
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return InputError(f"{repo_id} must hold the files it lists, got one that is gone. Run the same command again.")
-    if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        if status == 401:
-            return InputError("The Hub token must be valid, got one that the Hub refused (401). Run `hf auth login --force`, or correct HF_TOKEN.")
-        if status == 403:
-            return InputError(f"The Hub token must have the right to do this in {repo_id}, got a refusal (403). Change its rights at {_TOKENS}.")
-        return InputError(f"The Hub must answer requests for {repo_id}, got the status {status} from {endpoint}. Wait a little and run the same command again.")
-    # the base of every exception of the client's HTTP library, whichever one its version uses
-    if isinstance(error, (errors.HTTPError, ConnectionError, TimeoutError)):
-        found = f"no connection to {endpoint} ({type(error).__name__})"
-        return _Unreachable(f"The Hub must be reachable for {repo_id}, got {found}. Check the name, the network and HF_ENDPOINT.")
-    return None
+def _git_hash(path: Path) -> str:
+    """Git's sha1 (hex) of a file, by which a repository lists what is not in large-file storage."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..runtime_onnx.untrusted import inside
 from .arch import PREFIX, Arch, Site, load_arch
-from .artifact import InputError, hash_file, hash_json, read_json, write_json
+from .artifact import InputError, hash_json, known_hash, read_json, write_json
 from .checkpoint import KEY, read_key, read_sparsity, stock_config
 from .config_bounds import check_backed, check_counts
 from .model_check import Stored, check_model
@@ -40,6 +40,9 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
     "chat_template.jinja",
 )  # fmt: skip
+TERMS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE.PSF.txt", "USE_POLICY.md", "NOTICE")
+COPIED = ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES, *TERMS)
+"""Files that go from a model folder into a checkpoint, beside the weights."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,11 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sha256 (hex) over the bytes of configuration, weights and tokenizer."""
-        files = {self.folder / "config.json", *(info.file for info in self.tensors.values())}
-        files |= {self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()}
-        return hash_json({path.name: hash_file(path) for path in sorted(files)})
+        """Sha256 (hex) over the bytes of every file that a checkpoint takes over: configuration, weights, tokenizer, generation settings and licences."""
+        files = {info.file for info in self.tensors.values()}
+        names = COPIED if {path.name for path in files} == {SINGLE} else (*COPIED, INDEX)
+        files |= {self.folder / name for name in names if (self.folder / name).is_file()}
+        return hash_json({path.name: known_hash(path) for path in sorted(files)})
 
     def tokenizer(self) -> Any:
         """The folder's tokenizer. Raises InputError when there is none."""

@@ -17,12 +17,7 @@ from ..runtime_onnx.untrusted import regular
 from .artifact import InputError, read_json, write_json, write_tensors
 from .checkpoint import write_sparsity
 from .plans import Plan, Swap, on_swaps
-from .source import INDEX, SINGLE, TOKENIZER_FILES, Source, drop_code
-
-_STOCK = (
-    "config.json", "generation_config.json", *TOKENIZER_FILES,
-    "LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE.PSF.txt", "USE_POLICY.md", "NOTICE",
-)  # fmt: skip
+from .source import COPIED, INDEX, SINGLE, Source, drop_code
 
 
 def write_checkpoint(source: Source, plan: Plan, out: Path, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -35,7 +30,7 @@ def write_checkpoint(source: Source, plan: Plan, out: Path, weights: Mapping[str
     fixed = {site: swap for site, swap in source.swaps.items() if weights is None or not (site in plan and isinstance(plan[site][0], Swap))}
     plan = on_swaps(plan, fixed)
     _check_weights(source, weights or {})
-    for name in _STOCK:
+    for name in COPIED:
         if (source.folder / name).is_file():
             shutil.copyfile(regular(source.folder / name), out / name)
     drop_code(out)

@@ -244,8 +244,17 @@ def info(request: _Handler, body: bytes, repo: str, revision: str | None = None)
     found = request.repo(repo)
     commit = _commit_of(found, revision or "main")
     sizes = "blobs" in request.query
-    siblings = [{"rfilename": path, **({"size": len(blob.data), "blobId": blob.oid} if sizes else {})} for path, blob in commit.files.items()]
+    siblings = [{"rfilename": path, **(_details(blob) if sizes else {})} for path, blob in commit.files.items()]
     return 200, {"id": repo, "sha": commit.sha, "private": found.private, "gated": "manual" if found.gated else False, "siblings": siblings, "tags": []}
+
+
+def _details(blob: Blob) -> dict[str, Any]:
+    """Size and hashes of a file; the git id of one in LFS is that of its pointer."""
+    if not blob.lfs:
+        return {"size": len(blob.data), "blobId": blob.oid}
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{blob.oid}\nsize {len(blob.data)}\n".encode()
+    details = {"sha256": blob.oid, "size": len(blob.data), "pointerSize": len(pointer)}
+    return {"size": len(blob.data), "blobId": Blob(pointer, False).oid, "lfs": details}
 
 
 def tree(request: _Handler, body: bytes, repo: str, revision: str) -> tuple[int, Any]:

@@ -25,7 +25,7 @@ LEVELS = (
     {"writer", "reference", "onnx_export", "attribution"},
     {"training", "optimizers", "analysis", "interchange", "powerinfer", "labels", "residual", "orientation", "shares"},
     {"end_to_end", "by_block", "recovery"},
-    {"planning", "texts", "verification", "quality", "executors", "op_agreement", "paired", "watched", "report", "hub", "budget"},
+    {"planning", "texts", "verification", "quality", "executors", "op_agreement", "paired", "watched", "report", "hub", "hub_errors", "budget"},
     {"schedule", "evaluation", "opening", "probe", "timing", "time_budget"},
     {"tuning", "recovery_stage"},
     {"conversion", "candidates", "record", "references", "inspection", "diagnosis", "bench", "root"},
