@@ -45,6 +45,7 @@ from .planning import (
     training_stages,
     training_windows,
 )
+from .plans import deciding, score_of
 from .progress import Job, job, stage
 from .published import is_published, normal_config
 from .quality import measure_quality
@@ -435,11 +436,12 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
             raise InputError(f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the spelling.")
         manifest = read_manifest(folder)
         original = None if source is None else resolve(str(source), home_folder("dense", str(source)))
+        plan = read_plan(folder)
+        exact = all(score_of(deciding(entries)) == "exact" for entries in plan.values())
         checks = [
             _counted("files", check_files(folder, manifest) + unlisted(folder, manifest), f"{len(manifest.files)} files as written"),
-            _counted("manifest", contradictions(manifest), "judged by its own recipe"),
+            _counted("manifest", contradictions(manifest, exact), "judged by its own recipe"),
         ]
-        plan = read_plan(folder)
         sparse = load_folder(folder)
         opened = open_source(folder, sparse=True)
         recipe = make_recipe(manifest.recipe, f"{MANIFEST}'s recipe")

@@ -119,16 +119,16 @@ def read_manifest(folder: Path) -> Manifest:
     return found
 
 
-def contradictions(manifest: Manifest) -> list[str]:
+def contradictions(manifest: Manifest, exact: bool = False) -> list[str]:
     """What of a manifest does not follow from its own recipe, one line each: the budget that results are judged by, the seed, the precision.
 
-    Raises InputError for a recipe that is none.
+    Where zeros decide (`exact`) or weights were trained, no share to skip was asked for. Raises InputError for a recipe that is none.
     """
     recipe = make_recipe(manifest.recipe, f"The recipe of {MANIFEST}")
     wrong = [f"measured lacks {name}" for name in _ALWAYS if name not in manifest.measured]
     expected = {**recipe.budget.model_dump(), "searched": recipe.searches}
-    sparsity = recipe.stages[-1].config.get("sparsity")
-    expected |= {} if sparsity is None else {"sparsity": sparsity}
+    if "sparsity" in recipe.stages[-1].config and not exact and not any(stage.tune for stage in recipe.stages):
+        expected["sparsity"] = recipe.stages[-1].config["sparsity"]
     wrong += [f"budget.{name} is {manifest.budget.get(name)}, {value} in the recipe" for name, value in expected.items() if manifest.budget.get(name) != value]
     if manifest.seed != recipe.seed:
         wrong.append(f"seed is {manifest.seed}, {recipe.seed} in the recipe")

@@ -185,7 +185,7 @@ def judge_rest(name: str, model: Any, watched: Watched, ops: Sequence[StoredOp])
     with _given_outputs(model, given):
         expected = model(input_ids=watched.tokens).logits.float().numpy()
     difference = float(np.abs(watched.logits - expected).max())
-    bound = LOGIT_BOUND * max(1.0, float(np.sqrt(np.square(expected, dtype=np.float64).mean())))
+    bound = LOGIT_BOUND * max(float(np.sqrt(np.square(expected, dtype=np.float64).mean())), 1.0)
     note = f"{lines} sequences of {length} tokens, torch with the graph's own op outputs"
     return Check(name=name, value=difference, bound=bound, passed=difference <= bound, note=note)
 

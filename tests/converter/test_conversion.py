@@ -26,7 +26,7 @@ from sparsegate.converter.artifact import InputError
 from sparsegate.converter.conversion import convert, verify
 from sparsegate.converter.data import Batches
 from sparsegate.converter.interchange import export_predictors
-from sparsegate.converter.manifest import read_manifest
+from sparsegate.converter.manifest import read_manifest, write_manifest
 from sparsegate.converter.planning import NEURON_METHODS, compile_recipe
 from sparsegate.converter.plans import load_plan
 from sparsegate.converter.reference import load, load_dense
@@ -133,8 +133,24 @@ def test_verify_fails_loudly_on_a_changed_threshold_and_a_broken_budget(converte
     raw["budget"]["max_kl"] = 1e-9
     (folder / "manifest.json").write_text(json.dumps(raw))
     failed = {check.name for check in verify(folder, calibration=converted.parent / "text.txt").checks if not check.passed}
-    assert failed == {"KL to dense"}
+    assert failed == {"KL to dense", "manifest"}
     assert any(check.name == "budget" and check.note.startswith("not judged") for check in verify(folder).checks)
+
+
+def test_verify_fails_on_files_off_the_list_and_on_costs_that_were_not_measured(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "check_onnx", lambda *_: [])
+    folder = shutil.copytree(converted, tmp_path / "out")
+    manifest = read_manifest(folder)
+    listed = {name: file for name, file in manifest.files.items() if name != "onnx/model.onnx"}
+    for change, names in (
+        ({}, set()),
+        ({"files": {}}, {"files"}),
+        ({"files": listed}, {"files"}),
+        ({"measured": manifest.measured | {"cost": 0.0}}, {"shares as recorded"}),
+        ({"budget": manifest.budget | {"max_kl": 90.0}}, {"manifest"}),
+    ):
+        write_manifest(folder, manifest.model_copy(update=change))
+        assert {check.name for check in verify(folder, calibration=converted.parent / "text.txt").checks if not check.passed} == names, change
 
 
 def test_verify_compares_with_the_source(converted: Path, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -161,6 +177,23 @@ def test_the_same_again_is_up_to_date_and_another_is_refused(converted: Path) ->
     with pytest.raises(InputError, match="OUT must be a new folder"):
         convert(recipe=other, output=converted)
     assert (converted / "manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_up_to_date_is_only_what_is_whole(converted: Path, tmp_path: Path) -> None:
+    """A small file by its hash, weights by their size; and what was taken off the list, and a manifest of no files, are not up to date either."""
+    recipe, out = converted.parent / "recipe.yaml", shutil.copytree(converted, tmp_path / "out")
+    assert convert(recipe=recipe, output=out).up_to_date
+    for name, spoil, reason in (
+        ("onnx/model.onnx", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), "onnx/model.onnx has other bytes"),
+        ("model.safetensors", lambda path: path.unlink(), "model.safetensors is missing"),
+        ("manifest.json", lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | {"files": {}})), "is not listed"),
+    ):
+        spoil(out / name)
+        with pytest.raises(InputError, match=f"OUT must be as its manifest.json says, got .*{reason}.* Remove the folder and run the same command again"):
+            convert(recipe=recipe, output=out)
+        shutil.copyfile(converted / name, out / name)
+    (out / "README.md").write_text("edited by hand")
+    assert convert(recipe=recipe, output=out).up_to_date
 
 
 def test_an_output_that_is_something_else_is_refused_and_kept(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

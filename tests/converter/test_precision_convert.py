@@ -89,7 +89,9 @@ def test_verify_judges_the_shipped_file(int4: Path, tmp_path: Path) -> None:
     assert found.shipped is not None and found.shipped.kl > 2 * found.quality.kl
     manifest = read_manifest(folder)
     between = (found.quality.kl + found.shipped.kl) / 2
-    write_manifest(folder, manifest.model_copy(update={"budget": manifest.budget | {"max_kl": between}, "measured": manifest.measured | {"onnx_kl": 9.0}}))
+    recipe = manifest.recipe | {"budget": manifest.recipe["budget"] | {"max_kl": between}}
+    changes = {"budget": manifest.budget | {"max_kl": between, "searched": make_recipe(recipe).searches}, "measured": manifest.measured | {"onnx_kl": 9.0}}
+    write_manifest(folder, manifest.model_copy(update={"recipe": recipe, **changes}))
     failed = {check.name for check in verify(folder, calibration=int4.parent / "text.txt").checks if not check.passed}
     assert failed == {"KL to dense, ONNX int4", "ONNX quality as recorded"}, "torch alone keeps the budget"
 

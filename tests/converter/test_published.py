@@ -279,7 +279,8 @@ def _pickled(folder: Path) -> None:
         (BAMBOO, lambda folder: (folder / "config.json").unlink(), "config.json must be a file, got nothing"),
         (PROSPARSE | {"hidden_act": "softplus"}, None, "must be fatrelu, shiftrelu, relu or a stock activation, got 'softplus'"),
         (PROSPARSE | {"hidden_act_param": None}, None, "hidden_act_param must be a finite number for fatrelu, got None"),
-        (PROSPARSE | {"hidden_act_param": float("inf")}, None, "hidden_act_param must be a finite number for fatrelu, got inf"),
+        (PROSPARSE | {"hidden_act_param": 1e39}, None, "hidden_act_param must be a finite number for fatrelu, got 1e+39"),
+        (PROSPARSE | {"hidden_act_param": float("inf")}, None, "config.json must be JSON, got"),
         (PROSPARSE | {"hidden_act_param": -0.5}, None, "hidden_act_param must suit fatrelu, got -0.5"),
     ],
 )
