@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..runtime_onnx.errors import InputError
+from ..runtime_onnx.untrusted import load_json
 from ..runtime_onnx.untrusted import read_json as read_json
 from .locks import Held, NoLocks, abandoned, locked, read_record
 
@@ -306,8 +307,8 @@ def leave_out(folder: Path, names: list[str]) -> None:
 
 def _read_header(folder: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = load_json(folder / HEADER)
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -142,6 +142,8 @@ def remote_inspect(repo_id: str, revision: str | None = None, token: str | None 
         with ThreadPoolExecutor(8) as pool:
             headers = list(pool.map(lambda name: api.parse_safetensors_file_metadata(repo_id, name, revision=commit), weights))
     infos = {name: info for header in headers for name, info in header.tensors.items()}
+    if len(infos) < sum(len(header.tensors) for header in headers):
+        raise InputError(f"The safetensors files of {repo_id} must hold every tensor once, got one in two files. Choose another repository or revision.")
     tensors = {name: (tuple(info.shape), str(info.dtype)) for name, info in sorted(infos.items())}
     total = sum(info.data_offsets[1] - info.data_offsets[0] for info in infos.values())
     return Remote(repo_id, commit, config, tensors, total, sum(listing[name].size for name in names))

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..runtime_onnx.untrusted import parse_json
+
 try:
     import fcntl
 except ImportError:  # Windows: two conversions to one folder are not told apart there
@@ -73,7 +75,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
         if path.is_symlink() or not path.is_file():
             return None
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if text else {}
+        found = parse_json(text) if text else {}
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and (not found or found.get("kind") == KIND) else None

@@ -206,5 +206,34 @@ def test_few_files_remove_folders_and_one_writes_safetensors() -> None:
         assert not calls & {"save_file", "safetensors.torch.save_file"} or path.stem == "artifact", path
 
 
+OWN_JSON = {
+    "runtime_onnx/untrusted.py": "the reader itself",
+    "converter/arch/__init__.py": "files of the package",
+    "converter/progress.py": "what a process that we started says",
+    "converter/training.py": "what the first process sends",
+    "converter/powerinfer.py": "what the tokenizers library says of a tokenizer",
+    "converter/onnx_export/tokenizer_check.py": "what a process that we started says",
+    "converter/onnx_export/base_graph.py": "what the builder has just written",
+    "converter/bench/run.py": "a value as it would be stored",
+    "converter/bench/memory.py": "what its parent says",
+    "runtime_onnx/chat_template.py": "what a process that we started, or its parent, says",
+    "runtime_onnx/bench/graphs.py": "a profile that ONNX Runtime has just written",
+}
+"""Files that read JSON by themselves, and which: all others ask `untrusted`, which refuses keys twice, NaN and infinity."""
+
+
+def test_one_reader_of_json_and_one_of_safetensors() -> None:
+    """`load_file` and `safe_open` read what `tensor_files` or a stage's hashes have checked before."""
+    json_read, tensors_read = set(), set()
+    for path in sources(*TREES):
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)}
+        name = path.relative_to(ROOT).as_posix()
+        json_read |= {name} if calls & {"json.loads", "json.load", "_json.loads", "_json.load"} else set()
+        tensors_read |= {path.stem} if calls & {"load_file", "safe_open"} else set()
+    assert json_read == set(OWN_JSON)
+    checked, stages = {"tensor_files", "source", "writer"}, {"mixtures", "by_block", "texts", "recovery_stage", "training", "__init__"}
+    assert tensors_read == checked | stages
+
+
 def test_no_grab_bag_modules() -> None:
     assert not [path for path in sources(*TREES) if path.stem in ("utils", "helpers", "common", "misc")]
