@@ -108,7 +108,7 @@ def test_fingerprint_covers_every_byte_that_matters(model: Path) -> None:
     assert open_source(model).fingerprint == first == open_source(shutil.copytree(model, model.with_name("copy"))).fingerprint
     (model / "README.md").write_text("new")
     assert open_source(model).fingerprint == first
-    for name in ("config.json", "tokenizer.json", SINGLE):
+    for name in ("config.json", "tokenizer.json", "generation_config.json", SINGLE):
         data = bytearray((model / name).read_bytes())
         data[-3 if name == SINGLE else data.index(b"0")] ^= 1
         before = (model / name).read_bytes()
@@ -116,6 +116,25 @@ def test_fingerprint_covers_every_byte_that_matters(model: Path) -> None:
         assert open_source(model).fingerprint != first, name
         (model / name).write_bytes(before)
     assert open_source(model).fingerprint == first
+    for name in ("LICENSE", "NOTICE", "chat_template.jinja"):
+        (model / name).write_text("terms")
+        assert open_source(model).fingerprint != first, name
+        (model / name).unlink()
+
+
+def test_fingerprint_covers_what_is_copied(sharded: Path, tmp_path: Path) -> None:
+    """Every file of a checkpoint that stands in the source, the index of shards included."""
+    (tmp_path / "out").mkdir()
+    first = open_source(sharded).fingerprint
+    write_checkpoint(open_source(sharded), {}, tmp_path / "out")
+    copied = [path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"]
+    assert {"config.json", INDEX, "generation_config.json"} <= set(copied)
+    for name in copied:
+        before = (sharded / name).read_text()
+        (sharded / name).write_text(before + "\n")
+        assert open_source(sharded).fingerprint != first, name
+        (sharded / name).write_text(before)
+    assert open_source(sharded).fingerprint == first
 
 
 def test_checkpoint_copies_every_shard_and_nothing_foreign(sharded: Path) -> None:
