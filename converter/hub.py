@@ -222,6 +222,8 @@ def _fetch(api: HfApi, repo_id: str, folder: Path, revision: str | None, choose:
             raise
         logger.warning("The Hub cannot be reached; using the copy of %s at %s in %s.", repo_id, record.revision[:12], folder)
         return Download(folder, repo_id, record.revision)
+    if record and (record.revision, record.requested) == (commit, revision) and set(names) == record.files.keys():
+        return Download(folder, repo_id, commit)
     places = {name: inside(folder, name, repo_id) for name in names}
     check_disk(folder, sum(listing[name].size for name, path in places.items() if not _has_size(path, listing[name].size)))
     earlier = _read_record(folder)
