@@ -6,6 +6,7 @@ What it measures is stored in DIR/report/eval.json; the manifest is rewritten la
 from __future__ import annotations
 
 import logging
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +86,8 @@ def evaluate(
         sparse = load(folder)
     with stage("quality"):
         quality = measure_quality(sparse, plan, batches, original=original, error=error, most=MOST_TOKENS if error else batches.count)
+    if not all(map(math.isfinite, (quality.nll_dense, quality.nll, quality.kl))):
+        raise InputError(f"The loss of {folder.name} must be a number, got NLL {quality.nll} and KL {quality.kl}. Run sparsegate verify on it.")
     shown = name if prompts is None else Path(prompts).name
     with stage("answers"):
         answers, sparsity = compare_answers(sparse, plan, arch, tokenizer, rows, max_new_tokens, bleu, shown, original)
