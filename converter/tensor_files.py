@@ -64,7 +64,7 @@ def damaged(path: Path, error: Exception) -> InputError:
     """The error for a safetensors file that cannot be read."""
     if isinstance(error, FileNotFoundError):
         return InputError(f"{path.name} must be a safetensors file, got nothing at {path}. Fetch or write it again.")
-    return InputError(f"{path.name} must be a complete safetensors file, got a damaged one ({first_line(error)}). Fetch it again.")
+    return InputError(f"{path.name} must be a complete safetensors file, got a damaged one at {path} ({first_line(error)}). Fetch it again.")
 
 
 def first_line(error: Exception) -> str:
