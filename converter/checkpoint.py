@@ -193,8 +193,6 @@ def _check_fields(key: str, fields: Any, version: int, scores: tuple[str, ...], 
         check_share(f"The {name} of {key}", fields[name])
     if "rank" in needed and (isinstance(fields["rank"], bool) or not isinstance(fields["rank"], int) or fields["rank"] < 1):
         raise InputError(f"The rank of {key} must be a number from 1 on, got {fields['rank']!r:.100}. Fetch the checkpoint again.")
-    if fields.get("residual", True) is not True:
-        raise InputError(f"The residual of {key} must be true or absent, got {fields['residual']!r:.100}. Fetch the checkpoint again.")
     if score != "input":
         _check_activation(key, fields["activation"], score, base)
     return fields

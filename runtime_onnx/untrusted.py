@@ -28,8 +28,8 @@ _TEXTS = re.compile(r"(licen[cs]e|notice|copying|use_policy)", re.IGNORECASE)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError with the reason alone: no JSON, too deep, a number of thousands of digits, NaN or infinity, half of a surrogate
-    pair, or a key that stands twice in one object.
+    """The value of a JSON text. Raises ValueError with the reason alone: no JSON, too deep, a number of thousands of digits, NaN or infinity, half of a
+    surrogate pair, or a key that stands twice in one object.
     """
     text = text.decode("utf-8") if isinstance(text, bytes) else text
     try:
