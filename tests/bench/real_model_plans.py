@@ -73,7 +73,7 @@ class Sizes:
     training: int = 320
     heldout: int = 64
     seed: int = 0
-    minutes: float = 40.0
+    minutes: float = 30.0
     steps: int | None = None
 
 
@@ -298,7 +298,7 @@ def _key(study: Study, method: str) -> dict[str, Any]:
     sizes = study.sizes
     return {
         "model": study.source.fingerprint,
-        "minutes": sizes.minutes,
+        "minutes": None if sizes.steps else sizes.minutes,
         "steps": sizes.steps,
         "densities": list(study.densities),
         "tune": _config(method, study.densities[0]).tune.model_dump(mode="json"),

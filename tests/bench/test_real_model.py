@@ -115,7 +115,7 @@ def test_levels_of_a_training_that_goes_on_are_plans(whole: SimpleNamespace, tin
     work = whole.folder / "half"
     shutil.copytree(whole.folder / "work" / "trained", work / "trained")
     shutil.rmtree(work / "trained" / "predictor" / "level_1")
-    sizes = Sizes(32, 16, 24, 24, 0, 40.0, 2)
+    sizes = Sizes(32, 16, 24, 24, 0, 30.0, 2)
     study = Study(tiny_model("llama"), text, None, work, sizes, None, (0.7, 0.5))
     assert list(planned(study, "predictor")) == [0.7] and not planned(study, "gate")
     other = Study(tiny_model("llama"), text, None, work, replace(sizes, steps=3), None, (0.7, 0.5))
@@ -123,7 +123,7 @@ def test_levels_of_a_training_that_goes_on_are_plans(whole: SimpleNamespace, tin
 
 
 def test_chunks_give_what_one_measurement_gives(whole: SimpleNamespace, tiny_model: Callable[..., Path], text: Path) -> None:
-    study = Study(tiny_model("llama"), text, None, whole.folder / "work", Sizes(32, 16, 24, 24, 0, 40.0, 2), None, (0.7, 0.5))
+    study = Study(tiny_model("llama"), text, None, whole.folder / "work", Sizes(32, 16, 24, 24, 0, 30.0, 2), None, (0.7, 0.5))
     plan = planned(study, "gate")[0.5]
     every = measure_qualities(study.model(), {"": plan}, study.heldout, error=0.0)[""]
     row = next(row for row in whole.result.rows if row.method == "gate" and row.density_target == 0.5)
