@@ -16,7 +16,7 @@ import torch
 from .arch import Arch, Site
 from .artifact import InputError
 from .data import Batches
-from .plans import Entry, Plan, Predictor
+from .plans import Entry, Plan, Predictor, Swap
 from .progress import track
 from .quality import LEAST_WINDOWS, Reference, Totals, compare, torch_logits
 from .recipe import Budget
@@ -181,6 +181,8 @@ def shifted(plan: Plan, shift: float) -> Plan:
     def move(entry: Entry) -> Entry:
         if isinstance(entry, Predictor):
             return replace(entry, tau=entry.tau - shift)
+        if isinstance(entry, Swap):
+            return entry
         return replace(entry, tau=entry.tau * math.exp(-shift / 4))
 
     return {site: [move(entry) for entry in entries] for site, entries in plan.items()}

@@ -85,7 +85,7 @@ def _form(onnx: Path, export: Export) -> Form:
         return Form(export, list(PROVIDERS[:1]), {"body on CPU": False}, [_not_run("kernel", NO_CUDA), _not_run("genai", NO_CUDA)])
     cuda = export.target == "cuda"
     chosen = executor(onnx, PROVIDERS[cuda])
-    providers = [PROVIDERS[1], PROVIDERS[0]] if cuda else list(PROVIDERS[:1])
+    providers: list[str] = [PROVIDERS[1], PROVIDERS[0]] if cuda else list(PROVIDERS[:1])
     if chosen.kernel:
         return Form(export, providers, {"body": False, "kernel": True}, [])
     return Form(export, providers, {"body": False}, [_not_run("kernel", chosen.reason)])
@@ -173,9 +173,9 @@ def genai_tokens(onnx: Path, prompts: Tensor, library: bool, length: int) -> lis
     found = []
     for row in prompts:
         with explained(str(onnx)):
-            parameters = genai.GeneratorParams(model)
+            parameters = genai.GeneratorParams(model)  # pyright: ignore[reportAttributeAccessIssue]
             parameters.set_search_options(max_length=length, do_sample=False)
-            generator = genai.Generator(model, parameters)
+            generator = genai.Generator(model, parameters)  # pyright: ignore[reportAttributeAccessIssue]
             generator.append_tokens(row.numpy().astype(np.int32))
             while not generator.is_done():
                 generator.generate_next_token()

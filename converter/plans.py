@@ -137,6 +137,13 @@ def deciding(entries: list[Entry]) -> Entry:
     return entries[-1]
 
 
+def threshold_of(entries: list[Entry]) -> Threshold:
+    """The threshold of a site that has one entry, as every site of a linear map."""
+    (entry,) = entries
+    assert isinstance(entry, Threshold)
+    return entry
+
+
 def activation_at(entries: list[Entry], base: str) -> str:
     """The activation that a site computes with: the swapped one, else that of the `base` model."""
     return entries[0].activation if isinstance(entries[0], Swap) else base

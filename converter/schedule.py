@@ -126,7 +126,7 @@ def _make_plan(run: Run, name: str, config: Mapping[str, Any], header: Header) -
         with stage(f"search {name}", apart=True):
             plan = _searched(run, name, config)
     else:
-        plan = _direct(run, name, config)
+        plan = direct_plan(run, name, config)
     plan = None if plan is None else _completely(run, plan)
     with atomic_folder(run.work / "plan" / name) as partial:
         save_plan(partial, plan or {}, header)
@@ -173,8 +173,8 @@ def _statistics(run: Run, parts: Mapping[str, Any]) -> Stats:
     return found
 
 
-def _direct(run: Run, name: str, config: Mapping[str, Any]) -> Plan:
-    """The plan at the configured sparsity."""
+def direct_plan(run: Run, name: str, config: Mapping[str, Any]) -> Plan:
+    """The plan of a method at its configured sparsity, from the run's statistics; `config` as in `once`."""
     return merge([_part(run, name, part, values) for part, values in config.items()])
 
 
@@ -242,7 +242,7 @@ def _searched(run: Run, name: str, config: Mapping[str, Any]) -> Plan | None:
     """The cheapest plan of a method that meets the budget on the search windows, None when there is none."""
     part, values = next(iter(config.items()))
     if part == EXACT:
-        plan = _direct(run, name, config)
+        plan = direct_plan(run, name, config)
         return plan if run.judge.loss(plan).share(run.recipe.budget) <= 1 else None
     if len(config) == 1 and (part == IMPORTED or hasattr(load_method(part), "start")):
         if part != IMPORTED and _start(part, values) is not None:

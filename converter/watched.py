@@ -90,7 +90,7 @@ class WatchedGraph:
         feeds |= {name: value for name, value in given.items() if name in names}
         outputs = [entry.name for entry in self.session.get_outputs()]
         with explained(str(self._file)):
-            return dict(zip(outputs, self.session.run(outputs, feeds), strict=True))
+            return {name: np.asarray(value) for name, value in zip(outputs, self.session.run(outputs, feeds), strict=True)}
 
 
 def _expose(proto: onnx.ModelProto, names: list[str]) -> None:

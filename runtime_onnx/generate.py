@@ -14,17 +14,13 @@ import math
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import InputError, explained, said_by
 from .genai_config import CONFIG, check_config, make_view, read_config
 from .library import LIBRARY, PROVIDERS, Executor, library_path, model_file
 from .session import choose, report
 from .text import Stream, Tokenizer, read_json
-
-if TYPE_CHECKING:
-    import onnxruntime_genai
-
 
 LEAST_TEMPERATURE = 1e-4
 """Logits are divided by it: below, their quotients leave float32."""
@@ -34,7 +30,7 @@ the lookup of an embedding takes it in a padded batch.
 """
 
 
-def load(path: str | Path, library: bool | None = None, options: dict[str, Any] | None = None) -> onnxruntime_genai.Model:
+def load(path: str | Path, library: bool | None = None, options: dict[str, Any] | None = None) -> Any:
     """An onnxruntime-genai Model for an ONNX folder or sparse checkpoint, with one log line that says what runs its ai.sparsegate ops.
 
     Args:
@@ -165,7 +161,7 @@ def _tokens_overlay(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return {"pad_token_id": NO_TOKEN, **({} if ends is None else {"eos_token_id": ends})}
 
 
-def _open(genai: Any, folder: Path, config: dict[str, Any], options: dict[str, Any], library: bool) -> onnxruntime_genai.Model:
+def _open(genai: Any, folder: Path, config: dict[str, Any], options: dict[str, Any], library: bool) -> Any:
     """A model of `folder` under `config` with the caller's session options over it; genai reads both in a folder of links that lives as long as the model."""
     session = config["model"]["decoder"].get("session_options", {}) | options
     session.pop("custom_ops_library", None)

@@ -133,8 +133,9 @@ def _record(folder: Path) -> dict[str, str]:
         found = load_json(folder / RECORD)
     except (OSError, ValueError):
         found = None
-    right = isinstance(found, dict) and set(found) == set(names) and all(isinstance(value, str) for value in found.values())
-    return found if right else dict.fromkeys(names, "")
+    if isinstance(found, dict) and set(found) == set(names) and all(isinstance(value, str) for value in found.values()):
+        return found
+    return dict.fromkeys(names, "")
 
 
 def _ours(folder: Path) -> bool:

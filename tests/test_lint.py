@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,10 @@ def test_ruff(command: list[str]) -> None:
 
 @pytest.mark.slow
 def test_pyright() -> None:
-    found = subprocess.run([sys.executable, "-m", "pyright"], cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson"], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
+    files = json.loads(found.stdout)["summary"]["filesAnalyzed"]
+    assert files == len([path for tree in ("converter", "runtime_onnx") for path in (ROOT / tree).rglob("*.py")])
 
 
 def test_public_functions_are_there() -> None:

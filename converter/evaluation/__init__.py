@@ -172,7 +172,7 @@ def _executors(onnx: Path, model: Any, batches: Batches, original: Any | None) -
             found.append(Measured(executor=name, note=f"not run: {chosen.reason}"))
             continue
         quality = measure_executor(Decoder(onnx, library=library), model, batches, original=original)
-        measured = quality.model_dump(include=set(Measured.model_fields)) | {"nll_error": _error(quality)}
+        measured: dict[str, Any] = quality.model_dump(include=set(Measured.model_fields)) | {"nll_error": _error(quality)}
         found.append(Measured(executor=name, **measured))
     return found
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..arch import Arch, Site
-from ..plans import Entry, Plan, Predictor, Swap, Threshold, linear_rows
+from ..plans import Entry, Plan, Predictor, Swap, Threshold, linear_rows, threshold_of
 from ..reference import apply_plan, remove_plan
 from .emit import EMITTERS
 from .linear_region import cut_linears
@@ -82,7 +82,7 @@ def _layer(model: Any, plan: Plan, arch: Arch, form: Precision, layer: int) -> I
                 by_neuron = matrix.T if name == "down_proj" else matrix
                 values = rounded(np.ascontiguousarray(by_neuron), weights, form.w)
                 put(module, at, values.T if name == "down_proj" else values)
-    tau = {site.kind.removeprefix("linear:"): entries[0].tau.numpy() for site, entries in plan.items() if site.layer == layer and site.kind != "ffn"}
+    tau = {site.kind.removeprefix("linear:"): threshold_of(entries).tau.numpy() for site, entries in plan.items() if site.layer == layer and site.kind != "ffn"}
     for parts in cut_linears(arch, model.config, tau).values():
         for part in parts:
             if part.tau is None:

@@ -17,7 +17,7 @@ from ...runtime_onnx.ops import gated_mlp, sparse_linear
 from ...runtime_onnx.ops.quantisation import quantise
 from ..arch import Arch, Site
 from ..blocks import ffn_biases, ffn_matrices
-from ..plans import Plan, deciding, linear_rows, linear_shapes
+from ..plans import Plan, linear_rows, linear_shapes, threshold_of
 from .emit import emit
 from .linear_region import Part, cut_linears
 from .names import linear_node, mlp_node
@@ -62,7 +62,7 @@ def stored_ops(model: Any, plan: Plan, arch: Arch, precision: str, target: str =
         if Site(layer) in plan:
             yield _mlp(model, plan, arch, form, half, layer)
         taus = {
-            site.kind.removeprefix("linear:"): deciding(entries).tau.detach().cpu().float().numpy()
+            site.kind.removeprefix("linear:"): threshold_of(entries).tau.detach().cpu().float().numpy()
             for site, entries in plan.items()
             if site.layer == layer and site.kind.startswith("linear:")
         }

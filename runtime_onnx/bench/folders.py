@@ -202,9 +202,9 @@ class Genai:
     def _generator(self, length: int) -> Any:
         import onnxruntime_genai
 
-        parameters = onnxruntime_genai.GeneratorParams(self._model)
+        parameters = onnxruntime_genai.GeneratorParams(self._model)  # pyright: ignore[reportAttributeAccessIssue]
         parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
-        return onnxruntime_genai.Generator(self._model, parameters)
+        return onnxruntime_genai.Generator(self._model, parameters)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 RUNTIMES: dict[str, Callable[[Path, int | None, bool | None], Plain | Genai]] = {"onnxruntime": Plain, "onnxruntime-genai": Genai}

@@ -98,7 +98,7 @@ def mlp_inputs(path: str | Path, ids: Sequence[int], library: bool | None = None
         options.register_custom_ops_library(str(library_path()))
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=PROVIDERS[:1])
     head = read_config(file)["model"]["decoder"]["head_size"]
-    found = session.run(list(taps.values()), _feeds(session, ids, head))
+    found = [np.asarray(value) for value in session.run(list(taps.values()), _feeds(session, ids, head))]
     return {name: value.reshape(-1, value.shape[-1]) for name, value in zip(taps, found, strict=True)}
 
 

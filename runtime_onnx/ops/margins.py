@@ -29,7 +29,7 @@ NEAR = 1e-5
 def off_boundary(values: NDArray) -> NDArray[np.bool_]:
     """Bool [T]: no value of [T, m, ...], rounded in groups of 32 along the second axis, lies within ROUNDING of a boundary."""
     near, _ = _at_boundary(values)
-    return ~near.reshape(len(values), -1).any(1)
+    return ~np.any(near.reshape(len(values), -1), axis=1)
 
 
 def _at_boundary(values: NDArray, error: NDArray | float = 0.0) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:

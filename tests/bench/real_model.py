@@ -85,7 +85,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         ("--training-windows", int, sizes.training, "windows that methods are trained on, at most"),
         ("--windows", int, sizes.heldout, "held-out windows, at most"),
         ("--loss-windows", int, timing.windows, "of them those that every runtime is measured on"),
-        ("--train-minutes", float, sizes.minutes, "of one core, for each trained method"),
+        ("--train-minutes", float, sizes.minutes, "of one core, for a training through all densities"),
         ("--train-steps", int, None, "at every density, in place of minutes"),
         ("--prompt", int, timing.prompt, "tokens of the prompt that is timed"),
         ("--decoded", int, timing.decoded, "tokens decoded after it"),

@@ -220,16 +220,21 @@ def machine_line(result: RealModel) -> str:
 
 
 def training_lines(result: RealModel) -> str:
-    """How long the trained methods were trained."""
-    found: dict[str, Row] = {row.method: row for row in result.rows if row.training is not None}  # the lowest density
+    """How long the trained methods were trained: each density from its own start, or all in one descending run."""
+    found: dict[str, list[Row]] = {}
+    for row in result.rows:
+        if row.training is not None:
+            found.setdefault(row.method, []).append(row)
     lines = []
-    for method, row in found.items():
-        one = row.training
+    for method, rows in found.items():
+        last = min(rows, key=lambda row: row.density_target)
+        one = last.training
         assert one is not None
-        lines.append(
-            f"{method} was trained for {one.steps} steps of {one.tokens} tokens down to {row.density_target:g}, which is "
-            f"{one.minutes:.0f} minutes of one core: short."
-        )
+        took = f"{one.steps} steps of {one.tokens} tokens, which is {one.minutes:.0f} minutes of one core"
+        if len({row.training.steps for row in rows if row.training}) == 1:
+            lines.append(f"{method} is trained as `convert` trains it, for every density anew: {took}.")
+        else:
+            lines.append(f"{method} is trained as `convert` trains it, through all densities in one run: down to {last.density_target:g} {took}.")
     return " ".join(lines)
 
 

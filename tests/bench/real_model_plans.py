@@ -1,14 +1,15 @@
 """What the benchmark of a real model measures: its texts, and the plan of every method at every density, each a stage
 of its own below a work folder.
 
-A trained method goes through all densities in one descending run of as many steps as fit into the minutes that it is
-given.
+A method is trained as `convert` trains it. One whose training begins with everything kept goes through all densities in
+one descending run, of as many steps as fit into the minutes that it is given; one whose training begins at the density
+itself is trained anew for each, with its configuration's steps.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,10 +33,12 @@ from sparsegate.converter.end_to_end import EndToEnd, multiplies_bf16, train_pla
 from sparsegate.converter.methods import load_method, make_config, needs
 from sparsegate.converter.planning import LINEAR_METHODS, NEURON_METHODS
 from sparsegate.converter.plans import Plan, load_plan, save_plan
-from sparsegate.converter.recipe import Tune
+from sparsegate.converter.recipe import Recipe, Tune
 from sparsegate.converter.reference import load_dense
+from sparsegate.converter.schedule import Run, direct_plan
 from sparsegate.converter.source import Source, open_source
 from sparsegate.converter.stats.collect import collect
+from sparsegate.converter.texts import Texts
 from sparsegate.converter.training import Settings
 
 METHODS = ("gate", "chess", "cett", "trained_gate", "predictor", "teal", "wina")
@@ -43,14 +46,13 @@ TRAINED = ("trained_gate", "predictor")
 DENSITIES = (0.7, 0.5, 0.4, 0.3)
 _HELDOUT_SHARE = 0.2  # of the calibration text, where no other text is given
 _PROBE = 32  # tokens that a trained method's objective is built on while a step is timed
-_RATE = 4e-3  # of every training
 _TIMED = 3  # steps
 _EVERY = 1 << 30  # windows: more than any text has
 
 
 class Training(BaseModel):
-    """How a trained plan came about: steps from the start on, through the densities above; CPU seconds of a step, timed before;
-    the minutes of one core that they make together; tokens of a step.
+    """How a trained plan came about: steps from the start on, through the densities above where it went through them; CPU
+    seconds of a step, timed before; the minutes of one core that they make together; tokens of a step.
     """
 
     steps: int
@@ -62,8 +64,8 @@ class Training(BaseModel):
 @dataclass(frozen=True)
 class Sizes:
     """Windows: their length in tokens, how many are calibrated on, trained on and measured on at most, and the seed
-    that draws them. `steps` of a training at every density, None for as many as fit into `minutes` of one core for all
-    densities of a method.
+    that draws them. `steps` of a training at every density; None for the configuration's, and for as many as fit into
+    `minutes` of one core for all densities in a descending run.
     """
 
     length: int = 256
@@ -71,7 +73,7 @@ class Sizes:
     training: int = 320
     heldout: int = 64
     seed: int = 0
-    minutes: float = 15.0
+    minutes: float = 30.0
     steps: int | None = None
 
 
@@ -145,7 +147,7 @@ def plans(study: Study, method: str) -> dict[float, Plan]:
     places = {density: study.work / "plans" / f"{method}-{density}" for density in study.densities}
     missing = [density for density in study.densities if not is_finished(places[density], headers[density])]
     if missing:
-        made = _trained(study, method) if method in TRAINED else _calibrated(study, method, missing)
+        made = _makers(method)(study, method, missing)
         for density in missing:
             with atomic_folder(places[density]) as partial:
                 save_plan(partial, made[density], headers[density])
@@ -157,7 +159,7 @@ def planned(study: Study, method: str) -> dict[float, Plan]:
     found = {}
     for level, density in enumerate(study.densities):
         place, header = study.work / "plans" / f"{method}-{density}", header_of(study, method, density)
-        if method in TRAINED and not is_finished(place, header):
+        if _descends(method) and not is_finished(place, header):
             _take_level(study, method, level, place, header)
         if is_finished(place, header):
             found[density] = load_plan(place)
@@ -173,7 +175,7 @@ def _take_level(study: Study, method: str, level: int, place: Path, header: Head
     steps = read_json(path, "The steps of a training")
     same = stored.parents == header.parents and stored.calibration == header.calibration and stored.seed == header.seed
     own = stored.config.get("densities") == list(study.densities) and stored.config["tune"]["steps"] == steps["steps"]
-    if same and own and steps["key"] == _key(study):
+    if same and own and steps["key"] == _key(study, method):
         with atomic_folder(place) as partial:
             save_plan(partial, load_plan(folder / f"level_{level}"), header)
 
@@ -181,7 +183,7 @@ def _take_level(study: Study, method: str, level: int, place: Path, header: Head
 def training_of(study: Study, method: str, density: float) -> Training:
     """How the training went down to a density."""
     stored = read_json(study.work / "trained" / method / "steps.json", "The steps of a training")
-    steps = stored["steps"] * (study.densities.index(density) + 1)
+    steps = stored["steps"] * (study.densities.index(density) + 1 if _descends(method) else 1)
     tokens = _config(method, density).tune.windows * study.sizes.length
     return Training(steps=steps, step_seconds=stored["seconds"], minutes=steps * stored["seconds"] / 60, tokens=tokens)
 
@@ -191,12 +193,9 @@ def header_of(study: Study, method: str, density: float) -> Header:
     sizes = study.sizes
     config: dict[str, Any] = {"method": method, "density": density}
     if method in TRAINED:
-        config |= {
-            "densities": list(study.densities),
-            "steps": sizes.steps,
-            "minutes": None if sizes.steps else sizes.minutes,
-            "residual": "none",
-        }
+        config |= {"config": _config(method, density).model_dump(mode="json"), "steps": sizes.steps}
+    if _descends(method):
+        config |= {"densities": list(study.densities), "minutes": None if sizes.steps else sizes.minutes}
     text = study.training if method in TRAINED else study.calibration
     return Header(
         format="plan",
@@ -217,8 +216,34 @@ def _calibrated(study: Study, method: str, densities: Sequence[float]) -> dict[f
 
 
 def _config(method: str, density: float) -> Any:
-    values: dict[str, Any] = {"sparsity": round(1 - density, 9)}
-    return make_config(method, values | ({"residual": "none"} if method in TRAINED else {}))
+    return make_config(method, {"sparsity": round(1 - density, 9)})
+
+
+def _descends(method: str) -> bool:
+    """Whether a method's training begins with everything kept, whatever density it is to reach."""
+    return method in TRAINED and load_method(method).start(_config(method, 0.5)) == 1
+
+
+def _makers(method: str) -> Callable[[Study, str, Sequence[float]], dict[float, Plan]]:
+    if method not in TRAINED:
+        return _calibrated
+    return _trained_down if _descends(method) else _trained_each
+
+
+def _trained_each(study: Study, method: str, densities: Sequence[float]) -> dict[float, Plan]:
+    """Plans as a conversion makes them, one training for each density."""
+    folder, first = study.work / "trained" / method, _config(method, densities[0])
+    stats = collect(study.source, study.calibration, needs(method, first), study.work / "stats" / method, study.sizes.seed)
+    texts = Texts(study.calibration, study.training, study.heldout, None, study.text.name)
+    found = {}
+    for density in densities:
+        config = _config(method, density)
+        plan = load_method(method).plan(stats, study.source.arch, config)
+        steps = _steps(study, method, plan, density, config.tune)
+        config = config.model_copy(update={"tune": config.tune.model_copy(update={"steps": steps})})
+        run = Run(study.source, texts, Recipe(model=study.source.name), folder / str(density), "cpu", stats)
+        found[density] = direct_plan(run, method, {method: config})
+    return found
 
 
 def _start(study: Study, method: str) -> tuple[Plan, float]:
@@ -236,14 +261,15 @@ def _start(study: Study, method: str) -> tuple[Plan, float]:
     return load_plan(place), module.start(config)
 
 
-def _trained(study: Study, method: str) -> dict[float, Plan]:
+def _trained_down(study: Study, method: str, densities: Sequence[float]) -> dict[float, Plan]:
+    """Plans of one training that goes through all densities of the study; `densities` are those that are missing."""
     if list(study.densities) != sorted(study.densities, reverse=True):
         raise InputError(f"Densities must fall for a training to go through them, got {study.densities}. Sort them.")
     plan, start = _start(study, method)
-    folder, model = study.work / "trained" / method, study.model()
+    folder = study.work / "trained" / method
     base: Tune = _config(method, study.densities[0]).tune
-    steps = _steps(study, method, model, plan, start, base)
-    tune = base.model_copy(update={"steps": steps, "rate": _RATE})
+    steps = _steps(study, method, plan, start, base)
+    tune = base.model_copy(update={"steps": steps})
     header = Header(
         format="tune",
         parents={"model": study.source.fingerprint},
@@ -252,7 +278,7 @@ def _trained(study: Study, method: str) -> dict[float, Plan]:
         calibration=study.training.sha256,
     )
     found = train_plan(
-        model,
+        study.model(),
         study.source.arch,
         study.activation,
         plan,
@@ -267,27 +293,30 @@ def _trained(study: Study, method: str) -> dict[float, Plan]:
     return dict(zip(study.densities, found, strict=True))
 
 
-def _key(study: Study) -> dict[str, Any]:
+def _key(study: Study, method: str) -> dict[str, Any]:
     """What decides the steps of a training."""
     sizes = study.sizes
     return {
         "model": study.source.fingerprint,
-        "minutes": sizes.minutes,
+        "minutes": None if sizes.steps else sizes.minutes,
         "steps": sizes.steps,
         "densities": list(study.densities),
+        "tune": _config(method, study.densities[0]).tune.model_dump(mode="json"),
     }
 
 
-def _steps(study: Study, method: str, model: Any, plan: Plan, start: float, tune: Tune) -> int:
+def _steps(study: Study, method: str, plan: Plan, start: float, tune: Tune) -> int:
     """Steps for every density, stored with the CPU seconds of one so that a run goes on with the same number."""
     path = study.work / "trained" / method / "steps.json"
-    key = _key(study)
+    key = _key(study, method)
     if path.is_file():
         stored = read_json(path, "The steps of a training")
         if stored["key"] == key:
             return stored["steps"]
-    seconds = step_seconds(study, model, plan, start, tune)
-    steps = study.sizes.steps or max(4, int(study.sizes.minutes * 60 / seconds / len(study.densities)))
+    seconds = step_seconds(study, study.model(), plan, start, tune)
+    fitting = max(4, int(study.sizes.minutes * 60 / seconds / len(study.densities)))
+    steps = study.sizes.steps or (fitting if _descends(method) else tune.steps)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"key": key, "steps": steps, "seconds": seconds})
     return steps
 

@@ -60,7 +60,8 @@ def test_every_part_of_a_run_is_in_its_result(whole: SimpleNamespace) -> None:
     assert all(row.windows == 24 and row.nll_error > 0 and row.kl > 0 and row.nll_dense == found.rows[0].nll_dense for row in found.rows)
     assert all(abs(row.density - row.density_target) < 0.1 for row in found.rows if row.method in ("gate", "chess", "cett"))
     assert all((row.training is not None) == (row.method in ("trained_gate", "predictor")) for row in found.rows)
-    assert {(row.density_target, row.training.steps) for row in found.rows if row.training} == {(0.7, 2), (0.5, 4)}
+    assert {(row.density_target, row.training.steps) for row in found.rows if row.training} == {(0.7, 2), (0.5, 4), (0.5, 2)}
+    assert {row.training.steps for row in found.rows if row.training and row.method == "trained_gate"} == {2}, "each from its own start"
     assert found.missing == []
     roles = [f"{kind} {form}" for kind in ("dense", "sparse") for form in ("fp32", "int8", "int4")]
     roles += [f"sparse {form} AVX2" for form in ("fp32", "int8", "int4")] + ["genai int8", "genai int4"]
@@ -76,7 +77,7 @@ def test_a_finished_run_is_not_run_again(whole: SimpleNamespace, monkeypatch: py
         raise AssertionError("made again")
 
     monkeypatch.setattr(real_model_quality, "measure_qualities", refuse)
-    for name in ("train_plan", "collect"):
+    for name in ("train_plan", "direct_plan", "collect"):
         monkeypatch.setattr(f"real_model_plans.{name}", refuse)
     for name in ("export", "export_dense", "build_base", "bench_models", "window_nll"):
         monkeypatch.setattr(f"real_model_speed.{name}", refuse)
@@ -114,15 +115,15 @@ def test_levels_of_a_training_that_goes_on_are_plans(whole: SimpleNamespace, tin
     work = whole.folder / "half"
     shutil.copytree(whole.folder / "work" / "trained", work / "trained")
     shutil.rmtree(work / "trained" / "predictor" / "level_1")
-    sizes = Sizes(32, 16, 24, 24, 0, 15.0, 2)
+    sizes = Sizes(32, 16, 24, 24, 0, 30.0, 2)
     study = Study(tiny_model("llama"), text, None, work, sizes, None, (0.7, 0.5))
-    assert list(planned(study, "trained_gate")) == [0.7, 0.5] and list(planned(study, "predictor")) == [0.7] and not planned(study, "gate")
+    assert list(planned(study, "predictor")) == [0.7] and not planned(study, "gate")
     other = Study(tiny_model("llama"), text, None, work, replace(sizes, steps=3), None, (0.7, 0.5))
     assert not planned(other, "predictor"), "levels of another training"
 
 
 def test_chunks_give_what_one_measurement_gives(whole: SimpleNamespace, tiny_model: Callable[..., Path], text: Path) -> None:
-    study = Study(tiny_model("llama"), text, None, whole.folder / "work", Sizes(32, 16, 24, 24, 0, 15.0, 2), None, (0.7, 0.5))
+    study = Study(tiny_model("llama"), text, None, whole.folder / "work", Sizes(32, 16, 24, 24, 0, 30.0, 2), None, (0.7, 0.5))
     plan = planned(study, "gate")[0.5]
     every = measure_qualities(study.model(), {"": plan}, study.heldout, error=0.0)[""]
     row = next(row for row in whole.result.rows if row.method == "gate" and row.density_target == 0.5)
