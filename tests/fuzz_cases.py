@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -10,11 +9,9 @@ import resource
 import shutil
 import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -25,16 +22,14 @@ from forks import start
 from fuzz_mutations import (
     PLACES,
     Mutation,
-    draw_flags,
     mutate_bytes,
     mutate_json,
     mutate_safetensors,
     mutate_text,
     mutate_yaml,
 )
+from fuzz_readers import READERS, REFERENCES, Fault, Stopped
 
-TOKENS = np.arange(3, 35).reshape(2, 16)
-SENTENCE = "def add(first, second):\n    return first + second  # caf\u00e9\n"
 SILENCE, SLOW, LARGE = 60.0, 15.0, 1 << 30
 """Seconds until a reader that says nothing hangs, seconds of CPU that no damaged file may take, bytes of memory."""
 ADDRESSES = 6 << 30  # bytes of address space beyond the present that a child may map
@@ -65,6 +60,9 @@ ROWS = (
     Row("out/onnx/model.onnx.data", mutate_bytes, ("decoder",), 2),
     Row("out/onnx/tokenizer.json", mutate_json, ("text", "generate"), 3),
     Row("out/onnx/tokenizer_config.json", mutate_json, ("text", "generate"), 2),
+    Row("out/onnx/chat_template.jinja", mutate_text, ("chat",), 1),
+    Row("linked/sparsegate_link.json", mutate_json, ("unlink",), 1),
+    Row("linked/genai_config.json", mutate_json, ("unlink",), 1),
     Row("powerinfer.gguf", mutate_bytes, ("gguf",), 4),
     Row("predictors/model_0.safetensors", mutate_safetensors, ("predictors",), 2),
     Row("predictors/config.json", mutate_json, ("predictors",), 1),
@@ -97,8 +95,9 @@ class Found:
 GOOD = ("refused", "accepted")
 
 
-class Stopped(Exception):
-    """A command came as far as the fuzz test lets it."""
+def undamaged() -> list[Case]:
+    """Every reader on folders as they were made: seed 0 damages nothing."""
+    return [Case(0, k, reader) for k, row in enumerate(ROWS) if row.file for reader in dict.fromkeys(row.readers)]
 
 
 def draw(count: int, seed: int, files: Sequence[str] | None = None) -> list[Case]:
@@ -106,7 +105,7 @@ def draw(count: int, seed: int, files: Sequence[str] | None = None) -> list[Case
     drawn = random.Random(seed)
     rows = [k for k, row in enumerate(ROWS) if files is None or row.file in files]
     chosen = drawn.choices(rows, weights=[ROWS[k].weight for k in rows], k=count)
-    return [Case(drawn.randrange(1 << 40), k, drawn.choice(ROWS[k].readers)) for k in chosen]
+    return [Case(drawn.randrange(1, 1 << 40), k, drawn.choice(ROWS[k].readers)) for k in chosen]
 
 
 def make_folders(root: Path) -> Path:
@@ -125,6 +124,7 @@ def make_folders(root: Path) -> Path:
     from sparsegate.converter.recipe import make_recipe
     from sparsegate.converter.source import INDEX, SINGLE, open_source
     from sparsegate.converter.writer import write_checkpoint
+    from sparsegate.runtime_onnx import link
 
     model = make_model("llama", root / "model")
     shutil.copytree(model, root / "sharded")
@@ -141,6 +141,8 @@ def make_folders(root: Path) -> Path:
     write_checkpoint(source, plan, out)
     build_base(model, root / "base")
     export(root / "base", plan, source.arch, source.config, out / "onnx")
+    shutil.copytree(out / "onnx", root / "linked")
+    link(root / "linked")
     recipe = make_recipe({"model": "model"}).model_dump(mode="json")
     write_manifest(
         out,
@@ -224,7 +226,7 @@ def child(order: str) -> int:
         case = Case(**fields)
         row, drawn = ROWS[case.row], random.Random(case.seed)
         here = place / f"{Path(order).stem}-{number}" / "a" / "b" / "c"
-        mutation = _prepare(row, drawn, root, here)
+        mutation = _prepare(row, drawn if case.seed else None, root, here)
         begun.write_text(f"{row.file}: {mutation.what}, read by {case.reader}")
         os.chdir(here)
         began, memory = time.process_time(), _memory()
@@ -270,11 +272,13 @@ def _shield() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
-def _prepare(row: Row, drawn: random.Random, root: Path, here: Path) -> Mutation:
-    """The folders at `here`, files as hard links, but for the damaged one."""
+def _prepare(row: Row, drawn: random.Random | None, root: Path, here: Path) -> Mutation:
+    """The folders at `here`, files as hard links, but for the one that is damaged as `drawn`."""
     shutil.copytree(root, here, copy_function=os.link, ignore=shutil.ignore_patterns("base", "relu"))
     if not row.file:
         return Mutation("flags", False)
+    if drawn is None:
+        return Mutation("nothing", True)
     target = here / row.file
     if drawn.random() < 0.04:
         name = drawn.choice(sorted(PLACES))
@@ -344,152 +348,3 @@ def _equal(a: Any, b: Any) -> bool:
 @cache
 def _reference(reader: str, root: str) -> Any:
     return READERS[reader](Path(root), random.Random(0))[0]
-
-
-class Fault(Exception):
-    """An outcome that is none of GOOD, and the note on it."""
-
-
-# Readers: (folder with the damaged file) -> what it says, and a note
-
-
-def _cli(*words: str) -> str:
-    """What `sparsegate WORDS` did: refused or accepted, by its status and its line."""
-    from sparsegate.converter.cli import main
-
-    out, err = io.StringIO(), io.StringIO()
-    sys.argv = ["sparsegate", *words]
-    status: Any = None
-    try:
-        with redirect_stdout(out), redirect_stderr(err):
-            main(list(words))
-    except SystemExit as stop:
-        status = stop.code
-    said = err.getvalue()
-    lines = [line for line in said.splitlines() if line.startswith("sparsegate: ")]
-    if "Traceback" in said or "Traceback" in out.getvalue():
-        raise Fault("traceback", said[-3000:])
-    if status == 0:
-        return "accepted"
-    if status == 2 and ("Usage:" in said or "─ Error" in said):  # typer's own box
-        return "refused by typer"
-    if status == 1 and any(verdict in out.getvalue() for verdict in ("cannot be converted", "NOT verified")):
-        return f"refused: {out.getvalue()[-500:]}"
-    if status not in (1, 2) or len(lines) != 1:
-        raise Fault("lines", f"status {status}: {said[-2000:]}")
-    return f"refused: {lines[0]}"
-
-
-def _read_cli(*words: str) -> Callable[[Path, random.Random], tuple[Any, str]]:
-    def read(here: Path, drawn: random.Random) -> tuple[Any, str]:
-        return None, _cli(*words)
-
-    return read
-
-
-def _logits(model: Any) -> Any:
-    import torch
-
-    with torch.no_grad():
-        return model(input_ids=torch.from_numpy(TOKENS)).logits.float().numpy()
-
-
-def _dense(folder: str) -> Any:
-    from sparsegate.converter.blocks import empty_model
-    from sparsegate.converter.reference import load_dense
-    from sparsegate.converter.source import open_source
-
-    empty_model(open_source(folder))
-    return _logits(load_dense(Path(folder)))
-
-
-def _read_dense(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    index = here / "sharded" / "model.safetensors.index.json"
-    changed = not index.is_file() or index.lstat().st_nlink < 2
-    return _dense(str(here / ("sharded" if changed else "model"))), ""
-
-
-def _read_words(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    from sparsegate.converter.source import open_source
-
-    tokenizer = open_source(here / "model").tokenizer()
-    return (tokenizer(SENTENCE)["input_ids"], tokenizer.decode([5, 6, 7])), ""
-
-
-def _read_ends(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    from sparsegate.converter.source import end_tokens
-
-    return sorted(end_tokens(here / "model")), ""
-
-
-def _read_load(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    from sparsegate.converter.conversion import load
-
-    return _logits(load(here / "out")), ""
-
-
-def _read_text(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    from sparsegate.runtime_onnx import Tokenizer, end_tokens
-
-    tokenizer = Tokenizer(here / "out")
-    ids = tokenizer.encode(SENTENCE)
-    chat = tokenizer.template is not None and tokenizer.chat([{"role": "user", "content": "x"}])
-    return (ids, tokenizer.decode(ids), chat, sorted(end_tokens(here / "out"))), ""
-
-
-def _read_decoder(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    import onnxruntime
-
-    from sparsegate.runtime_onnx import Decoder
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 4
-    return Decoder(here / "out", session_options=options)(TOKENS[0]), ""
-
-
-def _read_files(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    from sparsegate.converter.manifest import check_files, read_manifest
-    from sparsegate.converter.recipe import make_recipe
-
-    manifest = read_manifest(here / "out")
-    make_recipe(manifest.recipe, "manifest.json's recipe")
-    return None, "; ".join(check_files(here / "out", manifest))
-
-
-def _read_gguf(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    from sparsegate.converter.powerinfer import read_powerinfer
-
-    return None, f"{len(read_powerinfer(here / 'powerinfer.gguf').weights)} weights"
-
-
-def _read_predictors(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    from sparsegate.converter.interchange import Config, imported_plan
-    from sparsegate.converter.source import open_source
-
-    imported_plan(open_source(here / "model"), Config(folder=str(here / "predictors")))
-    return None, ""
-
-
-def _read_flags(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    words = [{"MODEL": "model", "OUT": "out"}.get(word, word) for word in draw_flags(drawn)]
-    if words[0] in ("convert", "tune") and not any(word.startswith("-o") for word in words):
-        words += ["-o", "o"]
-    try:
-        return None, _cli(*words)
-    except Fault as fault:
-        raise Fault(fault.args[0], f"{[word[:60] for word in words]}: {fault.args[1]}") from None
-    except Stopped:
-        return None, "stopped"
-    except BaseException as error:
-        raise Fault("traceback", f"{[word[:60] for word in words]}: {''.join(traceback.format_exception(error))[-3000:]}") from None
-
-
-READERS: dict[str, Callable[[Path, random.Random], tuple[Any, str]]] = {
-    "inspect": _read_cli("inspect", "model"), "dry": _read_cli("convert", "model", "-o", "o", "--dry-run"),
-    "recipe": _read_cli("convert", "--recipe", "recipe.yaml", "-o", "o", "--dry-run"), "started": _read_cli("convert", "--recipe", "recipe.yaml", "-o", "o"),
-    "generate": _read_cli("generate", "out", "def", "--raw", "--max-new-tokens", "2"), "link": _read_cli("link", "out"),
-    "judged": _read_cli("verify", "out"), "dense": _read_dense, "words": _read_words, "ends": _read_ends, "load": _read_load, "text": _read_text,
-    "decoder": _read_decoder, "files": _read_files, "gguf": _read_gguf, "predictors": _read_predictors, "flags": _read_flags,
-}  # fmt: skip
-REFERENCES = {"dense", "words", "load", "text", "decoder"}
-"""Readers whose result is compared with that of the undamaged folder."""
