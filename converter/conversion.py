@@ -58,7 +58,7 @@ from .references import measure_references
 from .report import RESULTS, Report, StageTime, read_base_card, write_report
 from .report.recovery import RECOVERY, RecoveryRecord
 from .schedule import keep_plan, once
-from .source import Source, backed_config, check_config, open_source
+from .source import Source, backed_config, check_config, has_own_head, open_source
 from .texts import EARLIER_WINDOWS, Texts, heldout_name, make_heldout, make_texts, texts_hash
 from .time_budget import Decision, decide, decided, header, keep, stored, within
 from .tuning import Evaluation, Tuned, stage_folder, train_stages, training_inputs
@@ -225,6 +225,8 @@ def _opened(order: _Order) -> _Opened | Result:
     if unused:
         names = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
         log.warning("Not computed with, because %s has no such tensors: %s. The report lists them.", source.arch.model_type, names)
+    if has_own_head(source):
+        log.warning("config.json ties the head to the embedding, but the weights hold another head: that one is converted, as transformers uses it.")
     keep(work, header(source.fingerprint, asked), decision)
     return _Opened(source, record, recipe, configs, needed, fingerprint, unused)
 

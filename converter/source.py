@@ -26,14 +26,17 @@ from .config_bounds import check_backed, check_counts
 from .model_check import Stored, check_model
 from .plans import Swap
 from .tensor_files import FLOATS, damaged, first_line, read_header
+from .weight_names import check_names
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 GENERATION_CONFIG = "generation_config.json"
+HEAD = "lm_head.weight"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 _PIECES = b"\n"  # how a sentencepiece model begins: its first field is the list of pieces
 _CODE = "auto_map"
+_CAUSAL = "ForCausalLM"
 _CONFIGS = ("config.json", "tokenizer_config.json", GENERATION_CONFIG, "processor_config.json", "preprocessor_config.json")
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 TOKENIZER_FILES = (
@@ -171,6 +174,11 @@ def check_config(raw: dict[str, Any]) -> None:
             raise InputError(
                 f"MODEL must be a model without a plan, got a checkpoint that has a plan already ({planned[0]}). Convert the model that it was made from."
             )
+    named = raw.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise InputError(f"architectures in config.json must be a list of names, got {ascii(named):.100}. Mend the file.")
+    if named and not any(name.endswith(_CAUSAL) for name in named):
+        raise InputError(f"MODEL must be a causal language model (...{_CAUSAL}), got {named[0]:.100}. Convert the model that it was made from.")
     for name in _KERNELS:
         if "/" in str(raw.get(name)):
             raise InputError(f"{name} in config.json must be one of transformers' own, got {raw[name]!r:.100}, code of a repository. Take that line out.")
@@ -211,8 +219,9 @@ def make_config(raw: dict[str, Any]) -> Any:
 
 def backed_config(arch: Arch, raw: dict[str, Any], tensors: Stored) -> Any:
     """The transformers configuration of a config.json's content, which the tensors in the files are those of: the one check of `inspect`, `convert` and every
-    reader of weights. Raises InputError as `check_backed`, `make_config` and `check_model` do, in this order: nothing large is made before it is known.
+    reader of weights. Raises InputError as `check_names`, `check_backed`, `make_config` and `check_model` do, in this order: nothing large is made before it is known.
     """
+    check_names(arch, tensors)
     check_backed(arch, raw, {name: shape for name, (shape, _) in tensors.items()})
     config = make_config(raw)
     check_model(arch, config, tensors)
@@ -269,6 +278,14 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     if absent is not None:
         raise InputError(f"{INDEX} names {absent}, which must stand in {named[absent]}, got no such tensor there. Fetch the weights again.")
     return found
+
+
+def has_own_head(source: Source) -> bool:
+    """Whether the files hold another head than the embedding although config.json ties the two: transformers (5.23) uses it then."""
+    if not getattr(source.config, "tie_word_embeddings", False) or HEAD not in source.tensors:
+        return False
+    found = source.read([HEAD, source.arch.embedding])
+    return not torch.equal(found[HEAD], found[source.arch.embedding])
 
 
 def end_tokens(model: Any) -> frozenset[int]:

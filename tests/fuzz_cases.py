@@ -224,9 +224,9 @@ def child(order: str) -> int:
     root, place = Path(asked["root"]), Path(asked["place"])
     for number, fields in enumerate(asked["cases"]):
         case = Case(**fields)
-        row, drawn = ROWS[case.row], random.Random(case.seed)
+        row, (mutation, drawn) = ROWS[case.row], mutation_of(case, root)
         here = place / f"{Path(order).stem}-{number}" / "a" / "b" / "c"
-        mutation = _prepare(row, drawn if case.seed else None, root, here)
+        _prepare(case, mutation, root, here)
         begun.write_text(f"{row.file}: {mutation.what}, read by {case.reader}")
         os.chdir(here)
         began, memory = time.process_time(), _memory()
@@ -272,25 +272,29 @@ def _shield() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
-def _prepare(row: Row, drawn: random.Random | None, root: Path, here: Path) -> Mutation:
-    """The folders at `here`, files as hard links, but for the one that is damaged as `drawn`."""
-    shutil.copytree(root, here, copy_function=os.link, ignore=shutil.ignore_patterns("base", "relu"))
+def mutation_of(case: Case, root: Path) -> tuple[Mutation, random.Random]:
+    """What a case does to its file of the undamaged folders, and where its random numbers are then."""
+    row, drawn = ROWS[case.row], random.Random(case.seed)
     if not row.file:
-        return Mutation("flags", False)
-    if drawn is None:
-        return Mutation("nothing", True)
-    target = here / row.file
+        return Mutation("flags", False), drawn
+    if not case.seed:
+        return Mutation("nothing", True), drawn
     if drawn.random() < 0.04:
         name = drawn.choice(sorted(PLACES))
-        mutation = Mutation(name, "zeros" not in name, place=PLACES[name])
-    else:
-        mutation = row.mutate(target.read_bytes(), drawn)
-    target.unlink()
-    if mutation.place is None:
-        target.write_bytes(mutation.data)
-    else:
-        mutation.place(target)
-    return mutation
+        return Mutation(name, "zeros" not in name, place=PLACES[name]), drawn
+    return row.mutate((root / row.file).read_bytes(), drawn), drawn
+
+
+def _prepare(case: Case, mutation: Mutation, root: Path, here: Path) -> None:
+    """The folders at `here`, files as hard links, but for the damaged one."""
+    shutil.copytree(root, here, copy_function=os.link, ignore=shutil.ignore_patterns("base", "relu"))
+    file = ROWS[case.row].file
+    if file and case.seed:
+        (here / file).unlink()
+        if mutation.place is None:
+            (here / file).write_bytes(mutation.data)
+        else:
+            mutation.place(here / file)
 
 
 def _judged(case: Case, row: Row, mutation: Mutation, here: Path, root: Path, drawn: random.Random) -> tuple[str, str]:

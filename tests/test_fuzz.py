@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from fuzz_cases import GOOD, ROWS, Found, draw, make_folders, run, undamaged
+from fuzz_cases import GOOD, ROWS, Found, draw, make_folders, mutation_of, run, undamaged
 
 QUICK, SLOW = 300, 2400
 
@@ -46,7 +46,7 @@ def test_many_damaged_files_and_flags(seed: int, folders: Path, tmp_path: Path) 
 
 
 CONTROLS = {
-    "a key twice": ("out/config.json", "from sparsegate.runtime_onnx import untrusted\nuntrusted._object = dict", "silent"),
+    "a key twice": ("out/config.json", "from sparsegate.runtime_onnx import untrusted\nuntrusted._object = dict", "silent", "twice"),
     "the runtime's errors": (
         "out/onnx/model.onnx",
         "import contextlib, importlib\ns = importlib.import_module('sparsegate.runtime_onnx.session')\ns.explained = lambda *_: contextlib.nullcontext()",
@@ -56,6 +56,7 @@ CONTROLS = {
         "out/onnx/genai_config.json",
         "import json\nfrom sparsegate.runtime_onnx import genai_config\ngenai_config.load_json = lambda path: json.loads(path.read_text())",
         "traceback",
+        "deep",
     ),
     "something left behind": (
         "model/config.json",
@@ -73,14 +74,15 @@ CONTROLS = {
         "crash",
     ),
 }
-"""Checks -> the file that they hold, Python that takes them away in the child, and the outcome that the test must see then."""
+"""Checks -> the file that they hold, Python that takes them away in the child, the outcome that the test must see then, and perhaps a word of the damage."""
 
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_check_that_is_taken_away_is_missed(name: str, folders: Path, tmp_path: Path) -> None:
-    file, preamble, outcome = CONTROLS[name]
-    cases = draw(2 if outcome in ("hang", "crash") else 60, 5, [file])
-    seen = {case.outcome for case in run(cases, folders, tmp_path / "p", preamble, silence=3 if outcome == "hang" else 60)}
+    file, preamble, outcome, *only = CONTROLS[name]
+    cases = [case for case in draw(1000 if only else 60, 5, [file]) if not only or only[0] in mutation_of(case, folders)[0].what][:60]
+    cases = cases[:2] if outcome in ("hang", "crash") else cases
+    seen = {case.outcome for case in run(cases, folders, tmp_path / "p", preamble, silence=5)}
     assert outcome in seen, seen
     if outcome not in ("hang", "crash"):
         assert not faults(run(cases, folders, tmp_path / "whole"))

@@ -27,7 +27,7 @@ from ...runtime_onnx.errors import explained
 from ...runtime_onnx.genai_config import check_config
 from ..artifact import InputError, disk_full, is_disk_full, read_json
 from ..reference import load_dense
-from ..source import drop_code, end_tokens, stock_view
+from ..source import drop_code, end_tokens, has_own_head, open_source, stock_view
 
 BOUND = 1e-4
 """Largest logit difference between the base graph and torch, times the rms of torch's logits where that is above 1."""
@@ -38,6 +38,7 @@ GENAI_CONFIG = "genai_config.json"
 NO_TOKEN = -1
 """An id that no token has. ONNX's Gather takes it, so that a padded batch still runs."""
 
+_YARN = {"beta_fast": 32, "beta_slow": 1}  # transformers' own where the configuration has none
 _LOG = logging.getLogger("sparsegate")
 # Every layer keeps its whole KV cache: a loop in plain ONNX Runtime then only appends, where a windowed cache would have to be sized and rotated by the app.
 _OPTIONS = ["hf_token=false", "hf_remote=false", "windowed_kv_cache=false"]
@@ -57,7 +58,7 @@ def build_base(checkpoint: Path, out: Path, precision: str = "fp32", target: str
     with TemporaryDirectory() as temporary, _to_log():
         try:
             stock = stock_view(checkpoint, Path(temporary) / "stock")
-            given = (str(_in_float32(stock, Path(temporary))), str(out), precision, target, f"{temporary}/cache")
+            given = (str(_for_builder(stock, Path(temporary))), str(out), precision, target, f"{temporary}/cache")
             options = builder.parse_extra_options("", *given, [*_OPTIONS, *_TARGET_OPTIONS[target]])
             unrotated = _prepare(options["hf_details"]["hf_config"])
             builder.create_model("", *given, **options)
@@ -92,31 +93,38 @@ def _builder() -> ModuleType:
     return builder
 
 
-def _in_float32(checkpoint: Path, temporary: Path) -> Path:
-    """A folder with the same files whose configuration asks for fp32.
+def _for_builder(checkpoint: Path, temporary: Path) -> Path:
+    """A folder with the same files whose configuration asks for fp32, and for the head that transformers uses.
 
-    In half precision the builder would round what it computes from weights, such as gemma's 1 + norm.
+    In half precision the builder would round what it computes from weights, such as gemma's 1 + norm; and it believes a configuration that ties the head.
     """
     config = read_json(checkpoint / "config.json", "config.json")
-    if config.get("dtype", config.get("torch_dtype")) == "float32":
+    changes: dict[str, Any] = {} if config.get("dtype", config.get("torch_dtype")) == "float32" else {"dtype": "float32"}
+    if has_own_head(open_source(checkpoint, sparse=True)):
+        changes["tie_word_embeddings"] = False
+    if not changes:
         return checkpoint
     folder = temporary / "float32"
     folder.mkdir()
     for path in checkpoint.iterdir():
         if path.is_file() and path.name != "config.json":
             (folder / path.name).symlink_to(path.resolve())
-    config.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}), encoding="utf-8")
+    if "dtype" in changes:
+        config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
     return folder
 
 
 def _prepare(config: Any) -> list[int]:
     """Change a configuration so that the builder exports what transformers computes; returns the layers whose rotary embedding `_complete` takes out.
 
-    Two defects of the builder 0.18: it reads a sliding window only together with `layer_types`, which mistral and phi3 do not have, and it fails
-    on layers without rotary embedding (smollm3) when the others rotate inside the attention op.
+    Defects of the builder 0.18: it reads a sliding window only together with `layer_types`, which mistral and phi3 do not have, it fails on layers without
+    rotary embedding (smollm3) when the others rotate inside the attention op, and it takes absent fields of YaRN for 0.
     """
     layers = config.num_hidden_layers
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and rope.get("rope_type") == "yarn":
+        config.rope_parameters = _YARN | {name: value for name, value in rope.items() if value is not None}
     if getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None:
         config.layer_types = ["sliding_attention"] * layers
     rotated = getattr(config, "no_rope_layers", None) or [1] * layers  # 1 means that the layer does rotate

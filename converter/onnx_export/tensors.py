@@ -9,6 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ...runtime_onnx.ops.quantisation import GROUP, quantise
+from ..artifact import InputError
 
 
 def moved(value: ir.Value, transpose: bool = False, columns: slice | None = None, dtype: ir.DataType | None = None) -> ir.TensorProtocol:
@@ -38,6 +39,7 @@ def quantised(value: ir.Value, weights: str, transpose: bool = False, columns: s
         lambda: quantise(matrix(source, transpose, columns), weights),
         (ir.DataType.UINT8 if groups else ir.DataType.INT8, [rows, width // 2 if groups else width]),
         (ir.DataType.FLOAT16 if groups else ir.DataType.FLOAT, [rows, width // GROUP] if groups else [rows]),
+        value.name,
     )
 
 
@@ -45,12 +47,13 @@ Form = tuple[ir.DataType, list[int]]
 """dtype and shape."""
 
 
-def pair(make: Callable[[], tuple[NDArray, NDArray]], first: Form, second: Form) -> tuple[ir.TensorProtocol, ir.TensorProtocol]:
+def pair(make: Callable[[], tuple[NDArray, NDArray]], first: Form, second: Form, name: str | None = None) -> tuple[ir.TensorProtocol, ir.TensorProtocol]:
     """Two lazy tensors from one computation: whichever is asked for first computes both, and of these only the small second one is kept for its turn."""
     kept: list[NDArray] = []
 
     def integers() -> ir.Tensor:
         stored, scale = make()
+        check_finite(name, scale, second[0])
         kept[:] = [scale]
         return ir.Tensor(stored, dtype=first[0])
 
@@ -68,7 +71,14 @@ def matrix(source: ir.TensorProtocol, transpose: bool = False, columns: slice | 
     del part
     if isinstance(source, ir.ExternalTensor):
         source.release()
+    check_finite(source.name, copy, dtype)
     return copy
+
+
+def check_finite(name: str | None, stored: NDArray, dtype: ir.DataType) -> None:
+    """Raise InputError where a weight does not fit into the half precision that it is stored in."""
+    if dtype is ir.DataType.FLOAT16 and not np.isfinite(stored).all():
+        raise InputError(f"{name} must hold finite values up to 65504 in half precision, got larger ones. Take the precision fp32, bf16 or int8.")
 
 
 def _shape(source: ir.TensorProtocol, columns: slice | None) -> list[int]:
