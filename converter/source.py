@@ -219,7 +219,8 @@ def make_config(raw: dict[str, Any]) -> Any:
 
 def backed_config(arch: Arch, raw: dict[str, Any], tensors: Stored) -> Any:
     """The transformers configuration of a config.json's content, which the tensors in the files are those of: the one check of `inspect`, `convert` and every
-    reader of weights. Raises InputError as `check_names`, `check_backed`, `make_config` and `check_model` do, in this order: nothing large is made before it is known.
+    reader of weights. Raises InputError as `check_names`, `check_backed`, `make_config` and `check_model` do, in this order: nothing large is made before it is
+    known.
     """
     check_names(arch, tensors)
     check_backed(arch, raw, {name: shape for name, (shape, _) in tensors.items()})
