@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from .artifact import Header, InputError, atomic_folder, hash_json, is_finished, is_intact, read_header, read_json, write_header, write_json, write_tensors
+from ..runtime_onnx.chat_template import render_all
+from .artifact import (
+    Header,
+    InputError,
+    atomic_folder,
+    hash_file,
+    hash_json,
+    is_finished,
+    is_intact,
+    read_header,
+    read_json,
+    write_header,
+    write_json,
+    write_tensors,
+)
 from .data import CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text, sampled_groups, self_generated, self_generated_streams, stream_groups
 from .distributed import world
+from .documents import JSON_LINES, Conversation, read_whole
 from .local_processes import run_in_processes
 from .quality import ERROR
 from .recipe import Recipe
 from .reference import load_dense
 from .source import Source, open_source
 
+log = logging.getLogger("sparsegate")
 HELDOUT_WINDOWS = 256
 """Windows to measure on, of which as many are taken as tell the loss."""
 EARLIER_WINDOWS = {False: 64, True: 256}
@@ -54,7 +72,9 @@ def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | N
     Raises InputError for a text that is too short.
     """
     asked, length = recipe.calibration, _length(source, recipe)
-    text, _, name = _split(recipe)
+    (text, _, said), name = _split(recipe, source), _name(recipe)
+    if said:
+        log.warning("%s", said)
     share = SEARCH_SHARE
     if asked.generated:
         wanted = max(asked.windows, training) + (SEARCH_WINDOWS if recipe.searches else 0)
@@ -79,7 +99,7 @@ def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | N
 def make_heldout(source: Source, recipe: Recipe, windows: int = HELDOUT_WINDOWS) -> Batches:
     """The windows to measure on, in random order; fewer `windows` are the first of more."""
     name, most = "The last fifth of the calibration text", max(windows, HELDOUT_WINDOWS)
-    every = make_batches(source.tokenizer(), _split(recipe)[1], most, _length(source, recipe), recipe.seed + 1, name, text_order=False)
+    every = make_batches(source.tokenizer(), _split(recipe, source)[1], most, _length(source, recipe), recipe.seed + 1, name, text_order=False)
     kept = every.mask.sum(1) > 1  # a window of one token has nothing to predict
     return Batches(every.tokens[kept][:windows], every.mask[kept][:windows])
 
@@ -95,26 +115,45 @@ def quality_error(recipe: Recipe) -> float:
 
 def texts_hash(recipe: Recipe) -> str:
     """Sha256 (hex) of the texts that a recipe names. With the model and the recipe they decide every window, those that the model writes too."""
-    return hash_json(_split(recipe)[:2])
+    file = recipe.calibration.file
+    return hash_json(hash_file(Path(file)) if file is not None and Path(file).suffix.lower() in JSON_LINES else _split(recipe)[:2])
 
 
 def heldout_name(recipe: Recipe) -> str:
     """What the held-out text is called."""
-    return f"{_split(recipe)[2]}, held out"
+    return f"{_name(recipe)}, held out"
 
 
 def _length(source: Source, recipe: Recipe) -> int:
     return min(recipe.calibration.length, int(getattr(source.config, "max_position_embeddings", recipe.calibration.length)))
 
 
-def _split(recipe: Recipe) -> tuple[str, str, str]:
-    """Calibration text, held-out text and their name."""
+def _name(recipe: Recipe) -> str:
+    """What the texts are called."""
+    return "Python standard library modules" if recipe.calibration.file is None else Path(recipe.calibration.file).name
+
+
+def _split(recipe: Recipe, source: Source | None = None) -> tuple[str, str, str]:
+    """Calibration text, held-out text, and what was read of a file with documents, whose conversations the chat template of `source` writes out."""
     if recipe.calibration.file is None:
-        return read_text(CALIBRATION_TEXT), read_text(HELDOUT_TEXT), "Python standard library modules"
-    path = Path(recipe.calibration.file)
-    whole = read_text(path)
+        return read_text(CALIBRATION_TEXT), read_text(HELDOUT_TEXT), ""
+    whole, said = read_whole(Path(recipe.calibration.file), lambda conversations: write_out(None if source is None else source.tokenizer(), conversations))
     cut = int(len(whole) * (1 - HELDOUT_SHARE))
-    return whole[:cut], whole[cut:], path.name
+    return whole[:cut], whole[cut:], said
+
+
+def write_out(tokenizer: Any, conversations: list[Conversation]) -> list[str]:
+    """Conversations as texts in a tokenizer's chat template. Raises InputError where it has none or the template fails."""
+    if not conversations:
+        return []
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, str):
+        raise InputError("Messages must be of a model with a chat template, got none. Give calibration text in the field text.")
+    shared = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": False}
+    try:
+        return render_all(template, shared, conversations)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def _rows(batches: Batches, rows: torch.Tensor, text_order: bool = True) -> Batches:

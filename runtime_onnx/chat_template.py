@@ -1,6 +1,6 @@
 """Renders a chat template in a process of its own, because a template comes with a model and is not to be trusted.
 
-As a script this file reads {"template", "variables"} as JSON and writes {"text"} or {"error"}. Inside, jinja2's immutable sandbox keeps a template from
+As a script this file reads {"template", "variables", "conversations"} as JSON and writes {"texts"} or {"error"}. Inside, jinja2's immutable sandbox keeps a template from
 Python's objects; the process bounds its time and its memory, which no sandbox does.
 """
 
@@ -10,10 +10,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 SECONDS, MEMORY, CHARACTERS = 5, 1 << 29, 1 << 24
 """Most processor seconds, bytes of address space, and characters of text that a template may take."""
+TOGETHER = 200
+"""Conversations that one process renders."""
 _CLOCK = 12
 """Times SECONDS by the clock: a busy machine gives a process a small share."""
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
@@ -24,8 +27,18 @@ def render(template: str, variables: dict[str, Any]) -> str:
 
     Raises ValueError with one line where the template does not parse, raises an exception, or takes too much.
     """
+    return render_all(template, variables, [variables.get("messages", [])])[0]
+
+
+def render_all(template: str, variables: dict[str, Any], conversations: Sequence[Any]) -> list[str]:
+    """As `render` for conversations one after another, TOGETHER of them in a process."""
+    parts = [conversations[at : at + TOGETHER] for at in range(0, len(conversations), TOGETHER)]
+    return [text for part in parts for text in _rendered(template, variables, part)]
+
+
+def _rendered(template: str, variables: dict[str, Any], conversations: Sequence[Any]) -> list[str]:
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    given = json.dumps({"template": template, "variables": variables}).encode()
+    given = json.dumps({"template": template, "variables": variables, "conversations": list(conversations)}).encode()
     try:
         done = subprocess.run([sys.executable, "-P", __file__], input=given, capture_output=True, timeout=_CLOCK * SECONDS, env=environment)
         answer = json.loads(done.stdout) if done.returncode == 0 else {"error": f"it did not end within {SECONDS} seconds or {MEMORY >> 20} MiB"}
@@ -33,10 +46,10 @@ def render(template: str, variables: dict[str, Any]) -> str:
         answer = {"error": f"it did not end within {_CLOCK * SECONDS} seconds"}
     except (OSError, ValueError) as error:
         answer = {"error": f"its process failed ({error})"}
-    if "text" not in answer:
+    if "texts" not in answer:
         said = " ".join(str(answer.get("error")).split()).removesuffix(".")
         raise ValueError(f"The chat template must render the conversation, got: {said:.300}. Pass the prompt as it is instead (--raw).")
-    return answer["text"]
+    return answer["texts"]
 
 
 def _environment() -> Any:
@@ -116,16 +129,18 @@ def _limit() -> None:
             continue
 
 
-def _answer(given: dict[str, Any]) -> dict[str, str]:
+def _answer(given: dict[str, Any]) -> dict[str, Any]:
     try:
         environment = _environment()
         _limit()
-        text = environment.from_string(given["template"]).render(**given["variables"])
+        compiled = environment.from_string(given["template"])
+        texts = [compiled.render(**{**given["variables"], "messages": messages}) for messages in given["conversations"]]
     except MemoryError:
         return {"error": f"it takes more than {MEMORY >> 20} MiB"}
     except Exception as error:  # a template can raise every kind
         return {"error": str(error) or type(error).__name__}
-    return {"text": text} if len(text) <= CHARACTERS else {"error": f"its text has {len(text)} characters, more than {CHARACTERS}"}
+    length = sum(map(len, texts))
+    return {"texts": texts} if length <= CHARACTERS else {"error": f"its text has {length} characters, more than {CHARACTERS}"}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ LEVELS = (
     {"artifact", "locks", "work_folder", "recipe", "plans", "arch", "manifest", "libraries", "progress", "tensor_files", *RUNTIME_BELOW},
     {
         "checkpoint", "source", "config_bounds", "model_check", "listing", "data", "linalg", "distributed", "local_processes", "lora",
-        "activation_checkpointing", "mixtures", "weight_names",
+        "activation_checkpointing", "mixtures", "weight_names", "documents",
     },
     {"published", "blocks", "modeling"},
     {"scores", "selectors", "calibration_rules", "losses"},

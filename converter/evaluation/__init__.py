@@ -16,19 +16,20 @@ from ...runtime_onnx.session import Decoder
 from ..arch import Arch
 from ..artifact import InputError, hash_file
 from ..data import BUNDLED, HELDOUT_TEXT, Batches, make_batches, read_text
+from ..documents import read_whole
 from ..hub import download, home_folder, is_hub_id, local_folder
-from ..manifest import Manifest, check_links, installed_versions, read_manifest
+from ..manifest import MANIFEST, Manifest, check_links, installed_versions, read_manifest
 from ..planning import BUNDLED_MODEL, training_stages
 from ..plans import Plan
 from ..progress import job, stage
 from ..quality import ERROR, MOST_TOKENS, measure_executor, measure_quality
-from ..recipe import Recipe
+from ..recipe import Recipe, make_recipe
 from ..reference import load, load_dense
 from ..report import Text, this_machine
 from ..report.evaluation import EVALUATION, Evaluation, Measured
 from ..report.results import record_files
 from ..source import Source, open_source
-from ..texts import EARLIER_WINDOWS, HELDOUT_SHARE, HELDOUT_WINDOWS
+from ..texts import EARLIER_WINDOWS, HELDOUT_SHARE, HELDOUT_WINDOWS, write_out
 from ..verification import ExecutorQuality, Quality, read_plan
 from .answers import NEW_TOKENS, compare_answers, import_sacrebleu, make_prompts
 from .harness import find_tasks, run_tasks
@@ -105,7 +106,7 @@ def evaluate(
     found = Evaluation(
         model=str(manifest.recipe.get("model", folder.name)), date=datetime.now(UTC).date().isoformat(), command=command, machine=this_machine(),
         versions=installed_versions(), text=Text(tokens=quality.tokens, hash=batches.sha256, name=name), nll_dense=quality.nll_dense,
-        against=_against(opened, Recipe.model_validate(manifest.recipe), source),
+        against=_against(opened, make_recipe(manifest.recipe, f"{MANIFEST}'s recipe"), source),
         executors=[measured, *executors],
         density=quality.density, cost=quality.cost, block_cost=quality.block_cost, predictor_cost=predictor_cost(plan, arch, config),
         site_density=quality.site_density, site_cost=quality.site_cost,
@@ -147,7 +148,7 @@ def predictor_cost(plan: Plan, arch: Arch, config: Any) -> float:
 
 def _batches(tokenizer: Any, config: Any, manifest: Manifest, text: Path | None, windows: int | None) -> tuple[Batches, str]:
     """Windows to measure on, and a name of their text for people."""
-    recipe = Recipe.model_validate(manifest.recipe)
+    recipe = make_recipe(manifest.recipe, f"{MANIFEST}'s recipe")
     length = min(recipe.calibration.length, int(getattr(config, "max_position_embeddings", recipe.calibration.length)))
     own = manifest.calibration.get("file")
     if text is None:
@@ -156,7 +157,7 @@ def _batches(tokenizer: Any, config: Any, manifest: Manifest, text: Path | None,
         words, name = read_text(HELDOUT_TEXT), "Python standard library modules, held out"
         windows = windows or int(manifest.measured.get("windows", EARLIER_WINDOWS[recipe.searches]))
     else:
-        words, name = read_text(text), text.name
+        words, name = read_whole(text, lambda conversations: write_out(tokenizer, conversations))[0], text.name
         if own is not None and hash_file(text) == own:
             words, name = words[int(len(words) * (1 - HELDOUT_SHARE)) :], f"{name}, held out"
     return make_batches(tokenizer, words, windows or HELDOUT_WINDOWS, length, manifest.seed + 1, "The text", text_order=False), name

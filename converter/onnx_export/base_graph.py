@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -38,7 +38,6 @@ GENAI_CONFIG = "genai_config.json"
 NO_TOKEN = -1
 """An id that no token has. ONNX's Gather takes it, so that a padded batch still runs."""
 
-_YARN = {"beta_fast": 32, "beta_slow": 1}  # transformers' own where the configuration has none
 _LOG = logging.getLogger("sparsegate")
 # Every layer keeps its whole KV cache: a loop in plain ONNX Runtime then only appends, where a windowed cache would have to be sized and rotated by the app.
 _OPTIONS = ["hf_token=false", "hf_remote=false", "windowed_kv_cache=false"]
@@ -60,9 +59,9 @@ def build_base(checkpoint: Path, out: Path, precision: str = "fp32", target: str
             stock = stock_view(checkpoint, Path(temporary) / "stock")
             given = (str(_for_builder(stock, Path(temporary))), str(out), precision, target, f"{temporary}/cache")
             options = builder.parse_extra_options("", *given, [*_OPTIONS, *_TARGET_OPTIONS[target]])
-            unrotated = _prepare(options["hf_details"]["hf_config"])
+            missing = _prepare(options["hf_details"]["hf_config"])
             builder.create_model("", *given, **options)
-            _complete(out, unrotated)
+            _complete(out, missing)
             _set_tokens(out, end_tokens(checkpoint))
             drop_code(out)
         except Exception as error:  # the builder raises whatever its hundred code paths meet
@@ -115,32 +114,42 @@ def _for_builder(checkpoint: Path, temporary: Path) -> Path:
     return folder
 
 
-def _prepare(config: Any) -> list[int]:
-    """Change a configuration so that the builder exports what transformers computes; returns the layers whose rotary embedding `_complete` takes out.
+class _Missing(NamedTuple):
+    """What `_complete` puts into a built graph: no rotation in the layers `unrotated`, and a rotation of other frequencies [d_h / 2] and their factor."""
+
+    unrotated: list[int]
+    rotary: tuple[Tensor, float] | None
+
+
+def _prepare(config: Any) -> _Missing:
+    """Change a configuration so that the builder exports what transformers computes; returns what it leaves to `_complete`.
 
     Defects of the builder 0.18: it reads a sliding window only together with `layer_types`, which mistral and phi3 do not have, it fails on layers without
-    rotary embedding (smollm3) when the others rotate inside the attention op, and it takes absent fields of YaRN for 0.
+    rotary embedding (smollm3) when the others rotate inside the attention op, and its YaRN takes absent fields for 0 and does not round to whole dimensions.
     """
     layers = config.num_hidden_layers
-    rope = getattr(config, "rope_parameters", None)
+    rope, rotary = getattr(config, "rope_parameters", None), None
     if isinstance(rope, dict) and rope.get("rope_type") == "yarn":
-        config.rope_parameters = _YARN | {name: value for name, value in rope.items() if value is not None}
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        rotary = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+        config.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     if getattr(config, "sliding_window", None) and getattr(config, "layer_types", None) is None:
         config.layer_types = ["sliding_attention"] * layers
     rotated = getattr(config, "no_rope_layers", None) or [1] * layers  # 1 means that the layer does rotate
     if not all(rotated):
         config.no_rope_layers = [1] * layers
-    return [layer for layer in range(layers) if not rotated[layer]]
+    return _Missing([layer for layer in range(layers) if not rotated[layer]], rotary)
 
 
-def _complete(folder: Path, unrotated: list[int]) -> None:
-    """Finish the built graph: no rotation in the layers `unrotated`, and a fixed head size in the cache's shapes, so that an app can read it from the file."""
+def _complete(folder: Path, missing: _Missing) -> None:
+    """Finish the built graph by what is `missing`, and a fixed head size in the cache's shapes, so that an app can read it from the file."""
     size = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]["head_size"]
     model = ir.load(folder / MODEL)
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None and len(value.shape) == 4:
             value.shape = ir.Shape([*value.shape[:3], size])
-    caches = {f"past_key_values.{layer}.key" for layer in unrotated}
+    caches = {f"past_key_values.{layer}.key" for layer in missing.unrotated}
     for value in model.graph.inputs:
         if value.name in caches:
             ((attention, _),) = value.uses()
@@ -148,6 +157,13 @@ def _complete(folder: Path, unrotated: list[int]) -> None:
             for index, given in enumerate(attention.inputs):
                 if given is not None and given.name in ("cos_cache", "sin_cache"):
                     attention.replace_input_with(index, None)
+    if missing.rotary is not None:
+        frequencies, factor = missing.rotary
+        for name, function in (("cos_cache", torch.cos), ("sin_cache", torch.sin)):
+            table = model.graph.initializers[name]
+            assert table.shape is not None and table.dtype is not None
+            angles = torch.outer(torch.arange(int(table.shape.numpy()[0])).float(), frequencies.float())
+            table.const_value = ir.Tensor((function(angles) * factor).numpy().astype(table.dtype.numpy()), name=name)
     ir.save(model, folder / MODEL)
 
 
