@@ -1,7 +1,7 @@
 """Renders a chat template in a process of its own, because a template comes with a model and is not to be trusted.
 
-As a script this file reads {"template", "variables", "conversations"} as JSON and writes {"texts"} or {"error"}. Inside, jinja2's immutable sandbox keeps a template from
-Python's objects; the process bounds its time and its memory, which no sandbox does.
+As a script this file reads {"template", "variables", "conversations"} as JSON and writes {"texts"} or {"error"}. Inside, jinja2's immutable sandbox keeps a
+template from Python's objects; the process bounds its time and its memory, which no sandbox does.
 """
 
 from __future__ import annotations

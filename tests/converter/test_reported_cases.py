@@ -2,9 +2,9 @@
 
 | # | case | test |
 |---|---|---|
-| 1 | the model lies in OUT.work; unrelated folders of such names | test_work_folder.py::test_a_model_that_lies_where_the_stages_would_is_refused, ::test_neighbours_survive_a_conversion |
-| 2 | prompts that end in the pad token | test_export_text.py::test_prompts_that_end_in_pads, test_text_conversion.py::test_generate_answers_a_chat_that_ends_in_a_pad |
-| 3 | several end tokens; a tokenizer's own | test_export_text.py::test_every_end_token_ends_a_text, test_text_conversion.py::test_the_folder_has_the_ends_of_transformers_and_no_pad |
+| 1 | the model lies in OUT.work; unrelated folders of such names | test_work_folder.py::test_a_model_that_lies_where_the_stages_would_is_refused and others |
+| 2 | prompts that end in the pad token | test_export_text.py::test_prompts_that_end_in_pads, test_text_conversion.py |
+| 3 | several end tokens; a tokenizer's own | test_export_text.py::test_every_end_token_ends_a_text, test_text_conversion.py |
 | 4 | tokenizers that genai reads otherwise | test_export_text.py::test_tokenizers_that_genai_reads_otherwise, runtime_onnx/test_text.py |
 | 5 | a head beside a tied embedding | here |
 | 6 | modes of files | test_stage_damage.py::test_every_file_has_the_mode_that_the_umask_says |
