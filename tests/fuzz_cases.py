@@ -37,12 +37,13 @@ ADDRESSES = 6 << 30  # bytes of address space beyond the present that a child ma
 
 @dataclass(frozen=True)
 class Row:
-    """A file below the fuzzed folders ("" for flags), how it is damaged, and who reads it then, in turns."""
+    """A file below the fuzzed folders ("" for flags), how it is damaged, and who reads it then, in turns; `slow` readers take a second."""
 
     file: str
     mutate: Callable[[bytes, random.Random], Mutation]
     readers: tuple[str, ...]
     weight: int = 2
+    slow: tuple[str, ...] = ()
 
 
 ROWS = (
@@ -52,13 +53,13 @@ ROWS = (
     Row("model/tokenizer.json", mutate_json, ("words",), 3),
     Row("model/tokenizer_config.json", mutate_json, ("words",), 3),
     Row("model/generation_config.json", mutate_json, ("inspect", "ends"), 2),
-    Row("out/config.json", mutate_json, ("load", "text"), 3),
-    Row("out/sparsity/sparsity.safetensors", mutate_safetensors, ("load",), 5),
-    Row("out/manifest.json", mutate_json, ("files", "judged"), 3),
-    Row("out/onnx/genai_config.json", mutate_json, ("decoder", "generate", "link"), 5),
-    Row("out/onnx/model.onnx", mutate_bytes, ("decoder", "generate", "link"), 5),
-    Row("out/onnx/model.onnx.data", mutate_bytes, ("decoder",), 2),
-    Row("out/onnx/tokenizer.json", mutate_json, ("text", "generate"), 3),
+    Row("out/config.json", mutate_json, ("load", "text"), 3, ("judged",)),
+    Row("out/sparsity/sparsity.safetensors", mutate_safetensors, ("load",), 5, ("judged",)),
+    Row("out/manifest.json", mutate_json, ("files",), 3, ("judged",)),
+    Row("out/onnx/genai_config.json", mutate_json, ("decoder", "generate", "link", "bench"), 5, ("judged",)),
+    Row("out/onnx/model.onnx", mutate_bytes, ("decoder", "generate", "link", "bench"), 5, ("judged",)),
+    Row("out/onnx/model.onnx.data", mutate_bytes, ("decoder", "bench"), 2, ("judged",)),
+    Row("out/onnx/tokenizer.json", mutate_json, ("text", "generate"), 3, ("judged",)),
     Row("out/onnx/tokenizer_config.json", mutate_json, ("text", "generate"), 2),
     Row("out/onnx/chat_template.jinja", mutate_text, ("chat",), 1),
     Row("linked/sparsegate_link.json", mutate_json, ("unlink",), 1),
@@ -97,15 +98,15 @@ GOOD = ("refused", "accepted")
 
 def undamaged() -> list[Case]:
     """Every reader on folders as they were made: seed 0 damages nothing."""
-    return [Case(0, k, reader) for k, row in enumerate(ROWS) if row.file for reader in dict.fromkeys(row.readers)]
+    return [Case(0, k, reader) for k, row in enumerate(ROWS) if row.file for reader in dict.fromkeys(row.readers + row.slow)]
 
 
-def draw(count: int, seed: int, files: Sequence[str] | None = None) -> list[Case]:
-    """`count` cases, rows by weight."""
+def draw(count: int, seed: int, files: Sequence[str] | None = None, slow: bool = False) -> list[Case]:
+    """`count` cases, rows by weight; with `slow` readers where asked."""
     drawn = random.Random(seed)
     rows = [k for k, row in enumerate(ROWS) if files is None or row.file in files]
     chosen = drawn.choices(rows, weights=[ROWS[k].weight for k in rows], k=count)
-    return [Case(drawn.randrange(1, 1 << 40), k, drawn.choice(ROWS[k].readers)) for k in chosen]
+    return [Case(drawn.randrange(1, 1 << 40), k, drawn.choice(ROWS[k].readers + (ROWS[k].slow if slow else ()))) for k in chosen]
 
 
 def make_folders(root: Path) -> Path:

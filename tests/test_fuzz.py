@@ -40,7 +40,7 @@ def test_damaged_files_and_flags(folders: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(SLOW // 400))
 def test_many_damaged_files_and_flags(seed: int, folders: Path, tmp_path: Path) -> None:
-    found = run(draw(400, 1000 + seed), folders, tmp_path / "p")
+    found = run(draw(400, 1000 + seed, slow=True), folders, tmp_path / "p")
     assert not faults(found), "\n\n".join(faults(found))
     assert {ROWS[case.case.row].file for case in found} == {row.file for row in ROWS}
 
