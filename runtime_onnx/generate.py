@@ -192,7 +192,8 @@ def _foreign() -> Path | None:
 
 
 def _installed(path: Path) -> bool:
-    return hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(library_path().read_bytes()).digest()
+    ours = library_path()
+    return path.stat().st_size == ours.stat().st_size and hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(ours.read_bytes()).digest()
 
 
 def _genai() -> Any:

@@ -29,6 +29,7 @@ from .untrusted import inside, load_json, parse_json
 
 RECORD = "sparsegate_link.json"
 _WHAT = "A linked folder"
+_LARGEST = 1 << 28  # bytes of a library: ours have a hundredth of it
 _log = logging.getLogger("sparsegate")
 
 
@@ -140,6 +141,8 @@ def _record(folder: Path) -> dict[str, str]:
 
 def _ours(folder: Path) -> bool:
     """Whether the library in `folder` is what the record says that `link` put there, or the installed one."""
+    if not (folder / LIBRARY).is_file() or (folder / LIBRARY).stat().st_size > _LARGEST:
+        return False
     found = _hash((folder / LIBRARY).read_bytes())
     return found in (_record(folder)["sha256"], _hash(library_path().read_bytes()))
 

@@ -12,9 +12,11 @@ from typing import Any
 from . import chat_template
 from .errors import InputError
 from .library import model_file
-from .untrusted import load_json
+from .untrusted import load_json, read_bytes
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+LARGEST_TEMPLATE = 1 << 22
+"""Bytes of a chat template; the largest have a hundredth of it."""
 _CONTEXT = 8  # tokens before a text that decide how it begins
 _INCOMPLETE = "\ufffd"  # what a decoder makes of bytes that are no whole character
 
@@ -153,9 +155,9 @@ def find_template(path: str | Path) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} must be text in UTF-8, got other bytes ({error}). Convert or download the folder again.") from None
+            return read_bytes(file, LARGEST_TEMPLATE).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+        except ValueError as error:  # bytes of another encoding, too
+            raise ValueError(f"{file} must be a template in UTF-8, got another file ({error}). Convert or download the folder again.") from None
     given = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(given, list):
         given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
