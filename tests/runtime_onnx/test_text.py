@@ -166,9 +166,9 @@ def test_a_template_sees_no_environment_and_writes_no_file(tmp_path: Path, monke
     monkeypatch.setenv("HF_TOKEN", "secret")
     program = tmp_path / "probe.py"
     source = Path(chat_template.__file__).read_text(encoding="utf-8")
-    probe = f"text = str([__import__('os').environ.get('HF_TOKEN'), _try({str(tmp_path / 'out')!r})])"
+    probe = f"texts = [str([__import__('os').environ.get('HF_TOKEN'), _try({str(tmp_path / 'out')!r})])]"
     helper = "def _try(path):\n    try:\n        open(path, 'wb', 0).write(b'x')\n        return 'written'\n    except OSError:\n        return 'refused'\n\n\n"
-    rendered = 'text = environment.from_string(given["template"]).render(**given["variables"])'
+    rendered = 'texts = [compiled.render(**{**given["variables"], "messages": messages}) for messages in given["conversations"]]'
     assert rendered in source
     program.write_text(source.replace(rendered, f"{probe}").replace("def _answer(", helper + "def _answer("), encoding="utf-8")
     monkeypatch.setattr(chat_template, "__file__", str(program))
