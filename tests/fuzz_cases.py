@@ -97,8 +97,8 @@ GOOD = ("refused", "accepted")
 
 
 def undamaged() -> list[Case]:
-    """Every reader on folders as they were made: seed 0 damages nothing."""
-    return [Case(0, k, reader) for k, row in enumerate(ROWS) if row.file for reader in dict.fromkeys(row.readers + row.slow)]
+    """Every reader of a file on folders as they were made: seed 0 damages nothing."""
+    return list({reader: Case(0, k, reader) for k, row in enumerate(ROWS) if row.file for reader in row.readers + row.slow}.values())
 
 
 def draw(count: int, seed: int, files: Sequence[str] | None = None, slow: bool = False) -> list[Case]:
