@@ -27,7 +27,7 @@ from ..runtime_onnx.genai_config import check_config
 from ..runtime_onnx.untrusted import check_data, check_name, inside, is_data, load_json
 from .artifact import InputError, disk_full, is_disk_full, known_hash, read_json, size, write_json
 from .hub_errors import TOKENS, Unreachable, explained
-from .listing import SMALL
+from .listing import SMALL, unlisted
 from .manifest import LINK_FILES, MANIFEST, check_files, check_links, read_manifest
 from .progress import job, stage
 
@@ -399,7 +399,8 @@ def _check_uploaded(api: HfApi, repo_id: str, folder: Path, names: list[str]) ->
 def _check_folder(folder: Path) -> list[str]:
     """The files of a checkpoint folder as its manifest lists them.
 
-    Raises InputError when one is missing, altered, outside, a link, or of a kind that no checkpoint has, and when the folder is linked to the native library.
+    Raises InputError when one is missing, altered, outside, a link, not listed, or of a kind that no checkpoint has, and when the folder is linked to the
+    native library.
     """
     check_links(folder)
     manifest, quoted = read_manifest(folder), shlex.quote(str(folder))
@@ -418,6 +419,9 @@ def _check_folder(folder: Path) -> list[str]:
         raise InputError(f"{folder} must be as its manifest.json says, got: {wrong[0]}. Restore the file or convert the model again.")
     if not (folder / "README.md").is_file():
         raise InputError(f"{folder} must hold a model card, got no README.md. Convert the model again.")
+    lacking = [line for line in unlisted(folder, manifest) if not line.startswith("README.md ")]
+    if lacking:
+        raise InputError(f"manifest.json must list every file of a checkpoint, got {len(lacking)} left out: {lacking[0]}. Convert the model again.")
     return [*manifest.files, *(["README.md"] if "README.md" not in manifest.files else [])]
 
 

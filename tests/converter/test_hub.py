@@ -77,13 +77,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def make_checkpoint(folder: Path, extra: dict[str, bytes] | None = None) -> Path:
     files = {
-        "config.json": json.dumps({**CONFIG, "sparsity": {"version": 1}}).encode(),
+        "config.json": json.dumps({**CONFIG, "sparsity": {"version": 1, "sites": {}}}).encode(),
         "model.safetensors": WEIGHTS,
         "sparsity/sparsity.safetensors": WEIGHTS,
         "onnx/model.onnx": b"graph",
         "onnx/model.onnx.data": bytes(1000),
         "onnx/genai_config.json": json.dumps(GENAI).encode(),
         "README.md": b"---\nlicense: mit\n---\n# card\n",
+        "report/report.json": b"{}",
         **(extra or {}),
     }
     for name, data in files.items():
@@ -405,6 +406,7 @@ def test_push_refuses_what_is_no_finished_checkpoint(server: HubServer, tmp_path
         "inside its own folder": altered("outside", lambda folder: relist(folder, lambda files: files.update({"../secret": outside}))),
         "README.md is missing": altered("lost-card", lambda folder: (folder / "README.md").unlink()),
         "model card": altered("no-card", lambda folder: ((folder / "README.md").unlink(), relist(folder, lambda files: files.pop("README.md")))),
+        "onnx/model.onnx is not listed": altered("off-list", lambda folder: relist(folder, lambda files: files.pop("onnx/model.onnx"))),
         "sparsegate_link.json": altered("linked", lambda folder: (folder / "onnx" / "sparsegate_link.json").write_text("{}")),
         "sparsegate unlink": altered("named", lambda folder: (folder / "onnx/genai_config.json").write_text('{"custom_ops_library": "libx.so"}')),
     }
