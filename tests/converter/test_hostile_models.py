@@ -141,6 +141,7 @@ def test_a_published_folder_passes_no_link_on(model: Path, tmp_path: Path) -> No
 def test_results_are_written_through_no_link(tmp_path: Path, write: Callable[[Path], object]) -> None:
     folder = make_checkpoint(tmp_path / "out")
     (tmp_path / "mine").mkdir()
+    shutil.rmtree(folder / "report")
     (folder / "report").symlink_to(tmp_path / "mine")
     with pytest.raises(InputError, match=r"must hold regular files and folders alone, got report, a link") as error:
         write(folder)
