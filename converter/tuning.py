@@ -17,7 +17,7 @@ from .mixtures import FOLDER as MIXTURE
 from .opening import resolve
 from .planning import BUNDLED_MODEL, BUNDLED_NAME, SELF, named_recipe, training_stages
 from .plans import check_exact
-from .recipe import Recovery, Stage, make_part, read_recipe
+from .recipe import MOST_SEED, Recovery, Stage, make_part, read_recipe
 from .recovery_stage import EVALUATED, Evaluation, Tuned, present, processes_for, tuned
 from .report.recovery import RECOVERY, RecoveryRecord
 from .source import Source
@@ -48,6 +48,8 @@ def tune(
     processes call this. Raises InputError for every user's mistake; OUT then does not appear, and the same call goes on with an interrupted training.
     """
     asked = read_recipe(named_recipe(recipe or DEFAULT), None if model is None else str(model), BUNDLED_MODEL)
+    if seed is not None and not 0 <= seed <= MOST_SEED:
+        raise InputError(f"seed must be from 0 to {MOST_SEED}, got {seed}. Choose another number.")
     stages = training_stages(asked)
     if not stages:
         raise InputError(f"The recipe must have a stage with tune, got none in {recipe}. Add it, or take {DEFAULT}.")

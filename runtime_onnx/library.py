@@ -13,13 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .untrusted import inside, parse_json
+from .untrusted import inside, parse_json, read_bytes
 
 if TYPE_CHECKING:
     import onnx
 
 LIBRARY = "libsparsegate_onnx.so"  # file name and SONAME
 VARIANTS = "ai.sparsegate.variants"  # metadata key of model.onnx: JSON list of variant names
+LARGEST_MODEL = (1 << 31) - 1
+"""Bytes that a protobuf message may have; larger weights lie beside it."""
 DENSE = "a dense model: it has no op of ai.sparsegate"
 PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")  # those the library has kernels for, the second where it was built so
 WITH_CUDA = "pip install --force-reinstall --no-deps -C cmake.define.SPARSEGATE_CUDA=ON sparsegate"  # needs nvcc
@@ -135,8 +137,8 @@ def _read(file: Path) -> onnx.ModelProto:
     from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.load(str(file), load_external_data=False)
-    except DecodeError as error:
+        model = onnx.load_model_from_string(read_bytes(file, LARGEST_MODEL))
+    except (DecodeError, ValueError) as error:
         raise ValueError(f"{file} must be an ONNX model, got bytes that do not parse ({error}). Fetch or convert it again.") from None
     tensors = [*model.graph.initializer, *_constants(model.graph.node), *(tensor for function in model.functions for tensor in _constants(function.node))]
     for place in {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from models import make_model
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph
+from safetensors import SafetensorError
 from small_recipe import WITHOUT_SPEED, Done, call_cli, run_cli, small_recipe
 
 import sparsegate.runtime_onnx as runtime
@@ -230,6 +232,9 @@ def test_wrong_usage_is_status_2(words: list[str], call: Callable[..., Done]) ->
         (["convert", "MODEL", "--target", "npu"], "target must be one of cpu, cuda, got 'npu'"),
         (["convert", "MODEL", "--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
         (["convert", "MODEL", "--seed", "-1"], "seed must be valid"),
+        (["convert", "MODEL", "--seed", "9223372036854775808"], "seed must be valid"),
+        (["tune", "MODEL", "--seed", "9223372036854775808"], "seed must be from 0 to 4294967295"),
+        (["convert", "MODEL", "--calibration", "/dev/zero"], "must be a regular UTF-8 file"),
         (["convert", "MODEL", "-o", "TMP"], "OUT must be a new folder"),
         (["convert", "MODEL", "--calibration", "TMP/nothing.txt"], "TMP/nothing.txt"),
         (["convert", "MODEL", "--push", "no spaces, please"], "owner/name"),
@@ -327,6 +332,27 @@ def test_errors_of_the_system_are_one_line(call: Callable[..., Done], monkeypatc
     monkeypatch.setattr(diagnosis, "diagnose", interrupted)
     done = call("doctor")
     assert done.status == 130 and "Interrupted" in done.err and "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("Unable to allocate 1 TiB"), "The work must fit into memory, got: Unable to allocate 1 TiB"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), "The work must fit into memory"),
+        (RecursionError("maximum recursion depth exceeded"), "Values must not lie so deep"),
+        (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"), "Names and texts must be UTF-8"),
+        (RuntimeError("Symlink loop from 'x'"), "A path must lead to a file or folder, got a link to itself"),
+        (InvalidGraph("Node (a) is\nbroken"), "ONNX Runtime must be able to read the files, got: Node (a) is broken"),
+        (SafetensorError("header too large"), "safetensors must be able to read the files, got: header too large"),
+    ],
+)
+def test_what_no_reader_refused_is_one_line(error: Exception, said: str, call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(diagnosis, "diagnose", fail)
+    done = call("doctor")
+    assert (done.status, done.out) == (2, "") and done.err.startswith(f"sparsegate: {said}") and done.err.count("\n") == 1, done
 
 
 # convert and inspect

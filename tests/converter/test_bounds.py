@@ -181,6 +181,12 @@ def put(data: bytes, key: str, value: bytes) -> bytes:
     return data[:at] + value + data[at + len(value) :]
 
 
+def put_type(data: bytes, kind: int) -> bytes:
+    """The file with another type of a matrix; before it stand the name, 4 bytes of the number of its dimensions, and 8 of each."""
+    at = data.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 2 * 8
+    return data[:at] + struct.pack("<I", kind) + data[at + 4 :]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -192,6 +198,8 @@ def put(data: bytes, key: str, value: bytes) -> bytes:
         (lambda data: data.replace(struct.pack("<Q", 5) + b"llama", struct.pack("<Q", 5) + b"\xffabcd", 1), "metadata"),
         (lambda data: data[:16] + struct.pack("<Q", 1 << 60) + data[24:], "a damaged one"),
         (lambda data: data[: len(data) // 2], "it ends too early"),
+        (lambda data: put_type(data, 99), "99 is not a valid GGMLQuantizationType"),
+        (lambda data: put_type(data, 24), "token_embd.weight of .* must run, got"),
     ],
 )
 def test_a_powerinfer_file_counts_what_it_holds(change: Callable[[bytes], bytes], said: str, powerinfer: Path, tmp_path: Path) -> None:
