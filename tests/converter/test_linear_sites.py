@@ -439,7 +439,7 @@ def test_load_equals_apply(model_type: str, tiny_model: Callable[[str], Path], t
         ("layers.0.linear.q_proj", {"score": "gate"}, ("input", "'gate'")),
         ("layers.1.ffn", {"score": "input"}, ("gate, predictor", "'input'")),
         ("layers.1.ffn", {"rank": R + 1}, ("fc1", str(R + 1), f"[{R}, {D}]")),
-        ("layers.1.ffn", {"rank": None}, ("fc1", "None")),
+        ("layers.1.ffn", {"rank": None}, ("rank", "None")),
         ("layers.1.ffn", {"residual": False}, ("density", "rank")),
         ("layers.0.linear.q_proj", {"density": 2}, ("0 to 1", "2")),
     ],
