@@ -29,6 +29,11 @@ def check_model(arch: Arch, config: Any, stored: Stored) -> None:
             if name in stored or not weight.optional:
                 _check_tensor(name, arch.shape(config, weight), stored)
     _check_tensor(arch.embedding, (arch.size(config, "vocab"), arch.size(config, "hidden")), stored)
+    check_parameters(config, stored)
+
+
+def check_parameters(config: Any, stored: Stored) -> None:
+    """The part of `check_model` that needs no architecture file: every parameter of transformers' class. Raises InputError as it does."""
     model = meta_model(config)
     needed = {name for name, _ in model.named_parameters()}  # of tied ones the first name
     for name, tensor in model.state_dict().items():

@@ -55,7 +55,7 @@ def _sparsellama(raw: dict[str, Any]) -> str:
     kind = {"fatrelu": "fatrelu", "shiftrelu": "shifted_relu"}.get(str(name))
     if kind is None:
         raise InputError(f"hidden_act of a sparsellama model must be fatrelu, shiftrelu, relu or a stock activation, got {name!r}. Convert it by its own code.")
-    if isinstance(parameter, bool) or not isinstance(parameter, int | float) or not abs(parameter) <= np.finfo(np.float32).max:
+    if isinstance(parameter, bool) or not isinstance(parameter, int | float) or not abs(parameter) <= float(np.finfo(np.float32).max):
         raise InputError(f"hidden_act_param must be a finite number for {name}, got {parameter!r}. Mend config.json.")
     # v >= b in float32 is v > the next float32 below b
     value = np.nextafter(np.float32(parameter), np.float32(-np.inf)) if kind == "fatrelu" and parameter > 0 else np.float32(parameter)

@@ -23,7 +23,7 @@ from .blocks import ffn_activation, ffn_down, ffn_parts, ffn_products
 from .checkpoint import read_sparsity
 from .modeling import register
 from .plans import Entry, Plan, Predictor, Swap, Threshold, activation_at, check_plan, deciding, linear_rows, linear_shapes
-from .source import open_source
+from .source import check_weights
 from .tensor_files import first_line
 
 NEAR = 1e-5
@@ -294,12 +294,12 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
 def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The transformers model of a folder, in evaluation mode: a stock one, or one with swapped activations.
 
-    Raises InputError as `open_source` does, so that no weight is made up, and with transformers' own reason when it does not load.
+    Raises InputError as `check_weights` does, so that no weight is made up, and with transformers' own reason when it does not load.
     """
     from transformers import AutoModelForCausalLM
 
     register()
-    open_source(folder, sparse=True)
+    check_weights(folder)
     try:
         model, seen = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True

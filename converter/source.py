@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..runtime_onnx.untrusted import inside
-from .arch import PREFIX, Arch, Site, load_arch
+from .arch import PREFIX, Arch, Site, load_arch, supported
 from .artifact import InputError, hash_json, known_hash, read_json, write_json
 from .checkpoint import KEY, read_key, read_sparsity, stock_config
 from .config_bounds import check_backed, check_counts
-from .model_check import Stored, check_model
+from .model_check import Stored, check_model, check_parameters
 from .plans import Swap
 from .tensor_files import FLOATS, damaged, first_line, read_header
 from .weight_names import check_names
@@ -158,6 +158,18 @@ def open_source(model: str | Path, id: str | None = None, revision: str | None =
     tensors = _read_headers(folder)
     config = backed_config(arch, raw, stored(tensors))
     return Source(folder.resolve(), config, arch, tensors, id, revision, swaps=swaps)
+
+
+def check_weights(folder: Path) -> None:
+    """Raise InputError as `open_source` where transformers would make weights up or read them as what they are not; of a model type without an architecture file
+    what its class alone tells is checked.
+    """
+    model_type = str(read_json(folder / "config.json", "config.json").get("model_type"))
+    if model_type.removeprefix(PREFIX) in supported():
+        open_source(folder, sparse=True)
+        return
+    tensors = _read_headers(folder)
+    check_parameters(make_config(read_json(folder / "config.json", "config.json")), stored(tensors))
 
 
 def check_config(raw: dict[str, Any]) -> None:

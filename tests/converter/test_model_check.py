@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MODEL_TYPES
+from models import MODEL_TYPES, OTHER_TYPES, make_model
 from safetensors.torch import load_file, save_file
 
 from sparsegate.converter import convert
@@ -124,6 +124,17 @@ def test_what_no_class_computes_with_may_be_of_any_kind(model: Path) -> None:
     assert torch.equal(load_dense(model)(input_ids=torch.arange(8)[None]).logits, expected)
     with pytest.raises(InputError, match="position_ids must be a float tensor, got I64"):
         open_source(model).read(["model.embeddings.position_ids"])
+
+
+@pytest.mark.parametrize("model_type", OTHER_TYPES)
+def test_types_without_an_architecture_file(model_type: str, tmp_path: Path) -> None:
+    """They are no model to convert, but nothing of them is made up either."""
+    folder = make_model(model_type, tmp_path / "m")
+    load_dense(folder)
+    name = next(name for name in sorted(load_file(folder / SINGLE)) if name.endswith("norm.weight") or ".ln_" in name or "mlp" in name)
+    rewrite(folder, lambda t: t.pop(name))
+    with pytest.raises(InputError, match=f"must hold {name}"):
+        load_dense(folder)
 
 
 # Headers and shards
