@@ -160,16 +160,18 @@ def open_source(model: str | Path, id: str | None = None, revision: str | None =
     return Source(folder.resolve(), config, arch, tensors, id, revision, swaps=swaps)
 
 
-def check_weights(folder: Path) -> None:
-    """Raise InputError as `open_source` where transformers would make weights up or read them as what they are not; of a model type without an architecture file
-    what its class alone tells is checked.
+def check_weights(model: str | Path) -> None:
+    """Raise InputError as `open_source` where transformers would make weights up or read them as what they are not.
+
+    Of a model type without an architecture file what its class alone tells is checked.
     """
-    model_type = str(read_json(folder / "config.json", "config.json").get("model_type"))
-    if model_type.removeprefix(PREFIX) in supported():
-        open_source(folder, sparse=True)
+    config = Path(model) / "config.json"
+    raw = read_json(config, config.name)
+    if str(raw.get("model_type")).removeprefix(PREFIX) in supported():
+        open_source(model, sparse=True)
         return
-    tensors = _read_headers(folder)
-    check_parameters(make_config(read_json(folder / "config.json", "config.json")), stored(tensors))
+    tensors = _read_headers(config.parent)
+    check_parameters(make_config(raw), stored(tensors))
 
 
 def check_config(raw: dict[str, Any]) -> None:
