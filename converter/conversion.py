@@ -245,16 +245,16 @@ def _converted(order: _Order, opened: _Opened, running: Job) -> Result:
     with stage("text"):
         texts = _texts(source, asked, training_windows(configs), work)
     original, source, record = (source, recovered.source, recovered.record) if recovered else (None, source, opened.record)
+    graphs = make_graphs(source, texts, asked, work, original)  # first: a graph that is not the model ends it before minutes of calibration
     searched = asked
     if asked.budget.bounded and PRECISIONS[asked.export.precision].bits is not None:
-        searched = room(asked, make_graphs(source, texts, asked, work, original))
+        searched = room(asked, graphs)
     if recovered and TUNED in configs:
         plans = {TUNED: keep_plan(recovered.plan, recovered.header, work)}
         if any(len(entries) > 1 for entries in recovered.plan.values()):  # predictors: what the zeros alone would give stands beside
             plans[EXACT] = keep_plan({site: entries[:1] for site, entries in recovered.plan.items()}, recovered.header, work, EXACT)
     else:
         plans = once(source, texts, searched, configs, work, device, original)
-    graphs = make_graphs(source, texts, asked, work, original)
     with stage("quality"):
         measured = measure(source, plans, _sparsities(configs, asked), texts, asked, work, original)
     chosen, candidates = choose(measured, source, texts, graphs, asked, work, original)

@@ -30,7 +30,8 @@ def convert(
         Path | None, typer.Option(help="YAML file in place of the flags that it covers, or the name of one that comes along: turbosparse, turbosparse_paper.")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="UTF-8 text, its last fifth held out; or self: text that the model writes. Default: Python source that comes along.")
+        Path | None,
+        typer.Option(help="UTF-8 text, or JSON lines (.jsonl); its last fifth is held out. Or self: text that the model writes. Default: Python source."),
     ] = None,
     precision: Annotated[str | None, typer.Option(help="Of the gated weights in ONNX: fp32 (the default; fp16 for cuda), fp16, bf16, int8, int4.")] = None,
     target: Annotated[str | None, typer.Option(help="Where the ONNX model runs: cpu or cuda.")] = None,

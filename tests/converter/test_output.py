@@ -23,7 +23,7 @@ from sparsegate.converter.cli import main
 from sparsegate.converter.report import RESULTS, Report
 from sparsegate.converter.source import open_source
 
-STAGES = ["open", "text", "calibrate", "plan", "base graph", "quality", "export", "agreement"]
+STAGES = ["open", "text", "base graph", "calibrate", "plan", "quality", "export", "agreement"]
 
 
 class Shown(NamedTuple):

@@ -108,6 +108,16 @@ def test_yarn_gives_the_logits_of_transformers(kind: str, fields: dict[str, Any]
     assert compare_base(tmp_path / "onnx", load_dense(plain), tokens) > 100 * BOUND
 
 
+def test_a_graph_that_is_not_the_model_ends_it_before_calibration(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: Any) -> None:
+        raise InputError("The graph must be the model, got another one.")
+
+    monkeypatch.setattr(candidates, "make_base", wrong)
+    with pytest.raises(InputError, match="The graph must be the model"):
+        convert(recipe=small_recipe(model, tmp_path), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.work" / "stats").exists()
+
+
 @pytest.mark.parametrize(("precision", "value", "holds"), [("fp16", 7e4, False), ("fp16", 6e4, True), ("int4", 6e5, False)])
 def test_weights_beyond_half_precision(precision: str, value: float, holds: bool, model: Path, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
