@@ -271,6 +271,7 @@ def _shield() -> None:
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESSES, mapped + ADDRESSES))
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.alarm(1800)  # should nobody watch any more
 
 
 def mutation_of(case: Case, root: Path) -> tuple[Mutation, random.Random]:
