@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ...runtime_onnx.errors import explained
 from ...runtime_onnx.genai_config import check_config
+from ..arch import supported
 from ..artifact import InputError, disk_full, is_disk_full, read_json
 from ..reference import load_dense
 from ..source import drop_code, end_tokens, has_own_head, open_source, stock_view
@@ -64,6 +65,8 @@ def build_base(checkpoint: Path, out: Path, precision: str = "fp32", target: str
             _complete(out, missing)
             _set_tokens(out, end_tokens(checkpoint))
             drop_code(out)
+        except InputError:
+            raise
         except Exception as error:  # the builder raises whatever its hundred code paths meet
             if is_disk_full(error):
                 raise disk_full(out) from error
@@ -99,7 +102,7 @@ def _for_builder(checkpoint: Path, temporary: Path) -> Path:
     """
     config = read_json(checkpoint / "config.json", "config.json")
     changes: dict[str, Any] = {} if config.get("dtype", config.get("torch_dtype")) == "float32" else {"dtype": "float32"}
-    if has_own_head(open_source(checkpoint, sparse=True)):
+    if config.get("model_type") in supported() and has_own_head(open_source(checkpoint, sparse=True)):
         changes["tie_word_embeddings"] = False
     if not changes:
         return checkpoint
