@@ -159,7 +159,7 @@ def _contents(reader: Any, path: Path) -> dict[str, Any]:
 
 def _sizes(fields: Mapping[str, Any], architecture: str, tensors: int, path: Path) -> tuple[int, int, int]:
     """Heads, key-value heads and blocks. Raises InputError for what is no whole number and for more blocks than the file's tensors can back."""
-    found = {key: fields.get(f"{architecture}.{key}") for key in ("attention.head_count", "attention.head_count_kv", "block_count")}
+    found: dict[str, Any] = {key: fields.get(f"{architecture}.{key}") for key in ("attention.head_count", "attention.head_count_kv", "block_count")}
     for key, value in found.items():
         most = tensors if key == "block_count" else _HEADS
         if type(value) is not int or not 1 <= value <= most:

@@ -37,6 +37,7 @@ def render_all(template: str, variables: dict[str, Any], conversations: Sequence
 
 
 def _rendered(template: str, variables: dict[str, Any], conversations: Sequence[Any]) -> list[str]:
+    answer: dict[str, Any]
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     given = json.dumps({"template": template, "variables": variables, "conversations": list(conversations)}).encode()
     try:
