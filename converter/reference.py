@@ -301,9 +301,10 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     register()
     check_weights(folder)
     try:
-        model, seen = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
+        model, seen = loaded
     except Exception as error:  # transformers raises many kinds for damaged folders
         raise InputError(f"The model must load from {folder}, got: {first_line(error)}. Fetch the folder again.") from error
     made_up = sorted(map(str, {*seen["missing_keys"], *seen["mismatched_keys"]}))

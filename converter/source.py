@@ -36,7 +36,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 _PIECES = b"\n"  # how a sentencepiece model begins: its first field is the list of pieces
 _CODE = "auto_map"
-_CAUSAL = "ForCausalLM"
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
 _CONFIGS = ("config.json", "tokenizer_config.json", GENERATION_CONFIG, "processor_config.json", "preprocessor_config.json")
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 TOKENIZER_FILES = (
@@ -192,7 +192,7 @@ def check_config(raw: dict[str, Any]) -> None:
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise InputError(f"architectures in config.json must be a list of names, got {ascii(named):.100}. Mend the file.")
     if named and not any(name.endswith(_CAUSAL) for name in named):
-        raise InputError(f"MODEL must be a causal language model (...{_CAUSAL}), got {named[0]:.100}. Convert the model that it was made from.")
+        raise InputError(f"MODEL must be a causal language model (...{_CAUSAL[0]}), got {named[0]:.100}. Convert the model that it was made from.")
     for name in _KERNELS:
         if "/" in str(raw.get(name)):
             raise InputError(f"{name} in config.json must be one of transformers' own, got {raw[name]!r:.100}, code of a repository. Take that line out.")

@@ -139,6 +139,7 @@ def _replace_linear(graph: ir.Graph, region: LinearRegion, arch: Arch, form: Pre
     found: dict[ir.Node, Variant] = {}
     nodes: list[ir.Node] = []
     results: list[ir.Value] = []
+    first = region.parts[0]
     for part in region.parts:
         out = y
         if len(region.parts) > 1:
@@ -150,8 +151,8 @@ def _replace_linear(graph: ir.Graph, region: LinearRegion, arch: Arch, form: Pre
         if variant is not None:
             found[made[-1]] = variant
     if len(results) > 1:
-        name = f"{linear_place(region.layer, region.parts[0].names).rpartition('/')[0]}/Concat"
-        nodes.append(ir.Node("", "Concat", results, [ir.AttrInt64("axis", -1)], outputs=[y], name=name))  # pyright: ignore[reportGeneralTypeIssues]
+        name = f"{linear_place(region.layer, first.names).rpartition('/')[0]}/Concat"
+        nodes.append(ir.Node("", "Concat", results, [ir.AttrInt64("axis", -1)], outputs=[y], name=name))
     ir.convenience.replace_nodes_and_values(graph, product.nodes[-1], product.nodes, nodes, [old], [y])
     _drop(graph, [product.weight, *([] if product.bias is None else [product.bias])])
     return found

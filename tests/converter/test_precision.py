@@ -144,7 +144,7 @@ def test_dense_graph_is_the_builders_own(tiny, tmp_path, model_type, precision):
     with redirect_stdout(StringIO()):
         given = (str(one.checkpoint), str(tmp_path / "theirs"), precision, "cpu", str(tmp_path / "cache"))
         builder.create_model("", *given, **builder.parse_extra_options("", *given, list(base_graph._OPTIONS)))
-    base_graph._complete(tmp_path / "theirs", [])  # gives the cache's shapes their head size
+    base_graph._complete(tmp_path / "theirs", base_graph._Missing([], None))  # gives the cache's shapes their head size
     protos = {name: onnx.load(tmp_path / name / "model.onnx", load_external_data=False) for name in ("ours", "theirs")}
     ours, theirs = (stored(proto, tmp_path / name) for name, proto in protos.items())
     assert set(ours) == set(theirs)

@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,12 @@ import numpy as np
 import pytest
 import torch
 from models import make_model
+from pyarrow import table
+from pyarrow.parquet import write_table
 from safetensors.torch import load_file, save_file
 from small_recipe import small_recipe
 
-from sparsegate.converter import candidates
+from sparsegate.converter import candidates, documents
 from sparsegate.converter.artifact import InputError
 from sparsegate.converter.conversion import convert
 from sparsegate.converter.documents import read_whole
@@ -185,7 +189,7 @@ def test_json_lines_are_documents(tmp_path: Path) -> None:
         ("a.jsonl", '{"messages": "x"}', "messages in line 2 of .* must be a list of objects with role and content"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', "must be a list of objects with role and content"),
         ("a.ndjson", '{"text": "\\ud800"}', "half of a surrogate pair"),
-        ("a.parquet", "", "got a .parquet file, .* as JSON lines"),
+        ("a.parquet", "", "must be a .parquet file, got one that pyarrow refuses"),
         ("a.json", "", "got a .json file"),
     ],
 )
@@ -194,6 +198,33 @@ def test_lines_that_are_no_documents(name: str, line: str, said: str, tmp_path: 
     with pytest.raises(InputError, match=said) as error:
         read_whole(tmp_path / name, write_out)
     assert "\n" not in str(error.value)
+
+
+def test_rows_of_parquet_are_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = [{"role": "user", "content": "c"}]
+    rows = {"id": [1, 2, 3], "text": ["a", None, None], "content": [None, "b", "lost"], "messages": [None, None, conversation]}
+    file = tmp_path / "t.parquet"
+    write_table(table(rows), file)
+    assert read_whole(file, write_out) == ("a\n\nb\n\nlost", "t.parquet: 3 documents, 1 of the field text, 2 of the field content.")
+    write_table(table({"messages": [conversation] * 2}), file)
+    assert read_whole(file, write_out) == ("user: c\n\nuser: c", "t.parquet: 2 documents, 2 of the field messages.")
+    write_table(table({"text": ["a", None]}), file)
+    with pytest.raises(InputError, match="Row 2 of .* must have one of the fields text, content, messages, got 'text'"):
+        read_whole(file, write_out)
+    write_table(table({"body": ["a"]}), file)
+    with pytest.raises(InputError, match="must have a column text, content, messages, got .*body"):
+        read_whole(file, write_out)
+    write_table(table({"text": ["a" * 1000] * 5000}), file)  # a few bytes on the disk
+    monkeypatch.setattr(documents, "LARGEST_TEXT", 1 << 20)
+    assert file.stat().st_size < 1 << 16
+    with pytest.raises(InputError, match="must be at most 1 MiB, got more"):
+        read_whole(file, write_out)
+    os.mkfifo(tmp_path / "f.parquet")
+    with pytest.raises(InputError, match="must be a regular file"):
+        read_whole(tmp_path / "f.parquet", write_out)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match="must have pyarrow to be read, got none. Run pip install pyarrow"):
+        read_whole(file, write_out)
 
 
 def test_a_conversation_is_written_out_by_the_chat_template(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
