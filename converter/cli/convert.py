@@ -31,9 +31,7 @@ def convert(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(
-            help="UTF-8 text, .jsonl or .parquet; its last fifth is held out. Or self: text that the model writes. Default: Python source."
-        ),
+        typer.Option(help="UTF-8 text, .jsonl or .parquet; its last fifth is held out. Or self: text that the model writes. Default: Python source."),
     ] = None,
     precision: Annotated[str | None, typer.Option(help="Of the gated weights in ONNX: fp32 (the default; fp16 for cuda), fp16, bf16, int8, int4.")] = None,
     target: Annotated[str | None, typer.Option(help="Where the ONNX model runs: cpu or cuda.")] = None,
