@@ -1,7 +1,7 @@
 """sparsegate.converter: a Hugging Face model becomes a sparse checkpoint that ONNX Runtime runs.
 
 Public functions: convert, evaluate, inspect, load, make_report, push, tune, verify. They are imported when first used, so that importing stays quick.
-With the package imported, transformers' auto classes know models whose activation was swapped (`modeling`).
+With the package imported, transformers' auto classes know models whose activation was swapped (`modeling.swapped`).
 """
 
 from __future__ import annotations
@@ -9,34 +9,36 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .modeling import watch
+from .modeling.swapped import watch
 
 if TYPE_CHECKING:
-    from .conversion import convert, load, verify
-    from .evaluation import evaluate
-    from .hub import push
-    from .inspection import inspect
-    from .onnx_export import export
-    from .report import make_report
-    from .schedule import once as plan
+    from .checkpoint.writer import write_checkpoint as apply
+    from .onnx_export.gated_graph import export
+    from .pipeline.convert import convert
+    from .pipeline.evaluate import evaluate
+    from .pipeline.inspect import inspect
+    from .pipeline.load import load
+    from .pipeline.push import push
+    from .pipeline.schedule import once as plan
+    from .pipeline.tune import tune
+    from .pipeline.verify import verify
+    from .report.html import make_report
     from .stats.collect import collect as calibrate
-    from .tuning import tune
-    from .writer import write_checkpoint as apply
 
 __all__ = ["apply", "calibrate", "convert", "evaluate", "export", "inspect", "load", "make_report", "plan", "push", "tune", "verify"]
 _HOMES = {
-    "apply": (".writer", "write_checkpoint"),
+    "apply": (".checkpoint.writer", "write_checkpoint"),
     "calibrate": (".stats.collect", "collect"),
-    "convert": (".conversion", "convert"),
-    "evaluate": (".evaluation", "evaluate"),
-    "export": (".onnx_export", "export"),
-    "inspect": (".inspection", "inspect"),
-    "load": (".conversion", "load"),
-    "make_report": (".report", "make_report"),
-    "plan": (".schedule", "once"),
-    "push": (".hub", "push"),
-    "tune": (".tuning", "tune"),
-    "verify": (".conversion", "verify"),
+    "convert": (".pipeline.convert", "convert"),
+    "evaluate": (".pipeline.evaluate", "evaluate"),
+    "export": (".onnx_export.gated_graph", "export"),
+    "inspect": (".pipeline.inspect", "inspect"),
+    "load": (".pipeline.load", "load"),
+    "make_report": (".report.html", "make_report"),
+    "plan": (".pipeline.schedule", "once"),
+    "push": (".pipeline.push", "push"),
+    "tune": (".pipeline.tune", "tune"),
+    "verify": (".pipeline.verify", "verify"),
 }
 
 

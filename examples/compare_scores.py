@@ -22,13 +22,16 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sparsegate.converter.analysis import Outcome, Setting, analyse_all, sparse_answers
-from sparsegate.converter.artifact import InputError
-from sparsegate.converter.data import BUNDLED, CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text
+from sparsegate.converter.bundled import BUNDLED, CALIBRATION_TEXT, HELDOUT_TEXT
+from sparsegate.converter.checkpoint.source import end_tokens, open_source
+from sparsegate.converter.evaluation.analysis.answers import sparse_answers
+from sparsegate.converter.evaluation.analysis.executor import analyse_all
+from sparsegate.converter.evaluation.analysis.setting import Outcome, Setting
 from sparsegate.converter.evaluation.answers import import_sacrebleu
-from sparsegate.converter.reference import load_dense
+from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.scores import load_score
-from sparsegate.converter.source import end_tokens, open_source
+from sparsegate.converter.text.windows import Batches, make_batches, read_text
+from sparsegate.runtime_onnx.errors import InputError
 
 KINDS = {"mlp": ("ffn",), "attention": ("attn",), "both": ("ffn", "attn")}
 METRICS = ("abs_z", "magnitude", "gradient", "gxo", "snip", "fisher", "integrated_gradients", "corrected_gxo")

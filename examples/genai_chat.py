@@ -14,7 +14,8 @@ import logging
 
 import onnxruntime_genai as og
 
-from sparsegate.runtime_onnx import Tokenizer, end_tokens, load
+from sparsegate.runtime_onnx.generate import end_tokens, load
+from sparsegate.runtime_onnx.text import Tokenizer
 
 
 def encode(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:

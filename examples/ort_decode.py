@@ -34,7 +34,7 @@ def find_folder(model: str) -> Path:
 def open_session(folder: Path) -> ort.InferenceSession:
     """A session with sparsegate's kernels where they are installed and support the model."""
     try:
-        from sparsegate.runtime_onnx import executor, library_path
+        from sparsegate.runtime_onnx.library import executor, library_path
     except ImportError:
         print("sparsegate is not installed: standard ONNX ops run", file=sys.stderr)
         return ort.InferenceSession(str(folder / "model.onnx"))

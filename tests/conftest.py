@@ -12,8 +12,8 @@ import torch
 from hypothesis import settings
 from models import make_model
 
-from sparsegate.converter import time_budget
-from sparsegate.converter.probe import Rates
+from sparsegate.converter.pipeline import time_budget
+from sparsegate.converter.pipeline.probe import Rates
 
 # Tiny models: a second thread only costs, and threads that spin for one another make a busy machine ten times slower.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -48,5 +48,5 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def _no_references() -> Iterator[None]:
     """Conversions leave out the dense models of fewer bits, a second each; test_references.py measures them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsegate.converter.conversion.measure_references", lambda *_: [])
+        patch.setattr("sparsegate.converter.pipeline.convert.measure_references", lambda *_: [])
         yield

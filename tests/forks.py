@@ -99,7 +99,9 @@ def serve() -> None:
 
     import sparsegate.converter.cli.convert
     import sparsegate.converter.cli.tune  # noqa: F401
-    from sparsegate.converter import candidates, conversion, time_budget, tuning  # noqa: F401
+    from sparsegate.converter.pipeline import candidates, time_budget  # noqa: F401
+    from sparsegate.converter.pipeline import convert as conversion
+    from sparsegate.converter.training import stages as tuning  # noqa: F401
 
     time_budget.measure = lambda *_, **__: RATES
     candidates._speed = lambda *_: {}

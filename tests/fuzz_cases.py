@@ -116,15 +116,16 @@ def make_folders(root: Path) -> Path:
     from safetensors.torch import load_file, save_file
     from small_recipe import small_recipe
 
-    from sparsegate.converter.arch import Site
-    from sparsegate.converter.interchange import predictors_beside
-    from sparsegate.converter.manifest import Manifest, list_files, write_manifest
-    from sparsegate.converter.onnx_export import build_base, export
-    from sparsegate.converter.plans import Threshold
-    from sparsegate.converter.powerinfer import write_powerinfer
-    from sparsegate.converter.recipe import make_recipe
-    from sparsegate.converter.source import INDEX, SINGLE, open_source
-    from sparsegate.converter.writer import write_checkpoint
+    from sparsegate.converter.arch.site import Site
+    from sparsegate.converter.checkpoint.manifest import Manifest, list_files, write_manifest
+    from sparsegate.converter.checkpoint.plan import Threshold
+    from sparsegate.converter.checkpoint.source import INDEX, SINGLE, open_source
+    from sparsegate.converter.checkpoint.writer import write_checkpoint
+    from sparsegate.converter.onnx_export.base_graph import build_base
+    from sparsegate.converter.onnx_export.gated_graph import export
+    from sparsegate.converter.pipeline.recipe import make_recipe
+    from sparsegate.converter.sources.powerinfer import write_powerinfer
+    from sparsegate.converter.sources.predictors import predictors_beside
     from sparsegate.runtime_onnx import link
 
     model = make_model("llama", root / "model")
@@ -248,8 +249,10 @@ def _memory() -> int:
 
 def _shield() -> None:
     """No network, bounded memory, and no work behind the point where everything was read."""
-    from sparsegate.converter import conversion, texts, tuning
-    from sparsegate.converter.bench import run as bench
+    from sparsegate.converter.evaluation.speed import run as bench
+    from sparsegate.converter.pipeline import convert as conversion
+    from sparsegate.converter.pipeline import texts
+    from sparsegate.converter.training import stages as tuning
     from sparsegate.runtime_onnx.bench import folders
 
     def refuse(*_: Any, **__: Any) -> Any:
@@ -338,7 +341,7 @@ def _is_refusal(error: BaseException) -> bool:
 
 def _named_by_files(here: Path, file: str) -> bool:
     """Whether `verify` would say that the damaged file is not as written; files outside of OUT have no manifest."""
-    from sparsegate.converter.manifest import check_files, read_manifest
+    from sparsegate.converter.checkpoint.manifest import check_files, read_manifest
 
     if not file.startswith("out/"):
         return True

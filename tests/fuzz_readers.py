@@ -71,9 +71,9 @@ def _logits(model: Any) -> Any:
 
 
 def _dense(folder: str) -> Any:
-    from sparsegate.converter.blocks import empty_model
-    from sparsegate.converter.reference import load_dense
-    from sparsegate.converter.source import open_source
+    from sparsegate.converter.checkpoint.source import open_source
+    from sparsegate.converter.modeling.blocks import empty_model
+    from sparsegate.converter.modeling.gated import load_dense
 
     empty_model(open_source(folder))
     return _logits(load_dense(Path(folder)))
@@ -86,26 +86,27 @@ def _read_dense(here: Path, drawn: random.Random) -> tuple[Any, str]:
 
 
 def _read_words(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    from sparsegate.converter.source import open_source
+    from sparsegate.converter.checkpoint.source import open_source
 
     tokenizer = open_source(here / "model").tokenizer()
     return (tokenizer(SENTENCE)["input_ids"], tokenizer.decode([5, 6, 7])), ""
 
 
 def _read_ends(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    from sparsegate.converter.source import end_tokens
+    from sparsegate.converter.checkpoint.source import end_tokens
 
     return sorted(end_tokens(here / "model")), ""
 
 
 def _read_load(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    from sparsegate.converter.conversion import load
+    from sparsegate.converter.pipeline.load import load
 
     return _logits(load(here / "out")), ""
 
 
 def _read_text(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    from sparsegate.runtime_onnx import Tokenizer, end_tokens
+    from sparsegate.runtime_onnx.generate import end_tokens
+    from sparsegate.runtime_onnx.text import Tokenizer
 
     tokenizer = Tokenizer(here / "out")
     ids = tokenizer.encode(SENTENCE)
@@ -113,7 +114,7 @@ def _read_text(here: Path, drawn: random.Random) -> tuple[Any, str]:
 
 
 def _read_chat(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    from sparsegate.runtime_onnx import Tokenizer
+    from sparsegate.runtime_onnx.text import Tokenizer
 
     return None, Tokenizer(here / "out").chat([{"role": "user", "content": "x"}])
 
@@ -121,7 +122,7 @@ def _read_chat(here: Path, drawn: random.Random) -> tuple[Any, str]:
 def _read_decoder(here: Path, drawn: random.Random) -> tuple[Any, str]:
     import onnxruntime
 
-    from sparsegate.runtime_onnx import Decoder
+    from sparsegate.runtime_onnx.session import Decoder
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
@@ -129,8 +130,8 @@ def _read_decoder(here: Path, drawn: random.Random) -> tuple[Any, str]:
 
 
 def _read_files(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    from sparsegate.converter.manifest import check_files, read_manifest
-    from sparsegate.converter.recipe import make_recipe
+    from sparsegate.converter.checkpoint.manifest import check_files, read_manifest
+    from sparsegate.converter.pipeline.recipe import make_recipe
 
     manifest = read_manifest(here / "out")
     make_recipe(manifest.recipe, "manifest.json's recipe")
@@ -138,14 +139,14 @@ def _read_files(here: Path, drawn: random.Random) -> tuple[Any, str]:
 
 
 def _read_gguf(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    from sparsegate.converter.powerinfer import read_powerinfer
+    from sparsegate.converter.sources.powerinfer import read_powerinfer
 
     return None, f"{len(read_powerinfer(here / 'powerinfer.gguf').weights)} weights"
 
 
 def _read_predictors(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    from sparsegate.converter.interchange import Config, imported_plan
-    from sparsegate.converter.source import open_source
+    from sparsegate.converter.checkpoint.source import open_source
+    from sparsegate.converter.sources.predictors import Config, imported_plan
 
     imported_plan(open_source(here / "model"), Config(folder=str(here / "predictors")))
     return None, ""

@@ -16,7 +16,8 @@ from models import TEXT
 from sparsegate.converter.cli import main
 
 WITHOUT_SPEED = (
-    "from sparsegate.converter import candidates, conversion\ncandidates._speed = lambda base, onnx, texts: {}\nconversion.measure_references = lambda *_: []\n"
+    "from sparsegate.converter.pipeline import candidates, convert\n"
+    "candidates._speed = lambda base, onnx, texts: {}\nconvert.measure_references = lambda *_: []\n"
 )
 """Python that leaves out the timing of candidates and the dense models of fewer bits: half of a tiny conversion."""
 

@@ -13,26 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sparsegate.converter.arch import Site, load_arch
-from sparsegate.converter.artifact import (
-    Header,
-    InputError,
-    hash_file,
-    is_finished,
-    read_header,
-    read_json,
-    write_header,
-    write_json,
-)
-from sparsegate.converter.checkpoint import TENSORS, encode, read_sparsity, write_sparsity
-from sparsegate.converter.manifest import File, Manifest, check_files, list_files, read_manifest, write_manifest
+from sparsegate.converter.arch import load_arch
+from sparsegate.converter.arch.site import Site
+from sparsegate.converter.checkpoint.cost import cost
+from sparsegate.converter.checkpoint.manifest import File, Manifest, check_files, list_files, read_manifest, write_manifest
+from sparsegate.converter.checkpoint.plan import PLAN, Plan, Predictor, Swap, Threshold, load_plan, make_entry, save_plan
+from sparsegate.converter.checkpoint.plan import TENSORS as PLAN_TENSORS
+from sparsegate.converter.checkpoint.sparsity import TENSORS, encode, read_sparsity, write_sparsity
+from sparsegate.converter.checkpoint.stage import Header, hash_file, is_finished, read_header, write_header, write_json
 from sparsegate.converter.methods import load_method, make_config
-from sparsegate.converter.planning import compile_recipe, method_configs
-from sparsegate.converter.plans import PLAN, Plan, Predictor, Swap, Threshold, cost, load_plan, make_entry, save_plan
-from sparsegate.converter.plans import TENSORS as PLAN_TENSORS
-from sparsegate.converter.recipe import Recipe, make_recipe, read_recipe
+from sparsegate.converter.pipeline.configs import method_configs
+from sparsegate.converter.pipeline.recipe import Recipe, compile_recipe, make_recipe, read_recipe
 from sparsegate.converter.scores import load_score
 from sparsegate.converter.stats import load_stat
+from sparsegate.runtime_onnx.errors import InputError
+from sparsegate.runtime_onnx.untrusted import read_json
 
 D, N, R = 5, 11, 3
 HEADER = Header(format="plan", parents={"model": "ab" * 32}, config={"method": "gate", "sparsity": 0.1 + 0.2, "stats": ["a", None]}, seed=3, calibration="cd")

@@ -60,17 +60,17 @@ CONTROLS = {
     ),
     "something left behind": (
         "model/config.json",
-        "import pathlib\nfrom sparsegate.converter import inspection as i\ni.resolve = lambda *_: pathlib.Path('left').write_text('x') and i.open_source('/')",
+        "from sparsegate.converter.pipeline import inspect as i\ni.resolve = lambda *_: open('left', 'x').write('x') and i.open_source('/')",
         "half-written",
     ),
     "a waiting reader": (
         "predictors/config.json",
-        "import time\nfrom sparsegate.converter import interchange\ninterchange.read_json = lambda *_: time.sleep(99)",
+        "import time\nfrom sparsegate.converter.sources import predictors\npredictors.read_json = lambda *_: time.sleep(99)",
         "hang",
     ),
     "a reader that dies": (
         "predictors/config.json",
-        "import os\nfrom sparsegate.converter import interchange\ninterchange.read_json = lambda *_: os.abort()",
+        "import os\nfrom sparsegate.converter.sources import predictors\npredictors.read_json = lambda *_: os.abort()",
         "crash",
     ),
 }

@@ -1,140 +1,144 @@
-"""Imports go down only. The levels are the table below; an import inside a function counts, one under TYPE_CHECKING does not."""
+"""Imports go down only. The lines are the list below; an import inside a function counts, and so does one under TYPE_CHECKING."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 TREES = ("converter", "runtime_onnx")
-RUNTIME_BELOW = {"runtime_onnx.ops", "runtime_onnx.errors", "runtime_onnx.untrusted", "runtime_onnx.genai_config"}
-"""What every part of converter/ may import."""
-LEVELS = (
-    {"artifact", "locks", "work_folder", "recipe", "plans", "arch", "manifest", "libraries", "progress", "tensor_files", *RUNTIME_BELOW},
-    {
-        "checkpoint", "source", "config_bounds", "model_check", "listing", "data", "linalg", "distributed", "local_processes", "lora",
-        "activation_checkpointing", "mixtures", "weight_names", "documents",
-    },
-    {"published", "blocks", "modeling"},
-    {"scores", "selectors", "calibration_rules", "losses"},
-    {"stats"},
-    {"methods"},
-    {"writer", "reference", "onnx_export", "attribution"},
-    {"training", "optimizers", "analysis", "interchange", "powerinfer", "labels", "residual", "orientation", "shares"},
-    {"end_to_end", "by_block", "recovery"},
-    {"planning", "texts", "verification", "quality", "executors", "op_agreement", "paired", "watched", "report", "hub", "hub_errors", "budget"},
-    {"schedule", "evaluation", "opening", "probe", "timing", "time_budget"},
-    {"tuning", "recovery_stage"},
-    {"conversion", "candidates", "record", "references", "inspection", "diagnosis", "bench", "root"},
-    {"cli"},
-)  # fmt: skip
-"""Names are the parts of converter/; `root` is its __init__.py. Parts of one level may import each other, without cycles."""
-RUNTIME = {"session", "generate", "bench", "library", "link", "text", "chat_template", "genai_config", "errors", "untrusted"}
-RUNTIME_FROM = next(k for k, level in enumerate(LEVELS) if "verification" in level)
+LINES = (
+    ("cli",),
+    ("pipeline",),
+    ("report", "training"),
+    ("methods",),
+    ("evaluation", "stats"),
+    ("text", "onnx_export", "sources"),
+    ("modeling",),
+    ("checkpoint",),
+    ("scores", "arch", "progress", "bundled"),
+)
+"""The folders of converter/, from the top: one imports from lines below its own, never from another folder on its line."""
+ABOVE_THE_RUNTIME = ("cli", "pipeline", "report", "evaluation")
+"""Folders that may run a model: the others see only RUNTIME_BELOW of runtime_onnx."""
+RUNTIME_BELOW = ("ops", "errors", "untrusted", "genai_config")
 
 
-def level_of(part: str) -> int:
-    return next(k for k, level in enumerate(LEVELS) if part in level)
+def line_of(room: str) -> int:
+    return next(k for k, line in enumerate(LINES) if room in line)
 
 
 def sources(*trees: str) -> list[Path]:
     return sorted(p for tree in trees for p in (ROOT / tree).rglob("*.py") if "__pycache__" not in p.parts)
 
 
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-
-
 def imports(path: Path, text: str | None = None) -> Iterator[str]:
     """Absolute dotted names that a file imports, `from a import b` as a.b; relative ones below sparsegate."""
     package = ["sparsegate", *path.relative_to(ROOT).parent.parts]
-    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8") if text is None else text)]
-    while pending:
-        node = pending.pop()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8") if text is None else text)):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             stem = ".".join([*base, *([node.module] if node.module else [])])
             yield from (f"{stem}.{name.name}" for name in node.names)
-        else:
-            pending += [*node.orelse] if is_type_checking(node) else list(ast.iter_child_nodes(node))  # type: ignore[attr-defined]
 
 
-def part_of(name: str) -> str | None:
-    """The part of converter/, or runtime_onnx[.module], that a dotted name lies in; None outside the project."""
+def room_of(name: str) -> str | None:
+    """The folder of converter/ that a dotted name lies in, `root` for the package's own; None elsewhere."""
     words = name.split(".")
-    if words[0] != "sparsegate":
+    if words[:2] != ["sparsegate", "converter"]:
         return None
-    if words[1] == "runtime_onnx":
-        return ".".join(words[1:3]) if len(words) > 2 and (words[2] == "ops" or words[2] in RUNTIME) else "runtime_onnx"
-    known = set().union(*LEVELS)
-    return words[2] if len(words) > 2 and words[2] in known else "root"
-
-
-def own_part(path: Path) -> str:
-    relative = path.relative_to(ROOT / "converter")
-    return "root" if relative.name == "__init__.py" and len(relative.parts) == 1 else relative.parts[0].removesuffix(".py")
+    return words[2] if len(words) > 2 and any(words[2] in line for line in LINES) else "root"
 
 
 def upward(path: Path, text: str | None = None) -> list[str]:
-    """Imports of a converter file that the table does not allow."""
-    own, bad = own_part(path), []
+    """Imports of a converter file that the lines do not allow."""
+    own, bad = path.relative_to(ROOT / "converter").parts[0], []
     for name in imports(path, text):
-        part = part_of(name)
-        if part is None or part == own:
-            continue
-        if part.startswith("runtime_onnx"):
-            allowed = part in RUNTIME_BELOW or level_of(own) >= RUNTIME_FROM
+        room = room_of(name)
+        if name.startswith("sparsegate.runtime_onnx"):
+            allowed = own in ABOVE_THE_RUNTIME or name.split(".")[2:3] in [[part] for part in RUNTIME_BELOW]
+        elif room is None or own == room:
+            allowed = True
         else:
-            allowed = level_of(part) < level_of(own) or (level_of(part) == level_of(own) and part != "root")
+            allowed = room != "root" and line_of(room) > line_of(own)
         if not allowed:
             bad.append(f"{path.relative_to(ROOT)} imports {name}")
     return bad
 
 
-def test_every_file_has_a_level() -> None:
-    known = set().union(*LEVELS)
-    assert not {own_part(path) for path in sources("converter")} - known
+def rooms() -> dict[str, set[str]]:
+    """Folders of converter/ and the others that they import from."""
+    found: dict[str, set[str]] = {room: set() for line in LINES for room in line}
+    for path in sources("converter"):
+        own = path.relative_to(ROOT / "converter").parts[0]
+        if own in found:
+            found[own] |= {room for name in imports(path) if (room := room_of(name)) not in (None, own)}
+    return found
+
+
+def modules() -> dict[str, set[str]]:
+    """Modules of converter/ and the others that they import from."""
+    known = {".".join(["sparsegate", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): path for path in sources("converter")}
+    found = {}
+    for module, path in known.items():
+        targets = {name if name in known else name.rpartition(".")[0] for name in imports(path)}
+        found[module] = (targets & set(known)) - {module}
+    return found
+
+
+def circular(arrows: Mapping[str, set[str]]) -> set[str]:
+    """What is left when everything is taken away that imports nothing of the rest."""
+    left = dict(arrows)
+    while leaves := {name for name, targets in left.items() if not targets & set(left)}:
+        left = {name: targets for name, targets in left.items() if name not in leaves}
+    return set(left)
+
+
+def summary() -> str:
+    """The house in one line."""
+    up = sum(len(upward(path)) for path in sources("converter") if path.parent != ROOT / "converter")
+    arrows = rooms()
+    count = sum(len(targets) for targets in arrows.values())
+    return f"converter/: {len(arrows)} rooms, {len(LINES)} levels, {count} arrows between rooms, {up} upwards, {len(circular(modules()))} modules in circles"
+
+
+def test_every_file_lies_in_a_room() -> None:
+    assert {path.name for path in (ROOT / "converter").glob("*.py")} == {"__init__.py"}
+    folders = {path.relative_to(ROOT / "converter").parts[0] for path in sources("converter")} - {"__init__.py"}
+    assert folders == {room for line in LINES for room in line}
 
 
 def test_imports_go_down() -> None:
-    assert not [line for path in sources("converter") for line in upward(path)]
+    assert not [line for path in sources("converter") if path.parent != ROOT / "converter" for line in upward(path)]
 
 
 @pytest.mark.parametrize(
-    ("file", "line"),
+    ("file", "line", "seen"),
     [
-        ("artifact.py", "from .source import Source"),
-        ("methods/gate.py", "def f():\n    from ..reference import load"),
-        ("blocks.py", "from ..runtime_onnx import session"),
-        ("reference.py", "from ..runtime_onnx.session import Decoder"),
-        ("schedule.py", "import sparsegate.converter.conversion"),
-        ("scores/gate.py", "from ..stats import STATS"),
-        ("planning.py", "from . import convert"),
-        ("cli/x.py", "import typer"),
+        ("checkpoint/stage.py", "from ..modeling.blocks import swap", True),
+        ("methods/gating/gate.py", "def f():\n    from ...report.html import make_report", True),
+        ("modeling/blocks.py", "from ...runtime_onnx import session", True),
+        ("modeling/gated.py", "from ...runtime_onnx.session import Decoder", True),
+        ("modeling/gated.py", "from ...runtime_onnx.errors import InputError", False),
+        ("pipeline/schedule.py", "import sparsegate.converter.cli.convert", True),
+        ("scores/gate.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..stats import STATS", True),
+        ("training/loop.py", "from ..report.html import make_report", True),
+        ("pipeline/configs.py", "from .. import convert", True),
+        ("cli/x.py", "import typer", False),
     ],
 )
-def test_the_check_sees_upward_imports(file: str, line: str) -> None:
-    assert bool(upward(ROOT / "converter" / file, line)) == (file != "cli/x.py")
+def test_the_check_sees_upward_imports(file: str, line: str, seen: bool) -> None:
+    assert bool(upward(ROOT / "converter" / file, line)) == seen
 
 
-def test_no_cycles_between_parts() -> None:
-    edges: dict[str, set[str]] = {}
-    for path in sources("converter"):
-        own = own_part(path)
-        edges.setdefault(own, set()).update(p for p in (part_of(name) for name in imports(path)) if p and p != own and not p.startswith("runtime_onnx"))
-    while leaves := {part for part, targets in edges.items() if not targets & set(edges)}:
-        edges = {part: targets for part, targets in edges.items() if part not in leaves}
-    assert not edges
-
-
-def test_type_checking_imports_do_not_count() -> None:
-    text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .source import Source\nelse:\n    import json\n"
-    assert set(imports(ROOT / "converter" / "artifact.py", text)) == {"typing.TYPE_CHECKING", "json"}
+def test_no_circles() -> None:
+    assert not circular(modules())
+    assert circular({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == {"a", "b", "c"}
 
 
 def test_runtime_imports_neither_torch_nor_converter() -> None:
@@ -149,28 +153,31 @@ def test_ops_need_only_numpy_and_onnx() -> None:
         assert names <= standard | {"numpy", "onnx", "ml_dtypes"}, (path, names - standard)
 
 
-@pytest.mark.parametrize("package", ["methods", "scores", "stats"])
-def test_rows_of_a_table_do_not_import_each_other(package: str) -> None:
-    """collect.py is the pass itself and knows the table, not its rows."""
-    rows = {path.stem for path in sources(f"converter/{package}")} - {"__init__"}
+@pytest.mark.parametrize(("package", "table"), [("methods", "METHODS"), ("scores", "SCORES"), ("stats", "STATS")])
+def test_rows_of_a_table_do_not_import_each_other(package: str, table: str) -> None:
+    import importlib
+
+    rows = {row.rpartition(".")[2] for row in getattr(importlib.import_module(f"sparsegate.converter.{package}"), table).values()}
+    assert rows <= {path.stem for path in sources(f"converter/{package}")}
     for path in sources(f"converter/{package}"):
         if path.stem in rows:
-            below = [name.split(".")[3] for name in imports(path) if name.startswith(f"sparsegate.converter.{package}.") and len(name.split(".")) > 3]
-            assert not set(below) & rows, path
+            below = {word for name in imports(path) if name.startswith(f"sparsegate.converter.{package}.") for word in name.split(".")[3:]}
+            assert not below & rows, path
 
 
 def test_methods_see_no_models_files_or_datasets() -> None:
     for path in sources("converter/methods"):
-        parts = {part_of(name) for name in imports(path)}
-        assert not parts & {"source", "blocks", "data"}, path
-        assert not [name for name in imports(path) if name.split(".")[0] in ("transformers", "safetensors", "pathlib")], path
+        names = list(imports(path))
+        assert not [
+            n for n in names if n.startswith(("sparsegate.converter.checkpoint.source", "sparsegate.converter.modeling.blocks", "sparsegate.converter.text"))
+        ], path
+        assert not [n for n in names if n.split(".")[0] in ("transformers", "safetensors", "pathlib")], path
 
 
 def test_source_does_not_download() -> None:
-    assert (ROOT / "converter" / "hub.py").is_file()
-    names = list(imports(ROOT / "converter" / "source.py"))
+    names = list(imports(ROOT / "converter" / "checkpoint" / "source.py"))
     assert not [name for name in names if "hub" in name or name.split(".")[0] in ("requests", "httpx", "urllib")]
-    assert "def download(" in (ROOT / "converter" / "hub.py").read_text(encoding="utf-8")
+    assert "def download(" in (ROOT / "converter" / "sources" / "hub.py").read_text(encoding="utf-8")
 
 
 def test_files_stay_under_500_lines() -> None:
@@ -187,13 +194,13 @@ def test_no_pickle() -> None:
 
 
 REMOVING = {
-    "artifact": "what it made itself, known by its record",
-    "work_folder": "stages by their names, in a folder known by its record",
-    "texts": "groups that are joined",
-    "by_block": "the state of a block that is finished",
-    "training": "a state that does not belong to the run",
-    "recovery_stage": "a state without what was seen on the way",
-    "references": "graphs that are measured and thrown away",
+    "checkpoint/stage": "what it made itself, known by its record",
+    "checkpoint/work_folder": "stages by their names, in a folder known by its record",
+    "text/generated": "groups that are joined",
+    "training/by_block": "the state of a block that is finished",
+    "training/loop": "a state that does not belong to the run",
+    "training/stage": "a state without what was seen on the way",
+    "pipeline/references": "graphs that are measured and thrown away",
 }
 """Files that remove folders, and which: all lie in OUT.work."""
 
@@ -201,38 +208,41 @@ REMOVING = {
 def test_few_files_remove_folders_and_one_writes_safetensors() -> None:
     """A folder that is not ours is never removed, and what safetensors writes has the mode that the umask says."""
     for path in sources(*TREES):
+        name = path.relative_to(ROOT / path.relative_to(ROOT).parts[0]).with_suffix("").as_posix()
         calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)}
-        assert not calls & {"shutil.rmtree", "rmtree"} or path.stem in REMOVING, path
-        assert not calls & {"save_file", "safetensors.torch.save_file"} or path.stem == "artifact", path
+        assert not calls & {"shutil.rmtree", "rmtree"} or name in REMOVING, path
+        assert not calls & {"save_file", "safetensors.torch.save_file"} or name == "checkpoint/stage", path
 
 
 OWN_JSON = {
     "runtime_onnx/untrusted.py": "the reader itself",
     "converter/arch/__init__.py": "files of the package",
-    "converter/progress.py": "what a process that we started says",
-    "converter/training.py": "what the first process sends",
-    "converter/powerinfer.py": "what the tokenizers library says of a tokenizer",
+    "converter/progress/__init__.py": "what a process that we started says",
+    "converter/training/loop.py": "what the first process sends",
+    "converter/sources/powerinfer.py": "what the tokenizers library says of a tokenizer",
     "converter/onnx_export/tokenizer_check.py": "what a process that we started says",
     "converter/onnx_export/base_graph.py": "what the builder has just written",
-    "converter/bench/run.py": "a value as it would be stored",
-    "converter/bench/memory.py": "what its parent says",
+    "converter/evaluation/speed/run.py": "a value as it would be stored",
+    "converter/evaluation/speed/memory.py": "what its parent says",
     "runtime_onnx/chat_template.py": "what a process that we started, or its parent, says",
     "runtime_onnx/bench/graphs.py": "a profile that ONNX Runtime has just written",
 }
 """Files that read JSON by themselves, and which: all others ask `untrusted`, which refuses keys twice, NaN and infinity."""
+CHECKED = {"converter/checkpoint/tensor_files.py", "converter/checkpoint/source.py", "converter/checkpoint/writer.py"}
+"""Files that read safetensors which `tensor_files` has checked."""
+STAGES = {f"converter/{name}.py" for name in ("text/mixture", "text/generated", "training/by_block", "training/stage", "training/loop", "stats/__init__")}
+"""Files that read safetensors of a stage, whose hashes were compared."""
 
 
 def test_one_reader_of_json_and_one_of_safetensors() -> None:
-    """`load_file` and `safe_open` read what `tensor_files` or a stage's hashes have checked before."""
     json_read, tensors_read = set(), set()
     for path in sources(*TREES):
         calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)}
         name = path.relative_to(ROOT).as_posix()
         json_read |= {name} if calls & {"json.loads", "json.load", "_json.loads", "_json.load"} else set()
-        tensors_read |= {path.stem} if calls & {"load_file", "safe_open"} else set()
+        tensors_read |= {name} if calls & {"load_file", "safe_open"} else set()
     assert json_read == set(OWN_JSON)
-    checked, stages = {"tensor_files", "source", "writer"}, {"mixtures", "by_block", "texts", "recovery_stage", "training", "__init__"}
-    assert tensors_read == checked | stages
+    assert tensors_read == CHECKED | STAGES
 
 
 def test_no_grab_bag_modules() -> None:

@@ -7,18 +7,16 @@ configured. Adding an architecture is adding a file; no code names one.
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..artifact import InputError
+from ...runtime_onnx.errors import InputError
+from .site import Site
 
 _FOLDER = Path(__file__).parent
-_SITE = re.compile(r"layers\.(\d+)\.(?:experts\.(\d+)\.)?(ffn|attn|linear:[a-z_]+)")
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -34,29 +32,6 @@ ACTIVATIONS = {
 SWAPPED = "sparsegate"
 """The activation's name in the configuration of a checkpoint whose activation was swapped: no stock class knows it. Its model type has PREFIX."""
 PREFIX = f"{SWAPPED}_"
-
-
-@dataclass(frozen=True, order=True)
-class Site:
-    """Where units are gated: a layer, an expert or none, and a kind (`ffn` neurons, `attn` heads, `linear:<name>` input channels)."""
-
-    layer: int
-    expert: int | None = None
-    kind: str = "ffn"
-
-    @property
-    def key(self) -> str:
-        """The site's spelling in files, as in `layers.3.ffn` or `layers.3.experts.7.ffn`."""
-        expert = "" if self.expert is None else f"experts.{self.expert}."
-        return f"layers.{self.layer}.{expert}{self.kind.replace(':', '.')}"
-
-    @classmethod
-    def parse(cls, key: str) -> Site:
-        """The inverse of `key`. Raises InputError for anything else."""
-        found = _SITE.fullmatch(re.sub(r"\.linear\.", ".linear:", key))
-        if not found:
-            raise InputError(f"A site must read like layers.3.ffn, got {key!r}. Make the plan or checkpoint again.")
-        return cls(int(found[1]), None if found[2] is None else int(found[2]), found[3])
 
 
 class Space(BaseModel):

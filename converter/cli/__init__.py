@@ -68,7 +68,8 @@ def _run(argv: list[str], stop: Stop) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import typer.main
 
-    from ..artifact import CheckError, InputError, disk_full, is_disk_full
+    from ...runtime_onnx.errors import InputError
+    from ..checkpoint.stage import CheckError, disk_full, is_disk_full
 
     try:
         application = _application(argv)

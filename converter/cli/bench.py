@@ -39,7 +39,8 @@ def bench(
 ) -> int:
     """Measure speed against the dense model, back to back, and print tokens per second and ratios."""
     from .. import progress
-    from ..bench.run import bench as run
+    from ..evaluation.speed.run import bench as run
+    from ..report.speed_files import write_speed
     from . import output as show
 
     def advance(done: int, total: int) -> None:
@@ -52,5 +53,7 @@ def bench(
             new_tokens=new_tokens, pairs=pairs, runtime=runtime, threads=threads, work=work, output=output, command=words, progress=advance,
             activation=activation,
         )  # fmt: skip
+        if output:
+            write_speed(output, result)
     show.speed(result, json)
     return 0

@@ -50,7 +50,7 @@ def convert(
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> int:
     """Convert and print the measured table."""
-    from ..conversion import convert as run
+    from ..pipeline.convert import convert as run
     from . import output as show
 
     with show.telling(quiet, verbose):

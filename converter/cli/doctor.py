@@ -9,7 +9,7 @@ import typer
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False) -> int:
     """Print the state of the installation; status 1 when something needed is missing."""
-    from ..diagnosis import diagnose
+    from ..pipeline.doctor import diagnose
     from . import output as show
 
     result = diagnose()

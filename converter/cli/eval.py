@@ -31,7 +31,7 @@ def eval(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Measure, store report/eval.json and print the tables."""
-    from ..evaluation import evaluate
+    from ..pipeline.evaluate import evaluate
     from ..report.evaluation import answer_cells, executor_cells, site_cells, sparsity_cells, task_cells
     from ..report.tables import table
     from . import output as show

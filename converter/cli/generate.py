@@ -26,7 +26,7 @@ def generate(
     """Print the answer, or prompt and continuation, as they come."""
     from ...runtime_onnx import generate as run
     from ...runtime_onnx.text import find_template
-    from ..hub import local_folder
+    from ..sources.hub import local_folder
 
     folder = local_folder(model)
     if (clean := prompt.encode("utf-8", "replace").decode()) != prompt:

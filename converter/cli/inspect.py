@@ -16,7 +16,7 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Print what the model is, whether it can be converted and what that needs; status 1 when it cannot."""
-    from ..inspection import inspect as run
+    from ..pipeline.inspect import inspect as run
     from . import output as show
 
     with show.telling(quiet, verbose):

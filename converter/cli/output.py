@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..artifact import InputError
+from ...runtime_onnx.errors import InputError
 
 if TYPE_CHECKING:
-    from ..conversion import Result, Verification
-    from ..diagnosis import Diagnosis
-    from ..inspection import Inspection
-    from ..report import Report
-    from ..tuning import Tuned
+    from ..evaluation.checks import Verification
+    from ..evaluation.records import Report
+    from ..pipeline.convert import Result
+    from ..pipeline.doctor import Diagnosis
+    from ..pipeline.inspect import Inspection
+    from ..training.stage import Tuned
 
 _MOST_SITES = 12
 """More sites than these are not listed on a terminal."""
@@ -71,7 +72,9 @@ def _size(count: float) -> str:
 
 def conversion(result: Result, as_json: bool) -> None:
     """The tables of a conversion and the verdict on it, last, or what a dry run found."""
-    from ..report import make_verdict, onnx_table, quality_table, read_recovery, reference_table, stage_text
+    from ..report.comparison import reference_table
+    from ..report.tables import onnx_table, quality_table, stage_text
+    from ..report.verdict import make_verdict, read_recovery
 
     if result.report is None:
         estimate = result.estimate
@@ -101,7 +104,7 @@ def conversion(result: Result, as_json: bool) -> None:
 
 def _layers(report: Report) -> str:
     """The table of the sites; of many sites their range alone."""
-    from ..report import layer_table
+    from ..report.tables import layer_table
 
     if len(report.layers) <= _MOST_SITES:
         return layer_table(report, "text")
@@ -166,7 +169,7 @@ def speed(result: dict[str, Any], as_json: bool) -> None:
         print(_json.dumps(result, indent=2))
         return
     if result.get("kind"):
-        from ..bench.tables import page
+        from ..report.speed import page
 
         print(page(result), end="")
         return

@@ -18,7 +18,7 @@ def push(
     verbose: Verbose = False,
 ) -> int:
     """Upload and print the URL."""
-    from ..hub import push as run
+    from ..pipeline.push import push as run
     from . import output as show
 
     with show.telling(quiet, verbose):

@@ -35,7 +35,7 @@ def tune(
     json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> int:
     """Tune and print what was recovered."""
-    from ..tuning import tune as run
+    from ..pipeline.tune import tune as run
     from . import output as show
 
     with show.telling(quiet, verbose):

@@ -21,7 +21,7 @@ def verify(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Check and print one line a check; status 1 when one fails."""
-    from ..conversion import verify as run
+    from ..pipeline.verify import verify as run
     from . import output as show
 
     with show.telling(quiet, verbose):

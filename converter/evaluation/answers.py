@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arch import Arch, Site
-from ..artifact import InputError
-from ..data import Batches, read_text
-from ..plans import Plan
+from ...runtime_onnx.errors import InputError
+from ..arch import Arch
+from ..arch.site import Site
+from ..checkpoint.cost import site_parameters, site_units, weighted
+from ..checkpoint.plan import Plan
+from ..checkpoint.source import end_tokens
+from ..modeling.gated import Recorder, dense, recording
 from ..progress import track
-from ..reference import Recorder, dense, recording
-from ..report.evaluation import Answers, Sparsity
-from ..source import end_tokens
-from ..verification import site_parameters, site_units, weighted
+from ..text.windows import Batches, read_text
+from .records import Answers, Sparsity
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 32, 64
 _TOGETHER = 8  # prompts of one length that are answered at once

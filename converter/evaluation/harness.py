@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.generate import load as load_genai
-from ..artifact import InputError
-from ..reference import dense
+from ..modeling.gated import dense
 
 _BACKEND = "lm_eval.models.onnxruntime_genai"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from .base_graph import build_base, check_base, compare_base, load_stock, onnx_logits
 from .emit import EMITTERS
+from .gated_graph import METADATA, export, export_dense
 from .linear_region import LinearRegion, find_linears
 from .matmul_nbits import open_float
 from .mlp_region import MlpRegion, find_regions
 from .precision import PRECISIONS
 from .rounded import round_model
-from .surgery import METADATA, export, export_dense
 
 __all__ = [
     "EMITTERS",

@@ -23,12 +23,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...runtime_onnx.errors import explained
+from ...runtime_onnx.errors import InputError, explained
 from ...runtime_onnx.genai_config import check_config
+from ...runtime_onnx.untrusted import read_json
 from ..arch import supported
-from ..artifact import InputError, disk_full, is_disk_full, read_json
-from ..reference import load_dense
-from ..source import drop_code, end_tokens, has_own_head, open_source, stock_view
+from ..checkpoint.source import drop_code, end_tokens, has_own_head, open_source, stock_view
+from ..checkpoint.stage import disk_full, is_disk_full
+from ..modeling.gated import load_dense
 
 BOUND = 1e-4
 """Largest logit difference between the base graph and torch, times the rms of torch's logits where that is above 1."""

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arch import Site
-from ..artifact import InputError
-from ..plans import Entry, Predictor, Swap, Threshold, activation_at, deciding
+from ...runtime_onnx.errors import InputError
+from ..arch.site import Site
+from ..checkpoint.plan import Entry, Predictor, Swap, Threshold, activation_at, deciding
 
 
 @dataclass(frozen=True)

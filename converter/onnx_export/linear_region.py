@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ..arch import Arch
-from ..plans import linear_shapes
+from ..arch.shapes import linear_shapes
 from .names import joined_name
 from .product import Product, find_product
 

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ..artifact import InputError
+from ...runtime_onnx.errors import InputError
 from .tensors import matrix, moved, pair
 
 BLOCK = 32

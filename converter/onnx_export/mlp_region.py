@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.convenience import extract
 
+from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.ops import gated_mlp
 from ..arch import Arch
-from ..artifact import InputError
 from .product import Product, find_product
 
 

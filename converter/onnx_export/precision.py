@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from pydantic import model_validator
 
 from ...runtime_onnx.ops.quantisation import GROUP, dequantise, quantise
+from ..checkpoint.fields import Strict
 
 DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 """dtype name of an op -> ONNX's."""
@@ -107,3 +110,16 @@ def rounded(matrix: NDArray[np.float32], weights: str, w: str) -> NDArray[np.flo
     if weights == "float":
         return matrix.astype(DTYPES[w].numpy()).astype(np.float32)
     return dequantise(*quantise(matrix, weights), weights).astype(np.float32)
+
+
+class Export(Strict):
+    """How the gated weights are stored in ONNX (`onnx_export.precision` has the table), and which execution provider the graph is for."""
+
+    precision: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
+    target: Literal["cpu", "cuda"] = "cpu"
+
+    @model_validator(mode="after")
+    def _check(self) -> Export:
+        if self.target == "cuda" and self.precision == "fp32":
+            raise ValueError("precision must be fp16, bf16, int8 or int4 for the target cuda")
+        return self

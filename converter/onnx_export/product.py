@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from ..artifact import InputError
+from ...runtime_onnx.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..arch import Arch, Site
-from ..plans import Entry, Plan, Predictor, Swap, Threshold, linear_rows, threshold_of
-from ..reference import apply_plan, remove_plan
+from ..arch import Arch
+from ..arch.shapes import linear_rows
+from ..arch.site import Site
+from ..checkpoint.plan import Entry, Plan, Predictor, Swap, Threshold, threshold_of
+from ..modeling.gated import apply_plan, remove_plan
 from .emit import EMITTERS
 from .linear_region import cut_linears
 from .matmul_nbits import BLOCK, block_rounded

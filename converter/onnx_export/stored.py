@@ -15,9 +15,11 @@ from torch import nn
 
 from ...runtime_onnx.ops import gated_mlp, sparse_linear
 from ...runtime_onnx.ops.quantisation import quantise
-from ..arch import Arch, Site
-from ..blocks import ffn_biases, ffn_matrices
-from ..plans import Plan, linear_rows, linear_shapes, threshold_of
+from ..arch import Arch
+from ..arch.shapes import linear_rows, linear_shapes
+from ..arch.site import Site
+from ..checkpoint.plan import Plan, threshold_of
+from ..modeling.blocks import ffn_biases, ffn_matrices
 from .emit import emit
 from .linear_region import Part, cut_linears
 from .names import linear_node, mlp_node

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.ops.quantisation import GROUP, quantise
-from ..artifact import InputError
 
 
 def moved(value: ir.Value, transpose: bool = False, columns: slice | None = None, dtype: ir.DataType | None = None) -> ir.TensorProtocol:

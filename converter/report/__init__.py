@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from ..manifest import installed_versions
+from ..checkpoint.manifest import installed_versions
+from ..evaluation.records import EVALUATION, RESULTS, Check, Evaluation, Layer, Machine, OnnxRow, Reference, Report, Row, Speed, StageTime, Text, this_machine
+from ..evaluation.recovery_record import RECOVERY, CurvePoint, DenseQuality, HeldoutPoint, RecoveryRecord, SiteDensity, SwappedQuality, TrainingText
 from .card import BaseCard, read_base_card, write_card
 from .change import Change, perplexity_change
 from .comparison import reference_table
 from .curves import CURVES, Correlations, Curves, Point, at_cost, best_at_cost, curves_page, curves_table, ranking
-from .evaluation import EVALUATION, Evaluation
 from .html import PAGE, make_report, render, write_report
 from .plots import plot_candidates, plot_correlations, plot_curves, plot_layers, plot_recovery, plot_zeros
-from .recovery import RECOVERY, CurvePoint, DenseQuality, HeldoutPoint, RecoveryRecord, SiteDensity, SwappedQuality, TrainingText
-from .results import RESULTS, Check, Layer, Machine, OnnxRow, Reference, Report, Row, Speed, StageTime, Text, this_machine
 from .tables import check_table, detail_table, layer_table, onnx_table, quality_table, stage_text
 from .verdict import Verdict, make_verdict, read_recovery
 

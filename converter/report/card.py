@@ -14,13 +14,12 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, constants
 from huggingface_hub.repocard import metadata_load
 
-from ...runtime_onnx.untrusted import is_data, regular
-from ..artifact import read_json
+from ...runtime_onnx.untrusted import is_data, read_json, regular
+from ..evaluation.records import Report, Speed
 from .comparison import reference_table
 from .markdown import code, fenced, inline, target
 from .plots import CANDIDATES
 from .recovery import before_after_table, spent_table, zeros_table
-from .results import Report, Speed
 from .tables import check_table, detail_table, layer_table, onnx_detail_table, onnx_table, quality_table, ratio_text, speed_table
 from .verdict import make_verdict, read_recovery
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..evaluation.records import Report
 from .change import Change
-from .results import Report
 from .tables import ABSENT, Cells, Form, Number, nats, percent, ratio_cell, table
 from .verdict import fp32_change, fp32_decode_ratio, onnx_row, reference_change
 

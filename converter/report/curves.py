@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from ..artifact import InputError
-from .results import Machine, Strict, read_stored
+from ...runtime_onnx.errors import InputError
+from ..evaluation.records import Machine, Strict, read_stored
 from .tables import ABSENT, Cells, Number, nats, percent, table
 
 CURVES = "report/curves.json"

@@ -12,15 +12,16 @@ from typing import Any
 import jinja2
 import yaml
 
-from ..artifact import InputError
-from ..manifest import check_links, read_manifest
+from ...runtime_onnx.errors import InputError
+from ..checkpoint.manifest import check_links, read_manifest
+from ..evaluation.records import EVALUATION, RESULTS, Evaluation, Report, record_files
+from ..evaluation.recovery_record import RecoveryRecord
 from .card import BaseCard, speed_sentence, write_card
 from .comparison import reference_cells
 from .curves import CURVES, Curves, correlation_cells, cost_cells, curves_cells, summary_cells
-from .evaluation import EVALUATION, Evaluation, answer_cells, executor_cells, site_cells, sparsity_cells, task_cells
+from .evaluation import answer_cells, executor_cells, site_cells, sparsity_cells, task_cells
 from .plots import plot_candidates, plot_correlations, plot_curves, plot_layers, plot_recovery, plot_zeros
-from .recovery import RecoveryRecord, before_after_cells, heldout_cells, spent_cells, zeros_cells
-from .results import RESULTS, Report, record_files
+from .recovery import before_after_cells, heldout_cells, spent_cells, zeros_cells
 from .tables import Cells, Number, check_cells, detail_cells, layer_cells, onnx_cells, onnx_detail_cells, quality_cells, speed_cells
 from .verdict import make_verdict, read_recovery
 

@@ -10,9 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..evaluation.records import Report
+from ..evaluation.recovery_record import RecoveryRecord
 from .curves import Correlations, Curves, summarise
-from .recovery import RecoveryRecord
-from .results import Report
 from .scatter import candidate_points, draw_candidates
 
 CANDIDATES = "report/candidates.png"

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, SymmetricalLogLocator
 
+from ..evaluation.records import Report, Row
 from .change import Change, perplexity_change
-from .results import Report, Row
 from .tables import ratio_text
 from .verdict import fp32_change, fp32_decode_ratio, onnx_row, reference_change
 

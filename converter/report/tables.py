@@ -6,9 +6,9 @@ import math
 import textwrap
 from typing import Literal
 
+from ..evaluation.records import OnnxRow, Report, Row, StageTime
 from .change import Change, perplexity_change
 from .markdown import inline
-from .results import OnnxRow, Report, Row, StageTime
 
 ABSENT = "-"
 Form = Literal["markdown", "text"]  # a pipe table for cards, or aligned columns for terminals

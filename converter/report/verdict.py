@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..evaluation.records import OnnxRow, Reference, Report
+from ..evaluation.recovery_record import RECOVERY, RecoveryRecord
 from .change import Change, perplexity_change
-from .recovery import RECOVERY, RecoveryRecord
-from .results import OnnxRow, Reference, Report
 from .tables import onnx_change, ratio_text
 
 _BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..artifact import InputError
+from ...runtime_onnx.errors import InputError
 
 SCORES = {
     "gate": ".gate",

@@ -17,8 +17,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from ..arch import Site
-from ..artifact import InputError
+from ...runtime_onnx.errors import InputError
+from ..arch.site import Site
 
 STATS = {
     "histogram": ".histogram",

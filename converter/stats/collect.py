@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..arch import Site
-from ..artifact import Header, InputError, atomic_folder, is_intact, leave_out, read_header, write_header, write_tensors
-from ..blocks import BlockCalls, block_calls, down_rows, embed, empty_model, ffn_down, ffn_parts, filled
-from ..data import Batches
-from ..plans import linear_rows, linear_shapes
+from ...runtime_onnx.errors import InputError
+from ..arch.shapes import linear_rows, linear_shapes
+from ..arch.site import Site
+from ..checkpoint.source import Source
+from ..checkpoint.stage import Header, atomic_folder, is_intact, leave_out, read_header, write_header, write_tensors
+from ..modeling.blocks import BlockCalls, block_calls, down_rows, embed, empty_model, ffn_down, ffn_parts, filled
 from ..progress import partly, track
 from ..scores import Context, load_score
-from ..source import Source
+from ..text.windows import Batches
 from . import Probe, Setting, SiteStats, file_name, load_stat
 
 TOKENS_AT_ONCE = 2048

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arch import Site
-from ..calibration_rules import BINS, bins, cut, dropped_norm
+from ..arch.site import Site
 from . import Probe, Setting
+from .bins import BINS, bins, cut, dropped_norm
 
 SHARES = torch.cat([torch.arange(1, 32) / 32, torch.tensor([0.98, 0.99])])
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arch import Site
-from ..calibration_rules import BINS, bins, cut, greedy_split
+from ..arch.site import Site
 from . import Probe, Setting
+from .bins import BINS, bins, cut, greedy_split
 
 FIELDS = ("scale",)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration_rules import BINS, bins, edges
 from . import Setting
+from .bins import BINS, bins, edges
 
 __all__ = ["BINS", "edges", "finish", "init", "update"]
 

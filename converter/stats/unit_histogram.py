@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration_rules import UNIT_BINS, unit_bins
 from . import Setting
+from .bins import UNIT_BINS, unit_bins
 
 FIELDS = ("up",)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparsegate.converter.report import Report, quality_table
+from sparsegate.converter.evaluation.records import Report
+from sparsegate.converter.report.tables import quality_table
 
 STORED = Path(__file__).parent / "results" / "bundled.json"
 PAGE = Path(__file__).parents[2] / "docs" / "bundled.md"

@@ -23,22 +23,26 @@ import torch
 from curves_page import write_page
 
 from sparsegate.converter import report as reporting
-from sparsegate.converter.analysis import Outcome, Setting, analyse_all, rank_correlations
-from sparsegate.converter.artifact import Header, read_json, write_json
-from sparsegate.converter.data import BUNDLED, CALIBRATION_TEXT, HELDOUT_TEXT, Batches, make_batches, read_text
-from sparsegate.converter.end_to_end import train_plan
+from sparsegate.converter.arch.shapes import linear_shapes
+from sparsegate.converter.bundled import BUNDLED, BUNDLED_NAME, CALIBRATION_TEXT, HELDOUT_TEXT
+from sparsegate.converter.checkpoint.plan import FFN_LINEARS, LINEARS, Plan, merge
+from sparsegate.converter.checkpoint.source import Source, open_source
+from sparsegate.converter.checkpoint.stage import Header, write_json
+from sparsegate.converter.evaluation.analysis.executor import analyse_all
+from sparsegate.converter.evaluation.analysis.ranks import rank_correlations
+from sparsegate.converter.evaluation.analysis.setting import Outcome, Setting
+from sparsegate.converter.evaluation.quality import Reference, Totals, compare, measure_quality, torch_logits
 from sparsegate.converter.methods import load_method, make_config, needs
-from sparsegate.converter.methods.predictor import fresh_predictor, rank_for
-from sparsegate.converter.planning import BUNDLED_NAME
-from sparsegate.converter.plans import FFN_LINEARS, LINEARS, Plan, linear_shapes, merge
-from sparsegate.converter.quality import Reference, Totals, compare, measure_quality, torch_logits
-from sparsegate.converter.recipe import Tune
-from sparsegate.converter.reference import apply_plan, load_dense, remove_plan
+from sparsegate.converter.methods.tune import Tune
+from sparsegate.converter.modeling.gated import apply_plan, load_dense, remove_plan
+from sparsegate.converter.modeling.predictor import fresh_predictor, rank_for
 from sparsegate.converter.report.curves import Correlations, Curves, Point
-from sparsegate.converter.residual import add_residuals
 from sparsegate.converter.scores import load_score
-from sparsegate.converter.source import Source, open_source
 from sparsegate.converter.stats.collect import collect
+from sparsegate.converter.text.windows import Batches, make_batches, read_text
+from sparsegate.converter.training.residual import add_residuals
+from sparsegate.converter.training.selection import train_plan
+from sparsegate.runtime_onnx.untrusted import read_json
 
 RESULTS = Path(__file__).parent / "results"
 DENSITIES = (0.7, 0.5, 0.4, 0.3, 0.2)

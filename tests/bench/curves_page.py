@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 
-from sparsegate.converter.artifact import InputError
 from sparsegate.converter.report.curves import Curves, Point, at_cost, curves_page, summarise, summary_cells
 from sparsegate.converter.report.plots import plot_correlations, plot_curves
 from sparsegate.converter.report.tables import ABSENT, Cells, percent, table
+from sparsegate.runtime_onnx.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
 PAGE, PLOT, MATRIX = RESULTS / "curves.md", "curves.png", "curves_correlations.png"

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sparsegate.converter.bench.roofline import plot
-from sparsegate.converter.bench.tables import (
+from sparsegate.converter.report.roofline import plot
+from sparsegate.converter.report.speed import (
     amdahl_lines,
     commands,
     conditions,

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from real_model_page import load, readme
 
-from sparsegate.converter.bench.tables import op_rows
-from sparsegate.converter.report import Report, quality_table
-from sparsegate.converter.report.recovery import RecoveryRecord, before_after_table
+from sparsegate.converter.evaluation.records import Report
+from sparsegate.converter.evaluation.recovery_record import RecoveryRecord
+from sparsegate.converter.report.recovery import before_after_table
+from sparsegate.converter.report.speed import op_rows
+from sparsegate.converter.report.tables import quality_table
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "README.md"

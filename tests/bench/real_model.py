@@ -26,10 +26,10 @@ from real_model_results import PLACE, RealModel, TextFile, choose, shipped
 from real_model_speed import Timing, entries, losses, speeds
 
 from sparsegate.converter import report as reporting
-from sparsegate.converter.artifact import InputError
-from sparsegate.converter.data import Batches
-from sparsegate.converter.planning import NEURON_METHODS
-from sparsegate.converter.plans import load_plan
+from sparsegate.converter.checkpoint.plan import load_plan
+from sparsegate.converter.methods import NEURON_METHODS
+from sparsegate.converter.text.windows import Batches
+from sparsegate.runtime_onnx.errors import InputError
 
 PARTS = ("plans", "quality", "speed")
 

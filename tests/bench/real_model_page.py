@@ -11,7 +11,7 @@ from typing import Any
 from real_model_results import PLACE, RealModel, Row, Shipped, TextFile, choose
 from real_model_speed import BASELINE, PRECISIONS
 
-from sparsegate.converter.report.results import read_stored
+from sparsegate.converter.evaluation.records import read_stored
 from sparsegate.converter.report.tables import ABSENT, megabytes, nats, percent, ratio_text, table
 from sparsegate.runtime_onnx.bench.samples import MAX_WAIT, compare
 

@@ -18,28 +18,22 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from sparsegate.converter.artifact import (
-    Header,
-    InputError,
-    atomic_folder,
-    hash_file,
-    is_finished,
-    read_header,
-    read_json,
-    write_json,
-)
-from sparsegate.converter.data import Batches, make_batches, read_text
-from sparsegate.converter.end_to_end import EndToEnd, multiplies_bf16, train_plan
-from sparsegate.converter.methods import load_method, make_config, needs
-from sparsegate.converter.planning import LINEAR_METHODS, NEURON_METHODS
-from sparsegate.converter.plans import Plan, load_plan, save_plan
-from sparsegate.converter.recipe import Recipe, Tune
-from sparsegate.converter.reference import load_dense
-from sparsegate.converter.schedule import Run, direct_plan
-from sparsegate.converter.source import Source, open_source
+from sparsegate.converter.checkpoint.plan import Plan, load_plan, save_plan
+from sparsegate.converter.checkpoint.source import Source, open_source
+from sparsegate.converter.checkpoint.stage import Header, atomic_folder, hash_file, is_finished, read_header, write_json
+from sparsegate.converter.methods import LINEAR_METHODS, NEURON_METHODS, load_method, make_config, needs
+from sparsegate.converter.methods.tune import Tune
+from sparsegate.converter.modeling.distributed import multiplies_bf16
+from sparsegate.converter.modeling.gated import load_dense
+from sparsegate.converter.pipeline.recipe import Recipe
+from sparsegate.converter.pipeline.schedule import Run, direct_plan
+from sparsegate.converter.pipeline.texts import Texts
 from sparsegate.converter.stats.collect import collect
-from sparsegate.converter.texts import Texts
-from sparsegate.converter.training import Settings
+from sparsegate.converter.text.windows import Batches, make_batches, read_text
+from sparsegate.converter.training.selection import EndToEnd, train_plan
+from sparsegate.converter.training.settings import Settings
+from sparsegate.runtime_onnx.errors import InputError
+from sparsegate.runtime_onnx.untrusted import read_json
 
 METHODS = ("gate", "chess", "cett", "trained_gate", "predictor", "teal", "wina")
 TRAINED = ("trained_gate", "predictor")

@@ -10,10 +10,11 @@ from pathlib import Path
 from real_model_plans import METHODS, TRAINED, Study, header_of, planned, training_of
 from real_model_results import Row
 
-from sparsegate.converter.artifact import Header, atomic_folder, is_finished, read_json, write_header, write_json
-from sparsegate.converter.data import Batches
-from sparsegate.converter.quality import measure_qualities
-from sparsegate.converter.verification import Quality
+from sparsegate.converter.checkpoint.stage import Header, atomic_folder, is_finished, write_header, write_json
+from sparsegate.converter.evaluation.checks import Quality
+from sparsegate.converter.evaluation.quality import measure_qualities
+from sparsegate.converter.text.windows import Batches
+from sparsegate.runtime_onnx.untrusted import read_json
 
 CHUNK = 16
 """Windows: the fewest that tell a standard error."""

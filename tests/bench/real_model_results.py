@@ -13,9 +13,9 @@ from pydantic import Field
 from real_model_plans import Training
 from real_model_speed import BASELINE, Loss
 
-from sparsegate.converter.planning import NEURON_METHODS
-from sparsegate.converter.quality import clustered_error
-from sparsegate.converter.report.results import Machine, Strict
+from sparsegate.converter.evaluation.quality import clustered_error
+from sparsegate.converter.evaluation.records import Machine, Strict
+from sparsegate.converter.methods import NEURON_METHODS
 
 PLACE = Path(__file__).parent / "results" / "real_model.json"
 CHOSEN_AT = 0.5

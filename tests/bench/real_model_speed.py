@@ -17,23 +17,16 @@ from real_model_plans import Study
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sparsegate.converter.artifact import (
-    Header,
-    InputError,
-    atomic_folder,
-    hash_file,
-    is_finished,
-    read_header,
-    read_json,
-    write_header,
-    write_json,
-)
-from sparsegate.converter.bench.model import Entry, bench_models
-from sparsegate.converter.bench.peers import OPENERS
-from sparsegate.converter.onnx_export import build_base, check_base, export, export_dense
-from sparsegate.converter.plans import Plan
-from sparsegate.converter.reference import load_dense
+from sparsegate.converter.checkpoint.plan import Plan
+from sparsegate.converter.checkpoint.stage import Header, atomic_folder, hash_file, is_finished, read_header, write_header, write_json
+from sparsegate.converter.evaluation.speed.model import Entry, bench_models
+from sparsegate.converter.evaluation.speed.peers import OPENERS
+from sparsegate.converter.modeling.gated import load_dense
+from sparsegate.converter.onnx_export.base_graph import build_base, check_base
+from sparsegate.converter.onnx_export.gated_graph import export, export_dense
+from sparsegate.runtime_onnx.errors import InputError
 from sparsegate.runtime_onnx.session import Decoder
+from sparsegate.runtime_onnx.untrusted import read_json
 
 PRECISIONS = ("fp32", "int8", "int4")
 BUILDER_PRECISIONS = ("int8", "int4")
@@ -139,7 +132,7 @@ def _llama_files(study: Study, gguf: Path) -> dict[str, Path]:
     form = gguf_format(gguf)
     made = study.work / "graphs" / f"{gguf.stem}.from-{hash_file(gguf)[:12]}.{Q4_0}.gguf"
     if OPENERS[LLAMA].missing() is None and not made.is_file() and form != Q4_0:
-        from sparsegate.converter.bench.llama_cpp_peer import quantise
+        from sparsegate.converter.evaluation.speed.llama_cpp_peer import quantise
 
         quantise(gguf, made, Q4_0)
     return {form: gguf} if form == Q4_0 else {form: gguf, Q4_0: made}
@@ -201,7 +194,7 @@ def _onnx_logits(entry: Entry) -> Callable[[Tensor], np.ndarray]:
 
 
 def _llama_logits(entry: Entry, context: int, threads: int) -> Callable[[Tensor], np.ndarray]:
-    from sparsegate.converter.bench.llama_cpp_peer import Llama
+    from sparsegate.converter.evaluation.speed.llama_cpp_peer import Llama
 
     model = Llama(entry.path, threads, context)
     return lambda window: model.all_logits(window.tolist())

@@ -14,18 +14,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sparsegate.converter.artifact import write_json
-from sparsegate.converter.report import RESULTS as REPORT
-from sparsegate.converter.report import Report, this_machine
+from sparsegate.converter.checkpoint.stage import write_json
+from sparsegate.converter.evaluation.records import RESULTS as REPORT
+from sparsegate.converter.evaluation.records import Report, this_machine
+from sparsegate.converter.evaluation.recovery_record import RECOVERY, RecoveryRecord
 from sparsegate.converter.report.plots import plot_recovery, plot_zeros
-from sparsegate.converter.report.recovery import (
-    RECOVERY,
-    RecoveryRecord,
-    before_after_table,
-    heldout_cells,
-    spent_table,
-    zeros_table,
-)
+from sparsegate.converter.report.recovery import before_after_table, heldout_cells, spent_table, zeros_table
 from sparsegate.converter.report.tables import quality_table, table
 
 RESULTS = Path(__file__).parent / "results"
@@ -84,7 +78,7 @@ def scratch_lines(stored: dict[str, Any]) -> list[str]:
 
 def speed_lines() -> list[str]:
     """What `bench` measured of recovered models and of the op with dReLU, where it did."""
-    from sparsegate.converter.bench.tables import page as bench_page
+    from sparsegate.converter.report.speed import page as bench_page
 
     found: list[str] = []
     for path in sorted(RESULTS.glob("drelu_*.json")):

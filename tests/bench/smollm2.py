@@ -8,7 +8,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from sparsegate.converter.artifact import Header, InputError, atomic_folder, hash_file, is_finished, write_header
+from sparsegate.converter.checkpoint.stage import Header, atomic_folder, hash_file, is_finished, write_header
+from sparsegate.runtime_onnx.errors import InputError
 
 NAME = "smollm2"
 """What the benchmark calls the model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bundled_page import PAGE, STORED, page
 
-from sparsegate.converter.report import Report
+from sparsegate.converter.evaluation.records import Report
 
 
 def test_page_is_that_of_the_stored_report() -> None:

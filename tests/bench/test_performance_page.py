@@ -7,7 +7,7 @@ from pathlib import Path
 
 from performance_page import DOCS, OP, PAGE, PLOT, RESULTS, losses, models, page
 
-from sparsegate.converter.bench.tables import op_rows
+from sparsegate.converter.report.speed import op_rows
 
 
 def test_page_is_that_of_the_stored_results() -> None:

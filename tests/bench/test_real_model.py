@@ -25,13 +25,13 @@ from real_model_quality import joined
 from real_model_results import RealModel, choose
 from real_model_speed import gguf_format, window_nll
 
-from sparsegate.converter.artifact import InputError
-from sparsegate.converter.bench.gguf_file import write_gguf
-from sparsegate.converter.bench.llama_cpp_peer import Llama, quantise
-from sparsegate.converter.bench.peers import OPENERS
-from sparsegate.converter.bench.shapes import Shape
-from sparsegate.converter.data import Batches
-from sparsegate.converter.quality import measure_qualities
+from sparsegate.converter.evaluation.quality import measure_qualities
+from sparsegate.converter.evaluation.speed.gguf_file import write_gguf
+from sparsegate.converter.evaluation.speed.llama_cpp_peer import Llama, quantise
+from sparsegate.converter.evaluation.speed.peers import OPENERS
+from sparsegate.converter.evaluation.speed.shapes import Shape
+from sparsegate.converter.text.windows import Batches
+from sparsegate.runtime_onnx.errors import InputError
 
 SMALL = [
     "--length", "32", "--calibration-windows", "16", "--training-windows", "24", "--windows", "24", "--loss-windows", "3", "--train-steps", "2",

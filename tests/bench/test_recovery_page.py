@@ -7,8 +7,8 @@ import re
 import pytest
 from recovery_page import DOCS, PAGE, load, page, scratch_lines
 
-from sparsegate.converter.report import Report
-from sparsegate.converter.report.recovery import RecoveryRecord
+from sparsegate.converter.evaluation.records import Report
+from sparsegate.converter.evaluation.recovery_record import RecoveryRecord
 
 
 def test_page_is_that_of_the_stored_results() -> None:

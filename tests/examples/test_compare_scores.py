@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from models import make_model
 
-from sparsegate.converter.artifact import InputError
+from sparsegate.runtime_onnx.errors import InputError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "compare_scores.py"
 

@@ -60,8 +60,8 @@ def test_the_bundled_model_is_the_record_s() -> None:
 
 
 def test_the_bundled_model_reaches_its_bits_per_byte() -> None:
-    from sparsegate.converter.reference import load_dense
-    from sparsegate.converter.source import open_source
+    from sparsegate.converter.checkpoint.source import open_source
+    from sparsegate.converter.modeling.gated import load_dense
 
     text = (BUNDLED / "heldout.txt").read_text()[:60000]
     ids = np.array(open_source(BUNDLED).tokenizer()(text)["input_ids"], dtype=np.uint16)

@@ -10,21 +10,8 @@ from typing import Any
 import numpy as np
 
 from sparsegate.runtime_onnx.ops import gated_mlp as OP
-from sparsegate.runtime_onnx.ops.gated_mlp import (
-    FLOATS,
-    ROLES,
-    SCORES,
-    Variant,
-    _activated,
-    _hidden,
-    _matrix,
-    _product,
-    _rows,
-    active,
-    is_relu,
-    scores,
-    split_activation,
-)
+from sparsegate.runtime_onnx.ops.activation import is_relu, split_activation
+from sparsegate.runtime_onnx.ops.gated_mlp import FLOATS, ROLES, SCORES, Variant, _activated, _hidden, _matrix, _product, _rows, active, scores
 from sparsegate.runtime_onnx.ops.quantisation import quantise
 
 from .breaking import Broken, documented, message, others_untouched

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparsegate.runtime_onnx.bench import bench_op
+from sparsegate.runtime_onnx.bench.op import bench_op
 
 from . import cases_of
 from .case import ISAS

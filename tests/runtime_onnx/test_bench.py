@@ -12,9 +12,9 @@ from typing import Any
 import onnx_folders as folders
 import pytest
 
-from sparsegate.runtime_onnx.bench import bench
 from sparsegate.runtime_onnx.bench import folders as folders_module
 from sparsegate.runtime_onnx.bench import samples as samples_module
+from sparsegate.runtime_onnx.bench.folders import bench
 
 SHORT = {"prompt_tokens": 16, "new_tokens": 8, "pairs": 3, "threads": 1}
 

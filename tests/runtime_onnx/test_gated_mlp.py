@@ -16,22 +16,10 @@ from op_harness.sessions import make_model, nmse, open_model, run
 from op_harness.testing import check
 
 from sparsegate.runtime_onnx import library
-from sparsegate.runtime_onnx.ops.gated_mlp import (
-    BOUNDS,
-    FLOATS,
-    ROLES,
-    SCORES,
-    WEIGHTS,
-    Variant,
-    active,
-    emulate,
-    function,
-    is_relu,
-    reference,
-    scores,
-    traffic,
-)
+from sparsegate.runtime_onnx.ops.activation import is_relu
+from sparsegate.runtime_onnx.ops.gated_mlp import BOUNDS, FLOATS, ROLES, SCORES, Variant, active, emulate, function, reference, scores, traffic
 from sparsegate.runtime_onnx.ops.margins import settled, sum_energy
+from sparsegate.runtime_onnx.ops.quantisation import WEIGHTS
 
 
 def valid(activation: str, score: str, plain: bool) -> bool:

@@ -18,7 +18,8 @@ from op_harness.sparse_linear import OP, make_tensors, make_variant, make_x, wit
 from op_harness.testing import check
 
 from sparsegate.runtime_onnx import library
-from sparsegate.runtime_onnx.ops.sparse_linear import BOUNDS, FLOATS, ROLES, WEIGHTS, Variant, active, emulate, function, reference, traffic
+from sparsegate.runtime_onnx.ops.quantisation import WEIGHTS
+from sparsegate.runtime_onnx.ops.sparse_linear import BOUNDS, FLOATS, ROLES, Variant, active, emulate, function, reference, traffic
 
 CPU = "CPUExecutionProvider"
 

@@ -1,0 +1,364 @@
+"""What a conversion measured, as the one JSON that tables, plots and the model card are made from."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ...runtime_onnx.bench.record import machine
+from ...runtime_onnx.errors import InputError
+from ...runtime_onnx.untrusted import read_json
+from ..checkpoint.manifest import File, read_manifest, write_manifest
+from ..checkpoint.stage import VERSION, hash_file, write_json
+
+EVALUATION = "report/eval.json"
+"""The evaluation's place in a checkpoint folder."""
+
+RESULTS = "report/report.json"
+"""The report's place in a checkpoint folder."""
+
+
+class Strict(BaseModel):
+    """A stored result: unknown fields and numbers that are not finite are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def save(self, path: Path) -> None:
+        """Write the result as JSON, in a folder that is made when it is not there."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.model_dump(mode="json"))
+
+
+Stored = TypeVar("Stored", bound=Strict)
+
+
+def read_stored(form: type[Stored], path: Path, what: str, remedy: str) -> Stored:
+    """The result in a JSON file. Raises InputError, which names the first wrong field and the remedy, when the file is missing or has another form."""
+    value = read_json(path, what)
+    try:
+        return form.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise InputError(f"{what} must have the form of version 1, got {path} ({place}: {first['msg']}). {remedy}") from None
+
+
+class Machine(Strict):
+    """Where it was measured; `cores` are the logical ones that the process may use."""
+
+    cpu: str
+    cores: int
+    os: str
+    memory_bytes: int | None = None
+    gpu: str | None = None
+
+
+class Text(Strict):
+    """Tokens that were read: how many, sha256 of the token batches, a name for people, and the Hub dataset when it is one."""
+
+    tokens: int
+    hash: str | None = None
+    name: str | None = None
+    dataset: str | None = None
+
+
+class Speed(Strict):
+    """How the speeds were taken: one sequence, dense and sparse in turns.
+
+    `precision` of the sparse model's gated weights and `baseline` of the dense model's (None: the same), `threads` None for the runtime's own choice;
+    `disturbed` when other load made every pair of runs wait.
+    """
+
+    runtime: str = "onnxruntime"
+    precision: str
+    baseline: str | None = None
+    provider: str
+    threads: int | None
+    prompt_tokens: int
+    new_tokens: int
+    executor: str | None = None
+    command: str | None = None
+    commit: str | None = None
+    disturbed: bool = False
+
+
+class Row(Strict):
+    """One model's quality and speed on the held-out text.
+
+    `nll` and `kl` (dense to this one) in nats per token, `nll_error` the standard error of the paired difference of NLL to dense, `agreement` the share of
+    equal argmax tokens, `density` the mean realised share of kept units, `cost` the bytes touched per token relative to the dense MLP, predictors included,
+    `block_cost` relative to all linear maps of the blocks, and `read_share` relative to those and the output head. `decode_ratio` and `prefill_ratio` are the
+    medians, over back-to-back pairs, of speeds relative to dense; `bench` the samples behind them.
+    """
+
+    method: str
+    nll: float
+    perplexity: float
+    kl: float
+    nll_error: float | None = Field(default=None, ge=0)
+    agreement: float = Field(ge=0, le=1)
+    density: float = Field(ge=0, le=1)
+    cost: float = Field(ge=0)
+    block_cost: float | None = Field(default=None, ge=0)
+    read_share: float | None = Field(default=None, ge=0)
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+    decode_ratio: float | None = Field(default=None, gt=0)
+    prefill_ratio: float | None = Field(default=None, gt=0)
+    selected: bool = False
+    bench: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Row:
+        if not math.isclose(math.exp(self.nll), self.perplexity, rel_tol=1e-3):
+            raise ValueError(f"perplexity must be exp(nll), got {self.perplexity} for {self.nll}")
+        if self.method.startswith("oracle"):
+            raise ValueError("an oracle must not stand among the methods")
+        return self
+
+
+class OnnxRow(Strict):
+    """What an ONNX file in less than fp32 loses on the evaluation text, as it is shipped: `precision` as asked for, `bytes` of graph and weights, `executor`
+    that ran it, `cost` the bytes that the MLPs touch per token relative to dense ones in the same precision, `read_share` the bytes of blocks and output head
+    relative to dense ones in fp32, and against the dense model in fp32 `kl` in nats per token and the share of equal argmax tokens. `nll_dense` is that model's
+    on the same tokens, `nll_error` the standard error of the paired difference. Of the sparse file `rise` is the mean paired difference of NLL to the dense
+    file and `rise_error` its standard error.
+    """
+
+    model: Literal["dense", "sparse"]
+    precision: str
+    executor: str
+    bytes: int
+    tokens: int
+    nll: float
+    perplexity: float
+    kl: float
+    nll_error: float | None = Field(default=None, ge=0)
+    nll_dense: float | None = None
+    rise: float | None = None
+    rise_error: float | None = Field(default=None, ge=0)
+    agreement: float = Field(ge=0, le=1)
+    cost: float = Field(ge=0)
+    read_share: float | None = Field(default=None, ge=0)
+
+
+class Reference(Strict):
+    """A dense ONNX graph in fewer bits, measured in the same run: what a sparse model has to be better than.
+
+    `nll` and, of the dense model in fp32 on the same `tokens`, `nll_dense` in nats per token; `nll_error` the standard error of their paired difference; `kl`
+    from that model and the share of equal argmax tokens. `bytes` are those of the file, `read_share` the bytes that a token reads of blocks and output head
+    relative to the graph in fp32. `decode_ratio` and `prefill_ratio` are the medians over `pairs` back-to-back pairs of speeds relative to that graph, None
+    where nothing was timed; `disturbed` when other load made every pair wait.
+    """
+
+    precision: Literal["int8", "int4"]
+    tokens: int = Field(ge=1)
+    nll_dense: float
+    nll: float
+    nll_error: float | None = Field(default=None, ge=0)
+    kl: float
+    agreement: float = Field(ge=0, le=1)
+    bytes: int = Field(ge=0)
+    read_share: float = Field(ge=0)
+    decode_ratio: float | None = Field(default=None, gt=0)
+    prefill_ratio: float | None = Field(default=None, gt=0)
+    pairs: int | None = None
+    disturbed: bool = False
+
+
+class Layer(Strict):
+    """One site. Densities: `density_target` asked for, `density_calibrated` on held-out calibration tokens, `density_realised` on the evaluation text."""
+
+    site: str
+    density_target: float | None = None
+    density_calibrated: float
+    density_realised: float
+    recall: float | None = None
+    rank: int | None = None
+    cost: float | None = None
+
+
+class Check(Strict):
+    """A measured value, its bound (an upper one, or a lower one when `at_least`), whether it holds, and a note on what was compared."""
+
+    name: str
+    value: float
+    bound: float
+    passed: bool
+    note: str = ""
+    at_least: bool = False
+
+
+class StageTime(Strict):
+    """Seconds that a stage of the conversion took and was expected to take, None where nothing was. `resumed`: an earlier run had done all of it, which takes
+    0 seconds, or a part of it; then nothing is compared.
+    """
+
+    name: str
+    expected_seconds: float | None = Field(default=None, ge=0)
+    seconds: float = Field(ge=0)
+    resumed: bool = False
+
+
+class Report(Strict):
+    """All measurements of one conversion. `model` is the Hub id (then `revision` is its commit) or the name of the source folder. Where it is `swapped`, its
+    activation was changed before, and the row of the method dense is this model with nothing skipped: tables call it ungated.
+    `stages` are the times of all stages before the report itself, absent in older reports; `unused_tensors` the names in the source's files that its class does
+    not have; `time_notes` say what was cut or left out to stay within a time.
+    """
+
+    version: Literal[1] = 1
+    model: str
+    revision: str | None = None
+    swapped: bool = False
+    tool: str = VERSION
+    date: str
+    command: str
+    machine: Machine
+    versions: dict[str, str]
+    recipe: dict[str, Any]
+    calibration: Text
+    evaluation: Text | None = None
+    speed: Speed | None = None
+    speed_note: str = ""
+    rows: list[Row]
+    onnx: list[OnnxRow] = []
+    references: list[Reference] = []
+    layers: list[Layer] = []
+    checks: list[Check] = []
+    stages: list[StageTime] = []
+    unused_tensors: list[str] = []
+    time_notes: list[str] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> Report:
+        if sum(row.method == "dense" for row in self.rows) != 1:
+            raise ValueError("rows must hold exactly one of the method dense")
+        if sum(row.selected for row in self.rows) > 1:
+            raise ValueError("at most one row may be selected")
+        if len({reference.precision for reference in self.references}) < len(self.references):
+            raise ValueError("references must hold each precision once")
+        if any(row.decode_ratio is not None for row in self.rows) and (self.speed is None or self.dense.decode_tokens_per_second is None):
+            raise ValueError("a speed ratio needs the dense model's speed and the conditions in `speed`")
+        return self
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Read a report. Raises InputError when the file is missing or has another form."""
+        return read_stored(cls, path, "The report", "Convert again.")
+
+    @property
+    def dense(self) -> Row:
+        """The baseline's row."""
+        return next(row for row in self.rows if row.method == "dense")
+
+    @property
+    def chosen(self) -> Row:
+        """The checkpoint's own row: the selected one, else the only sparse one, else the baseline."""
+        sparse = [row for row in self.rows if row.method != "dense"]
+        return next((row for row in self.rows if row.selected), sparse[0] if len(sparse) == 1 else self.dense)
+
+
+def this_machine() -> Machine:
+    """The machine that runs this process."""
+    found = machine()
+    return Machine(cpu=found["cpu"], cores=found["cpus"], os=found["system"], memory_bytes=found["memory_bytes"])
+
+
+def record_files(folder: Path, *names: str) -> None:
+    """Rewrite the manifest of a checkpoint folder, last, with the present bytes of the named files; all other files stay as they were recorded."""
+    manifest = read_manifest(folder)
+    files = {name: File(sha256=hash_file(folder / name), size=(folder / name).stat().st_size) for name in names}
+    write_manifest(folder, manifest.model_copy(update={"files": dict(sorted((manifest.files | files).items()))}))
+
+
+class Measured(Strict):
+    """One executor on `tokens` held-out tokens: NLL, and KL from dense torch to it, in nats per token, and the share of equal argmax to dense.
+
+    On the same tokens, `nll_dense` is the NLL of what is compared with, `nll_error` the standard error of the paired difference to it (None: of one window, or
+    not stored by an older version), and `nll_torch` the sparse torch model's NLL. `note` says why an executor did not run, its numbers being absent then.
+    """
+
+    executor: str
+    tokens: int = 0
+    nll: float | None = None
+    nll_dense: float | None = None
+    nll_error: float | None = Field(default=None, ge=0)
+    nll_torch: float | None = None
+    kl: float | None = None
+    agreement: float | None = Field(default=None, ge=0, le=1)
+    note: str = ""
+
+
+class Answers(Strict):
+    """Greedy answers of the sparse model against the dense model's own, mean over prompts of sacrebleu's corpus BLEU, 0 to 100.
+
+    `bleu` keeps the prompt's pass dense, which yields the first answer token, and masks every later pass (arXiv 2406.06562, its released protocol);
+    `bleu_all_masked` masks the prompt too. `bleu_dense` is the dense answers against themselves: below 100 where answers have fewer than four words.
+    `equal` and `equal_all_masked` are shares of answers equal token by token. `empty` prompts, to which the dense model says nothing, are left out.
+    """
+
+    prompts: int
+    empty: int = 0
+    prompt_tokens: int
+    answer_tokens: int
+    max_new_tokens: int
+    name: str
+    bleu: float = Field(ge=0, le=100 + 1e-6)
+    bleu_all_masked: float = Field(ge=0, le=100 + 1e-6)
+    bleu_dense: float = Field(ge=0, le=100 + 1e-6)
+    equal: float = Field(ge=0, le=1)
+    equal_all_masked: float = Field(ge=0, le=1)
+
+
+class Sparsity(Strict):
+    """Share of weights skipped, each site counted by its parameters and only sites that are masked.
+
+    `windows`: every position of the held-out windows. Of the answers with a dense prompt: `answers` on masked passes alone, `answers_and_prompt` with the
+    prompt's positions counted as dense. The same with everything masked: `masked_answers`, `masked_answers_and_prompt`. `gated_share` is the part of the
+    model's parameters that these sites hold.
+    """
+
+    windows: float
+    answers: float
+    answers_and_prompt: float
+    masked_answers: float
+    masked_answers_and_prompt: float
+    gated_share: float = Field(ge=0, le=1)
+
+
+class Evaluation(Strict):
+    """Everything that `eval` measured. `cost` and `block_cost` are bytes touched per token relative to the dense MLPs, and to all linear maps of the blocks;
+    `predictor_cost` is the part of `cost` that predictors and residuals add. `against` names what everything is compared with: the checkpoint's own dense
+    model, the dense source where weights or activations were changed, or, without that one, the changed model with nothing masked. `tasks`: metrics of lm-eval
+    by task and metric, dense torch and sparse ONNX.
+    """
+
+    version: Literal[1] = 1
+    model: str
+    tool: str = VERSION
+    date: str
+    command: str
+    machine: Machine
+    versions: dict[str, str]
+    text: Text
+    against: Literal["dense torch", "dense source", "ungated torch"] = "dense torch"
+    nll_dense: float
+    executors: list[Measured]
+    density: float = Field(ge=0, le=1)
+    cost: float = Field(ge=0)
+    block_cost: float = Field(ge=0)
+    predictor_cost: float = Field(ge=0)
+    site_density: dict[str, float]
+    site_cost: dict[str, float]
+    sparsity: Sparsity
+    answers: Answers
+    tasks: dict[str, dict[str, dict[str, float]]] = {}
+
+    @classmethod
+    def load(cls, path: Path) -> Evaluation:
+        """Read an evaluation. Raises InputError when the file is missing or has another form."""
+        return read_stored(cls, path, "The evaluation", "Run sparsegate eval again.")

@@ -1,0 +1,1 @@
+"""Methods that skip input channels of linear maps."""

@@ -1,0 +1,39 @@
+"""Gate thresholds of every neuron: one constant a layer on gate_i^2 E[up_i^2], which is a threshold of its own on |act(gate_i)|. No training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...arch import Arch
+from ...checkpoint.plan import Plan, Threshold
+from ...stats import Stats, of_kind
+from ..thresholds import Densities, chess_taus, densities_of
+
+SOURCE = (
+    "CHESS, arXiv 2409.01366",
+    "tau_i = sqrt(c / E[up_i^2]), c = quantile of gate^2 E[up^2] over tokens and units",
+    "neurons only: the inputs of q and o stay dense (method teal covers those); histograms in place of sorted samples",
+)
+NEEDS = ("unit_histogram:gate",)
+
+
+class Config(BaseModel):
+    """`sparsity`: the share of gated neurons to skip, in every layer; `densities` sets kept shares of single layers by site key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    sparsity: float = Field(default=0.5, gt=0, lt=1)
+    densities: Densities | None = None
+
+
+def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
+    """A Threshold on the gate with tau [n] of every site; the calibrated density is what the histograms hold above tau."""
+    sites = of_kind(stats, "ffn")
+    found: Plan = {}
+    for site, wanted in densities_of(sites, config.sparsity, config.densities).items():
+        tau, density = chess_taus(sites[site]["unit_histogram:gate.count"], sites[site]["unit_histogram:gate.up_moment"], wanted)
+        found[site] = [Threshold("gate", tau, density)]
+    return found

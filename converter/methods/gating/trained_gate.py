@@ -1,0 +1,48 @@
+"""Gate thresholds trained end to end: every neuron's own threshold on |act(gate)|, all layers jointly. Begins from CHESS thresholds of the same density."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...arch import Arch
+from ...checkpoint.plan import Plan, Threshold
+from ...stats import Stats, of_kind
+from ..thresholds import chess_taus
+from ..tune import Tune
+
+SOURCE = (
+    "CHESS, arXiv 2409.01366, for the start; straight-through gradients, arXiv 1308.3432",
+    "tau_i minimises KL(dense || sparse) at a mean density",
+    "thresholds are trained and not set by a quantile",
+)
+NEEDS = ("unit_histogram:gate",)
+
+
+class Config(BaseModel):
+    """`sparsity`: the share of gated neurons to skip over all layers together; `tune` how the thresholds are trained; `residual` adds a head for what is
+    skipped, of a twentieth of the network's weights, in closed form (ridge, after the training) or from there trained together with the thresholds.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    sparsity: float = Field(default=0.5, gt=0, lt=1)
+    seed: int = 0
+    tune: Tune = Tune(steps=60, rate=2e-3)
+    residual: Literal["none", "ridge", "trained"] = "trained"
+
+
+def start(config: Config) -> float:
+    """The density of `plan`: the wished one, since short training moves thresholds little."""
+    return 1.0 - config.sparsity
+
+
+def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
+    """CHESS thresholds at the density `start`, to be trained."""
+    found: Plan = {}
+    for site, tensors in of_kind(stats, "ffn").items():
+        tau, density = chess_taus(tensors["unit_histogram:gate.count"], tensors["unit_histogram:gate.up_moment"], start(config))
+        found[site] = [Threshold("gate", tau, density)]
+    return found

@@ -1,0 +1,162 @@
+"""Calibration rules: what statistics or sample activations say about thresholds. Pure functions of tensors.
+
+Histograms are counts over bins of constant relative width, which add up over batches: `edges` for a site as a whole, `unit_edges` (coarser) for every unit.
+Shares are of tokens times units; a score stays when it is above its threshold, strictly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ...runtime_onnx.errors import InputError
+from ..arch.site import Site
+from ..checkpoint.plan import Entry, Threshold
+from ..stats import Stats, of_kind
+from ..stats.bins import UNIT_BINS, cut, dropped_norm, unit_edges
+
+Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Densities = dict[str, Annotated[float, Field(ge=0, le=1)]]
+"""Kept shares by site key, as a budget search sets them."""
+
+
+# Histograms
+
+
+# CHESS
+
+
+def chess_taus(count: Tensor, up_moment: Tensor, density: float) -> tuple[Tensor, float]:
+    """Thresholds on |act(gate_i)| with tau_i^2 E[up_i^2] one constant, and the share above them: [n] fp32, density (CHESS, arXiv 2409.01366, section 3).
+
+    `count` [n, UNIT_BINS] of |act(gate_i)|, `up_moment` [n] = E[up_i^2]. The constant c is found by bisection, so that the share of gate_i^2 E[up_i^2] > c is
+    `density`; a neuron whose up is always 0 is never kept. With equal moments this is the plain quantile (CATS).
+    """
+    units, root = count.shape[0], up_moment.double().sqrt()
+    if density <= 0:
+        return torch.full((units,), torch.inf), 0.0
+    lower, counts = unit_edges(), count.double()
+    above = torch.cat([counts.flip(1).cumsum(1).flip(1), torch.zeros(units, 1, dtype=torch.float64)], dim=1)
+    total = float(counts.sum())
+
+    def share(log_c: float) -> float:
+        tau = torch.where(root > 0, np.exp(log_c) / root, torch.inf)
+        bin_ = (torch.searchsorted(lower, tau, right=True) - 1).clamp(0, UNIT_BINS - 1)
+        left, right = lower[bin_], lower[bin_ + 1]
+        # bin 0 holds the zeros, which no threshold >= 0 keeps
+        inside = torch.where(bin_ > 0, ((right - tau) / (right - left)).clamp(0, 1), 0.0)
+        kept = above.gather(1, bin_[:, None] + 1)[:, 0] + inside * counts.gather(1, bin_[:, None])[:, 0]
+        return float(torch.where(root > 0, kept, 0.0).sum()) / total
+
+    positive = root[root > 0]
+    if len(positive) == 0:
+        return torch.full((units,), torch.inf), 0.0
+    low, high = float(np.log(float(lower[1]) * float(positive.min()))), float(np.log(float(lower[-1]) * float(positive.max())))
+    if share(low) <= density:  # not even every non-zero score reaches the density
+        return torch.where(root > 0, 0.0, torch.inf).float(), share(low)
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(middle) > density else (low, middle)
+    return torch.where(root > 0, np.exp(high) / root, torch.inf).float(), share(high)
+
+
+# CETT
+
+
+def cett_threshold(z: Tensor, w_down: Tensor, cett: float, steps: int = 40) -> tuple[float, float]:
+    """The threshold eps on norm(z_i w_down_i) whose CETT is `cett`, and the CETT at eps, by bisection (ReLU2 Wins, arXiv 2402.03804).
+
+    z [T, n], w_down [n, d]. Kept are neurons above eps. CETT at the returned eps is at most `cett`. Raises InputError for a `cett` outside (0, 1).
+    """
+    if not 0 < cett < 1:
+        raise InputError(f"cett must lie strictly between 0 and 1, got {cett}. Give the relative norm that may be dropped.")
+    size = z.abs() * w_down.norm(dim=1)
+    low, high = 0.0, float(size.max())
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if dropped_norm(z, w_down, size > middle) <= cett else (low, middle)
+    return low, dropped_norm(z, w_down, size > low)
+
+
+def share_at(share: Tensor, error: Tensor, wanted: float) -> float:
+    """The dropped share whose error is `wanted`, on a measured curve error(share) [L]; (0, 0) and (1, 1) belong to every curve.
+
+    Errors are made non-decreasing; where several shares have one error (exact zeros) the largest counts.
+    """
+    x = np.concatenate([[0.0], np.maximum.accumulate(error.double().numpy().clip(0, 1)), [1.0]])
+    y = np.concatenate([[0.0], share.double().numpy(), [1.0]])
+    at = int(np.searchsorted(x, wanted, side="right"))
+    if at >= len(x):
+        return 1.0
+    return float(y[at - 1] + (y[at] - y[at - 1]) * (wanted - x[at - 1]) / (x[at] - x[at - 1]))
+
+
+def one_cett(curves: Sequence[tuple[Tensor, Tensor]], sparsity: float, steps: int = 60) -> float:
+    """The one CETT at which the mean dropped share of all layers is `sparsity`, by bisection; `curves` are (share, error) of every layer, as in `share_at`."""
+    low, high = 0.0, 1.0
+    for _ in range(steps):
+        middle = (low + high) / 2
+        mean = sum(share_at(share, error, middle) for share, error in curves) / len(curves)
+        low, high = (middle, high) if mean < sparsity else (low, middle)
+    return high
+
+
+# TEAL
+
+
+def along(path: Tensor, weights: Tensor, sparsity: float) -> Tensor:
+    """The point of a path [steps, linears] of dropped shares where their mean, weighted by `weights` [linears], is `sparsity`: [linears] fp64.
+
+    Beyond the path's end all shares go to 1 together.
+    """
+    whole = torch.cat([path.double(), torch.ones(1, path.shape[1], dtype=torch.float64)])
+    mean = (whole * weights.double()).sum(1) / weights.double().sum()
+    at = int((mean >= min(sparsity, 1.0) - 1e-12).nonzero().min())
+    if at == 0:
+        return whole[0]
+    part = (sparsity - float(mean[at - 1])) / float(mean[at] - mean[at - 1])
+    return whole[at - 1] + part * (whole[at] - whole[at - 1])
+
+
+def densities_of(sites: Iterable[Site], sparsity: float, given: Mapping[str, float] | None) -> dict[Site, float]:
+    """The kept share of every site: the given one, else 1 - sparsity. Raises InputError for a key that is none of the sites."""
+    by_key = {site.key: site for site in sites}
+    unknown = sorted(set(given or {}) - set(by_key))
+    if unknown:
+        raise InputError(f"densities must name sites such as {next(iter(by_key), 'layers.0.ffn')}, got {', '.join(unknown)}. Mend the keys.")
+    return {site: (given or {}).get(key, 1.0 - sparsity) for key, site in by_key.items()}
+
+
+def plan_linears(
+    stats: Stats, score: str, sparsity: float, linears: Sequence[str] | None, greedy: bool, densities: Mapping[str, float] | None
+) -> dict[Site, list[Entry]]:
+    """Input thresholds on the linears of every block at a mean `sparsity`, weighted by their numbers of weights.
+
+    The score is |x_j| c_j with c as the statistic `scale`. With `greedy` a block's shares lie on its path; where only some linears are gated, the path of all
+    is followed until those reach their mean. Keys of `densities` are site keys or `layers.<i>`. Raises InputError for a linear or a key that there is not.
+    """
+    sites = [site for site in of_kind(stats, "linear") if linears is None or site.kind.removeprefix("linear:") in linears]
+    missing = set(linears or ()) - {site.kind.removeprefix("linear:") for site in sites}
+    if missing:
+        raise InputError(f"linears must name linears of the model, got {', '.join(sorted(missing))}, which it has not. Leave them out.")
+    blocks = {f"layers.{site.layer}" for site in sites}
+    single = densities_of(sites, sparsity, {key: share for key, share in (densities or {}).items() if key not in blocks})
+    found: dict[Site, list[Entry]] = {}
+    for layer in sorted({site.layer for site in sites}):
+        own = [site for site in sites if site.layer == layer]
+        weights = torch.tensor([float(stats[site][f"histogram:{score}.units"] * stats[site][f"histogram:{score}.outputs"]) for site in own])
+        mean = 1.0 - (densities or {}).get(f"layers.{layer}", 1.0 - sparsity)
+        shares = [mean] * len(own)
+        if greedy:
+            shares = along(torch.stack([stats[site][f"greedy:{score}.path"] for site in own], dim=1), weights, mean).tolist()
+        for site, share in zip(own, shares, strict=True):
+            kept = single[site] if site.key in (densities or {}) else 1.0 - share
+            tau, density = cut(stats[site][f"histogram:{score}.count"], kept)
+            scale = stats[site][f"scale:{score}.scale"]
+            found[site] = [Threshold("input", torch.where(scale > 0, tau / scale, torch.inf).float(), density)]
+    return found

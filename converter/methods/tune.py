@@ -1,0 +1,23 @@
+"""How what a method selects by is trained end to end."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..checkpoint.fields import Strict
+
+
+class Tune(Strict):
+    """Training end to end of what a method selects by: `steps` per density of `windows` windows, at peak `rate`; `local` weighs the lost energy of each
+    layer's output against the divergence from the dense model; `precision` is that of the passes through the model (auto: bf16 where the machine multiplies it
+    natively); `data` windows are trained on at most.
+    """
+
+    steps: int = Field(default=300, ge=1)
+    windows: int = Field(default=2, ge=1)
+    rate: float = Field(default=4e-3, gt=0)
+    local: float = Field(default=0.2, ge=0)
+    data: int = Field(default=1024, ge=4)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -1,0 +1,259 @@
+"""Replaces MLP regions of a base graph by `ai.sparsegate:GatedMLP` nodes, linears by `SparseLinear` nodes, and writes the model that applications open.
+
+Every weight is read from the base graph's data file, converted, and written to the new one tensor by tensor, so that the memory in use does not grow with the
+model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from ...runtime_onnx.errors import InputError
+from ...runtime_onnx.ops import gated_mlp, sparse_linear
+from ...runtime_onnx.ops.quantisation import GROUP
+from ..arch import Arch
+from ..arch.shapes import linear_shapes
+from ..checkpoint.plan import Plan, check_plan
+from ..checkpoint.stage import disk_full, is_disk_full
+from .base_graph import DATA, MODEL
+from .emit import Emission, emit
+from .linear_region import LinearRegion, Part, find_linears
+from .matmul_nbits import ACCURACY, initialiser, quantise_rest
+from .mlp_region import MlpRegion, find_regions
+from .names import ATTENTION, linear_node, linear_place, mlp_node
+from .precision import DTYPES, PRECISIONS, Precision, store_predictor
+from .tensors import moved, quantised
+
+METADATA = "ai.sparsegate.variants"
+"""Key of the model's metadata: a JSON list of the names of the ops' variants in the file."""
+
+_LOG = logging.getLogger("sparsegate")
+Variant = gated_mlp.Variant | sparse_linear.Variant
+
+_PAGE = 4096  # bytes; the native kernel reads rows straight from the mapped file, so tensors start on pages and rows on cache lines
+_ROLES = {"gate": ("w_gate", "b_gate"), "up": ("w_up", "b_up"), "down": ("w_down", "b_down")}
+
+
+def export(
+    base: Path,
+    plan: Plan,
+    arch: Arch,
+    config: Any,
+    out: Path,
+    precision: str = "fp32",
+    target: str = "cpu",
+    edit: Callable[[ir.Model], None] | None = None,
+) -> None:
+    """Write the base graph in `base` with the plan's sites gated into `out`, with genai_config.json and the tokenizer's files; `out` is made if missing.
+
+    `precision` is a row of PRECISIONS; `base` is a float graph for `target`, changed by `edit`, where there is one, before anything else.
+
+    The graph gets one GatedMLP node per feed-forward site, with another activation where the plan swaps it, weights [n, d] neuron-major, one SparseLinear
+    node per linear site, weight [d_in, d_out] input-major, and one model-local function per variant of each op, so that it runs with and without the native
+    library. A packed weight is cut into one node per linear where their thresholds differ. Sites that are not in the plan stay as they are.
+
+    Raises InputError for a plan that names no site of the model or that the ops cannot express, for a base graph without closed MLP regions or without the
+    linears' products, for `out` equal to `base`, and when the disk is full.
+    """
+    if out.resolve() == base.resolve():
+        raise InputError(f"The exported folder must be another one than the base graph's, got {out} for both. Choose another folder.")
+    d, n, inputs = arch.size(config, "hidden"), arch.size(config, "units"), {f"linear:{name}": d_in for name, (_, d_in) in linear_shapes(arch, config).items()}
+    known = {"ffn", *inputs}
+    layers = [site.layer for site in arch.sites(config)]
+    strangers = [site.key for site in plan if site.kind not in known or site.expert is not None or site.layer not in layers]
+    if strangers:
+        raise InputError(
+            f"A plan's sites must be ffn or linear sites of layers.0 to layers.{layers[-1]}, got {', '.join(strangers)}. The plan belongs to another model."
+        )
+    emissions = {site: emit(site, plan[site], inputs.get(site.kind, d), inputs.get(site.kind, n)) for site in sorted(plan)}
+    check_plan(plan)
+    form = PRECISIONS[precision]
+    model = ir.load(base / MODEL)
+    if edit is not None:
+        edit(model)
+    nodes: dict[ir.Node, Variant] = {}
+    gated = [site for site in emissions if site.kind == "ffn"]
+    regions = {region.layer: region for region in find_regions(model, arch, config)} if gated else {}
+    for site in gated:
+        node, variant = _replace(model.graph, regions[site.layer], arch, arch.activation(config), emissions[site], form)
+        nodes[node] = variant
+    for layer in layers:
+        tau = {site.kind.removeprefix("linear:"): found.tensors["tau"] for site, found in emissions.items() if site.layer == layer and site.kind != "ffn"}
+        for linear in find_linears(model.graph, arch, config, layer, tau):
+            nodes |= _replace_linear(model.graph, linear, arch, form)
+    if form.bits is not None:
+        quantise_rest(model, form.bits, ACCURACY[target])
+    _declare(model, nodes)
+    out.mkdir(parents=True, exist_ok=True)
+    _save(model, base, out)
+
+
+def export_dense(base: Path, out: Path, precision: str, target: str = "cpu") -> None:
+    """Write the dense graph of an integer precision into `out`: what the speed and the losses of a sparse one are compared with."""
+    form = PRECISIONS[precision]
+    assert form.bits is not None
+    model = ir.load(base / MODEL)
+    quantise_rest(model, form.bits, ACCURACY[target])
+    out.mkdir(parents=True, exist_ok=True)
+    _save(model, base, out)
+
+
+def _replace(graph: ir.Graph, region: MlpRegion, arch: Arch, base: str, emission: Emission, form: Precision) -> tuple[ir.Node, gated_mlp.Variant]:
+    """Put one GatedMLP node in a region's place, of the activation `base` where the emission has no other."""
+    stored, p = store_predictor(emission.tensors, form)
+    given: dict[str, ir.TensorProtocol] = {role: ir.Tensor(array) for role, array in stored.items()}
+    down = region.weights["down"].const_value
+    assert down is not None
+    weights = _format(form, int(down.shape.numpy()[1]), arch.ffn_module(region.layer))
+    for part, value in region.weights.items():
+        if weights == "float":
+            given[_ROLES[part][0]] = moved(value, transpose=part != "down", dtype=DTYPES[form.w])
+        else:
+            given[_ROLES[part][0]], given[f"s_{part}"] = quantised(value, weights, transpose=part != "down")
+    for part, value in region.biases.items():
+        given[_ROLES[part][1]] = moved(value, dtype=ir.DataType.FLOAT)
+    roles = tuple(role for role in gated_mlp.ROLES if role in given)
+    try:
+        variant = gated_mlp.Variant(emission.activation or base, emission.score, weights, roles, x=_dtype(region.x), w=form.w, p=p)
+    except ValueError as error:
+        raise InputError(f"The op must be able to compute layers.{region.layer}.ffn, got: {error}") from None
+    inputs = [region.x, *(initialiser(graph, f"{arch.ffn_module(region.layer)}.{gated_mlp.NAME}.{role}", given[role]) for role in roles)]
+    y = ir.Value(name=region.y.name, shape=region.y.shape, type=region.y.type)
+    attributes = ir.convenience.convert_attributes(variant.attributes())
+    node = ir.Node(gated_mlp.DOMAIN, gated_mlp.NAME, inputs, attributes, outputs=[y], name=mlp_node(arch, region.layer))
+    ir.convenience.replace_nodes_and_values(graph, region.nodes[-1], region.nodes, [node], [region.y], [y])
+    _drop(graph, [*region.weights.values(), *region.biases.values()])
+    return node, variant
+
+
+def _replace_linear(graph: ir.Graph, region: LinearRegion, arch: Arch, form: Precision) -> dict[ir.Node, Variant]:
+    """Put one SparseLinear node, or one dense product, per part in a product's place, and join them where there are several."""
+    product, old = region.product, region.product.out
+    y = ir.Value(name=old.name, shape=old.shape, type=old.type)
+    found: dict[ir.Node, Variant] = {}
+    nodes: list[ir.Node] = []
+    results: list[ir.Value] = []
+    first = region.parts[0]
+    for part in region.parts:
+        out = y
+        if len(region.parts) > 1:
+            shape = None if old.shape is None else ir.Shape([*old.shape[:-1], part.columns.stop - part.columns.start])
+            out = ir.Value(name=f"{linear_place(region.layer, part.names)}/output_0", shape=shape, type=old.type)
+        made, variant = _part(graph, region, part, arch, out, form)
+        nodes += made
+        results.append(out)
+        if variant is not None:
+            found[made[-1]] = variant
+    if len(results) > 1:
+        name = f"{linear_place(region.layer, first.names).rpartition('/')[0]}/Concat"
+        nodes.append(ir.Node("", "Concat", results, [ir.AttrInt64("axis", -1)], outputs=[y], name=name))
+    ir.convenience.replace_nodes_and_values(graph, product.nodes[-1], product.nodes, nodes, [old], [y])
+    _drop(graph, [product.weight, *([] if product.bias is None else [product.bias])])
+    return found
+
+
+def _part(graph: ir.Graph, region: LinearRegion, part: Part, arch: Arch, out: ir.Value, form: Precision) -> tuple[list[ir.Node], Variant | None]:
+    """The nodes that compute a part's columns, its op last, and the op's variant; a part without a threshold is a MatMul with the Add of its bias."""
+    product, columns = region.product, part.columns if len(region.parts) > 1 else None
+    module = arch.attn_module(region.layer) if part.names[0] in ATTENTION else arch.ffn_module(region.layer)
+    prefix, name = f"{module}.{part.name}.", linear_place(region.layer, part.names)
+    if part.tau is None:
+        given = {"w": moved(product.weight, columns=columns)}
+        if product.bias is not None:
+            given["b"] = moved(product.bias, columns=columns)
+        inputs = [initialiser(graph, f"{prefix}{op}", given[role]) for role, op in (("w", "MatMul.weight"), ("b", "Add.bias")) if role in given]
+        if len(inputs) == 1:
+            return [ir.Node("", "MatMul", [product.x, inputs[0]], outputs=[out], name=f"{name}/MatMul")], None
+        inner = ir.Value(name=f"{name}/MatMul/output_0", shape=out.shape, type=out.type)
+        matmul = ir.Node("", "MatMul", [product.x, inputs[0]], outputs=[inner], name=f"{name}/MatMul")
+        return [matmul, ir.Node("", "Add", [inner, inputs[1]], outputs=[out], name=f"{name}/Add")], None
+    weights = _format(form, part.columns.stop - part.columns.start, f"{module}.{part.name}")
+    if weights == "float":
+        given = {"w": moved(product.weight, columns=columns, dtype=DTYPES[form.w])}
+    else:
+        stored, scale = quantised(product.weight, weights, columns=columns)
+        given = {"w": stored, "s_w": scale}
+    if product.bias is not None:
+        given["b"] = moved(product.bias, columns=columns, dtype=ir.DataType.FLOAT)
+    given["tau"] = ir.Tensor(part.tau)
+    roles = tuple(role for role in sparse_linear.ROLES if role in given)
+    variant = sparse_linear.Variant(weights, roles, x=_dtype(product.x), w=form.w)
+    inputs = [product.x, *(initialiser(graph, f"{prefix}{sparse_linear.NAME}.{role}", given[role]) for role in roles)]
+    attributes = ir.convenience.convert_attributes(variant.attributes())
+    return [ir.Node(sparse_linear.DOMAIN, sparse_linear.NAME, inputs, attributes, outputs=[out], name=linear_node(region.layer, part.names))], variant
+
+
+def _format(form: Precision, width: int, where: str) -> str:
+    """The weight format of an op, with a line where it is not the precision's own."""
+    found = form.fitting(width)
+    if found != form.weights:
+        _LOG.warning("%s is stored as %s: %s needs rows of a multiple of %d values, got %d.", where, found, form.weights, GROUP, width)
+    return found
+
+
+def _dtype(x: ir.Value) -> str:
+    """The name of an op's input dtype."""
+    return (x.dtype or ir.DataType.FLOAT).numpy().name
+
+
+def _drop(graph: ir.Graph, values: list[ir.Value]) -> None:
+    """Take out initialisers that nothing reads any more."""
+    for value in values:
+        if not value.uses() and value.name is not None:
+            graph.initializers.pop(value.name)
+
+
+def _declare(model: ir.Model, nodes: Mapping[ir.Node, Variant]) -> None:
+    """Add the ops' functions, one overload per variant of an op, their opset and the list of variants to the model."""
+    variants = list(dict.fromkeys(nodes.values()))
+    for op in (gated_mlp, sparse_linear):
+        own = [variant for variant in variants if isinstance(variant, op.Variant)]
+        overloads = {variant: f"v{index}" if len(own) > 1 else "" for index, variant in enumerate(own)}
+        for variant, overload in overloads.items():
+            function = ir.from_proto(op.function(variant, overload, model.opset_imports[""]))
+            model.functions[function.identifier()] = function
+        for node, variant in nodes.items():
+            if variant in overloads:
+                node.overload = overloads[variant]
+        if own:
+            model.opset_imports[op.DOMAIN] = op.VERSION
+    model.metadata_props[METADATA] = json.dumps([variant.name for variant in variants])
+
+
+def _save(model: ir.Model, base: Path, out: Path) -> None:
+    """Write model.onnx and its one data file, checked by onnx, and copy the folder's other files."""
+    try:
+        ir.save(model, out / MODEL, external_data=DATA, size_threshold_bytes=0, alignment=_PAGE, align_threshold=_PAGE)
+        for path in sorted(base.iterdir()):
+            if path.is_file() and path.name not in (MODEL, DATA, "header.json"):
+                shutil.copyfile(path, out / path.name)
+    except OSError as error:
+        if is_disk_full(error):
+            raise disk_full(out) from error
+        raise
+    _check(out)
+
+
+def _check(folder: Path) -> None:
+    """Run onnx.checker on the folder's model, data file included.
+
+    ONNX Runtime has one op of its own in ONNX's domain, SimplifiedLayerNormalization; the checker sees a copy in which it stands in ORT's domain.
+    """
+    proto = onnx.load(folder / MODEL, load_external_data=False)
+    for node in proto.graph.node:
+        if not node.domain and node.op_type == "SimplifiedLayerNormalization":
+            node.domain = "com.microsoft"
+    copy = folder / f"{MODEL}.check"
+    try:
+        onnx.save(proto, copy, format="protobuf")
+        onnx.checker.check_model(copy)
+    finally:
+        copy.unlink(missing_ok=True)

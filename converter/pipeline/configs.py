@@ -1,0 +1,96 @@
+"""What flags mean as a recipe, and what a conversion will need, from configuration and safetensors headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from ...runtime_onnx.errors import InputError
+from ...runtime_onnx.ops.activation import is_relu
+from ..checkpoint.fields import validated
+from ..checkpoint.plan import FFN_LINEARS, LINEARS
+from ..checkpoint.source import Source
+from ..methods import AUTO, EXACT, IMPORTED, LINEAR_METHODS, TUNED, load_method, make_config, parts_of
+from ..methods.gating.predictor import Config as PredictorConfig
+from ..methods.gating.trained_gate import Config as GateConfig
+from ..sources.predictors import Config as ImportedConfig
+from .recipe import Recipe, training_stages
+
+Configs = Mapping[str, Mapping[str, BaseModel]]
+"""Method -> its parts (one, or those that `+` joins) -> their configurations."""
+
+
+def method_configs(recipe: Recipe, exact: bool = False) -> Configs:
+    """The methods to try and their parts' configurations; `auto` is every one of AUTO, and the method exact for a model with `exact` zeros. A part takes the
+    fields that it knows, and the recipe's seed. A recipe whose last stage trains has the plan TUNED, without parts.
+
+    Raises InputError for an unknown method, for a field that no part knows, and when `training_stages` does.
+    """
+    training_stages(recipe)
+    stage = recipe.stages[-1]
+    if stage.tune is not None:
+        return {TUNED: {}}
+    names = (*AUTO[recipe.searches], *((EXACT,) if exact else ())) if stage.method == "auto" else (stage.method,)
+    names = _kept(names, stage.steps)
+    fields = {part: _config_class(part).model_fields for name in names for part in parts_of(name)}
+    known = {key for own in fields.values() for key in own}
+    unknown = sorted(set(stage.config) - known)
+    if unknown:
+        raise InputError(f"The configuration of {stage.method} must hold only {', '.join(sorted(known))}, got {', '.join(unknown)}. Mend the recipe.")
+    found: dict[str, dict[str, BaseModel]] = {}
+    for name in names:
+        found[name] = {}
+        for part in parts_of(name):
+            values = {key: value for key, value in {"seed": recipe.seed, **stage.config}.items() if key in fields[part]}
+            if part in LINEAR_METHODS and part != name:
+                values["linears"] = _outside_networks(name, values.get("linears"))
+            made = validated(ImportedConfig, values, part) if part == IMPORTED else make_config(part, values)
+            found[name][part] = _with_steps(made, stage.steps.get(name))
+        if recipe.searches and len(found[name]) > 1:
+            _check_joined_search(name, found[name])
+    return found
+
+
+def _kept(names: tuple[str, ...], steps: Mapping[str, int]) -> tuple[str, ...]:
+    """The methods without those that are left out with 0 steps. Raises InputError for steps of a method that is not among them, and when none is left."""
+    unknown, kept = sorted(set(steps) - set(names)), tuple(name for name in names if steps.get(name) != 0)
+    if unknown or not kept:
+        raise InputError(f"steps must name some of the methods {', '.join(names)} and leave one, got {', '.join(unknown) or 'none left'}. Mend the recipe.")
+    return kept
+
+
+def _with_steps(config: BaseModel, steps: int | None) -> BaseModel:
+    """The configuration with other steps of its training end to end, where it has one."""
+    if steps is None or not isinstance(config, PredictorConfig | GateConfig):
+        return config
+    return config.model_copy(update={"tune": config.tune.model_copy(update={"steps": steps})})
+
+
+def _outside_networks(name: str, linears: Any) -> Any:
+    """The linears that are left where another method gates the networks: the asked share holds for them alone."""
+    inside = sorted(set(linears or ()) & set(FFN_LINEARS))
+    if inside:
+        raise InputError(f"linears must lie outside the networks that {name} gates, got {', '.join(inside)}. Leave them out.")
+    return linears or [linear for linear in LINEARS if linear not in FFN_LINEARS]
+
+
+def _check_joined_search(name: str, parts: Mapping[str, BaseModel]) -> None:
+    trained = [part for part, config in parts.items() if getattr(load_method(part), "start", lambda _: None)(config) is not None]
+    if trained:
+        raise InputError(f"A budget must be searched with a method trained end to end alone, got {name}. Set a sparsity, or take {trained[0]} or chess+teal.")
+
+
+def has_zeros(source: Source) -> bool:
+    """Whether the networks of a model have exact zeros: by their own activation, or by one that it was given."""
+    return bool(source.swaps) or is_relu(source.arch.activation(source.config))
+
+
+def training_windows(configs: Configs) -> int:
+    """The most windows that any of the methods trains on."""
+    return max((values.tune.data for parts in configs.values() for values in parts.values() if isinstance(values, PredictorConfig | GateConfig)), default=0)
+
+
+def _config_class(part: str) -> type[BaseModel]:
+    return ImportedConfig if part == IMPORTED else load_method(part).Config

@@ -1,0 +1,174 @@
+"""`eval`: quality on held-out text in every executor, BLEU of the sparse model's answers against the dense model's own, realised sparsity, lm-eval tasks.
+
+What it measures is stored in DIR/report/eval.json; the manifest is rewritten last.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from ...runtime_onnx.errors import InputError
+from ...runtime_onnx.library import executor
+from ...runtime_onnx.session import Decoder
+from ..bundled import BUNDLED, BUNDLED_MODEL, HELDOUT_TEXT
+from ..checkpoint.cost import predictor_cost
+from ..checkpoint.manifest import MANIFEST, Manifest, check_links, installed_versions, read_manifest
+from ..checkpoint.source import Source, open_source
+from ..checkpoint.stage import hash_file
+from ..evaluation.answers import NEW_TOKENS, compare_answers, import_sacrebleu, make_prompts
+from ..evaluation.checks import ExecutorQuality, Quality, read_plan
+from ..evaluation.harness import find_tasks, run_tasks
+from ..evaluation.quality import ERROR, MOST_TOKENS, measure_executor, measure_quality
+from ..evaluation.records import EVALUATION, Evaluation, Measured, Text, record_files, this_machine
+from ..modeling.gated import load, load_dense
+from ..progress import job, stage
+from ..sources.hub import download, home_folder, is_hub_id, local_folder
+from ..text.documents import read_whole
+from ..text.windows import Batches, make_batches, read_text
+from .recipe import Recipe, make_recipe, training_stages
+from .texts import EARLIER_WINDOWS, HELDOUT_SHARE, HELDOUT_WINDOWS, write_out
+
+log = logging.getLogger("sparsegate")
+
+
+@job()
+def evaluate(
+    model: str | Path,
+    text: str | Path | None = None,
+    windows: int | None = None,
+    prompts: str | Path | None = None,
+    max_new_tokens: int = NEW_TOKENS,
+    lm_eval: str | None = None,
+    limit: int | None = None,
+    command: str = "sparsegate eval",
+    source: str | Path | None = None,
+) -> Evaluation:
+    """Measure a sparse checkpoint, folder or Hub id, and store the result in the folder (not for a Hub id).
+
+    Args:
+        model: Sparse checkpoint.
+        text: UTF-8 file to measure on; of the text that the checkpoint was calibrated on, only the last fifth is used. Default: the text that comes with
+            sparsegate, in the windows that `convert` measured on.
+        windows: Windows of that text, all of which are measured. Default: as many as tell the loss.
+        prompts: UTF-8 file with one prompt a line; default: the beginnings of windows.
+        max_new_tokens: Most tokens of an answer.
+        lm_eval: Task names of lm-eval, with commas between; FOLDER/NAME is a task of one's own in FOLDER.
+        limit: Most examples of each lm-eval task.
+        command: The command for the record.
+        source: The dense model that the checkpoint was made from, folder or Hub id, to compare with where weights or activations were changed. Default: the
+            checkpoint itself ungated, which is that model where neither was.
+
+    Raises InputError for every user's mistake, before anything is measured where that can be known.
+    """
+    for name, number, least in (("windows", windows, 1), ("max_new_tokens", max_new_tokens, 1), ("limit", limit, 1)):
+        if number is not None and number < least:
+            raise InputError(f"{name} must be at least {least}, got {number}. Choose a larger number.")
+    with stage("open"):
+        folder = local_folder(model)
+        if not folder.is_dir():
+            raise InputError(f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the spelling.")
+        manifest = read_manifest(folder)
+        if not is_hub_id(str(model)):
+            check_links(folder)
+        bleu = import_sacrebleu()
+        tasks = None if lm_eval is None else find_tasks(lm_eval)
+        plan, opened = read_plan(folder), open_source(folder, sparse=True)
+        tokenizer, arch, config = opened.tokenizer(), opened.arch, opened.config
+        batches, name = _batches(tokenizer, config, manifest, None if text is None else Path(text), windows)
+        error = ERROR if windows is None and text is not None else 0.0
+        rows = make_prompts(tokenizer, config, batches, None if prompts is None else Path(prompts), max_new_tokens)
+        original = None if source is None else _dense(source, config)
+        sparse = load(folder)
+    with stage("quality"):
+        quality = measure_quality(sparse, plan, batches, original=original, error=error, most=MOST_TOKENS if error else batches.count)
+    if not all(map(math.isfinite, (quality.nll_dense, quality.nll, quality.kl))):
+        raise InputError(f"The loss of {folder.name} must be a number, got NLL {quality.nll} and KL {quality.kl}. Run sparsegate verify on it.")
+    shown = name if prompts is None else Path(prompts).name
+    with stage("answers"):
+        answers, sparsity = compare_answers(sparse, plan, arch, tokenizer, rows, max_new_tokens, bleu, shown, original)
+    with stage("executors"):
+        executors = _executors(folder / "onnx", sparse, batches, original)
+    results = {}
+    if tasks is not None:
+        with stage("tasks"):
+            results = run_tasks(folder / "onnx", sparse, tasks, limit, original)
+    measured = Measured(
+        executor="torch", tokens=quality.tokens, nll=quality.nll, nll_dense=quality.nll_dense, nll_error=_error(quality), nll_torch=quality.nll,
+        kl=quality.kl, agreement=quality.agreement,
+    )  # fmt: skip
+    assert quality.block_cost is not None
+    found = Evaluation(
+        model=str(manifest.recipe.get("model", folder.name)), date=datetime.now(UTC).date().isoformat(), command=command, machine=this_machine(),
+        versions=installed_versions(), text=Text(tokens=quality.tokens, hash=batches.sha256, name=name), nll_dense=quality.nll_dense,
+        against=_against(opened, make_recipe(manifest.recipe, f"{MANIFEST}'s recipe"), source),
+        executors=[measured, *executors],
+        density=quality.density, cost=quality.cost, block_cost=quality.block_cost, predictor_cost=predictor_cost(plan, arch, config),
+        site_density=quality.site_density, site_cost=quality.site_cost,
+        sparsity=sparsity.summary(1 - quality.density, sum(p.numel() for p in sparse.parameters())), answers=answers,
+        tasks=results,
+    )  # fmt: skip
+    if not is_hub_id(str(model)):
+        found.save(folder / EVALUATION)
+        record_files(folder, EVALUATION)
+    return found
+
+
+def _dense(source: str | Path, config: Any) -> Any:
+    """The dense model to compare with. Raises InputError for one of another vocabulary."""
+    if is_hub_id(str(source)):
+        opened = open_source(download(str(source), home_folder("dense", str(source))).folder)
+    else:
+        opened = open_source(BUNDLED if str(source) == BUNDLED_MODEL else source)
+    if opened.config.vocab_size != config.vocab_size:
+        raise InputError(
+            f"--source must have the checkpoint's vocabulary of {config.vocab_size}, got {opened.config.vocab_size}. Give the model it was made from."
+        )
+    return load_dense(opened.folder)
+
+
+def _against(opened: Source, recipe: Recipe, source: str | Path | None) -> Literal["dense torch", "dense source", "ungated torch"]:
+    """The honest name of what is compared with: a checkpoint with other activations or trained weights holds no dense model."""
+    if source is not None:
+        return "dense source"
+    return "ungated torch" if opened.swaps or training_stages(recipe) else "dense torch"
+
+
+def _batches(tokenizer: Any, config: Any, manifest: Manifest, text: Path | None, windows: int | None) -> tuple[Batches, str]:
+    """Windows to measure on, and a name of their text for people."""
+    recipe = make_recipe(manifest.recipe, f"{MANIFEST}'s recipe")
+    length = min(recipe.calibration.length, int(getattr(config, "max_position_embeddings", recipe.calibration.length)))
+    own = manifest.calibration.get("file")
+    if text is None:
+        if own is not None:
+            log.warning("Measured on the text that comes with sparsegate; give the checkpoint's own with --text FILE.")
+        words, name = read_text(HELDOUT_TEXT), "Python standard library modules, held out"
+        windows = windows or int(manifest.measured.get("windows", EARLIER_WINDOWS[recipe.searches]))
+    else:
+        words, name = read_whole(text, lambda conversations: write_out(tokenizer, conversations))[0], text.name
+        if own is not None and hash_file(text) == own:
+            words, name = words[int(len(words) * (1 - HELDOUT_SHARE)) :], f"{name}, held out"
+    return make_batches(tokenizer, words, windows or HELDOUT_WINDOWS, length, manifest.seed + 1, "The text", text_order=False), name
+
+
+def _executors(onnx: Path, model: Any, batches: Batches, original: Any | None) -> list[Measured]:
+    """The ONNX folder's body and kernel, as far as they are there."""
+    if not onnx.is_dir():
+        return [Measured(executor="ONNX", note="not run: the checkpoint has no onnx folder")]
+    chosen, found = executor(onnx), []
+    for name, library in (("ONNX body", False), ("ONNX kernel", True)):
+        if library and not chosen.kernel:
+            found.append(Measured(executor=name, note=f"not run: {chosen.reason}"))
+            continue
+        quality = measure_executor(Decoder(onnx, library=library), model, batches, original=original)
+        measured: dict[str, Any] = quality.model_dump(include=set(Measured.model_fields)) | {"nll_error": _error(quality)}
+        found.append(Measured(executor=name, **measured))
+    return found
+
+
+def _error(quality: Quality | ExecutorQuality) -> float | None:
+    """The standard error of the mean difference to dense; a single window has none."""
+    return quality.nll_error if quality.windows > 1 else None

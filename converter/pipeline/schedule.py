@@ -1,0 +1,334 @@
+"""The loop over stages: statistics once, then for every method a plan, its training where it is trained, and the search where there is a budget.
+
+Each is a folder below the work folder that is not made again when its header fits.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from ...runtime_onnx.errors import InputError
+from ..arch.site import Site
+from ..checkpoint.cost import block_cost
+from ..checkpoint.plan import FFN_LINEARS, Plan, Swap, load_plan, merge, save_plan
+from ..checkpoint.source import Source
+from ..checkpoint.stage import Header, atomic_folder, is_finished, read_header, write_header
+from ..checkpoint.writer import write_checkpoint
+from ..evaluation.density import with_shares
+from ..methods import EXACT, IMPORTED, TUNED, load_method, needs
+from ..modeling.gated import load_dense
+from ..modeling.predictor import residual_rank
+from ..progress import partly, resumed, stage, track
+from ..scores import load_score
+from ..sources.predictors import NEEDS as IMPORTED_NEEDS
+from ..sources.predictors import fingerprint, imported_plan, measured
+from ..stats import Stats, load_stat
+from ..stats.collect import collect, drop_samples
+from ..stats.oracle import collect_labels
+from ..training.residual import add_residuals
+from ..training.selection import train_plan
+from .recipe import Recipe
+from .search import Judge, allocate, governs, sensitivities, settled, shifted, sparsest
+from .texts import Texts
+
+LEVELS = (0.75, 0.6, 0.45, 0.33, 0.25, 0.18, 0.13)
+"""Densities at which a trained method stops in turn on its way to a budget."""
+_ABOVE = 0.8  # density that gate thresholds set out from to the first of them
+_REACH = 6.0  # logits that a trained plan is shifted by at most
+
+
+@dataclass
+class Run:
+    """What every stage of a conversion reads; models are loaded when first asked for. `original` is the dense model that `source` was recovered from, where it
+    was: what trained predictors are to reproduce.
+    """
+
+    source: Source
+    texts: Texts
+    recipe: Recipe
+    work: Path
+    device: str
+    stats: Stats = field(default_factory=dict)
+    original: Source | None = None
+
+    @cached_property
+    def model(self) -> Any:
+        """The dense model on the device."""
+        return load_dense(self.source.folder).to(self.device)
+
+    @cached_property
+    def teacher(self) -> Any | None:
+        """The original on the device, where there is one."""
+        return None if self.original is None else load_dense(self.original.folder).to(self.device)
+
+    @cached_property
+    def activation(self) -> str:
+        """The feed-forward activation by the op's name."""
+        return self.source.arch.activation(self.source.config)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Losses on the search windows, from the dense model."""
+        assert self.texts.search is not None
+        return Judge(self.model, self.source.arch, self.activation, self.texts.search, original=self.teacher)
+
+    @cached_property
+    def own_judge(self) -> Judge:
+        """Losses on the search windows, from the model itself with everything kept."""
+        assert self.texts.search is not None
+        return self.judge if self.original is None else Judge(self.model, self.source.arch, self.activation, self.texts.search)
+
+    def header(self, name: str, config: Mapping[str, Any], **parents: str) -> Header:
+        """The header of a method's stage."""
+        own = {"model": self.source.fingerprint, **parents} | ({} if self.original is None else {"original": self.original.fingerprint})
+        return Header(format="plan", parents=own, config={"method": name, **config}, seed=self.recipe.seed, calibration=self.texts.calibration.sha256)
+
+
+def once(
+    source: Source, texts: Texts, recipe: Recipe, configs: Mapping[str, Mapping[str, Any]], work: Path, device: str, original: Source | None = None
+) -> dict[str, Plan]:
+    """One round: the plan of every method in `configs` (validated configurations by part, as `configs.method_configs` gives them), from one set of
+    statistics; a method that cannot meet the budget is left out. Stored activations go when every plan is made.
+
+    `original` is the dense model that `source` was recovered from, where it was.
+
+    Raises InputError when no method can meet the budget.
+    """
+    run = Run(source, texts, recipe, work, device, original=original)
+    headers = {name: _header(run, name, config) for name, config in configs.items()}
+    todo = [name for name in configs if not is_finished(work / "plan" / name, headers[name])]
+    if todo:
+        run.stats = _statistics(run, {part: config for name in todo for part, config in configs[name].items()})
+        with stage("plan"):
+            if len(todo) < len(configs):
+                partly()
+            for name in track(todo, unit="method"):
+                _make_plan(run, name, configs[name], headers[name])
+    else:
+        for name in ("calibrate", *(f"train {name}" for name, config in configs.items() if _is_trained(config)), "plan"):
+            resumed(name)
+    for folder in ("stats", "stats_labels"):
+        drop_samples(work / folder)
+    plans = {name: load_plan(work / "plan" / name) for name in configs}
+    if not any(plans.values()):
+        raise InputError(f"The budget must be one that a method can meet, got none of {', '.join(plans)} within it. Loosen it.")
+    return {name: plan for name, plan in plans.items() if plan}
+
+
+def _make_plan(run: Run, name: str, config: Mapping[str, Any], header: Header) -> None:
+    """A method's plan, as a stage that is finished."""
+    if run.recipe.searches:
+        with stage(f"search {name}", apart=True):
+            plan = _searched(run, name, config)
+    else:
+        plan = direct_plan(run, name, config)
+    plan = None if plan is None else _completely(run, plan)
+    with atomic_folder(run.work / "plan" / name) as partial:
+        save_plan(partial, plan or {}, header)
+
+
+def _completely(run: Run, plan: Plan) -> Plan:
+    """The plan with the swapped activation of every site, where the model has any, and with the shares of exact sites as they are on the calibration text."""
+    swaps = run.source.swaps
+    whole: Plan = {}
+    for site in [*plan, *(site for site in swaps if site not in plan)]:
+        entries = plan.get(site, [])
+        whole[site] = [swaps[site], *entries] if site in swaps and not any(isinstance(entry, Swap) for entry in entries) else entries
+    whole = dict(sorted(whole.items(), key=lambda item: (item[0].layer, item[0].kind != "ffn")))
+    return with_shares(run.model, whole, run.source.arch, run.activation, run.texts.calibration)
+
+
+def _header(run: Run, name: str, config: Mapping[str, Any]) -> Header:
+    parents = {"training": run.texts.training.sha256} if _is_trained(config) else {}
+    files = fingerprint(config[IMPORTED]) if IMPORTED in config else None
+    parents |= {"predictors": files} if files else {}
+    budget = {}
+    if run.recipe.searches:
+        assert run.texts.search is not None
+        budget, parents = {"budget": run.recipe.budget.model_dump(mode="json")}, parents | {"search": run.texts.search.sha256}
+    return run.header(name, {part: values.model_dump(mode="json") for part, values in config.items()} | budget, **parents)
+
+
+def _is_trained(config: Mapping[str, Any]) -> bool:
+    """Whether a method of these parts can be trained."""
+    return any(getattr(load_method(part), "start", None) for part in config if part != IMPORTED)
+
+
+@stage("calibrate")
+def _statistics(run: Run, parts: Mapping[str, Any]) -> Stats:
+    """The statistics of all methods: those of scores that need gradients from the whole model, the others block by block."""
+    names = {stat for part, config in parts.items() for stat in (IMPORTED_NEEDS if part == IMPORTED else needs(part, config))}
+    oracle = {name for name in names if "grad" in load_score(load_stat(name)[1]).NEEDS}
+    folder, seed = run.work / "stats", run.recipe.seed
+    found = collect(run.source, run.texts.calibration, sorted(names - oracle), folder, seed, run.device)
+    if oracle:
+        labelled = collect_labels(run.model, run.source, run.texts.calibration, sorted(oracle), run.work / "stats_labels", seed)
+        every = {**found, **labelled}  # sites; their tensors stay on disk until they are asked for
+        return {site: ChainMap(*(cast("dict[str, Tensor]", part[site]) for part in (labelled, found) if site in part)) for site in every}
+    return found
+
+
+def direct_plan(run: Run, name: str, config: Mapping[str, Any]) -> Plan:
+    """The plan of a method at its configured sparsity, from the run's statistics; `config` as in `once`."""
+    return merge([_part(run, name, part, values) for part, values in config.items()])
+
+
+def _part(run: Run, name: str, part: str, config: Any) -> Plan:
+    if part == IMPORTED:
+        return measured(imported_plan(run.source, config), run.stats)
+    plan = _beside_swaps(run, load_method(part).plan(run.stats, run.source.arch, config))
+    if part == EXACT:
+        return _present(run, plan)
+    start, density = _start(part, config), 1.0 - config.sparsity
+    if start is not None and start < 1 and config.residual == "trained":  # something is skipped from the start: one training serves thresholds and residual
+        return _trained(run, name, part, config, _with_residuals(run, plan), start, density)
+    if start is not None:
+        plan = _trained(run, name, part, config, plan, start, density)
+    return _completed(run, name, part, config, plan, density)
+
+
+def _beside_swaps(run: Run, plan: Plan) -> Plan:
+    """The plan without the linears inside networks that keep what a swapped activation leaves: both would skip the same weights."""
+    return {site: entries for site, entries in plan.items() if site.kind.removeprefix("linear:") not in FFN_LINEARS or Site(site.layer) not in run.source.swaps}
+
+
+def _present(run: Run, plan: Plan) -> Plan:
+    """The plan of the method exact, in which no activation means the one that a site has."""
+    found: Plan = {}
+    for site, entries in plan.items():
+        (entry,) = entries
+        assert isinstance(entry, Swap)
+        own = run.source.swaps.get(site, Swap(run.activation))
+        found[site] = [entry if entry.activation else own]
+    return found
+
+
+def _completed(run: Run, name: str, part: str, config: Any, plan: Plan, density: float) -> Plan:
+    """The plan with residuals where they are asked for, in closed form, or from there trained together with what selects."""
+    residual = getattr(config, "residual", "none")
+    if residual == "none":
+        return plan
+    plan = _with_residuals(run, plan)
+    return plan if residual == "ridge" else _trained(run, f"{name}-residual", part, config, plan, density, density)
+
+
+def _with_residuals(run: Run, plan: Plan) -> Plan:
+    """The plan with residuals in closed form."""
+    arch, units = run.source.arch, run.source.arch.size(run.source.config, "units")
+    return add_residuals(run.model, arch, run.activation, plan, run.texts.calibration, residual_rank(units, 2 if arch.ffn.kind == "plain" else 3))
+
+
+def _start(part: str, config: Any) -> float | None:
+    module = load_method(part)
+    return module.start(config) if hasattr(module, "start") else None
+
+
+def _trained(run: Run, name: str, part: str, config: Any, plan: Plan, start: float, density: float) -> Plan:
+    folder = run.work / "trained" / f"{name}-{density:.3f}"
+    header = run.header(part, config.model_dump(mode="json"), training=run.texts.training.sha256)
+    with stage(f"train {name.partition('-')[0]}", apart=True):
+        (found,) = train_plan(
+            run.model, run.source.arch, run.activation, plan, start, [density], run.texts.training, config.tune, config.seed, folder, header, run.teacher
+        )
+    return found
+
+
+def _searched(run: Run, name: str, config: Mapping[str, Any]) -> Plan | None:
+    """The cheapest plan of a method that meets the budget on the search windows, None when there is none."""
+    part, values = next(iter(config.items()))
+    if part == EXACT:
+        plan = direct_plan(run, name, config)
+        return plan if run.judge.loss(plan).share(run.recipe.budget) <= 1 else None
+    if len(config) == 1 and (part == IMPORTED or hasattr(load_method(part), "start")):
+        if part != IMPORTED and _start(part, values) is not None:
+            return _searched_training(run, name, part, values)
+        plan = _part(run, name, part, values)
+        found = sparsest(lambda shift: shifted(plan, shift), run.judge, run.recipe.budget, -_REACH, _REACH)
+    else:
+        found = sparsest(_family(run, config), run.judge, run.recipe.budget, 0.02, 0.99)
+    return None if found is None else settled(found[1], found[2].density)
+
+
+def _family(run: Run, config: Mapping[str, Any]) -> Callable[[float], Plan]:
+    """A method's plan by mean density, each site's own density from its sensitivity where the method takes any."""
+
+    def plan_of(part: str, sparsity: float, densities: Mapping[str, float] | None = None) -> Plan:
+        values = config[part].model_dump() | {"sparsity": sparsity} | ({} if densities is None else {"densities": dict(densities)})
+        module = load_method(part)
+        return _beside_swaps(run, module.plan(run.stats, run.source.arch, module.Config.model_validate(values)))
+
+    if not all("densities" in type(values).model_fields for values in config.values()):
+        return lambda level: merge([plan_of(part, min(0.99, max(0.01, 1 - level))) for part in config])
+    keys: dict[str, str] = {}
+    for part in config:
+        for site in plan_of(part, 0.5):
+            keys[site.key if site.kind == "ffn" else f"layers.{site.layer}"] = part
+
+    def make(densities: Mapping[str, float]) -> Plan:
+        return merge([plan_of(part, 0.5, {key: densities[key] for key, owner in keys.items() if owner == part}) for part in config])
+
+    whole = make(dict.fromkeys(keys, 1.0))
+    weights = {key: _governed(run, key, whole) for key in keys}
+    curves = sensitivities(run.own_judge, make, list(keys))
+    return lambda level: make(allocate(curves, weights, level))
+
+
+def _governed(run: Run, key: str, whole: Plan) -> float:
+    """What a unit of a key's density costs: block cost at density 1 less that at 0."""
+    own = [site for site in whole if governs(key, site)]
+    arch, config = run.source.arch, run.source.config
+    return block_cost(whole, arch, config, dict.fromkeys(whole, 1.0)) - block_cost(whole, arch, config, {s: 0.0 if s in own else 1.0 for s in whole})
+
+
+def _searched_training(run: Run, name: str, part: str, config: Any) -> Plan | None:
+    """A trained method goes down LEVELS until the budget breaks; the last two levels are shifted to the budget, and the cheaper one is taken."""
+    config = config.model_copy(update={"sparsity": 1 - _ABOVE})
+    plan, start = load_method(part).plan(run.stats, run.source.arch, config), _start(part, config)
+    assert start is not None
+    trained: list[tuple[Plan, float]] = []
+    for density in LEVELS:
+        if density >= start:
+            continue
+        plan = _trained(run, f"{name}-budget", part, config, plan, start, density)
+        start = density
+        trained.append((plan, density))
+        if run.judge.loss(plan, every=4).share(run.recipe.budget) > 1:
+            break
+    best: tuple[float, Plan] | None = None
+    for plan, density in trained[-2:]:
+        plan = _completed(run, f"{name}-budget", part, config, plan, density)
+        found = sparsest(lambda shift, plan=plan: shifted(plan, shift), run.judge, run.recipe.budget, -_REACH, _REACH)
+        if found is not None:
+            ready = settled(found[1], found[2].density)
+            cost = block_cost(ready, run.source.arch, run.source.config)
+            best = min(best or (cost, ready), (cost, ready), key=lambda pair: pair[0])
+    return None if best is None else best[1]
+
+
+def keep_plan(plan: Plan, header: Header, work: Path, name: str = TUNED) -> Plan:
+    """A plan that a training ended with as the stage that further stages are made from; `header` is the training's."""
+    own = Header(format="plan", parents={"tuned": header.fingerprint}, config={"method": name}, seed=header.seed)
+    if not is_finished(work / "plan" / name, own):
+        with atomic_folder(work / "plan" / name) as partial:
+            save_plan(partial, plan, own)
+    return plan
+
+
+def checkpoint(source: Source, plan: Plan, name: str, work: Path, parent: Path) -> Path:
+    """The checkpoint folder of a plan; `parent` is the plan's folder."""
+    folder = work / "checkpoint" / name
+    plan_header = read_header(parent)
+    assert plan_header is not None
+    header = Header(format="checkpoint", parents={"plan": plan_header.fingerprint})
+    if not is_finished(folder, header):
+        with atomic_folder(folder) as partial:
+            write_checkpoint(source, plan, partial)
+            write_header(partial, header)
+    return folder

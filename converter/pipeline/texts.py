@@ -1,0 +1,143 @@
+"""The token windows of a conversion: what is calibrated on, trained on, searched on and measured on."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...runtime_onnx.chat_template import render_all
+from ...runtime_onnx.errors import InputError
+from ..bundled import CALIBRATION_TEXT, HELDOUT_TEXT
+from ..checkpoint.source import Source
+from ..checkpoint.stage import hash_file, hash_json
+from ..evaluation.quality import ERROR
+from ..text.documents import JSON_LINES, Conversation, read_whole
+from ..text.generated import generated
+from ..text.windows import Batches, make_batches, read_text
+from .recipe import Recipe
+
+log = logging.getLogger("sparsegate")
+HELDOUT_WINDOWS = 256
+"""Windows to measure on, of which as many are taken as tell the loss."""
+EARLIER_WINDOWS = {False: 64, True: 256}
+"""What a checkpoint was measured on that does not say it: so many windows where a budget was not searched, and where it was."""
+SEARCH_WINDOWS, SEARCH_SHARE = 256, 0.3
+"""Windows that a budget is searched on: so many, at most this share of a given text. They are never calibrated or trained on."""
+HELDOUT_SHARE = 0.2  # of a user's own calibration text, kept for measuring
+ERROR_SHARE = 0.1  # of a searched budget: what the standard error of the loss may be
+_EVERY = 1 << 30
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token windows to calibrate on, to train on (those to calibrate on are among them), to measure on, and to search on where there is a search.
+
+    No window that is searched or measured on is in another part.
+    """
+
+    calibration: Batches
+    training: Batches
+    heldout: Batches
+    search: Batches | None
+    name: str
+
+
+def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | None = None, temperature: float = 1.0, streams: bool = False) -> Texts:
+    """The windows that a recipe means: of the bundled texts, of a user's file, whose last fifth is held out, or of text that the model writes itself, which is
+    stored below `work` and sampled at `temperature`, in texts that begin anywhere where `streams`. `training` is the most windows to train on.
+
+    Raises InputError for a text that is too short.
+    """
+    asked, length = recipe.calibration, _length(source, recipe)
+    (text, _, said), name = _split(recipe, source), _name(recipe)
+    if said:
+        log.warning("%s", said)
+    share = SEARCH_SHARE
+    if asked.generated:
+        wanted = max(asked.windows, training) + (SEARCH_WINDOWS if recipe.searches else 0)
+        heldout = make_heldout(source, recipe)  # which may be too short, before anything is sampled
+        every, name, share = generated(source, wanted, length, recipe.seed, work, temperature, streams), "text sampled from the dense model", 1.0
+    else:
+        every, heldout = make_batches(source.tokenizer(), text, _EVERY, length, recipe.seed), make_heldout(source, recipe)
+    order = torch.randperm(len(every.tokens), generator=torch.Generator().manual_seed(recipe.seed))
+    aside = min(SEARCH_WINDOWS, int(len(order) * share)) if recipe.searches else 0
+    if recipe.searches and not aside:
+        raise InputError(f"A budget must have windows to search on, got {len(order)} windows of text in all. Give more calibration text.")
+    pool = order[: len(order) - aside]
+    return Texts(
+        calibration=_rows(every, pool[: asked.windows]),
+        training=_rows(every, pool[: max(asked.windows, training)]),
+        heldout=heldout,
+        search=_rows(every, order[len(pool) :], text_order=False) if aside else None,
+        name=name,
+    )
+
+
+def make_heldout(source: Source, recipe: Recipe, windows: int = HELDOUT_WINDOWS) -> Batches:
+    """The windows to measure on, in random order; fewer `windows` are the first of more."""
+    name, most = "The last fifth of the calibration text", max(windows, HELDOUT_WINDOWS)
+    every = make_batches(source.tokenizer(), _split(recipe, source)[1], most, _length(source, recipe), recipe.seed + 1, name, text_order=False)
+    kept = every.mask.sum(1) > 1  # a window of one token has nothing to predict
+    return Batches(every.tokens[kept][:windows], every.mask[kept][:windows])
+
+
+def quality_error(recipe: Recipe) -> float:
+    """The standard error (nats per token) that a loss is to be measured with: less where a budget was searched, which it is judged on."""
+    budget, bounds = recipe.budget, [ERROR]
+    if recipe.searches:
+        bounds += [] if budget.max_ppl_increase is None else [ERROR_SHARE * math.log1p(budget.max_ppl_increase)]
+        bounds += [] if budget.max_kl is None else [ERROR_SHARE * budget.max_kl]
+    return min(bounds)
+
+
+def texts_hash(recipe: Recipe) -> str:
+    """Sha256 (hex) of the texts that a recipe names. With the model and the recipe they decide every window, those that the model writes too."""
+    file = recipe.calibration.file
+    return hash_json(hash_file(Path(file)) if file is not None and Path(file).suffix.lower() in JSON_LINES else _split(recipe)[:2])
+
+
+def heldout_name(recipe: Recipe) -> str:
+    """What the held-out text is called."""
+    return f"{_name(recipe)}, held out"
+
+
+def _length(source: Source, recipe: Recipe) -> int:
+    return min(recipe.calibration.length, int(getattr(source.config, "max_position_embeddings", recipe.calibration.length)))
+
+
+def _name(recipe: Recipe) -> str:
+    """What the texts are called."""
+    return "Python standard library modules" if recipe.calibration.file is None else Path(recipe.calibration.file).name
+
+
+def _split(recipe: Recipe, source: Source | None = None) -> tuple[str, str, str]:
+    """Calibration text, held-out text, and what was read of a file with documents, whose conversations the chat template of `source` writes out."""
+    if recipe.calibration.file is None:
+        return read_text(CALIBRATION_TEXT), read_text(HELDOUT_TEXT), ""
+    whole, said = read_whole(Path(recipe.calibration.file), lambda conversations: write_out(None if source is None else source.tokenizer(), conversations))
+    cut = int(len(whole) * (1 - HELDOUT_SHARE))
+    return whole[:cut], whole[cut:], said
+
+
+def write_out(tokenizer: Any, conversations: list[Conversation]) -> list[str]:
+    """Conversations as texts in a tokenizer's chat template. Raises InputError where it has none or the template fails."""
+    if not conversations:
+        return []
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, str):
+        raise InputError("Messages must be of a model with a chat template, got none. Give calibration text in the field text.")
+    shared = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": False}
+    try:
+        return render_all(template, shared, conversations)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _rows(batches: Batches, rows: torch.Tensor, text_order: bool = True) -> Batches:
+    rows = rows.sort().values if text_order else rows
+    return Batches(batches.tokens[rows], batches.mask[rows])

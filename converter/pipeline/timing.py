@@ -1,0 +1,282 @@
+"""Seconds of every stage of a conversion, from what a probe measured of the machine, the model's sizes and the recipe. Nothing here is measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from ..arch import Arch
+from ..bundled import CALIBRATION_TEXT, HELDOUT_TEXT
+from ..evaluation.checks import DENSE_WINDOWS
+from ..evaluation.quality import ERROR, GROUP_TOKENS, LEAST_WINDOWS, MOST_TOKENS
+from ..methods import EXACT, IMPORTED, LINEAR_METHODS, TUNED, load_method, needs
+from ..methods.gating.predictor import Config as PredictorConfig
+from ..methods.tune import Tune
+from ..sources.predictors import NEEDS as IMPORTED_NEEDS
+from ..training.residual import WINDOWS as RESIDUAL_WINDOWS
+from .configs import Configs
+from .probe import Rates
+from .recipe import Recipe, training_stages
+from .search import GRID
+from .texts import HELDOUT_SHARE, HELDOUT_WINDOWS, SEARCH_SHARE, SEARCH_WINDOWS
+
+_LOST = {"gate": 0.056, "trained_gate": 0.025, "chess": 0.033, "cett": 0.104, "predictor": 0.114, "teal": 0.05, "wina": 0.06}
+_LOST_BY_OTHERS, _VARIANCE, _PREDICTOR_VARIANCE = 0.05, 0.02, 0.03
+"""Nats per token that a layer loses, by the cube of the share that is skipped, and the variance over windows of the paired difference, by the nats lost. On
+SmolLM2-135M .3 to .7 of the neurons skipped lose gates .085 a layer, CHESS .04, CETT .12, channels .06 (predictors .14 at .5), half of them in the bundled
+model .037, .028 and .09; the figures are between the two. The variance is .016 to .03 of what is lost, under predictors .022 and .039.
+"""
+_START = 3.0  # seconds until torch and transformers are imported and a model's files are checked
+_BUILDER = 0.5  # seconds of the builder and of what it imports, beside what grows with the graph
+_CALL = 6e-5  # seconds a layer of one call of ONNX Runtime beside its products
+_TORCH_CALL = 2e-3  # the same of torch's, in which a token attends to those before
+_OPENED = 2.0  # seconds of the sessions that are compared, made and watched
+_PLOTS = 4.0  # seconds of plots and pages
+_TEXT = 1.5e-6  # seconds a character to tokens
+_CHARACTERS = 4  # a token
+_PASSES_ASIDE, _ASIDE = 8, 32  # passes that find the density of a trained plan, over windows
+_NOISE_WINDOWS = 4
+_LEVELS = 4  # densities that a search trains through until its budget breaks
+_SEARCH_PASSES = 6.0  # over all windows, the rough ones counted as shares
+_PAIRED_TOKENS, _WATCHED_TOKENS = 32 * 128, 3 * 128  # of the comparison of executors
+_ANSWERS, _ANSWER = 4, 32  # greedy texts and their tokens: one by one in onnxruntime-genai, together in torch
+_SPEED = (26, 128, 64)  # runs of a candidate beside dense, tokens of the prompt and new ones
+_REFERENCE = (8, 64, 32, 16)  # the same of a dense reference, and its windows
+_NARROW = {"int8": 0.4, "int4": 0.3}  # time of a decoded token relative to floats
+_SPREAD_OUT = 1.15  # a step through many layers beside one layer's alone, whose activations stay in cache
+_PASS = 3.0  # of a float64 evaluation in numpy, relative to torch's float32
+_SOFTMAX = 0.5  # of a side of a comparison: without the product
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model and its text in numbers: parameters in all and of the blocks' own, bytes of its files and of its float32 graph; windows of `length` tokens to
+    calibrate on, in `characters` of text.
+    """
+
+    layers: int
+    hidden: int
+    units: int
+    vocabulary: int
+    parameters: int
+    source_bytes: int
+    graph_bytes: int
+    windows: int
+    length: int
+    characters: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to calibrate on."""
+        return self.windows * self.length
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a method's training end to end takes: `steps` as configured, seconds by one of them, all its densities together, and seconds beside the steps."""
+
+    steps: int
+    step: float
+    rest: float
+
+    def seconds(self, steps: int) -> float:
+        """Seconds with so many steps; 0 steps are no training."""
+        return self.rest + steps * self.step if steps else 0.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds by stage without what is trained, `each` a method's own share of them, and the trainings by method."""
+
+    stages: Mapping[str, float]
+    each: Mapping[str, Mapping[str, float]]
+    trainings: Mapping[str, Training]
+
+    def seconds(self, steps: Mapping[str, int]) -> dict[str, float]:
+        """Seconds by stage, in order, with so many steps by trained method; a method with 0 steps is left out."""
+        found = dict(self.stages)
+        for name, own in self.each.items():
+            if steps.get(name, 1):
+                for stage, value in own.items():
+                    found[stage] = found.get(stage, 0.0) + value
+        for name, training in self.trainings.items():
+            count = steps.get(name, training.steps)
+            if count:
+                found[f"train {name}"] = training.seconds(count)
+        return {stage: found[stage] for stage in sorted(found, key=_place)}
+
+
+_ORDER = ("open", "text", "base graph", "calibrate", "train", "plan", "search", "quality", "export", "agreement", "speed", "dense references", "report")
+
+
+def _place(stage: str) -> int:
+    return next(k for k, name in enumerate(_ORDER) if stage == name or stage.startswith(f"{name} "))
+
+
+def sizes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]], source_bytes: int, recipe: Recipe) -> Sizes:
+    """The sizes of a model by its tensors' shapes, and of a recipe's text."""
+    layers, hidden, units = (arch.size(config, space) for space in ("layers", "hidden", "units"))
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    vocabulary = shapes[arch.embedding][0]
+    tied = not any(name.startswith("lm_head") for name in shapes)
+    file = Path(recipe.calibration.file) if recipe.calibration.file else CALIBRATION_TEXT
+    characters = file.stat().st_size if file.is_file() else 0
+    length = min(recipe.calibration.length, int(getattr(config, "max_position_embeddings", recipe.calibration.length)))
+    windows = recipe.calibration.windows if recipe.calibration.generated else max(2, min(recipe.calibration.windows, characters // (3 * length)))
+    graph = 4 * (parameters + (vocabulary * hidden if tied else 0))
+    return Sizes(layers, hidden, units, vocabulary, parameters, source_bytes, graph, windows, length, characters)
+
+
+def tunes(configs: Configs) -> dict[str, Tune]:
+    """The training end to end of every part that has one."""
+    found = {}
+    for parts in configs.values():
+        for part, values in parts.items():
+            if part != IMPORTED and getattr(load_method(part), "start", lambda _: None)(values) is not None:
+                found[part] = values.tune  # type: ignore[attr-defined]
+    return found
+
+
+def statistics(configs: Configs) -> list[str]:
+    """Statistics that one forward gives, without stored activations."""
+    parts = [(part, values) for found in configs.values() for part, values in found.items()]
+    names = {stat for part, values in parts for stat in (IMPORTED_NEEDS if part == IMPORTED else needs(part, values))}
+    return sorted(name for name in names if not name.startswith("samples"))
+
+
+def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timing:
+    """Seconds of every stage with `rates`, without the download of a Hub model."""
+    forward, precision = size.layers * rates.forward, recipe.export.precision
+    measured = _windows(size, recipe, configs) * size.length
+    narrow, side = _NARROW.get(precision, 1.0), _SOFTMAX * rates.head
+    prefill = size.layers * rates.prefill + rates.onnx_head
+    decode = size.layers * (rates.decode + _CALL) + rates.onnx_head_alone
+    read = size.graph_bytes * rates.hash  # a graph or a model opened: about as fast as its bytes are hashed
+    answers = _ANSWERS * _ANSWER * decode + _ANSWER * (decode + size.layers * _TORCH_CALL)
+    runs, prompt, new = _SPEED
+    stages = {
+        "open": _START + size.source_bytes * rates.hash,
+        "text": size.characters * _TEXT,
+        "base graph": _BUILDER + size.graph_bytes * (2 * rates.write + 3 * rates.hash) + answers,
+        "plan": 0.0,
+        "quality": 2 * read + measured * (forward + rates.head),
+        "export": size.graph_bytes * (rates.write + rates.hash) + size.source_bytes * rates.write,
+        "agreement": _OPENED
+        + _PAIRED_TOKENS * (2 * forward + 2 * rates.head + side + prefill)
+        + _WATCHED_TOKENS * _PASS * (forward + rates.head)
+        + answers
+        + 6 * read,
+        "speed": 4 * read + 2 * runs * (prompt * prefill + narrow * new * decode),
+        "dense references": _references(size, rates, precision, forward, prefill, decode) if recipe.export.target == "cpu" else 0.0,
+        "report": _PLOTS + read,
+    }
+    if narrow < 1:
+        stages["base graph"] += 4 * read
+        dense_windows = _text_windows(size, recipe) if recipe.budget.bounded else min(DENSE_WINDOWS, _text_windows(size, recipe))
+        for stage, tokens in (("quality", dense_windows * size.length), ("agreement", measured)):
+            stages[stage] += tokens * (forward + rates.head + side + prefill)
+    if recipe.calibration.generated:
+        stages["text"] += size.tokens * (size.layers * rates.decode + rates.head)
+    if statistics(configs):
+        stages["calibrate"] = size.tokens * size.layers * rates.calibrate + size.layers * rates.store
+    for stage, seconds in _recovery(size, rates, recipe).items():
+        stages[stage] = stages.get(stage, 0.0) + seconds
+    each = {name: _each(name, parts, size, rates, recipe) for name, parts in configs.items()}
+    trainings = {}
+    for name, parts in configs.items():
+        for part, values in parts.items():
+            if part in rates.train and part in tunes({name: parts}):
+                trainings[name] = _training(part, values, size, rates, recipe)
+    return Timing(stages, each, trainings)
+
+
+def _windows(size: Sizes, recipe: Recipe, configs: Configs) -> int:
+    """Windows that tell every method's loss: those that bring its standard error below ERROR, whole groups of them, within what the text has."""
+    spread = [_spread(part, getattr(values, "sparsity", 0.5)) * size.layers for parts in configs.values() for part, values in parts.items()]
+    wanted = HELDOUT_WINDOWS if recipe.searches else max(spread, default=0.0) / ERROR**2
+    group = max(1, GROUP_TOKENS // size.length)
+    return int(min(math.ceil(max(LEAST_WINDOWS, wanted) / group) * group, MOST_TOKENS / size.length, _text_windows(size, recipe)))
+
+
+def _spread(part: str, share: float) -> float:
+    """The variance over windows and a layer of what is lost where so large a share is skipped."""
+    return (_PREDICTOR_VARIANCE if part == "predictor" else _VARIANCE) * _LOST.get(part, _LOST_BY_OTHERS) * share**3
+
+
+def _text_windows(size: Sizes, recipe: Recipe) -> int:
+    """Windows that the held-out text has, at most those that are taken."""
+    text = HELDOUT_SHARE * size.characters if recipe.calibration.file else HELDOUT_TEXT.stat().st_size
+    return max(1, min(HELDOUT_WINDOWS, int(text / (_CHARACTERS * size.length))))
+
+
+def _references(size: Sizes, rates: Rates, precision: str, forward: float, prefill: float, decode: float) -> float:
+    """Seconds of the dense graphs in integers, which are made, measured and timed beside the one in float32."""
+    runs, prompt, new, windows = _REFERENCE
+    total = _OPENED
+    for name, narrow in _NARROW.items():
+        total += runs * (2 * prompt * prefill + (1 + narrow) * new * decode)
+        if name != precision:
+            total += size.graph_bytes * (rates.write + 6 * rates.hash) + windows * size.length * (forward + (1 + _SOFTMAX) * rates.head + prefill)
+    return total
+
+
+def _each(name: str, parts: Mapping[str, BaseModel], size: Sizes, rates: Rates, recipe: Recipe) -> dict[str, float]:
+    """A method's own seconds beside its training: the plan, a search, and its pass over the measured text."""
+    window = size.length * (size.layers * rates.forward + rates.head)
+    found = {"plan": 0.0, "quality": _windows(size, recipe, {name: parts}) * window}
+    for part, values in parts.items():
+        if getattr(values, "residual", "none") != "none":
+            found["plan"] += RESIDUAL_WINDOWS * size.length * 4 * size.layers * rates.forward
+        if isinstance(values, PredictorConfig) and values.loss == "cross_entropy":
+            rank = values.rank or int(values.cost * 3 * size.hidden * size.units / (size.hidden + size.units))
+            share = rank * (size.hidden + size.units) / (3 * size.hidden * size.units + 4 * size.hidden**2)
+            found["plan"] += 3 * values.steps * values.batch * size.layers * rates.forward * share
+        if name != TUNED and part not in (IMPORTED, EXACT) and part in LINEAR_METHODS:
+            found["plan"] += 0.05 * size.layers
+    if recipe.searches and name != TUNED:
+        windows = min(SEARCH_WINDOWS, int(SEARCH_SHARE * max(size.windows, size.characters // (4 * size.length))))
+        alone = len(GRID) * size.layers * 8 if any("densities" in type(values).model_fields for values in parts.values()) else 0
+        found[f"search {name}"] = (_SEARCH_PASSES * windows + alone) * window + windows * window
+    return found
+
+
+def _training(part: str, values: Any, size: Sizes, rates: Rates, recipe: Recipe) -> Training:
+    tune: Tune = values.tune
+    begins = getattr(load_method(part), "start", lambda _: None)(values)
+    once = not recipe.searches and begins is not None and begins < 1  # what is skipped from the start has its residual from there
+    runs = (_LEVELS if recipe.searches else 1) + (values.residual == "trained" and not once) * (2 if recipe.searches else 1)
+    step = _SPREAD_OUT * tune.windows * size.length * (size.layers * rates.train[part] + rates.train_head)
+    window = size.length * size.layers * rates.forward
+    noise = (size.layers + 2) * _NOISE_WINDOWS * (window + size.length * rates.head)
+    return Training(tune.steps, runs * step, runs * (noise + _PASSES_ASIDE * _ASIDE * window))
+
+
+def _recovery(size: Sizes, rates: Rates, recipe: Recipe) -> dict[str, float]:
+    """Seconds of the stages that train weights: a teacher's and a student's pass, the gradients of inputs and weights, and the text that the source writes."""
+    found: dict[str, float] = {}
+    stages = training_stages(recipe)
+    for number, stage in enumerate(stages):
+        asked = stage.tune
+        assert asked is not None
+        tokens = asked.steps * asked.accumulate * asked.windows * asked.data.length * asked.end_to_end
+        seconds = tokens * (4 * size.layers * rates.forward + 4 * rates.head)
+        if asked.by_block is not None:
+            seconds += 3 * asked.by_block.steps * asked.by_block.tokens * size.layers * rates.forward
+        found[f"train {number + 1}" if len(stages) > 1 else "train"] = seconds
+        if not number and not asked.data.mixture:
+            found["text"] = asked.data.windows * asked.data.length * (size.layers * rates.forward + rates.head) * 4
+    return found
+
+
+def whole(seconds: Iterable[float]) -> str:
+    """A time in words: seconds below 100, minutes above, hours above 100 minutes."""
+    total = sum(seconds)
+    if total < 100:
+        return f"{total:.0f} seconds"
+    minutes = round(total / 60)
+    return f"{minutes} minutes" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

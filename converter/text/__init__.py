@@ -1,0 +1,1 @@
+"""Token windows: of a text, of a mixture, sampled from a model."""

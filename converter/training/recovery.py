@@ -1,0 +1,321 @@
+"""What training after a swapped activation minimises: the student's divergence from the dense source, and a penalty that makes its activations sparse.
+
+Loss = distill KL(dense || student) + lm NLL + hidden mean over blocks |h - h_dense|^2 / |h_dense|^2 + weight * penalty. The penalty is a mean over sites of a
+smooth count of non-zero units, which pushes those near zero over it from either side, or of mean|z| / rms z. Its weight grows along a line or ProSparse's
+sine curves; with a wished density it is a controller's, which leads the share of non-zeros there along a geometric path and keeps it.
+
+Predictors may be trained with the weights: the forward pass takes what they keep (logit > 0), the backward pass the sigmoid's slope; a second controller
+holds their density.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...runtime_onnx.ops.activation import split_activation
+from ..arch import Arch
+from ..arch.site import Site
+from ..modeling.blocks import activate, ffn_activation, ffn_down, ffn_products
+from ..modeling.distributed import multiplies_bf16, sum_over_processes
+from ..modeling.losses import MLP_MARGIN, dejavu_loss, kl_divergence, straight_through
+from .optimizers import Trained
+from .selection import INTEGRAL, PROPORTIONAL, Unit
+from .settings import Joint, Penalty, Recovery, Settings
+
+SOURCE = (
+    "Turbo Sparse, arXiv 2406.05955 (dReLU, predictors trained with the weights); ProSparse, arXiv 2402.13516 (growing L1); Hinton et al., arXiv 1503.02531",
+    "KL(dense || student) + weight(step) * mean over sites of mean sigmoid(margin / softness), or of mean|z| / rms z",
+    "distillation from the dense source in place of a corpus; a count of units, or an L1 norm relative to the rms, so that shrinking z does not pay",
+)
+_GAIN, _REACTION = 0.03, 1.0  # relative change of the weight a step and at once, for a density twice the wished one
+_MEMORY = 0.9  # of the running mean of the density
+_SUMS = ("count", "soft", "nonzero", "absolute", "square", "gate", "up")
+_MEMORISED = ("weight", "begin", "mean", "price")
+_SHARE = 0.2  # of non-zero units, before any was seen
+_LABELS = 0.1  # weight of the predictors' cross-entropy on what is non-zero
+
+
+def grown(penalty: Penalty, progress: float) -> float:
+    """The weight of the penalty at `progress` of the run, 0 to 1, as a share of the last one.
+
+    `sine`: in `periods` equal parts it rises from one multiple of 1 / periods to the next along half a cosine (ProSparse, arXiv 2402.13516, equation 4).
+    """
+    inside = min(1.0, progress / penalty.ramp)
+    if penalty.shape == "linear" or inside == 1.0:
+        return inside
+    part, within = divmod(inside * penalty.periods, 1.0)
+    return (part + 0.5 * (1 - math.cos(math.pi * within))) / penalty.periods
+
+
+def predicted_path(joint: Joint, progress: float) -> float:
+    """The density that predictors are led to at `progress` of the run, 0 to 1."""
+    share = min(1.0, progress / joint.ramp)
+    return joint.density**share if joint.path == "geometric" else 1 + (joint.density - 1) * share
+
+
+@dataclass
+class _Pending:
+    """What a controller has not used yet: it is led once a step, by the mean of the micro-batches since."""
+
+    total: float = 0.0
+    count: int = 0
+    step: int = -1
+
+    def add(self, value: float, step: int) -> float | None:
+        """The mean at the first micro-batch of a step, None at the others."""
+        self.total, self.count = self.total + value, self.count + 1
+        if step == self.step:
+            return None
+        mean = self.total / self.count
+        self.total, self.count, self.step = 0.0, 0, step
+        return mean
+
+
+class RecoveryObjective:
+    """The objective of `loop.train` for a student whose networks have exact zeros.
+
+    `trained` are the student's leaves by name, `teacher` the dense source (None where no loss needs it), `units` predictors by site, trained too. The
+    student's networks must already be swapped; `activation` is what modules without a swap of their own compute. `hidden` names the trained matrices of hidden
+    layers, and `watch` is called after every step for more figures.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any | None,
+        arch: Arch,
+        activation: str,
+        sites: list[Site],
+        asked: Recovery,
+        settings: Settings,
+        trained: Mapping[str, Tensor],
+        units: Mapping[Site, Unit] | None = None,
+        hidden: Collection[str] = (),
+        watch: Callable[[int], dict[str, float]] | None = None,
+    ) -> None:
+        self.student, self.teacher, self.arch, self.activation = student, teacher, arch, activation
+        self.asked, self.settings, self.trained, self.units = asked, settings, dict(trained), dict(units or {})
+        self.modules = {site: student.get_submodule(arch.ffn_module(site.layer)) for site in sites}
+        device = next(student.parameters()).device
+        self.device = device
+        self.half = asked.precision == "bf16" or (asked.precision == "auto" and multiplies_bf16(device))
+        self.weight = asked.penalty.weight
+        self.begin, self.mean, self.price, self.predicted = 0.0, 0.0, 0.0, 1.0
+        self.pending = {"density": _Pending(), "excess": _Pending()}
+        self.figures: dict[str, float] = {}
+        self.micro_batches: list[dict[str, float]] = []
+        self.step = -1
+        self.scales: dict[Site, tuple[float, float]] = {}
+        self.hidden, self.watch = frozenset(hidden), watch
+        self.began, self.spent, self.used = time.process_time(), 0.0, 0.0
+        self.blocks = _blocks(student, arch) if asked.losses.hidden else []
+        self.dense_blocks = _blocks(teacher, arch) if asked.losses.hidden and teacher is not None else []
+
+    def parameters(self) -> Mapping[str, Trained]:
+        """Every weight at the same rate, and predictors at theirs."""
+        found = {name: Trained(tensor, 1.0, name in self.hidden) for name, tensor in self.trained.items()}
+        share = 1.0 if self.asked.predictors is None else self.asked.predictors.rate / self.asked.rate
+        return found | {f"{site.key}.{name}": Trained(tensor, share) for site, unit in self.units.items() for name, tensor in unit.tensors.items()}
+
+    def loss(self, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
+        """The scalar loss of windows [B, S], padding masked [B, S]."""
+        tokens, mask = tokens.to(self.device), mask.to(self.device)
+        losses, keywords = self.asked.losses, {"attention_mask": None if bool(mask.all()) else mask.long(), "use_cache": False}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            dense, targets = None, []
+            if self.teacher is not None:
+                with torch.no_grad(), _outputs(self.dense_blocks) as targets:
+                    dense = self.teacher(input_ids=tokens, **keywords).logits
+            with self.observing(mask) as seen, _outputs(self.blocks) as outputs:
+                logits = self.student(input_ids=tokens, **keywords).logits
+        total, self.figures = logits.new_zeros((), dtype=torch.float32), {}
+        self.micro_batches = [*(self.micro_batches if step == self.step else []), self.figures]
+        self.step = step
+        if dense is not None and losses.distill:
+            total = total + losses.distill * self._shown("kl", kl_divergence(dense, logits, mask))
+        if losses.lm:
+            follows = mask[:, 1:] & mask[:, :-1]
+            nll = F.cross_entropy(logits[:, :-1][follows].float(), tokens[:, 1:][follows], reduction="sum")
+            count = sum_over_processes(torch.stack([follows.sum(), mask.sum()]).float())
+            total = total + losses.lm * self._shown("lm", nll / mask.sum() * (count[1] / count[0]))
+        if targets:
+            energies = torch.stack([t[mask].float().square().sum() for t in targets] + [mask.sum().float()])
+            energies = sum_over_processes(energies)
+            pairs = zip(outputs, targets, energies[:-1] / energies[-1], strict=True)
+            hidden = torch.stack([(h[mask].float() - t[mask].float()).square().sum() / mask.sum() / energy for h, t, energy in pairs]).mean()
+            total = total + losses.hidden * self._shown("hidden", hidden)
+        return total + self._penalty(seen, step) + self._selection(seen, step)
+
+    def _shown(self, name: str, value: Tensor) -> Tensor:
+        self.figures[name] = float(value.detach())
+        return value
+
+    def _penalty(self, seen: Mapping[Site, Mapping[str, Tensor]], step: int) -> Tensor:
+        """The weighted sparsity term. Sums go over all processes before ratios are formed, so that several give the gradient of one joint batch."""
+        sums = {name: torch.stack([at[name] for at in seen.values()]) for name in _SUMS}
+        joint = dict(zip(_SUMS, sum_over_processes(torch.stack([part.detach() for part in sums.values()])), strict=True))
+        count = joint["count"]
+        share = 1 / sums["count"]  # the loop weighs every process's mean by its positions
+        density = float((joint["nonzero"] / count).mean())
+        if self.asked.penalty.kind == "count":
+            value, shown = (sums["soft"] * share).mean(), (joint["soft"] / count).mean()
+        else:
+            mean, square = joint["absolute"] / count, (joint["square"] / count).clamp_min(1e-20)
+            # the ratio's gradient, linear in this process's sums
+            value = ((sums["absolute"] / square.sqrt() - sums["square"] * mean / (2 * square**1.5)) * share).mean()
+            shown = (mean / square.sqrt()).mean()
+        for site, gate, up, number in zip(seen, joint["gate"], joint["up"], count, strict=True):
+            self.scales[site] = (float(gate / number) ** 0.5, float(up / number) ** 0.5)
+        self._steer(density, step)
+        self.figures |= {"penalty": float(shown), "density": density}
+        return self._weight(step) * (value + (shown - value).detach())
+
+    def _steer(self, density: float, step: int) -> None:
+        """The controller's memory, once a step: running mean of the density, and the weight."""
+        mean = self.pending["density"].add(density, step)
+        if mean is None:
+            return
+        density = mean
+        if self.begin == 0.0:
+            self.begin = self.mean = density
+        self.mean = _MEMORY * self.mean + (1 - _MEMORY) * density
+        if self.asked.penalty.density is not None:
+            self.weight *= math.exp(_GAIN * max(-1.0, min(1.0, self.mean / self.path(step) - 1)))
+
+    def path(self, step: int) -> float:
+        """The density that the controller wants in a step."""
+        wished = self.asked.penalty.density
+        assert wished is not None
+        share = grown(self.asked.penalty, (step + 1) / self.settings.steps)
+        return math.exp((1 - share) * math.log(max(self.begin, 1e-6)) + share * math.log(wished))
+
+    def _weight(self, step: int) -> float:
+        if self.asked.penalty.density is None:
+            return self.asked.penalty.weight * grown(self.asked.penalty, (step + 1) / self.settings.steps)
+        return self.weight * (1 + _REACTION * max(-0.5, min(1.0, self.mean / self.path(step) - 1)))
+
+    def _selection(self, seen: Mapping[Site, Mapping[str, Tensor]], step: int) -> Tensor:
+        """The price of what predictors keep, and their cross-entropy on what is non-zero."""
+        if not self.units:
+            return next(iter(seen.values()))["absolute"].new_zeros(())
+        joint = self.asked.predictors
+        assert joint is not None
+        kept = torch.stack([at["kept"] for at in seen.values()]).mean()
+        weight = next(iter(seen.values()))["count"]
+        both = sum_over_processes(torch.stack([kept.detach() * weight, weight]))
+        self.predicted = float(both[0] / both[1])
+        excess = self.predicted - predicted_path(joint, (step + 1) / self.settings.steps)
+        self.price = max(0.0, self.price + INTEGRAL * (self.pending["excess"].add(excess, step) or 0.0))
+        self.figures |= {"predicted": self.predicted, "price": self.price}
+        labelled = torch.stack([at["labelled"] for at in seen.values()]).mean()
+        return max(0.0, self.price + PROPORTIONAL * excess) * kept + _LABELS * labelled
+
+    @contextmanager
+    def observing(self, mask: Tensor) -> Iterator[dict[Site, dict[str, Tensor]]]:
+        """The student with its networks' sums written down; yields them by site, over the unpadded positions of mask [B, S]."""
+        seen: dict[Site, dict[str, Tensor]] = {}
+        try:
+            for site, module in self.modules.items():
+                module.forward = self._forward(site, module, mask, seen)
+            yield seen
+        finally:
+            for module in self.modules.values():
+                module.__dict__.pop("forward", None)
+
+    def _forward(self, site: Site, module: nn.Module, mask: Tensor, seen: dict[Site, dict[str, Tensor]]) -> Any:
+        whole, known = bool(mask.all()), self.scales.get(site)  # now: a checkpointed block calls again when they have changed
+        weight = (self.mean or _SHARE) + MLP_MARGIN
+
+        def forward(x: Tensor) -> Tensor:
+            before, up = ffn_products(module, self.arch, x)
+            name = ffn_activation(module, self.activation)
+            gate = activate(name, before)
+            z = gate if up is None else gate * (F.relu(up) if name == "drelu" else up)
+            rows = slice(None) if whole else mask
+            sums = self._sums(known, name, before[rows], None if up is None else up[rows], z[rows])
+            if site in self.units:
+                unit = self.units[site]
+                inner = F.relu((x.detach() / unit.scale) @ unit.tensors["fc1"].T)
+                logits = unit.logits(inner, gate)
+                labels = (z != 0).float().detach()
+                kept = straight_through(logits)
+                z = z * kept.to(z.dtype)
+                if not whole:
+                    logits, labels, kept = logits[mask], labels[mask], kept[mask]
+                sums |= {"kept": kept.mean(), "labelled": dejavu_loss(logits, labels, weight)}
+            seen[site] = sums
+            return ffn_down(module, self.arch, z)
+
+        return forward
+
+    def _sums(self, known: tuple[float, float] | None, name: str, before: Tensor, up: Tensor | None, z: Tensor) -> dict[str, Tensor]:
+        """What a site's call adds to the penalty's sums, from the products [T, n] and z [T, n]."""
+        kind, cut = split_activation(name)
+        wide, gate = z.float(), before.float()
+        up = torch.ones_like(gate) if up is None else up.float()
+        squares = gate.detach().square().sum(), up.detach().square().sum()
+        if known is None:
+            joint = sum_over_processes(torch.stack([*squares, squares[0].new_tensor(float(gate.numel()))]))
+            known = float(joint[0] / joint[2]) ** 0.5, float(joint[1] / joint[2]) ** 0.5
+        margin = (gate - cut) / max(known[0], 1e-10)
+        if kind == "drelu":
+            margin = torch.minimum(margin, up / max(known[1], 1e-10))
+        found = {"soft": torch.sigmoid(margin / self.asked.penalty.softness).sum(), "nonzero": (z != 0).sum().float(), "gate": squares[0], "up": squares[1]}
+        return found | {"absolute": wide.abs().sum(), "square": wide.square().sum(), "count": squares[0].new_tensor(float(z.numel()))}
+
+    def after(self, step: int) -> dict[str, float]:
+        """The step's losses in nats, the penalty and densities, means over its micro-batches, and the penalty's weight."""
+        figures = {name: sum(each[name] for each in self.micro_batches) / len(self.micro_batches) for name in self.figures}
+        watched = {} if self.watch is None else self.watch(step)
+        self.used = self.cpu_seconds
+        return figures | {"weight": self._weight(step)} | watched
+
+    def state(self) -> dict[str, float]:
+        """The controllers' memory, the scales of the last step, and the processor seconds so far."""
+        found = {name: getattr(self, name) for name in _MEMORISED} | {"cpu_seconds": self.used}
+        found |= {f"{name} {part}": float(getattr(each, part)) for name, each in self.pending.items() for part in ("total", "count")}
+        for site, (gate, up) in self.scales.items():
+            found |= {f"{site.key} gate": gate, f"{site.key} up": up}
+        return found
+
+    def restore(self, state: dict[str, float]) -> None:
+        """The inverse of `state`."""
+        for name in _MEMORISED:
+            setattr(self, name, float(state[name]))
+        self.pending = {name: _Pending(float(state[f"{name} total"]), int(state[f"{name} count"])) for name in self.pending}
+        self.began, self.spent = time.process_time(), float(state["cpu_seconds"])
+        self.scales = {site: (float(state[f"{site.key} gate"]), float(state[f"{site.key} up"])) for site in self.modules if f"{site.key} gate" in state}
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time of all processes in all runs that the present one goes on from, up to what they stored; all call this together."""
+        return self.spent + float(sum_over_processes(torch.tensor(time.process_time() - self.began, dtype=torch.float64)))
+
+
+def _blocks(model: Any, arch: Arch) -> list[nn.Module]:
+    return list(model.get_submodule(arch.block.rpartition(".")[0]))
+
+
+@contextmanager
+def _outputs(blocks: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """What blocks return [B, S, d], in the order of their calls."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,448 @@
+"""The analysis executor against loops, against the plan executor, and the leak test over every score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import MODEL_TYPES, VOCAB
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsegate.converter.arch import Arch, load_arch
+from sparsegate.converter.arch.site import Site
+from sparsegate.converter.bundled import BUNDLED, CALIBRATION_TEXT, HELDOUT_TEXT
+from sparsegate.converter.checkpoint.plan import Threshold, uniform_tau
+from sparsegate.converter.checkpoint.source import open_source
+from sparsegate.converter.evaluation.analysis import ranks
+from sparsegate.converter.evaluation.analysis.answers import sparse_answers
+from sparsegate.converter.evaluation.analysis.executor import analyse, analyse_all
+from sparsegate.converter.evaluation.analysis.ranks import rank_correlations, spearman
+from sparsegate.converter.evaluation.analysis.selectors import quantile_tau, top_k
+from sparsegate.converter.evaluation.analysis.setting import LABELS, Outcome, Setting
+from sparsegate.converter.evaluation.quality import measure_quality
+from sparsegate.converter.modeling.gated import apply_plan, load_dense, remove_plan
+from sparsegate.converter.modeling.gradients import attribute
+from sparsegate.converter.modeling.taps import Fields, linear_parts, tapped
+from sparsegate.converter.scores import SCORES, Context, load_score
+from sparsegate.converter.text.windows import Batches, make_batches, read_text
+from sparsegate.runtime_onnx.errors import InputError
+
+LENGTH = 20
+Make = Callable[[str], Path]
+
+
+def windows(seed: int = 0, rows: int = 3, padded: bool = True) -> Batches:
+    tokens = torch.randint(3, VOCAB, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones(rows, LENGTH, dtype=torch.bool)
+    if padded:
+        mask[-1, 13:] = False
+    return Batches(torch.where(mask, tokens, 0), mask)
+
+
+def tiny(tiny_model: Make, model_type: str = "llama") -> tuple[Any, Arch]:
+    return load_dense(tiny_model(model_type)), load_arch(model_type)
+
+
+def every_score(name: str, density: float, label: str = "greedy", prompt: int = 6) -> Setting:
+    module = load_score(name)
+    if module.PHASE == "prompt":
+        return Setting(name, density, positions="prefill", prompt=prompt, label=label)
+    return Setting(name, density, kinds=("linear",) if getattr(module, "KIND", "ffn") == "linear" else ("ffn",), label=label)
+
+
+def by_hand(model: Any, arch: Arch, batches: Batches, keep: Callable[[int, int, Tensor], Tensor], first: int = 0) -> dict[str, float]:
+    """Quality of one row and position after the other; `keep(row, layer, z [S, n])` says what stays."""
+    found: dict[str, list[float]] = {name: [] for name in ("nll_dense", "nll", "kl", "agreement", "second_choice")}
+    for row in range(len(batches.tokens)):
+        tokens = batches.tokens[row][batches.mask[row]]
+        hooks = [
+            model.get_submodule(f"{arch.ffn_module(layer)}.{arch.ffn.down}").register_forward_pre_hook(
+                lambda _, args, row=row, layer=layer: (args[0] * keep(row, layer, args[0][0]).float(),)
+            )
+            for layer in range(2)
+        ]
+        with torch.no_grad():
+            sparse = model(input_ids=tokens[None]).logits[0]
+            for hook in hooks:
+                hook.remove()
+            dense = model(input_ids=tokens[None]).logits[0]
+        for t in range(first, len(tokens) - 1):
+            p, q = (np.asarray(logits[t].double().softmax(-1)) for logits in (dense, sparse))
+            order = np.argsort(-p)
+            found["nll_dense"].append(-np.log(p[tokens[t + 1]]))
+            found["nll"].append(-np.log(q[tokens[t + 1]]))
+            found["kl"].append(float((p * (np.log(p) - np.log(q))).sum()))
+            found["agreement"].append(float(q.argmax() == order[0]))
+            found["second_choice"].append(float(q.argmax() == order[1]))
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def check(outcome: Outcome, expected: dict[str, float], tokens: int) -> None:
+    assert outcome.tokens == tokens
+    for name, value in expected.items():
+        assert getattr(outcome, name) == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("source", ["dense", "own"])
+def test_quality_in_loops(tiny_model: Make, source: str) -> None:
+    """Magnitude by top-k, padding included: masks from the dense model or from the run itself; the two differ."""
+    model, arch = tiny(tiny_model)
+    batches = windows()
+    norms = [model.get_submodule(f"{arch.ffn_module(layer)}.down_proj").weight.detach().norm(dim=0) for layer in range(2)]
+    dense: dict[Site, Tensor] = {}
+    with torch.no_grad(), tapped(model, arch, ["ffn"], lambda site, fields: dense.__setitem__(site, fields["z"])):
+        model(input_ids=batches.tokens)
+
+    def keep(row: int, layer: int, z: Tensor) -> Tensor:
+        z = dense[Site(layer)][row, : len(z)] if source == "dense" else z
+        kept = torch.zeros_like(z, dtype=torch.bool)
+        for t in range(len(z)):
+            for i in sorted(range(z.shape[1]), key=lambda i: -float(z[t, i].abs() * norms[layer][i]))[:53]:
+                kept[t, i] = True
+        return kept
+
+    outcome = analyse(model, arch, batches, Setting("magnitude", 0.3, masks=source))
+    check(outcome, by_hand(model, arch, batches, keep), 19 + 19 + 12)
+    assert outcome.masks == source and outcome.density == {"ffn": pytest.approx(53 / 176)} and outcome.sparsity == pytest.approx(123 / 176)
+    assert outcome.oracle and outcome.phase == "post" and outcome.kl > 0.01
+    json.dumps(outcome.as_json())
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_oracle_quality_in_loops(tiny_model: Make, label: str) -> None:
+    """Corrected GxO with each label, masks from the local gradients of the dense model, fixed before any is applied."""
+    model, arch = tiny(tiny_model)
+    batches = windows(1)
+    with torch.no_grad():
+        logits = model(input_ids=batches.tokens).logits
+    wanted = logits.topk(2).indices[..., LABELS.index(label) // 2]
+    if label == "true":
+        wanted = torch.cat([torch.where(batches.mask[:, 1:], batches.tokens[:, 1:], -100), torch.full((3, 1), -100)], 1)
+    sites = attribute(model, arch, batches.tokens, labels=wanted).sites
+
+    def keep(row: int, layer: int, z: Tensor) -> Tensor:
+        fields = Context(z=sites[Site(layer)].value[row, : len(z)], grad=sites[Site(layer)].grad[row, : len(z)])
+        return top_k(load_score("corrected_gxo").score(fields), 0.4)
+
+    outcome = analyse(model, arch, batches, Setting("corrected_gxo", 0.4, label=label))
+    check(outcome, by_hand(model, arch, batches, keep), 50)
+    assert outcome.oracle and outcome.masks == "dense"
+
+
+def test_position_policies(tiny_model: Make) -> None:
+    """Dense positions keep everything and are not scored; densities with and without them."""
+    model, arch = tiny(tiny_model)
+    batches = windows(padded=False)
+    settings = [Setting("gate", 0.25, positions=positions, prompt=prompt) for positions, prompt in (("all", 0), ("first", 0), ("prefill", 5))]
+    for first, outcome in zip((0, 1, 5), analyse_all(model, arch, batches, settings), strict=True):
+        keep_gate: dict[tuple[int, int], Tensor] = {}  # by the scores of the sparse run itself: taken by running it
+
+        def keep(row: int, layer: int, z: Tensor, first: int = first, keep_gate: dict[tuple[int, int], Tensor] = keep_gate) -> Tensor:
+            return keep_gate[row, layer] | (torch.arange(len(z)) < first)[:, None]
+
+        for row in range(3):
+
+            def see(site: Site, fields: Fields, row: int = row, first: int = first, keep_gate: dict = keep_gate) -> Tensor:
+                keep_gate[row, site.layer] = top_k(fields["gate"].abs(), 0.25)[0]
+                return (keep_gate[row, site.layer] | (torch.arange(LENGTH) < first)[:, None])[None]
+
+            with torch.no_grad(), tapped(model, arch, ["ffn"], see):
+                model(input_ids=batches.tokens[row : row + 1])
+        check(outcome, by_hand(model, arch, batches, keep, first), 3 * (19 - first))
+        share = (LENGTH - first) / LENGTH
+        assert outcome.density == {"ffn": 0.25} and outcome.sparsity == pytest.approx(0.75)
+        assert outcome.density_all["ffn"] == pytest.approx(1 - 0.75 * share) and outcome.sparsity_all == pytest.approx(0.75 * share)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_full_density_is_the_dense_model(tiny_model: Make, model_type: str) -> None:
+    """Every kind on every architecture; and keeping next to nothing is not dense."""
+    model, arch = tiny(tiny_model, model_type)
+    batches = windows()
+    settings = [Setting("abs_z", 1.0, kinds=("ffn", "attn")), Setting("wina", 1.0, kinds=("linear",)), Setting("abs_z", 0.0, kinds=("attn",))]
+    settings += [Setting("input", 0.0, kinds=("linear",)), Setting("abs_z", 0.0)]
+    *same, heads, channels, neurons = analyse_all(model, arch, batches, settings)
+    for outcome in same:
+        assert outcome.kl < 1e-6 and outcome.agreement == 1 and outcome.sparsity == 0 and outcome.nll == pytest.approx(outcome.nll_dense, abs=1e-6)
+    assert min(outcome.kl for outcome in (heads, channels, neurons)) > 1e-3
+    assert heads.sparsity == channels.sparsity == neurons.sparsity == 1
+    assert len(channels.sites) == len(arch.linears()) * arch.size(model.config, "layers")
+
+
+def test_f12_heads_are_whole(tiny_model: Make) -> None:
+    """int(H k) heads a token by L2 norm; a head masked before the output projection is a head whose columns of it are zero."""
+    model, arch = tiny(tiny_model)
+    batches = windows()
+    seen: dict[Site, tuple[Tensor, Tensor]] = {}
+
+    def see(site: Site, fields: Fields) -> Tensor:
+        scores = load_score("magnitude").score_heads(Context(o=fields["o"]))
+        seen[site] = (scores, top_k(scores, int(4 * 0.6) / 4))
+        return seen[site][1]
+
+    with torch.no_grad(), tapped(model, arch, ["attn"], see):
+        model(input_ids=batches.tokens)
+    for scores, keep in seen.values():
+        assert bool((keep.sum(-1) == int(4 * 0.6)).all())
+        assert bool((scores.masked_fill(~keep, torch.inf).amin(-1) > scores.masked_fill(keep, -torch.inf).amax(-1)).all())
+    fixed = torch.tensor([True, False, True, True])
+    with torch.no_grad(), tapped(model, arch, ["attn"], lambda site, fields: fixed.expand(fields["o"].shape[:-1])):
+        masked = model(input_ids=batches.tokens).logits
+    with torch.no_grad():
+        for layer in range(2):
+            model.get_submodule(f"{arch.attn_module(layer)}.o_proj").weight[:, 16:32] = 0
+        torch.testing.assert_close(model(input_ids=batches.tokens).logits, masked, rtol=1e-4, atol=1e-5)
+        assert float((load_dense(tiny_model("llama"))(input_ids=batches.tokens).logits - masked).abs().max()) > 1e-2
+
+
+def test_sparsity_weighs_parameters(tiny_model: Make) -> None:
+    """Heads with grouped queries: a group counts while any of its heads does. Both kinds: every site by its weights."""
+    model, arch = tiny(tiny_model)
+    batches = windows()
+    heads, both = analyse_all(model, arch, batches, [Setting("abs_z", 0.25, kinds=("attn",)), Setting("abs_z", 0.25, kinds=("ffn", "attn"))])
+    kept = total = 0
+    with torch.no_grad(), tapped(model, arch, ["attn"], lambda site, fields: norms.__setitem__(site, fields["o"].norm(dim=-1))):
+        norms: dict[Site, Tensor] = {}
+        model(input_ids=batches.tokens)
+    for scores in norms.values():
+        for row in scores[batches.mask].tolist():
+            total += 4 * (64 + 64) * 16 + 2 * (64 + 64) * 16  # q rows and o columns of four heads, k and v rows of two groups
+            kept += (64 + 64) * 16 + (64 + 64) * 16  # one head, and with it one whole group
+            assert len(row) == 4
+    assert heads.sparsity == pytest.approx(1 - kept / total) and heads.density == {"attn": 0.25}
+    attention, network = (4 + 2) * 2 * 64 * 16, 3 * 64 * 176
+    assert both.sparsity == pytest.approx((attention * heads.sparsity + network * 0.75) / (attention + network))
+    two = analyse(model, arch, batches, Setting("abs_z", 0.5, kinds=("attn",)))
+    assert 1 - 8 / 12 - 1e-9 < two.sparsity < 1 - 6 / 12, "two heads use one group or two"
+    plain, plain_arch = tiny(tiny_model, "phi")
+    assert analyse(plain, plain_arch, batches, Setting("abs_z", 0.5, kinds=("attn",))).sparsity == pytest.approx(0.5)
+
+
+def test_linear_channels_of_packed_weights(tiny_model: Make) -> None:
+    """phi3 packs q, k, v and gate, up: each part is cut by its own column norms."""
+    model, arch = tiny(tiny_model, "phi3")
+    batches = windows(padded=False)
+    outcome = analyse(model, arch, batches, Setting("wina", 0.5, kinds=("linear",)))
+    for layer in range(2):
+        for name, parts in linear_parts(model, arch, layer).items():
+            linear = model.get_submodule(name)
+
+            def forward(x: Tensor, linear: Any = linear, rows: list[slice] = [rows for _, rows in parts]) -> Tensor:  # noqa: B006
+                outs = []
+                for part in rows:
+                    w = linear.weight[part]
+                    score = x.abs() * w.norm(dim=0)
+                    outs.append(F.linear(x * (score >= score.sort(-1).values[..., -(x.shape[-1] // 2)][..., None]), w, None))
+                return torch.cat(outs, -1)
+
+            linear.forward = forward
+    with torch.no_grad():
+        sparse = model(input_ids=batches.tokens).logits
+    nll = F.cross_entropy(sparse[:, :-1].flatten(0, 1), batches.tokens[:, 1:].flatten())
+    assert outcome.nll == pytest.approx(float(nll), abs=1e-4) and outcome.sparsity == pytest.approx(0.5)
+    assert outcome.sites["layers.0.linear.k_proj"] == 0.5
+
+
+def test_thresholds_equal_the_plan_executor(tiny_model: Make) -> None:
+    """Gate thresholds from calibration windows: the same numbers as the same plan in the torch executor of checkpoints."""
+    model, arch = tiny(tiny_model)
+    batches, calibration = windows(2), windows(3)
+    outcome = analyse(model, arch, batches, Setting("gate", 0.4, selector="threshold"), calibration)
+    gates: dict[Site, Tensor] = {}
+    with torch.no_grad(), tapped(model, arch, ["ffn"], lambda site, fields: gates.__setitem__(site, fields["gate"].abs()[calibration.mask])):
+        model(input_ids=calibration.tokens)
+    plan = {site: [Threshold("gate", uniform_tau(quantile_tau(scores, 0.4), 176), 0.4)] for site, scores in gates.items()}
+    quality = measure_quality(apply_plan(model, plan, arch, "silu"), plan, batches)
+    remove_plan(model)
+    for name in ("nll_dense", "nll", "kl", "agreement"):
+        assert getattr(outcome, name) == pytest.approx(getattr(quality, name), rel=1e-4, abs=1e-6)
+    assert outcome.density["ffn"] == pytest.approx(np.mean(list(outcome.sites.values())))
+    again = analyse(model, arch, calibration, Setting("gate", 0.4, selector="threshold", masks="dense"), calibration)
+    assert again.density["ffn"] == pytest.approx(0.4, abs=1e-3), "on its own windows a threshold keeps what it was made for"
+
+
+def test_chess_sees_the_calibration_windows(tiny_model: Make) -> None:
+    model, arch = tiny(tiny_model)
+    batches, calibration = windows(2), windows(3)
+    moments: dict[Site, Tensor] = {}
+    with torch.no_grad(), tapped(model, arch, ["ffn"], lambda site, fields: moments.__setitem__(site, fields["up"][calibration.mask].square().mean(0))):
+        model(input_ids=calibration.tokens)
+
+    def see(site: Site, fields: Fields) -> Tensor:
+        return top_k(fields["gate"].abs() * moments[site].sqrt(), 0.3)
+
+    with torch.no_grad(), tapped(model, arch, ["ffn"], see):
+        sparse = model(input_ids=batches.tokens).logits.log_softmax(-1)
+    scored = batches.mask[:, 1:]
+    nll = -sparse[:, :-1].gather(-1, batches.tokens[:, 1:, None])[..., 0][scored].mean()
+    chess, gate = analyse_all(model, arch, batches, [Setting("chess", 0.3), Setting("gate", 0.3)], calibration)
+    assert chess.nll == pytest.approx(float(nll), abs=1e-4) and abs(chess.nll - gate.nll) > 1e-3
+    plain, plain_arch = tiny(tiny_model, "phi")
+    chess, gate = analyse_all(plain, plain_arch, batches, [Setting("chess", 0.3), Setting("gate", 0.3)], calibration)
+    assert chess.nll == gate.nll, "a plain network has no up"
+
+
+def test_griffin_uses_only_the_prompt(tiny_model: Make) -> None:
+    """The same neurons for every later token of a window, chosen from its prompt; other tokens after the prompt change nothing in the choice."""
+    model, arch = tiny(tiny_model)
+    batches = windows(padded=False)
+    setting = Setting("griffin", 0.5, positions="prefill", prompt=8)
+    outcome = analyse(model, arch, batches, setting)
+    z: dict[Site, Tensor] = {}
+    with torch.no_grad(), tapped(model, arch, ["ffn"], lambda site, fields: z.__setitem__(site, fields["z"])):
+        model(input_ids=batches.tokens)
+
+    def keep(row: int, layer: int, values: Tensor) -> Tensor:
+        prompt = z[Site(layer)][row, :8]
+        statistic = torch.stack([sum((prompt[t, i] / prompt[t].norm()) ** 2 for t in range(8)) ** 0.5 for i in range(176)])  # type: ignore[arg-type]
+        chosen = statistic >= statistic.sort().values[88]
+        return chosen | (torch.arange(len(values)) < 8)[:, None]
+
+    check(outcome, by_hand(model, arch, batches, keep, 8), 3 * 11)
+    assert outcome.density == {"ffn": 0.5} and outcome.density_all["ffn"] == pytest.approx(1 - 0.5 * 12 / 20)
+    assert not outcome.oracle
+
+
+def test_answers_in_loops(tiny_model: Make) -> None:
+    """Prompt and first token dense, later steps under the masks of the dense answer or of the run itself: against passes over the whole text, no cache."""
+    model, arch = tiny(tiny_model)
+    prompts, new = windows(padded=False).tokens[:, :7], 6
+    settings = [Setting("abs_z", 1.0), Setting("corrected_gxo", 0.2), Setting("gate", 0.2), Setting("abs_z", 0.25, kinds=("attn",))]
+    dense, (same, oracle, gate, heads) = sparse_answers(model, arch, prompts, new, settings)
+    expected = model.generate(prompts, max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)[:, 7:]
+    assert torch.equal(dense, expected) and torch.equal(same, dense)
+    sites = attribute(model, arch, torch.cat([prompts, dense[:, :-1]], 1)).sites
+    corrected, norm = load_score("corrected_gxo").score, load_score("abs_z").score_heads
+    fixed = {site: top_k(corrected(Context(z=v.value, grad=v.grad)), 0.2) for site, v in sites.items() if site.kind == "ffn"}
+    fixed |= {site: top_k(norm(Context(o=v.value)), 0.25) for site, v in sites.items() if site.kind == "attn"}
+    for kind, answer, own in (("ffn", oracle, False), ("ffn", gate, True), ("attn", heads, False)):
+        tokens = prompts
+        for _ in range(new):
+
+            def see(site: Site, fields: Fields, own: bool = own, length: int = tokens.shape[1]) -> Tensor:
+                keep = top_k(fields["gate"].abs(), 0.2) if own else fixed[site][:, :length]
+                return keep | (torch.arange(length) < 7)[:, None]
+
+            with torch.no_grad(), tapped(model, arch, [kind], see):
+                tokens = torch.cat([tokens, model(input_ids=tokens).logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(answer, tokens[:, 7:]), (kind, own)
+        assert torch.equal(answer[:, 0], dense[:, 0]) and not torch.equal(answer, dense)
+    with pytest.raises(InputError, match="new must be"):
+        sparse_answers(model, arch, prompts, 1, settings)
+
+
+def test_other_selectors(tiny_model: Make) -> None:
+    """The paper's cut counts as top-k without ties; a global pool shifts units between layers at the same total; nonzero keeps a SiLU network whole."""
+    model, arch = tiny(tiny_model)
+    batches = windows()
+    names = ("top_k", "paper_cut", "global_pool", "nonzero")
+    outcomes = {name: analyse(model, arch, batches, Setting("magnitude", 0.5, selector=name)) for name in names}
+    assert outcomes["top_k"].nll == outcomes["paper_cut"].nll
+    pooled = outcomes["global_pool"]
+    assert pooled.density["ffn"] == pytest.approx(0.5) and abs(pooled.sites["layers.0.ffn"] - 0.5) > 0.01
+    floored = analyse(model, arch, batches, Setting("magnitude", 0.5, selector="global_pool", floor=0.5))
+    assert floored.nll == outcomes["top_k"].nll
+    assert outcomes["nonzero"].sparsity == 0 and outcomes["nonzero"].kl < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("setting", "match"),
+    [
+        (Setting("gate", 0.5, kinds=("attn",)), "kinds of score gate"),
+        (Setting("wina", 0.5), "kinds of score wina must be among linear"),
+        (Setting("gxo", 0.5, masks="own"), "masks of gxo"),
+        (Setting("gate", 0.5, masks="own", selector="global_pool"), "masks of gate"),
+        (Setting("griffin", 0.5), "positions of score griffin"),
+        (Setting("griffin", 0.5, selector="threshold", positions="prefill", prompt=4), "selector of score griffin"),
+        (Setting("gate", 0.5, positions="prefill", prompt=19), "prompt must be in 1..18"),
+        (Setting("gate", 0.5, selector="threshold"), "needs calibration"),
+        (Setting("chess", 0.5), "needs calibration"),
+        (Setting("gate", 0.5, selector="best"), "selector must be one of"),
+        (Setting("gate", 0.5, label="gold"), "label must be one of"),
+        (Setting("nothing", 0.5), "score must be one of"),
+    ],
+)
+def test_refusals(tiny_model: Make, setting: Setting, match: str) -> None:
+    model, arch = tiny(tiny_model)
+    with pytest.raises(InputError, match=match):
+        analyse(model, arch, windows(), setting)
+
+
+def test_ranks_and_spearman() -> None:
+    """Mean ranks of ties; against Pearson's correlation of ranks counted in a loop."""
+    assert ranks(torch.tensor([[3.0, 1, 3, 2]])).tolist() == [[3.5, 1, 3.5, 2]]
+    a, b = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0)).mul(3).round()
+    for row, found in enumerate(spearman(a, b).tolist()):
+        x, y = ([sum(w < v for w in r) + (sum(w == v for w in r) + 1) / 2 for v in r] for r in (a[row].tolist(), b[row].tolist()))
+        assert found == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-12)
+    assert bool(spearman(torch.ones(1, 3), torch.randn(1, 3)).isnan().all())
+
+
+def test_rank_correlations(tiny_model: Make) -> None:
+    model, arch = tiny(tiny_model)
+    batches = windows()
+    for kind in ("ffn", "attn"):
+        found = rank_correlations(model, arch, batches, ["snip", "fisher", "abs_z", "gradient"], kind=kind)
+        assert set(found) == {Site(0, kind=kind), Site(1, kind=kind)}
+        sites = attribute(model, arch, batches.tokens, labels=torch.where(batches.mask, model(input_ids=batches.tokens).logits.argmax(-1), -100)).sites
+        for site, matrix in found.items():
+            torch.testing.assert_close(matrix, matrix.T)
+            assert matrix.diagonal().tolist() == pytest.approx([1] * 4) and float(matrix[0, 1]) == pytest.approx(1) and abs(float(matrix[2, 3])) < 0.6
+            value, grad, _ = sites[site]
+            fields = Context(z=value, grad=grad, o=value, o_grad=grad)
+            scores = [(load_score(n).score if kind == "ffn" else load_score(n).score_heads)(fields)[batches.mask] for n in ("abs_z", "gradient")]
+            assert float(matrix[2, 3]) == pytest.approx(float(spearman(*scores).mean()), abs=1e-3)
+    with pytest.raises(InputError, match="Rank correlations"):
+        rank_correlations(model, arch, batches, ["griffin"])
+
+
+# ---- the leak test ----
+
+DENSITY = 0.3
+REFERENCE = (0.3, 0.2, 0.12, 0.08, 0.05, 0.02)
+Leaks = tuple[dict[str, Outcome], dict[str, Outcome], list[Outcome]]
+
+
+@pytest.fixture(scope="module")
+def leaks() -> Leaks:
+    """On the bundled model: every score with the second choice as label, every score with the greedy label, and magnitude over more densities."""
+    source = open_source(BUNDLED)
+    model, tokenizer = load_dense(BUNDLED), source.tokenizer()
+    batches, calibration = (make_batches(tokenizer, read_text(text)[:60_000], 4, 56, 0) for text in (HELDOUT_TEXT, CALIBRATION_TEXT))
+    second = [every_score(name, DENSITY, "second", prompt=24) for name in SCORES]
+    greedy = [replace(setting, label="greedy") for setting in second]
+    magnitude = [Setting("magnitude", density) for density in REFERENCE]
+    found = analyse_all(model, source.arch, batches, [*second, *greedy, *magnitude], calibration, steps=1)
+    count = len(SCORES)
+    return dict(zip(SCORES, found, strict=False)), dict(zip(SCORES, found[count:], strict=False)), found[2 * count :]
+
+
+def excess(outcome: Outcome, magnitude: list[Outcome]) -> float:
+    """How much more often the second choice wins than under magnitude doing the same damage (KL): damage by itself turns predictions to the second choice."""
+    curve = sorted((o.kl, o.second_choice) for o in magnitude)
+    return outcome.second_choice - float(np.interp(outcome.kl, [kl for kl, _ in curve], [rate for _, rate in curve]))
+
+
+def test_f07_leak_test(leaks: Leaks) -> None:
+    """Exactly the scores that name `label`, or that bring the second choice out when it is their label, are oracles. Every row of SCORES is judged."""
+    second, _, magnitude = leaks
+    assert [outcome.setting.score for outcome in second.values()] == list(SCORES)
+    caught = {name for name, outcome in second.items() if excess(outcome, magnitude) > 0.05}
+    needs = {name for name in SCORES if "label" in load_score(name).NEEDS}
+    assert {name for name in SCORES if load_score(name).PHASE == "oracle"} == caught | needs
+    assert {"gxo", "integrated_gradients", "corrected_gxo"} <= caught, "the test must catch a leak by its effect alone"
+    assert second["corrected_gxo"].second_choice > second["magnitude"].second_choice + 0.15, "at equal density too"
+    assert second["gate"].second_choice < second["magnitude"].second_choice + 0.1
+
+
+def test_f07_only_oracles_depend_on_the_label(leaks: Leaks) -> None:
+    second, greedy, _ = leaks
+    for name in SCORES:
+        assert (second[name].nll != greedy[name].nll) == (load_score(name).PHASE == "oracle"), name

@@ -1,0 +1,331 @@
+"""Swapped activations: plans, the torch side against networks written out by hand, and the executor that keeps what is not zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import MODEL_TYPES, VOCAB
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from sparsegate.converter.arch import load_arch
+from sparsegate.converter.arch.site import Site
+from sparsegate.converter.checkpoint.cost import cost, mlp_cost
+from sparsegate.converter.checkpoint.plan import (
+    Plan,
+    Predictor,
+    Swap,
+    Threshold,
+    activation_at,
+    check_plan,
+    deciding,
+    load_plan,
+    on_swaps,
+    save_plan,
+    uniform_tau,
+)
+from sparsegate.converter.checkpoint.stage import Header
+from sparsegate.converter.methods import make_config
+from sparsegate.converter.methods.gating import exact
+from sparsegate.converter.modeling.blocks import activate, ffn_parts, swap
+from sparsegate.converter.modeling.gated import NEAR, apply_plan, dense, recording, remove_plan
+from sparsegate.runtime_onnx.errors import InputError
+
+D, N = 64, 176
+TOKENS = torch.randint(3, VOCAB, (3, 30), generator=torch.Generator().manual_seed(0))
+BY_HAND: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda v: v * (v > 0),
+    "relu2": lambda v: v * v * (v > 0),
+    "drelu": lambda v: v * (v > 0),
+    "fatrelu(0.25)": lambda v: v * (v > 0.25),
+    "shifted_relu(0.25)": lambda v: (v - 0.25) * (v > 0.25),
+    "silu": lambda v: v / (1 + torch.exp(-v)),
+}
+
+
+def stock(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(input_ids=TOKENS).logits
+
+
+def by_hand(model: Any, activations: dict[int, str]) -> Any:
+    """A copy of a stock model whose networks are written out from the state dict."""
+    model = deepcopy(model)
+    arch, weights = load_arch(model.config.model_type), model.state_dict()
+    for layer, activation in activations.items():
+        prefix, act = arch.ffn_module(layer) + ".", BY_HAND[activation]
+
+        def linear(name: str | None, x: Tensor, prefix: str = prefix) -> Tensor:
+            return torch.einsum("...d,nd->...n", x, weights[f"{prefix}{name}.weight"]) + weights.get(f"{prefix}{name}.bias", torch.zeros(()))
+
+        def forward(x: Tensor, act: Any = act, linear: Any = linear, both: bool = activation == "drelu") -> Tensor:
+            if arch.ffn.kind == "plain":
+                return linear(arch.ffn.down, act(linear(arch.ffn.up, x)))
+            if arch.ffn.gate_up:
+                gate, up = linear(arch.ffn.gate_up, x).split(N, dim=-1)
+            else:
+                gate, up = linear(arch.ffn.gate, x), linear(arch.ffn.up, x)
+            return linear(arch.ffn.down, act(gate) * (up * (up > 0) if both else up))
+
+        model.get_submodule(arch.ffn_module(layer)).forward = forward
+    return model
+
+
+def exact_for(model_type: str) -> str:
+    return "relu" if load_arch(model_type).ffn.kind == "plain" else "drelu"
+
+
+def base_of(model: Any) -> str:
+    return load_arch(model.config.model_type).activation(model.config)
+
+
+# Plans
+
+
+def threshold(tau: float = 0.1) -> Threshold:
+    return Threshold("gate", uniform_tau(tau, N), 0.3)
+
+
+PREDICTOR = Predictor(torch.zeros(2, D), torch.zeros(N, 2), torch.zeros(N), 0.2)
+
+
+@pytest.mark.parametrize("entries", [[Swap("drelu")], [Swap("fatrelu(0.01)"), threshold()], [Swap("relu"), PREDICTOR], [threshold()], [PREDICTOR]])
+def test_lists_that_a_plan_may_hold_survive_the_file(entries: list[Any], tmp_path: Path) -> None:
+    plan: Plan = {Site(0): entries}
+    save_plan(tmp_path, plan, Header(format="plan"))
+    (again,) = load_plan(tmp_path).values()
+    assert [entry.fields() for entry in again] == [entry.fields() for entry in entries]
+    for entry, other in zip(entries, again, strict=True):
+        assert all(torch.equal(tensor, other.tensors()[role]) for role, tensor in entry.tensors().items())
+    assert type(deciding(again)) is type(entries[-1])
+    assert activation_at(again, "silu") == (entries[0].activation if isinstance(entries[0], Swap) else "silu")
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ({Site(0): [threshold(), Swap("relu")]}, "a swap and at most one after it, got threshold, swap"),
+        ({Site(0): [Swap("relu"), Swap("relu")]}, "swap, swap"),
+        ({Site(0): [Swap("relu"), threshold(), PREDICTOR]}, "swap, threshold, predictor"),
+        ({Site(0): [threshold(), PREDICTOR]}, "threshold, predictor"),
+        ({Site(0): []}, "got none"),
+        ({Site(0): [Swap("silu")]}, "must have exact zeros .*, got silu"),
+        ({Site(0): [Swap("identity")]}, "must have exact zeros .*, got identity"),
+        ({Site(0): [Swap("swish")]}, "activation must be one of .*, got swish"),
+        ({Site(0): [Swap("fatrelu")]}, "got fatrelu"),
+        ({Site(0): [Swap("fatrelu(-1.0)")]}, "fatrelu"),
+        ({Site(0): [Swap("relu(0.5)")]}, "relu"),
+        ({Site(0, kind="linear:up_proj"): [Swap("relu")]}, "layers.0.linear.up_proj must be input .*, got exact"),
+        ({Site(0): [Swap("relu"), Threshold("input", torch.zeros(N), 0.5)]}, "of neurons .*, got input"),
+    ],
+)
+def test_lists_that_a_plan_may_not_hold(plan: Plan, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        check_plan(plan)
+
+
+def test_cost_of_what_is_not_zero() -> None:
+    swap_ = Swap("drelu", density=0.06, opened=0.3)
+    assert cost(swap_, D, N, 3, 0.06) == pytest.approx((1 + 0.3 + 0.06) / 3) and cost(swap_, D, N, 3, 0.1, 0.5) == pytest.approx((1 + 0.5 + 0.1) / 3)
+    assert cost(swap_, D, N, 2, 0.1) == pytest.approx((1 + 0.1) / 2), "a plain network's up projection is its gate"
+    assert cost(threshold(), D, N, 3, 0.1) == pytest.approx((1 + 2 * 0.1) / 3)
+
+
+def test_cost_is_the_deciding_entrys(tiny_model: Callable[[str], Path]) -> None:
+    config, arch = stock(tiny_model("llama")).config, load_arch("llama")
+    plan: Plan = {Site(0): [Swap("drelu", 0.06, 0.3)], Site(1): [Swap("drelu", 0.06, 0.3), threshold()]}
+    assert mlp_cost(plan, arch, config) == pytest.approx(((1.36 / 3) + (1 + 2 * 0.3) / 3) / 2)
+    realised = {Site(0): 0.2, Site(1): 0.4}
+    assert mlp_cost(plan, arch, config, realised, {Site(0): 0.5}) == pytest.approx(((1.7 / 3) + (1 + 2 * 0.4) / 3) / 2)
+
+
+def test_a_plan_for_a_swapped_model() -> None:
+    swaps = {Site(0): Swap("drelu", 0.1, 0.2), Site(1): Swap("drelu", 0.3, 0.4)}
+    entry, other = threshold(), Threshold("input", torch.zeros(D), 0.5)
+    found = on_swaps({Site(1): [entry], Site(0, kind="linear:q_proj"): [other]}, swaps)
+    assert found == {Site(0): [swaps[Site(0)]], Site(0, kind="linear:q_proj"): [other], Site(1): [swaps[Site(1)], entry]}
+    again = on_swaps(found, swaps)
+    assert again == found and list(again) == list(found), "what lists its swap already stays"
+    with pytest.raises(InputError, match=r"layers.0.ffn's activation must be drelu .*, got relu"):
+        on_swaps({Site(0): [Swap("relu")]}, swaps)
+
+
+# Modules
+
+
+@pytest.mark.parametrize("activation", [name for name in BY_HAND if name != "silu"])
+def test_activations(activation: str) -> None:
+    v = torch.cat([torch.linspace(-3, 3, 97), torch.tensor([0.25, -0.25, 0.0])])
+    found = activate(activation, v)
+    torch.testing.assert_close(found, BY_HAND[activation](v), rtol=0, atol=1e-7)
+    assert bool((found == 0).any()) and bool(activate(activation, torch.tensor([float("nan")])).isnan().all())
+    assert activate(activation, v.bfloat16()).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_swapped_modules_are_the_network_by_hand(model_type: str, tiny_model: Callable[[str], Path]) -> None:
+    model, arch = stock(tiny_model(model_type)), load_arch(model_type)
+    before, state = logits(model), deepcopy(model.state_dict())
+    activations = {0: exact_for(model_type), 1: "fatrelu(0.25)"}
+    wanted = logits(by_hand(model, activations))
+    for layer, activation in activations.items():
+        swap(model.get_submodule(arch.ffn_module(layer)), arch, activation)
+    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-4)
+    assert float((wanted - before).abs().max()) > 0.1, "the activations make a difference"
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items()) and set(state) == set(model.state_dict())
+    copied = deepcopy(model)
+    assert torch.equal(logits(copied), logits(model)) and isinstance(
+        copied.get_submodule(arch.ffn_module(0)), type(stock(tiny_model(model_type)).get_submodule(arch.ffn_module(0)))
+    )
+    swap(copied.get_submodule(arch.ffn_module(0)), arch, "relu2")
+    assert not torch.equal(logits(copied), logits(model)), "a copy is swapped alone"
+
+
+def test_a_swapped_module_says_what_its_parts_are(tiny_model: Callable[[str], Path]) -> None:
+    model, arch = stock(tiny_model("llama")), load_arch("llama")
+    module, x = model.get_submodule(arch.ffn_module(0)), torch.randn(5, D)
+    swap(module, arch, "drelu")
+    swap(module, arch, "relu2")
+    with torch.no_grad():
+        parts = ffn_parts(module, arch, "silu", x)
+        assert torch.equal(parts.gate, F.relu(module.gate_proj(x)).square()) and torch.equal(parts.up, module.up_proj(x)), "the swapped one goes first"
+        assert torch.equal(module(x), module.down_proj(parts.z))
+        module.forward = lambda x: x * 2
+        assert torch.equal(module(x), 2 * x)
+        del module.forward
+        assert torch.equal(module(x), module.down_proj(parts.z))
+    with pytest.raises(InputError, match="swish"):
+        swap(module, arch, "swish")
+
+
+def test_plain_networks_have_no_drelu(tiny_model: Callable[[str], Path]) -> None:
+    model, arch = stock(tiny_model("phi")), load_arch("phi")
+    with pytest.raises(InputError, match="got drelu in phi. Use relu"):
+        swap(model.get_submodule(arch.ffn_module(0)), arch, "drelu")
+    with pytest.raises(InputError, match="layers.1.ffn .* got drelu. Use relu"):
+        apply_plan(model, {Site(1): [Swap("drelu")]}, arch, base_of(model))
+
+
+# The executor
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_swap_on_a_stock_model_is_a_transform_at_load_time(model_type: str, tiny_model: Callable[[str], Path]) -> None:
+    model, arch = stock(tiny_model(model_type)), load_arch(model_type)
+    before, wanted = logits(model), logits(by_hand(model, {1: exact_for(model_type)}))
+    apply_plan(model, {Site(1): [Swap(exact_for(model_type))]}, arch, base_of(model))
+    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-4)
+    with dense(model):
+        torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+    assert torch.equal(logits(remove_plan(model)), before)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_drelu_and_its_executors(model_type: str, tiny_model: Callable[[str], Path]) -> None:
+    """relu(g) relu(u) by hand; exact, gate first and the plain forward are one; the density is the mean of product > 0."""
+    model, arch = stock(tiny_model(model_type)), load_arch(model_type)
+    torch.testing.assert_close(logits(by_hand(model, {0: "drelu", 1: "drelu"})), logits(swapped(model, arch, "drelu")), rtol=0, atol=1e-4)
+    plain = logits(model)
+    seen: dict[int, Tensor] = {}
+    for layer in range(2):
+        module = model.get_submodule(arch.ffn_module(layer))
+        getattr(module, arch.ffn.down).register_forward_pre_hook(lambda _, given, layer=layer: seen.__setitem__(layer, given[0]))
+    for entries in ([Swap("drelu")], [Swap("drelu"), threshold(0.0)]):
+        apply_plan(model, {Site(layer): list(entries) for layer in range(2)}, arch, base_of(model))
+        with recording(model) as record:
+            assert torch.equal(logits(model), plain), entries
+        remove_plan(model)
+        if len(entries) == 1:
+            assert record.density() == {Site(layer): pytest.approx(float((z > 0).double().mean())) for layer, z in seen.items()}
+            opened = record.opened_share()
+            assert all(0.4 < opened[site] < 0.6 and 0.1 < share < opened[site] for site, share in record.density().items())
+            gates = {Site(0): opened[Site(0)], Site(1): opened[Site(1)]}
+            assert not record.near
+        else:
+            assert record.density() == gates, "gate first keeps the units whose gate is not zero"
+            assert not any(bool(near.any()) for near in record.near.values()), "a gate of about 0 decides nothing"
+            assert not record.opened
+
+
+def swapped(model: Any, arch: Any, activation: str) -> Any:
+    for layer in range(2):
+        swap(model.get_submodule(arch.ffn_module(layer)), arch, activation)
+    return model
+
+
+def test_a_threshold_above_zero_masks_the_swapped_network(tiny_model: Callable[[str], Path]) -> None:
+    model, arch = stock(tiny_model("llama")), load_arch("llama")
+    apply_plan(model, {Site(0): [Swap("drelu"), threshold(0.3)]}, arch, "silu")
+    module, x = model.get_submodule(arch.ffn_module(0)), torch.randn(7, D)
+    with torch.no_grad(), recording(model) as record:
+        gate = F.relu(module.gate_proj(x))
+        torch.testing.assert_close(module(x), module.down_proj(gate * F.relu(module.up_proj(x)) * (gate > 0.3)))
+    assert record.kept == {Site(0): int((gate > 0.3).sum())}
+
+
+def test_a_swapped_model_takes_its_own_activation_only(tiny_model: Callable[[str], Path]) -> None:
+    model, arch = swapped(stock(tiny_model("llama")), load_arch("llama"), "drelu"), load_arch("llama")
+    with pytest.raises(InputError, match=r"layers.1.ffn's activation must be drelu as in the model, got relu"):
+        apply_plan(model, {Site(0): [Swap("drelu")], Site(1): [Swap("relu")]}, arch, "silu")
+    assert not any("forward" in vars(module) for module in model.modules()), "nothing was gated before the error"
+    before = logits(model)
+    apply_plan(model, {Site(0): [threshold(0.3)]}, arch, "silu")
+    with dense(model):
+        assert torch.equal(logits(model), before), "ungated, a swapped model is itself"
+    assert not torch.equal(logits(model), before)
+
+
+def test_the_jump_of_fatrelu_is_near(tiny_model: Callable[[str], Path]) -> None:
+    model, arch = stock(tiny_model("llama")), load_arch("llama")
+    module, x = model.get_submodule(arch.ffn_module(0)), torch.randn(1, 2, D, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        value = float(module.gate_proj(x)[0, 1].abs().min() + 0.5)
+        module.gate_proj.weight[7] *= value / module.gate_proj(x)[0, 1, 7]
+        found = float(module.gate_proj(x)[0, 1, 7])
+        for b, near in ((found, True), (found - 100 * NEAR, False)):
+            if not near:
+                clear = (module.gate_proj(x) - b).abs().min()
+                assert float(clear) > 1e-4, "no other unit is near by chance"
+            apply_plan(model, {Site(0): [Swap(spelled(b))]}, arch, "silu")
+            with recording(model) as record:
+                module(x)
+            assert record.near[Site(0)].tolist() == [[False, near]]
+            remove_plan(model)
+
+
+def spelled(b: float) -> str:
+    from sparsegate.runtime_onnx.ops.activation import spell_activation
+
+    return spell_activation("fatrelu", b)
+
+
+# The method
+
+
+def sizes(*layers: int) -> Any:
+    return {Site(layer): {"sizes:gate.hidden": torch.tensor(D), "sizes:gate.units": torch.tensor(N)} for layer in layers}
+
+
+def test_the_method_swaps_every_network() -> None:
+    stats = sizes(0, 1) | {Site(0, kind="linear:q_proj"): {}}
+    assert exact.plan(stats, load_arch("llama"), exact.Config(activation="drelu")) == {Site(0): [Swap("drelu")], Site(1): [Swap("drelu")]}
+    assert exact.plan(stats, load_arch("phi"), exact.Config(activation="fatrelu(0.01)"))[Site(1)] == [Swap("fatrelu(0.01)")]
+    assert exact.plan(sizes(0), load_arch("llama"), exact.Config()) == {Site(0): [Swap("")]}, "its own activation, which the caller knows"
+    with pytest.raises(InputError, match="got drelu. Use relu"):
+        exact.plan(sizes(0), load_arch("phi"), exact.Config(activation="drelu"))
+
+
+@pytest.mark.parametrize(("activation", "words"), [("silu", "must have exact zeros"), ("glu", "activation must be one of"), ("fatrelu(2)", "fatrelu")])
+def test_the_method_refuses_what_has_no_zeros(activation: str, words: str) -> None:
+    with pytest.raises(InputError, match=f"exact.activation .*{words}"):
+        make_config("exact", {"activation": activation})

@@ -1,0 +1,448 @@
+"""ONNX export: the base graph, its MLP regions and the surgery, on every architecture, against a torch forward written here by hand."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import socket
+import sys
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from gated_torch import BOUND, TOKENS, D, Gated, N, R, Tiny, gating, generate, library, linear_plan, open_tiny, run, seen, sparse_logits
+from models import MODEL_TYPES, make_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sparsegate.converter.arch.site import Site
+from sparsegate.converter.checkpoint.plan import KINDS, Plan, Predictor, Swap, Threshold, uniform_tau
+from sparsegate.converter.onnx_export import gated_graph as surgery
+from sparsegate.converter.onnx_export.base_graph import build_base, check_base, compare_base
+from sparsegate.converter.onnx_export.emit import EMITTERS
+from sparsegate.converter.onnx_export.gated_graph import METADATA
+from sparsegate.converter.onnx_export.linear_region import find_linears
+from sparsegate.converter.onnx_export.mlp_region import find_regions
+from sparsegate.runtime_onnx.errors import InputError
+from sparsegate.runtime_onnx.library import executor, variants
+from sparsegate.runtime_onnx.ops import sparse_linear
+from sparsegate.runtime_onnx.ops.gated_mlp import Variant
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
+    """model type -> Tiny; one base graph per type for the whole session."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def make(model_type: str) -> Tiny:
+        return open_tiny(model_type, tiny_model(model_type), root / model_type)
+
+    return cache(make)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_base_is_the_model_and_has_a_region_per_layer(tiny, model_type):
+    one = tiny(model_type)
+    assert check_base(one.base, one.model, TOKENS) == compare_base(one.base, one.model, TOKENS) <= 2 * BOUND
+    assert {path.name for path in one.base.iterdir()} >= {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"}
+    regions = find_regions(ir.load(one.base / "model.onnx"), one.arch, one.config)
+    assert [region.layer for region in regions] == [0, 1]
+    plain = model_type == "phi"
+    for region in regions:
+        assert sorted(region.weights) == (["down", "up"] if plain else ["down", "gate", "up"])
+        assert sorted(region.biases) == (["down", "up"] if plain else [])
+        assert [tuple(region.weights[role].shape) for role in ("up", "down")] == [(D, N), (N, D)]
+        assert all(f"/layers.{region.layer}/mlp/" in node.name for node in region.nodes)
+        assert len(region.nodes) == {"gemma2": 5, "phi": 5}.get(model_type, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_checkpoint_is_exported_exactly(tmp_path, dtype):
+    """gemma2 adds 1 to its norm weights, which half precision would round."""
+    checkpoint = make_model("gemma2", tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(checkpoint).to(dtype).save_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    check_base(build_base(checkpoint, tmp_path / "base"), model, TOKENS)
+
+
+def test_base_compares_worse_with_another_model(tiny):
+    """The control of the comparison: one weight of the torch model changed a little."""
+    one = tiny("llama")
+    weight = one.model.model.layers[1].mlp.down_proj.weight
+    old = weight.data.clone()
+    try:
+        weight.data[3, 7] += 0.05
+        with pytest.raises(InputError, match="must give torch's logits"):
+            check_base(one.base, one.model, TOKENS)
+    finally:
+        weight.data.copy_(old)
+
+
+def test_comparison_takes_a_function_and_refuses_nan(tiny):
+    one = tiny("llama")
+    assert compare_base(one.base, lambda tokens: one.model(tokens).logits, TOKENS) == compare_base(one.base, one.model, TOKENS)
+    with pytest.raises(InputError, match="nan"):
+        check_base(one.base, lambda tokens: one.model(tokens).logits * float("nan"), TOKENS)
+
+
+def test_known_wrong_builder_type_is_refused(tmp_path):
+    checkpoint = make_model("olmo", tmp_path / "olmo")
+    base = build_base(checkpoint, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with pytest.raises(InputError, match="builder is wrong for this model"):
+        check_base(base, model, TOKENS)
+
+
+def test_builder_failure_carries_its_message(tmp_path):
+    with pytest.raises(InputError, match="not currently supported"):
+        build_base(make_model("gpt2", tmp_path / "gpt2"), tmp_path / "base")
+
+
+def test_missing_builder_names_the_extra(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai.models", None)
+    with pytest.raises(InputError, match=r"sparsegate\[cpu\]"):
+        build_base(tiny_model("llama"), tmp_path / "base")
+
+
+def test_builder_is_quiet_and_offline(tmp_path, tiny_model, monkeypatch, capfd, caplog):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("the builder opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    path = list(sys.path)
+    with caplog.at_level(logging.DEBUG, logger="sparsegate"):
+        build_base(tiny_model("llama"), tmp_path / "base")
+    assert capfd.readouterr() == ("", "")
+    assert sys.path == path
+    assert "Reading layer 1" in caplog.text
+
+
+def llama_graph(tiny) -> tuple[ir.Model, dict[str, ir.Node]]:
+    model = ir.load(tiny("llama").base / "model.onnx")
+    return model, {node.name: node for node in model.graph}
+
+
+def refused(tiny, model: ir.Model, match: str) -> None:
+    one = tiny("llama")
+    with pytest.raises(InputError, match=match):
+        find_regions(model, one.arch, one.config)
+
+
+def test_open_region_is_refused(tiny):
+    model, nodes = llama_graph(tiny)
+    reader = ir.Node("", "Identity", [nodes["/model/layers.1/mlp/up_proj/MatMul"].outputs[0]], name="/thief")
+    model.graph.append(reader)
+    refused(tiny, model, r"Layer 1, node /model/layers.1/mlp/up_proj/MatMul: .* closed, got .* read by /thief")
+
+
+def test_region_with_another_input_is_refused(tiny):
+    model, nodes = llama_graph(tiny)
+    other = nodes["/model/layers.0/mlp/up_proj/MatMul"].outputs[0]
+    nodes["/model/layers.1/mlp/Mul"].replace_input_with(1, other)
+    refused(tiny, model, r"Layer [01], node .*: the MLP must be")
+
+
+def test_gate_and_up_of_different_values_are_refused(tiny):
+    model, nodes = llama_graph(tiny)
+    nodes["/model/layers.1/mlp/up_proj/MatMul"].replace_input_with(0, nodes["/model/layers.0/mlp/down_proj/MatMul"].outputs[0])
+    refused(tiny, model, r"Layer 1, node /model/layers.1/mlp/gate_proj/MatMul: gate and up must read one value")
+
+
+@pytest.mark.parametrize(("name", "op"), [("act_fn/Sigmoid", "Tanh"), ("Mul", "Add")])
+def test_other_arithmetic_is_refused(tiny, name, op):
+    model, nodes = llama_graph(tiny)
+    nodes[f"/model/layers.1/mlp/{name}"].op_type = op
+    refused(tiny, model, r"Layer 1, node .*: the MLP must (compute silu|be computed)")
+
+
+def test_missing_and_misshapen_weights_are_refused(tiny):
+    model, nodes = llama_graph(tiny)
+    weight = nodes["/model/layers.1/mlp/up_proj/MatMul"].inputs[1]
+    weight.name = "elsewhere"
+    refused(tiny, model, r"Layer 1 .* model.layers.1.mlp.up_proj.MatMul.weight, got none")
+    model, nodes = llama_graph(tiny)
+    nodes["/model/layers.0/mlp/up_proj/MatMul"].op_type = "MatMulNBits"
+    refused(tiny, model, r"Layer 0 .* in one MatMul, got MatMulNBits")
+    one = tiny("llama")
+    config = type(one.config)(**{**one.config.to_dict(), "intermediate_size": 180})
+    with pytest.raises(InputError, match=r"must have shape \[64, 180\], got \[64,176\]"):
+        find_regions(llama_graph(tiny)[0], one.arch, config)
+
+
+# Surgery
+
+
+@pytest.mark.parametrize("kind", ["threshold", "predictor"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_exported_model_equals_gated_torch(tiny, tmp_path, model_type, kind):
+    one = tiny(model_type)
+    gated = Gated(one, kind)
+    out = one.export(gated.plan, tmp_path / "out")
+    expected = gated.logits()
+    density = float(np.mean([gate.keep.float().mean() for gate in gated.gates]))
+    assert 0.3 < density < 0.7
+    assert gated.dense_difference > 0.1  # the gating matters
+    dropped = gated.logits(skip=gated.active_neuron())
+    for native in {None, library()}:
+        logits = run(out, native=native)
+        assert np.abs(logits - expected).max() <= BOUND, native
+        assert np.abs(logits - dropped).max() > 10 * BOUND, "a dropped neuron must be seen"
+    tokens = generate(out, TOKENS[0, :12], 16)
+    teacher = gated.logits(np.concatenate([TOKENS[0, :12], tokens])[None])[0]
+    predicted = teacher[11 : 11 + len(tokens)]
+    assert len(tokens) == 16 or tokens[-1] == one.config.eos_token_id
+    assert (predicted[np.arange(len(tokens)), tokens] >= predicted.max(axis=1) - BOUND).all()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi"])
+def test_open_gates_give_the_dense_model(tiny, tmp_path, model_type):
+    one = tiny(model_type)
+    open_tau = uniform_tau(-float("inf"), N)
+    plan: Plan = {Site(0): [Threshold("gate", open_tau, 1.0)], Site(1): [Predictor(torch.randn(R, D), torch.randn(N, R), open_tau, 1.0)]}
+    assert compare_base(one.export(plan, tmp_path / "out"), one.model, TOKENS) <= BOUND
+
+
+@pytest.mark.parametrize(("kind", "roles"), [("predictor", ("p1", "p2", "res")), ("threshold", ("p1", "res"))])
+def test_residual_and_biases(tmp_path, kind, roles):
+    """A gated MLP with all three biases, and a residual beside a predictor or a threshold on the gate."""
+    one = open_tiny("llama", make_model("llama", tmp_path / "model", mlp_bias=True), tmp_path / "base")
+    gated = Gated(one, kind, residual=True)
+    out = one.export(gated.plan, tmp_path / "out")
+    names = [Variant.parse(name) for name in json.loads(onnx_metadata(out))]
+    assert [variant.inputs for variant in names] == [("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down", "tau", *roles)]
+    for native in {None, library()}:
+        assert np.abs(run(out, native=native) - gated.logits()).max() <= BOUND
+        assert np.abs(run(out, native=native) - gated.logits(skip=gated.active_neuron())).max() > BOUND
+
+
+def test_builder_leaves_out_a_zero_bias(tmp_path, tiny):
+    checkpoint = make_model("phi", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model.model.layers[0].mlp.fc2.bias.data.zero_()
+    model.save_pretrained(checkpoint)
+    one = open_tiny("phi", checkpoint, tmp_path / "base")
+    regions = find_regions(ir.load(one.base / "model.onnx"), one.arch, one.config)
+    assert [sorted(region.biases) for region in regions] == [["up"], ["down", "up"]]
+    gated = Gated(one, "threshold")
+    out = one.export(gated.plan, tmp_path / "out")
+    assert len(json.loads(onnx_metadata(out))) == 2
+    assert np.abs(run(out) - gated.logits()).max() <= BOUND
+
+
+def onnx_metadata(folder: Path) -> str:
+    return {entry.key: entry.value for entry in onnx.load(folder / "model.onnx", load_external_data=False).metadata_props}[METADATA]
+
+
+def test_file_of_one_variant(tiny, tmp_path):
+    """Names, functions, metadata and external data of the written folder."""
+    one = tiny("llama")
+    out = one.export(Gated(one, "threshold").plan, tmp_path / "out")
+    assert {path.name for path in out.iterdir()} == {path.name for path in one.base.iterdir()}
+    assert (out / "genai_config.json").read_bytes() == (one.base / "genai_config.json").read_bytes()
+    assert all(path.stat().st_nlink == 1 and not path.is_symlink() for path in out.iterdir())
+    proto = onnx.load(out / "model.onnx", load_external_data=False)
+    assert {entry.domain: entry.version for entry in proto.opset_import}["ai.sparsegate"] == 1
+    assert [(f.domain, f.name, f.overload) for f in proto.functions] == [("ai.sparsegate", "GatedMLP", "")]
+    variant = Variant("silu", "gate", "float", ("w_gate", "w_up", "w_down", "tau"))
+    assert json.loads(onnx_metadata(out)) == [variant.name]
+    nodes = [node for node in proto.graph.node if "/mlp/" in node.name]
+    prefixes = [f"model.layers.{layer}.mlp.GatedMLP." for layer in (0, 1)]
+    assert [node.name for node in nodes] == ["/model/layers.0/mlp/GatedMLP", "/model/layers.1/mlp/GatedMLP"]
+    assert [list(node.input[1:]) for node in nodes] == [[prefix + role for role in variant.inputs] for prefix in prefixes]
+    assert {a.name: a.s.decode() for a in nodes[0].attribute} == variant.attributes()
+    shapes = {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in proto.graph.value_info}
+    assert [shapes[node.output[0]] for node in nodes] == [["batch_size", "sequence_length", D]] * 2
+    locations = {entry.value for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"}
+    assert locations == {"model.onnx.data"}
+    large = [tensor for tensor in proto.graph.initializer if np.prod(tensor.dims) * 4 > 4096]
+    assert large and all(int(entry.value) % 4096 == 0 for tensor in large for entry in tensor.external_data if entry.key == "offset")
+    assert not any("proj.MatMul.weight" in tensor.name and ".mlp." in tensor.name for tensor in proto.graph.initializer)
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor, str(out)) for tensor in proto.graph.initializer}
+    weights = load_file(one.checkpoint / "model.safetensors")
+    for layer, prefix in enumerate(prefixes):
+        assert np.array_equal(stored[prefix + "w_gate"], weights[f"model.layers.{layer}.mlp.gate_proj.weight"])
+        assert np.array_equal(stored[prefix + "w_up"], weights[f"model.layers.{layer}.mlp.up_proj.weight"])
+        assert np.array_equal(stored[prefix + "w_down"], weights[f"model.layers.{layer}.mlp.down_proj.weight"].T)
+
+
+def test_two_variants_are_overloads_and_other_sites_stay(tiny, tmp_path):
+    one = tiny("llama")
+    threshold, predictor = Gated(one, "threshold"), Gated(one, "predictor")
+    mixed = one.export({Site(1): predictor.plan[Site(1)], Site(0): threshold.plan[Site(0)]}, tmp_path / "mixed")
+    proto = onnx.load(mixed / "model.onnx", load_external_data=False)
+    assert [function.overload for function in proto.functions] == ["v0", "v1"]
+    assert [(node.name, node.overload) for node in proto.graph.node if node.op_type == "GatedMLP"] == [
+        ("/model/layers.0/mlp/GatedMLP", "v0"),
+        ("/model/layers.1/mlp/GatedMLP", "v1"),
+    ]
+    threshold.gates[1] = replace(predictor.gates[1])
+    assert np.abs(run(mixed) - threshold.logits()).max() <= BOUND
+    half = one.export({Site(1): predictor.plan[Site(1)]}, tmp_path / "half")
+    threshold.gates[0] = replace(threshold.gates[0], tau=uniform_tau(-float("inf"), N))
+    assert np.abs(run(half) - threshold.logits()).max() <= BOUND
+    assert "/model/layers.0/mlp/down_proj/MatMul" in {node.name for node in onnx.load(half / "model.onnx", load_external_data=False).graph.node}
+
+
+# Linear sites
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_exported_linears_equal_sparse_torch(tiny, tmp_path, model_type):
+    """Layer 0: q, k and v with one threshold and every linear of the network; layer 1: q and v with their own, k left dense, a gated network."""
+    one = tiny(model_type)
+    network = [(name,) for name in ("gate_proj", "up_proj", "down_proj") if name in one.arch.linears()]
+    plan = linear_plan(one, {0: [("q_proj", "k_proj", "v_proj"), ("o_proj",), *network], 1: [("q_proj",), ("v_proj",), ("o_proj",)]}, gated=(1,))
+    out = one.export(plan, tmp_path / "out")
+    expected = sparse_logits(one, plan)
+    assert np.abs(expected - one.model(torch.from_numpy(TOKENS)).logits.detach().numpy()).max() > 0.1  # the gating matters
+    dropped = []
+    for site in (Site(0, kind="linear:down_proj"), Site(1, kind="linear:v_proj")):  # a channel that is often kept, left out besides
+        tau = plan[site][0].tau
+        with gating(one, plan) as model:
+            x = seen(model, one.arch.block_prefix(site.layer) + one.arch.linears()[site.kind.removeprefix("linear:")][0])
+        kept = torch.where(x.abs() > tau, x.abs(), 0).sum(0)
+        channel = kept.argsort()[3 * len(kept) // 4]
+        dropped.append(sparse_logits(one, plan | {site: [Threshold("input", tau.index_fill(0, channel, float("inf")), 0.6)]}))
+    for native in {None, library()}:
+        logits = run(out, native=native)
+        assert np.abs(logits - expected).max() <= BOUND, native
+        assert all(np.abs(logits - other).max() > 10 * BOUND for other in dropped), "a dropped channel must be seen"
+    tokens = generate(out, TOKENS[0, :12], 12)
+    teacher = sparse_logits(one, plan, np.concatenate([TOKENS[0, :12], tokens])[None])[0]
+    predicted = teacher[11 : 11 + len(tokens)]
+    assert (predicted[np.arange(len(tokens)), tokens] >= predicted.max(axis=1) - BOUND).all()
+
+
+def test_file_with_both_ops(tiny, tmp_path):
+    """Names, functions, metadata and weights: qwen2 has biases on q, k and v and none on o."""
+    one = tiny("qwen2")
+    plan = linear_plan(one, {0: [("q_proj", "k_proj", "v_proj"), ("o_proj",)], 1: [("q_proj",), ("v_proj",), ("down_proj",)]}, gated=(0,))
+    out = one.export(plan, tmp_path / "out")
+    proto = onnx.load(out / "model.onnx", load_external_data=False)
+    assert [(f.name, f.overload) for f in proto.functions] == [("GatedMLP", ""), ("SparseLinear", "v0"), ("SparseLinear", "v1")]
+    gate = Variant("silu", "gate", "float", ("w_gate", "w_up", "w_down", "tau"))
+    linears = [sparse_linear.Variant("float", roles) for roles in (("w", "b", "tau"), ("w", "tau"))]
+    assert json.loads(onnx_metadata(out)) == [variant.name for variant in (gate, *linears)]
+    nodes = {node.name: node for node in proto.graph.node}
+    ops = {name: node.overload for name, node in nodes.items() if node.op_type == "SparseLinear"}
+    layer = "/model/layers.{}/{}/SparseLinear".format
+    expected = {layer(0, "attn/qkv_proj"): "v0", layer(0, "attn/o_proj"): "v1", layer(1, "attn/q_proj"): "v0", layer(1, "attn/v_proj"): "v0"}
+    assert ops == expected | {layer(1, "mlp/down_proj"): "v1"}
+    join = nodes["/model/layers.1/attn/Concat"]
+    assert list(join.input) == [f"/model/layers.1/attn/{name}_proj/output_0" for name in "qkv"]
+    assert nodes["/model/layers.1/attn/k_proj/Add"].output[0] == join.input[1]
+    assert nodes["/model/layers.1/attn/GroupQueryAttention"].input[0] == join.output[0]
+    shapes = {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in proto.graph.value_info}
+    assert [shapes[name][2] for name in (*join.input, join.output[0])] == [D, D // 2, D // 2, 2 * D]
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor, str(out)) for tensor in proto.graph.initializer}
+    weights = load_file(one.checkpoint / "model.safetensors")
+    attention = "model.layers.{}.self_attn.".format
+    packed = [weights[attention(0) + f"{name}_proj.weight"].T for name in "qkv"]
+    assert np.array_equal(stored[attention(0) + "qkv_proj.SparseLinear.w"], np.concatenate(packed, axis=1))
+    for name, w, b in (("q", "SparseLinear.w", "SparseLinear.b"), ("k", "MatMul.weight", "Add.bias"), ("v", "SparseLinear.w", "SparseLinear.b")):
+        assert np.array_equal(stored[f"{attention(1)}{name}_proj.{w}"], weights[f"{attention(1)}{name}_proj.weight"].T)
+        assert np.array_equal(stored[f"{attention(1)}{name}_proj.{b}"], weights[f"{attention(1)}{name}_proj.bias"])
+    assert np.array_equal(stored["model.layers.1.mlp.down_proj.SparseLinear.w"], weights["model.layers.1.mlp.down_proj.weight"].T)
+    assert not any(".attn.qkv_proj." in name for name in stored), "the packed weights are gone"
+    assert executor(out).kernel and len(variants(out)) == 3
+    newer = proto.metadata_props[[entry.key for entry in proto.metadata_props].index(METADATA)]
+    newer.value = newer.value.replace("SparseLinear.1/float/x=float32,w=float32/w+tau", "SparseLinear.1/int4_g32/x=float32,w=float32/w+tau")
+    onnx.save(proto, out / "model.onnx")
+    assert not executor(out).kernel and "no CPUExecutionProvider kernel for SparseLinear.1/int4_g32" in executor(out).reason
+
+
+def test_network_gated_as_a_whole_excludes_its_linears(tiny, tmp_path):
+    plan: Plan = {Site(0): [Threshold("gate", uniform_tau(0.1, N), 0.5)], Site(0, kind="linear:up_proj"): [Threshold("input", uniform_tau(0.1, D), 0.5)]}
+    with pytest.raises(InputError, match="must exclude the linear sites inside it, got up_proj"):
+        tiny("llama").export(plan, tmp_path / "out")
+
+
+def test_packed_weight_under_another_name_is_refused(tiny):
+    one, (model, nodes) = tiny("llama"), llama_graph(tiny)
+    nodes["/model/layers.1/attn/qkv_proj/MatMul"].inputs[1].name = "elsewhere"
+    with pytest.raises(InputError, match=r"Layer 1 .* model.layers.1.attn.qkv_proj.MatMul.weight, got none"):
+        find_linears(model.graph, one.arch, one.config, 1, {"k_proj": np.zeros(D, np.float32)})
+
+
+def test_every_plan_kind_has_an_emitter():
+    assert set(EMITTERS) == set(KINDS)
+
+
+Q = Site(0, kind="linear:q_proj")
+
+
+class Unknown:
+    def fields(self):
+        return {"kind": "experts"}
+
+
+@pytest.mark.parametrize(
+    ("site", "entries", "match"),
+    [
+        (Site(0), [Unknown()], "kind threshold or predictor or swap, or a swap before it, to be exported, got experts"),
+        (Site(0), [Swap("relu"), Unknown()], "got swap, experts"),
+        (Site(0), [Swap("relu"), Swap("relu")], "got swap, swap"),
+        (Site(0), [Threshold("gate", uniform_tau(0.1, N), 0.5), Swap("relu")], "got threshold, swap"),
+        (Site(0), [Swap("silu")], "activation must have exact zeros .*, got silu"),
+        (Site(0), [], "got none"),
+        (Site(0), [Threshold("gate", uniform_tau(0.1, N), 0.5)] * 2, "one entry"),
+        (Site(0), [Threshold("magnitude", uniform_tau(0.1, N), 0.5)], "score must be gate or input to be exported, got magnitude"),
+        (Site(0), [Threshold("gate", uniform_tau(0.1, N - 1), 0.5)], r"tau must have shape \[176\], got \[175\]"),
+        (Site(0), [Threshold("gate", uniform_tau(float("nan"), N), 0.5)], "got NaN"),
+        (Site(0), [Predictor(torch.zeros(R, D), torch.zeros(R, N), uniform_tau(0.1, N), 0.5)], r"p2 must have shape \[176, 8\]"),
+        (Site(2), [Threshold("gate", uniform_tau(0.1, N), 0.5)], "sites of layers.0 to layers.1, got layers.2.ffn"),
+        (Site(0, 3), [Threshold("gate", uniform_tau(0.1, N), 0.5)], "got layers.0.experts.3.ffn"),
+        (Site(0, kind="attn"), [Threshold("gate", uniform_tau(0.1, 4), 0.5)], "got layers.0.attn"),
+        (Q, [Threshold("input", uniform_tau(0.1, D + 1), 0.5)], r"tau must have shape \[64\], got \[65\]"),
+        (Q, [Threshold("gate", uniform_tau(0.1, D), 0.5)], "score of layers.0.linear.q_proj must be input"),
+        (Site(0), [Threshold("input", uniform_tau(0.1, N), 0.5)], "score of layers.0.ffn must be of neurons"),
+        (Site(2, kind="linear:q_proj"), [Threshold("input", uniform_tau(0.1, D), 0.5)], "got layers.2.linear.q_proj"),
+    ],
+)
+def test_bad_plans_are_refused(tiny, tmp_path, site, entries, match):
+    with pytest.raises(InputError, match=match):
+        tiny("llama").export({site: entries}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_base_folder_is_never_overwritten(tiny):
+    one = tiny("llama")
+    with pytest.raises(InputError, match="another one than the base graph's"):
+        one.export({}, one.base)
+
+
+def test_full_disk_is_said(tiny, tmp_path, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(surgery.ir, "save", fail)
+    with pytest.raises(InputError, match="Disk space"):
+        tiny("llama").export({}, tmp_path / "out")
+
+
+def test_weights_stream_through_memory(tmp_path, monkeypatch):
+    """The Python memory that export allocates stays near one weight, although the model has twelve, and no weight stays mapped once it is written."""
+    one = open_tiny("llama", make_model("llama", tmp_path / "model", num_hidden_layers=4, intermediate_size=4096), tmp_path / "base")
+    plan: Plan = {site: [Threshold("gate", uniform_tau(0.1, 4096), 0.5)] for site in one.arch.sites(one.config)}
+    weight = 4 * D * 4096  # bytes
+    data = one.base / "model.onnx.data"
+    assert data.stat().st_size > 12 * weight
+    mapped = []
+    monkeypatch.setattr(surgery, "_check", lambda _folder: mapped.append(Path("/proc/self/maps").read_text().count(str(data))))
+    tracemalloc.start()
+    try:
+        one.export(plan, tmp_path / "out")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * weight, f"{peak / weight:.1f} weights"
+    assert mapped == [0]

@@ -1,0 +1,276 @@
+"""The budget search against brute force: allocation, hull and bisection on curves that are known, losses and sensitivities on a tiny model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from models import VOCAB
+
+from sparsegate.converter.arch import Arch, load_arch
+from sparsegate.converter.arch.site import Site
+from sparsegate.converter.checkpoint.plan import Plan, Predictor, Threshold, uniform_tau
+from sparsegate.converter.evaluation import quality
+from sparsegate.converter.evaluation.quality import measure_quality
+from sparsegate.converter.modeling.gated import apply_plan, dense, load_dense, remove_plan
+from sparsegate.converter.pipeline import search
+from sparsegate.converter.pipeline.recipe import Budget
+from sparsegate.converter.pipeline.search import GRID, Judge, Loss, allocate, governs, sensitivities, settled, shifted, sparsest
+from sparsegate.converter.text.windows import Batches
+
+D, N = 64, 176
+WEIGHTS = {"a": 1.0, "b": 3.0, "c": 0.5}
+LOW, HIGH = 0.02, 0.99
+
+
+def curve(scale: float, power: float) -> list[float]:
+    return [scale * (1 - density) ** power for density in GRID]
+
+
+def value(values: list[float], density: float) -> float:
+    """A curve over GRID between its points, (1, 0) being one."""
+    return float(np.interp(density, [*reversed(GRID), 1.0], [*reversed(values), 0.0]))
+
+
+@pytest.mark.parametrize("mean", [0.8, 0.7, 0.5, 0.35])
+def test_allocation_is_as_cheap_as_the_best_of_a_grid(mean: float) -> None:
+    curves = {"a": curve(1.0, 3), "b": curve(0.6, 2), "c": curve(2.0, 4)}
+    found = allocate(curves, WEIGHTS, mean)
+    total = sum(WEIGHTS.values())
+    assert sum(WEIGHTS[key] * found[key] for key in WEIGHTS) / total == pytest.approx(mean, abs=1e-12)
+    assert all(GRID[-1] <= density <= 1 for density in found.values())
+
+    def lost(densities: Mapping[str, float]) -> float:
+        return sum(value(curves[key], densities[key]) for key in curves)
+
+    best = math.inf
+    for a, c in itertools.product(np.arange(0.1, 1.001, 0.02), repeat=2):
+        b = (mean * total - WEIGHTS["a"] * a - WEIGHTS["c"] * c) / WEIGHTS["b"]
+        if GRID[-1] <= b <= 1:
+            best = min(best, lost({"a": a, "b": b, "c": c}))
+    assert lost(found) <= best + 1e-9
+    assert lost(found) >= best - 0.02 * best - 1e-3, "the grid is fine enough to come close"
+    assert lost(found) < lost(dict.fromkeys(curves, mean)) - 1e-3, "the same density everywhere must be worse"
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.02, 0.1, 0.99, 1.0])
+def test_the_mean_is_met_exactly_down_to_nothing(mean: float) -> None:
+    curves = {"a": [0.5, 0.1, 0.4, 0.4, 0.3, 2.0, 1.0], "b": [0.0] * 7, "c": curve(1.0, 2)}  # measured curves have noise
+    found = allocate(curves, WEIGHTS, mean)
+    assert sum(WEIGHTS[key] * found[key] for key in WEIGHTS) / sum(WEIGHTS.values()) == pytest.approx(mean, abs=1e-12)
+    assert all(0 <= density <= 1 for density in found.values())
+    if mean == 0.99:
+        assert found["b"] < 1 and found["a"] == found["c"] == 1, "what costs nothing goes first"
+
+
+def test_hull_equals_a_naive_one() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        values = random.uniform(0, 1, len(GRID)).tolist()
+        pieces = search._hull(values)
+        rates = [rate for *_, rate in pieces]
+        assert rates == sorted(rates) and pieces[0][0] == 1.0 and pieces[-1][1] == 0.0
+        assert all(one[1] == other[0] for one, other in itertools.pairwise(pieces))
+        height, corners = 0.0, {1.0: 0.0}
+        for start, stop, rate in pieces:
+            height += rate * (start - stop)
+            corners[stop] = height
+        assert corners[0.0] >= values[-1]
+        points = [(1.0, 0.0), *zip(GRID, values, strict=True), (0.0, corners[0.0])]
+        for x, y in points:
+            chords = [a[1] + (b[1] - a[1]) * (a[0] - x) / (a[0] - b[0]) for a, b in itertools.combinations(points, 2) if a[0] >= x >= b[0]]
+            lowest = min([y, *chords])
+            hull = float(np.interp(x, sorted(corners), [corners[at] for at in sorted(corners)]))
+            assert hull == pytest.approx(lowest, abs=1e-9)
+
+
+class Known:
+    """A judge of plans that are levels: `loss(level)` nats of divergence, `rough(level)` on a part of the windows; it counts its whole passes."""
+
+    def __init__(self, loss: Callable[[float], float], rough: Callable[[float], float] | None = None) -> None:
+        self.curve, self.rough, self.passes = loss, rough or loss, 0
+
+    def loss(self, plan: Any, every: int = 1, most: int | None = None, budget: Budget | None = None) -> Loss:
+        self.passes += every == 1
+        return Loss(0.0, (self.curve if every == 1 else self.rough)(plan), {})
+
+
+def level_of(judge: Known, max_kl: float) -> float | None:
+    found = sparsest(cast("Callable[[float], Plan]", lambda level: level), cast(Judge, judge), Budget(max_kl=max_kl), LOW, HIGH)
+    if found is None:
+        return None
+    level, plan, loss = found
+    assert plan == cast(Any, level) and loss.kl == judge.curve(level) <= max_kl
+    return level
+
+
+@pytest.mark.parametrize("wanted", [0.1, 0.33, 0.5, 0.72, 0.95])
+def test_bisection_finds_the_level(wanted: float) -> None:
+    judge = Known(lambda level: (1 - level) ** 2)
+    level = level_of(judge, (1 - wanted) ** 2)
+    assert level is not None and wanted - 1e-9 <= level < wanted + 0.01
+    assert judge.passes <= 8
+
+
+def test_bisection_survives_a_part_that_misleads() -> None:
+    for rough in (lambda level: 0.1 * (1 - level) ** 2, lambda level: 1.3 * (1 - level) ** 2):
+        level = level_of(Known(lambda level: (1 - level) ** 2, rough), 0.3**2)
+        assert level is not None and 0.7 - 1e-9 <= level < 0.8
+
+
+def test_a_loose_budget_ends_at_the_end_and_an_impossible_one_nowhere() -> None:
+    level = level_of(Known(lambda level: (1 - level) ** 2), 5.0)
+    assert level is not None and LOW <= level < LOW + 0.005
+    assert level_of(Known(lambda level: 1.0 + (1 - level) ** 2), 0.5) is None
+    assert level_of(Known(lambda level: math.nan), 0.5) is None
+    assert level_of(Known(lambda level: 0.0 if level == HIGH else 1.0), 0.5) == HIGH
+
+
+def test_the_tightest_bound_decides() -> None:
+    loss = Loss(nll=math.log(1.02), kl=0.03, density={})
+    assert loss.share(Budget(max_ppl_increase=0.04)) == pytest.approx(math.log(1.02) / math.log(1.04))
+    assert loss.share(Budget(max_kl=0.06)) == pytest.approx(0.5)
+    assert loss.share(Budget(max_ppl_increase=0.04, max_kl=0.06)) == pytest.approx(math.log(1.02) / math.log(1.04))
+    assert loss.share(Budget(max_ppl_increase=0.04, max_kl=0.01)) == pytest.approx(3.0)
+    assert loss.share(Budget(max_kl=0.0)) > 1 and Loss(0.0, 0.0, {}).share(Budget(max_kl=0.0, max_ppl_increase=0.0)) <= 1
+
+
+def test_a_shift_keeps_more() -> None:
+    g = torch.Generator().manual_seed(0)
+    tau, logits = torch.rand(N, generator=g), torch.randn(50, N, generator=g)
+    plan: Plan = {Site(0): [Threshold("gate", tau, 0.5)], Site(1): [Predictor(torch.zeros(2, D), torch.zeros(N, 2), tau - 0.5, 0.5)]}
+    scores = {site: logits.abs() if site.layer == 0 else logits for site in plan}
+    kept = {site: [float((score > shifted(plan, s)[site][0].tau).float().mean()) for s in range(-2, 3)] for site, score in scores.items()}
+    for shares in kept.values():
+        assert all(one < other for one, other in itertools.pairwise(shares)) and shares[-1] - shares[0] > 0.2
+    assert torch.equal(shifted(plan, 0.0)[Site(0)][0].tau, tau)
+    assert torch.equal(plan[Site(0)][0].tau, tau), "the given plan stays"
+
+
+def test_settled_takes_the_realised_densities() -> None:
+    plan: Plan = {Site(k): [Threshold("gate", uniform_tau(0.1, N), 0.5)] for k in range(2)}
+    found = settled(plan, {Site(1): 0.25})
+    assert [found[site][0].density for site in plan] == [0.5, 0.25] and found[Site(1)][0].tau is plan[Site(1)][0].tau
+
+
+# A tiny model
+
+
+@pytest.fixture(scope="module", name="model")
+def _model(tiny_model: Callable[[str], Path]) -> Any:
+    return load_dense(tiny_model("llama"))
+
+
+ARCH: Arch = load_arch("llama")
+
+
+def batches(rows: int = 21, length: int = 20) -> Batches:
+    """Windows of which the second is padded."""
+    tokens = torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[1, 7:] = False
+    return Batches(tokens, mask)
+
+
+def plan_of(ffn: float, linear: float = 0.0) -> Plan:
+    """Both networks by gate, q of the second layer by input."""
+    plan: Plan = {Site(k): [Threshold("gate", uniform_tau(ffn, N), 0.5)] for k in range(2)}
+    plan[Site(1, kind="linear:q_proj")] = [Threshold("input", uniform_tau(linear, D), 0.5)]
+    return plan
+
+
+@pytest.mark.parametrize("keep_bytes", [0.0, 2e9])
+def test_losses_are_those_of_the_verification(model: Any, keep_bytes: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "GROUP_TOKENS", 160)
+    judge, plan = Judge(model, ARCH, "silu", batches(), keep_bytes), plan_of(0.15, 0.3)
+    apply_plan(model, plan, ARCH, "silu")
+    whole = measure_quality(model, plan, batches())
+    few = measure_quality(model, plan, Batches(batches().tokens[:8], batches().mask[:8]))
+    remove_plan(model)
+    for _ in range(2):  # the second time the dense side is there already
+        loss = judge.loss(plan)
+        assert loss.nll == pytest.approx(whole.nll - whole.nll_dense, abs=1e-5) and loss.kl == pytest.approx(whole.kl, abs=1e-5)
+        assert {site.key: share for site, share in loss.density.items()} == pytest.approx(whole.site_density, abs=1e-12)
+    part = judge.loss(plan, every=3)
+    assert part.kl == pytest.approx(few.kl, abs=1e-5) and abs(part.kl - whole.kl) > 1e-4
+    assert judge.loss(plan, most=1) == part
+    assert loss.kl > 0.003 and abs(judge.loss(plan_of(0.15)).kl - loss.kl) > 1e-4
+
+
+def test_the_model_is_dense_after_a_loss(model: Any) -> None:
+    tokens = batches().tokens[:2]
+    before = model(input_ids=tokens).logits
+    assert Judge(model, ARCH, "silu", batches()).loss(plan_of(0.3)).kl > 0.01
+    assert torch.equal(model(input_ids=tokens).logits, before)
+
+
+@torch.no_grad()
+def test_sensitivities_equal_brute_force(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every key alone, whatever the others' entries are at density 1; on the windows that are eight or one group."""
+    monkeypatch.setattr(quality, "GROUP_TOKENS", 160)
+    keys = ("layers.0.ffn", "layers.1.ffn", "layers.1")
+
+    def make(densities: Mapping[str, float]) -> Plan:
+        taus = [0.2 * (1.01 - densities[f"layers.{k}.ffn"]) for k in range(2)]
+        plan: Plan = {Site(k): [Threshold("gate", uniform_tau(taus[k], N), 0.5)] for k in range(2)}
+        plan[Site(1, kind="linear:q_proj")] = [Threshold("input", uniform_tau(1.01 - densities["layers.1"], D), 0.5)]
+        return plan
+
+    windows = batches()
+    windows = Batches(windows.tokens[windows.mask.all(1)], windows.mask[windows.mask.all(1)])
+    found = sensitivities(Judge(model, ARCH, "silu", windows), make, keys)
+    full = windows.tokens[:8]
+    for key, site in zip(keys, (Site(0), Site(1), Site(1, kind="linear:q_proj")), strict=True):
+        for density, kl in list(zip(GRID, found[key], strict=True))[::3]:
+            alone = {site: make({"layers.0.ffn": 1.0, "layers.1.ffn": 1.0, "layers.1": 1.0} | {key: density})[site]}
+            apply_plan(model, alone, ARCH, "silu")
+            q = model(input_ids=full).logits[:, :-1].log_softmax(-1)
+            with dense(model):
+                p = model(input_ids=full).logits[:, :-1].log_softmax(-1)
+            remove_plan(model)
+            assert kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-5)
+        assert found[key][0] < found[key][-1]
+
+
+def test_a_key_governs_its_own_sites_only() -> None:
+    sites = [Site(layer, kind=kind) for layer in range(12) for kind in ("ffn", "linear:q_proj", "linear:o_proj")]
+    assert [site.key for site in sites if governs("layers.1", site)] == ["layers.1.linear.q_proj", "layers.1.linear.o_proj"]
+    assert [site.key for site in sites if governs("layers.1.ffn", site)] == ["layers.1.ffn"]
+    seen: dict[tuple[int, ...], int] = {}
+
+    class Watching(Known):
+        groups = ([torch.zeros(4)] * 8,)
+
+        def loss(self, plan: Any, every: int = 1, most: int | None = None, budget: Budget | None = None) -> Loss:
+            layers = tuple(sorted(site.layer for site in plan))
+            seen[layers] = seen.get(layers, 0) + 1
+            return Loss(0.0, 0.0, {})
+
+    keys = [f"layers.{layer}" for layer in range(12)]
+    linears: Plan = {site: [Threshold("input", uniform_tau(0.1, D), 0.5)] for site in sites if site.kind != "ffn"}
+    sensitivities(cast(Judge, Watching(lambda level: 0.0)), lambda densities: linears, keys)
+    assert seen == {(layer, layer): len(GRID) for layer in range(12)}
+
+
+def test_a_budget_is_decided_on_as_few_windows_as_are_sure(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far from the budget on the first windows, near it on all."""
+    monkeypatch.setattr(quality, "GROUP_TOKENS", 160)
+    windows = batches(64)
+    judge, plan, used = Judge(model, ARCH, "silu", windows, keep_bytes=1e9), plan_of(1.2), []
+    monkeypatch.setattr(search, "compare", lambda *given: used.append(given[1]) or quality.compare(*given))
+    whole = judge.loss(plan)
+    assert len(used) == 8 and 0 < whole.kl_error < 0.1 * whole.kl
+    for share, groups in ((0.01, 2), (1.0, 8), (100.0, 2)):
+        used.clear()
+        loss, budget = judge.loss(plan, budget=Budget(max_kl=whole.kl * share)), Budget(max_kl=whole.kl * share)
+        assert used == list(range(groups)), "16 windows at least"
+        assert (loss.share(budget) <= 1) == (share >= 1)
+    assert loss.share(budget, 4) < 1 and loss.is_decided(budget) and not whole.is_decided(Budget(max_kl=whole.kl * 1.01))
+    both = Budget(max_kl=whole.kl * 100, max_ppl_increase=math.expm1(whole.nll)) if whole.nll > 0 else Budget(max_kl=whole.kl)
+    assert not whole.is_decided(both), "the tightest bound decides"
