@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 from models import make_model
+from test_layers import summary
 
 from sparsegate.converter.pipeline import time_budget
 from sparsegate.converter.pipeline.probe import Rates
@@ -29,6 +31,11 @@ RATES = Rates(
     onnx_head=1e-6, onnx_head_alone=1e-5, write=1e-9, hash=1e-9,
 )  # fmt: skip
 """A machine on which a tiny model's trainings always fit."""
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The house in one line, under every run."""
+    terminalreporter.write_line(summary())
 
 
 @pytest.fixture(autouse=True)

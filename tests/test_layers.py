@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -139,6 +140,11 @@ def test_the_check_sees_upward_imports(file: str, line: str, seen: bool) -> None
 def test_no_circles() -> None:
     assert not circular(modules())
     assert circular({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == {"a", "b", "c"}
+
+
+def test_the_guide_has_every_room_on_its_line() -> None:
+    rows = re.findall(r"^\| (\d) \| `(\w+)/` \|", (ROOT / "converter" / "README.md").read_text(encoding="utf-8"), re.M)
+    assert sorted((int(line), room) for line, room in rows) == sorted((k, room) for k, line in enumerate(LINES, 1) for room in line)
 
 
 def test_runtime_imports_neither_torch_nor_converter() -> None:
