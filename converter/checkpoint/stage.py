@@ -146,7 +146,7 @@ def atomic_folder(target: Path, new: bool = False) -> Iterator[Path]:
     check_replaced(target, new)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
+        remove_abandoned(target)
         with _shell(target) as shell:
             partial = shell / target.name
             partial.mkdir()
@@ -200,7 +200,7 @@ def _shell(target: Path) -> Iterator[Path]:
         yield shell
 
 
-def _remove_abandoned(target: Path) -> None:
+def remove_abandoned(target: Path) -> None:
     """Remove what killed runs left of `target`."""
     for shell in list(target.parent.iterdir()):
         if not shell.name.startswith(f"{target.name}.partial-") or not _PARTIAL.fullmatch(shell.name) or shell.is_symlink():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...runtime_onnx.errors import InputError
 from .locks import Held, NoLocks, locked, read_record
-from .stage import RECORD, disk_full, is_disk_full, read_header
+from .stage import RECORD, disk_full, is_disk_full, read_header, remove_abandoned
 
 ENTRIES = {
     "source": "a download",
@@ -157,7 +157,8 @@ def remove(work: Path) -> None:
 
 
 def remove_leftover(out: Path, inputs: Iterable[tuple[str, Path]], shared: bool) -> None:
-    """Remove the work folder of a finished OUT where the run that wrote OUT was killed before it did; `shared`: OUT's files are still the stages' own."""
+    """Remove the work folder of a finished OUT, and what OUT was renamed from, where the run that wrote OUT was killed before it did; `shared`: OUT's files are still the stages' own."""
+    remove_abandoned(out)
     work = work_of(out)
     if work.is_symlink() or not work.is_dir() or not any(work.iterdir()) or not is_ours(work) or not (shared or (work / _DONE).exists()):
         return

@@ -311,7 +311,9 @@ def test_published_folders_convert(raw: dict[str, Any], method: str, score: str,
     folder = make_published(tmp_path / "p", raw, predictors=method == "imported")
     (tmp_path / "text.txt").write_text(TEXT * 40)
     result = convert(folder, tmp_path / "out", method=method, calibration=tmp_path / "text.txt")
-    assert {check.name.split()[0] for check in result.report.checks} == {"body", "kernel", "genai"} and all(check.passed for check in result.report.checks)
+    assert {check.name.split()[0] for check in result.report.checks} == {"torch", "body", "kernel", "genai", "genai's"} and all(
+        check.passed for check in result.report.checks
+    )
     written = json.loads((result.folder / "config.json").read_text())
     assert written["model_type"] == ("sparsegate_mistral" if raw is BAMBOO else "sparsegate_llama")
     assert {fields["score"] for fields in written["sparsity"]["sites"].values()} == {score}

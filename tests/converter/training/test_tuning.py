@@ -24,7 +24,7 @@ from sparsegate.converter.arch import load_arch
 from sparsegate.converter.checkpoint.manifest import read_manifest
 from sparsegate.converter.checkpoint.plan import Predictor, Swap
 from sparsegate.converter.checkpoint.source import open_source
-from sparsegate.converter.checkpoint.stage import hash_json, read_header, write_json
+from sparsegate.converter.checkpoint.stage import hash_json, read_header, write_header, write_json
 from sparsegate.converter.evaluation.checks import read_plan
 from sparsegate.converter.evaluation.records import RESULTS, Report
 from sparsegate.converter.evaluation.recovery_record import RECOVERY, RecoveryRecord
@@ -233,7 +233,7 @@ def like(one: Path, other: Path, before: dict[str, Tensor]) -> bool:
 def test_processes_of_its_own(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Started by tune itself: text and weights are those of one process, and so is the held-out curve."""
     started: list[tuple[int, str]] = []
-    for module in (texts, recovery_stage):
+    for module in (generated_module, recovery_stage):
         plain = module.run_in_processes
         monkeypatch.setattr(module, "run_in_processes", lambda *given, plain=plain: started.append((given[0], given[1].__name__)) or plain(*given))
     alone = tuned(model, tmp_path, "1", processes=1, **OWN)
@@ -268,6 +268,9 @@ def test_an_interrupted_run_goes_on_in_several_processes(model: Path, tmp_path: 
     assert state["step"] == 2 and state["objective"]["cpu_seconds"] > 0
     state["objective"]["cpu_seconds"] = 1e6
     write_json(text / "state" / "training.json", state)
+    sealed = read_header(text / "state")
+    assert sealed is not None
+    write_header(text / "state", sealed)
     tokens = load_file(text / "generated" / "tokens.safetensors")["tokens"]
     header = read_header(text / "generated")
     assert header is not None
