@@ -1,7 +1,7 @@
 """sparsegate.converter: a Hugging Face model becomes a sparse checkpoint that ONNX Runtime runs.
 
 Public functions: convert, evaluate, inspect, load, make_report, push, tune, verify. They are imported when first used, so that importing stays quick.
-After `register()` transformers' auto classes know models whose activation was swapped (`modeling.swapped`); importing changes nothing.
+With the package imported, transformers' auto classes know models whose activation was swapped (`modeling.swapped`).
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .modeling.swapped import watch
+
 if TYPE_CHECKING:
     from .checkpoint.writer import write_checkpoint as apply
-    from .modeling.swapped import register
     from .onnx_export.gated_graph import export
     from .pipeline.convert import convert
     from .pipeline.evaluate import evaluate
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .report.html import make_report
     from .stats.collect import collect as calibrate
 
-__all__ = ["apply", "calibrate", "convert", "evaluate", "export", "inspect", "load", "make_report", "plan", "push", "register", "tune", "verify"]
+__all__ = ["apply", "calibrate", "convert", "evaluate", "export", "inspect", "load", "make_report", "plan", "push", "tune", "verify"]
 _HOMES = {
     "apply": (".checkpoint.writer", "write_checkpoint"),
     "calibrate": (".stats.collect", "collect"),
@@ -36,10 +37,12 @@ _HOMES = {
     "make_report": (".report.html", "make_report"),
     "plan": (".pipeline.schedule", "once"),
     "push": (".pipeline.push", "push"),
-    "register": (".modeling.swapped", "register"),
     "tune": (".pipeline.tune", "tune"),
     "verify": (".pipeline.verify", "verify"),
 }
+
+
+watch()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,14 +1,32 @@
 """Classes for checkpoints whose activation was swapped: `Sparsegate<Base>Config` and `Sparsegate<Base>ForCausalLM`, made from transformers' own.
 
-The model type is `sparsegate_<base>`, which stock transformers does not know, so that it stops instead of computing with the base's activation. `register`
-makes AutoConfig and AutoModelForCausalLM know it; `load` and the verbs call it.
+The model type is `sparsegate_<base>`, which stock transformers does not know, so that it stops instead of computing with the base's activation. Importing
+sparsegate.converter makes AutoConfig and AutoModelForCausalLM know it (`watch`), without importing transformers for that.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
+
+_AUTO = "transformers.models.auto.configuration_auto"
+_MODELS = "transformers.models.auto.modeling_auto"
+"""It imports _AUTO; while it is itself being imported, configurations that need it cannot be."""
+
+
+def watch() -> None:
+    """Register the classes as soon as transformers' auto classes are imported, or now when they are."""
+    if _AUTO in sys.modules and not _half_imported(_MODELS):
+        register()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
 
 
 def register() -> None:
@@ -20,6 +38,49 @@ def register() -> None:
     for base in supported():
         if base in CONFIG_MAPPING and PREFIX + base not in CONFIG_MAPPING:
             CONFIG_MAPPING.register(PREFIX + base, config_class(base))
+
+
+def _half_imported(name: str) -> bool:
+    """Whether a module is just being imported."""
+    return bool(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False))
+
+
+class _Finder(MetaPathFinder):
+    """Waits for transformers' auto classes, which the other finders load, to register after them."""
+
+    asking = False
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname not in (_AUTO, _MODELS) or self.asking:
+            return None
+        self.asking = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self.asking = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self)
+        return spec
+
+
+class _Loader(Loader):
+    """A module's own loader, and `register` after it; the finder then has nothing to wait for."""
+
+    def __init__(self, own: Loader, finder: _Finder) -> None:
+        self.own, self.finder = own, finder
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.own.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.own
+        self.own.exec_module(module)
+        if module.__name__ == _AUTO and _half_imported(_MODELS):
+            return  # it comes through here when it is whole
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
+        register()
 
 
 @cache

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-import sparsegate.converter
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.plan import Predictor, Swap
 from sparsegate.converter.checkpoint.source import Source, open_source
@@ -90,7 +89,8 @@ def replica(w: dict[str, Tensor], tokens: Tensor, mlp: Callable[[str, Tensor, Te
 
 
 def load_swapped(source: Source) -> Any:
-    sparsegate.converter.register()
+    import sparsegate.converter  # noqa: F401 - registers the model type
+
     return AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
 
 
