@@ -157,7 +157,10 @@ def remove(work: Path) -> None:
 
 
 def remove_leftover(out: Path, inputs: Iterable[tuple[str, Path]], shared: bool) -> None:
-    """Remove the work folder of a finished OUT, and what OUT was renamed from, where the run that wrote OUT was killed before it did; `shared`: OUT's files are still the stages' own."""
+    """Remove the work folder of a finished OUT, and what OUT was renamed from, where the run that wrote OUT was killed before it did.
+
+    `shared`: OUT's files are still the stages' own.
+    """
     remove_abandoned(out)
     work = work_of(out)
     if work.is_symlink() or not work.is_dir() or not any(work.iterdir()) or not is_ours(work) or not (shared or (work / _DONE).exists()):
