@@ -24,7 +24,7 @@ from sparsegate.converter.arch import load_arch
 from sparsegate.converter.checkpoint.manifest import read_manifest
 from sparsegate.converter.checkpoint.plan import Predictor, Swap
 from sparsegate.converter.checkpoint.source import open_source
-from sparsegate.converter.checkpoint.stage import hash_json, read_header, write_header, write_json
+from sparsegate.converter.checkpoint.stage import Header, hash_json, read_header, write_header, write_json, write_tensors
 from sparsegate.converter.evaluation.checks import read_plan
 from sparsegate.converter.evaluation.records import RESULTS, Report
 from sparsegate.converter.evaluation.recovery_record import RECOVERY, RecoveryRecord
@@ -276,9 +276,12 @@ def test_an_interrupted_run_goes_on_in_several_processes(model: Path, tmp_path: 
     assert header is not None
     groups = text / f"generated.{hash_json(header.model_dump(mode='json'))[:16]}"
     shutil.rmtree(text / "generated")
-    groups.mkdir()
+    group = groups / "000000"
+    group.mkdir(parents=True)
     marked = tokens[:512].roll(1, 0)  # another text than would be sampled: it must be taken as it is
-    save_file({"tokens": marked}, groups / "000000.safetensors")
+    write_tensors(group / "tokens.safetensors", {"tokens": marked})
+    asked = {"model": str(open_source(model).folder), **header.config, "seed": header.seed, "temperature": 1.0, "group": 0}
+    write_header(group, Header(format="group", config={name: value for name, value in asked.items() if name != "streams"}))
     write_json(groups / "seconds.json", {"seconds": 1000.0})
     resumed = tuned(model, tmp_path, "cut", processes=2, **OWN)
     record = RecoveryRecord.load(resumed / RECOVERY)
