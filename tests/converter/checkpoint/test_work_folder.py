@@ -223,7 +223,12 @@ def test_a_leftover_of_a_finished_conversion_goes(tiny_model: Callable[[str], Pa
         convert(recipe=recipe, output=out)
     shutil.rmtree(tmp_path / "out.work" / "checkpoint")
     shutil.rmtree(tmp_path / "out.work" / "onnx")
+    shell, mine = tmp_path / "out.partial-99999999", tmp_path / "out.partial-mine"  # where OUT was renamed from, and a person's
+    for folder in (shell, mine):
+        (folder / "kept").mkdir(parents=True)
+    write_json(shell / RECORD, {"kind": "sparsegate folder", "process": 1 << 30, "host": "gone", "since": "then"})
     assert convert(recipe=recipe, output=out).up_to_date and not (tmp_path / "out.work").exists()
+    assert not shell.exists() and (mine / "kept").is_dir()
 
 
 def hold(out: str) -> int:
