@@ -8,26 +8,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ...runtime_onnx.errors import InputError
 
-
-def validated(kind: type[BaseModel], values: dict[str, Any], name: str) -> BaseModel:
-    """`values` as a configuration of `kind`. Raises InputError naming the field of `name` that is wrong."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "config"
-        raise InputError(f"{name}.{where} must be valid, got {first.get('input')!r} ({first['msg']}). Mend the recipe.") from None
-
-
 MOST_WINDOWS, LONGEST = 1 << 28, 1 << 20
 """Windows of a text, and tokens of a window."""
-
-
-_Part = TypeVar("_Part", bound=BaseModel)
-
-
 LARGEST_LOSS = 100.0
 """Most that a budget may allow: a hundredfold rise in perplexity, or nats per token. More bounds nothing."""
+_Part = TypeVar("_Part", bound=BaseModel)
 
 
 class Strict(BaseModel):
@@ -38,9 +23,18 @@ class Strict(BaseModel):
 
 def make_part(kind: type[_Part], values: dict[str, Any], where: str) -> _Part:
     """A recipe, or a part of one, from plain values. Raises InputError naming the first field that is wrong."""
+    return _made(kind, values, f"{where}'s ", "content", "Mend it")
+
+
+def validated(kind: type[_Part], values: dict[str, Any], name: str) -> _Part:
+    """`values` as a configuration of `kind`. Raises InputError naming the field of `name` that is wrong."""
+    return _made(kind, values, f"{name}.", "config", "Mend the recipe")
+
+
+def _made(kind: type[_Part], values: dict[str, Any], owner: str, whole: str, remedy: str) -> _Part:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "content"
-        raise InputError(f"{where}'s {field:.200} must be valid, got {ascii(first.get('input')):.200} ({first['msg']}). Mend it.") from None
+        field = ".".join(str(part) for part in first["loc"]) or whole
+        raise InputError(f"{owner}{field:.200} must be valid, got {ascii(first.get('input')):.200} ({first['msg']}). {remedy}.") from None

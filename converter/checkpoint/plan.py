@@ -25,8 +25,6 @@ PLAN = "plan.json"
 TENSORS = "plan.safetensors"
 _SHARE_ERROR = 0.01
 """What a share by a histogram is off by at most."""
-
-
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FFN_LINEARS = LINEARS[4:]
 """Linear sites that a gated feed-forward network of the same layer excludes: both would skip the same weights."""

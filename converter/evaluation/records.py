@@ -1,4 +1,4 @@
-"""What a conversion measured, as the one JSON that tables, plots and the model card are made from."""
+"""What `convert` and `eval` measured, each as the one JSON that tables, plots and the model card are made from."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """Calibration rules: what statistics or sample activations say about thresholds. Pure functions of tensors.
 
-Histograms are counts over bins of constant relative width, which add up over batches: `edges` for a site as a whole, `unit_edges` (coarser) for every unit.
 Shares are of tokens times units; a score stays when it is above its threshold, strictly.
 """
 
@@ -23,9 +22,6 @@ from ..stats.bins import UNIT_BINS, cut, dropped_norm, unit_edges
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Densities = dict[str, Annotated[float, Field(ge=0, le=1)]]
 """Kept shares by site key, as a budget search sets them."""
-
-
-# Histograms
 
 
 # CHESS

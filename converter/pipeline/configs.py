@@ -1,4 +1,4 @@
-"""What flags mean as a recipe, and what a conversion will need, from configuration and safetensors headers alone."""
+"""The configuration of every method that a recipe names, and the texts that it needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `eval` measured on a finished checkpoint, as the one stored JSON, and its tables."""
+"""Tables of what `eval` measured on a finished checkpoint."""
 
 from __future__ import annotations
 

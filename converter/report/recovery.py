@@ -1,4 +1,4 @@
-"""What a recovery training cost and gave, as the one stored JSON, and its tables."""
+"""Tables of what a recovery training cost and gave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub side: what a repository holds, downloads into real folders, and pushes that can be repeated.
+"""The Hugging Face Hub side: what a repository holds, and downloads into real folders.
 
 Every failure a person can mend is an InputError of one line. Weights are read as safetensors only; neither pickle files nor code nor libraries are ever fetched
 or pushed, and every name that a repository or a record tells passes `inside` before anything is written or removed by it.

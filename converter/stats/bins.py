@@ -1,4 +1,7 @@
-"""Bins of histograms of absolute values, and what is read from them."""
+"""Bins of histograms of absolute values, and what is read from them. Pure functions of tensors.
+
+Histograms are counts over bins of constant relative width, which add up over batches: `edges` for a site as a whole, `unit_edges` (coarser) for every unit.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,9 @@ import torch
 from torch import Tensor
 
 BINS = 1 << 16
-
-
 _SHIFT = 15  # a bin is the upper 17 bits of the fp32 pattern without the sign: 2^8 bins per octave
-
-
 _UNIT_SHIFT = 19  # the upper 12 bits after the sign: 16 bins per octave
-
-
 _UNIT_FIRST = (127 - 24) * 16  # 2^-24; scores below it share bin 0
-
-
 UNIT_BINS = 40 * 16 + 1  # up to 2^16
 
 

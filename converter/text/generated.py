@@ -19,8 +19,6 @@ from .sampling import sampled_groups, self_generated, self_generated_streams, st
 from .windows import Batches
 
 GENERATED, SECONDS = "generated", "seconds.json"
-
-
 _ASKED, _TOKENS = "asked.json", "tokens.safetensors"
 
 

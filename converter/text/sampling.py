@@ -13,12 +13,8 @@ from ..progress import track
 from .windows import Batches
 
 _TOGETHER = (32, 256)  # windows sampled at once
-
-
 STREAM = 2
 """Windows of a text that a model writes to be trained on."""
-
-
 _CACHE = 1 << 29  # bytes of key-value cache that more than the fewest may take
 
 

@@ -13,8 +13,6 @@ from ..checkpoint.fields import Strict
 from ..text.mixture import Data
 
 _FEW_STEPS = 300  # a process takes several seconds to start
-
-
 _SMALL = 32_000_000  # parameters: larger models' operations fill several threads
 
 

@@ -1,4 +1,4 @@
-"""tune: a checkpoint becomes another one by the training stages of a recipe (`stage`), one after another. No new type: folder in, folder out."""
+"""The training stages of a recipe (`stage`), one after another: a checkpoint becomes another one."""
 
 from __future__ import annotations
 
