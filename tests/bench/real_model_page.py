@@ -230,11 +230,11 @@ def training_lines(result: RealModel) -> str:
         last = min(rows, key=lambda row: row.density_target)
         one = last.training
         assert one is not None
-        took = f"{one.steps} steps of {one.tokens} tokens, which is {one.minutes:.0f} minutes of one core"
+        took = f"{one.steps} steps of {one.tokens} tokens, {one.minutes:.0f} minutes of one core by what a step takes without a residual"
         if len({row.training.steps for row in rows if row.training}) == 1:
             lines.append(f"{method} is trained as `convert` trains it, for every density anew: {took}.")
         else:
-            lines.append(f"{method} is trained as `convert` trains it, through all densities in one run: down to {last.density_target:g} {took}.")
+            lines.append(f"{method} is trained in one run through all densities, where `convert` trains for one: down to {last.density_target:g} {took}.")
     return " ".join(lines)
 
 

@@ -1,9 +1,9 @@
 """What the benchmark of a real model measures: its texts, and the plan of every method at every density, each a stage
 of its own below a work folder.
 
-A method is trained as `convert` trains it. One whose training begins with everything kept goes through all densities in
-one descending run, of as many steps as fit into the minutes that it is given; one whose training begins at the density
-itself is trained anew for each, with its configuration's steps.
+A method whose training begins at the density itself is trained anew for each, as `convert` trains it, with its
+configuration's steps. One whose training begins with everything kept goes through all densities in one descending run, of
+as many steps as fit into the minutes that it is given, where `convert` trains for one density.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ _EVERY = 1 << 30  # windows: more than any text has
 
 class Training(BaseModel):
     """How a trained plan came about: steps from the start on, through the densities above where it went through them; CPU
-    seconds of a step, timed before; the minutes of one core that they make together; tokens of a step.
+    seconds of a step, timed before on the plan that it begins with, without a residual; the minutes of one core that they
+    make together; tokens of a step.
     """
 
     steps: int
@@ -235,7 +236,7 @@ def _trained_each(study: Study, method: str, densities: Sequence[float]) -> dict
         plan = load_method(method).plan(stats, study.source.arch, config)
         steps = _steps(study, method, plan, density, config.tune)
         config = config.model_copy(update={"tune": config.tune.model_copy(update={"steps": steps})})
-        run = Run(study.source, texts, Recipe(model=study.source.name), folder / str(density), "cpu", stats)
+        run = Run(study.source, texts, Recipe(model=study.source.name, seed=study.sizes.seed), folder / str(density), "cpu", stats)
         found[density] = direct_plan(run, method, {method: config})
     return found
 
