@@ -1,7 +1,8 @@
 """sparsegate.converter: a Hugging Face model becomes a sparse checkpoint that ONNX Runtime runs.
 
-Public functions: convert, evaluate, inspect, load, make_report, push, tune, verify. They are imported when first used, so that importing stays quick.
-With the package imported, transformers' auto classes know models whose activation was swapped (`modeling.swapped`).
+Public functions: convert, evaluate, inspect, load, make_report, push, tune, verify. They are imported when first used,
+so that importing stays quick. With the package imported, transformers' auto classes know models whose activation was
+swapped (`modeling.swapped`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,20 @@ if TYPE_CHECKING:
     from .report.html import make_report
     from .stats.collect import collect as calibrate
 
-__all__ = ["apply", "calibrate", "convert", "evaluate", "export", "inspect", "load", "make_report", "plan", "push", "tune", "verify"]
+__all__ = [
+    "apply",
+    "calibrate",
+    "convert",
+    "evaluate",
+    "export",
+    "inspect",
+    "load",
+    "make_report",
+    "plan",
+    "push",
+    "tune",
+    "verify",
+]
 _HOMES = {
     "apply": (".checkpoint.writer", "write_checkpoint"),
     "calibrate": (".stats.collect", "collect"),

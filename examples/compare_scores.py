@@ -1,12 +1,16 @@
-"""Compare scores of sparse activation on any model folder: metrics x sparsity, for the MLP, the attention heads and both.
+"""Compare scores of sparse activation on any model folder: metrics x sparsity, for the MLP, the attention heads and
+both.
 
-    python examples/compare_scores.py [MODEL] [--windows 8] [--sparsity 0.3 0.5 0.7 0.8] [--kinds mlp attention both] [--answers 0] [--out compare_scores]
+python examples/compare_scores.py [MODEL] [--windows 8] [--sparsity 0.3 0.5 0.7 0.8] [--kinds mlp attention both]
+[--answers 0] [--out compare_scores]
 
-The comparison of "Achieving Sparse Activation in Small Language Models" (arXiv 2406.06562) with its metrics and its rule of selection (per token and layer),
-on held-out windows under teacher forcing, every position masked; beside its metrics the gate scores that a deployed model can compute. Quality is KL(dense ||
-sparse) and NLL in nats per token, and agreement of the argmax. Rows marked "oracle" see the label (the dense model's own next token) and are nobody's result:
-their agreement says how well they leak it, their KL what they cost. With --answers N, BLEU of N greedy answers against the dense model's, prompt and first
-token dense, as the paper measures (needs sacrebleu: pip install 'sparsegate[eval]').
+The comparison of "Achieving Sparse Activation in Small Language Models" (arXiv 2406.06562) with its metrics and its
+rule of selection (per token and layer), on held-out windows under teacher forcing, every position masked; beside its
+metrics the gate scores that a deployed model can compute. Quality is KL(dense || sparse) and NLL in nats per token, and
+agreement of the argmax. Rows marked "oracle" see the label (the dense model's own next token) and are nobody's result:
+their agreement says how well they leak it, their KL what they cost. With --answers N, BLEU of N greedy answers against
+the dense model's, prompt and first token dense, as the paper measures (needs sacrebleu: pip install
+'sparsegate[eval]').
 
 Writes scores.json and scores.png into --out. Without MODEL the small model that sparsegate carries is used.
 """
@@ -36,14 +40,25 @@ from sparsegate.runtime_onnx.errors import InputError
 KINDS = {"mlp": ("ffn",), "attention": ("attn",), "both": ("ffn", "attn")}
 METRICS = ("abs_z", "magnitude", "gradient", "gxo", "snip", "fisher", "integrated_gradients", "corrected_gxo")
 DEPLOYABLE = ("gate", "chess")
-NAMES = {"abs_z": "magnitude |x|", "magnitude": "magnitude |x| |w_down|", "gxo": "GxO", "snip": "SNIP", "corrected_gxo": "Corrected GxO", "chess": "CHESS"}
+NAMES = {
+    "abs_z": "magnitude |x|",
+    "magnitude": "magnitude |x| |w_down|",
+    "gxo": "GxO",
+    "snip": "SNIP",
+    "corrected_gxo": "Corrected GxO",
+    "chess": "CHESS",
+}
 NEW, PROMPT = 32, 64
 
 
 def settings(kinds: str, sparsities: list[float]) -> list[Setting]:
     """Every metric at every sparsity; heads have no second magnitude and no gate."""
     scores = (*DEPLOYABLE, *METRICS) if kinds == "mlp" else tuple(name for name in METRICS if name != "magnitude")
-    return [Setting(score, 1 - sparsity, selector="paper_cut", kinds=KINDS[kinds]) for score in scores for sparsity in sparsities]
+    return [
+        Setting(score, 1 - sparsity, selector="paper_cut", kinds=KINDS[kinds])
+        for score in scores
+        for sparsity in sparsities
+    ]
 
 
 def label(score: str) -> str:
@@ -62,7 +77,9 @@ def table(rows: list[dict[str, Any]], kinds: str, sparsities: list[float]) -> st
         cells = []
         for sparsity in sparsities:
             (row,) = (r for r in rows if (r["kinds"], r["score"], r["sparsity_target"]) == (kinds, name, sparsity))
-            cells.append(f"{row['kl']:.3f} / {row['agreement']:.3f}" + (f" / {row['bleu']:.0f}" if "bleu" in row else ""))
+            cells.append(
+                f"{row['kl']:.3f} / {row['agreement']:.3f}" + (f" / {row['bleu']:.0f}" if "bleu" in row else "")
+            )
         lines.append(label(name).ljust(width) + "".join(f"  {cell:>18}" for cell in cells))
     return "\n".join(lines)
 
@@ -76,8 +93,15 @@ def draw(path: Path, rows: list[dict[str, Any]], model: str) -> None:
     names = list(dict.fromkeys(row["score"] for row in rows))
     for column, kind in enumerate(kinds):
         for number, name in enumerate(names):
-            own = sorted((r for r in rows if (r["kinds"], r["score"]) == (kind, name)), key=lambda r: r["sparsity_target"])
-            style = {"color": f"C{number}", "marker": "o", "markersize": 3, "linestyle": "--" if own and own[0]["oracle"] else "-"}
+            own = sorted(
+                (r for r in rows if (r["kinds"], r["score"]) == (kind, name)), key=lambda r: r["sparsity_target"]
+            )
+            style = {
+                "color": f"C{number}",
+                "marker": "o",
+                "markersize": 3,
+                "linestyle": "--" if own and own[0]["oracle"] else "-",
+            }
             for panel, measure in zip(panels[:, column], ("kl", "agreement"), strict=True):
                 panel.plot([r["sparsity_target"] for r in own], [r[measure] for r in own], label=label(name), **style)
         panels[0, column].set(title=kind, yscale="log", ylabel="KL (nats per token)" if column == 0 else None)
@@ -101,15 +125,27 @@ def decode(tokenizer: Any, tokens: list[int], ends: frozenset[int]) -> str:
     return tokenizer.decode(tokens[:end], skip_special_tokens=True)
 
 
-def measure(model: Any, arch: Any, tokenizer: Any, batches: Batches, calibration: Batches, asked: list[tuple[str, Setting]], args: Any) -> list[dict[str, Any]]:
-    outcomes: list[Outcome] = analyse_all(model, arch, batches, [setting for _, setting in asked], calibration, args.steps)
+def measure(
+    model: Any,
+    arch: Any,
+    tokenizer: Any,
+    batches: Batches,
+    calibration: Batches,
+    asked: list[tuple[str, Setting]],
+    args: Any,
+) -> list[dict[str, Any]]:
+    outcomes: list[Outcome] = analyse_all(
+        model, arch, batches, [setting for _, setting in asked], calibration, args.steps
+    )
     rows = []
     for (kinds, setting), outcome in zip(asked, outcomes, strict=True):
         target = next(s for s in args.sparsity if abs(1 - s - setting.density) < 1e-9)
         rows.append({"kinds": kinds, "score": setting.score, "sparsity_target": target, **outcome.as_json()})
     if args.answers:
         prompts = batches.tokens[batches.mask.all(1)][: args.answers, :PROMPT]
-        dense, answers = sparse_answers(model, arch, prompts, NEW, [setting for _, setting in asked], calibration, args.steps)
+        dense, answers = sparse_answers(
+            model, arch, prompts, NEW, [setting for _, setting in asked], calibration, args.steps
+        )
         texts = [[decode(tokenizer, row, end_tokens(model)) for row in tokens.tolist()] for tokens in (dense, *answers)]
         for row, text in zip(rows, texts[1:], strict=True):
             row["bleu"] = bleu(texts[0], text)
@@ -118,10 +154,14 @@ def measure(model: Any, arch: Any, tokenizer: Any, batches: Batches, calibration
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", nargs="?", type=Path, default=BUNDLED, help="a transformers folder; default: the bundled model")
+    parser.add_argument(
+        "model", nargs="?", type=Path, default=BUNDLED, help="a transformers folder; default: the bundled model"
+    )
     parser.add_argument("--windows", type=int, default=8, help="held-out windows of --length tokens")
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.8], help="shares of units to drop")
+    parser.add_argument(
+        "--sparsity", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.8], help="shares of units to drop"
+    )
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--steps", type=int, default=10, help="steps of integrated gradients")
     parser.add_argument("--answers", type=int, default=0, help="also BLEU of so many answers")
@@ -137,7 +177,10 @@ def main(arguments: list[str] | None = None) -> None:
     if args.answers:
         import_sacrebleu()
         if args.length <= PROMPT:
-            raise InputError(f"length must be at least {PROMPT + 1} for answers to prompts of {PROMPT} tokens, got {args.length}. Give a larger --length.")
+            raise InputError(
+                f"length must be at least {PROMPT + 1} for answers to prompts of {PROMPT} tokens, got {args.length}. "
+                "Give a larger --length."
+            )
     source = open_source(args.model)
     tokenizer = source.tokenizer()
     length = args.length
@@ -148,9 +191,16 @@ def main(arguments: list[str] | None = None) -> None:
     rows = measure(model, source.arch, tokenizer, batches, calibration, asked, args)
     args.out.mkdir(parents=True, exist_ok=True)
     record = {
-        "model": source.name, "windows": len(batches.tokens), "length": length, "tokens": rows[0]["tokens"], "seed": args.seed,
-        "text_sha256": batches.sha256, "nll_dense": rows[0]["nll_dense"], "answers": args.answers, "rows": rows,
-    }  # fmt: skip
+        "model": source.name,
+        "windows": len(batches.tokens),
+        "length": length,
+        "tokens": rows[0]["tokens"],
+        "seed": args.seed,
+        "text_sha256": batches.sha256,
+        "nll_dense": rows[0]["nll_dense"],
+        "answers": args.answers,
+        "rows": rows,
+    }
     (args.out / "scores.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     draw(args.out / "scores.png", rows, source.name)
     print(f"{source.name}: {rows[0]['tokens']} tokens, dense NLL {rows[0]['nll_dense']:.3f}")

@@ -4,7 +4,8 @@
     python examples/genai_chat.py OUT --prompt "What is a list?"       # one turn and out
     python examples/genai_chat.py OUT --temperature 0                  # greedy
 
-OUT is a folder that `sparsegate convert` wrote. The native kernels run where they can; `sparsegate.runtime_onnx.load` says which way it goes.
+OUT is a folder that `sparsegate convert` wrote. The native kernels run where they can; `sparsegate.runtime_onnx.load`
+says which way it goes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from sparsegate.runtime_onnx.text import Tokenizer
 
 
 def encode(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of the conversation in the model's own chat template, or as plain text for a base model that has none."""
+    """Token ids of the conversation in the model's own chat template, or as plain text for a base model
+    that has none.
+    """
     if tokenizer.template is None:
         return tokenizer.encode("\n".join(message["content"] for message in messages))
     return tokenizer.encode_chat(messages)
@@ -32,8 +35,15 @@ def answer(model: og.Model, tokenizer: Tokenizer, messages: list[dict[str, str]]
     length = min(len(ids) + arguments.tokens, int(parameters.get_search_options()["max_length"]))
     if len(ids) >= length:
         raise SystemExit(f"The conversation must be shorter than {length} tokens, got {len(ids)}. Start a new one.")
-    sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k, "random_seed": arguments.seed}
-    parameters.set_search_options(max_length=length, do_sample=arguments.temperature > 0, **(sampling if arguments.temperature else {}))
+    sampling = {
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "top_k": arguments.top_k,
+        "random_seed": arguments.seed,
+    }
+    parameters.set_search_options(
+        max_length=length, do_sample=arguments.temperature > 0, **(sampling if arguments.temperature else {})
+    )
     generator = og.Generator(model, parameters)
     generator.append_tokens(ids)
     stream, pieces, ends = tokenizer.stream(skip_special_tokens=True), [], end_tokens(arguments.model)

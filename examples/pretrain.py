@@ -1,14 +1,20 @@
-"""Train the small code model that sparsegate carries: a Llama-architecture model of 2.4 M parameters on the Python standard library's source.
+"""Train the small code model that sparsegate carries: a Llama-architecture model of 2.4 M parameters on the Python
+standard library's source.
 
 Nothing is downloaded: corpus and licence come from the interpreter that runs this file.
 
-    python examples/pretrain.py prepare  --work WORK          corpus, splits, tokenizer, 5-gram baseline
-    python examples/pretrain.py train    --work WORK --steps N   resumes from the last checkpoint; a warm-up, constant, linear-decay schedule, so that
-                                                               N may be changed on resume as long as the decay has not begun;
-                                                               --activation drelu trains relu(gate) * relu(up) in place of silu(gate) * up
-    python examples/pretrain.py export   --work WORK --out DIR  weights in fp16 safetensors, tokenizer, calibration and held-out text, training record
+python examples/pretrain.py prepare  --work WORK          corpus, splits, tokenizer, 5-gram baseline
+    python examples/pretrain.py train    --work WORK --steps N   resumes from the last checkpoint; a warm-up, constant,
+    linear-decay schedule, so that
+                                                               N may be changed on resume as long as the decay has not
+                                                               begun;
+                                                               --activation drelu trains relu(gate) * relu(up) in place
+                                                               of silu(gate) * up
+    python examples/pretrain.py export   --work WORK --out DIR  weights in fp16 safetensors, tokenizer, calibration and
+    held-out text, training record
 
-Splits are chosen by the sha256 of a module's path: bucket 0 of 50 is held out, bucket 1 is calibration text, the rest is trained on.
+Splits are chosen by the sha256 of a module's path: bucket 0 of 50 is held out, bucket 1 is calibration text, the rest
+is trained on.
 """
 
 from __future__ import annotations
@@ -72,22 +78,32 @@ def train_tokenizer(texts: list[str]):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
 def five_gram_bits(train: np.ndarray, heldout: np.ndarray) -> float:
-    """Total bits of `heldout` under an interpolated 5-gram with Witten-Bell smoothing (Chen and Goodman 1998, eq. 15) counted on `train`; ids [N]."""
+    """Total bits of `heldout` under an interpolated 5-gram with Witten-Bell smoothing (Chen and Goodman 1998, eq. 15)
+    counted on `train`; ids [N].
+    """
     probability = np.full(len(heldout), 1.0 / VOCAB)
     bits = int(math.ceil(math.log2(VOCAB)))
     for order in range(1, 6):
 
         def pack(ids: np.ndarray, length: int, end: int) -> np.ndarray:
-            # key of the `length` tokens that stop `end` tokens before each position; positions without enough history are cut by the caller
+            # key of the `length` tokens that stop `end` tokens before each position; positions without enough history
+            # are cut by the caller
             keys = np.zeros(len(ids), dtype=np.uint64)
             for back in range(length - 1 + end, end - 1, -1):
-                keys = (keys << np.uint64(bits)) | np.concatenate([np.zeros(back, np.uint64), ids[: len(ids) - back].astype(np.uint64)])
+                keys = (keys << np.uint64(bits)) | np.concatenate(
+                    [np.zeros(back, np.uint64), ids[: len(ids) - back].astype(np.uint64)]
+                )
             return keys
 
         def counts(table: np.ndarray, number: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -99,7 +115,11 @@ def five_gram_bits(train: np.ndarray, heldout: np.ndarray) -> float:
         context_count = np.add.reduceat(gram_count, context_start)
         keys = pack(heldout, order, 0)
         history = keys >> np.uint64(bits)
-        c_gram, c_context, types = counts(grams, gram_count, keys), counts(contexts, context_count, history), counts(contexts, distinct, history)
+        c_gram, c_context, types = (
+            counts(grams, gram_count, keys),
+            counts(contexts, context_count, history),
+            counts(contexts, distinct, history),
+        )
         known = (c_context > 0) & (np.arange(len(heldout)) >= order - 1)
         mixed = (c_gram + types * probability) / np.maximum(c_context + types, 1)
         probability = np.where(known, mixed, probability)
@@ -136,15 +156,29 @@ def prepare(work: Path) -> None:
 
 
 def build_model(activation: str = "silu"):
-    """The model; with `activation` drelu its networks compute relu(gate x) * relu(up x) (Turbo Sparse, arXiv 2406.05955, section 3)."""
+    """The model; with `activation` drelu its networks compute relu(gate x) * relu(up x) (Turbo Sparse, arXiv
+    2406.05955, section 3).
+    """
     from torch.nn.functional import relu
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
-        max_position_embeddings=SEQUENCE, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
-        pad_token_id=0, attention_bias=False,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=SEQUENCE,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        attention_bias=False,
+    )
     model = LlamaForCausalLM(config)
     if activation == "drelu":
         for block in model.model.layers:
@@ -158,7 +192,9 @@ def rate(step: int, steps: int) -> float:
 
 
 def batch(ids: np.ndarray, step: int, length: int, seed: int = 0) -> np.ndarray:
-    """Windows [TOKENS_PER_STEP / length, length] of step `step`: every epoch has its own order and its own offset, both from its number and the seed."""
+    """Windows [TOKENS_PER_STEP / length, length] of step `step`: every epoch has its own order and its own offset, both
+    from its number and the seed.
+    """
     windows, rows = (len(ids) - 1) // length - 1, TOKENS_PER_STEP // length
     picked = []
     for k in range(step * rows, (step + 1) * rows):
@@ -170,7 +206,9 @@ def batch(ids: np.ndarray, step: int, length: int, seed: int = 0) -> np.ndarray:
 
 
 def heldout_bits(model, ids: np.ndarray, size: int, windows: int | None = None) -> float:
-    """Bits per byte on held-out ids [N], in windows of SEQUENCE; the first token of a window is given, and its bits are charged at the uniform rate."""
+    """Bits per byte on held-out ids [N], in windows of SEQUENCE; the first token of a window is given, and its bits are
+    charged at the uniform rate.
+    """
     import torch
 
     total = len(ids) // SEQUENCE
@@ -187,7 +225,9 @@ def heldout_bits(model, ids: np.ndarray, size: int, windows: int | None = None) 
     return nats / math.log(2) / (size * tokens / len(ids))
 
 
-def train(work: Path, steps: int, minutes: float, peak_muon: float, peak_adam: float, activation: str = "silu", seed: int = 0) -> None:
+def train(
+    work: Path, steps: int, minutes: float, peak_muon: float, peak_adam: float, activation: str = "silu", seed: int = 0
+) -> None:
     import torch
 
     record = json.loads((work / "corpus.json").read_text())
@@ -211,13 +251,21 @@ def train(work: Path, steps: int, minutes: float, peak_muon: float, peak_adam: f
         step, seconds, curve = state["step"], state["seconds"], state["curve"]
 
     def save() -> None:
-        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "seconds": seconds, "curve": curve}
+        state = {
+            "model": model.state_dict(),
+            "optimizers": [o.state_dict() for o in optimizers],
+            "step": step,
+            "seconds": seconds,
+            "curve": curve,
+        }
         torch.save(state, checkpoint.with_suffix(".tmp"))
         os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
 
     began = last = time.time()
     while step < steps and (time.time() - began) < minutes * 60:
-        x = torch.from_numpy(batch(ids, step, SHORT if step < steps - int(steps * DECAY_SHARE) else SEQUENCE, seed).astype(np.int64))
+        x = torch.from_numpy(
+            batch(ids, step, SHORT if step < steps - int(steps * DECAY_SHARE) else SEQUENCE, seed).astype(np.int64)
+        )
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate(step, steps)
@@ -234,7 +282,13 @@ def train(work: Path, steps: int, minutes: float, peak_muon: float, peak_adam: f
         if step % 50 == 0:
             print(f"step {step} loss {loss.item():.4f} seconds {seconds:.0f}", flush=True)
         if step % 500 == 0 or step == steps:
-            curve.append({"step": step, "seconds": round(seconds), "heldout_bits_per_byte": heldout_bits(model, heldout, record["bytes"]["heldout"], 100)})
+            curve.append(
+                {
+                    "step": step,
+                    "seconds": round(seconds),
+                    "heldout_bits_per_byte": heldout_bits(model, heldout, record["bytes"]["heldout"], 100),
+                }
+            )
             print(json.dumps(curve[-1]), flush=True)
             save()
     save()
@@ -250,7 +304,9 @@ def export(work: Path, out: Path) -> None:
     model = model.half()
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(work / "tokenizer.json"), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(work / "tokenizer.json"), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.model_max_length = SEQUENCE
     tokenizer.save_pretrained(out)
@@ -284,7 +340,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--muon-rate", type=float, default=4e-3)
     parser.add_argument("--adam-rate", type=float, default=4e-3)
-    parser.add_argument("--activation", choices=["silu", "drelu"], default="silu", help="drelu is for comparing the two; export writes silu only")
+    parser.add_argument(
+        "--activation",
+        choices=["silu", "drelu"],
+        default="silu",
+        help="drelu is for comparing the two; export writes silu only",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.stage == "prepare":

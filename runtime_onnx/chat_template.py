@@ -1,7 +1,8 @@
 """Renders a chat template in a process of its own, because a template comes with a model and is not to be trusted.
 
-As a script this file reads {"template", "variables", "conversations"} as JSON and writes {"texts"} or {"error"}. Inside, jinja2's immutable sandbox keeps a
-template from Python's objects; the process bounds its time and its memory, which no sandbox does.
+As a script this file reads {"template", "variables", "conversations"} as JSON and writes {"texts"} or {"error"}.
+Inside, jinja2's immutable sandbox keeps a template from Python's objects; the process bounds its time and its memory,
+which no sandbox does.
 """
 
 from __future__ import annotations
@@ -41,15 +42,28 @@ def _rendered(template: str, variables: dict[str, Any], conversations: Sequence[
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     given = json.dumps({"template": template, "variables": variables, "conversations": list(conversations)}).encode()
     try:
-        done = subprocess.run([sys.executable, "-P", __file__], input=given, capture_output=True, timeout=_CLOCK * SECONDS, env=environment)
-        answer = json.loads(done.stdout) if done.returncode == 0 else {"error": f"it did not end within {SECONDS} seconds or {MEMORY >> 20} MiB"}
+        done = subprocess.run(
+            [sys.executable, "-P", __file__],
+            input=given,
+            capture_output=True,
+            timeout=_CLOCK * SECONDS,
+            env=environment,
+        )
+        answer = (
+            json.loads(done.stdout)
+            if done.returncode == 0
+            else {"error": f"it did not end within {SECONDS} seconds or {MEMORY >> 20} MiB"}
+        )
     except subprocess.TimeoutExpired:
         answer = {"error": f"it did not end within {_CLOCK * SECONDS} seconds"}
     except (OSError, ValueError) as error:
         answer = {"error": f"its process failed ({error})"}
     if "texts" not in answer:
         said = " ".join(str(answer.get("error")).split()).removesuffix(".")
-        raise ValueError(f"The chat template must render the conversation, got: {said:.300}. Pass the prompt as it is instead (--raw).")
+        raise ValueError(
+            f"The chat template must render the conversation, got: {said:.300}. Pass the prompt as it is instead "
+            "(--raw)."
+        )
     return answer["texts"]
 
 
@@ -105,15 +119,24 @@ def _environment() -> Any:
     def raise_exception(message: Any) -> None:
         raise TemplateError(str(message))
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def strftime_now(form: str) -> str:
         return datetime.now().strftime(form)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now, "dict": Dict(), "namespace": SafeNamespace}
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": strftime_now,
+        "dict": Dict(),
+        "namespace": SafeNamespace,
+    }
     return environment
 
 
@@ -141,7 +164,11 @@ def _answer(given: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # a template can raise every kind
         return {"error": str(error) or type(error).__name__}
     length = sum(map(len, texts))
-    return {"texts": texts} if length <= CHARACTERS else {"error": f"its text has {length} characters, more than {CHARACTERS}"}
+    return (
+        {"texts": texts}
+        if length <= CHARACTERS
+        else {"error": f"its text has {length} characters, more than {CHARACTERS}"}
+    )
 
 
 if __name__ == "__main__":

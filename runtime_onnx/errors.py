@@ -1,4 +1,6 @@
-"""The error for a user's mistake, which every part of sparsegate raises, and the place where a library's own errors become it."""
+"""The error for a user's mistake, which every part of sparsegate raises, and the place where a library's own errors
+become it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ def said_by(error: BaseException) -> str:
 
 @contextmanager
 def explained(what: str, remedy: str = "Fetch or convert it again.") -> Iterator[None]:
-    """Whatever a library raises inside the block, which must hold calls of it alone, becomes an InputError that names `what` and holds the library's text.
+    """Whatever a library raises inside the block, which must hold calls of it alone, becomes an InputError that names
+    `what` and holds the library's text.
 
     ONNX Runtime, onnxruntime-genai and onnx raise classes without a common base, RuntimeErrors and plain Exceptions.
     """

@@ -1,6 +1,8 @@
-"""The native library with the kernels of domain `ai.sparsegate`: where it is, what it supports, and whether a model file may use it.
+"""The native library with the kernels of domain `ai.sparsegate`: where it is, what it supports, and whether a model
+file may use it.
 
-A registered library never falls back to a function body, so `executor` asks it about every op variant that a file names before anything registers it.
+A registered library never falls back to a function body, so `executor` asks it about every op variant that a file names
+before anything registers it.
 """
 
 from __future__ import annotations
@@ -23,13 +25,18 @@ VARIANTS = "ai.sparsegate.variants"  # metadata key of model.onnx: JSON list of 
 LARGEST_MODEL = (1 << 31) - 1
 """Bytes that a protobuf message may have; larger weights lie beside it."""
 DENSE = "a dense model: it has no op of ai.sparsegate"
-PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")  # those the library has kernels for, the second where it was built so
+PROVIDERS = (
+    "CPUExecutionProvider",
+    "CUDAExecutionProvider",
+)  # those the library has kernels for, the second where it was built so
 WITH_CUDA = "pip install --force-reinstall --no-deps -C cmake.define.SPARSEGATE_CUDA=ON sparsegate"  # needs nvcc
 
 
 @dataclass(frozen=True)
 class Executor:
-    """Who runs the ai.sparsegate ops of a model: the native kernel, or the function body in standard ops; `reason` is one line for people."""
+    """Who runs the ai.sparsegate ops of a model: the native kernel, or the function body in standard ops; `reason` is
+    one line for people.
+    """
 
     kernel: bool
     reason: str
@@ -39,7 +46,9 @@ class Executor:
 
 
 def library_path() -> Path:
-    """The installed native library, for `SessionOptions.register_custom_ops_library`. Raises ValueError when the installation has none."""
+    """The installed native library, for `SessionOptions.register_custom_ops_library`. Raises ValueError when the
+    installation has none.
+    """
     from . import __path__ as folders  # more than one in an editable install: the sources and the built files
 
     for folder in folders:
@@ -47,7 +56,8 @@ def library_path() -> Path:
         if path.is_file():
             return path
     raise ValueError(
-        f"{LIBRARY} must lie in the installed package, got none in {', '.join(folders)}. Install again with: pip install --force-reinstall --no-deps sparsegate"
+        f"{LIBRARY} must lie in the installed package, got none in {', '.join(folders)}. Install again with: pip "
+        "install --force-reinstall --no-deps sparsegate"
     )
 
 
@@ -60,7 +70,10 @@ def has_cuda() -> bool:
     """Whether the installed library was built with the CUDA kernels: they are built on request alone."""
     from .ops.gated_mlp import Variant
 
-    return supports(Variant("silu", "gate", "float", ("w_gate", "w_up", "w_down", "tau"), x="float16", w="float16").name, PROVIDERS[1])
+    return supports(
+        Variant("silu", "gate", "float", ("w_gate", "w_up", "w_down", "tau"), x="float16", w="float16").name,
+        PROVIDERS[1],
+    )
 
 
 def version() -> str:
@@ -75,7 +88,9 @@ def isa() -> str:
 
 @contextmanager
 def forced_isa(name: str) -> Iterator[None]:
-    """Every run inside uses this build of the CPU kernels: for tests and benchmarks. Raises ValueError where there is none."""
+    """Every run inside uses this build of the CPU kernels: for tests and benchmarks. Raises ValueError where there is
+    none.
+    """
     handle = _open(library_path())
     if not handle.sparsegate_force_isa(name.encode()):
         raise ValueError(f"isa must be a build that this machine has, got {name}. The best one is {isa()}.")
@@ -86,7 +101,8 @@ def forced_isa(name: str) -> Iterator[None]:
 
 
 def model_file(path: str | Path) -> Path:
-    """The ONNX file that `path` means: the file itself, model.onnx in an ONNX folder, or onnx/model.onnx in a sparse checkpoint.
+    """The ONNX file that `path` means: the file itself, model.onnx in an ONNX folder, or onnx/model.onnx in a sparse
+    checkpoint.
 
     Raises ValueError when there is none.
     """
@@ -94,24 +110,34 @@ def model_file(path: str | Path) -> Path:
     for file in (path, path / "model.onnx", path / "onnx" / "model.onnx"):
         if file.is_file() and file.suffix == ".onnx":
             return file
-    found = "a folder without model.onnx or onnx/model.onnx" if path.is_dir() else "another kind of file" if path.exists() else "nothing there"
+    found = (
+        "a folder without model.onnx or onnx/model.onnx"
+        if path.is_dir()
+        else "another kind of file"
+        if path.exists()
+        else "nothing there"
+    )
     raise ValueError(
-        f"The model must be an ONNX folder, a sparse checkpoint or a .onnx file, got {path} ({found}). Write one with: sparsegate convert MODEL -o OUT"
+        f"The model must be an ONNX folder, a sparse checkpoint or a .onnx file, got {path} ({found}). Write one with: "
+        "sparsegate convert MODEL -o OUT"
     )
 
 
 def variants(path: str | Path) -> list[str]:
     """The names of the op variants that the metadata of a model lists; empty for a dense model. No weights are read.
 
-    Raises ValueError where there is no model, for a file that is no ONNX model, and when the metadata does not name each of the file's variants.
+    Raises ValueError where there is no model, for a file that is no ONNX model, and when the metadata does not name
+    each of the file's variants.
     """
     return _names(_read(model_file(path)))
 
 
 def executor(path: str | Path, provider: str = PROVIDERS[0]) -> Executor:
-    """Whether the native kernel can run every ai.sparsegate op of a model on `provider`, judged from the model's metadata alone.
+    """Whether the native kernel can run every ai.sparsegate op of a model on `provider`, judged from the model's
+    metadata alone.
 
-    `path` is an ONNX folder, a sparse checkpoint (with onnx/ inside) or a .onnx file. Raises ValueError when it is none of them.
+    `path` is an ONNX folder, a sparse checkpoint (with onnx/ inside) or a .onnx file. Raises ValueError when it is none
+    of them.
     """
     model = _read(model_file(path))
     try:
@@ -126,7 +152,9 @@ def executor(path: str | Path, provider: str = PROVIDERS[0]) -> Executor:
         return Executor(False, DENSE)
     if missing:
         if provider == PROVIDERS[1] and not has_cuda():
-            return Executor(False, f"sparsegate {version()} was built without CUDA kernels. With nvcc in PATH do: {WITH_CUDA}")
+            return Executor(
+                False, f"sparsegate {version()} was built without CUDA kernels. With nvcc in PATH do: {WITH_CUDA}"
+            )
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         return Executor(False, f"{tag} has no {provider} kernel for {missing[0]}{more}. Update sparsegate")
     return Executor(True, tag)
@@ -139,8 +167,14 @@ def _read(file: Path) -> onnx.ModelProto:
     try:
         model = onnx.load_model_from_string(read_bytes(file, LARGEST_MODEL))
     except (DecodeError, ValueError) as error:
-        raise ValueError(f"{file} must be an ONNX model, got bytes that do not parse ({error}). Fetch or convert it again.") from None
-    tensors = [*model.graph.initializer, *_constants(model.graph.node), *(tensor for function in model.functions for tensor in _constants(function.node))]
+        raise ValueError(
+            f"{file} must be an ONNX model, got bytes that do not parse ({error}). Fetch or convert it again."
+        ) from None
+    tensors = [
+        *model.graph.initializer,
+        *_constants(model.graph.node),
+        *(tensor for function in model.functions for tensor in _constants(function.node)),
+    ]
     for place in {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}:
         inside(file.parent, place, str(file), link=True)
     return model
@@ -165,7 +199,10 @@ def _names(model: onnx.ModelProto) -> list[str]:
     except ValueError:
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) != functions:
-        raise ValueError(f"Metadata {VARIANTS} must name the {functions} op variants of the model, got {text[:200]!r}. Convert the model again.")
+        raise ValueError(
+            f"Metadata {VARIANTS} must name the {functions} op variants of the model, got {text[:200]!r}. Convert the "
+            "model again."
+        )
     return names
 
 

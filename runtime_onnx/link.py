@@ -1,14 +1,15 @@
-"""Copies the native library into an ONNX folder and names it in genai_config.json, for onnxruntime-genai apps in C++, C#, Java and for servers.
+"""Copies the native library into an ONNX folder and names it in genai_config.json, for onnxruntime-genai apps in C++,
+C#, Java and for servers.
 
-It has to be a real copy: genai refuses a library outside the model folder, and a link that leads there. `sparsegate_link.json` beside it says what `link`
-put there:
+It has to be a real copy: genai refuses a library outside the model folder, and a link that leads there.
+`sparsegate_link.json` beside it says what `link` put there:
 
     version, sha256      of the copied library
     config               the text of genai_config.json before
     linked_sha256        sha256 of the text of genai_config.json after
 
-The record lies in a folder that others may have written. So it only restores how the present configuration was spelled, and a library goes only where its
-bytes are those that the record names, or the installed ones.
+The record lies in a folder that others may have written. So it only restores how the present configuration was spelled,
+and a library goes only where its bytes are those that the record names, or the installed ones.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ _log = logging.getLogger("sparsegate")
 
 
 def link(folder: str | Path) -> Path:
-    """Copies the installed library beside genai_config.json and names it there; returns the copy. Run again, it renews a stale copy and changes nothing else.
+    """Copies the installed library beside genai_config.json and names it there; returns the copy. Run again, it renews
+    a stale copy and changes nothing else.
 
     `folder` is an ONNX folder or a sparse checkpoint with onnx/ inside.
 
     Raises:
-        ValueError: No genai_config.json, or one with fields that are not known; a dense model; a library that does not support the model; a file of the
+        ValueError: No genai_config.json, or one with fields that are not known; a dense model; a library that does not
+        support the model; a file of the
             library's name that `link` did not put there; a link in place of a file.
     """
     folder = model_file(folder).parent
@@ -47,18 +50,28 @@ def link(folder: str | Path) -> Path:
     chosen = executor(folder, config_provider(config))
     if not chosen.kernel:
         remedy = "Link a converted folder" if chosen.reason == DENSE else "The folder runs without the library as it is"
-        raise InputError(f"The native library must support the model in {folder} to be linked, got: {chosen.reason}. {remedy}.")
+        raise InputError(
+            f"The native library must support the model in {folder} to be linked, got: {chosen.reason}. {remedy}."
+        )
     places = [inside(folder, name, _WHAT) for name in (RECORD, LIBRARY, CONFIG)]
     if places[1].exists() and not _ours(folder):
-        raise InputError(f"{places[1]} must be a library that sparsegate link put there, got another file. Move it away, then link again.")
+        raise InputError(
+            f"{places[1]} must be a library that sparsegate link put there, got another file. Move it away, then link "
+            "again."
+        )
     text = _original(folder, config)
     config = parse_json(text)
     config["model"]["decoder"].setdefault("session_options", {})["custom_ops_library"] = LIBRARY
     linked = json.dumps(config, indent=4).encode()
     library = library_path().read_bytes()
-    record = {"version": version(), "sha256": _hash(library), "config": text.decode("utf-8"), "linked_sha256": _hash(linked)}
-    # Config last and, but where an older copy is renewed, record first: whatever was written before a crash, `unlink` finds the record, the library there is
-    # known as ours, and no config names one that is not there.
+    record = {
+        "version": version(),
+        "sha256": _hash(library),
+        "config": text.decode("utf-8"),
+        "linked_sha256": _hash(linked),
+    }
+    # Config last and, but where an older copy is renewed, record first: whatever was written before a crash, `unlink`
+    # finds the record, the library there is known as ours, and no config names one that is not there.
     writes = list(zip(places, (json.dumps(record, indent=2).encode(), library, linked), strict=True))
     for path, content in [writes[1], writes[0], writes[2]] if places[1].exists() else writes:
         _write(path, content)
@@ -67,10 +80,11 @@ def link(folder: str | Path) -> Path:
 
 
 def unlink(folder: str | Path) -> bool:
-    """Undoes `link`: genai_config.json is what it was, byte for byte, and the copy goes. A folder that is not linked stays as it is; returns whether it was.
+    """Undoes `link`: genai_config.json is what it was, byte for byte, and the copy goes. A folder that is not linked
+    stays as it is; returns whether it was.
 
-    A config that was edited after `link` keeps the edits and loses the library's line only. A library that `link` did not put there stays. Raises ValueError
-    as `link` for the folder's genai_config.json and for links in place of files.
+    A config that was edited after `link` keeps the edits and loses the library's line only. A library that `link` did
+    not put there stays. Raises ValueError as `link` for the folder's genai_config.json and for links in place of files.
     """
     folder = model_file(folder).parent
     config = read_config(folder)
@@ -85,14 +99,17 @@ def unlink(folder: str | Path) -> bool:
         if _ours(folder):
             library.unlink()
         else:
-            _log.warning("%s stays: sparsegate link did not put it there. Take it away by hand if it is not wanted.", library)
+            _log.warning(
+                "%s stays: sparsegate link did not put it there. Take it away by hand if it is not wanted.", library
+            )
     record.unlink()
     _log.info("%s names no library any more", named)
     return True
 
 
 def _original(folder: Path, config: dict[str, Any]) -> bytes:
-    """The text of the config without the library: as it stands, or as the record spells it where that says the same, else written anew.
+    """The text of the config without the library: as it stands, or as the record spells it where that says the same,
+    else written anew.
 
     `config` is what the present text says.
     """

@@ -1,6 +1,8 @@
-"""Opens an ONNX folder in onnxruntime: registers the native library where it can run the model, or says why the standard ops run.
+"""Opens an ONNX folder in onnxruntime: registers the native library where it can run the model, or says why the
+standard ops run.
 
-`session` gives the plain InferenceSession; `Decoder` is the KV-cache loop of a decoder that onnxruntime-genai's model builder wrote.
+`session` gives the plain InferenceSession; `Decoder` is the KV-cache loop of a decoder that onnxruntime-genai's model
+builder wrote.
 """
 
 from __future__ import annotations
@@ -27,11 +29,16 @@ _REMEDIES = {
     False: "Fetch or convert the folder again.",
     True: "It must be a real file beside its data: download with snapshot_download(repo, local_dir=...).",
 }
-_registered: WeakSet[Any] = WeakSet()  # SessionOptions that hold the library: a second registration of a domain is an error in onnxruntime
+_registered: WeakSet[Any] = (
+    WeakSet()
+)  # SessionOptions that hold the library: a second registration of a domain is an error in onnxruntime
 
 
 def session(
-    path: str | Path, providers: Providers | None = None, session_options: onnxruntime.SessionOptions | None = None, library: bool | None = None
+    path: str | Path,
+    providers: Providers | None = None,
+    session_options: onnxruntime.SessionOptions | None = None,
+    library: bool | None = None,
 ) -> onnxruntime.InferenceSession:
     """An InferenceSession for a model, with one log line that says what runs its ai.sparsegate ops.
 
@@ -39,10 +46,12 @@ def session(
         path: ONNX folder, sparse checkpoint (with onnx/ inside) or .onnx file.
         providers: As in InferenceSession; the CPU by default.
         session_options: Options to use; the library is registered with this object, which stays so.
-        library: None uses the native library where it supports the model, False never, True raises ValueError where it cannot.
+        library: None uses the native library where it supports the model, False never, True raises ValueError where it
+        cannot.
 
     Raises:
-        InputError, ValueError: There is no model, onnxruntime refuses it (its text is in the error), the library was demanded and cannot run it, or onnxruntime
+        InputError, ValueError: There is no model, onnxruntime refuses it (its text is in the error), the library was
+        demanded and cannot run it, or onnxruntime
             is not installed.
     """
     ort = _onnxruntime()
@@ -55,7 +64,8 @@ def session(
         _registered.add(options)
     elif not chosen.kernel and options in _registered:
         raise InputError(
-            f"session_options must be fresh for a model that runs without the library ({chosen.reason}), got options that hold it. Make new SessionOptions."
+            f"session_options must be fresh for a model that runs without the library ({chosen.reason}), got options "
+            "that hold it. Make new SessionOptions."
         )
     with explained(f"{file}, a link into a cache," if file.is_symlink() else str(file), _REMEDIES[file.is_symlink()]):
         opened = ort.InferenceSession(str(file), options, providers=providers)
@@ -64,7 +74,8 @@ def session(
 
 
 def choose(path: str | Path, providers: Sequence[str] = PROVIDERS[:1], library: bool | None = None) -> Executor:
-    """The executor for a model under the caller's wish (`library` as in `session`); the library must support every provider that has kernels.
+    """The executor for a model under the caller's wish (`library` as in `session`); the library must support every
+    provider that has kernels.
 
     Raises ValueError when the library is demanded and cannot run the model.
     """
@@ -74,7 +85,10 @@ def choose(path: str | Path, providers: Sequence[str] = PROVIDERS[:1], library: 
     if library is False:
         return Executor(False, DENSE if chosen.reason == DENSE else "asked for without the library")
     if library and not chosen.kernel:
-        raise InputError(f"The native library must support the model at {path}, got: {chosen.reason}. Pass library=None to run standard ONNX ops instead.")
+        raise InputError(
+            f"The native library must support the model at {path}, got: {chosen.reason}. Pass library=None to run "
+            "standard ONNX ops instead."
+        )
     return chosen
 
 
@@ -93,7 +107,11 @@ class Decoder:
     """
 
     def __init__(
-        self, path: str | Path, providers: Providers | None = None, session_options: onnxruntime.SessionOptions | None = None, library: bool | None = None
+        self,
+        path: str | Path,
+        providers: Providers | None = None,
+        session_options: onnxruntime.SessionOptions | None = None,
+        library: bool | None = None,
     ) -> None:
         """Opens the ONNX folder at `path`, which needs its genai_config.json; arguments and errors as in `session`."""
         self._head_size = read_config(path)["model"]["decoder"]["head_size"]
@@ -104,11 +122,20 @@ class Decoder:
         self._outputs = [entry.name for entry in self.session.get_outputs()]
         self._file = model_file(path)
         caches = [name for name in self._inputs if name.startswith(_PAST)]
-        missing = [name for name in ("logits", *(name.replace(_PAST, _PRESENT) for name in caches)) if name not in self._outputs]
-        if missing or "input_ids" not in self._inputs or not all(_is_cache(self._inputs[name].shape) for name in caches):
+        missing = [
+            name
+            for name in ("logits", *(name.replace(_PAST, _PRESENT) for name in caches))
+            if name not in self._outputs
+        ]
+        if (
+            missing
+            or "input_ids" not in self._inputs
+            or not all(_is_cache(self._inputs[name].shape) for name in caches)
+        ):
             found = f"no output {missing[0]}" if missing else f"inputs {', '.join(self._inputs)}"
             raise InputError(
-                f"{self._file} must be a decoder with input_ids, logits and a cache of keys and values, got {found:.200}. Convert the model again."
+                f"{self._file} must be a decoder with input_ids, logits and a cache of keys and values, got "
+                f"{found:.200}. Convert the model again."
             )
         self.reset()
 
@@ -126,12 +153,18 @@ class Decoder:
                     self._cache[name] = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._device, 0)
 
     def __call__(self, ids: ArrayLike) -> NDArray[np.float32]:
-        """Appends token ids [T] and returns their logits [T, vocabulary]. Raises InputError with onnxruntime's text where the graph does not run."""
+        """Appends token ids [T] and returns their logits [T, vocabulary]. Raises InputError with onnxruntime's text
+        where the graph does not run.
+        """
         import numpy as np
 
         tokens = np.asarray(ids, np.int64).reshape(1, -1)
         before, self.length = self.length, self.length + tokens.shape[1]
-        feeds = {"input_ids": tokens, "attention_mask": np.ones((1, self.length), np.int64), "position_ids": np.arange(before, self.length)[None]}
+        feeds = {
+            "input_ids": tokens,
+            "attention_mask": np.ones((1, self.length), np.int64),
+            "position_ids": np.arange(before, self.length)[None],
+        }
         with explained(str(self._file)):
             binding = self.session.io_binding()
             for name, value in feeds.items():
@@ -157,6 +190,7 @@ def _onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise InputError(
-            f'onnxruntime must be installed to run a model, got: {error}. Do: pip install "sparsegate[cpu]" (with a CUDA GPU: "sparsegate[gpu]")'
+            f'onnxruntime must be installed to run a model, got: {error}. Do: pip install "sparsegate[cpu]" (with a '
+            'CUDA GPU: "sparsegate[gpu]")'
         ) from None
     return onnxruntime

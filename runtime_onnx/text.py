@@ -1,4 +1,5 @@
-"""Text to token ids and back, as transformers does it, from the files beside a model: tokenizer.json by the tokenizers library, and the chat template.
+"""Text to token ids and back, as transformers does it, from the files beside a model: tokenizer.json by the tokenizers
+library, and the chat template.
 
 onnxruntime-genai reads tokenizer.json by an implementation of its own, which gives other ids for some tokenizers.
 """
@@ -46,19 +47,32 @@ class Tokenizer:
         self.template = find_template(path)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with the tokens that this tokenizer puts around every text. A lone surrogate, which has no bytes, is read as a question mark."""
+        """Token ids of a text, with the tokens that this tokenizer puts around every text. A lone surrogate, which has
+        no bytes, is read as a question mark.
+        """
         text = text.encode("utf-8", "replace").decode()
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def chat(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The text of a conversation [{"role", "content"}, ...] in the model's chat template, up to where the assistant's answer starts.
+        """The text of a conversation [{"role", "content"}, ...] in the model's chat template, up to where the
+        assistant's answer starts.
 
         Raises ValueError for a model without a template and for one that fails.
         """
         if self.template is None:
-            raise ValueError(f"The model must have a chat template to be chatted with, got none in {self.folder}. Pass the prompt as it is instead (--raw).")
+            raise ValueError(
+                f"The model must have a chat template to be chatted with, got none in {self.folder}. Pass the prompt "
+                "as it is instead (--raw)."
+            )
         return chat_template.render(
-            self.template, {**self.special_tokens, "messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}
+            self.template,
+            {
+                **self.special_tokens,
+                "messages": list(messages),
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": True,
+            },
         )
 
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
@@ -77,8 +91,8 @@ class Tokenizer:
 class Stream:
     """Decodes tokens one by one: the pieces together are what the tokens after the context add to its text.
 
-    A piece is held back until its characters are whole. As text-generation servers do, each step decodes only a few tokens: those of the last piece, which
-    decide about a leading space, and the new ones.
+    A piece is held back until its characters are whole. As text-generation servers do, each step decodes only a few
+    tokens: those of the last piece, which decide about a leading space, and the new ones.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int], skipped: set[int]) -> None:
@@ -109,21 +123,29 @@ class Stream:
         return text[len(before) :]
 
     def _texts(self) -> tuple[str, str]:
-        return self._tokenizer.decode(self._ids[self._start : self._shown]), self._tokenizer.decode(self._ids[self._start :])
+        return self._tokenizer.decode(self._ids[self._start : self._shown]), self._tokenizer.decode(
+            self._ids[self._start :]
+        )
 
 
 def _open(file: Path) -> Any:
     import tokenizers
 
     if not file.is_file():
-        raise ValueError(f"The model must have a tokenizer.json beside it, got none in {file.parent}. Convert or download the folder again.")
+        raise ValueError(
+            f"The model must have a tokenizer.json beside it, got none in {file.parent}. Convert or download the "
+            "folder again."
+        )
     try:
         return tokenizers.Tokenizer.from_file(str(file))
     except BaseException as error:  # the library raises bare Exception, and a panic of its own that is not even one
         if isinstance(error, KeyboardInterrupt):
             raise
         said = " ".join(str(error).split())
-        raise ValueError(f"{file} must be a tokenizer of the tokenizers library, got: {said:.200}. Convert or download the folder again.") from None
+        raise ValueError(
+            f"{file} must be a tokenizer of the tokenizers library, got: {said:.200}. Convert or download the folder "
+            "again."
+        ) from None
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -131,7 +153,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = load_json(file) if file.is_file() else {}
     except ValueError as error:
-        raise InputError(f"{file} must be JSON, got another text ({error}). Convert or download the folder again.") from None
+        raise InputError(
+            f"{file} must be JSON, got another text ({error}). Convert or download the folder again."
+        ) from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} must be a JSON object, got another value. Convert or download the folder again.")
     return value
@@ -139,15 +163,20 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _special_tokens(settings: dict[str, Any], folder: Path) -> dict[str, str]:
     """The named special tokens; those of an older folder stand in a file of their own."""
-    fields = settings if "added_tokens_decoder" in settings else settings | read_json(folder / "special_tokens_map.json")
+    fields = (
+        settings if "added_tokens_decoder" in settings else settings | read_json(folder / "special_tokens_map.json")
+    )
     extra = fields.get("extra_special_tokens")
-    named = {name: value for name, value in fields.items() if name in _NAMED or name.endswith("_token")} | (extra if isinstance(extra, dict) else {})
+    named = {name: value for name, value in fields.items() if name in _NAMED or name.endswith("_token")} | (
+        extra if isinstance(extra, dict) else {}
+    )
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def find_template(path: str | Path) -> str | None:
-    """The chat template beside a model: of its own file, or of tokenizer_config.json, there perhaps under the name default of a list. None without one.
+    """The chat template beside a model: of its own file, or of tokenizer_config.json, there perhaps under the name
+    default of a list. None without one.
 
     Raises ValueError where there is no model, and for a damaged file.
     """
@@ -157,7 +186,9 @@ def find_template(path: str | Path) -> str | None:
         try:
             return read_bytes(file, LARGEST_TEMPLATE).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
         except ValueError as error:  # bytes of another encoding, too
-            raise ValueError(f"{file} must be a template in UTF-8, got another file ({error}). Convert or download the folder again.") from None
+            raise ValueError(
+                f"{file} must be a template in UTF-8, got another file ({error}). Convert or download the folder again."
+            ) from None
     given = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(given, list):
         given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}

@@ -1,7 +1,9 @@
-"""What every file and every name from outside passes: one reader of JSON, one check of paths, one list of what a repository may hold.
+"""What every file and every name from outside passes: one reader of JSON, one check of paths, one list of what a
+repository may hold.
 
-A checkpoint, a model folder and a Hub repository are data from strangers. Two readers of one file must not see two contents, so a key that stands twice is
-refused; a name must not lead out of its folder, and no file that a system can run is fetched or pushed.
+A checkpoint, a model folder and a Hub repository are data from strangers. Two readers of one file must not see two
+contents, so a key that stands twice is refused; a name must not lead out of its folder, and no file that a system can
+run is fetched or pushed.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ _TEXTS = re.compile(r"(licen[cs]e|notice|copying|use_policy)", re.IGNORECASE)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError with the reason alone: no JSON, too deep, a number of thousands of digits, NaN or infinity, half of a
-    surrogate pair, or a key that stands twice in one object.
+    """The value of a JSON text. Raises ValueError with the reason alone: no JSON, too deep, a number of thousands of
+    digits, NaN or infinity, half of a surrogate pair, or a key that stands twice in one object.
     """
     text = text.decode("utf-8") if isinstance(text, bytes) else text
     try:
@@ -46,7 +48,9 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def check_letters(value: Any) -> None:
-    """Raise ValueError where a text in plain lists and objects has half of a surrogate pair, which no file and no terminal can hold."""
+    """Raise ValueError where a text in plain lists and objects has half of a surrogate pair, which no file and no
+    terminal can hold.
+    """
     waiting = [value]
     while waiting:
         found = waiting.pop()
@@ -59,12 +63,16 @@ def check_letters(value: Any) -> None:
 
 
 def load_json(path: Path) -> Any:
-    """The value in a JSON file. Raises OSError where it cannot be read and ValueError as `parse_json`, or for what is no file or too large a one."""
+    """The value in a JSON file. Raises OSError where it cannot be read and ValueError as `parse_json`, or for what is
+    no file or too large a one.
+    """
     return parse_json(read_bytes(path, LARGEST_JSON))
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The bytes of a regular file of at most `most` bytes, or a link to one; no pipe, no device. Raises OSError and ValueError as `load_json`."""
+    """The bytes of a regular file of at most `most` bytes, or a link to one; no pipe, no device. Raises OSError and
+    ValueError as `load_json`.
+    """
     if path.exists() and not path.is_file():
         raise ValueError("a folder" if path.is_dir() else "no regular file")
     if (size := path.stat().st_size) > most:
@@ -73,7 +81,9 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in `path`. Raises InputError naming `what` when the file is missing or is no JSON object, or has a key twice."""
+    """The JSON object in `path`. Raises InputError naming `what` when the file is missing or is no JSON object, or has
+    a key twice.
+    """
     try:
         value = load_json(path)
     except FileNotFoundError:
@@ -81,37 +91,53 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{what} must be JSON, got {path} ({error}). Fetch or write the file again.") from None
     if not isinstance(value, dict):
-        raise InputError(f"{what} must be a JSON object, got {type(value).__name__} in {path}. Fetch or write the file again.")
+        raise InputError(
+            f"{what} must be a JSON object, got {type(value).__name__} in {path}. Fetch or write the file again."
+        )
     return value
 
 
 def check_name(name: Any, what: str) -> str:
-    """`name`, which must be a plain relative path: no `..`, drive, backslash, control character or folder of the Hub's notes. Raises InputError."""
+    """`name`, which must be a plain relative path: no `..`, drive, backslash, control character or folder of the Hub's
+    notes. Raises InputError.
+    """
     if reason := _reason(name):
-        raise InputError(f"{what} must name files inside its own folder, got {ascii(name):.200} ({reason}). Do not use this copy; fetch or convert it again.")
+        raise InputError(
+            f"{what} must name files inside its own folder, got {ascii(name):.200} ({reason}). Do not use this copy; "
+            "fetch or convert it again."
+        )
     return name
 
 
 def inside(folder: Path, name: Any, what: str, link: bool = False) -> Path:
-    """The path of `name`, a relative path from outside, below `folder`; neither the file nor a folder on the way is a link.
+    """The path of `name`, a relative path from outside, below `folder`; neither the file nor a folder on the way is a
+    link.
 
-    `link` lets the file itself be one, for reading alone: the Hub's cache and people with large disks link weights. Raises InputError.
+    `link` lets the file itself be one, for reading alone: the Hub's cache and people with large disks link weights.
+    Raises InputError.
     """
     path = folder / check_name(name, what)
     steps = [path, *list(path.parents)[: len(Path(name).parts) - 1]]
     bad = next((step for step in steps if step.is_symlink() and not (link and step == path)), None)
     if bad is not None or not (link or path.resolve().is_relative_to(folder.resolve())):
         found = f"{bad or path}, a link to another place"
-        raise InputError(f"{what} must name regular files inside its own folder, got {found}. Put the file itself there.")
+        raise InputError(
+            f"{what} must name regular files inside its own folder, got {found}. Put the file itself there."
+        )
     return path
 
 
 def regular(path: Path) -> Path:
-    """`path`, a file that is to be copied out of a folder from outside: a link must lead into the cache that the Hub's client keeps. Raises InputError."""
+    """`path`, a file that is to be copied out of a folder from outside: a link must lead into the cache that the Hub's
+    client keeps. Raises InputError.
+    """
     if path.is_symlink():
         blobs = path.parent.parent.parent / "blobs"
         if path.parent.parent.name != "snapshots" or path.resolve().parent != blobs.resolve():
-            raise InputError(f"{path} must be a regular file to be copied, got a link to {path.resolve()}. Put the file itself there.")
+            raise InputError(
+                f"{path} must be a regular file to be copied, got a link to {path.resolve()}. Put the file itself "
+                "there."
+            )
     return path
 
 
@@ -122,10 +148,15 @@ def is_data(name: str) -> bool:
 
 
 def check_data(names: Iterable[str], what: str) -> None:
-    """Raise InputError for a name outside the folder and for one of a kind that `is_data` does not know, as libraries, programs, code and pickles."""
+    """Raise InputError for a name outside the folder and for one of a kind that `is_data` does not know, as libraries,
+    programs, code and pickles.
+    """
     for name in names:
         if not is_data(check_name(name, what)):
-            raise InputError(f"{what} must list weights, graphs, JSON, texts and pictures alone, got {name}. Take that file out, or do not use this copy.")
+            raise InputError(
+                f"{what} must list weights, graphs, JSON, texts and pictures alone, got {name}. Take that file out, or "
+                "do not use this copy."
+            )
 
 
 def _number(text: str) -> float:

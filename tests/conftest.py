@@ -1,4 +1,6 @@
-"""Fixtures shared by all tests. pytest puts this folder on sys.path, so `from models import make_model` works everywhere."""
+"""Fixtures shared by all tests. pytest puts this folder on sys.path, so `from models import make_model` works
+everywhere.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,19 @@ settings.load_profile("repeatable")
 
 
 RATES = Rates(
-    forward=1e-7, calibrate=2e-7, store=1e-4, train={"predictor": 1e-6, "trained_gate": 1e-6}, head=1e-6, train_head=5e-6, prefill=1e-7, decode=1e-6,
-    onnx_head=1e-6, onnx_head_alone=1e-5, write=1e-9, hash=1e-9,
-)  # fmt: skip
+    forward=1e-7,
+    calibrate=2e-7,
+    store=1e-4,
+    train={"predictor": 1e-6, "trained_gate": 1e-6},
+    head=1e-6,
+    train_head=5e-6,
+    prefill=1e-7,
+    decode=1e-6,
+    onnx_head=1e-6,
+    onnx_head_alone=1e-5,
+    write=1e-9,
+    hash=1e-9,
+)
 """A machine on which a tiny model's trainings always fit."""
 
 

@@ -1,4 +1,6 @@
-"""Commands in processes that start at once: forks of one that has imported everything. They can be killed at the n-th thing that they do to the disk."""
+"""Commands in processes that start at once: forks of one that has imported everything. They can be killed at the n-th
+thing that they do to the disk.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,18 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-_CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.truncate", "shutil.copyfile", "shutil.rmtree"}
+_CHANGES = {
+    "os.rename",
+    "os.mkdir",
+    "os.remove",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+    "os.truncate",
+    "shutil.copyfile",
+    "shutil.rmtree",
+}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -49,9 +62,15 @@ class Fork:
 class _Server:
     def __init__(self) -> None:
         root = Path(__file__).parent
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(root), *filter(None, sys.path)])}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(root), *filter(None, sys.path)]),
+        }
         command = [sys.executable, "-c", "import forks; forks.serve()"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.ended: dict[int, int] = {}
 
     def ask(self, **what: Any) -> Any:
@@ -75,13 +94,23 @@ def _server() -> _Server:
     return _running[0]
 
 
-def start(folder: Path, *arguments: str | Path, call: str = f"{__file__}:command", kill_at: int | None = None, name: str = "said") -> Fork:
-    """Start `sparsegate ARGUMENTS`, or the function `call` (FILE:NAME) on them; what it says goes to a file in `folder`.
+def start(
+    folder: Path,
+    *arguments: str | Path,
+    call: str = f"{__file__}:command",
+    kill_at: int | None = None,
+    name: str = "said",
+) -> Fork:
+    """Start `sparsegate ARGUMENTS`, or the function `call` (FILE:NAME) on them; what it says goes to a file in
+    `folder`.
 
-    With `kill_at` it kills itself before its so many-th change of a file or folder below `folder`; the count of all is in NAME.count when it ends by itself.
+    With `kill_at` it kills itself before its so many-th change of a file or folder below `folder`; the count of all is
+    in NAME.count when it ends by itself.
     """
     said = folder / f"{name}.txt"
-    process = _server().ask(run=call, arguments=[str(word) for word in arguments], said=str(said), kill_at=kill_at, root=str(folder))
+    process = _server().ask(
+        run=call, arguments=[str(word) for word in arguments], said=str(said), kill_at=kill_at, root=str(folder)
+    )
     return Fork(process, said)
 
 

@@ -1,4 +1,6 @@
-"""The fuzz test's parts: folders to damage, who reads them, a child that damages and reads many, and the watchdog over it."""
+"""The fuzz test's parts: folders to damage, who reads them, a child that damages and reads many, and the watchdog over
+it.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ ADDRESSES = 6 << 30  # bytes of address space beyond the present that a child ma
 
 @dataclass(frozen=True)
 class Row:
-    """A file below the fuzzed folders ("" for flags), how it is damaged, and who reads it then, in turns; `slow` readers take a second."""
+    """A file below the fuzzed folders ("" for flags), how it is damaged, and who reads it then, in turns; `slow`
+    readers take a second.
+    """
 
     file: str
     mutate: Callable[[bytes, random.Random], Mutation]
@@ -84,7 +88,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """What a case came to: `outcome` is refused, accepted, or a fault: traceback, lines, silent, half-written, slow, memory, hang, crash."""
+    """What a case came to: `outcome` is refused, accepted, or a fault: traceback, lines, silent, half-written, slow,
+    memory, hang, crash.
+    """
 
     case: Case
     outcome: str
@@ -98,7 +104,11 @@ GOOD = ("refused", "accepted")
 
 def undamaged() -> list[Case]:
     """Every reader of a file on folders as they were made: seed 0 damages nothing."""
-    return list({reader: Case(0, k, reader) for k, row in enumerate(ROWS) if row.file for reader in row.readers + row.slow}.values())
+    return list(
+        {
+            reader: Case(0, k, reader) for k, row in enumerate(ROWS) if row.file for reader in row.readers + row.slow
+        }.values()
+    )
 
 
 def draw(count: int, seed: int, files: Sequence[str] | None = None, slow: bool = False) -> list[Case]:
@@ -106,11 +116,16 @@ def draw(count: int, seed: int, files: Sequence[str] | None = None, slow: bool =
     drawn = random.Random(seed)
     rows = [k for k, row in enumerate(ROWS) if files is None or row.file in files]
     chosen = drawn.choices(rows, weights=[ROWS[k].weight for k in rows], k=count)
-    return [Case(drawn.randrange(1, 1 << 40), k, drawn.choice(ROWS[k].readers + (ROWS[k].slow if slow else ()))) for k in chosen]
+    return [
+        Case(drawn.randrange(1, 1 << 40), k, drawn.choice(ROWS[k].readers + (ROWS[k].slow if slow else ())))
+        for k in chosen
+    ]
 
 
 def make_folders(root: Path) -> Path:
-    """A model, its shards, a sparse checkpoint with its graph and manifest, a PowerInfer file, predictors, a recipe and a text below `root`."""
+    """A model, its shards, a sparse checkpoint with its graph and manifest, a PowerInfer file, predictors, a recipe and
+    a text below `root`.
+    """
     import torch
     from models import make_model, put_predictors
     from safetensors.torch import load_file, save_file
@@ -135,10 +150,15 @@ def make_folders(root: Path) -> Path:
     (root / "sharded" / SINGLE).unlink()
     parts = {name: shards[number % 2] for number, name in enumerate(names)}
     for shard in shards:
-        save_file({name: tensors[name] for name in names if parts[name] == shard}, root / "sharded" / shard, {"format": "pt"})
+        save_file(
+            {name: tensors[name] for name in names if parts[name] == shard}, root / "sharded" / shard, {"format": "pt"}
+        )
     (root / "sharded" / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": parts}))
     out, source = root / "out", open_source(model)
-    plan: Any = {Site(layer): [Threshold("gate", torch.rand(176, generator=torch.Generator().manual_seed(layer)), 0.5)] for layer in range(2)}
+    plan: Any = {
+        Site(layer): [Threshold("gate", torch.rand(176, generator=torch.Generator().manual_seed(layer)), 0.5)]
+        for layer in range(2)
+    }
     out.mkdir()
     write_checkpoint(source, plan, out)
     build_base(model, root / "base")
@@ -149,7 +169,15 @@ def make_folders(root: Path) -> Path:
     write_manifest(
         out,
         Manifest(
-            fingerprint="0", source={}, calibration={}, recipe=recipe, seed=0, budget={}, measured={"nll": 1.0, "kl": 0.1}, versions={}, files=list_files(out)
+            fingerprint="0",
+            source={},
+            calibration={},
+            recipe=recipe,
+            seed=0,
+            budget={},
+            measured={"nll": 1.0, "kl": 0.1},
+            versions={},
+            files=list_files(out),
         ),
     )
     relu = open_source(put_predictors(make_model("llama", root / "relu", hidden_act="relu")))
@@ -167,20 +195,40 @@ def make_folders(root: Path) -> Path:
 # The watchdog
 
 
-def run(cases: Sequence[Case], root: Path, place: Path, preamble: str = "", together: int = 100, silence: float = SILENCE) -> list[Found]:
-    """Every case in children of `together` cases each; `preamble` is Python run in each child first. A child that hangs or dies costs its case alone."""
+def run(
+    cases: Sequence[Case], root: Path, place: Path, preamble: str = "", together: int = 100, silence: float = SILENCE
+) -> list[Found]:
+    """Every case in children of `together` cases each; `preamble` is Python run in each child first. A child that hangs
+    or dies costs its case alone.
+    """
     found: list[Found] = []
     place.mkdir()
     while len(found) < len(cases):
         waiting = cases[len(found) :][:together]
         number = len(found)
         order = place / f"{number}.json"
-        order.write_text(json.dumps({"cases": [asdict(case) for case in waiting], "root": str(root), "place": str(place), "preamble": preamble}))
+        order.write_text(
+            json.dumps(
+                {
+                    "cases": [asdict(case) for case in waiting],
+                    "root": str(root),
+                    "place": str(place),
+                    "preamble": preamble,
+                }
+            )
+        )
         fork = start(place, order, call=f"{__file__}:child", name=f"said-{number}")
         lines, ended = _watch(fork, order.with_suffix(".found"), len(waiting), silence)
         found += [Found(case, *json.loads(line)) for case, line in zip(waiting, lines, strict=False)]
         if len(lines) < len(waiting):
-            found.append(Found(waiting[len(lines)], "hang" if ended is None else "crash", _about(order), f"status {ended}: {fork.text[-500:]}"))
+            found.append(
+                Found(
+                    waiting[len(lines)],
+                    "hang" if ended is None else "crash",
+                    _about(order),
+                    f"status {ended}: {fork.text[-500:]}",
+                )
+            )
     return found
 
 
@@ -235,11 +283,15 @@ def child(order: str) -> int:
         outcome, note = _judged(case, row, mutation, here, root, drawn)
         seconds, more = time.process_time() - began, _memory() - memory
         if outcome in GOOD and (seconds > SLOW or more > LARGE):
-            outcome, note = ("slow", f"{seconds:.0f} s: {note}") if seconds > SLOW else ("memory", f"{more >> 20} MiB: {note}")
+            outcome, note = (
+                ("slow", f"{seconds:.0f} s: {note}") if seconds > SLOW else ("memory", f"{more >> 20} MiB: {note}")
+            )
         os.chdir(place)
         shutil.rmtree(here.parents[2], ignore_errors=True)
         with open(results, "a") as file:
-            file.write(json.dumps([outcome, f"{row.file}: {mutation.what}, read by {case.reader}", note, seconds]) + "\n")
+            file.write(
+                json.dumps([outcome, f"{row.file}: {mutation.what}, read by {case.reader}", note, seconds]) + "\n"
+            )
     return 0
 
 
@@ -317,19 +369,31 @@ def _judged(case: Case, row: Row, mutation: Mutation, here: Path, root: Path, dr
         return "traceback", "".join(traceback.format_exception(error))[-3000:]
     if note.startswith("refused"):
         return _unchanged(before, here, "refused", note)
-    if case.reader in REFERENCES and not _equal(value, _reference(case.reader, str(root))) and (mutation.keeps or not _named_by_files(here, row.file)):
+    if (
+        case.reader in REFERENCES
+        and not _equal(value, _reference(case.reader, str(root)))
+        and (mutation.keeps or not _named_by_files(here, row.file))
+    ):
         return "silent", f"another result: {note}"
     return "accepted", note
 
 
 def _unchanged(before: dict[str, int], here: Path, outcome: str, note: str) -> tuple[str, str]:
     after = _tree(here)
-    odd = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name) and not name.startswith("o.work"))
+    odd = sorted(
+        name
+        for name in before.keys() | after.keys()
+        if before.get(name) != after.get(name) and not name.startswith("o.work")
+    )
     return ("half-written", f"{odd[:5]} after: {note}") if odd else (outcome, note)
 
 
 def _tree(here: Path) -> dict[str, int]:
-    return {path.relative_to(here).as_posix(): path.lstat().st_size for path in here.rglob("*") if not path.is_dir() or path.is_symlink()}
+    return {
+        path.relative_to(here).as_posix(): path.lstat().st_size
+        for path in here.rglob("*")
+        if not path.is_dir() or path.is_symlink()
+    }
 
 
 def _is_refusal(error: BaseException) -> bool:
@@ -345,7 +409,9 @@ def _named_by_files(here: Path, file: str) -> bool:
 
     if not file.startswith("out/"):
         return True
-    return any(line.startswith(file.removeprefix("out/")) for line in check_files(here / "out", read_manifest(here / "out")))
+    return any(
+        line.startswith(file.removeprefix("out/")) for line in check_files(here / "out", read_manifest(here / "out"))
+    )
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -1,6 +1,8 @@
-"""Damage to the files and flags that sparsegate reads, seeded, by kind of file. `keeps`: whoever accepts the damaged file must read what it said before.
+"""Damage to the files and flags that sparsegate reads, seeded, by kind of file. `keeps`: whoever accepts the damaged
+file must read what it said before.
 
-Another number or text of the same kind, and a missing or null field, may mean another model; those only have to be caught by the manifest's hashes.
+Another number or text of the same kind, and a missing or null field, may mean another model; those only have to be
+caught by the manifest's hashes.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import Any, NamedTuple
 
 
 class Mutation(NamedTuple):
-    """What was done, whether the meaning may not change, and the new bytes; or `place`, which puts something else than a file there."""
+    """What was done, whether the meaning may not change, and the new bytes; or `place`, which puts something else than
+    a file there.
+    """
 
     what: str
     keeps: bool
@@ -24,18 +28,46 @@ class Mutation(NamedTuple):
 
 _MARK = '"@@fuzz@@"'
 LITERALS = {
-    "a deep list": "[" * 100_000 + "]" * 100_000, "5000 digits": "9" * 5000, "1e400": "1e400", "NaN": "NaN", "-Infinity": "-Infinity",
-    "half a pair": '"\\ud800"', "2^63": str(1 << 63), "2^31": str(1 << 31), "1e7": "10000000", "-1": "-1", "0": "0", "1": "1", "17": "17", "0.5": "0.5",
-    "[]": "[]", "{}": "{}", '""': '""', '"x"': '"x"', "true": "true", "null": "null", "a long text": '"' + "x" * 100_000 + '"', '"1"': '"1"',
-    "a mix": '[1, {"a": null}, "b"]', "a path": '"../../../etc/passwd"', "a zero byte": '"a\\u0000b"',
-}  # fmt: skip
+    "a deep list": "[" * 100_000 + "]" * 100_000,
+    "5000 digits": "9" * 5000,
+    "1e400": "1e400",
+    "NaN": "NaN",
+    "-Infinity": "-Infinity",
+    "half a pair": '"\\ud800"',
+    "2^63": str(1 << 63),
+    "2^31": str(1 << 31),
+    "1e7": "10000000",
+    "-1": "-1",
+    "0": "0",
+    "1": "1",
+    "17": "17",
+    "0.5": "0.5",
+    "[]": "[]",
+    "{}": "{}",
+    '""': '""',
+    '"x"': '"x"',
+    "true": "true",
+    "null": "null",
+    "a long text": '"' + "x" * 100_000 + '"',
+    '"1"': '"1"',
+    "a mix": '[1, {"a": null}, "b"]',
+    "a path": '"../../../etc/passwd"',
+    "a zero byte": '"a\\u0000b"',
+}
 TEXTS = {
-    "empty": lambda data, drawn: b"", "cut": lambda data, drawn: data[: drawn.randrange(len(data))], "blanks": lambda data, drawn: b" \n" * 100,
-    "a byte order mark": lambda data, drawn: b"\xef\xbb\xbf" + data, "UTF-16": lambda data, drawn: data.decode("utf-8", "replace").encode("utf-16"),
-    "other bytes": lambda data, drawn: _insert(data, drawn, b"\xff\xfe\x80"), "a zero": lambda data, drawn: _insert(data, drawn, b"\0"),
-    "more": lambda data, drawn: data + b"}]x", "a list": lambda data, drawn: b"[]", "a number": lambda data, drawn: b"1", "null": lambda data, drawn: b"null",
+    "empty": lambda data, drawn: b"",
+    "cut": lambda data, drawn: data[: drawn.randrange(len(data))],
+    "blanks": lambda data, drawn: b" \n" * 100,
+    "a byte order mark": lambda data, drawn: b"\xef\xbb\xbf" + data,
+    "UTF-16": lambda data, drawn: data.decode("utf-8", "replace").encode("utf-16"),
+    "other bytes": lambda data, drawn: _insert(data, drawn, b"\xff\xfe\x80"),
+    "a zero": lambda data, drawn: _insert(data, drawn, b"\0"),
+    "more": lambda data, drawn: data + b"}]x",
+    "a list": lambda data, drawn: b"[]",
+    "a number": lambda data, drawn: b"1",
+    "null": lambda data, drawn: b"null",
     "deep": lambda data, drawn: b"[" * 200_000,
-}  # fmt: skip
+}
 
 
 def _insert(data: bytes, drawn: random.Random, more: bytes) -> bytes:
@@ -48,10 +80,14 @@ def _folder(path: Path) -> None:
 
 
 PLACES: dict[str, Callable[[Path], object]] = {
-    "a pipe": os.mkfifo, "a folder": _folder, "a link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
-    "a link to nothing": lambda path: path.symlink_to("nothing"), "a link to itself": lambda path: path.symlink_to(path.name), "nothing": lambda path: None,
+    "a pipe": os.mkfifo,
+    "a folder": _folder,
+    "a link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
+    "a link to nothing": lambda path: path.symlink_to("nothing"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "nothing": lambda path: None,
     "three terabytes of zeros": lambda path: _sparse(path),
-}  # fmt: skip
+}
 
 
 def _sparse(path: Path) -> None:
@@ -61,7 +97,9 @@ def _sparse(path: Path) -> None:
 
 def _places(value: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
     """(container, key) of every value inside; of long lists and objects the first few."""
-    for key in list(value)[:40] if isinstance(value, dict) else range(min(len(value), 8)) if isinstance(value, list) else []:
+    for key in (
+        list(value)[:40] if isinstance(value, dict) else range(min(len(value), 8)) if isinstance(value, list) else []
+    ):
         found.append((value, key))
         _places(value[key], found)
     return found
@@ -91,7 +129,11 @@ def mutate_json(data: bytes, drawn: random.Random) -> Mutation:
         container["fuzz"] = "@@fuzz@@"
         return Mutation(f"JSON: a new key with {name}", True, json.dumps(value).replace(_MARK, LITERALS[name]).encode())
     container[key] = "@@fuzz@@"
-    keeps = old is not None and name != "null" and (name in ("5000 digits", "NaN", "-Infinity", "1e400") or _kind(json.loads(_small(name))) != _kind(old))
+    keeps = (
+        old is not None
+        and name != "null"
+        and (name in ("5000 digits", "NaN", "-Infinity", "1e400") or _kind(json.loads(_small(name))) != _kind(old))
+    )
     return Mutation(f"JSON: {key!r:.40} is {name}", keeps, json.dumps(value).replace(_MARK, LITERALS[name], 1).encode())
 
 
@@ -101,7 +143,10 @@ def _small(name: str) -> str:
 
 def mutate_bytes(data: bytes, drawn: random.Random) -> Mutation:
     """Bits turned, bytes put in, taken out or zeroed, the end cut off or more put behind it."""
-    way, changed = drawn.choice(["flip", "flips", "cut", "more", "zeros", "insert", "remove", "ones", "empty"]), bytearray(data)
+    way, changed = (
+        drawn.choice(["flip", "flips", "cut", "more", "zeros", "insert", "remove", "ones", "empty"]),
+        bytearray(data),
+    )
     at = min(int(drawn.random() ** 3 * len(data)), len(data) - 1)  # most of what has a meaning stands at the beginning
     count = drawn.choice([1, 4, 8, 64])
     if way in ("flip", "flips"):
@@ -129,14 +174,31 @@ def mutate_safetensors(data: bytes, drawn: random.Random) -> Mutation:
         return mutate_bytes(data, drawn)
     header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
     names = sorted(name for name in header if name != "__metadata__")
-    name, way = drawn.choice(names), drawn.choice(["dtype", "shape", "remove", "rename", "offsets", "length", "text", "swap", "cut", "more", "extra", "nan"])
+    name, way = (
+        drawn.choice(names),
+        drawn.choice(
+            ["dtype", "shape", "remove", "rename", "offsets", "length", "text", "swap", "cut", "more", "extra", "nan"]
+        ),
+    )
     if way == "length":
-        return Mutation("safetensors: header length", True, drawn.choice([0, 1, size - 1, size + 1, 1 << 31, (1 << 63) - 1]).to_bytes(8, "little") + data[8:])
+        return Mutation(
+            "safetensors: header length",
+            True,
+            drawn.choice([0, 1, size - 1, size + 1, 1 << 31, (1 << 63) - 1]).to_bytes(8, "little") + data[8:],
+        )
     if way in ("cut", "more"):
-        return Mutation(f"safetensors: {way}", True, data[: -drawn.randrange(1, len(body))] if way == "cut" else data + b"\0" * drawn.randrange(1, 100))
+        return Mutation(
+            f"safetensors: {way}",
+            True,
+            data[: -drawn.randrange(1, len(body))] if way == "cut" else data + b"\0" * drawn.randrange(1, 100),
+        )
     if way == "text":
         mutation = mutate_json(data[8 : 8 + size], drawn)
-        return Mutation(f"safetensors: {mutation.what}", mutation.keeps, len(mutation.data).to_bytes(8, "little") + mutation.data + body)
+        return Mutation(
+            f"safetensors: {mutation.what}",
+            mutation.keeps,
+            len(mutation.data).to_bytes(8, "little") + mutation.data + body,
+        )
     entry = header[name]
     if way == "nan":
         first, last = entry["data_offsets"]
@@ -144,7 +206,9 @@ def mutate_safetensors(data: bytes, drawn: random.Random) -> Mutation:
     elif way == "dtype":
         entry["dtype"] = drawn.choice(["I32", "U32", "F16", "I64", "BOOL", "F8_E4M3", "F64", "X", 5, None])
     elif way == "shape":
-        entry["shape"] = drawn.choice([[], [0], entry["shape"][::-1], [*entry["shape"], 1], [-1], [1 << 62, 4], [1], "x", [0.5], [True]])
+        entry["shape"] = drawn.choice(
+            [[], [0], entry["shape"][::-1], [*entry["shape"], 1], [-1], [1 << 62, 4], [1], "x", [0.5], [True]]
+        )
     elif way == "remove":
         header, body = _without(header, body, name)
     elif way == "rename":
@@ -171,11 +235,39 @@ def _without(header: dict[str, Any], body: bytes, name: str) -> tuple[dict[str, 
 
 
 YAML = (
-    "!!int x", "!!timestamp x", "!!binary x", "!!python/object:os.system {}", "!!float x", "&a [*a]", '"\\ud800"', "9" * 5000, "0x" + "f" * 10_000, ".nan",
+    "!!int x",
+    "!!timestamp x",
+    "!!binary x",
+    "!!python/object:os.system {}",
+    "!!float x",
+    "&a [*a]",
+    '"\\ud800"',
+    "9" * 5000,
+    "0x" + "f" * 10_000,
+    ".nan",
     ".inf",
-    "-1", "0", "9223372036854775808", "[]", "{}", "''", "x", "true", "null", "{a: {b: c}}", "[[[[1]]]]", "? x", "*b", "0.5", "1e9", "2026-01-01", "!!set {a}",
-    "'../../x'", "[" * 2000, "16", "[1, 2]",
-)  # fmt: skip
+    "-1",
+    "0",
+    "9223372036854775808",
+    "[]",
+    "{}",
+    "''",
+    "x",
+    "true",
+    "null",
+    "{a: {b: c}}",
+    "[[[[1]]]]",
+    "? x",
+    "*b",
+    "0.5",
+    "1e9",
+    "2026-01-01",
+    "!!set {a}",
+    "'../../x'",
+    "[" * 2000,
+    "16",
+    "[1, 2]",
+)
 
 
 def mutate_yaml(data: bytes, drawn: random.Random) -> Mutation:
@@ -195,33 +287,100 @@ def mutate_yaml(data: bytes, drawn: random.Random) -> Mutation:
 def mutate_text(data: bytes, drawn: random.Random) -> Mutation:
     """A text for calibration that is none, of another encoding, too short, or of one character."""
     more: dict[str, bytes] = {
-        "one letter": b"x" * 50_000, "short": data[:50], "CRLF": data.replace(b"\n", b"\r\n"), "controls": bytes(range(32)) * 500,
+        "one letter": b"x" * 50_000,
+        "short": data[:50],
+        "CRLF": data.replace(b"\n", b"\r\n"),
+        "controls": bytes(range(32)) * 500,
         "emoji": "😀".encode() * 5000,
-        "private": "\ue000\U0010ffff".encode() * 5000, "half a pair": b"\xed\xa0\x80" * 1000 + data, "random": drawn.randbytes(20_000),
-    }  # fmt: skip
+        "private": "\ue000\U0010ffff".encode() * 5000,
+        "half a pair": b"\xed\xa0\x80" * 1000 + data,
+        "random": drawn.randbytes(20_000),
+    }
     names = [*more, *TEXTS]
     name = drawn.choice(names)
     return Mutation(f"text: {name}", False, more[name] if name in more else TEXTS[name](data, drawn))
 
 
 VALUES = (
-    "", "-1", "0", "1", "0.5", "nan", "inf", "1e400", "-0", str(1 << 31), str(1 << 63), str(1 << 64), "9" * 5000, "x", "x" * 5000, "\udcff", "é",
+    "",
+    "-1",
+    "0",
+    "1",
+    "0.5",
+    "nan",
+    "inf",
+    "1e400",
+    "-0",
+    str(1 << 31),
+    str(1 << 63),
+    str(1 << 64),
+    "9" * 5000,
+    "x",
+    "x" * 5000,
+    "\udcff",
+    "é",
     "../../x",
-    "/dev/zero", "/dev/null", "/", ".", "~", "1%", "%", "self", "auto", "gate+gate", "+", "fp16", "cuda", "[]", "{}", "1h", "-1h", "1e9h", "9" * 400 + "h",
+    "/dev/zero",
+    "/dev/null",
+    "/",
+    ".",
+    "~",
+    "1%",
+    "%",
+    "self",
+    "auto",
+    "gate+gate",
+    "+",
+    "fp16",
+    "cuda",
+    "[]",
+    "{}",
+    "1h",
+    "-1h",
+    "1e9h",
+    "9" * 400 + "h",
     "a b",
-    "a/b", "\n", "--", "1,2", "True",
-)  # fmt: skip
+    "a/b",
+    "\n",
+    "--",
+    "1,2",
+    "True",
+)
 VERB_FLAGS = {
     "convert": (
-        "--method", "--sparsity", "--max-ppl-increase", "--max-kl", "--recipe", "--calibration", "--precision", "--target", "--seed", "--time-budget",
-        "--device", "-o",
+        "--method",
+        "--sparsity",
+        "--max-ppl-increase",
+        "--max-kl",
+        "--recipe",
+        "--calibration",
+        "--precision",
+        "--target",
+        "--seed",
+        "--time-budget",
+        "--device",
+        "-o",
     ),
     "generate": ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed"),
     "tune": ("--recipe", "--data", "--steps", "--density", "--lora", "--seed", "--device"),
-    "inspect": (), "verify": ("--source", "--calibration"), "report": (), "link": (), "unlink": (),
-    "eval": ("--windows", "--text"), "bench": ("--pairs", "--threads", "--prompt-tokens", "--new-tokens", "--runtime", "--shape", "--op", "--density",
-        "--layers"),
-}  # fmt: skip
+    "inspect": (),
+    "verify": ("--source", "--calibration"),
+    "report": (),
+    "link": (),
+    "unlink": (),
+    "eval": ("--windows", "--text"),
+    "bench": (
+        "--pairs",
+        "--threads",
+        "--prompt-tokens",
+        "--new-tokens",
+        "--runtime",
+        "--shape",
+        "--op",
+        "--density",
+        "--layers",
+    ),
+}
 
 
 def draw_flags(drawn: random.Random) -> list[str]:

@@ -163,17 +163,32 @@ def _read_flags(here: Path, drawn: random.Random) -> tuple[Any, str]:
     except Stopped:
         return None, "stopped"
     except BaseException as error:
-        raise Fault("traceback", f"{[word[:60] for word in words]}: {''.join(traceback.format_exception(error))[-3000:]}") from None
+        raise Fault(
+            "traceback", f"{[word[:60] for word in words]}: {''.join(traceback.format_exception(error))[-3000:]}"
+        ) from None
 
 
 READERS: dict[str, Callable[[Path, random.Random], tuple[Any, str]]] = {
-    "inspect": _read_cli("inspect", "model"), "dry": _read_cli("convert", "model", "-o", "o", "--dry-run"),
-    "recipe": _read_cli("convert", "--recipe", "recipe.yaml", "-o", "o", "--dry-run"), "started": _read_cli("convert", "--recipe", "recipe.yaml", "-o", "o"),
-    "generate": _read_cli("generate", "out", "def", "--raw", "--max-new-tokens", "2"), "link": _read_cli("link", "out"),
-    "judged": _read_cli("verify", "out"), "unlink": _read_cli("unlink", "linked"),
-    "bench": _read_cli("bench", "out", "out", "--prompt-tokens", "4", "--new-tokens", "2"), "chat": _read_chat,
-    "dense": _read_dense, "words": _read_words, "ends": _read_ends, "load": _read_load, "text": _read_text,
-    "decoder": _read_decoder, "files": _read_files, "gguf": _read_gguf, "predictors": _read_predictors, "flags": _read_flags,
-}  # fmt: skip
+    "inspect": _read_cli("inspect", "model"),
+    "dry": _read_cli("convert", "model", "-o", "o", "--dry-run"),
+    "recipe": _read_cli("convert", "--recipe", "recipe.yaml", "-o", "o", "--dry-run"),
+    "started": _read_cli("convert", "--recipe", "recipe.yaml", "-o", "o"),
+    "generate": _read_cli("generate", "out", "def", "--raw", "--max-new-tokens", "2"),
+    "link": _read_cli("link", "out"),
+    "judged": _read_cli("verify", "out"),
+    "unlink": _read_cli("unlink", "linked"),
+    "bench": _read_cli("bench", "out", "out", "--prompt-tokens", "4", "--new-tokens", "2"),
+    "chat": _read_chat,
+    "dense": _read_dense,
+    "words": _read_words,
+    "ends": _read_ends,
+    "load": _read_load,
+    "text": _read_text,
+    "decoder": _read_decoder,
+    "files": _read_files,
+    "gguf": _read_gguf,
+    "predictors": _read_predictors,
+    "flags": _read_flags,
+}
 REFERENCES = {"dense", "words", "load", "text", "decoder"}
 """Readers whose result is compared with that of the undamaged folder."""

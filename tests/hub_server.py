@@ -1,9 +1,9 @@
 """A Hugging Face Hub for tests: one process, in memory, on the loopback interface, standard library only.
 
-It speaks the part of the HTTP API that huggingface_hub needs to create repositories, commit files (small ones inline, weights through LFS), list and
-download them with ranges, and ask who a token belongs to. Tokens have roles, repositories can be private or gated, every request is logged, and `fail`
-breaks chosen ones.
-Clients must run without Xet, which needs a storage service of its own, or with `lfs` off, so that every file is committed inline.
+It speaks the part of the HTTP API that huggingface_hub needs to create repositories, commit files (small ones inline,
+weights through LFS), list and download them with ranges, and ask who a token belongs to. Tokens have roles,
+repositories can be private or gated, every request is logged, and `fail` breaks chosen ones. Clients must run without
+Xet, which needs a storage service of its own, or with `lfs` off, so that every file is committed inline.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class Repo:
 
 @dataclass(frozen=True)
 class Account:
-    """A token's user, its role ("read", "write" or "fineGrained"), organisations {name: role in it} and fine-grained scopes."""
+    """A token's user, its role ("read", "write" or "fineGrained"), organisations {name: role in it} and fine-grained
+    scopes.
+    """
 
     name: str
     role: str = "write"
@@ -78,7 +80,10 @@ class Account:
     scoped: tuple[dict[str, Any], ...] = ()
 
     def writes(self, repo: str) -> bool:
-        return self.role != "read" and repo.split("/")[0] in (self.name, *(org for org, role in self.orgs.items() if role != "read"))
+        return self.role != "read" and repo.split("/")[0] in (
+            self.name,
+            *(org for org, role in self.orgs.items() if role != "read"),
+        )
 
 
 class HubServer:
@@ -108,7 +113,11 @@ class HubServer:
 
     def add_repo(self, repo_id: str, files: dict[str, bytes], private: bool = False, gated: bool = False) -> Repo:
         repo = Repo(private, gated)
-        repo.commit("initial commit", {path: Blob(data, path.endswith(LFS_SUFFIXES)) for path, data in files.items()}, tuple(files))
+        repo.commit(
+            "initial commit",
+            {path: Blob(data, path.endswith(LFS_SUFFIXES)) for path, data in files.items()},
+            tuple(files),
+        )
         self.repos[repo_id] = repo
         return repo
 
@@ -166,7 +175,11 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refusal(404, "EntryNotFound", f"no route for {request}")
             except _Refusal as refusal:
                 headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
-                self._send(refusal.status, {"error": refusal.message}, {name: value for name, value in headers.items() if value})
+                self._send(
+                    refusal.status,
+                    {"error": refusal.message},
+                    {name: value for name, value in headers.items() if value},
+                )
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
@@ -178,10 +191,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
-    def _send(self, status: int, content: bytes | dict[str, Any] | list[Any], headers: dict[str, str] | None = None) -> None:
+    def _send(
+        self, status: int, content: bytes | dict[str, Any] | list[Any], headers: dict[str, str] | None = None
+    ) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(data)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -245,7 +264,14 @@ def info(request: _Handler, body: bytes, repo: str, revision: str | None = None)
     commit = _commit_of(found, revision or "main")
     sizes = "blobs" in request.query
     siblings = [{"rfilename": path, **(_details(blob) if sizes else {})} for path, blob in commit.files.items()]
-    return 200, {"id": repo, "sha": commit.sha, "private": found.private, "gated": "manual" if found.gated else False, "siblings": siblings, "tags": []}
+    return 200, {
+        "id": repo,
+        "sha": commit.sha,
+        "private": found.private,
+        "gated": "manual" if found.gated else False,
+        "siblings": siblings,
+        "tags": [],
+    }
 
 
 def _details(blob: Blob) -> dict[str, Any]:
@@ -272,7 +298,12 @@ def resolve(request: _Handler, body: bytes, repo: str, revision: str, path: str)
     blob = commit.files.get(path)
     if blob is None:
         raise _Refusal(404, "EntryNotFound", "Entry not found")
-    headers = {"ETag": f'"{blob.oid}"', "X-Repo-Commit": commit.sha, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
+    headers = {
+        "ETag": f'"{blob.oid}"',
+        "X-Repo-Commit": commit.sha,
+        "Accept-Ranges": "bytes",
+        "Content-Type": "application/octet-stream",
+    }
     span = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
     if not span:
         return 200, blob.data, headers
@@ -287,7 +318,9 @@ def preupload(request: _Handler, body: bytes, repo: str, revision: str) -> tuple
     for wish in json.loads(body)["files"]:
         path = wish["path"]
         mode = "lfs" if request.hub.lfs and path.endswith(LFS_SUFFIXES) else "regular"
-        rows.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": files[path].oid if path in files else None})
+        rows.append(
+            {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": files[path].oid if path in files else None}
+        )
     return 200, {"files": rows}
 
 
@@ -328,7 +361,12 @@ def commit(request: _Handler, body: bytes, repo: str, revision: str) -> tuple[in
     made = target.commit(message, files, tuple(changed))
     if request.hub.after:
         request.hub.after(made)
-    return 200, {"success": True, "commitOid": made.sha, "commitUrl": f"{request.hub.url}/{repo}/commit/{made.sha}", "hookOutput": ""}
+    return 200, {
+        "success": True,
+        "commitOid": made.sha,
+        "commitUrl": f"{request.hub.url}/{repo}/commit/{made.sha}",
+        "hookOutput": "",
+    }
 
 
 def validate_yaml(request: _Handler, body: bytes) -> tuple[int, Any]:

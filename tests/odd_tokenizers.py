@@ -1,4 +1,6 @@
-"""Small tokenizers of many kinds, as transformers saves them: those of common model families, and those that onnxruntime-genai reads otherwise."""
+"""Small tokenizers of many kinds, as transformers saves them: those of common model families, and those that
+onnxruntime-genai reads otherwise.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,21 @@ _LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def _fast(tokenizer: Tokenizer, **settings: object) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | settings)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **{"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | settings
+    )
 
 
-def _byte_level(prefix: bool = False, split: pre_tokenizers.PreTokenizer | None = None, ignore_merges: bool = False) -> Tokenizer:
+def _byte_level(
+    prefix: bool = False, split: pre_tokenizers.PreTokenizer | None = None, ignore_merges: bool = False
+) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = split or pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(WORDS, trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=_LETTERS, show_progress=False))
+    tokenizer.train_from_iterator(
+        WORDS,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=_LETTERS, show_progress=False),
+    )
     return tokenizer
 
 
@@ -39,7 +48,11 @@ def prefix_space() -> PreTrainedTokenizerBase:
 def own_split() -> PreTrainedTokenizerBase:
     """Digits one by one, letters with the mark before them, spaces alone."""
     split = pre_tokenizers.Split(Regex(r"\p{N}|[^\s\p{L}\p{N}]?\p{L}+|\s|[^\s\p{L}\p{N}]+"), "isolated")
-    return _fast(_byte_level(split=pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])))
+    return _fast(
+        _byte_level(
+            split=pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        )
+    )
 
 
 def begin_of_text() -> PreTrainedTokenizerBase:
@@ -52,7 +65,9 @@ def begin_of_text() -> PreTrainedTokenizerBase:
 
 def both_ends() -> PreTrainedTokenizerBase:
     tokenizer = _byte_level()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=12, pad_id=2, pad_token="</s>")
     return _fast(tokenizer)
@@ -61,8 +76,16 @@ def both_ends() -> PreTrainedTokenizerBase:
 def added_tokens() -> PreTrainedTokenizerBase:
     """Special and plain added tokens that stand alone, or take the space beside them."""
     tokenizer = _byte_level()
-    tokenizer.add_special_tokens([AddedToken("<|user|>", special=True, rstrip=True), AddedToken("<mask>", special=True, lstrip=True)])
-    tokenizer.add_tokens([AddedToken("thing", single_word=True), AddedToken("<tool>", normalized=False), AddedToken("more", single_word=True, rstrip=True)])
+    tokenizer.add_special_tokens(
+        [AddedToken("<|user|>", special=True, rstrip=True), AddedToken("<mask>", special=True, lstrip=True)]
+    )
+    tokenizer.add_tokens(
+        [
+            AddedToken("thing", single_word=True),
+            AddedToken("<tool>", normalized=False),
+            AddedToken("more", single_word=True, rstrip=True),
+        ]
+    )
     return _fast(tokenizer)
 
 
@@ -74,12 +97,24 @@ def normalised() -> PreTrainedTokenizerBase:
 
 def lowercase() -> PreTrainedTokenizerBase:
     tokenizer = _byte_level()
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    )
     return _fast(tokenizer)
 
 
 def _pieces(byte_fallback: bool) -> Tokenizer:
-    letters = ["\u2581", *sorted(set("".join(WORDS)) - {" "}), "\u2581the", "\u2581th", "ing", "er", "\u2581some", "\u2581return", "\u2581second"]
+    letters = [
+        "\u2581",
+        *sorted(set("".join(WORDS)) - {" "}),
+        "\u2581the",
+        "\u2581th",
+        "ing",
+        "er",
+        "\u2581some",
+        "\u2581return",
+        "\u2581second",
+    ]
     fallback = [f"<0x{byte:02X}>" for byte in range(256)] if byte_fallback else []
     vocabulary = [(piece, -float(rank) / 8) for rank, piece in enumerate([*SPECIAL, *fallback, *letters])]
     return Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=byte_fallback))
@@ -111,7 +146,9 @@ def llama_2_file() -> PreTrainedTokenizerBase:
     vocabulary, merges = _merges()
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.add_special_tokens(SPECIAL)
     return _fast(tokenizer)
@@ -138,7 +175,19 @@ def words() -> PreTrainedTokenizerBase:
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     function.__name__: function
     for function in (
-        byte_level, prefix_space, own_split, begin_of_text, both_ends, added_tokens, normalised, lowercase, unigram, unigram_bytes, llama_2_file, llama_class,
-        qwen_class, words,
+        byte_level,
+        prefix_space,
+        own_split,
+        begin_of_text,
+        both_ends,
+        added_tokens,
+        normalised,
+        lowercase,
+        unigram,
+        unigram_bytes,
+        llama_2_file,
+        llama_class,
+        qwen_class,
+        words,
     )
-}  # fmt: skip
+}

@@ -1,4 +1,6 @@
-"""A recipe that converts a tiny model of models.py in seconds, and the command line in this process and in one of its own."""
+"""A recipe that converts a tiny model of models.py in seconds, and the command line in this process and in one of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,12 @@ def small_recipe(model: str | Path, folder: Path, **changes: object) -> Path:
     text = folder / "text.txt"
     text.write_text("".join(f"value_{k} = {k} * {k % 7}\n" + TEXT[k % 50 :] for k in range(12)), encoding="utf-8")
     values = {
-        "version": 1, "model": str(model), "calibration": {"file": str(text), "windows": 24, "length": 48}, "seed": 3,
+        "version": 1,
+        "model": str(model),
+        "calibration": {"file": str(text), "windows": 24, "length": 48},
+        "seed": 3,
         "stages": [{"method": "gate", "config": {"sparsity": 0.4}}],
-    } | changes  # fmt: skip
+    } | changes
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
@@ -39,7 +44,9 @@ def run_cli(*arguments: str | Path, preamble: str = "", **environment: str) -> s
     """Run `sparsegate ARGUMENTS` in a new process, after the Python text `preamble`."""
     code = f"{preamble}\nimport sys\nfrom sparsegate.converter.cli import main\nmain(sys.argv[1:])"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, env={**os.environ, **environment})
+    return subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", timeout=120, env={**os.environ, **environment}
+    )
 
 
 class Done(NamedTuple):

@@ -1,4 +1,6 @@
-"""Everything that is written reads back equal, and everything outside a format's closed vocabulary is refused by name."""
+"""Everything that is written reads back equal, and everything outside a format's closed vocabulary is
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,24 @@ from safetensors.torch import load_file, save_file
 from sparsegate.converter.arch import load_arch
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.cost import cost
-from sparsegate.converter.checkpoint.manifest import File, Manifest, check_files, list_files, read_manifest, write_manifest
-from sparsegate.converter.checkpoint.plan import PLAN, Plan, Predictor, Swap, Threshold, load_plan, make_entry, save_plan
+from sparsegate.converter.checkpoint.manifest import (
+    File,
+    Manifest,
+    check_files,
+    list_files,
+    read_manifest,
+    write_manifest,
+)
+from sparsegate.converter.checkpoint.plan import (
+    PLAN,
+    Plan,
+    Predictor,
+    Swap,
+    Threshold,
+    load_plan,
+    make_entry,
+    save_plan,
+)
 from sparsegate.converter.checkpoint.plan import TENSORS as PLAN_TENSORS
 from sparsegate.converter.checkpoint.sparsity import TENSORS, encode, read_sparsity, write_sparsity
 from sparsegate.converter.checkpoint.stage import Header, hash_file, is_finished, read_header, write_header, write_json
@@ -30,7 +48,13 @@ from sparsegate.runtime_onnx.errors import InputError
 from sparsegate.runtime_onnx.untrusted import read_json
 
 D, N, R = 5, 11, 3
-HEADER = Header(format="plan", parents={"model": "ab" * 32}, config={"method": "gate", "sparsity": 0.1 + 0.2, "stats": ["a", None]}, seed=3, calibration="cd")
+HEADER = Header(
+    format="plan",
+    parents={"model": "ab" * 32},
+    config={"method": "gate", "sparsity": 0.1 + 0.2, "stats": ["a", None]},
+    seed=3,
+    calibration="cd",
+)
 
 
 def make_plan() -> Plan:
@@ -122,7 +146,11 @@ def test_entry_inverts() -> None:
 
 
 def test_cost_by_hand() -> None:
-    gate, (predictor,), (residual,) = Threshold("gate", torch.zeros(N), 0.4), make_plan()[Site(1)], make_plan()[Site(10)]
+    gate, (predictor,), (residual,) = (
+        Threshold("gate", torch.zeros(N), 0.4),
+        make_plan()[Site(1)],
+        make_plan()[Site(10)],
+    )
     assert cost(gate, D, N, 3, 0.4) == pytest.approx(1 / 3 + 2 / 3 * 0.4)
     assert cost(gate, D, N, 2, 0.4) == pytest.approx(1 / 2 + 1 / 2 * 0.4)
     assert cost(predictor, D, N, 3, 0.4) == pytest.approx((0.4 * 3 * D * N + R * D + N * R) / (3 * D * N))
@@ -145,8 +173,18 @@ def test_checkpoint_round_trip(checkpoint: Path) -> None:
     assert activations == dict.fromkeys(("layers.0.ffn", "layers.1.ffn", "layers.10.ffn"), "silu")
     raw = read_json(checkpoint / "config.json", "config")
     assert raw["model_type"] == "llama" and "auto_map" not in raw
-    assert raw["sparsity"]["sites"]["layers.10.ffn"] == {"score": "predictor", "activation": "silu", "density": 0.2, "rank": R, "residual": True}
-    assert set(load_file(checkpoint / TENSORS)) >= {"layers.10.ffn.residual.weight", "layers.1.ffn.predictor.fc1.weight", "layers.0.ffn.tau"}
+    assert raw["sparsity"]["sites"]["layers.10.ffn"] == {
+        "score": "predictor",
+        "activation": "silu",
+        "density": 0.2,
+        "rank": R,
+        "residual": True,
+    }
+    assert set(load_file(checkpoint / TENSORS)) >= {
+        "layers.10.ffn.residual.weight",
+        "layers.1.ffn.predictor.fc1.weight",
+        "layers.0.ffn.tau",
+    }
 
 
 def test_encode_refuses_what_the_format_lacks() -> None:
@@ -190,7 +228,9 @@ def site_fields(raw: dict[str, Any], key: str = "layers.1.ffn") -> dict[str, Any
         (lambda s: s["sites"].pop("layers.0.ffn"), ("layers.0.ffn.tau",)),
     ],
 )
-def test_checkpoint_vocabulary_is_closed(checkpoint: Path, change: Callable[[Any], Any], words: tuple[str, ...]) -> None:
+def test_checkpoint_vocabulary_is_closed(
+    checkpoint: Path, change: Callable[[Any], Any], words: tuple[str, ...]
+) -> None:
     raw = read_json(checkpoint / "config.json", "config")
     change(raw["sparsity"])
     write_json(checkpoint / "config.json", raw)
@@ -219,7 +259,9 @@ def test_checkpoint_vocabulary_is_closed(checkpoint: Path, change: Callable[[Any
         ("layers.0.ffn.colour", lambda t: torch.zeros(1), ("colour",)),
     ],
 )
-def test_checkpoint_tensors_are_checked(checkpoint: Path, name: str, make: Callable[[Any], Any], words: tuple[str, ...]) -> None:
+def test_checkpoint_tensors_are_checked(
+    checkpoint: Path, name: str, make: Callable[[Any], Any], words: tuple[str, ...]
+) -> None:
     tensors = load_file(checkpoint / TENSORS)
     tensors[name] = make(tensors.get(name))
     save_file(tensors, checkpoint / TENSORS)
@@ -249,7 +291,10 @@ def test_checkpoint_without_key_or_file(checkpoint: Path) -> None:
         parents=st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=2),
         config=st.dictionaries(
             st.text(max_size=4),
-            st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.lists(st.text(max_size=3), max_size=2),
+            st.none()
+            | st.floats(allow_nan=False, allow_infinity=False)
+            | st.integers()
+            | st.lists(st.text(max_size=3), max_size=2),
             max_size=3,
         ),
         seed=st.integers(0, 2**62),
@@ -266,7 +311,15 @@ def test_header_on_disk(tmp_path: Path) -> None:
     assert read_header(tmp_path) is None
     write_header(tmp_path, HEADER)
     assert read_header(tmp_path) == HEADER
-    for change in ({"seed": 4}, {"calibration": None}, {"config": {}}, {"parents": {"model": "x"}}, {"tool": "9.9"}, {"version": 2}, {"format": "stats"}):
+    for change in (
+        {"seed": 4},
+        {"calibration": None},
+        {"config": {}},
+        {"parents": {"model": "x"}},
+        {"tool": "9.9"},
+        {"version": 2},
+        {"format": "stats"},
+    ):
         other = HEADER.model_copy(update=change)
         assert not is_finished(tmp_path, other) and other.fingerprint != HEADER.fingerprint, change
     raw = HEADER.model_dump(mode="json")
@@ -280,10 +333,16 @@ def test_header_on_disk(tmp_path: Path) -> None:
 
 def make_manifest(folder: Path) -> Manifest:
     return Manifest(
-        fingerprint="ff", source={"id": None, "revision": None, "fingerprint": "aa"}, calibration={"sha256": "bb", "tokens": 3, "file": None},
-        recipe=Recipe(model="m").model_dump(mode="json"), seed=0, budget={"max_kl": None, "sparsity": 0.5}, measured={"kl": 0.1 + 0.2}, versions={"torch": "2"},
+        fingerprint="ff",
+        source={"id": None, "revision": None, "fingerprint": "aa"},
+        calibration={"sha256": "bb", "tokens": 3, "file": None},
+        recipe=Recipe(model="m").model_dump(mode="json"),
+        seed=0,
+        budget={"max_kl": None, "sparsity": 0.5},
+        measured={"kl": 0.1 + 0.2},
+        versions={"torch": "2"},
         files=list_files(folder),
-    )  # fmt: skip
+    )
 
 
 def test_manifest_round_trip(tmp_path: Path) -> None:
@@ -294,7 +353,9 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
     assert manifest.files["a.txt"] == File(sha256=hash_file(tmp_path / "a.txt"), size=5)
-    assert set(manifest.files) == {"a.txt", "onnx/genai_config.json"} and list_files(tmp_path) == manifest.files, "the manifest does not list itself"
+    assert set(manifest.files) == {"a.txt", "onnx/genai_config.json"} and list_files(tmp_path) == manifest.files, (
+        "the manifest does not list itself"
+    )
     assert check_files(tmp_path, manifest) == []
     (tmp_path / "a.txt").write_text("jello")
     (tmp_path / "onnx" / "genai_config.json").write_text("{ }")
@@ -305,7 +366,10 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
     assert check_files(tmp_path, manifest) == ["a.txt is missing"]
 
 
-@pytest.mark.parametrize(("change", "words"), [({"version": 2}, ("version 1", "version")), ({"plugin": "x"}, ("plugin",)), ({"seed": None}, ("seed",))])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"version": 2}, ("version 1", "version")), ({"plugin": "x"}, ("plugin",)), ({"seed": None}, ("seed",))],
+)
 def test_manifest_vocabulary_is_closed(tmp_path: Path, change: dict[str, Any], words: tuple[str, ...]) -> None:
     write_json(tmp_path / "manifest.json", make_manifest(tmp_path).model_dump(mode="json") | change)
     with pytest.raises(InputError) as error:
@@ -322,7 +386,9 @@ def test_recipe_round_trip(tmp_path: Path) -> None:
     assert read_recipe(tmp_path / "r.yaml") == recipe
     assert compile_recipe(None, None, None, None, None, tmp_path / "r.yaml", None, None, None, None) == recipe
     assert recipe.stages[0].config == {"sparsity": 0.3} and recipe.seed == 7 and recipe.budget.max_ppl_increase == 0.01
-    assert method_configs(recipe) == {"predictor": {"predictor": make_config("predictor", {"sparsity": 0.3, "seed": 7})}}
+    assert method_configs(recipe) == {
+        "predictor": {"predictor": make_config("predictor", {"sparsity": 0.3, "seed": 7})}
+    }
 
 
 def test_recipe_excludes_flags(tmp_path: Path) -> None:
@@ -354,7 +420,10 @@ def test_recipe_vocabulary_is_closed(values: dict[str, Any], words: tuple[str, .
     one_line(error, *words)
 
 
-@pytest.mark.parametrize(("text", "word"), [(None, "nothing"), ("- a", "list"), ("a: [", "YAML"), ("", "NoneType"), ("!!python/object:os.system {}", "YAML")])
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [(None, "nothing"), ("- a", "list"), ("a: [", "YAML"), ("", "NoneType"), ("!!python/object:os.system {}", "YAML")],
+)
 def test_recipe_file_that_is_none(tmp_path: Path, text: str | None, word: str) -> None:
     if text is not None:
         (tmp_path / "r.yaml").write_text(text)
@@ -379,7 +448,10 @@ def test_unknown_names_are_refused_by_name() -> None:
         (lambda: make_config("gate", {"sparsity": 1.0}), ("gate.sparsity", "1.0")),
         (lambda: make_config("gate", {"version": 2}), ("gate.version", "2", "1")),
         (lambda: make_config("predictor", {"score": "oracle"}), ("predictor.score", "oracle", "magnitude")),
-        (lambda: method_configs(make_recipe({"model": "m", "stages": [{"config": {"sparsty": 0.5}}]})), ("sparsty", "sparsity")),
+        (
+            lambda: method_configs(make_recipe({"model": "m", "stages": [{"config": {"sparsty": 0.5}}]})),
+            ("sparsty", "sparsity"),
+        ),
         (lambda: load_arch("gpt2"), ("gpt2", "llama", "converter/arch/gpt2.json")),
     ):
         with pytest.raises(InputError) as error:
@@ -390,13 +462,32 @@ def test_unknown_names_are_refused_by_name() -> None:
 # Sites
 
 
-@given(st.builds(Site, st.integers(0, 10**6), st.none() | st.integers(0, 999), st.sampled_from(["ffn", "attn", "linear:q_proj", "linear:o_proj"])))
+@given(
+    st.builds(
+        Site,
+        st.integers(0, 10**6),
+        st.none() | st.integers(0, 999),
+        st.sampled_from(["ffn", "attn", "linear:q_proj", "linear:o_proj"]),
+    )
+)
 @settings(max_examples=100, deadline=None)
 def test_site_round_trip(site: Site) -> None:
     assert Site.parse(site.key) == site
 
 
-@pytest.mark.parametrize("key", ["", "layers.x.ffn", "layers.1.ffn ", "layers.1", "model.layers.1.ffn", "layers.-1.ffn", "layers.1.mlp", "layers.1.linear."])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "layers.x.ffn",
+        "layers.1.ffn ",
+        "layers.1",
+        "model.layers.1.ffn",
+        "layers.-1.ffn",
+        "layers.1.mlp",
+        "layers.1.linear.",
+    ],
+)
 def test_site_refuses_other_text(key: str) -> None:
     with pytest.raises(InputError):
         Site.parse(key)

@@ -1,4 +1,6 @@
-"""Imports go down only. The lines are the list below; an import inside a function counts, and so does one under TYPE_CHECKING."""
+"""Imports go down only. The lines are the list below; an import inside a function counts, and so does one under
+TYPE_CHECKING.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ LINES = (
     ("checkpoint",),
     ("scores", "arch", "progress", "bundled"),
 )
-"""The folders of converter/, from the top: one imports from lines below its own, never from another folder on its line."""
+"""The folders of converter/, from the top: one imports from lines below its own, never from another folder on its line.
+"""
 ABOVE_THE_RUNTIME = ("cli", "pipeline", "report", "evaluation")
 """Folders that may run a model: the others see only RUNTIME_BELOW of runtime_onnx."""
 RUNTIME_BELOW = ("ops", "errors", "untrusted", "genai_config")
@@ -84,7 +87,10 @@ def rooms() -> dict[str, set[str]]:
 
 def modules() -> dict[str, set[str]]:
     """Modules of converter/ and the others that they import from."""
-    known = {".".join(["sparsegate", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): path for path in sources("converter")}
+    known = {
+        ".".join(["sparsegate", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): path
+        for path in sources("converter")
+    }
     found = {}
     for module, path in known.items():
         targets = {name if name in known else name.rpartition(".")[0] for name in imports(path)}
@@ -105,7 +111,10 @@ def summary() -> str:
     up = sum(len(upward(path)) for path in sources("converter") if path.parent != ROOT / "converter")
     arrows = rooms()
     count = sum(len(targets) for targets in arrows.values())
-    return f"converter/: {len(arrows)} rooms, {len(LINES)} levels, {count} arrows between rooms, {up} upwards, {len(circular(modules()))} modules in circles"
+    return (
+        f"converter/: {len(arrows)} rooms, {len(LINES)} levels, {count} arrows between rooms, {up} upwards, "
+        f"{len(circular(modules()))} modules in circles"
+    )
 
 
 def test_every_file_lies_in_a_room() -> None:
@@ -144,16 +153,33 @@ def test_no_circles() -> None:
 
 def test_the_guide_has_every_room_on_its_line() -> None:
     rows = re.findall(r"^\| (\d) \| `(\w+)/` \|", (ROOT / "converter" / "README.md").read_text(encoding="utf-8"), re.M)
-    assert sorted((int(line), room) for line, room in rows) == sorted((k, room) for k, line in enumerate(LINES, 1) for room in line)
+    assert sorted((int(line), room) for line, room in rows) == sorted(
+        (k, room) for k, line in enumerate(LINES, 1) for room in line
+    )
 
 
 def test_runtime_imports_neither_torch_nor_converter() -> None:
     for path in sources("runtime_onnx"):
-        assert not [name for name in imports(path) if name.split(".")[0] in ("torch", "transformers") or name.startswith("sparsegate.converter")], path
+        assert not [
+            name
+            for name in imports(path)
+            if name.split(".")[0] in ("torch", "transformers") or name.startswith("sparsegate.converter")
+        ], path
 
 
 def test_ops_need_only_numpy_and_onnx() -> None:
-    standard = {"__future__", "dataclasses", "typing", "collections", "functools", "itertools", "math", "re", "enum", "importlib"}
+    standard = {
+        "__future__",
+        "dataclasses",
+        "typing",
+        "collections",
+        "functools",
+        "itertools",
+        "math",
+        "re",
+        "enum",
+        "importlib",
+    }
     for path in sources("runtime_onnx/ops"):
         names = {name.split(".")[0] for name in imports(path) if not name.startswith("sparsegate.runtime_onnx.ops")}
         assert names <= standard | {"numpy", "onnx", "ml_dtypes"}, (path, names - standard)
@@ -163,11 +189,19 @@ def test_ops_need_only_numpy_and_onnx() -> None:
 def test_rows_of_a_table_do_not_import_each_other(package: str, table: str) -> None:
     import importlib
 
-    rows = {row.rpartition(".")[2] for row in getattr(importlib.import_module(f"sparsegate.converter.{package}"), table).values()}
+    rows = {
+        row.rpartition(".")[2]
+        for row in getattr(importlib.import_module(f"sparsegate.converter.{package}"), table).values()
+    }
     assert rows <= {path.stem for path in sources(f"converter/{package}")}
     for path in sources(f"converter/{package}"):
         if path.stem in rows:
-            below = {word for name in imports(path) if name.startswith(f"sparsegate.converter.{package}.") for word in name.split(".")[3:]}
+            below = {
+                word
+                for name in imports(path)
+                if name.startswith(f"sparsegate.converter.{package}.")
+                for word in name.split(".")[3:]
+            }
             assert not below & rows, path
 
 
@@ -175,7 +209,15 @@ def test_methods_see_no_models_files_or_datasets() -> None:
     for path in sources("converter/methods"):
         names = list(imports(path))
         assert not [
-            n for n in names if n.startswith(("sparsegate.converter.checkpoint.source", "sparsegate.converter.modeling.blocks", "sparsegate.converter.text"))
+            n
+            for n in names
+            if n.startswith(
+                (
+                    "sparsegate.converter.checkpoint.source",
+                    "sparsegate.converter.modeling.blocks",
+                    "sparsegate.converter.text",
+                )
+            )
         ], path
         assert not [n for n in names if n.split(".")[0] in ("transformers", "safetensors", "pathlib")], path
 
@@ -187,15 +229,27 @@ def test_source_does_not_download() -> None:
 
 
 def test_files_stay_under_500_lines() -> None:
-    long = {str(p.relative_to(ROOT)): n for p in sources(*TREES, "tests", "examples") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 500}
+    long = {
+        str(p.relative_to(ROOT)): n
+        for p in sources(*TREES, "tests", "examples")
+        if (n := len(p.read_text(encoding="utf-8").splitlines())) > 500
+    }
     assert not long
 
 
 def test_no_pickle() -> None:
     for path in sources(*TREES):
         names = list(imports(path))
-        assert not [n for n in names if n.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")], path
-        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)}
+        assert not [
+            n
+            for n in names
+            if n.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+        ], path
+        calls = {
+            ast.unparse(node.func)
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call)
+        }
         assert not calls & {"torch.load", "torch.save", "np.save", "eval", "exec"}, path
 
 
@@ -215,7 +269,11 @@ def test_few_files_remove_folders_and_one_writes_safetensors() -> None:
     """A folder that is not ours is never removed, and what safetensors writes has the mode that the umask says."""
     for path in sources(*TREES):
         name = path.relative_to(ROOT / path.relative_to(ROOT).parts[0]).with_suffix("").as_posix()
-        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)}
+        calls = {
+            ast.unparse(node.func)
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call)
+        }
         assert not calls & {"shutil.rmtree", "rmtree"} or name in REMOVING, path
         assert not calls & {"save_file", "safetensors.torch.save_file"} or name == "checkpoint/stage", path
 
@@ -233,17 +291,33 @@ OWN_JSON = {
     "runtime_onnx/chat_template.py": "what a process that we started, or its parent, says",
     "runtime_onnx/bench/graphs.py": "a profile that ONNX Runtime has just written",
 }
-"""Files that read JSON by themselves, and which: all others ask `untrusted`, which refuses keys twice, NaN and infinity."""
+"""Files that read JSON by themselves, and which: all others ask `untrusted`, which refuses keys twice, NaN and
+infinity.
+"""
 CHECKED = {"converter/checkpoint/tensor_files.py", "converter/checkpoint/source.py", "converter/checkpoint/writer.py"}
 """Files that read safetensors which `tensor_files` has checked."""
-STAGES = {f"converter/{name}.py" for name in ("text/mixture", "text/generated", "training/by_block", "training/stage", "training/loop", "stats/__init__")}
+STAGES = {
+    f"converter/{name}.py"
+    for name in (
+        "text/mixture",
+        "text/generated",
+        "training/by_block",
+        "training/stage",
+        "training/loop",
+        "stats/__init__",
+    )
+}
 """Files that read safetensors of a stage, whose hashes were compared."""
 
 
 def test_one_reader_of_json_and_one_of_safetensors() -> None:
     json_read, tensors_read = set(), set()
     for path in sources(*TREES):
-        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)}
+        calls = {
+            ast.unparse(node.func)
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Call)
+        }
         name = path.relative_to(ROOT).as_posix()
         json_read |= {name} if calls & {"json.loads", "json.load", "_json.loads", "_json.load"} else set()
         tensors_read |= {name} if calls & {"load_file", "safe_open"} else set()

@@ -20,7 +20,12 @@ def test_ruff(command: list[str]) -> None:
 
 @pytest.mark.slow
 def test_pyright() -> None:
-    found = subprocess.run([sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson"], cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 0, found.stdout + found.stderr
     files = json.loads(found.stdout)["summary"]["filesAnalyzed"]
     assert files == len([path for tree in ("converter", "runtime_onnx") for path in (ROOT / tree).rglob("*.py")])

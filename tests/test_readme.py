@@ -1,4 +1,6 @@
-"""README: its tables are the stored results, its two commands stand where .ci/run looks for them, and what it names exists."""
+"""README: its tables are the stored results, its two commands stand where .ci/run looks for them, and what it names
+exists.
+"""
 
 from __future__ import annotations
 

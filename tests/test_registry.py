@@ -40,7 +40,11 @@ ENTRIES: dict[str, plans.Entry] = {
 
 
 def check_source(source: Any) -> None:
-    assert isinstance(source, tuple) and len(source) == 3 and all(isinstance(text, str) and text.strip() for text in source)
+    assert (
+        isinstance(source, tuple)
+        and len(source) == 3
+        and all(isinstance(text, str) and text.strip() for text in source)
+    )
     assert "arXiv" in source[0] or "doi" in source[0].lower()
 
 
@@ -55,7 +59,11 @@ def test_score(name: str) -> None:
     assert list(inspect.signature(module.score).parameters) == ["context"]
     tokens, units, hidden, heads, width = 6, 9, 4, 3, 5
     shapes = {"x": (tokens, hidden), "label": (tokens,), **dict.fromkeys(("gate", "up", "z", "grad"), (tokens, units))}
-    shapes |= {"grad_path": (2, tokens, units), "o_grad_path": (2, tokens, heads, width), **dict.fromkeys(("up_moment", "prompt"), (units,))}
+    shapes |= {
+        "grad_path": (2, tokens, units),
+        "o_grad_path": (2, tokens, heads, width),
+        **dict.fromkeys(("up_moment", "prompt"), (units,)),
+    }
     shapes |= dict.fromkeys(("o", "o_grad"), (tokens, heads, width))
 
     def context(needs: tuple[str, ...]) -> scores.Context:
@@ -64,7 +72,9 @@ def test_score(name: str) -> None:
     scored = hidden if getattr(module, "KIND", "ffn") == "linear" else units
     assert module.score(context(module.NEEDS)).shape == (tokens, scored), "a score must do with what NEEDS names"
     if hasattr(module, "score_heads"):
-        assert set(module.HEAD_NEEDS) <= fields and (FUTURE & set(module.HEAD_NEEDS) == set()) == (module.PHASE != "oracle")
+        assert set(module.HEAD_NEEDS) <= fields and (FUTURE & set(module.HEAD_NEEDS) == set()) == (
+            module.PHASE != "oracle"
+        )
         assert module.score_heads(context(module.HEAD_NEEDS)).shape == (tokens, heads)
 
 
@@ -90,7 +100,9 @@ def test_method(name: str) -> None:
     for need in methods.needs(name, module.Config()):
         _, score = stats.load_stat(need)
         assert scores.load_score(score).PHASE != "oracle", "no method is made from an oracle"
-    assert hasattr(module, "start") == isinstance(getattr(module.Config(), "tune", None), Tune), "what is trained end to end says how"
+    assert hasattr(module, "start") == isinstance(getattr(module.Config(), "tune", None), Tune), (
+        "what is trained end to end says how"
+    )
     assert not hasattr(module, "start") or 0 < module.start(module.Config()) <= 1
     kinds = (converter_methods.NEURON_METHODS, converter_methods.LINEAR_METHODS, (converter_methods.EXACT,))
     assert sum(name in kind for kind in kinds) == 1, "auto and joined methods know every row"
@@ -106,7 +118,11 @@ def test_verb(name: str) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_op(name: str) -> None:
     module = import_module(OPS[name])
-    assert OPS[name].rpartition(".")[2] == name and module.NAME.lower() == name.replace("_", "") and module.DOMAIN == "ai.sparsegate"
+    assert (
+        OPS[name].rpartition(".")[2] == name
+        and module.NAME.lower() == name.replace("_", "")
+        and module.DOMAIN == "ai.sparsegate"
+    )
     for function in ("function", "reference", "traffic", "active", "scores"):
         assert callable(getattr(module, function))
     assert module.BOUNDS
@@ -124,7 +140,11 @@ def test_no_file_without_a_row() -> None:
         (stats.STATS, "stats", {".collect", ".bins", ".oracle"}),
     ):
         place = ROOT / "converter" / folder
-        files = {"." + ".".join(path.relative_to(place).with_suffix("").parts) for path in place.rglob("*.py") if path.stem != "__init__"}
+        files = {
+            "." + ".".join(path.relative_to(place).with_suffix("").parts)
+            for path in place.rglob("*.py")
+            if path.stem != "__init__"
+        }
         assert files - extra == set(table.values()), folder
     verbs = {path.stem for path in (ROOT / "converter" / "cli").glob("*.py")} - {"__init__", "interruption", "output"}
     assert verbs == {row.strip(".") for row, _ in VERBS.values()}
@@ -138,10 +158,14 @@ def test_plan_kind_is_executed_emitted_and_encoded(kind: str) -> None:
     scores_, _ = EXECUTORS[type(entry)](entry, torch.randn(2, 7), torch.randn(2, 5))  # type: ignore[arg-type]
     assert scores_.shape == (2, 7)
     emission = emit(Site(0), [entry], 5, 7)
-    assert emission.score == plans.score_of(entry) and all(tensor.shape == (7,) for role, tensor in emission.tensors.items() if role == "tau")
+    assert emission.score == plans.score_of(entry) and all(
+        tensor.shape == (7,) for role, tensor in emission.tensors.items() if role == "tau"
+    )
     key, tensors = encode({Site(0): [entry]}, "silu")
     assert key["sites"]["layers.0.ffn"]["score"] == plans.score_of(entry)
-    assert {name.removeprefix("layers.0.ffn.") for name in tensors} == set(entry.tensors()) and "layers.0.ffn" in key["sites"]
+    assert {name.removeprefix("layers.0.ffn.") for name in tensors} == set(entry.tensors()) and "layers.0.ffn" in key[
+        "sites"
+    ]
 
 
 def test_no_executor_without_a_kind() -> None:
@@ -164,14 +188,22 @@ def test_architecture_matches_transformers(model_type: str, tiny_model: Any) -> 
     for site in arch.sites(config):
         module = model.get_submodule(arch.ffn_module(site.layer))
         prefix = arch.block_prefix(site.layer)
-        named = {prefix + weight.name: arch.shape(config, weight) for weight in arch.weights if not weight.optional or prefix + weight.name in state}
+        named = {
+            prefix + weight.name: arch.shape(config, weight)
+            for weight in arch.weights
+            if not weight.optional or prefix + weight.name in state
+        }
         for name, shape in named.items():
             assert tuple(state[name].shape) == shape, name
         held = {arch.ffn_module(site.layer) + "." + name for name, _ in module.named_parameters()}
         assert held == set(named), "the file must name every weight of the network and no other"
         for part in (arch.ffn.gate, arch.ffn.up, arch.ffn.gate_up, arch.ffn.down):
             assert part is None or hasattr(module, part)
-    assert model.get_input_embeddings().weight.shape == state[arch.embedding].shape == (arch.size(config, "vocab"), arch.size(config, "hidden"))
+    assert (
+        model.get_input_embeddings().weight.shape
+        == state[arch.embedding].shape
+        == (arch.size(config, "vocab"), arch.size(config, "hidden"))
+    )
     assert model.get_decoder().layers is not None and arch.activation(config) in TORCH_ACTIVATIONS
     assert set(arch.ffn.onnx) == ({"up", "down"} if arch.ffn.kind == "plain" else {"gate", "up", "down"})
     assert set(arch.attn.onnx) in ({"qkv", "o"}, {"q", "k", "v", "o"})

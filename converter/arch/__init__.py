@@ -1,7 +1,7 @@
 """Architectures as data: one JSON file per transformers `model_type`, read strictly.
 
-A file names the weights of a block as templates, the spaces (shared dimensions) they span, the kind of feed-forward network and where its activation is
-configured. Adding an architecture is adding a file; no code names one.
+A file names the weights of a block as templates, the spaces (shared dimensions) they span, the kind of feed-forward
+network and where its activation is configured. Adding an architecture is adding a file; no code names one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ ACTIVATIONS = {
 }
 """transformers' activation names -> the op's."""
 SWAPPED = "sparsegate"
-"""The activation's name in the configuration of a checkpoint whose activation was swapped: no stock class knows it. Its model type has PREFIX."""
+"""The activation's name in the configuration of a checkpoint whose activation was swapped: no stock class knows it. Its
+model type has PREFIX.
+"""
 PREFIX = f"{SWAPPED}_"
 
 
@@ -43,7 +45,9 @@ class Space(BaseModel):
 
 
 class Weight(BaseModel):
-    """A weight of a block: its name below the block and the spaces of its axes; `2 units` is two spaces of `units` one after the other."""
+    """A weight of a block: its name below the block and the spaces of its axes; `2 units` is two spaces of `units` one
+    after the other.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -71,10 +75,11 @@ class Ffn(BaseModel):
 
 
 class Attention(BaseModel):
-    """The attention: names of its projections below `module`, q, k, v or all three in `qkv` (rows q, then k, then v), and the output's `o`.
+    """The attention: names of its projections below `module`, q, k, v or all three in `qkv` (rows q, then k, then v),
+    and the output's `o`.
 
-    `heads` and `kv_heads` say where the configuration counts query heads and key-value heads; `onnx` names the base graph's initializers by role: q, k, v or
-    all three in qkv (columns q, then k, then v), and o.
+    `heads` and `kv_heads` say where the configuration counts query heads and key-value heads; `onnx` names the base
+    graph's initializers by role: q, k, v or all three in qkv (columns q, then k, then v), and o.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -113,13 +118,16 @@ class Arch(BaseModel):
         return int(getattr(config, self.spaces[space].config))
 
     def activation(self, config: Any) -> str:
-        """The feed-forward activation by the op's name, of a model with swapped ones that of its base. Raises InputError for one that the op does not have."""
+        """The feed-forward activation by the op's name, of a model with swapped ones that of its base. Raises
+        InputError for one that the op does not have.
+        """
         name = getattr(config, self.ffn.activation.config)
         if name == SWAPPED:
             name = (getattr(config, "sparsity", None) or {}).get("base_activation")
         if not isinstance(name, str) or name not in ACTIVATIONS:
             raise InputError(
-                f"{self.ffn.activation.config} must be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}. Convert a model with one of these activations."
+                f"{self.ffn.activation.config} must be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}. Convert "
+                "a model with one of these activations."
             )
         return ACTIVATIONS[name]
 
@@ -140,8 +148,9 @@ class Arch(BaseModel):
         return self.block_prefix(layer) + self.attn.module
 
     def linears(self) -> dict[str, tuple[str, str | None]]:
-        """Linear sites of a block in the order of the data flow: name (q_proj k_proj v_proj o_proj gate_proj up_proj down_proj) -> (module below the block,
-        the part of a packed weight that it is, or None). A plain network has no gate_proj.
+        """Linear sites of a block in the order of the data flow: name (q_proj k_proj v_proj o_proj gate_proj up_proj
+        down_proj) -> (module below the block, the part of a packed weight that it is, or None). A plain network has no
+        gate_proj.
         """
         attn, ffn = self.attn, self.ffn
         found: dict[str, tuple[str, str | None]] = {}
@@ -171,13 +180,16 @@ def supported() -> list[str]:
 
 @cache
 def load_arch(model_type: str) -> Arch:
-    """The architecture of a model type, of its base where the activation was swapped. Raises InputError with what is supported and how to add one."""
+    """The architecture of a model type, of its base where the activation was swapped. Raises InputError with what is
+    supported and how to add one.
+    """
     if model_type.startswith(PREFIX):
         return load_arch(model_type.removeprefix(PREFIX))
     if model_type not in supported():
         raise InputError(
             f"model_type must be one of {', '.join(supported())}, got {model_type!r}. "
-            f"Add converter/arch/{model_type}.json (copy the nearest file and rename its weights) and run the tests on it."
+            f"Add converter/arch/{model_type}.json (copy the nearest file and rename its weights) and run the tests on "
+            "it."
         )
     path = _FOLDER / f"{model_type}.json"
     try:
@@ -185,5 +197,7 @@ def load_arch(model_type: str) -> Arch:
     except (json.JSONDecodeError, ValidationError) as error:
         raise InputError(f"{path.name} must follow the architecture schema, got {error}. Mend the file.") from None
     if found.model_type != path.stem:
-        raise InputError(f"{path.name} must describe its own model type, got {found.model_type!r}. Rename the file or the key.")
+        raise InputError(
+            f"{path.name} must describe its own model type, got {found.model_type!r}. Rename the file or the key."
+        )
     return found

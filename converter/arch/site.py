@@ -12,7 +12,9 @@ _SITE = re.compile(r"layers\.(\d+)\.(?:experts\.(\d+)\.)?(ffn|attn|linear:[a-z_]
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """Where units are gated: a layer, an expert or none, and a kind (`ffn` neurons, `attn` heads, `linear:<name>` input channels)."""
+    """Where units are gated: a layer, an expert or none, and a kind (`ffn` neurons, `attn` heads, `linear:<name>` input
+    channels).
+    """
 
     layer: int
     expert: int | None = None

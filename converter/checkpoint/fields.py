@@ -37,4 +37,6 @@ def _made(kind: type[_Part], values: dict[str, Any], owner: str, whole: str, rem
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or whole
-        raise InputError(f"{owner}{field:.200} must be valid, got {ascii(first.get('input')):.200} ({first['msg']}). {remedy}.") from None
+        raise InputError(
+            f"{owner}{field:.200} must be valid, got {ascii(first.get('input')):.200} ({first['msg']}). {remedy}."
+        ) from None

@@ -16,7 +16,9 @@ _READ = {"config.json", INDEX, GENERATION_CONFIG, *TOKENIZER_FILES}
 
 
 def unlisted(folder: Path, manifest: Manifest) -> list[str]:
-    """Files that the manifest of a checkpoint must list and does not, one line each. Raises InputError for a config.json that is no checkpoint's."""
+    """Files that the manifest of a checkpoint must list and does not, one line each. Raises InputError for a
+    config.json that is no checkpoint's.
+    """
     return [f"{name} is not listed" for name in sorted({*_needed(folder), *_present(folder)} - set(manifest.files))]
 
 
@@ -33,7 +35,15 @@ def _needed(folder: Path) -> set[str]:
 
 def _present(folder: Path) -> set[str]:
     """Files in the places where readers look; others may lie in a checkpoint as they like."""
-    found = {path.name for path in folder.iterdir() if path.is_file() and (path.name in _READ or path.suffix == ".safetensors")}
+    found = {
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and (path.name in _READ or path.suffix == ".safetensors")
+    }
     for part, pattern in (("sparsity", "*"), ("onnx", "*"), ("report", "*.json")):
-        found |= {path.relative_to(folder).as_posix() for path in (folder / part).rglob(pattern) if path.is_file() and path.name not in LINK_FILES}
+        found |= {
+            path.relative_to(folder).as_posix()
+            for path in (folder / part).rglob(pattern)
+            if path.is_file() and path.name not in LINK_FILES
+        }
     return found

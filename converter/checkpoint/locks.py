@@ -21,7 +21,13 @@ except ImportError:  # Windows: two conversions to one folder are not told apart
     fcntl = None  # type: ignore[assignment]
 
 KIND = "sparsegate folder"
-_UNABLE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without locks answer
+_UNABLE = (
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+)  # what file systems without locks answer
 _GRACE = 5.0  # seconds that processes which a dead holder had started may take to notice its end
 _POLL = 0.05  # seconds
 _held: list[int] = []
@@ -65,7 +71,9 @@ class NoLocks(Exception):  # noqa: N818
 
 
 def inherited() -> tuple[int, ...]:
-    """File descriptors that a process which writes into this one's folders is to be given, so that the locks last as long as it."""
+    """File descriptors that a process which writes into this one's folders is to be given, so that the locks last as
+    long as it.
+    """
     return tuple(_held)
 
 
@@ -85,11 +93,19 @@ def read_record(path: Path) -> dict[str, Any] | None:
 def locked(path: Path, **fields: str) -> Iterator[None]:
     """Hold the lock on `path`, which is made where it is not there and holds the record: this process and `fields`.
 
-    Raises Held when another process has it, NoLocks where there are none (the record is written all the same), and FileNotFoundError without the folder.
+    Raises Held when another process has it, NoLocks where there are none (the record is written all the same), and
+    FileNotFoundError without the folder.
     """
     descriptor, able = _open(path)
     try:
-        record = {"kind": KIND, "version": 1, **fields, "process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        record = {
+            "kind": KIND,
+            "version": 1,
+            **fields,
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, (json.dumps(record) + "\n").encode(), 0)
         if not able:

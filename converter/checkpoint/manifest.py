@@ -1,4 +1,6 @@
-"""manifest.json: what a finished checkpoint is made of and from; written last, so a folder without one is not finished."""
+"""manifest.json: what a finished checkpoint is made of and from; written last, so a folder without one is
+not finished.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,34 @@ from .stage import VERSION, hash_file, write_json
 MANIFEST = "manifest.json"
 LINK_FILES = ("sparsegate_link.json", "libsparsegate_onnx.so")
 """Files that `link` adds; they and the genai_config.json it edits are exempt from the check."""
-_PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-genai",
+    "onnxruntime-genai-cuda",
+)
 
 
 _ROUNDING = 1e-3  # nats: a divergence of 0 may come out below it
 _LARGEST = 1e9
 MEASURED: dict[str, tuple[float, float]] = {
-    "nll_dense": (0, _LARGEST), "nll": (0, _LARGEST), "kl": (-_ROUNDING, _LARGEST), "agreement": (0, 1), "density": (0, 1), "cost": (0, _LARGEST),
-    "nll_error": (0, _LARGEST), "windows": (1, _LARGEST), "onnx_nll": (0, _LARGEST), "onnx_kl": (-_ROUNDING, _LARGEST), "onnx_agreement": (0, 1),
-}  # fmt: skip
+    "nll_dense": (0, _LARGEST),
+    "nll": (0, _LARGEST),
+    "kl": (-_ROUNDING, _LARGEST),
+    "agreement": (0, 1),
+    "density": (0, 1),
+    "cost": (0, _LARGEST),
+    "nll_error": (0, _LARGEST),
+    "windows": (1, _LARGEST),
+    "onnx_nll": (0, _LARGEST),
+    "onnx_kl": (-_ROUNDING, _LARGEST),
+    "onnx_agreement": (0, 1),
+}
 """What may have been measured, least and most of each."""
 _BUDGET = {"max_ppl_increase": LARGEST_LOSS, "max_kl": LARGEST_LOSS, "sparsity": 1.0}
 
@@ -39,7 +60,9 @@ class File(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The record of a conversion: `fingerprint` covers source, recipe and calibration; equal fingerprints mean the same conversion."""
+    """The record of a conversion: `fingerprint` covers source, recipe and calibration; equal fingerprints mean the same
+    conversion.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -78,7 +101,10 @@ class Manifest(BaseModel):
             else:
                 raise ValueError(f"{name} is none of searched, {', '.join(_BUDGET)}")
             if not fits:
-                raise ValueError(f"{name} must be {'true or false' if name == 'searched' else f'from 0 to {_BUDGET[name]:g}'}, got {value!r}")
+                raise ValueError(
+                    f"{name} must be {'true or false' if name == 'searched' else f'from 0 to {_BUDGET[name]:g}'}, got "
+                    f"{value!r}"
+                )
         return values
 
 
@@ -96,7 +122,11 @@ def installed_versions() -> dict[str, str]:
 def list_files(folder: Path) -> dict[str, File]:
     """Every file below a checkpoint folder with size and hash, apart from the manifest and what `link` added."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    kept = [name for name in names if name != MANIFEST and Path(name).name not in LINK_FILES and not name.startswith(".cache/")]
+    kept = [
+        name
+        for name in names
+        if name != MANIFEST and Path(name).name not in LINK_FILES and not name.startswith(".cache/")
+    ]
     return {name: File(sha256=hash_file(folder / name), size=(folder / name).stat().st_size) for name in kept}
 
 
@@ -106,28 +136,38 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint. Raises InputError when it is missing, of another version, or lists files outside the folder."""
+    """The manifest of a checkpoint. Raises InputError when it is missing, of another version, or lists files outside
+    the folder.
+    """
     raw = read_json(folder / MANIFEST, "manifest.json of the checkpoint")
     try:
         found = Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"manifest.json must follow version 1, got {where}: {first['msg']}. Update sparsegate or convert again.") from None
+        raise InputError(
+            f"manifest.json must follow version 1, got {where}: {first['msg']}. Update sparsegate or convert again."
+        ) from None
     for name in found.files:
         check_name(name, MANIFEST)
     return found
 
 
 def check_links(folder: Path) -> None:
-    """Raise InputError for a link in a checkpoint folder: what is written there or pushed from there must not lie, or end, in another place."""
+    """Raise InputError for a link in a checkpoint folder: what is written there or pushed from there must not lie, or
+    end, in another place.
+    """
     found = next((path for path in sorted(folder.rglob("*")) if path.is_symlink()), None)
     if found is not None:
-        raise InputError(f"{folder} must hold regular files and folders alone, got {found.relative_to(folder)}, a link. Put what it leads to in its place.")
+        raise InputError(
+            f"{folder} must hold regular files and folders alone, got {found.relative_to(folder)}, a link. Put what it "
+            "leads to in its place."
+        )
 
 
 def check_files(folder: Path, manifest: Manifest, hashed: int | None = None) -> list[str]:
-    """What is wrong with a folder's files by its manifest, one line a file; empty when all is as written. The model card may be edited by hand.
+    """What is wrong with a folder's files by its manifest, one line a file; empty when all is as written. The model
+    card may be edited by hand.
 
     Of files above `hashed` bytes (None: none) sizes alone are compared.
     """
@@ -145,6 +185,8 @@ def check_files(folder: Path, manifest: Manifest, hashed: int | None = None) -> 
             continue
         if not path.is_file():
             wrong.append(f"{name} is missing")
-        elif path.stat().st_size != file.size or ((hashed is None or file.size <= hashed) and hash_file(path) != file.sha256):
+        elif path.stat().st_size != file.size or (
+            (hashed is None or file.size <= hashed) and hash_file(path) != file.sha256
+        ):
             wrong.append(f"{name} has other bytes than the manifest says")
     return wrong

@@ -1,7 +1,8 @@
-"""A model to read from: a folder (or a Hub repository fetched into one) with a transformers configuration, safetensors weights and a tokenizer.
+"""A model to read from: a folder (or a Hub repository fetched into one) with a transformers configuration, safetensors
+weights and a tokenizer.
 
-Only headers are read on opening. Weights are read tensor by tensor from memory-mapped files; each map is closed before the next, so of the files at most
-one tensor is resident.
+Only headers are read on opening. Weights are read tensor by tensor from memory-mapped files; each map is closed before
+the next, so of the files at most one tensor is resident.
 """
 
 from __future__ import annotations
@@ -39,12 +40,24 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 _PIECES = b"\n"  # how a sentencepiece model begins: its first field is the list of pieces
 _CODE = "auto_map"
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
-_CONFIGS = ("config.json", "tokenizer_config.json", GENERATION_CONFIG, "processor_config.json", "preprocessor_config.json")
+_CONFIGS = (
+    "config.json",
+    "tokenizer_config.json",
+    GENERATION_CONFIG,
+    "processor_config.json",
+    "preprocessor_config.json",
+)
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
     "chat_template.jinja",
-)  # fmt: skip
+)
 TERMS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE.PSF.txt", "USE_POLICY.md", "NOTICE")
 COPIED = ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES, *TERMS)
 """Files that go from a model folder into a checkpoint, beside the weights."""
@@ -90,7 +103,9 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sha256 (hex) over the bytes of every file that a checkpoint takes over: configuration, weights, tokenizer, generation settings and licences."""
+        """Sha256 (hex) over the bytes of every file that a checkpoint takes over: configuration, weights, tokenizer,
+        generation settings and licences.
+        """
         files = {info.file for info in self.tensors.values()}
         names = COPIED if {path.name for path in files} == {SINGLE} else (*COPIED, INDEX)
         files |= {self.folder / name for name in names if (self.folder / name).is_file()}
@@ -109,10 +124,15 @@ class Source:
             found.decode(found("a")["input_ids"])  # some settings are looked at only then
             return found
         except Exception as error:  # every tokenizer class raises its own kind
-            raise InputError(f"The tokenizer must load from {self.folder}, got: {first_line(error)}. Add tokenizer.json and tokenizer_config.json.") from None
+            raise InputError(
+                f"The tokenizer must load from {self.folder}, got: {first_line(error)}. Add tokenizer.json and "
+                "tokenizer_config.json."
+            ) from None
 
     def read(self, names: Iterable[str], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Tensors by name as copies in `dtype`; the files are closed before this returns. Raises InputError for damaged files."""
+        """Tensors by name as copies in `dtype`; the files are closed before this returns. Raises InputError for damaged
+        files.
+        """
         found: dict[str, Tensor] = {}
         for name in names:
             info = self.tensors[name]
@@ -126,7 +146,9 @@ class Source:
         return found
 
     def rows(self, name: str, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The listed rows [k, ...] of a tensor, touching only their pages. `indices` [k] int64, sorted. Raises InputError for damaged files."""
+        """The listed rows [k, ...] of a tensor, touching only their pages. `indices` [k] int64, sorted. Raises
+        InputError for damaged files.
+        """
         info = self.tensors[name]
         out = torch.empty((len(indices), *info.shape[1:]), dtype=dtype)
         try:
@@ -142,13 +164,20 @@ class Source:
 def open_source(model: str | Path, id: str | None = None, revision: str | None = None, sparse: bool = False) -> Source:
     """Open a model folder and check everything that headers can tell; `sparse` allows a checkpoint that carries a plan.
 
-    Raises InputError for a missing folder or configuration, an unknown architecture, pickle weights, and missing, truncated or lying safetensors.
+    Raises InputError for a missing folder or configuration, an unknown architecture, pickle weights, and missing,
+    truncated or lying safetensors.
     """
     folder = Path(model)
     if not folder.is_dir():
-        raise InputError(f"MODEL must be a model folder or a Hub id like owner/name, got {str(model)!r}, which is neither. Check the spelling.")
+        raise InputError(
+            f"MODEL must be a model folder or a Hub id like owner/name, got {str(model)!r}, which is neither. Check "
+            "the spelling."
+        )
     if not (folder / "config.json").is_file():
-        raise InputError(f"MODEL must be a transformers folder with config.json, got {folder} without one. Give the folder that save_pretrained wrote.")
+        raise InputError(
+            f"MODEL must be a transformers folder with config.json, got {folder} without one. Give the folder that "
+            "save_pretrained wrote."
+        )
     raw = read_json(folder / "config.json", "config.json")
     check_config({key: value for key, value in raw.items() if not (sparse and key == KEY)})
     swaps: dict[Site, Swap] = {}
@@ -177,31 +206,46 @@ def check_weights(model: str | Path) -> None:
 
 
 def check_config(raw: dict[str, Any]) -> None:
-    """Refuse configurations that this package cannot start from: quantised weights, checkpoints with a plan, and kernels that transformers would fetch.
+    """Refuse configurations that this package cannot start from: quantised weights, checkpoints with a plan, and
+    kernels that transformers would fetch.
 
-    What keeps exact zeros alone, of a swapped activation or of a ReLU model's own, is no plan: nothing is lost, and another plan may stand on it.
+    What keeps exact zeros alone, of a swapped activation or of a ReLU model's own, is no plan: nothing is lost, and
+    another plan may stand on it.
     """
     if KEY in raw:
         stock, key = not str(raw.get("model_type")).startswith(PREFIX), raw[KEY]
         if stock and not (isinstance(key, dict) and key.get("version") == 2 and key.get("sites")):
-            raise InputError("MODEL must be a dense model, got a checkpoint that is sparse already. Convert its base model instead.")
+            raise InputError(
+                "MODEL must be a dense model, got a checkpoint that is sparse already. Convert its base model instead."
+            )
         planned = [site.key for site, fields in read_key(key).sites.items() if fields["score"] != "exact"]
         if planned:
             raise InputError(
-                f"MODEL must be a model without a plan, got a checkpoint that has a plan already ({planned[0]}). Convert the model that it was made from."
+                f"MODEL must be a model without a plan, got a checkpoint that has a plan already ({planned[0]}). "
+                "Convert the model that it was made from."
             )
     named = raw.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
-        raise InputError(f"architectures in config.json must be a list of names, got {ascii(named):.100}. Mend the file.")
+        raise InputError(
+            f"architectures in config.json must be a list of names, got {ascii(named):.100}. Mend the file."
+        )
     if named and not any(name.endswith(_CAUSAL) for name in named):
-        raise InputError(f"MODEL must be a causal language model (...{_CAUSAL[0]}), got {named[0]:.100}. Convert the model that it was made from.")
+        raise InputError(
+            f"MODEL must be a causal language model (...{_CAUSAL[0]}), got {named[0]:.100}. Convert the model that it "
+            "was made from."
+        )
     for name in _KERNELS:
         if "/" in str(raw.get(name)):
-            raise InputError(f"{name} in config.json must be one of transformers' own, got {raw[name]!r:.100}, code of a repository. Take that line out.")
+            raise InputError(
+                f"{name} in config.json must be one of transformers' own, got {raw[name]!r:.100}, code of a "
+                "repository. Take that line out."
+            )
     if raw.get("quantization_config"):
         quantisation = raw["quantization_config"]
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
-        raise InputError(f"MODEL must have float weights, got weights quantised by {method!r}. Convert the unquantised model.")
+        raise InputError(
+            f"MODEL must have float weights, got weights quantised by {method!r}. Convert the unquantised model."
+        )
 
 
 def stored(tensors: Mapping[str, TensorInfo]) -> Stored:
@@ -215,13 +259,17 @@ def asks_for_code(folder: Path) -> list[str]:
 
 
 def drop_code(folder: Path) -> None:
-    """Take what names code of the model's own out of a folder's configuration files, so that nobody who trusts the folder runs it."""
+    """Take what names code of the model's own out of a folder's configuration files, so that nobody who trusts the
+    folder runs it.
+    """
     for name in asks_for_code(folder):
         write_json(folder / name, {key: value for key, value in read_json(folder / name, name).items() if key != _CODE})
 
 
 def make_config(raw: dict[str, Any]) -> Any:
-    """The transformers configuration of a config.json's content. Raises InputError for counts out of bounds and for values that transformers refuses."""
+    """The transformers configuration of a config.json's content. Raises InputError for counts out of bounds and for
+    values that transformers refuses.
+    """
     from transformers import AutoConfig
 
     check_counts(raw)
@@ -230,13 +278,15 @@ def make_config(raw: dict[str, Any]) -> Any:
     try:
         return AutoConfig.for_model(raw["model_type"], **values)
     except Exception as error:  # configuration classes raise their own validation errors
-        raise InputError(f"config.json must hold a valid {raw['model_type']} configuration, got: {first_line(error)}. Mend the file.") from None
+        raise InputError(
+            f"config.json must hold a valid {raw['model_type']} configuration, got: {first_line(error)}. Mend the file."
+        ) from None
 
 
 def backed_config(arch: Arch, raw: dict[str, Any], tensors: Stored) -> Any:
-    """The transformers configuration of a config.json's content, which the tensors in the files are those of: the one check of `inspect`, `convert` and every
-    reader of weights. Raises InputError as `check_names`, `check_backed`, `make_config` and `check_model` do, in this order: nothing large is made before it is
-    known.
+    """The transformers configuration of a config.json's content, which the tensors in the files are those of: the one
+    check of `inspect`, `convert` and every reader of weights. Raises InputError as `check_names`, `check_backed`,
+    `make_config` and `check_model` do, in this order: nothing large is made before it is known.
     """
     check_names(arch, tensors)
     check_backed(arch, raw, {name: shape for name, (shape, _) in tensors.items()})
@@ -246,10 +296,11 @@ def backed_config(arch: Arch, raw: dict[str, Any], tensors: Stored) -> Any:
 
 
 def stock_view(folder: Path, out: Path) -> Path:
-    """A folder that stock tools read as the base model: `folder` itself, or, where activations were swapped, `out` with links to its files.
+    """A folder that stock tools read as the base model: `folder` itself, or, where activations were swapped, `out` with
+    links to its files.
 
-    The weights there are those of the swapped model under the base's activation: the function is neither model's, and what is built from it must put the
-    swapped activations in.
+    The weights there are those of the swapped model under the base's activation: the function is neither model's, and
+    what is built from it must put the swapped activations in.
     """
     raw = read_json(folder / "config.json", "config.json")
     if not str(raw.get("model_type")).startswith(PREFIX):
@@ -272,8 +323,12 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
         files = [folder / SINGLE]
     elif (folder / INDEX).is_file():
         named = read_json(folder / INDEX, INDEX).get("weight_map", {})
-        if not isinstance(named, dict) or not all(isinstance(file, str) and file == Path(file).name for file in named.values()):
-            raise InputError(f"{INDEX} must map tensors to files beside it, got another weight_map in {folder}. Fetch it again.")
+        if not isinstance(named, dict) or not all(
+            isinstance(file, str) and file == Path(file).name for file in named.values()
+        ):
+            raise InputError(
+                f"{INDEX} must map tensors to files beside it, got another weight_map in {folder}. Fetch it again."
+            )
         files = [inside(folder, file, INDEX, link=True) for file in sorted(set(named.values()))]
     if not files:
         pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
@@ -282,23 +337,35 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
                 f"Weights must be safetensors, got {pickles[0]}, a pickle file that can run code when read. "
                 "Load it with transformers on a machine you trust and save it with model.save_pretrained(DIR)."
             )
-        raise InputError(f"Weights must be {SINGLE} or shards with {INDEX}, got neither in {folder}. Fetch the weights.")
+        raise InputError(
+            f"Weights must be {SINGLE} or shards with {INDEX}, got neither in {folder}. Fetch the weights."
+        )
     found: dict[str, TensorInfo] = {}
     for path in files:
         if not path.is_file():
             raise InputError(f"{INDEX} names {path.name}, which must lie in {folder}, got no such file. Fetch it.")
         for name, entry in read_header(path).items():
             if name in found:
-                raise InputError(f"{name} must stand in one file, got it in {found[name].file.name} and {path.name}. Fetch the weights again.")
+                raise InputError(
+                    f"{name} must stand in one file, got it in {found[name].file.name} and {path.name}. Fetch the "
+                    "weights again."
+                )
             found[name] = TensorInfo(entry.dtype, entry.shape, path)
-    absent = min((name for name, file in named.items() if name not in found or found[name].file.name != file), default=None)
+    absent = min(
+        (name for name, file in named.items() if name not in found or found[name].file.name != file), default=None
+    )
     if absent is not None:
-        raise InputError(f"{INDEX} names {absent}, which must stand in {named[absent]}, got no such tensor there. Fetch the weights again.")
+        raise InputError(
+            f"{INDEX} names {absent}, which must stand in {named[absent]}, got no such tensor there. Fetch the weights "
+            "again."
+        )
     return found
 
 
 def has_own_head(source: Source) -> bool:
-    """Whether the files hold another head than the embedding although config.json ties the two: transformers (5.23) uses it then."""
+    """Whether the files hold another head than the embedding although config.json ties the two: transformers (5.23)
+    uses it then.
+    """
     if not getattr(source.config, "tie_word_embeddings", False) or HEAD not in source.tensors:
         return False
     found = source.read([HEAD, source.arch.embedding])
@@ -306,30 +373,44 @@ def has_own_head(source: Source) -> bool:
 
 
 def end_tokens(model: Any) -> frozenset[int]:
-    """The tokens that end a text: those of the generation configuration, or of the configuration where that names none. Empty where neither does.
+    """The tokens that end a text: those of the generation configuration, or of the configuration where that names none.
+    Empty where neither does.
 
-    `model` is a transformers model or a model folder. As transformers' `generate`, which counts a tokenizer's end token only where these name it.
-    Raises InputError for a folder whose end tokens are no token ids.
+    `model` is a transformers model or a model folder. As transformers' `generate`, which counts a tokenizer's end token
+    only where these name it. Raises InputError for a folder whose end tokens are no token ids.
     """
     if isinstance(model, str | Path):
         files = [Path(model) / name for name in (GENERATION_CONFIG, "config.json")]
         named = [read_json(file, file.name).get("eos_token_id") for file in files if file.is_file()]
     else:
-        named = [getattr(config, "eos_token_id", None) for config in (getattr(model, "generation_config", None), model.config)]
+        named = [
+            getattr(config, "eos_token_id", None)
+            for config in (getattr(model, "generation_config", None), model.config)
+        ]
     ends = next((value for value in named if value is not None), [])
     ends = ends if isinstance(ends, list) else [ends]
     if not all(type(token) is int for token in ends):
-        raise InputError(f"eos_token_id must be a token id or a list of them, got {ends!r:.100}. Mend {GENERATION_CONFIG}.")
+        raise InputError(
+            f"eos_token_id must be a token id or a list of them, got {ends!r:.100}. Mend {GENERATION_CONFIG}."
+        )
     return frozenset(ends)
 
 
 def _check_tokenizer_files(folder: Path) -> None:
-    """Refuse a folder without a vocabulary, for which transformers makes an empty tokenizer in silence, and a sentencepiece file that nothing here can read."""
+    """Refuse a folder without a vocabulary, for which transformers makes an empty tokenizer in silence, and a
+    sentencepiece file that nothing here can read.
+    """
     files = [path for path in folder.iterdir() if path.name in _VOCABULARIES or path.suffix in (".model", ".tiktoken")]
     if not files:
-        raise InputError(f"The tokenizer must lie in {folder} as tokenizer.json, got none of its files. Add tokenizer.json and tokenizer_config.json.")
+        raise InputError(
+            f"The tokenizer must lie in {folder} as tokenizer.json, got none of its files. Add tokenizer.json and "
+            "tokenizer_config.json."
+        )
     pieces = folder / "tokenizer.model"
     if not (folder / "tokenizer.json").is_file() and pieces.is_file() and find_spec("sentencepiece") is None:
         with open(pieces, "rb") as file:
             if file.read(1) == _PIECES:
-                raise InputError(f"tokenizer.model of {folder} must be read by sentencepiece, got no such package. Do: pip install sentencepiece protobuf.")
+                raise InputError(
+                    f"tokenizer.model of {folder} must be read by sentencepiece, got no such package. Do: pip install "
+                    "sentencepiece protobuf."
+                )

@@ -1,6 +1,8 @@
-"""The sparse checkpoint's own part: config.json's closed `sparsity` key and sparsity/sparsity.safetensors. See FORMAT.md.
+"""The sparse checkpoint's own part: config.json's closed `sparsity` key and sparsity/sparsity.safetensors. See
+FORMAT.md.
 
-Version 2 is for activations that were swapped and for sites that keep what is not zero; everything else stays version 1.
+Version 2 is for activations that were swapped and for sites that keep what is not zero; everything else stays version
+1.
 """
 
 from __future__ import annotations
@@ -16,7 +18,19 @@ from ...runtime_onnx.ops.activation import is_relu
 from ...runtime_onnx.untrusted import read_json
 from ..arch import ACTIVATIONS, PREFIX, SWAPPED, load_arch, supported
 from ..arch.site import Site
-from .plan import Entry, Plan, Predictor, Swap, Threshold, activation_at, check_plan, check_share, check_values, deciding, score_of
+from .plan import (
+    Entry,
+    Plan,
+    Predictor,
+    Swap,
+    Threshold,
+    activation_at,
+    check_plan,
+    check_share,
+    check_values,
+    deciding,
+    score_of,
+)
 from .stage import write_json, write_tensors
 from .tensor_files import load_tensors
 
@@ -31,12 +45,17 @@ _FIELDS = {
     "input": {"score", "density"},
     "exact": {"score", "activation", "density", "opened"},
 }
-_SCORES = {1: {"ffn": ("gate", "predictor"), "linear": ("input",)}, 2: {"ffn": ("gate", "predictor", "exact"), "linear": ("input",)}}
+_SCORES = {
+    1: {"ffn": ("gate", "predictor"), "linear": ("input",)},
+    2: {"ffn": ("gate", "predictor", "exact"), "linear": ("input",)},
+}
 _KEYS = {1: {"version", "sites"}, 2: {"version", "base_activation", "sites"}}
 
 
 class Key(NamedTuple):
-    """The `sparsity` key as it was read: its version, the op's name of the base model's activation (None in version 1), and the fields of every site."""
+    """The `sparsity` key as it was read: its version, the op's name of the base model's activation (None in version 1),
+    and the fields of every site.
+    """
 
     version: int
     base: str | None
@@ -45,11 +64,14 @@ class Key(NamedTuple):
     def swapped(self) -> dict[Site, str]:
         """The activations of the sites that do not compute with the base model's."""
         named = {site: fields["activation"] for site, fields in self.sites.items() if "activation" in fields}
-        return {site: activation for site, activation in named.items() if self.base is not None and activation != self.base}
+        return {
+            site: activation for site, activation in named.items() if self.base is not None and activation != self.base
+        }
 
 
 def encode(plan: Plan, activation: str, base_activation: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The `sparsity` key and the tensors of a plan on a model with an `activation` (the op's name), which transformers names `base_activation`.
+    """The `sparsity` key and the tensors of a plan on a model with an `activation` (the op's name), which transformers
+    names `base_activation`.
 
     Raises InputError for a score that the format does not know, and when `check_plan` does.
     """
@@ -59,7 +81,10 @@ def encode(plan: Plan, activation: str, base_activation: str | None = None) -> t
         entry, score, own = deciding(entries), score_of(deciding(entries)), activation_at(entries, activation)
         check_values(site, entry)
         if score not in _FIELDS:
-            raise InputError(f"The score of {site.key} must be one of {', '.join(_FIELDS)} in sparsity version 2, got {score!r}. Make another plan.")
+            raise InputError(
+                f"The score of {site.key} must be one of {', '.join(_FIELDS)} in sparsity version 2, got {score!r}. "
+                "Make another plan."
+            )
         fields: dict[str, Any] = {"score": score, "activation": own, "density": entry.density, "rank": entry.rank}
         if isinstance(entry, Swap):
             fields["opened"] = entry.opened
@@ -69,7 +94,10 @@ def encode(plan: Plan, activation: str, base_activation: str | None = None) -> t
         sites[site.key] = fields
         version = 2 if score == "exact" or own != activation else version
         # a copy each: sites may share a tensor, which safetensors refuses
-        tensors |= {f"{site.key}.{role}": tensor.clone(memory_format=torch.contiguous_format) for role, tensor in entry.tensors().items()}
+        tensors |= {
+            f"{site.key}.{role}": tensor.clone(memory_format=torch.contiguous_format)
+            for role, tensor in entry.tensors().items()
+        }
     if version == 1:
         return {"version": 1, "sites": sites}, tensors
     named = base_activation or next(name for name, known in ACTIVATIONS.items() if known == activation)
@@ -77,9 +105,11 @@ def encode(plan: Plan, activation: str, base_activation: str | None = None) -> t
 
 
 def write_sparsity(folder: Path, plan: Plan, activation: str) -> None:
-    """Add the `sparsity` key to a folder's config.json and write the tensors beside it; `auto_map`, which names code that is not carried over, goes.
+    """Add the `sparsity` key to a folder's config.json and write the tensors beside it; `auto_map`, which names code
+    that is not carried over, goes.
 
-    `activation` is the base model's by the op's name. Where another one is swapped in, model type, class and activation are no longer stock ones.
+    `activation` is the base model's by the op's name. Where another one is swapped in, model type, class and activation
+    are no longer stock ones.
     """
     raw = read_json(folder / "config.json", "config.json")
     raw.pop("auto_map", None)
@@ -92,7 +122,11 @@ def write_sparsity(folder: Path, plan: Plan, activation: str) -> None:
     if any(activation_at(entries, activation) != activation for site, entries in plan.items() if site.kind == "ffn"):
         arch = load_arch(model_type)
         raw |= {"model_type": PREFIX + arch.model_type, arch.ffn.activation.config: SWAPPED}
-        raw |= {"architectures": [CLASS + name.removeprefix(CLASS) for name in raw["architectures"]]} if raw.get("architectures") else {}
+        raw |= (
+            {"architectures": [CLASS + name.removeprefix(CLASS) for name in raw["architectures"]]}
+            if raw.get("architectures")
+            else {}
+        )
     write_json(folder / "config.json", raw | {KEY: key})
     if tensors:
         (folder / TENSORS).parent.mkdir(exist_ok=True)
@@ -100,36 +134,58 @@ def write_sparsity(folder: Path, plan: Plan, activation: str) -> None:
 
 
 def write_stock(folder: Path) -> None:
-    """Take the `sparsity` key from a folder's config.json, whose networks all compute the base model's own activation, and give it the base's names."""
+    """Take the `sparsity` key from a folder's config.json, whose networks all compute the base model's own activation,
+    and give it the base's names.
+    """
     raw = read_json(folder / "config.json", "config.json")
     swapped = str(raw.get("model_type")).startswith(PREFIX)
-    write_json(folder / "config.json", stock_config(raw) if swapped else {name: value for name, value in raw.items() if name != KEY})
+    write_json(
+        folder / "config.json",
+        stock_config(raw) if swapped else {name: value for name, value in raw.items() if name != KEY},
+    )
 
 
 def stock_config(raw: dict[str, Any]) -> dict[str, Any]:
-    """The content of the base model's config.json: that of a checkpoint with a swapped activation under its stock name. Raises InputError as `read_key`."""
+    """The content of the base model's config.json: that of a checkpoint with a swapped activation under its stock name.
+    Raises InputError as `read_key`.
+    """
     arch, key = load_arch(str(raw.get("model_type"))), raw.get(KEY)
     read_key(key)
     found = {name: value for name, value in raw.items() if name != KEY}
     assert isinstance(key, dict)
     found |= {"model_type": arch.model_type, arch.ffn.activation.config: key["base_activation"]}
-    return found | ({"architectures": [name.removeprefix(CLASS) for name in raw["architectures"]]} if raw.get("architectures") else {})
+    return found | (
+        {"architectures": [name.removeprefix(CLASS) for name in raw["architectures"]]}
+        if raw.get("architectures")
+        else {}
+    )
 
 
 def read_key(raw: Any) -> Key:
-    """The `sparsity` key of a config.json. Raises InputError for anything outside the closed vocabulary of its version."""
+    """The `sparsity` key of a config.json. Raises InputError for anything outside the closed vocabulary of
+    its version.
+    """
     version: Any = raw.get("version") if isinstance(raw, dict) else 1
     if isinstance(version, bool) or version not in VERSIONS:
-        raise InputError(f"The sparsity version must be {' or '.join(map(str, VERSIONS))} for this sparsegate, got {version!r}. Update sparsegate.")
+        raise InputError(
+            f"The sparsity version must be {' or '.join(map(str, VERSIONS))} for this sparsegate, got {version!r}. "
+            "Update sparsegate."
+        )
     if not isinstance(raw, dict) or set(raw) - _KEYS[version]:
         found = sorted(raw) if isinstance(raw, dict) else raw
-        raise InputError(f'The key "{KEY}" must hold {", ".join(sorted(_KEYS[version]))}, got {found!r}. Update sparsegate or convert again.')
+        raise InputError(
+            f'The key "{KEY}" must hold {", ".join(sorted(_KEYS[version]))}, got {found!r}. Update sparsegate or '
+            "convert again."
+        )
     if not isinstance(raw.get("sites"), dict):
         raise InputError(f"The sparsity sites must be an object, got {raw.get('sites')!r}. Fetch the checkpoint again.")
     base = None
     if version == 2:
         if str(raw.get("base_activation")) not in ACTIVATIONS:
-            raise InputError(f"base_activation must be one of {', '.join(sorted(ACTIVATIONS))}, got {raw.get('base_activation')!r}. Update sparsegate.")
+            raise InputError(
+                f"base_activation must be one of {', '.join(sorted(ACTIVATIONS))}, got {raw.get('base_activation')!r}. "
+                "Update sparsegate."
+            )
         base = ACTIVATIONS[raw["base_activation"]]
     sites: dict[Site, dict[str, Any]] = {}
     for key, fields in raw["sites"].items():
@@ -138,16 +194,24 @@ def read_key(raw: Any) -> Key:
         if site.key != key:  # two spellings of a site would be two contents of one
             raise InputError(f"A site must be spelled {site.key}, got {key!r}. Fetch the checkpoint again.")
         if site.expert is not None or kind not in _SCORES[version]:
-            raise InputError(f"A site must read like layers.3.ffn or layers.3.linear.q_proj in sparsity version {version}, got {key!r}. Update sparsegate.")
+            raise InputError(
+                f"A site must read like layers.3.ffn or layers.3.linear.q_proj in sparsity version {version}, got "
+                f"{key!r}. Update sparsegate."
+            )
         sites[site] = _check_fields(key, fields, version, _SCORES[version][kind], base)
     return Key(version, base, sites)
 
 
 def read_sparsity(folder: Path) -> tuple[Plan, dict[str, str]]:
-    """The plan of a sparse checkpoint and the activation of every feed-forward site. Raises InputError for anything outside the closed vocabulary."""
+    """The plan of a sparse checkpoint and the activation of every feed-forward site. Raises InputError for anything
+    outside the closed vocabulary.
+    """
     config = read_json(folder / "config.json", "config.json")
     if config.get(KEY) is None:
-        raise InputError(f'A sparse checkpoint must have the key "{KEY}" in config.json, got none in {folder}. Run sparsegate convert first.')
+        raise InputError(
+            f'A sparse checkpoint must have the key "{KEY}" in config.json, got none in {folder}. Run sparsegate '
+            "convert first."
+        )
     key = read_key(config[KEY])
     _check_type(config, key)
     needed = any(fields["score"] != "exact" for fields in key.sites.values())
@@ -161,7 +225,10 @@ def read_sparsity(folder: Path) -> tuple[Plan, dict[str, str]]:
     check_plan(plan)
     known = {f"{site.key}.{role}" for site, entries in plan.items() for role in deciding(entries).tensors()}
     if set(stored) - known:
-        raise InputError(f"{TENSORS} must hold only what config.json names, got {min(set(stored) - known)} as well. Update sparsegate.")
+        raise InputError(
+            f"{TENSORS} must hold only what config.json names, got {min(set(stored) - known)} as well. Update "
+            "sparsegate."
+        )
     return plan, {site.key: fields["activation"] for site, fields in key.sites.items() if "activation" in fields}
 
 
@@ -170,11 +237,15 @@ def _check_type(config: dict[str, Any], key: Key) -> None:
     model_type = str(config.get("model_type"))
     if bool(key.swapped()) != model_type.startswith(PREFIX):
         expected = f"{PREFIX}<base>" if key.swapped() else "a stock one"
-        raise InputError(f"model_type must be {expected} with the activations that {KEY} names, got {model_type}. Convert again.")
+        raise InputError(
+            f"model_type must be {expected} with the activations that {KEY} names, got {model_type}. Convert again."
+        )
     if key.swapped():
         field = load_arch(model_type).ffn.activation.config
         if config.get(field) != SWAPPED:
-            raise InputError(f"{field} must be {SWAPPED} where an activation was swapped, got {config.get(field)!r}. Convert again.")
+            raise InputError(
+                f"{field} must be {SWAPPED} where an activation was swapped, got {config.get(field)!r}. Convert again."
+            )
 
 
 def _check_fields(key: str, fields: Any, version: int, scores: tuple[str, ...], base: str | None) -> dict[str, Any]:
@@ -182,20 +253,32 @@ def _check_fields(key: str, fields: Any, version: int, scores: tuple[str, ...], 
         raise InputError(f"{key} must hold an object, got {fields!r}. Fetch the checkpoint again.")
     score = fields.get("score")
     if score not in scores:
-        raise InputError(f"The score of {key} must be one of {', '.join(scores)} for sparsity version {version}, got {score!r}. Update sparsegate.")
+        raise InputError(
+            f"The score of {key} must be one of {', '.join(scores)} for sparsity version {version}, got {score!r}. "
+            "Update sparsegate."
+        )
     needed = _FIELDS[score] | ({"rank"} if fields.get("residual") and score == "gate" else set())
     allowed = needed | ({"residual"} if score in ("gate", "predictor") else set())
     unknown, missing = set(fields) - allowed, needed - set(fields)
     if unknown:
-        raise InputError(f"{key} must hold only {sorted(allowed)} in sparsity version {version}, got {sorted(unknown)}. Update sparsegate.")
+        raise InputError(
+            f"{key} must hold only {sorted(allowed)} in sparsity version {version}, got {sorted(unknown)}. Update "
+            "sparsegate."
+        )
     if missing:
         raise InputError(f"{key} must hold {sorted(missing)}, got only {sorted(fields)}. Fetch the checkpoint again.")
     if not isinstance(fields.get("residual", True), bool):
-        raise InputError(f"The residual of {key} must be true or false, got {fields['residual']!r:.100}. Fetch the checkpoint again.")
+        raise InputError(
+            f"The residual of {key} must be true or false, got {fields['residual']!r:.100}. Fetch the checkpoint again."
+        )
     for name in {"density", "opened"} & needed:
         check_share(f"The {name} of {key}", fields[name])
-    if "rank" in needed and (isinstance(fields["rank"], bool) or not isinstance(fields["rank"], int) or fields["rank"] < 1):
-        raise InputError(f"The rank of {key} must be a number from 1 on, got {fields['rank']!r:.100}. Fetch the checkpoint again.")
+    if "rank" in needed and (
+        isinstance(fields["rank"], bool) or not isinstance(fields["rank"], int) or fields["rank"] < 1
+    ):
+        raise InputError(
+            f"The rank of {key} must be a number from 1 on, got {fields['rank']!r:.100}. Fetch the checkpoint again."
+        )
     if score != "input":
         _check_activation(key, fields["activation"], score, base)
     return fields
@@ -211,7 +294,10 @@ def _check_activation(key: str, activation: Any, score: str, base: str | None) -
     except ValueError:
         exact = False
     if not exact:
-        raise InputError(f"The activation of {key} must be one with exact zeros that this sparsegate knows, got {activation!r}. Update sparsegate.")
+        raise InputError(
+            f"The activation of {key} must be one with exact zeros that this sparsegate knows, got {activation!r}. "
+            "Update sparsegate."
+        )
 
 
 def _entry(key: str, fields: dict[str, Any], stored: dict[str, Tensor]) -> Entry:
@@ -234,12 +320,21 @@ def _entry(key: str, fields: dict[str, Any], stored: dict[str, Tensor]) -> Entry
         return Threshold(score, tau, density)
     fc1 = tensor("residual.fc1.weight" if score == "gate" else "predictor.fc1.weight")
     if fc1.ndim != 2 or fc1.shape[0] != fields["rank"]:
-        raise InputError(f"{key}'s fc1 must have shape [r, d] with r = {fields['rank']}, got {list(fc1.shape)}. Fetch the checkpoint again.")
+        raise InputError(
+            f"{key}'s fc1 must have shape [r, d] with r = {fields['rank']}, got {list(fc1.shape)}. Fetch the "
+            "checkpoint again."
+        )
     if residual is not None and residual.shape != fc1.shape:
-        raise InputError(f"{key}.residual.weight must have shape {list(fc1.shape)}, got {list(residual.shape)}. Fetch the checkpoint again.")
+        raise InputError(
+            f"{key}.residual.weight must have shape {list(fc1.shape)}, got {list(residual.shape)}. Fetch the "
+            "checkpoint again."
+        )
     if score == "gate":
         return Threshold(score, tau, density, fc1, residual)
     fc2 = tensor("predictor.fc2.weight")
     if fc2.shape != (len(tau), fc1.shape[0]):
-        raise InputError(f"{key}'s fc2 must have shape [{len(tau)}, r] with r = {fields['rank']}, got {list(fc2.shape)}. Fetch the checkpoint again.")
+        raise InputError(
+            f"{key}'s fc2 must have shape [{len(tau)}, r] with r = {fields['rank']}, got {list(fc2.shape)}. Fetch the "
+            "checkpoint again."
+        )
     return Predictor(fc1, fc2, tau, density, residual)

@@ -1,7 +1,8 @@
 """Headers and hashes: what makes every stage a pure function from folders to a folder that can be resumed.
 
-A stage folder holds `header.json` beside its data. The header names its parents by their fingerprints, so a fingerprint covers the whole history. The file
-also lists the stage's files with sizes and hashes, which are no part of the fingerprint: what was damaged since is made again.
+A stage folder holds `header.json` beside its data. The header names its parents by their fingerprints, so a fingerprint
+covers the whole history. The file also lists the stage's files with sizes and hashes, which are no part of the
+fingerprint: what was damaged since is made again.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ HEADER = "header.json"
 RECORD = ".sparsegate.json"
 """What makes a folder ours: the record that `locks.locked` wrote into it."""
 _FILES, _SEAL = "files", "seal"
-"""Keys of header.json beside the header's own: the stage's files with sizes and hashes, and the hash of all the rest."""
+"""Keys of header.json beside the header's own: the stage's files with sizes and hashes, and the hash of all the rest.
+"""
 _CHUNK = 1 << 22  # bytes read at a time
 _PARTIAL = re.compile(r".*\.partial-[0-9a-f]{8}")
 _OLD = ".old"
-_FULL = re.compile(r"No space left on device|os error 28|File too large|os error 27|Disk quota exceeded|StorageFull|\d+ requested and \d+ written")
+_FULL = re.compile(
+    r"No space left on device|os error 28|File too large|os error 27|Disk quota exceeded|StorageFull|\d+ requested and "
+    r"\d+ written"
+)
 """What libraries say of a full disk, numpy last."""
 _TRIES = 100  # another process may finish the same folder at any moment
 
@@ -56,7 +61,8 @@ class DiskFull(InputError):
 class Header(BaseModel):
     """What a stage was made from; equal headers mean equal content.
 
-    `parents` maps a parent's role to its fingerprint (sha256 hex), `config` is the stage's own recipe part, `calibration` the sha256 of the token batches.
+    `parents` maps a parent's role to its fingerprint (sha256 hex), `config` is the stage's own recipe part,
+    `calibration` the sha256 of the token batches.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -90,14 +96,18 @@ def hash_file(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON beside `path` and rename it into place. Raises InputError for NaN and infinity, which no reader takes."""
+    """Write `value` as indented JSON beside `path` and rename it into place. Raises InputError for NaN and infinity,
+    which no reader takes.
+    """
     partial = partial_name(path)
     try:
         with open(partial, "x", encoding="utf-8") as file:
             try:
                 json.dump(value, file, indent=2, sort_keys=False, allow_nan=False)
             except ValueError as error:
-                raise InputError(f"{path.name} must hold finite numbers, got NaN or infinity ({error}). Check the model's weights.") from None
+                raise InputError(
+                    f"{path.name} must hold finite numbers, got NaN or infinity ({error}). Check the model's weights."
+                ) from None
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
@@ -107,7 +117,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write `tensors` as safetensors beside `path` and rename it into place; its mode is the umask's. Raises DiskFull."""
+    """Write `tensors` as safetensors beside `path` and rename it into place; its mode is the umask's.
+    Raises DiskFull.
+    """
     from safetensors.torch import save_file
 
     partial = partial_name(path)
@@ -128,7 +140,10 @@ def partial_name(path: Path) -> Path:
 
 
 def _umask() -> int:
-    with suppress(OSError, StopIteration, ValueError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
+    with (
+        suppress(OSError, StopIteration, ValueError),
+        open("/proc/self/status", encoding="ascii", errors="replace") as status,
+    ):
         return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
     mask = os.umask(0o077)  # elsewhere it can be read only by changing it, for all threads
     os.umask(mask)
@@ -139,9 +154,10 @@ def _umask() -> int:
 def atomic_folder(target: Path, new: bool = False) -> Iterator[Path]:
     """A new folder that is renamed to `target` when the block ends well and removed when it does not.
 
-    It is made inside one beside `target` that carries a locked record of ours, so that leftovers of killed runs are known from a user's folders and from those
-    of runs that go on; the former are removed first. A folder at `target` is replaced where it is ours, a stage or something in a work folder, and never with
-    `new`. Raises InputError for any other, and DiskFull; every other error passes through.
+    It is made inside one beside `target` that carries a locked record of ours, so that leftovers of killed runs are
+    known from a user's folders and from those of runs that go on; the former are removed first. A folder at `target` is
+    replaced where it is ours, a stage or something in a work folder, and never with `new`. Raises InputError for any
+    other, and DiskFull; every other error passes through.
     """
     check_replaced(target, new)
     try:
@@ -166,11 +182,19 @@ def check_replaced(target: Path, new: bool) -> None:
         if before is None:
             return
         if new:
-            raise InputError(f"{target} must be a new folder, got something that is there already. Choose another name, or remove it.")
-        if not target.is_symlink() and (read_header(target) is not None or any(read_record(parent / RECORD) for parent in target.absolute().parents)):
+            raise InputError(
+                f"{target} must be a new folder, got something that is there already. Choose another name, or remove "
+                "it."
+            )
+        if not target.is_symlink() and (
+            read_header(target) is not None or any(read_record(parent / RECORD) for parent in target.absolute().parents)
+        ):
             return
         if _identity(target) == before:  # else another process has just put its own there
-            raise InputError(f"{target} must be new or a folder that sparsegate made, got another one. Choose another name, or move it away.")
+            raise InputError(
+                f"{target} must be new or a folder that sparsegate made, got another one. Choose another name, or move "
+                "it away."
+            )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -203,7 +227,11 @@ def _shell(target: Path) -> Iterator[Path]:
 def remove_abandoned(target: Path) -> None:
     """Remove what killed runs left of `target`."""
     for shell in list(target.parent.iterdir()):
-        if not shell.name.startswith(f"{target.name}.partial-") or not _PARTIAL.fullmatch(shell.name) or shell.is_symlink():
+        if (
+            not shell.name.startswith(f"{target.name}.partial-")
+            or not _PARTIAL.fullmatch(shell.name)
+            or shell.is_symlink()
+        ):
             continue
         with abandoned(shell / RECORD) as free:
             if free:
@@ -225,7 +253,9 @@ def _remove(shell: Path) -> None:
 
 
 def _put(partial: Path, target: Path, old: Path, new: bool) -> None:
-    """Rename `partial` to `target`, what is there aside first: a process that is killed while a folder is removed would leave a half."""
+    """Rename `partial` to `target`, what is there aside first: a process that is killed while a folder is removed would
+    leave a half.
+    """
     for _ in range(_TRIES):
         check_replaced(target, new)
         with suppress(FileNotFoundError):
@@ -240,7 +270,9 @@ def _put(partial: Path, target: Path, old: Path, new: bool) -> None:
             if old.exists() and not target.exists():
                 os.replace(old, target)
             raise
-    raise InputError(f"{target} must be written by one process at a time, got others that do. Run the same command again.")
+    raise InputError(
+        f"{target} must be written by one process at a time, got others that do. Run the same command again."
+    )
 
 
 def _sync(folder: Path) -> None:
@@ -254,8 +286,12 @@ def _sync(folder: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether `error` says that no byte more can be written: ENOSPC, EDQUOT, EFBIG, or a library's message of the same meaning."""
-    if isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+    """Whether `error` says that no byte more can be written: ENOSPC, EDQUOT, EFBIG, or a library's message of the same
+    meaning.
+    """
+    if isinstance(error, DiskFull) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    ):
         return True
     return _FULL.search(str(error)) is not None
 
@@ -266,7 +302,9 @@ def disk_full(target: Path) -> DiskFull:
     while not place.exists():
         place = place.parent
     found = f"a full disk or a file-size limit ({size(shutil.disk_usage(place).free)} free now)"
-    return DiskFull(f"Disk space must suffice for {target}, got {found}. Free some space and run the same command again.")
+    return DiskFull(
+        f"Disk space must suffice for {target}, got {found}. Free some space and run the same command again."
+    )
 
 
 def size(count: float) -> str:
@@ -280,14 +318,25 @@ def size(count: float) -> str:
 def write_header(folder: Path, header: Header) -> None:
     """Store `header` in a stage folder whose files are all there, with their sizes and hashes.
 
-    A gigabyte takes about 0.8 s of one core (sha256 at 1.3 GB/s), here and once in a run that finds the stage finished; writing it takes longer.
+    A gigabyte takes about 0.8 s of one core (sha256 at 1.3 GB/s), here and once in a run that finds the stage finished;
+    writing it takes longer.
     """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    _write_header(folder, header, {name: {"size": (folder / name).stat().st_size, "sha256": known_hash(folder / name)} for name in names if name != HEADER})
+    _write_header(
+        folder,
+        header,
+        {
+            name: {"size": (folder / name).stat().st_size, "sha256": known_hash(folder / name)}
+            for name in names
+            if name != HEADER
+        },
+    )
 
 
 def mark(folder: Path, header: Header) -> None:
-    """Store `header` in a folder that is made again whenever it is needed, as the record that it is ours; its files are not listed."""
+    """Store `header` in a folder that is made again whenever it is needed, as the record that it is ours; its files are
+    not listed.
+    """
     _write_header(folder, header, {})
 
 
@@ -314,10 +363,16 @@ def _read_header(folder: Path) -> dict[str, Any] | None:
 
 
 def read_header(folder: Path) -> Header | None:
-    """The header of a stage folder, or None when the folder is absent or was not written by this format. What it lists is not looked at."""
+    """The header of a stage folder, or None when the folder is absent or was not written by this format. What it lists
+    is not looked at.
+    """
     stored = _read_header(folder)
     try:
-        return None if stored is None else Header.model_validate({name: value for name, value in stored.items() if name not in (_FILES, _SEAL)})
+        return (
+            None
+            if stored is None
+            else Header.model_validate({name: value for name, value in stored.items() if name not in (_FILES, _SEAL)})
+        )
     except ValidationError:
         return None
 
@@ -330,21 +385,29 @@ def listed_files(folder: Path) -> dict[str, Any] | None:
 
 
 def is_finished(folder: Path, header: Header) -> bool:
-    """Whether `folder` was finished with exactly this header and holds what it held then, so that the stage need not run again. The log names damage."""
+    """Whether `folder` was finished with exactly this header and holds what it held then, so that the stage need not
+    run again. The log names damage.
+    """
     stored = read_header(folder)
     if stored == header:
         return is_intact(folder)
-    if folder.is_dir() and (stored is None or (listed_files(folder) is None and _FILES in (_read_header(folder) or {}))):
+    if folder.is_dir() and (
+        stored is None or (listed_files(folder) is None and _FILES in (_read_header(folder) or {}))
+    ):
         log.warning("%s is made again: its %s is damaged.", folder, HEADER)
     return False
 
 
 def is_intact(folder: Path) -> bool:
-    """Whether a finished stage holds what it held when it was finished; more does not matter. The log says what is damaged."""
+    """Whether a finished stage holds what it held when it was finished; more does not matter. The log says what is
+    damaged.
+    """
     files, wrong = listed_files(folder), ""
     if files is None:  # of an earlier version: nothing tells whether it is whole, and only making it again does
         earlier = _FILES not in (_read_header(folder) or {})
-        wrong = "it was finished by an earlier sparsegate, which kept no hashes" if earlier else f"its {HEADER} is damaged"
+        wrong = (
+            "it was finished by an earlier sparsegate, which kept no hashes" if earlier else f"its {HEADER} is damaged"
+        )
     for name, file in (files or {}).items():
         path = folder / name
         if not path.is_file():
@@ -364,7 +427,9 @@ _hashes: dict[tuple[int, ...], str] = {}
 
 
 def known_hash(path: Path) -> str:
-    """Sha256 (hex) of a file's bytes, taken once as long as nobody writes to it: a stage or a model is asked for several times in a run."""
+    """Sha256 (hex) of a file's bytes, taken once as long as nobody writes to it: a stage or a model is asked for
+    several times in a run.
+    """
     found = path.stat()
     key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
     if key not in _hashes:

@@ -1,4 +1,5 @@
-"""Safetensors from outside: one reader of headers, which no other reader can understand otherwise, and tensors that are what a format says.
+"""Safetensors from outside: one reader of headers, which no other reader can understand otherwise, and tensors that are
+what a format says.
 
 The format allows no name twice; Python's and Rust's JSON keep the last one, other readers the first.
 """
@@ -48,12 +49,16 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def load_tensors(path: Path, dtypes: Collection[str] | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name. Raises InputError as `read_header`, and for a dtype that is not among `dtypes` (None: any)."""
+    """The tensors of a safetensors file by name. Raises InputError as `read_header`, and for a dtype that is not among
+    `dtypes` (None: any).
+    """
     from safetensors.torch import load_file
 
     for name, entry in read_header(path).items():
         if dtypes is not None and entry.dtype not in dtypes:
-            raise InputError(f"{name} in {path.name} must be {' or '.join(dtypes)}, got {entry.dtype}. Make the file again.")
+            raise InputError(
+                f"{name} in {path.name} must be {' or '.join(dtypes)}, got {entry.dtype}. Make the file again."
+            )
     try:
         return load_file(path)
     except (SafetensorError, OSError, KeyError) as error:  # KeyError: a dtype that torch lacks
@@ -64,7 +69,10 @@ def damaged(path: Path, error: Exception) -> InputError:
     """The error for a safetensors file that cannot be read."""
     if isinstance(error, FileNotFoundError):
         return InputError(f"{path.name} must be a safetensors file, got nothing at {path}. Fetch or write it again.")
-    return InputError(f"{path.name} must be a complete safetensors file, got a damaged one at {path} ({first_line(error)}). Fetch it again.")
+    return InputError(
+        f"{path.name} must be a complete safetensors file, got a damaged one at {path} ({first_line(error)}). Fetch it "
+        "again."
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -1,4 +1,6 @@
-"""Weights under other names than those of a causal language model as transformers saves it: what they are, and what mends it."""
+"""Weights under other names than those of a causal language model as transformers saves it: what they are, and what
+mends it.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,15 @@ WRAPPERS = {
 
 
 def check_names(arch: Arch, names: Collection[str]) -> None:
-    """Raise InputError for the weights of a wrapped model, and for those of a model without its head, which have names of their own."""
+    """Raise InputError for the weights of a wrapped model, and for those of a model without its head, which have names
+    of their own.
+    """
     for prefix, (wrapper, remedy) in WRAPPERS.items():
         if wrapped := min((name for name in names if name.startswith(prefix)), default=None):
-            raise InputError(f"Weights must be named as in {arch.embedding}, got {wrapped}, saved from inside {wrapper}. Save again: {remedy}.")
+            raise InputError(
+                f"Weights must be named as in {arch.embedding}, got {wrapped}, saved from inside {wrapper}. Save "
+                f"again: {remedy}."
+            )
     bare = arch.embedding.partition(".")[2]
     if bare in names and arch.embedding not in names:
         raise InputError(

@@ -1,4 +1,6 @@
-"""OUT.work: the stages on the way to OUT. It is ours by the record in it, one process at a time writes there, and of it only what is ours is ever removed."""
+"""OUT.work: the stages on the way to OUT. It is ours by the record in it, one process at a time writes there, and of it
+only what is ours is ever removed.
+"""
 
 from __future__ import annotations
 
@@ -54,9 +56,14 @@ def work_of(out: Path) -> Path:
 
 
 def check_out(out: Path, what: str = "OUT") -> None:
-    """Raise InputError where nothing could be renamed to OUT at the end: a link to nothing, a place in something that is no folder."""
+    """Raise InputError where nothing could be renamed to OUT at the end: a link to nothing, a place in something that
+    is no folder.
+    """
     if out.is_symlink() and not out.exists():
-        raise InputError(f"{what} must be a new folder, got {out}, a link to {os.readlink(out)}, which is not there. Remove the link, or choose another -o.")
+        raise InputError(
+            f"{what} must be a new folder, got {out}, a link to {os.readlink(out)}, which is not there. Remove the "
+            "link, or choose another -o."
+        )
     place = out.absolute().parent
     while not os.path.lexists(place):
         place = place.parent
@@ -65,7 +72,9 @@ def check_out(out: Path, what: str = "OUT") -> None:
 
 
 def check_work(out: Path, inputs: Iterable[tuple[str, Path]] = ()) -> None:
-    """Raise InputError where the work folder of OUT is not ours, or holds one of `inputs` (what it is, where), which would go with it. Nothing is written."""
+    """Raise InputError where the work folder of OUT is not ours, or holds one of `inputs` (what it is, where), which
+    would go with it. Nothing is written.
+    """
     work = work_of(out)
     found = None
     if work.is_symlink() or (os.path.lexists(work) and not work.is_dir()):
@@ -75,9 +84,15 @@ def check_work(out: Path, inputs: Iterable[tuple[str, Path]] = ()) -> None:
     place = work.resolve()
     for what, path in inputs:
         if any(each.resolve() == place or place in each.resolve().parents for each in (path, *_links(path))):
-            raise InputError(f"{what} must lie outside {work}, where the stages are kept until they are removed, got {path}. Choose another -o, or move it.")
+            raise InputError(
+                f"{what} must lie outside {work}, where the stages are kept until they are removed, got {path}. Choose "
+                "another -o, or move it."
+            )
     if found:
-        raise InputError(f"{work} must be free for the stages, or hold those of an earlier run, got {found}. Choose another -o, or move it away.")
+        raise InputError(
+            f"{work} must be free for the stages, or hold those of an earlier run, got {found}. Choose another -o, or "
+            "move it away."
+        )
 
 
 def _links(path: Path) -> list[Path]:
@@ -96,7 +111,11 @@ def is_ours(work: Path) -> bool:
         return record.get("version") == 1
     if not all(path.name == RECORD or _is_stage(path) for path in paths):
         return False
-    return len(paths) == 1 and paths[0].name == RECORD or any(read_header(path) for pattern in _DEEP for path in work.glob(pattern) if path.is_dir())
+    return (
+        len(paths) == 1
+        and paths[0].name == RECORD
+        or any(read_header(path) for pattern in _DEEP for path in work.glob(pattern) if path.is_dir())
+    )
 
 
 def _is_stage(path: Path) -> bool:
@@ -106,7 +125,8 @@ def _is_stage(path: Path) -> bool:
 
 @contextmanager
 def claimed(out: Path, inputs: Iterable[tuple[str, Path]] = ()) -> Iterator[Path]:
-    """The work folder of OUT, for this process alone until the block ends, or it does. A folder without stages goes then.
+    """The work folder of OUT, for this process alone until the block ends, or it does. A folder without stages goes
+    then.
 
     Raises InputError as `check_out` and `check_work`, and when another process has it.
     """
@@ -123,11 +143,14 @@ def claimed(out: Path, inputs: Iterable[tuple[str, Path]] = ()) -> Iterator[Path
             except Held as held:
                 holder = f" ({held.holder})" if held.holder else ""
                 raise InputError(
-                    f"OUT must be written by one process at a time, got another conversion that is writing {out}{holder}. "
+                    "OUT must be written by one process at a time, got another conversion that is writing "
+                    f"{out}{holder}. "
                     "Wait for it and run the same command again, end it, or choose another -o."
                 ) from None
             except NoLocks:
-                log.warning("The file system of %s has no locks: start no second conversion to %s meanwhile.", work, out)
+                log.warning(
+                    "The file system of %s has no locks: start no second conversion to %s meanwhile.", work, out
+                )
             except OSError as error:
                 raise disk_full(out) if is_disk_full(error) else error from error
             break
@@ -138,7 +161,9 @@ def claimed(out: Path, inputs: Iterable[tuple[str, Path]] = ()) -> Iterator[Path
 
 
 def remove(work: Path) -> None:
-    """Remove the stages of a work folder that this process has claimed, and the folder, unless it holds anything that is not ours."""
+    """Remove the stages of a work folder that this process has claimed, and the folder, unless it holds anything that
+    is not ours.
+    """
     with suppress(OSError):
         (work / _DONE).touch()  # a run that finds the rest after a kill knows that nobody asked to keep it
     for path in list(work.iterdir()):
@@ -157,13 +182,20 @@ def remove(work: Path) -> None:
 
 
 def remove_leftover(out: Path, inputs: Iterable[tuple[str, Path]], shared: bool) -> None:
-    """Remove the work folder of a finished OUT, and what OUT was renamed from, where the run that wrote OUT was killed before it did.
+    """Remove the work folder of a finished OUT, and what OUT was renamed from, where the run that wrote OUT was killed
+    before it did.
 
     `shared`: OUT's files are still the stages' own.
     """
     remove_abandoned(out)
     work = work_of(out)
-    if work.is_symlink() or not work.is_dir() or not any(work.iterdir()) or not is_ours(work) or not (shared or (work / _DONE).exists()):
+    if (
+        work.is_symlink()
+        or not work.is_dir()
+        or not any(work.iterdir())
+        or not is_ours(work)
+        or not (shared or (work / _DONE).exists())
+    ):
         return
     with suppress(InputError, OSError), claimed(out, inputs):  # the user's answer is OUT, which is whole
         remove(work)

@@ -1,6 +1,7 @@
 """The only writer of weights: a source folder, a plan and perhaps new weights become a checkpoint folder.
 
-Kinds that only gate leave the source's safetensors untouched; they are copied byte for byte. New weights keep names, shapes and files.
+Kinds that only gate leave the source's safetensors untouched; they are copied byte for byte. New weights keep names,
+shapes and files.
 """
 
 from __future__ import annotations
@@ -22,13 +23,19 @@ from .stage import write_json, write_tensors
 
 
 def write_checkpoint(source: Source, plan: Plan, out: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Fill the folder `out` with a transformers checkpoint that holds the plan; no remote code and no pickle is carried over.
+    """Fill the folder `out` with a transformers checkpoint that holds the plan; no remote code and no pickle is carried
+    over.
 
-    `weights` replace the source's by name, in their own dtype; what the source's files lack is left out where it is tied to something that they hold. A source
-    with swapped activations keeps them: `plan` is put on top. Raises InputError where it gives one of those sites another activation without new weights, and
-    for weights of another model.
+    `weights` replace the source's by name, in their own dtype; what the source's files lack is left out where it is
+    tied to something that they hold. A source with swapped activations keeps them: `plan` is put on top. Raises
+    InputError where it gives one of those sites another activation without new weights, and for weights of another
+    model.
     """
-    fixed = {site: swap for site, swap in source.swaps.items() if weights is None or not (site in plan and isinstance(plan[site][0], Swap))}
+    fixed = {
+        site: swap
+        for site, swap in source.swaps.items()
+        if weights is None or not (site in plan and isinstance(plan[site][0], Swap))
+    }
     plan = on_swaps(plan, fixed)
     _check_weights(source, weights or {})
     for name in COPIED:
@@ -37,14 +44,24 @@ def write_checkpoint(source: Source, plan: Plan, out: Path, weights: Mapping[str
     drop_code(out)
     files = sorted({info.file for info in source.tensors.values()})
     for path in files:
-        replaced = {name: tensor for name, tensor in (weights or {}).items() if name in source.tensors and source.tensors[name].file == path}
+        replaced = {
+            name: tensor
+            for name, tensor in (weights or {}).items()
+            if name in source.tensors and source.tensors[name].file == path
+        }
         if not replaced:
             shutil.copyfile(path, out / path.name)
             continue
         with safe_open(path, framework="pt") as file:
             names, metadata = list(file.keys()), file.metadata()
-            held = {name: replaced[name].detach().cpu() if name in replaced else file.get_tensor(name) for name in names}
-        write_tensors(out / path.name, {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in held.items()}, metadata)
+            held = {
+                name: replaced[name].detach().cpu() if name in replaced else file.get_tensor(name) for name in names
+            }
+        write_tensors(
+            out / path.name,
+            {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in held.items()},
+            metadata,
+        )
     if [path.name for path in files] != [SINGLE]:
         shutil.copyfile(regular(source.folder / INDEX), out / INDEX)
     _name_dtype(out, weights or {})
@@ -55,9 +72,15 @@ def _check_weights(source: Source, weights: Mapping[str, Tensor]) -> None:
     for name, tensor in weights.items():
         if name in source.tensors:
             if source.tensors[name].shape != tuple(tensor.shape):
-                raise InputError(f"{name} must have shape {list(source.tensors[name].shape)}, got {list(tensor.shape)}. Take weights of this very model.")
+                raise InputError(
+                    f"{name} must have shape {list(source.tensors[name].shape)}, got {list(tensor.shape)}. Take "
+                    "weights of this very model."
+                )
         elif not getattr(source.config, "tie_word_embeddings", False):
-            raise InputError(f"New weights must be named as in {source.name}, got {name}, which it has not. Take weights of this very model.")
+            raise InputError(
+                f"New weights must be named as in {source.name}, got {name}, which it has not. Take weights of this "
+                "very model."
+            )
 
 
 def _name_dtype(out: Path, weights: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,6 @@
-"""The command line: one file per verb, one row per file. Flags are the parameters of the verb's function; user mistakes end in one line and status 2."""
+"""The command line: one file per verb, one row per file. Flags are the parameters of the verb's function; user mistakes
+end in one line and status 2.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,12 @@ def _application(argv: list[str]) -> typer.Typer:
     """The typer application; only the verb that is asked for is imported, so that help stays quick."""
     import typer
 
-    application = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Sparse checkpoints for ONNX Runtime.")
+    application = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help="Sparse checkpoints for ONNX Runtime.",
+    )
     asked = next((word for word in argv if not word.startswith("-")), None)
     for verb, (module, text) in VERBS.items():
         if asked == verb:
@@ -49,7 +56,9 @@ def _application(argv: list[str]) -> typer.Typer:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; exits with 0, 1 (a check that failed), 2 (a user's mistake), or 128 and the number of the signal that ended it."""
+    """Run the command line; exits with 0, 1 (a check that failed), 2 (a user's mistake), or 128 and the number of the
+    signal that ended it.
+    """
     with stoppable() as stop:  # before anything that takes time is imported
         try:
             code = _run(sys.argv[1:] if argv is None else argv, stop)
@@ -100,23 +109,37 @@ def _run(argv: list[str], stop: Stop) -> int:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether a `raise` in sparsegate made the error, which then speaks to the user; any other one is a defect and keeps its traceback."""
+    """Whether a `raise` in sparsegate made the error, which then speaks to the user; any other one is a defect and
+    keeps its traceback.
+    """
     last = error.__traceback__
     while last and last.tb_next:
         last = last.tb_next
     if last is None or not str(last.tb_frame.f_globals.get("__name__", "")).startswith("sparsegate."):
         return False
-    return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"  # not int("x") or an unpacking that failed in our code
+    return (
+        dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+    )  # not int("x") or an unpacking that failed in our code
 
 
-_LIBRARIES = {"onnxruntime": "ONNX Runtime", "onnxruntime_genai": "onnxruntime-genai", "safetensors": "safetensors", "safetensors_rust": "safetensors"}
+_LIBRARIES = {
+    "onnxruntime": "ONNX Runtime",
+    "onnxruntime_genai": "onnxruntime-genai",
+    "safetensors": "safetensors",
+    "safetensors_rust": "safetensors",
+}
 _NO_MEMORY = ("DefaultCPUAllocator", "bad allocation", "std::bad_alloc", "out of memory", "Failed to allocate memory")
 
 
 def _foreign(error: BaseException) -> str | None:
-    """The line for what a library or Python says of data that no reader refused: too large, too deep, or not readable. None for a defect of ours."""
+    """The line for what a library or Python says of data that no reader refused: too large, too deep, or not readable.
+    None for a defect of ours.
+    """
     if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
-        return f"The work must fit into memory, got: {said_by(error)}. Take a smaller model, text or number, or a machine with more memory."
+        return (
+            f"The work must fit into memory, got: {said_by(error)}. Take a smaller model, text or number, or a "
+            "machine with more memory."
+        )
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib's before Python 3.13
         return f"A path must lead to a file or folder, got a link to itself: {said_by(error)}. Remove the link."
     if isinstance(error, RecursionError):

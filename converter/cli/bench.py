@@ -14,25 +14,44 @@ from .output import Quiet, Verbose
 def bench(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[DENSE] [DIR]", help="ONNX folders, sparse checkpoints or Hub ids; one checkpoint alone brings its dense graph."),
+        typer.Argument(
+            metavar="[DENSE] [DIR]",
+            help="ONNX folders, sparse checkpoints or Hub ids; one checkpoint alone brings its dense graph.",
+        ),
     ] = None,
-    shape: Annotated[str | None, typer.Option(help="Random weights of a model's sizes: llama-1b, llama-8b, qwen2.5-0.5b, ...")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Random weights of a model's sizes: llama-1b, llama-8b, qwen2.5-0.5b, ...")
+    ] = None,
     op: Annotated[str | None, typer.Option(help="Time one op alone: gated_mlp or sparse_linear.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16, bf16, int8, int4; for an op a list. Default: int4 of a shape, all of an op.")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp32, fp16, bf16, int8, int4; for an op a list. Default: int4 of a shape, all of an op."),
+    ] = None,
     density: Annotated[str | None, typer.Option(help="Kept shares to force, as 0.5,0.2 or 50%,20%.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Tokens in one call of the op, as 1,8,512.")] = None,
     layers: Annotated[int | None, typer.Option(help="Fewer layers than the shape has.")] = None,
     peers: Annotated[bool, typer.Option(help="Run llama.cpp and torch beside.")] = True,
     prompt_tokens: Annotated[int | None, typer.Option(help="Tokens prefilled: 128 of folders, 64 of a shape.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens decoded: 64 of folders, 24 of a shape.")] = None,
-    pairs: Annotated[int | None, typer.Option(help="Back-to-back pairs: 7 of folders, 15 of a shape, 21 clean ones of an op.")] = None,
-    runtime: Annotated[str | None, typer.Option(help="onnxruntime (default of folders) or onnxruntime-genai (of a shape).")] = None,
+    pairs: Annotated[
+        int | None, typer.Option(help="Back-to-back pairs: 7 of folders, 15 of a shape, 21 clean ones of an op.")
+    ] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="onnxruntime (default of folders) or onnxruntime-genai (of a shape).")
+    ] = None,
     activation: Annotated[
-        str | None, typer.Option(help="Of the sparse side of gated_mlp or a shape: drelu and others with exact zeros; --density is then what is not zero.")
+        str | None,
+        typer.Option(
+            help="Of the sparse side of gated_mlp or a shape: drelu and others with exact zeros; --density is then "
+            "what is not zero."
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads within an op.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder in which the models of a shape are made and kept.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON file; table and plot go beside it, an op's finished rows are kept.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="JSON file; table and plot go beside it, an op's finished rows are kept."),
+    ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -49,10 +68,25 @@ def bench(
     with show.telling(quiet, verbose), progress.job(), progress.stage("bench"):
         words = show.command(sys.argv[1:])
         result = run(
-            models, shape=shape, op=op, precision=precision, density=density, tokens=tokens, layers=layers, peers=peers, prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens, pairs=pairs, runtime=runtime, threads=threads, work=work, output=output, command=words, progress=advance,
+            models,
+            shape=shape,
+            op=op,
+            precision=precision,
+            density=density,
+            tokens=tokens,
+            layers=layers,
+            peers=peers,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            pairs=pairs,
+            runtime=runtime,
+            threads=threads,
+            work=work,
+            output=output,
+            command=words,
+            progress=advance,
             activation=activation,
-        )  # fmt: skip
+        )
         if output:
             write_speed(output, result)
     show.speed(result, json)

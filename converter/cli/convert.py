@@ -13,38 +13,69 @@ from .output import Quiet, Verbose
 
 def convert(
     model: Annotated[
-        str | None, typer.Argument(help="Model folder or Hub id; none takes the small model that comes with sparsegate.", metavar="[MODEL]")
+        str | None,
+        typer.Argument(
+            help="Model folder or Hub id; none takes the small model that comes with sparsegate.", metavar="[MODEL]"
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The new folder; MODEL-sparse when not given.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The new folder; MODEL-sparse when not given.")
+    ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="gate, chess, cett, trained_gate, predictor, exact, teal, wina, imported, two as in chess+teal, or auto (the default): all of them."),
+        typer.Option(
+            help="gate, chess, cett, trained_gate, predictor, exact, teal, wina, imported, two as in chess+teal, or "
+            "auto (the default): all of them."
+        ),
     ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Share of the gated neurons to skip, 0.5 when neither it nor a budget is given.")] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of the gated neurons to skip, 0.5 when neither it nor a budget is given."),
+    ] = None,
     max_ppl_increase: Annotated[
         str | None,
-        typer.Option(help="Find the cheapest checkpoint whose perplexity rises by no more than this, as in 1% or 0.01; with --sparsity only check it."),
+        typer.Option(
+            help="Find the cheapest checkpoint whose perplexity rises by no more than this, as in 1% or 0.01; with "
+            "--sparsity only check it."
+        ),
     ] = None,
-    max_kl: Annotated[float | None, typer.Option(help="The same for the KL divergence to the dense model, nats per token.")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="The same for the KL divergence to the dense model, nats per token.")
+    ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="YAML file in place of the flags that it covers, or the name of one that comes along: turbosparse, turbosparse_paper.")
+        Path | None,
+        typer.Option(
+            help="YAML file in place of the flags that it covers, or the name of one that comes along: turbosparse, "
+            "turbosparse_paper."
+        ),
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="UTF-8 text, .jsonl or .parquet; its last fifth is held out. Or self: text that the model writes. Default: Python source."),
+        typer.Option(
+            help="UTF-8 text, .jsonl or .parquet; its last fifth is held out. Or self: text that the model writes. "
+            "Default: Python source."
+        ),
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="Of the gated weights in ONNX: fp32 (the default; fp16 for cuda), fp16, bf16, int8, int4.")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Of the gated weights in ONNX: fp32 (the default; fp16 for cuda), fp16, bf16, int8, int4."),
+    ] = None,
     target: Annotated[str | None, typer.Option(help="Where the ONNX model runs: cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of calibration windows and predictors.")] = None,
     time_budget: Annotated[
         str | None,
-        typer.Option(help="Time on this machine, as in 90s, 20m or 1h30m: trainings are cut to it or left out, and auto takes 30m unless told otherwise."),
+        typer.Option(
+            help="Time on this machine, as in 90s, 20m or 1h30m: trainings are cut to it or left out, and auto takes "
+            "30m unless told otherwise."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where torch calibrates: cpu or cuda.")] = "cpu",
     push: Annotated[str | None, typer.Option(help="Hub repository to push the result to (private).")] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a pushed repository public.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and needed, and stop.")] = False,
-    keep_stages: Annotated[bool, typer.Option("--keep-stages", help="Keep OUT.work with every stage, the dense ONNX graph included.")] = False,
+    keep_stages: Annotated[
+        bool, typer.Option("--keep-stages", help="Keep OUT.work with every stage, the dense ONNX graph included.")
+    ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -55,9 +86,24 @@ def convert(
 
     with show.telling(quiet, verbose):
         result = run(
-            model=model, output=output, method=method, sparsity=sparsity, max_ppl_increase=show.share(max_ppl_increase, "--max-ppl-increase"), max_kl=max_kl,
-            recipe=recipe, calibration=calibration, precision=precision, target=target, seed=seed, time_budget=time_budget, device=device,
-            push_to=push, public=public, dry_run=dry_run, keep_stages=keep_stages, command=show.command(sys.argv[1:]),
-        )  # fmt: skip
+            model=model,
+            output=output,
+            method=method,
+            sparsity=sparsity,
+            max_ppl_increase=show.share(max_ppl_increase, "--max-ppl-increase"),
+            max_kl=max_kl,
+            recipe=recipe,
+            calibration=calibration,
+            precision=precision,
+            target=target,
+            seed=seed,
+            time_budget=time_budget,
+            device=device,
+            push_to=push,
+            public=public,
+            dry_run=dry_run,
+            keep_stages=keep_stages,
+            command=show.command(sys.argv[1:]),
+        )
     show.conversion(result, json)
     return 0

@@ -14,17 +14,30 @@ from .output import Quiet, Verbose
 def eval(
     model: Annotated[str, typer.Argument(metavar="DIR", help="Sparse checkpoint or Hub id.")],
     text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text to measure on; of the checkpoint's calibration text, its last fifth. Default: Python source.")
+        Path | None,
+        typer.Option(
+            help="UTF-8 text to measure on; of the checkpoint's calibration text, its last fifth. Default: Python "
+            "source."
+        ),
     ] = None,
     windows: Annotated[int | None, typer.Option(help="Windows of the text. Default: as many as tell the loss.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line. Default: beginnings of windows.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File with one prompt a line. Default: beginnings of windows.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
     lm_eval: Annotated[
-        str | None, typer.Option("--lm-eval", help="lm-eval tasks, with commas between; FOLDER/NAME is a task of your own.", metavar="TASKS")
+        str | None,
+        typer.Option(
+            "--lm-eval", help="lm-eval tasks, with commas between; FOLDER/NAME is a task of your own.", metavar="TASKS"
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Most examples of each lm-eval task.")] = None,
     source: Annotated[
-        str | None, typer.Option(help="Dense model to compare with, where weights or activations were changed. Default: the checkpoint ungated.")
+        str | None,
+        typer.Option(
+            help="Dense model to compare with, where weights or activations were changed. Default: the checkpoint "
+            "ungated."
+        ),
     ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -37,10 +50,22 @@ def eval(
     from . import output as show
 
     with show.telling(quiet, verbose):
-        found = evaluate(model, text, windows, prompts, max_new_tokens, lm_eval, limit, command=show.command(sys.argv[1:]), source=source)
+        found = evaluate(
+            model,
+            text,
+            windows,
+            prompts,
+            max_new_tokens,
+            lm_eval,
+            limit,
+            command=show.command(sys.argv[1:]),
+            source=source,
+        )
     if json:
         print(found.model_dump_json(indent=2))
         return 0
-    parts = [executor_cells(found), answer_cells(found), sparsity_cells(found), site_cells(found)] + ([task_cells(found)] if found.tasks else [])
+    parts = [executor_cells(found), answer_cells(found), sparsity_cells(found), site_cells(found)] + (
+        [task_cells(found)] if found.tasks else []
+    )
     print("\n\n".join(table(cells, "text") for cells in parts))
     return 0

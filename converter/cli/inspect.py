@@ -10,7 +10,9 @@ from .output import Quiet, Verbose
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or Hub id; of the latter only headers are fetched.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model folder or Hub id; of the latter only headers are fetched.")
+    ],
     quiet: Quiet = False,
     verbose: Verbose = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

@@ -1,4 +1,6 @@
-"""How a signal ends the command line: what runs is left in order, one line says what happened, and the status is 128 and the signal's number."""
+"""How a signal ends the command line: what runs is left in order, one line says what happened, and the status is 128
+and the signal's number.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ class Stop:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Signals raise KeyboardInterrupt inside the block; those that the caller has ignored (nohup, a shell's background) or handles himself stay as they are."""
+    """Signals raise KeyboardInterrupt inside the block; those that the caller has ignored (nohup, a shell's background)
+    or handles himself stay as they are.
+    """
     stop, before = Stop(), dict[int, Any]()
     names = ENDS if threading.current_thread() is threading.main_thread() else ()
     try:

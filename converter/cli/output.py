@@ -27,8 +27,12 @@ _MOST_SITES = 12
 """More sites than these are not listed on a terminal."""
 
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and errors, and nothing of the way there.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print what libraries say too, and everything that sparsegate logs.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print the result and errors, and nothing of the way there.")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print what libraries say too, and everything that sparsegate logs.")
+]
 
 
 @contextmanager
@@ -62,8 +66,18 @@ def share(text: str | None, flag: str) -> float | None:
 
 
 def command(words: list[str]) -> str:
-    """The command for the report, which may be published: of absolute paths (`/a/b`, `--flag=/a/b`, `-o/a/b`) only the last name."""
-    return shlex.join(["sparsegate", *(re.sub(r"^(--?[\w-]+=?)?(/.*)$", lambda found: (found[1] or "") + Path(found[2]).name, word) for word in words)])
+    """The command for the report, which may be published: of absolute paths (`/a/b`, `--flag=/a/b`, `-o/a/b`) only the
+    last name.
+    """
+    return shlex.join(
+        [
+            "sparsegate",
+            *(
+                re.sub(r"^(--?[\w-]+=?)?(/.*)$", lambda found: (found[1] or "") + Path(found[2]).name, word)
+                for word in words
+            ),
+        ]
+    )
 
 
 def _size(count: float) -> str:
@@ -88,7 +102,12 @@ def conversion(result: Result, as_json: bool) -> None:
         return
     report, verdict = result.report, make_verdict(result.report, read_recovery(result.folder))
     if as_json:
-        fields = {"output": str(result.folder), "up_to_date": result.up_to_date, "url": result.url, "verdict": verdict.numbers()}
+        fields = {
+            "output": str(result.folder),
+            "up_to_date": result.up_to_date,
+            "url": result.url,
+            "verdict": verdict.numbers(),
+        }
         print(_json.dumps({**fields, "report": report.model_dump(mode="json")}, indent=2))
         return
     print(f"{result.folder} is up to date" if result.up_to_date else f"wrote {result.folder}")
@@ -109,7 +128,10 @@ def _layers(report: Report) -> str:
     if len(report.layers) <= _MOST_SITES:
         return layer_table(report, "text")
     densities = [layer.density_realised for layer in report.layers]
-    return f"density of the {len(densities)} sites {min(densities):.1%} to {max(densities):.1%}; each stands in report/index.html"
+    return (
+        f"density of the {len(densities)} sites {min(densities):.1%} to {max(densities):.1%}; each stands in "
+        "report/index.html"
+    )
 
 
 def _estimate(estimate: Any, precision: str | None = None) -> None:
@@ -118,7 +140,10 @@ def _estimate(estimate: Any, precision: str | None = None) -> None:
     sizes = {name: size for name, size in estimate.onnx_bytes.items() if precision in (None, name)}
     print(f"ONNX model        {', '.join(f'{_size(size)} in {name}' for name, size in sizes.items())}")
     print(f"disk needed       {_size(estimate.disk_bytes)}")
-    print(f"peak memory       {_size(estimate.peak_calibrate)} while calibrating, {_size(estimate.peak_export)} while exporting and verifying")
+    print(
+        f"peak memory       {_size(estimate.peak_calibrate)} while calibrating, {_size(estimate.peak_export)} while "
+        "exporting and verifying"
+    )
     for name, value in estimate.expected_cost.items():
         print(f"expected cost     {value:.2f} of the dense MLP's bytes per token with method {name}")
     if estimate.seconds:
@@ -151,15 +176,24 @@ def verification(result: Verification, as_json: bool) -> None:
         print(_json.dumps(result.model_dump(mode="json", exclude={"shipped": {"rises"}}), indent=2))
         return
     quality = result.quality
-    print(f"NLL dense {quality.nll_dense:.4f}, sparse {quality.nll:.4f} nats per token; KL {quality.kl:.4f}; agreement {quality.agreement:.1%}")
+    print(
+        f"NLL dense {quality.nll_dense:.4f}, sparse {quality.nll:.4f} nats per token; KL {quality.kl:.4f}; agreement "
+        f"{quality.agreement:.1%}"
+    )
     if result.shipped is not None:
         shipped = result.shipped
-        print(f"ONNX as shipped: NLL {shipped.nll:.4f}; KL to dense {shipped.kl:.4f}; agreement {shipped.agreement:.1%} over {shipped.tokens} tokens")
+        print(
+            f"ONNX as shipped: NLL {shipped.nll:.4f}; KL to dense {shipped.kl:.4f}; agreement {shipped.agreement:.1%} "
+            f"over {shipped.tokens} tokens"
+        )
     print(f"density {quality.density:.3f}, cost {quality.cost:.3f} of the dense MLP's bytes")
     for key, value in quality.site_density.items():
         print(f"  {key:<20} density {value:.3f}  cost {quality.site_cost[key]:.3f}")
     for check in result.checks:
-        print(f"{'ok    ' if check.passed else 'FAILED'} {check.name}: {check.value:.3g} (bound {check.bound:.3g}) {check.note}")
+        print(
+            f"{'ok    ' if check.passed else 'FAILED'} {check.name}: {check.value:.3g} (bound {check.bound:.3g}) "
+            f"{check.note}"
+        )
     print("verified" if result.passed else "NOT verified")
 
 
@@ -175,7 +209,10 @@ def speed(result: dict[str, Any], as_json: bool) -> None:
         return
     for role in ("baseline", "candidate"):
         row = result[role]
-        print(f"{role:<10} prefill {row['prefill_tokens_per_s']:9.1f} tok/s  decode {row['decode_tokens_per_s']:9.1f} tok/s  {row['path']} ({row['executor']})")
+        print(
+            f"{role:<10} prefill {row['prefill_tokens_per_s']:9.1f} tok/s  decode {row['decode_tokens_per_s']:9.1f} "
+            f"tok/s  {row['path']} ({row['executor']})"
+        )
     for phase in ("prefill", "decode"):
         print(f"{phase:<10} {result[phase]['ratio']:.2f} times the baseline's speed: {result[phase]['verdict']}")
     print(f"{len(result['samples'])} pairs counted, {result['dropped']} dropped")
@@ -192,7 +229,10 @@ def inspection(result: Inspection, as_json: bool) -> None:
     if result.estimate:
         if result.download_bytes:
             print(f"download          {_size(result.download_bytes)}")
-        print(f"sites             {result.sites} feed-forward networks of {result.units} neurons, width {result.hidden}, activation {result.activation}")
+        print(
+            f"sites             {result.sites} feed-forward networks of {result.units} neurons, width {result.hidden}, "
+            f"activation {result.activation}"
+        )
         _estimate(result.estimate)
 
 

@@ -12,23 +12,48 @@ from .output import Quiet, Verbose
 
 def tune(
     model: Annotated[
-        str | None, typer.Argument(help="Dense model folder or Hub id; none takes the small model that comes with sparsegate.", metavar="[MODEL]")
+        str | None,
+        typer.Argument(
+            help="Dense model folder or Hub id; none takes the small model that comes with sparsegate.",
+            metavar="[MODEL]",
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The new folder; MODEL-tuned when not given.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The new folder; MODEL-tuned when not given.")
+    ] = None,
     activation: Annotated[
-        str | None, typer.Option(help="drelu (the default), relu, relu2, fatrelu(B) or shifted_relu(B), in every feed-forward network.")
+        str | None,
+        typer.Option(
+            help="drelu (the default), relu, relu2, fatrelu(B) or shifted_relu(B), in every feed-forward network."
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="YAML file whose training stages are run, or one that comes along: turbosparse, turbosparse_predictors, turbosparse_paper."),
+        typer.Option(
+            help="YAML file whose training stages are run, or one that comes along: turbosparse, "
+            "turbosparse_predictors, turbosparse_paper."
+        ),
     ] = None,
-    data: Annotated[list[Path] | None, typer.Option(help="UTF-8 text files to train on; self or none: text that the dense model writes itself.")] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="UTF-8 text files to train on; self or none: text that the dense model writes itself."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of training, in place of the recipe's.")] = None,
-    density: Annotated[float | None, typer.Option(help="Share of non-zero units to end at, in place of the recipe's.")] = None,
-    lora: Annotated[int | None, typer.Option(help="Train low-rank updates of this rank in place of whole weights.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of text, order and predictors, in place of the recipe's.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of non-zero units to end at, in place of the recipe's.")
+    ] = None,
+    lora: Annotated[
+        int | None, typer.Option(help="Train low-rank updates of this rank in place of whole weights.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of text, order and predictors, in place of the recipe's.")
+    ] = None,
     device: Annotated[
-        str, typer.Option(help="Where torch trains: cpu or cuda. Several processes: torchrun --nproc-per-node N $(which sparsegate) tune ...")
+        str,
+        typer.Option(
+            help="Where torch trains: cpu or cuda. Several processes: torchrun --nproc-per-node N $(which sparsegate) "
+            "tune ..."
+        ),
     ] = "cpu",
     quiet: Quiet = False,
     verbose: Verbose = False,

@@ -13,9 +13,14 @@ from .output import Quiet, Verbose
 def verify(
     model: Annotated[str, typer.Argument(metavar="DIR", help="Sparse checkpoint or Hub id.")],
     source: Annotated[
-        str | None, typer.Option(help="The dense model to compare with: a folder or Hub id. Default: the checkpoint's own dense weights.")
+        str | None,
+        typer.Option(
+            help="The dense model to compare with: a folder or Hub id. Default: the checkpoint's own dense weights."
+        ),
     ] = None,
-    calibration: Annotated[Path | None, typer.Option(help="The text that the checkpoint was made with, where it was not the bundled one.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="The text that the checkpoint was made with, where it was not the bundled one.")
+    ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

@@ -1,8 +1,9 @@
-"""Whether the executors of an ONNX folder agree with torch: the ops' bodies and kernels in plain ONNX Runtime, and onnxruntime-genai.
+"""Whether the executors of an ONNX folder agree with torch: the ops' bodies and kernels in plain ONNX Runtime, and
+onnxruntime-genai.
 
-Equality is judged op by op at each op's own input (`op_agreement`), and end to end by the mean NLL beside what rounding does to torch (`paired`). A file in
-less than fp32 is compared with the torch model that holds its rounded weights. Greedy tokens of a sparse graph are reported and judge nothing: one flip at
-a threshold changes the text after it.
+Equality is judged op by op at each op's own input (`op_agreement`), and end to end by the mean NLL beside what rounding
+does to torch (`paired`). A file in less than fp32 is compared with the torch model that holds its rounded weights.
+Greedy tokens of a sparse graph are reported and judge nothing: one flip at a threshold changes the text after it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ NOISE_SEED = 0
 
 @dataclass(frozen=True)
 class Form:
-    """How a folder is run here: its precision and target, the executors by name ("body", "kernel") with whether they use the library, and what is not run."""
+    """How a folder is run here: its precision and target, the executors by name ("body", "kernel") with whether they
+    use the library, and what is not run.
+    """
 
     export: Export
     providers: list[str]
@@ -62,8 +65,8 @@ class Form:
 def check_onnx(onnx: Path, model: Any, plan: Plan, batches: Batches, export: Export | None = None) -> list[Check]:
     """Equality of every executor of an ONNX folder with the gated torch model, on held-out windows.
 
-    `model` is gated by `plan` and holds the checkpoint's weights; they are rounded in place as the file's are. A graph for CUDA without a CUDA device here is
-    run by the CPU as far as that has kernels.
+    `model` is gated by `plan` and holds the checkpoint's weights; they are rounded in place as the file's are. A graph
+    for CUDA without a CUDA device here is run by the CPU as far as that has kernels.
     """
     form = _form(onnx, export or Export())
     arch, precision, target = load_arch(model.config.model_type), form.export.precision, form.export.target
@@ -81,7 +84,12 @@ def check_onnx(onnx: Path, model: Any, plan: Plan, batches: Batches, export: Exp
 
 def _form(onnx: Path, export: Export) -> Form:
     if export.target == "cuda" and not has_cuda():
-        return Form(export, list(PROVIDERS[:1]), {"body on CPU": False}, [_not_run("kernel", NO_CUDA), _not_run("genai", NO_CUDA)])
+        return Form(
+            export,
+            list(PROVIDERS[:1]),
+            {"body on CPU": False},
+            [_not_run("kernel", NO_CUDA), _not_run("genai", NO_CUDA)],
+        )
     cuda = export.target == "cuda"
     chosen = executor(onnx, PROVIDERS[cuda])
     providers: list[str] = [PROVIDERS[1], PROVIDERS[0]] if cuda else list(PROVIDERS[:1])
@@ -115,7 +123,9 @@ def _rest(model: Any, form: Form, watched: dict[str, Watched], ops: list[StoredO
 
 
 def _end_to_end(onnx: Path, form: Form, name: str, model: Any, batches: Batches) -> list[Check]:
-    """The executor that applications get, whole: its NLL beside torch's, and onnxruntime-genai's greedy tokens beside torch's."""
+    """The executor that applications get, whole: its NLL beside torch's, and onnxruntime-genai's greedy tokens beside
+    torch's.
+    """
     library = form.executors[name]
     noise = half_precision if form.cuda else eight_bits if form.rounded else last_bits(NOISE_SEED)
     checks = compare(name, Decoder(onnx, form.providers, library=library), model, batches, noise, form.rounded)
@@ -123,15 +133,23 @@ def _end_to_end(onnx: Path, form: Form, name: str, model: Any, batches: Batches)
         return checks
     prompts = _prompts(batches)
     expected = greedy(model, prompts)
-    equal = sum(_equal(a, b) for a, b in zip(genai_tokens(onnx, prompts, library, expected.shape[1]), _ended(expected, model), strict=True))
+    equal = sum(
+        _equal(a, b)
+        for a, b in zip(genai_tokens(onnx, prompts, library, expected.shape[1]), _ended(expected, model), strict=True)
+    )
     note = f"{equal} of {len(prompts)} prompts equal to torch's to the end; reported, not judged"
-    return [*checks, Check(name=f"genai {name} greedy tokens", value=equal, bound=0, passed=True, at_least=True, note=note)]
+    return [
+        *checks,
+        Check(name=f"genai {name} greedy tokens", value=equal, bound=0, passed=True, at_least=True, note=note),
+    ]
 
 
 def _prompts(batches: Batches) -> Tensor:
     rows = batches.tokens[batches.mask.all(1)]
     if len(rows) < 1 or rows.shape[1] < PROMPT_TOKENS + 1:
-        raise InputError(f"Held-out text must hold a full window of {batches.tokens.shape[1]} tokens, got less. Give more text.")
+        raise InputError(
+            f"Held-out text must hold a full window of {batches.tokens.shape[1]} tokens, got less. Give more text."
+        )
     return rows[:: max(1, len(rows) // PROMPTS)][:PROMPTS, :PROMPT_TOKENS]
 
 
@@ -167,7 +185,9 @@ def genai_tokens(onnx: Path, prompts: Tensor, library: bool, length: int) -> lis
     try:
         import onnxruntime_genai as genai
     except ImportError:
-        raise InputError('Verification must have onnxruntime-genai, got none. Run pip install "sparsegate[cpu]".') from None
+        raise InputError(
+            'Verification must have onnxruntime-genai, got none. Run pip install "sparsegate[cpu]".'
+        ) from None
     model = load(onnx, library=library)
     found = []
     for row in prompts:
@@ -183,7 +203,8 @@ def genai_tokens(onnx: Path, prompts: Tensor, library: bool, length: int) -> lis
 
 
 def check_dense_text(onnx: Path, model: Any, batches: Batches) -> None:
-    """Greedy tokens of the dense graph in fp32 in onnxruntime-genai against torch's, up to the first near tie of two tokens.
+    """Greedy tokens of the dense graph in fp32 in onnxruntime-genai against torch's, up to the first near tie of two
+    tokens.
 
     Raises InputError where they differ: the graph, its configuration or onnxruntime-genai is wrong for this model.
     """
@@ -192,14 +213,18 @@ def check_dense_text(onnx: Path, model: Any, batches: Batches) -> None:
     with torch.no_grad():
         top = model(input_ids=expected).logits.float().topk(2, dim=-1).values
     doubtful = (top[..., 0] - top[..., 1] < MARGIN)[:, PROMPT_TOKENS - 1 : -1]
-    for number, (found, wanted) in enumerate(zip(genai_tokens(onnx, prompts, False, expected.shape[1]), _ended(expected, model), strict=True)):
+    for number, (found, wanted) in enumerate(
+        zip(genai_tokens(onnx, prompts, False, expected.shape[1]), _ended(expected, model), strict=True)
+    ):
         clear = int(doubtful[number].int().argmax()) if bool(doubtful[number].any()) else len(wanted)
         sure = min(clear, len(wanted))
         if found[:sure] != wanted[:sure]:
             at = next((k for k, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), len(found))
             raise InputError(
-                f"onnxruntime-genai must continue the dense graph as torch does, got another token after {at} of {sure}. "
-                "Its configuration is wrong for this model: convert another one, or try another version of onnxruntime-genai."
+                f"onnxruntime-genai must continue the dense graph as torch does, got another token after {at} of "
+                f"{sure}. "
+                "Its configuration is wrong for this model: convert another one, or try another version of "
+                "onnxruntime-genai."
             )
 
 
@@ -207,7 +232,9 @@ def has_cuda() -> bool:
     """Whether ONNX Runtime can open a CUDA device here."""
     import onnxruntime
 
-    return PROVIDERS[1] in onnxruntime.get_available_providers() and (torch.cuda.is_available() or any(Path("/dev").glob("nvidia[0-9]*")))
+    return PROVIDERS[1] in onnxruntime.get_available_providers() and (
+        torch.cuda.is_available() or any(Path("/dev").glob("nvidia[0-9]*"))
+    )
 
 
 def _not_run(name: str, reason: str) -> Check:
@@ -216,10 +243,17 @@ def _not_run(name: str, reason: str) -> Check:
 
 @torch.no_grad()
 def measure_shipped(
-    onnx: Path, model: Any, batches: Batches, export: Export, original: Any | None = None, count: int | None = None, known: Quality | None = None
+    onnx: Path,
+    model: Any,
+    batches: Batches,
+    export: Export,
+    original: Any | None = None,
+    count: int | None = None,
+    known: Quality | None = None,
 ) -> ExecutorQuality | None:
-    """What an ONNX folder loses against `original` (None: the ungated model), by the executor that applications get, beside the gated torch model in fp32; on
-    the windows that the torch model's own quality is `known` on, else on the first `count`, None: on as many as tell it.
+    """What an ONNX folder loses against `original` (None: the ungated model), by the executor that applications get,
+    beside the gated torch model in fp32; on the windows that the torch model's own quality is `known` on, else on the
+    first `count`, None: on as many as tell it.
 
     None in fp32 for the CPU, which is the torch model within LOGIT_BOUND, and where nothing here can run the graph.
     """
@@ -227,7 +261,11 @@ def measure_shipped(
         return None
     cuda = export.target == "cuda" and has_cuda()
     try:
-        decoder = Decoder(onnx, [PROVIDERS[1], PROVIDERS[0]] if cuda else None, library=None if cuda or export.target == "cpu" else False)
+        decoder = Decoder(
+            onnx,
+            [PROVIDERS[1], PROVIDERS[0]] if cuda else None,
+            library=None if cuda or export.target == "cpu" else False,
+        )
     except Exception as error:  # onnxruntime's exceptions have no public base
         if export.target == "cpu":
             raise

@@ -1,4 +1,6 @@
-"""Greedy answers of the sparse model against the dense model's own: sacrebleu's BLEU, equal answers, and what was skipped meanwhile."""
+"""Greedy answers of the sparse model against the dense model's own: sacrebleu's BLEU, equal answers, and what was
+skipped meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,17 @@ def make_prompts(tokenizer: Any, config: Any, batches: Batches, file: Path | Non
     most = int(getattr(config, "max_position_embeddings", 1 << 30))
     for number, row in enumerate(rows, 1):
         if len(row) + new > most:
-            raise InputError(f"A prompt and its answer must fit the model's {most} tokens, got {len(row)} + {new} in prompt {number}. Lower --max-new-tokens.")
+            raise InputError(
+                f"A prompt and its answer must fit the model's {most} tokens, got {len(row)} + {new} in prompt "
+                f"{number}. Lower --max-new-tokens."
+            )
     return rows
 
 
 @dataclass
 class Counts:
-    """Kept and seen units by site, which has `units` of them a token: while answering after a dense prompt, over the prompt when it is masked, while answering
-    then; and prompt positions.
+    """Kept and seen units by site, which has `units` of them a token: while answering after a dense prompt, over the
+    prompt when it is masked, while answering then; and prompt positions.
     """
 
     plan: Plan
@@ -55,15 +60,20 @@ class Counts:
     prompt_positions: int = 0
 
     def summary(self, windows: float, parameters: int) -> Sparsity:
-        """Shares weighted by the sites' parameters; `windows` is the sparsity on held-out windows, `parameters` those of the whole model."""
+        """Shares weighted by the sites' parameters; `windows` is the sparsity on held-out windows, `parameters` those
+        of the whole model.
+        """
         dense_prompt = Recorder()
         for site in self.plan:
             dense_prompt.kept[site] = dense_prompt.seen[site] = self.prompt_positions * self.units[site]
         return Sparsity(
-            windows=windows, answers=self._skipped(self.answers), answers_and_prompt=self._skipped(self.answers, dense_prompt),
-            masked_answers=self._skipped(self.masked_answers), masked_answers_and_prompt=self._skipped(self.masked_answers, self.masked_prompt),
+            windows=windows,
+            answers=self._skipped(self.answers),
+            answers_and_prompt=self._skipped(self.answers, dense_prompt),
+            masked_answers=self._skipped(self.masked_answers),
+            masked_answers_and_prompt=self._skipped(self.masked_answers, self.masked_prompt),
             gated_share=sum(self.sizes.values()) / parameters,
-        )  # fmt: skip
+        )
 
     def _skipped(self, *records: Recorder) -> float:
         density = {}
@@ -74,9 +84,19 @@ class Counts:
 
 
 def compare_answers(
-    model: Any, plan: Plan, arch: Arch, tokenizer: Any, prompts: list[Tensor], new: int, bleu: Any, name: str, original: Any | None = None
+    model: Any,
+    plan: Plan,
+    arch: Arch,
+    tokenizer: Any,
+    prompts: list[Tensor],
+    new: int,
+    bleu: Any,
+    name: str,
+    original: Any | None = None,
 ) -> tuple[Answers, Counts]:
-    """Answers of the dense `original` (None: of the model ungated), and of the sparse one with the prompt ungated and masked; scores and counts."""
+    """Answers of the dense `original` (None: of the model ungated), and of the sparse one with the prompt ungated and
+    masked; scores and counts.
+    """
     counts = Counts(plan, site_parameters(plan, arch, model.config), site_units(plan, arch, model.config))
     kinds: dict[str, list[list[int]]] = {"dense": [], "decode": [], "all": []}
     order: list[int] = []
@@ -93,7 +113,10 @@ def compare_answers(
     texts = {kind: [tokenizer.decode(row, skip_special_tokens=True) for row in rows] for kind, rows in kinds.items()}
     said = [k for k, text in enumerate(texts["dense"]) if text.strip()]
     if not said:
-        raise InputError("The dense model must answer a prompt for BLEU, got no text for any. Give other prompts with --prompts FILE.")
+        raise InputError(
+            "The dense model must answer a prompt for BLEU, got no text for any. Give other prompts with --prompts "
+            "FILE."
+        )
 
     def score(kind: str) -> float:
         return sum(bleu.corpus_bleu([texts[kind][k]], [[texts["dense"][k]]]).score for k in said) / len(said)
@@ -102,20 +125,34 @@ def compare_answers(
         return sum(kinds[kind][k] == kinds["dense"][k] for k in said) / len(said)
 
     return Answers(
-        prompts=len(said), empty=len(order) - len(said), prompt_tokens=sum(len(prompts[order[k]]) for k in said),
-        answer_tokens=sum(len(kinds["dense"][k]) for k in said), max_new_tokens=new, name=name,
-        bleu=score("decode"), bleu_all_masked=score("all"), bleu_dense=score("dense"), equal=equal("decode"), equal_all_masked=equal("all"),
-    ), counts  # fmt: skip
+        prompts=len(said),
+        empty=len(order) - len(said),
+        prompt_tokens=sum(len(prompts[order[k]]) for k in said),
+        answer_tokens=sum(len(kinds["dense"][k]) for k in said),
+        max_new_tokens=new,
+        name=name,
+        bleu=score("decode"),
+        bleu_all_masked=score("all"),
+        bleu_dense=score("dense"),
+        equal=equal("decode"),
+        equal_all_masked=equal("all"),
+    ), counts
 
 
 @torch.no_grad()
 def greedy(
-    model: Any, prompts: Tensor, new: int, dense_prompt: bool = False, prompt: Recorder | None = None, answers: Recorder | None = None
+    model: Any,
+    prompts: Tensor,
+    new: int,
+    dense_prompt: bool = False,
+    prompt: Recorder | None = None,
+    answers: Recorder | None = None,
 ) -> list[list[int]]:
-    """Greedy continuations of prompts [B, P] of at most `new` tokens, each up to, and without, a token that ends a text.
+    """Greedy continuations of prompts [B, P] of at most `new` tokens, each up to, and without, a token that ends a
+    text.
 
-    With `dense_prompt` the prompt's pass, which yields the first new token, is not masked. `prompt` and `answers` record the prompt's pass and the later
-    ones, of rows that have not ended.
+    With `dense_prompt` the prompt's pass, which yields the first new token, is not masked. `prompt` and `answers`
+    record the prompt's pass and the later ones, of rows that have not ended.
     """
     ends = end_tokens(model)
     found: list[list[int]] = [[] for _ in prompts]
@@ -154,5 +191,7 @@ def import_sacrebleu() -> Any:
     try:
         import sacrebleu
     except ImportError:
-        raise InputError('sacrebleu must be installed for BLEU, got none. Run pip install "sparsegate[eval]".') from None
+        raise InputError(
+            'sacrebleu must be installed for BLEU, got none. Run pip install "sparsegate[eval]".'
+        ) from None
     return sacrebleu

@@ -1,4 +1,6 @@
-"""What a sparse checkpoint lost on held-out windows, and the judgement on its budget; `quality` measures it, `agreement` judges whether executors agree."""
+"""What a sparse checkpoint lost on held-out windows, and the judgement on its budget; `quality` measures it,
+`agreement` judges whether executors agree.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +23,27 @@ from ..text.windows import Batches
 LOGIT_BOUND = 1e-4
 ACTIVATION_NLL = 0.01  # nats per token: what rounding activations to 8 bits or half precision may change
 NLL_BOUND = 1e-3  # nats per token: scores near a threshold may fall on either side, each time for one neuron
-UNSEEN_PPL, UNSEEN_KL = 0.002, 0.15  # points of perplexity, share of a divergence: what one text's losses differ from another's
+UNSEEN_PPL, UNSEEN_KL = (
+    0.002,
+    0.15,
+)  # points of perplexity, share of a divergence: what one text's losses differ from another's
 SHARE_BOUND = 0.02
 """Of agreement, density and cost: what another machine's rounding may move them by."""
 QUALITY_WINDOWS = 16
 DENSE_WINDOWS = 64
-"""Windows that the dense graph in integers is measured on where no budget depends on its loss: rounding to 4 bits spreads so much over windows that the
-error asked of a plan would take all of them.
+"""Windows that the dense graph in integers is measured on where no budget depends on its loss: rounding to 4 bits
+spreads so much over windows that the error asked of a plan would take all of them.
 """
 
 
 class Quality(BaseModel):
-    """Held-out quality: `nll_dense`, `nll` and `kl` in nats per token, `agreement` of the argmax, realised density and cost.
+    """Held-out quality: `nll_dense`, `nll` and `kl` in nats per token, `agreement` of the argmax, realised density and
+    cost.
 
-    `density` is the mean over gated sites, weighted by their parameters; `cost` the bytes of the MLPs touched per token relative to dense, `block_cost` those
-    of all linear maps of the blocks; `site_cost` is relative to the site's own dense weights; `site_opened` the share of non-zero gates where the zeros decide.
-    `nll_error` is the standard error (nats per token) of the mean paired difference NLL - NLL dense over the `windows` measured, which are its clusters.
+    `density` is the mean over gated sites, weighted by their parameters; `cost` the bytes of the MLPs touched per token
+    relative to dense, `block_cost` those of all linear maps of the blocks; `site_cost` is relative to the site's own
+    dense weights; `site_opened` the share of non-zero gates where the zeros decide. `nll_error` is the standard error
+    (nats per token) of the mean paired difference NLL - NLL dense over the `windows` measured, which are its clusters.
     """
 
     tokens: int
@@ -60,7 +67,8 @@ class Quality(BaseModel):
 
 
 class Check(BaseModel):
-    """One judgement: a measured value that has to be at most its bound (at least it where `at_least`), and a note on what was compared.
+    """One judgement: a measured value that has to be at most its bound (at least it where `at_least`), and a note on
+    what was compared.
 
     Unlike a report's check it may hold NaN, which fails.
     """
@@ -74,10 +82,11 @@ class Check(BaseModel):
 
 
 class ExecutorQuality(BaseModel):
-    """An ONNX executor on `tokens` tokens: NLL of it, of sparse and of dense torch there, KL from dense torch to it, all in nats per token, and equal argmax to
-    dense.
+    """An ONNX executor on `tokens` tokens: NLL of it, of sparse and of dense torch there, KL from dense torch to it,
+    all in nats per token, and equal argmax to dense.
 
-    `nll_error` and `windows` are as in `Quality`; `rises` are each window's tokens and sum of NLL - NLL dense, by which files are compared in pairs.
+    `nll_error` and `windows` are as in `Quality`; `rises` are each window's tokens and sum of NLL - NLL dense, by which
+    files are compared in pairs.
     """
 
     tokens: int
@@ -105,25 +114,36 @@ class Verification(BaseModel):
 
 
 def check_text(onnx: Path) -> Check:
-    """How many probe texts onnxruntime-genai's own tokenizer reads otherwise than the tokenizers library: whether it may be used. Never a failure."""
+    """How many probe texts onnxruntime-genai's own tokenizer reads otherwise than the tokenizers library: whether it
+    may be used. Never a failure.
+    """
     found = check_tokenizer(onnx)
     wrong = found.texts - min(found.ids, found.decoded)
     return Check(name="genai's own tokenizer", value=wrong, bound=found.texts, passed=True, note=found.note)
 
 
 def check_record(quality: Quality, measured: dict[str, float], shipped: ExecutorQuality | None = None) -> list[Check]:
-    """The quality against what was measured when the checkpoint was made, on the same windows; that of the ONNX file where both measured it."""
+    """The quality against what was measured when the checkpoint was made, on the same windows; that of the ONNX file
+    where both measured it.
+    """
     pairs: list[tuple[str, Quality | ExecutorQuality, str, float]] = [("quality as recorded", quality, "", NLL_BOUND)]
     if shipped is not None and "onnx_nll" in measured:
-        pairs.append(("ONNX quality as recorded", shipped, "onnx_", ACTIVATION_NLL))  # another executor may round activations otherwise
+        pairs.append(
+            ("ONNX quality as recorded", shipped, "onnx_", ACTIVATION_NLL)
+        )  # another executor may round activations otherwise
     checks = []
     for name, found, prefix, bound in pairs:
         off = largest(abs(getattr(found, part) - measured.get(f"{prefix}{part}", math.nan)) for part in ("nll", "kl"))
-        checks.append(Check(name=name, value=off, bound=bound, passed=off <= bound, note="largest difference of NLL and KL"))
+        checks.append(
+            Check(name=name, value=off, bound=bound, passed=off <= bound, note="largest difference of NLL and KL")
+        )
     shares = [abs(getattr(quality, name) - measured.get(name, math.nan)) for name in ("agreement", "density", "cost")]
     off = largest(shares)
     note = "largest difference of agreement, density and cost"
-    return [*checks, Check(name="shares as recorded", value=off, bound=SHARE_BOUND, passed=off <= SHARE_BOUND, note=note)]
+    return [
+        *checks,
+        Check(name="shares as recorded", value=off, bound=SHARE_BOUND, passed=off <= SHARE_BOUND, note=note),
+    ]
 
 
 def largest(values: Iterable[float]) -> float:
@@ -134,7 +154,10 @@ def largest(values: Iterable[float]) -> float:
 def shipped_checks(shipped: ExecutorQuality, quality: Quality, budget: dict[str, Any], precision: str) -> list[Check]:
     """The quality budget of the ONNX file in its own precision, against the dense model in fp32 on the same windows."""
     found = quality.model_copy(update={"nll": shipped.nll, "kl": shipped.kl})
-    return [check.model_copy(update={"name": f"{check.name}, ONNX {precision}"}) for check in check_budget(found, {**budget, "sparsity": None})]
+    return [
+        check.model_copy(update={"name": f"{check.name}, ONNX {precision}"})
+        for check in check_budget(found, {**budget, "sparsity": None})
+    ]
 
 
 def check_budget(quality: Quality, budget: dict[str, Any]) -> list[Check]:
@@ -145,13 +168,29 @@ def check_budget(quality: Quality, budget: dict[str, Any]) -> list[Check]:
     checks = []
     numbers = (quality.nll_dense, quality.nll, quality.kl, quality.density)
     if not all(map(math.isfinite, numbers)):
-        checks.append(Check(name="held-out numbers", value=largest(numbers), bound=0, passed=False, note="NLL, KL and density must be finite"))
+        checks.append(
+            Check(
+                name="held-out numbers",
+                value=largest(numbers),
+                bound=0,
+                passed=False,
+                note="NLL, KL and density must be finite",
+            )
+        )
     searched = bool(budget.get("searched"))
     if budget.get("max_ppl_increase") is not None:
         asked = float(budget["max_ppl_increase"] or 0.0)
         bound = asked + UNSEEN_PPL * searched
         note = f"asked for {asked:.3g} and met by search on other text" if searched else ""
-        checks.append(Check(name="perplexity increase", value=quality.ppl_increase, bound=bound, passed=quality.ppl_increase <= bound, note=note))
+        checks.append(
+            Check(
+                name="perplexity increase",
+                value=quality.ppl_increase,
+                bound=bound,
+                passed=quality.ppl_increase <= bound,
+                note=note,
+            )
+        )
     if budget.get("max_kl") is not None:
         asked = float(budget["max_kl"] or 0.0)
         bound = asked * (1 + UNSEEN_KL * searched)
@@ -168,7 +207,8 @@ def check_budget(quality: Quality, budget: dict[str, Any]) -> list[Check]:
 def check_source(model: Any, source: Path, batches: Batches, trained: bool = False) -> Check:
     """The checkpoint's dense model against the model it was made from: largest logit difference on one window.
 
-    Where activations were swapped, or weights `trained`, the two differ by design; then only the sizes that both configurations name are compared.
+    Where activations were swapped, or weights `trained`, the two differ by design; then only the sizes that both
+    configurations name are compared.
     """
     original = load_dense(source)
     if trained or model.config.model_type.startswith(PREFIX):
@@ -176,17 +216,26 @@ def check_source(model: Any, source: Path, batches: Batches, trained: bool = Fal
     row = batches.tokens[:1]
     with dense(model):
         worst = float((model(input_ids=row).logits - original(input_ids=row).logits).abs().max())
-    return Check(name="dense weights", value=worst, bound=LOGIT_BOUND, passed=worst <= LOGIT_BOUND, note=f"against {source.name}")
+    return Check(
+        name="dense weights", value=worst, bound=LOGIT_BOUND, passed=worst <= LOGIT_BOUND, note=f"against {source.name}"
+    )
 
 
 def _check_sizes(model: Any, original: Any, source: Path) -> Check:
     arch, wanted = load_arch(model.config.model_type), load_arch(original.config.model_type)
-    different = [space for space in arch.spaces if space not in wanted.spaces or arch.size(model.config, space) != wanted.size(original.config, space)]
+    different = [
+        space
+        for space in arch.spaces
+        if space not in wanted.spaces or arch.size(model.config, space) != wanted.size(original.config, space)
+    ]
     if arch.model_type != wanted.model_type:
         different.append(f"model type {arch.model_type} for {wanted.model_type}")
     found, own = original.state_dict(), model.state_dict()
     equal = sum(name in own and torch.equal(tensor, own[name]) for name, tensor in found.items())
-    note = f"against {source.name}: weights or activations were changed, so sizes are compared; {equal} of {len(found)} tensors are the source's"
+    note = (
+        f"against {source.name}: weights or activations were changed, so sizes are compared; {equal} of "
+        f"{len(found)} tensors are the source's"
+    )
     if different:
         note = f"against {source.name}: {', '.join(different)} differ"
     return Check(name="dense sizes", value=len(different), bound=0, passed=not different, note=note)

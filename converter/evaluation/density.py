@@ -17,7 +17,8 @@ _WINDOWS, _TOGETHER = 32, 4
 
 @torch.no_grad()
 def with_shares(model: Any, plan: Plan, arch: Arch, activation: str, batches: Batches) -> Plan:
-    """The plan with the shares of non-zero and of open units in every Swap, and with the kept share in every Predictor behind one, on the first windows.
+    """The plan with the shares of non-zero and of open units in every Swap, and with the kept share in every Predictor
+    behind one, on the first windows.
 
     `model` is left ungated. A plan without a Swap comes back as it is.
     """
@@ -25,7 +26,10 @@ def with_shares(model: Any, plan: Plan, arch: Arch, activation: str, batches: Ba
         return plan
     found = dict(plan)
     swapped = [site for site, entries in plan.items() if isinstance(entries[0], Swap)]
-    for looked in ({site: plan[site][:1] for site in swapped}, {site: plan[site] for site in swapped if isinstance(deciding(plan[site]), Predictor)}):
+    for looked in (
+        {site: plan[site][:1] for site in swapped},
+        {site: plan[site] for site in swapped if isinstance(deciding(plan[site]), Predictor)},
+    ):
         if not looked:
             continue
         apply_plan(model, looked, arch, activation)

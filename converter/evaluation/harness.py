@@ -1,4 +1,6 @@
-"""EleutherAI's lm-eval on a sparse checkpoint, through its onnxruntime-genai backend with sparsegate's library, beside the dense torch model."""
+"""EleutherAI's lm-eval on a sparse checkpoint, through its onnxruntime-genai backend with sparsegate's library, beside
+the dense torch model.
+"""
 
 from __future__ import annotations
 
@@ -41,31 +43,48 @@ def find_tasks(text: str) -> Tasks:
     names = [Path(word).name if "/" in word else word for word in words]
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown or not names:
-        raise InputError(f"--lm-eval must name tasks of lm-eval, got {', '.join(unknown) or 'none'}. Run lm-eval ls tasks for the list.")
+        raise InputError(
+            f"--lm-eval must name tasks of lm-eval, got {', '.join(unknown) or 'none'}. Run lm-eval ls tasks for the "
+            "list."
+        )
     return Tasks(names, manager)
 
 
-def run_tasks(onnx: Path, model: Any, tasks: Tasks, limit: int | None = None, original: Any | None = None) -> dict[str, dict[str, dict[str, float]]]:
-    """{task: {metric: {"dense", "sparse"}}} of the dense `original` in torch (None: of the model without its masks) and of the ONNX folder, on the first
-    `limit` examples of each task.
+def run_tasks(
+    onnx: Path, model: Any, tasks: Tasks, limit: int | None = None, original: Any | None = None
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{task: {metric: {"dense", "sparse"}}} of the dense `original` in torch (None: of the model without its masks) and
+    of the ONNX folder, on the first `limit` examples of each task.
     """
     if not onnx.is_dir():
         raise InputError(f"lm-eval must have the checkpoint's onnx folder, got none at {onnx}. Convert again.")
     simple_evaluate = import_module("lm_eval.evaluator").simple_evaluate
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for side, language_model in (("dense", dense_model(onnx, model if original is None else original)), ("sparse", sparse_model(onnx))):
+    for side, language_model in (
+        ("dense", dense_model(onnx, model if original is None else original)),
+        ("sparse", sparse_model(onnx)),
+    ):
         results = simple_evaluate(
-            model=language_model, tasks=tasks.names, task_manager=tasks.manager, limit=limit, log_samples=False, bootstrap_iters=0
-        )["results"]  # fmt: skip
+            model=language_model,
+            tasks=tasks.names,
+            task_manager=tasks.manager,
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=0,
+        )["results"]
         for task, metrics in results.items():
             for metric, value in metrics.items():
-                if "," in metric and isinstance(value, int | float) and np.isfinite(value):  # "acc,none", not "sample_len"
+                if (
+                    "," in metric and isinstance(value, int | float) and np.isfinite(value)
+                ):  # "acc,none", not "sample_len"
                     found.setdefault(task, {}).setdefault(metric.removesuffix(",none"), {})[side] = float(value)
     return found
 
 
 def sparse_model(onnx: Path, library: bool | None = None) -> Any:
-    """lm-eval's language model over an ONNX folder in onnxruntime-genai; `library` as in `runtime_onnx.generate.load`."""
+    """lm-eval's language model over an ONNX folder in onnxruntime-genai; `library` as in
+    `runtime_onnx.generate.load`.
+    """
 
     class Sparse(_exact(_backend())):
         def _load(self) -> None:
@@ -76,7 +95,9 @@ def sparse_model(onnx: Path, library: bool | None = None) -> Any:
 
 
 def dense_model(onnx: Path, model: Any) -> Any:
-    """lm-eval's language model over a gated torch model with its masks off; tokenizer and context length are those of the ONNX folder."""
+    """lm-eval's language model over a gated torch model with its masks off; tokenizer and context length are those of
+    the ONNX folder.
+    """
 
     class Dense(_exact(_backend())):
         def _load(self) -> None:
@@ -95,17 +116,27 @@ def dense_model(onnx: Path, model: Any) -> Any:
             sampled = bool(gen_kwargs.get("do_sample")) and float(sampling.get("temperature", 0)) > 0
             inputs = torch.tensor([tokens], device=model.device)
             with dense(model):
-                out = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=new, do_sample=sampled, **(sampling if sampled else {}))
+                out = model.generate(
+                    inputs,
+                    attention_mask=torch.ones_like(inputs),
+                    max_new_tokens=new,
+                    do_sample=sampled,
+                    **(sampling if sampled else {}),
+                )
             return out[0, len(tokens) :].tolist()
 
     return Dense(pretrained=str(onnx))
 
 
 def _exact(backend: type) -> type:
-    """The backend with every target scored: lm-eval 0.4.13 drops the first target of a window that fills the context."""
+    """The backend with every target scored: lm-eval 0.4.13 drops the first target of a window that fills
+    the context.
+    """
 
     class Exact(backend):
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
+        def _loglikelihood_tokens(
+            self, requests: Any, disable_tqdm: bool = False, **_: Any
+        ) -> list[tuple[float, bool]]:
             found = []
             for key, context, continuation in requests:
                 score = score_continuation(self._forward_logits, context, continuation, self.max_length)
@@ -141,4 +172,6 @@ def _backend() -> Any:
     except ModuleNotFoundError as error:
         if not str(error.name).startswith("lm_eval"):
             found = f"one without {error.name}"
-        raise InputError(f'--lm-eval must have lm-eval 0.4.13 or later, got {found}. Run pip install "sparsegate[eval]".') from None
+        raise InputError(
+            f'--lm-eval must have lm-eval 0.4.13 or later, got {found}. Run pip install "sparsegate[eval]".'
+        ) from None

@@ -1,7 +1,8 @@
-"""Whether every op of an ONNX folder computes what the checkpoint says, judged where rounding can't travel: at the op's own input.
+"""Whether every op of an ONNX folder computes what the checkpoint says, judged where rounding can't travel: at the op's
+own input.
 
-A threshold flips on rounding, a flip moves everything after it, and a deep model is chaotic. So a debug copy of the graph shows what enters and leaves
-each op. Three things are judged, token by token:
+A threshold flips on rounding, a flip moves everything after it, and a deep model is chaotic. So a debug copy of the
+graph shows what enters and leaves each op. Three things are judged, token by token:
 
 1. Each op against the fp64 reference on the op's own input, integer kernels against the emulation of their arithmetic.
 2. The torch executor against the reference on the same input, so that torch and the file mean the same op.
@@ -34,13 +35,17 @@ WINDOWS, LENGTH, SINGLE = 4, 32, 4
 INTEGER_WINDOWS = 2
 """Sequences where weights are integers: the emulation of their kernels is slow."""
 SUM_BOUND = 1e-11
-"""NMSE of a token in torch and in a body, whose products are a library's: on a real model the worst token of ONNX Runtime's products has 1.2e-12."""
+"""NMSE of a token in torch and in a body, whose products are a library's: on a real model the worst token of ONNX
+Runtime's products has 1.2e-12.
+"""
 _ROUNDED_AT_ONCE = 20_000_000  # rounded values
 
 
 @dataclass
 class Tally:
-    """What was compared at the ops of one executor: the worst token by its error over its bound, and how many tokens were left out."""
+    """What was compared at the ops of one executor: the worst token by its error over its bound, and how many tokens
+    were left out.
+    """
 
     worst: float = 0.0
     where: str = ""
@@ -50,12 +55,16 @@ class Tally:
     faults: list[str] = field(default_factory=list)
 
     def add(self, name: str, error: NDArray, bound: NDArray, clear: NDArray[np.bool_], first: bool = True) -> None:
-        """Note the errors [T] of an op's tokens against their bounds [T]; those not `clear` of a threshold are left out. `first` counts the op."""
+        """Note the errors [T] of an op's tokens against their bounds [T]; those not `clear` of a threshold are left
+        out. `first` counts the op.
+        """
         self.ops += first
         self.left_out += int((~clear).sum())
         self.compared += int(clear.sum())
         ratios = (np.where(np.isfinite(error), error, np.inf) / bound)[clear]
-        if len(ratios) and not (worst := float(ratios.max())) <= self.worst:  # NaN, of a bound that is none, is the worst
+        if (
+            len(ratios) and not (worst := float(ratios.max())) <= self.worst
+        ):  # NaN, of a bound that is none, is the worst
             self.worst, self.where = float(np.nan_to_num(worst, nan=np.inf, posinf=np.inf)), name
 
     def check(self, name: str) -> Check:
@@ -70,7 +79,9 @@ class Tally:
 
 @dataclass(frozen=True)
 class Watched:
-    """What the ops of an executor saw of the same sequences: node name -> tokens of all sequences; and the logits [N, T, V]."""
+    """What the ops of an executor saw of the same sequences: node name -> tokens of all sequences; and the logits [N,
+    T, V].
+    """
 
     tokens: Tensor
     seen: dict[str, Seen]
@@ -96,11 +107,14 @@ def watched_tokens(batches: Batches, integers: bool) -> Tensor:
 
 
 @torch.no_grad()
-def judge_ops(model: Any, watched: Mapping[str, Watched], ops: Sequence[StoredOp], kernel: str = "kernel") -> dict[str, Tally]:
-    """The ops of several executors of one file, and the gated torch modules ("torch"), against the reference on the ops' own inputs; by executor.
+def judge_ops(
+    model: Any, watched: Mapping[str, Watched], ops: Sequence[StoredOp], kernel: str = "kernel"
+) -> dict[str, Tally]:
+    """The ops of several executors of one file, and the gated torch modules ("torch"), against the reference on the
+    ops' own inputs; by executor.
 
-    The executor named `kernel` is judged by the kernels' arithmetic where weights are integers. `model` is gated and its weights are those of the file; the
-    torch modules are run on what the first executor's ops read.
+    The executor named `kernel` is judged by the kernels' arithmetic where weights are integers. `model` is gated and
+    its weights are those of the file; the torch modules are run on what the first executor's ops read.
     """
     tallies = {executor: Tally() for executor in (*watched, "torch")}
     unknown = {executor: set(run.seen) for executor, run in watched.items()}
@@ -129,7 +143,10 @@ def judge_ops(model: Any, watched: Mapping[str, Watched], ops: Sequence[StoredOp
 def _judge_float(tallies: Mapping[str, Tally], op: StoredOp, seen: Mapping[str, Seen]) -> None:
     """Executors that leave activations in floating point, all on one evaluation of the reference."""
     x = np.concatenate([part.x.astype(np.float32) for part in seen.values()])
-    clear, expected = off_thresholds(op.variant, x, op.tensors, integer=False), op.op.reference(op.variant, x, op.tensors)
+    clear, expected = (
+        off_thresholds(op.variant, x, op.tensors, integer=False),
+        op.op.reference(op.variant, x, op.tensors),
+    )
     start = 0
     for executor, part in seen.items():
         rows = slice(start, start := start + len(part.x))
@@ -137,14 +154,20 @@ def _judge_float(tallies: Mapping[str, Tally], op: StoredOp, seen: Mapping[str, 
         if executor != "kernel":
             bound = np.maximum(bound, SUM_BOUND)
         if (over := error > bound).any():
-            bound[over] += sum_energy(op.variant, part.x[over].astype(np.float32), op.tensors) / np.maximum(np.square(expected[rows][over]).sum(-1), 1e-30)
+            bound[over] += sum_energy(op.variant, part.x[over].astype(np.float32), op.tensors) / np.maximum(
+                np.square(expected[rows][over]).sum(-1), 1e-30
+            )
         tallies[executor].add(op.node, error, bound, clear[rows])
 
 
 def _judge_kernel(tally: Tally, op: StoredOp, seen: Seen) -> None:
-    """A kernel that rounds activations where they meet integers; what lies at a rounding boundary may have been rounded to either side."""
+    """A kernel that rounds activations where they meet integers; what lies at a rounding boundary may have been rounded
+    to either side.
+    """
     tight = op.op.BOUNDS[op.variant.weights if op.variant.weights != "float" else "int8_row"]
-    at_once = max(1, _ROUNDED_AT_ONCE // max(tensor.size for role, tensor in op.tensors.items() if role.startswith(("s_", "tau"))))
+    at_once = max(
+        1, _ROUNDED_AT_ONCE // max(tensor.size for role, tensor in op.tensors.items() if role.startswith(("s_", "tau")))
+    )
     for start in range(0, len(seen.x), at_once):
         x, y = (part[start : start + at_once] for part in seen)
         clear = settled_scores(op.variant, x, op.tensors)
@@ -212,5 +235,7 @@ def _given_outputs(model: Any, given: Mapping[str, list[tuple[slice | None, Tens
 
 
 def open_watched(onnx: Path, library: bool, providers: list[str] | None, rounded: bool) -> WatchedGraph:
-    """The debug copy of a folder's graph; where activations are rounded outside the ops, they stay in floating point here."""
+    """The debug copy of a folder's graph; where activations are rounded outside the ops, they stay in floating point
+    here.
+    """
     return WatchedGraph(onnx, library, providers, float_activations=rounded)

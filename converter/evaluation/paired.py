@@ -1,9 +1,12 @@
-"""The one judgement end to end: an executor's NLL against torch's, window by window, beside what rounding alone does to torch.
+"""The one judgement end to end: an executor's NLL against torch's, window by window, beside what rounding alone does to
+torch.
 
-Logits of a deep thresholded model can't be equal: rounding moves a score over its threshold, and everything after it moves along. What rounding does is
-therefore measured in the same run: torch once more, with noise of the executor's kind on every gated op's input. The mean difference of an executor that
-computes the same model lies within STANDARD_ERRORS standard errors of that noise; a wrong wiring lies far outside. Crossings are rare and their effects
-differ much, so the standard error is that of the noise's and the executor's differences together: a single window can't raise an alarm, a shift of all does.
+Logits of a deep thresholded model can't be equal: rounding moves a score over its threshold, and everything after it
+moves along. What rounding does is therefore measured in the same run: torch once more, with noise of the executor's
+kind on every gated op's input. The mean difference of an executor that computes the same model lies within
+STANDARD_ERRORS standard errors of that noise; a wrong wiring lies far outside. Crossings are rare and their effects
+differ much, so the standard error is that of the noise's and the executor's differences together: a single window can't
+raise an alarm, a shift of all does.
 """
 
 from __future__ import annotations
@@ -28,10 +31,12 @@ WINDOWS, LENGTH = 32, 128
 """Windows that are compared, and their tokens at most."""
 STANDARD_ERRORS = 3.0
 LAST_BITS = 2.0**-21
-"""Relative noise on an op's input: what float32 sums of a few hundred terms before it differ by between two executors."""
+"""Relative noise on an op's input: what float32 sums of a few hundred terms before it differ by between two executors.
+"""
 ACTIVATION_KL = 0.05
-"""Nats per token that rounding activations to 8 bits or half precision outside the ops may cost, beside ACTIVATION_NLL; measured on the bundled model:
-.0003 to .002 with one op a layer, .024 with six, whose thresholds pass rounding on."""
+"""Nats per token that rounding activations to 8 bits or half precision outside the ops may cost, beside ACTIVATION_NLL;
+measured on the bundled model: .0003 to .002 with one op a layer, .024 with six, whose thresholds pass rounding on.
+"""
 
 Noise = Callable[[Tensor], Tensor]
 
@@ -62,30 +67,44 @@ def half_precision(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def compare(name: str, decoder: Decoder, model: Any, batches: Batches, noise: Noise, rounded: bool) -> list[Check]:
-    """The judgement on one executor, on the first WINDOWS full windows; where activations are `rounded` outside the ops too, also on its divergence.
+    """The judgement on one executor, on the first WINDOWS full windows; where activations are `rounded` outside the ops
+    too, also on its divergence.
 
     `model` is gated and holds the file's weights; `noise` is of the executor's kind.
     """
     tokens = batches.tokens[batches.mask.all(1)][:WINDOWS, :LENGTH]
     noisy, own = _sums(decoder, model, tokens, noise)
     count = own[:, 0]
-    torch_nll, noisy_nll, nll, noise_kl, kl = (sums / count for sums in (own[:, 1], noisy[:, 2], own[:, 2], noisy[:, 3], own[:, 3]))
+    torch_nll, noisy_nll, nll, noise_kl, kl = (
+        sums / count for sums in (own[:, 1], noisy[:, 2], own[:, 2], noisy[:, 3], own[:, 3])
+    )
     noise_error, error = standard_error(noisy_nll - torch_nll), standard_error(nll - torch_nll)
     off, moved = abs(float((nll - torch_nll).mean())), abs(float((noisy_nll - torch_nll).mean()))
     bound = STANDARD_ERRORS * (noise_error**2 + error**2) ** 0.5 + (moved + ACTIVATION_NLL if rounded else NLL_BOUND)
     note = (
-        f"NLL {float(nll.mean()):.4f} (torch {float(torch_nll.mean()):.4f}) over {len(tokens)} windows; noise alone {moved:.2g} +- {noise_error:.2g}; "
+        f"NLL {float(nll.mean()):.4f} (torch {float(torch_nll.mean()):.4f}) over {len(tokens)} windows; noise alone "
+        f"{moved:.2g} +- {noise_error:.2g}; "
         f"KL from torch {float(kl.mean()):.2g}, noise alone {float(noise_kl.mean()):.2g}"
     )
     checks = [Check(name=f"{name} NLL", value=off, bound=bound, passed=off <= bound, note=note)]
     if rounded:
         value, most = max(float(kl.mean()), 0.0), ACTIVATION_KL + STANDARD_ERRORS * float(noise_kl.mean())
-        checks.append(Check(name=f"{name} KL", value=value, bound=most, passed=value <= most, note="from torch with the same weights"))
+        checks.append(
+            Check(
+                name=f"{name} KL",
+                value=value,
+                bound=most,
+                passed=value <= most,
+                note="from torch with the same weights",
+            )
+        )
     return checks
 
 
 def _sums(decoder: Decoder, model: Any, tokens: Tensor, noise: Noise) -> Tensor:
-    """Sums [2, N, 5] as `quality.compare` gives them over windows [N, T], from the gated torch model to itself under noise and to the executor."""
+    """Sums [2, N, 5] as `quality.compare` gives them over windows [N, T], from the gated torch model to itself under
+    noise and to the executor.
+    """
     gates, parts = gates_of(model), []
     reference = Reference(model, Batches(tokens, torch.ones_like(tokens, dtype=torch.bool)), gates=gates)
     for number, group in enumerate(reference.groups):
@@ -105,7 +124,10 @@ def standard_error(differences: Tensor) -> float:
 @contextmanager
 def noised(model: Any, noise: Noise) -> Iterator[None]:
     """Noise on what enters the model's gated modules, inside the block."""
-    handles = [module.register_forward_pre_hook(lambda _, inputs: (noise(inputs[0]), *inputs[1:])) for module in gated_modules(model)]
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs: (noise(inputs[0]), *inputs[1:]))
+        for module in gated_modules(model)
+    ]
     try:
         yield
     finally:

@@ -1,7 +1,9 @@
-"""Held-out quality of gated models and of ONNX executors beside one dense pass, on as many windows as tell their difference.
+"""Held-out quality of gated models and of ONNX executors beside one dense pass, on as many windows as tell their
+difference.
 
-Windows go through the decoder in groups, once dense and once for every plan; the head and the softmax follow in chunks of positions, the dense side's once for
-all plans. Logits are those of the model's own forward, which is handed the decoder's hidden states, so that its scaling and soft caps hold.
+Windows go through the decoder in groups, once dense and once for every plan; the head and the softmax follow in chunks
+of positions, the dense side's once for all plans. Logits are those of the model's own forward, which is handed the
+decoder's hidden states, so that its scaling and soft caps hold.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ Logits = Callable[[int, slice], Tensor]
 
 
 def groups(batches: Batches) -> list[list[Tensor]]:
-    """Windows [T] without padding, in order, in groups that go through a decoder together; windows of one token are left out."""
+    """Windows [T] without padding, in order, in groups that go through a decoder together; windows of one token are
+    left out.
+    """
     at_once = max(1, GROUP_TOKENS // batches.tokens.shape[1])
     rows = [row[mask] for row, mask in zip(batches.tokens, batches.mask, strict=True)]
     rows = [row for row in rows if len(row) > 1]
@@ -82,7 +86,9 @@ class Halves:
         self.output: type | None = None
 
     def hidden(self, windows: Sequence[Tensor]) -> list[Tensor]:
-        """What enters the head, [T - 1, d] of every window [T]; windows of equal length go through the decoder together."""
+        """What enters the head, [T - 1, d] of every window [T]; windows of equal length go through the decoder
+        together.
+        """
         found: dict[int, Tensor] = {}
         for length in sorted({len(window) for window in windows}):
             numbers = [k for k, window in enumerate(windows) if len(window) == length]
@@ -118,7 +124,9 @@ class Halves:
 
 @dataclass(frozen=True)
 class Side:
-    """The reference side of a chunk: logits less their maximum [P, V], the log of the sum of their exponentials [P] fp64, the argmax [P, 1]."""
+    """The reference side of a chunk: logits less their maximum [P, V], the log of the sum of their exponentials [P]
+    fp64, the argmax [P, 1].
+    """
 
     logits: Tensor
     normaliser: Tensor
@@ -143,10 +151,11 @@ def _normalised(logits: Tensor) -> Side:
 
 
 def _compare(side: Side, chances: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-    """Sums [4] fp64 over the chunk: NLL of the reference side p and of q, KL(p || q), equal argmax. `chances` are exp(side.logits) [P, V], `logits` are q's,
-    which are overwritten; `target` [P].
+    """Sums [4] fp64 over the chunk: NLL of the reference side p and of q, KL(p || q), equal argmax. `chances` are
+    exp(side.logits) [P, V], `logits` are q's, which are overwritten; `target` [P].
 
-    KL = sum p (log p - log q) = sum_v p_v (a_v - b_v) - log A + log B with a, b the logits less their maxima and A, B the sums of their exponentials.
+    KL = sum p (log p - log q) = sum_v p_v (a_v - b_v) - log A + log B with a, b the logits less their maxima and A, B
+    the sums of their exponentials.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=side.logits.device)
     target = target[:, None]
@@ -164,17 +173,28 @@ def _compare(side: Side, chances: Tensor, logits: Tensor, target: Tensor) -> Ten
 
 
 class Reference:
-    """The reference side of comparisons on windows: the dense `original`, or None for `model` itself without gates, or with `gates`.
+    """The reference side of comparisons on windows: the dense `original`, or None for `model` itself without gates, or
+    with `gates`.
 
     What fits into `keep_bytes` is kept for the next plan: logits, else hidden states, else nothing.
     """
 
-    def __init__(self, model: Any, batches: Batches, original: Any | None = None, keep_bytes: float = 0.0, gates: Gates | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        batches: Batches,
+        original: Any | None = None,
+        keep_bytes: float = 0.0,
+        gates: Gates | None = None,
+    ) -> None:
         self.groups = groups(batches)
         self.halves = Halves(model if original is None else original)
         self.gates = {} if original is not None or gates is None else gates
         self.vocabulary = int(self.halves.model.config.vocab_size)
-        tokens, width = sum(len(window) for group in self.groups for window in group), self.halves.model.get_input_embeddings().weight.shape[1]
+        tokens, width = (
+            sum(len(window) for group in self.groups for window in group),
+            self.halves.model.get_input_embeddings().weight.shape[1],
+        )
         self.keeps_logits = 4 * tokens * self.vocabulary <= keep_bytes
         self.keeps_hidden = not self.keeps_logits and 4 * tokens * width <= keep_bytes
         self._sides: dict[int, list[list[Side]]] = {}
@@ -211,7 +231,9 @@ class Reference:
 
 
 def compare(reference: Reference, number: int, others: Sequence[Logits]) -> Tensor:
-    """Sums [others, windows, 5] fp64 of a group of windows: tokens, NLL of the reference and of the other, KL to the other, equal argmax."""
+    """Sums [others, windows, 5] fp64 of a group of windows: tokens, NLL of the reference and of the other, KL to the
+    other, equal argmax.
+    """
     group = reference.groups[number]
     sums = torch.zeros((len(others), len(group), 5), dtype=torch.float64)
     sums[:, :, 0] = torch.tensor([len(window) - 1 for window in group], dtype=torch.float64)
@@ -270,7 +292,9 @@ class Totals:
         return len(self.sums)
 
     def means(self) -> tuple[float, float, float, float]:
-        """NLL of p, NLL of q and KL in nats per token, and the share of equal argmax. Raises InputError when nothing was compared."""
+        """NLL of p, NLL of q and KL in nats per token, and the share of equal argmax. Raises InputError when nothing
+        was compared.
+        """
         if not self.windows:
             raise InputError("Held-out text must hold a window of two tokens or more, got none. Give more text.")
         nll_reference, nll, kl, agreement = (self.sums[:, 1:].sum(0) / self.sums[:, 0].sum()).tolist()
@@ -282,7 +306,10 @@ class Totals:
 
     def rises(self) -> list[tuple[int, float]]:
         """Tokens of every window, and its sum of NLL(q) - NLL(p)."""
-        return [(int(count), rise) for count, rise in zip(self.sums[:, 0].tolist(), (self.sums[:, 2] - self.sums[:, 1]).tolist(), strict=True)]
+        return [
+            (int(count), rise)
+            for count, rise in zip(self.sums[:, 0].tolist(), (self.sums[:, 2] - self.sums[:, 1]).tolist(), strict=True)
+        ]
 
     def kl_error(self) -> float:
         """Standard error (nats per token) of the mean KL."""
@@ -294,8 +321,9 @@ class Totals:
 
 
 def clustered_error(sums: Tensor, counts: Tensor) -> float:
-    """Standard error of the ratio sum(sums) / sum(counts) over W windows drawn at random, whose tokens hang together (Cochran 1977, Sampling Techniques, 6.4):
-    sqrt(W / (W - 1) sum_w (s_w - r n_w)^2) / sum_w n_w. Infinite for fewer than two windows.
+    """Standard error of the ratio sum(sums) / sum(counts) over W windows drawn at random, whose tokens hang together
+    (Cochran 1977, Sampling Techniques, 6.4): sqrt(W / (W - 1) sum_w (s_w - r n_w)^2) / sum_w n_w. Infinite for fewer
+    than two windows.
     """
     windows = len(sums)
     if windows < 2:
@@ -308,13 +336,19 @@ def clustered_error(sums: Tensor, counts: Tensor) -> float:
 
 
 def measure_qualities(
-    model: Any, plans: Mapping[str, Plan], batches: Batches, original: Any | None = None, error: float = ERROR, most: int = MOST_TOKENS
+    model: Any,
+    plans: Mapping[str, Plan],
+    batches: Batches,
+    original: Any | None = None,
+    error: float = ERROR,
+    most: int = MOST_TOKENS,
 ) -> dict[str, Quality]:
-    """Compare an ungated model under each of `plans` with the dense `original` that it was made from (None: with itself), all on the same windows; the first
-    token of a window is given.
+    """Compare an ungated model under each of `plans` with the dense `original` that it was made from (None: with
+    itself), all on the same windows; the first token of a window is given.
 
-    Windows are taken in order until every plan's `nll_error` is below `error` (of LEAST_WINDOWS at least), or `most` tokens were measured; with error 0 all of
-    them. Where a part of them may stand for all, they must be in random order.
+    Windows are taken in order until every plan's `nll_error` is below `error` (of LEAST_WINDOWS at least), or `most`
+    tokens were measured; with error 0 all of them. Where a part of them may stand for all, they must be in random
+    order.
     """
     arch = load_arch(model.config.model_type)
     activation = arch.activation(model.config)
@@ -331,13 +365,17 @@ def measure_quality(
     most: int = MOST_TOKENS,
     reference: Reference | None = None,
 ) -> Quality:
-    """As `measure_qualities` for a model that `plan` gates already. `reference` keeps the dense side for many plans on one model and text, where given."""
+    """As `measure_qualities` for a model that `plan` gates already. `reference` keeps the dense side for many plans on
+    one model and text, where given.
+    """
     reference = reference or Reference(model, batches, original)
     return _measure(model, {"": plan}, {"": gates_of(model)}, reference, error, most)[""]
 
 
 @torch.no_grad()
-def _measure(model: Any, plans: Mapping[str, Plan], gates: Mapping[str, Gates], reference: Reference, error: float, most: int) -> dict[str, Quality]:
+def _measure(
+    model: Any, plans: Mapping[str, Plan], gates: Mapping[str, Gates], reference: Reference, error: float, most: int
+) -> dict[str, Quality]:
     totals = {name: Totals() for name in plans}
     recorders = {name: Recorder(counts_only=True) for name in plans}
     for number, group in enumerate(track(reference.groups, unit="group")):
@@ -354,13 +392,22 @@ def _quality(model: Any, plan: Plan, total: Totals, record: Recorder) -> Quality
     nll_dense, nll, kl, agreement = total.means()
     density, opened = record.density(), record.opened_share()
     return Quality(
-        tokens=total.tokens, windows=total.windows, nll_dense=nll_dense, nll=nll, nll_error=_finite(total.error()), kl=kl, agreement=agreement,
+        tokens=total.tokens,
+        windows=total.windows,
+        nll_dense=nll_dense,
+        nll=nll,
+        nll_error=_finite(total.error()),
+        kl=kl,
+        agreement=agreement,
         density=weighted(density, site_parameters(plan, arch, config)),
-        cost=mlp_cost(plan, arch, config, density, opened), block_cost=block_cost(plan, arch, config, density, opened),
+        cost=mlp_cost(plan, arch, config, density, opened),
+        block_cost=block_cost(plan, arch, config, density, opened),
         site_density={site.key: v for site, v in density.items()},
-        site_cost={site.key: site_cost(plan, site, arch, config, share, opened.get(site)) for site, share in density.items()},
+        site_cost={
+            site.key: site_cost(plan, site, arch, config, share, opened.get(site)) for site, share in density.items()
+        },
         site_opened={site.key: share for site, share in opened.items()},
-    )  # fmt: skip
+    )
 
 
 def _finite(error: float) -> float:
@@ -379,8 +426,9 @@ def measure_executor(
     most: int = MOST_TOKENS,
     nll_torch: float | None = None,
 ) -> ExecutorQuality:
-    """An ONNX executor beside the gated torch model and what that is compared with (`Reference`), on the first `count` windows; None: on as many as
-    `measure_qualities` would take. The torch model is not run again where its NLL on these windows is known, as `nll_torch`.
+    """An ONNX executor beside the gated torch model and what that is compared with (`Reference`), on the first `count`
+    windows; None: on as many as `measure_qualities` would take. The torch model is not run again where its NLL on these
+    windows is known, as `nll_torch`.
     """
     if count is not None:
         batches, error, most = Batches(batches.tokens[:count], batches.mask[:count]), 0.0, batches.tokens.numel()
@@ -396,14 +444,21 @@ def measure_executor(
     nll_torch = sparse.means()[0 if dense else 1] if nll_torch is None else nll_torch
     nll_dense, nll, kl, agreement = onnx.means()
     return ExecutorQuality(
-        tokens=onnx.tokens, windows=onnx.windows, nll_dense=nll_dense, nll_torch=nll_torch, nll=nll, nll_error=_finite(onnx.error()), kl=kl,
-        agreement=agreement, rises=onnx.rises(),
-    )  # fmt: skip
+        tokens=onnx.tokens,
+        windows=onnx.windows,
+        nll_dense=nll_dense,
+        nll_torch=nll_torch,
+        nll=nll,
+        nll_error=_finite(onnx.error()),
+        kl=kl,
+        agreement=agreement,
+        rises=onnx.rises(),
+    )
 
 
 def paired_rise(sparse: ExecutorQuality, dense: ExecutorQuality) -> tuple[float, float | None] | None:
-    """Mean of NLL(sparse) - NLL(dense) in nats per token over the windows that both were measured on, the first ones of the same text, and its standard error
-    (None for one window). None where either does not tell its windows.
+    """Mean of NLL(sparse) - NLL(dense) in nats per token over the windows that both were measured on, the first ones of
+    the same text, and its standard error (None for one window). None where either does not tell its windows.
     """
     pairs = list(zip(sparse.rises, dense.rises, strict=False))
     if not pairs:
@@ -416,7 +471,9 @@ def paired_rise(sparse: ExecutorQuality, dense: ExecutorQuality) -> tuple[float,
 
 @torch.no_grad()
 def measure_dense_executor(decoder: Decoder, model: Any, batches: Batches, count: int = QUALITY_WINDOWS) -> Totals:
-    """The ONNX executor of a dense graph (q) beside the dense torch model (p), which runs once, on the first `count` windows."""
+    """The ONNX executor of a dense graph (q) beside the dense torch model (p), which runs once, on the first `count`
+    windows.
+    """
     reference, total = Reference(model, Batches(batches.tokens[:count], batches.mask[:count])), Totals()
     for number, group in enumerate(reference.groups):
         total.add(compare(reference, number, [onnx_logits(decoder, group)])[0])

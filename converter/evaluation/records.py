@@ -36,14 +36,18 @@ Stored = TypeVar("Stored", bound=Strict)
 
 
 def read_stored(form: type[Stored], path: Path, what: str, remedy: str) -> Stored:
-    """The result in a JSON file. Raises InputError, which names the first wrong field and the remedy, when the file is missing or has another form."""
+    """The result in a JSON file. Raises InputError, which names the first wrong field and the remedy, when the file is
+    missing or has another form.
+    """
     value = read_json(path, what)
     try:
         return form.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the whole"
-        raise InputError(f"{what} must have the form of version 1, got {path} ({place}: {first['msg']}). {remedy}") from None
+        raise InputError(
+            f"{what} must have the form of version 1, got {path} ({place}: {first['msg']}). {remedy}"
+        ) from None
 
 
 class Machine(Strict):
@@ -57,7 +61,9 @@ class Machine(Strict):
 
 
 class Text(Strict):
-    """Tokens that were read: how many, sha256 of the token batches, a name for people, and the Hub dataset when it is one."""
+    """Tokens that were read: how many, sha256 of the token batches, a name for people, and the Hub dataset when it is
+    one.
+    """
 
     tokens: int
     hash: str | None = None
@@ -68,8 +74,8 @@ class Text(Strict):
 class Speed(Strict):
     """How the speeds were taken: one sequence, dense and sparse in turns.
 
-    `precision` of the sparse model's gated weights and `baseline` of the dense model's (None: the same), `threads` None for the runtime's own choice;
-    `disturbed` when other load made every pair of runs wait.
+    `precision` of the sparse model's gated weights and `baseline` of the dense model's (None: the same), `threads` None
+    for the runtime's own choice; `disturbed` when other load made every pair of runs wait.
     """
 
     runtime: str = "onnxruntime"
@@ -88,9 +94,10 @@ class Speed(Strict):
 class Row(Strict):
     """One model's quality and speed on the held-out text.
 
-    `nll` and `kl` (dense to this one) in nats per token, `nll_error` the standard error of the paired difference of NLL to dense, `agreement` the share of
-    equal argmax tokens, `density` the mean realised share of kept units, `cost` the bytes touched per token relative to the dense MLP, predictors included,
-    `block_cost` relative to all linear maps of the blocks, and `read_share` relative to those and the output head. `decode_ratio` and `prefill_ratio` are the
+    `nll` and `kl` (dense to this one) in nats per token, `nll_error` the standard error of the paired difference of NLL
+    to dense, `agreement` the share of equal argmax tokens, `density` the mean realised share of kept units, `cost` the
+    bytes touched per token relative to the dense MLP, predictors included, `block_cost` relative to all linear maps of
+    the blocks, and `read_share` relative to those and the output head. `decode_ratio` and `prefill_ratio` are the
     medians, over back-to-back pairs, of speeds relative to dense; `bench` the samples behind them.
     """
 
@@ -121,11 +128,12 @@ class Row(Strict):
 
 
 class OnnxRow(Strict):
-    """What an ONNX file in less than fp32 loses on the evaluation text, as it is shipped: `precision` as asked for, `bytes` of graph and weights, `executor`
-    that ran it, `cost` the bytes that the MLPs touch per token relative to dense ones in the same precision, `read_share` the bytes of blocks and output head
-    relative to dense ones in fp32, and against the dense model in fp32 `kl` in nats per token and the share of equal argmax tokens. `nll_dense` is that model's
-    on the same tokens, `nll_error` the standard error of the paired difference. Of the sparse file `rise` is the mean paired difference of NLL to the dense
-    file and `rise_error` its standard error.
+    """What an ONNX file in less than fp32 loses on the evaluation text, as it is shipped: `precision` as asked for,
+    `bytes` of graph and weights, `executor` that ran it, `cost` the bytes that the MLPs touch per token relative to
+    dense ones in the same precision, `read_share` the bytes of blocks and output head relative to dense ones in fp32,
+    and against the dense model in fp32 `kl` in nats per token and the share of equal argmax tokens. `nll_dense` is that
+    model's on the same tokens, `nll_error` the standard error of the paired difference. Of the sparse file `rise` is
+    the mean paired difference of NLL to the dense file and `rise_error` its standard error.
     """
 
     model: Literal["dense", "sparse"]
@@ -148,10 +156,11 @@ class OnnxRow(Strict):
 class Reference(Strict):
     """A dense ONNX graph in fewer bits, measured in the same run: what a sparse model has to be better than.
 
-    `nll` and, of the dense model in fp32 on the same `tokens`, `nll_dense` in nats per token; `nll_error` the standard error of their paired difference; `kl`
-    from that model and the share of equal argmax tokens. `bytes` are those of the file, `read_share` the bytes that a token reads of blocks and output head
-    relative to the graph in fp32. `decode_ratio` and `prefill_ratio` are the medians over `pairs` back-to-back pairs of speeds relative to that graph, None
-    where nothing was timed; `disturbed` when other load made every pair wait.
+    `nll` and, of the dense model in fp32 on the same `tokens`, `nll_dense` in nats per token; `nll_error` the standard
+    error of their paired difference; `kl` from that model and the share of equal argmax tokens. `bytes` are those of
+    the file, `read_share` the bytes that a token reads of blocks and output head relative to the graph in fp32.
+    `decode_ratio` and `prefill_ratio` are the medians over `pairs` back-to-back pairs of speeds relative to that graph,
+    None where nothing was timed; `disturbed` when other load made every pair wait.
     """
 
     precision: Literal["int8", "int4"]
@@ -170,7 +179,9 @@ class Reference(Strict):
 
 
 class Layer(Strict):
-    """One site. Densities: `density_target` asked for, `density_calibrated` on held-out calibration tokens, `density_realised` on the evaluation text."""
+    """One site. Densities: `density_target` asked for, `density_calibrated` on held-out calibration tokens,
+    `density_realised` on the evaluation text.
+    """
 
     site: str
     density_target: float | None = None
@@ -182,7 +193,9 @@ class Layer(Strict):
 
 
 class Check(Strict):
-    """A measured value, its bound (an upper one, or a lower one when `at_least`), whether it holds, and a note on what was compared."""
+    """A measured value, its bound (an upper one, or a lower one when `at_least`), whether it holds, and a note on what
+    was compared.
+    """
 
     name: str
     value: float
@@ -193,8 +206,8 @@ class Check(Strict):
 
 
 class StageTime(Strict):
-    """Seconds that a stage of the conversion took and was expected to take, None where nothing was. `resumed`: an earlier run had done all of it, which takes
-    0 seconds, or a part of it; then nothing is compared.
+    """Seconds that a stage of the conversion took and was expected to take, None where nothing was. `resumed`: an
+    earlier run had done all of it, which takes 0 seconds, or a part of it; then nothing is compared.
     """
 
     name: str
@@ -204,10 +217,11 @@ class StageTime(Strict):
 
 
 class Report(Strict):
-    """All measurements of one conversion. `model` is the Hub id (then `revision` is its commit) or the name of the source folder. Where it is `swapped`, its
-    activation was changed before, and the row of the method dense is this model with nothing skipped: tables call it ungated.
-    `stages` are the times of all stages before the report itself, absent in older reports; `unused_tensors` the names in the source's files that its class does
-    not have; `time_notes` say what was cut or left out to stay within a time.
+    """All measurements of one conversion. `model` is the Hub id (then `revision` is its commit) or the name of the
+    source folder. Where it is `swapped`, its activation was changed before, and the row of the method dense is this
+    model with nothing skipped: tables call it ungated. `stages` are the times of all stages before the report itself,
+    absent in older reports; `unused_tensors` the names in the source's files that its class does not have; `time_notes`
+    say what was cut or left out to stay within a time.
     """
 
     version: Literal[1] = 1
@@ -241,7 +255,9 @@ class Report(Strict):
             raise ValueError("at most one row may be selected")
         if len({reference.precision for reference in self.references}) < len(self.references):
             raise ValueError("references must hold each precision once")
-        if any(row.decode_ratio is not None for row in self.rows) and (self.speed is None or self.dense.decode_tokens_per_second is None):
+        if any(row.decode_ratio is not None for row in self.rows) and (
+            self.speed is None or self.dense.decode_tokens_per_second is None
+        ):
             raise ValueError("a speed ratio needs the dense model's speed and the conditions in `speed`")
         return self
 
@@ -269,17 +285,21 @@ def this_machine() -> Machine:
 
 
 def record_files(folder: Path, *names: str) -> None:
-    """Rewrite the manifest of a checkpoint folder, last, with the present bytes of the named files; all other files stay as they were recorded."""
+    """Rewrite the manifest of a checkpoint folder, last, with the present bytes of the named files; all other files
+    stay as they were recorded.
+    """
     manifest = read_manifest(folder)
     files = {name: File(sha256=hash_file(folder / name), size=(folder / name).stat().st_size) for name in names}
     write_manifest(folder, manifest.model_copy(update={"files": dict(sorted((manifest.files | files).items()))}))
 
 
 class Measured(Strict):
-    """One executor on `tokens` held-out tokens: NLL, and KL from dense torch to it, in nats per token, and the share of equal argmax to dense.
+    """One executor on `tokens` held-out tokens: NLL, and KL from dense torch to it, in nats per token, and the share of
+    equal argmax to dense.
 
-    On the same tokens, `nll_dense` is the NLL of what is compared with, `nll_error` the standard error of the paired difference to it (None: of one window, or
-    not stored by an older version), and `nll_torch` the sparse torch model's NLL. `note` says why an executor did not run, its numbers being absent then.
+    On the same tokens, `nll_dense` is the NLL of what is compared with, `nll_error` the standard error of the paired
+    difference to it (None: of one window, or not stored by an older version), and `nll_torch` the sparse torch model's
+    NLL. `note` says why an executor did not run, its numbers being absent then.
     """
 
     executor: str
@@ -294,11 +314,13 @@ class Measured(Strict):
 
 
 class Answers(Strict):
-    """Greedy answers of the sparse model against the dense model's own, mean over prompts of sacrebleu's corpus BLEU, 0 to 100.
+    """Greedy answers of the sparse model against the dense model's own, mean over prompts of sacrebleu's corpus BLEU, 0
+    to 100.
 
-    `bleu` keeps the prompt's pass dense, which yields the first answer token, and masks every later pass (arXiv 2406.06562, its released protocol);
-    `bleu_all_masked` masks the prompt too. `bleu_dense` is the dense answers against themselves: below 100 where answers have fewer than four words.
-    `equal` and `equal_all_masked` are shares of answers equal token by token. `empty` prompts, to which the dense model says nothing, are left out.
+    `bleu` keeps the prompt's pass dense, which yields the first answer token, and masks every later pass (arXiv
+    2406.06562, its released protocol); `bleu_all_masked` masks the prompt too. `bleu_dense` is the dense answers
+    against themselves: below 100 where answers have fewer than four words. `equal` and `equal_all_masked` are shares of
+    answers equal token by token. `empty` prompts, to which the dense model says nothing, are left out.
     """
 
     prompts: int
@@ -317,9 +339,10 @@ class Answers(Strict):
 class Sparsity(Strict):
     """Share of weights skipped, each site counted by its parameters and only sites that are masked.
 
-    `windows`: every position of the held-out windows. Of the answers with a dense prompt: `answers` on masked passes alone, `answers_and_prompt` with the
-    prompt's positions counted as dense. The same with everything masked: `masked_answers`, `masked_answers_and_prompt`. `gated_share` is the part of the
-    model's parameters that these sites hold.
+    `windows`: every position of the held-out windows. Of the answers with a dense prompt: `answers` on masked passes
+    alone, `answers_and_prompt` with the prompt's positions counted as dense. The same with everything masked:
+    `masked_answers`, `masked_answers_and_prompt`. `gated_share` is the part of the model's parameters that these sites
+    hold.
     """
 
     windows: float
@@ -331,10 +354,11 @@ class Sparsity(Strict):
 
 
 class Evaluation(Strict):
-    """Everything that `eval` measured. `cost` and `block_cost` are bytes touched per token relative to the dense MLPs, and to all linear maps of the blocks;
-    `predictor_cost` is the part of `cost` that predictors and residuals add. `against` names what everything is compared with: the checkpoint's own dense
-    model, the dense source where weights or activations were changed, or, without that one, the changed model with nothing masked. `tasks`: metrics of lm-eval
-    by task and metric, dense torch and sparse ONNX.
+    """Everything that `eval` measured. `cost` and `block_cost` are bytes touched per token relative to the dense MLPs,
+    and to all linear maps of the blocks; `predictor_cost` is the part of `cost` that predictors and residuals add.
+    `against` names what everything is compared with: the checkpoint's own dense model, the dense source where weights
+    or activations were changed, or, without that one, the changed model with nothing masked. `tasks`: metrics of
+    lm-eval by task and metric, dense torch and sparse ONNX.
     """
 
     version: Literal[1] = 1

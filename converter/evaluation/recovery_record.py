@@ -15,8 +15,8 @@ RECOVERY = "report/recovery.json"
 
 
 class TrainingText(Strict):
-    """What was trained on: `windows` windows of `tokens` tokens in all, whether the dense model `sampled` them itself, and the `seconds` that it took to make
-    them.
+    """What was trained on: `windows` windows of `tokens` tokens in all, whether the dense model `sampled` them itself,
+    and the `seconds` that it took to make them.
     """
 
     name: str
@@ -28,8 +28,9 @@ class TrainingText(Strict):
 
 
 class CurvePoint(Strict):
-    """Training after `step` steps and `tokens` tokens: the `loss` minimised and its unweighted parts `kl`, `lm` (nats per token), `hidden` and `penalty`, the
-    mean share of non-zeros `density` and of units that predictors open, `predicted`; None where a part is not minimised or not measured.
+    """Training after `step` steps and `tokens` tokens: the `loss` minimised and its unweighted parts `kl`, `lm` (nats
+    per token), `hidden` and `penalty`, the mean share of non-zeros `density` and of units that predictors open,
+    `predicted`; None where a part is not minimised or not measured.
     """
 
     step: int = Field(ge=0)
@@ -45,8 +46,9 @@ class CurvePoint(Strict):
 
 
 class HeldoutPoint(Strict):
-    """The model after `step` steps and `tokens` tokens on the evaluation text or the same part of it: `nll`, `kl` from the dense model (nats per token), share
-    of equal argmax tokens; `nll_dense` is the dense model's on these very tokens.
+    """The model after `step` steps and `tokens` tokens on the evaluation text or the same part of it: `nll`, `kl` from
+    the dense model (nats per token), share of equal argmax tokens; `nll_dense` is the dense model's on these very
+    tokens.
     """
 
     step: int = Field(ge=0)
@@ -67,8 +69,8 @@ class DenseQuality(Strict):
 
 
 class SiteDensity(Strict):
-    """One site on the evaluation text: the share of units whose product is not exactly 0, of those whose gate is not (`opened`), and of those that a predictor
-    opens.
+    """One site on the evaluation text: the share of units whose product is not exactly 0, of those whose gate is not
+    (`opened`), and of those that a predictor opens.
     """
 
     site: str
@@ -78,8 +80,9 @@ class SiteDensity(Strict):
 
 
 class SwappedQuality(Strict):
-    """A model with the new activation on the evaluation text: `nll` and `kl` from the dense model in nats per token, share of equal argmax tokens; means over
-    sites of what SiteDensity says; `cost` the bytes that the networks touch per token relative to dense ones, predictors included.
+    """A model with the new activation on the evaluation text: `nll` and `kl` from the dense model in nats per token,
+    share of equal argmax tokens; means over sites of what SiteDensity says; `cost` the bytes that the networks touch
+    per token relative to dense ones, predictors included.
     """
 
     nll: float
@@ -97,8 +100,8 @@ class RecoveryRecord(Strict):
     were trained, and then `exact` without them, all on the tokens of `evaluation`; `settings` are the recipe's
     (`settings.Recovery`).
 
-    `seconds` is the wall time of training without the making of text, `cpu_seconds` the processor time of all processes over it; `tokens_trained` counts a
-    token once per pass.
+    `seconds` is the wall time of training without the making of text, `cpu_seconds` the processor time of all processes
+    over it; `tokens_trained` counts a token once per pass.
     """
 
     version: Literal[1] = 1

@@ -1,6 +1,8 @@
-"""A debug copy of an exported graph that shows what enters and leaves every op of ai.sparsegate, and what leaves the graph.
+"""A debug copy of an exported graph that shows what enters and leaves every op of ai.sparsegate, and what leaves the
+graph.
 
-The copy lives in memory and reads the weights of the file beside it. Ops and their inputs are the file's own; only outputs are added.
+The copy lives in memory and reads the weights of the file beside it. Ops and their inputs are the file's own; only
+outputs are added.
 """
 
 from __future__ import annotations
@@ -36,8 +38,12 @@ class WatchedGraph:
     With `float_activations` MatMulNBits leaves its activations in float32; the ops of ai.sparsegate stay as they are.
     """
 
-    def __init__(self, folder: Path, library: bool, providers: list[str] | None = None, float_activations: bool = False) -> None:
-        """Opens the copy, with the native library's kernels or, without `library`, with the ops' bodies in standard ops."""
+    def __init__(
+        self, folder: Path, library: bool, providers: list[str] | None = None, float_activations: bool = False
+    ) -> None:
+        """Opens the copy, with the native library's kernels or, without `library`, with the ops' bodies in standard
+        ops.
+        """
         import onnxruntime
 
         proto = onnx.load(folder / MODEL, load_external_data=False)
@@ -51,7 +57,9 @@ class WatchedGraph:
         if library:
             options.register_custom_ops_library(str(library_path()))
         with explained(str(folder / MODEL)):
-            self.session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=providers or ["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(
+                proto.SerializeToString(), options, providers=providers or ["CPUExecutionProvider"]
+            )
         self._file = folder / MODEL
 
     def run(self, tokens: NDArray[np.int64], single: int = 0) -> tuple[dict[str, Seen], NDArray[np.float32]]:
@@ -79,7 +87,10 @@ class WatchedGraph:
         feeds: dict[str, Any] = {}
         for entry in self.session.get_inputs():
             if entry.name.startswith("past_key_values."):
-                empty = np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float16 if entry.type == "tensor(float16)" else np.float32)
+                empty = np.zeros(
+                    (1, entry.shape[1], 0, entry.shape[3]),
+                    np.float16 if entry.type == "tensor(float16)" else np.float32,
+                )
                 feeds[entry.name] = cache.get(entry.name.replace("past_key_values.", "present."), empty)
         given = {
             "input_ids": tokens[None],
@@ -90,7 +101,9 @@ class WatchedGraph:
         feeds |= {name: value for name, value in given.items() if name in names}
         outputs = [entry.name for entry in self.session.get_outputs()]
         with explained(str(self._file)):
-            return {name: np.asarray(value) for name, value in zip(outputs, self.session.run(outputs, feeds), strict=True)}
+            return {
+                name: np.asarray(value) for name, value in zip(outputs, self.session.run(outputs, feeds), strict=True)
+            }
 
 
 def _expose(proto: onnx.ModelProto, names: list[str]) -> None:

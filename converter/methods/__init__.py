@@ -1,8 +1,9 @@
 """Methods turn statistics into a plan. One file per method, one row per file.
 
-A method module exports SOURCE, NEEDS (full statistic names; `{field}` is filled from the configuration), Config and `plan(stats, arch, config) -> Plan`.
-A module may name more statistics for some configurations with `more_needs(config)`. A module whose plan is to be trained end to end exports
-`start(config)`, the density of that plan (None: not under this configuration), and its Config has `tune`. `plan` takes the sites of its own kind out of the
+A method module exports SOURCE, NEEDS (full statistic names; `{field}` is filled from the configuration), Config and
+`plan(stats, arch, config) -> Plan`. A module may name more statistics for some configurations with
+`more_needs(config)`. A module whose plan is to be trained end to end exports `start(config)`, the density of that plan
+(None: not under this configuration), and its Config has `tune`. `plan` takes the sites of its own kind out of the
 statistics. Methods see tensors, never models, files or datasets.
 """
 
@@ -25,8 +26,8 @@ EXACT = "exact"
 TUNED = "tuned"
 """What a recipe's plan is called when its last stage trains weights: what the training ended with."""
 AUTO = {False: NEURON_METHODS, True: (*NEURON_METHODS, *LINEAR_METHODS, "chess+teal")}
-"""What `auto` tries, by whether a budget is searched: a share of neurons means nothing to methods that skip input channels. For a model with exact zeros it
-tries `exact` too.
+"""What `auto` tries, by whether a budget is searched: a share of neurons means nothing to methods that skip input
+channels. For a model with exact zeros it tries `exact` too.
 """
 
 METHODS = {
@@ -61,12 +62,21 @@ def needs(name: str, config: BaseModel) -> list[str]:
 
 
 def parts_of(method: str) -> list[str]:
-    """The methods that a name joins by `+`: one that gates neurons and one that skips input channels. Raises InputError for others."""
+    """The methods that a name joins by `+`: one that gates neurons and one that skips input channels. Raises InputError
+    for others.
+    """
     parts = method.split("+")
     if len(parts) == 1:
         if method not in ("auto", IMPORTED):
             load_method(method)
-    elif len(parts) > 2 or not any(part in NEURON_METHODS for part in parts) or not any(part in LINEAR_METHODS for part in parts):
+    elif (
+        len(parts) > 2
+        or not any(part in NEURON_METHODS for part in parts)
+        or not any(part in LINEAR_METHODS for part in parts)
+    ):
         neurons, linears = ", ".join(NEURON_METHODS), ", ".join(LINEAR_METHODS)
-        raise InputError(f"A joined method must be one of {neurons} and one of {linears}, got {method!r}. Name one of each, as in chess+teal.")
+        raise InputError(
+            f"A joined method must be one of {neurons} and one of {linears}, got {method!r}. Name one of each, as in "
+            "chess+teal."
+        )
     return parts

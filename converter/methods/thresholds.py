@@ -28,10 +28,12 @@ Densities = dict[str, Annotated[float, Field(ge=0, le=1)]]
 
 
 def chess_taus(count: Tensor, up_moment: Tensor, density: float) -> tuple[Tensor, float]:
-    """Thresholds on |act(gate_i)| with tau_i^2 E[up_i^2] one constant, and the share above them: [n] fp32, density (CHESS, arXiv 2409.01366, section 3).
+    """Thresholds on |act(gate_i)| with tau_i^2 E[up_i^2] one constant, and the share above them: [n] fp32, density
+    (CHESS, arXiv 2409.01366, section 3).
 
-    `count` [n, UNIT_BINS] of |act(gate_i)|, `up_moment` [n] = E[up_i^2]. The constant c is found by bisection, so that the share of gate_i^2 E[up_i^2] > c is
-    `density`; a neuron whose up is always 0 is never kept. With equal moments this is the plain quantile (CATS).
+    `count` [n, UNIT_BINS] of |act(gate_i)|, `up_moment` [n] = E[up_i^2]. The constant c is found by bisection, so that
+    the share of gate_i^2 E[up_i^2] > c is `density`; a neuron whose up is always 0 is never kept. With equal moments
+    this is the plain quantile (CATS).
     """
     units, root = count.shape[0], up_moment.double().sqrt()
     if density <= 0:
@@ -52,7 +54,10 @@ def chess_taus(count: Tensor, up_moment: Tensor, density: float) -> tuple[Tensor
     positive = root[root > 0]
     if len(positive) == 0:
         return torch.full((units,), torch.inf), 0.0
-    low, high = float(np.log(float(lower[1]) * float(positive.min()))), float(np.log(float(lower[-1]) * float(positive.max())))
+    low, high = (
+        float(np.log(float(lower[1]) * float(positive.min()))),
+        float(np.log(float(lower[-1]) * float(positive.max()))),
+    )
     if share(low) <= density:  # not even every non-zero score reaches the density
         return torch.where(root > 0, 0.0, torch.inf).float(), share(low)
     for _ in range(80):
@@ -65,12 +70,16 @@ def chess_taus(count: Tensor, up_moment: Tensor, density: float) -> tuple[Tensor
 
 
 def cett_threshold(z: Tensor, w_down: Tensor, cett: float, steps: int = 40) -> tuple[float, float]:
-    """The threshold eps on norm(z_i w_down_i) whose CETT is `cett`, and the CETT at eps, by bisection (ReLU2 Wins, arXiv 2402.03804).
+    """The threshold eps on norm(z_i w_down_i) whose CETT is `cett`, and the CETT at eps, by bisection (ReLU2 Wins,
+    arXiv 2402.03804).
 
-    z [T, n], w_down [n, d]. Kept are neurons above eps. CETT at the returned eps is at most `cett`. Raises InputError for a `cett` outside (0, 1).
+    z [T, n], w_down [n, d]. Kept are neurons above eps. CETT at the returned eps is at most `cett`. Raises InputError
+    for a `cett` outside (0, 1).
     """
     if not 0 < cett < 1:
-        raise InputError(f"cett must lie strictly between 0 and 1, got {cett}. Give the relative norm that may be dropped.")
+        raise InputError(
+            f"cett must lie strictly between 0 and 1, got {cett}. Give the relative norm that may be dropped."
+        )
     size = z.abs() * w_down.norm(dim=1)
     low, high = 0.0, float(size.max())
     for _ in range(steps):
@@ -80,7 +89,8 @@ def cett_threshold(z: Tensor, w_down: Tensor, cett: float, steps: int = 40) -> t
 
 
 def share_at(share: Tensor, error: Tensor, wanted: float) -> float:
-    """The dropped share whose error is `wanted`, on a measured curve error(share) [L]; (0, 0) and (1, 1) belong to every curve.
+    """The dropped share whose error is `wanted`, on a measured curve error(share) [L]; (0, 0) and (1, 1) belong to
+    every curve.
 
     Errors are made non-decreasing; where several shares have one error (exact zeros) the largest counts.
     """
@@ -93,7 +103,9 @@ def share_at(share: Tensor, error: Tensor, wanted: float) -> float:
 
 
 def one_cett(curves: Sequence[tuple[Tensor, Tensor]], sparsity: float, steps: int = 60) -> float:
-    """The one CETT at which the mean dropped share of all layers is `sparsity`, by bisection; `curves` are (share, error) of every layer, as in `share_at`."""
+    """The one CETT at which the mean dropped share of all layers is `sparsity`, by bisection; `curves` are (share,
+    error) of every layer, as in `share_at`.
+    """
     low, high = 0.0, 1.0
     for _ in range(steps):
         middle = (low + high) / 2
@@ -106,7 +118,8 @@ def one_cett(curves: Sequence[tuple[Tensor, Tensor]], sparsity: float, steps: in
 
 
 def along(path: Tensor, weights: Tensor, sparsity: float) -> Tensor:
-    """The point of a path [steps, linears] of dropped shares where their mean, weighted by `weights` [linears], is `sparsity`: [linears] fp64.
+    """The point of a path [steps, linears] of dropped shares where their mean, weighted by `weights` [linears], is
+    `sparsity`: [linears] fp64.
 
     Beyond the path's end all shares go to 1 together.
     """
@@ -120,36 +133,58 @@ def along(path: Tensor, weights: Tensor, sparsity: float) -> Tensor:
 
 
 def densities_of(sites: Iterable[Site], sparsity: float, given: Mapping[str, float] | None) -> dict[Site, float]:
-    """The kept share of every site: the given one, else 1 - sparsity. Raises InputError for a key that is none of the sites."""
+    """The kept share of every site: the given one, else 1 - sparsity. Raises InputError for a key that is none of the
+    sites.
+    """
     by_key = {site.key: site for site in sites}
     unknown = sorted(set(given or {}) - set(by_key))
     if unknown:
-        raise InputError(f"densities must name sites such as {next(iter(by_key), 'layers.0.ffn')}, got {', '.join(unknown)}. Mend the keys.")
+        raise InputError(
+            f"densities must name sites such as {next(iter(by_key), 'layers.0.ffn')}, got {', '.join(unknown)}. Mend "
+            "the keys."
+        )
     return {site: (given or {}).get(key, 1.0 - sparsity) for key, site in by_key.items()}
 
 
 def plan_linears(
-    stats: Stats, score: str, sparsity: float, linears: Sequence[str] | None, greedy: bool, densities: Mapping[str, float] | None
+    stats: Stats,
+    score: str,
+    sparsity: float,
+    linears: Sequence[str] | None,
+    greedy: bool,
+    densities: Mapping[str, float] | None,
 ) -> dict[Site, list[Entry]]:
     """Input thresholds on the linears of every block at a mean `sparsity`, weighted by their numbers of weights.
 
-    The score is |x_j| c_j with c as the statistic `scale`. With `greedy` a block's shares lie on its path; where only some linears are gated, the path of all
-    is followed until those reach their mean. Keys of `densities` are site keys or `layers.<i>`. Raises InputError for a linear or a key that there is not.
+    The score is |x_j| c_j with c as the statistic `scale`. With `greedy` a block's shares lie on its path; where only
+    some linears are gated, the path of all is followed until those reach their mean. Keys of `densities` are site keys
+    or `layers.<i>`. Raises InputError for a linear or a key that there is not.
     """
-    sites = [site for site in of_kind(stats, "linear") if linears is None or site.kind.removeprefix("linear:") in linears]
+    sites = [
+        site for site in of_kind(stats, "linear") if linears is None or site.kind.removeprefix("linear:") in linears
+    ]
     missing = set(linears or ()) - {site.kind.removeprefix("linear:") for site in sites}
     if missing:
-        raise InputError(f"linears must name linears of the model, got {', '.join(sorted(missing))}, which it has not. Leave them out.")
+        raise InputError(
+            f"linears must name linears of the model, got {', '.join(sorted(missing))}, which it has not. Leave them "
+            "out."
+        )
     blocks = {f"layers.{site.layer}" for site in sites}
-    single = densities_of(sites, sparsity, {key: share for key, share in (densities or {}).items() if key not in blocks})
+    single = densities_of(
+        sites, sparsity, {key: share for key, share in (densities or {}).items() if key not in blocks}
+    )
     found: dict[Site, list[Entry]] = {}
     for layer in sorted({site.layer for site in sites}):
         own = [site for site in sites if site.layer == layer]
-        weights = torch.tensor([float(stats[site][f"histogram:{score}.units"] * stats[site][f"histogram:{score}.outputs"]) for site in own])
+        weights = torch.tensor(
+            [float(stats[site][f"histogram:{score}.units"] * stats[site][f"histogram:{score}.outputs"]) for site in own]
+        )
         mean = 1.0 - (densities or {}).get(f"layers.{layer}", 1.0 - sparsity)
         shares = [mean] * len(own)
         if greedy:
-            shares = along(torch.stack([stats[site][f"greedy:{score}.path"] for site in own], dim=1), weights, mean).tolist()
+            shares = along(
+                torch.stack([stats[site][f"greedy:{score}.path"] for site in own], dim=1), weights, mean
+            ).tolist()
         for site, share in zip(own, shares, strict=True):
             kept = single[site] if site.key in (densities or {}) else 1.0 - share
             tau, density = cut(stats[site][f"histogram:{score}.count"], kept)

@@ -10,9 +10,10 @@ from ..checkpoint.fields import Strict
 
 
 class Tune(Strict):
-    """Training end to end of what a method selects by: `steps` per density of `windows` windows, at peak `rate`; `local` weighs the lost energy of each
-    layer's output against the divergence from the dense model; `precision` is that of the passes through the model (auto: bf16 where the machine multiplies it
-    natively); `data` windows are trained on at most.
+    """Training end to end of what a method selects by: `steps` per density of `windows` windows, at peak `rate`;
+    `local` weighs the lost energy of each layer's output against the divergence from the dense model; `precision` is
+    that of the passes through the model (auto: bf16 where the machine multiplies it natively); `data` windows are
+    trained on at most.
     """
 
     steps: int = Field(default=300, ge=1)

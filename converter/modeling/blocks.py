@@ -1,4 +1,6 @@
-"""The torch side of an architecture: an empty model whose blocks are filled one at a time, and the parts of a feed-forward module."""
+"""The torch side of an architecture: an empty model whose blocks are filled one at a time, and the parts of a
+feed-forward module.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ _PARAMETRIC: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 class Parts(NamedTuple):
-    """A feed-forward module's inner values for rows of x: `gate` = act(gate x), `up`, `z` [..., n]. A plain one has gate = act(up x) = z and no up."""
+    """A feed-forward module's inner values for rows of x: `gate` = act(gate x), `up`, `z` [..., n]. A plain one has
+    gate = act(up x) = z and no up.
+    """
 
     gate: Tensor
     up: Tensor | None
@@ -55,7 +59,9 @@ def ffn_activation(module: Any, activation: str) -> str:
 
 
 def ffn_products(module: Any, arch: Arch, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What the activation is applied to, and up, both [..., n], for x [..., d]: gate x and up x, or up x and None of a plain network."""
+    """What the activation is applied to, and up, both [..., n], for x [..., d]: gate x and up x, or up x and None of a
+    plain network.
+    """
     ffn = arch.ffn
     if ffn.kind == "plain":
         return getattr(module, str(ffn.up))(x), None
@@ -66,7 +72,9 @@ def ffn_products(module: Any, arch: Arch, x: Tensor) -> tuple[Tensor, Tensor | N
 
 
 def ffn_parts(module: Any, arch: Arch, activation: str, x: Tensor) -> Parts:
-    """Compute `Parts` of the feed-forward `module` for x [..., d]; an activation that it was swapped to goes before the given one."""
+    """Compute `Parts` of the feed-forward `module` for x [..., d]; an activation that it was swapped to goes before the
+    given one.
+    """
     activation = ffn_activation(module, activation)
     before, up = ffn_products(module, arch, x)
     gate = activate(activation, before)
@@ -78,16 +86,21 @@ def ffn_parts(module: Any, arch: Arch, activation: str, x: Tensor) -> Parts:
 
 
 def swap(module: Any, arch: Arch, activation: str) -> None:
-    """Give the feed-forward `module` of a model another activation, for good: its class becomes one that computes with `module.swapped`.
+    """Give the feed-forward `module` of a model another activation, for good: its class becomes one that computes with
+    `module.swapped`.
 
-    Weights and their names stay; `forward` may be set on the instance above it. Raises InputError for drelu in a plain network and for an unknown name.
+    Weights and their names stay; `forward` may be set on the instance above it. Raises InputError for drelu in a plain
+    network and for an unknown name.
     """
     try:
         split_activation(activation)
     except ValueError as error:
         raise InputError(str(error)) from None
     if activation == "drelu" and arch.ffn.kind == "plain":
-        raise InputError(f"The activation of a plain network must be one of a single product, got drelu in {arch.model_type}. Use relu.")
+        raise InputError(
+            f"The activation of a plain network must be one of a single product, got drelu in {arch.model_type}. Use "
+            "relu."
+        )
     if "swapped" not in vars(module):
         module.__class__ = _swapped_class(type(module), arch.model_type)
     module.swapped = activation
@@ -114,7 +127,9 @@ def down_rows(module: Any, arch: Arch) -> Tensor:
 
 
 def ffn_matrices(module: Any, arch: Arch) -> dict[str, Tensor]:
-    """A feed-forward module's matrices neuron-major, [n, d] each, by part: gate (absent in a plain network), up, down."""
+    """A feed-forward module's matrices neuron-major, [n, d] each, by part: gate (absent in a plain
+    network), up, down.
+    """
     ffn = arch.ffn
     if ffn.kind == "plain":
         found = {"up": getattr(module, str(ffn.up)).weight}
@@ -140,7 +155,8 @@ def ffn_biases(module: Any, arch: Arch) -> dict[str, Tensor]:
 
 
 def empty_model(source: Source) -> Any:
-    """The transformers model of `source` with every parameter on the meta device and every buffer real, in evaluation mode.
+    """The transformers model of `source` with every parameter on the meta device and every buffer real, in evaluation
+    mode.
 
     Its parameters are those that `open_source` found in the files.
     """
@@ -156,18 +172,26 @@ def empty_model(source: Source) -> Any:
 
 
 def unused_tensors(source: Source) -> list[str]:
-    """Names in the files of a model that its class does not have, so that nothing computes with them, in order; rotary tables, which every class makes itself,
-    are left out.
+    """Names in the files of a model that its class does not have, so that nothing computes with them, in order; rotary
+    tables, which every class makes itself, are left out.
     """
     model = empty_model(source)
     known = set(model.state_dict())
-    ignored = [re.compile(pattern) for pattern in (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$")]
-    return [name for name in sorted(source.tensors) if name not in known and not any(pattern.search(name) for pattern in ignored)]
+    ignored = [
+        re.compile(pattern)
+        for pattern in (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$")
+    ]
+    return [
+        name
+        for name in sorted(source.tensors)
+        if name not in known and not any(pattern.search(name) for pattern in ignored)
+    ]
 
 
 @contextmanager
 def filled(module: nn.Module, tensors: dict[str, Tensor], device: str) -> Iterator[nn.Module]:
-    """`module` with its parameters from `tensors` (names below the module) on `device`; back on the meta device afterwards.
+    """`module` with its parameters from `tensors` (names below the module) on `device`; back on the meta device
+    afterwards.
 
     `tensors` must hold every parameter; it is emptied, so that memory is held once.
     """
@@ -181,7 +205,8 @@ def filled(module: nn.Module, tensors: dict[str, Tensor], device: str) -> Iterat
 
 
 def embed(model: Any, source: Source, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Put the rows of the embedding that `tokens` [N, S] use into `model`; returns the tokens renumbered for it, and the rows' ids [U].
+    """Put the rows of the embedding that `tokens` [N, S] use into `model`; returns the tokens renumbered for it, and
+    the rows' ids [U].
 
     Raises InputError for a token that the embedding does not have.
     """
@@ -189,7 +214,8 @@ def embed(model: Any, source: Source, tokens: Tensor) -> tuple[Tensor, Tensor]:
     rows = source.tensors[source.arch.embedding].shape[0]
     if int(used[-1]) >= rows:
         raise InputError(
-            f"The tokenizer's ids must lie below {rows}, the rows of {source.arch.embedding}, got {int(used[-1])}. Fetch the model's own tokenizer."
+            f"The tokenizer's ids must lie below {rows}, the rows of {source.arch.embedding}, got {int(used[-1])}. "
+            "Fetch the model's own tokenizer."
         )
     embedding = model.get_input_embeddings()
     embedding.weight = nn.Parameter(source.rows(source.arch.embedding, used), requires_grad=False)
@@ -223,12 +249,17 @@ class BlockCalls(NamedTuple):
 def block_calls(model: Any, blocks: nn.ModuleList, tokens: Tensor, mask: Tensor) -> BlockCalls:
     """Run embedding and preparation of the decoder on tokens [B, S] with mask [B, S]; no block runs.
 
-    `blocks` is restored before this returns. Positions, rotary tables and attention masks come from the model's own forward.
+    `blocks` is restored before this returns. Positions, rotary tables and attention masks come from the model's own
+    forward.
     """
     decoder = model.get_decoder()
     taps = [_Tap(block) for block in blocks]
     name = next(n for n, child in decoder.named_children() if child is blocks)
-    norms = {n: child for n, child in decoder.named_children() if any(p.is_meta for p in child.parameters()) and child is not blocks}
+    norms = {
+        n: child
+        for n, child in decoder.named_children()
+        if any(p.is_meta for p in child.parameters()) and child is not blocks
+    }
     try:
         setattr(decoder, name, nn.ModuleList(taps))
         for n in norms:

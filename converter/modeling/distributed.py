@@ -1,7 +1,8 @@
-"""Several processes under torchrun: what they sum, what only the first of them does, and weights that they share out (FSDP2).
+"""Several processes under torchrun: what they sum, what only the first of them does, and weights that they share out
+(FSDP2).
 
-Everything here does nothing where there is one process. Collectives must be called by all processes in the same order. An error that only one process
-meets outside `same_error` ends that process, and torchrun then ends the others.
+Everything here does nothing where there is one process. Collectives must be called by all processes in the same order.
+An error that only one process meets outside `same_error` ends that process, and torchrun then ends the others.
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ def _started() -> bool:
 
 @contextmanager
 def processes(device: str) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, if it did, and leave them at the end; yields the device of this one: "cpu", or its own of the GPUs for "cuda".
+    """Join the processes that torchrun started, if it did, and leave them at the end; yields the device of this one:
+    "cpu", or its own of the GPUs for "cuda".
 
-    CPU tensors go by gloo and CUDA tensors by nccl. After an error the processes are not waited for. Raises InputError when only a part of torchrun's
-    environment is there, when a machine has fewer GPUs than processes, and for one process as `check_device`.
+    CPU tensors go by gloo and CUDA tensors by nccl. After an error the processes are not waited for. Raises InputError
+    when only a part of torchrun's environment is there, when a machine has fewer GPUs than processes, and for one
+    process as `check_device`.
     """
     present = [name for name in _NEEDED if name in os.environ]
     if "WORLD_SIZE" not in present:
@@ -54,12 +57,18 @@ def processes(device: str) -> Iterator[torch.device]:
         return
     if len(present) < len(_NEEDED):
         missing = ", ".join(name for name in _NEEDED if name not in present)
-        raise InputError(f"The environment of several processes must be torchrun's, got WORLD_SIZE but no {missing}. Start with torchrun.")
+        raise InputError(
+            f"The environment of several processes must be torchrun's, got WORLD_SIZE but no {missing}. Start with "
+            "torchrun."
+        )
     kind, local = torch.device(device).type, int(os.environ["LOCAL_RANK"])
     own = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         if local >= torch.cuda.device_count():
-            raise InputError(f"Every process must have a GPU, got {torch.cuda.device_count()} for process {local + 1} of this machine. Start fewer processes.")
+            raise InputError(
+                f"Every process must have a GPU, got {torch.cuda.device_count()} for process {local + 1} of this "
+                "machine. Start fewer processes."
+            )
         torch.cuda.set_device(own)
     dist.init_process_group(_BACKENDS[kind], timeout=_PATIENCE, device_id=own if kind == "cuda" else None)
     yield own
@@ -77,11 +86,16 @@ def check_device(device: str) -> None:
 def check_started() -> None:
     """Raises InputError where weights cannot be shared out, because no processes were started."""
     if not _started():
-        raise InputError("Weights must be shared out over processes that torchrun started, got none. Start with torchrun, also for one process.")
+        raise InputError(
+            "Weights must be shared out over processes that torchrun started, got none. Start with torchrun, also for "
+            "one process."
+        )
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of every process's `tensor` (same shape and dtype everywhere), on each of them; a new tensor without gradient where there are several."""
+    """The sum of every process's `tensor` (same shape and dtype everywhere), on each of them; a new tensor without
+    gradient where there are several.
+    """
     if world().size == 1:
         return tensor
     total = tensor.detach().clone()
@@ -111,9 +125,11 @@ def broadcast_text(text: str, source: int = 0) -> str:
 
 @contextmanager
 def same_error() -> Iterator[None]:
-    """All processes leave the block together, and where one raised an InputError there, all raise that of the first of those.
+    """All processes leave the block together, and where one raised an InputError there, all raise that of the first of
+    those.
 
-    Other errors pass through on their own process, and the others raise RuntimeError. The block itself must not call collectives.
+    Other errors pass through on their own process, and the others raise RuntimeError. The block itself must not call
+    collectives.
     """
     here, raised = world(), None
     try:
@@ -146,7 +162,8 @@ def share_tensors(tensors: Iterable[Tensor]) -> None:
 
 
 def mean_gradients(tensors: Iterable[Tensor]) -> None:
-    """Replace every tensor's gradient by its mean over the processes; one without a gradient counts as 0 where another process has one.
+    """Replace every tensor's gradient by its mean over the processes; one without a gradient counts as 0 where another
+    process has one.
 
     Gradients of sharded tensors are means already.
     """
@@ -154,7 +171,9 @@ def mean_gradients(tensors: Iterable[Tensor]) -> None:
     plain = [tensor for tensor in tensors if not is_sharded(tensor)] if size > 1 else []
     if not plain:
         return
-    present = sum_over_processes(torch.tensor([tensor.grad is not None for tensor in plain], dtype=torch.int64)).tolist()
+    present = sum_over_processes(
+        torch.tensor([tensor.grad is not None for tensor in plain], dtype=torch.int64)
+    ).tolist()
     gradients = []
     for tensor, count in zip(plain, present, strict=True):
         if count:
@@ -172,7 +191,10 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors in order, cut where dtype or device changes or `_BUCKET` elements are full."""
     bucket: list[Tensor] = []
     for tensor in tensors:
-        if bucket and ((tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device) or sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET):
+        if bucket and (
+            (tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device)
+            or sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET
+        ):
             yield bucket
             bucket = []
         bucket.append(tensor)
@@ -181,7 +203,9 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def clip_gradients(tensors: Iterable[Tensor], most: float) -> Tensor:
-    """Scale all gradients so that their joint Euclidean norm is at most `most`; returns the norm before, a scalar that is the same on every process."""
+    """Scale all gradients so that their joint Euclidean norm is at most `most`; returns the norm before, a scalar that
+    is the same on every process.
+    """
     tensors = list(tensors)
     if not any(is_sharded(tensor) for tensor in tensors):
         return torch.nn.utils.clip_grad_norm_(tensors, most)
@@ -210,20 +234,28 @@ def _local(tensor: Any) -> Tensor:
 
 
 def gathered(tensor: Tensor) -> Tensor | None:
-    """A copy of the whole tensor in the first process's memory; None on the others, which hold no more than this one tensor meanwhile."""
+    """A copy of the whole tensor in the first process's memory; None on the others, which hold no more than this one
+    tensor meanwhile.
+    """
     whole = cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
     return whole.detach().cpu().clone() if world().rank == 0 else None
 
 
 @torch.no_grad()
 def scatter(value: Tensor | None, into: Tensor) -> None:
-    """The inverse of `gathered`: fill `into` on every process with the first process's `value`, which is None on the others."""
+    """The inverse of `gathered`: fill `into` on every process with the first process's `value`, which is None on the
+    others.
+    """
     if world().size == 1 and not is_sharded(into):
         assert value is not None
         into.copy_(value)
         return
     device = _local(into).device
-    whole = torch.empty(into.shape, dtype=into.dtype, device=device) if value is None else value.to(device, into.dtype).contiguous()
+    whole = (
+        torch.empty(into.shape, dtype=into.dtype, device=device)
+        if value is None
+        else value.to(device, into.dtype).contiguous()
+    )
     if is_sharded(into):
         from torch.distributed.tensor import distribute_tensor
 
@@ -235,11 +267,13 @@ def scatter(value: Tensor | None, into: Tensor) -> None:
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype | None = None) -> None:
-    """Share every parameter of `model` out over the processes (fully_shard, FSDP2): each of `blocks` is put together only while it works, the rest, tied
-    embeddings included, for the whole pass. `model` may lie on the CPU; its parts go to this process's GPU one by one.
+    """Share every parameter of `model` out over the processes (fully_shard, FSDP2): each of `blocks` is put together
+    only while it works, the rest, tied embeddings included, for the whole pass. `model` may lie on the CPU; its parts
+    go to this process's GPU one by one.
 
-    The values are the first process's. Parameters become new tensors: name what is to be trained after this. `dtype` is that of the passes (None: the
-    parameters'); shards, gradients and their sums stay in the parameters' own. Raises InputError without started processes.
+    The values are the first process's. Parameters become new tensors: name what is to be trained after this. `dtype` is
+    that of the passes (None: the parameters'); shards, gradients and their sums stay in the parameters' own. Raises
+    InputError without started processes.
     """
     check_started()
     from torch.distributed.device_mesh import init_device_mesh
@@ -255,10 +289,15 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype | No
 
 
 def share_of(count: int, what: str) -> slice:
-    """This process's part of `count` equal things in order. Raises InputError when they do not divide by the number of processes."""
+    """This process's part of `count` equal things in order. Raises InputError when they do not divide by the number of
+    processes.
+    """
     here = world()
     if count % here.size:
-        raise InputError(f"{what} must divide by the number of processes, got {count} for {here.size}. Change it, or start another number of processes.")
+        raise InputError(
+            f"{what} must divide by the number of processes, got {count} for {here.size}. Change it, or start another "
+            "number of processes."
+        )
     return slice(here.rank * count // here.size, (here.rank + 1) * count // here.size)
 
 

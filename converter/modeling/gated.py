@@ -1,6 +1,8 @@
-"""The torch executor: a dense transformers model whose feed-forward and linear modules apply the plan's masks, and `load`.
+"""The torch executor: a dense transformers model whose feed-forward and linear modules apply the plan's masks, and
+`load`.
 
-It computes every neuron and zeroes those that are skipped, and multiplies whole inputs with skipped channels zeroed: the reference for quality, not for speed.
+It computes every neuron and zeroes those that are skipped, and multiplies whole inputs with skipped channels zeroed:
+the reference for quality, not for speed.
 """
 
 from __future__ import annotations
@@ -30,13 +32,16 @@ from .blocks import ffn_activation, ffn_down, ffn_parts, ffn_products
 from .swapped import register
 
 NEAR = 1e-5
-"""A score within NEAR * (|tau| + rms of its row) of its threshold is near: executors that round differently may disagree there."""
+"""A score within NEAR * (|tau| + rms of its row) of its threshold is near: executors that round differently may
+disagree there.
+"""
 
 
 @dataclass
 class Recorder:
-    """What the gated modules saw: kept and seen units (neurons, or a linear's input channels) by site, and per site the tokens [B, S] with a score near its
-    threshold, of the last call, unless `counts_only`. `opened` counts the non-zero gates of sites that keep what is not zero.
+    """What the gated modules saw: kept and seen units (neurons, or a linear's input channels) by site, and per site the
+    tokens [B, S] with a score near its threshold, of the last call, unless `counts_only`. `opened` counts the non-zero
+    gates of sites that keep what is not zero.
     """
 
     kept: dict[Site, int] = field(default_factory=dict)
@@ -54,7 +59,9 @@ class Recorder:
         return {site: count / self.seen[site] for site, count in self.opened.items()}
 
     def add(self, site: Site, scores: Tensor, tau: Tensor, keep: Tensor, faint: float = 0.0) -> None:
-        """Count the kept units of scores [..., n] against tau [n]; a threshold of at most `faint` times the scores' rms is never near."""
+        """Count the kept units of scores [..., n] against tau [n]; a threshold of at most `faint` times the scores' rms
+        is never near.
+        """
         self.count(site, keep)
         if self.counts_only:
             return
@@ -78,7 +85,9 @@ def _rms(scores: Tensor) -> Tensor:
 
 
 def threshold_scores(entry: Threshold, gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """|act(gate)| [..., n], and residual^T relu(fc1 x) [..., d] where there is one; at a linear site |x| [..., d_in]."""
+    """|act(gate)| [..., n], and residual^T relu(fc1 x) [..., d] where there is one; at a linear site |x|
+    [..., d_in].
+    """
     if entry.score == "input":
         return x.abs(), None
     if entry.fc1 is None or entry.residual is None:
@@ -93,7 +102,9 @@ def predictor_scores(entry: Predictor, gate: Tensor, x: Tensor) -> tuple[Tensor,
 
 
 def exact_scores(entry: Swap, z: Tensor, x: Tensor) -> tuple[Tensor, None]:
-    """|z| [..., n], which has no threshold: what is not 0 is kept. The others take the gate; a swap, which sees z, needs no other decision."""
+    """|z| [..., n], which has no threshold: what is not 0 is kept. The others take the gate; a swap, which sees z,
+    needs no other decision.
+    """
     return z.abs(), None
 
 
@@ -109,7 +120,9 @@ def _on_device(entry: Threshold | Predictor, device: torch.device, dtype: torch.
 
 
 class _Gated:
-    """The forward of one gated feed-forward module; `base` is the stock model's activation, which is what an ungated stock module computes with."""
+    """The forward of one gated feed-forward module; `base` is the stock model's activation, which is what an ungated
+    stock module computes with.
+    """
 
     def __init__(self, site: Site, entries: list[Entry], arch: Arch, base: str, module: Any) -> None:
         self.site, self.arch, self.base, self.module = site, arch, base, module
@@ -125,7 +138,9 @@ class _Gated:
         if isinstance(entry, Swap):
             if self.recorder is not None:
                 self.recorder.count(self.site, parts.z != 0)
-                self.recorder.opened[self.site] = self.recorder.opened.get(self.site, 0) + int(parts.gate.count_nonzero())
+                self.recorder.opened[self.site] = self.recorder.opened.get(self.site, 0) + int(
+                    parts.gate.count_nonzero()
+                )
                 self._see_jump(x)
             return ffn_down(self.module, self.arch, parts.z)  # what is left out is 0
         # scores and thresholds stay fp32 in a half-precision model, as in the op
@@ -134,15 +149,22 @@ class _Gated:
         scores, residual = EXECUTORS[type(entry)](entry, parts.gate.to(wide), x.to(wide))  # type: ignore[arg-type]
         keep = scores > entry.tau
         if self.recorder is not None:
-            # most gates of a ReLU are 0: with a threshold of about 0 each would be near, though what one of that size adds is nothing
-            faint = NEAR if isinstance(entry, Threshold) and is_relu(ffn_activation(self.module, self.activation)) else 0.0
+            # most gates of a ReLU are 0: with a threshold of about 0 each would be near, though what one of that size
+            # adds is nothing
+            faint = (
+                NEAR if isinstance(entry, Threshold) and is_relu(ffn_activation(self.module, self.activation)) else 0.0
+            )
             self.recorder.add(self.site, scores, entry.tau, keep, faint)
             self._see_jump(x)
-        y = ffn_down(self.module, self.arch, torch.where(keep, parts.z, torch.zeros((), dtype=parts.z.dtype, device=x.device)))
+        y = ffn_down(
+            self.module, self.arch, torch.where(keep, parts.z, torch.zeros((), dtype=parts.z.dtype, device=x.device))
+        )
         return y if residual is None else y + residual.to(y.dtype)
 
     def _see_jump(self, x: Tensor) -> None:
-        """Tokens near the jump of fatrelu(b), where a rounding error decides between 0 and b, are near too; other activations are continuous."""
+        """Tokens near the jump of fatrelu(b), where a rounding error decides between 0 and b, are near too; other
+        activations are continuous.
+        """
         kind, b = split_activation(ffn_activation(self.module, self.activation))
         if kind == "fatrelu" and b > 0 and self.recorder is not None and not self.recorder.counts_only:
             before, _ = ffn_products(self.module, self.arch, x)
@@ -154,7 +176,8 @@ class _Gated:
 class _Masked:
     """The forward of one linear module with a mask on its input; the parts of a packed weight have masks of their own.
 
-    `rows` maps a part's site to its rows of the weight, in order; a site without an entry is computed from the whole input.
+    `rows` maps a part's site to its rows of the weight, in order; a site without an entry is computed from the whole
+    input.
     """
 
     def __init__(self, module: Any, rows: Mapping[Site, slice], entries: Mapping[Site, Entry]) -> None:
@@ -168,7 +191,13 @@ class _Masked:
             return F.linear(x, weight, bias)
         if len(self.rows) == 1:
             return F.linear(self._masked(next(iter(self.rows)), x), weight, bias)
-        return torch.cat([F.linear(self._masked(site, x), weight[at], None if bias is None else bias[at]) for site, at in self.rows.items()], dim=-1)
+        return torch.cat(
+            [
+                F.linear(self._masked(site, x), weight[at], None if bias is None else bias[at])
+                for site, at in self.rows.items()
+            ],
+            dim=-1,
+        )
 
     def _masked(self, site: Site, x: Tensor) -> Tensor:
         if site not in self.entries:
@@ -184,12 +213,14 @@ class _Masked:
 
 
 def apply_plan(model: Any, plan: Plan, arch: Arch, activation: str) -> Any:
-    """Gate a transformers model in place: every site's module gets the plan's mask. Weights and their names stay as they are.
+    """Gate a transformers model in place: every site's module gets the plan's mask. Weights and their names stay as
+    they are.
 
-    `activation` is the base model's. A swap on a stock model is a transform at load time: the ungated model (`dense`) still computes with the stock
-    activation. A model whose activation is swapped already must have the same one there.
+    `activation` is the base model's. A swap on a stock model is a transform at load time: the ungated model (`dense`)
+    still computes with the stock activation. A model whose activation is swapped already must have the same one there.
 
-    Raises InputError, before anything is changed, for a site, a shape or an activation that the model does not have, and when `check_plan` does.
+    Raises InputError, before anything is changed, for a site, a shape or an activation that the model does not have,
+    and when `check_plan` does.
     """
     for module, forward in make_gates(model, plan, arch, activation).items():
         module.forward = forward
@@ -215,7 +246,9 @@ def make_gates(model: Any, plan: Plan, arch: Arch, activation: str) -> Gates:
         name = arch.block_prefix(site.layer) + below
         if name not in forwards:
             parts = {Site(site.layer, kind=f"linear:{part}"): at for part, at in rows[below].items()}
-            forwards[name] = _Masked(model.get_submodule(name), parts, {other: deciding(plan[other]) for other in parts if other in plan})
+            forwards[name] = _Masked(
+                model.get_submodule(name), parts, {other: deciding(plan[other]) for other in parts if other in plan}
+            )
     return {forward.module: forward for forward in forwards.values()}
 
 
@@ -226,7 +259,9 @@ def gates_of(model: Any) -> Gates:
 
 @contextmanager
 def switched(model: Any, gates: Gates, recorder: Recorder | None = None) -> Iterator[Any]:
-    """The model with these gates and no others inside the block (none: dense), seen by `recorder`; afterwards as before."""
+    """The model with these gates and no others inside the block (none: dense), seen by `recorder`; afterwards as
+    before.
+    """
     before = gates_of(model)
     _set(before, gates)
     for gated in gates.values():
@@ -253,16 +288,27 @@ def _check_fit(config: Any, plan: Plan, arch: Arch) -> None:
     known = {*sites, *(Site(site.layer, kind=f"linear:{name}") for site in sites for name in shapes)}
     for site, entries in plan.items():
         if site not in known:
-            raise InputError(f"A plan must hold sites up to {sites[-1].key}, got {site.key}. Take the plan of this very model.")
+            raise InputError(
+                f"A plan must hold sites up to {sites[-1].key}, got {site.key}. Take the plan of this very model."
+            )
         if arch.ffn.kind == "plain" and activation_at(entries, "") == "drelu":
-            raise InputError(f"The activation of {site.key} must be one of a single product in {arch.model_type}, got drelu. Use relu.")
+            raise InputError(
+                f"The activation of {site.key} must be one of a single product in {arch.model_type}, got drelu. Use "
+                "relu."
+            )
         entry = deciding(entries)
         width = () if isinstance(entry, Threshold) and entry.fc1 is None else (entry.rank,)
-        expected = {"tau": (units if site.kind == "ffn" else shapes[site.kind.removeprefix("linear:")][1],), "predictor.fc2.weight": (units, *width)}
+        expected = {
+            "tau": (units if site.kind == "ffn" else shapes[site.kind.removeprefix("linear:")][1],),
+            "predictor.fc2.weight": (units, *width),
+        }
         for role, tensor in entry.tensors().items():
             shape = expected.get(role, (*width, hidden))
             if tuple(tensor.shape) != shape:
-                raise InputError(f"{site.key}.{role} must have shape {list(shape)}, got {list(tensor.shape)}. Take the plan of this very model.")
+                raise InputError(
+                    f"{site.key}.{role} must have shape {list(shape)}, got {list(tensor.shape)}. Take the plan of this "
+                    "very model."
+                )
 
 
 def _check_swaps(model: Any, plan: Plan, arch: Arch) -> None:
@@ -270,7 +316,10 @@ def _check_swaps(model: Any, plan: Plan, arch: Arch) -> None:
         if site.kind == "ffn" and isinstance(entries[0], Swap):
             own = ffn_activation(model.get_submodule(arch.ffn_module(site.layer)), "")
             if own and own != entries[0].activation:
-                raise InputError(f"{site.key}'s activation must be {own} as in the model, got {entries[0].activation}. Take the plan of this very model.")
+                raise InputError(
+                    f"{site.key}'s activation must be {own} as in the model, got {entries[0].activation}. Take the "
+                    "plan of this very model."
+                )
 
 
 def remove_plan(model: Any) -> Any:
@@ -281,7 +330,9 @@ def remove_plan(model: Any) -> Any:
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The sparse checkpoint at `path` as a transformers model with its gating, `generate` included. Raises InputError for anything that is not one."""
+    """The sparse checkpoint at `path` as a transformers model with its gating, `generate` included. Raises InputError
+    for anything that is not one.
+    """
     folder = Path(path)
     plan, activations = read_sparsity(folder)
     model = load_dense(folder, dtype)
@@ -290,14 +341,18 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     for site, entries in plan.items():
         named, expected = activations.get(site.key), activation_at(entries, activation) if swapped else activation
         if named not in (None, expected):
-            raise InputError(f"{site.key}'s activation must be {expected} as in the base model, got {named}. Update sparsegate or convert again.")
+            raise InputError(
+                f"{site.key}'s activation must be {expected} as in the base model, got {named}. Update sparsegate or "
+                "convert again."
+            )
     return apply_plan(model, plan, arch, activation)
 
 
 def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The transformers model of a folder, in evaluation mode: a stock one, or one with swapped activations.
 
-    Raises InputError as `check_weights` does, so that no weight is made up, and with transformers' own reason when it does not load.
+    Raises InputError as `check_weights` does, so that no weight is made up, and with transformers' own reason when it
+    does not load.
     """
     from transformers import AutoModelForCausalLM
 
@@ -305,19 +360,31 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     check_weights(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
         model, seen = loaded
     except Exception as error:  # transformers raises many kinds for damaged folders
-        raise InputError(f"The model must load from {folder}, got: {first_line(error)}. Fetch the folder again.") from error
+        raise InputError(
+            f"The model must load from {folder}, got: {first_line(error)}. Fetch the folder again."
+        ) from error
     made_up = sorted(map(str, {*seen["missing_keys"], *seen["mismatched_keys"]}))
     if made_up:
-        raise InputError(f"The model must load from {folder} as it is stored, got {made_up[0]} made up by transformers. Fetch the folder again.")
+        raise InputError(
+            f"The model must load from {folder} as it is stored, got {made_up[0]} made up by transformers. Fetch the "
+            "folder again."
+        )
     return model.eval()
 
 
 def _gated(model: Any) -> list[_Gated | _Masked]:
-    return [module.forward for module in model.modules() if isinstance(getattr(module, "forward", None), _Gated | _Masked)]
+    return [
+        module.forward for module in model.modules() if isinstance(getattr(module, "forward", None), _Gated | _Masked)
+    ]
 
 
 def gated_modules(model: Any) -> list[Any]:

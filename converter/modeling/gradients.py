@@ -1,13 +1,16 @@
 """Gradients of the loss by every neuron and head of every layer, from one forward and one backward of a batch.
 
-The loss is the sum over positions of -log p(label), the label being the model's own greedy token unless given. Local gradients (the default) are what the
-steps of a cached generation would give: at position t the gradient of that position's loss alone, keys and values of other positions held fixed. All
-positions share one pass, because the attention then detaches the others' keys and values and keeps only its diagonal differentiable.
+The loss is the sum over positions of -log p(label), the label being the model's own greedy token unless given. Local
+gradients (the default) are what the steps of a cached generation would give: at position t the gradient of that
+position's loss alone, keys and values of other positions held fixed. All positions share one pass, because the
+attention then detaches the others' keys and values and keeps only its diagonal differentiable.
 
-The forward keeps the hidden states between blocks and nothing inside them; the backward runs each block again with its graph, last block first, so the
-activations of one block are held at a time. Sites are tapped at the inputs of the down and output projections, so no architecture is named here.
+The forward keeps the hidden states between blocks and nothing inside them; the backward runs each block again with its
+graph, last block first, so the activations of one block are held at a time. Sites are tapped at the inputs of the down
+and output projections, so no architecture is named here.
 
-Source: "Achieving Sparse Activation in Small Language Models", arXiv 2406.06562, which computes the same gradients one layer and one step at a time.
+Source: "Achieving Sparse Activation in Small Language Models", arXiv 2406.06562, which computes the same gradients one
+layer and one step at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ _IGNORED = -100  # a position with this label has no loss
 
 
 class Gradients(NamedTuple):
-    """One site: `value` and `grad`, [B, S, n] for neurons (z) and [B, S, H, d_h] for heads (o before the output projection); zero where no label is.
+    """One site: `value` and `grad`, [B, S, n] for neurons (z) and [B, S, H, d_h] for heads (o before the output
+    projection); zero where no label is.
 
     `path` [K, ...] are the gradients with the value scaled by k/K at this site alone, k = 1..K; None without steps.
     """
@@ -44,7 +48,9 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Attribution:
-    """What `attribute` found: dense `logits` [B, S, V], `labels` and `nll` [B, S], and the sites unless they were consumed."""
+    """What `attribute` found: dense `logits` [B, S, V], `labels` and `nll` [B, S], and the sites unless they were
+    consumed.
+    """
 
     logits: Tensor
     labels: Tensor
@@ -69,14 +75,18 @@ def attribute(
     recompute: bool = True,
     consume: Callable[[Site, Gradients], None] | None = None,
 ) -> Attribution:
-    """Values and gradients at every site of `kinds` for tokens [B, S]; mask [B, S] is False on padding, which must be on the right.
+    """Values and gradients at every site of `kinds` for tokens [B, S]; mask [B, S] is False on padding, which must be
+    on the right.
 
-    local False gives the plain gradient of the summed loss, later positions included. `steps` K > 0 adds the path of integrated gradients, K sweeps over a
-    site's own and later blocks. `recompute` False keeps every block's graph instead. `consume` gets each site, last block first, in place of the result.
-    Raises InputError for unknown kinds.
+    local False gives the plain gradient of the summed loss, later positions included. `steps` K > 0 adds the path of
+    integrated gradients, K sweeps over a site's own and later blocks. `recompute` False keeps every block's graph
+    instead. `consume` gets each site, last block first, in place of the result. Raises InputError for unknown kinds.
     """
     if not set(kinds) <= set(KINDS) or not kinds:
-        raise InputError(f"kinds must be some of {', '.join(KINDS)}, got {', '.join(kinds) or 'none'}. Name sites that have gradients.")
+        raise InputError(
+            f"kinds must be some of {', '.join(KINDS)}, got {', '.join(kinds) or 'none'}. Name sites that have "
+            "gradients."
+        )
     with torch.enable_grad(), _Sweep(model, arch, tokens, mask, kinds, local, labels).attached() as sweep:
         return sweep.run(steps, recompute, consume)
 
@@ -84,7 +94,16 @@ def attribute(
 class _Sweep:
     """One batch on its way through the model: which blocks run how, what they were given, and what the taps saw."""
 
-    def __init__(self, model: Any, arch: Arch, tokens: Tensor, mask: Tensor | None, kinds: Sequence[str], local: bool, labels: Labels) -> None:
+    def __init__(
+        self,
+        model: Any,
+        arch: Arch,
+        tokens: Tensor,
+        mask: Tensor | None,
+        kinds: Sequence[str],
+        local: bool,
+        labels: Labels,
+    ) -> None:
         self.model, self.tokens, self.kinds, self.local, self.wanted = model, tokens, tuple(kinds), local, labels
         self.mask = None if mask is None or bool(mask.all()) else mask
         self.blocks = list(model.get_decoder().layers)
@@ -114,7 +133,11 @@ class _Sweep:
                 stack.callback(_restore, block, own[layer])
                 block.forward = partial(self._block, layer)
                 for kind in self.kinds:
-                    stack.callback(block.get_submodule(self.modules[kind]).register_forward_pre_hook(partial(self._tap, layer, kind)).remove)
+                    stack.callback(
+                        block.get_submodule(self.modules[kind])
+                        .register_forward_pre_hook(partial(self._tap, layer, kind))
+                        .remove
+                    )
             if self.local:
                 stack.enter_context(_attention(self.model, self._attend))
             yield self
@@ -130,22 +153,41 @@ class _Sweep:
             named, self.taps, self.graph, self.store = self.taps, None, False, False
             grads = dict(zip(named, torch.autograd.grad(nll.sum(), list(named.values())), strict=True))
             for layer in reversed(range(len(self.blocks))):
-                self._give(layer, {kind: (named.pop((layer, kind)), grads.pop((layer, kind))) for kind in self.kinds}, labels, steps, give)
+                self._give(
+                    layer,
+                    {kind: (named.pop((layer, kind)), grads.pop((layer, kind))) for kind in self.kinds},
+                    labels,
+                    steps,
+                    give,
+                )
         else:
             self.store = False
             self._backward(nll, 0, self.entered, lambda layer, seen: self._give(layer, seen, labels, steps, give))
         return found
 
-    def _give(self, layer: int, seen: dict[str, tuple[Tensor, Tensor]], labels: Tensor, steps: int, give: Callable[[Site, Gradients], None]) -> None:
+    def _give(
+        self,
+        layer: int,
+        seen: dict[str, tuple[Tensor, Tensor]],
+        labels: Tensor,
+        steps: int,
+        give: Callable[[Site, Gradients], None],
+    ) -> None:
         for kind, (value, grad) in seen.items():
-            path = torch.stack([self._scaled(layer, kind, k / steps, labels) for k in range(1, steps + 1)]) if steps else None
+            path = (
+                torch.stack([self._scaled(layer, kind, k / steps, labels) for k in range(1, steps + 1)])
+                if steps
+                else None
+            )
             tensors = (value.detach(), grad, path)
             if kind == "attn":
                 tensors = tuple(None if t is None else t.unflatten(-1, (self.heads, -1)) for t in tensors)
             give(Site(layer, kind=kind), Gradients(*tensors))  # type: ignore[arg-type]
 
     def _scaled(self, layer: int, kind: str, factor: float, labels: Tensor) -> Tensor:
-        """The gradient by the site's value with that value scaled by `factor`, everything before it dense: [B, S, n]."""
+        """The gradient by the site's value with that value scaled by `factor`, everything before it dense:
+        [B, S, n].
+        """
         self.scaled, self.path = (layer, kind, factor), list(self.entered)
         wanted, self.wanted = self.wanted, labels
         found: list[Tensor] = []
@@ -157,18 +199,36 @@ class _Sweep:
         return found[0]
 
     def _forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, labels and the loss [B, S]; the graph reaches back to `exit`, what the last block gave (to the first block with `graph`)."""
-        logits = self.model(input_ids=self.tokens, attention_mask=None if self.mask is None else self.mask.long(), use_cache=False).logits
+        """Logits, labels and the loss [B, S]; the graph reaches back to `exit`, what the last block gave (to the first
+        block with `graph`).
+        """
+        logits = self.model(
+            input_ids=self.tokens, attention_mask=None if self.mask is None else self.mask.long(), use_cache=False
+        ).logits
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        labels = self.wanted if isinstance(self.wanted, Tensor) else (wide.argmax(-1) if self.wanted is None else self.wanted(wide.detach()))
+        labels = (
+            self.wanted
+            if isinstance(self.wanted, Tensor)
+            else (wide.argmax(-1) if self.wanted is None else self.wanted(wide.detach()))
+        )
         labels = labels.to(logits.device)
         if self.mask is not None:
             labels = torch.where(self.mask.to(labels.device), labels, _IGNORED)
-        nll = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=_IGNORED).view(labels.shape)
+        nll = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=_IGNORED).view(
+            labels.shape
+        )
         return logits, labels, nll
 
-    def _backward(self, nll: Tensor, start: int, entered: list[Tensor], see: Callable[[int, dict[str, tuple[Tensor, Tensor]]], None]) -> None:
-        """Walk from the loss down to block `start`, running each block again; `see` gets its layer and {kind: (value, gradient)}."""
+    def _backward(
+        self,
+        nll: Tensor,
+        start: int,
+        entered: list[Tensor],
+        see: Callable[[int, dict[str, tuple[Tensor, Tensor]]], None],
+    ) -> None:
+        """Walk from the loss down to block `start`, running each block again; `see` gets its layer and {kind: (value,
+        gradient)}.
+        """
         (grad,) = torch.autograd.grad(nll.sum(), [self.exit])
         self.exit = torch.empty(0)
         for layer in reversed(range(start, len(self.blocks))):
@@ -178,7 +238,10 @@ class _Sweep:
             taps, self.taps = self.taps, None
             grads = torch.autograd.grad(out, [hidden, *taps.values()], grad)
             grad, out = grads[0], hidden
-            see(layer, {kind: (value.detach(), g) for ((_, kind), value), g in zip(taps.items(), grads[1:], strict=True)})
+            see(
+                layer,
+                {kind: (value.detach(), g) for ((_, kind), value), g in zip(taps.items(), grads[1:], strict=True)},
+            )
 
     def _block(self, layer: int, hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
         """Stands in for a block's forward."""
@@ -209,7 +272,9 @@ class _Sweep:
             self.taps[layer, kind] = value
         return (value, *arguments[1:])
 
-    def _attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any) -> tuple[Tensor, Tensor]:
+    def _attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values of other positions are the dense run's; with nothing scaled these are the present ones."""
         if self.store:
             self.dense[module.layer_idx] = (key.detach(), value.detach())
@@ -229,10 +294,11 @@ def local_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every position to itself by `key`, `value` and to the others by `other_key`, `other_value`: [B, S, H, d_h] and the weights [B, H, S, S].
+    """Attention of every position to itself by `key`, `value` and to the others by `other_key`, `other_value`: [B, S,
+    H, d_h] and the weights [B, H, S, S].
 
-    query [B, H, S, d_h], keys and values [B, G, S, d_h], additive mask [B, 1, S, S] (causal and sliding window included). Raises InputError for attention
-    sinks.
+    query [B, H, S, d_h], keys and values [B, G, S, d_h], additive mask [B, 1, S, S] (causal and sliding window
+    included). Raises InputError for attention sinks.
     """
     if s_aux is not None:
         raise InputError("Local gradients need plain softmax attention, got attention sinks. Use local=False.")
@@ -240,7 +306,9 @@ def local_attention(
         raise InputError("Local gradients need the model's attention mask, got none. Use local=False.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = query.shape[1] // key.shape[1]
-    key, value, other_key, other_value = (t.repeat_interleave(groups, dim=1) for t in (key, value, other_key, other_value))
+    key, value, other_key, other_value = (
+        t.repeat_interleave(groups, dim=1) for t in (key, value, other_key, other_value)
+    )
     # the difference is zero in value unless a site is scaled: it only carries the diagonal's gradient
     logits = (query @ other_key.transpose(-1, -2) + torch.diag_embed((query * (key - other_key)).sum(-1))) * scale
     if softcap is not None:

@@ -12,7 +12,9 @@ from ...runtime_onnx.errors import InputError
 
 @dataclass
 class Gram:
-    """Sums over tokens of hidden^T hidden [r, r] and hidden^T target [r, d], fp64: all that a ridge regression needs, so batches need not be kept."""
+    """Sums over tokens of hidden^T hidden [r, r] and hidden^T target [r, d], fp64: all that a ridge regression needs,
+    so batches need not be kept.
+    """
 
     hidden: Tensor
     cross: Tensor
@@ -33,7 +35,8 @@ class Gram:
     def solve(self, l2: float) -> Tensor:
         """The weight B [r, d] fp64 that minimises norm(hidden B - target)^2 + l2 norm(B)^2.
 
-        Where directions are not determined (l2 = 0 and dead columns of hidden), the solution of least norm. Raises InputError for a negative l2.
+        Where directions are not determined (l2 = 0 and dead columns of hidden), the solution of least norm. Raises
+        InputError for a negative l2.
         """
         if not l2 >= 0:
             raise InputError(f"l2 must be at least 0, got {l2}. Give the penalty on squared weights.")
@@ -46,7 +49,9 @@ class Gram:
 
 
 def ridge(hidden: Tensor, target: Tensor, l2: float) -> Tensor:
-    """The weight B [r, d] fp64 that minimises norm(hidden B - target)^2 + l2 norm(B)^2; hidden [T, r], target [T, d]."""
+    """The weight B [r, d] fp64 that minimises norm(hidden B - target)^2 + l2 norm(B)^2; hidden [T, r],
+    target [T, d].
+    """
     gram = Gram.empty(hidden.shape[1], target.shape[1])
     gram.add(hidden, target)
     return gram.solve(l2)

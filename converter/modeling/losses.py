@@ -1,6 +1,8 @@
-"""What predictors are trained on: cross-entropy with DejaVu's weighting, the divergence from the dense model, and a hard mask that gradients pass through.
+"""What predictors are trained on: cross-entropy with DejaVu's weighting, the divergence from the dense model, and a
+hard mask that gradients pass through.
 
-Pure functions of tensors: no models, no files. Logits are natural (a unit is kept when its logit > 0), divergences are in nats.
+Pure functions of tensors: no models, no files. Logits are natural (a unit is kept when its logit > 0), divergences are
+in nats.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SOURCE = (
-    "Liu et al. 2023, Deja Vu (arXiv 2310.17157), loss of the authors' trainer: positives count 1, negatives the batch's share of positives (+ .005 for MLPs). "
-    "Bengio et al. 2013 (arXiv 1308.3432): straight-through, here with the sigmoid's slope. Hinton et al. 2015 (arXiv 1503.02531): divergence from a teacher."
+    "Liu et al. 2023, Deja Vu (arXiv 2310.17157), loss of the authors' trainer: positives count 1, negatives the "
+    "batch's share of positives (+ .005 for MLPs). "
+    "Bengio et al. 2013 (arXiv 1308.3432): straight-through, here with the sigmoid's slope. Hinton et al. 2015 (arXiv "
+    "1503.02531): divergence from a teacher."
 )
 
 MLP_MARGIN = 0.005
@@ -21,15 +25,19 @@ MLP_MARGIN = 0.005
 
 
 def dejavu_weight(labels: Tensor, margin: float = MLP_MARGIN) -> float:
-    """Weight of a negative label: the share of positives in `labels` (any shape, 0/1 or bool) plus `margin` (0 for heads)."""
+    """Weight of a negative label: the share of positives in `labels` (any shape, 0/1 or bool) plus `margin` (0 for
+    heads).
+    """
     return float(labels.float().mean()) + margin
 
 
 def dejavu_loss(logits: Tensor, labels: Tensor, weight: float | Tensor) -> Tensor:
-    """Mean over all elements of w_i BCE(sigmoid(logit_i), y_i) with w_i = y_i (1 - weight) + weight: 1 on positives, `weight` on negatives; a scalar.
+    """Mean over all elements of w_i BCE(sigmoid(logit_i), y_i) with w_i = y_i (1 - weight) + weight: 1 on positives,
+    `weight` on negatives; a scalar.
 
-    `logits` and `labels` (0/1 or bool) are [T, n]; `weight` is a number (see `dejavu_weight`) or broadcasts to them. The weight multiplies the element's
-    loss; given to torch as `pos_weight` it would touch positives only and leave the loss unweighted.
+    `logits` and `labels` (0/1 or bool) are [T, n]; `weight` is a number (see `dejavu_weight`) or broadcasts to them.
+    The weight multiplies the element's loss; given to torch as `pos_weight` it would touch positives only and leave the
+    loss unweighted.
     """
     y = labels.to(logits.dtype)
     return F.binary_cross_entropy_with_logits(logits, y, weight=y * (1 - weight) + weight)
@@ -38,8 +46,9 @@ def dejavu_loss(logits: Tensor, labels: Tensor, weight: float | Tensor) -> Tenso
 def kl_divergence(dense_logits: Tensor, sparse_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """KL(dense || sparse) over the vocabulary, in nats, mean over positions: sum p (log p - log q); a scalar fp32.
 
-    Both logits are [..., V]; `mask` is bool [...] with True where a position counts (all when None). A token that the dense model rules out (logit
-    -inf) adds nothing. The dense logits get no gradient. Raises ValueError when no position counts.
+    Both logits are [..., V]; `mask` is bool [...] with True where a position counts (all when None). A token that the
+    dense model rules out (logit -inf) adds nothing. The dense logits get no gradient. Raises ValueError when no
+    position counts.
     """
     if mask is not None and not bool(mask.all()):
         dense_logits, sparse_logits = dense_logits[mask], sparse_logits[mask]
@@ -50,7 +59,9 @@ def kl_divergence(dense_logits: Tensor, sparse_logits: Tensor, mask: Tensor | No
 
 
 class _Divergence(torch.autograd.Function):
-    """Sum over the last dimension of p (log p - log q), mean over the others; the gradient q - p, written down, takes half of the passes of autograd's."""
+    """Sum over the last dimension of p (log p - log q), mean over the others; the gradient q - p, written down, takes
+    half of the passes of autograd's.
+    """
 
     @staticmethod
     def forward(ctx: Any, dense: Tensor, sparse: Tensor) -> Tensor:
@@ -70,7 +81,9 @@ class _Divergence(torch.autograd.Function):
 
 
 def straight_through(logits: Tensor) -> Tensor:
-    """The mask logit > 0 as exact 0 and 1 in the logits' dtype; its gradient is that of sigmoid(logit), so that units near the cut learn most. Any shape."""
+    """The mask logit > 0 as exact 0 and 1 in the logits' dtype; its gradient is that of sigmoid(logit), so that units
+    near the cut learn most. Any shape.
+    """
     mask: Tensor = _StraightThrough.apply(logits)
     return mask
 

@@ -10,7 +10,9 @@ _START_BIAS = 1.0  # logits of a fresh predictor are about this
 
 
 def fresh_predictor(hidden: int, units: int, rank: int, generator: torch.Generator) -> Predictor:
-    """A predictor [r, d], [n, r] that keeps nearly everything, for inputs of rms 1: random directions and logits about 1."""
+    """A predictor [r, d], [n, r] that keeps nearly everything, for inputs of rms 1: random directions and logits about
+    1.
+    """
     fc1 = torch.randn(rank, hidden, generator=generator) / hidden**0.5
     fc2 = 0.3 * torch.randn(units, rank, generator=generator) / rank**0.5
     return Predictor(fc1, fc2, torch.full((units,), -_START_BIAS), 1.0)

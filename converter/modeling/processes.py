@@ -1,7 +1,8 @@
-"""Work on a CPU in several processes of this machine: a small model's operations are too short to share out over threads, its windows are not.
+"""Work on a CPU in several processes of this machine: a small model's operations are too short to share out over
+threads, its windows are not.
 
-The processes are started as programs of their own, so that the caller's need no guard, and join as torchrun's do (`distributed`). What they are to do and what
-they make lies in files.
+The processes are started as programs of their own, so that the caller's need no guard, and join as torchrun's do
+(`distributed`). What they are to do and what they make lies in files.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ main(*sys.argv[1:])
 """
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _MALLOC = "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296:glibc.malloc.top_pad=67108864"
-"""Freed memory stays with the process: a step's tensors are as many megabytes as the last one's, and asking anew for their pages took a fifth of its time."""
+"""Freed memory stays with the process: a step's tensors are as many megabytes as the last one's, and asking anew for
+their pages took a fifth of its time.
+"""
 _KEPT = {-3: 1 << 25, -1: (1 << 31) - 1, -2: 1 << 26}
 """The same for this process, by glibc's numbers in malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD."""
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -43,7 +46,9 @@ _POLL = 0.1  # seconds
 
 
 def keep_freed_memory() -> None:
-    """From now on glibc keeps what this process frees, up to 32 MiB apiece, for what it allocates next; nothing happens with another C library."""
+    """From now on glibc keeps what this process frees, up to 32 MiB apiece, for what it allocates next; nothing happens
+    with another C library.
+    """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "gnu_get_libc_version"):
         for option, value in _KEPT.items():
@@ -61,15 +66,18 @@ def cores() -> int:
 
 
 def run_in_processes(count: int, function: Callable[..., None], *arguments: str | Path) -> None:
-    """Call `function(*arguments)`, a module's, in `count` new processes on the CPU, each with its share of the cores; arguments come as strings.
+    """Call `function(*arguments)`, a module's, in `count` new processes on the CPU, each with its share of the cores;
+    arguments come as strings.
 
-    Raises InputError for the first one's InputError or system error, and RuntimeError when one ends otherwise; the others are ended then. None outlives the
-    caller, however that ends.
+    Raises InputError for the first one's InputError or system error, and RuntimeError when one ends otherwise; the
+    others are ended then. None outlives the caller, however that ends.
     """
     with tempfile.TemporaryDirectory() as name:
         environment = {"GLIBC_TUNABLES": _MALLOC} | _own_environment()
         environment |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        environment |= dict.fromkeys(_THREADS, str(max(1, cores() // count))) | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment |= dict.fromkeys(_THREADS, str(max(1, cores() // count))) | {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path))
+        }
         if sys.platform == "win32":
             environment["USE_LIBUV"] = "0"  # not in every torch for Windows
         command = [sys.executable, "-c", _PROGRAM, name, function.__module__, function.__name__, *map(str, arguments)]
@@ -77,7 +85,11 @@ def run_in_processes(count: int, function: Callable[..., None], *arguments: str 
         try:
             for rank in range(count):
                 own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.__stderr__, env=own, pass_fds=inherited()))
+                started.append(
+                    subprocess.Popen(
+                        command, stdin=subprocess.PIPE, stdout=sys.__stderr__, env=own, pass_fds=inherited()
+                    )
+                )
             status = _wait(started, Path(name) / _PROGRESS)
         finally:
             for one in started:
@@ -90,7 +102,10 @@ def run_in_processes(count: int, function: Callable[..., None], *arguments: str 
         if status:
             if status < 0:
                 ended = signal.Signals(-status).name
-                raise InputError(f"A process must end by itself, got {ended}, as when memory is short. Run the same command with processes: 1 in the recipe.")
+                raise InputError(
+                    f"A process must end by itself, got {ended}, as when memory is short. Run the same command with "
+                    "processes: 1 in the recipe."
+                )
             raise RuntimeError(f"A process must end with status 0, got {status}. Its error stands above.")
 
 
@@ -100,7 +115,9 @@ def _own_environment() -> dict[str, str]:
 
 
 def _wait(started: list[subprocess.Popen[bytes]], progress: Path) -> int:
-    """0 when all processes have ended well, or the status of one that has not, at once; meanwhile what the first one says in `progress` is shown."""
+    """0 when all processes have ended well, or the status of one that has not, at once; meanwhile what the first one
+    says in `progress` is shown.
+    """
     while True:
         codes = [one.poll() for one in started]
         failed = [code for code in codes if code]
@@ -125,7 +142,11 @@ def main(folder: str, module: str, name: str, *arguments: str) -> None:
     except (InputError, OSError) as error:
         said = str(error)
         if isinstance(error, OSError):
-            said = str(disk_full(Path.cwd() / "out")) if is_disk_full(error) else f"The system refused: {error}. Check the path and its permissions."
+            said = (
+                str(disk_full(Path.cwd() / "out"))
+                if is_disk_full(error)
+                else f"The system refused: {error}. Check the path and its permissions."
+            )
         partial = Path(folder) / f"partial.{world().rank}"
         partial.write_text(said, encoding="utf-8")
         partial.replace(partial.with_name(f"{_REFUSAL}{world().rank:04}"))

@@ -1,7 +1,9 @@
-"""Classes for checkpoints whose activation was swapped: `Sparsegate<Base>Config` and `Sparsegate<Base>ForCausalLM`, made from transformers' own.
+"""Classes for checkpoints whose activation was swapped: `Sparsegate<Base>Config` and `Sparsegate<Base>ForCausalLM`,
+made from transformers' own.
 
-The model type is `sparsegate_<base>`, which stock transformers does not know, so that it stops instead of computing with the base's activation. Importing
-sparsegate.converter makes AutoConfig and AutoModelForCausalLM know it (`watch`), without importing transformers for that.
+The model type is `sparsegate_<base>`, which stock transformers does not know, so that it stops instead of computing
+with the base's activation. Importing sparsegate.converter makes AutoConfig and AutoModelForCausalLM know it (`watch`),
+without importing transformers for that.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def watch() -> None:
 
 
 def register() -> None:
-    """Make AutoConfig know every `sparsegate_<base>`; AutoModelForCausalLM learns a type when its first configuration is made."""
+    """Make AutoConfig know every `sparsegate_<base>`; AutoModelForCausalLM learns a type when its first configuration
+    is made.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from ..arch import PREFIX, supported
@@ -50,7 +54,9 @@ class _Finder(MetaPathFinder):
 
     asking = False
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname not in (_AUTO, _MODELS) or self.asking:
             return None
         self.asking = True
@@ -99,13 +105,23 @@ def config_class(base: str) -> type[Any]:
 
     text = f"Configuration of a {base} model whose feed-forward activation was swapped."
     return type(
-        CLASS + stock.__name__, (stock,), {"__doc__": text, "__module__": __name__, "model_type": PREFIX + base, "sparsity": None, "__post_init__": finish}
+        CLASS + stock.__name__,
+        (stock,),
+        {
+            "__doc__": text,
+            "__module__": __name__,
+            "model_type": PREFIX + base,
+            "sparsity": None,
+            "__post_init__": finish,
+        },
     )
 
 
 @cache
 def model_class(base: str) -> type[Any]:
-    """The causal language model of `sparsegate_<base>`: the base's, every site that the `sparsity` key names swapped (`blocks.swap`)."""
+    """The causal language model of `sparsegate_<base>`: the base's, every site that the `sparsity` key names swapped
+    (`blocks.swap`).
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -125,7 +141,11 @@ def model_class(base: str) -> type[Any]:
             swap(self.get_submodule(arch.ffn_module(site.layer)), arch, activation)
 
     text = f"{stock.__name__} with swapped feed-forward activations."
-    return type(CLASS + stock.__name__, (stock,), {"__doc__": text, "__module__": __name__, "config_class": config_class(base), "__init__": begin})
+    return type(
+        CLASS + stock.__name__,
+        (stock,),
+        {"__doc__": text, "__module__": __name__, "config_class": config_class(base), "__init__": begin},
+    )
 
 
 @cache

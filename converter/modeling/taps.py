@@ -1,4 +1,6 @@
-"""Where a dense model is watched and masked: feed-forward networks, attention heads and single linears, by the names of its architecture file."""
+"""Where a dense model is watched and masked: feed-forward networks, attention heads and single linears, by the names of
+its architecture file.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,16 @@ from .blocks import down_rows, ffn_down, ffn_parts
 
 Fields = dict[str, Tensor]
 See = Callable[[Site, Fields], Tensor | None]
-"""Called at a site with the fields of a score's Context, leading axes [B, S]; returns the units that stay [B, S, n] (heads: [B, S, H]) or None for all."""
+"""Called at a site with the fields of a score's Context, leading axes [B, S]; returns the units that stay [B, S, n]
+(heads: [B, S, H]) or None for all.
+"""
 
 
 @contextmanager
 def tapped(model: Any, arch: Arch, kinds: Sequence[str], see: See) -> Iterator[None]:
-    """`model` with `see` at every site of `kinds` (ffn, attn, linear) inside the block. What does not stay is zero afterwards."""
+    """`model` with `see` at every site of `kinds` (ffn, attn, linear) inside the block. What does not stay is zero
+    afterwards.
+    """
     with ExitStack() as stack:
         for layer in range(arch.size(model.config, "layers")):
             if "ffn" in kinds:
@@ -32,7 +38,9 @@ def tapped(model: Any, arch: Arch, kinds: Sequence[str], see: See) -> Iterator[N
             if "attn" in kinds:
                 o = model.get_submodule(f"{arch.attn_module(layer)}.{arch.attn.o}")
                 heads = int(getattr(model.config, arch.attn.heads.config))
-                stack.callback(o.register_forward_pre_hook(partial(_heads, heads, Site(layer, kind="attn"), see)).remove)
+                stack.callback(
+                    o.register_forward_pre_hook(partial(_heads, heads, Site(layer, kind="attn"), see)).remove
+                )
             if "linear" in kinds:
                 for name, parts in linear_parts(model, arch, layer).items():
                     linear = model.get_submodule(name)
@@ -42,7 +50,9 @@ def tapped(model: Any, arch: Arch, kinds: Sequence[str], see: See) -> Iterator[N
 
 
 def linear_parts(model: Any, arch: Arch, layer: int) -> dict[str, list[tuple[Site, slice]]]:
-    """The linears of a block: full module name -> its sites with the rows of the weight that are theirs; a packed weight has two or three."""
+    """The linears of a block: full module name -> its sites with the rows of the weight that are theirs; a packed
+    weight has two or three.
+    """
     heads, groups = (int(getattr(model.config, space.config)) for space in (arch.attn.heads, arch.attn.kv_heads))
     width, units = arch.attn.head_dim(model.config), arch.size(model.config, "units")
     rows = {"q": heads * width, "k": groups * width, "v": groups * width, "gate": units, "up": units}
@@ -61,7 +71,14 @@ def _ffn(module: Any, arch: Arch, activation: str, site: Site, see: See, x: Tens
     else:
         w_up = getattr(module, str(arch.ffn.up)).weight
         w_gate = getattr(module, str(arch.ffn.gate)).weight if arch.ffn.gate else w_up
-    fields = {"x": x, "gate": parts.gate, "z": parts.z, "w_gate": w_gate, "w_up": w_up, "w_down": down_rows(module, arch)}
+    fields = {
+        "x": x,
+        "gate": parts.gate,
+        "z": parts.z,
+        "w_gate": w_gate,
+        "w_up": w_up,
+        "w_down": down_rows(module, arch),
+    }
     keep = see(site, fields if parts.up is None else fields | {"up": parts.up})
     return ffn_down(module, arch, parts.z if keep is None else _zero(parts.z, keep))
 

@@ -1,4 +1,6 @@
-"""From a checkpoint and a plan to an ONNX folder: base graph, matching of MLPs and linears, one emitter per plan kind, surgery."""
+"""From a checkpoint and a plan to an ONNX folder: base graph, matching of MLPs and linears, one emitter per plan kind,
+surgery.
+"""
 
 from __future__ import annotations
 

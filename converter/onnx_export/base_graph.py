@@ -1,7 +1,9 @@
-"""The base graph of a causal language model: built by onnxruntime-genai's model builder, then compared with torch by teacher forcing.
+"""The base graph of a causal language model: built by onnxruntime-genai's model builder, then compared with torch by
+teacher forcing.
 
-The builder writes a decoder with KV cache: `model.onnx`, `model.onnx.data`, `genai_config.json` and the tokenizer's files. It is known
-to be wrong for some models, so nothing is exported before `check_base` has passed its graph in fp32 for the CPU.
+The builder writes a decoder with KV cache: `model.onnx`, `model.onnx.data`, `genai_config.json` and the tokenizer's
+files. It is known to be wrong for some models, so nothing is exported before `check_base` has passed its graph in fp32
+for the CPU.
 """
 
 from __future__ import annotations
@@ -41,19 +43,23 @@ NO_TOKEN = -1
 """An id that no token has. ONNX's Gather takes it, so that a padded batch still runs."""
 
 _LOG = logging.getLogger("sparsegate")
-# Every layer keeps its whole KV cache: a loop in plain ONNX Runtime then only appends, where a windowed cache would have to be sized and rotated by the app.
+# Every layer keeps its whole KV cache: a loop in plain ONNX Runtime then only appends, where a windowed cache would
+# have to be sized and rotated by the app.
 _OPTIONS = ["hf_token=false", "hf_remote=false", "windowed_kv_cache=false"]
 _TARGET_OPTIONS = {"cpu": [], "cuda": ["enable_cuda_graph=true"]}
 
 
 def build_base(checkpoint: Path, out: Path, precision: str = "fp32", target: str = "cpu") -> Path:
-    """Build the graph of a Hugging Face folder into `out`; returns `out`. Reads local files only and holds the whole model in memory, in fp32.
+    """Build the graph of a Hugging Face folder into `out`; returns `out`. Reads local files only and holds the whole
+    model in memory, in fp32.
 
-    Where activations were swapped the graph is that of `load_stock`, with the base model's activation: `export` puts the swapped ones in.
+    Where activations were swapped the graph is that of `load_stock`, with the base model's activation: `export` puts
+    the swapped ones in.
 
     `precision` is fp32, or for the target cuda fp16 or bf16; a graph for CUDA asks its provider for CUDA graphs.
 
-    Raises InputError when onnxruntime-genai is missing, when the builder refuses or fails on the model, or when the disk is full.
+    Raises InputError when onnxruntime-genai is missing, when the builder refuses or fails on the model, or when the
+    disk is full.
     """
     builder = _builder()
     with TemporaryDirectory() as temporary, _to_log():
@@ -80,7 +86,9 @@ def build_base(checkpoint: Path, out: Path, precision: str = "fp32", target: str
 
 
 def load_stock(checkpoint: Path) -> Any:
-    """The model that `build_base` exports: of the stock class with the base model's activation, so of a swapped checkpoint another function than its own."""
+    """The model that `build_base` exports: of the stock class with the base model's activation, so of a swapped
+    checkpoint another function than its own.
+    """
     with TemporaryDirectory() as temporary:
         return load_dense(stock_view(checkpoint, Path(temporary) / "stock"))
 
@@ -90,7 +98,9 @@ def _builder() -> ModuleType:
     try:
         from onnxruntime_genai.models import builder
     except ImportError as error:
-        raise InputError(f"ONNX export must find onnxruntime-genai, got {error}. Install it with: pip install 'sparsegate[cpu]'") from None
+        raise InputError(
+            f"ONNX export must find onnxruntime-genai, got {error}. Install it with: pip install 'sparsegate[cpu]'"
+        ) from None
     finally:
         sys.path[:] = path  # the package appends its own folder, whose modules have names like `builders`
     return builder
@@ -99,10 +109,13 @@ def _builder() -> ModuleType:
 def _for_builder(checkpoint: Path, temporary: Path) -> Path:
     """A folder with the same files whose configuration asks for fp32, and for the head that transformers uses.
 
-    In half precision the builder would round what it computes from weights, such as gemma's 1 + norm; and it believes a configuration that ties the head.
+    In half precision the builder would round what it computes from weights, such as gemma's 1 + norm; and it believes a
+    configuration that ties the head.
     """
     config = read_json(checkpoint / "config.json", "config.json")
-    changes: dict[str, Any] = {} if config.get("dtype", config.get("torch_dtype")) == "float32" else {"dtype": "float32"}
+    changes: dict[str, Any] = (
+        {} if config.get("dtype", config.get("torch_dtype")) == "float32" else {"dtype": "float32"}
+    )
     if config.get("model_type") in supported() and has_own_head(open_source(checkpoint, sparse=True)):
         changes["tie_word_embeddings"] = False
     if not changes:
@@ -119,17 +132,21 @@ def _for_builder(checkpoint: Path, temporary: Path) -> Path:
 
 
 class _Missing(NamedTuple):
-    """What `_complete` puts into a built graph: no rotation in the layers `unrotated`, and a rotation of other frequencies [d_h / 2] and their factor."""
+    """What `_complete` puts into a built graph: no rotation in the layers `unrotated`, and a rotation of other
+    frequencies [d_h / 2] and their factor.
+    """
 
     unrotated: list[int]
     rotary: tuple[Tensor, float] | None
 
 
 def _prepare(config: Any) -> _Missing:
-    """Change a configuration so that the builder exports what transformers computes; returns what it leaves to `_complete`.
+    """Change a configuration so that the builder exports what transformers computes; returns what it leaves to
+    `_complete`.
 
-    Defects of the builder 0.18: it reads a sliding window only together with `layer_types`, which mistral and phi3 do not have, it fails on layers without
-    rotary embedding (smollm3) when the others rotate inside the attention op, and its YaRN takes absent fields for 0 and does not round to whole dimensions.
+    Defects of the builder 0.18: it reads a sliding window only together with `layer_types`, which mistral and phi3 do
+    not have, it fails on layers without rotary embedding (smollm3) when the others rotate inside the attention op, and
+    its YaRN takes absent fields for 0 and does not round to whole dimensions.
     """
     layers = config.num_hidden_layers
     rope, rotary = getattr(config, "rope_parameters", None), None
@@ -147,7 +164,9 @@ def _prepare(config: Any) -> _Missing:
 
 
 def _complete(folder: Path, missing: _Missing) -> None:
-    """Finish the built graph by what is `missing`, and a fixed head size in the cache's shapes, so that an app can read it from the file."""
+    """Finish the built graph by what is `missing`, and a fixed head size in the cache's shapes, so that an app can read
+    it from the file.
+    """
     size = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]["head_size"]
     model = ir.load(folder / MODEL)
     for value in (*model.graph.inputs, *model.graph.outputs):
@@ -172,9 +191,11 @@ def _complete(folder: Path, missing: _Missing) -> None:
 
 
 def _set_tokens(folder: Path, ends: frozenset[int]) -> None:
-    """The end tokens that transformers' `generate` stops at, and no pad token. Where it stops at none the builder's remain, since genai has to have one.
+    """The end tokens that transformers' `generate` stops at, and no pad token. Where it stops at none the builder's
+    remain, since genai has to have one.
 
-    The builder adds the tokenizer's end token, and genai takes pads off a prompt's end: a chat model often pads with the token that ends a turn.
+    The builder adds the tokenizer's end token, and genai takes pads off a prompt's end: a chat model often pads with
+    the token that ends a turn.
     """
     file = folder / GENAI_CONFIG
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -202,7 +223,8 @@ def _to_log() -> Iterator[None]:
 
 
 def onnx_logits(session: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Logits [N, S, V] of token rows [N, S] without padding, by one teacher-forced call with an empty KV cache; `session` is an onnxruntime.InferenceSession.
+    """Logits [N, S, V] of token rows [N, S] without padding, by one teacher-forced call with an empty KV cache;
+    `session` is an onnxruntime.InferenceSession.
 
     Raises ValueError for an input that a decoder graph does not have.
     """
@@ -216,12 +238,17 @@ def onnx_logits(session: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
             feeds[given.name] = np.ones((rows, length), dtype=np.int64)
         elif given.name == "position_ids":
             feeds[given.name] = np.tile(np.arange(length, dtype=np.int64), (rows, 1))
-        elif given.name.startswith("past_key_values.") and isinstance(given.shape[1], int) and isinstance(given.shape[3], int):
+        elif (
+            given.name.startswith("past_key_values.")
+            and isinstance(given.shape[1], int)
+            and isinstance(given.shape[3], int)
+        ):
             dtype = np.float16 if given.type == "tensor(float16)" else np.float32
             feeds[given.name] = np.zeros((rows, given.shape[1], 0, given.shape[3]), dtype=dtype)
         else:
             raise ValueError(
-                f"A decoder's inputs must be input_ids, attention_mask, position_ids and past_key_values.* [N, heads, length, head size], "
+                "A decoder's inputs must be input_ids, attention_mask, position_ids and past_key_values.* [N, heads, "
+                "length, head size], "
                 f"got {given.name} {given.shape}. Export the model with sparsegate."
             )
     return session.run(["logits"], feeds)[0].astype(np.float32, copy=False)
@@ -231,7 +258,8 @@ def onnx_logits(session: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
 def compare_base(onnx_folder: Path, model: Callable[[Tensor], Any], tokens: NDArray[np.int64] | Tensor) -> float:
     """Largest absolute logit difference between an ONNX folder and `model` on token rows [N, S].
 
-    `model` is a transformers model in fp32, or any function from int64 tokens [N, S] to logits [N, S, V]. NaN when either side is not finite.
+    `model` is a transformers model in fp32, or any function from int64 tokens [N, S] to logits [N, S, V]. NaN when
+    either side is not finite.
     """
     return _differences(onnx_folder, model, tokens)[0]
 
@@ -246,14 +274,20 @@ def check_base(onnx_folder: Path, model: Callable[[Tensor], Any], tokens: NDArra
     bound = BOUND * max(1.0, rms)
     if not difference <= bound:
         raise InputError(
-            f"The graph from onnxruntime-genai's builder must give torch's logits within {bound:.1e}, got a difference of {difference:.1e} "
-            f"(rms of the logits {rms:.2g}). The builder is wrong for this model: convert another one, or try another version of onnxruntime-genai."
+            f"The graph from onnxruntime-genai's builder must give torch's logits within {bound:.1e}, got a difference "
+            f"of {difference:.1e} "
+            f"(rms of the logits {rms:.2g}). The builder is wrong for this model: convert another one, or try another "
+            "version of onnxruntime-genai."
         )
     return difference
 
 
-def _differences(onnx_folder: Path, model: Callable[[Tensor], Any], tokens: NDArray[np.int64] | Tensor) -> tuple[float, float]:
-    """(Largest absolute difference, rms of torch's logits); the rows go one by one, so that one row's logits are held at a time."""
+def _differences(
+    onnx_folder: Path, model: Callable[[Tensor], Any], tokens: NDArray[np.int64] | Tensor
+) -> tuple[float, float]:
+    """(Largest absolute difference, rms of torch's logits); the rows go one by one, so that one row's logits are held
+    at a time.
+    """
     session = open_session(onnx_folder / MODEL)
     largest, squares, count = 0.0, 0.0, 0
     for row in np.asarray(tokens, dtype=np.int64):
@@ -266,10 +300,14 @@ def _differences(onnx_folder: Path, model: Callable[[Tensor], Any], tokens: NDAr
 
 
 def open_session(model: Path | bytes) -> Any:
-    """A plain CPU session on a file or a serialised model, without the native library. Raises InputError when onnxruntime is missing."""
+    """A plain CPU session on a file or a serialised model, without the native library. Raises InputError when
+    onnxruntime is missing.
+    """
     try:
         import onnxruntime
     except ImportError as error:
-        raise InputError(f"ONNX export must find onnxruntime, got {error}. Install it with: pip install 'sparsegate[cpu]'") from None
+        raise InputError(
+            f"ONNX export must find onnxruntime, got {error}. Install it with: pip install 'sparsegate[cpu]'"
+        ) from None
     with explained(str(model) if isinstance(model, Path) else "A part of the graph"):
         return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])

@@ -1,4 +1,6 @@
-"""What a plan's entry becomes in the graph: a score that an op computes and the tensors that it reads, one emitter per plan kind."""
+"""What a plan's entry becomes in the graph: a score that an op computes and the tensors that it reads, one emitter per
+plan kind.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,11 @@ from ..checkpoint.plan import Entry, Predictor, Swap, Threshold, activation_at, 
 
 @dataclass(frozen=True)
 class Emission:
-    """A score and its inputs by the op's roles, all float32; `activation` is what the MLP computes with where that is not the base model's.
+    """A score and its inputs by the op's roles, all float32; `activation` is what the MLP computes with where that is
+    not the base model's.
 
-    GatedMLP has the scores gate and predictor, with tau [n], p1 [r, d], p2 [n, r], res [r, d], and exact, with nothing; SparseLinear has input, with
-    tau [d_in].
+    GatedMLP has the scores gate and predictor, with tau [n], p1 [r, d], p2 [n, r], res [r, d], and exact, with nothing;
+    SparseLinear has input, with tau [d_in].
     """
 
     score: str
@@ -28,10 +31,15 @@ class Emission:
 
 
 def threshold(entry: Threshold) -> Emission:
-    """A threshold on |act(gate)|, with the residual where there is one, or on |x|. Raises InputError for a score that no op computes."""
+    """A threshold on |act(gate)|, with the residual where there is one, or on |x|. Raises InputError for a score that
+    no op computes.
+    """
     tensors = {"tau": _array(entry.tau)}
     if entry.score not in ("gate", "input"):
-        raise InputError(f"A threshold's score must be gate or input to be exported, got {entry.score}. Use the method gate, predictor, teal or wina.")
+        raise InputError(
+            f"A threshold's score must be gate or input to be exported, got {entry.score}. Use the method gate, "
+            "predictor, teal or wina."
+        )
     if entry.fc1 is not None and entry.residual is not None:
         tensors |= {"p1": _array(entry.fc1), "res": _array(entry.residual)}
     return Emission(entry.score, tensors)
@@ -53,15 +61,19 @@ EMITTERS: dict[str, Callable[[Any], Emission]] = {"threshold": threshold, "predi
 
 
 def emit(site: Site, entries: list[Entry], d: int, n: int) -> Emission:
-    """The emission of a site's plan, for an MLP of n neurons over d channels or a linear of n = d input channels: of its last entry, under the activation of
-    a swap before it.
+    """The emission of a site's plan, for an MLP of n neurons over d channels or a linear of n = d input channels: of
+    its last entry, under the activation of a swap before it.
 
-    Raises InputError when the site has not one entry, or a swap and one after it, for a kind that has no emitter, and for tensors of a wrong shape or with NaN.
+    Raises InputError when the site has not one entry, or a swap and one after it, for a kind that has no emitter, and
+    for tensors of a wrong shape or with NaN.
     """
     kinds = [str(entry.fields()["kind"]) for entry in entries]
-    if [kind for kind in kinds if kind not in EMITTERS] or not (len(kinds) == 1 or (len(kinds) == 2 and kinds[0] == "swap" != kinds[1])):
+    if [kind for kind in kinds if kind not in EMITTERS] or not (
+        len(kinds) == 1 or (len(kinds) == 2 and kinds[0] == "swap" != kinds[1])
+    ):
         raise InputError(
-            f"Site {site.key} must have one entry of kind {' or '.join(EMITTERS)}, or a swap before it, to be exported, "
+            f"Site {site.key} must have one entry of kind {' or '.join(EMITTERS)}, or a swap before it, to be "
+            "exported, "
             f"got {', '.join(kinds) or 'none'}. Make another plan."
         )
     decides = deciding(entries)
@@ -72,7 +84,10 @@ def emit(site: Site, entries: list[Entry], d: int, n: int) -> Emission:
     shapes = {"tau": (n,), "p1": (r, d), "p2": (n, r), "res": (r, d)}
     for role, array in found.tensors.items():
         if array.shape != shapes[role]:
-            raise InputError(f"Site {site.key}'s {role} must have shape {list(shapes[role])}, got {list(array.shape)}. The plan belongs to another model.")
+            raise InputError(
+                f"Site {site.key}'s {role} must have shape {list(shapes[role])}, got {list(array.shape)}. The plan "
+                "belongs to another model."
+            )
         if np.isnan(array).any():
             raise InputError(f"Site {site.key}'s {role} must be a number everywhere, got NaN. Make the plan again.")
     return found

@@ -1,7 +1,8 @@
-"""Replaces MLP regions of a base graph by `ai.sparsegate:GatedMLP` nodes, linears by `SparseLinear` nodes, and writes the model that applications open.
+"""Replaces MLP regions of a base graph by `ai.sparsegate:GatedMLP` nodes, linears by `SparseLinear` nodes, and writes
+the model that applications open.
 
-Every weight is read from the base graph's data file, converted, and written to the new one tensor by tensor, so that the memory in use does not grow with the
-model.
+Every weight is read from the base graph's data file, converted, and written to the new one tensor by tensor, so that
+the memory in use does not grow with the model.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ METADATA = "ai.sparsegate.variants"
 _LOG = logging.getLogger("sparsegate")
 Variant = gated_mlp.Variant | sparse_linear.Variant
 
-_PAGE = 4096  # bytes; the native kernel reads rows straight from the mapped file, so tensors start on pages and rows on cache lines
+# bytes; the native kernel reads rows straight from the mapped file, so tensors start on pages and rows on cache lines
+_PAGE = 4096
 _ROLES = {"gate": ("w_gate", "b_gate"), "up": ("w_up", "b_up"), "down": ("w_down", "b_down")}
 
 
@@ -52,28 +54,42 @@ def export(
     target: str = "cpu",
     edit: Callable[[ir.Model], None] | None = None,
 ) -> None:
-    """Write the base graph in `base` with the plan's sites gated into `out`, with genai_config.json and the tokenizer's files; `out` is made if missing.
+    """Write the base graph in `base` with the plan's sites gated into `out`, with genai_config.json and the tokenizer's
+    files; `out` is made if missing.
 
-    `precision` is a row of PRECISIONS; `base` is a float graph for `target`, changed by `edit`, where there is one, before anything else.
+    `precision` is a row of PRECISIONS; `base` is a float graph for `target`, changed by `edit`, where there is one,
+    before anything else.
 
-    The graph gets one GatedMLP node per feed-forward site, with another activation where the plan swaps it, weights [n, d] neuron-major, one SparseLinear
-    node per linear site, weight [d_in, d_out] input-major, and one model-local function per variant of each op, so that it runs with and without the native
-    library. A packed weight is cut into one node per linear where their thresholds differ. Sites that are not in the plan stay as they are.
+    The graph gets one GatedMLP node per feed-forward site, with another activation where the plan swaps it, weights [n,
+    d] neuron-major, one SparseLinear node per linear site, weight [d_in, d_out] input-major, and one model-local
+    function per variant of each op, so that it runs with and without the native library. A packed weight is cut into
+    one node per linear where their thresholds differ. Sites that are not in the plan stay as they are.
 
-    Raises InputError for a plan that names no site of the model or that the ops cannot express, for a base graph without closed MLP regions or without the
-    linears' products, for `out` equal to `base`, and when the disk is full.
+    Raises InputError for a plan that names no site of the model or that the ops cannot express, for a base graph
+    without closed MLP regions or without the linears' products, for `out` equal to `base`, and when the disk is full.
     """
     if out.resolve() == base.resolve():
-        raise InputError(f"The exported folder must be another one than the base graph's, got {out} for both. Choose another folder.")
-    d, n, inputs = arch.size(config, "hidden"), arch.size(config, "units"), {f"linear:{name}": d_in for name, (_, d_in) in linear_shapes(arch, config).items()}
+        raise InputError(
+            f"The exported folder must be another one than the base graph's, got {out} for both. Choose another folder."
+        )
+    d, n, inputs = (
+        arch.size(config, "hidden"),
+        arch.size(config, "units"),
+        {f"linear:{name}": d_in for name, (_, d_in) in linear_shapes(arch, config).items()},
+    )
     known = {"ffn", *inputs}
     layers = [site.layer for site in arch.sites(config)]
-    strangers = [site.key for site in plan if site.kind not in known or site.expert is not None or site.layer not in layers]
+    strangers = [
+        site.key for site in plan if site.kind not in known or site.expert is not None or site.layer not in layers
+    ]
     if strangers:
         raise InputError(
-            f"A plan's sites must be ffn or linear sites of layers.0 to layers.{layers[-1]}, got {', '.join(strangers)}. The plan belongs to another model."
+            f"A plan's sites must be ffn or linear sites of layers.0 to layers.{layers[-1]}, got "
+            f"{', '.join(strangers)}. The plan belongs to another model."
         )
-    emissions = {site: emit(site, plan[site], inputs.get(site.kind, d), inputs.get(site.kind, n)) for site in sorted(plan)}
+    emissions = {
+        site: emit(site, plan[site], inputs.get(site.kind, d), inputs.get(site.kind, n)) for site in sorted(plan)
+    }
     check_plan(plan)
     form = PRECISIONS[precision]
     model = ir.load(base / MODEL)
@@ -86,7 +102,11 @@ def export(
         node, variant = _replace(model.graph, regions[site.layer], arch, arch.activation(config), emissions[site], form)
         nodes[node] = variant
     for layer in layers:
-        tau = {site.kind.removeprefix("linear:"): found.tensors["tau"] for site, found in emissions.items() if site.layer == layer and site.kind != "ffn"}
+        tau = {
+            site.kind.removeprefix("linear:"): found.tensors["tau"]
+            for site, found in emissions.items()
+            if site.layer == layer and site.kind != "ffn"
+        }
         for linear in find_linears(model.graph, arch, config, layer, tau):
             nodes |= _replace_linear(model.graph, linear, arch, form)
     if form.bits is not None:
@@ -97,7 +117,9 @@ def export(
 
 
 def export_dense(base: Path, out: Path, precision: str, target: str = "cpu") -> None:
-    """Write the dense graph of an integer precision into `out`: what the speed and the losses of a sparse one are compared with."""
+    """Write the dense graph of an integer precision into `out`: what the speed and the losses of a sparse one are
+    compared with.
+    """
     form = PRECISIONS[precision]
     assert form.bits is not None
     model = ir.load(base / MODEL)
@@ -106,7 +128,9 @@ def export_dense(base: Path, out: Path, precision: str, target: str = "cpu") -> 
     _save(model, base, out)
 
 
-def _replace(graph: ir.Graph, region: MlpRegion, arch: Arch, base: str, emission: Emission, form: Precision) -> tuple[ir.Node, gated_mlp.Variant]:
+def _replace(
+    graph: ir.Graph, region: MlpRegion, arch: Arch, base: str, emission: Emission, form: Precision
+) -> tuple[ir.Node, gated_mlp.Variant]:
     """Put one GatedMLP node in a region's place, of the activation `base` where the emission has no other."""
     stored, p = store_predictor(emission.tensors, form)
     given: dict[str, ir.TensorProtocol] = {role: ir.Tensor(array) for role, array in stored.items()}
@@ -122,10 +146,18 @@ def _replace(graph: ir.Graph, region: MlpRegion, arch: Arch, base: str, emission
         given[_ROLES[part][1]] = moved(value, dtype=ir.DataType.FLOAT)
     roles = tuple(role for role in gated_mlp.ROLES if role in given)
     try:
-        variant = gated_mlp.Variant(emission.activation or base, emission.score, weights, roles, x=_dtype(region.x), w=form.w, p=p)
+        variant = gated_mlp.Variant(
+            emission.activation or base, emission.score, weights, roles, x=_dtype(region.x), w=form.w, p=p
+        )
     except ValueError as error:
         raise InputError(f"The op must be able to compute layers.{region.layer}.ffn, got: {error}") from None
-    inputs = [region.x, *(initialiser(graph, f"{arch.ffn_module(region.layer)}.{gated_mlp.NAME}.{role}", given[role]) for role in roles)]
+    inputs = [
+        region.x,
+        *(
+            initialiser(graph, f"{arch.ffn_module(region.layer)}.{gated_mlp.NAME}.{role}", given[role])
+            for role in roles
+        ),
+    ]
     y = ir.Value(name=region.y.name, shape=region.y.shape, type=region.y.type)
     attributes = ir.convenience.convert_attributes(variant.attributes())
     node = ir.Node(gated_mlp.DOMAIN, gated_mlp.NAME, inputs, attributes, outputs=[y], name=mlp_node(arch, region.layer))
@@ -135,7 +167,9 @@ def _replace(graph: ir.Graph, region: MlpRegion, arch: Arch, base: str, emission
 
 
 def _replace_linear(graph: ir.Graph, region: LinearRegion, arch: Arch, form: Precision) -> dict[ir.Node, Variant]:
-    """Put one SparseLinear node, or one dense product, per part in a product's place, and join them where there are several."""
+    """Put one SparseLinear node, or one dense product, per part in a product's place, and join them where there are
+    several.
+    """
     product, old = region.product, region.product.out
     y = ir.Value(name=old.name, shape=old.shape, type=old.type)
     found: dict[ir.Node, Variant] = {}
@@ -160,8 +194,12 @@ def _replace_linear(graph: ir.Graph, region: LinearRegion, arch: Arch, form: Pre
     return found
 
 
-def _part(graph: ir.Graph, region: LinearRegion, part: Part, arch: Arch, out: ir.Value, form: Precision) -> tuple[list[ir.Node], Variant | None]:
-    """The nodes that compute a part's columns, its op last, and the op's variant; a part without a threshold is a MatMul with the Add of its bias."""
+def _part(
+    graph: ir.Graph, region: LinearRegion, part: Part, arch: Arch, out: ir.Value, form: Precision
+) -> tuple[list[ir.Node], Variant | None]:
+    """The nodes that compute a part's columns, its op last, and the op's variant; a part without a threshold is a
+    MatMul with the Add of its bias.
+    """
     product, columns = region.product, part.columns if len(region.parts) > 1 else None
     module = arch.attn_module(region.layer) if part.names[0] in ATTENTION else arch.ffn_module(region.layer)
     prefix, name = f"{module}.{part.name}.", linear_place(region.layer, part.names)
@@ -169,7 +207,11 @@ def _part(graph: ir.Graph, region: LinearRegion, part: Part, arch: Arch, out: ir
         given = {"w": moved(product.weight, columns=columns)}
         if product.bias is not None:
             given["b"] = moved(product.bias, columns=columns)
-        inputs = [initialiser(graph, f"{prefix}{op}", given[role]) for role, op in (("w", "MatMul.weight"), ("b", "Add.bias")) if role in given]
+        inputs = [
+            initialiser(graph, f"{prefix}{op}", given[role])
+            for role, op in (("w", "MatMul.weight"), ("b", "Add.bias"))
+            if role in given
+        ]
         if len(inputs) == 1:
             return [ir.Node("", "MatMul", [product.x, inputs[0]], outputs=[out], name=f"{name}/MatMul")], None
         inner = ir.Value(name=f"{name}/MatMul/output_0", shape=out.shape, type=out.type)
@@ -188,14 +230,30 @@ def _part(graph: ir.Graph, region: LinearRegion, part: Part, arch: Arch, out: ir
     variant = sparse_linear.Variant(weights, roles, x=_dtype(product.x), w=form.w)
     inputs = [product.x, *(initialiser(graph, f"{prefix}{sparse_linear.NAME}.{role}", given[role]) for role in roles)]
     attributes = ir.convenience.convert_attributes(variant.attributes())
-    return [ir.Node(sparse_linear.DOMAIN, sparse_linear.NAME, inputs, attributes, outputs=[out], name=linear_node(region.layer, part.names))], variant
+    return [
+        ir.Node(
+            sparse_linear.DOMAIN,
+            sparse_linear.NAME,
+            inputs,
+            attributes,
+            outputs=[out],
+            name=linear_node(region.layer, part.names),
+        )
+    ], variant
 
 
 def _format(form: Precision, width: int, where: str) -> str:
     """The weight format of an op, with a line where it is not the precision's own."""
     found = form.fitting(width)
     if found != form.weights:
-        _LOG.warning("%s is stored as %s: %s needs rows of a multiple of %d values, got %d.", where, found, form.weights, GROUP, width)
+        _LOG.warning(
+            "%s is stored as %s: %s needs rows of a multiple of %d values, got %d.",
+            where,
+            found,
+            form.weights,
+            GROUP,
+            width,
+        )
     return found
 
 
@@ -245,7 +303,8 @@ def _save(model: ir.Model, base: Path, out: Path) -> None:
 def _check(folder: Path) -> None:
     """Run onnx.checker on the folder's model, data file included.
 
-    ONNX Runtime has one op of its own in ONNX's domain, SimplifiedLayerNormalization; the checker sees a copy in which it stands in ORT's domain.
+    ONNX Runtime has one op of its own in ONNX's domain, SimplifiedLayerNormalization; the checker sees a copy in which
+    it stands in ORT's domain.
     """
     proto = onnx.load(folder / MODEL, load_external_data=False)
     for node in proto.graph.node:

@@ -1,4 +1,6 @@
-"""Finds the products behind linear sites in a base graph, by the initialisers that the architecture names; a packed weight is cut into its parts."""
+"""Finds the products behind linear sites in a base graph, by the initialisers that the architecture names; a packed
+weight is cut into its parts.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +47,13 @@ class LinearRegion:
     parts: tuple[Part, ...]
 
 
-def find_linears(graph: ir.Graph, arch: Arch, config: Any, layer: int, tau: Mapping[str, NDArray[np.float32]]) -> list[LinearRegion]:
+def find_linears(
+    graph: ir.Graph, arch: Arch, config: Any, layer: int, tau: Mapping[str, NDArray[np.float32]]
+) -> list[LinearRegion]:
     """The products of a layer that compute the linears named in `tau` {name: [d_in]}, in the order of the data flow.
 
-    Neighbours in a packed weight that have the same tau, or none, stay together. Raises InputError when the graph has no such product.
+    Neighbours in a packed weight that have the same tau, or none, stay together. Raises InputError when the graph has
+    no such product.
     """
     shapes, templates = linear_shapes(arch, config), _templates(arch)
     regions = []
@@ -60,11 +65,15 @@ def find_linears(graph: ir.Graph, arch: Arch, config: Any, layer: int, tau: Mapp
 
 
 def _templates(arch: Arch) -> dict[str, str]:
-    return {f"{role}_proj": template for role, template in arch.ffn.onnx.items()} | {f"{role}_proj": name for role, name in arch.attn.onnx.items()}
+    return {f"{role}_proj": template for role, template in arch.ffn.onnx.items()} | {
+        f"{role}_proj": name for role, name in arch.attn.onnx.items()
+    }
 
 
 def cut_linears(arch: Arch, config: Any, tau: Mapping[str, NDArray[np.float32]]) -> dict[str, tuple[Part, ...]]:
-    """How a base graph's products that compute the linears named in `tau` are cut: product (qkv_proj, or a linear's own name) -> its parts."""
+    """How a base graph's products that compute the linears named in `tau` are cut: product (qkv_proj, or a linear's own
+    name) -> its parts.
+    """
     shapes, templates = linear_shapes(arch, config), _templates(arch)
     found = {}
     for packed, names in {"qkv_proj": ("q_proj", "k_proj", "v_proj"), **{name: (name,) for name in shapes}}.items():

@@ -39,8 +39,8 @@ class MlpRegion:
 def find_regions(model: ir.Model, arch: Arch, config: Any) -> list[MlpRegion]:
     """The MLP region of every layer, in layer order.
 
-    Raises InputError, naming layer and node, when an initialiser is missing or has another shape, when a region is not closed, or when it does not compute
-    act(x gate) * (x up) @ down with the configuration's activation.
+    Raises InputError, naming layer and node, when an initialiser is missing or has another shape, when a region is not
+    closed, or when it does not compute act(x gate) * (x up) @ down with the configuration's activation.
     """
     order = {node: index for index, node in enumerate(model.graph)}
     activation = arch.activation(config)
@@ -49,7 +49,10 @@ def find_regions(model: ir.Model, arch: Arch, config: Any) -> list[MlpRegion]:
     for site in arch.sites(config):
         region, g, u, z = _find(model.graph, arch, config, site.layer, order)
         inner = [node for node in region.nodes if node.op_type not in ("MatMul", "Add")]
-        signature = tuple((node.domain, node.op_type, *((name, attr.value) for name, attr in sorted(node.attributes.items()))) for node in inner)
+        signature = tuple(
+            (node.domain, node.op_type, *((name, attr.value) for name, attr in sorted(node.attributes.items())))
+            for node in inner
+        )
         if signature not in proven:
             _prove(model, region, g, u, z, activation)
             proven.add(signature)
@@ -57,17 +60,24 @@ def find_regions(model: ir.Model, arch: Arch, config: Any) -> list[MlpRegion]:
     return regions
 
 
-def _find(graph: ir.Graph, arch: Arch, config: Any, layer: int, order: dict[ir.Node, int]) -> tuple[MlpRegion, ir.Value | None, ir.Value, ir.Value]:
+def _find(
+    graph: ir.Graph, arch: Arch, config: Any, layer: int, order: dict[ir.Node, int]
+) -> tuple[MlpRegion, ir.Value | None, ir.Value, ir.Value]:
     """The region of a layer and its inner values: gate and up after their biases, and what the down product reads."""
     d, n = arch.size(config, "hidden"), arch.size(config, "units")
     shapes = {"gate": (d, n), "up": (d, n), "down": (n, d)}
-    products = {role: find_product(graph, layer, template.format(layer=layer), shapes[role]) for role, template in arch.ffn.onnx.items()}
+    products = {
+        role: find_product(graph, layer, template.format(layer=layer), shapes[role])
+        for role, template in arch.ffn.onnx.items()
+    }
     up, down, gate = products["up"], products["down"], products.get("gate")
     if gate is not None and gate.x is not up.x:
         raise _error(layer, gate.nodes[0], f"gate and up must read one value, got {gate.x.name} and {up.x.name}")
     starts = [product.out for product in (gate, up) if product is not None]
     inner = _between(layer, starts, down)
-    nodes = sorted({node for product in products.values() for node in product.nodes} | set(inner), key=order.__getitem__)
+    nodes = sorted(
+        {node for product in products.values() for node in product.nodes} | set(inner), key=order.__getitem__
+    )
     region = MlpRegion(
         layer=layer,
         x=up.x,
@@ -97,7 +107,11 @@ def _between(layer: int, starts: list[ir.Value], down: Product) -> list[ir.Node]
             continue
         node = value.producer()
         if node is None or node not in reachable:
-            raise _error(layer, node or down.nodes[0], f"the MLP must be computed from gate and up alone, got {value.name} as a further input")
+            raise _error(
+                layer,
+                node or down.nodes[0],
+                f"the MLP must be computed from gate and up alone, got {value.name} as a further input",
+            )
         if node not in found:
             found.add(node)
             wanted.extend(given for given in node.inputs if given is not None)
@@ -119,15 +133,25 @@ def _check_closed(region: MlpRegion) -> None:
                 continue
             outside = [user.name for user, _ in value.uses() if user not in inside]
             if outside or value.is_graph_output():
-                raise _error(region.layer, node, f"the MLP must be closed, got {value.name} read by {', '.join(filter(None, outside)) or 'the graph output'}")
+                raise _error(
+                    region.layer,
+                    node,
+                    f"the MLP must be closed, got {value.name} read by "
+                    f"{', '.join(filter(None, outside)) or 'the graph output'}",
+                )
 
 
 def _error(layer: int, node: ir.Node, what: str) -> InputError:
-    return InputError(f"Layer {layer}, node {node.name}: {what}. This base graph cannot be gated; another version of onnxruntime-genai may build it otherwise.")
+    return InputError(
+        f"Layer {layer}, node {node.name}: {what}. This base graph cannot be gated; another version of "
+        "onnxruntime-genai may build it otherwise."
+    )
 
 
 def _prove(model: ir.Model, region: MlpRegion, g: ir.Value | None, u: ir.Value, z: ir.Value, activation: str) -> None:
-    """Run the nodes between the products on random numbers and compare with the op's reference, so that another activation cannot pass unseen."""
+    """Run the nodes between the products on random numbers and compare with the op's reference, so that another
+    activation cannot pass unseen.
+    """
     from .base_graph import open_session
 
     down = region.weights["down"].const_value
@@ -142,13 +166,19 @@ def _prove(model: ir.Model, region: MlpRegion, g: ir.Value | None, u: ir.Value, 
     ir.external_data.load_to_model(part)
     _widen(graph)
     feeds = {u.name: x @ tensors["w_up"].T} | ({} if g is None else {g.name: x @ tensors["w_gate"].T})
-    run = open_session(ir.to_proto(part).SerializeToString()).run(None, {name: value[None].astype(np.float32) for name, value in feeds.items()})
+    run = open_session(ir.to_proto(part).SerializeToString()).run(
+        None, {name: value[None].astype(np.float32) for name, value in feeds.items()}
+    )
     got = run[0][0].astype(np.float64) @ tensors["w_down"]
     roles = tuple(role for role in ("w_gate", "w_up", "w_down") if g is not None or role != "w_gate")
     expected = gated_mlp.reference(gated_mlp.Variant(activation, "all", "float", roles), x, tensors)
     error = float(np.abs(got - expected).max() / np.abs(expected).max())
     if not error <= 1e-5:
-        raise _error(region.layer, region.nodes[-1], f"the MLP must compute {activation} of gate times up, got other numbers (relative error {error:.1e})")
+        raise _error(
+            region.layer,
+            region.nodes[-1],
+            f"the MLP must compute {activation} of gate times up, got other numbers (relative error {error:.1e})",
+        )
 
 
 def _widen(graph: ir.Graph) -> None:

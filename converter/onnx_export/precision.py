@@ -1,4 +1,5 @@
-"""What `--precision` means in the graph: the formats of the ops' weights and predictors, and the bits of the remaining products.
+"""What `--precision` means in the graph: the formats of the ops' weights and predictors, and the bits of the remaining
+products.
 
 | precision | op weights | predictor | rest, CPU | rest, CUDA |
 |---|---|---|---|---|
@@ -75,14 +76,17 @@ PRECISIONS = {
 
 
 def store_predictor(tensors: Mapping[str, NDArray[np.float32]], precision: Precision) -> tuple[dict[str, NDArray], str]:
-    """(The score's inputs as they are stored, dtype of p1, p2 and res): tau stays float32, an int8 predictor brings its scales s_p1 [r] and s_p2 [n].
+    """(The score's inputs as they are stored, dtype of p1, p2 and res): tau stays float32, an int8 predictor brings its
+    scales s_p1 [r] and s_p2 [n].
 
     A predictor whose values float16 cannot hold is stored in bfloat16.
     """
     if "p1" not in tensors:
         return dict(tensors), "float32"
     chosen = precision.predictor_format("res" in tensors)
-    if chosen == "float16" and any(np.abs(array).max(initial=0) > np.finfo(np.float16).max for role, array in tensors.items() if role != "tau"):
+    if chosen == "float16" and any(
+        np.abs(array).max(initial=0) > np.finfo(np.float16).max for role, array in tensors.items() if role != "tau"
+    ):
         chosen = "bfloat16"
     stored: dict[str, NDArray] = {}
     for role, array in tensors.items():
@@ -113,7 +117,9 @@ def rounded(matrix: NDArray[np.float32], weights: str, w: str) -> NDArray[np.flo
 
 
 class Export(Strict):
-    """How the gated weights are stored in ONNX (`onnx_export.precision` has the table), and which execution provider the graph is for."""
+    """How the gated weights are stored in ONNX (`onnx_export.precision` has the table), and which execution provider
+    the graph is for.
+    """
 
     precision: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
     target: Literal["cpu", "cuda"] = "cpu"

@@ -11,7 +11,9 @@ from ...runtime_onnx.errors import InputError
 
 @dataclass(frozen=True)
 class Product:
-    """out = x @ weight (+ bias): weight [d_in, d_out] and bias [d_out] are initialisers, nodes the MatMul and the bias's Add."""
+    """out = x @ weight (+ bias): weight [d_in, d_out] and bias [d_out] are initialisers, nodes the MatMul and the
+    bias's Add.
+    """
 
     x: ir.Value
     out: ir.Value
@@ -28,14 +30,20 @@ def find_product(graph: ir.Graph, layer: int, name: str, shape: tuple[int, int])
     weight = graph.initializers.get(name)
     if weight is None or weight.const_value is None:
         raise InputError(
-            f"Layer {layer} of the base graph must have the initialiser {name}, got none. The builder or the architecture file names it otherwise."
+            f"Layer {layer} of the base graph must have the initialiser {name}, got none. The builder or the "
+            "architecture file names it otherwise."
         )
     uses = list(weight.uses())
     if len(uses) != 1 or uses[0].idx != 1 or (uses[0].node.domain, uses[0].node.op_type) != ("", "MatMul"):
         readers = ", ".join(f"{node.op_type} {node.name}" for node, _ in uses) or "nothing"
-        raise InputError(f"Layer {layer} of the base graph must read {name} in one MatMul, got {readers}. Export a float base graph.")
+        raise InputError(
+            f"Layer {layer} of the base graph must read {name} in one MatMul, got {readers}. Export a float base graph."
+        )
     if tuple(weight.const_value.shape.numpy()) != shape:
-        raise InputError(f"Layer {layer}'s {name} must have shape {list(shape)}, got {weight.const_value.shape}. The graph belongs to another model.")
+        raise InputError(
+            f"Layer {layer}'s {name} must have shape {list(shape)}, got {weight.const_value.shape}. The graph belongs "
+            "to another model."
+        )
     matmul = uses[0].node
     x, out = matmul.inputs[0], matmul.outputs[0]
     assert x is not None

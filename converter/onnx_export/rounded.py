@@ -1,6 +1,7 @@
 """The torch model that an exported file holds: every weight and predictor with the values that its storage gives back.
 
-Its logits are what the file's body computes as long as activations stay in float32, so a difference beyond rounding is a defect of the export.
+Its logits are what the file's body computes as long as activations stay in float32, so a difference beyond rounding is
+a defect of the export.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ Overwritten = dict[str, list[tuple[slice, Tensor]]]
 
 @torch.no_grad()
 def round_model(model: Any, plan: Plan, arch: Arch, precision: str, target: str = "cpu") -> Any:
-    """Replace in place the weights of a model gated by `plan`, and the plan's predictors, by what `export` stores for them; returns the model, gated."""
+    """Replace in place the weights of a model gated by `plan`, and the plan's predictors, by what `export` stores for
+    them; returns the model, gated.
+    """
     form = PRECISIONS[precision]
     remove_plan(model)
     if target == "cuda":
@@ -52,7 +55,12 @@ def round_model(model: Any, plan: Plan, arch: Arch, precision: str, target: str 
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name not in done:
             _write(module, [], form)
-    return apply_plan(model, {site: [_entry(entry, form) for entry in entries] for site, entries in plan.items()}, arch, arch.activation(model.config))
+    return apply_plan(
+        model,
+        {site: [_entry(entry, form) for entry in entries] for site, entries in plan.items()},
+        arch,
+        arch.activation(model.config),
+    )
 
 
 def _write(module: Any, new: list[tuple[slice, Tensor]], form: Precision) -> None:
@@ -64,7 +72,9 @@ def _write(module: Any, new: list[tuple[slice, Tensor]], form: Precision) -> Non
         module.weight[at] = values
 
 
-def _layer(model: Any, plan: Plan, arch: Arch, form: Precision, layer: int) -> Iterator[tuple[str, list[tuple[slice, Tensor]]]]:
+def _layer(
+    model: Any, plan: Plan, arch: Arch, form: Precision, layer: int
+) -> Iterator[tuple[str, list[tuple[slice, Tensor]]]]:
     """The rows of a layer's modules that ops compute, by module."""
     rows, prefix, found = linear_rows(arch, model.config), arch.block_prefix(layer), {}
 
@@ -84,7 +94,11 @@ def _layer(model: Any, plan: Plan, arch: Arch, form: Precision, layer: int) -> I
                 by_neuron = matrix.T if name == "down_proj" else matrix
                 values = rounded(np.ascontiguousarray(by_neuron), weights, form.w)
                 put(module, at, values.T if name == "down_proj" else values)
-    tau = {site.kind.removeprefix("linear:"): threshold_of(entries).tau.numpy() for site, entries in plan.items() if site.layer == layer and site.kind != "ffn"}
+    tau = {
+        site.kind.removeprefix("linear:"): threshold_of(entries).tau.numpy()
+        for site, entries in plan.items()
+        if site.layer == layer and site.kind != "ffn"
+    }
     for parts in cut_linears(arch, model.config, tau).values():
         for part in parts:
             if part.tau is None:
@@ -104,7 +118,10 @@ def _entry(entry: Entry, form: Precision) -> Entry:
     if isinstance(entry, Swap):
         return entry
     emission = EMITTERS[str(entry.fields()["kind"])](entry)
-    read = {role: torch.from_numpy(array) for role, array in load_predictor(store_predictor(emission.tensors, form)[0]).items()}
+    read = {
+        role: torch.from_numpy(array)
+        for role, array in load_predictor(store_predictor(emission.tensors, form)[0]).items()
+    }
     if isinstance(entry, Predictor):
         return replace(entry, fc1=read["p1"], fc2=read["p2"], residual=read.get("res"))
     assert isinstance(entry, Threshold)

@@ -37,7 +37,8 @@ class StoredOp:
         node: The node's name in the graph.
         variant: The op's variant.
         tensors: One array per role, in the stored dtype.
-        places: Modules of the torch model, with the columns of their output that the op's output holds, in order; None is all of them.
+        places: Modules of the torch model, with the columns of their output that the op's output holds, in order; None
+        is all of them.
     """
 
     node: str
@@ -48,7 +49,9 @@ class StoredOp:
     @property
     def emulated(self) -> bool:
         """Whether the CPU kernel rounds activations at this op."""
-        return self.variant.weights != "float" or (isinstance(self.variant, gated_mlp.Variant) and self.variant.p == "int8")
+        return self.variant.weights != "float" or (
+            isinstance(self.variant, gated_mlp.Variant) and self.variant.p == "int8"
+        )
 
     @property
     def op(self) -> Any:
@@ -57,7 +60,9 @@ class StoredOp:
 
 
 def stored_ops(model: Any, plan: Plan, arch: Arch, precision: str, target: str = "cpu") -> Iterator[StoredOp]:
-    """Every op that `export` writes for a plan, layer by layer. `model` is the dense transformers model with its weights as they were before any rounding."""
+    """Every op that `export` writes for a plan, layer by layer. `model` is the dense transformers model with its
+    weights as they were before any rounding.
+    """
     form = PRECISIONS[precision]
     half = form.cuda if target == "cuda" else "fp32"
     for layer in sorted({site.layer for site in plan}):

@@ -1,7 +1,7 @@
 """Whether onnxruntime-genai's own tokenizer reads an ONNX folder's tokenizer.json as the tokenizers library does.
 
-genai has an implementation of its own, which knows some tokenizers otherwise or not at all. It runs in a process of its own here, on a configuration of known
-fields: what it does with files it does not expect is not known.
+genai has an implementation of its own, which knows some tokenizers otherwise or not at all. It runs in a process of its
+own here, on a configuration of known fields: what it does with files it does not expect is not known.
 """
 
 from __future__ import annotations
@@ -18,18 +18,40 @@ from tokenizers import Tokenizer
 from ...runtime_onnx.genai_config import make_view, read_config
 
 TEXTS = (
-    "Once upon a time, there was a model.", "The capital of France is", " a leading space", "two  spaces,   three", "a trailing space ",
-    "Caf\u00e9, na\u00efve, \u00c5ngstr\u00f6m", "Cafe\u0301, nai\u0308ve, A\u030angstro\u0308m", "UPPER lower MiXeD \u0130stanbul stra\u00dfe",
-    "0 7 42 1234567890 3.14159 1,000,000", "don't we'll I'VE it's", "a\tb\n\nc\r\nd\n", "   \n\n\n  ",
-    "def add(first, second):\n    return first + second\n", "for (int i = 0; i < n; ++i) { x[i] += 1; } // done",
-    '{"key": [1, 2.5, null], "other": "\\u00e9"}', "https://example.org/a?b=c&d=%20#e", "<b>bold</b> &amp; <br/>", "東京は日本の首都です。",
-    "你好，世界！", "한국어 문장", "Привет, мир", "مرحبا بالعالم", "नमस्ते", "\U0001f600 \U0001f469\u200d\U0001f4bb \U0001f1eb\U0001f1f7",
-    "\ufb01 \uff21\uff22\uff23 \u2460 \u00bd", "x\u00a0y\u2003z\u200bw", "\u201cquoted\u201d \u2014 and \u2026", "_______ ------ ======",
-)  # fmt: skip
+    "Once upon a time, there was a model.",
+    "The capital of France is",
+    " a leading space",
+    "two  spaces,   three",
+    "a trailing space ",
+    "Caf\u00e9, na\u00efve, \u00c5ngstr\u00f6m",
+    "Cafe\u0301, nai\u0308ve, A\u030angstro\u0308m",
+    "UPPER lower MiXeD \u0130stanbul stra\u00dfe",
+    "0 7 42 1234567890 3.14159 1,000,000",
+    "don't we'll I'VE it's",
+    "a\tb\n\nc\r\nd\n",
+    "   \n\n\n  ",
+    "def add(first, second):\n    return first + second\n",
+    "for (int i = 0; i < n; ++i) { x[i] += 1; } // done",
+    '{"key": [1, 2.5, null], "other": "\\u00e9"}',
+    "https://example.org/a?b=c&d=%20#e",
+    "<b>bold</b> &amp; <br/>",
+    "東京は日本の首都です。",
+    "你好，世界！",
+    "한국어 문장",
+    "Привет, мир",
+    "مرحبا بالعالم",
+    "नमस्ते",
+    "\U0001f600 \U0001f469\u200d\U0001f4bb \U0001f1eb\U0001f1f7",
+    "\ufb01 \uff21\uff22\uff23 \u2460 \u00bd",
+    "x\u00a0y\u2003z\u200bw",
+    "\u201cquoted\u201d \u2014 and \u2026",
+    "_______ ------ ======",
+)
 """Accents composed and decomposed, case, digits, white space, code, other scripts, emoji, compatibility forms."""
 SECONDS = 60
 
-# Read by `python -c`: genai alone is imported there. Texts come as JSON, ids and texts go back, or the reason why there are none.
+# Read by `python -c`: genai alone is imported there. Texts come as JSON, ids and texts go back, or the reason why there
+# are none.
 _PROGRAM = """
 import json, sys
 import onnxruntime_genai as og
@@ -55,7 +77,8 @@ print(json.dumps(found))
 
 @dataclass(frozen=True)
 class TokenizerCheck:
-    """How many of `texts` probe texts genai's tokenizer gives the same ids for, and decodes the ids of to the same text, as the tokenizers library does.
+    """How many of `texts` probe texts genai's tokenizer gives the same ids for, and decodes the ids of to the same
+    text, as the tokenizers library does.
 
     `error` says why it was not compared, where it was not.
     """
@@ -74,15 +97,29 @@ class TokenizerCheck:
     def note(self) -> str:
         """One line for people."""
         if self.error:
-            return f"genai's own tokenizer cannot be used ({self.error}): use sparsegate generate or the tokenizers library"
+            return (
+                f"genai's own tokenizer cannot be used ({self.error}): use sparsegate generate or the tokenizers "
+                "library"
+            )
         if self.agrees:
-            return f"genai's own tokenizer may be used: it reads all {self.texts} probe texts as the tokenizers library does"
-        wrong = [f"{what} {self.texts - right} of {self.texts}" for what, right in (("reads", self.ids), ("decodes", self.decoded)) if right < self.texts]
-        return f"genai's own tokenizer {' and '.join(wrong)} probe texts otherwise: use sparsegate generate or the tokenizers library"
+            return (
+                f"genai's own tokenizer may be used: it reads all {self.texts} probe texts as the tokenizers "
+                "library does"
+            )
+        wrong = [
+            f"{what} {self.texts - right} of {self.texts}"
+            for what, right in (("reads", self.ids), ("decodes", self.decoded))
+            if right < self.texts
+        ]
+        return (
+            f"genai's own tokenizer {' and '.join(wrong)} probe texts otherwise: use sparsegate generate or the "
+            "tokenizers library"
+        )
 
 
 def check_tokenizer(folder: Path) -> TokenizerCheck:
-    """Compare genai's tokenizer on TEXTS, and on one text around each of a few added tokens, with the tokenizers library's, both with special tokens added.
+    """Compare genai's tokenizer on TEXTS, and on one text around each of a few added tokens, with the tokenizers
+    library's, both with special tokens added.
 
     It never raises for what genai does: a tokenizer that cannot be opened, or ends the process, is the result.
     """
@@ -103,7 +140,9 @@ def check_tokenizer(folder: Path) -> TokenizerCheck:
     with view as place:
         given = json.dumps({"folder": place, "texts": list(zip(texts, expected, strict=True))})
         try:
-            done = subprocess.run([sys.executable, "-P", "-c", _PROGRAM], input=given, capture_output=True, text=True, timeout=SECONDS)
+            done = subprocess.run(
+                [sys.executable, "-P", "-c", _PROGRAM], input=given, capture_output=True, text=True, timeout=SECONDS
+            )
         except subprocess.TimeoutExpired:
             return TokenizerCheck(len(texts), 0, 0, f"it takes more than {SECONDS} seconds")
     found = _answer(done)

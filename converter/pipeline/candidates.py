@@ -1,4 +1,6 @@
-"""What the methods made: each plan's held-out quality, the choice among them, and the chosen one's checkpoint, ONNX folder and checks."""
+"""What the methods made: each plan's held-out quality, the choice among them, and the chosen one's checkpoint, ONNX
+folder and checks.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,9 @@ _MEASURED = "measured.json"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method's plan and its held-out quality; of the one that was exported also its folders, the checks it passed or failed, what its ONNX file loses in its
-    own precision (None where that is torch's, or nothing could run it), and its speed beside dense (empty when not measured).
+    """A method's plan and its held-out quality; of the one that was exported also its folders, the checks it passed or
+    failed, what its ONNX file loses in its own precision (None where that is torch's, or nothing could run it), and its
+    speed beside dense (empty when not measured).
     """
 
     method: str
@@ -61,8 +64,8 @@ def measure(
     work: Path,
     original: Source | None = None,
 ) -> list[Candidate]:
-    """The held-out quality of every plan, each a stage below `work`, and whether it keeps the budget and the asked density. What is not there yet is measured
-    together.
+    """The held-out quality of every plan, each a stage below `work`, and whether it keeps the budget and the asked
+    density. What is not there yet is measured together.
 
     Dense is `original`, the model that `source` was recovered from, where it was.
     """
@@ -70,7 +73,10 @@ def measure(
     for name in plans:
         parent = read_header(work / "plan" / name)
         assert parent is not None
-        stages[name] = (work / "quality" / name, Header(format="quality", parents={"plan": parent.fingerprint}, calibration=texts.heldout.sha256))
+        stages[name] = (
+            work / "quality" / name,
+            Header(format="quality", parents={"plan": parent.fingerprint}, calibration=texts.heldout.sha256),
+        )
     missing = {name: plans[name] for name, stage in stages.items() if not is_finished(*stage)}
     if missing:
         if len(missing) < len(plans):
@@ -97,14 +103,27 @@ def _load(source: Source | None) -> Any | None:
 
 
 def choose(
-    candidates: list[Candidate], source: Source, texts: Texts, graphs: Graphs, recipe: Recipe, work: Path, original: Source | None = None
+    candidates: list[Candidate],
+    source: Source,
+    texts: Texts,
+    graphs: Graphs,
+    recipe: Recipe,
+    work: Path,
+    original: Source | None = None,
 ) -> tuple[Candidate, list[Candidate]]:
-    """The best candidate, exported and checked, and all of them with it in its place: what a training ended with, else the cheapest one where a budget was
-    searched, else the one with the least KL to dense. One whose executors disagree is passed over.
+    """The best candidate, exported and checked, and all of them with it in its place: what a training ended with, else
+    the cheapest one where a budget was searched, else the one with the least KL to dense. One whose executors disagree
+    is passed over.
 
     Raises InputError with the failed checks when none passes.
     """
-    order = sorted(candidates, key=lambda c: (c.method != TUNED, (c.quality.block_cost or c.quality.cost) if recipe.searches else c.quality.kl))
+    order = sorted(
+        candidates,
+        key=lambda c: (
+            c.method != TUNED,
+            (c.quality.block_cost or c.quality.cost) if recipe.searches else c.quality.kl,
+        ),
+    )
     tried: dict[str, Candidate] = {candidate.method: candidate for candidate in candidates}
     for candidate in order:
         if candidate.passed:
@@ -123,24 +142,43 @@ def choose(
 
 
 def _failures(candidates: list[Candidate]) -> list[str]:
-    return [f"{c.method}: {check.name} {check.value:.3g} against {check.bound:.3g} {check.note}" for c in candidates for check in c.checks if not check.passed]
+    return [
+        f"{c.method}: {check.name} {check.value:.3g} against {check.bound:.3g} {check.note}"
+        for c in candidates
+        for check in c.checks
+        if not check.passed
+    ]
 
 
-def _exported(candidate: Candidate, source: Source, texts: Texts, graphs: Graphs, recipe: Recipe, work: Path, original: Source | None) -> Candidate:
+def _exported(
+    candidate: Candidate,
+    source: Source,
+    texts: Texts,
+    graphs: Graphs,
+    recipe: Recipe,
+    work: Path,
+    original: Source | None,
+) -> Candidate:
     """The candidate with checkpoint, ONNX folder, checks of its executors and speed, each a stage below `work`."""
     name, asked = candidate.method, recipe.export
     with stage("export"):
         folder = checkpoint(source, candidate.plan, name, work, work / "plan" / name)
         parent = read_header(folder)
         assert parent is not None
-        onnx, header = work / "onnx" / name, Header(format="onnx", parents={"checkpoint": parent.fingerprint}, config=asked.model_dump(mode="json"))
+        onnx, header = (
+            work / "onnx" / name,
+            Header(format="onnx", parents={"checkpoint": parent.fingerprint}, config=asked.model_dump(mode="json")),
+        )
         if is_finished(onnx, header):
             resumed()
         else:
             with atomic_folder(onnx) as partial:
                 export(graphs.base, candidate.plan, source.arch, source.config, partial, asked.precision, asked.target)
                 write_header(partial, header)
-    measured, header = work / "measured" / name, Header(format="measured", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256)
+    measured, header = (
+        work / "measured" / name,
+        Header(format="measured", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256),
+    )
     stored = _agreed(measured, header)
     if stored is not None:
         resumed("agreement")
@@ -158,7 +196,10 @@ def _exported(candidate: Candidate, source: Source, texts: Texts, graphs: Graphs
             with atomic_folder(measured) as partial:
                 write_json(partial / _MEASURED, stored)
                 write_header(partial, header)
-    checks, shipped = [Check(**row) for row in stored["checks"]] + candidate.checks, stored_quality(stored.get("shipped", {}))
+    checks, shipped = (
+        [Check(**row) for row in stored["checks"]] + candidate.checks,
+        stored_quality(stored.get("shipped", {})),
+    )
     if shipped is not None:
         budget = recipe.budget.model_dump() | {"searched": recipe.searches}
         checks += shipped_checks(shipped, candidate.quality, budget, asked.precision)
@@ -166,7 +207,9 @@ def _exported(candidate: Candidate, source: Source, texts: Texts, graphs: Graphs
 
 
 def _agreed(measured: Path, header: Header) -> dict[str, Any] | None:
-    """What was measured of an ONNX folder whose executors agreed. None where nothing was, or where they did not: another version may judge otherwise."""
+    """What was measured of an ONNX folder whose executors agreed. None where nothing was, or where they did not:
+    another version may judge otherwise.
+    """
     if not is_finished(measured, header):
         return None
     stored = read_json(measured / _MEASURED, "The measurement")
@@ -175,14 +218,21 @@ def _agreed(measured: Path, header: Header) -> dict[str, Any] | None:
 
 @stage("speed")
 def _speed(base: Path, onnx: Path, texts: Texts) -> dict[str, Any]:
-    """Tokens per second of a candidate and of the dense graph, back to back; an empty dict where the machine was too busy to measure."""
+    """Tokens per second of a candidate and of the dense graph, back to back; an empty dict where the machine was too
+    busy to measure.
+    """
     length = texts.heldout.tokens.shape[1]
     prompt = texts.heldout.tokens[0, : min(128, length // 2)].tolist()
     try:
         return bench(
-            base, onnx, prompt=prompt, new_tokens=min(64, length - len(prompt) - 1), pairs=SPEED_PAIRS, command="sparsegate convert",
+            base,
+            onnx,
+            prompt=prompt,
+            new_tokens=min(64, length - len(prompt) - 1),
+            pairs=SPEED_PAIRS,
+            command="sparsegate convert",
             progress=lambda done: update(done, SPEED_PAIRS, unit="pair"),
-        )  # fmt: skip
+        )
     except ValueError as error:
         log.warning("Speed was not measured: %s", error)
         return {}

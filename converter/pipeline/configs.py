@@ -23,8 +23,9 @@ Configs = Mapping[str, Mapping[str, BaseModel]]
 
 
 def method_configs(recipe: Recipe, exact: bool = False) -> Configs:
-    """The methods to try and their parts' configurations; `auto` is every one of AUTO, and the method exact for a model with `exact` zeros. A part takes the
-    fields that it knows, and the recipe's seed. A recipe whose last stage trains has the plan TUNED, without parts.
+    """The methods to try and their parts' configurations; `auto` is every one of AUTO, and the method exact for a model
+    with `exact` zeros. A part takes the fields that it knows, and the recipe's seed. A recipe whose last stage trains
+    has the plan TUNED, without parts.
 
     Raises InputError for an unknown method, for a field that no part knows, and when `training_stages` does.
     """
@@ -38,7 +39,10 @@ def method_configs(recipe: Recipe, exact: bool = False) -> Configs:
     known = {key for own in fields.values() for key in own}
     unknown = sorted(set(stage.config) - known)
     if unknown:
-        raise InputError(f"The configuration of {stage.method} must hold only {', '.join(sorted(known))}, got {', '.join(unknown)}. Mend the recipe.")
+        raise InputError(
+            f"The configuration of {stage.method} must hold only {', '.join(sorted(known))}, got {', '.join(unknown)}. "
+            "Mend the recipe."
+        )
     found: dict[str, dict[str, BaseModel]] = {}
     for name in names:
         found[name] = {}
@@ -54,10 +58,15 @@ def method_configs(recipe: Recipe, exact: bool = False) -> Configs:
 
 
 def _kept(names: tuple[str, ...], steps: Mapping[str, int]) -> tuple[str, ...]:
-    """The methods without those that are left out with 0 steps. Raises InputError for steps of a method that is not among them, and when none is left."""
+    """The methods without those that are left out with 0 steps. Raises InputError for steps of a method that is not
+    among them, and when none is left.
+    """
     unknown, kept = sorted(set(steps) - set(names)), tuple(name for name in names if steps.get(name) != 0)
     if unknown or not kept:
-        raise InputError(f"steps must name some of the methods {', '.join(names)} and leave one, got {', '.join(unknown) or 'none left'}. Mend the recipe.")
+        raise InputError(
+            f"steps must name some of the methods {', '.join(names)} and leave one, got "
+            f"{', '.join(unknown) or 'none left'}. Mend the recipe."
+        )
     return kept
 
 
@@ -72,14 +81,23 @@ def _outside_networks(name: str, linears: Any) -> Any:
     """The linears that are left where another method gates the networks: the asked share holds for them alone."""
     inside = sorted(set(linears or ()) & set(FFN_LINEARS))
     if inside:
-        raise InputError(f"linears must lie outside the networks that {name} gates, got {', '.join(inside)}. Leave them out.")
+        raise InputError(
+            f"linears must lie outside the networks that {name} gates, got {', '.join(inside)}. Leave them out."
+        )
     return linears or [linear for linear in LINEARS if linear not in FFN_LINEARS]
 
 
 def _check_joined_search(name: str, parts: Mapping[str, BaseModel]) -> None:
-    trained = [part for part, config in parts.items() if getattr(load_method(part), "start", lambda _: None)(config) is not None]
+    trained = [
+        part
+        for part, config in parts.items()
+        if getattr(load_method(part), "start", lambda _: None)(config) is not None
+    ]
     if trained:
-        raise InputError(f"A budget must be searched with a method trained end to end alone, got {name}. Set a sparsity, or take {trained[0]} or chess+teal.")
+        raise InputError(
+            f"A budget must be searched with a method trained end to end alone, got {name}. Set a sparsity, or take "
+            f"{trained[0]} or chess+teal."
+        )
 
 
 def has_zeros(source: Source) -> bool:
@@ -89,7 +107,15 @@ def has_zeros(source: Source) -> bool:
 
 def training_windows(configs: Configs) -> int:
     """The most windows that any of the methods trains on."""
-    return max((values.tune.data for parts in configs.values() for values in parts.values() if isinstance(values, PredictorConfig | GateConfig)), default=0)
+    return max(
+        (
+            values.tune.data
+            for parts in configs.values()
+            for values in parts.values()
+            if isinstance(values, PredictorConfig | GateConfig)
+        ),
+        default=0,
+    )
 
 
 def _config_class(part: str) -> type[BaseModel]:

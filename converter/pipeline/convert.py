@@ -1,4 +1,6 @@
-"""convert: schedule, ONNX, verification and report, then one rename. Everything before lives in OUT.work and is resumed from there."""
+"""convert: schedule, ONNX, verification and report, then one rename. Everything before lives in OUT.work and is resumed
+from there.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,15 @@ from ..arch import load_arch
 from ..bundled import BUNDLED_MODEL, BUNDLED_NAME
 from ..checkpoint.config_bounds import check_graph
 from ..checkpoint.listing import SMALL, unlisted
-from ..checkpoint.manifest import MANIFEST, Manifest, check_files, installed_versions, list_files, read_manifest, write_manifest
+from ..checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    check_files,
+    installed_versions,
+    list_files,
+    read_manifest,
+    write_manifest,
+)
 from ..checkpoint.source import Source, backed_config, check_config, has_own_head
 from ..checkpoint.stage import atomic_folder, hash_file, hash_json, known_hash, listed_files, write_json
 from ..checkpoint.work_folder import check_out, check_work, claimed, remove, remove_leftover, work_of
@@ -59,7 +69,9 @@ RECOVERING = "recovery"
 
 @dataclass(frozen=True)
 class Result:
-    """What `convert` returns: the folder, whether it was there already, its report, the URL it was pushed to, and the ONNX model's precision."""
+    """What `convert` returns: the folder, whether it was there already, its report, the URL it was pushed to, and the
+    ONNX model's precision.
+    """
 
     folder: Path
     up_to_date: bool
@@ -89,16 +101,27 @@ def convert(
     keep_stages: bool = False,
     command: str = "sparsegate convert",
 ) -> Result:
-    """Turn a model folder or Hub id into the sparse checkpoint OUT. `model` None is the small model that comes with sparsegate.
+    """Turn a model folder or Hub id into the sparse checkpoint OUT. `model` None is the small model that comes with
+    sparsegate.
 
-    Raises InputError for every user's mistake, and when the result breaks its budget or its executors disagree; OUT then does not appear.
+    Raises InputError for every user's mistake, and when the result breaks its budget or its executors disagree; OUT
+    then does not appear.
     """
-    asked = compile_recipe(model, method, sparsity, max_ppl_increase, max_kl, recipe, calibration, precision, target, seed)
+    asked = compile_recipe(
+        model, method, sparsity, max_ppl_increase, max_kl, recipe, calibration, precision, target, seed
+    )
     asked = within(asked, time_budget, recipe is not None)
-    out = Path(output) if output else Path(f"{BUNDLED_NAME if asked.model == BUNDLED_MODEL else Path(asked.model).absolute().name}-sparse")
+    out = (
+        Path(output)
+        if output
+        else Path(f"{BUNDLED_NAME if asked.model == BUNDLED_MODEL else Path(asked.model).absolute().name}-sparse")
+    )
     check_device(device)
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        raise InputError(f"convert must run in one process, got {os.environ['WORLD_SIZE']}. Run sparsegate tune under torchrun and convert what it writes.")
+        raise InputError(
+            f"convert must run in one process, got {os.environ['WORLD_SIZE']}. Run sparsegate tune under torchrun and "
+            "convert what it writes."
+        )
     if push_to:
         push_to = check_push(push_to).id
     check_out(out)
@@ -109,11 +132,17 @@ def convert(
         if not dry_run and not out.exists():
             with claimed(out, inputs) as work:
                 if not out.exists():  # else a conversion that ended in this moment
-                    return _run(_Order(asked, out, device, push_to, public, dry_run, keep_stages, command, inputs, work), running)
+                    return _run(
+                        _Order(asked, out, device, push_to, public, dry_run, keep_stages, command, inputs, work),
+                        running,
+                    )
         elif not out.exists():
             check_work(out, inputs)
         with TemporaryDirectory() as scratch:  # what only looks writes nothing
-            return _run(_Order(asked, out, device, push_to, public, dry_run, keep_stages, command, inputs, Path(scratch)), running)
+            return _run(
+                _Order(asked, out, device, push_to, public, dry_run, keep_stages, command, inputs, Path(scratch)),
+                running,
+            )
 
 
 def _run(order: _Order, running: Job) -> Result:
@@ -132,7 +161,12 @@ def _inputs(asked: Recipe, recipe: str | Path | None) -> list[tuple[str, Path]]:
     found = [] if asked.model == BUNDLED_MODEL or is_hub_id(asked.model) else [("MODEL", Path(asked.model))]
     found += [("The recipe", Path(recipe))] if recipe and Path(recipe).exists() else []
     found += [("The calibration text", Path(asked.calibration.file))] if asked.calibration.file else []
-    imported = [config for parts in method_configs(asked).values() for config in parts.values() if isinstance(config, ImportedConfig)]
+    imported = [
+        config
+        for parts in method_configs(asked).values()
+        for config in parts.values()
+        if isinstance(config, ImportedConfig)
+    ]
     found += [("The folder of predictors", Path(config.folder)) for config in imported if config.folder]
     return found + training_inputs(training_stages(asked))
 
@@ -155,8 +189,9 @@ class _Order:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A model that can be converted, the record of the training that its weights come from (None: of none), what its conversion is and needs (`recipe` has the
-    steps that fit into its time), and the tensors in its files that it does not compute with.
+    """A model that can be converted, the record of the training that its weights come from (None: of none), what its
+    conversion is and needs (`recipe` has the steps that fit into its time), and the tensors in its files that it does
+    not compute with.
     """
 
     source: Source
@@ -169,7 +204,9 @@ class _Opened:
 
 
 def _opened(order: _Order) -> _Opened | Result:
-    """The model, fetched where it lies on the Hub; the result where nothing is to be made: of a dry run, or where OUT is there already."""
+    """The model, fetched where it lies on the Hub; the result where nothing is to be made: of a dry run, or where OUT
+    is there already.
+    """
     asked, out, work = order.recipe, order.out, order.work
     configs = method_configs(asked)
     if asked.model != BUNDLED_MODEL and is_hub_id(asked.model):
@@ -199,16 +236,26 @@ def _opened(order: _Order) -> _Opened | Result:
     unused = unused_tensors(source)
     if unused:
         names = ", ".join(unused[:3]) + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
-        log.warning("Not computed with, because %s has no such tensors: %s. The report lists them.", source.arch.model_type, names)
+        log.warning(
+            "Not computed with, because %s has no such tensors: %s. The report lists them.",
+            source.arch.model_type,
+            names,
+        )
     if has_own_head(source):
-        log.warning("config.json ties the head to the embedding, but the weights hold another head: that one is converted, as transformers uses it.")
+        log.warning(
+            "config.json ties the head to the embedding, but the weights hold another head: that one is converted, as "
+            "transformers uses it."
+        )
     keep(work, header(source.fingerprint, asked), decision)
     return _Opened(source, record, recipe, configs, needed, fingerprint, unused)
 
 
 def _decision(order: _Order, source: Source, configs: Configs) -> Decision:
     """The methods and steps that fit: those of an earlier run, else by what this machine takes now."""
-    shapes, size = {name: info.shape for name, info in source.tensors.items()}, sum(info.bytes for info in source.tensors.values())
+    shapes, size = (
+        {name: info.shape for name, info in source.tensors.items()},
+        sum(info.bytes for info in source.tensors.values()),
+    )
     found = stored(work_of(order.out), lambda: header(source.fingerprint, order.recipe))
     return found or decide(source.arch, source.config, shapes, size, order.recipe, configs, order.device)
 
@@ -219,15 +266,23 @@ def _converted(order: _Order, opened: _Opened, running: Job) -> Result:
     recovered = _recovered(source, asked, work / RECOVERING, device)
     with stage("text"):
         texts = _texts(source, asked, training_windows(configs), work)
-    original, source, record = (source, recovered.source, recovered.record) if recovered else (None, source, opened.record)
-    graphs = make_graphs(source, texts, asked, work, original)  # first: a graph that is not the model ends it before minutes of calibration
+    original, source, record = (
+        (source, recovered.source, recovered.record) if recovered else (None, source, opened.record)
+    )
+    graphs = make_graphs(
+        source, texts, asked, work, original
+    )  # first: a graph that is not the model ends it before minutes of calibration
     searched = asked
     if asked.budget.bounded and PRECISIONS[asked.export.precision].bits is not None:
         searched = room(asked, graphs)
     if recovered and TUNED in configs:
         plans = {TUNED: keep_plan(recovered.plan, recovered.header, work)}
-        if any(len(entries) > 1 for entries in recovered.plan.values()):  # predictors: what the zeros alone would give stands beside
-            plans[EXACT] = keep_plan({site: entries[:1] for site, entries in recovered.plan.items()}, recovered.header, work, EXACT)
+        if any(
+            len(entries) > 1 for entries in recovered.plan.values()
+        ):  # predictors: what the zeros alone would give stands beside
+            plans[EXACT] = keep_plan(
+                {site: entries[:1] for site, entries in recovered.plan.items()}, recovered.header, work, EXACT
+            )
     else:
         plans = once(source, texts, searched, configs, work, device, original)
     with stage("quality"):
@@ -246,7 +301,10 @@ def _converted(order: _Order, opened: _Opened, running: Job) -> Result:
 
 def _times(running: Job) -> list[StageTime]:
     found = running.resumed | running.partly
-    return [StageTime(name=name, expected_seconds=expected, seconds=seconds, resumed=name in found) for name, expected, seconds in running.rows()]
+    return [
+        StageTime(name=name, expected_seconds=expected, seconds=seconds, resumed=name in found)
+        for name, expected, seconds in running.rows()
+    ]
 
 
 def _pushed(order: _Order) -> str | None:
@@ -262,23 +320,38 @@ def _recovered(source: Source, recipe: Recipe, work: Path, device: str) -> Tuned
     if not stages:
         return None
     if any(stage.tune is not None and stage.tune.parallel == "fsdp" for stage in stages):
-        raise InputError("convert must train in one process, got parallel fsdp. Run sparsegate tune under torchrun and convert what it writes.")
-    return train_stages(source, stages, recipe.seed, work, device, Evaluation(make_heldout(source, recipe, EVALUATED), heldout_name(recipe)))
+        raise InputError(
+            "convert must train in one process, got parallel fsdp. Run sparsegate tune under torchrun and convert what "
+            "it writes."
+        )
+    return train_stages(
+        source,
+        stages,
+        recipe.seed,
+        work,
+        device,
+        Evaluation(make_heldout(source, recipe, EVALUATED), heldout_name(recipe)),
+    )
 
 
 def _texts(source: Source, recipe: Recipe, training: int, work: Path) -> Texts:
-    """The windows of the conversion; those that the dense model writes are the ones that it wrote for the first training stage, where it did and where none is
-    searched on, which must be text that nothing was trained on.
+    """The windows of the conversion; those that the dense model writes are the ones that it wrote for the first
+    training stage, where it did and where none is searched on, which must be text that nothing was trained on.
     """
     first = next((stage.tune for stage in training_stages(recipe)), None)
     if first is None or first.data.mixture or recipe.searches:
         return make_texts(source, recipe, training, work)
-    return make_texts(source, recipe, training, stage_folder(work / RECOVERING, 0), first.data.temperature, streams=True)
+    return make_texts(
+        source, recipe, training, stage_folder(work / RECOVERING, 0), first.data.temperature, streams=True
+    )
 
 
 def _sparsities(configs: Configs, recipe: Recipe) -> dict[str, float | None]:
     """The share to skip that each method was asked for; None where a budget, files, zeros or a training decide."""
-    return {name: None if recipe.searches else getattr(next(iter(parts.values()), None), "sparsity", None) for name, parts in configs.items()} | {EXACT: None}
+    return {
+        name: None if recipe.searches else getattr(next(iter(parts.values()), None), "sparsity", None)
+        for name, parts in configs.items()
+    } | {EXACT: None}
 
 
 def _existing(order: _Order, fingerprint: str) -> Result:
@@ -286,7 +359,10 @@ def _existing(order: _Order, fingerprint: str) -> Result:
     if manifest.fingerprint == fingerprint:
         wrong = check_files(out, manifest, hashed=SMALL) + unlisted(out, manifest)
         if wrong:
-            raise InputError(f"OUT must be as its {MANIFEST} says, got {out}, where {wrong[0]}. Remove the folder and run the same command again.")
+            raise InputError(
+                f"OUT must be as its {MANIFEST} says, got {out}, where {wrong[0]}. Remove the folder and run the same "
+                "command again."
+            )
         if not order.keep_stages:
             remove_leftover(out, order.inputs, shared=(out / "config.json").stat().st_nlink > 1)
         return Result(out, True, Report.load(out / RESULTS), url=_pushed(order))
@@ -294,17 +370,27 @@ def _existing(order: _Order, fingerprint: str) -> Result:
 
 
 def _occupied(out: Path, what: str) -> InputError:
-    return InputError(f"OUT must be a new folder, got {out}, which holds {what}. Choose another -o, or remove the folder.")
+    return InputError(
+        f"OUT must be a new folder, got {out}, which holds {what}. Choose another -o, or remove the folder."
+    )
 
 
 def _taken_over(source: Source) -> str:
-    """The fingerprint of the model, with the record of the training that made it, where there is one: it goes into OUT as well."""
+    """The fingerprint of the model, with the record of the training that made it, where there is one: it goes into OUT
+    as well.
+    """
     record = source.folder / RECOVERY
-    return hash_json({"model": source.fingerprint, "record": known_hash(record)}) if record.is_file() else source.fingerprint
+    return (
+        hash_json({"model": source.fingerprint, "record": known_hash(record)})
+        if record.is_file()
+        else source.fingerprint
+    )
 
 
 def _remote_estimate(remote: Remote, order: _Order, configs: Configs) -> Estimate:
-    """What a Hub model will need, from its configuration and headers; no weight is fetched. Bytes include the download, the times of a dry run do not."""
+    """What a Hub model will need, from its configuration and headers; no weight is fetched. Bytes include the download,
+    the times of a dry run do not.
+    """
     recipe = order.recipe
     raw = normal_config(remote.config) if is_published(remote.config) else remote.config
     check_config(raw)
@@ -317,12 +403,26 @@ def _remote_estimate(remote: Remote, order: _Order, configs: Configs) -> Estimat
         decision = decide(arch, config, shapes, remote.total_bytes, recipe, configs, order.device)
         times, configs = decision.shown(), method_configs(decided(recipe, decision))
     needed = estimate_shapes(arch, config, shapes, remote.total_bytes, recipe, configs)
-    return needed.model_copy(update={"disk_bytes": needed.disk_bytes + remote.download_bytes, "download_bytes": remote.download_bytes, **times})
+    return needed.model_copy(
+        update={
+            "disk_bytes": needed.disk_bytes + remote.download_bytes,
+            "download_bytes": remote.download_bytes,
+            **times,
+        }
+    )
 
 
-def _finish(order: _Order, fingerprint: str, source: Source, texts: Texts, chosen: Candidate, report: Report, record: RecoveryRecord | None) -> None:
-    """Assemble OUT from the chosen candidate's stages, report and card; the manifest is written last and one rename makes OUT appear. `record` is that of the
-    training that the weights come from, here or before.
+def _finish(
+    order: _Order,
+    fingerprint: str,
+    source: Source,
+    texts: Texts,
+    chosen: Candidate,
+    report: Report,
+    record: RecoveryRecord | None,
+) -> None:
+    """Assemble OUT from the chosen candidate's stages, report and card; the manifest is written last and one rename
+    makes OUT appear. `record` is that of the training that the weights come from, here or before.
     """
     out, recipe, keep_stages = order.out, order.recipe, order.keep_stages
     quality = chosen.quality
@@ -359,7 +459,9 @@ def _onnx_measured(shipped: ExecutorQuality | None) -> dict[str, float]:
 
 
 def _place(stage: Path, folder: Path, keep: bool) -> None:
-    """Put a stage's files into `folder`. The stage stays whole, so that an interruption costs nothing; without `keep` it goes soon and hard links do."""
+    """Put a stage's files into `folder`. The stage stays whole, so that an interruption costs nothing; without `keep`
+    it goes soon and hard links do.
+    """
     for name in listed_files(stage) or {}:  # and nothing that came there since
         path, target = stage / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,9 @@ def diagnose() -> Diagnosis:
     remedies = [f"pip install {name}" for name in _ALWAYS if name not in versions]
     facts["cpu features"] = " ".join(_cpu_features()) or "unknown on this platform"
     if set(_RUNTIMES) <= set(versions):
-        remedies.append(f"pip uninstall -y {' '.join(_RUNTIMES)} && pip install onnxruntime-gpu   # the two overwrite each other")
+        remedies.append(
+            f"pip uninstall -y {' '.join(_RUNTIMES)} && pip install onnxruntime-gpu   # the two overwrite each other"
+        )
     if not set(_RUNTIMES) & set(versions):
         remedies.append('pip install "onnxruntime>=1.23"   # onnxruntime-gpu for CUDA')
     elif runtime := _imported("onnxruntime", next(name for name in _RUNTIMES if name in versions), facts, remedies):
@@ -46,12 +48,20 @@ def diagnose() -> Diagnosis:
         facts["native library"] = f"{library.library_path()} ({library.version()}, {library.isa()})"
         facts["native precisions"] = ", ".join(_precisions(provider) for provider in library.PROVIDERS)
         if library.PROVIDERS[1] in facts.get("execution providers", "") and not library.has_cuda():
-            remedies.append(f"{library.WITH_CUDA}   # the CUDA kernels, with nvcc in PATH; graphs for CUDA run standard ONNX ops without them")
+            remedies.append(
+                f"{library.WITH_CUDA}   # the CUDA kernels, with nvcc in PATH; graphs for CUDA run standard ONNX ops "
+                "without them"
+            )
     except (ValueError, OSError, AttributeError) as error:  # none, no shared object, or one of another version
         facts["native library"] = f"missing: {error}"
-        remedies.append("pip install --force-reinstall --no-deps sparsegate   # the native library; models run standard ONNX ops without it")
+        remedies.append(
+            "pip install --force-reinstall --no-deps sparsegate   # the native library; models run standard ONNX ops "
+            "without it"
+        )
     if "torch" in versions and (torch := _imported("torch", "torch", facts, remedies)):
-        facts["cuda in torch"] = f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU"
+        facts["cuda in torch"] = (
+            f"{torch.version.cuda}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU"
+        )
     return Diagnosis(facts=facts, remedies=remedies)
 
 
@@ -63,7 +73,11 @@ def _precisions(provider: str) -> str:
 
 def _variant(form: Precision, provider: str) -> str:
     roles = ("w_gate", "w_up", "w_down", "s_gate", "s_up", "s_down", "tau")
-    x = "float32" if provider == library.PROVIDERS[0] else {"fp32": "float32", "bf16": "bfloat16"}.get(form.cuda, "float16")
+    x = (
+        "float32"
+        if provider == library.PROVIDERS[0]
+        else {"fp32": "float32", "bf16": "bfloat16"}.get(form.cuda, "float16")
+    )
     kept = tuple(role for role in roles if form.weights != "float" or role[0] != "s")
     return Variant("silu", "gate", form.weights, kept, x=x, w=form.w).name
 

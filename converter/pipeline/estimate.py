@@ -31,10 +31,11 @@ _RUNTIME = 500_000_000  # bytes of a process with torch, transformers and onnxru
 
 
 class Estimate(BaseModel):
-    """Bytes unless said otherwise. `onnx_bytes` is the size of a sparse ONNX model by precision, predictors left out; `peak_calibrate` two blocks in fp32, the
-    hidden states and a batch's activations, or what a training stage holds where that is more; `peak_export` the whole model in fp32, because
-    onnxruntime-genai's builder and the verification load it. `seconds` are those that the stages are expected to take on this
-    machine, the download left out, and `notes` say what a time budget leaves out, one line each.
+    """Bytes unless said otherwise. `onnx_bytes` is the size of a sparse ONNX model by precision, predictors left out;
+    `peak_calibrate` two blocks in fp32, the hidden states and a batch's activations, or what a training stage holds
+    where that is more; `peak_export` the whole model in fp32, because onnxruntime-genai's builder and the verification
+    load it. `seconds` are those that the stages are expected to take on this machine, the download left out, and
+    `notes` say what a time budget leaves out, one line each.
     """
 
     parameters: int
@@ -50,32 +51,62 @@ class Estimate(BaseModel):
     notes: list[str] = []
 
 
-def estimate_shapes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]], source_bytes: int, recipe: Recipe, configs: Configs) -> Estimate:
+def estimate_shapes(
+    arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]], source_bytes: int, recipe: Recipe, configs: Configs
+) -> Estimate:
     """The estimate from tensor shapes by name."""
     hidden, units, layers = (arch.size(config, space) for space in ("hidden", "units", "layers"))
     parameters = sum(prod(shape) for shape in shapes.values())
-    ffn = {name for layer in range(layers) for name in (arch.block_prefix(layer) + weight.name for weight in arch.weights)} & set(shapes)
+    ffn = {
+        name for layer in range(layers) for name in (arch.block_prefix(layer) + weight.name for weight in arch.weights)
+    } & set(shapes)
     prefix = arch.block_prefix(0)
     block = sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
     windows = recipe.calibration.windows * recipe.calibration.length
-    stats = {stat for parts in configs.values() for part, values in parts.items() for stat in (IMPORTED_NEEDS if part == IMPORTED else needs(part, values))}
+    stats = {
+        stat
+        for parts in configs.values()
+        for part, values in parts.items()
+        for stat in (IMPORTED_NEEDS if part == IMPORTED else needs(part, values))
+    }
     samples = sum(layers * min(CAP, windows) * (hidden + units) * _FP16 for stat in stats if stat.startswith("samples"))
     tied = arch.embedding in shapes and not any(name.startswith("lm_head") for name in shapes)
     whole = (parameters + (prod(shapes[arch.embedding]) if tied else 0)) * _FP32
-    sizes = {name: _onnx_bytes(arch, shapes, ffn, tied, form, recipe.export.target) for name, form in PRECISIONS.items()}
-    disk = samples + source_bytes + whole + sizes[recipe.export.precision] * (2 if PRECISIONS[recipe.export.precision].bits else 1)
-    disk += whole // 2 if recipe.export.target == "cuda" else sizes["int8"]  # the graph in fp16; a dense reference, until it is measured
+    sizes = {
+        name: _onnx_bytes(arch, shapes, ffn, tied, form, recipe.export.target) for name, form in PRECISIONS.items()
+    }
+    disk = (
+        samples
+        + source_bytes
+        + whole
+        + sizes[recipe.export.precision] * (2 if PRECISIONS[recipe.export.precision].bits else 1)
+    )
+    disk += (
+        whole // 2 if recipe.export.target == "cuda" else sizes["int8"]
+    )  # the graph in fp16; a dense reference, until it is measured
     batch = 2048 * (hidden * 4 + units * 5) * _FP32
     form = PRECISIONS[recipe.export.precision]
     unknown = {IMPORTED, EXACT}
-    costs = {name: _expected_cost(arch, parts, hidden, units, form) for name, parts in configs.items() if parts and not unknown & set(parts)}
+    costs = {
+        name: _expected_cost(arch, parts, hidden, units, form)
+        for name, parts in configs.items()
+        if parts and not unknown & set(parts)
+    }
     calibrate = _RUNTIME + 2 * block * _FP32 + 2 * windows * hidden * _FP32 + batch
     return Estimate(
         parameters=parameters,
         ffn_share=sum(prod(shapes[name]) for name in ffn) / parameters,
         source_bytes=source_bytes,
         disk_bytes=disk,
-        peak_calibrate=max([calibrate, *(_RUNTIME + _training_bytes(stage.tune, parameters, shapes, arch) for stage in training_stages(recipe))]),
+        peak_calibrate=max(
+            [
+                calibrate,
+                *(
+                    _RUNTIME + _training_bytes(stage.tune, parameters, shapes, arch)
+                    for stage in training_stages(recipe)
+                ),
+            ]
+        ),
         peak_export=_RUNTIME + 2 * whole,
         onnx_bytes=sizes,
         expected_cost={} if recipe.searches else costs,
@@ -83,22 +114,32 @@ def estimate_shapes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...
 
 
 def _training_bytes(asked: Recovery | None, parameters: int, shapes: Mapping[str, tuple[int, ...]], arch: Arch) -> int:
-    """Bytes of a training stage on a CPU, all in fp32: teacher and student, gradient and two moments of what is trained, in each of its processes, and a
-    batch's logits three times.
+    """Bytes of a training stage on a CPU, all in fp32: teacher and student, gradient and two moments of what is
+    trained, in each of its processes, and a batch's logits three times.
     """
     assert asked is not None
-    trained = parameters if asked.lora is None else sum(asked.lora.rank * sum(shape) for name, shape in shapes.items() if len(shape) == 2)
+    trained = (
+        parameters
+        if asked.lora is None
+        else sum(asked.lora.rank * sum(shape) for name, shape in shapes.items() if len(shape) == 2)
+    )
     logits = 3 * asked.windows * asked.data.length * shapes[arch.embedding][0]
     processes = count_for(asked, parameters, cores())
-    return _FP32 * (processes * (2 * parameters + 3 * trained) + logits) + (processes if processes > 1 else 0) * _RUNTIME  # the caller has its own
+    return (
+        _FP32 * (processes * (2 * parameters + 3 * trained) + logits) + (processes if processes > 1 else 0) * _RUNTIME
+    )  # the caller has its own
 
 
-def _onnx_bytes(arch: Arch, shapes: Mapping[str, tuple[int, ...]], ffn: set[str], tied: bool, form: Precision, target: str) -> int:
-    """Bytes of an ONNX model's weights: gated ones in the op's format, other matrices in MatMulNBits' blocks or floats, and the embedding, which a tied model
-    keeps once in floats and with 4 bits, and besides the output with 8.
+def _onnx_bytes(
+    arch: Arch, shapes: Mapping[str, tuple[int, ...]], ffn: set[str], tied: bool, form: Precision, target: str
+) -> int:
+    """Bytes of an ONNX model's weights: gated ones in the op's format, other matrices in MatMulNBits' blocks or floats,
+    and the embedding, which a tied model keeps once in floats and with 4 bits, and besides the output with 8.
     """
     plain = _FP32 if target == "cpu" or form.cuda == "fp32" else _FP16
-    gated = {"int8_row": 1.0, "int4_g32": 0.5 + _FP16 / BLOCK}.get(form.weights, _FP32 if form.w == "float32" else _FP16)
+    gated = {"int8_row": 1.0, "int4_g32": 0.5 + _FP16 / BLOCK}.get(
+        form.weights, _FP32 if form.w == "float32" else _FP16
+    )
     rest = plain if form.bits is None else form.bits / 8 + plain / BLOCK
     total = 0.0
     for name, shape in shapes.items():
@@ -113,12 +154,18 @@ def _onnx_bytes(arch: Arch, shapes: Mapping[str, tuple[int, ...]], ffn: set[str]
 def estimate(source: Source, recipe: Recipe, configs: Configs) -> Estimate:
     """The estimate for an opened source."""
     shapes = {name: info.shape for name, info in source.tensors.items()}
-    return estimate_shapes(source.arch, source.config, shapes, sum(info.bytes for info in source.tensors.values()), recipe, configs)
+    return estimate_shapes(
+        source.arch, source.config, shapes, sum(info.bytes for info in source.tensors.values()), recipe, configs
+    )
 
 
 def _expected_cost(arch: Arch, parts: Mapping[str, Any], hidden: int, units: int, form: Precision) -> float:
-    """Bytes of the feed-forward networks touched per token relative to dense ones in the same precision: of the part that gates neurons, where there is one."""
-    name, config = next(((name, config) for name, config in parts.items() if name in NEURON_METHODS), next(iter(parts.items())))
+    """Bytes of the feed-forward networks touched per token relative to dense ones in the same precision: of the part
+    that gates neurons, where there is one.
+    """
+    name, config = next(
+        ((name, config) for name, config in parts.items() if name in NEURON_METHODS), next(iter(parts.items()))
+    )
     matrices, density = 2 if arch.ffn.kind == "plain" else 3, 1 - config.sparsity
     heads = getattr(config, "residual", "none") != "none"
     share = form.predictor_share(heads)
@@ -126,4 +173,10 @@ def _expected_cost(arch: Arch, parts: Mapping[str, Any], hidden: int, units: int
         rank = config.rank or rank_for(hidden, units, matrices, config.cost)
         return density + share * rank * (hidden + units + heads * hidden) / (matrices * hidden * units)
     own = share * heads * 2 * residual_rank(units, matrices) / (matrices * units)
-    return own + cost(Threshold("gate" if name in NEURON_METHODS else "input", uniform_tau(0.0, 1), density), hidden, units, matrices, density)
+    return own + cost(
+        Threshold("gate" if name in NEURON_METHODS else "input", uniform_tau(0.0, 1), density),
+        hidden,
+        units,
+        matrices,
+        density,
+    )

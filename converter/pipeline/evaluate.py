@@ -1,4 +1,5 @@
-"""`eval`: quality on held-out text in every executor, BLEU of the sparse model's answers against the dense model's own, realised sparsity, lm-eval tasks.
+"""`eval`: quality on held-out text in every executor, BLEU of the sparse model's answers against the dense model's own,
+realised sparsity, lm-eval tasks.
 
 What it measures is stored in DIR/report/eval.json; the manifest is rewritten last.
 """
@@ -51,7 +52,8 @@ def evaluate(
 
     Args:
         model: Sparse checkpoint.
-        text: UTF-8 file to measure on; of the text that the checkpoint was calibrated on, only the last fifth is used. Default: the text that comes with
+        text: UTF-8 file to measure on; of the text that the checkpoint was calibrated on, only the last fifth is used.
+        Default: the text that comes with
             sparsegate, in the windows that `convert` measured on.
         windows: Windows of that text, all of which are measured. Default: as many as tell the loss.
         prompts: UTF-8 file with one prompt a line; default: the beginnings of windows.
@@ -59,7 +61,8 @@ def evaluate(
         lm_eval: Task names of lm-eval, with commas between; FOLDER/NAME is a task of one's own in FOLDER.
         limit: Most examples of each lm-eval task.
         command: The command for the record.
-        source: The dense model that the checkpoint was made from, folder or Hub id, to compare with where weights or activations were changed. Default: the
+        source: The dense model that the checkpoint was made from, folder or Hub id, to compare with where weights or
+        activations were changed. Default: the
             checkpoint itself ungated, which is that model where neither was.
 
     Raises InputError for every user's mistake, before anything is measured where that can be known.
@@ -70,7 +73,10 @@ def evaluate(
     with stage("open"):
         folder = local_folder(model)
         if not folder.is_dir():
-            raise InputError(f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the spelling.")
+            raise InputError(
+                f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the "
+                "spelling."
+            )
         manifest = read_manifest(folder)
         if not is_hub_id(str(model)):
             check_links(folder)
@@ -84,9 +90,14 @@ def evaluate(
         original = None if source is None else _dense(source, config)
         sparse = load(folder)
     with stage("quality"):
-        quality = measure_quality(sparse, plan, batches, original=original, error=error, most=MOST_TOKENS if error else batches.count)
+        quality = measure_quality(
+            sparse, plan, batches, original=original, error=error, most=MOST_TOKENS if error else batches.count
+        )
     if not all(map(math.isfinite, (quality.nll_dense, quality.nll, quality.kl))):
-        raise InputError(f"The loss of {folder.name} must be a number, got NLL {quality.nll} and KL {quality.kl}. Run sparsegate verify on it.")
+        raise InputError(
+            f"The loss of {folder.name} must be a number, got NLL {quality.nll} and KL {quality.kl}. Run sparsegate "
+            "verify on it."
+        )
     shown = name if prompts is None else Path(prompts).name
     with stage("answers"):
         answers, sparsity = compare_answers(sparse, plan, arch, tokenizer, rows, max_new_tokens, bleu, shown, original)
@@ -97,20 +108,36 @@ def evaluate(
         with stage("tasks"):
             results = run_tasks(folder / "onnx", sparse, tasks, limit, original)
     measured = Measured(
-        executor="torch", tokens=quality.tokens, nll=quality.nll, nll_dense=quality.nll_dense, nll_error=_error(quality), nll_torch=quality.nll,
-        kl=quality.kl, agreement=quality.agreement,
-    )  # fmt: skip
+        executor="torch",
+        tokens=quality.tokens,
+        nll=quality.nll,
+        nll_dense=quality.nll_dense,
+        nll_error=_error(quality),
+        nll_torch=quality.nll,
+        kl=quality.kl,
+        agreement=quality.agreement,
+    )
     assert quality.block_cost is not None
     found = Evaluation(
-        model=str(manifest.recipe.get("model", folder.name)), date=datetime.now(UTC).date().isoformat(), command=command, machine=this_machine(),
-        versions=installed_versions(), text=Text(tokens=quality.tokens, hash=batches.sha256, name=name), nll_dense=quality.nll_dense,
+        model=str(manifest.recipe.get("model", folder.name)),
+        date=datetime.now(UTC).date().isoformat(),
+        command=command,
+        machine=this_machine(),
+        versions=installed_versions(),
+        text=Text(tokens=quality.tokens, hash=batches.sha256, name=name),
+        nll_dense=quality.nll_dense,
         against=_against(opened, make_recipe(manifest.recipe, f"{MANIFEST}'s recipe"), source),
         executors=[measured, *executors],
-        density=quality.density, cost=quality.cost, block_cost=quality.block_cost, predictor_cost=predictor_cost(plan, arch, config),
-        site_density=quality.site_density, site_cost=quality.site_cost,
-        sparsity=sparsity.summary(1 - quality.density, sum(p.numel() for p in sparse.parameters())), answers=answers,
+        density=quality.density,
+        cost=quality.cost,
+        block_cost=quality.block_cost,
+        predictor_cost=predictor_cost(plan, arch, config),
+        site_density=quality.site_density,
+        site_cost=quality.site_cost,
+        sparsity=sparsity.summary(1 - quality.density, sum(p.numel() for p in sparse.parameters())),
+        answers=answers,
         tasks=results,
-    )  # fmt: skip
+    )
     if not is_hub_id(str(model)):
         found.save(folder / EVALUATION)
         record_files(folder, EVALUATION)
@@ -125,19 +152,26 @@ def _dense(source: str | Path, config: Any) -> Any:
         opened = open_source(BUNDLED if str(source) == BUNDLED_MODEL else source)
     if opened.config.vocab_size != config.vocab_size:
         raise InputError(
-            f"--source must have the checkpoint's vocabulary of {config.vocab_size}, got {opened.config.vocab_size}. Give the model it was made from."
+            f"--source must have the checkpoint's vocabulary of {config.vocab_size}, got {opened.config.vocab_size}. "
+            "Give the model it was made from."
         )
     return load_dense(opened.folder)
 
 
-def _against(opened: Source, recipe: Recipe, source: str | Path | None) -> Literal["dense torch", "dense source", "ungated torch"]:
-    """The honest name of what is compared with: a checkpoint with other activations or trained weights holds no dense model."""
+def _against(
+    opened: Source, recipe: Recipe, source: str | Path | None
+) -> Literal["dense torch", "dense source", "ungated torch"]:
+    """The honest name of what is compared with: a checkpoint with other activations or trained weights holds no dense
+    model.
+    """
     if source is not None:
         return "dense source"
     return "ungated torch" if opened.swaps or training_stages(recipe) else "dense torch"
 
 
-def _batches(tokenizer: Any, config: Any, manifest: Manifest, text: Path | None, windows: int | None) -> tuple[Batches, str]:
+def _batches(
+    tokenizer: Any, config: Any, manifest: Manifest, text: Path | None, windows: int | None
+) -> tuple[Batches, str]:
     """Windows to measure on, and a name of their text for people."""
     recipe = make_recipe(manifest.recipe, f"{MANIFEST}'s recipe")
     length = min(recipe.calibration.length, int(getattr(config, "max_position_embeddings", recipe.calibration.length)))
@@ -151,7 +185,9 @@ def _batches(tokenizer: Any, config: Any, manifest: Manifest, text: Path | None,
         words, name = read_whole(text, lambda conversations: write_out(tokenizer, conversations))[0], text.name
         if own is not None and hash_file(text) == own:
             words, name = words[int(len(words) * (1 - HELDOUT_SHARE)) :], f"{name}, held out"
-    return make_batches(tokenizer, words, windows or HELDOUT_WINDOWS, length, manifest.seed + 1, "The text", text_order=False), name
+    return make_batches(
+        tokenizer, words, windows or HELDOUT_WINDOWS, length, manifest.seed + 1, "The text", text_order=False
+    ), name
 
 
 def _executors(onnx: Path, model: Any, batches: Batches, original: Any | None) -> list[Measured]:
@@ -164,7 +200,9 @@ def _executors(onnx: Path, model: Any, batches: Batches, original: Any | None) -
             found.append(Measured(executor=name, note=f"not run: {chosen.reason}"))
             continue
         quality = measure_executor(Decoder(onnx, library=library), model, batches, original=original)
-        measured: dict[str, Any] = quality.model_dump(include=set(Measured.model_fields)) | {"nll_error": _error(quality)}
+        measured: dict[str, Any] = quality.model_dump(include=set(Measured.model_fields)) | {
+            "nll_error": _error(quality)
+        }
         found.append(Measured(executor=name, **measured))
     return found
 

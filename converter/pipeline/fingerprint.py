@@ -16,18 +16,29 @@ from .texts import texts_hash
 
 
 def conversion_fingerprint(source: str, recipe: Recipe, configs: Configs) -> str:
-    """Of everything that decides the result: the model's files, the recipe, and the texts and predictors that it names by path."""
-    files = [imported_files(config) for parts in configs.values() for config in parts.values() if isinstance(config, ImportedConfig)]
+    """Of everything that decides the result: the model's files, the recipe, and the texts and predictors that it names
+    by path.
+    """
+    files = [
+        imported_files(config)
+        for parts in configs.values()
+        for config in parts.values()
+        if isinstance(config, ImportedConfig)
+    ]
     mixtures = [files_hash(stage.tune.data) for stage in training_stages(recipe) if stage.tune is not None]
     texts = {"texts": texts_hash(recipe)} | ({"mixtures": mixtures} if any(mixtures) else {})
     asked = recipe.model_dump(mode="json", exclude={"stages": {"__all__": {"tune": {"processes"}}}})
     asked = {name: value for name, value in asked.items() if (name, value) != ("time_budget", None)}
-    asked["stages"] = [{name: value for name, value in stage.items() if (name, value) != ("steps", {})} for stage in asked["stages"]]
+    asked["stages"] = [
+        {name: value for name, value in stage.items() if (name, value) != ("steps", {})} for stage in asked["stages"]
+    ]
     return hash_json({"tool": VERSION, "source": source, "recipe": asked, **texts, "predictors": files})
 
 
 def fetched_fingerprint(out: Path, recipe: Recipe, configs: Configs) -> str:
-    """The fingerprint of converting a Hub model at its present commit, as far as `out` was made from that commit; no file is fetched."""
+    """The fingerprint of converting a Hub model at its present commit, as far as `out` was made from that commit; no
+    file is fetched.
+    """
     source = read_manifest(out).source
     if source.get("id") != recipe.model or source.get("revision") != head_commit(recipe.model):
         return ""

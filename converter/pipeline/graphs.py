@@ -38,9 +38,10 @@ def make_base(source: Source, texts: Texts, work: Path) -> Path:
 
 @dataclass(frozen=True)
 class Graphs:
-    """The float graph that candidates are made from; the dense one in their precision, which their speed is compared with (fp16 and bf16 on the CPU: fp32,
-    since ONNX Runtime has nothing faster there); and what that one loses, where it is in integers, something could run it and its function is a dense
-    model's: under swapped activations the float graph has the sizes of the dense source's, not its function.
+    """The float graph that candidates are made from; the dense one in their precision, which their speed is compared
+    with (fp16 and bf16 on the CPU: fp32, since ONNX Runtime has nothing faster there); and what that one loses, where
+    it is in integers, something could run it and its function is a dense model's: under swapped activations the float
+    graph has the sizes of the dense source's, not its function.
     """
 
     base: Path
@@ -49,17 +50,24 @@ class Graphs:
 
 
 def make_graphs(source: Source, texts: Texts, recipe: Recipe, work: Path, original: Source | None = None) -> Graphs:
-    """The dense graphs of a recipe's precision and target, each a stage below `work`; none before the one in fp32 is found to be the model.
+    """The dense graphs of a recipe's precision and target, each a stage below `work`; none before the one in fp32 is
+    found to be the model.
 
-    `original` is the dense model that `source` was recovered from, where it was: the dense graph in integers is then made of it.
+    `original` is the dense model that `source` was recovered from, where it was: the dense graph in integers is then
+    made of it.
     """
     base, asked = _float_graph(source, texts, recipe, work), recipe.export
     if PRECISIONS[asked.precision].bits is None:
         return Graphs(base, base)
-    model, plain = (source, base) if original is None else (original, _float_graph(original, texts, recipe, work / "original"))
+    model, plain = (
+        (source, base) if original is None else (original, _float_graph(original, texts, recipe, work / "original"))
+    )
     parent = read_header(plain)
     assert parent is not None
-    dense, header = work / "dense", Header(format="dense", parents={"base": parent.fingerprint}, config=asked.model_dump(mode="json"))
+    dense, header = (
+        work / "dense",
+        Header(format="dense", parents={"base": parent.fingerprint}, config=asked.model_dump(mode="json")),
+    )
     if not is_finished(dense, header):
         with stage("base graph"), atomic_folder(dense) as partial:
             export_dense(plain, partial, asked.precision, asked.target)
@@ -68,7 +76,10 @@ def make_graphs(source: Source, texts: Texts, recipe: Recipe, work: Path, origin
         resumed("base graph")
     if model.swaps:
         return Graphs(base, dense)
-    folder, header = work / "quality_dense", Header(format="quality", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256)
+    folder, header = (
+        work / "quality_dense",
+        Header(format="quality", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256),
+    )
     if not is_finished(folder, header):
         with stage("quality"), atomic_folder(folder) as partial:
             windows = None if recipe.budget.bounded else DENSE_WINDOWS
@@ -86,7 +97,10 @@ def _float_graph(source: Source, texts: Texts, recipe: Recipe, work: Path) -> Pa
     if asked.target == "cpu":
         return base
     form = PRECISIONS[asked.precision]
-    base, header = work / "base_cuda", Header(format="base", parents={"model": source.fingerprint}, config={"precision": form.cuda, "target": "cuda"})
+    base, header = (
+        work / "base_cuda",
+        Header(format="base", parents={"model": source.fingerprint}, config={"precision": form.cuda, "target": "cuda"}),
+    )
     if not is_finished(base, header):
         with stage("base graph"), atomic_folder(base) as partial:
             build_base(source.folder, partial, form.cuda, "cuda")
@@ -102,7 +116,9 @@ def stored_quality(stored: dict[str, Any]) -> ExecutorQuality | None:
 
 
 def room(recipe: Recipe, graphs: Graphs) -> Recipe:
-    """The recipe with what its precision leaves of its budget. Raises InputError when the dense graph in that precision already breaks it."""
+    """The recipe with what its precision leaves of its budget. Raises InputError when the dense graph in that precision
+    already breaks it.
+    """
     loss, budget = graphs.loss, recipe.budget
     if loss is None or not budget.bounded:
         return recipe
@@ -114,7 +130,8 @@ def room(recipe: Recipe, graphs: Graphs) -> Recipe:
     if not all(value > 0 for value in left.values()):
         asked = ", ".join(f"{name} {getattr(budget, name):.3g}" for name in left)
         raise InputError(
-            f"The budget must leave room for {recipe.export.precision}, in which the dense graph alone raises perplexity by {rise:.1%} and has KL "
+            f"The budget must leave room for {recipe.export.precision}, in which the dense graph alone raises "
+            f"perplexity by {rise:.1%} and has KL "
             f"{loss.kl:.3g}, got {asked}. Loosen it, or choose a precision of more bits."
         )
     return recipe.model_copy(update={"budget": budget.model_copy(update=left)})

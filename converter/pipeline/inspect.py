@@ -41,7 +41,9 @@ class Inspection(BaseModel):
 
 @job()
 def inspect(model: str | Path) -> Inspection:
-    """Inspect a folder or a Hub id. Raises InputError when there is nothing to read; what is readable but unsupported comes back with its reason."""
+    """Inspect a folder or a Hub id. Raises InputError when there is nothing to read; what is readable but unsupported
+    comes back with its reason.
+    """
     name = str(model)
     if is_hub_id(name):
         remote = remote_inspect(name)
@@ -61,7 +63,9 @@ def inspect(model: str | Path) -> Inspection:
                 size = sum(info.bytes for info in source.tensors.values())
         return _found(name, raw, tensors, size, download)
     except InputError as error:
-        return Inspection(model=name, model_type=model_type, convertible=False, reason=str(error), download_bytes=download)
+        return Inspection(
+            model=name, model_type=model_type, convertible=False, reason=str(error), download_bytes=download
+        )
 
 
 def _found(name: str, raw: dict[str, Any], tensors: Stored, size: int, download: int) -> Inspection:
@@ -77,7 +81,13 @@ def _found(name: str, raw: dict[str, Any], tensors: Stored, size: int, download:
     recipe = decided(recipe, decision)
     needed = estimate_shapes(arch, config, shapes, size, recipe, method_configs(recipe, bool(swapped)))
     return Inspection(
-        model=name, model_type=str(raw.get("model_type")), convertible=True, sites=len(arch.sites(config)), hidden=arch.size(config, "hidden"),
-        units=arch.size(config, "units"), activation=", ".join(sorted(swapped)) or arch.activation(config), download_bytes=download,
+        model=name,
+        model_type=str(raw.get("model_type")),
+        convertible=True,
+        sites=len(arch.sites(config)),
+        hidden=arch.size(config, "hidden"),
+        units=arch.size(config, "units"),
+        activation=", ".join(sorted(swapped)) or arch.activation(config),
+        download_bytes=download,
         estimate=needed.model_copy(update={"download_bytes": download, **decision.shown()}),
-    )  # fmt: skip
+    )

@@ -12,5 +12,7 @@ from ..sources.hub import local_folder
 
 
 def load(model: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A sparse checkpoint, folder or Hub id, as a transformers model with its gating, `generate` included. Raises InputError for anything else."""
+    """A sparse checkpoint, folder or Hub id, as a transformers model with its gating, `generate` included. Raises
+    InputError for anything else.
+    """
     return load_folder(local_folder(model), dtype)

@@ -1,4 +1,5 @@
-"""What this machine takes for a model of given sizes: the conversion's own passes over one block with random weights, a few seconds in all.
+"""What this machine takes for a model of given sizes: the conversion's own passes over one block with random weights, a
+few seconds in all.
 
 No weight is read. A block wider than _PARAMETERS gets fewer neurons, and what it takes is scaled to the real one.
 """
@@ -41,15 +42,17 @@ _MOST = 4
 _REPEATS, _SPENT = 9, 0.5  # runs of a measurement, fewer when so many seconds are spent
 _SHORT = 16  # tokens of a pass that is not counted
 _LEAST = 0.2  # of a run's time: what stays of it, however long its threads waited
-_TOLD = 0.1  # seconds of a run that is so long that the waits told at its end are its own: a thread's are told when it runs again
+# seconds of a run that is so long that the waits told at its end are its own: a thread's are told when it runs again
+_TOLD = 0.1
 _BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds, by one thing: a token and layer of a pass in float32 (`forward`), of the calibration with its statistics (`calibrate`, and `store` a layer for
-    writing them), of a step of a part's training (`train`) and of ONNX Runtime (`prefill`, and `decode` with one token at a time); a position of the head's
-    product with its log-probabilities (`head`), of a training step there (`train_head`) and of ONNX Runtime's product (`onnx_head`, `onnx_head_alone`); a
+    """Seconds, by one thing: a token and layer of a pass in float32 (`forward`), of the calibration with its statistics
+    (`calibrate`, and `store` a layer for writing them), of a step of a part's training (`train`) and of ONNX Runtime
+    (`prefill`, and `decode` with one token at a time); a position of the head's product with its log-probabilities
+    (`head`), of a training step there (`train_head`) and of ONNX Runtime's product (`onnx_head`, `onnx_head_alone`); a
     byte written (`write`) and read and hashed (`hash`).
     """
 
@@ -94,9 +97,11 @@ class _Block:
     scale: float
 
 
-def measure(arch: Arch, config: Any, stats: Iterable[str], tunes: Mapping[str, Tune], length: int = 256, device: str = "cpu") -> Rates:
-    """Rates for a model of `config` on this machine: statistics `stats` (full names), training by part in `tunes`, windows of `length` tokens. torch's are
-    those of `device`, ONNX Runtime's the CPU's.
+def measure(
+    arch: Arch, config: Any, stats: Iterable[str], tunes: Mapping[str, Tune], length: int = 256, device: str = "cpu"
+) -> Rates:
+    """Rates for a model of `config` on this machine: statistics `stats` (full names), training by part in `tunes`,
+    windows of `length` tokens. torch's are those of `device`, ONNX Runtime's the CPU's.
     """
     block = _one_block(arch, config, device)
     length = min(length, int(getattr(config, "max_position_embeddings", length)))
@@ -105,7 +110,9 @@ def measure(arch: Arch, config: Any, stats: Iterable[str], tunes: Mapping[str, T
     placed = tokens.to(device)
     with torch.no_grad():
         forward = _seconds(lambda: block.model.get_decoder()(input_ids=placed, use_cache=False)) / tokens.numel()
-    calibrate, store = _calibrate(block, tokens[: PROBE_TOKENS // length or 1], sorted(stats), device) if stats else (forward, 0.0)
+    calibrate, store = (
+        _calibrate(block, tokens[: PROBE_TOKENS // length or 1], sorted(stats), device) if stats else (forward, 0.0)
+    )
     hidden, vocabulary = arch.size(config, "hidden"), arch.size(config, "vocab")
     head = _head(block, vocabulary, forward, length)
     train, train_head = _trains(block, arch, tunes, length, vocabulary)
@@ -114,15 +121,24 @@ def measure(arch: Arch, config: Any, stats: Iterable[str], tunes: Mapping[str, T
     write, read = _disk()
     share = vocabulary * hidden / block.parameters
     return Rates(
-        forward=forward * block.scale, calibrate=calibrate * block.scale, store=store * block.scale,
-        train={part: seconds * block.scale for part, seconds in train.items()}, head=head, train_head=train_head, prefill=prefill * block.scale,
-        decode=decode * block.scale, onnx_head=prefill * share, onnx_head_alone=decode * share, write=write, hash=read,
-    )  # fmt: skip
+        forward=forward * block.scale,
+        calibrate=calibrate * block.scale,
+        store=store * block.scale,
+        train={part: seconds * block.scale for part, seconds in train.items()},
+        head=head,
+        train_head=train_head,
+        prefill=prefill * block.scale,
+        decode=decode * block.scale,
+        onnx_head=prefill * share,
+        onnx_head_alone=decode * share,
+        write=write,
+        hash=read,
+    )
 
 
 def _seconds(run: Callable[[], Any], repeats: int = _REPEATS, warm: bool = False) -> float:
-    """The least of a few runs after one that is not counted, unless all is `warm`; fewer where they take long. Other work on the machine makes a run longer,
-    never shorter.
+    """The least of a few runs after one that is not counted, unless all is `warm`; fewer where they take long. Other
+    work on the machine makes a run longer, never shorter.
     """
 
     def timed() -> None:
@@ -139,7 +155,9 @@ def _seconds(run: Callable[[], Any], repeats: int = _REPEATS, warm: bool = False
 
 
 def _undisturbed(run: Callable[[], Any]) -> float:
-    """Seconds of a run without those that a thread waited for a CPU, where the kernel tells them: threads meet after every product, so all wait for one."""
+    """Seconds of a run without those that a thread waited for a CPU, where the kernel tells them: threads meet after
+    every product, so all wait for one.
+    """
     start, before = time.perf_counter(), waits()
     run()
     wall, after = time.perf_counter() - start, waits()
@@ -154,7 +172,9 @@ def _windows(parameters: int, length: int, most: int) -> int:
 def _drawn(shape: tuple[int, ...]) -> Tensor:
     """Values of about the size that weights have, from a short pattern: drawing hundreds of millions takes long."""
     count = int(np.prod(shape))
-    pattern = torch.randn(min(count, (1 << 18) + 1), generator=torch.Generator().manual_seed(0)) / max(1, shape[-1]) ** 0.5
+    pattern = (
+        torch.randn(min(count, (1 << 18) + 1), generator=torch.Generator().manual_seed(0)) / max(1, shape[-1]) ** 0.5
+    )
     return pattern.repeat(-(-count // len(pattern)))[:count].view(shape)
 
 
@@ -163,11 +183,32 @@ def _one_block(arch: Arch, config: Any, device: str) -> _Block:
 
     layers, hidden, units = (arch.size(config, space) for space in ("layers", "hidden", "units"))
     matrices = 2 if arch.ffn.kind == "plain" else 3
-    kept = max(1, min(units, (_PARAMETERS - 4 * hidden * hidden) // (matrices * hidden))) if (matrices * units + 4 * hidden) * hidden > _PARAMETERS else units
+    kept = (
+        max(1, min(units, (_PARAMETERS - 4 * hidden * hidden) // (matrices * hidden)))
+        if (matrices * units + 4 * hidden) * hidden > _PARAMETERS
+        else units
+    )
     kept = units if kept == units else max(32, kept // 32 * 32)
-    dropped = ("model_type", "sparsity", "architectures", "transformers_version", "_name_or_path", "pad_token_id", "bos_token_id", "eos_token_id")
-    values = {key: value[:1] if isinstance(value, list) and len(value) == layers else value for key, value in config.to_dict().items() if key not in dropped}
-    values |= {arch.spaces["layers"].config: 1, arch.spaces["units"].config: kept, arch.spaces["vocab"].config: _VOCABULARY}
+    dropped = (
+        "model_type",
+        "sparsity",
+        "architectures",
+        "transformers_version",
+        "_name_or_path",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    )
+    values = {
+        key: value[:1] if isinstance(value, list) and len(value) == layers else value
+        for key, value in config.to_dict().items()
+        if key not in dropped
+    }
+    values |= {
+        arch.spaces["layers"].config: 1,
+        arch.spaces["units"].config: kept,
+        arch.spaces["vocab"].config: _VOCABULARY,
+    }
     values |= {"pad_token_id": None, "tie_word_embeddings": False}
     values[arch.ffn.activation.config] = _stock_activation(arch, config)
     one = AutoConfig.for_model(arch.model_type, **values)
@@ -189,7 +230,9 @@ def _stock_activation(arch: Arch, config: Any) -> str:
 
 
 def _calibrate(block: _Block, tokens: Tensor, stats: list[str], device: str) -> tuple[float, float]:
-    """Seconds a token of the calibration pass, and a layer for what it does once; `tokens` [B, S] are as many as statistics look at twice."""
+    """Seconds a token of the calibration pass, and a layer for what it does once; `tokens` [B, S] are as many as
+    statistics look at twice.
+    """
 
     def collected(rows: Tensor) -> float:
         batches = Batches(rows, torch.ones_like(rows, dtype=torch.bool))
@@ -220,7 +263,9 @@ def _objective(block: _Block, arch: Arch, part: str, tune: Tune, tokens: Tensor)
     return EndToEnd(block.model, arch, activation, plan, settings, [0.5], 1.0, tune.local, half, tokens[:1])
 
 
-def _trains(block: _Block, arch: Arch, tunes: Mapping[str, Tune], length: int, vocabulary: int) -> tuple[dict[str, float], float]:
+def _trains(
+    block: _Block, arch: Arch, tunes: Mapping[str, Tune], length: int, vocabulary: int
+) -> tuple[dict[str, float], float]:
     """Seconds a token of a step of every part's training, and a position of its head."""
     if not tunes:
         return {}, 0.0
@@ -230,7 +275,9 @@ def _trains(block: _Block, arch: Arch, tunes: Mapping[str, Tune], length: int, v
         windows = min(tune.windows, _windows(block.parameters, length, tune.windows))
         tokens = torch.randint(0, _VOCABULARY, (windows, length))
         objective, mask = _objective(block, arch, part, tune, tokens), torch.ones_like(tokens, dtype=torch.bool)
-        block.model.get_input_embeddings().weight.requires_grad_(True)  # gradients pass through every block but the first
+        block.model.get_input_embeddings().weight.requires_grad_(
+            True
+        )  # gradients pass through every block but the first
         steps[part] = lambda objective=objective, tokens=tokens, mask=mask: objective.loss(tokens, mask, 0).backward()
         counts[part] = tokens.numel()
     found = {part: _seconds(step) / counts[part] for part, step in steps.items()}
@@ -246,13 +293,18 @@ def _head(block: _Block, vocabulary: int, forward: float, length: int) -> float:
     batches = Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
     with torch.no_grad(), _wide_head(block, vocabulary) as share:
         reference = Reference(block.model, batches)
-        both = _seconds(lambda: compare(reference, 0, [torch_logits(block.model, {}, reference.groups[0])])) / tokens.numel()
+        both = (
+            _seconds(lambda: compare(reference, 0, [torch_logits(block.model, {}, reference.groups[0])]))
+            / tokens.numel()
+        )
     return max(both / 2 - forward, 0.1 * both) * share
 
 
 @contextmanager
 def _wide_head(block: _Block, vocabulary: int) -> Iterator[float]:
-    """The model with a head for as much of the real vocabulary as is quick; yields how many times as large the real one is."""
+    """The model with a head for as much of the real vocabulary as is quick; yields how many times as large the real one
+    is.
+    """
     model, (_, hidden) = block.model, block.model.get_output_embeddings().weight.shape
     narrow, part = model.get_output_embeddings(), min(vocabulary, max(_VOCABULARY, _HEAD // hidden))
     wide = torch.nn.Linear(1, 1, bias=False, device="meta")
@@ -267,8 +319,9 @@ def _wide_head(block: _Block, vocabulary: int) -> Iterator[float]:
 
 
 def _onnx(parameters: int, hidden: int, length: int, whole: float) -> tuple[float, float]:
-    """Seconds a token of ONNX Runtime's products with a block's parameters, many tokens and one at a time. The measured weights are those of the `whole` model
-    up to _BYTES of them: a token's product takes as long as its weights come from where they lie, and those of a small model lie in the cache.
+    """Seconds a token of ONNX Runtime's products with a block's parameters, many tokens and one at a time. The measured
+    weights are those of the `whole` model up to _BYTES of them: a token's product takes as long as its weights come
+    from where they lie, and those of a small model lie in the cache.
     """
     import onnxruntime
     from onnx import numpy_helper, parser

@@ -31,16 +31,24 @@ _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\
 def parse_duration(text: str) -> float:
     """Seconds of a time such as 90s, 20m or 1h30m. Raises ValueError for anything else, a number without a unit too."""
     found = _DURATION.fullmatch(text)
-    seconds = 0.0 if found is None else sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
+    seconds = (
+        0.0
+        if found is None
+        else sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
+    )
     if seconds <= 0:
-        hint = f"Write {text}m for minutes" if re.fullmatch(r"\d+(\.\d+)?", text) else "Write hours, minutes and seconds in this order"
+        hint = (
+            f"Write {text}m for minutes"
+            if re.fullmatch(r"\d+(\.\d+)?", text)
+            else "Write hours, minutes and seconds in this order"
+        )
         raise ValueError(f"must be a time such as 90s, 20m or 1h30m, got {text!r}. {hint}.")
     return seconds
 
 
 class Calibration(Strict):
-    """Where the tokens come from: a text file (None: the bundled one), or, when `generated`, text that the dense model writes itself; `windows` of `length`
-    tokens.
+    """Where the tokens come from: a text file (None: the bundled one), or, when `generated`, text that the dense model
+    writes itself; `windows` of `length` tokens.
     """
 
     file: str | None = None
@@ -50,7 +58,9 @@ class Calibration(Strict):
 
 
 class Budget(Strict):
-    """What the result may lose on held-out text: a relative rise in perplexity (0.01 is 1 %) and a KL divergence to the dense model in nats per token."""
+    """What the result may lose on held-out text: a relative rise in perplexity (0.01 is 1 %) and a KL divergence to the
+    dense model in nats per token.
+    """
 
     max_ppl_increase: float | None = Field(default=None, ge=0, le=LARGEST_LOSS)
     max_kl: float | None = Field(default=None, ge=0, le=LARGEST_LOSS)
@@ -62,8 +72,9 @@ class Budget(Strict):
 
 
 class Recipe(Strict):
-    """Everything that decides the result, apart from the model's own bytes; of a recipe with a `time_budget` (as in 20m), or of one that says neither it nor
-    steps, also how fast the machine is: what is decided by that is stored as steps.
+    """Everything that decides the result, apart from the model's own bytes; of a recipe with a `time_budget` (as in
+    20m), or of one that says neither it nor steps, also how fast the machine is: what is decided by that is stored as
+    steps.
     """
 
     version: Literal[1] = 1
@@ -84,7 +95,9 @@ class Recipe(Strict):
 
     @property
     def searches(self) -> bool:
-        """Whether the budget decides the sparsity: it does when the stage sets none; else it is a check on the result."""
+        """Whether the budget decides the sparsity: it does when the stage sets none; else it is a check on
+        the result.
+        """
         return self.budget.bounded and "sparsity" not in self.stages[-1].config
 
     def yaml(self) -> str:
@@ -104,13 +117,17 @@ def _parse_yaml(text: bytes) -> Any:
     except RecursionError:
         raise ValueError("values inside values too deep to read") from None
     except Exception as error:  # besides YAMLError whatever a tag's constructor raises: !!int x, !!timestamp x
-        raise ValueError(next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)) from None
+        raise ValueError(
+            next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        ) from None
     _check_plain(values)
     return values
 
 
 def _check_plain(values: Any) -> None:
-    """Raise ValueError for values too deep, too many (aliases of aliases count each time) or too large, which an error could not even quote."""
+    """Raise ValueError for values too deep, too many (aliases of aliases count each time) or too large, which an error
+    could not even quote.
+    """
     level, count = [values], 0
     for _ in range(DEEPEST):
         count += len(level)
@@ -120,7 +137,13 @@ def _check_plain(values: Any) -> None:
             raise ValueError("a number outside 64 bits")
         below: list[Any] = []
         for value in level:
-            below += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else []
+            below += (
+                [*value, *value.values()]
+                if isinstance(value, dict)
+                else value
+                if isinstance(value, list | tuple | set)
+                else []
+            )
             if len(below) > MOST:
                 raise ValueError(f"more than {MOST} values")
         level = below
@@ -141,9 +164,15 @@ def read_recipe(path: Path, model: str | None = None, default: str | None = None
     except ValueError as error:
         raise InputError(f"The recipe must be a YAML file, got {path} ({error}). Mend it.") from None
     if not isinstance(values, dict):
-        raise InputError(f"The recipe must be a mapping with version, model and stages, got {type(values).__name__} in {path}. Mend it.")
+        raise InputError(
+            f"The recipe must be a mapping with version, model and stages, got {type(values).__name__} in {path}. Mend "
+            "it."
+        )
     if model is not None and "model" in values:
-        raise InputError(f"MODEL must stand without a recipe that names its model, got {model} and {values['model']!r} in {path}. Leave one out.")
+        raise InputError(
+            f"MODEL must stand without a recipe that names its model, got {model} and {values['model']!r} in {path}. "
+            "Leave one out."
+        )
     if "model" not in values and (model or default):
         values = values | {"model": model or default}
     return make_recipe(values, path.name)
@@ -161,27 +190,45 @@ def compile_recipe(
     target: str | None,
     seed: int | None,
 ) -> Recipe:
-    """The recipe that flags mean, or the one in a file. Raises InputError for bad values, and for a file together with flags that it covers."""
+    """The recipe that flags mean, or the one in a file. Raises InputError for bad values, and for a file together with
+    flags that it covers.
+    """
     flags = {
-        "method": method, "sparsity": sparsity, "max_ppl_increase": max_ppl_increase, "max_kl": max_kl, "calibration": calibration,
-        "precision": precision, "target": target, "seed": seed, "MODEL": model,
-    }  # fmt: skip
+        "method": method,
+        "sparsity": sparsity,
+        "max_ppl_increase": max_ppl_increase,
+        "max_kl": max_kl,
+        "calibration": calibration,
+        "precision": precision,
+        "target": target,
+        "seed": seed,
+        "MODEL": model,
+    }
     if recipe:
         given = [name for name, value in flags.items() if value is not None and name != "MODEL"]
         if given:
-            raise InputError(f"--recipe must stand without the flags that it covers, got {', '.join(given)} as well. Put them into the recipe.")
+            raise InputError(
+                f"--recipe must stand without the flags that it covers, got {', '.join(given)} as well. Put them into "
+                "the recipe."
+            )
         return read_recipe(named_recipe(recipe), None if model is None else str(model), BUNDLED_MODEL)
     if sparsity is not None and not 0 < sparsity < 1:
-        raise InputError(f"sparsity must lie strictly between 0 and 1, got {sparsity}. Use 0.5 to skip half of the gated neurons.")
+        raise InputError(
+            f"sparsity must lie strictly between 0 and 1, got {sparsity}. Use 0.5 to skip half of the gated neurons."
+        )
     parts = parts_of(method or "auto")
     searches = sparsity is None and (max_ppl_increase is not None or max_kl is not None)
     fixed = {IMPORTED: "the predictors' thresholds decide", EXACT: "the activation's zeros decide"}.get(parts[0])
     config = {} if searches or fixed else {"sparsity": 0.5 if sparsity is None else sparsity}
     if fixed and sparsity is not None:
-        raise InputError(f"sparsity must stand without method {method}, got {sparsity}: {fixed}. Leave it out or give a budget.")
+        raise InputError(
+            f"sparsity must stand without method {method}, got {sparsity}: {fixed}. Leave it out or give a budget."
+        )
     values = {
         "model": str(model) if model else BUNDLED_MODEL,
-        "calibration": {"generated": True} if str(calibration) == SELF else {"file": str(calibration) if calibration else None},
+        "calibration": {"generated": True}
+        if str(calibration) == SELF
+        else {"file": str(calibration) if calibration else None},
         "seed": seed or 0,
         "stages": [{"method": method or "auto", "config": config}],
         "budget": {"max_ppl_increase": max_ppl_increase, "max_kl": max_kl},
@@ -197,19 +244,30 @@ def named_recipe(recipe: str | Path) -> Path:
 
 
 def training_stages(recipe: Recipe) -> tuple[Stage, ...]:
-    """The stages that train weights, in order, before anything is planned. Raises InputError for a recipe of another order."""
+    """The stages that train weights, in order, before anything is planned. Raises InputError for a recipe of another
+    order.
+    """
     *before, last = recipe.stages
     for stage in before:
         if stage.tune is None:
-            raise InputError(f"Every stage but the last must train, got {stage.method} without tune. Give it tune, or leave the stage out.")
+            raise InputError(
+                f"Every stage but the last must train, got {stage.method} without tune. Give it tune, or leave the "
+                "stage out."
+            )
         if stage.tune.predictors is not None:
-            raise InputError("A stage that trains predictors must be the last one, got another after it. Leave the predictors or the last stage out.")
+            raise InputError(
+                "A stage that trains predictors must be the last one, got another after it. Leave the predictors or "
+                "the last stage out."
+            )
     found = tuple(stage for stage in recipe.stages if stage.tune is not None)
     for number, stage in enumerate(found):
         allowed = {"activation"} if number == 0 else set()
         if stage.method != EXACT or set(stage.config) - allowed:
             what = "with at most an activation" if allowed else "without a configuration after the first"
-            raise InputError(f"A stage that trains must have method {EXACT} {what}, got {stage.method} with {sorted(stage.config)}. Mend it.")
+            raise InputError(
+                f"A stage that trains must have method {EXACT} {what}, got {stage.method} with {sorted(stage.config)}. "
+                "Mend it."
+            )
     return found
 
 
@@ -219,5 +277,8 @@ def _export(precision: str | None, target: str | None) -> dict[str, str]:
         if value is not None and value not in known:
             raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}. Choose one of these.")
     if (precision, target) == ("fp32", "cuda"):
-        raise InputError("precision must be fp16, bf16, int8 or int4 for the target cuda, got fp32. Choose one of these, or leave it out for fp16.")
+        raise InputError(
+            "precision must be fp16, bf16, int8 or int4 for the target cuda, got fp32. Choose one of these, or leave "
+            "it out for fp16."
+        )
     return {"precision": precision or ("fp16" if target == "cuda" else "fp32"), "target": target or "cpu"}

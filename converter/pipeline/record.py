@@ -40,10 +40,18 @@ def build_report(
     quality = chosen.quality
     dense_speed = chosen.speed.get("baseline", {})
     dense = reporting.Row(
-        method="dense", nll=quality.nll_dense, perplexity=math.exp(quality.nll_dense), kl=0.0, agreement=1.0, density=1.0, cost=1.0,
-        block_cost=1.0, read_share=1.0,
-        prefill_tokens_per_second=dense_speed.get("prefill_tokens_per_s"), decode_tokens_per_second=dense_speed.get("decode_tokens_per_s"),
-    )  # fmt: skip
+        method="dense",
+        nll=quality.nll_dense,
+        perplexity=math.exp(quality.nll_dense),
+        kl=0.0,
+        agreement=1.0,
+        density=1.0,
+        cost=1.0,
+        block_cost=1.0,
+        read_share=1.0,
+        prefill_tokens_per_second=dense_speed.get("prefill_tokens_per_s"),
+        decode_tokens_per_second=dense_speed.get("decode_tokens_per_s"),
+    )
     return Report(
         model=source.name,
         revision=source.revision,
@@ -52,7 +60,9 @@ def build_report(
         command=command,
         machine=reporting.this_machine(),
         versions=reporting.installed_versions(),
-        recipe=recipe.model_copy(update={"model": source.name, "calibration": _public(recipe), "stages": _public_stages(recipe)}).model_dump(mode="json"),
+        recipe=recipe.model_copy(
+            update={"model": source.name, "calibration": _public(recipe), "stages": _public_stages(recipe)}
+        ).model_dump(mode="json"),
         calibration=reporting.Text(hash=texts.calibration.sha256, tokens=texts.calibration.count, name=texts.name),
         evaluation=reporting.Text(hash=texts.heldout.sha256, tokens=quality.tokens, name=heldout_name(recipe)),
         speed=_conditions(chosen.speed, recipe.export),
@@ -62,7 +72,14 @@ def build_report(
         rows=[dense, *(_row(candidate, candidate is chosen, source) for candidate in candidates)],
         layers=[_layer(chosen, site, deciding(entries)) for site, entries in chosen.plan.items()],
         checks=[
-            reporting.Check(name=check.name, value=check.value, bound=check.bound, passed=check.passed, at_least=check.at_least, note=check.note)
+            reporting.Check(
+                name=check.name,
+                value=check.value,
+                bound=check.bound,
+                passed=check.passed,
+                at_least=check.at_least,
+                note=check.note,
+            )
             for check in chosen.checks
         ],
     )
@@ -82,8 +99,13 @@ def _public_stages(recipe: Recipe) -> Any:
         if folder is not None:
             stage = stage.model_copy(update={"config": stage.config | {"folder": Path(folder).name}})
         if tune is not None:
-            parts = tuple(part.model_copy(update={"files": tuple(Path(file).name for file in part.files)}) for part in tune.data.mixture)
-            stage = stage.model_copy(update={"tune": tune.model_copy(update={"data": tune.data.model_copy(update={"mixture": parts})})})
+            parts = tuple(
+                part.model_copy(update={"files": tuple(Path(file).name for file in part.files)})
+                for part in tune.data.mixture
+            )
+            stage = stage.model_copy(
+                update={"tune": tune.model_copy(update={"data": tune.data.model_copy(update={"mixture": parts})})}
+            )
         return stage
 
     return tuple(public(stage) for stage in recipe.stages)
@@ -92,17 +114,28 @@ def _public_stages(recipe: Recipe) -> Any:
 def _row(candidate: Candidate, selected: bool, source: Source) -> reporting.Row:
     quality, speed = candidate.quality, candidate.speed
     return reporting.Row(
-        method=candidate.method, nll=quality.nll, perplexity=math.exp(quality.nll), kl=max(quality.kl, 0.0),
-        nll_error=quality.nll_error if quality.windows > 1 else None, agreement=quality.agreement,
-        density=quality.density, cost=quality.cost, block_cost=quality.block_cost, selected=selected, read_share=_read_share(candidate, source),
+        method=candidate.method,
+        nll=quality.nll,
+        perplexity=math.exp(quality.nll),
+        kl=max(quality.kl, 0.0),
+        nll_error=quality.nll_error if quality.windows > 1 else None,
+        agreement=quality.agreement,
+        density=quality.density,
+        cost=quality.cost,
+        block_cost=quality.block_cost,
+        selected=selected,
+        read_share=_read_share(candidate, source),
         prefill_tokens_per_second=speed.get("candidate", {}).get("prefill_tokens_per_s"),
         decode_tokens_per_second=speed.get("candidate", {}).get("decode_tokens_per_s"),
-        decode_ratio=speed.get("decode", {}).get("ratio"), prefill_ratio=speed.get("prefill", {}).get("ratio"),
-    )  # fmt: skip
+        decode_ratio=speed.get("decode", {}).get("ratio"),
+        prefill_ratio=speed.get("prefill", {}).get("ratio"),
+    )
 
 
 def _read_share(candidate: Candidate, source: Source) -> float | None:
-    """Bytes that a token reads of the blocks' linear maps and the output head, relative to dense ones in the same format."""
+    """Bytes that a token reads of the blocks' linear maps and the output head, relative to dense ones in the same
+    format.
+    """
     block_cost = candidate.quality.block_cost
     if block_cost is None:
         return None
@@ -120,14 +153,20 @@ def _layer(candidate: Candidate, site: Any, entry: Any) -> reporting.Layer:
     quality = candidate.quality
     realised = quality.site_density[site.key]
     return reporting.Layer(
-        site=site.key, density_target=None if candidate.sparsity is None else 1 - candidate.sparsity, density_calibrated=entry.density,
-        density_realised=realised, cost=quality.site_cost[site.key],
-        recall=entry.recall if isinstance(entry, Predictor) else None, rank=entry.rank if isinstance(entry, Predictor) else None,
-    )  # fmt: skip
+        site=site.key,
+        density_target=None if candidate.sparsity is None else 1 - candidate.sparsity,
+        density_calibrated=entry.density,
+        density_realised=realised,
+        cost=quality.site_cost[site.key],
+        recall=entry.recall if isinstance(entry, Predictor) else None,
+        rank=entry.rank if isinstance(entry, Predictor) else None,
+    )
 
 
 def _shipped_cost(chosen: Candidate, source: Source, form: Precision) -> float:
-    """Bytes of the feed-forward networks touched per token relative to dense ones in the same precision: predictors may be wider than weights."""
+    """Bytes of the feed-forward networks touched per token relative to dense ones in the same precision: predictors may
+    be wider than weights.
+    """
     extra = 0.0
     for site, entries in chosen.plan.items():
         share = predictor_cost({site: entries}, source.arch, source.config)
@@ -149,23 +188,39 @@ def _onnx_rows(chosen: Candidate, graphs: Graphs, source: Source, asked: Export)
         if folder is None or found is None:
             continue
         chose = executor(folder, PROVIDERS[asked.target == "cuda"])
-        runner = "ONNX Runtime" if chose.reason == DENSE else "native kernel" if chose.kernel and not on_cpu else "standard ONNX ops"
+        runner = (
+            "ONNX Runtime"
+            if chose.reason == DENSE
+            else "native kernel"
+            if chose.kernel and not on_cpu
+            else "standard ONNX ops"
+        )
         rise, rise_error = pair if pair is not None and model == "sparse" else (None, None)
         rows.append(
             reporting.OnnxRow(
-                model=model, precision=asked.precision, executor=f"{runner}{' on the CPU' if on_cpu else ''}",
-                bytes=sum(path.stat().st_size for path in folder.glob("model.onnx*")), tokens=found.tokens,
-                nll=found.nll, perplexity=math.exp(found.nll), kl=max(found.kl, 0.0), nll_dense=found.nll_dense,
-                nll_error=found.nll_error if found.windows > 1 else None, rise=rise, rise_error=rise_error,
-                agreement=found.agreement, cost=cost, read_share=shares[model],
+                model=model,
+                precision=asked.precision,
+                executor=f"{runner}{' on the CPU' if on_cpu else ''}",
+                bytes=sum(path.stat().st_size for path in folder.glob("model.onnx*")),
+                tokens=found.tokens,
+                nll=found.nll,
+                perplexity=math.exp(found.nll),
+                kl=max(found.kl, 0.0),
+                nll_dense=found.nll_dense,
+                nll_error=found.nll_error if found.windows > 1 else None,
+                rise=rise,
+                rise_error=rise_error,
+                agreement=found.agreement,
+                cost=cost,
+                read_share=shares[model],
             )
-        )  # fmt: skip
+        )
     return rows
 
 
 def _file_shares(chosen: Candidate, graphs: Graphs, source: Source, asked: Export) -> dict[str, float | None]:
-    """Bytes that a token reads of the dense and the sparse file's products, relative to the dense graph in fp32. Ops in 16 bits lie in a graph in fp32 on the
-    CPU; in integers all products have as many bits.
+    """Bytes that a token reads of the dense and the sparse file's products, relative to the dense graph in fp32. Ops in
+    16 bits lie in a graph in fp32 on the CPU; in integers all products have as many bits.
     """
     blocks, head = decoder_values(source.arch, source.config)
     sizes, form = site_parameters(chosen.plan, source.arch, source.config), PRECISIONS[asked.precision]
@@ -188,7 +243,13 @@ def _conditions(speed: dict[str, Any], asked: Export) -> reporting.Speed | None:
     settings = speed["settings"]
     baseline = "fp32" if asked.target == "cpu" and PRECISIONS[asked.precision].bits is None else asked.precision
     return reporting.Speed(
-        precision=asked.precision, baseline=baseline, provider=speed["candidate"]["provider"], threads=settings["threads"],
-        prompt_tokens=settings["prompt_tokens"], new_tokens=settings["new_tokens"], executor=speed["candidate"]["executor"], command=speed["command"],
+        precision=asked.precision,
+        baseline=baseline,
+        provider=speed["candidate"]["provider"],
+        threads=settings["threads"],
+        prompt_tokens=settings["prompt_tokens"],
+        new_tokens=settings["new_tokens"],
+        executor=speed["candidate"]["executor"],
+        command=speed["command"],
         disturbed=speed["quiet"] is False,
-    )  # fmt: skip
+    )

@@ -1,4 +1,6 @@
-"""The dense model in fewer bits, measured in the same run: what a sparse model has to be better than. The graphs are made for it and thrown away."""
+"""The dense model in fewer bits, measured in the same run: what a sparse model has to be better than. The graphs are
+made for it and thrown away.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ _STAGE, _NUMBERS = "dense references", "references.json"
 
 @dataclass(frozen=True)
 class _Dense:
-    """The dense model and its graph in fp32, and what exists already of its graph in one precision in integers: the folder and the loss."""
+    """The dense model and its graph in fp32, and what exists already of its graph in one precision in integers: the
+    folder and the loss.
+    """
 
     source: Source
     graph: Path
@@ -44,10 +48,17 @@ class _Dense:
 
 
 def measure_references(
-    source: Source, texts: Texts, graphs: Graphs, recipe: Recipe, work: Path, timed: bool, original: Source | None = None
+    source: Source,
+    texts: Texts,
+    graphs: Graphs,
+    recipe: Recipe,
+    work: Path,
+    timed: bool,
+    original: Source | None = None,
 ) -> list[Reference]:
-    """Loss and speed (where `timed`) of the dense graphs in int8 and int4 against the one in fp32, a stage below `work`. Of `original`, the dense model that
-    `source` was recovered from, where it was; none for another target than the CPU, nor where swapped activations leave no dense model at hand.
+    """Loss and speed (where `timed`) of the dense graphs in int8 and int4 against the one in fp32, a stage below
+    `work`. Of `original`, the dense model that `source` was recovered from, where it was; none for another target than
+    the CPU, nor where swapped activations leave no dense model at hand.
     """
     model = original or source
     if recipe.export.target != "cpu" or model.swaps:
@@ -55,16 +66,24 @@ def measure_references(
     graph = graphs.base if original is None else make_base(original, texts, work / "original")
     parent = read_header(graph)
     assert parent is not None
-    settings: dict[str, Any] = {"windows": QUALITY_WINDOWS, "pairs": PAIRS if timed else 0, "precision": recipe.export.precision}
+    settings: dict[str, Any] = {
+        "windows": QUALITY_WINDOWS,
+        "pairs": PAIRS if timed else 0,
+        "precision": recipe.export.precision,
+    }
     folder = work / "references"
-    header = Header(format="references", parents={"base": parent.fingerprint}, config=settings, calibration=texts.heldout.sha256)
+    header = Header(
+        format="references", parents={"base": parent.fingerprint}, config=settings, calibration=texts.heldout.sha256
+    )
     if is_finished(folder, header):
         resumed(_STAGE)
     else:
         finished = {recipe.export.precision: graphs} if graphs.loss is not None else {}
         with stage(_STAGE), atomic_folder(folder) as partial:
             references = _measure(_Dense(model, graph, finished), texts, partial, timed)
-            write_json(partial / _NUMBERS, {"references": [reference.model_dump(mode="json") for reference in references]})
+            write_json(
+                partial / _NUMBERS, {"references": [reference.model_dump(mode="json") for reference in references]}
+            )
             write_header(partial, header)
     return [Reference.model_validate(row) for row in read_json(folder / _NUMBERS, "The references")["references"]]
 
@@ -82,21 +101,29 @@ def _measure(dense: _Dense, texts: Texts, scratch: Path, timed: bool) -> list[Re
         speed = _speed(dense.graph, folder, texts) if timed else {}
         size = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
         share = read_bytes(folder) / whole
-        references.append(Reference.model_validate({"precision": precision, **loss, "bytes": size, "read_share": share, **speed}))
+        references.append(
+            Reference.model_validate({"precision": precision, **loss, "bytes": size, "read_share": share, **speed})
+        )
         if graphs is None:
             shutil.rmtree(folder)
     return references
 
 
 def _loss(folder: Path, source: Source, texts: Texts) -> dict[str, Any]:
-    """On the first QUALITY_WINDOWS windows. The torch model is gone before anything is timed, so that memory never holds three models."""
+    """On the first QUALITY_WINDOWS windows. The torch model is gone before anything is timed, so that memory never
+    holds three models.
+    """
     total = measure_dense_executor(Decoder(folder), load_dense(source.folder), texts.heldout)
     nll_dense, nll, kl, agreement = total.means()
     error = total.error()
     return {
-        "tokens": total.tokens, "nll_dense": nll_dense, "nll": nll, "nll_error": None if math.isinf(error) else error, "kl": max(kl, 0.0),
+        "tokens": total.tokens,
+        "nll_dense": nll_dense,
+        "nll": nll,
+        "nll_error": None if math.isinf(error) else error,
+        "kl": max(kl, 0.0),
         "agreement": agreement,
-    }  # fmt: skip
+    }
 
 
 def _known_loss(graphs: Graphs) -> dict[str, Any]:
@@ -104,9 +131,13 @@ def _known_loss(graphs: Graphs) -> dict[str, Any]:
     loss = graphs.loss
     assert loss is not None
     return {
-        "tokens": loss.tokens, "nll_dense": loss.nll_torch, "nll": loss.nll, "nll_error": loss.nll_error if loss.windows > 1 else None,
-        "kl": max(loss.kl, 0.0), "agreement": loss.agreement,
-    }  # fmt: skip
+        "tokens": loss.tokens,
+        "nll_dense": loss.nll_torch,
+        "nll": loss.nll,
+        "nll_error": loss.nll_error if loss.windows > 1 else None,
+        "kl": max(loss.kl, 0.0),
+        "agreement": loss.agreement,
+    }
 
 
 def _speed(graph: Path, folder: Path, texts: Texts) -> dict[str, Any]:
@@ -120,13 +151,23 @@ def _speed(graph: Path, folder: Path, texts: Texts) -> dict[str, Any]:
         log.warning("The speed of a dense reference was not measured: %s", error)
         return {}
     return {
-        "decode_ratio": result["decode"]["ratio"], "prefill_ratio": result["prefill"]["ratio"], "pairs": result["decode"]["pairs"],
+        "decode_ratio": result["decode"]["ratio"],
+        "prefill_ratio": result["prefill"]["ratio"],
+        "pairs": result["decode"]["pairs"],
         "disturbed": result["quiet"] is False,
-    }  # fmt: skip
+    }
 
 
 def read_bytes(folder: Path) -> int:
-    """Bytes of a dense graph's weights that a token reads: those of its products, which are the blocks' linear maps and the output head."""
+    """Bytes of a dense graph's weights that a token reads: those of its products, which are the blocks' linear maps and
+    the output head.
+    """
     model = ir.load(folder / "model.onnx")
-    read = {value.name: value.const_value for node in model.graph if node.op_type in _PRODUCTS for value in node.inputs if value is not None}
+    read = {
+        value.name: value.const_value
+        for node in model.graph
+        if node.op_type in _PRODUCTS
+        for value in node.inputs
+        if value is not None
+    }
     return sum(tensor.nbytes for tensor in read.values() if tensor is not None)

@@ -1,4 +1,5 @@
-"""The loop over stages: statistics once, then for every method a plan, its training where it is trained, and the search where there is a budget.
+"""The loop over stages: statistics once, then for every method a plan, its training where it is trained, and the search
+where there is a budget.
 
 Each is a folder below the work folder that is not made again when its header fits.
 """
@@ -46,8 +47,8 @@ _REACH = 6.0  # logits that a trained plan is shifted by at most
 
 @dataclass
 class Run:
-    """What every stage of a conversion reads; models are loaded when first asked for. `original` is the dense model that `source` was recovered from, where it
-    was: what trained predictors are to reproduce.
+    """What every stage of a conversion reads; models are loaded when first asked for. `original` is the dense model
+    that `source` was recovered from, where it was: what trained predictors are to reproduce.
     """
 
     source: Source
@@ -83,19 +84,38 @@ class Run:
     def own_judge(self) -> Judge:
         """Losses on the search windows, from the model itself with everything kept."""
         assert self.texts.search is not None
-        return self.judge if self.original is None else Judge(self.model, self.source.arch, self.activation, self.texts.search)
+        return (
+            self.judge
+            if self.original is None
+            else Judge(self.model, self.source.arch, self.activation, self.texts.search)
+        )
 
     def header(self, name: str, config: Mapping[str, Any], **parents: str) -> Header:
         """The header of a method's stage."""
-        own = {"model": self.source.fingerprint, **parents} | ({} if self.original is None else {"original": self.original.fingerprint})
-        return Header(format="plan", parents=own, config={"method": name, **config}, seed=self.recipe.seed, calibration=self.texts.calibration.sha256)
+        own = {"model": self.source.fingerprint, **parents} | (
+            {} if self.original is None else {"original": self.original.fingerprint}
+        )
+        return Header(
+            format="plan",
+            parents=own,
+            config={"method": name, **config},
+            seed=self.recipe.seed,
+            calibration=self.texts.calibration.sha256,
+        )
 
 
 def once(
-    source: Source, texts: Texts, recipe: Recipe, configs: Mapping[str, Mapping[str, Any]], work: Path, device: str, original: Source | None = None
+    source: Source,
+    texts: Texts,
+    recipe: Recipe,
+    configs: Mapping[str, Mapping[str, Any]],
+    work: Path,
+    device: str,
+    original: Source | None = None,
 ) -> dict[str, Plan]:
-    """One round: the plan of every method in `configs` (validated configurations by part, as `configs.method_configs` gives them), from one set of
-    statistics; a method that cannot meet the budget is left out. Stored activations go when every plan is made.
+    """One round: the plan of every method in `configs` (validated configurations by part, as `configs.method_configs`
+    gives them), from one set of statistics; a method that cannot meet the budget is left out. Stored activations go
+    when every plan is made.
 
     `original` is the dense model that `source` was recovered from, where it was.
 
@@ -112,13 +132,19 @@ def once(
             for name in track(todo, unit="method"):
                 _make_plan(run, name, configs[name], headers[name])
     else:
-        for name in ("calibrate", *(f"train {name}" for name, config in configs.items() if _is_trained(config)), "plan"):
+        for name in (
+            "calibrate",
+            *(f"train {name}" for name, config in configs.items() if _is_trained(config)),
+            "plan",
+        ):
             resumed(name)
     for folder in ("stats", "stats_labels"):
         drop_samples(work / folder)
     plans = {name: load_plan(work / "plan" / name) for name in configs}
     if not any(plans.values()):
-        raise InputError(f"The budget must be one that a method can meet, got none of {', '.join(plans)} within it. Loosen it.")
+        raise InputError(
+            f"The budget must be one that a method can meet, got none of {', '.join(plans)} within it. Loosen it."
+        )
     return {name: plan for name, plan in plans.items() if plan}
 
 
@@ -135,12 +161,18 @@ def _make_plan(run: Run, name: str, config: Mapping[str, Any], header: Header) -
 
 
 def _completely(run: Run, plan: Plan) -> Plan:
-    """The plan with the swapped activation of every site, where the model has any, and with the shares of exact sites as they are on the calibration text."""
+    """The plan with the swapped activation of every site, where the model has any, and with the shares of exact sites
+    as they are on the calibration text.
+    """
     swaps = run.source.swaps
     whole: Plan = {}
     for site in [*plan, *(site for site in swaps if site not in plan)]:
         entries = plan.get(site, [])
-        whole[site] = [swaps[site], *entries] if site in swaps and not any(isinstance(entry, Swap) for entry in entries) else entries
+        whole[site] = (
+            [swaps[site], *entries]
+            if site in swaps and not any(isinstance(entry, Swap) for entry in entries)
+            else entries
+        )
     whole = dict(sorted(whole.items(), key=lambda item: (item[0].layer, item[0].kind != "ffn")))
     return with_shares(run.model, whole, run.source.arch, run.activation, run.texts.calibration)
 
@@ -152,8 +184,13 @@ def _header(run: Run, name: str, config: Mapping[str, Any]) -> Header:
     budget = {}
     if run.recipe.searches:
         assert run.texts.search is not None
-        budget, parents = {"budget": run.recipe.budget.model_dump(mode="json")}, parents | {"search": run.texts.search.sha256}
-    return run.header(name, {part: values.model_dump(mode="json") for part, values in config.items()} | budget, **parents)
+        budget, parents = (
+            {"budget": run.recipe.budget.model_dump(mode="json")},
+            parents | {"search": run.texts.search.sha256},
+        )
+    return run.header(
+        name, {part: values.model_dump(mode="json") for part, values in config.items()} | budget, **parents
+    )
 
 
 def _is_trained(config: Mapping[str, Any]) -> bool:
@@ -163,15 +200,24 @@ def _is_trained(config: Mapping[str, Any]) -> bool:
 
 @stage("calibrate")
 def _statistics(run: Run, parts: Mapping[str, Any]) -> Stats:
-    """The statistics of all methods: those of scores that need gradients from the whole model, the others block by block."""
-    names = {stat for part, config in parts.items() for stat in (IMPORTED_NEEDS if part == IMPORTED else needs(part, config))}
+    """The statistics of all methods: those of scores that need gradients from the whole model, the others block by
+    block.
+    """
+    names = {
+        stat for part, config in parts.items() for stat in (IMPORTED_NEEDS if part == IMPORTED else needs(part, config))
+    }
     oracle = {name for name in names if "grad" in load_score(load_stat(name)[1]).NEEDS}
     folder, seed = run.work / "stats", run.recipe.seed
     found = collect(run.source, run.texts.calibration, sorted(names - oracle), folder, seed, run.device)
     if oracle:
-        labelled = collect_labels(run.model, run.source, run.texts.calibration, sorted(oracle), run.work / "stats_labels", seed)
+        labelled = collect_labels(
+            run.model, run.source, run.texts.calibration, sorted(oracle), run.work / "stats_labels", seed
+        )
         every = {**found, **labelled}  # sites; their tensors stay on disk until they are asked for
-        return {site: ChainMap(*(cast("dict[str, Tensor]", part[site]) for part in (labelled, found) if site in part)) for site in every}
+        return {
+            site: ChainMap(*(cast("dict[str, Tensor]", part[site]) for part in (labelled, found) if site in part))
+            for site in every
+        }
     return found
 
 
@@ -187,7 +233,9 @@ def _part(run: Run, name: str, part: str, config: Any) -> Plan:
     if part == EXACT:
         return _present(run, plan)
     start, density = _start(part, config), 1.0 - config.sparsity
-    if start is not None and start < 1 and config.residual == "trained":  # something is skipped from the start: one training serves thresholds and residual
+    if (
+        start is not None and start < 1 and config.residual == "trained"
+    ):  # something is skipped from the start: one training serves thresholds and residual
         return _trained(run, name, part, config, _with_residuals(run, plan), start, density)
     if start is not None:
         plan = _trained(run, name, part, config, plan, start, density)
@@ -195,8 +243,14 @@ def _part(run: Run, name: str, part: str, config: Any) -> Plan:
 
 
 def _beside_swaps(run: Run, plan: Plan) -> Plan:
-    """The plan without the linears inside networks that keep what a swapped activation leaves: both would skip the same weights."""
-    return {site: entries for site, entries in plan.items() if site.kind.removeprefix("linear:") not in FFN_LINEARS or Site(site.layer) not in run.source.swaps}
+    """The plan without the linears inside networks that keep what a swapped activation leaves: both would skip the same
+    weights.
+    """
+    return {
+        site: entries
+        for site, entries in plan.items()
+        if site.kind.removeprefix("linear:") not in FFN_LINEARS or Site(site.layer) not in run.source.swaps
+    }
 
 
 def _present(run: Run, plan: Plan) -> Plan:
@@ -211,7 +265,9 @@ def _present(run: Run, plan: Plan) -> Plan:
 
 
 def _completed(run: Run, name: str, part: str, config: Any, plan: Plan, density: float) -> Plan:
-    """The plan with residuals where they are asked for, in closed form, or from there trained together with what selects."""
+    """The plan with residuals where they are asked for, in closed form, or from there trained together with what
+    selects.
+    """
     residual = getattr(config, "residual", "none")
     if residual == "none":
         return plan
@@ -222,7 +278,14 @@ def _completed(run: Run, name: str, part: str, config: Any, plan: Plan, density:
 def _with_residuals(run: Run, plan: Plan) -> Plan:
     """The plan with residuals in closed form."""
     arch, units = run.source.arch, run.source.arch.size(run.source.config, "units")
-    return add_residuals(run.model, arch, run.activation, plan, run.texts.calibration, residual_rank(units, 2 if arch.ffn.kind == "plain" else 3))
+    return add_residuals(
+        run.model,
+        arch,
+        run.activation,
+        plan,
+        run.texts.calibration,
+        residual_rank(units, 2 if arch.ffn.kind == "plain" else 3),
+    )
 
 
 def _start(part: str, config: Any) -> float | None:
@@ -235,7 +298,18 @@ def _trained(run: Run, name: str, part: str, config: Any, plan: Plan, start: flo
     header = run.header(part, config.model_dump(mode="json"), training=run.texts.training.sha256)
     with stage(f"train {name.partition('-')[0]}", apart=True):
         (found,) = train_plan(
-            run.model, run.source.arch, run.activation, plan, start, [density], run.texts.training, config.tune, config.seed, folder, header, run.teacher
+            run.model,
+            run.source.arch,
+            run.activation,
+            plan,
+            start,
+            [density],
+            run.texts.training,
+            config.tune,
+            config.seed,
+            folder,
+            header,
+            run.teacher,
         )
     return found
 
@@ -260,7 +334,11 @@ def _family(run: Run, config: Mapping[str, Any]) -> Callable[[float], Plan]:
     """A method's plan by mean density, each site's own density from its sensitivity where the method takes any."""
 
     def plan_of(part: str, sparsity: float, densities: Mapping[str, float] | None = None) -> Plan:
-        values = config[part].model_dump() | {"sparsity": sparsity} | ({} if densities is None else {"densities": dict(densities)})
+        values = (
+            config[part].model_dump()
+            | {"sparsity": sparsity}
+            | ({} if densities is None else {"densities": dict(densities)})
+        )
         module = load_method(part)
         return _beside_swaps(run, module.plan(run.stats, run.source.arch, module.Config.model_validate(values)))
 
@@ -272,7 +350,12 @@ def _family(run: Run, config: Mapping[str, Any]) -> Callable[[float], Plan]:
             keys[site.key if site.kind == "ffn" else f"layers.{site.layer}"] = part
 
     def make(densities: Mapping[str, float]) -> Plan:
-        return merge([plan_of(part, 0.5, {key: densities[key] for key, owner in keys.items() if owner == part}) for part in config])
+        return merge(
+            [
+                plan_of(part, 0.5, {key: densities[key] for key, owner in keys.items() if owner == part})
+                for part in config
+            ]
+        )
 
     whole = make(dict.fromkeys(keys, 1.0))
     weights = {key: _governed(run, key, whole) for key in keys}
@@ -284,11 +367,15 @@ def _governed(run: Run, key: str, whole: Plan) -> float:
     """What a unit of a key's density costs: block cost at density 1 less that at 0."""
     own = [site for site in whole if governs(key, site)]
     arch, config = run.source.arch, run.source.config
-    return block_cost(whole, arch, config, dict.fromkeys(whole, 1.0)) - block_cost(whole, arch, config, {s: 0.0 if s in own else 1.0 for s in whole})
+    return block_cost(whole, arch, config, dict.fromkeys(whole, 1.0)) - block_cost(
+        whole, arch, config, {s: 0.0 if s in own else 1.0 for s in whole}
+    )
 
 
 def _searched_training(run: Run, name: str, part: str, config: Any) -> Plan | None:
-    """A trained method goes down LEVELS until the budget breaks; the last two levels are shifted to the budget, and the cheaper one is taken."""
+    """A trained method goes down LEVELS until the budget breaks; the last two levels are shifted to the budget, and the
+    cheaper one is taken.
+    """
     config = config.model_copy(update={"sparsity": 1 - _ABOVE})
     plan, start = load_method(part).plan(run.stats, run.source.arch, config), _start(part, config)
     assert start is not None

@@ -1,7 +1,8 @@
-"""The search for the cheapest plan inside a quality budget: densities of single sites from what each alone costs, then bisection on their mean.
+"""The search for the cheapest plan inside a quality budget: densities of single sites from what each alone costs, then
+bisection on their mean.
 
-A budget bounds what held-out text loses: the rise in perplexity or the divergence from the dense model, or both. It is met on windows kept for the search;
-what is found is judged on others.
+A budget bounds what held-out text loses: the rise in perplexity or the divergence from the dense model, or both. It is
+met on windows kept for the search; what is found is judged on others.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ _SENSITIVITY_WINDOWS = 8
 _ROUGH_SHARE = 8  # the bisection begins on every 8th window
 _STEPS, _ROUGH_STEPS = 6, 6
 _SLACK = 0.02  # a result within 2 % of the budget below it is near enough
-_SURE = 4  # standard errors between a loss and a bound that more windows will not change sides of, however often one looks
+_SURE = (
+    4  # standard errors between a loss and a bound that more windows will not change sides of, however often one looks
+)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a plan loses on the search windows: `nll` is the rise in nats per token, `kl` the divergence from dense, each with its standard error; `density` is
-    the realised share by site.
+    """What a plan loses on the search windows: `nll` is the rise in nats per token, `kl` the divergence from dense,
+    each with its standard error; `density` is the realised share by site.
     """
 
     nll: float
@@ -45,7 +48,9 @@ class Loss:
     kl_error: float = 0.0
 
     def share(self, budget: Budget, errors: float = 0.0) -> float:
-        """The used share of the budget, the tightest bound deciding, with so many standard errors more; above 1 it is broken."""
+        """The used share of the budget, the tightest bound deciding, with so many standard errors more; above 1 it is
+        broken.
+        """
         shares = []
         if budget.max_ppl_increase is not None:
             shares.append((self.nll + errors * self.nll_error) / max(1e-9, math.log1p(budget.max_ppl_increase)))
@@ -59,18 +64,29 @@ class Loss:
 
 
 class Judge:
-    """Measures plans on one model and text, beside that model ungated or the dense `original` that it was made from; of the dense side is kept what fits into
-    `keep_bytes`. Windows must be in random order where a budget may be decided on the first of them.
+    """Measures plans on one model and text, beside that model ungated or the dense `original` that it was made from; of
+    the dense side is kept what fits into `keep_bytes`. Windows must be in random order where a budget may be decided on
+    the first of them.
     """
 
-    def __init__(self, model: Any, arch: Arch, activation: str, batches: Batches, keep_bytes: float = 2e9, original: Any | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        arch: Arch,
+        activation: str,
+        batches: Batches,
+        keep_bytes: float = 2e9,
+        original: Any | None = None,
+    ) -> None:
         self.model, self.arch, self.activation = model, arch, activation
         self.reference = Reference(model, batches, original, keep_bytes)
         self.groups = self.reference.groups
 
     @torch.no_grad()
     def loss(self, plan: Plan, every: int = 1, most: int | None = None, budget: Budget | None = None) -> Loss:
-        """What `plan` loses on every `every`-th group of windows, `most` groups at most; with a `budget` only as many as decide on it."""
+        """What `plan` loses on every `every`-th group of windows, `most` groups at most; with a `budget` only as many
+        as decide on it.
+        """
         gates = make_gates(self.model, plan, self.arch, self.activation)
         total, seen = Totals(), Recorder(counts_only=True)
         for number in list(range(0, len(self.groups), every))[:most]:
@@ -86,13 +102,17 @@ def _loss(total: Totals, seen: Recorder) -> Loss:
 
 
 def governs(key: str, site: Site) -> bool:
-    """Whether a density by this key decides the site: `layers.3.ffn` the network, `layers.3` the linears of the layer."""
+    """Whether a density by this key decides the site: `layers.3.ffn` the network, `layers.3` the linears of
+    the layer.
+    """
     return key == (site.key if site.kind == "ffn" else f"layers.{site.layer}")
 
 
-def sensitivities(judge: Judge, make: Callable[[Mapping[str, float]], Plan], keys: Sequence[str]) -> dict[str, list[float]]:
-    """Divergence (nats) with the sites of one key (as `governs` says) at each density of GRID and every other site dense; `make` gives the plan of densities
-    by key.
+def sensitivities(
+    judge: Judge, make: Callable[[Mapping[str, float]], Plan], keys: Sequence[str]
+) -> dict[str, list[float]]:
+    """Divergence (nats) with the sites of one key (as `governs` says) at each density of GRID and every other site
+    dense; `make` gives the plan of densities by key.
     """
     found: dict[str, list[float]] = {}
     most = max(1, _SENSITIVITY_WINDOWS // len(judge.groups[0]))
@@ -106,12 +126,16 @@ def sensitivities(judge: Judge, make: Callable[[Mapping[str, float]], Plan], key
 
 
 def allocate(curves: Mapping[str, Sequence[float]], weights: Mapping[str, float], mean: float) -> dict[str, float]:
-    """Densities by key with the given mean, weighted by the bytes that each key's density governs: every key goes down the convex hull of its curve over GRID
-    as long as a byte saved there costs less divergence than elsewhere.
+    """Densities by key with the given mean, weighted by the bytes that each key's density governs: every key goes down
+    the convex hull of its curve over GRID as long as a byte saved there costs less divergence than elsewhere.
 
     The sum of the keys' divergences is the least for that mean, as far as divergences add up.
     """
-    steps = sorted((rate / weights[key], order, high - low, key) for key, values in curves.items() for order, (high, low, rate) in enumerate(_hull(values)))
+    steps = sorted(
+        (rate / weights[key], order, high - low, key)
+        for key, values in curves.items()
+        for order, (high, low, rate) in enumerate(_hull(values))
+    )
     densities, left = dict.fromkeys(curves, 1.0), (1.0 - mean) * sum(weights[key] for key in curves)
     for _, _, width, key in steps:
         taken = min(width, left / weights[key])
@@ -123,7 +147,9 @@ def allocate(curves: Mapping[str, Sequence[float]], weights: Mapping[str, float]
 
 
 def _hull(values: Sequence[float]) -> list[tuple[float, float, float]]:
-    """The lower convex hull of (density, divergence) from (1, 0) down to (0, beyond the last): (from, to, nats per unit of density), rates rising."""
+    """The lower convex hull of (density, divergence) from (1, 0) down to (0, beyond the last): (from, to, nats per unit
+    of density), rates rising.
+    """
     beyond = values[-1] + GRID[-1] * 4 * max(values[-1] - values[-2], 1e-9) / (GRID[-2] - GRID[-1])
     points = [(1.0, 0.0), *zip(GRID, values, strict=True), (0.0, beyond)]
     hull: list[tuple[float, float]] = []
@@ -138,11 +164,14 @@ def _rate(a: tuple[float, float], b: tuple[float, float]) -> float:
     return (b[1] - a[1]) / (a[0] - b[0])
 
 
-def sparsest(make: Callable[[float], Plan], judge: Judge, budget: Budget, low: float, high: float) -> tuple[float, Plan, Loss] | None:
-    """The plan of the least level in [low, high] that meets the budget on the search windows, its level and loss; None when `high` does not meet it.
+def sparsest(
+    make: Callable[[float], Plan], judge: Judge, budget: Budget, low: float, high: float
+) -> tuple[float, Plan, Loss] | None:
+    """The plan of the least level in [low, high] that meets the budget on the search windows, its level and loss; None
+    when `high` does not meet it.
 
-    A plan is measured on all windows unless the first of them decide.
-    `make(level)` must lose less the higher the level. A rough bisection on some windows narrows the bracket before the exact one.
+    A plan is measured on all windows unless the first of them decide. `make(level)` must lose less the higher the
+    level. A rough bisection on some windows narrows the bracket before the exact one.
     """
     ends = [low, high]
     for _ in range(_ROUGH_STEPS):
@@ -173,11 +202,16 @@ def sparsest(make: Callable[[float], Plan], judge: Judge, budget: Budget, low: f
 
 def settled(plan: Plan, density: Mapping[Site, float]) -> Plan:
     """The plan with these densities as its calibrated ones."""
-    return {site: [replace(entry, density=density.get(site, entry.density)) for entry in entries] for site, entries in plan.items()}
+    return {
+        site: [replace(entry, density=density.get(site, entry.density)) for entry in entries]
+        for site, entries in plan.items()
+    }
 
 
 def shifted(plan: Plan, shift: float) -> Plan:
-    """A plan that keeps more with a higher `shift`: predictors' logits rise by it, gates' thresholds fall by a quarter of it, relatively."""
+    """A plan that keeps more with a higher `shift`: predictors' logits rise by it, gates' thresholds fall by a quarter
+    of it, relatively.
+    """
 
     def move(entry: Entry) -> Entry:
         if isinstance(entry, Predictor):

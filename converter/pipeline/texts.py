@@ -25,9 +25,13 @@ log = logging.getLogger("sparsegate")
 HELDOUT_WINDOWS = 256
 """Windows to measure on, of which as many are taken as tell the loss."""
 EARLIER_WINDOWS = {False: 64, True: 256}
-"""What a checkpoint was measured on that does not say it: so many windows where a budget was not searched, and where it was."""
+"""What a checkpoint was measured on that does not say it: so many windows where a budget was not searched, and where it
+was.
+"""
 SEARCH_WINDOWS, SEARCH_SHARE = 256, 0.3
-"""Windows that a budget is searched on: so many, at most this share of a given text. They are never calibrated or trained on."""
+"""Windows that a budget is searched on: so many, at most this share of a given text. They are never calibrated or
+trained on.
+"""
 HELDOUT_SHARE = 0.2  # of a user's own calibration text, kept for measuring
 ERROR_SHARE = 0.1  # of a searched budget: what the standard error of the loss may be
 _EVERY = 1 << 30
@@ -35,7 +39,8 @@ _EVERY = 1 << 30
 
 @dataclass(frozen=True)
 class Texts:
-    """Token windows to calibrate on, to train on (those to calibrate on are among them), to measure on, and to search on where there is a search.
+    """Token windows to calibrate on, to train on (those to calibrate on are among them), to measure on, and to search
+    on where there is a search.
 
     No window that is searched or measured on is in another part.
     """
@@ -47,9 +52,17 @@ class Texts:
     name: str
 
 
-def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | None = None, temperature: float = 1.0, streams: bool = False) -> Texts:
-    """The windows that a recipe means: of the bundled texts, of a user's file, whose last fifth is held out, or of text that the model writes itself, which is
-    stored below `work` and sampled at `temperature`, in texts that begin anywhere where `streams`. `training` is the most windows to train on.
+def make_texts(
+    source: Source,
+    recipe: Recipe,
+    training: int = 0,
+    work: Path | None = None,
+    temperature: float = 1.0,
+    streams: bool = False,
+) -> Texts:
+    """The windows that a recipe means: of the bundled texts, of a user's file, whose last fifth is held out, or of text
+    that the model writes itself, which is stored below `work` and sampled at `temperature`, in texts that begin
+    anywhere where `streams`. `training` is the most windows to train on.
 
     Raises InputError for a text that is too short.
     """
@@ -61,13 +74,23 @@ def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | N
     if asked.generated:
         wanted = max(asked.windows, training) + (SEARCH_WINDOWS if recipe.searches else 0)
         heldout = make_heldout(source, recipe)  # which may be too short, before anything is sampled
-        every, name, share = generated(source, wanted, length, recipe.seed, work, temperature, streams), "text sampled from the dense model", 1.0
+        every, name, share = (
+            generated(source, wanted, length, recipe.seed, work, temperature, streams),
+            "text sampled from the dense model",
+            1.0,
+        )
     else:
-        every, heldout = make_batches(source.tokenizer(), text, _EVERY, length, recipe.seed), make_heldout(source, recipe)
+        every, heldout = (
+            make_batches(source.tokenizer(), text, _EVERY, length, recipe.seed),
+            make_heldout(source, recipe),
+        )
     order = torch.randperm(len(every.tokens), generator=torch.Generator().manual_seed(recipe.seed))
     aside = min(SEARCH_WINDOWS, int(len(order) * share)) if recipe.searches else 0
     if recipe.searches and not aside:
-        raise InputError(f"A budget must have windows to search on, got {len(order)} windows of text in all. Give more calibration text.")
+        raise InputError(
+            f"A budget must have windows to search on, got {len(order)} windows of text in all. Give more calibration "
+            "text."
+        )
     pool = order[: len(order) - aside]
     return Texts(
         calibration=_rows(every, pool[: asked.windows]),
@@ -81,13 +104,23 @@ def make_texts(source: Source, recipe: Recipe, training: int = 0, work: Path | N
 def make_heldout(source: Source, recipe: Recipe, windows: int = HELDOUT_WINDOWS) -> Batches:
     """The windows to measure on, in random order; fewer `windows` are the first of more."""
     name, most = "The last fifth of the calibration text", max(windows, HELDOUT_WINDOWS)
-    every = make_batches(source.tokenizer(), _split(recipe, source)[1], most, _length(source, recipe), recipe.seed + 1, name, text_order=False)
+    every = make_batches(
+        source.tokenizer(),
+        _split(recipe, source)[1],
+        most,
+        _length(source, recipe),
+        recipe.seed + 1,
+        name,
+        text_order=False,
+    )
     kept = every.mask.sum(1) > 1  # a window of one token has nothing to predict
     return Batches(every.tokens[kept][:windows], every.mask[kept][:windows])
 
 
 def quality_error(recipe: Recipe) -> float:
-    """The standard error (nats per token) that a loss is to be measured with: less where a budget was searched, which it is judged on."""
+    """The standard error (nats per token) that a loss is to be measured with: less where a budget was searched, which
+    it is judged on.
+    """
     budget, bounds = recipe.budget, [ERROR]
     if recipe.searches:
         bounds += [] if budget.max_ppl_increase is None else [ERROR_SHARE * math.log1p(budget.max_ppl_increase)]
@@ -96,9 +129,13 @@ def quality_error(recipe: Recipe) -> float:
 
 
 def texts_hash(recipe: Recipe) -> str:
-    """Sha256 (hex) of the texts that a recipe names. With the model and the recipe they decide every window, those that the model writes too."""
+    """Sha256 (hex) of the texts that a recipe names. With the model and the recipe they decide every window, those that
+    the model writes too.
+    """
     file = recipe.calibration.file
-    return hash_json(hash_file(Path(file)) if file is not None and Path(file).suffix.lower() in JSON_LINES else _split(recipe)[:2])
+    return hash_json(
+        hash_file(Path(file)) if file is not None and Path(file).suffix.lower() in JSON_LINES else _split(recipe)[:2]
+    )
 
 
 def heldout_name(recipe: Recipe) -> str:
@@ -107,7 +144,9 @@ def heldout_name(recipe: Recipe) -> str:
 
 
 def _length(source: Source, recipe: Recipe) -> int:
-    return min(recipe.calibration.length, int(getattr(source.config, "max_position_embeddings", recipe.calibration.length)))
+    return min(
+        recipe.calibration.length, int(getattr(source.config, "max_position_embeddings", recipe.calibration.length))
+    )
 
 
 def _name(recipe: Recipe) -> str:
@@ -116,21 +155,30 @@ def _name(recipe: Recipe) -> str:
 
 
 def _split(recipe: Recipe, source: Source | None = None) -> tuple[str, str, str]:
-    """Calibration text, held-out text, and what was read of a file with documents, whose conversations the chat template of `source` writes out."""
+    """Calibration text, held-out text, and what was read of a file with documents, whose conversations the chat
+    template of `source` writes out.
+    """
     if recipe.calibration.file is None:
         return read_text(CALIBRATION_TEXT), read_text(HELDOUT_TEXT), ""
-    whole, said = read_whole(Path(recipe.calibration.file), lambda conversations: write_out(None if source is None else source.tokenizer(), conversations))
+    whole, said = read_whole(
+        Path(recipe.calibration.file),
+        lambda conversations: write_out(None if source is None else source.tokenizer(), conversations),
+    )
     cut = int(len(whole) * (1 - HELDOUT_SHARE))
     return whole[:cut], whole[cut:], said
 
 
 def write_out(tokenizer: Any, conversations: list[Conversation]) -> list[str]:
-    """Conversations as texts in a tokenizer's chat template. Raises InputError where it has none or the template fails."""
+    """Conversations as texts in a tokenizer's chat template. Raises InputError where it has none or the
+    template fails.
+    """
     if not conversations:
         return []
     template = getattr(tokenizer, "chat_template", None)
     if not isinstance(template, str):
-        raise InputError("Messages must be of a model with a chat template, got none. Give calibration text in the field text.")
+        raise InputError(
+            "Messages must be of a model with a chat template, got none. Give calibration text in the field text."
+        )
     shared = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": False}
     try:
         return render_all(template, shared, conversations)

@@ -23,13 +23,17 @@ from .timing import Timing, sizes, statistics, timing, tunes, whole
 DEFAULT = 1800.0
 """Seconds that `auto` stays below without being told."""
 LEAST = 0.5
-"""Share of the configured steps below which a training is not worth its time: the defaults are short already, and methods without training lose less."""
+"""Share of the configured steps below which a training is not worth its time: the defaults are short already, and
+methods without training lose less.
+"""
 DECISION, _FILE = "decision", "decision.json"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Steps by trained method (0: left out), expected seconds by stage, and what a person is to know before it begins, one line each."""
+    """Steps by trained method (0: left out), expected seconds by stage, and what a person is to know before it begins,
+    one line each.
+    """
 
     steps: Mapping[str, int]
     seconds: Mapping[str, float]
@@ -60,12 +64,21 @@ def within(recipe: Recipe, time_budget: str | None, named: bool) -> Recipe:
     except ValueError as error:
         raise InputError(f"--time-budget {error}") from None
     if named:
-        raise InputError("--recipe must stand without the flags that it covers, got --time-budget as well. Put time_budget into the recipe.")
+        raise InputError(
+            "--recipe must stand without the flags that it covers, got --time-budget as well. Put time_budget into the "
+            "recipe."
+        )
     return recipe.model_copy(update={"time_budget": time_budget})
 
 
 def decide(
-    arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]], source_bytes: int, recipe: Recipe, configs: Configs, device: str = "cpu"
+    arch: Arch,
+    config: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    source_bytes: int,
+    recipe: Recipe,
+    configs: Configs,
+    device: str = "cpu",
 ) -> Decision:
     """Probe this machine and choose. Raises InputError as `choose` does."""
     begun = time.perf_counter()
@@ -76,9 +89,10 @@ def decide(
 
 
 def choose(found: Timing, recipe: Recipe) -> Decision:
-    """The methods and steps that fit: methods without training always, trainings in what is left, all with the same share of their steps, at least LEAST of
-    them; where that is too much, the longest one is left out. Methods whose steps the recipe gives stay, and so does a method that is asked for by name
-    without a time budget; `auto` has DEFAULT.
+    """The methods and steps that fit: methods without training always, trainings in what is left, all with the same
+    share of their steps, at least LEAST of them; where that is too much, the longest one is left out. Methods whose
+    steps the recipe gives stay, and so does a method that is asked for by name without a time budget; `auto` has
+    DEFAULT.
 
     Raises InputError when the one method that a time budget is given for does not fit.
     """
@@ -95,9 +109,15 @@ def choose(found: Timing, recipe: Recipe) -> Decision:
     seconds = found.seconds(steps)
     total = sum(seconds.values())
     if limit is None and total > DEFAULT:
-        notes.append(f"this takes about {whole([total])} on this machine" + ("; --time-budget 30m cuts the training" if found.trainings else ""))
+        notes.append(
+            f"this takes about {whole([total])} on this machine"
+            + ("; --time-budget 30m cuts the training" if found.trainings else "")
+        )
     if limit is not None and total > 1.01 * limit:
-        notes.append(f"this takes about {whole([total])} on this machine, more than the {whole([limit])} of its time budget: only trainings are cut")
+        notes.append(
+            f"this takes about {whole([total])} on this machine, more than the {whole([limit])} of its time budget: "
+            "only trainings are cut"
+        )
     return Decision(steps, seconds, tuple(notes))
 
 
@@ -118,7 +138,8 @@ def _fitting(found: Timing, free: Mapping[str, Any], limit: float, auto: bool) -
         if not auto:
             wanted = rest + LEAST * steps
             raise InputError(
-                f"--time-budget must be at least {_flag(wanted)} for {longest} on this machine, got {_flag(limit)}. Give it, or take a method without training."
+                f"--time-budget must be at least {_flag(wanted)} for {longest} on this machine, got {_flag(limit)}. "
+                "Give it, or take a method without training."
             )
         out[longest] = 0
 
@@ -131,9 +152,15 @@ def _note(name: str, steps: int, found: Timing, limit: float) -> str:
     training = found.trainings[name]
     alone = training.seconds(training.steps)
     if steps:
-        return f"{name} is trained for {steps} of {training.steps} steps, to stay within {whole([limit])}; all take {whole([alone])}"
+        return (
+            f"{name} is trained for {steps} of {training.steps} steps, to stay within {whole([limit])}; all take "
+            f"{whole([alone])}"
+        )
     everything = sum(found.seconds({}).values())
-    return f"left out: {name} would take {whole([alone])}; give --time-budget {_flag(everything)} or name it with --method {name}"
+    return (
+        f"left out: {name} would take {whole([alone])}; give --time-budget {_flag(everything)} or name it with "
+        f"--method {name}"
+    )
 
 
 def _flag(seconds: float) -> str:
@@ -141,7 +168,9 @@ def _flag(seconds: float) -> str:
     if seconds <= 100:
         return f"{max(1, -int(-seconds // 1))}s"
     minutes = -int(-seconds // 60)
-    return f"{minutes}m" if minutes < 100 else f"{minutes // 60}h{minutes % 60}m" if minutes % 60 else f"{minutes // 60}h"
+    return (
+        f"{minutes}m" if minutes < 100 else f"{minutes // 60}h{minutes % 60}m" if minutes % 60 else f"{minutes // 60}h"
+    )
 
 
 def decided(recipe: Recipe, decision: Decision) -> Recipe:
@@ -149,12 +178,19 @@ def decided(recipe: Recipe, decision: Decision) -> Recipe:
     if not decision.steps:
         return recipe
     *before, last = recipe.stages
-    return recipe.model_copy(update={"stages": (*before, last.model_copy(update={"steps": dict(last.steps) | dict(decision.steps)}))})
+    return recipe.model_copy(
+        update={"stages": (*before, last.model_copy(update={"steps": dict(last.steps) | dict(decision.steps)}))}
+    )
 
 
 def header(fingerprint: str, recipe: Recipe) -> Header:
     """Of the decision for a model and a recipe as asked."""
-    return Header(format="decision", parents={"model": fingerprint}, config={"recipe": recipe.model_dump(mode="json")}, seed=recipe.seed)
+    return Header(
+        format="decision",
+        parents={"model": fingerprint},
+        config={"recipe": recipe.model_dump(mode="json")},
+        seed=recipe.seed,
+    )
 
 
 def stored(work: Path, wanted: Callable[[], Header]) -> Decision | None:
@@ -169,5 +205,8 @@ def keep(work: Path, wanted: Header, decision: Decision) -> None:
     """Store a decision for later runs, where it is not stored yet."""
     if not is_finished(work / DECISION, wanted):
         with atomic_folder(work / DECISION) as partial:
-            write_json(partial / _FILE, {"steps": dict(decision.steps), "seconds": dict(decision.seconds), "notes": list(decision.notes)})
+            write_json(
+                partial / _FILE,
+                {"steps": dict(decision.steps), "seconds": dict(decision.seconds), "notes": list(decision.notes)},
+            )
             write_header(partial, wanted)

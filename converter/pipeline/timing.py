@@ -1,4 +1,6 @@
-"""Seconds of every stage of a conversion, from what a probe measured of the machine, the model's sizes and the recipe. Nothing here is measured."""
+"""Seconds of every stage of a conversion, from what a probe measured of the machine, the model's sizes and the recipe.
+Nothing here is measured.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,20 @@ from .recipe import Recipe, training_stages
 from .search import GRID
 from .texts import HELDOUT_SHARE, HELDOUT_WINDOWS, SEARCH_SHARE, SEARCH_WINDOWS
 
-_LOST = {"gate": 0.056, "trained_gate": 0.025, "chess": 0.033, "cett": 0.104, "predictor": 0.114, "teal": 0.05, "wina": 0.06}
+_LOST = {
+    "gate": 0.056,
+    "trained_gate": 0.025,
+    "chess": 0.033,
+    "cett": 0.104,
+    "predictor": 0.114,
+    "teal": 0.05,
+    "wina": 0.06,
+}
 _LOST_BY_OTHERS, _VARIANCE, _PREDICTOR_VARIANCE = 0.05, 0.02, 0.03
-"""Nats per token that a layer loses, by the cube of the share that is skipped, and the variance over windows of the paired difference, by the nats lost. On
-SmolLM2-135M .3 to .7 of the neurons skipped lose gates .085 a layer, CHESS .04, CETT .12, channels .06 (predictors .14 at .5), half of them in the bundled
-model .037, .028 and .09; the figures are between the two. The variance is .016 to .03 of what is lost, under predictors .022 and .039.
+"""Nats per token that a layer loses, by the cube of the share that is skipped, and the variance over windows of the
+paired difference, by the nats lost. On SmolLM2-135M .3 to .7 of the neurons skipped lose gates .085 a layer, CHESS .04,
+CETT .12, channels .06 (predictors .14 at .5), half of them in the bundled model .037, .028 and .09; the figures are
+between the two. The variance is .016 to .03 of what is lost, under predictors .022 and .039.
 """
 _START = 3.0  # seconds until torch and transformers are imported and a model's files are checked
 _BUILDER = 0.5  # seconds of the builder and of what it imports, beside what grows with the graph
@@ -55,8 +66,8 @@ _SOFTMAX = 0.5  # of a side of a comparison: without the product
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model and its text in numbers: parameters in all and of the blocks' own, bytes of its files and of its float32 graph; windows of `length` tokens to
-    calibrate on, in `characters` of text.
+    """A model and its text in numbers: parameters in all and of the blocks' own, bytes of its files and of its float32
+    graph; windows of `length` tokens to calibrate on, in `characters` of text.
     """
 
     layers: int
@@ -78,7 +89,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Training:
-    """What a method's training end to end takes: `steps` as configured, seconds by one of them, all its densities together, and seconds beside the steps."""
+    """What a method's training end to end takes: `steps` as configured, seconds by one of them, all its densities
+    together, and seconds beside the steps.
+    """
 
     steps: int
     step: float
@@ -111,7 +124,21 @@ class Timing:
         return {stage: found[stage] for stage in sorted(found, key=_place)}
 
 
-_ORDER = ("open", "text", "base graph", "calibrate", "train", "plan", "search", "quality", "export", "agreement", "speed", "dense references", "report")
+_ORDER = (
+    "open",
+    "text",
+    "base graph",
+    "calibrate",
+    "train",
+    "plan",
+    "search",
+    "quality",
+    "export",
+    "agreement",
+    "speed",
+    "dense references",
+    "report",
+)
 
 
 def _place(stage: str) -> int:
@@ -127,7 +154,11 @@ def sizes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]], source
     file = Path(recipe.calibration.file) if recipe.calibration.file else CALIBRATION_TEXT
     characters = file.stat().st_size if file.is_file() else 0
     length = min(recipe.calibration.length, int(getattr(config, "max_position_embeddings", recipe.calibration.length)))
-    windows = recipe.calibration.windows if recipe.calibration.generated else max(2, min(recipe.calibration.windows, characters // (3 * length)))
+    windows = (
+        recipe.calibration.windows
+        if recipe.calibration.generated
+        else max(2, min(recipe.calibration.windows, characters // (3 * length)))
+    )
     graph = 4 * (parameters + (vocabulary * hidden if tied else 0))
     return Sizes(layers, hidden, units, vocabulary, parameters, source_bytes, graph, windows, length, characters)
 
@@ -172,12 +203,16 @@ def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timin
         + answers
         + 6 * read,
         "speed": 4 * read + 2 * runs * (prompt * prefill + narrow * new * decode),
-        "dense references": _references(size, rates, precision, forward, prefill, decode) if recipe.export.target == "cpu" else 0.0,
+        "dense references": _references(size, rates, precision, forward, prefill, decode)
+        if recipe.export.target == "cpu"
+        else 0.0,
         "report": _PLOTS + read,
     }
     if narrow < 1:
         stages["base graph"] += 4 * read
-        dense_windows = _text_windows(size, recipe) if recipe.budget.bounded else min(DENSE_WINDOWS, _text_windows(size, recipe))
+        dense_windows = (
+            _text_windows(size, recipe) if recipe.budget.bounded else min(DENSE_WINDOWS, _text_windows(size, recipe))
+        )
         for stage, tokens in (("quality", dense_windows * size.length), ("agreement", measured)):
             stages[stage] += tokens * (forward + rates.head + side + prefill)
     if recipe.calibration.generated:
@@ -196,11 +231,23 @@ def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timin
 
 
 def _windows(size: Sizes, recipe: Recipe, configs: Configs) -> int:
-    """Windows that tell every method's loss: those that bring its standard error below ERROR, whole groups of them, within what the text has."""
-    spread = [_spread(part, getattr(values, "sparsity", 0.5)) * size.layers for parts in configs.values() for part, values in parts.items()]
+    """Windows that tell every method's loss: those that bring its standard error below ERROR, whole groups of them,
+    within what the text has.
+    """
+    spread = [
+        _spread(part, getattr(values, "sparsity", 0.5)) * size.layers
+        for parts in configs.values()
+        for part, values in parts.items()
+    ]
     wanted = HELDOUT_WINDOWS if recipe.searches else max(spread, default=0.0) / ERROR**2
     group = max(1, GROUP_TOKENS // size.length)
-    return int(min(math.ceil(max(LEAST_WINDOWS, wanted) / group) * group, MOST_TOKENS / size.length, _text_windows(size, recipe)))
+    return int(
+        min(
+            math.ceil(max(LEAST_WINDOWS, wanted) / group) * group,
+            MOST_TOKENS / size.length,
+            _text_windows(size, recipe),
+        )
+    )
 
 
 def _spread(part: str, share: float) -> float:
@@ -221,7 +268,9 @@ def _references(size: Sizes, rates: Rates, precision: str, forward: float, prefi
     for name, narrow in _NARROW.items():
         total += runs * (2 * prompt * prefill + (1 + narrow) * new * decode)
         if name != precision:
-            total += size.graph_bytes * (rates.write + 6 * rates.hash) + windows * size.length * (forward + (1 + _SOFTMAX) * rates.head + prefill)
+            total += size.graph_bytes * (rates.write + 6 * rates.hash) + windows * size.length * (
+                forward + (1 + _SOFTMAX) * rates.head + prefill
+            )
     return total
 
 
@@ -240,7 +289,11 @@ def _each(name: str, parts: Mapping[str, BaseModel], size: Sizes, rates: Rates, 
             found["plan"] += 0.05 * size.layers
     if recipe.searches and name != TUNED:
         windows = min(SEARCH_WINDOWS, int(SEARCH_SHARE * max(size.windows, size.characters // (4 * size.length))))
-        alone = len(GRID) * size.layers * 8 if any("densities" in type(values).model_fields for values in parts.values()) else 0
+        alone = (
+            len(GRID) * size.layers * 8
+            if any("densities" in type(values).model_fields for values in parts.values())
+            else 0
+        )
         found[f"search {name}"] = (_SEARCH_PASSES * windows + alone) * window + windows * window
     return found
 
@@ -248,8 +301,12 @@ def _each(name: str, parts: Mapping[str, BaseModel], size: Sizes, rates: Rates, 
 def _training(part: str, values: Any, size: Sizes, rates: Rates, recipe: Recipe) -> Training:
     tune: Tune = values.tune
     begins = getattr(load_method(part), "start", lambda _: None)(values)
-    once = not recipe.searches and begins is not None and begins < 1  # what is skipped from the start has its residual from there
-    runs = (_LEVELS if recipe.searches else 1) + (values.residual == "trained" and not once) * (2 if recipe.searches else 1)
+    once = (
+        not recipe.searches and begins is not None and begins < 1
+    )  # what is skipped from the start has its residual from there
+    runs = (_LEVELS if recipe.searches else 1) + (values.residual == "trained" and not once) * (
+        2 if recipe.searches else 1
+    )
     step = _SPREAD_OUT * tune.windows * size.length * (size.layers * rates.train[part] + rates.train_head)
     window = size.length * size.layers * rates.forward
     noise = (size.layers + 2) * _NOISE_WINDOWS * (window + size.length * rates.head)
@@ -257,7 +314,9 @@ def _training(part: str, values: Any, size: Sizes, rates: Rates, recipe: Recipe)
 
 
 def _recovery(size: Sizes, rates: Rates, recipe: Recipe) -> dict[str, float]:
-    """Seconds of the stages that train weights: a teacher's and a student's pass, the gradients of inputs and weights, and the text that the source writes."""
+    """Seconds of the stages that train weights: a teacher's and a student's pass, the gradients of inputs and weights,
+    and the text that the source writes.
+    """
     found: dict[str, float] = {}
     stages = training_stages(recipe)
     for number, stage in enumerate(stages):

@@ -41,10 +41,12 @@ def tune(
     seed: int | None = None,
     device: str = "cpu",
 ) -> Tuned:
-    """Write OUT, the recovered checkpoint of a dense model, with its record in report/recovery.json; `model` None is the one that comes with sparsegate.
+    """Write OUT, the recovered checkpoint of a dense model, with its record in report/recovery.json; `model` None is
+    the one that comes with sparsegate.
 
-    `recipe` is a file or the name of one that comes along, of which the training stages are run; the other arguments replace parts of them. Under torchrun all
-    processes call this. Raises InputError for every user's mistake; OUT then does not appear, and the same call goes on with an interrupted training.
+    `recipe` is a file or the name of one that comes along, of which the training stages are run; the other arguments
+    replace parts of them. Under torchrun all processes call this. Raises InputError for every user's mistake; OUT then
+    does not appear, and the same call goes on with an interrupted training.
     """
     asked = read_recipe(named_recipe(recipe or DEFAULT), None if model is None else str(model), BUNDLED_MODEL)
     if seed is not None and not 0 <= seed <= MOST_SEED:
@@ -55,7 +57,11 @@ def tune(
     stages = tuple(_changed(stage, data, steps, density, lora) for stage in stages)
     if activation:
         stages = (stages[0].model_copy(update={"config": {"activation": activation}}), *stages[1:])
-    out = Path(output) if output else Path(f"{BUNDLED_NAME if asked.model == BUNDLED_MODEL else Path(asked.model).absolute().name}-tuned")
+    out = (
+        Path(output)
+        if output
+        else Path(f"{BUNDLED_NAME if asked.model == BUNDLED_MODEL else Path(asked.model).absolute().name}-tuned")
+    )
     check_out(out)
     if out.exists():
         raise InputError(f"OUT must be a new folder, got {out}, which exists. Choose another -o, or remove the folder.")
@@ -81,12 +87,18 @@ def tune(
         return replace(found, folder=out, rank=world().rank)
 
 
-def _changed(stage: Stage, data: Sequence[str | Path] | None, steps: int | None, density: float | None, lora: int | None) -> Stage:
+def _changed(
+    stage: Stage, data: Sequence[str | Path] | None, steps: int | None, density: float | None, lora: int | None
+) -> Stage:
     """A stage with what a person gave in place of its training's."""
     assert stage.tune is not None
     values = stage.tune.model_dump()
     if data:
-        mixture = [] if [str(path) for path in data] == [SELF] else [{"name": Path(data[0]).name, "share": 1.0, "files": [str(path) for path in data]}]
+        mixture = (
+            []
+            if [str(path) for path in data] == [SELF]
+            else [{"name": Path(data[0]).name, "share": 1.0, "files": [str(path) for path in data]}]
+        )
         values["data"] |= {"mixture": mixture}
     values |= {} if steps is None else {"steps": steps}
     values["penalty"] |= {} if density is None else {"density": density}

@@ -1,7 +1,8 @@
-"""What a person sees of long work, on stderr: stages with their seconds, the progress of the one that runs, and the share and time left of the whole job.
+"""What a person sees of long work, on stderr: stages with their seconds, the progress of the one that runs, and the
+share and time left of the whole job.
 
-On a terminal the running stage is one live line and a finished one leaves a line. Elsewhere there is a line for every finished stage, and one at most
-every minute, the rarer the longer it takes, for one that runs.
+On a terminal the running stage is one live line and a finished one leaves a line. Elsewhere there is a line for every
+finished stage, and one at most every minute, the rarer the longer it takes, for one that runs.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class _Loop:
 
 @dataclass
 class _Stage:
-    """A stage, its loops from the outermost inwards, its seconds without those of stages apart, the share of it that is through and the share that was when
-    it began, and whether it was found finished.
+    """A stage, its loops from the outermost inwards, its seconds without those of stages apart, the share of it that is
+    through and the share that was when it began, and whether it was found finished.
     """
 
     name: str
@@ -100,8 +101,8 @@ class _Stage:
 
 
 class Job:
-    """Seconds by stage, as they happened and as they were expected. A stage that was found finished has 0; `resumed` are these, `partly` those that found a
-    part of their work done.
+    """Seconds by stage, as they happened and as they were expected. A stage that was found finished has 0; `resumed`
+    are these, `partly` those that found a part of their work done.
     """
 
     def __init__(self, expected: Mapping[str, float] | None = None) -> None:
@@ -129,12 +130,19 @@ class Job:
                 self.partly.add(ended.name)
 
     def rows(self) -> list[tuple[str, float | None, float]]:
-        """Name, expected seconds (None: none were, or work was found done, which they count) and seconds of every finished stage, in order."""
+        """Name, expected seconds (None: none were, or work was found done, which they count) and seconds of every
+        finished stage, in order.
+        """
         found = self.resumed | self.partly
-        return [(name, None if name in found else self.expected.get(name), seconds) for name, seconds in self.seconds.items()]
+        return [
+            (name, None if name in found else self.expected.get(name), seconds)
+            for name, seconds in self.seconds.items()
+        ]
 
     def outlook(self, stages: list[_Stage]) -> tuple[float, float] | None:
-        """The share of the whole job that is through and the seconds left, at the pace so far; None without expectations. `stages` are those that run."""
+        """The share of the whole job that is through and the seconds left, at the pace so far; None without
+        expectations. `stages` are those that run.
+        """
         whole, running = sum(self.expected.values()), {stage.name: stage for stage in stages}
         if not whole:
             return None
@@ -154,7 +162,9 @@ class Job:
 
 
 def _rest(stage: _Stage, earlier: float, expected: float) -> tuple[float, float]:
-    """The share of a running stage that is through and the seconds it will still take; `earlier` are the seconds of its finished parts."""
+    """The share of a running stage that is through and the seconds it will still take; `earlier` are the seconds of its
+    finished parts.
+    """
     if stage.share is not None and not earlier:
         left = stage.left()
         return stage.share, expected * (1 - stage.share) if left is None else left
@@ -191,7 +201,12 @@ class _File(_Nothing):
         if time.monotonic() - self.last >= max(EVERY, _RARER * stage.elapsed()):
             self.last = time.monotonic()
             share = "" if stage.share is None else f"{stage.share:.0%}"
-            self._say(_line(stage.name, "; ".join(filter(None, (share, stage.counts(), f"{_time(stage.elapsed())} so far", _left(stage))))))
+            self._say(
+                _line(
+                    stage.name,
+                    "; ".join(filter(None, (share, stage.counts(), f"{_time(stage.elapsed())} so far", _left(stage)))),
+                )
+            )
 
     def end(self, stage: _Stage, line: str | None) -> None:
         if line is not None:
@@ -212,7 +227,9 @@ class _Terminal(_Nothing):
 
     def begin(self, stage: _Stage) -> None:
         self._clear()
-        self.bar = tqdm(total=1.0, bar_format=self._form(stage), file=self.stream, leave=False, dynamic_ncols=True, mininterval=0)
+        self.bar = tqdm(
+            total=1.0, bar_format=self._form(stage), file=self.stream, leave=False, dynamic_ncols=True, mininterval=0
+        )
 
     def moved(self, stage: _Stage) -> None:
         if time.monotonic() - self.drawn > _DRAWN:
@@ -250,13 +267,18 @@ class _Relay(_Nothing):
         if time.monotonic() - self.last >= _RELAY and stage.loops:
             self.last, loop = time.monotonic(), stage.loops[0]
             partial = self.path.with_name(f"{self.path.name}.partial")
-            partial.write_text(json.dumps({"done": loop.done, "total": loop.total, "unit": loop.unit, "note": loop.note}), encoding="utf-8")
+            partial.write_text(
+                json.dumps({"done": loop.done, "total": loop.total, "unit": loop.unit, "note": loop.note}),
+                encoding="utf-8",
+            )
             partial.replace(self.path)
 
 
 @dataclass
 class _Work:
-    """What runs in this process: the job, its stages (the last one runs, those before it wait), and where it is shown."""
+    """What runs in this process: the job, its stages (the last one runs, those before it wait), and where
+    it is shown.
+    """
 
     level: Level = "normal"
     stream: TextIO | None = None
@@ -278,7 +300,9 @@ _work = _Work()
 
 @contextmanager
 def shown(level: Level = "normal", stream: TextIO | None = None) -> Iterator[None]:
-    """How much jobs inside the block show: no stages (quiet), or with `verbose` what libraries say too; on `stream`, stderr when there is none."""
+    """How much jobs inside the block show: no stages (quiet), or with `verbose` what libraries say too; on `stream`,
+    stderr when there is none.
+    """
     before = _work.level, _work.stream
     _work.level, _work.stream = level, stream
     try:
@@ -289,7 +313,8 @@ def shown(level: Level = "normal", stream: TextIO | None = None) -> Iterator[Non
 
 @contextmanager
 def job(expected: Mapping[str, float] | None = None) -> Iterator[Job]:
-    """A job of several stages, with the expected seconds by stage where they are known; a job inside another one is a part of it.
+    """A job of several stages, with the expected seconds by stage where they are known; a job inside another one is a
+    part of it.
 
     Libraries are silent inside, unless `shown` says verbose.
     """
@@ -307,7 +332,9 @@ def job(expected: Mapping[str, float] | None = None) -> Iterator[Job]:
 
 @contextmanager
 def stage(name: str, apart: bool = False) -> Iterator[None]:
-    """A named stretch of work. Inside another one it is a part of that one, unless it stands `apart`: then the other one's clock waits."""
+    """A named stretch of work. Inside another one it is a part of that one, unless it stands `apart`: then the other
+    one's clock waits.
+    """
     if _work.stages and not apart:
         yield
         return
@@ -343,7 +370,9 @@ def _end(begun: _Stage, ended: bool) -> None:
     with _work.lock:
         begun.pause()
         _work.stages.remove(begun)
-        _work.display.end(begun, _line(begun.name, "resumed" if begun.resumed else f"{begun.before:.1f} s") if ended else None)
+        _work.display.end(
+            begun, _line(begun.name, "resumed" if begun.resumed else f"{begun.before:.1f} s") if ended else None
+        )
         if _work.job is not None:
             _work.job.add(begun)
         if _work.stages:
@@ -354,7 +383,9 @@ def _end(begun: _Stage, ended: bool) -> None:
 
 
 def resumed(name: str | None = None) -> None:
-    """Say that a stage was found finished and took no time in this job: the running one, or one by its name, unless that has done something before."""
+    """Say that a stage was found finished and took no time in this job: the running one, or one by its name, unless
+    that has done something before.
+    """
     with _work.lock:
         if name is None:
             if _work.stages:
@@ -379,14 +410,19 @@ def partly() -> None:
 
 
 def track(iterable: Iterable[Item], total: int | None = None, unit: str = "step") -> Iterator[Item]:
-    """The items one by one, counted as passes of a loop of the running stage; `total` is their number, where it can't be asked of `iterable`.
+    """The items one by one, counted as passes of a loop of the running stage; `total` is their number, where it can't
+    be asked of `iterable`.
 
-    Of loops inside one another the outermost is shown, and the others as parts of its passes. Outside of a stage nothing is shown.
+    Of loops inside one another the outermost is shown, and the others as parts of its passes. Outside of a stage
+    nothing is shown.
     """
     if not _work.stages:
         yield from iterable
         return
-    running, loop = _work.stages[-1], _Loop(total if total is not None else getattr(iterable, "__len__", lambda: None)(), unit)
+    running, loop = (
+        _work.stages[-1],
+        _Loop(total if total is not None else getattr(iterable, "__len__", lambda: None)(), unit),
+    )
     running.loops.append(loop)
     try:
         for item in iterable:
@@ -399,7 +435,8 @@ def track(iterable: Iterable[Item], total: int | None = None, unit: str = "step"
 
 
 def update(done: float, total: float | None = None, note: str = "", unit: str = "step") -> None:
-    """Say how far a loop of the running stage is that counts itself: `done` of `total`, and a note such as "loss .12" (the last one, where it is empty).
+    """Say how far a loop of the running stage is that counts itself: `done` of `total`, and a note such as "loss .12"
+    (the last one, where it is empty).
 
     The loop is over when `done` reaches `total`. Outside of a stage nothing is shown.
     """
@@ -450,7 +487,9 @@ def _ticking() -> Iterator[None]:
 
 @contextmanager
 def relayed(path: Path | None) -> Iterator[None]:
-    """In a process that another one started: loops are written to `path`, where there is one, for the other one to `follow`, and nothing is shown."""
+    """In a process that another one started: loops are written to `path`, where there is one, for the other one to
+    `follow`, and nothing is shown.
+    """
     with silenced(), shown("quiet"), stage(""):
         if path is not None:
             _work.display = _Relay(path)

@@ -13,7 +13,8 @@ _TALKATIVE = ("onnxscript", "onnx_ir", "datasets", "lm_eval", "torch.onnx")
 
 @contextmanager
 def silenced(bars: bool = False) -> Iterator[None]:
-    """Log lines below errors, Python warnings and progress bars of the libraries are switched off inside the block, and are as before after it.
+    """Log lines below errors, Python warnings and progress bars of the libraries are switched off inside the block, and
+    are as before after it.
 
     `bars` leaves those of the Hub's transfers, which are the only sight of a download.
     """
@@ -41,11 +42,17 @@ def _hub(bars: bool) -> Iterator[None]:
 
 @contextmanager
 def _transformers() -> Iterator[None]:
-    """Its reports on loaded weights, generation's warnings and the bar over the weights; its switch for bars also moves the Hub's, which are put back."""
+    """Its reports on loaded weights, generation's warnings and the bar over the weights; its switch for bars also moves
+    the Hub's, which are put back.
+    """
     from huggingface_hub import utils
     from transformers.utils import logging as switches
 
-    level, active, hub = switches.get_verbosity(), switches.is_progress_bar_enabled(), utils.are_progress_bars_disabled()
+    level, active, hub = (
+        switches.get_verbosity(),
+        switches.is_progress_bar_enabled(),
+        utils.are_progress_bars_disabled(),
+    )
     switches.set_verbosity_error()
     switches.disable_progress_bar()
     if not hub:
@@ -71,7 +78,9 @@ def _level(name: str) -> Iterator[None]:
 
 @contextmanager
 def datasets_silenced() -> Iterator[None]:
-    """The bars of the optional library datasets are switched off inside the block. It takes a second to import, so only what reads data sets does so."""
+    """The bars of the optional library datasets are switched off inside the block. It takes a second to import, so only
+    what reads data sets does so.
+    """
     try:
         from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars  # type: ignore[import-not-found]
     except ImportError:

@@ -1,10 +1,36 @@
-"""Reports: tables, plots and the model card, HTML pages and curves, all generated from stored JSON (`Report`, `Evaluation`, `Curves`)."""
+"""Reports: tables, plots and the model card, HTML pages and curves, all generated from stored JSON (`Report`,
+`Evaluation`, `Curves`).
+"""
 
 from __future__ import annotations
 
 from ..checkpoint.manifest import installed_versions
-from ..evaluation.records import EVALUATION, RESULTS, Check, Evaluation, Layer, Machine, OnnxRow, Reference, Report, Row, Speed, StageTime, Text, this_machine
-from ..evaluation.recovery_record import RECOVERY, CurvePoint, DenseQuality, HeldoutPoint, RecoveryRecord, SiteDensity, SwappedQuality, TrainingText
+from ..evaluation.records import (
+    EVALUATION,
+    RESULTS,
+    Check,
+    Evaluation,
+    Layer,
+    Machine,
+    OnnxRow,
+    Reference,
+    Report,
+    Row,
+    Speed,
+    StageTime,
+    Text,
+    this_machine,
+)
+from ..evaluation.recovery_record import (
+    RECOVERY,
+    CurvePoint,
+    DenseQuality,
+    HeldoutPoint,
+    RecoveryRecord,
+    SiteDensity,
+    SwappedQuality,
+    TrainingText,
+)
 from .card import BaseCard, read_base_card, write_card
 from .change import Change, perplexity_change
 from .comparison import reference_table

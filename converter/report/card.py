@@ -1,4 +1,6 @@
-"""The model card: README.md with the Hub's metadata, generated from a report and the base model's own card. It states nothing that was not measured."""
+"""The model card: README.md with the Hub's metadata, generated from a report and the base model's own card. It states
+nothing that was not measured.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,16 @@ from .comparison import reference_table
 from .markdown import code, fenced, inline, target
 from .plots import CANDIDATES
 from .recovery import before_after_table, spent_table, zeros_table
-from .tables import check_table, detail_table, layer_table, onnx_detail_table, onnx_table, quality_table, ratio_text, speed_table
+from .tables import (
+    check_table,
+    detail_table,
+    layer_table,
+    onnx_detail_table,
+    onnx_table,
+    quality_table,
+    ratio_text,
+    speed_table,
+)
 from .verdict import make_verdict, read_recovery
 
 TAGS = ("onnx", "onnxruntime", "onnxruntime-genai", "sparse", "activation-sparsity")
@@ -31,7 +42,9 @@ logger = logging.getLogger("sparsegate")
 
 @dataclass(frozen=True)
 class BaseCard:
-    """What the card takes over from the base model: Hub id and commit, when it has them, licence, languages, and the files with the licence's text."""
+    """What the card takes over from the base model: Hub id and commit, when it has them, licence, languages, and the
+    files with the licence's text.
+    """
 
     id: str | None = None
     revision: str | None = None
@@ -43,14 +56,22 @@ class BaseCard:
 
 
 def read_base_card(folder: Path, id: str | None = None, revision: str | None = None) -> BaseCard:
-    """Read a model folder's README.md front matter and find its licence files. A README without front matter, or none, gives a card without a licence."""
+    """Read a model folder's README.md front matter and find its licence files. A README without front matter, or none,
+    gives a card without a licence.
+    """
     readme = regular(folder / "README.md")
     try:
         data: dict[str, Any] = (metadata_load(readme) if readme.is_file() else None) or {}
     except (ValueError, yaml.YAMLError):
         logger.warning("The front matter of %s is no YAML mapping; the licence has to be filled in by hand.", readme)
         data = {}
-    files = tuple(sorted(regular(path) for path in folder.iterdir() if path.is_file() and _LICENCE_FILES.match(path.name) and is_data(path.name)))
+    files = tuple(
+        sorted(
+            regular(path)
+            for path in folder.iterdir()
+            if path.is_file() and _LICENCE_FILES.match(path.name) and is_data(path.name)
+        )
+    )
     license, name, link = data.get("license"), data.get("license_name"), data.get("license_link")
     if license is None and files:
         license, name, link = "other", "license-of-the-base-model", files[0].name
@@ -58,12 +79,17 @@ def read_base_card(folder: Path, id: str | None = None, revision: str | None = N
         link = f"{constants.ENDPOINT}/{id}/blob/{revision or 'main'}/{link}" if id else None
     language = [] if data.get("language") is None else data["language"]
     # YAML 1.1 reads the code of Norwegian as the boolean false
-    codes = tuple("no" if code is False else str(code) for code in (language if isinstance(language, list) else [language]))
-    return BaseCard(id, revision, _text(license), _text(name), target(_text(link), tuple(path.name for path in files)), codes, files)
+    codes = tuple(
+        "no" if code is False else str(code) for code in (language if isinstance(language, list) else [language])
+    )
+    return BaseCard(
+        id, revision, _text(license), _text(name), target(_text(link), tuple(path.name for path in files)), codes, files
+    )
 
 
 def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | None = None) -> Path:
-    """Write `folder`/README.md and copy the base model's licence files beside it. Plots that lie in `folder`/report are shown, and the record of a recovery.
+    """Write `folder`/README.md and copy the base model's licence files beside it. Plots that lie in `folder`/report are
+    shown, and the record of a recovery.
 
     `repo_id` is what the usage examples download; without it they name OWNER/NAME.
     """
@@ -84,7 +110,9 @@ def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | No
         datasets=[report.calibration.dataset] if report.calibration.dataset else None,
         tags=list(TAGS),
     )
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     environment.filters |= {"inline": inline, "code": code}
     template = environment.from_string((Path(__file__).parent / "card.md.jinja").read_text(encoding="utf-8"))
     repo = repo_id or "OWNER/NAME"
@@ -115,7 +143,10 @@ def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | No
         speed=inline(speed_sentence(report)),
         recipe=fenced(yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True), "yaml"),
         versions=inline(", ".join(f"{name} {version}" for name, version in report.versions.items())),
-        plots=sorted((path.relative_to(folder).as_posix() for path in (folder / "report").glob("*.png")), key=lambda name: (name != CANDIDATES, name)),
+        plots=sorted(
+            (path.relative_to(folder).as_posix() for path in (folder / "report").glob("*.png")),
+            key=lambda name: (name != CANDIDATES, name),
+        ),
     )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", body))
     path = folder / "README.md"
@@ -129,16 +160,33 @@ def speed_sentence(report: Report) -> str:
     if row.method == "dense" or speed is None or row.decode_ratio is None:
         return f"Speed was not measured{f' ({report.speed_note})' if report.speed_note else ''}."
     threads = "" if speed.threads is None else f", {speed.threads} threads"
-    where = f"on this machine ({report.machine.cpu}, {report.machine.cores} cores{threads}, {weights(speed)}, {speed.provider})"
-    other = "this model's dense graph, with the stock activation and nothing skipped" if report.swapped else "the dense model"
+    where = (
+        f"on this machine ({report.machine.cpu}, {report.machine.cores} cores{threads}, {weights(speed)}, "
+        f"{speed.provider})"
+    )
+    other = (
+        "this model's dense graph, with the stock activation and nothing skipped"
+        if report.swapped
+        else "the dense model"
+    )
     times = f"{ratio_text(row.decode_ratio)} times the speed of {other}"
-    said = f"Not faster {where}: decoding ran at {times}." if row.decode_ratio < 1 else f"Decoding ran at {times} {where}."
-    return f"{said} Other load disturbed every pair of runs: these speeds are not to be quoted." if speed.disturbed else said
+    said = (
+        f"Not faster {where}: decoding ran at {times}." if row.decode_ratio < 1 else f"Decoding ran at {times} {where}."
+    )
+    return (
+        f"{said} Other load disturbed every pair of runs: these speeds are not to be quoted."
+        if speed.disturbed
+        else said
+    )
 
 
 def weights(speed: Speed) -> str:
     """The precisions of a comparison of speeds."""
-    return speed.precision if speed.baseline in (None, speed.precision) else f"{speed.precision} against dense {speed.baseline}"
+    return (
+        speed.precision
+        if speed.baseline in (None, speed.precision)
+        else f"{speed.precision} against dense {speed.baseline}"
+    )
 
 
 def _model_type(folder: Path) -> str | None:

@@ -41,8 +41,8 @@ class Change:
 
 
 def perplexity_change(nll: float, nll_dense: float, nll_error: float | None = None) -> Change:
-    """Relative change of perplexity, exp(nll - nll_dense) - 1, from nats per token; its standard error is exp(nll - nll_dense) times that of the difference
-    (delta method).
+    """Relative change of perplexity, exp(nll - nll_dense) - 1, from nats per token; its standard error is exp(nll -
+    nll_dense) times that of the difference (delta method).
     """
     factor = math.exp(min(nll - nll_dense, _LARGEST))
     return Change(factor - 1, None if nll_error is None else factor * nll_error)

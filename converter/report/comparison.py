@@ -14,21 +14,41 @@ def reference_table(report: Report, form: Form = "markdown") -> str:
 
 
 def reference_cells(report: Report) -> Cells:
-    """The dense model in fp32, in fewer bits, and the chosen one as it is shipped: loss, bytes read per token and decoding speed, relative to the first."""
-    precision = report.speed.precision if report.speed else str(report.recipe.get("export", {}).get("precision", "fp32"))
+    """The dense model in fp32, in fewer bits, and the chosen one as it is shipped: loss, bytes read per token and
+    decoding speed, relative to the first.
+    """
+    precision = (
+        report.speed.precision if report.speed else str(report.recipe.get("export", {}).get("precision", "fp32"))
+    )
     sparse = onnx_row(report, "sparse")
     body = [["dense", "fp32", ABSENT, ABSENT, percent(1.0), ratio_cell(1.0 if report.speed else None)]]
     for found in report.references:
         ratio = None if found.disturbed else found.decode_ratio
         body.append(
-            ["dense", found.precision, _change(reference_change(found)), nats(max(found.kl, 0.0), small=True), percent(found.read_share), ratio_cell(ratio)]
+            [
+                "dense",
+                found.precision,
+                _change(reference_change(found)),
+                nats(max(found.kl, 0.0), small=True),
+                percent(found.read_share),
+                ratio_cell(ratio),
+            ]
         )
     chosen = report.chosen
     share = sparse.read_share if sparse is not None else chosen.read_share if precision == "fp32" else None
     quiet = report.speed is not None and not report.speed.disturbed
     kl = sparse.kl if sparse is not None else chosen.kl
     ratio = fp32_decode_ratio(report) if quiet else None
-    body.append([f"{chosen.method} (selected)", precision, _change(fp32_change(report)), nats(kl, small=True), percent(share), ratio_cell(ratio)])
+    body.append(
+        [
+            f"{chosen.method} (selected)",
+            precision,
+            _change(fp32_change(report)),
+            nats(kl, small=True),
+            percent(share),
+            ratio_cell(ratio),
+        ]
+    )
     return ["model", "weights", "change", "KL", "read", "decode / fp32"], body
 
 

@@ -1,6 +1,8 @@
-"""Quality against density and cost of many methods on one model: the stored JSON (`Curves`), its tables, and methods compared at equal cost.
+"""Quality against density and cost of many methods on one model: the stored JSON (`Curves`), its tables, and methods
+compared at equal cost.
 
-A row whose score sees a label or the future is an oracle: marked in every table, kept out of every ranking, drawn dashed.
+A row whose score sees a label or the future is an oracle: marked in every table, kept out of every ranking, drawn
+dashed.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ COSTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 class Point(Strict):
     """One method at one target density, with one seed where it has any.
 
-    `nll` and `kl` (dense to sparse) in nats per token, `agreement` of the argmax, `density` the realised share of kept units, `cost` the bytes touched per
-    token relative to the dense MLPs and `block_cost` relative to all linear maps of the blocks, predictors included; `rank` of the predictor.
+    `nll` and `kl` (dense to sparse) in nats per token, `agreement` of the argmax, `density` the realised share of kept
+    units, `cost` the bytes touched per token relative to the dense MLPs and `block_cost` relative to all linear maps of
+    the blocks, predictors included; `rank` of the predictor.
     """
 
     method: str
@@ -48,7 +51,9 @@ class Point(Strict):
 
 
 class Correlations(Strict):
-    """Spearman rank correlations [S, S] of neuron scores, averaged over tokens and layers; `oracles` names the scores that see a label."""
+    """Spearman rank correlations [S, S] of neuron scores, averaged over tokens and layers; `oracles` names the scores
+    that see a label.
+    """
 
     scores: list[str]
     matrix: list[list[float]]
@@ -60,7 +65,11 @@ class Correlations(Strict):
         found = np.asarray(self.matrix, dtype=float) if len({len(row) for row in self.matrix}) <= 1 else np.zeros(0)
         if found.shape != (len(self.scores),) * 2:
             raise ValueError(f"the matrix must be square over {len(self.scores)} scores")
-        if not np.allclose(found, found.T, atol=1e-6) or not np.allclose(np.diag(found), 1, atol=1e-6) or np.abs(found).max(initial=0) > 1 + 1e-6:
+        if (
+            not np.allclose(found, found.T, atol=1e-6)
+            or not np.allclose(np.diag(found), 1, atol=1e-6)
+            or np.abs(found).max(initial=0) > 1 + 1e-6
+        ):
             raise ValueError("correlations must be symmetric, within [-1, 1] and 1 on the diagonal")
         if set(self.oracles) - set(self.scores):
             raise ValueError(f"oracles must be among the scores, got {sorted(set(self.oracles) - set(self.scores))}")
@@ -68,7 +77,9 @@ class Correlations(Strict):
 
 
 class Curves(Strict):
-    """All methods at several densities on one model and text of `tokens` tokens; exactly one row is the dense model's."""
+    """All methods at several densities on one model and text of `tokens` tokens; exactly one row is the
+    dense model's.
+    """
 
     version: Literal[1] = 1
     model: str
@@ -109,7 +120,9 @@ class Curves(Strict):
 
     def methods(self, oracle: bool | None = None) -> list[str]:
         """Methods in the order of their first rows, without dense; only oracles, or only others, when asked."""
-        return list(dict.fromkeys(row.method for row in self.rows if row.method != "dense" and oracle in (None, row.oracle)))
+        return list(
+            dict.fromkeys(row.method for row in self.rows if row.method != "dense" and oracle in (None, row.oracle))
+        )
 
     @classmethod
     def load(cls, path: Path) -> Curves:
@@ -119,7 +132,9 @@ class Curves(Strict):
 
 @dataclass(frozen=True)
 class Summary:
-    """A method at a target density over its seeds: mean of every value that all seeds have, and their sample standard deviation (0 for one seed)."""
+    """A method at a target density over its seeds: mean of every value that all seeds have, and their sample standard
+    deviation (0 for one seed).
+    """
 
     method: str
     density_target: float
@@ -132,10 +147,15 @@ class Summary:
 
 
 def summarise(curves: Curves, method: str, seed: int | None = None) -> list[Summary]:
-    """One Summary per target density of a method, the largest first; of one seed's rows when `seed` is given. Raises InputError for an unknown method."""
+    """One Summary per target density of a method, the largest first; of one seed's rows when `seed` is given. Raises
+    InputError for an unknown method.
+    """
     rows = [row for row in curves.rows if row.method == method and seed in (None, row.seed)]
     if not rows:
-        raise InputError(f"method must be one of {', '.join(['dense', *curves.methods()])} with rows of seed {seed}, got {method!r}. Measure it first.")
+        raise InputError(
+            f"method must be one of {', '.join(['dense', *curves.methods()])} with rows of seed {seed}, got "
+            f"{method!r}. Measure it first."
+        )
     found = []
     for target in sorted({row.density_target for row in rows}, reverse=True):
         here = [row for row in rows if row.density_target == target]
@@ -143,16 +163,24 @@ def summarise(curves: Curves, method: str, seed: int | None = None) -> list[Summ
         values = {name: column for name, column in values.items() if None not in column}
         found.append(
             Summary(
-                method, target, here[0].oracle, len(here), {name: fmean(column) for name, column in values.items()},
+                method,
+                target,
+                here[0].oracle,
+                len(here),
+                {name: fmean(column) for name, column in values.items()},
                 {name: stdev(column) if len(column) > 1 else 0.0 for name, column in values.items()},
-                tuple(sorted({row.rank for row in here if row.rank is not None})), "; ".join(dict.fromkeys(row.note for row in here if row.note)),
+                tuple(sorted({row.rank for row in here if row.rank is not None})),
+                "; ".join(dict.fromkeys(row.note for row in here if row.note)),
             )
-        )  # fmt: skip
+        )
     return found
 
 
-def at_cost(curves: Curves, method: str, cost: float, value: str = "nll", seed: int | None = None, over: str = "cost") -> float:
-    """A method's value at a cost, linear between its measured points (means over seeds, or one seed's); `over` may be block_cost or density instead.
+def at_cost(
+    curves: Curves, method: str, cost: float, value: str = "nll", seed: int | None = None, over: str = "cost"
+) -> float:
+    """A method's value at a cost, linear between its measured points (means over seeds, or one seed's); `over` may be
+    block_cost or density instead.
 
     Raises InputError outside the measured costs: nothing is extrapolated.
     """
@@ -163,19 +191,29 @@ def at_cost(curves: Curves, method: str, cost: float, value: str = "nll", seed: 
     order = costs.argsort(kind="stable")
     costs, values = costs[order], np.array([point.mean[value] for point in points])[order]
     if not costs[0] - _EPSILON <= cost <= costs[-1] + _EPSILON:
-        raise InputError(f"{over} must lie within {costs[0]:.4f} and {costs[-1]:.4f}, where {method} was measured, got {cost}. Measure more densities.")
+        raise InputError(
+            f"{over} must lie within {costs[0]:.4f} and {costs[-1]:.4f}, where {method} was measured, got {cost}. "
+            "Measure more densities."
+        )
     return float(np.interp(cost, costs, values))
 
 
 def ranking(curves: Curves, target: float, value: str = "nll") -> list[Summary]:
     """The methods at a target density, the best first. Oracles are never in it."""
-    found = [point for name in curves.methods(oracle=False) for point in summarise(curves, name) if point.density_target == target and value in point.mean]
+    found = [
+        point
+        for name in curves.methods(oracle=False)
+        for point in summarise(curves, name)
+        if point.density_target == target and value in point.mean
+    ]
     return sorted(found, key=lambda point: -point.mean[value] if value == "agreement" else point.mean[value])
 
 
 def best_at_cost(curves: Curves, cost: float, value: str = "nll", over: str = "cost") -> str | None:
     """The deployable method that is best at a cost, or None where none was measured around it."""
-    found = {name: at for name in curves.methods(oracle=False) if (at := _at(curves, name, cost, value, over)) is not None}
+    found = {
+        name: at for name in curves.methods(oracle=False) if (at := _at(curves, name, cost, value, over)) is not None
+    }
     if not found:
         return None
     return max(found, key=found.__getitem__) if value == "agreement" else min(found, key=found.__getitem__)
@@ -189,7 +227,9 @@ def _at(curves: Curves, method: str, cost: float, value: str, over: str) -> floa
 
 
 def curves_cells(curves: Curves) -> Cells:
-    """Every method at every target density, dense first, then by density; within a density the best NLL first and oracles, marked, after all methods."""
+    """Every method at every target density, dense first, then by density; within a density the best NLL first and
+    oracles, marked, after all methods.
+    """
     blocks = any(row.block_cost is not None for row in curves.rows)
     ranks, notes = any(row.rank is not None for row in curves.rows), any(row.note for row in curves.rows)
     header = ["method", "target", "NLL", "KL to dense", "agreement", "density", "cost"]
@@ -198,7 +238,9 @@ def curves_cells(curves: Curves) -> Cells:
     points = summarise(curves, "dense")
     for target in curves.densities:
         points += ranking(curves, target)
-        points += sorted((point for point in oracles if point.density_target == target), key=lambda point: point.mean["nll"])
+        points += sorted(
+            (point for point in oracles if point.density_target == target), key=lambda point: point.mean["nll"]
+        )
     body = []
     for point in points:
         target = ABSENT if point.method == "dense" else percent(point.density_target)
@@ -206,7 +248,9 @@ def curves_cells(curves: Curves) -> Cells:
         for name in VALUES if blocks else VALUES[:-1]:
             cells.append(_cell(point, name))
         if ranks:
-            cells.append("..".join(map(str, dict.fromkeys((point.ranks[0], point.ranks[-1])))) if point.ranks else ABSENT)
+            cells.append(
+                "..".join(map(str, dict.fromkeys((point.ranks[0], point.ranks[-1])))) if point.ranks else ABSENT
+            )
         body.append([*cells, Number(str(point.seeds), point.seeds), *([point.note] if notes else [])])
     return header, body
 
@@ -221,12 +265,19 @@ def summary_cells(curves: Curves, value: str = "nll", oracle: bool = False) -> C
     body = [["dense", *(_cell(summarise(curves, "dense")[0], value) for _ in curves.densities)]]
     for name in curves.methods(oracle):
         found = {point.density_target: point for point in summarise(curves, name)}
-        body.append([_label(name, oracle), *(_cell(found[target], value) if target in found else ABSENT for target in curves.densities)])
+        body.append(
+            [
+                _label(name, oracle),
+                *(_cell(found[target], value) if target in found else ABSENT for target in curves.densities),
+            ]
+        )
     return ["method", *(f"density {target:.2g}" for target in curves.densities)], body
 
 
 def cost_cells(curves: Curves, value: str = "nll", over: str = "cost", costs: tuple[float, ...] = COSTS) -> Cells:
-    """One value of the deployable methods at equal costs, interpolated; a dash where a method was not measured around that cost."""
+    """One value of the deployable methods at equal costs, interpolated; a dash where a method was not measured around
+    that cost.
+    """
     show: Callable[[float], str] = nats if value in ("nll", "kl") else percent
     columns = [cost for cost in costs if best_at_cost(curves, cost, value, over)]
     body = [["dense", *(show(getattr(curves.dense, value)) for _ in columns)]]
@@ -240,15 +291,21 @@ def cost_cells(curves: Curves, value: str = "nll", over: str = "cost", costs: tu
 def correlation_cells(correlations: Correlations) -> Cells:
     """The matrix with its scores as rows and columns."""
     names = [_label(name, name in correlations.oracles) for name in correlations.scores]
-    body = [[name, *(Number(f"{value:.2f}", value) for value in row)] for name, row in zip(names, correlations.matrix, strict=True)]
+    body = [
+        [name, *(Number(f"{value:.2f}", value) for value in row)]
+        for name, row in zip(names, correlations.matrix, strict=True)
+    ]
     return ["score", *names], body
 
 
 def curves_page(curves: Curves, plot: str | None = None) -> str:
-    """A Markdown page: the summary, methods at equal cost, oracles apart, all rows, correlations, and how it was measured. `plot` is a link to the picture."""
+    """A Markdown page: the summary, methods at equal cost, oracles apart, all rows, correlations, and how it was
+    measured. `plot` is a link to the picture.
+    """
     parts = [
         f"# Quality against density: {curves.model}",
-        f"All methods on the same {curves.tokens} held-out tokens. Density is the share of units kept, cost the bytes touched per token relative to the dense "
+        f"All methods on the same {curves.tokens} held-out tokens. Density is the share of units kept, cost the bytes "
+        "touched per token relative to the dense "
         "MLPs, predictors included; NLL and KL in nats per token. Several seeds: mean ± sample standard deviation. "
         "An oracle sees the label or the future: it cannot be deployed and stands in no ranking.",
         *([f"![NLL and KL over density and cost]({plot})"] if plot else []),
@@ -259,13 +316,20 @@ def curves_page(curves: Curves, plot: str | None = None) -> str:
         table(cost_cells(curves)),
     ]
     if any(row.block_cost is not None for row in curves.rows):
-        parts += ["The same, with cost over all linear maps of the blocks:", table(cost_cells(curves, over="block_cost"))]
+        parts += [
+            "The same, with cost over all linear maps of the blocks:",
+            table(cost_cells(curves, over="block_cost")),
+        ]
     if curves.methods(oracle=True):
         parts += ["## Oracles", table(summary_cells(curves, oracle=True))]
     parts += ["## All rows", curves_table(curves)]
     if curves.correlations is not None:
         note = f" {curves.correlations.note}" if curves.correlations.note else ""
-        parts += ["## Rank correlations of the scores", f"Spearman.{note}", table(correlation_cells(curves.correlations))]
+        parts += [
+            "## Rank correlations of the scores",
+            f"Spearman.{note}",
+            table(correlation_cells(curves.correlations)),
+        ]
     parts += ["## How it was measured", conditions(curves)]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
@@ -275,7 +339,8 @@ def conditions(curves: Curves) -> str:
     commit = f", commit `{curves.commit}`" if curves.commit else ""
     versions = ", ".join(f"{name} {version}" for name, version in curves.versions.items())
     return (
-        f"- Command: `{curves.command}` on {curves.date}{commit}\n- Machine: {curves.machine.cpu}, {curves.machine.cores} cores, {curves.machine.os}\n"
+        f"- Command: `{curves.command}` on {curves.date}{commit}\n- Machine: {curves.machine.cpu}, "
+        f"{curves.machine.cores} cores, {curves.machine.os}\n"
         f"- Versions: {versions}\n"
     )
 

@@ -8,14 +8,42 @@ from .tables import ABSENT, Cells, Number, nats, percent
 
 def executor_cells(found: Evaluation) -> Cells:
     """What is compared with first, then one row per executor."""
-    dense = [found.against, _count(found.text.tokens), nats(found.nll_dense), ABSENT, ABSENT, nats(0.0), percent(1.0), ABSENT, ""]
+    dense = [
+        found.against,
+        _count(found.text.tokens),
+        nats(found.nll_dense),
+        ABSENT,
+        ABSENT,
+        nats(0.0),
+        percent(1.0),
+        ABSENT,
+        "",
+    ]
     body = [dense]
     for row in found.executors:
         change = None if row.nll is None or row.nll_dense is None else row.nll - row.nll_dense
-        cells = [ABSENT if value is None else nats(value, small=True) for value in (row.nll, change, row.nll_error, row.kl)]
-        off = ABSENT if row.nll is None or row.nll_torch is None or row.executor == "torch" else nats(row.nll - row.nll_torch, small=True)
-        body.append([row.executor, _count(row.tokens) if row.tokens else ABSENT, *cells, percent(row.agreement), off, row.note])
-    header = ["executor", "tokens", "NLL", "change", "± of its change", f"KL to {_word(found)}", "agreement", "NLL off torch", "note"]
+        cells = [
+            ABSENT if value is None else nats(value, small=True) for value in (row.nll, change, row.nll_error, row.kl)
+        ]
+        off = (
+            ABSENT
+            if row.nll is None or row.nll_torch is None or row.executor == "torch"
+            else nats(row.nll - row.nll_torch, small=True)
+        )
+        body.append(
+            [row.executor, _count(row.tokens) if row.tokens else ABSENT, *cells, percent(row.agreement), off, row.note]
+        )
+    header = [
+        "executor",
+        "tokens",
+        "NLL",
+        "change",
+        "± of its change",
+        f"KL to {_word(found)}",
+        "agreement",
+        "NLL off torch",
+        "note",
+    ]
     stored = {
         "change": any(row.nll_dense is not None for row in found.executors),
         "± of its change": any(row.nll_error is not None for row in found.executors),
@@ -35,7 +63,11 @@ def answer_cells(found: Evaluation) -> Cells:
             Number(f"{answers.bleu:.2f}", answers.bleu),
             percent(answers.equal),
         ],
-        ["everything masked", Number(f"{answers.bleu_all_masked:.2f}", answers.bleu_all_masked), percent(answers.equal_all_masked)],
+        [
+            "everything masked",
+            Number(f"{answers.bleu_all_masked:.2f}", answers.bleu_all_masked),
+            percent(answers.equal_all_masked),
+        ],
     ]
 
 
@@ -58,7 +90,9 @@ def sparsity_cells(found: Evaluation) -> Cells:
 
 def site_cells(found: Evaluation) -> Cells:
     """Density and cost by site."""
-    return ["site", "density", "cost"], [[key, percent(value), percent(found.site_cost[key])] for key, value in found.site_density.items()]
+    return ["site", "density", "cost"], [
+        [key, percent(value), percent(found.site_cost[key])] for key, value in found.site_density.items()
+    ]
 
 
 def task_cells(found: Evaluation) -> Cells:
@@ -66,7 +100,16 @@ def task_cells(found: Evaluation) -> Cells:
     body = []
     for task, metrics in found.tasks.items():
         for metric, values in metrics.items():
-            body.append([task, metric, *(Number(f"{values[side]:.4g}", values[side]) if side in values else ABSENT for side in ("dense", "sparse"))])
+            body.append(
+                [
+                    task,
+                    metric,
+                    *(
+                        Number(f"{values[side]:.4g}", values[side]) if side in values else ABSENT
+                        for side in ("dense", "sparse")
+                    ),
+                ]
+            )
     return ["task", "metric", "dense", "sparse"], body
 
 

@@ -1,4 +1,6 @@
-"""The HTML report: one page without scripts or links to other files, made from the JSON stored in a checkpoint folder."""
+"""The HTML report: one page without scripts or links to other files, made from the JSON stored in a
+checkpoint folder.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,17 @@ from .curves import CURVES, Curves, correlation_cells, cost_cells, curves_cells,
 from .evaluation import answer_cells, executor_cells, site_cells, sparsity_cells, task_cells
 from .plots import plot_candidates, plot_correlations, plot_curves, plot_layers, plot_recovery, plot_zeros
 from .recovery import before_after_cells, heldout_cells, spent_cells, zeros_cells
-from .tables import Cells, Number, check_cells, detail_cells, layer_cells, onnx_cells, onnx_detail_cells, quality_cells, speed_cells
+from .tables import (
+    Cells,
+    Number,
+    check_cells,
+    detail_cells,
+    layer_cells,
+    onnx_cells,
+    onnx_detail_cells,
+    quality_cells,
+    speed_cells,
+)
 from .verdict import make_verdict, read_recovery
 
 PAGE = "report/index.html"
@@ -41,14 +53,17 @@ class Part:
 
 
 def write_report(folder: Path, report: Report, source: BaseCard, repo_id: str | None = None) -> None:
-    """Write all that is made from a report into a checkpoint folder: report/ with JSON, pictures and page, README.md and the licence files."""
+    """Write all that is made from a report into a checkpoint folder: report/ with JSON, pictures and page, README.md
+    and the licence files.
+    """
     report.save(folder / RESULTS)
     render(folder)
     write_card(folder, report, source, repo_id)
 
 
 def make_report(folder: str | Path) -> Path:
-    """Write the HTML page and the pictures of a sparse checkpoint again, from its stored JSON, and its manifest last. Returns the page.
+    """Write the HTML page and the pictures of a sparse checkpoint again, from its stored JSON, and its manifest last.
+    Returns the page.
 
     Raises InputError when the folder is no finished checkpoint or its stored results have another form.
     """
@@ -63,7 +78,9 @@ def make_report(folder: str | Path) -> Path:
 
 
 def render(folder: Path) -> list[Path]:
-    """Write the pictures and the page from report.json, and from recovery.json, eval.json and curves.json where they lie beside it; returns what it wrote."""
+    """Write the pictures and the page from report.json, and from recovery.json, eval.json and curves.json where they
+    lie beside it; returns what it wrote.
+    """
     report = Report.load(folder / RESULTS)
     evaluation = Evaluation.load(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
     curves = Curves.load(folder / CURVES) if (folder / CURVES).is_file() else None
@@ -87,20 +104,44 @@ def render(folder: Path) -> list[Path]:
     return [*pictures.values(), page]
 
 
-def html(report: Report, evaluation: Evaluation | None, curves: Curves | None, pictures: dict[str, Path], recovery: RecoveryRecord | None = None) -> str:
-    """The page's text; pictures by name (candidates, layers, recovery, zeros, curves, correlations) go into it. A cell that shows a number carries it in full
-    in its `data` element.
+def html(
+    report: Report,
+    evaluation: Evaluation | None,
+    curves: Curves | None,
+    pictures: dict[str, Path],
+    recovery: RecoveryRecord | None = None,
+) -> str:
+    """The page's text; pictures by name (candidates, layers, recovery, zeros, curves, correlations) go into it. A cell
+    that shows a number carries it in full in its `data` element.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["exact"] = lambda cell: repr(cell.value) if isinstance(cell, Number) else None
-    shown = {name: (name, "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()) for name, path in pictures.items()}
-    parts = [*_conversion(report, shown), *(_recovery(recovery, shown) if recovery else ()), *(_evaluation(evaluation) if evaluation else ())]
+    shown = {
+        name: (name, "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode())
+        for name, path in pictures.items()
+    }
+    parts = [
+        *_conversion(report, shown),
+        *(_recovery(recovery, shown) if recovery else ()),
+        *(_evaluation(evaluation) if evaluation else ()),
+    ]
     parts += [*(_curves(curves, shown) if curves else ()), *_origin(report)]
-    for name, stored in (("report.json", report), ("recovery.json", recovery), ("eval.json", evaluation), ("curves.json", curves)):
+    for name, stored in (
+        ("report.json", report),
+        ("recovery.json", recovery),
+        ("eval.json", evaluation),
+        ("curves.json", curves),
+    ):
         if stored is not None:
-            parts.append(Part(name, plain=json.dumps(stored.model_dump(mode="json"), indent=1, ensure_ascii=False), folded=True))
+            parts.append(
+                Part(name, plain=json.dumps(stored.model_dump(mode="json"), indent=1, ensure_ascii=False), folded=True)
+            )
     template = environment.from_string((Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8"))
-    return template.render(report=report, chosen=report.chosen, verdict=make_verdict(report, recovery).sentence, parts=parts)
+    return template.render(
+        report=report, chosen=report.chosen, verdict=make_verdict(report, recovery).sentence, parts=parts
+    )
 
 
 def _time(report: Report) -> str:
@@ -109,31 +150,48 @@ def _time(report: Report) -> str:
 
 def _conversion(report: Report, shown: dict[str, Any]) -> Iterator[Part]:
     against = "the model with nothing skipped" if report.swapped else "the dense model"
-    tables = [("", quality_cells(report)), *([("Beside dense models of fewer bits", reference_cells(report))] if report.references else ())]
+    tables = [
+        ("", quality_cells(report)),
+        *([("Beside dense models of fewer bits", reference_cells(report))] if report.references else ()),
+    ]
     yield Part(
         "Quality and speed",
-        f"Change is that of perplexity against {against}, ± the standard error of the paired difference where it was measured; KL to dense in nats per "
-        "token; density is the mean share of units computed, cost the bytes that the MLPs touch per token relative to dense, predictors included, read those "
+        f"Change is that of perplexity against {against}, ± the standard error of the paired difference where it was "
+        "measured; KL to dense in nats per "
+        "token; density is the mean share of units computed, cost the bytes that the MLPs touch per token relative to "
+        "dense, predictors included, read those "
         f"of blocks and output head. {speed_sentence(report)}{_time(report)}",
-        _pictures(shown, "candidates"), tuple(tables),
-    )  # fmt: skip
+        _pictures(shown, "candidates"),
+        tuple(tables),
+    )
     if report.onnx:
-        yield Part("As shipped", "What the ONNX files lose in their own precision, against the dense model in fp32.", tables=(("", onnx_cells(report)),))
+        yield Part(
+            "As shipped",
+            "What the ONNX files lose in their own precision, against the dense model in fp32.",
+            tables=(("", onnx_cells(report)),),
+        )
     more = [("", detail_cells(report)), *([("Speed", speed_cells(report))] if report.speed else ())]
     more += [("As shipped", onnx_detail_cells(report))] if report.onnx else []
     yield Part(
         "More of each model",
-        "NLL in nats per token, and the standard error of its paired difference to dense; agreement is the share of positions with the dense model's most "
-        "likely token, block cost the bytes of all linear maps of the blocks relative to dense, read that with the output head.",
+        "NLL in nats per token, and the standard error of its paired difference to dense; agreement is the share of "
+        "positions with the dense model's most "
+        "likely token, block cost the bytes of all linear maps of the blocks relative to dense, read that with the "
+        "output head.",
         tables=tuple(more),
     )
     if report.layers:
         yield Part(
-            "Per layer", "Density asked for, on held-out calibration tokens, and on the evaluation text; recall of the predictor against its labels.",
-            _pictures(shown, "layers"), (("", layer_cells(report)),),
-        )  # fmt: skip
+            "Per layer",
+            "Density asked for, on held-out calibration tokens, and on the evaluation text; recall of the "
+            "predictor against its labels.",
+            _pictures(shown, "layers"),
+            (("", layer_cells(report)),),
+        )
     if report.checks:
-        yield Part("Checks", "Executors against each other, and the quality budget.", tables=(("", check_cells(report)),))
+        yield Part(
+            "Checks", "Executors against each other, and the quality budget.", tables=(("", check_cells(report)),)
+        )
 
 
 def _recovery(record: RecoveryRecord, shown: dict[str, Any]) -> Iterator[Part]:
@@ -142,8 +200,10 @@ def _recovery(record: RecoveryRecord, shown: dict[str, Any]) -> Iterator[Part]:
     tables += [("Exact zeros by site", zeros_cells(record))] if record.recovered.sites else []
     yield Part(
         "Recovery training",
-        f"The networks' activation became {record.activation}, and the weights were trained. {record.evaluation.tokens} tokens of "
-        f"{record.evaluation.name or 'held-out text'}, the same for every row; the change is that of NLL, relative to dense. Density is the share of units "
+        f"The networks' activation became {record.activation}, and the weights were trained. "
+        f"{record.evaluation.tokens} tokens of "
+        f"{record.evaluation.name or 'held-out text'}, the same for every row; the change is that of NLL, relative to "
+        "dense. Density is the share of units "
         "whose product is not exactly zero, gate open that of units whose gate is not.",
         (*_pictures(shown, "recovery"), *_pictures(shown, "zeros")),
         tuple(tables),
@@ -152,12 +212,18 @@ def _recovery(record: RecoveryRecord, shown: dict[str, Any]) -> Iterator[Part]:
 
 
 def _evaluation(found: Evaluation) -> Iterator[Part]:
-    tables = [("Held-out text", executor_cells(found)), ("Greedy answers", answer_cells(found)), ("Realised sparsity and cost", sparsity_cells(found))]
+    tables = [
+        ("Held-out text", executor_cells(found)),
+        ("Greedy answers", answer_cells(found)),
+        ("Realised sparsity and cost", sparsity_cells(found)),
+    ]
     tables += [("By site", site_cells(found))] + ([("lm-eval", task_cells(found))] if found.tasks else [])
     yield Part(
         "Evaluation",
-        f"{found.text.tokens} tokens of {found.text.name}; {found.answers.prompts} prompts from {found.answers.name}, {found.answers.prompt_tokens} tokens, "
-        f"answered with at most {found.answers.max_new_tokens} tokens each. BLEU is sacrebleu's corpus BLEU of each answer against the dense model's own, mean "
+        f"{found.text.tokens} tokens of {found.text.name}; {found.answers.prompts} prompts from {found.answers.name}, "
+        f"{found.answers.prompt_tokens} tokens, "
+        f"answered with at most {found.answers.max_new_tokens} tokens each. BLEU is sacrebleu's corpus BLEU of each "
+        "answer against the dense model's own, mean "
         "over prompts. Sparsity counts the weights of masked sites only.",
         tables=tuple(tables),
         plain=f"{found.command}\n{found.date}, {found.machine.cpu}, {found.machine.cores} cores, {found.machine.os}",
@@ -165,31 +231,46 @@ def _evaluation(found: Evaluation) -> Iterator[Part]:
 
 
 def _curves(curves: Curves, shown: dict[str, Any]) -> Iterator[Part]:
-    tables = [("NLL at a target density", summary_cells(curves)), ("NLL at equal cost, linear between measured points", cost_cells(curves))]
+    tables = [
+        ("NLL at a target density", summary_cells(curves)),
+        ("NLL at equal cost, linear between measured points", cost_cells(curves)),
+    ]
     if curves.methods(oracle=True):
-        tables.append(("Oracles: they see the label or the future and cannot be deployed", summary_cells(curves, oracle=True)))
+        tables.append(
+            ("Oracles: they see the label or the future and cannot be deployed", summary_cells(curves, oracle=True))
+        )
     yield Part(
         "All methods: quality against density and cost",
-        f"{curves.model}, {curves.tokens} held-out tokens, the same for every row. Several seeds: mean ± sample standard deviation.",
-        _pictures(shown, "curves"), (*tables, ("All rows", curves_cells(curves))),
-        plain=f"{curves.command}\n{curves.date}, {curves.machine.cpu}, {curves.machine.cores} cores, {curves.machine.os}",
-    )  # fmt: skip
+        f"{curves.model}, {curves.tokens} held-out tokens, the same for every row. Several seeds: mean ± sample "
+        "standard deviation.",
+        _pictures(shown, "curves"),
+        (*tables, ("All rows", curves_cells(curves))),
+        plain=f"{curves.command}\n{curves.date}, {curves.machine.cpu}, {curves.machine.cores} cores, "
+        f"{curves.machine.os}",
+    )
     if curves.correlations is not None:
         yield Part(
-            "Rank correlations of the scores", f"Spearman. {curves.correlations.note}", _pictures(shown, "correlations"),
+            "Rank correlations of the scores",
+            f"Spearman. {curves.correlations.note}",
+            _pictures(shown, "correlations"),
             (("", correlation_cells(curves.correlations)),),
-        )  # fmt: skip
+        )
 
 
 def _origin(report: Report) -> Iterator[Part]:
     machine = report.machine
     lines = [
-        report.command, f"{report.date}, sparsegate {report.tool}, {machine.cpu}, {machine.cores} cores, {machine.os}",
+        report.command,
+        f"{report.date}, sparsegate {report.tool}, {machine.cpu}, {machine.cores} cores, {machine.os}",
         ", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        f"calibration: {report.calibration.tokens} tokens of {report.calibration.name}, sha256 {report.calibration.hash}",
-    ]  # fmt: skip
+        f"calibration: {report.calibration.tokens} tokens of {report.calibration.name}, sha256 "
+        f"{report.calibration.hash}",
+    ]
     if report.evaluation is not None:
-        lines.append(f"evaluation: {report.evaluation.tokens} tokens of {report.evaluation.name}, sha256 {report.evaluation.hash}")
+        lines.append(
+            f"evaluation: {report.evaluation.tokens} tokens of {report.evaluation.name}, sha256 "
+            f"{report.evaluation.hash}"
+        )
     yield Part("How it was measured", plain="\n".join(lines))
     yield Part("Recipe", plain=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True))
 

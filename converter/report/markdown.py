@@ -1,4 +1,6 @@
-"""Text from outside in Markdown: names, paths, notes and licences are shown as they are and make no markup, as autoescape does in HTML."""
+"""Text from outside in Markdown: names, paths, notes and licences are shown as they are and make no markup, as
+autoescape does in HTML.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,17 @@ def code(value: object) -> str:
 def fenced(text: str, language: str) -> str:
     """A block of code; its fence is longer than any run of marks inside, and what does not print is spelled out."""
     fence = "`" * max(3, _longest(text) + 1)
-    shown = "".join(letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode() for letter in text.rstrip())
+    shown = "".join(
+        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
+        for letter in text.rstrip()
+    )
     return f"{fence}{language}\n{shown}\n{fence}"
 
 
 def target(link: str | None, files: tuple[str, ...] = ()) -> str | None:
-    """What a link may lead to: an http address, or one of the `files` beside the card. None for everything else, such as `javascript:`."""
+    """What a link may lead to: an http address, or one of the `files` beside the card. None for everything else, such
+    as `javascript:`.
+    """
     if link is None:
         return None
     if link in files:

@@ -18,14 +18,29 @@ from .scatter import candidate_points, draw_candidates
 CANDIDATES = "report/candidates.png"
 _DPI = 110
 _MARKERS = "osD^vP*Xpdh<>"
-_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black")
+_COLOURS = (
+    "tab:blue",
+    "tab:orange",
+    "tab:green",
+    "tab:red",
+    "tab:purple",
+    "tab:brown",
+    "tab:pink",
+    "tab:olive",
+    "tab:cyan",
+    "black",
+)
 _ORACLE_COLOURS = ("0.2", "darkgoldenrod", "slateblue", "0.5", "firebrick", "teal", "0.7", "darkolivegreen")
 _SHOWN = 4.0
-"""NLL is drawn up to this many times the smallest method's worst rise over dense: one collapsed method must not flatten all others."""
+"""NLL is drawn up to this many times the smallest method's worst rise over dense: one collapsed method must not flatten
+all others.
+"""
 
 
 def plot_candidates(folder: Path, report: Report) -> Path | None:
-    """Draw what every candidate loses over what a token of it reads into `folder`/report/candidates.png and return the file; None without a sparse row."""
+    """Draw what every candidate loses over what a token of it reads into `folder`/report/candidates.png and return the
+    file; None without a sparse row.
+    """
     points = candidate_points(report)
     if not points:
         return None
@@ -33,14 +48,18 @@ def plot_candidates(folder: Path, report: Report) -> Path | None:
 
 
 def plot_layers(folder: Path, report: Report) -> Path | None:
-    """Draw density and recall per site into `folder`/report/layers.png and return the file; None when the report has no sites."""
+    """Draw density and recall per site into `folder`/report/layers.png and return the file; None when the report has no
+    sites.
+    """
     if not report.layers:
         return None
     return _save(folder / "report" / "layers.png", _draw_layers(report))
 
 
 def plot_curves(path: Path, curves: Curves) -> Path:
-    """Draw NLL and KL of every method over density and over cost, with the dense line; oracles are dashed and say so. Returns the file."""
+    """Draw NLL and KL of every method over density and over cost, with the dense line; oracles are dashed and say so.
+    Returns the file.
+    """
     figure = Figure(figsize=(13, 8.5), layout="constrained")
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
     methods = [*enumerate(curves.methods(oracle=False)), *enumerate(curves.methods(oracle=True))]
@@ -55,14 +74,25 @@ def plot_curves(path: Path, curves: Curves) -> Path:
         }
         for value, row in zip(("nll", "kl"), panels, strict=True):
             for axis, panel in zip(("density", "cost"), row, strict=True):
-                _line(panel, [point.mean[axis] for point in points], [point.mean[value] for point in points], [point.spread[value] for point in points], style)
+                _line(
+                    panel,
+                    [point.mean[axis] for point in points],
+                    [point.mean[value] for point in points],
+                    [point.spread[value] for point in points],
+                    style,
+                )
     for panel in panels[0]:
         panel.axhline(curves.dense.nll, color="0.4", linewidth=1, linestyle=":", label="dense")
-    worst = [max(point.mean["nll"] for point in summarise(curves, name)) - curves.dense.nll for name in curves.methods(oracle=False) or curves.methods()]
+    worst = [
+        max(point.mean["nll"] for point in summarise(curves, name)) - curves.dense.nll
+        for name in curves.methods(oracle=False) or curves.methods()
+    ]
     if worst:
         lowest = min(row.nll for row in curves.rows)
         rise = max(_SHOWN * min(worst), 0.05)
-        panels[0, 0].set_ylim(lowest - 0.05 * rise, min(curves.dense.nll + rise, max(row.nll for row in curves.rows) + 0.05 * rise))
+        panels[0, 0].set_ylim(
+            lowest - 0.05 * rise, min(curves.dense.nll + rise, max(row.nll for row in curves.rows) + 0.05 * rise)
+        )
     panels[0, 0].set_ylabel("NLL, nats per token")
     panels[1, 0].set_ylabel("KL to dense, nats per token")
     panels[1, 0].set_yscale("log")
@@ -86,14 +116,28 @@ def plot_correlations(path: Path, correlations: Correlations) -> Path:
     panel.set_yticks(range(len(names)), names, fontsize=8)
     for i, row in enumerate(correlations.matrix):
         for j, value in enumerate(row):
-            panel.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if abs(value) > 0.6 else "black")
+            panel.text(
+                j,
+                i,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if abs(value) > 0.6 else "black",
+            )
     figure.colorbar(image, label="Spearman correlation")
     return _save(path, figure)
 
 
 def plot_recovery(path: Path, record: RecoveryRecord) -> Path | None:
-    """Draw a recovery over the tokens trained on: the loss and its parts, NLL on held-out text, and density. Returns the file; None without a curve."""
-    panels = [draw for draw, points in ((_draw_loss, record.curve), (_draw_heldout, record.heldout), (_draw_density, record.curve)) if points]
+    """Draw a recovery over the tokens trained on: the loss and its parts, NLL on held-out text, and density. Returns
+    the file; None without a curve.
+    """
+    panels = [
+        draw
+        for draw, points in ((_draw_loss, record.curve), (_draw_heldout, record.heldout), (_draw_density, record.curve))
+        if points
+    ]
     if not panels:
         return None
     figure = Figure(figsize=(7, 2.8 * len(panels)), layout="constrained")
@@ -108,13 +152,18 @@ def plot_recovery(path: Path, record: RecoveryRecord) -> Path | None:
 
 
 def plot_zeros(path: Path, record: RecoveryRecord) -> Path | None:
-    """Draw the share of exact zeros per site before and after a recovery. Returns the file; None when the record has no sites."""
+    """Draw the share of exact zeros per site before and after a recovery. Returns the file; None when the record has no
+    sites.
+    """
     before, after = record.swapped.sites, record.recovered.sites
     if not after:
         return None
     figure = Figure(figsize=(7, 3), layout="constrained")
     panel = figure.subplots()
-    lines = [("before recovery", "o", [1 - site.density for site in before]), ("recovered", "s", [1 - site.density for site in after])]
+    lines = [
+        ("before recovery", "o", [1 - site.density for site in before]),
+        ("recovered", "s", [1 - site.density for site in after]),
+    ]
     lines.append(("recovered, closed gates", "^", [1 - site.opened for site in after]))
     predicted = [(k, 1 - site.predicted) for k, site in enumerate(after) if site.predicted is not None]
     for name, marker, values in lines:
@@ -132,10 +181,25 @@ def plot_zeros(path: Path, record: RecoveryRecord) -> Path | None:
 
 def _draw_loss(panel: Axes, record: RecoveryRecord) -> None:
     values: list[float] = []
-    for name, label in (("loss", "loss"), ("kl", "KL to dense"), ("lm", "cross-entropy"), ("hidden", "hidden states"), ("penalty", "penalty")):
-        points = [(point.tokens, value) for point in record.curve if point.tokens and (value := getattr(point, name)) is not None]
+    for name, label in (
+        ("loss", "loss"),
+        ("kl", "KL to dense"),
+        ("lm", "cross-entropy"),
+        ("hidden", "hidden states"),
+        ("penalty", "penalty"),
+    ):
+        points = [
+            (point.tokens, value)
+            for point in record.curve
+            if point.tokens and (value := getattr(point, name)) is not None
+        ]
         if points:
-            panel.plot([tokens for tokens, _ in points], [value for _, value in points], label=label, linewidth=1.8 if name == "loss" else 1)
+            panel.plot(
+                [tokens for tokens, _ in points],
+                [value for _, value in points],
+                label=label,
+                linewidth=1.8 if name == "loss" else 1,
+            )
             values += [value for _, value in points]
     if values and min(values) > 0:
         panel.set_yscale("log")
@@ -144,19 +208,33 @@ def _draw_loss(panel: Axes, record: RecoveryRecord) -> None:
 
 def _draw_heldout(panel: Axes, record: RecoveryRecord) -> None:
     points = [point for point in record.heldout if point.tokens]
-    panel.plot([point.tokens for point in points], [point.nll for point in points], marker="o", markersize=4, label="held out")
+    panel.plot(
+        [point.tokens for point in points], [point.nll for point in points], marker="o", markersize=4, label="held out"
+    )
     dense = [(point.tokens, point.nll_dense) for point in points if point.nll_dense is not None]
     if dense:
-        panel.plot([tokens for tokens, _ in dense], [nll for _, nll in dense], color="0.4", linestyle=":", label="dense")
+        panel.plot(
+            [tokens for tokens, _ in dense], [nll for _, nll in dense], color="0.4", linestyle=":", label="dense"
+        )
     panel.set_ylabel("NLL, nats per token")
 
 
 def _draw_density(panel: Axes, record: RecoveryRecord) -> None:
     for points, marker, where in ((record.curve, "", "while training"), (record.heldout, "o", "held out")):
         for name, label in (("density", "density"), ("predicted", "predicted")):
-            shares = [(point.tokens, share) for point in points if point.tokens and (share := getattr(point, name)) is not None]
+            shares = [
+                (point.tokens, share)
+                for point in points
+                if point.tokens and (share := getattr(point, name)) is not None
+            ]
             if shares:
-                panel.plot([tokens for tokens, _ in shares], [share for _, share in shares], marker=marker, markersize=4, label=f"{label}, {where}")
+                panel.plot(
+                    [tokens for tokens, _ in shares],
+                    [share for _, share in shares],
+                    marker=marker,
+                    markersize=4,
+                    label=f"{label}, {where}",
+                )
     panel.set_ylim(bottom=0)
     panel.set_ylabel("share of units")
 
@@ -184,7 +262,9 @@ def _draw_layers(report: Report) -> Figure:
     places = range(len(layers))
     targets = [(k, layer.density_target) for k, layer in enumerate(layers) if layer.density_target is not None]
     if targets:
-        panels[0].plot([k for k, _ in targets], [target for _, target in targets], linestyle="--", color="0.5", label="target")
+        panels[0].plot(
+            [k for k, _ in targets], [target for _, target in targets], linestyle="--", color="0.5", label="target"
+        )
     panels[0].plot(places, [layer.density_calibrated for layer in layers], marker="o", label="held-out calibration")
     panels[0].plot(places, [layer.density_realised for layer in layers], marker="s", label="evaluation text")
     panels[0].set_ylabel("density")

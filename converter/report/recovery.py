@@ -24,8 +24,21 @@ def spent_table(record: RecoveryRecord) -> str:
 
 
 def before_after_cells(record: RecoveryRecord) -> Cells:
-    """The dense model, the one whose activation was swapped, and the recovered one on the evaluation text. The change is that of NLL, relative to dense."""
-    header = ["model", "NLL", "change", "perplexity", "KL to dense", "agreement", "density", "gate open", "predicted", "cost"]
+    """The dense model, the one whose activation was swapped, and the recovered one on the evaluation text. The change
+    is that of NLL, relative to dense.
+    """
+    header = [
+        "model",
+        "NLL",
+        "change",
+        "perplexity",
+        "KL to dense",
+        "agreement",
+        "density",
+        "gate open",
+        "predicted",
+        "cost",
+    ]
     dense = SwappedQuality(nll=record.dense.nll, kl=0, agreement=1, density=1, opened=1, cost=1)
     body = []
     rows = [("dense", dense), (f"{record.activation}, before recovery", record.swapped)]
@@ -51,7 +64,9 @@ def before_after_cells(record: RecoveryRecord) -> Cells:
 
 
 def zeros_cells(record: RecoveryRecord) -> Cells:
-    """By site, before and after: the share of units whose product is exactly zero, and after it that of closed gates and of units that the predictor skips."""
+    """By site, before and after: the share of units whose product is exactly zero, and after it that of closed gates
+    and of units that the predictor skips.
+    """
     header = ["site", "zeros before", "zeros recovered", "closed gates", "predicted closed"]
     body = [
         [after.site, _rest(before.density), _rest(after.density), _rest(after.opened), _rest(after.predicted)]

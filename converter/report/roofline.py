@@ -1,4 +1,6 @@
-"""The roofline plot of op benchmarks: work per byte against work per second, below what memory and arithmetic of the same run allow."""
+"""The roofline plot of op benchmarks: work per byte against work per second, below what memory and arithmetic of the
+same run allow.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,49 @@ import numpy as np
 
 from .speed import op_rows
 
-_COLOURS = {"fp32": "#1f4e79", "fp32, fp16 predictor": "#4c8bc9", "fp16": "#2e7d32", "bf16": "#8bc34a", "int8": "#c77700", "int4": "#b3261e"}
+_COLOURS = {
+    "fp32": "#1f4e79",
+    "fp32, fp16 predictor": "#4c8bc9",
+    "fp16": "#2e7d32",
+    "bf16": "#8bc34a",
+    "int8": "#c77700",
+    "int4": "#b3261e",
+}
 
 
 def points(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What is drawn: by format, operations per byte, Gflop/s, tokens, and whether it is the sparse op or the dense one of the same precision.
+    """What is drawn: by format, operations per byte, Gflop/s, tokens, and whether it is the sparse op or the dense one
+    of the same precision.
 
-    The dense op's operations are counted in full, its bytes are its own: those of the sparse op of the same format with everything kept and no predictor.
+    The dense op's operations are counted in full, its bytes are its own: those of the sparse op of the same format with
+    everything kept and no predictor.
     """
     found = []
     for result in results:
         settings = result["settings"]
-        full = 2.0 * 3 * settings["d"] * settings["n"] if settings["op"] == "gated_mlp" else 2.0 * settings["d"] * settings["n"]
-        width = {"fp32": 4, "fp32, fp16 predictor": 4, "fp16": 4, "bf16": 4, "int8": 1.125, "int4": 0.625}  # of the dense baseline, scales per 32 included
+        full = (
+            2.0 * 3 * settings["d"] * settings["n"]
+            if settings["op"] == "gated_mlp"
+            else 2.0 * settings["d"] * settings["n"]
+        )
+        width = {
+            "fp32": 4,
+            "fp32, fp16 predictor": 4,
+            "fp16": 4,
+            "bf16": 4,
+            "int8": 1.125,
+            "int4": 0.625,
+        }  # of the dense baseline, scales per 32 included
         for row in op_rows(result):
-            found.append({"kind": "sparse", "format": row["format"], "tokens": row["tokens"], "x": row["operations"] / row["bytes"], "y": row["gflop_per_s"]})
+            found.append(
+                {
+                    "kind": "sparse",
+                    "format": row["format"],
+                    "tokens": row["tokens"],
+                    "x": row["operations"] / row["bytes"],
+                    "y": row["gflop_per_s"],
+                }
+            )
             if row["score"] == "all" or row["asked"] == 1.0:
                 dense = row["dense"][0]
                 operations = full * row["tokens"]
@@ -47,17 +77,36 @@ def plot(path: Path, results: Sequence[Mapping[str, Any]]) -> Path:
     values = [point["x"] for point in drawn] or [1.0]
     x = np.geomspace(min(values) / 2, max([*values, compute / memory]) * 2, 200)
     panel.plot(
-        x, np.minimum(x * memory, compute), color="#444444", linewidth=1.2, label=f"roofs measured: {memory:.0f} GB/s read, {compute:.0f} Gflop/s fp32 product"
+        x,
+        np.minimum(x * memory, compute),
+        color="#444444",
+        linewidth=1.2,
+        label=f"roofs measured: {memory:.0f} GB/s read, {compute:.0f} Gflop/s fp32 product",
     )
     seen: set[tuple[str, str]] = set()
     for point in drawn:
         key = (point["kind"], point["format"])
-        label = None if key in seen else f"{point['kind']} {point['format']}" if point["kind"] == "sparse" else f"ONNX Runtime beside {point['format']}"
+        label = (
+            None
+            if key in seen
+            else f"{point['kind']} {point['format']}"
+            if point["kind"] == "sparse"
+            else f"ONNX Runtime beside {point['format']}"
+        )
         seen.add(key)
         sparse = point["kind"] == "sparse"
         colour = _COLOURS.get(point["format"], "#666666")
         size = 18 + 6 * np.log2(point["tokens"])
-        panel.scatter(point["x"], point["y"], s=size, marker="o" if sparse else "x", color=colour, linewidths=1.1, label=label, alpha=0.85)
+        panel.scatter(
+            point["x"],
+            point["y"],
+            s=size,
+            marker="o" if sparse else "x",
+            color=colour,
+            linewidths=1.1,
+            label=label,
+            alpha=0.85,
+        )
     panel.set(
         xscale="log",
         yscale="log",

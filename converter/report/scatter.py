@@ -1,4 +1,6 @@
-"""One picture of all candidates: the change of perplexity over the weights that a token reads, dense models of fewer bits among them."""
+"""One picture of all candidates: the change of perplexity over the weights that a token reads, dense models of fewer
+bits among them.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ _WIDE = 0.2
 
 @dataclass(frozen=True)
 class Point:
-    """One model of the picture: what a token of it reads, relative to dense in fp32, the change of perplexity, its decoding speed relative to dense in fp32
-    where it was timed, and what it is.
+    """One model of the picture: what a token of it reads, relative to dense in fp32, the change of perplexity, its
+    decoding speed relative to dense in fp32 where it was timed, and what it is.
     """
 
     name: str
@@ -39,8 +41,9 @@ class Point:
 
 
 def candidate_points(report: Report) -> list[Point]:
-    """The dense models, then every candidate, in the order of the report. Where the chosen one's file was measured in another precision, it has a point of its
-    own as it is shipped. A report without shares of the whole model has those of the MLPs, and no dense models of fewer bits.
+    """The dense models, then every candidate, in the order of the report. Where the chosen one's file was measured in
+    another precision, it has a point of its own as it is shipped. A report without shares of the whole model has those
+    of the MLPs, and no dense models of fewer bits.
     """
     rows = [row for row in report.rows if row.method != "dense"]
     if not rows:
@@ -48,7 +51,15 @@ def candidate_points(report: Report) -> list[Point]:
     whole = all(row.read_share is not None for row in rows)
     quiet, shipped = report.speed is not None and not report.speed.disturbed, onnx_row(report, "sparse")
     timed = fp32_decode_ratio(report) if quiet else None
-    points = [Point("ungated" if report.swapped else "dense fp32", 1.0, Change(0.0), 1.0 if timed is not None else None, dense=True)]
+    points = [
+        Point(
+            "ungated" if report.swapped else "dense fp32",
+            1.0,
+            Change(0.0),
+            1.0 if timed is not None else None,
+            dense=True,
+        )
+    ]
     for found in report.references if whole else ():
         ratio = None if found.disturbed else found.decode_ratio
         points.append(Point(f"dense {found.precision}", found.read_share, reference_change(found), ratio, dense=True))
@@ -57,7 +68,15 @@ def candidate_points(report: Report) -> list[Point]:
         chosen = row is report.chosen
         change = perplexity_change(row.nll, report.dense.nll, row.nll_error)
         name = f"{row.method} (selected)" if chosen and not as_shipped else row.method
-        points.append(Point(name, _share(row, whole), change, timed if chosen and not as_shipped else None, selected=chosen and not as_shipped))
+        points.append(
+            Point(
+                name,
+                _share(row, whole),
+                change,
+                timed if chosen and not as_shipped else None,
+                selected=chosen and not as_shipped,
+            )
+        )
     if as_shipped:
         assert shipped is not None and shipped.read_share is not None
         name = f"{report.chosen.method} {shipped.precision} (selected)"
@@ -70,15 +89,24 @@ def _share(row: Row, whole: bool) -> float:
 
 
 def draw_candidates(points: Sequence[Point], report: Report) -> Figure:
-    """The points with bars of one standard error, each named at the right edge; the selected one is a star, dense models are squares."""
+    """The points with bars of one standard error, each named at the right edge; the selected one is a star, dense
+    models are squares.
+    """
     figure = Figure(figsize=(7.3, max(4.0, 1.2 + 0.27 * len(points))), layout="constrained")
     panel = figure.subplots()
     for point in points:
         marker, colour = ("s", "0.35") if point.dense else ("*", "tab:red") if point.selected else ("o", "tab:blue")
         panel.errorbar(
-            100 * point.share, 100 * point.change.value, yerr=None if point.change.error is None else 100 * point.change.error,
-            marker=marker, markersize=13 if point.selected else 6, color=colour, linestyle="none", capsize=3, zorder=3 if point.selected else 2,
-        )  # fmt: skip
+            100 * point.share,
+            100 * point.change.value,
+            yerr=None if point.change.error is None else 100 * point.change.error,
+            marker=marker,
+            markersize=13 if point.selected else 6,
+            color=colour,
+            linestyle="none",
+            capsize=3,
+            zorder=3 if point.selected else 2,
+        )
     _scale(panel, points)
     _name(panel, points)
     whole = any(row.read_share is not None for row in report.rows)
@@ -86,7 +114,11 @@ def draw_candidates(points: Sequence[Point], report: Report) -> Figure:
     panel.set_ylabel(f"perplexity against {'ungated' if report.swapped else 'dense fp32'}, %")
     panel.grid(alpha=0.3)
     bars = "; bars: one standard error" if any(point.change.error for point in points) else ""
-    speeds = "\n×: times the decoding speed of dense fp32 on this machine" if any(point.decode_ratio is not None for point in points) else ""
+    speeds = (
+        "\n×: times the decoding speed of dense fp32 on this machine"
+        if any(point.decode_ratio is not None for point in points)
+        else ""
+    )
     panel.set_title(f"lower and further left is better{bars}{speeds}", fontsize=9, loc="left")
     return figure
 
@@ -109,27 +141,41 @@ def _scale(panel: Axes, points: Sequence[Point]) -> None:
 
 
 def _name(panel: Axes, points: Sequence[Point]) -> None:
-    """Dense models' labels at their points; every candidate's right of the axes, in the order of their heights, with a thin line to the point."""
+    """Dense models' labels at their points; every candidate's right of the axes, in the order of their heights, with a
+    thin line to the point.
+    """
     for point in points:
         if point.dense:
             end = point.share > 0.5
             panel.annotate(
-                point.label, (100 * point.share, 100 * point.change.value), (-8, -3) if end else (7, 7), textcoords="offset points", fontsize=8.5, color="0.35",
+                point.label,
+                (100 * point.share, 100 * point.change.value),
+                (-8, -3) if end else (7, 7),
+                textcoords="offset points",
+                fontsize=8.5,
+                color="0.35",
                 ha="right" if end else "left",
-            )  # fmt: skip
+            )
     to_axes = panel.transData + panel.transAxes.inverted()
     order = sorted((point for point in points if not point.dense), key=lambda point: (point.change.value, -point.share))
     wanted = [float(to_axes.transform((0.0, 100 * point.change.value))[1]) for point in order]
     for point, height in zip(order, spread(wanted, min(0.06, 1.0 / max(1, len(order) - 1))), strict=True):
         panel.annotate(
-            point.label, (100 * point.share, 100 * point.change.value), (1.02, height), textcoords="axes fraction", fontsize=8.5, va="center",
-            fontweight="bold" if point.selected else "normal", annotation_clip=False,
+            point.label,
+            (100 * point.share, 100 * point.change.value),
+            (1.02, height),
+            textcoords="axes fraction",
+            fontsize=8.5,
+            va="center",
+            fontweight="bold" if point.selected else "normal",
+            annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3},
-        )  # fmt: skip
+        )
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights in 0 to 1, moved as little as it takes (least squares) for each to lie `gap` or more above the one before; all of them must fit.
+    """Ascending heights in 0 to 1, moved as little as it takes (least squares) for each to lie `gap` or more above the
+    one before; all of them must fit.
 
     Heights less the gaps below them have to ascend, which is isotonic regression by pooling adjacent violators.
     """

@@ -35,7 +35,8 @@ def conditions(result: Result) -> str:
     names = ("onnxruntime", "onnxruntime-genai", "llama-cpp-python", "torch")
     others = ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
     return (
-        f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_bytes'] / 2**30:.0f} GiB, {result['isa']} kernels; {others}; "
+        f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_bytes'] / 2**30:.0f} GiB, {result['isa']} "
+        f"kernels; {others}; "
         f"commit {versions.get('commit') or 'unknown'}, {result['time'][:10]}"
     )
 
@@ -52,18 +53,47 @@ def op_rows(result: Result) -> list[Row]:
 
 
 def op_table(result: Result) -> str:
-    """Every row of an op: the op, each dense product or peer beside it, bytes per second and their share of the stream."""
-    header = ["weights", "tokens", "kept", "against", "dense ms", "sparse ms", "speed against dense", "GB/s", "share of stream"]
+    """Every row of an op: the op, each dense product or peer beside it, bytes per second and their share of
+    the stream.
+    """
+    header = [
+        "weights",
+        "tokens",
+        "kept",
+        "against",
+        "dense ms",
+        "sparse ms",
+        "speed against dense",
+        "GB/s",
+        "share of stream",
+    ]
     cells = []
     for row in result["rows"]:
         if row["status"] != "run":
-            cells.append([row["format"], str(row["tokens"]), f"{row['asked']:.0%}", row["status"], "-", "-", "-", "-", "-"])
+            cells.append(
+                [row["format"], str(row["tokens"]), f"{row['asked']:.0%}", row["status"], "-", "-", "-", "-", "-"]
+            )
         for place, dense in enumerate(row.get("dense", [])):
-            speed = [f"{row['gb_per_s']:.1f}", f"{row['share_of_stream']:.0%} of {row['stream_gb_per_s']:.1f}"] if place == 0 else ["", ""]
+            speed = (
+                [f"{row['gb_per_s']:.1f}", f"{row['share_of_stream']:.0%} of {row['stream_gb_per_s']:.1f}"]
+                if place == 0
+                else ["", ""]
+            )
             kept = "all, no predictor" if row["score"] == "all" else f"{row['density']:.0%}"
             if "nonzero" in row:
                 kept = f"{row['score']}: {kept}, {row['opened']:.0%} open, {row['nonzero']:.0%} not zero"
-            cells.append([row["format"], str(row["tokens"]), kept, dense["name"], f"{dense['ms']:.2f}", f"{row['ms']:.2f}", ratio(dense), *speed])
+            cells.append(
+                [
+                    row["format"],
+                    str(row["tokens"]),
+                    kept,
+                    dense["name"],
+                    f"{dense['ms']:.2f}",
+                    f"{row['ms']:.2f}",
+                    ratio(dense),
+                    *speed,
+                ]
+            )
     return table((header, cells)).rstrip("\n")
 
 
@@ -72,7 +102,11 @@ def nothing_line(result: Result) -> str:
     rows = [row for row in result["rows"] if row["score"] == "nothing" and row["status"] == "run"]
     if not rows:
         return ""
-    return "With nothing selected, weights warm: " + ", ".join(f"{row['format']} {row['warm_ms']:.3f} ms" for row in rows) + "."
+    return (
+        "With nothing selected, weights warm: "
+        + ", ".join(f"{row['format']} {row['warm_ms']:.3f} ms" for row in rows)
+        + "."
+    )
 
 
 def target_table(result: Result) -> str:
@@ -80,14 +114,25 @@ def target_table(result: Result) -> str:
     header = ["weights", "against", *(f"{share:.0%}" for share in (0.5, 0.2, 0.1)), "all, no predictor"]
     cells = []
     for name, wanted in TARGETS.items():
-        rows = {row["asked"]: row for row in op_rows(result) if row["format"] == name and row["tokens"] == 1 and row["score"] != "all"}
-        everything = next((row for row in op_rows(result) if row["format"] == name and row["tokens"] == 1 and row["score"] == "all"), None)
+        rows = {
+            row["asked"]: row
+            for row in op_rows(result)
+            if row["format"] == name and row["tokens"] == 1 and row["score"] != "all"
+        }
+        everything = next(
+            (row for row in op_rows(result) if row["format"] == name and row["tokens"] == 1 and row["score"] == "all"),
+            None,
+        )
         if not rows:
             continue
         for place, dense in enumerate(next(iter(rows.values()))["dense"]):
             found = [name, dense["name"]]
             for share, target in wanted.items():
-                found.append(f"{rows[share]['dense'][place]['ratio']:.2f}{f' (target {target:g})' if place == 0 else ''}" if share in rows else "-")
+                found.append(
+                    f"{rows[share]['dense'][place]['ratio']:.2f}{f' (target {target:g})' if place == 0 else ''}"
+                    if share in rows
+                    else "-"
+                )
             cells.append([*found, "-" if everything is None else f"{everything['dense'][place]['ratio']:.2f}"])
     return table((header, cells)).rstrip("\n")
 
@@ -110,21 +155,35 @@ def worst(result: Result) -> dict[str, Row]:
     """By format the row of several tokens with the lowest ratio against the dense product of the same precision."""
     found: dict[str, Row] = {}
     for row in op_rows(result):
-        if row["tokens"] > 1 and (row["format"] not in found or row["dense"][0]["ratio"] < found[row["format"]]["dense"][0]["ratio"]):
+        if row["tokens"] > 1 and (
+            row["format"] not in found or row["dense"][0]["ratio"] < found[row["format"]]["dense"][0]["ratio"]
+        ):
             found[row["format"]] = row
     return found
 
 
 def model_table(result: Result) -> str:
     """Every model of a run: tokens per second, bytes per second, memory, and the sparse model's speed against it."""
-    header = ["model", "runtime", "prefill tok/s", "decode tok/s", "GB/s", "share of stream", "peak memory", "sparse / this, prefill", "sparse / this, decode"]
+    header = [
+        "model",
+        "runtime",
+        "prefill tok/s",
+        "decode tok/s",
+        "GB/s",
+        "share of stream",
+        "peak memory",
+        "sparse / this, prefill",
+        "sparse / this, decode",
+    ]
     sparse = next((row["role"] for row in result["models"] if row["role"].startswith("sparse")), None)
     cells = []
     for row in result["models"]:
         if row["status"] != "run":
             cells.append([row["role"], row["runtime"], row["status"], *["-"] * 6])
             continue
-        against = next((entry for entry in result["ratios"] if entry["role"] == sparse and entry["against"] == row["role"]), None)
+        against = next(
+            (entry for entry in result["ratios"] if entry["role"] == sparse and entry["against"] == row["role"]), None
+        )
         name = f"{row['role']}, {row['density']:.1%} kept" if "density" in row else row["role"]
         memory = row.get("peak_bytes")
         cells.append(
@@ -150,7 +209,8 @@ def amdahl_lines(result: Result) -> list[str]:
             lines.append(f"Expectation of {row['role']}: {row['status']}.")
             continue
         lines.append(
-            f"The MLP takes {row['mlp_share']:.0%} of a dense token; the op alone is {row['op_ratio']:.2f} times as fast at {row['density']:.1%} "
+            f"The MLP takes {row['mlp_share']:.0%} of a dense token; the op alone is {row['op_ratio']:.2f} times as "
+            f"fast at {row['density']:.1%} "
             f"kept, so Amdahl's law gives {row['expected']:.2f} for {row['role']}. Measured: {row['measured']:.2f}, "
             f"which is {row['measured_to_expected']:.2f} of that."
         )
@@ -159,10 +219,13 @@ def amdahl_lines(result: Result) -> list[str]:
 
 def _op_page(result: Result) -> list[str]:
     settings = result["settings"]
-    sizes = f"{settings['op']}, d = {settings['d']}, n = {settings['n']}" + (f", predictor of rank {settings['r']}" if settings["op"] == "gated_mlp" else "")
+    sizes = f"{settings['op']}, d = {settings['d']}, n = {settings['n']}" + (
+        f", predictor of rank {settings['r']}" if settings["op"] == "gated_mlp" else ""
+    )
     roofs = result["roofs"]
     head = (
-        f"{sizes}; {settings['threads']} threads, weights from memory, a new selection at every call; {conditions(result)}. A dense fp32 product of 512 rows: "
+        f"{sizes}; {settings['threads']} threads, weights from memory, a new selection at every call; "
+        f"{conditions(result)}. A dense fp32 product of 512 rows: "
         f"{roofs['gemm_gflop_per_s']:.0f} Gflop/s. CUDA: {result['cuda']}."
     )
     return [part for part in (head, op_table(result), nothing_line(result)) if part]
@@ -171,8 +234,10 @@ def _op_page(result: Result) -> list[str]:
 def _model_page(result: Result) -> list[str]:
     settings = result["settings"]
     head = (
-        f"{settings['shape']}, random weights, {settings['layers']} layers, {settings['prompt_tokens']} tokens of prompt and {settings['new_tokens']} decoded "
-        f"one at a time, the same random ids for all; {settings['threads']} threads, median of {settings['rounds']} rounds in turns; "
+        f"{settings['shape']}, random weights, {settings['layers']} layers, {settings['prompt_tokens']} tokens of "
+        f"prompt and {settings['new_tokens']} decoded "
+        f"one at a time, the same random ids for all; {settings['threads']} threads, median of {settings['rounds']} "
+        "rounds in turns; "
         f"stream {result['stream_gb_per_s']:.1f} GB/s; {conditions(result)}. CUDA: {result['cuda']}."
     )
     return [head, model_table(result), *amdahl_lines(result)]

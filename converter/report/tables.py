@@ -1,4 +1,6 @@
-"""Tables from a report, as Markdown for cards and as aligned text for terminals. The dense model always stands first."""
+"""Tables from a report, as Markdown for cards and as aligned text for terminals. The dense model always
+stands first.
+"""
 
 from __future__ import annotations
 
@@ -64,13 +66,18 @@ def check_table(report: Report, form: Form = "markdown") -> str:
 
 
 def stage_text(report: Report, width: int = 120) -> str:
-    """The seconds of every stage, beside what was expected where something was and all of it was done now, and of all, in lines of at most `width` columns."""
+    """The seconds of every stage, beside what was expected where something was and all of it was done now, and of all,
+    in lines of at most `width` columns.
+    """
     compared = [stage for stage in report.stages if stage.expected_seconds is not None]
     parts = [_stage_time(stage) for stage in report.stages]
     whole = StageTime(name="in all", seconds=sum(stage.seconds for stage in report.stages))
     if any(stage.resumed for stage in report.stages):
         parts.append(_stage_time(whole))
-        whole = StageTime(name="without what was found done", seconds=sum(stage.seconds for stage in report.stages if not stage.resumed))
+        whole = StageTime(
+            name="without what was found done",
+            seconds=sum(stage.seconds for stage in report.stages if not stage.resumed),
+        )
     if compared:
         whole = whole.model_copy(update={"expected_seconds": sum(stage.expected_seconds or 0.0 for stage in compared)})
     expected = " (expected)" if compared else ""
@@ -80,7 +87,10 @@ def stage_text(report: Report, width: int = 120) -> str:
 def _stage_time(stage: StageTime) -> str:
     if stage.resumed:
         return f"{stage.name} {f'{stage.seconds:.1f} for the rest' if stage.seconds else 'found done'}"
-    return f"{stage.name} {stage.seconds:.1f}{'' if stage.expected_seconds is None else f' ({stage.expected_seconds:.1f})'}"
+    return (
+        f"{stage.name} "
+        f"{stage.seconds:.1f}{'' if stage.expected_seconds is None else f' ({stage.expected_seconds:.1f})'}"
+    )
 
 
 def table(cells: Cells, form: Form = "markdown") -> str:
@@ -110,14 +120,18 @@ def ratio_text(ratio: float) -> str:
 
 
 def quality_cells(report: Report) -> Cells:
-    """The cells of `quality_table`. The change of perplexity is relative to the first row, with the standard error of the paired difference."""
+    """The cells of `quality_table`. The change of perplexity is relative to the first row, with the standard error of
+    the paired difference.
+    """
     rows = _dense_first(report)
     header = ["method", "perplexity", "change", "KL", "density", "cost"]
     body = [
         [
             _method(row, report),
             Number(f"{row.perplexity:.4g}", row.perplexity),
-            ABSENT if row is report.dense else _change_cell(perplexity_change(row.nll, report.dense.nll, row.nll_error)),
+            ABSENT
+            if row is report.dense
+            else _change_cell(perplexity_change(row.nll, report.dense.nll, row.nll_error)),
             nats(row.kl, small=True),
             percent(row.density),
             percent(row.cost),
@@ -149,7 +163,9 @@ def detail_cells(report: Report) -> Cells:
 
 
 def speed_cells(report: Report) -> Cells:
-    """Tokens per second of every row that was timed, and the medians of their ratios to dense over back-to-back pairs."""
+    """Tokens per second of every row that was timed, and the medians of their ratios to dense over
+    back-to-back pairs.
+    """
     body = [
         [
             _method(row, report),
@@ -179,13 +195,17 @@ def _change_cell(change: Change) -> str:
 
 
 def onnx_change(row: Row | OnnxRow, report: Report) -> Change:
-    """The change of perplexity of a file, or of torch, against the dense model in fp32: on the file's own tokens where that is stored."""
+    """The change of perplexity of a file, or of torch, against the dense model in fp32: on the file's own tokens where
+    that is stored.
+    """
     nll_dense = row.nll_dense if isinstance(row, OnnxRow) and row.nll_dense is not None else report.dense.nll
     return perplexity_change(row.nll, nll_dense, row.nll_error)
 
 
 def onnx_cells(report: Report) -> Cells:
-    """The cells of `onnx_table`: the dense model in fp32 and the sparse one in torch, then the ONNX files. The change is relative to the first row."""
+    """The cells of `onnx_table`: the dense model in fp32 and the sparse one in torch, then the ONNX files. The change
+    is relative to the first row.
+    """
     body = [
         [
             name,
@@ -225,7 +245,16 @@ def _onnx_rows(report: Report) -> list[tuple[str, str, str, str, Row | OnnxRow]]
         ("ungated torch" if report.swapped else "dense torch", "fp32", "torch", ABSENT, report.dense),
         (f"{chosen.method} torch", "fp32", "torch", ABSENT, chosen),
     ]
-    files = [(f"{'dense' if row.model == 'dense' else chosen.method} ONNX", row.precision, row.executor, megabytes(row.bytes), row) for row in report.onnx]
+    files = [
+        (
+            f"{'dense' if row.model == 'dense' else chosen.method} ONNX",
+            row.precision,
+            row.executor,
+            megabytes(row.bytes),
+            row,
+        )
+        for row in report.onnx
+    ]
     return [*torch, *files]
 
 
@@ -296,7 +325,10 @@ def _aligned(header: list[str], body: list[list[str]]) -> str:
     """Columns padded with spaces, without a newline at the end."""
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
     rows = [header, ["-" * width for width in widths], *body]
-    lines = ("  ".join(cell.rjust(w) if k else cell.ljust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows)
+    lines = (
+        "  ".join(cell.rjust(w) if k else cell.ljust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -21,9 +21,10 @@ _SLOWER_PROMPTS = 0.95
 class Verdict:
     """The sentence, and the numbers that it was made from.
 
-    `worth_it` is None where speed was not measured or is not to be quoted. `decode_ratio` and `prefill_ratio` are speeds relative to the dense model in the
-    precision `baseline`, `change` that of perplexity, `cost` the bytes of the MLPs that a token touches relative to dense; `better` names a dense model in
-    fewer bits that is at least as fast and loses less.
+    `worth_it` is None where speed was not measured or is not to be quoted. `decode_ratio` and `prefill_ratio` are
+    speeds relative to the dense model in the precision `baseline`, `change` that of perplexity, `cost` the bytes of the
+    MLPs that a token touches relative to dense; `better` names a dense model in fewer bits that is at least as fast and
+    loses less.
     """
 
     sentence: str
@@ -37,7 +38,10 @@ class Verdict:
 
     def numbers(self) -> dict[str, object]:
         """JSON-ready: the fields, the change as `perplexity_change` and `perplexity_error`."""
-        fields = {name: getattr(self, name) for name in ("sentence", "worth_it", "decode_ratio", "prefill_ratio", "baseline", "cost", "better")}
+        fields = {
+            name: getattr(self, name)
+            for name in ("sentence", "worth_it", "decode_ratio", "prefill_ratio", "baseline", "cost", "better")
+        }
         return {**fields, "perplexity_change": self.change.value, "perplexity_error": self.change.error}
 
 
@@ -47,8 +51,8 @@ def reference_change(reference: Reference) -> Change:
 
 
 def fp32_decode_ratio(report: Report) -> float | None:
-    """Decoding speed of the chosen model relative to the dense graph in fp32: measured, or through the dense graph of its own precision, which was timed
-    against both.
+    """Decoding speed of the chosen model relative to the dense graph in fp32: measured, or through the dense graph of
+    its own precision, which was timed against both.
     """
     row, speed = report.chosen, report.speed
     if speed is None or row.decode_ratio is None:
@@ -68,8 +72,8 @@ def read_recovery(folder: Path) -> RecoveryRecord | None:
 def make_verdict(report: Report, recovery: RecoveryRecord | None = None) -> Verdict:
     """What a person gains and loses with the chosen model.
 
-    Speed is claimed only where it was measured, against the dense graph of the same precision. `recovery` is the record of the training that the weights come
-    from, where there is one.
+    Speed is claimed only where it was measured, against the dense graph of the same precision. `recovery` is the record
+    of the training that the weights come from, where there is one.
     """
     row, speed = report.chosen, report.speed
     change = _own_change(report)
@@ -78,19 +82,30 @@ def make_verdict(report: Report, recovery: RecoveryRecord | None = None) -> Verd
     loss = _loss(report, change, recovery)
     if speed is None or row.decode_ratio is None:
         reason = f" ({report.speed_note})" if report.speed_note else ""
-        return Verdict(f"Reads {_share(row.cost)} of the MLP's bytes per token, {loss}; speed was not measured{reason}.", None, change, row.cost)
+        return Verdict(
+            f"Reads {_share(row.cost)} of the MLP's bytes per token, {loss}; speed was not measured{reason}.",
+            None,
+            change,
+            row.cost,
+        )
     baseline, prefill = speed.baseline or speed.precision, _prefill_ratio(report)
     dense = f"its own dense {baseline} graph" if report.swapped else f"the dense {baseline} model"
     numbers = {"decode_ratio": row.decode_ratio, "prefill_ratio": prefill, "baseline": baseline}
-    prompts = f", prompts at {ratio_text(prefill)} of its speed" if prefill is not None and prefill < _SLOWER_PROMPTS else ""
+    prompts = (
+        f", prompts at {ratio_text(prefill)} of its speed" if prefill is not None and prefill < _SLOWER_PROMPTS else ""
+    )
     if speed.disturbed:
         sentence = (
-            f"Reads {_share(row.cost)} of the MLP's bytes per token, {loss}; other load disturbed every pair of runs, so the measured speed "
+            f"Reads {_share(row.cost)} of the MLP's bytes per token, {loss}; other load disturbed every pair of runs, "
+            "so the measured speed "
             f"({ratio_text(row.decode_ratio)} of that of {dense}) is not to be quoted."
         )
         return Verdict(sentence, None, change, row.cost, **numbers)
     if row.decode_ratio < _FASTER:
-        sentence = f"Not worth it: not faster than {dense} on this machine, decodes at {ratio_text(row.decode_ratio)} of its speed{prompts}; {loss}."
+        sentence = (
+            f"Not worth it: not faster than {dense} on this machine, decodes at {ratio_text(row.decode_ratio)} "
+            f"of its speed{prompts}; {loss}."
+        )
         return Verdict(sentence, False, change, row.cost, **numbers)
     gain = f"decodes {ratio_text(row.decode_ratio)} times as fast as {dense} on this machine{prompts}"
     better = _better(report)
@@ -101,7 +116,9 @@ def make_verdict(report: Report, recovery: RecoveryRecord | None = None) -> Verd
 
 
 def _better(report: Report) -> Reference | None:
-    """The fastest dense graph in fewer bits than the chosen model's that is at least as fast as it and loses less, None without one."""
+    """The fastest dense graph in fewer bits than the chosen model's that is at least as fast as it and loses less, None
+    without one.
+    """
     own, ratio = fp32_change(report), fp32_decode_ratio(report)
     precision = report.speed.precision if report.speed else "fp32"
     if ratio is None or report.swapped:
@@ -109,9 +126,12 @@ def _better(report: Report) -> Reference | None:
     found = [
         reference
         for reference in report.references
-        if reference.decode_ratio is not None and not reference.disturbed and _BITS[reference.precision] < _BITS.get(precision, 32)
-        and reference.decode_ratio >= ratio and reference_change(reference).value < own.value
-    ]  # fmt: skip
+        if reference.decode_ratio is not None
+        and not reference.disturbed
+        and _BITS[reference.precision] < _BITS.get(precision, 32)
+        and reference.decode_ratio >= ratio
+        and reference_change(reference).value < own.value
+    ]
     return max(found, key=lambda reference: reference.decode_ratio or 0.0, default=None)
 
 
@@ -120,11 +140,15 @@ def _said(better: Reference, report: Report) -> str:
     assert ratio is not None and better.decode_ratio is not None
     faster = better.decode_ratio / ratio
     as_fast = f"{ratio_text(faster)} times as fast as this" if faster >= _FASTER else "as fast as this"
-    return f"the dense {better.precision} model decodes {as_fast} and loses less (perplexity {reference_change(better)})"
+    return (
+        f"the dense {better.precision} model decodes {as_fast} and loses less (perplexity {reference_change(better)})"
+    )
 
 
 def fp32_change(report: Report) -> Change:
-    """Change of perplexity of the chosen model, as it is shipped where that was measured, against the dense model in fp32."""
+    """Change of perplexity of the chosen model, as it is shipped where that was measured, against the dense model in
+    fp32.
+    """
     row, sparse = report.chosen, onnx_row(report, "sparse")
     if sparse is not None:
         return onnx_change(sparse, report)
@@ -132,7 +156,9 @@ def fp32_change(report: Report) -> Change:
 
 
 def _own_change(report: Report) -> Change:
-    """Change of perplexity of the chosen model against the dense one of the same precision: of the ONNX files where both were measured."""
+    """Change of perplexity of the chosen model against the dense one of the same precision: of the ONNX files where
+    both were measured.
+    """
     sparse, dense = onnx_row(report, "sparse"), onnx_row(report, "dense")
     if sparse is not None and sparse.rise is not None:
         return perplexity_change(sparse.rise, 0.0, sparse.rise_error)
@@ -157,10 +183,20 @@ def _prefill_ratio(report: Report) -> float | None:
 
 
 def _loss(report: Report, change: Change, recovery: RecoveryRecord | None) -> str:
-    """What it costs in quality. Against a model that is itself trained, the training's own change is named where its record is there."""
-    said = f"perplexity unchanged within the measurement's error ({change})" if change.uncertain else f"perplexity {change}"
+    """What it costs in quality. Against a model that is itself trained, the training's own change is named where its
+    record is there.
+    """
+    said = (
+        f"perplexity unchanged within the measurement's error ({change})"
+        if change.uncertain
+        else f"perplexity {change}"
+    )
     if not report.swapped:
-        trained = f" against the dense model that it was trained from, with {recovery.activation} for its activation" if recovery is not None else ""
+        trained = (
+            f" against the dense model that it was trained from, with {recovery.activation} for its activation"
+            if recovery is not None
+            else ""
+        )
         return said + trained
     said += " against itself with nothing skipped"
     if recovery is None:

@@ -1,9 +1,11 @@
 """Scores: how much a unit matters for a token. One file per score, one row per file.
 
-A score module exports SOURCE (paper, equation, deviations), NEEDS (fields of Context), PHASE and `score(context) -> [T, n]`. PHASE says when the score is
-known, hence which weights an executor may skip: pre (from x alone), mid (after the gate), post (after everything), in (at the input of one linear), prompt
-(after the prompt, then fixed), oracle (sees a label or the future; its NEEDS name `label`). KIND "linear" scores the input channels of a linear instead of
-neurons. A module that also scores attention heads exports HEAD_NEEDS and `score_heads(context) -> [T, H]`. Larger always means keep.
+A score module exports SOURCE (paper, equation, deviations), NEEDS (fields of Context), PHASE and `score(context) -> [T,
+n]`. PHASE says when the score is known, hence which weights an executor may skip: pre (from x alone), mid (after the
+gate), post (after everything), in (at the input of one linear), prompt (after the prompt, then fixed), oracle (sees a
+label or the future; its NEEDS name `label`). KIND "linear" scores the input channels of a linear instead of neurons. A
+module that also scores attention heads exports HEAD_NEEDS and `score_heads(context) -> [T, H]`. Larger always means
+keep.
 """
 
 from __future__ import annotations
@@ -37,13 +39,14 @@ SCORES = {
 
 @dataclass(frozen=True)
 class Context:
-    """What a score may look at, for T tokens of one site; a field is None unless the score's NEEDS (or HEAD_NEEDS) names it.
+    """What a score may look at, for T tokens of one site; a field is None unless the score's NEEDS (or HEAD_NEEDS)
+    names it.
 
-    Neurons: x [T, d]; gate = act(gate x), up, z [T, n]; w_gate, w_up, w_down [n, d]; up_moment [n] = E[up^2]; prompt [n], the statistic of the prompt's
-    tokens. A plain network has gate = act(up x), and w_gate = w_up. Linears: x [T, d_in] is the linear's own input, w [d_out, d_in] its weight.
-    Heads: o [T, H, d_h], before the output projection.
-    Gradients of the loss -log p(label): grad [T, n] by z, o_grad [T, H, d_h] by o; grad_path [K, T, n] by z and o_grad_path [K, T, H, d_h] by o, both with
-    z or o scaled by k/K, k = 1..K; label [T].
+    Neurons: x [T, d]; gate = act(gate x), up, z [T, n]; w_gate, w_up, w_down [n, d]; up_moment [n] = E[up^2]; prompt
+    [n], the statistic of the prompt's tokens. A plain network has gate = act(up x), and w_gate = w_up. Linears: x [T,
+    d_in] is the linear's own input, w [d_out, d_in] its weight. Heads: o [T, H, d_h], before the output projection.
+    Gradients of the loss -log p(label): grad [T, n] by z, o_grad [T, H, d_h] by o; grad_path [K, T, n] by z and
+    o_grad_path [K, T, H, d_h] by o, both with z or o scaled by k/K, k = 1..K; label [T].
     """
 
     x: Tensor | None = None

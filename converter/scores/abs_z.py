@@ -6,7 +6,11 @@ from torch import Tensor
 
 from . import Context
 
-SOURCE = ("Achieving Sparse Activation in Small Language Models, arXiv 2406.06562, magnitude", "s_i = |z_i|; heads: norm2(o_h)", "none")
+SOURCE = (
+    "Achieving Sparse Activation in Small Language Models, arXiv 2406.06562, magnitude",
+    "s_i = |z_i|; heads: norm2(o_h)",
+    "none",
+)
 NEEDS = ("z",)
 HEAD_NEEDS = ("o",)
 PHASE = "post"

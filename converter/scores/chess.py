@@ -9,7 +9,8 @@ from . import Context
 SOURCE = (
     "CHESS, arXiv 2409.01366",
     "s_i = |act(w_gate_i x)| sqrt(E[up_i^2])",
-    "one threshold tau on s is the paper's tau_i = tau / sqrt(E[up_i^2]) on |act(gate)|; a plain network has no up, so E[up^2] = 1 there",
+    "one threshold tau on s is the paper's tau_i = tau / sqrt(E[up_i^2]) on |act(gate)|; a plain network has no up, so "
+    "E[up^2] = 1 there",
 )
 NEEDS = ("gate", "up_moment")
 PHASE = "mid"

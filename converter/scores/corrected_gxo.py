@@ -1,4 +1,6 @@
-"""Corrected GxO: GxO plus half the Cauchy-Schwarz bound on what the other layers' pruning can change. Needs a label, so an oracle."""
+"""Corrected GxO: GxO plus half the Cauchy-Schwarz bound on what the other layers' pruning can change. Needs a label, so
+an oracle.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from . import Context
 
 SOURCE = (
     "Achieving Sparse Activation in Small Language Models, arXiv 2406.06562, Corrected GxO",
-    "s_i = -z_i g_i + 1/2 |z_i| norm2(g), the norm over the layer's units at the token; heads: -mean_d(o_h g_h) + 1/2 norm2(o_h) norm2_h(mean_d g_h)",
+    "s_i = -z_i g_i + 1/2 |z_i| norm2(g), the norm over the layer's units at the token; heads: -mean_d(o_h g_h) + 1/2 "
+    "norm2(o_h) norm2_h(mean_d g_h)",
     "computed from one forward and one backward for all layers, where the released code regenerates per layer",
 )
 NEEDS = ("z", "grad", "label")

@@ -1,4 +1,6 @@
-"""Fisher: the squared first-order change of the loss when a unit is removed; the order of SNIP. Needs a label, so an oracle."""
+"""Fisher: the squared first-order change of the loss when a unit is removed; the order of SNIP. Needs a label, so an
+oracle.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,11 @@ from torch import Tensor
 
 from . import Context
 
-SOURCE = ("Achieving Sparse Activation in Small Language Models, arXiv 2406.06562, Fisher", "s_i = (z_i dL/dz_i)^2; heads: (mean_d o_hd dL/do_hd)^2", "none")
+SOURCE = (
+    "Achieving Sparse Activation in Small Language Models, arXiv 2406.06562, Fisher",
+    "s_i = (z_i dL/dz_i)^2; heads: (mean_d o_hd dL/do_hd)^2",
+    "none",
+)
 NEEDS = ("z", "grad", "label")
 HEAD_NEEDS = ("o", "o_grad", "label")
 PHASE = "oracle"

@@ -6,7 +6,11 @@ from torch import Tensor
 
 from . import Context
 
-SOURCE = ("CATS, arXiv 2404.08763", "s_i = |act(w_gate_i x)|", "for a plain network the gate is the activated up projection")
+SOURCE = (
+    "CATS, arXiv 2404.08763",
+    "s_i = |act(w_gate_i x)|",
+    "for a plain network the gate is the activated up projection",
+)
 NEEDS = ("gate",)
 PHASE = "mid"
 

@@ -18,5 +18,7 @@ def score(context: Context) -> Tensor:
 
 
 def statistic(z: Tensor) -> Tensor:
-    """Norm over tokens of z_t / norm(z_t), for the prompt's z [..., P, n]: [..., n]. A token whose z is all zero adds nothing."""
+    """Norm over tokens of z_t / norm(z_t), for the prompt's z [..., P, n]: [..., n]. A token whose z is all zero adds
+    nothing.
+    """
     return (z / z.norm(dim=-1, keepdim=True).clamp_min(1e-30)).norm(dim=-2)

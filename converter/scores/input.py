@@ -6,7 +6,11 @@ from torch import Tensor
 
 from . import Context
 
-SOURCE = ("TEAL, arXiv 2408.14690", "s_j = |x_j|", "every position is masked; the paper leaves the first half of a prompt dense")
+SOURCE = (
+    "TEAL, arXiv 2408.14690",
+    "s_j = |x_j|",
+    "every position is masked; the paper leaves the first half of a prompt dense",
+)
 NEEDS = ("x",)
 PHASE = "in"
 KIND = "linear"

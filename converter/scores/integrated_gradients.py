@@ -1,4 +1,6 @@
-"""Integrated gradients: GxO averaged along the path that scales one layer's units from zero to their value. Needs a label, so an oracle."""
+"""Integrated gradients: GxO averaged along the path that scales one layer's units from zero to their value. Needs a
+label, so an oracle.
+"""
 
 from __future__ import annotations
 

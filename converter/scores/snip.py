@@ -6,7 +6,11 @@ from torch import Tensor
 
 from . import Context
 
-SOURCE = ("Achieving Sparse Activation in Small Language Models, arXiv 2406.06562, SNIP", "s_i = |z_i dL/dz_i|; heads: |mean_d o_hd dL/do_hd|", "none")
+SOURCE = (
+    "Achieving Sparse Activation in Small Language Models, arXiv 2406.06562, SNIP",
+    "s_i = |z_i dL/dz_i|; heads: |mean_d o_hd dL/do_hd|",
+    "none",
+)
 NEEDS = ("z", "grad", "label")
 HEAD_NEEDS = ("o", "o_grad", "label")
 PHASE = "oracle"

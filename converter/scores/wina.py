@@ -6,7 +6,11 @@ from torch import Tensor
 
 from . import Context
 
-SOURCE = ("WINA, arXiv 2505.19427", "s_j = |x_j| norm2(W[:, j])", "column norms of every linear, up and down included; no rotation")
+SOURCE = (
+    "WINA, arXiv 2505.19427",
+    "s_j = |x_j| norm2(W[:, j])",
+    "column norms of every linear, up and down included; no rotation",
+)
 NEEDS = ("x", "w")
 PHASE = "in"
 KIND = "linear"

@@ -1,7 +1,8 @@
 """The Hugging Face Hub side: what a repository holds, and downloads into real folders.
 
-Every failure a person can mend is an InputError of one line. Weights are read as safetensors only; neither pickle files nor code nor libraries are ever fetched
-or pushed, and every name that a repository or a record tells passes `inside` before anything is written or removed by it.
+Every failure a person can mend is an InputError of one line. Weights are read as safetensors only; neither pickle files
+nor code nor libraries are ever fetched or pushed, and every name that a repository or a record tells passes `inside`
+before anything is written or removed by it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class _Record(BaseModel):
 
 @dataclass(frozen=True)
 class _Listed:
-    """A file as a repository lists it: bytes, and the sha256 of one that is kept in large-file storage, else git's sha1; None where it tells neither."""
+    """A file as a repository lists it: bytes, and the sha256 of one that is kept in large-file storage, else git's
+    sha1; None where it tells neither.
+    """
 
     size: int
     sha256: str | None
@@ -85,8 +88,8 @@ class Download:
 class Remote:
     """What a repository tells before any download.
 
-    `tensors` maps names to (shape, safetensors dtype such as "BF16"); `total_bytes` is the size of the tensors, `download_bytes` that of all files that
-    `download` fetches.
+    `tensors` maps names to (shape, safetensors dtype such as "BF16"); `total_bytes` is the size of the tensors,
+    `download_bytes` that of all files that `download` fetches.
     """
 
     id: str
@@ -99,7 +102,9 @@ class Remote:
 
 @dataclass(frozen=True)
 class PushTarget:
-    """A repository that the token may write: its full id, and whether it exists and is private (None when it does not exist)."""
+    """A repository that the token may write: its full id, and whether it exists and is private (None when it does not
+    exist).
+    """
 
     id: str
     exists: bool
@@ -124,11 +129,20 @@ def check_disk(path: Path, bytes_needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < bytes_needed:
-        needed, found = (size(bytes_needed), size(free)) if size(bytes_needed) != size(free) else (f"{bytes_needed} bytes", f"{free} bytes")
-        raise InputError(f"Free disk space at {place} must be at least {needed}, got {found}. Free some space or choose another folder.")
+        needed, found = (
+            (size(bytes_needed), size(free))
+            if size(bytes_needed) != size(free)
+            else (f"{bytes_needed} bytes", f"{free} bytes")
+        )
+        raise InputError(
+            f"Free disk space at {place} must be at least {needed}, got {found}. Free some space or choose another "
+            "folder."
+        )
 
 
-def remote_inspect(repo_id: str, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> Remote:
+def remote_inspect(
+    repo_id: str, revision: str | None = None, token: str | None = None, endpoint: str | None = None
+) -> Remote:
     """Read config.json and the safetensors headers of a repository: a few kilobytes, whatever the model's size.
 
     Raises InputError when the repository is missing, gated, unreachable or holds no safetensors model.
@@ -140,10 +154,15 @@ def remote_inspect(repo_id: str, revision: str | None = None, token: str | None 
         config = remote_json(api, repo_id, "config.json", commit)
         weights = [name for name in names if name.endswith(".safetensors")]
         with ThreadPoolExecutor(8) as pool:
-            headers = list(pool.map(lambda name: api.parse_safetensors_file_metadata(repo_id, name, revision=commit), weights))
+            headers = list(
+                pool.map(lambda name: api.parse_safetensors_file_metadata(repo_id, name, revision=commit), weights)
+            )
     infos = {name: info for header in headers for name, info in header.tensors.items()}
     if len(infos) < sum(len(header.tensors) for header in headers):
-        raise InputError(f"The safetensors files of {repo_id} must hold every tensor once, got one in two files. Choose another repository or revision.")
+        raise InputError(
+            f"The safetensors files of {repo_id} must hold every tensor once, got one in two files. Choose another "
+            "repository or revision."
+        )
     tensors = {name: (tuple(info.shape), str(info.dtype)) for name, info in sorted(infos.items())}
     total = sum(info.data_offsets[1] - info.data_offsets[0] for info in infos.values())
     return Remote(repo_id, commit, config, tensors, total, sum(listing[name].size for name in names))
@@ -156,25 +175,46 @@ def head_commit(repo_id: str, token: str | None = None, endpoint: str | None = N
         return str(api.model_info(repo_id, timeout=TIMEOUT).sha)
 
 
-def download(repo_id: str, folder: Path, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> Download:
-    """Fetch the model files of a repository into `folder` as real files, since ONNX Runtime refuses the links of the Hub's cache.
+def download(
+    repo_id: str, folder: Path, revision: str | None = None, token: str | None = None, endpoint: str | None = None
+) -> Download:
+    """Fetch the model files of a repository into `folder` as real files, since ONNX Runtime refuses the links of the
+    Hub's cache.
 
-    Fetched are the root's safetensors weights, configuration, tokenizer, README and licence. Free disk space is checked before the first byte, an interrupted
-    download goes on where it stopped, and a finished one also serves without a network. Raises InputError as `remote_inspect` does, or when the disk is full.
+    Fetched are the root's safetensors weights, configuration, tokenizer, README and licence. Free disk space is checked
+    before the first byte, an interrupted download goes on where it stopped, and a finished one also serves without a
+    network. Raises InputError as `remote_inspect` does, or when the disk is full.
     """
-    return _fetch(HfApi(endpoint=endpoint, token=token), repo_id, Path(folder), revision, lambda _, names: _select(repo_id, names), None)
+    return _fetch(
+        HfApi(endpoint=endpoint, token=token),
+        repo_id,
+        Path(folder),
+        revision,
+        lambda _, names: _select(repo_id, names),
+        None,
+    )
 
 
-def fetch_checkpoint(repo_id: str, folder: Path | None = None, revision: str | None = None, token: str | None = None, endpoint: str | None = None) -> Download:
+def fetch_checkpoint(
+    repo_id: str,
+    folder: Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> Download:
     """Fetch a whole sparse checkpoint, onnx/ included: the files that its manifest lists, and the manifest.
 
-    `folder` is by default that of `home_folder`. Works and fails as `download`; a repository without a manifest is refused.
+    `folder` is by default that of `home_folder`. Works and fails as `download`; a repository without a manifest is
+    refused.
     """
     api = HfApi(endpoint=endpoint, token=token)
 
     def listed(commit: str, names: list[str]) -> list[str]:
         if MANIFEST not in names:
-            raise InputError(f"{repo_id} must hold a finished sparse checkpoint, got no {MANIFEST}. Convert it with `sparsegate convert {repo_id}`.")
+            raise InputError(
+                f"{repo_id} must hold a finished sparse checkpoint, got no {MANIFEST}. Convert it with `sparsegate "
+                f"convert {repo_id}`."
+            )
         files = remote_json(api, repo_id, MANIFEST, commit).get("files")
         check_data(files if isinstance(files, dict) else (), f"{MANIFEST} of {repo_id}")
         return [*sorted(set(names) & set(files if isinstance(files, dict) else ())), MANIFEST]
@@ -188,9 +228,11 @@ def home_folder(kind: str, repo_id: str) -> Path:
 
 
 def local_folder(model: str | Path) -> Path:
-    """The folder that a folder's name or the Hub id of a sparse checkpoint means; a repository is fetched first, onnx/ included.
+    """The folder that a folder's name or the Hub id of a sparse checkpoint means; a repository is fetched first, onnx/
+    included.
 
-    Raises InputError, before anything else is done, where its genai_config.json has what onnxruntime-genai must not be given.
+    Raises InputError, before anything else is done, where its genai_config.json has what onnxruntime-genai must not be
+    given.
     """
     name = str(model)
     folder = fetch_checkpoint(name).folder if is_hub_id(name) else Path(name)
@@ -206,10 +248,19 @@ def check_genai(folder: Path) -> None:
 
 
 @job()
-def _fetch(api: HfApi, repo_id: str, folder: Path, revision: str | None, choose: Callable[[str, list[str]], list[str]], hashed: int | None) -> Download:
-    """Bring the files that `choose` takes from (commit, names) into `folder`, and those of an earlier commit that are not among them away.
+def _fetch(
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    revision: str | None,
+    choose: Callable[[str, list[str]], list[str]],
+    hashed: int | None,
+) -> Download:
+    """Bring the files that `choose` takes from (commit, names) into `folder`, and those of an earlier commit that are
+    not among them away.
 
-    A copy that is there already is used when its sizes and hashes are those of its download, hashes of files above `hashed` bytes left out (None: of none).
+    A copy that is there already is used when its sizes and hashes are those of its download, hashes of files above
+    `hashed` bytes left out (None: of none).
     """
     record = _finished(folder, repo_id, hashed)
     if record and revision == record.revision:
@@ -221,25 +272,50 @@ def _fetch(api: HfApi, repo_id: str, folder: Path, revision: str | None, choose:
     except Unreachable:
         if record is None or revision != record.requested:
             raise
-        logger.warning("The Hub cannot be reached; using the copy of %s at %s in %s.", repo_id, record.revision[:12], folder)
+        logger.warning(
+            "The Hub cannot be reached; using the copy of %s at %s in %s.", repo_id, record.revision[:12], folder
+        )
         return Download(folder, repo_id, record.revision)
     if record and (record.revision, record.requested) == (commit, revision) and set(names) == record.files.keys():
         return Download(folder, repo_id, commit)
     places = {name: inside(folder, name, repo_id) for name in names}
-    check_disk(folder, sum(listing[name].size for name, path in places.items() if not _has_size(path, listing[name].size)))
+    check_disk(
+        folder, sum(listing[name].size for name, path in places.items() if not _has_size(path, listing[name].size))
+    )
     earlier = _read_record(folder)
-    stale = [inside(folder, name, str(folder / _RECORD)) for name in sorted(earlier.files.keys() - set(names))] if earlier else []
+    stale = (
+        [inside(folder, name, str(folder / _RECORD)) for name in sorted(earlier.files.keys() - set(names))]
+        if earlier
+        else []
+    )
     if earlier is not None:  # the client looks at no bytes of what it has fetched once
-        stale += [places[name] for name in earlier.hashes.keys() & set(names) if places[name].is_file() and known_hash(places[name]) != earlier.hashes[name]]
+        stale += [
+            places[name]
+            for name in earlier.hashes.keys() & set(names)
+            if places[name].is_file() and known_hash(places[name]) != earlier.hashes[name]
+        ]
     try:
         for path in stale:
             path.unlink(missing_ok=True)
         with explained(repo_id, api.endpoint):
             patterns = [glob.escape(name) for name in names]
-            snapshot_download(repo_id, revision=commit, local_dir=folder, token=api.token, endpoint=api.endpoint, allow_patterns=patterns)
+            snapshot_download(
+                repo_id,
+                revision=commit,
+                local_dir=folder,
+                token=api.token,
+                endpoint=api.endpoint,
+                allow_patterns=patterns,
+            )
         _check_fetched(repo_id, places, listing)
         hashes = {name: known_hash(path) for name, path in places.items()}
-        record = _Record(id=repo_id, requested=revision, revision=commit, files={name: listing[name].size for name in names}, hashes=hashes)
+        record = _Record(
+            id=repo_id,
+            requested=revision,
+            revision=commit,
+            files={name: listing[name].size for name in names},
+            hashes=hashes,
+        )
         write_json(folder / _RECORD, record.model_dump(mode="json"))
     except (OSError, RuntimeError) as error:
         if is_disk_full(error):
@@ -253,22 +329,33 @@ def _check_fetched(repo_id: str, places: dict[str, Path], listing: dict[str, _Li
     for name, path in places.items():
         if not listing[name].fits(path):
             path.unlink(missing_ok=True)
-            raise InputError(f"{name} of {repo_id} must have the bytes that the repository lists, got others. Run the same command again.")
+            raise InputError(
+                f"{name} of {repo_id} must have the bytes that the repository lists, got others. Run the same command "
+                "again."
+            )
 
 
 def commit_and_files(api: HfApi, repo_id: str, revision: str | None) -> tuple[str, dict[str, _Listed]]:
     """The commit sha that `revision` means now, and every file of it."""
     info = api.model_info(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT)
     return str(info.sha), {
-        file.rfilename: _Listed(file.size or 0, file.lfs.sha256 if file.lfs else None, None if file.lfs else file.blob_id) for file in info.siblings or []
+        file.rfilename: _Listed(
+            file.size or 0, file.lfs.sha256 if file.lfs else None, None if file.lfs else file.blob_id
+        )
+        for file in info.siblings or []
     }
 
 
 def _select(repo_id: str, names: list[str]) -> list[str]:
-    """The files that a conversion needs: the root's weights in safetensors (one set of them), configuration, tokenizer and texts."""
+    """The files that a conversion needs: the root's weights in safetensors (one set of them), configuration, tokenizer
+    and texts.
+    """
     root = sorted(name for name in names if "/" not in name)
     if "config.json" not in root:
-        raise InputError(f"{repo_id} must be a transformers model with a config.json, got {', '.join(root[:4]) or 'no files'}. Choose another repository.")
+        raise InputError(
+            f"{repo_id} must be a transformers model with a config.json, got {', '.join(root[:4]) or 'no files'}. "
+            "Choose another repository."
+        )
     weights = [name for name in root if name.endswith(".safetensors")]
     if not weights:
         pickles = [name for name in names if name.endswith(_PICKLES)]
@@ -283,19 +370,26 @@ def _select(repo_id: str, names: list[str]) -> list[str]:
         return [_SINGLE, *(name for name in texts if name != _INDEX)]
     if _INDEX in texts:
         return [*([name for name in weights if _SHARD.fullmatch(name)] or weights), *texts]
-    raise InputError(f"The weights must be {_SINGLE} or shards with {_INDEX}, got {weights[0]} in {repo_id}. Choose another repository.")
+    raise InputError(
+        f"The weights must be {_SINGLE} or shards with {_INDEX}, got {weights[0]} in {repo_id}. Choose another "
+        "repository."
+    )
 
 
 @job()
 def remote_json(api: HfApi, repo_id: str, name: str, revision: str | None) -> dict[str, Any]:
     """The JSON object in a file of a repository. Raises InputError where it is none."""
     with tempfile.TemporaryDirectory() as folder:
-        path = hf_hub_download(repo_id, name, revision=revision, local_dir=folder, token=api.token, endpoint=api.endpoint)
+        path = hf_hub_download(
+            repo_id, name, revision=revision, local_dir=folder, token=api.token, endpoint=api.endpoint
+        )
         return read_json(Path(path), f"{name} of {repo_id}")
 
 
 def remote_names(api: HfApi, target: PushTarget) -> set[str]:
-    """What the repository's present manifest lists and the repository still holds; a broken or missing manifest lists nothing."""
+    """What the repository's present manifest lists and the repository still holds; a broken or missing manifest lists
+    nothing.
+    """
     if not target.exists:
         return set()
     present = set(api.list_repo_files(target.id))
@@ -320,9 +414,15 @@ def _read_record(folder: Path) -> _Record | None:
 
 
 def _finished(folder: Path, repo_id: str, hashed: int | None) -> _Record | None:
-    """The record of a finished download of `repo_id` whose files are all still there as they came; see `_fetch`. The log says what is damaged."""
+    """The record of a finished download of `repo_id` whose files are all still there as they came; see `_fetch`. The
+    log says what is damaged.
+    """
     record = _read_record(folder)
-    if record is None or record.id != repo_id or not all(_has_size(folder / name, size) for name, size in record.files.items()):
+    if (
+        record is None
+        or record.id != repo_id
+        or not all(_has_size(folder / name, size) for name, size in record.files.items())
+    ):
         return None
     for name, sha256 in record.hashes.items():
         if (hashed is None or record.files.get(name, 0) <= hashed) and known_hash(folder / name) != sha256:

@@ -1,4 +1,6 @@
-"""From what a person names to an opened model: the bundled one, a folder, a published folder of another tool, or a Hub id."""
+"""From what a person names to an opened model: the bundled one, a folder, a published folder of another tool, or a Hub
+id.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ _log = logging.getLogger("sparsegate")
 
 
 def resolve(model: str, folder: Path) -> Source:
-    """Open a folder, the bundled model, or a Hub id, which is fetched into `folder`; published models with another activation are brought into sparsegate's
-    form beside it. Raises InputError for what cannot be opened.
+    """Open a folder, the bundled model, or a Hub id, which is fetched into `folder`; published models with another
+    activation are brought into sparsegate's form beside it. Raises InputError for what cannot be opened.
     """
     if model == BUNDLED_MODEL:
         return replace(open_source(BUNDLED), label=BUNDLED_NAME)
@@ -32,7 +34,11 @@ def resolve(model: str, folder: Path) -> Source:
 def _normal(given: Path, folder: Path) -> Path:
     config = given / "config.json"
     for name in asks_for_code(given):
-        _log.warning("%s of %s names code of the model's own (auto_map): it is not run, and left out of what is written.", name, given.name)
+        _log.warning(
+            "%s of %s names code of the model's own (auto_map): it is not run, and left out of what is written.",
+            name,
+            given.name,
+        )
     if not config.is_file() or not is_published(read_json(config, "config.json")):
         return given
     return normalise(given, folder.with_name(f"{folder.name}-normal"))

@@ -1,11 +1,15 @@
-"""Predictors of other systems, read into a plan and written from one: PowerInfer, DejaVu, TurboSparse and Bamboo, as safetensors.
+"""Predictors of other systems, read into a plan and written from one: PowerInfer, DejaVu, TurboSparse and Bamboo, as
+safetensors.
 
-A folder holds one file a layer, `model_{layer}.safetensors` with fc1.weight [r, d] and fc2.weight [n, r] (the rank r may differ by layer), and optionally
-config.json with `sparse_threshold`; PowerInfer keeps neuron i unless logit_i < threshold. A Hugging Face folder may instead hold them beside the
-feed-forward weights, `model.layers.3.mlp.predictor.fc1.weight`; its model keeps neuron i when logit_i > 0. FORMAT.md, "Interchange", has the whole of it.
+A folder holds one file a layer, `model_{layer}.safetensors` with fc1.weight [r, d] and fc2.weight [n, r] (the rank r
+may differ by layer), and optionally config.json with `sparse_threshold`; PowerInfer keeps neuron i unless logit_i <
+threshold. A Hugging Face folder may instead hold them beside the feed-forward weights,
+`model.layers.3.mlp.predictor.fc1.weight`; its model keeps neuron i when logit_i > 0. FORMAT.md, "Interchange", has the
+whole of it.
 
-Published predictors read the residual stream h before the feed-forward norm, the op reads the normed x = c diag(g) h with c > 0 for every token. Without
-biases and with threshold 0 only the logits' signs count, so fc1 diag(1 / g) on x decides exactly as fc1 does on h.
+Published predictors read the residual stream h before the feed-forward norm, the op reads the normed x = c diag(g) h
+with c > 0 for every token. Without biases and with threshold 0 only the logits' signs count, so fc1 diag(1 / g) on x
+decides exactly as fc1 does on h.
 """
 
 from __future__ import annotations
@@ -32,7 +36,8 @@ from ..checkpoint.tensor_files import load_tensors
 from ..modeling.blocks import block_calls, embed, empty_model, filled
 
 SOURCE = (
-    "PowerInfer, arXiv 2312.12456 (folders, sparse_threshold); DejaVu, arXiv 2310.17157 (linear2); Turbo Sparse, arXiv 2406.05955 (beside weights)",
+    "PowerInfer, arXiv 2312.12456 (folders, sparse_threshold); DejaVu, arXiv 2310.17157 (linear2); Turbo Sparse, arXiv "
+    "2406.05955 (beside weights)",
     "keep unless fc2 relu(fc1 h) < threshold; fc2 fc1 h = [fc2, -fc2] relu([fc1; -fc1] h)",
     "the tap on the residual stream moves behind the norm; the threshold becomes a strict one, one float32 lower",
 )
@@ -44,14 +49,20 @@ ROWS = 4096  # samples that density and recall are measured on: their logits [ro
 Form = Literal["mlp2", "linear2"]
 Tap = Literal["input", "residual"]
 _SIGN_ONLY = (0.0, torch.nextafter(torch.tensor(0.0), torch.tensor(1.0)).item())
-"""Thresholds that a positive factor on the logits does not touch: logit >= 0, and logit > 0 as >= the least positive float32."""
+"""Thresholds that a positive factor on the logits does not touch: logit >= 0, and logit > 0 as >= the least positive
+float32.
+"""
 _FILE = re.compile(r"model_(\d+)\.safetensors")
 _PICKLE = re.compile(r".*\.(pt|bin|pth|ckpt|pkl)")
 _ROLES = ("fc1.weight", "fc2.weight", "fc1.bias", "fc2.bias")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_TORCH_ONLY = "Such predictors run in their own torch model only: train others with --method predictor, or set tap to input if these read the normed input."
+_TORCH_ONLY = (
+    "Such predictors run in their own torch model only: train others with --method predictor, or set tap to "
+    "input if these read the normed input."
+)
 _CONVERT = (
-    "Run python -c \"import sys, torch, safetensors.torch as s; [s.save_file(torch.load(f, weights_only=True), f[:-2] + 'safetensors') "
+    'Run python -c "import sys, torch, safetensors.torch as s; [s.save_file(torch.load(f, weights_only=True), f[:-2] '
+    "+ 'safetensors') "
     'for f in sys.argv[1:]]" model_*.pt on a machine you trust.'
 )
 
@@ -59,9 +70,10 @@ _CONVERT = (
 class Config(BaseModel):
     """Which predictors to take.
 
-    `folder` holds them (None: the model's own folder, beside its weights). `form` is mlp2, fc2 relu(fc1 h), or linear2, fc2 fc1 h. `tap` is what they read:
-    `input`, the feed-forward network's input, or `residual`, the residual stream before the norm (None: what the folder's config.json says, else residual,
-    as published). `threshold` replaces the folder's.
+    `folder` holds them (None: the model's own folder, beside its weights). `form` is mlp2, fc2 relu(fc1 h), or linear2,
+    fc2 fc1 h. `tap` is what they read: `input`, the feed-forward network's input, or `residual`, the residual stream
+    before the norm (None: what the folder's config.json says, else residual, as published). `threshold` replaces the
+    folder's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -75,7 +87,9 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class Published:
-    """A layer's predictor as it was found: fc1 [r, d] and fc2 [n, r] fp32, biases [r] and [n] or None; `name` says where, for messages."""
+    """A layer's predictor as it was found: fc1 [r, d] and fc2 [n, r] fp32, biases [r] and [n] or None; `name` says
+    where, for messages.
+    """
 
     name: str
     fc1: Tensor
@@ -85,10 +99,11 @@ class Published:
 
 
 def imported_plan(source: Source, config: Config) -> Plan:
-    """The plan that the predictors in `config.folder`, or those beside the weights of `source`, mean for it; behind the swap of a site that has one.
+    """The plan that the predictors in `config.folder`, or those beside the weights of `source`, mean for it; behind the
+    swap of a site that has one.
 
-    Densities are unknown and stand at 1 until `measured`. Raises InputError for files that are absent, pickles, damaged or of another model, and for
-    predictors that the op cannot express.
+    Densities are unknown and stand at 1 until `measured`. Raises InputError for files that are absent, pickles, damaged
+    or of another model, and for predictors that the op cannot express.
     """
     if config.folder is None:
         return predictors_beside(source, config)
@@ -102,15 +117,20 @@ def imported_plan(source: Source, config: Config) -> Plan:
 
 
 def fingerprint(config: Config) -> str | None:
-    """Sha256 (hex) over the files in `config.folder` that decide the plan; None beside the weights, which the model's own fingerprint covers."""
+    """Sha256 (hex) over the files in `config.folder` that decide the plan; None beside the weights, which the model's
+    own fingerprint covers.
+    """
     if config.folder is None:
         return None
-    paths = [path for path in sorted(Path(config.folder).glob("*")) if path.name == CONFIG or _FILE.fullmatch(path.name)]
+    paths = [
+        path for path in sorted(Path(config.folder).glob("*")) if path.name == CONFIG or _FILE.fullmatch(path.name)
+    ]
     return hash_json({path.name: hash_file(path) for path in paths})
 
 
 def predictors_beside(source: Source, config: Config | None = None) -> Plan:
-    """The plan of the predictors that sit beside the feed-forward weights of `source` (`....mlp.predictor.fc1.weight`): keep neuron i when logit_i > 0.
+    """The plan of the predictors that sit beside the feed-forward weights of `source` (`....mlp.predictor.fc1.weight`):
+    keep neuron i when logit_i > 0.
 
     Works and fails as `imported_plan`.
     """
@@ -120,9 +140,15 @@ def predictors_beside(source: Source, config: Config | None = None) -> Plan:
         prefix = source.arch.ffn_module(site.layer) + ".predictor."
         names = [name for name in source.tensors if name.startswith(prefix)]
         if not names:
-            what = f"The safetensors must hold {prefix}fc1.weight and {prefix}fc2.weight, got neither in {source.folder}."
-            raise InputError(f"{what} Name the folder of the predictors as `folder`, or take a model that carries them.")
-        found[site.layer] = _published(prefix.removesuffix("."), {name.removeprefix(prefix): t for name, t in source.read(names).items()})
+            what = (
+                f"The safetensors must hold {prefix}fc1.weight and {prefix}fc2.weight, got neither in {source.folder}."
+            )
+            raise InputError(
+                f"{what} Name the folder of the predictors as `folder`, or take a model that carries them."
+            )
+        found[site.layer] = _published(
+            prefix.removesuffix("."), {name.removeprefix(prefix): t for name, t in source.read(names).items()}
+        )
     threshold = 0.0 if config.threshold is None else _number(config.threshold, source.folder)
     return predictor_plan(source, found, config.form, config.tap or "residual", threshold, keep_equal=False)
 
@@ -130,20 +156,33 @@ def predictors_beside(source: Source, config: Config | None = None) -> Plan:
 def read_predictors(folder: Path, layers: int) -> tuple[dict[int, Published], dict[str, Any]]:
     """The predictors of a folder by layer, 0 to `layers` - 1, and the content of its config.json ({} without one).
 
-    Raises InputError for a folder that is none, a layer that is absent or too many, pickles, damaged files and tensors that are no predictor's.
+    Raises InputError for a folder that is none, a layer that is absent or too many, pickles, damaged files and tensors
+    that are no predictor's.
     """
     if not folder.is_dir():
-        raise InputError(f"folder must be a folder with model_0.safetensors, model_1.safetensors and so on, got {folder}, which is none. Check the path.")
+        raise InputError(
+            f"folder must be a folder with model_0.safetensors, model_1.safetensors and so on, got {folder}, which is "
+            "none. Check the path."
+        )
     present = {int(match[1]): path for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))}
     for layer in range(layers):
         if layer in present:
             continue
         pickles = sorted(path.name for path in folder.iterdir() if _PICKLE.fullmatch(path.name))
         if pickles:
-            raise InputError(f"Predictors must be safetensors, got {pickles[0]}, a pickle file that can run code when read. {_CONVERT}")
-        raise InputError(f"{folder} must hold model_{layer}.safetensors for a model of {layers} layers, got no such file. Fetch the predictors again.")
+            raise InputError(
+                f"Predictors must be safetensors, got {pickles[0]}, a pickle file that can run code when read. "
+                f"{_CONVERT}"
+            )
+        raise InputError(
+            f"{folder} must hold model_{layer}.safetensors for a model of {layers} layers, got no such file. Fetch the "
+            "predictors again."
+        )
     if max(present) >= layers:
-        raise InputError(f"{folder} must hold predictors of {layers} layers, got model_{max(present)}.safetensors as well. Take the predictors of this model.")
+        raise InputError(
+            f"{folder} must hold predictors of {layers} layers, got model_{max(present)}.safetensors as well. Take the "
+            "predictors of this model."
+        )
     settings = read_json(folder / CONFIG, f"{folder.name}/{CONFIG}") if (folder / CONFIG).is_file() else {}
     found = {}
     for layer in range(layers):
@@ -153,31 +192,55 @@ def read_predictors(folder: Path, layers: int) -> tuple[dict[int, Published], di
 
 def _published(name: str, tensors: Mapping[str, Tensor]) -> Published:
     # nn.Sequential counts its children, the activation between them included
-    known = {"0.weight": "fc1.weight", "1.weight": "fc2.weight", "2.weight": "fc2.weight", "0.bias": "fc1.bias", "1.bias": "fc2.bias", "2.bias": "fc2.bias"}
+    known = {
+        "0.weight": "fc1.weight",
+        "1.weight": "fc2.weight",
+        "2.weight": "fc2.weight",
+        "0.bias": "fc1.bias",
+        "1.bias": "fc2.bias",
+        "2.bias": "fc2.bias",
+    }
     renamed = {known.get(key, key): tensor for key, tensor in tensors.items()}
     if not {"fc1.weight", "fc2.weight"} <= set(renamed) <= set(_ROLES) or len(renamed) != len(tensors):
         raise InputError(
-            f"{name} must hold fc1.weight, fc2.weight and at most their biases, got {', '.join(sorted(tensors)) or 'nothing'}. Rename the tensors."
+            f"{name} must hold fc1.weight, fc2.weight and at most their biases, got "
+            f"{', '.join(sorted(tensors)) or 'nothing'}. Rename the tensors."
         )
     for role, tensor in renamed.items():
         if tensor.dtype not in _FLOATS:
-            raise InputError(f"{name}'s {role} must be a float tensor, got {str(tensor.dtype).removeprefix('torch.')}. Take the unquantised predictors.")
+            raise InputError(
+                f"{name}'s {role} must be a float tensor, got {str(tensor.dtype).removeprefix('torch.')}. Take the "
+                "unquantised predictors."
+            )
         if not bool(tensor.isfinite().all()):
-            raise InputError(f"{name}'s {role} must hold finite numbers, got NaN or infinity. Fetch the predictors again.")
+            raise InputError(
+                f"{name}'s {role} must hold finite numbers, got NaN or infinity. Fetch the predictors again."
+            )
     fc1, fc2, bias1, bias2 = (renamed[role].float() if role in renamed else None for role in _ROLES)
     assert fc1 is not None and fc2 is not None
     # biases of zeros say nothing
-    return Published(name, fc1, fc2, *(None if bias is None or not bool(bias.any()) else bias for bias in (bias1, bias2)))
+    return Published(
+        name, fc1, fc2, *(None if bias is None or not bool(bias.any()) else bias for bias in (bias1, bias2))
+    )
 
 
 def _number(value: Any, where: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(number := torch.tensor(float(value)).item()):
-        raise InputError(f"The predictors' threshold must be a finite float32, got {value!r} for {where}. Mend sparse_threshold.")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(number := torch.tensor(float(value)).item())
+    ):
+        raise InputError(
+            f"The predictors' threshold must be a finite float32, got {value!r} for {where}. Mend sparse_threshold."
+        )
     return number  # a float32's value, as PowerInfer compares
 
 
-def predictor_plan(source: Source, found: Mapping[int, Published], form: Form, tap: str, threshold: float, keep_equal: bool) -> Plan:
-    """The plan that predictors by layer mean for `source`: neuron i stays when logit_i > threshold, with `keep_equal` when logit_i >= threshold.
+def predictor_plan(
+    source: Source, found: Mapping[int, Published], form: Form, tap: str, threshold: float, keep_equal: bool
+) -> Plan:
+    """The plan that predictors by layer mean for `source`: neuron i stays when logit_i > threshold, with `keep_equal`
+    when logit_i >= threshold.
 
     Raises InputError for predictors of another model and for those that the op cannot express.
     """
@@ -190,12 +253,16 @@ def predictor_plan(source: Source, found: Mapping[int, Published], form: Form, t
             tensor = getattr(published, role)
             if tensor is not None and (tuple(tensor.shape) != shape or rank < 1):
                 raise InputError(
-                    f"{published.name}'s {role} must have shape {list(shape)} for this model, got {list(tensor.shape)}. Take the predictors of this model."
+                    f"{published.name}'s {role} must have shape {list(shape)} for this model, got "
+                    f"{list(tensor.shape)}. Take the predictors of this model."
                 )
-        if tap == "residual" and (threshold not in _SIGN_ONLY or published.bias1 is not None or published.bias2 is not None):
+        if tap == "residual" and (
+            threshold not in _SIGN_ONLY or published.bias1 is not None or published.bias2 is not None
+        ):
             what = f"threshold {threshold:g}" if threshold not in _SIGN_ONLY else "a bias"
             raise InputError(
-                f"Predictors of the residual stream must have threshold 0 and no bias, got {what} for {published.name}, "
+                f"Predictors of the residual stream must have threshold 0 and no bias, got {what} for "
+                f"{published.name}, "
                 f"which the norm's factor for each token would change. {_TORCH_ONLY}"
             )
         if form == "mlp2" and published.bias1 is not None:
@@ -204,7 +271,10 @@ def predictor_plan(source: Source, found: Mapping[int, Published], form: Form, t
                 "Set form to linear2 if there is none between the layers, or train predictors with --method predictor."
             )
     gains = residual_gains(source) if tap == "residual" else {}
-    plan: Plan = {Site(layer): [_predictor(found[layer], form, gains.get(Site(layer)), threshold, keep_equal)] for layer in sorted(found)}
+    plan: Plan = {
+        Site(layer): [_predictor(found[layer], form, gains.get(Site(layer)), threshold, keep_equal)]
+        for layer in sorted(found)
+    }
     return on_swaps(plan, {site: swap for site, swap in source.swaps.items() if site in plan})
 
 
@@ -221,7 +291,9 @@ def _predictor(published: Published, form: Form, gain: Tensor | None, threshold:
 
 
 def strict_threshold(threshold: Tensor, keep_equal: bool) -> Tensor:
-    """The tau [n] fp32 for which a float32 logit > tau means logit >= threshold (`keep_equal`), or else logit > threshold; `threshold` [n] fp64."""
+    """The tau [n] fp32 for which a float32 logit > tau means logit >= threshold (`keep_equal`), or else logit >
+    threshold; `threshold` [n] fp64.
+    """
     nearest = threshold.float()
     wide = nearest.double()
     too_high = wide >= threshold if keep_equal else wide > threshold
@@ -232,8 +304,8 @@ def strict_threshold(threshold: Tensor, keep_equal: bool) -> Tensor:
 def residual_gains(source: Source) -> dict[Site, Tensor]:
     """The gain g [d] fp64 of every feed-forward norm: norm(h) = c diag(g) h with one c > 0 a token.
 
-    The norm is the module whose result enters the feed-forward network. Raises InputError for a norm that is no such map (one that subtracts the mean or
-    has a bias) and for a gain with zeros, which hide a channel.
+    The norm is the module whose result enters the feed-forward network. Raises InputError for a norm that is no such
+    map (one that subtracts the mean or has a bias) and for a gain with zeros, which hide a channel.
     """
     model = empty_model(source)
     blocks = model.get_decoder().layers
@@ -246,7 +318,8 @@ def residual_gains(source: Source) -> dict[Site, Tensor]:
         gain = _gain(norm, tensors)
         if gain is None:
             raise InputError(
-                f"Predictors of the residual stream must stand before a norm that only scales, got {type(norm).__name__} "
+                "Predictors of the residual stream must stand before a norm that only scales, got "
+                f"{type(norm).__name__} "
                 f"at {prefix.removesuffix('.')}. {_TORCH_ONLY}"
             )
         if not bool(gain.all()):
@@ -260,11 +333,17 @@ def residual_gains(source: Source) -> dict[Site, Tensor]:
 
 
 def _norm_name(model: Any, blocks: Any, source: Source) -> str:
-    """The module below a block that makes the feed-forward network's input, found by running the first block on the meta device."""
+    """The module below a block that makes the feed-forward network's input, found by running the first block on the
+    meta device.
+    """
     tokens, _ = embed(model, source, torch.zeros((1, 2), dtype=torch.long))
     call = block_calls(model, blocks, tokens, torch.ones((1, 2), dtype=torch.bool))
     block, made, entered = blocks[0], [], []
-    hooks = [module.register_forward_hook(lambda _, __, y, name=name: made.append((name, y))) for name, module in block.named_modules() if name]
+    hooks = [
+        module.register_forward_hook(lambda _, __, y, name=name: made.append((name, y)))
+        for name, module in block.named_modules()
+        if name
+    ]
     ffn = block.get_submodule(source.arch.ffn.module)
     hooks.append(ffn.register_forward_pre_hook(lambda _, given: entered.extend(given[:1])))
     try:
@@ -274,7 +353,10 @@ def _norm_name(model: Any, blocks: Any, source: Source) -> str:
             hook.remove()
     names = [name for name, y in made if entered and y is entered[0]]
     if not names:
-        raise InputError(f"A norm must make the feed-forward network's input, got none in {source.arch.model_type}. Set tap to input.")
+        raise InputError(
+            f"A norm must make the feed-forward network's input, got none in {source.arch.model_type}. Set tap to "
+            "input."
+        )
     return names[0]
 
 
@@ -287,7 +369,9 @@ def _to_meta(value: Any) -> Any:
 
 
 def _gain(norm: Any, tensors: dict[str, Tensor]) -> Tensor | None:
-    """The g [d] by which the norm multiplies, up to a c > 0: its weight, or its weight + 1 where the class adds the 1 itself. None for any other map."""
+    """The g [d] by which the norm multiplies, up to a c > 0: its weight, or its weight + 1 where the class adds the 1
+    itself. None for any other map.
+    """
     weight = tensors.get("weight")
     if weight is None or set(tensors) != {"weight"}:
         return None
@@ -306,21 +390,31 @@ def _gain(norm: Any, tensors: dict[str, Tensor]) -> Tensor | None:
 
 @torch.no_grad()
 def measured(plan: Plan, stats: Mapping[Site, Mapping[str, Tensor]]) -> Plan:
-    """The plan with every predictor's density and recall on stored samples (`NEEDS`): recall is the kept share of each token's top-k of |z| at that density."""
+    """The plan with every predictor's density and recall on stored samples (`NEEDS`): recall is the kept share of each
+    token's top-k of |z| at that density.
+    """
     found: Plan = {}
     for site, entries in plan.items():
         entry = deciding(entries)
         assert isinstance(entry, Predictor)
-        x, score = stats[site]["samples:magnitude.x"][:ROWS].float(), stats[site]["samples:magnitude.score"][:ROWS].float()
+        x, score = (
+            stats[site]["samples:magnitude.x"][:ROWS].float(),
+            stats[site]["samples:magnitude.score"][:ROWS].float(),
+        )
         kept = F.relu(x @ entry.fc1.T) @ entry.fc2.T > entry.tau
         density = float(kept.float().mean())
         count = max(1, round(density * kept.shape[1]))
         wanted = torch.zeros_like(kept).scatter_(1, score.topk(count, dim=1).indices, True)
-        found[site] = [*entries[:-1], replace(entry, density=density, recall=float((kept & wanted).sum() / wanted.sum()))]
+        found[site] = [
+            *entries[:-1],
+            replace(entry, density=density, recall=float((kept & wanted).sum() / wanted.sum())),
+        ]
     return found
 
 
-def export_predictors(plan: Plan, folder: str | Path, tap: Tap = "input", source: Source | None = None, bias: bool = False) -> Path:
+def export_predictors(
+    plan: Plan, folder: str | Path, tap: Tap = "input", source: Source | None = None, bias: bool = False
+) -> Path:
     """Write a plan's predictors as a new folder of `model_{layer}.safetensors` and config.json; returns the folder.
 
     Tensors, threshold and refusals are those of `folder_form`. Raises InputError for a folder that exists, too.
@@ -336,19 +430,29 @@ def export_predictors(plan: Plan, folder: str | Path, tap: Tap = "input", source
     return out
 
 
-def folder_form(plan: Plan, tap: Tap, source: Source | None = None, bias: bool = False) -> tuple[dict[int, dict[str, Tensor]], float]:
-    """A plan's predictors as other systems hold them: fc1.weight [r, d] and fc2.weight [n, r] by layer, and the one threshold; a swap before one is left out.
+def folder_form(
+    plan: Plan, tap: Tap, source: Source | None = None, bias: bool = False
+) -> tuple[dict[int, dict[str, Tensor]], float]:
+    """A plan's predictors as other systems hold them: fc1.weight [r, d] and fc2.weight [n, r] by layer, and the one
+    threshold; a swap before one is left out.
 
-    One tau for all neurons of all layers becomes the threshold, one float32 higher, so that equal logits decide as before. Differing ones need `bias`: they
-    go into fc2.bias, which sparsegate and torch understand and PowerInfer does not. `tap` residual gives predictors of the residual stream before the norm, as
-    PowerInfer feeds them: it needs the model as `source`, and a threshold of 0. Raises InputError for what the format cannot hold.
+    One tau for all neurons of all layers becomes the threshold, one float32 higher, so that equal logits decide as
+    before. Differing ones need `bias`: they go into fc2.bias, which sparsegate and torch understand and PowerInfer does
+    not. `tap` residual gives predictors of the residual stream before the norm, as PowerInfer feeds them: it needs the
+    model as `source`, and a threshold of 0. Raises InputError for what the format cannot hold.
     """
     entries = _expressible(plan)
-    cuts = {layer: torch.nextafter(entry.tau, torch.tensor(math.inf)) + 0.0 for layer, entry in entries.items()}  # + 0.0: no -0
+    cuts = {
+        layer: torch.nextafter(entry.tau, torch.tensor(math.inf)) + 0.0 for layer, entry in entries.items()
+    }  # + 0.0: no -0
     first = float(cuts[0][0])
     uneven = next((layer for layer, cut in cuts.items() if bool((cut != first).any())), None)
     if uneven is not None and not bias:
-        what = "differing ones" if bool((cuts[uneven] != cuts[uneven][0]).any()) else f"{float(cuts[uneven][0]):g} after {first:g}"
+        what = (
+            "differing ones"
+            if bool((cuts[uneven] != cuts[uneven][0]).any())
+            else f"{float(cuts[uneven][0]):g} after {first:g}"
+        )
         raise InputError(
             f"A predictor folder has one threshold for every neuron of every layer, got {what} in {Site(uneven).key}. "
             "Write fc2 biases (bias=True), which PowerInfer does not read, or share the checkpoint itself."
@@ -356,9 +460,15 @@ def folder_form(plan: Plan, tap: Tap, source: Source | None = None, bias: bool =
     folded = uneven is not None
     if tap == "residual" and (folded or first not in _SIGN_ONLY):
         what = "fc2 biases" if folded else f"threshold {first:g}"
-        raise InputError(f"Predictors of the residual stream must have threshold 0 and no bias, got {what}. Write them with tap input.")
+        raise InputError(
+            f"Predictors of the residual stream must have threshold 0 and no bias, got {what}. Write them with tap "
+            "input."
+        )
     if tap == "residual" and source is None:
-        raise InputError("source must be the opened model for tap residual, got none. Give open_source(MODEL), or write with tap input.")
+        raise InputError(
+            "source must be the opened model for tap residual, got none. Give open_source(MODEL), or write with tap "
+            "input."
+        )
     if not folded and not math.isfinite(first):
         raise InputError(f"sparse_threshold must be a finite float32, got {first}. Lower tau.")
     gains = residual_gains(source) if tap == "residual" and source is not None else {}
@@ -379,10 +489,19 @@ def _expressible(plan: Plan) -> dict[int, Predictor]:
         entry = entries[-1] if len(entries) == 1 or [type(e) for e in entries[:-1]] == [Swap] else None
         if not isinstance(entry, Predictor) or site.kind != "ffn" or site.expert is not None:
             kinds = ", ".join(str(e.fields()["kind"]) for e in entries) or "none"
-            raise InputError(f"A predictor folder holds one predictor a layer, got {kinds} at {site.key}. Take a plan of --method predictor.")
+            raise InputError(
+                f"A predictor folder holds one predictor a layer, got {kinds} at {site.key}. Take a plan of --method "
+                "predictor."
+            )
         if entry.residual is not None:
-            raise InputError(f"A predictor folder has no residual heads, got one at {site.key}. Train without the residual, or share the checkpoint itself.")
+            raise InputError(
+                f"A predictor folder has no residual heads, got one at {site.key}. Train without the residual, or "
+                "share the checkpoint itself."
+            )
         found[site.layer] = entry
     if not found or list(found) != list(range(len(found))):
-        raise InputError(f"A predictor folder holds layers 0, 1, 2 and so on, got {', '.join(map(str, found)) or 'none'}. Take a plan of every layer.")
+        raise InputError(
+            f"A predictor folder holds layers 0, 1, 2 and so on, got {', '.join(map(str, found)) or 'none'}. Take a "
+            "plan of every layer."
+        )
     return found

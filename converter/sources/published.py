@@ -1,7 +1,9 @@
-"""Published folders whose activation differs from that of their base model, brought into the form of our own swapped checkpoints.
+"""Published folders whose activation differs from that of their base model, brought into the form of our own swapped
+checkpoints.
 
-Their code is never run: what a model type computes stands in PUBLISHED, read in the published modelling files. A folder keeps its weights and tokenizer as
-they are; only config.json is written anew. Predictors that lie beside the feed-forward weights stay there (`predictors.predictors_beside` reads them).
+Their code is never run: what a model type computes stands in PUBLISHED, read in the published modelling files. A folder
+keeps its weights and tokenizer as they are; only config.json is written anew. Predictors that lie beside the
+feed-forward weights stay there (`predictors.predictors_beside` reads them).
 """
 
 from __future__ import annotations
@@ -23,20 +25,26 @@ from ..checkpoint.source import INDEX, SINGLE, TOKENIZER_FILES, check_config, dr
 from ..checkpoint.stage import HEADER, Header, atomic_folder, hash_json, mark, write_json
 
 SOURCE = (
-    "bamboo: PowerInfer/Bamboo-base-v0_1, Bamboo-DPO-v0_1 and TurboSparse-Mistral-Instruct, config.json (hidden_act relu) and modeling_bamboo.py: Mistral, "
+    "bamboo: PowerInfer/Bamboo-base-v0_1, Bamboo-DPO-v0_1 and TurboSparse-Mistral-Instruct, config.json (hidden_act "
+    "relu) and modeling_bamboo.py: Mistral, "
     "down(act(gate x) * act(up x)); TurboSparse adds mlp.predictor.fc1 and fc2, arXiv 2406.05955",
-    "sparsellama: SparseLLM/prosparse-llama-2-7b and -13b, config.json (hidden_act fatrelu, hidden_act_param 0.01) and modeling_sparsellama.py: Llama, "
+    "sparsellama: SparseLLM/prosparse-llama-2-7b and -13b, config.json (hidden_act fatrelu, hidden_act_param 0.01) and "
+    "modeling_sparsellama.py: Llama, "
     "fatrelu keeps v >= hidden_act_param, shiftrelu is relu(v - hidden_act_param), arXiv 2402.13516",
     "turbosparsemixtral: PowerInfer/TurboSparse-Mixtral, config.json: dReLU in every expert, refused",
-    "SparseLLM/ReluLLaMA and openbmb/MiniCPM-S-1B-sft-llama-format are stock llama with hidden_act relu and need nothing",
-    "PowerInfer/SparseQwen2-7B says qwen2 with hidden_act relu, its card that up is rectified too: no configuration tells it from relu(gate) * up, so the "
+    "SparseLLM/ReluLLaMA and openbmb/MiniCPM-S-1B-sft-llama-format are stock llama with hidden_act relu and need "
+    "nothing",
+    "PowerInfer/SparseQwen2-7B says qwen2 with hidden_act relu, its card that up is rectified too: no configuration "
+    "tells it from relu(gate) * up, so the "
     "activation drelu must be given",
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """A published model type: the type of its base, the activation of the base, and what its configuration makes the feed-forward networks compute."""
+    """A published model type: the type of its base, the activation of the base, and what its configuration makes the
+    feed-forward networks compute.
+    """
 
     base: str
     base_activation: str
@@ -45,7 +53,10 @@ class Row:
 
 def _bamboo(raw: dict[str, Any]) -> str:
     if raw.get("hidden_act") != "relu":
-        raise InputError(f"hidden_act of a bamboo model must be relu (dReLU), got {raw.get('hidden_act')!r}. Convert it by its own code.")
+        raise InputError(
+            f"hidden_act of a bamboo model must be relu (dReLU), got {raw.get('hidden_act')!r}. Convert it by its own "
+            "code."
+        )
     return "drelu"
 
 
@@ -55,11 +66,22 @@ def _sparsellama(raw: dict[str, Any]) -> str:
         return ACTIVATIONS[name]
     kind = {"fatrelu": "fatrelu", "shiftrelu": "shifted_relu"}.get(str(name))
     if kind is None:
-        raise InputError(f"hidden_act of a sparsellama model must be fatrelu, shiftrelu, relu or a stock activation, got {name!r}. Convert it by its own code.")
-    if isinstance(parameter, bool) or not isinstance(parameter, int | float) or not abs(parameter) <= float(np.finfo(np.float32).max):
+        raise InputError(
+            f"hidden_act of a sparsellama model must be fatrelu, shiftrelu, relu or a stock activation, got {name!r}. "
+            "Convert it by its own code."
+        )
+    if (
+        isinstance(parameter, bool)
+        or not isinstance(parameter, int | float)
+        or not abs(parameter) <= float(np.finfo(np.float32).max)
+    ):
         raise InputError(f"hidden_act_param must be a finite number for {name}, got {parameter!r}. Mend config.json.")
     # v >= b in float32 is v > the next float32 below b
-    value = np.nextafter(np.float32(parameter), np.float32(-np.inf)) if kind == "fatrelu" and parameter > 0 else np.float32(parameter)
+    value = (
+        np.nextafter(np.float32(parameter), np.float32(-np.inf))
+        if kind == "fatrelu" and parameter > 0
+        else np.float32(parameter)
+    )
     if value == 0:
         return "relu"
     try:
@@ -73,7 +95,8 @@ PUBLISHED = {
     "sparsellama": Row("llama", "silu", _sparsellama),
 }
 REFUSED = {
-    "turbosparsemixtral": "its feed-forward networks are experts with dReLU, which are not converted yet. Take TurboSparse-Mistral or another model without "
+    "turbosparsemixtral": "its feed-forward networks are experts with dReLU, which are not converted yet. Take "
+    "TurboSparse-Mistral or another model without "
     "experts.",
 }
 """Published model types that are known and cannot be converted -> why, and what to do."""
@@ -85,14 +108,21 @@ def is_published(raw: dict[str, Any]) -> bool:
 
 
 def normal_config(raw: dict[str, Any], activation: str | None = None) -> dict[str, Any]:
-    """What config.json says in the form that `open_source` reads, from that of a published model alone. Arguments and refusals are `normalise`'s."""
+    """What config.json says in the form that `open_source` reads, from that of a published model alone. Arguments and
+    refusals are `normalise`'s.
+    """
     check_config(raw)
     model_type = str(raw.get("model_type"))
     if model_type in REFUSED:
-        raise InputError(f"MODEL must have feed-forward networks of one activation, got {model_type}: {REFUSED[model_type]}")
+        raise InputError(
+            f"MODEL must have feed-forward networks of one activation, got {model_type}: {REFUSED[model_type]}"
+        )
     row = PUBLISHED.get(model_type)
     if row is None and activation is None:
-        raise InputError(f"model_type must be one of {', '.join(PUBLISHED)}, got {model_type!r}. Give a published folder, or the activation of a stock one.")
+        raise InputError(
+            f"model_type must be one of {', '.join(PUBLISHED)}, got {model_type!r}. Give a published folder, or the "
+            "activation of a stock one."
+        )
     arch = load_arch(row.base if row else model_type)
     field = arch.ffn.activation.config
     found = activation or (row.activation(raw) if row else "")
@@ -101,29 +131,48 @@ def normal_config(raw: dict[str, Any], activation: str | None = None) -> dict[st
     except ValueError as error:
         raise InputError(str(error)) from None
     if found == "drelu" and arch.ffn.kind == "plain":
-        raise InputError(f"The activation of a plain network must be one of a single product, got drelu for {model_type}. Use relu.")
+        raise InputError(
+            f"The activation of a plain network must be one of a single product, got drelu for {model_type}. Use relu."
+        )
     stock = next((name for name, ours in ACTIVATIONS.items() if ours == found), None)
     base_activation = stock or (row.base_activation if row else _stock_activation(raw, arch))
-    base = _carried(raw, arch) | {"model_type": arch.model_type, "architectures": [_class_name(arch)], field: base_activation}
+    base = _carried(raw, arch) | {
+        "model_type": arch.model_type,
+        "architectures": [_class_name(arch)],
+        field: base_activation,
+    }
     config = make_config(base)
     if stock:
         return base
-    sites = {site.key: {"score": "exact", "activation": found, "density": 1.0, "opened": 1.0} for site in arch.sites(config)}
-    swapped = {"model_type": PREFIX + arch.model_type, "architectures": [f"Sparsegate{_class_name(arch)}"], field: SWAPPED}
+    sites = {
+        site.key: {"score": "exact", "activation": found, "density": 1.0, "opened": 1.0} for site in arch.sites(config)
+    }
+    swapped = {
+        "model_type": PREFIX + arch.model_type,
+        "architectures": [f"Sparsegate{_class_name(arch)}"],
+        field: SWAPPED,
+    }
     return base | swapped | {"sparsity": {"version": 2, "base_activation": base_activation, "sites": sites}}
 
 
 def normalise(folder: str | Path, out: str | Path, activation: str | None = None) -> Path:
-    """Write `folder`, a published model, as `out` in the form that `open_source` reads; returns `out`. Weights are hard links, or else symlinks.
+    """Write `folder`, a published model, as `out` in the form that `open_source` reads; returns `out`. Weights are hard
+    links, or else symlinks.
 
-    `activation` None is the published type's own. Another one may be given for a folder of a stock type whose config.json does not say what the weights were
-    trained with, as "drelu" for SparseQwen2. Where stock transformers computes the same, `out` is a stock folder. Raises InputError for types that are
-    unknown or refused, for configurations and weights that do not belong together, and for pickles.
+    `activation` None is the published type's own. Another one may be given for a folder of a stock type whose
+    config.json does not say what the weights were trained with, as "drelu" for SparseQwen2. Where stock transformers
+    computes the same, `out` is a stock folder. Raises InputError for types that are unknown or refused, for
+    configurations and weights that do not belong together, and for pickles.
     """
     folder, out = Path(folder), Path(out)
     config = normal_config(read_json(folder / "config.json", "config.json"), activation)
     header = Header(format="normal", parents={"config": hash_json(config)})
-    if out.is_dir() and not (out / HEADER).exists() and (out / "config.json").is_file() and read_json(out / "config.json", "config.json") == config:
+    if (
+        out.is_dir()
+        and not (out / HEADER).exists()
+        and (out / "config.json").is_file()
+        and read_json(out / "config.json", "config.json") == config
+    ):
         mark(out, header)  # by a version that left no header
     with atomic_folder(out) as partial:
         mark(partial, header)
@@ -136,7 +185,10 @@ def normalise(folder: str | Path, out: str | Path, activation: str | None = None
 def _stock_activation(raw: dict[str, Any], arch: Arch) -> str:
     name = raw.get(arch.ffn.activation.config)
     if name not in ACTIVATIONS:
-        raise InputError(f"{arch.ffn.activation.config} must be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}. Mend config.json.")
+        raise InputError(
+            f"{arch.ffn.activation.config} must be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}. Mend "
+            "config.json."
+        )
     return str(name)
 
 
@@ -147,16 +199,27 @@ def _class_name(arch: Arch) -> str:
 
 
 def _carried(raw: dict[str, Any], arch: Arch) -> dict[str, Any]:
-    """What of the published configuration the base's class knows; code, paths and keys of other classes are left behind."""
+    """What of the published configuration the base's class knows; code, paths and keys of other classes are left
+    behind.
+    """
     from transformers import AutoConfig
 
     known = set(AutoConfig.for_model(arch.model_type).to_dict()) | {"torch_dtype", "rope_theta", "rope_scaling"}
-    left = {"_name_or_path", "transformers_version", "auto_map", "model_type", "architectures", arch.ffn.activation.config}
+    left = {
+        "_name_or_path",
+        "transformers_version",
+        "auto_map",
+        "model_type",
+        "architectures",
+        arch.ffn.activation.config,
+    }
     return {key: value for key, value in raw.items() if key in known - left}
 
 
 def _link_files(folder: Path, partial: Path) -> None:
-    """Link weights, tokenizer and generation settings into `partial`. Raises InputError for a folder without safetensors."""
+    """Link weights, tokenizer and generation settings into `partial`. Raises InputError for a folder without
+    safetensors.
+    """
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
     if SINGLE not in weights and not (folder / INDEX).is_file():
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -165,7 +228,9 @@ def _link_files(folder: Path, partial: Path) -> None:
                 f"Weights must be safetensors, got {pickles[0]}, a pickle file that can run code when read. "
                 "Load it with transformers on a machine you trust and save it with model.save_pretrained(DIR)."
             )
-        raise InputError(f"Weights must be {SINGLE} or shards with {INDEX}, got neither in {folder}. Fetch the weights.")
+        raise InputError(
+            f"Weights must be {SINGLE} or shards with {INDEX}, got neither in {folder}. Fetch the weights."
+        )
     for name in [*weights, INDEX, "generation_config.json", *TOKENIZER_FILES]:
         if (folder / name).is_file():
             weight = name in weights

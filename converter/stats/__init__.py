@@ -1,9 +1,12 @@
-"""Streaming statistics of a site. One file per statistic, one row per file; `collect.py` is the one pass that feeds them.
+"""Streaming statistics of a site. One file per statistic, one row per file; `collect.py` is the one pass that feeds
+them.
 
-A statistic's module exports `init(setting) -> state`, `update(state, values, keep, positions)` and `finish(state) -> {name: tensor}`; it is additive over
-batches, so that data-parallel runs only sum. Its full name is `<statistic>:<score>`, and its tensors are stored as `<full name>.<tensor>`. It belongs to the
-sites that its score's KIND names: feed-forward networks or linears. Two exports are optional: FIELDS names inner values that `update` finds in
-`state["fields"]`, and `settle(states by site, probe, score)` looks once more, with all states of a layer summed and the block still in memory.
+A statistic's module exports `init(setting) -> state`, `update(state, values, keep, positions)` and `finish(state) ->
+{name: tensor}`; it is additive over batches, so that data-parallel runs only sum. Its full name is
+`<statistic>:<score>`, and its tensors are stored as `<full name>.<tensor>`. It belongs to the sites that its score's
+KIND names: feed-forward networks or linears. Two exports are optional: FIELDS names inner values that `update` finds in
+`state["fields"]`, and `settle(states by site, probe, score)` looks once more, with all states of a layer summed and the
+block still in memory.
 """
 
 from __future__ import annotations
@@ -33,8 +36,8 @@ STATS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What a statistic is told at the start: widths d of the input, n of the score and `outputs` of what the site gives, the tokens it will see, the seed, and
-    a folder for what does not fit in memory.
+    """What a statistic is told at the start: widths d of the input, n of the score and `outputs` of what the site
+    gives, the tokens it will see, the seed, and a folder for what does not fit in memory.
     """
 
     hidden: int
@@ -50,8 +53,8 @@ class Setting:
 class Probe:
     """A block in memory, and a few of the tokens that enter it.
 
-    `block` gives its output [T, d] with the inputs of linears zeroed where |x_j| is not above {linear: tau [d_in]}; `neurons` gives a score [T, n], the
-    products z [T, n] and the down projection [n, d] of its dense network.
+    `block` gives its output [T, d] with the inputs of linears zeroed where |x_j| is not above {linear: tau [d_in]};
+    `neurons` gives a score [T, n], the products z [T, n] and the down projection [n, d] of its dense network.
     """
 
     block: Callable[[Mapping[str, Tensor]], Tensor]

@@ -1,6 +1,7 @@
 """Bins of histograms of absolute values, and what is read from them. Pure functions of tensors.
 
-Histograms are counts over bins of constant relative width, which add up over batches: `edges` for a site as a whole, `unit_edges` (coarser) for every unit.
+Histograms are counts over bins of constant relative width, which add up over batches: `edges` for a site as a whole,
+`unit_edges` (coarser) for every unit.
 """
 
 from __future__ import annotations
@@ -29,13 +30,19 @@ def edges(first: int, last: int) -> Tensor:
 
 def unit_bins(score: Tensor) -> Tensor:
     """The coarse bin of every score's absolute value, int32, in [0, UNIT_BINS)."""
-    found = (score.float().contiguous().view(torch.int32) >> _UNIT_SHIFT).bitwise_and_((1 << 31 - _UNIT_SHIFT) - 1)  # without the sign
+    found = (score.float().contiguous().view(torch.int32) >> _UNIT_SHIFT).bitwise_and_(
+        (1 << 31 - _UNIT_SHIFT) - 1
+    )  # without the sign
     return found.sub_(_UNIT_FIRST - 1).clamp_(0, UNIT_BINS - 1)
 
 
 def unit_edges() -> Tensor:
     """The UNIT_BINS + 1 edges of the coarse bins, fp64; the first is 0."""
-    found = (torch.arange(_UNIT_FIRST - 1, _UNIT_FIRST + UNIT_BINS, dtype=torch.int32) << _UNIT_SHIFT).view(torch.float32).double()
+    found = (
+        (torch.arange(_UNIT_FIRST - 1, _UNIT_FIRST + UNIT_BINS, dtype=torch.int32) << _UNIT_SHIFT)
+        .view(torch.float32)
+        .double()
+    )
     found[0] = 0.0
     return found
 
@@ -43,7 +50,8 @@ def unit_edges() -> Tensor:
 def cut(count: Tensor, density: float) -> tuple[float, float]:
     """The threshold above which the share `density` of a histogram [BINS] lies, and the share really above it.
 
-    Inside its bin the threshold is interpolated linearly; a bin of exact zeros is never split, since a score must exceed its threshold. Density 0 gives inf.
+    Inside its bin the threshold is interpolated linearly; a bin of exact zeros is never split, since a score must
+    exceed its threshold. Density 0 gives inf.
     """
     if density <= 0:
         return torch.inf, 0.0
@@ -60,7 +68,8 @@ def cut(count: Tensor, density: float) -> tuple[float, float]:
 
 
 def dropped_norm(z: Tensor, w_down: Tensor, keep: Tensor) -> float:
-    """CETT of a mask: mean over tokens of norm(sum of the dropped z_i w_down_i) / norm(sum of all). z, keep [T, n]; w_down [n, d].
+    """CETT of a mask: mean over tokens of norm(sum of the dropped z_i w_down_i) / norm(sum of all). z, keep [T, n];
+    w_down [n, d].
 
     Tokens whose whole output is 0 count as 0.
     """
@@ -69,14 +78,21 @@ def dropped_norm(z: Tensor, w_down: Tensor, keep: Tensor) -> float:
 
 
 def greedy_split(
-    sizes: Mapping[str, int], error: Callable[[Mapping[str, float]], float], step: float = 0.05, widest: float = 0.1, last: float = 0.95
+    sizes: Mapping[str, int],
+    error: Callable[[Mapping[str, float]], float],
+    step: float = 0.05,
+    widest: float = 0.1,
+    last: float = 0.95,
 ) -> Tensor:
-    """The path along which a block's linears are made sparser, the one that hurts least first: shares [steps + 1, linears], from 0 to `last`.
+    """The path along which a block's linears are made sparser, the one that hurts least first: shares [steps + 1,
+    linears], from 0 to `last`.
 
-    Greedy block-wise optimisation of TEAL (arXiv 2408.14690, algorithm 1): every step skips the same number of weights, the share `step` of the block's, in
-    one linear. `sizes` are its weights by linear; `error` takes {linear: dropped share} and gives the squared error of the block's output. Two deviations: a
-    linear's own share rises by at most `widest` at once (small key and value projections would be dropped whole), so rises in error are compared per weight
-    skipped; and a linear's rise is measured again only when its old value is the least, which finds the same linear where rises grow with the share.
+    Greedy block-wise optimisation of TEAL (arXiv 2408.14690, algorithm 1): every step skips the same number of weights,
+    the share `step` of the block's, in one linear. `sizes` are its weights by linear; `error` takes {linear: dropped
+    share} and gives the squared error of the block's output. Two deviations: a linear's own share rises by at most
+    `widest` at once (small key and value projections would be dropped whole), so rises in error are compared per weight
+    skipped; and a linear's rise is measured again only when its old value is the least, which finds the same linear
+    where rises grow with the share.
     """
     total, names = sum(sizes.values()), list(sizes)
     width = {name: min(widest, step * total / sizes[name]) for name in names}

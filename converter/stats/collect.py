@@ -1,7 +1,9 @@
-"""The one calibration pass: blocks are walked one at a time, so memory is bounded by one or two blocks in fp32 and the hidden states.
+"""The one calibration pass: blocks are walked one at a time, so memory is bounded by one or two blocks in fp32 and the
+hidden states.
 
-Hidden states [N, S, d] of all windows advance block by block; while a block is in memory every window passes through it and every statistic of its
-sites is fed. A finished site's statistics are a folder of their own; on resume a block whose sites are finished only advances the hidden states.
+Hidden states [N, S, d] of all windows advance block by block; while a block is in memory every window passes through it
+and every statistic of its sites is fed. A finished site's statistics are a folder of their own; on resume a block whose
+sites are finished only advances the hidden states.
 """
 
 from __future__ import annotations
@@ -32,10 +34,14 @@ PROBE_TOKENS = 512
 """Tokens that statistics with `settle` look at twice: whole windows, at least one."""
 
 
-def collect(source: Source, batches: Batches, names: Sequence[str], folder: Path, seed: int = 0, device: str = "cpu") -> dict[Site, Mapping[str, Tensor]]:
-    """Statistics `names` (as in `histogram:gate`) of every site of their kinds, stored below `folder`, one finished folder a site.
+def collect(
+    source: Source, batches: Batches, names: Sequence[str], folder: Path, seed: int = 0, device: str = "cpu"
+) -> dict[Site, Mapping[str, Tensor]]:
+    """Statistics `names` (as in `histogram:gate`) of every site of their kinds, stored below `folder`, one finished
+    folder a site.
 
-    The kind of a statistic is its score's: feed-forward networks, or every linear of a block. Raises InputError for a score that one forward cannot give.
+    The kind of a statistic is its score's: feed-forward networks, or every linear of a block. Raises InputError for a
+    score that one forward cannot give.
     """
     by_site = _by_site(source, names)
     headers = {site: _header(source, batches, wanted, site, seed) for site, wanted in by_site.items()}
@@ -56,9 +62,14 @@ def _by_site(source: Source, names: Sequence[str]) -> dict[Site, list[str]]:
         score = load_stat(name)[1]
         module = load_score(score)
         kind = getattr(module, "KIND", "ffn")
-        missing = set(module.NEEDS) - ({"x", "w"} if kind == "linear" else {"x", "gate", "up", "z", "w_gate", "w_up", "w_down"})
+        missing = set(module.NEEDS) - (
+            {"x", "w"} if kind == "linear" else {"x", "gate", "up", "z", "w_gate", "w_up", "w_down"}
+        )
         if kind not in kinds or missing:
-            raise InputError(f"A statistic's score must need one forward only, got {score}, which needs {', '.join(sorted(missing)) or kind}. Choose another.")
+            raise InputError(
+                f"A statistic's score must need one forward only, got {score}, which needs "
+                f"{', '.join(sorted(missing)) or kind}. Choose another."
+            )
         kinds[kind].append(name)
     found: dict[Site, list[str]] = {}
     for site in source.arch.sites(source.config):
@@ -68,11 +79,16 @@ def _by_site(source: Source, names: Sequence[str]) -> dict[Site, list[str]]:
 
 
 def _is_complete(folder: Path, header: Header, names: Sequence[str]) -> bool:
-    """Whether a site's folder holds at least `names`, made from what `header` says: a run that needs fewer statistics does not collect again."""
+    """Whether a site's folder holds at least `names`, made from what `header` says: a run that needs fewer statistics
+    does not collect again.
+    """
     stored = read_header(folder)
     if stored is None or not set(names) <= set(stored.config.get("stats", ())):
         return False
-    same = stored.model_copy(update={"config": header.config}) == header and stored.config.get("site") == header.config["site"]
+    same = (
+        stored.model_copy(update={"config": header.config}) == header
+        and stored.config.get("site") == header.config["site"]
+    )
     return same and all((folder / file_name(name)).is_file() for name in names) and is_intact(folder)
 
 
@@ -85,11 +101,25 @@ def drop_samples(folder: Path) -> None:
 
 
 def _header(source: Source, batches: Batches, names: Sequence[str], site: Site, seed: int) -> Header:
-    return Header(format="stats", parents={"model": source.fingerprint}, config={"site": site.key, "stats": list(names)}, seed=seed, calibration=batches.sha256)
+    return Header(
+        format="stats",
+        parents={"model": source.fingerprint},
+        config={"site": site.key, "stats": list(names)},
+        seed=seed,
+        calibration=batches.sha256,
+    )
 
 
 @torch.no_grad()
-def _walk(source: Source, batches: Batches, by_site: Mapping[Site, list[str]], folder: Path, seed: int, device: str, headers: Mapping[Site, Header]) -> None:
+def _walk(
+    source: Source,
+    batches: Batches,
+    by_site: Mapping[Site, list[str]],
+    folder: Path,
+    seed: int,
+    device: str,
+    headers: Mapping[Site, Header],
+) -> None:
     model = empty_model(source)
     blocks = model.get_decoder().layers
     tokens, _ = embed(model, source, batches.tokens)
@@ -101,7 +131,9 @@ def _walk(source: Source, batches: Batches, by_site: Mapping[Site, list[str]], f
         call = block_calls(model, blocks, tokens[group], batches.mask[group])
         hidden[group] = call.hidden
         full = bool(batches.mask[group].all())
-        calls.setdefault((group.stop - group.start, full) if full else (-group.start - 1, full), call._replace(hidden=torch.empty(0)))
+        calls.setdefault(
+            (group.stop - group.start, full) if full else (-group.start - 1, full), call._replace(hidden=torch.empty(0))
+        )
     few = slice(max(1, PROBE_TOKENS // tokens.shape[1]))
     probed = block_calls(model, blocks, tokens[few], batches.mask[few])._replace(hidden=torch.empty(0))
     del model.get_input_embeddings().weight
@@ -111,7 +143,10 @@ def _walk(source: Source, batches: Batches, by_site: Mapping[Site, list[str]], f
     for layer in track(range(last + 1), unit="block"):
         prefix = source.arch.block_prefix(layer)
         # the block's own names: files may hold more, such as rotary tables that older versions of transformers stored
-        tensors = {name.removeprefix(prefix): t for name, t in source.read(prefix + name for name, _ in blocks[layer].named_parameters()).items()}
+        tensors = {
+            name.removeprefix(prefix): t
+            for name, t in source.read(prefix + name for name, _ in blocks[layer].named_parameters()).items()
+        }
         sites = {site: names for site, names in by_site.items() if site.layer == layer}
         with filled(blocks[layer], tensors, device) as block, ExitStack() as stack:
             if not sites:
@@ -124,14 +159,24 @@ def _walk(source: Source, batches: Batches, by_site: Mapping[Site, list[str]], f
                 _advance(block, layer, hidden, groups, calls, batches.mask, positions, recorder, device)
             if entering is not None:
                 keywords = {name: _move(value, device) for name, value in probed.keywords[layer].items()}
-                recorder.settle(lambda entering=entering, keywords=keywords: block(entering, **keywords), batches.mask[few])
+                recorder.settle(
+                    lambda entering=entering, keywords=keywords: block(entering, **keywords), batches.mask[few]
+                )
             for site, path in partials.items():
                 recorder.store(site, path)
                 write_header(path, headers[site])
 
 
 def _advance(
-    block: Any, layer: int, hidden: Tensor, groups: list[slice], calls: dict, mask: Tensor, positions: Tensor, recorder: _Recorder | None, device: str
+    block: Any,
+    layer: int,
+    hidden: Tensor,
+    groups: list[slice],
+    calls: dict,
+    mask: Tensor,
+    positions: Tensor,
+    recorder: _Recorder | None,
+    device: str,
 ) -> None:
     for group in groups:
         full = bool(mask[group].all())
@@ -142,8 +187,13 @@ def _advance(
         out = block(hidden[group].to(device), **keywords)
         hidden[group] = (out[0] if isinstance(out, tuple) else out).cpu()
         entered = hidden[group] if full else hidden[group][mask[group]]
-        if not bool(entered.sum(dtype=torch.float64).isfinite()):  # NaN and infinity stay in a sum, and finite fp32 numbers do not overflow it
-            raise InputError(f"Hidden states must be finite numbers, got NaN or infinity after layer {layer}. Check the weights; fetch the model again.")
+        if not bool(
+            entered.sum(dtype=torch.float64).isfinite()
+        ):  # NaN and infinity stay in a sum, and finite fp32 numbers do not overflow it
+            raise InputError(
+                f"Hidden states must be finite numbers, got NaN or infinity after layer {layer}. Check the weights; "
+                "fetch the model again."
+            )
 
 
 def _move(value: Any, device: str) -> Any:
@@ -157,7 +207,15 @@ def _move(value: Any, device: str) -> Any:
 class _Recorder:
     """Feeds the statistics of a layer's sites with the tokens that are not padding, while its block runs."""
 
-    def __init__(self, source: Source, block: Any, sites: Mapping[Site, list[str]], folders: Mapping[Site, Path], tokens: int, seed: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        block: Any,
+        sites: Mapping[Site, list[str]],
+        folders: Mapping[Site, Path],
+        tokens: int,
+        seed: int,
+    ) -> None:
         self.source, self.block, self.sites = source, block, sites
         self.keep = self.positions = torch.empty(0)
         self.activation = source.arch.activation(source.config)
@@ -169,7 +227,10 @@ class _Recorder:
         for site, names in sites.items():
             outputs, inputs = shapes.get(site.kind.removeprefix("linear:"), (hidden, hidden))
             width = units if site.kind == "ffn" else inputs
-            self.states[site] = {name: load_stat(name)[0].init(Setting(inputs, width, tokens, seed, folders[site], name, outputs)) for name in names}
+            self.states[site] = {
+                name: load_stat(name)[0].init(Setting(inputs, width, tokens, seed, folders[site], name, outputs))
+                for name in names
+            }
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -177,9 +238,13 @@ class _Recorder:
         handles = []
         try:
             for module, parts in self.rows.items():
-                sites = {site: parts[name] for site in self.sites if (name := site.kind.removeprefix("linear:")) in parts}
+                sites = {
+                    site: parts[name] for site in self.sites if (name := site.kind.removeprefix("linear:")) in parts
+                }
                 if sites:
-                    handles.append(self.block.get_submodule(module).register_forward_pre_hook(partial(self._see_linear, sites)))
+                    handles.append(
+                        self.block.get_submodule(module).register_forward_pre_hook(partial(self._see_linear, sites))
+                    )
             if any(site.kind == "ffn" for site in self.sites):
                 self.network.forward = self._see_network
             yield
@@ -199,14 +264,24 @@ class _Recorder:
         return ffn_down(self.network, self.source.arch, z)
 
     def _inner(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The fields of a neuron score for x [..., d], and z; a plain network has up = 1, so that z = gate * up always."""
+        """The fields of a neuron score for x [..., d], and z; a plain network has up = 1, so that z = gate
+        * up always.
+        """
         ffn, parts = self.source.arch.ffn, ffn_parts(self.network, self.source.arch, self.activation, x)
         if ffn.gate_up:
             w_gate, w_up = getattr(self.network, ffn.gate_up).weight.chunk(2)
         else:
             w_gate, w_up = (getattr(self.network, str(name)).weight for name in (ffn.gate or ffn.up, ffn.up))
         up = torch.ones_like(parts.gate) if parts.up is None else parts.up
-        fields = {"x": x, "gate": parts.gate, "up": up, "z": parts.z, "w_gate": w_gate, "w_up": w_up, "w_down": down_rows(self.network, self.source.arch)}
+        fields = {
+            "x": x,
+            "gate": parts.gate,
+            "up": up,
+            "z": parts.z,
+            "w_gate": w_gate,
+            "w_up": w_up,
+            "w_down": down_rows(self.network, self.source.arch),
+        }
         return fields, parts.z
 
     def _feed(self, site: Site, fields: dict[str, Tensor]) -> None:
@@ -217,12 +292,17 @@ class _Recorder:
             for name in (name for name in self.sites[site] if load_stat(name)[1] == score):
                 statistic, state = load_stat(name)[0], self.states[site][name]
                 if needed := getattr(statistic, "FIELDS", ()):
-                    state["fields"] = {field: self._unit_score(module, fields) if field == "scale" else self._rows(fields[field]) for field in needed}
+                    state["fields"] = {
+                        field: self._unit_score(module, fields) if field == "scale" else self._rows(fields[field])
+                        for field in needed
+                    }
                 statistic.update(state, kept, values, self.positions)
                 state.pop("fields", None)
 
     def _context(self, module: Any, fields: Mapping[str, Tensor]) -> Context:
-        return Context(**{name: fields[name] if name.startswith("w") else self._rows(fields[name]) for name in module.NEEDS})
+        return Context(
+            **{name: fields[name] if name.startswith("w") else self._rows(fields[name]) for name in module.NEEDS}
+        )
 
     def _unit_score(self, module: Any, fields: Mapping[str, Tensor]) -> Tensor:
         """The score of an input of 1 at every channel: [d_in]."""
@@ -239,7 +319,9 @@ class _Recorder:
         return any(hasattr(load_stat(name)[0], "settle") for names in self.sites.values() for name in names)
 
     def settle(self, run: Callable[[], Any], mask: Tensor) -> None:
-        """Let every statistic with `settle` look again; `run` runs the block on its few tokens, whose padding is False in mask [B, S]."""
+        """Let every statistic with `settle` look again; `run` runs the block on its few tokens, whose padding is False
+        in mask [B, S].
+        """
         self.keep = mask.flatten()
         for name in sorted({name for names in self.sites.values() for name in names}):
             statistic, score = load_stat(name)
@@ -251,9 +333,17 @@ class _Recorder:
         def masked(module: Any, parts: Mapping[str, slice], x: Tensor) -> Tensor:
             inputs = [torch.where(x.abs() > taus[name].to(x.device), x, 0.0) if name in taus else x for name in parts]
             biases = [None if module.bias is None else module.bias[rows] for rows in parts.values()]
-            return torch.cat([F.linear(x, module.weight[rows], b) for x, rows, b in zip(inputs, parts.values(), biases, strict=True)], dim=-1)
+            return torch.cat(
+                [
+                    F.linear(x, module.weight[rows], b)
+                    for x, rows, b in zip(inputs, parts.values(), biases, strict=True)
+                ],
+                dim=-1,
+            )
 
-        changed = [(self.block.get_submodule(module), parts) for module, parts in self.rows.items() if set(parts) & set(taus)]
+        changed = [
+            (self.block.get_submodule(module), parts) for module, parts in self.rows.items() if set(parts) & set(taus)
+        ]
         try:
             for module, parts in changed:
                 module.forward = partial(masked, module, parts)

@@ -1,6 +1,8 @@
-"""What thresholds on a neuron score drop: the relative norm of the dropped neurons' sum (CETT) at a grid of dropped shares.
+"""What thresholds on a neuron score drop: the relative norm of the dropped neurons' sum (CETT) at a grid of dropped
+shares.
 
-Thresholds are quantiles of the score over all tokens; the norms are measured afterwards, on the few tokens that stay in memory with the block.
+Thresholds are quantiles of the score over all tokens; the norms are measured afterwards, on the few tokens that stay in
+memory with the block.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""The order in which a block's linears bear input sparsity best: the path of TEAL's greedy split, measured at the block's output.
+"""The order in which a block's linears bear input sparsity best: the path of TEAL's greedy split, measured at the
+block's output.
 
-Thresholds are quantiles of the score over all tokens; the path is found afterwards, on the few tokens that stay in memory with the block.
+Thresholds are quantiles of the score over all tokens; the path is found afterwards, on the few tokens that stay in
+memory with the block.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def update(state: dict[str, Any], x: Tensor, score: Tensor, positions: Tensor) -
 
 
 def settle(states: Mapping[Site, dict[str, Any]], probe: Probe, score: str) -> None:
-    """Walk the path with the block in memory; a token's error counts relative to its output, so that no token outweighs the others."""
+    """Walk the path with the block in memory; a token's error counts relative to its output, so that no token outweighs
+    the others.
+    """
     named = {site.kind.removeprefix("linear:"): state for site, state in states.items()}
     dense = probe.block({})
     size = dense.square().sum(-1).clamp_min(1e-30)

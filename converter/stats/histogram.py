@@ -1,6 +1,7 @@
 """Histogram of a non-negative score over all tokens and units of a site, in bins of constant relative width.
 
-A bin is the upper 17 bits of the value's fp32 pattern without the sign: 2^8 bins per octave, so the range is never guessed and counts of batches add up.
+A bin is the upper 17 bits of the value's fp32 pattern without the sign: 2^8 bins per octave, so the range is never
+guessed and counts of batches add up.
 """
 
 from __future__ import annotations
@@ -17,8 +18,14 @@ __all__ = ["BINS", "edges", "finish", "init", "update"]
 
 
 def init(setting: Setting) -> dict[str, Any]:
-    """An empty count per bin int64 [BINS], n as `units` int64 [], and the width of the site's output as `outputs` int64 []."""
-    return {"count": torch.zeros(BINS, dtype=torch.int64), "units": torch.tensor(setting.units), "outputs": torch.tensor(setting.outputs)}
+    """An empty count per bin int64 [BINS], n as `units` int64 [], and the width of the site's output as `outputs` int64
+    [].
+    """
+    return {
+        "count": torch.zeros(BINS, dtype=torch.int64),
+        "units": torch.tensor(setting.units),
+        "outputs": torch.tensor(setting.outputs),
+    }
 
 
 def update(state: dict[str, Any], x: Tensor, score: Tensor, positions: Tensor) -> None:

@@ -1,5 +1,6 @@
-"""Statistics of scores that need gradients, for predictors that learn an oracle: one forward and one backward of the whole model a batch gives the scores of
-all layers, labelled by the model's own greedy tokens. Folders and tensors are those of `stats.collect`.
+"""Statistics of scores that need gradients, for predictors that learn an oracle: one forward and one backward of the
+whole model a batch gives the scores of all layers, labelled by the model's own greedy tokens. Folders and tensors are
+those of `stats.collect`.
 """
 
 from __future__ import annotations
@@ -25,18 +26,31 @@ from . import Setting, SiteStats, file_name, load_stat
 _TOKENS_AT_ONCE = 2048
 
 
-def collect_labels(model: Any, source: Source, batches: Batches, names: Sequence[str], folder: Path, seed: int) -> dict[Site, Mapping[str, Tensor]]:
-    """Statistics `names` (as in `samples:corrected_gxo`) of every feed-forward site of the dense `model`, stored below `folder`.
+def collect_labels(
+    model: Any, source: Source, batches: Batches, names: Sequence[str], folder: Path, seed: int
+) -> dict[Site, Mapping[str, Tensor]]:
+    """Statistics `names` (as in `samples:corrected_gxo`) of every feed-forward site of the dense `model`, stored below
+    `folder`.
 
     A score is shifted by its least value over the token's units, which keeps its order and makes it non-negative.
     """
     names, sites = sorted(set(names)), source.arch.sites(source.config)
     headers = {
-        site: Header(format="stats", parents={"model": source.fingerprint}, config={"site": site.key, "stats": names}, seed=seed, calibration=batches.sha256)
+        site: Header(
+            format="stats",
+            parents={"model": source.fingerprint},
+            config={"site": site.key, "stats": names},
+            seed=seed,
+            calibration=batches.sha256,
+        )
         for site in sites
     }
-    paths = [folder / site.key / file_name(name) for site in sites for name in names]  # stored activations go when a conversion's plans are made
-    if not all(path.is_file() for path in paths) or not all(is_finished(folder / site.key, headers[site]) for site in sites):
+    paths = [
+        folder / site.key / file_name(name) for site in sites for name in names
+    ]  # stored activations go when a conversion's plans are made
+    if not all(path.is_file() for path in paths) or not all(
+        is_finished(folder / site.key, headers[site]) for site in sites
+    ):
         with ExitStack() as stack:
             partials = {site: stack.enter_context(atomic_folder(folder / site.key)) for site in sites}
             _walk(model, source, batches, names, partials, seed)
@@ -45,11 +59,15 @@ def collect_labels(model: Any, source: Source, batches: Batches, names: Sequence
     return {site: SiteStats(folder / site.key, names) for site in sites}
 
 
-def _walk(model: Any, source: Source, batches: Batches, names: Sequence[str], folders: Mapping[Site, Path], seed: int) -> None:
+def _walk(
+    model: Any, source: Source, batches: Batches, names: Sequence[str], folders: Mapping[Site, Path], seed: int
+) -> None:
     arch = source.arch
     hidden, units = arch.size(source.config, "hidden"), arch.size(source.config, "units")
     states = {
-        (site, name): load_stat(name)[0].init(Setting(hidden, units, batches.count, seed, folder, name)) for site, folder in folders.items() for name in names
+        (site, name): load_stat(name)[0].init(Setting(hidden, units, batches.count, seed, folder, name))
+        for site, folder in folders.items()
+        for name in names
     }
     modules = {site: model.get_submodule(arch.ffn_module(site.layer)) for site in folders}
     positions = torch.where(batches.mask.flatten(), batches.mask.flatten().cumsum(0) - 1, -1).view(batches.mask.shape)
@@ -60,17 +78,32 @@ def _walk(model: Any, source: Source, batches: Batches, names: Sequence[str], fo
         tokens, mask = batches.tokens[group].to(model.device), batches.mask[group].to(model.device)
         with ExitStack() as hooks, torch.no_grad():
             for site, module in modules.items():
-                hooks.callback(module.register_forward_pre_hook(lambda _, given, site=site: inputs.__setitem__(site, given[0])).remove)
-            logits = model(input_ids=tokens, attention_mask=None if bool(mask.all()) else mask.long(), use_cache=False).logits
+                hooks.callback(
+                    module.register_forward_pre_hook(
+                        lambda _, given, site=site: inputs.__setitem__(site, given[0])
+                    ).remove
+                )
+            logits = model(
+                input_ids=tokens, attention_mask=None if bool(mask.all()) else mask.long(), use_cache=False
+            ).logits
         label = logits.argmax(-1)
 
-        def consume(site: Site, found: Gradients, mask: Tensor = mask, label: Tensor = label, at: Tensor = positions[group]) -> None:
-            fields = {"z": found.value[mask], "grad": found.grad[mask], "label": label[mask], "w_down": down_rows(modules[site], arch).detach()}
+        def consume(
+            site: Site, found: Gradients, mask: Tensor = mask, label: Tensor = label, at: Tensor = positions[group]
+        ) -> None:
+            fields = {
+                "z": found.value[mask],
+                "grad": found.grad[mask],
+                "label": label[mask],
+                "w_down": down_rows(modules[site], arch).detach(),
+            }
             for name in names:
                 stat, score = load_stat(name)
                 module = load_score(score)
                 values = module.score(Context(**{field: fields[field] for field in module.NEEDS}))
-                stat.update(states[site, name], inputs[site][mask], values - values.amin(dim=1, keepdim=True), at[mask.cpu()])
+                stat.update(
+                    states[site, name], inputs[site][mask], values - values.amin(dim=1, keepdim=True), at[mask.cpu()]
+                )
 
         attribute(model, arch, tokens, mask=mask, labels=label, kinds=("ffn",), consume=consume)
     for (site, name), state in states.items():

@@ -1,7 +1,8 @@
 """Inputs and scores of a sample of tokens, for predictors: the only statistic that stores activations.
 
-Tokens are chosen by a hash of (seed, position), so the choice depends neither on batches nor on workers; at most CAP tokens a site are kept, in fp16 on disk.
-Scores are stored as a share of the token's largest, which keeps their order within fp16's range.
+Tokens are chosen by a hash of (seed, position), so the choice depends neither on batches nor on workers; at most CAP
+tokens a site are kept, in fp16 on disk. Scores are stored as a share of the token's largest, which keeps their order
+within fp16's range.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def mix(positions: Tensor, seed: int) -> Tensor:
 def init(setting: Setting) -> dict[str, Any]:
     """Lay out `x` [K, d] and `score` [K, n] fp16 in a safetensors file; K is at most CAP and the tokens to come.
 
-    Rows are written, not mapped: a map would count as resident memory, and a full disk would kill the process instead of raising OSError.
+    Rows are written, not mapped: a map would count as resident memory, and a full disk would kill the process instead
+    of raising OSError.
     """
     rows = min(CAP, setting.tokens)
     shapes = {"x": (rows, setting.hidden), "score": (rows, setting.units)}
@@ -48,11 +50,20 @@ def init(setting: Setting) -> dict[str, Any]:
         file.truncate(8 + len(text) + offset)
     hashes = mix(torch.arange(setting.tokens), setting.seed)
     starts = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}
-    return {"filled": 0, "rows": rows, "seed": setting.seed, "last": hashes.kthvalue(rows).values, "path": path, "starts": starts}
+    return {
+        "filled": 0,
+        "rows": rows,
+        "seed": setting.seed,
+        "last": hashes.kthvalue(rows).values,
+        "path": path,
+        "starts": starts,
+    }
 
 
 def update(state: dict[str, Any], x: Tensor, score: Tensor, positions: Tensor) -> None:
-    """Keep the tokens of this batch that the hash picks; x [T, d], score [T, n], positions [T] count tokens over all windows."""
+    """Keep the tokens of this batch that the hash picks; x [T, d], score [T, n], positions [T] count tokens over all
+    windows.
+    """
     kept = (mix(positions, state["seed"]) <= state["last"]).nonzero().flatten()
     if len(kept) == 0:
         return

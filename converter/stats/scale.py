@@ -1,4 +1,6 @@
-"""The score of an input of 1 at every channel of a linear, for scores of the form |x_j| c_j: a threshold tau on the score is tau / c_j on |x_j|."""
+"""The score of an input of 1 at every channel of a linear, for scores of the form |x_j| c_j: a threshold tau on the
+score is tau / c_j on |x_j|.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Histogram of a non-negative score for every unit of a site, in 16 bins per octave from 2^-24 to 2^16, with the second moment of the up projection.
+"""Histogram of a non-negative score for every unit of a site, in 16 bins per octave from 2^-24 to 2^16, with the second
+moment of the up projection.
 
 Memory is 641 counts a unit, whatever the text's length: 37 MB for 14336 neurons.
 """

@@ -1,4 +1,5 @@
-"""People's texts by their suffix: a line of JSON lines or a row of parquet holds a document, everything else is plain text.
+"""People's texts by their suffix: a line of JSON lines or a row of parquet holds a document, everything else is plain
+text.
 
 A line or row has `text` or `content`, a text, or `messages`, a conversation that the model's chat template writes out.
 """
@@ -29,7 +30,8 @@ Render = Callable[[list[Conversation]], list[str]]
 def read_whole(path: Path, render: Render) -> tuple[str, str]:
     """The text of a file, and a line on what was read of one with documents ("" of a plain one).
 
-    Raises InputError as `read_text` does, for a file of a kind that is none of text, and for a line that is no document.
+    Raises InputError as `read_text` does, for a file of a kind that is none of text, and for a line that is no
+    document.
     """
     suffix = path.suffix.lower()
     if suffix in _OTHERS:
@@ -37,13 +39,19 @@ def read_whole(path: Path, render: Render) -> tuple[str, str]:
     if suffix == PARQUET:
         found = [_document(row, f"row {number}", path) for number, row in enumerate(_parquet_rows(path), 1)]
     elif suffix in JSON_LINES:
-        found = [_document(_json(line, number, path), f"line {number}", path) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+        found = [
+            _document(_json(line, number, path), f"line {number}", path)
+            for number, line in enumerate(read_text(path).splitlines(), 1)
+            if line.strip()
+        ]
     else:
         return read_text(path), ""
     rendered = iter(render([value for field, value in found if field == "messages"]))
     counts = {field: sum(name == field for name, _ in found) for field in FIELDS}
     said = ", ".join(f"{count} of the field {field}" for field, count in counts.items() if count)
-    return _BETWEEN.join(next(rendered) if field == "messages" else value for field, value in found), f"{path.name}: {len(found)} documents, {said}."
+    return _BETWEEN.join(
+        next(rendered) if field == "messages" else value for field, value in found
+    ), f"{path.name}: {len(found)} documents, {said}."
 
 
 def _json(line: str, number: int, path: Path) -> Any:
@@ -54,27 +62,40 @@ def _json(line: str, number: int, path: Path) -> Any:
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, with the columns that may hold a document; rows are counted against LARGEST_TEXT as they are unpacked."""
+    """The rows of a parquet file, with the columns that may hold a document; rows are counted against LARGEST_TEXT as
+    they are unpacked.
+    """
     if not path.is_file():
         raise InputError(f"Calibration text must be a regular file, got {path}. Check the path.")
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise InputError(f"A {PARQUET} file must have pyarrow to be read, got none. Run pip install pyarrow, or write JSON lines (.jsonl).") from None
+        raise InputError(
+            f"A {PARQUET} file must have pyarrow to be read, got none. Run pip install pyarrow, or write JSON lines "
+            "(.jsonl)."
+        ) from None
     unpacked = 0
     try:
         with ParquetFile(path) as file:
             names = file.schema_arrow.names
             if not set(names) & set(FIELDS):
-                raise InputError(f"{path} must have a column {', '.join(FIELDS)}, got {ascii(names):.200}. Rename the column.")
+                raise InputError(
+                    f"{path} must have a column {', '.join(FIELDS)}, got {ascii(names):.200}. Rename the column."
+                )
             for batch in file.iter_batches(_ROWS, columns=[name for name in FIELDS if name in names]):
                 unpacked += batch.nbytes
                 if unpacked > LARGEST_TEXT:
-                    raise InputError(f"Calibration text must be at most {LARGEST_TEXT >> 20} MiB, got more in {path}. Give fewer rows.")
+                    raise InputError(
+                        f"Calibration text must be at most {LARGEST_TEXT >> 20} MiB, got more in {path}. Give fewer "
+                        "rows."
+                    )
                 yield from batch.to_pylist()
     except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} must be a {PARQUET} file, got one that pyarrow refuses ({str(error).splitlines()[0]:.200}). Write it again.") from None
+        raise InputError(
+            f"{path} must be a {PARQUET} file, got one that pyarrow refuses ({str(error).splitlines()[0]:.200}). Write "
+            "it again."
+        ) from None
 
 
 def _document(value: Any, place: str, path: Path) -> tuple[str, Any]:
@@ -82,7 +103,10 @@ def _document(value: Any, place: str, path: Path) -> tuple[str, Any]:
     field = next((name for name in FIELDS if isinstance(value, dict) and value.get(name) is not None), None)
     if field is None:
         found = ", ".join(map(ascii, value)) if isinstance(value, dict) else type(value).__name__
-        raise InputError(f"{place.capitalize()} of {path} must have one of the fields {', '.join(FIELDS)}, got {found:.200}. Rename the field.")
+        raise InputError(
+            f"{place.capitalize()} of {path} must have one of the fields {', '.join(FIELDS)}, got {found:.200}. Rename "
+            "the field."
+        )
     if not (_is_conversation(value[field]) if field == "messages" else isinstance(value[field], str)):
         expected = "a list of objects with role and content" if field == "messages" else "a text"
         raise InputError(f"{field} in {place} of {path} must be {expected}, got {ascii(value[field]):.100}. Mend it.")
@@ -90,4 +114,8 @@ def _document(value: Any, place: str, path: Path) -> tuple[str, Any]:
 
 
 def _is_conversation(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and isinstance(one.get("role"), str) and "content" in one for one in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(one, dict) and isinstance(one.get("role"), str) and "content" in one for one in value)
+    )

@@ -11,7 +11,17 @@ from safetensors.torch import load_file
 
 from ...runtime_onnx.untrusted import read_json
 from ..checkpoint.source import Source, open_source
-from ..checkpoint.stage import Header, atomic_folder, hash_json, is_finished, is_intact, read_header, write_header, write_json, write_tensors
+from ..checkpoint.stage import (
+    Header,
+    atomic_folder,
+    hash_json,
+    is_finished,
+    is_intact,
+    read_header,
+    write_header,
+    write_json,
+    write_tensors,
+)
 from ..modeling.distributed import world
 from ..modeling.gated import load_dense
 from ..modeling.processes import run_in_processes
@@ -23,13 +33,27 @@ _ASKED, _TOKENS = "asked.json", "tokens.safetensors"
 
 
 def generated(
-    source: Source, windows: int, length: int, seed: int, work: Path | None, temperature: float = 1.0, streams: bool = False, processes: int = 1
+    source: Source,
+    windows: int,
+    length: int,
+    seed: int,
+    work: Path | None,
+    temperature: float = 1.0,
+    streams: bool = False,
+    processes: int = 1,
 ) -> Batches:
-    """Windows that the model writes itself, made once below `work`, with the seconds that it took; where more lie there, the first of them. `streams` takes
-    them from texts that begin anywhere, sampled by `processes` of this machine, whose number changes nothing but the time (and rounding).
+    """Windows that the model writes itself, made once below `work`, with the seconds that it took; where more lie
+    there, the first of them. `streams` takes them from texts that begin anywhere, sampled by `processes` of this
+    machine, whose number changes nothing but the time (and rounding).
     """
-    config = {"length": length} | ({} if temperature == 1.0 else {"temperature": temperature}) | ({"streams": "groups"} if streams else {})
-    header = Header(format="generated", parents={"model": source.fingerprint}, config=config | {"windows": windows}, seed=seed)
+    config = (
+        {"length": length}
+        | ({} if temperature == 1.0 else {"temperature": temperature})
+        | ({"streams": "groups"} if streams else {})
+    )
+    header = Header(
+        format="generated", parents={"model": source.fingerprint}, config=config | {"windows": windows}, seed=seed
+    )
     if work is None:
         return _write(source, length, windows, seed, temperature, streams)
     if not _covers(read_header(work / GENERATED), header) or not is_intact(work / GENERATED):
@@ -53,11 +77,18 @@ def _write(source: Source, length: int, windows: int, seed: int, temperature: fl
     return write(load_dense(source.folder), source.tokenizer(), windows, length, seed, temperature)
 
 
-def _sampled_by(count: int, source: Source, windows: int, length: int, seed: int, temperature: float, folder: Path) -> tuple[Batches, float]:
-    """`self_generated_streams` by several processes, whose groups lie in `folder` meanwhile: an interrupted sampling goes on. With the seconds spent before."""
+def _sampled_by(
+    count: int, source: Source, windows: int, length: int, seed: int, temperature: float, folder: Path
+) -> tuple[Batches, float]:
+    """`self_generated_streams` by several processes, whose groups lie in `folder` meanwhile: an interrupted sampling
+    goes on. With the seconds spent before.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     before = float(read_json(folder / SECONDS, "The sampling time")["seconds"]) if (folder / SECONDS).is_file() else 0.0
-    write_json(folder / _ASKED, {"model": str(source.folder), "windows": windows, "length": length, "seed": seed, "temperature": temperature})
+    write_json(
+        folder / _ASKED,
+        {"model": str(source.folder), "windows": windows, "length": length, "seed": seed, "temperature": temperature},
+    )
     began = time.monotonic()
     try:
         run_in_processes(count, sample_groups, folder)
@@ -75,7 +106,9 @@ def sample_groups(folder: str) -> None:
     here, sizes = world(), (asked["windows"], asked["length"])
     places = {group: Path(folder) / f"{group:06}" for group in range(stream_groups(model, *sizes)[0])}
     headers = {group: Header(format="group", config=asked | {"group": group}) for group in places}
-    missing = [group for group in list(places)[here.rank :: here.size] if not is_finished(places[group], headers[group])]
+    missing = [
+        group for group in list(places)[here.rank :: here.size] if not is_finished(places[group], headers[group])
+    ]
     for group, tokens in sampled_groups(model, tokenizer, *sizes, asked["seed"], asked["temperature"], missing):
         with atomic_folder(places[group]) as partial:
             write_tensors(partial / _TOKENS, {"tokens": tokens})
@@ -85,4 +118,8 @@ def sample_groups(folder: str) -> None:
 def _covers(stored: Header | None, wanted: Header) -> bool:
     """Whether a stage holds the wanted windows, and perhaps more."""
     count = 0 if stored is None else stored.config.get("windows", 0)
-    return stored is not None and count >= wanted.config["windows"] and stored == wanted.model_copy(update={"config": wanted.config | {"windows": count}})
+    return (
+        stored is not None
+        and count >= wanted.config["windows"]
+        and stored == wanted.model_copy(update={"config": wanted.config | {"windows": count}})
+    )

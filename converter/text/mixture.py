@@ -1,6 +1,8 @@
-"""A mixture of texts to token windows [N, S]: files read in blocks and datasets streamed, documents joined by the end token and packed without padding.
+"""A mixture of texts to token windows [N, S]: files read in blocks and datasets streamed, documents joined by the end
+token and packed without padding.
 
-A window holds text of one part. Every part gets the whole number of windows next below or above its share, so its tokens are within one window's of it.
+A window holds text of one part. Every part gets the whole number of windows next below or above its share, so its
+tokens are within one window's of it.
 """
 
 from __future__ import annotations
@@ -35,15 +37,19 @@ _LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson":
 
 
 def mixture_batches(tokenizer: Any, data: Data, seed: int, work: Path) -> Batches:
-    """`data.windows` windows of `data.length` tokens of a mixture, drawn by `seed`, made once below `work` and read from there through a memory map.
+    """`data.windows` windows of `data.length` tokens of a mixture, drawn by `seed`, made once below `work` and read
+    from there through a memory map.
 
-    The order of the parts does not matter, and one part's tokens do not depend on the others. Where the tokenizer starts a text with a special token, every
-    window does. A file of up to BLOCK bytes is one document; a longer one is cut at line ends into documents of about that size. What has changed in a
-    streamed dataset since the windows were made is not noticed.
-    Raises InputError when a part cannot be read or gives too few tokens, when parts share a name, or the tokenizer has no end token.
+    The order of the parts does not matter, and one part's tokens do not depend on the others. Where the tokenizer
+    starts a text with a special token, every window does. A file of up to BLOCK bytes is one document; a longer one is
+    cut at line ends into documents of about that size. What has changed in a streamed dataset since the windows were
+    made is not noticed. Raises InputError when a part cannot be read or gives too few tokens, when parts share a name,
+    or the tokenizer has no end token.
     """
     if not data.mixture:
-        raise InputError("A mixture must have at least one part, got none. Add parts with a name, a share, and files or a dataset.")
+        raise InputError(
+            "A mixture must have at least one part, got none. Add parts with a name, a share, and files or a dataset."
+        )
     names = [part.name for part in data.mixture]
     if len(set(names)) < len(names):
         raise InputError(f"The parts of a mixture must have names of their own, got {', '.join(names)}. Rename one.")
@@ -61,13 +67,17 @@ def mixture_batches(tokenizer: Any, data: Data, seed: int, work: Path) -> Batche
 
 
 def files_hash(data: Data) -> str | None:
-    """Sha256 (hex) over the bytes of a mixture's files; None where none is named. Raises InputError for a file that is absent."""
+    """Sha256 (hex) over the bytes of a mixture's files; None where none is named. Raises InputError for a file that is
+    absent.
+    """
     found = {part.name: [hash_file(path) for path in _paths(part)] for part in _sorted(data) if part.files}
     return hash_json(found) if found else None
 
 
 def counts(shares: Sequence[float], windows: int) -> list[int]:
-    """Whole windows [P] that sum to `windows`, each less than one from its share: of equal remainders the first is rounded up."""
+    """Whole windows [P] that sum to `windows`, each less than one from its share: of equal remainders the first is
+    rounded up.
+    """
     exact = [windows * share / sum(shares) for share in shares]
     found = [int(value + _EPSILON) for value in exact]
     for k in sorted(range(len(shares)), key=lambda k: round((found[k] - exact[k]) / _EPSILON))[: windows - sum(found)]:
@@ -76,11 +86,18 @@ def counts(shares: Sequence[float], windows: int) -> list[int]:
 
 
 def _header(tokenizer: Any, data: Data, seed: int) -> Header:
-    parts = [part.model_dump(mode="json") | {"files": [hash_file(path) for path in _paths(part)]} for part in _sorted(data)]
+    parts = [
+        part.model_dump(mode="json") | {"files": [hash_file(path) for path in _paths(part)]} for part in _sorted(data)
+    ]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else tokenizer.get_vocab()
     config = {"windows": data.windows, "length": data.length, "parts": parts, "block": BLOCK}
-    return Header(format="mixture", parents={"tokenizer": hash_json([words, _start(tokenizer), tokenizer.eos_token_id])}, config=config, seed=seed)
+    return Header(
+        format="mixture",
+        parents={"tokenizer": hash_json([words, _start(tokenizer), tokenizer.eos_token_id])},
+        config=config,
+        seed=seed,
+    )
 
 
 def _sorted(data: Data) -> list[Mix]:
@@ -90,15 +107,19 @@ def _sorted(data: Data) -> list[Mix]:
 def _start(tokenizer: Any) -> list[int]:
     """What every window starts with."""
     probe = tokenizer("a")["input_ids"]
-    return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id] else []
+    return (
+        [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id] else []
+    )
 
 
 def _write(path: Path, tokenizer: Any, data: Data, seed: int) -> None:
-    """The windows of all parts, in an order drawn by `seed`, as a safetensors file with one tensor "tokens" [N, S] int64. Memory holds a few
-    documents, never the whole.
+    """The windows of all parts, in an order drawn by `seed`, as a safetensors file with one tensor "tokens" [N, S]
+    int64. Memory holds a few documents, never the whole.
     """
     parts, shape, start = _sorted(data), (data.windows, data.length), _start(tokenizer)
-    about = json.dumps({"tokens": {"dtype": "I64", "shape": shape, "data_offsets": [0, 8 * data.windows * data.length]}}).encode()
+    about = json.dumps(
+        {"tokens": {"dtype": "I64", "shape": shape, "data_offsets": [0, 8 * data.windows * data.length]}}
+    ).encode()
     about += b" " * (-len(about) % 8)  # safetensors aligns the data to 8 bytes
     base, size, body = 8 + len(about), 8 * data.length, data.length - len(start)
     order, done, written = torch.randperm(data.windows, generator=torch.Generator().manual_seed(seed)), 0, 0
@@ -117,13 +138,16 @@ def _write(path: Path, tokenizer: Any, data: Data, seed: int) -> None:
                     update(written, data.windows, part.name, "window")
             if found < count:
                 raise InputError(
-                    f"The part {part.name} of the mixture must give {count * body} tokens, got {found * body} in full windows before it ran dry. "
+                    f"The part {part.name} of the mixture must give {count * body} tokens, got {found * body} in full "
+                    "windows before it ran dry. "
                     "Add text, lower its share, or ask for fewer windows."
                 )
 
 
 def _windows(documents: Iterable[str], tokenizer: Any, body: int) -> Iterator[list[int]]:
-    """Documents as tokens, each followed by the end token, cut into windows of `body` tokens; an unfinished last one is left out."""
+    """Documents as tokens, each followed by the end token, cut into windows of `body` tokens; an unfinished last one is
+    left out.
+    """
     pending: list[int] = []
     texts = iter(documents)
     while group := list(islice(texts, _TOGETHER)):
@@ -145,7 +169,9 @@ def _paths(part: Mix) -> list[Path]:
     paths = [Path(file) for file in part.files]
     for path in paths:
         if not path.is_file():
-            raise InputError(f"The part {part.name} of the mixture must be UTF-8 text files, got no file at {path}. Check the path.")
+            raise InputError(
+                f"The part {part.name} of the mixture must be UTF-8 text files, got no file at {path}. Check the path."
+            )
     return paths
 
 
@@ -162,12 +188,15 @@ def _blocks(paths: Sequence[Path], name: str, seed: int) -> Iterator[str]:
             yield piece.decode("utf-8").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise InputError(
-                f"The part {name} of the mixture must be UTF-8, got other bytes in {path} near byte {first + error.start}. Convert the file."
+                f"The part {name} of the mixture must be UTF-8, got other bytes in {path} near byte "
+                f"{first + error.start}. Convert the file."
             ) from None
 
 
 def _boundary(path: Path, at: int) -> int:
-    """Where the block that starts at byte `at` or a little later starts: behind the next line's end, or, in long lines, at the next character."""
+    """Where the block that starts at byte `at` or a little later starts: behind the next line's end, or, in long lines,
+    at the next character.
+    """
     size = path.stat().st_size
     if at == 0 or at >= size:
         return min(at, size)
@@ -177,17 +206,22 @@ def _boundary(path: Path, at: int) -> int:
     line = near.find(b"\n")
     if line >= 0:
         return at + line + 1
-    return at + next((k for k, byte in enumerate(near) if byte & 0xC0 != 0x80), len(near))  # 10xxxxxx continues a character
+    return at + next(
+        (k for k, byte in enumerate(near) if byte & 0xC0 != 0x80), len(near)
+    )  # 10xxxxxx continues a character
 
 
 def _stream(part: Mix, seed: int) -> Iterator[str]:
-    """The texts of a dataset, in an order drawn by `seed`. A subset with a slash in it is a pattern of files in the repository or folder, which are read
-    without its configuration, as repositories with a loading script need.
+    """The texts of a dataset, in an order drawn by `seed`. A subset with a slash in it is a pattern of files in the
+    repository or folder, which are read without its configuration, as repositories with a loading script need.
     """
     try:
         from datasets import load_dataset  # type: ignore[import-not-found]
     except ImportError:
-        raise InputError(f'The part {part.name} of the mixture needs the package datasets, got none. Run pip install "sparsegate[eval]".') from None
+        raise InputError(
+            f"The part {part.name} of the mixture needs the package datasets, got none. Run pip install "
+            '"sparsegate[eval]".'
+        ) from None
     assert part.dataset is not None
     try:
         with datasets_silenced():
@@ -197,20 +231,30 @@ def _stream(part: Mix, seed: int) -> Iterator[str]:
                 loader = _loader(part.subset, part.name)
                 root = part.dataset if Path(part.dataset).is_dir() else f"hf://datasets/{part.dataset}"
                 columns = {"columns": [part.field]} if loader == "parquet" else {}
-                rows = load_dataset(loader, data_files={part.split: f"{root}/{part.subset}"}, split=part.split, streaming=True, **columns)
+                rows = load_dataset(
+                    loader,
+                    data_files={part.split: f"{root}/{part.subset}"},
+                    split=part.split,
+                    streaming=True,
+                    **columns,
+                )
         rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLED)
         for row in rows:
             text = row.get(part.field)
             if not isinstance(text, str):
                 got = ", ".join(row) if part.field not in row else f"{type(text).__name__} in it"
-                raise InputError(f"The part {part.name} of the mixture must have text in its field {part.field}, got {got}. Name another field.")
+                raise InputError(
+                    f"The part {part.name} of the mixture must have text in its field {part.field}, got {got}. Name "
+                    "another field."
+                )
             yield text
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [""]
         raise InputError(
-            f"The part {part.name} of the mixture must be a dataset that can be streamed, got {part.dataset}: {type(error).__name__} {lines[0]}. "
+            f"The part {part.name} of the mixture must be a dataset that can be streamed, got {part.dataset}: "
+            f"{type(error).__name__} {lines[0]}. "
             "Check its id, subset and split, its terms, and the network."
         ) from error
 
@@ -218,13 +262,15 @@ def _stream(part: Mix, seed: int) -> Iterator[str]:
 def _loader(pattern: str, name: str) -> str:
     suffixes = [suffix for suffix in Path(pattern).suffixes if suffix not in _PACKED]
     if not suffixes or suffixes[-1] not in _LOADERS:
-        raise InputError(f"The part {name} of the mixture must name {', '.join(_LOADERS)} files, got {pattern}. Correct its subset.")
+        raise InputError(
+            f"The part {name} of the mixture must name {', '.join(_LOADERS)} files, got {pattern}. Correct its subset."
+        )
     return _LOADERS[suffixes[-1]]
 
 
 class Mix(Strict):
-    """A part of a mixture: UTF-8 text `files`, or a Hub `dataset` (with its `subset`, `split` and text `field`) that is streamed; `share` of the tokens, in any
-    unit that all parts share.
+    """A part of a mixture: UTF-8 text `files`, or a Hub `dataset` (with its `subset`, `split` and text `field`) that is
+    streamed; `share` of the tokens, in any unit that all parts share.
     """
 
     name: str
@@ -243,7 +289,9 @@ class Mix(Strict):
 
 
 class Data(Strict):
-    """What weights are trained on: `windows` of `length` tokens, of a mixture, or, without one, sampled from the dense source itself at `temperature`."""
+    """What weights are trained on: `windows` of `length` tokens, of a mixture, or, without one, sampled from the dense
+    source itself at `temperature`.
+    """
 
     windows: int = Field(default=4096, ge=2, le=MOST_WINDOWS)
     length: int = Field(default=256, ge=16, le=LONGEST)

@@ -18,12 +18,16 @@ STREAM = 2
 _CACHE = 1 << 29  # bytes of key-value cache that more than the fewest may take
 
 
-def self_generated(model: Any, tokenizer: Any, windows: int, length: int, seed: int, temperature: float = 1.0) -> Batches:
-    """Text that a dense transformers model in evaluation mode writes itself: `windows` windows of `length` tokens, sampled at `temperature` by `seed`.
+def self_generated(
+    model: Any, tokenizer: Any, windows: int, length: int, seed: int, temperature: float = 1.0
+) -> Batches:
+    """Text that a dense transformers model in evaluation mode writes itself: `windows` windows of `length` tokens,
+    sampled at `temperature` by `seed`.
 
-    A window starts with the tokenizer's start token, else its end token, else a token drawn uniformly. Sampling goes on after an end token, into another
-    document, so every window is full. Only tokens that the tokenizer knows are drawn: a vocabulary may be padded.
-    Raises InputError when `length` exceeds the model's positions, `temperature` is not positive or the logits are not finite.
+    A window starts with the tokenizer's start token, else its end token, else a token drawn uniformly. Sampling goes on
+    after an end token, into another document, so every window is full. Only tokens that the tokenizer knows are drawn:
+    a vocabulary may be padded. Raises InputError when `length` exceeds the model's positions, `temperature` is not
+    positive or the logits are not finite.
     """
     sampler = _Sampler(model, tokenizer, length, seed, temperature)
     tokens = torch.empty((windows, length), dtype=torch.int64)
@@ -34,20 +38,29 @@ def self_generated(model: Any, tokenizer: Any, windows: int, length: int, seed: 
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
-def self_generated_streams(model: Any, tokenizer: Any, windows: int, length: int, seed: int, temperature: float = 1.0) -> Batches:
-    """As `self_generated`, but of texts of STREAM windows, each window continued from the last half of the one before, and seven of eight texts begin with a
-    token drawn uniformly.
+def self_generated_streams(
+    model: Any, tokenizer: Any, windows: int, length: int, seed: int, temperature: float = 1.0
+) -> Batches:
+    """As `self_generated`, but of texts of STREAM windows, each window continued from the last half of the one before,
+    and seven of eight texts begin with a token drawn uniformly.
 
-    A model's own texts reach little of what real ones are full of, the middle of a class or a table: it is put there by a token that stands there. So
-    windows start anywhere, as those of a corpus do. Windows of a text are neighbours [N, S].
+    A model's own texts reach little of what real ones are full of, the middle of a class or a table: it is put there by
+    a token that stands there. So windows start anywhere, as those of a corpus do. Windows of a text are neighbours [N,
+    S].
     """
     groups = range(stream_groups(model, windows, length)[0])
-    tokens = torch.cat([part for _, part in sampled_groups(model, tokenizer, windows, length, seed, temperature, groups)])
+    tokens = torch.cat(
+        [part for _, part in sampled_groups(model, tokenizer, windows, length, seed, temperature, groups)]
+    )
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
-def sampled_groups(model: Any, tokenizer: Any, windows: int, length: int, seed: int, temperature: float, groups: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """The wanted of the `stream_groups` groups of texts that `self_generated_streams` consists of, each sampled by itself, with their windows [n, S]."""
+def sampled_groups(
+    model: Any, tokenizer: Any, windows: int, length: int, seed: int, temperature: float, groups: Sequence[int]
+) -> Iterator[tuple[int, Tensor]]:
+    """The wanted of the `stream_groups` groups of texts that `self_generated_streams` consists of, each sampled by
+    itself, with their windows [n, S].
+    """
     at_once = stream_groups(model, windows, length)[1]
     for group in track(groups, unit="batch"):
         sampler = _Sampler(model, tokenizer, length, seed * 1_000_003 + group, temperature)
@@ -75,7 +88,9 @@ def _streams(sampler: _Sampler, windows: int, length: int) -> Tensor:
         if start and context > 0:
             tokens[:, start : start + length] = sampler.extend(tokens[:, start - context : start], length)
         else:
-            first = torch.where(torch.arange(streams)[:, None] % 8 == 0, sampler.begin(streams), sampler.anywhere(streams))
+            first = torch.where(
+                torch.arange(streams)[:, None] % 8 == 0, sampler.begin(streams), sampler.anywhere(streams)
+            )
             tokens[:, start : start + 1] = first
             tokens[:, start + 1 : start + length] = sampler.extend(first, length - 1)
     return tokens.view(streams * STREAM, length)[:windows].clone()
@@ -87,9 +102,14 @@ class _Sampler:
     def __init__(self, model: Any, tokenizer: Any, length: int, seed: int, temperature: float) -> None:
         self.positions = getattr(model.config, "max_position_embeddings", None)
         if self.positions is not None and length > self.positions:
-            raise InputError(f"Windows must have at most {self.positions} tokens, the model's positions, got {length}. Take a smaller calibration length.")
+            raise InputError(
+                f"Windows must have at most {self.positions} tokens, the model's positions, got {length}. Take a "
+                "smaller calibration length."
+            )
         if not temperature > 0:
-            raise InputError(f"The temperature must be positive, got {temperature}. Take 1 for the model's own distribution.")
+            raise InputError(
+                f"The temperature must be positive, got {temperature}. Take 1 for the model's own distribution."
+            )
         known = torch.tensor(sorted(set(tokenizer.get_vocab().values())))
         self.known = known[known < model.get_input_embeddings().weight.shape[0]]
         special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -114,18 +134,32 @@ class _Sampler:
             cache = output.past_key_values
             chances = (output.logits[:, -1].float().cpu()[:, self.known] / self.temperature).softmax(-1)
             if not bool(chances.isfinite().all()):
-                raise InputError("The model's logits must be finite, got others while text was sampled. Fetch the weights again, or give a text.")
+                raise InputError(
+                    "The model's logits must be finite, got others while text was sampled. Fetch the weights again, or "
+                    "give a text."
+                )
             found[:, at] = self.known[torch.multinomial(chances, 1, generator=self.generator)[:, 0]]
             given = found[:, at : at + 1]
         return found
 
 
 def _sampled_together(model: Any, length: int) -> int:
-    """Windows whose key-value cache fits into _CACHE, within _TOGETHER; the fewest where the configuration does not tell."""
+    """Windows whose key-value cache fits into _CACHE, within _TOGETHER; the fewest where the configuration does not
+    tell.
+    """
     config, (fewest, most) = model.config, _TOGETHER
-    layers, hidden, queries = (getattr(config, name, 0) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    layers, hidden, queries = (
+        getattr(config, name, 0) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    )
     if not (layers and hidden and queries):
         return fewest
     width = getattr(config, "head_dim", None) or hidden // queries
-    window = 2 * layers * (getattr(config, "num_key_value_heads", None) or queries) * width * length * model.get_input_embeddings().weight.element_size()
+    window = (
+        2
+        * layers
+        * (getattr(config, "num_key_value_heads", None) or queries)
+        * width
+        * length
+        * model.get_input_embeddings().weight.element_size()
+    )
     return max(fewest, min(most, _CACHE // window))

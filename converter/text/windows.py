@@ -53,16 +53,27 @@ def read_text(path: Path) -> str:
         raise InputError(f"Calibration text must be UTF-8, got other bytes in {path}. Convert the file.") from None
     except ValueError as error:  # also of a path with a zero byte
         raise InputError(
-            f"Calibration text must be a regular UTF-8 file of at most {LARGEST_TEXT >> 20} MiB, got {path} ({error}). Give another file."
+            f"Calibration text must be a regular UTF-8 file of at most {LARGEST_TEXT >> 20} MiB, got {path} ({error}). "
+            "Give another file."
         ) from None
     if not text.strip():
-        raise InputError(f"Calibration text must hold at least {MINIMUM_TOKENS} tokens, got an empty file {path}. Give more text.")
+        raise InputError(
+            f"Calibration text must hold at least {MINIMUM_TOKENS} tokens, got an empty file {path}. Give more text."
+        )
     return text
 
 
-def make_batches(tokenizer: Any, text: str, windows: int, length: int, seed: int, name: str = "Calibration text", text_order: bool = True) -> Batches:
-    """Cut `text` into windows of `length` tokens and draw `windows` of them by `seed`, in text order or as they were drawn: then the first of many windows are
-    those that fewer would have been.
+def make_batches(
+    tokenizer: Any,
+    text: str,
+    windows: int,
+    length: int,
+    seed: int,
+    name: str = "Calibration text",
+    text_order: bool = True,
+) -> Batches:
+    """Cut `text` into windows of `length` tokens and draw `windows` of them by `seed`, in text order or as they were
+    drawn: then the first of many windows are those that fewer would have been.
 
     Where the tokenizer starts a text with a special token, every window does. The last window of a text may be padded.
     Raises InputError when the text has fewer than MINIMUM_TOKENS tokens.
@@ -71,12 +82,16 @@ def make_batches(tokenizer: Any, text: str, windows: int, length: int, seed: int
     if len(ids) < MINIMUM_TOKENS:
         raise InputError(f"{name} must hold at least {MINIMUM_TOKENS} tokens, got {len(ids)}. Give more text.")
     probe = tokenizer("a")["input_ids"]
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id] else []
+    start = (
+        [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id] else []
+    )
     body = length - len(start)
     cut = [ids[k : k + body] for k in range(0, len(ids), body)]
     picked = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))[:windows]
     picked = (picked.sort().values if text_order else picked).tolist()
-    tokens = torch.zeros((len(picked), length), dtype=torch.int64)  # padding is masked; 0 is in every vocabulary, a tokenizer's padding token need not be
+    tokens = torch.zeros(
+        (len(picked), length), dtype=torch.int64
+    )  # padding is masked; 0 is in every vocabulary, a tokenizer's padding token need not be
     mask = torch.zeros((len(picked), length), dtype=torch.bool)
     for row, k in enumerate(picked):
         window = [*start, *cut[k]]

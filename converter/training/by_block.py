@@ -1,12 +1,15 @@
-"""Recovery block by block: every swapped network is fitted to the dense block's output, in order, on the inputs that the recovered blocks before it give.
+"""Recovery block by block: every swapped network is fitted to the dense block's output, in order, on the inputs that
+the recovered blocks before it give.
 
-What is minimised in layer l is |h_student - h_dense|^2 over the tokens, h the hidden states after the block, relative to the energy of what the dense network
-adds to them. The student's own attention output stands beside its network's, so a block also makes up for what the blocks before it left. The down
-projection is solved in closed form (ridge, fp64) before all three matrices are trained, and after.
+What is minimised in layer l is |h_student - h_dense|^2 over the tokens, h the hidden states after the block, relative
+to the energy of what the dense network adds to them. The student's own attention output stands beside its network's, so
+a block also makes up for what the blocks before it left. The down projection is solved in closed form (ridge, fp64)
+before all three matrices are trained, and after.
 
-Made for machines without an accelerator: no pass through the whole model is ever differentiated, and of either model one block is needed at a time. A
-model whose blocks lie on the meta device (`blocks.empty_model`) is read from its files block by block; beside the two blocks memory then holds four tensors
-of hidden states in half precision, at most _BYTES together.
+Made for machines without an accelerator: no pass through the whole model is ever differentiated, and of either model
+one block is needed at a time. A model whose blocks lie on the meta device (`blocks.empty_model`) is read from its files
+block by block; beside the two blocks memory then holds four tensors of hidden states in half precision, at most _BYTES
+together.
 """
 
 from __future__ import annotations
@@ -42,7 +45,10 @@ from .signs import energy_by_sign, flip
 _TOKENS_AT_ONCE = 2048
 _BYTES = 1 << 31
 _ASIDE = 16  # every 16th window is kept for measuring
-_PER_UNIT, _SOLVED_PER_UNIT = 128, 64  # tokens for every neuron of a network, at most, in training and in the closed form
+_PER_UNIT, _SOLVED_PER_UNIT = (
+    128,
+    64,
+)  # tokens for every neuron of a network, at most, in training and in the closed form
 _L2 = 1e-3  # relative to the mean square of z
 GROUP = 32  # tokens that are drawn together
 _WEIGHTS, _CURVE = "weights.safetensors", "curve.json"
@@ -71,7 +77,9 @@ class Half:
 
 
 class Rows(NamedTuple):
-    """What a network sees and must give, [R, d] from `windows` windows, and the mean square of what the dense network adds."""
+    """What a network sees and must give, [R, d] from `windows` windows, and the mean square of what the dense network
+    adds.
+    """
 
     x: Half
     target: Half
@@ -90,7 +98,10 @@ class Walk:
         self.lean = any(p.is_meta for p in self.blocks.parameters())
         if self.lean:
             if source is None:
-                raise InputError("A model on the meta device must come with its source, got none. Pass the source that it was made from.")
+                raise InputError(
+                    "A model on the meta device must come with its source, got none. Pass the source that it was made "
+                    "from."
+                )
             tokens, _ = embed(model, source, tokens)
         else:
             self.device = str(next(self.blocks.parameters()).device)
@@ -113,13 +124,17 @@ class Walk:
         assert self.source is not None
         prefix = self.arch.block_prefix(layer)
         tensors = self.source.read(prefix + name for name, _ in self.blocks[layer].named_parameters())
-        with filled(self.blocks[layer], {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, self.device) as block:
+        with filled(
+            self.blocks[layer], {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, self.device
+        ) as block:
             yield block
 
     def run(self, layer: int, block: Any, group: slice) -> Tensor:
         """The block's output [B, S, d] for some windows."""
         rows = self.hidden[group].to(self.device)
-        out = block(rows, **{name: _move(value, self.device) for name, value in self.keywords[len(rows)][layer].items()})
+        out = block(
+            rows, **{name: _move(value, self.device) for name, value in self.keywords[len(rows)][layer].items()}
+        )
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -153,7 +168,9 @@ def _giving(network: Any, output: Tensor | None) -> Iterator[list[Tensor]]:
 
 @dataclass(frozen=True)
 class Tail:
-    """What a block does to its network's output m before it adds it: factor * norm(m), the norm absent in most architectures; `linear` without one."""
+    """What a block does to its network's output m before it adds it: factor * norm(m), the norm absent in most
+    architectures; `linear` without one.
+    """
 
     norm: Any | None
     factor: float
@@ -165,11 +182,15 @@ class Tail:
 
 
 def _tail(walk: Walk, layer: int, block: Any, network: Any) -> Tail:
-    """The tail of a block, from its outputs for two outputs of its network. Raises InputError for a block that adds something else."""
+    """The tail of a block, from its outputs for two outputs of its network. Raises InputError for a block that adds
+    something else.
+    """
     group = walk.groups[0]
     with _giving(network, None) as seen:
         without = walk.run(layer, block, group)
-    given = torch.randn(seen[0].shape, generator=torch.Generator().manual_seed(0)).to(seen[0]) * float(without.square().mean().sqrt())
+    given = torch.randn(seen[0].shape, generator=torch.Generator().manual_seed(0)).to(seen[0]) * float(
+        without.square().mean().sqrt()
+    )
     takers: list[Any] = []
 
     def note(module: Any, arguments: tuple[Any, ...]) -> None:
@@ -187,18 +208,24 @@ def _tail(walk: Walk, layer: int, block: Any, network: Any) -> Tail:
     one, two = (given * k if norm is None else norm(given * k) for k in (1.0, 2.0))
     factor = float((change * one).sum() / one.square().sum())
     if float((change - factor * one).norm()) > 1e-2 * float(change.norm()):
-        raise InputError(f"Block {layer} must add its network's output, scaled or normed, to its hidden states, got another sum. Recover end to end instead.")
+        raise InputError(
+            f"Block {layer} must add its network's output, scaled or normed, to its hidden states, got another sum. "
+            "Recover end to end instead."
+        )
     return Tail(norm, factor, bool(torch.allclose(two, 2 * one, rtol=1e-4, atol=1e-6 * float(one.abs().max()))))
 
 
 class Fit:
-    """The objective of `loop.train` for one network: tail(network(x)) against what the block must add to the student's hidden states.
+    """The objective of `loop.train` for one network: tail(network(x)) against what the block must add to the student's
+    hidden states.
 
-    A window's tokens are numbers of rows of `x` and `target` [R, d]. The error is relative to `energy`, the mean square of what the dense network adds; `l1`
-    weighs mean|z| / rms z, `half` lets products run in bf16.
+    A window's tokens are numbers of rows of `x` and `target` [R, d]. The error is relative to `energy`, the mean square
+    of what the dense network adds; `l1` weighs mean|z| / rms z, `half` lets products run in bf16.
     """
 
-    def __init__(self, network: Any, arch: Arch, activation: str, tail: Tail, rows: Rows, l1: float = 0.0, half: bool = False) -> None:
+    def __init__(
+        self, network: Any, arch: Arch, activation: str, tail: Tail, rows: Rows, l1: float = 0.0, half: bool = False
+    ) -> None:
         self.network, self.arch, self.activation, self.tail = network, arch, activation, tail
         self.rows, self.l1, self.half = rows, l1, half
         self.device = next(network.parameters()).device
@@ -249,14 +276,16 @@ class Fit:
     def turn(self) -> None:
         """Flip the neurons whose energy, with the dense model's activation, is larger where up is negative."""
         chunks = torch.arange(len(self.rows.x.values)).split(_TOKENS_AT_ONCE)
-        sums = sum(energy_by_sign(self.network, self.arch, self.activation, self.rows.x[at].to(self.device)) for at in chunks)
+        sums = sum(
+            energy_by_sign(self.network, self.arch, self.activation, self.rows.x[at].to(self.device)) for at in chunks
+        )
         assert isinstance(sums, Tensor)
         flip(self.network, self.arch, sums[1] > sums[0])
 
     @torch.no_grad()
     def solve_down(self, numbers: Tensor, l2: float = _L2) -> None:
-        """Move the down projection, with its bias, to the ridge regression's solution on rows, given their numbers [T]: the least change that explains what is
-        missing, `l2` relative to the mean square of z. Only for a linear tail.
+        """Move the down projection, with its bias, to the ridge regression's solution on rows, given their numbers [T]:
+        the least change that explains what is missing, `l2` relative to the mean square of z. Only for a linear tail.
         """
         linear = getattr(self.network, self.arch.ffn.down)
         units = linear.weight.shape[1]
@@ -289,21 +318,34 @@ def recover_by_block(
 ) -> list[dict[str, Any]]:
     """Fit the networks of `student` whose activation was swapped to the blocks of `teacher`, the dense model, in place.
 
-    Tokens come from the windows of `batches` without padding. `l1` weighs mean|z| / rms z against the relative error; `precision` is that of the products
-    while training (auto: bf16 where the machine multiplies it natively). A finished block is a folder below `folder` with its weights under their names in
-    the block and `header` extended by the site, so that a run goes on where it was interrupted, to the same weights. A model whose blocks lie on the meta
-    device is read from `source` on `device`; of such a student the recovered weights are in the folders only. `turned` chooses the signs of a dReLU network's
-    neurons afresh, as `signs.orient` does, on the inputs that the student gives it: for a student that could not be oriented whole, fresh from its swap.
-    Returns a row per block: its `layer`; `before`, `solved`, `trained` and `after`, the error on windows set aside relative to the energy of what the dense
-    network adds (0 is perfect), at the start, with the down projection solved, after training and with it solved again; `density`, the share of z that is not
-    0; `curve`, the training's; `seconds`, and `cpu_seconds` of all processes, of the run that finished it.
-    Raises InputError where there is nothing to fit, or a block does something else with its network's output than scale and norm it.
+    Tokens come from the windows of `batches` without padding. `l1` weighs mean|z| / rms z against the relative error;
+    `precision` is that of the products while training (auto: bf16 where the machine multiplies it natively). A finished
+    block is a folder below `folder` with its weights under their names in the block and `header` extended by the site,
+    so that a run goes on where it was interrupted, to the same weights. A model whose blocks lie on the meta device is
+    read from `source` on `device`; of such a student the recovered weights are in the folders only. `turned` chooses
+    the signs of a dReLU network's neurons afresh, as `signs.orient` does, on the inputs that the student gives it: for
+    a student that could not be oriented whole, fresh from its swap. Returns a row per block: its `layer`; `before`,
+    `solved`, `trained` and `after`, the error on windows set aside relative to the energy of what the dense network
+    adds (0 is perfect), at the start, with the down projection solved, after training and with it solved again;
+    `density`, the share of z that is not 0; `curve`, the training's; `seconds`, and `cpu_seconds` of all processes, of
+    the run that finished it. Raises InputError where there is nothing to fit, or a block does something else with its
+    network's output than scale and norm it.
     """
-    wanted = [site for site in arch.sites(teacher.config) if hasattr(student.get_submodule(arch.ffn_module(site.layer)), "swapped")]
+    wanted = [
+        site
+        for site in arch.sites(teacher.config)
+        if hasattr(student.get_submodule(arch.ffn_module(site.layer)), "swapped")
+    ]
     if not wanted:
         raise InputError("A network must have a swapped activation to be recovered, got none. Swap first.")
     tokens = _enough(batches, arch, teacher.config, seed)
-    config = header.config | {"by_block": settings.model_dump(), "sites": [site.key for site in wanted], "l1": l1, "precision": precision, "turned": turned}
+    config = header.config | {
+        "by_block": settings.model_dump(),
+        "sites": [site.key for site in wanted],
+        "l1": l1,
+        "precision": precision,
+        "turned": turned,
+    }
     header = header.model_copy(update={"seed": seed, "calibration": batches.sha256})
     curve: list[dict[str, Any]] = []
     dense, own = (Walk(model, source, arch, tokens, device) for model in (teacher, student))
@@ -331,12 +373,19 @@ def micro_batch(settings: ByBlock) -> int:
 
 
 def _enough(batches: Batches, arch: Arch, config: Any, seed: int) -> Tensor:
-    """The windows that are used [N, S], drawn by seed: _PER_UNIT tokens for every neuron, as far as there are so many and they fit into _BYTES."""
+    """The windows that are used [N, S], drawn by seed: _PER_UNIT tokens for every neuron, as far as there are so many
+    and they fit into _BYTES.
+    """
     tokens = batches.tokens[batches.mask.all(1)]
     length = tokens.shape[1]
-    count = min(-(-_PER_UNIT * arch.size(config, "units") // length), _BYTES // (4 * 2 * arch.size(config, "hidden") * length))
+    count = min(
+        -(-_PER_UNIT * arch.size(config, "units") // length), _BYTES // (4 * 2 * arch.size(config, "hidden") * length)
+    )
     if len(tokens) < 2:
-        raise InputError(f"Recovery must have at least 2 windows without padding, got {len(tokens)}. Give more text, or shorter windows.")
+        raise InputError(
+            f"Recovery must have at least 2 windows without padding, got {len(tokens)}. Give more text, or shorter "
+            "windows."
+        )
     return tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[: max(2, count)]]
 
 
@@ -344,10 +393,14 @@ def _enough(batches: Batches, arch: Arch, config: Any, seed: int) -> Tensor:
 def _rows(dense: Walk, own: Walk, layer: int, block: Any, fitted: Any) -> tuple[Tail, Rows]:
     """The tail of the student's block and what its network sees and must give; advances the dense hidden states."""
     arch = own.arch
-    tails = [_tail(walk, layer, one, one.get_submodule(arch.ffn.module)) for walk, one in ((own, fitted), (dense, block))]
+    tails = [
+        _tail(walk, layer, one, one.get_submodule(arch.ffn.module)) for walk, one in ((own, fitted), (dense, block))
+    ]
     x, target = (Half(*own.hidden.values.shape) for _ in range(2))
     added: list[Tensor] = []  # sums of squares
-    handle = block.get_submodule(arch.ffn.module).register_forward_hook(lambda _, given, out: added.append(tails[1](out).double().square().sum().cpu()))
+    handle = block.get_submodule(arch.ffn.module).register_forward_hook(
+        lambda _, given, out: added.append(tails[1](out).double().square().sum().cpu())
+    )
     try:
         for group in own.groups:
             out = dense.run(layer, block, group)
@@ -357,8 +410,13 @@ def _rows(dense: Walk, own: Walk, layer: int, block: Any, fitted: Any) -> tuple[
     finally:
         handle.remove()
     if not bool(dense.hidden.scales.isfinite().all()):
-        raise InputError(f"Hidden states must be finite numbers, got NaN or infinity after layer {layer}. Check the weights; fetch the model again.")
-    return tails[0], Rows(x.flat(), target.flat(), float(torch.stack(added).sum()) / target.values.numel(), len(x.values))
+        raise InputError(
+            f"Hidden states must be finite numbers, got NaN or infinity after layer {layer}. Check the weights; fetch "
+            "the model again."
+        )
+    return tails[0], Rows(
+        x.flat(), target.flat(), float(torch.stack(added).sum()) / target.values.numel(), len(x.values)
+    )
 
 
 @torch.no_grad()
@@ -384,7 +442,10 @@ def _recovered(fit: Fit, settings: ByBlock, seed: int, folder: Path, header: Hea
     length = len(fit.rows.x.values) // fit.rows.windows
     number = torch.arange(len(fit.rows.x.values))
     apart = number // length % _ASIDE == 0
-    aside, drawn = number[apart], number[~apart][torch.randperm(int((~apart).sum()), generator=torch.Generator().manual_seed(seed))]
+    aside, drawn = (
+        number[apart],
+        number[~apart][torch.randperm(int((~apart).sum()), generator=torch.Generator().manual_seed(seed))],
+    )
     figures: dict[str, Any] = {"before": fit.measure(aside)[0]}
     _solve(fit, drawn, aside)
     figures["solved"] = fit.measure(aside)[0]
@@ -395,7 +456,9 @@ def _recovered(fit: Fit, settings: ByBlock, seed: int, folder: Path, header: Hea
         parameter.requires_grad_(True)
     state = folder.with_name(f"{folder.name}.training")
     loop = Settings(steps=settings.steps, windows=settings.tokens // group, rate=settings.rate, seed=seed)
-    figures["curve"] = train(fit, Batches(indices, torch.ones_like(indices, dtype=torch.bool)), loop, state, header, lambda _: None)
+    figures["curve"] = train(
+        fit, Batches(indices, torch.ones_like(indices, dtype=torch.bool)), loop, state, header, lambda _: None
+    )
     for name, parameter in parameters.items():
         parameter.requires_grad_(wanted[name])
         parameter.grad = None
@@ -403,12 +466,16 @@ def _recovered(fit: Fit, settings: ByBlock, seed: int, folder: Path, header: Hea
     _solve(fit, drawn, aside)
     figures["after"], figures["density"] = fit.measure(aside)
     figures["seconds"] = time.monotonic() - begun[1]
-    figures["cpu_seconds"] = float(sum_over_processes(torch.tensor(time.process_time() - begun[0], dtype=torch.float64)))
+    figures["cpu_seconds"] = float(
+        sum_over_processes(torch.tensor(time.process_time() - begun[0], dtype=torch.float64))
+    )
     share_tensors(parameters.values())
     with same_error():
         if world().rank == 0:
             with atomic_folder(folder) as partial:
-                weights = {f"{fit.arch.ffn.module}.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
+                weights = {
+                    f"{fit.arch.ffn.module}.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()
+                }
                 write_tensors(partial / _WEIGHTS, weights)
                 write_json(partial / _CURVE, figures)
                 write_header(partial, header)

@@ -1,7 +1,9 @@
-"""The one training loop: named tensors, seeded windows, a schedule in levels, and checkpoints from which a run goes on to the same weights.
+"""The one training loop: named tensors, seeded windows, a schedule in levels, and checkpoints from which a run goes on
+to the same weights.
 
-What is trained and against what is an `Objective`; this module knows neither models nor losses. State lies in safetensors and JSON. Under torchrun every
-process takes its share of the rows of every micro-batch, and the result is that of one process with all rows (`distributed`).
+What is trained and against what is an `Objective`; this module knows neither models nor losses. State lies in
+safetensors and JSON. Under torchrun every process takes its share of the rows of every micro-batch, and the result is
+that of one process with all rows (`distributed`).
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ _SAVING = 20  # between saves, at least this many times what the last one took
 
 
 class Objective(Protocol):
-    """What a run minimises. With several processes each has its own objective, which sees its rows; what it carries over must be equal on all of them
-    (`distributed.sum_over_processes`).
+    """What a run minimises. With several processes each has its own objective, which sees its rows; what it carries
+    over must be equal on all of them (`distributed.sum_over_processes`).
     """
 
     def parameters(self) -> Mapping[str, tuple[Tensor, float] | Trained]:
@@ -56,11 +58,15 @@ class Objective(Protocol):
         ...
 
     def loss(self, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
-        """The scalar loss of a micro-batch's windows [B, S] at a step (from 0): a mean over the positions that `mask` has."""
+        """The scalar loss of a micro-batch's windows [B, S] at a step (from 0): a mean over the positions that `mask`
+        has.
+        """
         ...
 
     def after(self, step: int) -> dict[str, float]:
-        """Called when the tensors have moved; returns figures for the progress line and the curve, where the mean over processes stands."""
+        """Called when the tensors have moved; returns figures for the progress line and the curve, where the mean over
+        processes stands.
+        """
         ...
 
     def state(self) -> dict[str, float]:
@@ -74,7 +80,9 @@ class Objective(Protocol):
 
 @dataclass
 class _Run:
-    """How far a run has come: steps done, positions trained on and seconds taken, over all processes and resumed runs, and its curve."""
+    """How far a run has come: steps done, positions trained on and seconds taken, over all processes and resumed runs,
+    and its curve.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -82,16 +90,26 @@ class _Run:
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
-def train(objective: Objective, batches: Batches, settings: Settings, folder: Path, header: Header, at_level: Callable[[int], None]) -> list[dict[str, float]]:
-    """Run `settings.steps` steps, resumed from `folder` when it holds a state under the same `header`; `at_level(k)` is called at the end of level k, on
-    every process.
+def train(
+    objective: Objective,
+    batches: Batches,
+    settings: Settings,
+    folder: Path,
+    header: Header,
+    at_level: Callable[[int], None],
+) -> list[dict[str, float]]:
+    """Run `settings.steps` steps, resumed from `folder` when it holds a state under the same `header`; `at_level(k)` is
+    called at the end of level k, on every process.
 
-    The windows of a step depend on (seed, step) alone, so an interrupted run ends with the same weights. The losses of micro-batches and processes are
-    weighted by their positions that are not padding, so that the step is that of one batch of all of them. Returns the curve: every tenth step and after the
-    last a row of step, loss, `tokens` trained on so far, seconds if asked, and figures. Raises InputError when the loss or its gradient is not finite and when
+    The windows of a step depend on (seed, step) alone, so an interrupted run ends with the same weights. The losses of
+    micro-batches and processes are weighted by their positions that are not padding, so that the step is that of one
+    batch of all of them. Returns the curve: every tenth step and after the last a row of step, loss, `tokens` trained
+    on so far, seconds if asked, and figures. Raises InputError when the loss or its gradient is not finite and when
     windows do not divide by the number of processes.
     """
-    trained = {name: given if isinstance(given, Trained) else Trained(*given) for name, given in objective.parameters().items()}
+    trained = {
+        name: given if isinstance(given, Trained) else Trained(*given) for name, given in objective.parameters().items()
+    }
     tensors = {name: each.tensor for name, each in trained.items()}
     optimizers = make_optimizers(trained, settings.rate, settings.optimizer, settings.betas, settings.weight_decay)
     share_tensors(tensors.values())
@@ -111,7 +129,9 @@ def train(objective: Objective, batches: Batches, settings: Settings, folder: Pa
         mean_gradients(tensors.values())
         norm = clip_gradients(tensors.values(), settings.clip)
         if not bool(norm.isfinite()):
-            raise InputError(f"The gradient must be finite, got a norm of {float(norm)} at step {step}. Lower the rate.")
+            raise InputError(
+                f"The gradient must be finite, got a norm of {float(norm)} at step {step}. Lower the rate."
+            )
         for one in optimizers:
             one.step()
         figures = objective.after(step)
@@ -134,7 +154,9 @@ def train(objective: Objective, batches: Batches, settings: Settings, folder: Pa
 
 
 def _backward(objective: Objective, batches: Batches, settings: Settings, step: int) -> tuple[float, int]:
-    """Add up the gradients of a step, to be averaged over processes; returns its loss and its positions that are not padding, both of all processes."""
+    """Add up the gradients of a step, to be averaged over processes; returns its loss and its positions that are not
+    padding, both of all processes.
+    """
     rows = _rows(len(batches.tokens), settings, step)
     count = int(batches.mask[rows].sum())
     total: Any = 0.0
@@ -166,7 +188,14 @@ def _rows(count: int, settings: Settings, step: int) -> Tensor:
     return order[at : at + size]
 
 
-def _save(objective: Objective, tensors: Mapping[str, Tensor], optimizers: list[Optimizer], run: _Run, folder: Path, header: Header) -> None:
+def _save(
+    objective: Objective,
+    tensors: Mapping[str, Tensor],
+    optimizers: list[Optimizer],
+    run: _Run,
+    folder: Path,
+    header: Header,
+) -> None:
     """Store the state; the first process gathers and writes it."""
     stored: dict[str, Tensor] = {}
     names = {name: sorted(moments(optimizers, tensor)) for name, tensor in tensors.items()}
@@ -184,7 +213,9 @@ def _save(objective: Objective, tensors: Mapping[str, Tensor], optimizers: list[
                 write_header(partial, header)
 
 
-def _resume(objective: Objective, tensors: Mapping[str, Tensor], optimizers: list[Optimizer], folder: Path, header: Header) -> _Run:
+def _resume(
+    objective: Objective, tensors: Mapping[str, Tensor], optimizers: list[Optimizer], folder: Path, header: Header
+) -> _Run:
     """Fill tensors, optimizers and objective from the state that the first process finds, if it does."""
     state: dict[str, Any] = {}
     with same_error():
@@ -192,7 +223,9 @@ def _resume(objective: Objective, tensors: Mapping[str, Tensor], optimizers: lis
             state = read_json(folder / STATE, "The training state") if is_finished(folder, header) else {}
             if state.get("version") != _VERSION:
                 state = {}
-                shutil.rmtree(folder, ignore_errors=True)  # another run's state would belie what this one leaves beside it
+                shutil.rmtree(
+                    folder, ignore_errors=True
+                )  # another run's state would belie what this one leaves beside it
     state = json.loads(broadcast_text(json.dumps(state)))
     if not state:
         return _Run()

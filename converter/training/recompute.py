@@ -1,4 +1,6 @@
-"""Passes that keep the inputs of blocks instead of all activations and compute a block again when its gradient is taken."""
+"""Passes that keep the inputs of blocks instead of all activations and compute a block again when its gradient is
+taken.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,30 @@ from torch.utils.checkpoint import checkpoint
 
 from ...runtime_onnx.errors import InputError
 
-SOURCE = "Chen et al. 2016, Training deep nets with sublinear memory cost (arXiv 1604.06174), one segment a block; torch's variant without reentry."
+SOURCE = (
+    "Chen et al. 2016, Training deep nets with sublinear memory cost (arXiv 1604.06174), one segment a block; "
+    "torch's variant without reentry."
+)
 
 
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Within the block, passes of a transformers model in evaluation mode checkpoint its blocks; gradients may be taken later.
+    """Within the block, passes of a transformers model in evaluation mode checkpoint its blocks; gradients may be taken
+    later.
 
-    transformers checkpoints only blocks in training mode: that flag is set on the blocks themselves and not on what they hold, where dropout lies. A block is
-    computed again with the `forward` functions that were set on its modules in the pass, also where they are gone by then. Those functions run twice: what
-    they read must still be the same, and what they write is written again. Raises InputError for a model without such blocks.
+    transformers checkpoints only blocks in training mode: that flag is set on the blocks themselves and not on what
+    they hold, where dropout lies. A block is computed again with the `forward` functions that were set on its modules
+    in the pass, also where they are gone by then. Those functions run twice: what they read must still be the same, and
+    what they write is written again. Raises InputError for a model without such blocks.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     blocks: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
-        raise InputError(f"Gradient checkpointing must find blocks that transformers can checkpoint, got {type(model).__name__}. Turn it off.")
+        raise InputError(
+            f"Gradient checkpointing must find blocks that transformers can checkpoint, got {type(model).__name__}. "
+            "Turn it off."
+        )
     before = [block.training for block in blocks]
     try:
         for block in blocks:
@@ -45,13 +55,17 @@ def _checkpoint(block: nn.Module) -> Callable[..., Any]:
 
     def run(function: Callable[..., Any], *inputs: Any) -> Any:
         again = _Forwards(block)
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), again))
+        return checkpoint(
+            function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: (nullcontext(), again)
+        )
 
     return run
 
 
 class _Forwards:
-    """The `forward` functions set on the modules of a block when this is made; a context, to be entered any number of times, in which they are set again."""
+    """The `forward` functions set on the modules of a block when this is made; a context, to be entered any number of
+    times, in which they are set again.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         self.block, self.then = block, _own_forwards(block)

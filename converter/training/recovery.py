@@ -1,11 +1,13 @@
-"""What training after a swapped activation minimises: the student's divergence from the dense source, and a penalty that makes its activations sparse.
+"""What training after a swapped activation minimises: the student's divergence from the dense source, and a penalty
+that makes its activations sparse.
 
-Loss = distill KL(dense || student) + lm NLL + hidden mean over blocks |h - h_dense|^2 / |h_dense|^2 + weight * penalty. The penalty is a mean over sites of a
-smooth count of non-zero units, which pushes those near zero over it from either side, or of mean|z| / rms z. Its weight grows along a line or ProSparse's
-sine curves; with a wished density it is a controller's, which leads the share of non-zeros there along a geometric path and keeps it.
+Loss = distill KL(dense || student) + lm NLL + hidden mean over blocks |h - h_dense|^2 / |h_dense|^2 + weight * penalty.
+The penalty is a mean over sites of a smooth count of non-zero units, which pushes those near zero over it from either
+side, or of mean|z| / rms z. Its weight grows along a line or ProSparse's sine curves; with a wished density it is a
+controller's, which leads the share of non-zeros there along a geometric path and keeps it.
 
-Predictors may be trained with the weights: the forward pass takes what they keep (logit > 0), the backward pass the sigmoid's slope; a second controller
-holds their density.
+Predictors may be trained with the weights: the forward pass takes what they keep (logit > 0), the backward pass the
+sigmoid's slope; a second controller holds their density.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ from .selection import INTEGRAL, PROPORTIONAL, Unit
 from .settings import Joint, Penalty, Recovery, Settings
 
 SOURCE = (
-    "Turbo Sparse, arXiv 2406.05955 (dReLU, predictors trained with the weights); ProSparse, arXiv 2402.13516 (growing L1); Hinton et al., arXiv 1503.02531",
+    "Turbo Sparse, arXiv 2406.05955 (dReLU, predictors trained with the weights); ProSparse, arXiv 2402.13516 (growing "
+    "L1); Hinton et al., arXiv 1503.02531",
     "KL(dense || student) + weight(step) * mean over sites of mean sigmoid(margin / softness), or of mean|z| / rms z",
-    "distillation from the dense source in place of a corpus; a count of units, or an L1 norm relative to the rms, so that shrinking z does not pay",
+    "distillation from the dense source in place of a corpus; a count of units, or an L1 norm relative to the rms, so "
+    "that shrinking z does not pay",
 )
 _GAIN, _REACTION = 0.03, 1.0  # relative change of the weight a step and at once, for a density twice the wished one
 _MEMORY = 0.9  # of the running mean of the density
@@ -47,7 +51,8 @@ _LABELS = 0.1  # weight of the predictors' cross-entropy on what is non-zero
 def grown(penalty: Penalty, progress: float) -> float:
     """The weight of the penalty at `progress` of the run, 0 to 1, as a share of the last one.
 
-    `sine`: in `periods` equal parts it rises from one multiple of 1 / periods to the next along half a cosine (ProSparse, arXiv 2402.13516, equation 4).
+    `sine`: in `periods` equal parts it rises from one multiple of 1 / periods to the next along half a cosine
+    (ProSparse, arXiv 2402.13516, equation 4).
     """
     inside = min(1.0, progress / penalty.ramp)
     if penalty.shape == "linear" or inside == 1.0:
@@ -83,9 +88,10 @@ class _Pending:
 class RecoveryObjective:
     """The objective of `loop.train` for a student whose networks have exact zeros.
 
-    `trained` are the student's leaves by name, `teacher` the dense source (None where no loss needs it), `units` predictors by site, trained too. The
-    student's networks must already be swapped; `activation` is what modules without a swap of their own compute. `hidden` names the trained matrices of hidden
-    layers, and `watch` is called after every step for more figures.
+    `trained` are the student's leaves by name, `teacher` the dense source (None where no loss needs it), `units`
+    predictors by site, trained too. The student's networks must already be swapped; `activation` is what modules
+    without a swap of their own compute. `hidden` names the trained matrices of hidden layers, and `watch` is called
+    after every step for more figures.
     """
 
     def __init__(
@@ -124,12 +130,19 @@ class RecoveryObjective:
         """Every weight at the same rate, and predictors at theirs."""
         found = {name: Trained(tensor, 1.0, name in self.hidden) for name, tensor in self.trained.items()}
         share = 1.0 if self.asked.predictors is None else self.asked.predictors.rate / self.asked.rate
-        return found | {f"{site.key}.{name}": Trained(tensor, share) for site, unit in self.units.items() for name, tensor in unit.tensors.items()}
+        return found | {
+            f"{site.key}.{name}": Trained(tensor, share)
+            for site, unit in self.units.items()
+            for name, tensor in unit.tensors.items()
+        }
 
     def loss(self, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
         """The scalar loss of windows [B, S], padding masked [B, S]."""
         tokens, mask = tokens.to(self.device), mask.to(self.device)
-        losses, keywords = self.asked.losses, {"attention_mask": None if bool(mask.all()) else mask.long(), "use_cache": False}
+        losses, keywords = (
+            self.asked.losses,
+            {"attention_mask": None if bool(mask.all()) else mask.long(), "use_cache": False},
+        )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             dense, targets = None, []
             if self.teacher is not None:
@@ -151,7 +164,9 @@ class RecoveryObjective:
             energies = torch.stack([t[mask].float().square().sum() for t in targets] + [mask.sum().float()])
             energies = sum_over_processes(energies)
             pairs = zip(outputs, targets, energies[:-1] / energies[-1], strict=True)
-            hidden = torch.stack([(h[mask].float() - t[mask].float()).square().sum() / mask.sum() / energy for h, t, energy in pairs]).mean()
+            hidden = torch.stack(
+                [(h[mask].float() - t[mask].float()).square().sum() / mask.sum() / energy for h, t, energy in pairs]
+            ).mean()
             total = total + losses.hidden * self._shown("hidden", hidden)
         return total + self._penalty(seen, step) + self._selection(seen, step)
 
@@ -160,9 +175,13 @@ class RecoveryObjective:
         return value
 
     def _penalty(self, seen: Mapping[Site, Mapping[str, Tensor]], step: int) -> Tensor:
-        """The weighted sparsity term. Sums go over all processes before ratios are formed, so that several give the gradient of one joint batch."""
+        """The weighted sparsity term. Sums go over all processes before ratios are formed, so that several give the
+        gradient of one joint batch.
+        """
         sums = {name: torch.stack([at[name] for at in seen.values()]) for name in _SUMS}
-        joint = dict(zip(_SUMS, sum_over_processes(torch.stack([part.detach() for part in sums.values()])), strict=True))
+        joint = dict(
+            zip(_SUMS, sum_over_processes(torch.stack([part.detach() for part in sums.values()])), strict=True)
+        )
         count = joint["count"]
         share = 1 / sums["count"]  # the loop weighs every process's mean by its positions
         density = float((joint["nonzero"] / count).mean())
@@ -221,7 +240,9 @@ class RecoveryObjective:
 
     @contextmanager
     def observing(self, mask: Tensor) -> Iterator[dict[Site, dict[str, Tensor]]]:
-        """The student with its networks' sums written down; yields them by site, over the unpadded positions of mask [B, S]."""
+        """The student with its networks' sums written down; yields them by site, over the unpadded positions of mask
+        [B, S].
+        """
         seen: dict[Site, dict[str, Tensor]] = {}
         try:
             for site, module in self.modules.items():
@@ -232,7 +253,10 @@ class RecoveryObjective:
                 module.__dict__.pop("forward", None)
 
     def _forward(self, site: Site, module: nn.Module, mask: Tensor, seen: dict[Site, dict[str, Tensor]]) -> Any:
-        whole, known = bool(mask.all()), self.scales.get(site)  # now: a checkpointed block calls again when they have changed
+        whole, known = (
+            bool(mask.all()),
+            self.scales.get(site),
+        )  # now: a checkpointed block calls again when they have changed
         weight = (self.mean or _SHARE) + MLP_MARGIN
 
         def forward(x: Tensor) -> Tensor:
@@ -257,7 +281,9 @@ class RecoveryObjective:
 
         return forward
 
-    def _sums(self, known: tuple[float, float] | None, name: str, before: Tensor, up: Tensor | None, z: Tensor) -> dict[str, Tensor]:
+    def _sums(
+        self, known: tuple[float, float] | None, name: str, before: Tensor, up: Tensor | None, z: Tensor
+    ) -> dict[str, Tensor]:
         """What a site's call adds to the penalty's sums, from the products [T, n] and z [T, n]."""
         kind, cut = split_activation(name)
         wide, gate = z.float(), before.float()
@@ -269,12 +295,25 @@ class RecoveryObjective:
         margin = (gate - cut) / max(known[0], 1e-10)
         if kind == "drelu":
             margin = torch.minimum(margin, up / max(known[1], 1e-10))
-        found = {"soft": torch.sigmoid(margin / self.asked.penalty.softness).sum(), "nonzero": (z != 0).sum().float(), "gate": squares[0], "up": squares[1]}
-        return found | {"absolute": wide.abs().sum(), "square": wide.square().sum(), "count": squares[0].new_tensor(float(z.numel()))}
+        found = {
+            "soft": torch.sigmoid(margin / self.asked.penalty.softness).sum(),
+            "nonzero": (z != 0).sum().float(),
+            "gate": squares[0],
+            "up": squares[1],
+        }
+        return found | {
+            "absolute": wide.abs().sum(),
+            "square": wide.square().sum(),
+            "count": squares[0].new_tensor(float(z.numel())),
+        }
 
     def after(self, step: int) -> dict[str, float]:
-        """The step's losses in nats, the penalty and densities, means over its micro-batches, and the penalty's weight."""
-        figures = {name: sum(each[name] for each in self.micro_batches) / len(self.micro_batches) for name in self.figures}
+        """The step's losses in nats, the penalty and densities, means over its micro-batches, and the
+        penalty's weight.
+        """
+        figures = {
+            name: sum(each[name] for each in self.micro_batches) / len(self.micro_batches) for name in self.figures
+        }
         watched = {} if self.watch is None else self.watch(step)
         self.used = self.cpu_seconds
         return figures | {"weight": self._weight(step)} | watched
@@ -282,7 +321,11 @@ class RecoveryObjective:
     def state(self) -> dict[str, float]:
         """The controllers' memory, the scales of the last step, and the processor seconds so far."""
         found = {name: getattr(self, name) for name in _MEMORISED} | {"cpu_seconds": self.used}
-        found |= {f"{name} {part}": float(getattr(each, part)) for name, each in self.pending.items() for part in ("total", "count")}
+        found |= {
+            f"{name} {part}": float(getattr(each, part))
+            for name, each in self.pending.items()
+            for part in ("total", "count")
+        }
         for site, (gate, up) in self.scales.items():
             found |= {f"{site.key} gate": gate, f"{site.key} up": up}
         return found
@@ -291,14 +334,24 @@ class RecoveryObjective:
         """The inverse of `state`."""
         for name in _MEMORISED:
             setattr(self, name, float(state[name]))
-        self.pending = {name: _Pending(float(state[f"{name} total"]), int(state[f"{name} count"])) for name in self.pending}
+        self.pending = {
+            name: _Pending(float(state[f"{name} total"]), int(state[f"{name} count"])) for name in self.pending
+        }
         self.began, self.spent = time.process_time(), float(state["cpu_seconds"])
-        self.scales = {site: (float(state[f"{site.key} gate"]), float(state[f"{site.key} up"])) for site in self.modules if f"{site.key} gate" in state}
+        self.scales = {
+            site: (float(state[f"{site.key} gate"]), float(state[f"{site.key} up"]))
+            for site in self.modules
+            if f"{site.key} gate" in state
+        }
 
     @property
     def cpu_seconds(self) -> float:
-        """Processor time of all processes in all runs that the present one goes on from, up to what they stored; all call this together."""
-        return self.spent + float(sum_over_processes(torch.tensor(time.process_time() - self.began, dtype=torch.float64)))
+        """Processor time of all processes in all runs that the present one goes on from, up to what they stored; all
+        call this together.
+        """
+        return self.spent + float(
+            sum_over_processes(torch.tensor(time.process_time() - self.began, dtype=torch.float64))
+        )
 
 
 def _blocks(model: Any, arch: Arch) -> list[nn.Module]:

@@ -1,8 +1,9 @@
 """Residual heads in closed form: what a plan's masks skip, regressed on a hidden layer that is cheap to compute.
 
-Ridge regression of the skipped neurons' summed output on relu(fc1 x), layer by layer on the sparse model's own inputs, so that a layer makes up for the layers
-before it too. A predictor's fc1 is there already; gate thresholds get one: the directions of x that a linear map of low rank explains the skipped output
-best by (reduced-rank regression, Izenman 1975), each with both signs.
+Ridge regression of the skipped neurons' summed output on relu(fc1 x), layer by layer on the sparse model's own inputs,
+so that a layer makes up for the layers before it too. A predictor's fc1 is there already; gate thresholds get one: the
+directions of x that a linear map of low rank explains the skipped output best by (reduced-rank regression, Izenman
+1975), each with both signs.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ _TOGETHER = 8  # windows
 
 @torch.no_grad()
 def add_residuals(model: Any, arch: Arch, activation: str, plan: Plan, batches: Batches, rank: int) -> Plan:
-    """`plan` with a residual [r, d] for every feed-forward site that skips more than zeros, from at most WINDOWS full windows; `rank` (even) is that of fc1 for
-    gate thresholds.
+    """`plan` with a residual [r, d] for every feed-forward site that skips more than zeros, from at most WINDOWS full
+    windows; `rank` (even) is that of fc1 for gate thresholds.
 
-    Hidden states advance block by block, so every block runs twice at most: to see its network's inputs, and with what was found for it.
+    Hidden states advance block by block, so every block runs twice at most: to see its network's inputs, and with what
+    was found for it.
     """
     found = dict(plan)
     walk = _Walk(model, batches.tokens[batches.mask.all(1)][:WINDOWS])
@@ -46,7 +48,10 @@ def add_residuals(model: Any, arch: Arch, activation: str, plan: Plan, batches: 
                 inputs = walk.inputs(layer, model.get_submodule(arch.ffn_module(layer)))
             finally:
                 remove_plan(model)
-            found[site] = [*plan[site][:-1], _with_residual(model, arch, activation_at(plan[site], activation), site, entry, inputs, rank)]
+            found[site] = [
+                *plan[site][:-1],
+                _with_residual(model, arch, activation_at(plan[site], activation), site, entry, inputs, rank),
+            ]
         apply_plan(model, found, arch, activation)
         try:
             walk.advance(layer)
@@ -60,7 +65,9 @@ class _Walk:
 
     def __init__(self, model: Any, tokens: Tensor) -> None:
         self.blocks = model.get_decoder().layers
-        self.keywords: dict[int, list[dict[str, Any]]] = {}  # by B: where nothing is padded they do not depend on the tokens
+        self.keywords: dict[
+            int, list[dict[str, Any]]
+        ] = {}  # by B: where nothing is padded they do not depend on the tokens
         self.hidden: list[Tensor] = []
         for rows in tokens.split(_TOGETHER):
             call = block_calls(model, self.blocks, rows.to(model.device), torch.ones_like(rows, dtype=torch.bool))
@@ -86,7 +93,9 @@ class _Walk:
         self.hidden = self._run(layer)
 
 
-def _with_residual(model: Any, arch: Arch, activation: str, site: Site, entry: Threshold | Predictor, inputs: list[Tensor], rank: int) -> Threshold | Predictor:
+def _with_residual(
+    model: Any, arch: Arch, activation: str, site: Site, entry: Threshold | Predictor, inputs: list[Tensor], rank: int
+) -> Threshold | Predictor:
     """The entry with its residual, and gate thresholds with the fc1 of one."""
     module, fc1 = model.get_submodule(arch.ffn_module(site.layer)), entry.fc1
     if not isinstance(entry, Predictor) or fc1 is None:
@@ -98,14 +107,23 @@ def _with_residual(model: Any, arch: Arch, activation: str, site: Site, entry: T
 
 
 def _directions(gram: Gram, rank: int) -> Tensor:
-    """fc1 [rank, d] from sums over x and the skipped output: the leading directions of the ridge regression's fitted values, and their negatives."""
+    """fc1 [rank, d] from sums over x and the skipped output: the leading directions of the ridge regression's fitted
+    values, and their negatives.
+    """
     linear = gram.solve(_L2 * float(gram.hidden.diagonal().mean()))
     _, vectors = torch.linalg.eigh(linear.T @ gram.hidden @ linear)
     half = (linear @ vectors[:, -(rank // 2) :]).T.float()
     return torch.cat([half, -half])
 
 
-def _regressed(module: nn.Module, arch: Arch, activation: str, entry: Threshold | Predictor, inputs: list[Tensor], hidden: Callable[[Tensor], Tensor]) -> Gram:
+def _regressed(
+    module: nn.Module,
+    arch: Arch,
+    activation: str,
+    entry: Threshold | Predictor,
+    inputs: list[Tensor],
+    hidden: Callable[[Tensor], Tensor],
+) -> Gram:
     """Sums over the inputs, each [T, d], of hidden(x) and of the output that a network skips under its entry."""
     w_down = down_rows(module, arch).float()
     entry = replace(entry, **{name: t.to(w_down.device) for name, t in vars(entry).items() if isinstance(t, Tensor)})

@@ -1,14 +1,17 @@
-"""Predictors and thresholds trained end to end: all layers jointly against the dense model's own distribution, base weights frozen.
+"""Predictors and thresholds trained end to end: all layers jointly against the dense model's own distribution, base
+weights frozen.
 
-The forward pass masks neurons by score > tau as the executors do; the backward pass takes the sigmoid's slope (straight-through, arXiv 1308.3432). The
-loss is KL(dense || sparse) over the vocabulary, mean over positions, plus `local` times the sum over layers of the energy that a layer's output loses on
-its own input, relative to the output's energy and weighted by what noise of that energy in that layer costs in divergence, plus a price on the mean kept
-share of all layers together. The price is a controller's: proportional and integral to the density's excess over a target that sinks to the wished
-density, so layers find their own densities and the mean meets the target.
+The forward pass masks neurons by score > tau as the executors do; the backward pass takes the sigmoid's slope
+(straight-through, arXiv 1308.3432). The loss is KL(dense || sparse) over the vocabulary, mean over positions, plus
+`local` times the sum over layers of the energy that a layer's output loses on its own input, relative to the output's
+energy and weighted by what noise of that energy in that layer costs in divergence, plus a price on the mean kept share
+of all layers together. The price is a controller's: proportional and integral to the density's excess over a target
+that sinks to the wished density, so layers find their own densities and the mean meets the target.
 
-Where everything is kept, both errors and all their gradients vanish although some neurons matter more than others: a derivative at mask 1 is not the
-change at mask 0. Of the lost energy E = |sum_i (1 - m_i) v_i|^2, v_i = z_i w_down_i, the exact change by one mask is the derivative at m_i = 1/2, that is
-the derivative plus (1 - 2 m_i) |v_i|^2; this term is added, so neurons learn their worth from the first step.
+Where everything is kept, both errors and all their gradients vanish although some neurons matter more than others: a
+derivative at mask 1 is not the change at mask 0. Of the lost energy E = |sum_i (1 - m_i) v_i|^2, v_i = z_i w_down_i,
+the exact change by one mask is the derivative at m_i = 1/2, that is the derivative plus (1 - 2 m_i) |v_i|^2; this term
+is added, so neurons learn their worth from the first step.
 """
 
 from __future__ import annotations
@@ -47,15 +50,21 @@ PROPORTIONAL, INTEGRAL = 5.0, 0.1
 _STEEPNESS = 4.0  # logit of a gate value of twice its threshold
 _NEVER = 1e4  # threshold in place of an infinite one
 _ASIDE, _ASIDE_MOST = 16, 32  # every 16th window, about 32 at most, is kept for setting densities
-_SHIFTS, _REACH, _REACH_MOST, _TOLERANCE = 24, 0.5, 4096.0, 0.002  # false position: trials, logits to one side at first and at most, density
+_SHIFTS, _REACH, _REACH_MOST, _TOLERANCE = (
+    24,
+    0.5,
+    4096.0,
+    0.002,
+)  # false position: trials, logits to one side at first and at most, density
 _TOGETHER = 8  # windows
 _NOISE = 0.01  # relative energy
 
 
 @dataclass
 class Unit:
-    """What is trained at one site: `fc1` [r, d], `fc2` [n, r] and `bias` [n] of a predictor, or `bias` [n] of a gate, logit = |act(gate)| * steep - bias;
-    `residual` [r, d] where there is one. fc1 works on x / `scale`, which has rms 1, so that one rate serves all. `shift` is taken from every logit.
+    """What is trained at one site: `fc1` [r, d], `fc2` [n, r] and `bias` [n] of a predictor, or `bias` [n] of a gate,
+    logit = |act(gate)| * steep - bias; `residual` [r, d] where there is one. fc1 works on x / `scale`, which has rms 1,
+    so that one rate serves all. `shift` is taken from every logit.
     """
 
     tensors: dict[str, Tensor]
@@ -72,7 +81,10 @@ class Unit:
 
     def entry(self, density: float) -> Entry:
         """The plan's entry: bias and shift as thresholds."""
-        t = {name: tensor.detach().cpu().clone() / (self.scale if name == "fc1" else 1.0) for name, tensor in self.tensors.items()}
+        t = {
+            name: tensor.detach().cpu().clone() / (self.scale if name == "fc1" else 1.0)
+            for name, tensor in self.tensors.items()
+        }
         if self.steep is None:
             return Predictor(t["fc1"], t["fc2"], self.shift - t["bias"], density, t.get("residual"))
         return Threshold("gate", (t["bias"] + self.shift) / self.steep.cpu(), density, t.get("fc1"), t.get("residual"))
@@ -100,9 +112,11 @@ def make_unit(entry: Entry, device: torch.device, scale: float) -> Unit:
 
 
 class _Masked(torch.autograd.Function):
-    """(z * m, the mean of m, the sum by window of (1 - 2 m) |v|^2 m) of z [B, S, n] and the mask m = logit > 0 with the sigmoid's slope.
+    """(z * m, the mean of m, the sum by window of (1 - 2 m) |v|^2 m) of z [B, S, n] and the mask m = logit > 0 with the
+    sigmoid's slope.
 
-    v_i = z_i w_down_i from the norms [n] of w_down, and no gradient goes through it. None for the norms: the last one is 0. Logits and norms are fp32.
+    v_i = z_i w_down_i from the norms [n] of w_down, and no gradient goes through it. None for the norms: the last one
+    is 0. Logits and norms are fp32.
     """
 
     @staticmethod
@@ -126,8 +140,8 @@ class _Masked(torch.autograd.Function):
 
 @dataclass
 class _Part:
-    """Windows of a step that one thread takes, [b, S], with their padding masked: their share of the step's windows, and of its positions; how many threads its
-    operations may take.
+    """Windows of a step that one thread takes, [b, S], with their padding masked: their share of the step's windows,
+    and of its positions; how many threads its operations may take.
     """
 
     tokens: Tensor
@@ -170,11 +184,11 @@ class _Known(torch.autograd.Function):
 
 
 class EndToEnd:
-    """The objective of `loop.train` for the feed-forward sites of a plan; `targets` are the densities that the levels of the run end at, `start` the one
-    that it begins with.
+    """The objective of `loop.train` for the feed-forward sites of a plan; `targets` are the densities that the levels
+    of the run end at, `start` the one that it begins with.
 
-    `probe` [N, S] are a few windows that inputs are scaled by. The model's weights are never changed and get no gradients; the divergence is from `teacher`,
-    where there is one, else from the model with everything kept.
+    `probe` [N, S] are a few windows that inputs are scaled by. The model's weights are never changed and get no
+    gradients; the divergence is from `teacher`, where there is one, else from the model with everything kept.
     """
 
     def __init__(
@@ -196,7 +210,9 @@ class EndToEnd:
         self.settings, self.targets, self.local, self.half = settings, [start, *targets], local, half
         scales = input_rms(model, arch, [site for site in plan if site.kind == "ffn"], probe)
         self.units = {site: make_unit(deciding(plan[site]), model.device, scale) for site, scale in scales.items()}
-        self.swaps: dict[Site, list[Entry]] = {site: [entry for entry in plan[site] if isinstance(entry, Swap)] for site in scales}
+        self.swaps: dict[Site, list[Entry]] = {
+            site: [entry for entry in plan[site] if isinstance(entry, Swap)] for site in scales
+        }
         self.price = 0.0
         self._seen: defaultdict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self.figures: dict[str, float] = {}
@@ -208,7 +224,11 @@ class EndToEnd:
 
     def parameters(self) -> Mapping[str, tuple[Tensor, float]]:
         """Every trained tensor, at the same rate."""
-        return {f"{site.key}.{name}": (tensor, 1.0) for site, unit in self.units.items() for name, tensor in unit.tensors.items()}
+        return {
+            f"{site.key}.{name}": (tensor, 1.0)
+            for site, unit in self.units.items()
+            for name, tensor in unit.tensors.items()
+        }
 
     def target(self, step: int) -> float:
         """The density aimed at in a step: it sinks over the first half of a level and stays."""
@@ -231,22 +251,32 @@ class EndToEnd:
                 density = float(sum(each.density.detach() * each.part.share for each in passes))
                 excess = density - self.target(step)
                 self.price = max(0.0, self.price + INTEGRAL * excess)
-                weights = torch.tensor([1.0, self.local, max(0.0, self.price + PROPORTIONAL * excess)], device=tokens.device)
+                weights = torch.tensor(
+                    [1.0, self.local, max(0.0, self.price + PROPORTIONAL * excess)], device=tokens.device
+                )
                 leaves = [tensor for tensor, _ in self.parameters().values()]
                 gradients = list(pool.map(lambda each: each.gradients(weights, leaves), passes))
             finally:
                 torch.set_num_threads(threads)
-        self.figures = {"kl": float(sum(each.divergence.detach() for each in passes)), "density": density, "price": self.price}
+        self.figures = {
+            "kl": float(sum(each.divergence.detach() for each in passes)),
+            "density": density,
+            "price": self.price,
+        }
         value = torch.stack([each.value(weights).detach() for each in passes]).sum()
         loss: Tensor = _Known.apply(value, [sum(each) for each in zip(*gradients, strict=True)], *leaves)
         return loss
 
     def _parts(self, tokens: Tensor, mask: Tensor) -> list[_Part]:
-        """The windows of a step, shared out among threads: short operations do not fill several, windows do. On a GPU all windows are one part."""
+        """The windows of a step, shared out among threads: short operations do not fill several, windows do. On a GPU
+        all windows are one part.
+        """
         count = min(len(tokens), torch.get_num_threads()) if self.model.device.type == "cpu" else 1
         threads, kept = max(1, torch.get_num_threads() // count), int(mask.sum())
         rows = zip(tokens.tensor_split(count), mask.tensor_split(count), strict=True)
-        return [_Part(own, which, len(own) / len(tokens), int(which.sum()) / max(1, kept), threads) for own, which in rows]
+        return [
+            _Part(own, which, len(own) / len(tokens), int(which.sum()) / max(1, kept), threads) for own, which in rows
+        ]
 
     def _logits(self, model: Any, part: _Part) -> Tensor:
         attention = None if bool(part.mask.all()) else part.mask.long()
@@ -265,11 +295,18 @@ class EndToEnd:
         seen = self._seen[threading.get_ident()] = []  # a thread may have had another part before
         sparse = self._logits(self.model, part)
         divergence = kl_divergence(dense, sparse, part.mask) * part.positions if part.positions else sparse.sum() * 0.0
-        return _Pass(divergence, torch.stack([energy for _, energy in seen]).sum(), torch.stack([share for share, _ in seen]).mean(), part)
+        return _Pass(
+            divergence,
+            torch.stack([energy for _, energy in seen]).sum(),
+            torch.stack([share for share, _ in seen]).mean(),
+            part,
+        )
 
     @contextmanager
     def masking(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """The model masked by the present tensors; yields (kept share, lost energy in nats), one pair a call of a site by this thread, in layer order."""
+        """The model masked by the present tensors; yields (kept share, lost energy in nats), one pair a call of a site
+        by this thread, in layer order.
+        """
         self._seen = defaultdict(list)
         modules = {site: self.model.get_submodule(self.arch.ffn_module(site.layer)) for site in self.units}
         try:
@@ -316,7 +353,9 @@ class EndToEnd:
         self.price = float(state["price"])
 
     def plan(self, tokens: Tensor, density: float) -> Plan:
-        """The present tensors as a plan whose mean density on windows [N, S] is `density`: one shift of all logits, found by false position."""
+        """The present tensors as a plan whose mean density on windows [N, S] is `density`: one shift of all logits,
+        found by false position.
+        """
 
         def excess_at(shift: float) -> tuple[float, dict[Site, float]]:
             found = self.densities(tokens, shift)
@@ -356,15 +395,24 @@ def train_plan(
     header: Header,
     teacher: Any | None = None,
 ) -> list[Plan]:
-    """Train the feed-forward entries of `plan` and return one plan per density in `densities`, which one run visits in turn; other sites stay as they are.
+    """Train the feed-forward entries of `plan` and return one plan per density in `densities`, which one run visits in
+    turn; other sites stay as they are.
 
-    `start` is the density that the run begins with (1 for a fresh predictor). Every plan's density holds on windows that were not trained on. State, levels
-    and curve are stored below `folder` under `header`, so an interrupted run goes on to the same result. Raises InputError for a plan without feed-forward
-    sites and for too few windows.
+    `start` is the density that the run begins with (1 for a fresh predictor). Every plan's density holds on windows
+    that were not trained on. State, levels and curve are stored below `folder` under `header`, so an interrupted run
+    goes on to the same result. Raises InputError for a plan without feed-forward sites and for too few windows.
     """
     if not any(site.kind == "ffn" for site in plan):
-        raise InputError(f"A plan to train must gate a feed-forward network, got {', '.join(site.key for site in plan) or 'no site'}. Take another method.")
-    header = header.model_copy(update={"config": header.config | {"tune": tune.model_dump(mode="json"), "densities": list(densities), "plan": _hash(plan)}})
+        raise InputError(
+            "A plan to train must gate a feed-forward network, got "
+            f"{', '.join(site.key for site in plan) or 'no site'}. Take another method."
+        )
+    header = header.model_copy(
+        update={
+            "config": header.config
+            | {"tune": tune.model_dump(mode="json"), "densities": list(densities), "plan": _hash(plan)}
+        }
+    )
     folders = [folder / f"level_{k}" for k in range(len(densities))]
     curve_file = folder / "curve.json"
     if not all(is_finished(place, header) for place in folders) or not curve_file.is_file():
@@ -373,18 +421,25 @@ def train_plan(
         kept = [k for k in range(len(batches.tokens)) if not bool((batches.tokens[k] == aside).all(1).any())]
         if not len(aside) or not kept:
             found = f"{len(full)} full ones of {len(batches.tokens)}"
-            raise InputError(f"Training end to end must have a full window to set densities on and others to train on, got {found}. Give more text.")
+            raise InputError(
+                f"Training end to end must have a full window to set densities on and others to train on, got {found}. "
+                "Give more text."
+            )
         curve_file.unlink(missing_ok=True)
         keep_freed_memory()
         settings = Settings(tune.steps * len(densities), tune.windows, tune.rate, levels=len(densities), seed=seed)
         half = tune.precision == "bf16" or (tune.precision == "auto" and multiplies_bf16(model.device))
-        objective = EndToEnd(model, arch, activation, plan, settings, densities, start, tune.local, half, aside[:4], teacher)
+        objective = EndToEnd(
+            model, arch, activation, plan, settings, densities, start, tune.local, half, aside[:4], teacher
+        )
 
         def at_level(level: int) -> None:
             with atomic_folder(folders[level]) as partial:
                 save_plan(partial, objective.plan(aside, densities[level]), header)
 
-        curve = train(objective, Batches(batches.tokens[kept], batches.mask[kept]), settings, folder / "state", header, at_level)
+        curve = train(
+            objective, Batches(batches.tokens[kept], batches.mask[kept]), settings, folder / "state", header, at_level
+        )
         write_json(curve_file, {"rows": curve})
     else:
         resumed()
@@ -393,8 +448,9 @@ def train_plan(
 
 
 def _settled(excess_at: Callable[[float], tuple[float, dict[Site, float]]]) -> dict[Site, float]:
-    """The second value at the shift where the first, which falls with it, is zero within the tolerance, or nearest to that after the last trial. Every trial
-    costs passes through the model, so it is the Illinois method (false position, Dahlquist and Bjorck 1974) from 0, with a bisection every third time.
+    """The second value at the shift where the first, which falls with it, is zero within the tolerance, or nearest to
+    that after the last trial. Every trial costs passes through the model, so it is the Illinois method (false position,
+    Dahlquist and Bjorck 1974) from 0, with a bisection every third time.
     """
     here, (excess, found) = 0.0, excess_at(0.0)
     ends = {excess > 0: (here, excess)}
@@ -424,7 +480,9 @@ def input_rms(model: Any, arch: Arch, sites: Sequence[Site], tokens: Tensor) -> 
     found: dict[Site, float] = {}
 
     def hook(site: Site) -> Any:
-        return lambda module, inputs: found.__setitem__(site, float(inputs[0].float().square().mean().sqrt().clamp_min(1e-6)))
+        return lambda module, inputs: found.__setitem__(
+            site, float(inputs[0].float().square().mean().sqrt().clamp_min(1e-6))
+        )
 
     handles = [model.get_submodule(arch.ffn_module(site.layer)).register_forward_pre_hook(hook(site)) for site in sites]
     try:
@@ -437,8 +495,8 @@ def input_rms(model: Any, arch: Arch, sites: Sequence[Site], tokens: Tensor) -> 
 
 @torch.no_grad()
 def noise_costs(model: Any, arch: Arch, sites: Sequence[Site], tokens: Tensor) -> dict[Site, float]:
-    """Nats of divergence per unit of relative noise energy in one layer's feed-forward output, by site: KL / _NOISE under Gaussian noise of energy
-    _NOISE * |y|^2 a token, on windows [N, S].
+    """Nats of divergence per unit of relative noise energy in one layer's feed-forward output, by site: KL / _NOISE
+    under Gaussian noise of energy _NOISE * |y|^2 a token, on windows [N, S].
     """
     tokens = tokens.to(model.device)
     dense = model(input_ids=tokens, use_cache=False).logits

@@ -17,22 +17,29 @@ _SMALL = 32_000_000  # parameters: larger models' operations fill several thread
 
 
 def count_for(asked: Recovery, parameters: int, available: int) -> int:
-    """How many processes to train in on a CPU: one where nothing is trained end to end or weights are shared out; what is asked for; or for "auto" the most up
-    to `available` cores that the windows of a micro-batch divide by, for small models and more than a few steps, and one for the rest and block by block, whose
-    micro-batches need not divide by what the windows do.
+    """How many processes to train in on a CPU: one where nothing is trained end to end or weights are shared out; what
+    is asked for; or for "auto" the most up to `available` cores that the windows of a micro-batch divide by, for small
+    models and more than a few steps, and one for the rest and block by block, whose micro-batches need not divide by
+    what the windows do.
     """
     if not asked.end_to_end or asked.parallel == "fsdp":
         return 1
     if asked.processes != "auto":
         return asked.processes
-    if asked.steps < _FEW_STEPS or parameters > _SMALL or asked.by_block is not None or not torch.distributed.is_available():
+    if (
+        asked.steps < _FEW_STEPS
+        or parameters > _SMALL
+        or asked.by_block is not None
+        or not torch.distributed.is_available()
+    ):
         return 1
     return max(count for count in range(1, max(1, available) + 1) if asked.windows % count == 0)
 
 
 class Losses(Strict):
-    """Weights of what is minimised, nats per token: `distill` KL(dense || student), `lm` the next token's cross-entropy; `hidden` a mean over blocks of the
-    squared difference of their outputs from the dense source's, relative to its energy.
+    """Weights of what is minimised, nats per token: `distill` KL(dense || student), `lm` the next token's
+    cross-entropy; `hidden` a mean over blocks of the squared difference of their outputs from the dense source's,
+    relative to its energy.
     """
 
     distill: float = Field(default=1.0, ge=0)
@@ -43,10 +50,11 @@ class Losses(Strict):
 class Penalty(Strict):
     """What makes activations sparse, by its `kind`, per site and then the mean over sites.
 
-    `count` is a smooth count of the open units, sigmoid(margin / softness) where the margin is the smaller of a unit's factors that must be positive, relative
-    to the rms of each; `l1` is mean|z| / rms z. Its `weight` grows over the first `ramp` of the run along a straight line or, in `periods` steps, along sine
-    curves (ProSparse, arXiv 2402.13516). With a `density` the weight is a controller's instead, which leads the share of non-zeros there along the same
-    curve and holds it.
+    `count` is a smooth count of the open units, sigmoid(margin / softness) where the margin is the smaller of a unit's
+    factors that must be positive, relative to the rms of each; `l1` is mean|z| / rms z. Its `weight` grows over the
+    first `ramp` of the run along a straight line or, in `periods` steps, along sine curves (ProSparse, arXiv
+    2402.13516). With a `density` the weight is a controller's instead, which leads the share of non-zeros there along
+    the same curve and holds it.
     """
 
     kind: Literal["count", "l1"] = "count"
@@ -65,15 +73,18 @@ class Penalty(Strict):
 
 
 class Lora(Strict):
-    """Low-rank updates W + alpha / rank B A of every linear map of the blocks in place of whole weights (LoRA, arXiv 2106.09685)."""
+    """Low-rank updates W + alpha / rank B A of every linear map of the blocks in place of whole weights (LoRA, arXiv
+    2106.09685).
+    """
 
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0)
 
 
 class Joint(Strict):
-    """Predictors trained together with the weights: their cost (of the network's weights), the density that they predict after the first `ramp` of the run, to
-    which they are led from 1 along `path`, and their peak rate; the mask is hard and its gradient the sigmoid's (Turbo Sparse, arXiv 2406.05955).
+    """Predictors trained together with the weights: their cost (of the network's weights), the density that they
+    predict after the first `ramp` of the run, to which they are led from 1 along `path`, and their peak rate; the mask
+    is hard and its gradient the sigmoid's (Turbo Sparse, arXiv 2406.05955).
     """
 
     cost: float = Field(default=0.1, gt=0, lt=1)
@@ -84,8 +95,9 @@ class Joint(Strict):
 
 
 class ByBlock(Strict):
-    """Recovery block by block: every network is fitted to the dense block's output, in order, on the inputs that the blocks before really give; `steps` of
-    `tokens` tokens a block at peak `rate`, between two closed-form solutions of the down projection; `l1` weighs mean|z| / rms z.
+    """Recovery block by block: every network is fitted to the dense block's output, in order, on the inputs that the
+    blocks before really give; `steps` of `tokens` tokens a block at peak `rate`, between two closed-form solutions of
+    the down projection; `l1` weighs mean|z| / rms z.
     """
 
     steps: int = Field(default=100, ge=1)
@@ -95,12 +107,14 @@ class ByBlock(Strict):
 
 
 class Recovery(Strict):
-    """Training of weights after an activation was swapped or units were gated: `steps` of `accumulate` times `windows` windows each, over all processes.
+    """Training of weights after an activation was swapped or units were gated: `steps` of `accumulate` times `windows`
+    windows each, over all processes.
 
-    The rate rises over `warm_up` steps to `rate` and falls along `schedule` to `floor` of it. `optimizer` muon takes matrices by Muon and the rest by AdamW.
-    `end_to_end` False leaves it at `by_block`. `parallel` says what several processes under torchrun share: nothing but gradients (data), or weights and
-    optimizer too (fsdp). On a CPU, `processes` of this machine sample and train, sharing nothing but gradients (auto: as many as cores and
-    windows allow, where a model is small); the result is the same up to rounding.
+    The rate rises over `warm_up` steps to `rate` and falls along `schedule` to `floor` of it. `optimizer` muon takes
+    matrices by Muon and the rest by AdamW. `end_to_end` False leaves it at `by_block`. `parallel` says what several
+    processes under torchrun share: nothing but gradients (data), or weights and optimizer too (fsdp). On a CPU,
+    `processes` of this machine sample and train, sharing nothing but gradients (auto: as many as cores and windows
+    allow, where a model is small); the result is the same up to rounding.
     """
 
     steps: int = Field(default=2000, ge=1)
@@ -127,9 +141,10 @@ class Recovery(Strict):
 
 
 class Stage(Strict):
-    """One method, two joined by `+` (a neuron method and a channel method), `imported`, or `auto`, which tries every method; and the configuration, of which a
-    method takes the fields that it knows. `steps` are those of methods that are trained end to end, by name, in place of the configuration's; 0 leaves a
-    method out. `tune` trains the weights under the stage's plan.
+    """One method, two joined by `+` (a neuron method and a channel method), `imported`, or `auto`, which tries every
+    method; and the configuration, of which a method takes the fields that it knows. `steps` are those of methods that
+    are trained end to end, by name, in place of the configuration's; 0 leaves a method out. `tune` trains the weights
+    under the stage's plan.
     """
 
     method: str = "auto"
@@ -140,9 +155,10 @@ class Stage(Strict):
 
 @dataclass(frozen=True)
 class Settings:
-    """How the loop runs: `steps` of `accumulate` micro-batches of `windows` windows each, over all processes; in every one of the `levels` equal parts of the
-    run the rate rises for `warm_up` steps to `rate` and falls along `schedule` to `floor` of it; `clip` is the largest norm of the gradient of all tensors
-    together. The state is stored every `save_every` steps and whenever `save_seconds` have passed. `timed` adds the column `seconds` to the curve.
+    """How the loop runs: `steps` of `accumulate` micro-batches of `windows` windows each, over all processes; in every
+    one of the `levels` equal parts of the run the rate rises for `warm_up` steps to `rate` and falls along `schedule`
+    to `floor` of it; `clip` is the largest norm of the gradient of all tensors together. The state is stored every
+    `save_every` steps and whenever `save_seconds` have passed. `timed` adds the column `seconds` to the curve.
     """
 
     steps: int
@@ -184,6 +200,16 @@ def settings_of(recovery: Recovery, seed: int) -> Settings:
     """The loop of a recipe's recovery training, in one level and with times in its curve."""
     r = recovery
     return Settings(
-        r.steps, r.windows, r.rate, r.warm_up, floor=r.floor, seed=seed, accumulate=r.accumulate, schedule=r.schedule, optimizer=r.optimizer,
-        betas=r.betas, weight_decay=r.weight_decay, timed=True,
-    )  # fmt: skip
+        r.steps,
+        r.windows,
+        r.rate,
+        r.warm_up,
+        floor=r.floor,
+        seed=seed,
+        accumulate=r.accumulate,
+        schedule=r.schedule,
+        optimizer=r.optimizer,
+        betas=r.betas,
+        weight_decay=r.weight_decay,
+        timed=True,
+    )

@@ -1,8 +1,9 @@
 """Signs of a gated network's neurons, chosen before an activation drops one of them.
 
-In act(gate x) * (up x) -> down, negating row i of up and column i of down together changes nothing. dReLU, relu(gate x) * relu(up x) (arXiv 2406.05955,
-section 3), keeps what a neuron says with both factors positive and drops the rest, so of the two signs the one is taken on which the neuron has more energy
-where its gate is open. An activation that leaves up alone, such as ReLU on the gate, keeps the same under either sign.
+In act(gate x) * (up x) -> down, negating row i of up and column i of down together changes nothing. dReLU, relu(gate x)
+* relu(up x) (arXiv 2406.05955, section 3), keeps what a neuron says with both factors positive and drops the rest, so
+of the two signs the one is taken on which the neuron has more energy where its gate is open. An activation that leaves
+up alone, such as ReLU on the gate, keeps the same under either sign.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ _TOGETHER = 8  # windows
 
 
 @torch.no_grad()
-def orient(model: Any, arch: Arch, activation: str, tokens: Tensor, sites: Iterable[Site] | None = None) -> dict[Site, float]:
-    """Flip (up_i, down_i) to (-up_i, -down_i), in place, wherever sum (act(g_i) u_i)^2 over tokens [N, S] with g_i > 0 is larger on the negative side of u_i.
+def orient(
+    model: Any, arch: Arch, activation: str, tokens: Tensor, sites: Iterable[Site] | None = None
+) -> dict[Site, float]:
+    """Flip (up_i, down_i) to (-up_i, -down_i), in place, wherever sum (act(g_i) u_i)^2 over tokens [N, S] with g_i > 0
+    is larger on the negative side of u_i.
 
-    The model's function stays. Returns, for every one of `sites` (default: all feed-forward networks), the share of the energy of z = act(g) * u that
-    relu(g) * relu(u) would now keep, act's own values in place of relu(g)'s. A plain network has no such freedom: it is left alone and is not in the result.
-    Raises InputError for a network whose activation drops negative up already: its signs are no longer free.
+    The model's function stays. Returns, for every one of `sites` (default: all feed-forward networks), the share of the
+    energy of z = act(g) * u that relu(g) * relu(u) would now keep, act's own values in place of relu(g)'s. A plain
+    network has no such freedom: it is left alone and is not in the result. Raises InputError for a network whose
+    activation drops negative up already: its signs are no longer free.
     """
     if arch.ffn.kind == "plain":
         return {}
@@ -37,7 +42,10 @@ def orient(model: Any, arch: Arch, activation: str, tokens: Tensor, sites: Itera
     modules = {site: model.get_submodule(arch.ffn_module(site.layer)) for site in wanted}
     for site, module in modules.items():
         if ffn_activation(module, activation) == "drelu":
-            raise InputError(f"{site.key} must be oriented while negative up still counts, got the activation drelu there. Orient before the swap.")
+            raise InputError(
+                f"{site.key} must be oriented while negative up still counts, got the activation drelu there. Orient "
+                "before the swap."
+            )
     sums: dict[Site, Tensor] = {}
     with ExitStack() as stack:
         for site, module in modules.items():
@@ -46,23 +54,32 @@ def orient(model: Any, arch: Arch, activation: str, tokens: Tensor, sites: Itera
             model.get_decoder()(input_ids=rows.to(model.device), use_cache=False)
     for site, module in modules.items():
         flip(module, arch, sums[site][1] > sums[site][0])
-    return {site: float(torch.maximum(s[0], s[1]).sum() / s.sum().clamp_min(torch.finfo(s.dtype).tiny)) for site, s in sums.items()}
+    return {
+        site: float(torch.maximum(s[0], s[1]).sum() / s.sum().clamp_min(torch.finfo(s.dtype).tiny))
+        for site, s in sums.items()
+    }
 
 
-def _add(sums: dict[Site, Tensor], site: Site, arch: Arch, activation: str, module: Any, given: tuple[Tensor, ...]) -> None:
+def _add(
+    sums: dict[Site, Tensor], site: Site, arch: Arch, activation: str, module: Any, given: tuple[Tensor, ...]
+) -> None:
     found = energy_by_sign(module, arch, ffn_activation(module, activation), given[0].flatten(0, -2))
     sums[site] = sums[site] + found if site in sums else found
 
 
 @torch.no_grad()
 def energy_by_sign(module: Any, arch: Arch, activation: str, x: Tensor) -> Tensor:
-    """Energy of act(g_i) u_i over rows x [T, d] of a gated network where the gate is open and up positive, where it is open and up negative, and elsewhere:
-    [3, n] fp64 on the CPU. `activation` is taken, whatever the network was swapped to.
+    """Energy of act(g_i) u_i over rows x [T, d] of a gated network where the gate is open and up positive, where it is
+    open and up negative, and elsewhere: [3, n] fp64 on the CPU. `activation` is taken, whatever the network was swapped
+    to.
     """
     before, up = ffn_products(module, arch, x)
     assert up is not None
     gate = activate(activation, before)
-    energy, opened = (gate * up).double().square(), gate > 0  # every activation here is positive exactly where its argument is
+    energy, opened = (
+        (gate * up).double().square(),
+        gate > 0,
+    )  # every activation here is positive exactly where its argument is
     sides = torch.stack([(energy * (side & opened)).sum(0) for side in (up > 0, up < 0)])
     return torch.cat([sides, energy.sum(0, keepdim=True) - sides.sum(0, keepdim=True)]).cpu()
 

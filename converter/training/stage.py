@@ -1,7 +1,9 @@
-"""A training stage: the networks of a model get another activation and its weights are recovered by training. Folder in, folder out.
+"""A training stage: the networks of a model get another activation and its weights are recovered by training. Folder
+in, folder out.
 
-The dense source is the teacher and, without a mixture of texts, writes the text itself. Neurons are turned first so that the new activation drops the weaker
-sign, then blocks are fitted one by one where that is asked for, then everything is trained end to end, on a CPU in several processes where that pays.
+The dense source is the teacher and, without a mixture of texts, writes the text itself. Neurons are turned first so
+that the new activation drops the weaker sign, then blocks are fitted one by one where that is asked for, then
+everything is trained end to end, on a CPU in several processes where that pays.
 """
 
 from __future__ import annotations
@@ -35,7 +37,15 @@ from ..evaluation.checks import Quality
 from ..evaluation.density import with_shares
 from ..evaluation.quality import measure_quality
 from ..evaluation.records import Text, this_machine
-from ..evaluation.recovery_record import CurvePoint, DenseQuality, HeldoutPoint, RecoveryRecord, SiteDensity, SwappedQuality, TrainingText
+from ..evaluation.recovery_record import (
+    CurvePoint,
+    DenseQuality,
+    HeldoutPoint,
+    RecoveryRecord,
+    SiteDensity,
+    SwappedQuality,
+    TrainingText,
+)
 from ..modeling.blocks import swap
 from ..modeling.distributed import gathered, same_error, shard, sum_over_processes, world
 from ..modeling.gated import apply_plan, load_dense, remove_plan
@@ -66,8 +76,8 @@ _PROBE = 16  # windows that signs, input scales and shares are taken from
 
 @dataclass(frozen=True)
 class Tuned:
-    """A recovered checkpoint: its folder (swapped weights, score exact), the plan that training ended with (predictors where they were trained), its record;
-    `rank` is the number of the process that returns it.
+    """A recovered checkpoint: its folder (swapped weights, score exact), the plan that training ended with (predictors
+    where they were trained), its record; `rank` is the number of the process that returns it.
     """
 
     folder: Path
@@ -84,7 +94,9 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Training:
-    """A training end to end: tokens seen, wall and processor seconds, curves, and the predictors trained with the weights."""
+    """A training end to end: tokens seen, wall and processor seconds, curves, and the predictors trained with the
+    weights.
+    """
 
     tokens: int
     seconds: float
@@ -103,15 +115,27 @@ class Evaluation:
 
 
 def tuned(
-    source: Source, activation: str | None, asked: Recovery, seed: int, work: Path, device: str, evaluation: Evaluation, original: Source | None = None
+    source: Source,
+    activation: str | None,
+    asked: Recovery,
+    seed: int,
+    work: Path,
+    device: str,
+    evaluation: Evaluation,
+    original: Source | None = None,
 ) -> Tuned:
-    """Swap the activation of every feed-forward network of `source` for `activation` (None: as it is), recover, and store all below `work`; what is finished
-    there under the same settings is not made again, and an interrupted training goes on to the same weights. `original` (None: `source`) is the dense model
-    that teaches and writes the text.
+    """Swap the activation of every feed-forward network of `source` for `activation` (None: as it is), recover, and
+    store all below `work`; what is finished there under the same settings is not made again, and an interrupted
+    training goes on to the same weights. `original` (None: `source`) is the dense model that teaches and writes the
+    text.
 
     Raises InputError for activations and settings that do not fit the model, and where training fails.
     """
-    config: dict[str, Any] = {"activation": activation, "tune": asked.model_dump(mode="json", exclude={"processes"}), "evaluation": evaluation.batches.sha256}
+    config: dict[str, Any] = {
+        "activation": activation,
+        "tune": asked.model_dump(mode="json", exclude={"processes"}),
+        "evaluation": evaluation.batches.sha256,
+    }
     if asked.data.mixture:
         config["text"] = files_hash(asked.data)
     original = original or source
@@ -126,9 +150,17 @@ def tuned(
                 if asked.processes == "auto" and len(batches.tokens) < asked.accumulate * asked.windows:
                     count = 1  # a batch is all windows, whatever they divide by
         if count > 1:
-            stage = {"source": str(source.folder), "original": str(original.folder), "activation": activation, "seed": seed, "name": evaluation.name}
+            stage = {
+                "source": str(source.folder),
+                "original": str(original.folder),
+                "activation": activation,
+                "seed": seed,
+                "name": evaluation.name,
+            }
             work.mkdir(parents=True, exist_ok=True)
-            write_json(work / _STAGE, stage | {"tune": asked.model_dump(mode="json"), "header": header.model_dump(mode="json")})
+            write_json(
+                work / _STAGE, stage | {"tune": asked.model_dump(mode="json"), "header": header.model_dump(mode="json")}
+            )
             write_tensors(work / _WINDOWS, {"tokens": evaluation.batches.tokens, "mask": evaluation.batches.mask})
             run_in_processes(count, in_process, work)
         else:
@@ -140,7 +172,9 @@ def tuned(
 
 
 def processes_for(source: Source, asked: Recovery, device: str) -> int:
-    """How many processes of this machine sample and train: more than one only on a CPU, for training end to end, where torchrun has not started some."""
+    """How many processes of this machine sample and train: more than one only on a CPU, for training end to end, where
+    torchrun has not started some.
+    """
     if device != "cpu" or "WORLD_SIZE" in os.environ:
         return 1
     return count_for(asked, sum(prod(info.shape) for info in source.tensors.values()), cores())
@@ -184,7 +218,17 @@ def _tune(
         swapped = _compared(student, exact, evaluation.batches, teacher, source)
         blocks = asked.by_block
         rows = recover_by_block(
-            student, teacher, arch, batches, blocks, seed, work / "by_block", header, l1=blocks.l1, precision=asked.precision, device=device
+            student,
+            teacher,
+            arch,
+            batches,
+            blocks,
+            seed,
+            work / "by_block",
+            header,
+            l1=blocks.l1,
+            precision=asked.precision,
+            device=device,
         )
         spent, cpu = (sum(float(row[name]) for row in rows) for name in ("seconds", "cpu_seconds"))
         fitted = replace(fitted, tokens=len(rows) * blocks.steps * blocks.tokens, seconds=spent, cpu_seconds=cpu)
@@ -200,26 +244,45 @@ def _tune(
         trained = _trained(student, teacher, source, asked, seed, batches, leaves, work, evaluation, header)
     if asked.lora is not None:
         merge_lora(student)
-    whole: Plan = {site: [*entries, *([trained.units[site].entry(1.0)] if trained.units else [])] for site, entries in exact.items()}
+    whole: Plan = {
+        site: [*entries, *([trained.units[site].entry(1.0)] if trained.units else [])]
+        for site, entries in exact.items()
+    }
     whole = with_shares(student, whole, arch, own, batches)
     exact = {site: entries[:1] for site, entries in whole.items()}
     recovered = _compared(student, exact, evaluation.batches, teacher, source)
-    quality = _quality(recovered, _compared(student, whole, evaluation.batches, teacher, source) if trained.units else None)
+    quality = _quality(
+        recovered, _compared(student, whole, evaluation.batches, teacher, source) if trained.units else None
+    )
     record = RecoveryRecord(
-        activation=", ".join(sorted(set(wished.values()))), text=text, settings=asked.model_dump(mode="json"),
-        tokens_trained=fitted.tokens + trained.tokens, seconds=fitted.seconds + trained.seconds, cpu_seconds=fitted.cpu_seconds + trained.cpu_seconds,
-        machine=this_machine(), versions=installed_versions(), curve=trained.curve, heldout=trained.heldout,
-        dense=DenseQuality(nll=swapped.nll_dense, tokens=swapped.tokens), swapped=_quality(swapped), recovered=quality,
+        activation=", ".join(sorted(set(wished.values()))),
+        text=text,
+        settings=asked.model_dump(mode="json"),
+        tokens_trained=fitted.tokens + trained.tokens,
+        seconds=fitted.seconds + trained.seconds,
+        cpu_seconds=fitted.cpu_seconds + trained.cpu_seconds,
+        machine=this_machine(),
+        versions=installed_versions(),
+        curve=trained.curve,
+        heldout=trained.heldout,
+        dense=DenseQuality(nll=swapped.nll_dense, tokens=swapped.tokens),
+        swapped=_quality(swapped),
+        recovered=quality,
         exact=_quality(recovered) if trained.units else None,
         evaluation=Text(hash=evaluation.batches.sha256, tokens=swapped.tokens, name=evaluation.name),
-    )  # fmt: skip
+    )
     weights = {name: gathered(tensor) for name, tensor in plain_state(student).items()}
     with same_error():
         if world().rank == 0:
             with atomic_folder(work / "tuned") as partial:
                 (partial / "checkpoint").mkdir()
                 (partial / "plan").mkdir()
-                write_checkpoint(source, exact, partial / "checkpoint", {name: tensor for name, tensor in weights.items() if tensor is not None})
+                write_checkpoint(
+                    source,
+                    exact,
+                    partial / "checkpoint",
+                    {name: tensor for name, tensor in weights.items() if tensor is not None},
+                )
                 if source.swaps and set(wished.values()) == {own}:
                     write_stock(partial / "checkpoint")
                 save_plan(partial / "plan", whole, header)
@@ -228,8 +291,12 @@ def _tune(
 
 
 @progress.stage("text", apart=True)
-def training_text(source: Source, asked: Recovery, seed: int, work: Path, processes: int = 1) -> tuple[Batches, TrainingText]:
-    """The windows to train on and their record: of the recipe's mixture, or text that the dense source writes itself, in `processes` of this machine."""
+def training_text(
+    source: Source, asked: Recovery, seed: int, work: Path, processes: int = 1
+) -> tuple[Batches, TrainingText]:
+    """The windows to train on and their record: of the recipe's mixture, or text that the dense source writes itself,
+    in `processes` of this machine.
+    """
     data = asked.data
     if data.mixture:
         batches = mixture_batches(source.tokenizer(), data, seed, work)
@@ -239,15 +306,24 @@ def training_text(source: Source, asked: Recovery, seed: int, work: Path, proces
         name, made = f"text sampled from the dense model at temperature {data.temperature:g}", GENERATED
     seconds = float(read_json(work / made / SECONDS, "The time that the text took")["seconds"])
     sampled = not data.mixture
-    count = data.windows * data.length if sampled else batches.count  # a token of sampled text stands in several windows
-    return batches, TrainingText(name=name, windows=len(batches.tokens), tokens=count, sampled=sampled, seconds=seconds, hash=batches.sha256)
+    count = (
+        data.windows * data.length if sampled else batches.count
+    )  # a token of sampled text stands in several windows
+    return batches, TrainingText(
+        name=name, windows=len(batches.tokens), tokens=count, sampled=sampled, seconds=seconds, hash=batches.sha256
+    )
 
 
 def shifted(batches: Batches) -> Batches:
-    """Sampled windows [N, S], neighbours in their texts, joined and cut at CUTS offsets: [CUTS N - CUTS + 1, S], so that passes differ."""
+    """Sampled windows [N, S], neighbours in their texts, joined and cut at CUTS offsets: [CUTS N - CUTS + 1, S], so
+    that passes differ.
+    """
     count, length = batches.tokens.shape
     stream = batches.tokens.flatten()
-    cuts = [stream[start : start + (count - bool(start)) * length].view(-1, length) for start in range(0, length, -(-length // CUTS))]
+    cuts = [
+        stream[start : start + (count - bool(start)) * length].view(-1, length)
+        for start in range(0, length, -(-length // CUTS))
+    ]
     tokens = torch.cat(cuts)
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
@@ -262,21 +338,34 @@ def _units(student: Any, source: Source, asked: Recovery, seed: int, probe: Tens
     if asked.predictors is None:
         return {}
     arch, config = source.arch, source.config
-    hidden, units, matrices = arch.size(config, "hidden"), arch.size(config, "units"), 2 if arch.ffn.kind == "plain" else 3
+    hidden, units, matrices = (
+        arch.size(config, "hidden"),
+        arch.size(config, "units"),
+        2 if arch.ffn.kind == "plain" else 3,
+    )
     rank = rank_for(hidden, units, matrices, asked.predictors.cost)
     scales = input_rms(student, arch, arch.sites(config), probe)
     generator = torch.Generator().manual_seed(seed * 7919)
-    return {site: make_unit(fresh_predictor(hidden, units, rank, generator), student.device, scale) for site, scale in scales.items()}
+    return {
+        site: make_unit(fresh_predictor(hidden, units, rank, generator), student.device, scale)
+        for site, scale in scales.items()
+    }
 
 
 def _leaves(student: Any, source: Source, asked: Recovery, seed: int) -> Callable[[], dict[str, Tensor]]:
-    """Makes ready what is trained, and returns how to ask for it by name when the model is in its place: low-rank updates of the blocks' linear maps, or every
-    weight.
+    """Makes ready what is trained, and returns how to ask for it by name when the model is in its place: low-rank
+    updates of the blocks' linear maps, or every weight.
     """
     if asked.lora is None:
         return lambda: dict(student.named_parameters())
     student.requires_grad_(False)
-    add_lora(student, linear_names(student, source.arch.block.partition("{layer}")[0]), asked.lora.rank, asked.lora.alpha, seed)
+    add_lora(
+        student,
+        linear_names(student, source.arch.block.partition("{layer}")[0]),
+        asked.lora.rank,
+        asked.lora.alpha,
+        seed,
+    )
     return lambda: lora_tensors(student)
 
 
@@ -303,17 +392,30 @@ def _trained(
             shutil.rmtree(folder, ignore_errors=True)
     tokens = min(asked.accumulate * asked.windows, len(batches.tokens)) * batches.tokens.shape[1]
     objective = RecoveryObjective(
-        student, teacher if asked.losses.distill or asked.losses.hidden else None, arch, arch.activation(source.config), sites, asked,
-        settings_of(asked, seed), leaves, units, {name for name in leaves if name in linear or asked.lora is not None},
+        student,
+        teacher if asked.losses.distill or asked.losses.hidden else None,
+        arch,
+        arch.activation(source.config),
+        sites,
+        asked,
+        settings_of(asked, seed),
+        leaves,
+        units,
+        {name for name in leaves if name in linear or asked.lora is not None},
         _watch(student, teacher, source, units, asked, evaluation, store, tokens),
-    )  # fmt: skip
+    )
     with checkpointed(student) if asked.checkpointing else nullcontext():
         curve = train(objective, batches, settings_of(asked, seed), work / "state", header, lambda _: None)
     rows = store.read()
     seconds = float(curve[-1]["seconds"]) if curve else 0.0
     cpu = objective.cpu_seconds
-    points = [CurvePoint.model_validate({name: row[name] for name in CurvePoint.model_fields if name in row} | _whole(row)) for row in curve]
-    return Training(asked.steps * tokens, seconds, cpu, points, [HeldoutPoint.model_validate(row) for row in rows], units)
+    points = [
+        CurvePoint.model_validate({name: row[name] for name in CurvePoint.model_fields if name in row} | _whole(row))
+        for row in curve
+    ]
+    return Training(
+        asked.steps * tokens, seconds, cpu, points, [HeldoutPoint.model_validate(row) for row in rows], units
+    )
 
 
 def _whole(row: dict[str, float]) -> dict[str, int]:
@@ -329,7 +431,11 @@ class _Rows:
 
     def read(self) -> list[dict[str, Any]]:
         """What was seen."""
-        return read_json(self.folder / _ROWS, "The held-out curve")["rows"] if read_header(self.folder) == self.header else []
+        return (
+            read_json(self.folder / _ROWS, "The held-out curve")["rows"]
+            if read_header(self.folder) == self.header
+            else []
+        )
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Store it."""
@@ -346,23 +452,43 @@ class _Rows:
 
 
 def _watch(
-    student: Any, teacher: Any, source: Source, units: dict[Site, Unit], asked: Recovery, evaluation: Evaluation, store: _Rows, tokens: int
+    student: Any,
+    teacher: Any,
+    source: Source,
+    units: dict[Site, Unit],
+    asked: Recovery,
+    evaluation: Evaluation,
+    store: _Rows,
+    tokens: int,
 ) -> Callable[[int], dict[str, float]]:
-    """Looks at held-out text WATCHES times, and keeps what it saw in `store`, so that a resumed run has the whole curve. `tokens` are those of a step."""
+    """Looks at held-out text WATCHES times, and keeps what it saw in `store`, so that a resumed run has the whole
+    curve. `tokens` are those of a step.
+    """
     few = Batches(evaluation.batches.tokens[:WATCHED], evaluation.batches.mask[:WATCHED])
     every = max(1, asked.steps // WATCHES)
-    modules = {site: student.get_submodule(source.arch.ffn_module(site.layer)) for site in source.arch.sites(source.config)}
+    modules = {
+        site: student.get_submodule(source.arch.ffn_module(site.layer)) for site in source.arch.sites(source.config)
+    }
 
     def look(step: int) -> list[float]:
-        plan: Plan = {site: [Swap(module.swapped), *([units[site].entry(1.0)] if units else [])] for site, module in modules.items()}
+        plan: Plan = {
+            site: [Swap(module.swapped), *([units[site].entry(1.0)] if units else [])]
+            for site, module in modules.items()
+        }
         found = _compared(student, plan, few, teacher, source)
         seen = [found.nll, found.kl]
         if world().rank == 0 and all(map(math.isfinite, seen)):
             rows = store.read()
             row = HeldoutPoint(
-                step=step + 1, tokens=(step + 1) * tokens, nll=found.nll, nll_dense=found.nll_dense, kl=max(found.kl, 0.0), agreement=found.agreement,
-                density=None if units else found.density, predicted=found.density if units else None,
-            )  # fmt: skip
+                step=step + 1,
+                tokens=(step + 1) * tokens,
+                nll=found.nll,
+                nll_dense=found.nll_dense,
+                kl=max(found.kl, 0.0),
+                agreement=found.agreement,
+                density=None if units else found.density,
+                predicted=found.density if units else None,
+            )
             store.write([old for old in rows if old["step"] < step + 1] + [row.model_dump()])
         return seen
 
@@ -373,7 +499,10 @@ def _watch(
         seen = look(step) if all_look or world().rank == 0 else [0.0, 0.0]
         both = (sum_over_processes(torch.tensor(seen)) / (world().size if all_look else 1)).tolist()
         if not all(map(math.isfinite, both)):
-            raise InputError(f"The loss on held-out text must be a finite number, got {both[0]} after {step + 1} steps. Lower the rate.")
+            raise InputError(
+                f"The loss on held-out text must be a finite number, got {both[0]} after {step + 1} steps. Lower the "
+                "rate."
+            )
         return {"heldout": both[0]}
 
     return watch
@@ -393,10 +522,21 @@ def _quality(exact: Quality, predicted: Quality | None = None) -> SwappedQuality
     """What is reported of a model with exact zeros: its loss, with predictors theirs, and the shares by site."""
     shown = predicted or exact
     sites = [
-        SiteDensity(site=key, density=share, opened=exact.site_opened[key], predicted=predicted.site_density[key] if predicted else None)
+        SiteDensity(
+            site=key,
+            density=share,
+            opened=exact.site_opened[key],
+            predicted=predicted.site_density[key] if predicted else None,
+        )
         for key, share in exact.site_density.items()
     ]
     return SwappedQuality(
-        nll=shown.nll, kl=max(shown.kl, 0.0), agreement=shown.agreement, density=exact.density,
-        opened=sum(site.opened for site in sites) / len(sites), predicted=predicted.density if predicted else None, cost=shown.cost, sites=sites,
-    )  # fmt: skip
+        nll=shown.nll,
+        kl=max(shown.kl, 0.0),
+        agreement=shown.agreement,
+        density=exact.density,
+        opened=sum(site.opened for site in sites) / len(sites),
+        predicted=predicted.density if predicted else None,
+        cost=shown.cost,
+        sites=sites,
+    )

@@ -32,8 +32,11 @@ def stage_folder(work: Path, number: int) -> Path:
     return work / f"stage_{number}"
 
 
-def train_stages(source: Source, stages: Sequence[Stage], seed: int, work: Path, device: str, evaluation: Evaluation) -> Tuned:
-    """Run training stages one after another, each on the checkpoint of the one before and all towards the dense `source`; the record is that of all.
+def train_stages(
+    source: Source, stages: Sequence[Stage], seed: int, work: Path, device: str, evaluation: Evaluation
+) -> Tuned:
+    """Run training stages one after another, each on the checkpoint of the one before and all towards the dense
+    `source`; the record is that of all.
 
     Raises InputError as `tuned` does.
     """
@@ -46,19 +49,33 @@ def train_stages(source: Source, stages: Sequence[Stage], seed: int, work: Path,
             if number and stage.tune.data == stages[number - 1].tune.data and world().rank == 0:  # type: ignore[union-attr]
                 _share_text(stage_folder(work, number - 1), stage_folder(work, number))
         with progress.stage(f"train {number + 1}" if len(stages) > 1 else "train"):
-            found = tuned(given, stage.config.get("activation"), stage.tune, seed, stage_folder(work, number), device, evaluation, source)
+            found = tuned(
+                given,
+                stage.config.get("activation"),
+                stage.tune,
+                seed,
+                stage_folder(work, number),
+                device,
+                evaluation,
+                source,
+            )
         records.append(found.record)
     assert found is not None
     return replace(found, record=joined(records))
 
 
 def _check(source: Source, stages: Sequence[Stage], device: str) -> None:
-    """Raise InputError, before anything is sampled, for what training would meet later: an activation, windows that processes cannot share, no processes."""
+    """Raise InputError, before anything is sampled, for what training would meet later: an activation, windows that
+    processes cannot share, no processes.
+    """
     for site in source.arch.sites(source.config):
         name = stages[0].config.get("activation") or present(source, site)
         check_exact(name)
         if name == "drelu" and source.arch.ffn.kind == "plain":
-            raise InputError(f"The activation of a plain network must be one of a single product, got drelu in {source.arch.model_type}. Use relu.")
+            raise InputError(
+                "The activation of a plain network must be one of a single product, got drelu in "
+                f"{source.arch.model_type}. Use relu."
+            )
     for stage in stages:
         assert stage.tune is not None
         share_of(stage.tune.windows, "The windows of a micro-batch")
@@ -66,10 +83,15 @@ def _check(source: Source, stages: Sequence[Stage], device: str) -> None:
             check_started()
         count = processes_for(source, stage.tune, device)
         if stage.tune.windows % count:
-            raise InputError(f"windows must divide by processes, got {stage.tune.windows} for {count}. Change one of them.")
+            raise InputError(
+                f"windows must divide by processes, got {stage.tune.windows} for {count}. Change one of them."
+            )
         blocks, shared = stage.tune.by_block, count * world().size
         if blocks is not None and micro_batch(blocks) % shared:
-            raise InputError(f"tokens of by_block must be {GROUP} times what divides by processes, got {blocks.tokens} for {shared}. Change one of them.")
+            raise InputError(
+                f"tokens of by_block must be {GROUP} times what divides by processes, got {blocks.tokens} for "
+                f"{shared}. Change one of them."
+            )
 
 
 def _share_text(before: Path, after: Path) -> None:
@@ -84,22 +106,51 @@ def _share_text(before: Path, after: Path) -> None:
 
 
 def joined(records: Sequence[RecoveryRecord]) -> RecoveryRecord:
-    """The record of stages that followed one another: before the first, after the last, and the sums and curves of all."""
+    """The record of stages that followed one another: before the first, after the last, and the sums and
+    curves of all.
+    """
     if len(records) == 1:
         return records[0]
     first, last = records[0], records[-1]
     curve, heldout, steps, tokens, seconds = [], [], 0, 0, 0.0
     for record in records:
-        curve += [p.model_copy(update={"step": p.step + steps, "tokens": p.tokens + tokens, "seconds": p.seconds + seconds}) for p in record.curve]
+        curve += [
+            p.model_copy(update={"step": p.step + steps, "tokens": p.tokens + tokens, "seconds": p.seconds + seconds})
+            for p in record.curve
+        ]
         heldout += [p.model_copy(update={"step": p.step + steps, "tokens": p.tokens + tokens}) for p in record.heldout]
-        steps, tokens, seconds = steps + int(record.settings["steps"]), tokens + record.tokens_trained, seconds + record.seconds
-    texts = list({record.text.hash: record.text for record in reversed(records)}.values())[::-1]  # of equal ones the first, which took the seconds
-    text = first.text if len(texts) == 1 else first.text.model_copy(update={
-        "name": "; ".join(dict.fromkeys(text.name for text in texts)), "windows": sum(text.windows for text in texts),
-        "tokens": sum(text.tokens for text in texts), "seconds": sum(text.seconds for text in texts),
-        "sampled": all(text.sampled for text in texts), "hash": None,
-    })  # fmt: skip
-    return last.model_copy(update={
-        "text": text, "settings": {"stages": [record.settings for record in records]}, "tokens_trained": tokens, "seconds": seconds,
-        "cpu_seconds": sum(record.cpu_seconds for record in records), "curve": curve, "heldout": heldout, "swapped": first.swapped, "dense": first.dense,
-    })  # fmt: skip
+        steps, tokens, seconds = (
+            steps + int(record.settings["steps"]),
+            tokens + record.tokens_trained,
+            seconds + record.seconds,
+        )
+    texts = list({record.text.hash: record.text for record in reversed(records)}.values())[
+        ::-1
+    ]  # of equal ones the first, which took the seconds
+    text = (
+        first.text
+        if len(texts) == 1
+        else first.text.model_copy(
+            update={
+                "name": "; ".join(dict.fromkeys(text.name for text in texts)),
+                "windows": sum(text.windows for text in texts),
+                "tokens": sum(text.tokens for text in texts),
+                "seconds": sum(text.seconds for text in texts),
+                "sampled": all(text.sampled for text in texts),
+                "hash": None,
+            }
+        )
+    )
+    return last.model_copy(
+        update={
+            "text": text,
+            "settings": {"stages": [record.settings for record in records]},
+            "tokens_trained": tokens,
+            "seconds": seconds,
+            "cpu_seconds": sum(record.cpu_seconds for record in records),
+            "curve": curve,
+            "heldout": heldout,
+            "swapped": first.swapped,
+            "dense": first.dense,
+        }
+    )

@@ -1,6 +1,8 @@
-"""Measures speed so that it cannot flatter: two models or an op and its dense counterpart back to back, cold weights, disturbed samples dropped.
+"""Measures speed so that it cannot flatter: two models or an op and its dense counterpart back to back, cold weights,
+disturbed samples dropped.
 
-`folders` times two ONNX folders, `op` one op at the sizes of a model; `samples` holds the rules that both follow. Torch is not needed here.
+`folders` times two ONNX folders, `op` one op at the sizes of a model; `samples` holds the rules that both follow. Torch
+is not needed here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Times two existing ONNX folders back to back: prefill and decode in tokens per second, as a ratio with everything needed to judge it."""
+"""Times two existing ONNX folders back to back: prefill and decode in tokens per second, as a ratio with everything
+needed to judge it.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ def bench(
     Args:
         baseline: Usually the dense model.
         candidate: Usually the sparse one.
-        prompt: Token ids to prefill; by default `prompt_tokens` seeded random ids. Text like the model's own gives densities like those in use.
+        prompt: Token ids to prefill; by default `prompt_tokens` seeded random ids. Text like the model's own gives
+        densities like those in use.
         prompt_tokens: Length of the prompt; a given prompt is cut to it, never stretched.
         new_tokens: Tokens decoded after the prompt, one at a time; both models get the baseline's greedy tokens.
         pairs: Pairs to time, after one pair that is not counted.
@@ -64,16 +67,24 @@ def bench(
         progress: Called with the number of finished pairs.
 
     Returns:
-        JSON-ready: "machine", "versions", "command", "settings"; "baseline" and "candidate" (path, precision, executor, median tokens per second);
-        "prefill" and "decode" (ratio = candidate / baseline, quartiles, range, a verdict); "samples" that count (seconds), number of "dropped" pairs;
-        "quiet" (None: waiting cannot be measured; False: every pair was disturbed, all count, nothing to quote), and "waits", the same in words.
+        JSON-ready: "machine", "versions", "command", "settings"; "baseline" and "candidate" (path, precision, executor,
+        median tokens per second);
+        "prefill" and "decode" (ratio = candidate / baseline, quartiles, range, a verdict); "samples" that count
+        (seconds), number of "dropped" pairs;
+        "quiet" (None: waiting cannot be measured; False: every pair was disturbed, all count, nothing to quote), and
+        "waits", the same in words.
 
     Raises:
         ValueError: A folder cannot be opened, or a number is out of range.
     """
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime must be {' or '.join(RUNTIMES)}, got {runtime!r}. Choose one of them.")
-    for name, value, least in (("pairs", pairs, 1), ("new_tokens", new_tokens, 1), ("prompt_tokens", prompt_tokens, 1), ("threads", threads or 1, 1)):
+    for name, value, least in (
+        ("pairs", pairs, 1),
+        ("new_tokens", new_tokens, 1),
+        ("prompt_tokens", prompt_tokens, 1),
+        ("threads", threads or 1, 1),
+    ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}. Choose a larger number.")
     if threads is not None and threads > MOST_THREADS:
@@ -81,15 +92,25 @@ def bench(
     folders = {"baseline": model_file(baseline).parent, "candidate": model_file(candidate).parent}
     configs = {role: read_config(folder)["model"] for role, folder in folders.items()}
     if missing := [role for role, config in configs.items() if config.get("vocab_size", 0) < 1]:
-        raise InputError(f"genai_config.json of {folders[missing[0]]} must have a vocab_size, got none. Convert or download the folder again.")
+        raise InputError(
+            f"genai_config.json of {folders[missing[0]]} must have a vocab_size, got none. Convert or download the "
+            "folder again."
+        )
     vocabulary, context = (min(config[key] for config in configs.values()) for key in ("vocab_size", "context_length"))
     count = min(len(prompt), prompt_tokens) if prompt else prompt_tokens
     if count + new_tokens > context:
-        raise ValueError(f"prompt_tokens + new_tokens must fit the context of {context} tokens, got {count} + {new_tokens}. Choose smaller numbers.")
+        raise ValueError(
+            f"prompt_tokens + new_tokens must fit the context of {context} tokens, got {count} + {new_tokens}. Choose "
+            "smaller numbers."
+        )
     ids = list(prompt or np.random.default_rng(0).integers(0, vocabulary, prompt_tokens).tolist())[:prompt_tokens]
     opened = {role: RUNTIMES[runtime](folder, threads, library) for role, folder in folders.items()}
     following = opened["baseline"].greedy(ids, new_tokens)
-    found = rounds({role: lambda model=model: model.run(ids, following) for role, model in opened.items()}, pairs, progress=progress)
+    found = rounds(
+        {role: lambda model=model: model.run(ids, following) for role, model in opened.items()},
+        pairs,
+        progress=progress,
+    )
     samples, quiet, note = clean(found)
     result: dict[str, Any] = {
         **record(command),
@@ -104,7 +125,10 @@ def bench(
     }
     counts = {"prefill": len(ids), "decode": new_tokens}
     for role, folder in folders.items():
-        rates = {f"{phase}_tokens_per_s": count / statistics.median(sample[role][f"{phase}_s"] for sample in samples) for phase, count in counts.items()}
+        rates = {
+            f"{phase}_tokens_per_s": count / statistics.median(sample[role][f"{phase}_s"] for sample in samples)
+            for phase, count in counts.items()
+        }
         result[role] = describe(folder, library) | rates
     for phase in counts:
         result[phase] = compare(*([sample[role][f"{phase}_s"] for sample in samples] for role in folders))
@@ -112,25 +136,40 @@ def bench(
 
 
 def clean(found: Sequence[Round[tuple[float, float]]]) -> tuple[list[dict[str, dict[str, float]]], bool | None, str]:
-    """The undisturbed rounds as samples in seconds, or all where none is; whether there are any (None: not known); and the same in words."""
+    """The undisturbed rounds as samples in seconds, or all where none is; whether there are any (None: not known); and
+    the same in words.
+    """
     quiet = [entry for entry in found if entry.quiet(*entry.values)]
     known = waited() is not None
     note = "measured" if known else "not measured: no schedstat on this machine"
     if not quiet:
-        note = f"in every pair threads waited for a CPU over {MAX_WAIT:.0%} of the time: all pairs are kept, do not quote these numbers"
+        note = (
+            f"in every pair threads waited for a CPU over {MAX_WAIT:.0%} of the time: all pairs are kept, do not "
+            "quote these numbers"
+        )
         logging.getLogger("sparsegate").warning("bench: %s", note)
-    samples = [{role: {"prefill_s": prefill, "decode_s": decode} for role, (prefill, decode) in sorted(entry.values.items())} for entry in quiet or found]
+    samples = [
+        {role: {"prefill_s": prefill, "decode_s": decode} for role, (prefill, decode) in sorted(entry.values.items())}
+        for entry in quiet or found
+    ]
     return samples, bool(quiet) if known else None, note
 
 
 def describe(folder: Path, library: bool | None = None) -> dict[str, Any]:
     """What an ONNX folder holds and what would run it."""
     provider = config_provider(read_config(folder))
-    return {"path": str(folder), "precision": precision(folder), "executor": str(choose(folder, [provider], library)), "provider": provider}
+    return {
+        "path": str(folder),
+        "precision": precision(folder),
+        "executor": str(choose(folder, [provider], library)),
+        "provider": provider,
+    }
 
 
 def precision(path: str | Path) -> dict[str, Any]:
-    """The formats of a model's weights: bytes per format over all initialisers, and the variants of the ai.sparsegate ops."""
+    """The formats of a model's weights: bytes per format over all initialisers, and the variants of the ai.sparsegate
+    ops.
+    """
     import onnx
 
     sizes: dict[str, int] = {}
@@ -139,7 +178,13 @@ def precision(path: str | Path) -> dict[str, Any]:
         name, bits = _FORMATS.get(onnx.TensorProto.DataType.Name(tensor.data_type), ("other", 8))
         sizes[name] = sizes.get(name, 0) + math.prod(tensor.dims) * bits // 8
     quantised = sorted(
-        {f"int{attribute.i}" for node in model.graph.node if node.op_type == "MatMulNBits" for attribute in node.attribute if attribute.name == "bits"}
+        {
+            f"int{attribute.i}"
+            for node in model.graph.node
+            if node.op_type == "MatMulNBits"
+            for attribute in node.attribute
+            if attribute.name == "bits"
+        }
     )
     return {"bytes": sizes, "matmul_nbits": quantised, "variants": variants(path)}
 
@@ -154,7 +199,9 @@ class Plain:
         options.intra_op_num_threads = threads or 0
         for key, value in _SINGLE.items():
             options.add_session_config_entry(key, value)
-        self._decoder = Decoder(folder, list(dict.fromkeys([config_provider(read_config(folder)), PROVIDERS[0]])), options, library)
+        self._decoder = Decoder(
+            folder, list(dict.fromkeys([config_provider(read_config(folder)), PROVIDERS[0]])), options, library
+        )
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
         """The `count` likeliest tokens after `ids`, one after another."""
@@ -207,4 +254,7 @@ class Genai:
         return onnxruntime_genai.Generator(self._model, parameters)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-RUNTIMES: dict[str, Callable[[Path, int | None, bool | None], Plain | Genai]] = {"onnxruntime": Plain, "onnxruntime-genai": Genai}
+RUNTIMES: dict[str, Callable[[Path, int | None, bool | None], Plain | Genai]] = {
+    "onnxruntime": Plain,
+    "onnxruntime-genai": Genai,
+}

@@ -1,4 +1,6 @@
-"""GatedMLP with score gate at op level: the gate is computed in full, a threshold for every neuron keeps a share of all tokens."""
+"""GatedMLP with score gate at op level: the gate is computed in full, a threshold for every neuron keeps a share of all
+tokens.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What can be read off an ONNX folder beside its speed: bytes that a token needs, the density that its thresholds give, and where a token's time goes."""
+"""What can be read off an ONNX folder beside its speed: bytes that a token needs, the density that its thresholds give,
+and where a token's time goes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ MLP = "/mlp/"
 
 
 class Shares(NamedTuple):
-    """Of a GatedMLP's neurons: what the score keeps, and whose up and whose down rows are read. With activations that have no zeros all are the same."""
+    """Of a GatedMLP's neurons: what the score keeps, and whose up and whose down rows are read. With activations that
+    have no zeros all are the same.
+    """
 
     kept: float
     opened: float
@@ -33,7 +37,8 @@ class Shares(NamedTuple):
 
 
 def token_bytes(path: str | Path, density: Mapping[str, Shares | float] | None = None) -> float:
-    """Bytes of weights that one decoded token must read; `density` is the kept share by name of an ai.sparsegate node, 1 where it is not given.
+    """Bytes of weights that one decoded token must read; `density` is the kept share by name of an ai.sparsegate node,
+    1 where it is not given.
 
     Tables that are read by rows (embedding, rotation) and the cache of keys and values are not counted.
     """
@@ -61,7 +66,9 @@ def _op_bytes(node: ir.Node, density: Shares | float) -> float:
         rows, columns = shapes["w"]
         return sparse_linear.traffic(variant, rows, columns * (2 if variant.weights == "int4_g32" else 1), shares.kept)
     n, columns = shapes["w_up"]
-    return gated_mlp.traffic(variant, columns * (2 if variant.weights == "int4_g32" else 1), n, shapes.get("p1", (0,))[0], *shares)
+    return gated_mlp.traffic(
+        variant, columns * (2 if variant.weights == "int4_g32" else 1), n, shapes.get("p1", (0,))[0], *shares
+    )
 
 
 def _shape(value: ir.Value | None) -> tuple[int, ...]:
@@ -78,11 +85,15 @@ def _variant(node: ir.Node, roles: Sequence[str]) -> gated_mlp.Variant | sparse_
     if node.op_type == sparse_linear.NAME:
         return sparse_linear.Variant(weights, tuple(roles), w=dtype("w") if weights == "float" else "float32")
     activation, score = (node.attributes[name].as_string() for name in ("activation", "score"))
-    return gated_mlp.Variant(activation, score, weights, tuple(roles), w=dtype("w_up") if weights == "float" else "float32", p=dtype("p1"))
+    return gated_mlp.Variant(
+        activation, score, weights, tuple(roles), w=dtype("w_up") if weights == "float" else "float32", p=dtype("p1")
+    )
 
 
 def mlp_inputs(path: str | Path, ids: Sequence[int], library: bool | None = None) -> dict[str, NDArray]:
-    """Inputs x [T, d] of every GatedMLP node that does not keep everything, by its name, read out of a run on the tokens `ids` in one call on the CPU."""
+    """Inputs x [T, d] of every GatedMLP node that does not keep everything, by its name, read out of a run on the
+    tokens `ids` in one call on the CPU.
+    """
     import onnxruntime
 
     file = model_file(path)
@@ -91,7 +102,9 @@ def mlp_inputs(path: str | Path, ids: Sequence[int], library: bool | None = None
     if not taps:
         return {}
     known = {entry.name for entry in model.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(taps.values()) if name not in known)
+    model.graph.output.extend(
+        onnx.ValueInfoProto(name=name) for name in dict.fromkeys(taps.values()) if name not in known
+    )
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent.resolve()))
     if choose(file, PROVIDERS[:1], library).kernel:
@@ -103,8 +116,8 @@ def mlp_inputs(path: str | Path, ids: Sequence[int], library: bool | None = None
 
 
 def realised(path: str | Path, ids: Sequence[int], library: bool | None = None) -> dict[str, Shares]:
-    """The shares of every GatedMLP node that does not keep everything, over the tokens `ids` in one call: its reference decides, rounded as the kernel rounds
-    where scores are compared with thresholds.
+    """The shares of every GatedMLP node that does not keep everything, over the tokens `ids` in one call: its reference
+    decides, rounded as the kernel rounds where scores are compared with thresholds.
     """
     file = model_file(path)
     nodes, integer = _gated(file), choose(file, PROVIDERS[:1], library).kernel
@@ -122,9 +135,11 @@ def realised(path: str | Path, ids: Sequence[int], library: bool | None = None) 
 
 
 def set_density(path: str | Path, rows: Sequence[Sequence[int]], density: float, library: bool | None = None) -> None:
-    """Rewrites the thresholds of an ONNX folder's GatedMLP nodes so that each neuron is kept for this share of the tokens of `rows`, as the model now feeds it.
+    """Rewrites the thresholds of an ONNX folder's GatedMLP nodes so that each neuron is kept for this share of the
+    tokens of `rows`, as the model now feeds it.
 
-    For models of random weights only: a trained model's thresholds are its method's. Raises ValueError for thresholds that do not lie in the data file.
+    For models of random weights only: a trained model's thresholds are its method's. Raises ValueError for thresholds
+    that do not lie in the data file.
     """
     file = model_file(path)
     nodes = _gated(file)
@@ -138,7 +153,8 @@ def set_density(path: str | Path, rows: Sequence[Sequence[int]], density: float,
 
 
 def set_opening(path: str | Path, rows: Sequence[Sequence[int]], opened: float, library: bool | None = None) -> None:
-    """Rewrites b_gate, and with dReLU b_up, of an ONNX folder's GatedMLP nodes so that each neuron's gate, and up, is open for this share of the tokens.
+    """Rewrites b_gate, and with dReLU b_up, of an ONNX folder's GatedMLP nodes so that each neuron's gate, and up, is
+    open for this share of the tokens.
 
     For models of random weights only, as `set_density`; fatrelu's and shifted_relu's parameters are counted in.
     """
@@ -164,7 +180,10 @@ def _overwrite(node: ir.Node, role: str, values: NDArray) -> None:
     value = node.inputs[1 + node.attributes["inputs"].as_string().split().index(role)]
     stored = value.const_value if value is not None else None
     if not isinstance(stored, ir.ExternalTensor):
-        raise ValueError(f"{role} of {node.name} must lie in the model's data file, got {type(stored).__name__}. Export the model again.")
+        raise ValueError(
+            f"{role} of {node.name} must lie in the model's data file, got {type(stored).__name__}. Export the model "
+            "again."
+        )
     with open(stored.path, "r+b") as data:
         data.seek(stored.offset or 0)
         data.write(values.astype(np.float32).tobytes())
@@ -206,17 +225,31 @@ def _feeds(session: Any, ids: Sequence[int], head: int) -> dict[str, NDArray]:
     """The inputs of one call with an empty cache."""
     feeds: dict[str, NDArray] = {}
     count = len(ids)
-    whole = {"input_ids": np.asarray(ids, np.int64)[None], "attention_mask": np.ones((1, count), np.int64), "position_ids": np.arange(count)[None]}
+    whole = {
+        "input_ids": np.asarray(ids, np.int64)[None],
+        "attention_mask": np.ones((1, count), np.int64),
+        "position_ids": np.arange(count)[None],
+    }
     for entry in session.get_inputs():
         if entry.name in whole:
             feeds[entry.name] = whole[entry.name]
         else:
-            feeds[entry.name] = np.zeros([1, entry.shape[1], 0, head], np.float16 if entry.type == "tensor(float16)" else np.float32)
+            feeds[entry.name] = np.zeros(
+                [1, entry.shape[1], 0, head], np.float16 if entry.type == "tensor(float16)" else np.float32
+            )
     return feeds
 
 
-def mlp_share(path: str | Path, ids: Sequence[int], following: Sequence[int], threads: int | None = None, library: bool | None = None) -> float:
-    """The feed-forward networks' share of the time of a decoded token in plain onnxruntime, by its profiler, over the tokens `following` after `ids`."""
+def mlp_share(
+    path: str | Path,
+    ids: Sequence[int],
+    following: Sequence[int],
+    threads: int | None = None,
+    library: bool | None = None,
+) -> float:
+    """The feed-forward networks' share of the time of a decoded token in plain onnxruntime, by its profiler, over the
+    tokens `following` after `ids`.
+    """
     import onnxruntime
 
     with TemporaryDirectory() as folder:
@@ -233,11 +266,16 @@ def mlp_share(path: str | Path, ids: Sequence[int], following: Sequence[int], th
 
 
 def share_of(events: Sequence[Mapping[str, Any]], runs: int) -> float:
-    """The share of nodes of feed-forward networks in the time of the last `runs` calls of a profile, in microseconds as onnxruntime writes it."""
+    """The share of nodes of feed-forward networks in the time of the last `runs` calls of a profile, in microseconds as
+    onnxruntime writes it.
+    """
     calls = sorted((event["ts"], event["dur"]) for event in events if event["name"] == "model_run")[-runs:]
     inside = sum(
         event["dur"]
         for event in events
-        if event["cat"] == "Node" and event["name"].endswith("_kernel_time") and MLP in event["name"] and event["ts"] >= calls[0][0]
+        if event["cat"] == "Node"
+        and event["name"].endswith("_kernel_time")
+        and MLP in event["name"]
+        and event["ts"] >= calls[0][0]
     )
     return inside / sum(duration for _, duration in calls)

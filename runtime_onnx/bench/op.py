@@ -1,9 +1,11 @@
-"""Times one op against the dense computation in ONNX Runtime: weights from memory, a new selection at every call, dense and sparse back to back.
+"""Times one op against the dense computation in ONNX Runtime: weights from memory, a new selection at every call, dense
+and sparse back to back.
 
-The buffer of `stream` is read before every timed call, so weights come from memory as they do in a model of many layers; inputs are drawn anew, so the op
-selects other units each time. A row needs `MIN_PAIRS` clean pairs. Bytes are those really needed (the op's `traffic`, for several tokens the union
-of what they keep), and their share is of the fastest way of reading memory before, between and after the
-calls of the row. What a call costs that keeps nothing is timed with warm weights and workers awake, as they are within a model.
+The buffer of `stream` is read before every timed call, so weights come from memory as they do in a model of many
+layers; inputs are drawn anew, so the op selects other units each time. A row needs `MIN_PAIRS` clean pairs. Bytes are
+those really needed (the op's `traffic`, for several tokens the union of what they keep), and their share is of the
+fastest way of reading memory before, between and after the calls of the row. What a call costs that keeps nothing is
+timed with warm weights and workers awake, as they are within a model.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ RELU_DENSITIES = (0.07,)
 RANK = 128
 """Width of the predictor: at most a tenth of the MLP's bytes at the sizes that are measured."""
 INTEGER_BOUND = 1e-7
-"""NMSE above which an integer kernel is not timed: among millions of products some fall so near a tie that float32 and the reference round apart (each changes
-the result by 1e-9 or less), where one neuron too few of 8192 would be 1e-4."""
+"""NMSE above which an integer kernel is not timed: among millions of products some fall so near a tie that float32 and
+the reference round apart (each changes the result by 1e-9 or less), where one neuron too few of 8192 would be 1e-4.
+"""
 NO_CUDA = "not run: no CUDA device"
 
 Run = Callable[[NDArray[np.float32]], Any]
@@ -43,7 +46,9 @@ Run = Callable[[NDArray[np.float32]], Any]
 
 @dataclass(frozen=True)
 class Peer:
-    """Another library's dense MLP: beside which formats it stands, and a function from float weights by role and threads to what runs x [t, d]."""
+    """Another library's dense MLP: beside which formats it stands, and a function from float weights by role and
+    threads to what runs x [t, d].
+    """
 
     name: str
     forms: tuple[str, ...]
@@ -77,8 +82,10 @@ def bench_op(
         n: Neurons, or outputs of sparse_linear.
         r: Rank of the predictor.
         formats: Names in `op_graphs.FORMS`; by default all that are different for the op.
-        densities: Kept shares, DENSITIES by default. 1 for one token also times the op that keeps everything and has no predictor. With a ReLU activation the
-            shares of neurons that are not zero, RELU_DENSITIES by default: each is timed with score exact and with a predictor (see `relu_case`).
+        densities: Kept shares, DENSITIES by default. 1 for one token also times the op that keeps everything and has no
+        predictor. With a ReLU activation the
+            shares of neurons that are not zero, RELU_DENSITIES by default: each is timed with score exact and with a
+            predictor (see `relu_case`).
         tokens: Tokens per call.
         threads: Threads within an op; by default the CPUs that this process may use.
         wanted: Clean pairs a row.
@@ -95,7 +102,8 @@ def bench_op(
         JSON-ready: "machine", "versions", "command", "settings", "roofs" and "rows".
 
     Raises:
-        ValueError: A name or a number is out of range, a kernel gives wrong numbers, or the machine was too busy for `MIN_PAIRS` clean pairs.
+        ValueError: A name or a number is out of range, a kernel gives wrong numbers, or the machine was too busy for
+        `MIN_PAIRS` clean pairs.
     """
     zeros = activation != "silu"
     densities = densities or (RELU_DENSITIES if zeros else DENSITIES)
@@ -104,7 +112,15 @@ def bench_op(
     _check_activation(op, activation, densities)
     threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     timer = _Timer(threads, wanted, patience, peers)
-    settings = {"op": op, "d": d, "n": n, "r": r, "threads": threads, "pairs": wanted, "cold": "a buffer larger than the caches is read before every call"}
+    settings = {
+        "op": op,
+        "d": d,
+        "n": n,
+        "r": r,
+        "threads": threads,
+        "pairs": wanted,
+        "cold": "a buffer larger than the caches is read before every call",
+    }
     settings |= {"activation": activation} if zeros else {}
     result: dict[str, Any] = {
         **record(command),
@@ -120,7 +136,11 @@ def bench_op(
     done = {_key(row) for row in finished}
     with TemporaryDirectory() as temporary:
         for name in formats or known:
-            wishes = [wish for wish in _wishes(op, tokens, densities, zeros) if (name, *wish) not in done and score in (None, wish[2])]
+            wishes = [
+                wish
+                for wish in _wishes(op, tokens, densities, zeros)
+                if (name, *wish) not in done and score in (None, wish[2])
+            ]
             if not wishes:
                 continue
             form = FORMS[name]
@@ -137,7 +157,14 @@ def bench_op(
 
 
 def _check(
-    op: str, known: Sequence[str], formats: Sequence[str] | None, densities: Sequence[float], tokens: Sequence[int], d: int, n: int, wanted: int
+    op: str,
+    known: Sequence[str],
+    formats: Sequence[str] | None,
+    densities: Sequence[float],
+    tokens: Sequence[int],
+    d: int,
+    n: int,
+    wanted: int,
 ) -> None:
     if op not in CASES:
         raise ValueError(f"op must be {' or '.join(CASES)}, got {op!r}. Choose one of them.")
@@ -148,7 +175,9 @@ def _check(
     if wrong := [count for count in tokens if not 1 <= count <= POOL]:
         raise ValueError(f"tokens must be 1 to {POOL}, got {wrong[0]}. Choose another number.")
     if d % 32 or n % 32 or d < 32 or n < 32:
-        raise ValueError(f"d and n must be multiples of 32, got {d} and {n}. The 4- and 8-bit formats have groups of 32.")
+        raise ValueError(
+            f"d and n must be multiples of 32, got {d} and {n}. The 4- and 8-bit formats have groups of 32."
+        )
     if wanted < 1:
         raise ValueError(f"pairs must be at least 1, got {wanted}. Choose a larger number.")
 
@@ -157,15 +186,26 @@ def _check_activation(op: str, activation: str, densities: Sequence[float]) -> N
     if activation == "silu":
         return
     if op != "gated_mlp" or not gated_mlp.is_relu(activation):
-        raise ValueError(f"activation must be silu, or for gated_mlp one of {', '.join(gated_mlp.RELUS)}, got {activation} for {op}. Choose one of them.")
+        raise ValueError(
+            f"activation must be silu, or for gated_mlp one of {', '.join(gated_mlp.RELUS)}, got {activation} for "
+            f"{op}. Choose one of them."
+        )
     if wrong := [density for density in densities if density == 1]:
-        raise ValueError(f"A density of {activation} must be below 1, got {wrong[0]}: some gates are closed. Choose another share.")
+        raise ValueError(
+            f"A density of {activation} must be below 1, got {wrong[0]}: some gates are closed. Choose another share."
+        )
 
 
-def _wishes(op: str, tokens: Sequence[int], densities: Sequence[float], zeros: bool = False) -> list[tuple[int, float, str]]:
-    """(Tokens, density, score) of the rows to measure: "nothing" is one token that keeps no unit, its weights warm; "all" is the op without a predictor."""
+def _wishes(
+    op: str, tokens: Sequence[int], densities: Sequence[float], zeros: bool = False
+) -> list[tuple[int, float, str]]:
+    """(Tokens, density, score) of the rows to measure: "nothing" is one token that keeps no unit, its weights warm;
+    "all" is the op without a predictor.
+    """
     if zeros:
-        return [(count, density, score) for count in tokens for density in densities for score in ("exact", "predictor")]
+        return [
+            (count, density, score) for count in tokens for density in densities for score in ("exact", "predictor")
+        ]
     own = "predictor" if op == "gated_mlp" else "input"
     rows = [(count, density, own) for count in tokens for density in densities]
     if op == "gated_mlp" and 1.0 in densities:
@@ -186,13 +226,17 @@ class _Timer:
         self._dense: dict[str, Run] = {}
 
     def open(self, path: Path, kernels: bool = False, spinning: bool = False) -> Run:
-        """What runs a model of one input x; with `spinning` its workers wait for the next call as they wait for the next op of a model."""
+        """What runs a model of one input x; with `spinning` its workers wait for the next call as they wait for the
+        next op of a model.
+        """
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
         if not spinning:
-            options.add_session_config_entry("session.force_spinning_stop", "1")  # idle workers of one session must not take the other's CPU
+            options.add_session_config_entry(
+                "session.force_spinning_stop", "1"
+            )  # idle workers of one session must not take the other's CPU
         if kernels:
             options.register_custom_ops_library(str(library.library_path()))
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -200,12 +244,16 @@ class _Timer:
 
     def gemm(self, d: int, n: int) -> float:
         """Gflop/s of a dense fp32 product of 512 rows, warm: the roof of arithmetic."""
-        x, weight = (np.random.default_rng(SEED).standard_normal(shape, dtype=np.float32) for shape in ((512, d), (d, n)))
+        x, weight = (
+            np.random.default_rng(SEED).standard_normal(shape, dtype=np.float32) for shape in ((512, d), (d, n))
+        )
         with TemporaryDirectory() as folder:
             graph = Dense("fp32", d)
             graph.product("w", "x", "y", weight)
             run = self.open(graph.save(Path(folder), "gemm"))
-            seconds = calls(lambda _: run(x), 9, self.patience, lambda: None) or calls(lambda _: run(x), 1, self.patience, lambda: None, 0)
+            seconds = calls(lambda _: run(x), 9, self.patience, lambda: None) or calls(
+                lambda _: run(x), 1, self.patience, lambda: None, 0
+            )
         return 2 * x.size * n / statistics.median(seconds) / 1e9 if seconds else float("nan")
 
     def row(self, case: Case, form: Form, count: int, density: float, score: str, folder: Path) -> dict[str, Any]:
@@ -213,7 +261,13 @@ class _Timer:
         everything = score == "all" and isinstance(case, MlpCase)
         case.aim(score, density)
         variant = case.everything if everything and isinstance(case, MlpCase) else case.variant
-        row: dict[str, Any] = {"format": form.name, "variant": variant.name, "tokens": count, "asked": density, "score": score}
+        row: dict[str, Any] = {
+            "format": form.name,
+            "variant": variant.name,
+            "tokens": count,
+            "asked": density,
+            "score": score,
+        }
         if not library.supports(variant.name):
             return row | {"status": "not run: the library has no kernel for it"}
         tau = np.empty(0, np.float32) if everything else case.thresholds(density)
@@ -228,16 +282,32 @@ class _Timer:
         if score == "nothing":
             seconds = bursts(lambda number: run(inputs[number % 64]), 4 * self.wanted, self.patience)
             self._enough(seconds, form.name, "warm")
-            return row | {"warm_ms": statistics.median(seconds) * 1e3, "quartiles_ms": [value * 1e3 for value in quartiles(seconds)]}
+            return row | {
+                "warm_ms": statistics.median(seconds) * 1e3,
+                "quartiles_ms": [value * 1e3 for value in quartiles(seconds)],
+            }
         before = self.stream.bandwidth()
         self.stream.noted()
         compared: list[dict[str, Any]] = []
         own: list[float] = []
         for name, dense in self._against(case, form, folder, count):
-            found = pairs(lambda i, dense=dense: dense(inputs[i % 64]), lambda i: run(inputs[i % 64]), self.wanted, self.patience, self.stream.evict)
+            found = pairs(
+                lambda i, dense=dense: dense(inputs[i % 64]),
+                lambda i: run(inputs[i % 64]),
+                self.wanted,
+                self.patience,
+                self.stream.evict,
+            )
             self._enough(found.candidate, form.name, name, found)
             own = own or found.candidate
-            compared.append({"name": name, "ms": statistics.median(found.baseline) * 1e3, **compare(found.baseline, found.candidate), "dropped": found.dropped})
+            compared.append(
+                {
+                    "name": name,
+                    "ms": statistics.median(found.baseline) * 1e3,
+                    **compare(found.baseline, found.candidate),
+                    "dropped": found.dropped,
+                }
+            )
         between = self.stream.noted()
         roof = max(best(before, self.stream.bandwidth()), *between.values())
         needed, seconds = case.needed(kept, draws), statistics.median(own)
@@ -258,7 +328,9 @@ class _Timer:
         }
 
     def _against(self, case: Case, form: Form, folder: Path, count: int) -> list[tuple[str, Run]]:
-        """Name and run of what a format is compared with, its own baseline first; for several tokens a call that one alone."""
+        """Name and run of what a format is compared with, its own baseline first; for several tokens a call that one
+        alone.
+        """
         baselines = form.baselines if count == 1 else form.baselines[:1]
         for key in baselines:
             if key not in self._dense:
@@ -275,17 +347,23 @@ class _Timer:
         if len(seconds) < min(MIN_PAIRS, self.wanted):
             tried = f" of {len(seconds) + found.dropped}" if found else ""
             raise ValueError(
-                f"{form} beside {what} must have {min(MIN_PAIRS, self.wanted)} clean pairs in {self.patience:.0f} s, got {len(seconds)}{tried}. "
+                f"{form} beside {what} must have {min(MIN_PAIRS, self.wanted)} clean pairs in {self.patience:.0f} s, "
+                f"got {len(seconds)}{tried}. "
                 "Repeat when the machine is quiet: finished rows are kept with -o."
             )
 
 
 def _nmse(case: Case, run: Run, x: NDArray[np.float32], tau: NDArray[np.float32], everything: bool) -> float:
-    """Error of the kernel on x, relative to the energy of the answer. Raises ValueError when it is above the op's bound."""
+    """Error of the kernel on x, relative to the energy of the answer. Raises ValueError when it is above the op's
+    bound.
+    """
     expected = case.expected_of_everything(x) if everything and isinstance(case, MlpCase) else case.expected(x, tau)
     energy = float((expected**2).sum())
     error = float(((run(x) - expected) ** 2).sum()) / (energy or 1.0)
     bound = gated_mlp.BOUNDS["float32"] if case.form.weights == "float" else INTEGER_BOUND
     if not error <= bound:
-        raise ValueError(f"The error of {case.form.name} must be at most {bound}, got {error:.1e}. The kernel is wrong: its speed means nothing.")
+        raise ValueError(
+            f"The error of {case.form.name} must be at most {bound}, got {error:.1e}. The kernel is wrong: its speed "
+            "means nothing."
+        )
     return error

@@ -1,4 +1,5 @@
-"""What is timed at the level of ops: an op beside its dense counterpart, random weights, and thresholds that force a density.
+"""What is timed at the level of ops: an op beside its dense counterpart, random weights, and thresholds that force a
+density.
 
 A case holds random inputs enough that every call can select anew, and knows bytes, operations and the right answer.
 """
@@ -24,7 +25,9 @@ POOL = 1024
 
 
 class Case(ABC):
-    """An op in one format at one size: d channels, n neurons or outputs, r the predictor's rank; models go to `folder`."""
+    """An op in one format at one size: d channels, n neurons or outputs, r the predictor's rank; models go
+    to `folder`.
+    """
 
     op: str
     variant: Variant
@@ -69,7 +72,14 @@ class Case(ABC):
 
     def model(self, name: str, tau: NDArray[np.float32]) -> Path:
         """Writes the op's model with these thresholds."""
-        return sparse_model(self.folder / f"{name}.onnx", self.op, self.variant, {**self._stored, "tau": ir.tensor(tau)}, self.d, self.out)
+        return sparse_model(
+            self.folder / f"{name}.onnx",
+            self.op,
+            self.variant,
+            {**self._stored, "tau": ir.tensor(tau)},
+            self.d,
+            self.out,
+        )
 
     def expected(self, x: NDArray[np.float32], tau: NDArray[np.float32]) -> NDArray[np.float64]:
         """What the CPU kernel must give for x [t, d]."""
@@ -108,7 +118,9 @@ def mlp_weights(d: int, n: int, r: int) -> dict[str, NDArray[np.float32]]:
     rng = np.random.default_rng(SEED)
     shapes = {"w_gate": (n, d), "w_up": (n, d), "w_down": (n, d), "p1": (r, d), "p2": (n, r)}
     weights = {role: rng.standard_normal(shape, dtype=np.float32) / shape[1] ** 0.5 for role, shape in shapes.items()}
-    weights["p2"] -= weights["p2"].mean(1, keepdims=True)  # relu(P1 x) has a mean: without this two selections would overlap
+    weights["p2"] -= weights["p2"].mean(
+        1, keepdims=True
+    )  # relu(P1 x) has a mean: without this two selections would overlap
     return weights
 
 
@@ -134,14 +146,21 @@ class MlpCase(Case):
     def _make(self) -> dict[str, NDArray]:
         arrays: dict[str, NDArray] = {}
         for role, matrix in self._weights().items():
-            kind, dtype = (self.form.weights, self.form.w) if role[0] == "w" else ("int8_row" if self.form.p == "int8" else "float", self.form.p)
+            kind, dtype = (
+                (self.form.weights, self.form.w)
+                if role[0] == "w"
+                else ("int8_row" if self.form.p == "int8" else "float", self.form.p)
+            )
             if kind == "float":
                 arrays[role] = cast(matrix, dtype)
             else:
                 arrays[role], arrays[f"s{role[1:]}" if role[0] == "w" else f"s_{role}"] = quantise(matrix, kind)
         roles = tuple(role for role in gated_mlp.ROLES if role in arrays or role == "tau")
         p = self.form.p if "p1" in roles else "float32"
-        self.variant, self.out = gated_mlp.Variant(self.activation, self.decides, self.form.weights, roles, w=self.form.w, p=p), self.d
+        self.variant, self.out = (
+            gated_mlp.Variant(self.activation, self.decides, self.form.weights, roles, w=self.form.w, p=p),
+            self.d,
+        )
         return arrays
 
     @property

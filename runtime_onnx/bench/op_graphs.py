@@ -1,4 +1,6 @@
-"""One-op models: the dense computation in ONNX Runtime's own ops, and the sparse op in every format, over weights that are stored once."""
+"""One-op models: the dense computation in ONNX Runtime's own ops, and the sparse op in every format, over weights that
+are stored once.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,20 @@ class Baseline:
     bits: int
 
 
-BASELINES = {"fp32": Baseline("MatMul fp32", 32), "int8": Baseline("MatMulNBits 8 bits", 8), "int4": Baseline("MatMulNBits 4 bits", 4)}
+BASELINES = {
+    "fp32": Baseline("MatMul fp32", 32),
+    "int8": Baseline("MatMulNBits 8 bits", 8),
+    "int4": Baseline("MatMulNBits 4 bits", 4),
+}
 
 
 @dataclass(frozen=True)
 class Form:
-    """How the sparse op stores weights and predictor, and which dense products it is compared with: the first is the one of the same precision.
+    """How the sparse op stores weights and predictor, and which dense products it is compared with: the first is the
+    one of the same precision.
 
-    ONNX Runtime's CPU has no fp16 or bf16 product that is faster than fp32, so these stand against fp32, with the ratio to 8 bits beside it.
+    ONNX Runtime's CPU has no fp16 or bf16 product that is faster than fp32, so these stand against fp32, with the ratio
+    to 8 bits beside it.
     """
 
     name: str
@@ -58,7 +66,9 @@ FORMS = {
 
 
 def store(folder: Path, stem: str, tensors: Mapping[str, NDArray]) -> dict[str, ir.TensorProtocol]:
-    """Writes tensors to `folder`/`stem`.data, each from a page's start on, so that any number of models can read them from there; returns them by name."""
+    """Writes tensors to `folder`/`stem`.data, each from a page's start on, so that any number of models can read them
+    from there; returns them by name.
+    """
     stored: dict[str, ir.TensorProtocol] = {}
     with open(folder / f"{stem}.data", "wb") as file:
         for name, array in tensors.items():
@@ -66,15 +76,30 @@ def store(folder: Path, stem: str, tensors: Mapping[str, NDArray]) -> dict[str, 
             offset, array = file.tell(), np.ascontiguousarray(array)
             file.write(array.view(np.uint8).data)
             dtype = ir.DataType.from_numpy(array.dtype)
-            stored[name] = ir.ExternalTensor(f"{stem}.data", offset, array.nbytes, dtype, shape=ir.Shape(array.shape), name=name, base_dir=folder)
+            stored[name] = ir.ExternalTensor(
+                f"{stem}.data", offset, array.nbytes, dtype, shape=ir.Shape(array.shape), name=name, base_dir=folder
+            )
     return stored
 
 
-def save(path: Path, nodes: Sequence[ir.Node], inputs: Mapping[str, ir.Value], tensors: Mapping[str, ir.TensorProtocol], y: ir.Value) -> Path:
+def save(
+    path: Path,
+    nodes: Sequence[ir.Node],
+    inputs: Mapping[str, ir.Value],
+    tensors: Mapping[str, ir.TensorProtocol],
+    y: ir.Value,
+) -> Path:
     """Writes a model x [t, d] -> y whose nodes read `inputs` (x among them); tensors on disk stay where they are."""
     for name, tensor in tensors.items():
         inputs[name].const_value = tensor
-    graph = ir.Graph([inputs["x"]], [y], nodes=nodes, initializers=[inputs[name] for name in tensors], opset_imports=dict(_OPSETS), name=path.stem)
+    graph = ir.Graph(
+        [inputs["x"]],
+        [y],
+        nodes=nodes,
+        initializers=[inputs[name] for name in tensors],
+        opset_imports=dict(_OPSETS),
+        name=path.stem,
+    )
     ir.save(ir.Model(graph, ir_version=10), path)
     return path
 
@@ -84,14 +109,23 @@ def tokens(name: str, width: int) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(["t", width]), type=ir.TensorType(ir.DataType.FLOAT))
 
 
-def sparse_model(path: Path, op: str, variant: Variant, tensors: Mapping[str, ir.TensorProtocol], d: int, out: int) -> Path:
+def sparse_model(
+    path: Path, op: str, variant: Variant, tensors: Mapping[str, ir.TensorProtocol], d: int, out: int
+) -> Path:
     """Writes a model of one node of domain ai.sparsegate."""
     inputs = {"x": tokens("x", d)}
     for role in variant.inputs:
         dtype, shape = tensors[role].dtype, tensors[role].shape
         inputs[role] = ir.Value(name=role, shape=ir.Shape(shape.numpy()), type=ir.TensorType(dtype))
     y = tokens("y", out)
-    node = ir.Node(gated_mlp.DOMAIN, op, list(inputs.values()), ir.convenience.convert_attributes(variant.attributes()), outputs=[y], name="op")
+    node = ir.Node(
+        gated_mlp.DOMAIN,
+        op,
+        list(inputs.values()),
+        ir.convenience.convert_attributes(variant.attributes()),
+        outputs=[y],
+        name="op",
+    )
     return save(path, [node], inputs, {role: tensors[role] for role in variant.inputs}, y)
 
 
@@ -120,24 +154,36 @@ class Dense:
 
     def elementwise(self, op: str, given: Sequence[str], out: str) -> None:
         """Out = op(given), of the first one's shape."""
-        self._values[out] = ir.Value(name=out, shape=self._values[given[0]].shape, type=ir.TensorType(ir.DataType.FLOAT))
+        self._values[out] = ir.Value(
+            name=out, shape=self._values[given[0]].shape, type=ir.TensorType(ir.DataType.FLOAT)
+        )
         self._node(op, given, out)
 
     def save(self, folder: Path, name: str) -> Path:
         """Writes the model; its output is y."""
-        return save(folder / f"{name}.onnx", self._nodes, self._values, store(folder, name, self._arrays), self._values["y"])
+        return save(
+            folder / f"{name}.onnx", self._nodes, self._values, store(folder, name, self._arrays), self._values["y"]
+        )
 
     def _given(self, name: str, array: NDArray) -> None:
         self._arrays[name] = array
-        self._values[name] = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
+        self._values[name] = ir.Value(
+            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype))
+        )
 
-    def _node(self, op: str, given: Sequence[str], out: str, domain: str = "", attributes: Mapping[str, int] | None = None) -> None:
+    def _node(
+        self, op: str, given: Sequence[str], out: str, domain: str = "", attributes: Mapping[str, int] | None = None
+    ) -> None:
         made = ir.convenience.convert_attributes(dict(attributes or {}))
-        self._nodes.append(ir.Node(domain, op, [self._values[name] for name in given], made, outputs=[self._values[out]], name=out))
+        self._nodes.append(
+            ir.Node(domain, op, [self._values[name] for name in given], made, outputs=[self._values[out]], name=out)
+        )
 
 
 def pack(matrix: NDArray[np.float32], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """A matrix [k, m] as MatMulNBits reads it, zero point 2^(bits - 1): values [m, k / 32, 32 bits / 8], scales [m k / 32]."""
+    """A matrix [k, m] as MatMulNBits reads it, zero point 2^(bits - 1): values [m, k / 32, 32 bits / 8], scales [m k /
+    32].
+    """
     k, m = matrix.shape
     blocks = np.ascontiguousarray(matrix.T).reshape(m, k // _BLOCK, _BLOCK)
     half = 1 << bits - 1

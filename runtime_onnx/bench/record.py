@@ -12,7 +12,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("sparsegate", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda", "numpy", "torch", "llama-cpp-python", "gguf")
+PACKAGES = (
+    "sparsegate",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-genai",
+    "onnxruntime-genai-cuda",
+    "numpy",
+    "torch",
+    "llama-cpp-python",
+    "gguf",
+)
 
 
 def record(command: str | None = None) -> dict[str, Any]:
@@ -29,9 +39,17 @@ def machine() -> dict[str, Any]:
     """This machine: processor, CPUs this process may use, memory, system."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
-    model = f"{fields.get('model name', platform.processor())} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+    model = (
+        f"{fields.get('model name', platform.processor())} (family {fields.get('cpu family', '?')}, model "
+        f"{fields.get('model', '?')})"
+    )
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": model, "cpus": cpus, "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "system": platform.platform()}
+    return {
+        "cpu": model,
+        "cpus": cpus,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(),
+    }
 
 
 def versions() -> dict[str, str | None]:
@@ -51,7 +69,11 @@ def _commit() -> str | None:
         return None
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

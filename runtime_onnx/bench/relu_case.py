@@ -1,8 +1,10 @@
-"""GatedMLP with a ReLU activation at op level: how many gates open and how many products are not zero is forced by the inputs.
+"""GatedMLP with a ReLU activation at op level: how many gates open and how many products are not zero is forced by the
+inputs.
 
-Every gate and up row has the same part along one direction, and every input a part of a size of choice: their product moves all gates and ups together, and
-the rest of both is normal. So the share of open gates is the normal distribution's, other neurons open for every token, and no bias is needed. Both signs of
-dReLU open independently: of a density, its square root.
+Every gate and up row has the same part along one direction, and every input a part of a size of choice: their product
+moves all gates and ups together, and the rest of both is normal. So the share of open gates is the normal
+distribution's, other neurons open for every token, and no bias is needed. Both signs of dReLU open independently: of a
+density, its square root.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def open_share(activation: str, share: float) -> float:
 
 
 class ReluCase(MlpCase):
-    """A density is the share of neurons that are not zero: all of those kept by score exact, RIGHT of those kept by the predictor."""
+    """A density is the share of neurons that are not zero: all of those kept by score exact, RIGHT of those kept by the
+    predictor.
+    """
 
     def __init__(self, form: Form, d: int, n: int, r: int, folder: Path, activation: str) -> None:
         self.activation = activation
@@ -50,7 +54,9 @@ class ReluCase(MlpCase):
         share = density if score == "exact" else RIGHT
         kind, parameter = gated_mlp.split_activation(self.activation)
         opened = open_share(self.activation, share)
-        self.pool = (self._rest - np.float32(NormalDist().inv_cdf(opened) + parameter) * self._direction).astype(np.float32)
+        self.pool = (self._rest - np.float32(NormalDist().inv_cdf(opened) + parameter) * self._direction).astype(
+            np.float32
+        )
         self.variant = self.exact if score == "exact" else self._predicting
         self._score = None
         gate, up = (self.pool @ self._float(role).T for role in ("w_gate", "w_up"))
@@ -64,7 +70,11 @@ class ReluCase(MlpCase):
 
     def _float(self, role: str) -> NDArray[np.float32]:
         stored = self._arrays[role]
-        wide = stored if self.form.weights == "float" else dequantise(stored, self._arrays[f"s{role[1:]}"], self.form.weights)
+        wide = (
+            stored
+            if self.form.weights == "float"
+            else dequantise(stored, self._arrays[f"s{role[1:]}"], self.form.weights)
+        )
         return wide.astype(np.float32)
 
     def thresholds(self, density: float) -> NDArray[np.float32]:
@@ -88,10 +98,15 @@ class ReluCase(MlpCase):
         """As in `Case`."""
         assert isinstance(self.variant, gated_mlp.Variant)
         read = [union(rows, draws) for rows in (kept, *self._rows(kept))]
-        return gated_mlp.traffic(self.variant, self.d, self.n, self.r if self.variant.score == "predictor" else 0, *read)
+        return gated_mlp.traffic(
+            self.variant, self.d, self.n, self.r if self.variant.score == "predictor" else 0, *read
+        )
 
     def operations(self, density: float) -> float:
         """As in `Case`, from the shares of the pool."""
         exact = self.variant == self.exact
-        shares = [1.0 if exact else density, *(rows.mean() * (1 if exact else density) for rows in (self._open, self._used))]
+        shares = [
+            1.0 if exact else density,
+            *(rows.mean() * (1 if exact else density) for rows in (self._open, self._used)),
+        ]
         return 2.0 * (self.d * self.n * sum(map(float, shares)) + (0 if exact else self.r * (self.d + self.n)))

@@ -1,7 +1,8 @@
-"""The rules of every measurement: what is compared runs back to back, who goes first alternates, and a sample that waited for a CPU does not count.
+"""The rules of every measurement: what is compared runs back to back, who goes first alternates, and a sample that
+waited for a CPU does not count.
 
-Where the kernel tells how long threads waited for a CPU (/proc/self/task/*/schedstat), a sample in which they waited more than 5 % of the wall time, summed
-over threads, is disturbed; a pair counts when neither half is.
+Where the kernel tells how long threads waited for a CPU (/proc/self/task/*/schedstat), a sample in which they waited
+more than 5 % of the wall time, summed over threads, is disturbed; a pair counts when neither half is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Round(Generic[Value]):
-    """What one round of runs gave by role, and the share of each run's wall time that threads waited for a CPU (0 where that is unknown)."""
+    """What one round of runs gave by role, and the share of each run's wall time that threads waited for a CPU (0 where
+    that is unknown).
+    """
 
     values: dict[str, Value]
     waits: dict[str, float]
@@ -65,8 +68,12 @@ def order(roles: Sequence[str], number: int) -> list[str]:
     return turned[::-1] if number % 2 else turned
 
 
-def rounds(runs: Mapping[str, Callable[[], Value]], count: int, warm: int = 1, progress: Callable[[int], None] | None = None) -> list[Round[Value]]:
-    """`count` rounds in which every run goes once, after `warm` that are thrown away; `progress` is told the number of finished ones."""
+def rounds(
+    runs: Mapping[str, Callable[[], Value]], count: int, warm: int = 1, progress: Callable[[int], None] | None = None
+) -> list[Round[Value]]:
+    """`count` rounds in which every run goes once, after `warm` that are thrown away; `progress` is told the number of
+    finished ones.
+    """
     found: list[Round[Value]] = []
     for number in range(-warm, count):
         values: dict[str, Value] = {}
@@ -111,7 +118,9 @@ def pairs(
     return found
 
 
-def calls(run: Callable[[int], Any], wanted: int, patience: float, before: Callable[[], Any], warm: int = 2) -> list[float]:
+def calls(
+    run: Callable[[int], Any], wanted: int, patience: float, before: Callable[[], Any], warm: int = 2
+) -> list[float]:
     """Seconds of clean single calls, `wanted` of them or as many as come together within `patience` seconds."""
     found: list[float] = []
     deadline = time.monotonic() + patience
@@ -125,10 +134,11 @@ def calls(run: Callable[[int], Any], wanted: int, patience: float, before: Calla
 
 
 def bursts(run: Callable[[int], Any], wanted: int, patience: float, length: int = 16) -> list[float]:
-    """Seconds of at least `wanted` single calls, or as many as come together within `patience` seconds, in bursts of `length` right behind one another.
+    """Seconds of at least `wanted` single calls, or as many as come together within `patience` seconds, in bursts of
+    `length` right behind one another.
 
-    Nothing runs between the calls of a burst, so workers stay awake and caches warm. A burst whose threads waited for a CPU is thrown
-    away, and so is every burst's first call.
+    Nothing runs between the calls of a burst, so workers stay awake and caches warm. A burst whose threads waited for a
+    CPU is thrown away, and so is every burst's first call.
     """
     found: list[float] = []
     deadline = time.monotonic() + patience
@@ -163,7 +173,9 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 def compare(baseline: Sequence[float], candidate: Sequence[float]) -> dict[str, Any]:
-    """How many times as fast the candidate is, from seconds in pairs: median ratio, quartiles, range, number of pairs, and a verdict."""
+    """How many times as fast the candidate is, from seconds in pairs: median ratio, quartiles, range, number of pairs,
+    and a verdict.
+    """
     ratios = [a / b for a, b in zip(baseline, candidate, strict=True)]
     median = statistics.median(ratios)
     return {

@@ -1,4 +1,6 @@
-"""Reads memory as fast as this process can: makes caches cold, and says how many GB/s a kernel could have had at that moment."""
+"""Reads memory as fast as this process can: makes caches cold, and says how many GB/s a kernel could have had at that
+moment.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,19 @@ class Stream:
 
     def __init__(self, threads: int, size: int = BYTES) -> None:
         """`size` in bytes, at least one word of 8 per thread."""
-        buffer = np.ones(size // 8 * 2, np.float32).view(np.int64)  # ones, so that no way of reading meets subnormal numbers
+        buffer = np.ones(size // 8 * 2, np.float32).view(
+            np.int64
+        )  # ones, so that no way of reading meets subnormal numbers
         self._size, self._pool = buffer.nbytes, ThreadPoolExecutor(threads)
         self._noted: dict[str, list[float]] = {kind: [] for kind in _QUIET}
-        self._parts = {kind: [part.view(dtype) for part in np.array_split(buffer, threads)] for kind, (dtype, _) in _READS.items()}
+        self._parts = {
+            kind: [part.view(dtype) for part in np.array_split(buffer, threads)] for kind, (dtype, _) in _READS.items()
+        }
 
     def evict(self) -> None:
-        """One pass, after which the caches hold this buffer and nothing else; its speed is noted, the ways take turns. The threads do not spin afterwards."""
+        """One pass, after which the caches hold this buffer and nothing else; its speed is noted, the ways take turns.
+        The threads do not spin afterwards.
+        """
         kind = _QUIET[sum(map(len, self._noted.values())) % len(_QUIET)]
         start = time.perf_counter()
         self._read(kind)
@@ -42,12 +50,16 @@ class Stream:
 
     def noted(self) -> dict[str, float]:
         """GB/s of the passes of `evict` since the last call, by way of reading: the median of each."""
-        found = {kind: self._size / statistics.median(seconds) / 1e9 for kind, seconds in self._noted.items() if seconds}
+        found = {
+            kind: self._size / statistics.median(seconds) / 1e9 for kind, seconds in self._noted.items() if seconds
+        }
         self._noted = {kind: [] for kind in _QUIET}
         return found
 
     def bandwidth(self, passes: int = 5) -> dict[str, float]:
-        """GB/s by way of reading, each the median of `passes` taken in turns; a kernel is to be judged by the highest (`best`)."""
+        """GB/s by way of reading, each the median of `passes` taken in turns; a kernel is to be judged by the highest
+        (`best`).
+        """
         seconds: dict[str, list[float]] = {kind: [] for kind in _READS}
         for _ in range(passes):
             for kind, found in seconds.items():

@@ -1,4 +1,6 @@
-"""Activations that GatedMLP names, and how they are spelled: a kind, or a kind with one float32 parameter as in fatrelu(0.01)."""
+"""Activations that GatedMLP names, and how they are spelled: a kind, or a kind with one float32 parameter as in
+fatrelu(0.01).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from numpy.typing import NDArray
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "identity")
 """Without a parameter."""
 PARAMETRIC = ("fatrelu", "shifted_relu")
-"""With one: fatrelu(b) is v where v > b, else 0 (ProSparse, arXiv 2402.13516); shifted_relu(b) is relu(v - b) ("ReLU strikes back", arXiv 2310.04564)."""
+"""With one: fatrelu(b) is v where v > b, else 0 (ProSparse, arXiv 2402.13516); shifted_relu(b) is relu(v - b) ("ReLU
+strikes back", arXiv 2310.04564).
+"""
 RELUS = ("relu", "relu2", "drelu", *PARAMETRIC)
 """Kinds that give exact zeros, so that whatever multiplies one need not be computed."""
 
@@ -23,17 +27,21 @@ _SPELLING = re.compile(r"([a-z0-9_]+)\((-?[0-9]+\.[0-9]+)\)")
 def split_activation(text: str) -> tuple[str, float]:
     """The kind and the parameter that `text` spells: "fatrelu(0.01)" is ("fatrelu", 0.01), "relu" is ("relu", 0.0).
 
-    The parameter means the nearest float32. One value has one spelling (`spell_activation`), so that equal variants have equal names.
+    The parameter means the nearest float32. One value has one spelling (`spell_activation`), so that equal variants
+    have equal names.
 
     Raises:
-        ValueError: Another kind, a parameter that is missing, superfluous, no number, out of range or spelled in another way.
+        ValueError: Another kind, a parameter that is missing, superfluous, no number, out of range or spelled in
+        another way.
     """
     if text in ACTIVATIONS:
         return text, 0.0
     found = _SPELLING.fullmatch(text)
     if found is None or found[1] not in PARAMETRIC:
         names = ", ".join([*ACTIVATIONS, *(f"{kind}(b)" for kind in PARAMETRIC)])
-        raise ValueError(f"activation must be one of {names} with b in decimals such as 0.01, got {text}. Choose one of them.")
+        raise ValueError(
+            f"activation must be one of {names} with b in decimals such as 0.01, got {text}. Choose one of them."
+        )
     right = spell_activation(found[1], float(found[2]))
     if text != right:
         raise ValueError(f"activation must be spelled {right}, got {text}. One value has one spelling.")
@@ -41,13 +49,17 @@ def split_activation(text: str) -> tuple[str, float]:
 
 
 def spell_activation(kind: str, parameter: float = 0.0) -> str:
-    """The one text of an activation: the parameter in the fewest decimals, at least one, that give its float32. Raises ValueError as `split_activation`."""
+    """The one text of an activation: the parameter in the fewest decimals, at least one, that give its float32. Raises
+    ValueError as `split_activation`.
+    """
     if kind not in PARAMETRIC:
         return split_activation(kind)[0]
     value = np.float32(parameter) + np.float32(0)  # no negative zero
     low = 0.0 if kind == "fatrelu" else -_MOST
     if not low <= value <= _MOST:
-        raise ValueError(f"activation's parameter must lie in {low:g} to {_MOST:g} for {kind}, got {parameter:g}. Choose another.")
+        raise ValueError(
+            f"activation's parameter must lie in {low:g} to {_MOST:g} for {kind}, got {parameter:g}. Choose another."
+        )
     decimals = next(count for count in range(1, 200) if np.float32(float(f"{value:.{count}f}")) == value)
     return f"{kind}({value:.{decimals}f})"
 

@@ -7,13 +7,15 @@ For every token row x [d] of x [..., d], with weights [n, d] (one row per neuron
 
 A plain MLP has no w_gate: act(w_up_i . x + b_up_i) * w_down_i. Scores:
 
-    predictor  s = P2 relu(P1 x), P1 [r, d], P2 [n, r]
+predictor  s = P2 relu(P1 x), P1 [r, d], P2 [n, r]
     gate       s = |act(gate)|, or |act(up)| of a plain MLP: that product is computed in full, the others are skipped
-    exact      ReLU activations: keeps what is not zero, so nothing is lost and no tau is needed; the gate is computed in full, up where act(gate) is not 0
+    exact      ReLU activations: keeps what is not zero, so nothing is lost and no tau is needed; the gate is computed
+    in full, up where act(gate) is not 0
     all        keeps everything, no tau
 
-A NaN score is not kept; score exact keeps NaN. Activation dReLU is relu(gate) * relu(up); the others are described in `activation`. A neuron whose act(gate) is
-exactly 0 adds nothing, whatever its up is. Nothing here needs more than numpy and onnx.
+A NaN score is not kept; score exact keeps NaN. Activation dReLU is relu(gate) * relu(up); the others are described in
+`activation`. A neuron whose act(gate) is exactly 0 adds nothing, whatever its up is. Nothing here needs more than numpy
+and onnx.
 """
 
 from __future__ import annotations
@@ -62,26 +64,47 @@ DOMAIN = "ai.sparsegate"
 NAME = "GatedMLP"
 VERSION = 1
 
-ROLES = ("w_gate", "w_up", "w_down", "s_gate", "s_up", "s_down", "b_gate", "b_up", "b_down", "tau", "p1", "p2", "s_p1", "s_p2", "res")
-"""Inputs after x, in this order: [n, d] weights (int4_g32: [n, d / 2]), [n] scales (int4_g32: [n, d / 32]) and biases (b_down [d]), tau [n], p1 [r, d],
-p2 [n, r], s_p1 [r], s_p2 [n], res [r, d]."""
+ROLES = (
+    "w_gate",
+    "w_up",
+    "w_down",
+    "s_gate",
+    "s_up",
+    "s_down",
+    "b_gate",
+    "b_up",
+    "b_down",
+    "tau",
+    "p1",
+    "p2",
+    "s_p1",
+    "s_p2",
+    "res",
+)
+"""Inputs after x, in this order: [n, d] weights (int4_g32: [n, d / 2]), [n] scales (int4_g32: [n, d / 32]) and biases
+(b_down [d]), tau [n], p1 [r, d], p2 [n, r], s_p1 [r], s_p2 [n], res [r, d].
+"""
 SCORES = ("predictor", "gate", "exact", "all")
 FLOATS = ("float32", "float16", "bfloat16")
 
 BOUNDS = {"float32": 1e-12, "float16": 1.5e-7, "bfloat16": 1e-5, "int8_row": 1e-10, "int4_g32": 1e-10}
-"""Largest NMSE of a kernel: float weights, by dtype of x, against `reference` on the same rounded inputs; quantised weights and x float32 against `emulate`."""
+"""Largest NMSE of a kernel: float weights, by dtype of x, against `reference` on the same rounded inputs; quantised
+weights and x float32 against `emulate`.
+"""
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One combination of activation, score, weight format, inputs and dtypes; a kernel either supports a variant or it does not.
+    """One combination of activation, score, weight format, inputs and dtypes; a kernel either supports a variant or it
+    does not.
 
     Attributes:
         activation: One of ACTIVATIONS, or fatrelu(b) or shifted_relu(b) as `split_activation` reads them.
         score: One of SCORES.
-        weights: One of WEIGHTS; the integer formats, with scales in s_gate, s_up, s_down, are described in `quantisation`.
+        weights: One of WEIGHTS; the integer formats, with scales in s_gate, s_up, s_down, are described in
+        `quantisation`.
         inputs: Roles that are present, in the order of ROLES; x is not among them.
         x: dtype of x and y.
         w: dtype of float weights; float32 for integer weights.
@@ -109,21 +132,29 @@ class Variant:
         _one_of("w", self.w, FLOATS)
         _one_of("p", self.p, (*FLOATS, "int8"))
         if tuple(r for r in ROLES if r in self.inputs) != self.inputs:
-            raise ValueError(f"inputs must be roles in the order {' '.join(ROLES)}, each once, got {' '.join(self.inputs)}. Sort them by ROLES.")
+            raise ValueError(
+                f"inputs must be roles in the order {' '.join(ROLES)}, each once, got {' '.join(self.inputs)}. Sort "
+                "them by ROLES."
+            )
         wrong = " ".join(r for r in ROLES if self._allows(r) is not None and self._allows(r) != (r in self.inputs))
         if wrong:
             raise ValueError(
-                f"inputs of {self.activation}/{self.score}/{self.weights} must hold what these need and nothing else, got {' '.join(self.inputs)}."
+                f"inputs of {self.activation}/{self.score}/{self.weights} must hold what these need and nothing else, "
+                f"got {' '.join(self.inputs)}."
                 f" Add or remove {wrong}."
             )
         if self.weights != "float" and self.w != "float32":
-            raise ValueError(f"w must be float32 with weights {self.weights}, got {self.w}. It is the dtype of float weights only.")
+            raise ValueError(
+                f"w must be float32 with weights {self.weights}, got {self.w}. It is the dtype of float weights only."
+            )
         if "p1" not in self.inputs and self.p != "float32":
             raise ValueError(f"p must be float32 without p1, got {self.p}. It is the dtype of the predictor only.")
         if self.activation == "drelu" and self.plain:
             raise ValueError("activation must not be drelu without w_gate: it is relu(gate) * relu(up). Use relu.")
         if self.score == "exact" and not is_relu(self.activation):
-            raise ValueError(f"activation must be one of {', '.join(RELUS)} with score exact, got {self.activation}. Use score gate.")
+            raise ValueError(
+                f"activation must be one of {', '.join(RELUS)} with score exact, got {self.activation}. Use score gate."
+            )
 
     def _allows(self, role: str) -> bool | None:
         """True: the role must be there, False: it must not, None: both are right."""
@@ -152,7 +183,9 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Closed spelling, e.g. GatedMLP.1/silu/gate/float/x=float32,w=float32,p=float32/w_gate+w_up+w_down+tau; `parse` inverts it."""
+        """Closed spelling, e.g. GatedMLP.1/silu/gate/float/x=float32,w=float32,p=float32/w_gate+w_up+w_down+tau;
+        `parse` inverts it.
+        """
         dtypes = f"x={self.x},w={self.w},p={self.p}"
         return "/".join((f"{NAME}.{VERSION}", self.activation, self.score, self.weights, dtypes, "+".join(self.inputs)))
 
@@ -171,7 +204,12 @@ class Variant:
 
     def attributes(self) -> dict[str, str]:
         """String attributes of the node."""
-        return {"inputs": " ".join(self.inputs), "activation": self.activation, "score": self.score, "weights": self.weights}
+        return {
+            "inputs": " ".join(self.inputs),
+            "activation": self.activation,
+            "score": self.score,
+            "weights": self.weights,
+        }
 
 
 def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -180,7 +218,8 @@ def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def function(variant: Variant, overload: str = "", opset: int = 21) -> onnx.FunctionProto:
-    """Returns the model-local function of the op's own domain and name: its body in standard ops, formal inputs x and the variant's roles, output y.
+    """Returns the model-local function of the op's own domain and name: its body in standard ops, formal inputs x and
+    the variant's roles, output y.
 
     A file with one variant leaves the overload empty; opset is the version of the standard ops, at least 20.
     """
@@ -212,7 +251,9 @@ def _matrix(variant: Variant, tensors: Mapping[str, NDArray], role: str) -> NDAr
     return _tensor(tensors, role) if stored == "float" else dequantise(tensors[role], tensors[_SCALES[role]], stored)
 
 
-def _product(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], role: str, bias: str, integer: bool) -> NDArray:
+def _product(
+    variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], role: str, bias: str, integer: bool
+) -> NDArray:
     """Rows [T, d] times the transpose of a matrix [n, d], plus a bias [n] where it exists -> [T, n]."""
     stored = _format(variant, role)
     if integer and stored != "float":
@@ -226,7 +267,9 @@ def _hidden(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], intege
     return relu(_product(variant, x, tensors, "p1", "", integer))
 
 
-def _activated(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> tuple[NDArray, NDArray]:
+def _activated(
+    variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False
+) -> tuple[NDArray, NDArray]:
     """Rows x [T, d] -> (act of the gate, or of up in a plain MLP; what w_down is multiplied by), both [T, n]."""
     up = _product(variant, x, tensors, "w_up", "b_up", integer)
     if variant.plain:
@@ -240,12 +283,16 @@ def _activated(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], int
 def _present(variant: Variant, tensors: Mapping[str, NDArray]) -> Mapping[str, NDArray]:
     missing = [role for role in variant.inputs if role not in tensors]
     if missing:
-        raise ValueError(f"tensors must hold {' '.join(variant.inputs)}, got {' '.join(tensors)}. Add {' '.join(missing)}.")
+        raise ValueError(
+            f"tensors must hold {' '.join(variant.inputs)}, got {' '.join(tensors)}. Add {' '.join(missing)}."
+        )
     return {role: tensors[role] for role in variant.inputs}
 
 
 def scores(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.float64]:
-    """Scores [T, n] in float64 of x [..., d]; infinite for score all, |z| (what would be lost) for score exact. `integer` as in `reference`."""
+    """Scores [T, n] in float64 of x [..., d]; infinite for score all, |z| (what would be lost) for score exact.
+    `integer` as in `reference`.
+    """
     tensors = _present(variant, tensors)
     rows = _rows(x)
     if variant.score == "predictor":
@@ -258,13 +305,19 @@ def scores(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer
 
 
 def active(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.bool_]:
-    """Kept neurons bool [T, n] of x [..., d]: score > tau, or z not zero (NaN neither) for score exact. `integer` as in `reference`."""
+    """Kept neurons bool [T, n] of x [..., d]: score > tau, or z not zero (NaN neither) for score exact. `integer` as in
+    `reference`.
+    """
     s = scores(variant, x, tensors, integer)
     return s > _tensor(tensors, "tau") if "tau" in variant.inputs else s != 0
 
 
-def parts(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(act(gate), or act(up) of a plain MLP; z, what w_down is multiplied by where it is kept), [T, n] each, of x [..., d]. `integer` as in `reference`."""
+def parts(
+    variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(act(gate), or act(up) of a plain MLP; z, what w_down is multiplied by where it is kept), [T, n] each, of x [...,
+    d]. `integer` as in `reference`.
+    """
     return _activated(variant, _rows(x), _present(variant, tensors), integer)
 
 
@@ -278,25 +331,34 @@ def hidden(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer
     return _hidden(variant, _rows(x), _present(variant, tensors), integer)
 
 
-def before_activation(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.float64]:
-    """What the activation is applied to [T, n], of x [..., d]: the gate's product, or up's of a plain MLP. `integer` as in `reference`."""
+def before_activation(
+    variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False
+) -> NDArray[np.float64]:
+    """What the activation is applied to [T, n], of x [..., d]: the gate's product, or up's of a plain MLP. `integer` as
+    in `reference`.
+    """
     part = "up" if variant.plain else "gate"
     return _product(variant, _rows(x), _present(variant, tensors), f"w_{part}", f"b_{part}", integer)
 
 
 def opened(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.bool_]:
-    """Neurons bool [T, n] whose act(gate), or act(up) of a plain MLP, is not zero: where score exact needs up. `integer` as in `reference`."""
+    """Neurons bool [T, n] whose act(gate), or act(up) of a plain MLP, is not zero: where score exact needs up.
+    `integer` as in `reference`.
+    """
     return parts(variant, x, tensors, integer)[0] != 0
 
 
-def reference(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.float64]:
+def reference(
+    variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False
+) -> NDArray[np.float64]:
     """The op in float64 on the inputs as they are stored, so as the executors see them.
 
     Args:
         variant: Which variant.
         x: [..., d], any float dtype.
         tensors: One array per role of the variant, in the stored dtype (int8 weights as int8).
-        integer: Round activations to int8 wherever they meet integer weights, as the CPU kernels do; see `quantisation`.
+        integer: Round activations to int8 wherever they meet integer weights, as the CPU kernels do; see
+        `quantisation`.
 
     Returns:
         y [..., d].
@@ -318,23 +380,32 @@ def reference(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], inte
     return y.reshape(np.shape(x))
 
 
-def emulate(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], provider: str = "CPUExecutionProvider") -> NDArray[np.float64]:
+def emulate(
+    variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], provider: str = "CPUExecutionProvider"
+) -> NDArray[np.float64]:
     """What the kernels of an execution provider compute, before float32 rounding: y [..., d].
 
-    The CPU's round activations to int8 where weights or predictor are integers; CUDA's widen the integers and keep the activations in floating point.
+    The CPU's round activations to int8 where weights or predictor are integers; CUDA's widen the integers and keep the
+    activations in floating point.
     """
     return reference(variant, x, tensors, integer=provider == "CPUExecutionProvider")
 
 
-def traffic(variant: Variant, d: int, n: int, r: int, density: float, opened: float | None = None, nonzero: float | None = None) -> float:
+def traffic(
+    variant: Variant, d: int, n: int, r: int, density: float, opened: float | None = None, nonzero: float | None = None
+) -> float:
     """Bytes that one token must read: weights, scales, biases, tau, predictor (rank r, 0 without) and residual.
 
-    density is the kept share of the n neurons. Of a gated MLP with a ReLU activation, `opened` is the share whose up is needed, those scored high enough whose
-    act(gate) is not 0, and `nonzero` the share whose w_down is, those whose z is not; both are `density` where they are not given. The product behind score
-    gate or exact is read in full, so these cost 1/3 + 1/3 opened + 1/3 nonzero of a gated MLP.
+    density is the kept share of the n neurons. Of a gated MLP with a ReLU activation, `opened` is the share whose up is
+    needed, those scored high enough whose act(gate) is not 0, and `nonzero` the share whose w_down is, those whose z is
+    not; both are `density` where they are not given. The product behind score gate or exact is read in full, so these
+    cost 1/3 + 1/3 opened + 1/3 nonzero of a gated MLP.
     """
     full = {"all": ("gate", "up", "down"), "predictor": ()}.get(variant.score, ("up",) if variant.plain else ("gate",))
-    shares = {"up": density if opened is None or variant.plain else opened, "down": density if nonzero is None else nonzero}
+    shares = {
+        "up": density if opened is None or variant.plain else opened,
+        "down": density if nonzero is None else nonzero,
+    }
     row = d * {"int8_row": 1.0, "int4_g32": 0.5}.get(variant.weights, float(_BYTES[variant.w]))
     scale = d // GROUP * 2.0 if variant.weights == "int4_g32" else 4.0
     total = 0.0

@@ -22,7 +22,8 @@ _ACTIVATE = {
     "drelu": "{out} = Relu({v})",
     "identity": "{out} = Identity({v})",
     # NaN stays NaN
-    "fatrelu": "{out}_bound = {b}\n {out}_off = {zero}\n {out}_closed = LessOrEqual({v}, {out}_bound)\n {out} = Where({out}_closed, {out}_off, {v})",
+    "fatrelu": "{out}_bound = {b}\n {out}_off = {zero}\n {out}_closed = LessOrEqual({v}, {out}_bound)\n {out} = "
+    "Where({out}_closed, {out}_off, {v})",
     "shifted_relu": "{out}_shift = {b}\n {out}_shifted = Sub({v}, {out}_shift)\n {out} = Relu({out}_shifted)",
 }
 
@@ -41,7 +42,9 @@ _SCALES = {"w_gate": "s_gate", "w_up": "s_up", "w_down": "s_down"}
 
 
 def unpack_int4(stored: str, scale: str, out: str) -> list[str]:
-    """Lines that make float32 `out` [rows, columns] of an int4_g32 matrix: uint8 `stored` [rows, columns / 2], float16 `scale` [rows, columns / 32]."""
+    """Lines that make float32 `out` [rows, columns] of an int4_g32 matrix: uint8 `stored` [rows, columns / 2], float16
+    `scale` [rows, columns / 32].
+    """
     o = out
     return [
         f"{o}_mask = Constant<value = uint8[1] {{15}}>()",
@@ -68,11 +71,14 @@ def unpack_int4(stored: str, scale: str, out: str) -> list[str]:
 def body(variant: Variant, domain: str, name: str, overload: str, opset: int) -> onnx.FunctionProto:
     """Returns the function with formal inputs x and the variant's roles, output y, computing in float32.
 
-    Gemm(transB) reads weights [n, d] as they lie: no transposed copy. Weights that are not float32 pass through Cast, which ORT folds at load into a float32
-    copy, as it folds the unpacking of int4_g32. Row scales multiply the products, not the weights.
+    Gemm(transB) reads weights [n, d] as they lie: no transposed copy. Weights that are not float32 pass through Cast,
+    which ORT folds at load into a float32 copy, as it folds the unpacking of int4_g32. Row scales multiply the
+    products, not the weights.
     """
     if opset < 20:
-        raise ValueError(f"opset must be at least 20, got {opset}: Gelu is younger than that. Export with a newer opset.")
+        raise ValueError(
+            f"opset must be at least 20, got {opset}: Gelu is younger than that. Export with a newer opset."
+        )
     lines: list[str] = []
     unpacked: set[str] = set()
     roles = set(variant.inputs)
@@ -103,7 +109,12 @@ def body(variant: Variant, domain: str, name: str, overload: str, opset: int) ->
         return out
 
     stored = {"float": variant.w, "int8_row": "int8", "int4_g32": "int4_g32"}[variant.weights]
-    lines += ["x_shape = Shape(x)", "free = Constant<value_ints=[-1]>()", "width = Shape<start=-1>(x)", "row_shape = Concat<axis=0>(free, width)"]
+    lines += [
+        "x_shape = Shape(x)",
+        "free = Constant<value_ints=[-1]>()",
+        "width = Shape<start=-1>(x)",
+        "row_shape = Concat<axis=0>(free, width)",
+    ]
     lines.append(f"{'rows' if variant.x == 'float32' else 'rows_x'} = Reshape(x, row_shape)")
     if variant.x != "float32":
         lines.append("rows = Cast<to=1>(rows_x)")
@@ -147,7 +158,11 @@ def body(variant: Variant, domain: str, name: str, overload: str, opset: int) ->
     lines.append(f"y = Reshape({y}, x_shape)")
     formal = ", ".join(("x", *variant.inputs))
     attributes = ", ".join(variant.attributes())
-    text = f'<domain: "{domain}", opset_import: ["" : {opset}]>\n{name} <{attributes}> ({formal}) => (y) {{\n ' + "\n ".join(lines) + "\n}"
+    text = (
+        f'<domain: "{domain}", opset_import: ["" : {opset}]>\n{name} <{attributes}> ({formal}) => (y) {{\n '
+        + "\n ".join(lines)
+        + "\n}"
+    )
     function = onnx.parser.parse_function(text)
     function.overload = overload
     return function

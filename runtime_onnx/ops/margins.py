@@ -1,7 +1,8 @@
-"""Which tokens of an op say something about an executor: those in which no score and no rounded value lies at its boundary.
+"""Which tokens of an op say something about an executor: those in which no score and no rounded value lies at its
+boundary.
 
-An executor computes scores, and the values that an integer kernel rounds, in float32; the reference computes them in float64. Within these margins the
-two may fall on either side, which says nothing about either.
+An executor computes scores, and the values that an integer kernel rounds, in float32; the reference computes them in
+float64. Within these margins the two may fall on either side, which says nothing about either.
 """
 
 from __future__ import annotations
@@ -21,19 +22,24 @@ ROUNDING = 3e-5
 SUMS = 2.0**-22
 """Of float32 sums, relative to the sum of their absolute terms."""
 TERM = 2.0**-25
-"""What a float32 sum of products is off by, by chance, relative to the sum of their absolute values: half a bit of a term of that size."""
+"""What a float32 sum of products is off by, by chance, relative to the sum of their absolute values: half a bit of a
+term of that size.
+"""
 NEAR = 1e-5
 """Of scores, relative to |tau| + rms of the token's scores."""
 
 
 def off_boundary(values: NDArray) -> NDArray[np.bool_]:
-    """Bool [T]: no value of [T, m, ...], rounded in groups of 32 along the second axis, lies within ROUNDING of a boundary."""
+    """Bool [T]: no value of [T, m, ...], rounded in groups of 32 along the second axis, lies within ROUNDING of a
+    boundary.
+    """
     near, _ = _at_boundary(values)
     return ~np.any(near.reshape(len(values), -1), axis=1)
 
 
 def _at_boundary(values: NDArray, error: NDArray | float = 0.0) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Of [T, m, ...], rounded in groups of 32 along the second axis: which values [T, m, ...] lie at a boundary, and every value's step [T, m, ...].
+    """Of [T, m, ...], rounded in groups of 32 along the second axis: which values [T, m, ...] lie at a boundary, and
+    every value's step [T, m, ...].
 
     `error` of the values' shape is what they may be off by beside ROUNDING.
     """
@@ -49,7 +55,9 @@ def _at_boundary(values: NDArray, error: NDArray | float = 0.0) -> tuple[NDArray
 
 
 def off_threshold(scores: NDArray, tau: NDArray) -> NDArray[np.bool_]:
-    """Bool [T]: no score [T, n] lies within NEAR of its threshold [n]; zero, of a ReLU, is exact and may. None lies near an infinite one."""
+    """Bool [T]: no score [T, n] lies within NEAR of its threshold [n]; zero, of a ReLU, is exact and may. None lies
+    near an infinite one.
+    """
     scale = np.abs(tau) + np.sqrt((scores**2).mean(1, keepdims=True))
     with np.errstate(invalid="ignore"):
         far = np.isinf(tau) | (np.abs(scores - tau) > NEAR * scale)
@@ -57,7 +65,8 @@ def off_threshold(scores: NDArray, tau: NDArray) -> NDArray[np.bool_]:
 
 
 def off_thresholds(variant: Any, x: NDArray, tensors: Mapping[str, NDArray], integer: bool) -> NDArray[np.bool_]:
-    """Bool [T] of x [T, d]: no score lies at its threshold and no gate at the jump of its activation; `integer` as in `reference`.
+    """Bool [T] of x [T, d]: no score lies at its threshold and no gate at the jump of its activation; `integer` as in
+    `reference`.
 
     A SparseLinear compares what it is given, so there every executor sees the same bits.
     """
@@ -75,7 +84,9 @@ def off_thresholds(variant: Any, x: NDArray, tensors: Mapping[str, NDArray], int
 
 
 def settled_scores(variant: Any, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.bool_]:
-    """Bool [T] of x [T, d]: tokens in which an integer kernel and its emulation see every score on the same side of its threshold."""
+    """Bool [T] of x [T, d]: tokens in which an integer kernel and its emulation see every score on the same side of its
+    threshold.
+    """
     clear = off_thresholds(variant, x, tensors, integer=True)
     if isinstance(variant, gated_mlp.Variant) and variant.p == "int8":
         clear &= off_boundary(gated_mlp.hidden(variant, x, tensors, integer=True))
@@ -94,10 +105,12 @@ def settled(variant: Any, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray
 
 
 def tie_energy(variant: Any, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
-    """[T] of x [T, d]: the largest squared change of y when every value at a rounding boundary is rounded to the other side.
+    """[T] of x [T, d]: the largest squared change of y when every value at a rounding boundary is rounded to the other
+    side.
 
-    A step of such a value moves y by the step times its row of integers; steps in one group of columns may add up. A value is off by the rounding of the
-    sums that it comes from, which is large beside it where a few channels of x are very large.
+    A step of such a value moves y by the step times its row of integers; steps in one group of columns may add up. A
+    value is off by the rounding of the sums that it comes from, which is large beside it where a few channels of x are
+    very large.
     """
     if isinstance(variant, sparse_linear.Variant) or variant.weights == "float":
         return np.zeros(len(x))
@@ -113,10 +126,11 @@ def tie_energy(variant: Any, x: NDArray, tensors: Mapping[str, NDArray]) -> NDAr
 
 
 def sum_energy(variant: Any, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
-    """[T] of x [T, d]: the squared change of y that the rounding of float32 sums before the activation accounts for, where weights are floats.
+    """[T] of x [T, d]: the squared change of y that the rounding of float32 sums before the activation accounts for,
+    where weights are floats.
 
-    Where large terms of a product cancel, what is left is as inexact as they are; such a neuron may be most of a token's y. Errors of different neurons are
-    independent, so their squares add up.
+    Where large terms of a product cancel, what is left is as inexact as they are; such a neuron may be most of a
+    token's y. Errors of different neurons are independent, so their squares add up.
     """
     if isinstance(variant, sparse_linear.Variant) or variant.weights != "float":
         return np.zeros(len(x))
@@ -128,11 +142,19 @@ def sum_energy(variant: Any, x: NDArray, tensors: Mapping[str, NDArray]) -> NDAr
 def _weights(variant: gated_mlp.Variant, tensors: Mapping[str, NDArray], part: str) -> NDArray[np.float64]:
     """A matrix in float64."""
     role = f"w_{part}"
-    return np.asarray(tensors[role]).astype(np.float64) if variant.weights == "float" else dequantise(tensors[role], tensors[f"s_{part}"], variant.weights)
+    return (
+        np.asarray(tensors[role]).astype(np.float64)
+        if variant.weights == "float"
+        else dequantise(tensors[role], tensors[f"s_{part}"], variant.weights)
+    )
 
 
-def _product_error(variant: gated_mlp.Variant, x: NDArray, tensors: Mapping[str, NDArray], relative: float, integer: bool) -> NDArray[np.float64]:
-    """[T, n] of x [T, d]: what float32 sums may be off by in z = act(gate) * up: `relative` times the sums of the absolute terms."""
+def _product_error(
+    variant: gated_mlp.Variant, x: NDArray, tensors: Mapping[str, NDArray], relative: float, integer: bool
+) -> NDArray[np.float64]:
+    """[T, n] of x [T, d]: what float32 sums may be off by in z = act(gate) * up: `relative` times the sums of the
+    absolute terms.
+    """
     size = np.abs(np.asarray(x).astype(np.float64))
     gate, z = gated_mlp.parts(variant, x, tensors, integer=integer)
 
@@ -146,7 +168,9 @@ def _product_error(variant: gated_mlp.Variant, x: NDArray, tensors: Mapping[str,
 
 
 def _scaled(variant: gated_mlp.Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
-    """What a kernel rounds before the sum over w_down's rows: kept z times the rows' scales, [T, n] or [T, n, d / 32]."""
+    """What a kernel rounds before the sum over w_down's rows: kept z times the rows' scales, [T, n] or [T,
+    n, d / 32].
+    """
     z = gated_mlp.parts(variant, x, tensors, integer=True)[1]
     z = np.where(gated_mlp.active(variant, x, tensors, integer=True), z, 0.0)
     scale = np.asarray(tensors["s_down"]).astype(np.float64)

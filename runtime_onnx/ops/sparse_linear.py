@@ -1,12 +1,14 @@
-"""Op ai.sparsegate:SparseLinear, version 1: a linear layer that reads only the input channels whose value exceeds a threshold.
+"""Op ai.sparsegate:SparseLinear, version 1: a linear layer that reads only the input channels whose value exceeds a
+threshold.
 
-For every token row x [d_in] of x [..., d_in], with the weight stored input-major [d_in, d_out], so that an active channel is one contiguous row:
+For every token row x [d_in] of x [..., d_in], with the weight stored input-major [d_in, d_out], so that an active
+channel is one contiguous row:
 
     keep = {j : |x_j| > tau_j}
     y = sum_{j in keep} x_j * w_j  +  b
 
-tau [d_in] is float32 always: TEAL (arXiv 2408.14690) repeats one value for all channels, WINA (arXiv 2505.19427) divides one value by the norm of each
-channel's weights. |x_j| is compared in float32. A NaN is not kept.
+tau [d_in] is float32 always: TEAL (arXiv 2408.14690) repeats one value for all channels, WINA (arXiv 2505.19427)
+divides one value by the norm of each channel's weights. |x_j| is compared in float32. A NaN is not kept.
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ NAME = "SparseLinear"
 VERSION = 1
 
 ROLES = ("w", "s_w", "b", "tau")
-"""Inputs after x, in this order: w [d_in, d_out] (int4_g32: [d_in, d_out / 2]), s_w [d_in] (int4_g32: [d_in, d_out / 32]) scales of an integer w, b [d_out],
-tau [d_in]."""
+"""Inputs after x, in this order: w [d_in, d_out] (int4_g32: [d_in, d_out / 2]), s_w [d_in] (int4_g32: [d_in, d_out /
+32]) scales of an integer w, b [d_out], tau [d_in].
+"""
 FLOATS = ("float32", "float16", "bfloat16")
 
 BOUNDS = {"float32": 1e-12, "float16": 1.5e-7, "bfloat16": 1e-5, "int8_row": 1e-10, "int4_g32": 1e-10}
-"""Largest NMSE of a kernel: float weights, by dtype of x, against `reference` on the same rounded inputs; quantised weights and x float32 against `emulate`."""
+"""Largest NMSE of a kernel: float weights, by dtype of x, against `reference` on the same rounded inputs; quantised
+weights and x float32 against `emulate`.
+"""
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
@@ -42,7 +47,8 @@ class Variant:
     """One combination of weight format, inputs and dtypes; a kernel either supports a variant or it does not.
 
     Attributes:
-        weights: One of WEIGHTS; the integer formats, with scales in s_w, are described in `quantisation`. A row is an input channel.
+        weights: One of WEIGHTS; the integer formats, with scales in s_w, are described in `quantisation`. A row is an
+        input channel.
         inputs: Roles that are present, in the order of ROLES; x is not among them.
         x: dtype of x and y.
         w: dtype of float weights; float32 for integer weights.
@@ -63,15 +69,21 @@ class Variant:
             if value not in allowed:
                 raise ValueError(f"{what} must be one of {', '.join(allowed)}, got {value}. Choose one of them.")
         if tuple(role for role in ROLES if role in self.inputs) != self.inputs:
-            raise ValueError(f"inputs must be roles in the order {' '.join(ROLES)}, each once, got {' '.join(self.inputs)}. Sort them by ROLES.")
+            raise ValueError(
+                f"inputs must be roles in the order {' '.join(ROLES)}, each once, got {' '.join(self.inputs)}. Sort "
+                "them by ROLES."
+            )
         needed = {"w": True, "s_w": self.weights != "float", "tau": True}
         wrong = " ".join(role for role, need in needed.items() if need != (role in self.inputs))
         if wrong:
             raise ValueError(
-                f"inputs of weights {self.weights} must hold what these need and nothing else, got {' '.join(self.inputs)}. Add or remove {wrong}."
+                f"inputs of weights {self.weights} must hold what these need and nothing else, got "
+                f"{' '.join(self.inputs)}. Add or remove {wrong}."
             )
         if self.weights != "float" and self.w != "float32":
-            raise ValueError(f"w must be float32 with weights {self.weights}, got {self.w}. It is the dtype of float weights only.")
+            raise ValueError(
+                f"w must be float32 with weights {self.weights}, got {self.w}. It is the dtype of float weights only."
+            )
 
     @property
     def name(self) -> str:
@@ -88,7 +100,9 @@ class Variant:
             variant = Variant(parts[1], tuple(parts[3].split("+")), x, w)
             if variant.name == name:
                 return variant
-        raise ValueError(f"variant must be {NAME}.{VERSION}/<weights>/x=<dtype>,w=<dtype>/<roles>, got {name}. Update sparsegate.")
+        raise ValueError(
+            f"variant must be {NAME}.{VERSION}/<weights>/x=<dtype>,w=<dtype>/<roles>, got {name}. Update sparsegate."
+        )
 
     def attributes(self) -> dict[str, str]:
         """String attributes of the node."""
@@ -96,21 +110,29 @@ class Variant:
 
 
 def function(variant: Variant, overload: str = "", opset: int = 21) -> onnx.FunctionProto:
-    """Returns the model-local function of the op's own domain and name: its body in standard ops, formal inputs x and the variant's roles, output y.
+    """Returns the model-local function of the op's own domain and name: its body in standard ops, formal inputs x and
+    the variant's roles, output y.
 
-    It computes in float32: weights that are not float32 pass through Cast, which ORT folds at load into a float32 copy, as it folds the unpacking of
-    int4_g32; row scales multiply the input channels, not the weights. A file with one variant leaves the overload empty; opset is the version of the standard
-    ops, at least 18.
+    It computes in float32: weights that are not float32 pass through Cast, which ORT folds at load into a float32 copy,
+    as it folds the unpacking of int4_g32; row scales multiply the input channels, not the weights. A file with one
+    variant leaves the overload empty; opset is the version of the standard ops, at least 18.
     """
     if opset < 18:
-        raise ValueError(f"opset must be at least 18, got {opset}: BitwiseAnd is younger than that. Export with a newer opset.")
+        raise ValueError(
+            f"opset must be at least 18, got {opset}: BitwiseAnd is younger than that. Export with a newer opset."
+        )
     lines: list[str] = []
     x, w, y = "x", "w", "product"
     if variant.x != "float32":
         lines.append("rows = Cast<to=1>(x)")
         x = "rows"
     # Where, not Mul: a NaN or inf in a channel that is not kept must not reach y
-    lines += [f"size = Abs({x})", "keep = Greater(size, tau)", "zero = Constant<value_float=0.0>()", f"kept = Where(keep, {x}, zero)"]
+    lines += [
+        f"size = Abs({x})",
+        "keep = Greater(size, tau)",
+        "zero = Constant<value_float=0.0>()",
+        f"kept = Where(keep, {x}, zero)",
+    ]
     x = "kept"
     if variant.weights == "int8_row":
         lines.append("scaled = Mul(kept, s_w)")
@@ -131,7 +153,11 @@ def function(variant: Variant, overload: str = "", opset: int = 21) -> onnx.Func
         code = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}[variant.x]
         lines.append(f"y = Cast<to={code}>({y})")
     formal, attributes = ", ".join(("x", *variant.inputs)), ", ".join(variant.attributes())
-    text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{NAME} <{attributes}> ({formal}) => (y) {{\n ' + "\n ".join(lines) + "\n}"
+    text = (
+        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{NAME} <{attributes}> ({formal}) => (y) {{\n '
+        + "\n ".join(lines)
+        + "\n}"
+    )
     built = onnx.parser.parse_function(text)
     built.overload = overload
     return built
@@ -147,7 +173,9 @@ def _rows(x: NDArray) -> NDArray:
 def _present(variant: Variant, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
     missing = [role for role in variant.inputs if role not in tensors]
     if missing:
-        raise ValueError(f"tensors must hold {' '.join(variant.inputs)}, got {' '.join(tensors)}. Add {' '.join(missing)}.")
+        raise ValueError(
+            f"tensors must hold {' '.join(variant.inputs)}, got {' '.join(tensors)}. Add {' '.join(missing)}."
+        )
     return {role: np.asarray(tensors[role]) for role in variant.inputs}
 
 
@@ -162,7 +190,9 @@ def active(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray]) -> NDAr
     return scores(variant, x, tensors) > _present(variant, tensors)["tau"].astype(np.float64)
 
 
-def reference(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False) -> NDArray[np.float64]:
+def reference(
+    variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], integer: bool = False
+) -> NDArray[np.float64]:
     """The op in float64 on the inputs as they are stored, so as the executors see them.
 
     Args:
@@ -179,14 +209,20 @@ def reference(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], inte
     if integer and variant.weights != "float":
         y = integer_sum(rows, keep, given["w"], given["s_w"], variant.weights)
     else:
-        w = given["w"].astype(np.float64) if variant.weights == "float" else dequantise(given["w"], given["s_w"], variant.weights)
+        w = (
+            given["w"].astype(np.float64)
+            if variant.weights == "float"
+            else dequantise(given["w"], given["s_w"], variant.weights)
+        )
         y = np.where(keep, rows, 0.0) @ w
     if "b" in given:
         y = y + given["b"].astype(np.float64)
     return y.reshape(*np.shape(x)[:-1], y.shape[1])
 
 
-def emulate(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], provider: str = "CPUExecutionProvider") -> NDArray[np.float64]:
+def emulate(
+    variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], provider: str = "CPUExecutionProvider"
+) -> NDArray[np.float64]:
     """What the kernels of an execution provider compute, before float32 rounding: y [..., d_out].
 
     The CPU's round x to int8 where the weight is an integer; CUDA's widen the integers and keep x in floating point.
@@ -195,6 +231,10 @@ def emulate(variant: Variant, x: NDArray, tensors: Mapping[str, NDArray], provid
 
 
 def traffic(variant: Variant, d_in: int, d_out: int, density: float) -> float:
-    """Bytes that one token must read: the rows of the kept share `density` of the d_in channels, their scales, the bias and tau."""
-    row = {"int8_row": d_out + 4.0, "int4_g32": d_out / 2 + d_out // GROUP * 2.0}.get(variant.weights, float(d_out * _BYTES[variant.w]))
+    """Bytes that one token must read: the rows of the kept share `density` of the d_in channels, their scales, the bias
+    and tau.
+    """
+    row = {"int8_row": d_out + 4.0, "int4_g32": d_out / 2 + d_out // GROUP * 2.0}.get(
+        variant.weights, float(d_out * _BYTES[variant.w])
+    )
     return density * d_in * row + (d_out * 4.0 if "b" in variant.inputs else 0.0) + d_in * 4.0

@@ -1,12 +1,14 @@
-"""Time prompts with AVX2 on both sides (Linux on x86-64, needs objdump and readelf): the gated MLP, and whole models beside it.
+"""Time prompts with AVX2 on both sides (Linux on x86-64, needs objdump and readelf): the gated MLP, and whole models
+beside it.
 
     python tests/bench/avx2_prefill.py [GRAPHS NAME]
 
 GRAPHS holds the graphs of `real_model.py` (WORK/graphs), NAME says what they are of.
 
-sparsegate's library has a switch for its instruction set, ONNX Runtime has none. So the dense side is a copy of the installed ONNX Runtime in which every
-`xgetbv` says that the system saves the registers of AVX and not those of AVX-512: its kernels then choose themselves as on a machine without AVX-512.
-Rows that are stored with enough pairs are not measured again.
+sparsegate's library has a switch for its instruction set, ONNX Runtime has none. So the dense side is a copy of the
+installed ONNX Runtime in which every `xgetbv` says that the system saves the registers of AVX and not those of AVX-512:
+its kernels then choose themselves as on a machine without AVX-512. Rows that are stored with enough pairs are not
+measured again.
 """
 
 from __future__ import annotations
@@ -42,9 +44,13 @@ def limited_onnxruntime(folder: Path) -> int:
 
     shutil.copytree(Path(onnxruntime.__file__).parent, folder / "onnxruntime")
     file = next((folder / "onnxruntime" / "capi").glob("onnxruntime_pybind11_state*.so"))
-    code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", file], capture_output=True, text=True, check=True).stdout
+    code = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", file], capture_output=True, text=True, check=True
+    ).stdout
     loads = subprocess.run(["readelf", "-lW", file], capture_output=True, text=True, check=True).stdout
-    segments = [[int(part, 16) for part in line.split()[1:5]] for line in loads.splitlines() if line.split()[:1] == ["LOAD"]]
+    segments = [
+        [int(part, 16) for part in line.split()[1:5]] for line in loads.splitlines() if line.split()[:1] == ["LOAD"]
+    ]
     content, changed = bytearray(file.read_bytes()), 0
     for line in code.splitlines():
         if not line.endswith("xgetbv"):
@@ -53,7 +59,10 @@ def limited_onnxruntime(folder: Path) -> int:
         start, virtual = next((offset, place) for offset, place, _, size in segments if place <= address < place + size)
         at = address - virtual + start
         if content[at : at + 3] != XGETBV:
-            raise ValueError(f"{file} must hold xgetbv at {at:#x}, got {content[at : at + 3].hex()}. Its symbols were not understood.")
+            raise ValueError(
+                f"{file} must hold xgetbv at {at:#x}, got {content[at : at + 3].hex()}. Its symbols were not "
+                "understood."
+            )
         content[at : at + 3] = SAYS_AVX
         changed += 1
     file.write_bytes(content)
@@ -74,16 +83,35 @@ def measure(threads: int, changed: int) -> None:
     if not ctypes.CDLL(str(library.library_path())).sparsegate_force_isa(b"avx2"):
         raise ValueError("The machine must have AVX2, got one without. Run this elsewhere.")
     d, n = SIZES
-    settings = {"op": "gated_mlp", "d": d, "n": n, "score": "gate", "density": DENSITY, "pairs": PAIRS, "xgetbv_changed": changed}
-    head = {**record("python tests/bench/avx2_prefill.py"), "kind": "op", "settings": settings, "isa": "avx2 (forced on both sides)"}
+    settings = {
+        "op": "gated_mlp",
+        "d": d,
+        "n": n,
+        "score": "gate",
+        "density": DENSITY,
+        "pairs": PAIRS,
+        "xgetbv_changed": changed,
+    }
+    head = {
+        **record("python tests/bench/avx2_prefill.py"),
+        "kind": "op",
+        "settings": settings,
+        "isa": "avx2 (forced on both sides)",
+    }
     stored = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     rows, models = stored.get("rows", []), {key: stored[key] for key in ("models",) if key in stored}
     if stored and (stored["machine"], stored["settings"]) != (head["machine"], json.loads(json.dumps(settings))):
-        raise ValueError(f"{RESULT} must hold rows of the same machine and settings to be continued, got others. Move the file away.")
+        raise ValueError(
+            f"{RESULT} must hold rows of the same machine and settings to be continued, got others. Move the file away."
+        )
     stream = Stream(threads)
     with TemporaryDirectory() as temporary:
         for name in FORMATS:
-            wanted = [count for count in TOKENS if not any((row["format"], row["tokens"], row["threads"]) == (name, count, threads) for row in rows)]
+            wanted = [
+                count
+                for count in TOKENS
+                if not any((row["format"], row["tokens"], row["threads"]) == (name, count, threads) for row in rows)
+            ]
             if not wanted:
                 continue
             folder = Path(temporary) / name
@@ -91,23 +119,53 @@ def measure(threads: int, changed: int) -> None:
             form = FORMS[name]
             case = GateCase(form, d, n, 32, folder)
             tau = case.thresholds(DENSITY)
-            dense, sparse = opened(case.dense(form.baselines[0], folder), threads), opened(case.model("op", tau), threads, library.library_path())
+            dense, sparse = (
+                opened(case.dense(form.baselines[0], folder), threads),
+                opened(case.model("op", tau), threads, library.library_path()),
+            )
             x = case.pool[:4]
             expected = case.expected(x, tau)
             nmse = float(((sparse(x) - expected) ** 2).sum() / (expected**2).sum())
             bound = gated_mlp.BOUNDS["float32"] if form.weights == "float" else INTEGER_BOUND
             if not nmse <= bound:
-                raise ValueError(f"The error of {name} must be at most {bound}, got {nmse:.1e}. The kernel is wrong: its speed means nothing.")
+                raise ValueError(
+                    f"The error of {name} must be at most {bound}, got {nmse:.1e}. The kernel is wrong: its speed "
+                    "means nothing."
+                )
             for count in wanted:
-                inputs = [case.pool[first : first + count] for first in range(0, len(case.pool) - count + 1, max(1, (len(case.pool) - count) // 15))]
-                found = pairs(partial(call, dense, inputs), partial(call, sparse, inputs), PAIRS, PATIENCE, stream.evict)
+                inputs = [
+                    case.pool[first : first + count]
+                    for first in range(0, len(case.pool) - count + 1, max(1, (len(case.pool) - count) // 15))
+                ]
+                found = pairs(
+                    partial(call, dense, inputs), partial(call, sparse, inputs), PAIRS, PATIENCE, stream.evict
+                )
                 if len(found.baseline) < PAIRS:
-                    print(f"{name}, {count} tokens, {threads} threads: {len(found.baseline)} clean pairs of {PAIRS}, not kept", flush=True)
+                    print(
+                        f"{name}, {count} tokens, {threads} threads: {len(found.baseline)} clean pairs of {PAIRS}, not "
+                        "kept",
+                        flush=True,
+                    )
                     continue
-                against = {"name": f"ONNX Runtime {BASELINES[form.baselines[0]].name}, AVX2", "ms": statistics.median(found.baseline) * 1e3}
+                against = {
+                    "name": f"ONNX Runtime {BASELINES[form.baselines[0]].name}, AVX2",
+                    "ms": statistics.median(found.baseline) * 1e3,
+                }
                 against |= {**compare(found.baseline, found.candidate), "dropped": found.dropped}
-                row = {"format": name, "variant": case.variant.name, "tokens": count, "asked": DENSITY, "score": "gate", "threads": threads, "status": "run"}
-                row |= {"density": float(case.kept(tau).mean()), "nmse": nmse, "ms": statistics.median(found.candidate) * 1e3}
+                row = {
+                    "format": name,
+                    "variant": case.variant.name,
+                    "tokens": count,
+                    "asked": DENSITY,
+                    "score": "gate",
+                    "threads": threads,
+                    "status": "run",
+                }
+                row |= {
+                    "density": float(case.kept(tau).mean()),
+                    "nmse": nmse,
+                    "ms": statistics.median(found.candidate) * 1e3,
+                }
                 row |= {"quartiles_ms": [value * 1e3 for value in quartiles(found.candidate)], "dense": [against]}
                 rows.append(row)
                 rows.sort(key=lambda row: (FORMATS.index(row["format"]), row["threads"], row["tokens"]))
@@ -116,7 +174,9 @@ def measure(threads: int, changed: int) -> None:
 
 
 def measure_models(threads: int, graphs: Path, name: str) -> None:
-    """Sets the rows of whole models in the stored result, whose op rows must be there; onnxruntime must be the limited copy."""
+    """Sets the rows of whole models in the stored result, whose op rows must be there; onnxruntime must be the limited
+    copy.
+    """
     import numpy as np
     import onnxruntime
 
@@ -133,7 +193,9 @@ def measure_models(threads: int, graphs: Path, name: str) -> None:
         for folder in (dense, f"sparse_{form}"):
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
-            options.add_session_config_entry("session.force_spinning_stop", "1")  # the other model's threads would wait for a CPU
+            options.add_session_config_entry(
+                "session.force_spinning_stop", "1"
+            )  # the other model's threads would wait for a CPU
             opened_models.append(Decoder(graphs / folder, session_options=options))
         vocabulary = opened_models[0](np.zeros(1, np.int64)).shape[-1]
         for count in PROMPTS:
@@ -143,12 +205,24 @@ def measure_models(threads: int, graphs: Path, name: str) -> None:
                 decoder.reset()
                 decoder(ids)
 
-            found = pairs(partial(prompt, opened_models[0]), partial(prompt, opened_models[1]), PAIRS, 4 * PATIENCE, lambda: None)
+            found = pairs(
+                partial(prompt, opened_models[0]), partial(prompt, opened_models[1]), PAIRS, 4 * PATIENCE, lambda: None
+            )
             if len(found.baseline) < PAIRS:
-                print(f"{name}, {form}, {count} tokens: {len(found.baseline)} clean pairs of {PAIRS}, not kept", flush=True)
+                print(
+                    f"{name}, {form}, {count} tokens: {len(found.baseline)} clean pairs of {PAIRS}, not kept",
+                    flush=True,
+                )
                 continue
             row = {"format": form, "tokens": count, "threads": threads, "ms": statistics.median(found.candidate) * 1e3}
-            rows.append({**row, "dense_ms": statistics.median(found.baseline) * 1e3, **compare(found.baseline, found.candidate), "dropped": found.dropped})
+            rows.append(
+                {
+                    **row,
+                    "dense_ms": statistics.median(found.baseline) * 1e3,
+                    **compare(found.baseline, found.candidate),
+                    "dropped": found.dropped,
+                }
+            )
             print(f"{name}, {form}, {count} tokens: {rows[-1]['ratio']:.2f}", flush=True)
     stored["models"] = {"name": name, "rows": rows}
     RESULT.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
@@ -178,9 +252,15 @@ def main(models: list[str]) -> None:
         changed = limited_onnxruntime(Path(copy))
         paths = os.pathsep.join([copy, *filter(None, [os.environ.get("PYTHONPATH")])])
         for threads in (1, 2):
-            subprocess.run([sys.executable, __file__, "op", str(threads), str(changed)], env={**os.environ, "PYTHONPATH": paths}, check=True)
+            subprocess.run(
+                [sys.executable, __file__, "op", str(threads), str(changed)],
+                env={**os.environ, "PYTHONPATH": paths},
+                check=True,
+            )
         if models:
-            subprocess.run([sys.executable, __file__, "models", *models], env={**os.environ, "PYTHONPATH": paths}, check=True)
+            subprocess.run(
+                [sys.executable, __file__, "models", *models], env={**os.environ, "PYTHONPATH": paths}, check=True
+            )
 
 
 if __name__ == "__main__":

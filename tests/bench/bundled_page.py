@@ -17,11 +17,15 @@ def page(report: Report) -> str:
     assert speed is not None and report.evaluation is not None
     note = " Other load disturbed every pair of runs: the speeds are not to be quoted." if speed.disturbed else ""
     return (
-        f"# The bundled model, measured\n\n{report.model} (2.4 M parameters, code), {report.evaluation.tokens} held-out tokens, "
-        f"`{report.command}`, {report.machine.cpu}, {report.machine.cores} cores. Written by `python tests/bench/bundled_page.py`.\n\n"
+        f"# The bundled model, measured\n\n{report.model} (2.4 M parameters, code), {report.evaluation.tokens} "
+        "held-out tokens, "
+        f"`{report.command}`, {report.machine.cpu}, {report.machine.cores} cores. Written by `python "
+        "tests/bench/bundled_page.py`.\n\n"
         f"{quality_table(report)}\n"
-        "KL in nats per token; density is the share of neurons computed; cost the MLP bytes touched per token, predictor and residual "
-        f"included. This model fits in a cache, so its speed says nothing about a real one's.{note} For one that does not, see "
+        "KL in nats per token; density is the share of neurons computed; cost the MLP bytes touched per token, "
+        "predictor and residual "
+        f"included. This model fits in a cache, so its speed says nothing about a real one's.{note} For one that does "
+        "not, see "
         "[a real model](real_model.md).\n"
     )
 

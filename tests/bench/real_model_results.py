@@ -86,8 +86,8 @@ class Shipped(Strict):
 
 
 class Chosen(Strict):
-    """The plan that was exported: the method of the lowest NLL at the density, among those that skip neurons, or the one
-    that was named.
+    """The plan that was exported: the method of the lowest NLL at the density, among those that skip neurons, or the
+    one that was named.
     """
 
     method: str
@@ -96,8 +96,8 @@ class Chosen(Strict):
 
 
 class RealModel(Strict):
-    """One benchmark. `origin` says where the weights come from, `corpus` what the texts are of; `missing` names what was left out; `speed` is a record
-    of `bench_models`.
+    """One benchmark. `origin` says where the weights come from, `corpus` what the texts are of; `missing` names what
+    was left out; `speed` is a record of `bench_models`.
     """
 
     model: str
@@ -139,7 +139,10 @@ def shipped(losses: dict[str, Loss]) -> dict[str, Shipped]:
         total = float(counts.sum())
         error = 0.0 if role == BASELINE else clustered_error(nll - base, counts)
         found[role] = Shipped(
-            tokens=int(total), windows=len(counts), nll=float(nll.sum()) / total, difference=float((nll - base).sum()) / total,
+            tokens=int(total),
+            windows=len(counts),
+            nll=float(nll.sum()) / total,
+            difference=float((nll - base).sum()) / total,
             error=error if math.isfinite(error) else 0.0,
-        )  # fmt: skip
+        )
     return found

@@ -18,7 +18,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sparsegate.converter.checkpoint.plan import Plan
-from sparsegate.converter.checkpoint.stage import Header, atomic_folder, hash_file, is_finished, read_header, write_header, write_json
+from sparsegate.converter.checkpoint.stage import (
+    Header,
+    atomic_folder,
+    hash_file,
+    is_finished,
+    read_header,
+    write_header,
+    write_json,
+)
 from sparsegate.converter.evaluation.speed.model import Entry, bench_models
 from sparsegate.converter.evaluation.speed.peers import OPENERS
 from sparsegate.converter.modeling.gated import load_dense
@@ -142,7 +150,9 @@ def gguf_format(path: Path) -> str:
     """The format in a GGUF file's name, as in model.Q4_1.gguf. Raises InputError where it names none."""
     found = re.search(r"[.-]((?:Q\d+_\w+|F16|BF16|F32))\.gguf$", path.name, re.IGNORECASE)
     if found is None:
-        raise InputError(f"The GGUF file's name must end with its format, as in model.Q4_1.gguf, got {path.name}. Rename it.")
+        raise InputError(
+            f"The GGUF file's name must end with its format, as in model.Q4_1.gguf, got {path.name}. Rename it."
+        )
     return found[1].upper()
 
 
@@ -164,15 +174,21 @@ def _loss(study: Study, role: str, entry: Entry, timing: Timing) -> Loss:
     windows = study.heldout.tokens[: timing.windows]
     header = read_header(entry.path) if entry.path.is_dir() else None
     made = Header(
-        format="loss", parents={"model": hash_file(entry.path) if header is None else header.fingerprint}, config={"windows": len(windows)},
+        format="loss",
+        parents={"model": hash_file(entry.path) if header is None else header.fingerprint},
+        config={"windows": len(windows)},
         calibration=study.heldout.sha256,
-    )  # fmt: skip
+    )
     folder = study.work / "losses" / role.replace(" ", "_")
     if not is_finished(folder, made):
-        logits = _llama_logits(entry, windows.shape[1], timing.threads) if entry.runtime == LLAMA else _onnx_logits(entry)
+        logits = (
+            _llama_logits(entry, windows.shape[1], timing.threads) if entry.runtime == LLAMA else _onnx_logits(entry)
+        )
         nll = [window_nll(logits(window), window) for window in tqdm(windows, desc=f"loss of {role}", unit="window")]
         with atomic_folder(folder) as partial:
-            write_json(partial / "loss.json", Loss(tokens=[len(window) - 1 for window in windows], nll=nll).model_dump())
+            write_json(
+                partial / "loss.json", Loss(tokens=[len(window) - 1 for window in windows], nll=nll).model_dump()
+            )
             write_header(partial, made)
     return Loss.model_validate(read_json(folder / "loss.json", "A stored loss"))
 
@@ -206,12 +222,18 @@ def _llama_logits(entry: Entry, context: int, threads: int) -> Callable[[Tensor]
 def speeds(study: Study, models: dict[str, Entry], timing: Timing, command: str) -> dict[str, Any]:
     """`bench_models` of all models on held-out text, a stage."""
     header = Header(
-        format="speed", parents={"model": study.source.fingerprint} | {role: _fingerprint(entry) for role, entry in models.items()},
-        config=timing.__dict__, calibration=study.heldout.sha256,
-    )  # fmt: skip
+        format="speed",
+        parents={"model": study.source.fingerprint} | {role: _fingerprint(entry) for role, entry in models.items()},
+        config=timing.__dict__,
+        calibration=study.heldout.sha256,
+    )
     folder = study.work / "speed"
     if not is_finished(folder, header):
-        ids = study.heldout.tokens[: 1 + (timing.prompt + timing.decoded) // study.heldout.tokens.shape[1]].flatten().tolist()
+        ids = (
+            study.heldout.tokens[: 1 + (timing.prompt + timing.decoded) // study.heldout.tokens.shape[1]]
+            .flatten()
+            .tolist()
+        )
         settings = {"model": study.source.name, "density": None}
         result = bench_models(
             models,

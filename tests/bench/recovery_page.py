@@ -1,8 +1,9 @@
 """Write docs/turbosparse.md and its pictures from the stored results: `python tests/bench/recovery_page.py`.
 
-With `--take OUT` the records of a checkpoint that `sparsegate convert --recipe turbosparse` wrote are stored first, as recovery.json and recovered.json; with
-`--predictors OUT` those of the recipe turbosparse_predictors, as recovery_predictors.json and recovered_predictors.json; with `--scratch WORK` curves of
-`examples/pretrain.py` runs below WORK (folders silu0, drelu0, silu1 and so on), as scratch.json.
+With `--take OUT` the records of a checkpoint that `sparsegate convert --recipe turbosparse` wrote are stored first, as
+recovery.json and recovered.json; with `--predictors OUT` those of the recipe turbosparse_predictors, as
+recovery_predictors.json and recovered_predictors.json; with `--scratch WORK` curves of `examples/pretrain.py` runs
+below WORK (folders silu0, drelu0, silu1 and so on), as scratch.json.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ PAGE = DOCS / "turbosparse.md"
 PREDICTORS, PREDICTORS_RECORD = "recovered_predictors.json", "recovery_predictors.json"
 INTRODUCTION = """# dReLU: exact zeros by recovery training
 
-Turbo Sparse (arXiv 2406.05955) replaces a model's SwiGLU by dReLU, relu(gate x) * relu(up x), and trains it until it is as good as before; most products are
-then exactly zero. Everything on this page is written by `python tests/bench/recovery_page.py` from the JSON files in `tests/bench/results/`.
+Turbo Sparse (arXiv 2406.05955) replaces a model's SwiGLU by dReLU, relu(gate x) * relu(up x), and trains it until it is
+as good as before; most products are then exactly zero. Everything on this page is written by `python
+tests/bench/recovery_page.py` from the JSON files in `tests/bench/results/`.
 
-The bundled model, on CPU cores alone and without any text but what the dense model writes itself: neurons are turned so that dReLU drops the weaker sign,
-then all weights are trained on the divergence from the dense model, its blocks' outputs, and a count of open units that a controller leads to the wished
-density. `sparsegate convert --recipe turbosparse -o out` does it again."""
+The bundled model, on CPU cores alone and without any text but what the dense model writes itself: neurons are turned so
+that dReLU drops the weaker sign, then all weights are trained on the divergence from the dense model, its blocks'
+outputs, and a count of open units that a controller leads to the wished density. `sparsegate convert --recipe
+turbosparse -o out` does it again."""
 
 
 def store(out: Path, record: str = "recovery.json", report: str = "recovered.json") -> None:
@@ -43,7 +46,9 @@ def store(out: Path, record: str = "recovery.json", report: str = "recovered.jso
 
 
 def store_scratch(work: Path) -> None:
-    """Keep the curves of trainings from scratch: held-out bits per byte by step, and processor seconds as `time` wrote them into the logs beside."""
+    """Keep the curves of trainings from scratch: held-out bits per byte by step, and processor seconds as `time` wrote
+    them into the logs beside.
+    """
     import torch
 
     runs = []
@@ -53,8 +58,23 @@ def store_scratch(work: Path) -> None:
             state = torch.load(folder / "checkpoint.pt", weights_only=True)
             said = re.search(r"cpu ([\d.]+)", (work / f"{folder.name}.log").read_text())
             cpu = float(said[1]) if said else None
-            runs.append({"activation": found[1], "seed": int(found[2]), "steps": state["step"], "cpu_seconds": cpu, "curve": state["curve"]})
-    write_json(RESULTS / "scratch.json", {"machine": this_machine().model_dump(), "command": "python examples/pretrain.py train --steps N", "runs": runs})
+            runs.append(
+                {
+                    "activation": found[1],
+                    "seed": int(found[2]),
+                    "steps": state["step"],
+                    "cpu_seconds": cpu,
+                    "curve": state["curve"],
+                }
+            )
+    write_json(
+        RESULTS / "scratch.json",
+        {
+            "machine": this_machine().model_dump(),
+            "command": "python examples/pretrain.py train --steps N",
+            "runs": runs,
+        },
+    )
 
 
 def load(name: str) -> dict[str, Any]:
@@ -69,10 +89,16 @@ def scratch_lines(stored: dict[str, Any]) -> list[str]:
         last = run["curve"][-1]
         bits[run["activation"], run["seed"]] = last["heldout_bits_per_byte"]
         minutes = "-" if run["cpu_seconds"] is None else f"{run['cpu_seconds'] / 60:.1f}"
-        rows.append([run["activation"], str(run["seed"]), str(run["steps"]), minutes, f"{last['heldout_bits_per_byte']:.4f}"])
+        rows.append(
+            [run["activation"], str(run["seed"]), str(run["steps"]), minutes, f"{last['heldout_bits_per_byte']:.4f}"]
+        )
     found = table((["activation", "seed", "steps", "CPU minutes", "held-out bits per byte"], rows))
     seeds = sorted({seed for _, seed in bits})
-    changes = [f"seed {seed}: {bits['drelu', seed] / bits['silu', seed] - 1:+.2%}" for seed in seeds if {("drelu", seed), ("silu", seed)} <= set(bits)]
+    changes = [
+        f"seed {seed}: {bits['drelu', seed] / bits['silu', seed] - 1:+.2%}"
+        for seed in seeds
+        if {("drelu", seed), ("silu", seed)} <= set(bits)
+    ]
     return [found, "", f"dReLU's loss against SwiGLU's: {', '.join(changes)}."]
 
 
@@ -88,13 +114,18 @@ def speed_lines() -> list[str]:
 
 
 def folder_lines(result: dict[str, Any], name: str) -> str:
-    """A recovered folder beside the graph of its dense source's sizes; the stored file's `name` ends with that of the recipe."""
+    """A recovered folder beside the graph of its dense source's sizes; the stored file's `name` ends with that of the
+    recipe.
+    """
     body = []
     for phase in ("prefill", "decode"):
         base, own = (result[role][f"{phase}_tokens_per_s"] for role in ("baseline", "candidate"))
         body.append([phase, f"{base:.1f}", f"{own:.1f}", f"{result[phase]['ratio']:.2f}", result[phase]["verdict"]])
     settings = result["settings"]
-    said = f"{settings['prompt_tokens']} prompt and {settings['new_tokens']} new tokens, {settings['threads'] or 'all'} threads, {len(result['samples'])} pairs"
+    said = (
+        f"{settings['prompt_tokens']} prompt and {settings['new_tokens']} new tokens, "
+        f"{settings['threads'] or 'all'} threads, {len(result['samples'])} pairs"
+    )
     quiet = "" if result["quiet"] else " Other load disturbed every pair: not to be quoted."
     cells = ([name.removeprefix("drelu_"), "dense tok/s", "tok/s", "ratio", "verdict"], body)
     return f"{table(cells)}\n\n{said}. Written by `{result['command']}`. The model fits in a cache.{quiet}"
@@ -105,15 +136,39 @@ def page() -> str:
     record, report = RecoveryRecord.model_validate(load("recovery.json")), Report.model_validate(load("recovered.json"))
     after = record.recovered
     parts = [
-        INTRODUCTION, "", "## Before and after", "",
-        f"Held out: {record.evaluation.name}, {record.evaluation.tokens} tokens. Exact zeros after recovery: {1 - after.density:.1%} of the units, NLL "
-        f"{record.rise:+.2%} of the dense model's (perplexity {math.exp(after.nll - record.dense.nll) - 1:+.1%}).", "",
-        before_after_table(record), "", "By layer:", "", zeros_table(record), "", "What it cost:", "", spent_table(record), "",
-        "![loss and density against tokens](recovery.png)", "", "![exact zeros by layer](recovery_zeros.png)", "",
-        "On every fourth of the held-out windows while it was trained:", "", table(heldout_cells(record)), "",
-        "## The checkpoint", "", f"`{report.command}`; cost is the bytes of the feed-forward networks touched per token, predictor included.", "",
-        quality_table(report), "",
-    ]  # fmt: skip
+        INTRODUCTION,
+        "",
+        "## Before and after",
+        "",
+        f"Held out: {record.evaluation.name}, {record.evaluation.tokens} tokens. Exact zeros after recovery: "
+        f"{1 - after.density:.1%} of the units, NLL "
+        f"{record.rise:+.2%} of the dense model's (perplexity {math.exp(after.nll - record.dense.nll) - 1:+.1%}).",
+        "",
+        before_after_table(record),
+        "",
+        "By layer:",
+        "",
+        zeros_table(record),
+        "",
+        "What it cost:",
+        "",
+        spent_table(record),
+        "",
+        "![loss and density against tokens](recovery.png)",
+        "",
+        "![exact zeros by layer](recovery_zeros.png)",
+        "",
+        "On every fourth of the held-out windows while it was trained:",
+        "",
+        table(heldout_cells(record)),
+        "",
+        "## The checkpoint",
+        "",
+        f"`{report.command}`; cost is the bytes of the feed-forward networks touched per token, predictor included.",
+        "",
+        quality_table(report),
+        "",
+    ]
     if (RESULTS / PREDICTORS).is_file():
         other = Report.model_validate(load(PREDICTORS))
         said = f"`{other.command}`: predictors trained with the weights; `exact` are the same weights without them."

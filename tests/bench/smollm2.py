@@ -30,7 +30,10 @@ def find_gguf() -> Path:
         )
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        raise InputError(f"MODEL {NAME} must be read with {' and '.join(NEEDED)}, got no {' and no '.join(missing)}. Do: pip install {' '.join(missing)}")
+        raise InputError(
+            f"MODEL {NAME} must be read with {' and '.join(NEEDED)}, got no {' and no '.join(missing)}. Do: pip "
+            f"install {' '.join(missing)}"
+        )
     return files[0]
 
 

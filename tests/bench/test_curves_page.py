@@ -1,4 +1,6 @@
-"""The page of all methods is made from its JSON, the table is whole, and what the page says of one method against another holds in the rows."""
+"""The page of all methods is made from its JSON, the table is whole, and what the page says of one method against
+another holds in the rows.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,17 @@ from curves_page import CHEAP, OURS, PAGE, comparisons, half_cells, load, page, 
 from sparsegate.converter.report.curves import Curves
 
 DENSITIES = (0.7, 0.5, 0.4, 0.3, 0.2)
-DEPLOYABLE = ("gate", "chess", "cett", "teal", "teal MLP", "wina", "wina MLP", "gate + teal attention", "chess + teal attention")
+DEPLOYABLE = (
+    "gate",
+    "chess",
+    "cett",
+    "teal",
+    "teal MLP",
+    "wina",
+    "wina MLP",
+    "gate + teal attention",
+    "chess + teal attention",
+)
 TRAINED = {CHEAP: (0, 1, 2), OURS: (0, 1, 2), "gate end to end": (0, 1, 2)}
 ORACLES = ("magnitude", "abs_z", "corrected_gxo", "gxo", "snip", "fisher")
 CURVES, PROMPT = load()
@@ -20,7 +32,9 @@ TEXT = PAGE.read_text(encoding="utf-8")
 
 def curve(method: str, seed: int | None, over: str, value: str) -> tuple[np.ndarray, np.ndarray]:
     """A method's costs and values, sorted by cost."""
-    points = sorted((getattr(row, over), getattr(row, value)) for row in CURVES.rows if row.method == method and row.seed == seed)
+    points = sorted(
+        (getattr(row, over), getattr(row, value)) for row in CURVES.rows if row.method == method and row.seed == seed
+    )
     return np.array([place for place, _ in points]), np.array([found for _, found in points])
 
 
@@ -51,7 +65,13 @@ def test_page_is_that_of_the_stored_results() -> None:
     assert page(CURVES, PROMPT) == TEXT, "run python tests/bench/curves_page.py"
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT):
         assert (PAGE.parent / picture).stat().st_size > 10_000
-    changed = CURVES.model_copy(update={"rows": [row.model_copy(update={"nll": row.nll + 0.001}) if row.method == "gate" else row for row in CURVES.rows]})
+    changed = CURVES.model_copy(
+        update={
+            "rows": [
+                row.model_copy(update={"nll": row.nll + 0.001}) if row.method == "gate" else row for row in CURVES.rows
+            ]
+        }
+    )
     assert page(changed, PROMPT) != TEXT
 
 
@@ -97,7 +117,10 @@ def test_comparisons_hold_in_the_rows() -> None:
 def test_verdicts_follow_the_rows() -> None:
     assert "**loses less** at" in verdict(CURVES, "chess", "cett")
     swapped = {"chess": "cett", "cett": "chess"}
-    turned = Curves.model_validate(CURVES.model_dump() | {"rows": [row.model_dump() | {"method": swapped.get(row.method, row.method)} for row in CURVES.rows]})
+    turned = Curves.model_validate(
+        CURVES.model_dump()
+        | {"rows": [row.model_dump() | {"method": swapped.get(row.method, row.method)} for row in CURVES.rows]}
+    )
     assert "**none**" in verdict(turned, "chess", "cett")
 
 
@@ -111,6 +134,11 @@ def test_oracles_stand_in_no_ranking() -> None:
 def test_where_no_cost_is_common_both_cost_and_loss_are_less() -> None:
     (targets,) = re.findall(r"- At ([\d., ]+), where no cost is common to both", TEXT)
     for target in map(float, targets.split(", ")):
-        ours, cheap = ([row for row in CURVES.rows if row.method == name and row.density_target == target] for name in (OURS, CHEAP))
+        ours, cheap = (
+            [row for row in CURVES.rows if row.method == name and row.density_target == target]
+            for name in (OURS, CHEAP)
+        )
         assert len(ours) == len(cheap) == 3
-        assert max(row.cost for row in ours) < min(row.cost for row in cheap) and max(row.nll for row in ours) < min(row.nll for row in cheap)
+        assert max(row.cost for row in ours) < min(row.cost for row in cheap) and max(row.nll for row in ours) < min(
+            row.nll for row in cheap
+        )

@@ -22,12 +22,16 @@ def test_losses_are_named() -> None:
     slow = sum(dense["ratio"] <= 1 for row in op_rows(op) for dense in row["dense"])
     assert len(losses(op, None, [])) == slow
     whole = models()
-    worse = sum(row[phase]["ratio"] <= 1 for result in whole for row in result["ratios"] for phase in ("prefill", "decode"))
+    worse = sum(
+        row[phase]["ratio"] <= 1 for result in whole for row in result["ratios"] for phase in ("prefill", "decode")
+    )
     assert len(losses(None, None, whole)) == worse and whole
     changed = json.loads(json.dumps(op))
     first = next(row for row in changed["rows"] if row.get("dense"))
     first["dense"][0] |= {"ratio": 0.5, "verdict": "not faster"}
-    assert f"{first['format']}, 1 token" in " ".join(losses(changed, None, [])) and "0.50 times" in " ".join(losses(changed, None, []))
+    assert f"{first['format']}, 1 token" in " ".join(losses(changed, None, [])) and "0.50 times" in " ".join(
+        losses(changed, None, [])
+    )
 
 
 def test_rows_are_quotable() -> None:

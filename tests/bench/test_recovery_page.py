@@ -30,8 +30,24 @@ def test_the_checkpoint_is_the_recovered_model() -> None:
 
 def test_losses_from_scratch_are_compared_by_seed() -> None:
     def run(activation: str, seed: int, bits: float) -> dict:
-        return {"activation": activation, "seed": seed, "steps": 10, "cpu_seconds": 90.0, "curve": [{"step": 10, "heldout_bits_per_byte": bits}]}
+        return {
+            "activation": activation,
+            "seed": seed,
+            "steps": 10,
+            "cpu_seconds": 90.0,
+            "curve": [{"step": 10, "heldout_bits_per_byte": bits}],
+        }
 
-    table, _, said = scratch_lines({"runs": [run("silu", 0, 2.0), run("drelu", 0, 2.02), run("silu", 1, 4.0), run("drelu", 1, 3.9), run("silu", 2, 1.0)]})
+    table, _, said = scratch_lines(
+        {
+            "runs": [
+                run("silu", 0, 2.0),
+                run("drelu", 0, 2.02),
+                run("silu", 1, 4.0),
+                run("drelu", 1, 3.9),
+                run("silu", 2, 1.0),
+            ]
+        }
+    )
     assert said == "dReLU's loss against SwiGLU's: seed 0: +1.00%, seed 1: -2.50%."
     assert "| drelu" in table and "1.5" in table and "2.0200" in table

@@ -32,18 +32,39 @@ def test_bundled_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         if sparsity == 0:
             assert row["kl"] < 1e-6 and row["agreement"] == 1 and row["sparsity"] == 0
         else:
-            assert row["kl"] > 1e-4 and 0.25 < row["sparsity"] <= 0.51 and all(v == 0.5 for v in row["density"].values())
+            assert (
+                row["kl"] > 1e-4 and 0.25 < row["sparsity"] <= 0.51 and all(v == 0.5 for v in row["density"].values())
+            )
         assert set(row["density"]) == {"mlp": {"ffn"}, "attention": {"attn"}, "both": {"ffn", "attn"}}[kinds]
     half = {score: rows["mlp", score, 0.5] for score in ("gate", "abs_z", "corrected_gxo", "gxo", "snip", "fisher")}
     assert half["abs_z"]["kl"] < half["gate"]["kl"] and half["corrected_gxo"]["kl"] < half["gxo"]["kl"]
     assert half["snip"]["kl"] == pytest.approx(half["fisher"]["kl"], rel=1e-3)
-    assert text.count("Corrected GxO (oracle)") == 3 and "gate " in text and "gate (" not in text and "magnitude |x| (post)" in text
+    assert (
+        text.count("Corrected GxO (oracle)") == 3
+        and "gate " in text
+        and "gate (" not in text
+        and "magnitude |x| (post)" in text
+    )
     assert "oracle" in text.splitlines()[-2] and (tmp_path / "out" / "scores.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_another_model_folder(tmp_path: Path) -> None:
     folder = make_model("phi", tmp_path / "model")
-    record = run(tmp_path, str(folder), "--windows", "1", "--length", "40", "--kinds", "mlp", "attention", "--sparsity", "0.5", "--steps", "1")
+    record = run(
+        tmp_path,
+        str(folder),
+        "--windows",
+        "1",
+        "--length",
+        "40",
+        "--kinds",
+        "mlp",
+        "attention",
+        "--sparsity",
+        "0.5",
+        "--steps",
+        "1",
+    )
     assert [row["kinds"] for row in record["rows"]] == ["mlp"] * 10 + ["attention"] * 7 and record["model"] == "model"
     assert all(row["sparsity"] == pytest.approx(0.5) for row in record["rows"])
 
@@ -51,7 +72,22 @@ def test_another_model_folder(tmp_path: Path) -> None:
 def test_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """BLEU against the dense model's own answers: 100 where nothing is dropped."""
     pytest.importorskip("sacrebleu")
-    record = run(tmp_path, "--windows", "1", "--length", "72", "--kinds", "attention", "--sparsity", "0", "0.5", "--answers", "1", "--steps", "1")
+    record = run(
+        tmp_path,
+        "--windows",
+        "1",
+        "--length",
+        "72",
+        "--kinds",
+        "attention",
+        "--sparsity",
+        "0",
+        "0.5",
+        "--answers",
+        "1",
+        "--steps",
+        "1",
+    )
     scores = {(row["score"], row["sparsity_target"]): row["bleu"] for row in record["rows"]}
     assert all(bleu == pytest.approx(100) for (_, sparsity), bleu in scores.items() if sparsity == 0)
     assert min(scores.values()) < 50 and "BLEU" in capsys.readouterr().out

@@ -45,14 +45,19 @@ def run(*command: str, stdin: str = "", cwd: Path) -> subprocess.CompletedProces
 
 
 def test_ort_decode(tmp_path: Path) -> None:
-    """A checkpoint folder with onnx/ inside: the same text with sparsegate's kernel and where sparsegate is not installed."""
+    """A checkpoint folder with onnx/ inside: the same text with sparsegate's kernel and where sparsegate is not
+    installed.
+    """
     shutil.copytree(folders.sparse("gate"), tmp_path / "out" / "onnx")
     example = str(ROOT / "examples" / "ort_decode.py")
     arguments = [str(tmp_path / "out"), folders.PROMPT, "--raw", "--tokens", str(TOKENS)]
     expected = folders.PROMPT + decode(greedy(folders.PROMPT))
     done = run(sys.executable, example, *arguments, cwd=tmp_path)
     assert done.stdout == expected + "\n" and "native kernel" in done.stderr
-    hidden = f"import runpy, sys; sys.modules['sparsegate'] = None; sys.argv = {[example, *arguments]!r}; runpy.run_path({example!r}, run_name='__main__')"
+    hidden = (
+        f"import runpy, sys; sys.modules['sparsegate'] = None; sys.argv = {[example, *arguments]!r}; "
+        f"runpy.run_path({example!r}, run_name='__main__')"
+    )
     done = run(sys.executable, "-c", hidden, cwd=tmp_path)
     assert done.stdout == expected + "\n" and "not installed" in done.stderr
 
@@ -67,11 +72,18 @@ def test_ort_decode_chats(tmp_path: Path) -> None:
 
 
 def test_ort_decode_downloads_real_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that is no folder is a Hub repository; the data in its onnx/ comes into a local folder, not into a cache of links."""
+    """A name that is no folder is a Hub repository; the data in its onnx/ comes into a local folder, not into a cache
+    of links.
+    """
     import huggingface_hub
 
     def download(repository: str, local_dir: str, allow_patterns: list[str]) -> str:
-        assert repository == "owner/model" and allow_patterns == ["onnx/*.onnx", "onnx/*.data", "onnx/*.json", "onnx/*.jinja"]
+        assert repository == "owner/model" and allow_patterns == [
+            "onnx/*.onnx",
+            "onnx/*.data",
+            "onnx/*.json",
+            "onnx/*.jinja",
+        ]
         shutil.copytree(folders.sparse("gate"), Path(local_dir) / "onnx")
         return local_dir
 
@@ -91,7 +103,10 @@ def test_genai_chat(tmp_path: Path) -> None:
     second = decode(greedy(f"user: hello\nassistant: {first}\nuser: more\nassistant: "))
     done = run(*command, "--temperature", "0", stdin="hello\nmore\n", cwd=tmp_path)
     assert done.stdout == f"> {first}\n> {second}\n> \n"
-    samples = [run(*command, "--temperature", "2", "--prompt", "hello", "--seed", seed, cwd=tmp_path).stdout for seed in ("1", "1", "2")]
+    samples = [
+        run(*command, "--temperature", "2", "--prompt", "hello", "--seed", seed, cwd=tmp_path).stdout
+        for seed in ("1", "1", "2")
+    ]
     assert samples[0] == samples[1] != samples[2]
 
 
@@ -103,7 +118,10 @@ def test_genai_chat_without_template(tmp_path: Path) -> None:
     config.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     arguments = ["--tokens", str(TOKENS), "--temperature", "0", "--prompt", "hello"]
-    assert run(sys.executable, str(ROOT / "examples" / "genai_chat.py"), str(folder), *arguments, cwd=tmp_path).stdout == decode(greedy("hello")) + "\n"
+    assert (
+        run(sys.executable, str(ROOT / "examples" / "genai_chat.py"), str(folder), *arguments, cwd=tmp_path).stdout
+        == decode(greedy("hello")) + "\n"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +132,13 @@ def node_app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     app = tmp_path_factory.mktemp("node") / "app"
     shutil.copytree(ROOT / "examples" / "node", app, ignore=shutil.ignore_patterns("node_modules"))
     try:  # no scripts: they would fetch CUDA libraries
-        done = subprocess.run(["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=app, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(
+            ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund"],
+            cwd=app,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
     except subprocess.TimeoutExpired:
         pytest.skip("npm did not fetch onnxruntime-node within 3 minutes")
     if done.returncode:
@@ -133,5 +157,7 @@ def test_node(node_app: Path) -> None:
 
 def test_node_refuses_nonsense(node_app: Path) -> None:
     """Wrong arguments end with the usage line and exit code 2."""
-    done = subprocess.run(["node", "main.mjs", "folder", "text", "many"], cwd=node_app, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["node", "main.mjs", "folder", "text", "many"], cwd=node_app, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2 and "a number of tokens" in done.stderr

@@ -1,4 +1,6 @@
-"""The pretraining script: its splits, its 5-gram baseline against a direct count, and a training that resumes to the same weights."""
+"""The pretraining script: its splits, its 5-gram baseline against a direct count, and a training that resumes to the
+same weights.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +43,16 @@ def test_five_gram_equals_a_direct_count(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(pretrain, "VOCAB", 8)
     random = np.random.default_rng(0)
     train, heldout = (np.minimum(random.geometric(0.4, size), 8).astype(np.uint16) - 1 for size in (400, 60))
-    assert pretrain.five_gram_bits(train, heldout) == pytest.approx(direct_five_gram(train.tolist(), heldout.tolist(), 8), rel=1e-12)
+    assert pretrain.five_gram_bits(train, heldout) == pytest.approx(
+        direct_five_gram(train.tolist(), heldout.tolist(), 8), rel=1e-12
+    )
 
 
 def test_splits_depend_on_the_path_alone() -> None:
     names = [f"package/module_{k}.py" for k in range(5000)]
-    shares = {split: sum(pretrain.split_of(name) == split for name in names) / 5000 for split in ("heldout", "calibration")}
+    shares = {
+        split: sum(pretrain.split_of(name) == split for name in names) / 5000 for split in ("heldout", "calibration")
+    }
     assert all(0.01 < share < 0.03 for share in shares.values())
     assert pretrain.split_of("os.py") == pretrain.split_of("os.py")
 
@@ -74,7 +80,11 @@ def test_the_bundled_model_reaches_its_bits_per_byte() -> None:
 @pytest.mark.slow
 def test_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     def run(*arguments: str) -> None:
-        subprocess.run([sys.executable, str(ROOT / "examples" / "pretrain.py"), *arguments], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        subprocess.run(
+            [sys.executable, str(ROOT / "examples" / "pretrain.py"), *arguments],
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
 
     run("prepare", "--work", str(tmp_path))
     run("train", "--work", str(tmp_path), "--steps", "6")

@@ -14,7 +14,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.op_harness", description=__doc__)
     parser.add_argument("mode", choices=MODES)
     parser.add_argument("--op", choices=CASES, action="append", help="only this op; may be repeated")
-    parser.add_argument("--isa", choices=ISAS, action="append", help="only this build of the CPU kernels; may be repeated")
+    parser.add_argument(
+        "--isa", choices=ISAS, action="append", help="only this build of the CPU kernels; may be repeated"
+    )
     parser.add_argument("--full", action="store_true", help="every variant, not a sample")
     given = parser.parse_args()
     return mode_of(given.mode).main(given.op or list(CASES), given.isa or list(ISAS), given.full)

@@ -1,6 +1,7 @@
 """Mode break: broken input gives an error that names it, or the documented result; never a crash.
 
-The inputs run in processes of their own, so that one that dies is seen: its input is named and the others go on in the next.
+The inputs run in processes of their own, so that one that dies is seen: its input is named and the others go on in the
+next.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Broken:
         variant: The node's variant.
         tensors: By role, complete.
         x: Token rows.
-        error: Pattern that the error's message must hold, found by search; None: there is a result, which `judge` looks at.
+        error: Pattern that the error's message must hold, found by search; None: there is a result, which `judge` looks
+        at.
         fed: Roles that are graph inputs; their errors come with the run, those of constants when the session is made.
         attributes: In place of the variant's.
         inputs: Roles of the node in place of the variant's.
@@ -67,10 +69,14 @@ def same_numbers(y: np.ndarray, expected: np.ndarray, tolerance: float = 1e-4) -
         return f"shape {y.shape}, expected {expected.shape}"
     finite = np.isfinite(expected)
     if not np.array_equal(np.isfinite(y), finite):
-        return f"{(np.isfinite(y) != finite).sum()} of {y.size} numbers are finite and must not be, or the other way round"
+        return (
+            f"{(np.isfinite(y) != finite).sum()} of {y.size} numbers are finite and must not be, or the other way round"
+        )
     scale = np.sqrt((expected[finite] ** 2).mean()) if finite.any() else 1.0
     worst = np.abs(y[finite] - expected[finite]).max(initial=0)
-    return "" if worst <= tolerance * max(scale, 1e-30) else f"differs by {worst:.1e} where numbers are about {scale:.1e}"
+    return (
+        "" if worst <= tolerance * max(scale, 1e-30) else f"differs by {worst:.1e} where numbers are about {scale:.1e}"
+    )
 
 
 def documented(op: Any, variant: Any, x: np.ndarray, tensors: Tensors) -> Callable:
@@ -83,7 +89,9 @@ def documented(op: Any, variant: Any, x: np.ndarray, tensors: Tensors) -> Callab
     return judge
 
 
-def others_untouched(x: np.ndarray, tensors: Tensors, clean_x: np.ndarray, clean_tensors: Tensors, tokens: np.ndarray) -> Callable:
+def others_untouched(
+    x: np.ndarray, tensors: Tensors, clean_x: np.ndarray, clean_tensors: Tensors, tokens: np.ndarray
+) -> Callable:
     """Judge: these tokens (bool [T]) have the bits that they have without the damage."""
 
     def judge(y: np.ndarray, clean: Callable) -> str:
@@ -100,7 +108,15 @@ def attempt(stem: str, broken: Broken) -> str:
     def clean(x: np.ndarray, tensors: Tensors) -> np.ndarray:
         return run(open_model(make_model(op, broken.variant, tensors)), x)
 
-    model = make_model(op, broken.variant, broken.tensors, x_rank=broken.x_rank, fed=broken.fed, attributes=broken.attributes, inputs=broken.inputs)
+    model = make_model(
+        op,
+        broken.variant,
+        broken.tensors,
+        x_rank=broken.x_rank,
+        fed=broken.fed,
+        attributes=broken.attributes,
+        inputs=broken.inputs,
+    )
     try:
         session = open_model(model)
         if broken.error and broken.early:
@@ -108,7 +124,11 @@ def attempt(stem: str, broken: Broken) -> str:
         y = run(session, broken.x, **{role: broken.tensors[role] for role in broken.fed})
     except Exception as error:  # noqa: BLE001 ORT raises many types
         text = str(error)
-        return "" if broken.error and re.search(broken.error, text) else f"error {text[:400]!r}, expected {broken.error or 'a result'}"
+        return (
+            ""
+            if broken.error and re.search(broken.error, text)
+            else f"error {text[:400]!r}, expected {broken.error or 'a result'}"
+        )
     if broken.error:
         return f"a result, expected the error {broken.error}"
     return broken.judge(y, clean) if broken.judge else ""
@@ -133,7 +153,9 @@ def survive(stem: str, isa: str, names: Sequence[str] | None = None) -> dict[str
     while left:
         code = f"from {__name__} import inside; inside({stem!r}, {isa!r}, {left!r})"
         path = Path(__file__).parents[1 if __name__.startswith("op_harness") else 2]
-        child = subprocess.run([sys.executable, "-c", code], cwd=path, capture_output=True, text=True, timeout=300, check=False)
+        child = subprocess.run(
+            [sys.executable, "-c", code], cwd=path, capture_output=True, text=True, timeout=300, check=False
+        )
         lines = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
         started = [line["start"] for line in lines if "start" in line]
         found |= {line["name"]: line["problem"] for line in lines if "name" in line}

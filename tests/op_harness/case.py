@@ -48,8 +48,12 @@ def formats(stored: str) -> tuple[str, str]:
     return ("float", stored) if stored in STORED[:3] else (stored, "float32")
 
 
-def pairwise(axes: Mapping[str, Sequence[Any]], valid: Callable[[Row], bool], seed: int = 0, tries: int = 30) -> list[Row]:
-    """Rows with one value per axis such that every pair of values of two axes that some valid row holds occurs in one; the same rows in every call."""
+def pairwise(
+    axes: Mapping[str, Sequence[Any]], valid: Callable[[Row], bool], seed: int = 0, tries: int = 30
+) -> list[Row]:
+    """Rows with one value per axis such that every pair of values of two axes that some valid row holds occurs in one;
+    the same rows in every call.
+    """
     rng = random.Random(seed)
     names = list(axes)
 

@@ -11,7 +11,19 @@ import numpy as np
 
 from sparsegate.runtime_onnx.ops import gated_mlp as OP
 from sparsegate.runtime_onnx.ops.activation import is_relu, split_activation
-from sparsegate.runtime_onnx.ops.gated_mlp import FLOATS, ROLES, SCORES, Variant, _activated, _hidden, _matrix, _product, _rows, active, scores
+from sparsegate.runtime_onnx.ops.gated_mlp import (
+    FLOATS,
+    ROLES,
+    SCORES,
+    Variant,
+    _activated,
+    _hidden,
+    _matrix,
+    _product,
+    _rows,
+    active,
+    scores,
+)
 from sparsegate.runtime_onnx.ops.quantisation import quantise
 
 from .breaking import Broken, documented, message, others_untouched
@@ -58,12 +70,24 @@ def make_variant(
 def make_tensors(variant: Variant, d: int, n: int, r: int = 8, seed: int = 0) -> Tensors:
     """Random tensors of unit-scale products, without tau."""
     rng = np.random.default_rng(seed)
-    shapes = {"w_gate": (n, d), "w_up": (n, d), "w_down": (n, d), "b_gate": (n,), "b_up": (n,), "b_down": (d,), "p1": (r, d), "p2": (n, r), "res": (r, d)}
+    shapes = {
+        "w_gate": (n, d),
+        "w_up": (n, d),
+        "w_down": (n, d),
+        "b_gate": (n,),
+        "b_up": (n,),
+        "b_down": (d,),
+        "p1": (r, d),
+        "p2": (n, r),
+        "res": (r, d),
+    }
     out: Tensors = {}
     for role in variant.inputs:
         if role not in shapes:
             continue
-        value = rng.standard_normal(shapes[role]) / (1 if role in ("w_down", "res") else shapes[role][-1] ** 0.5 if role[0] != "b" else 2)
+        value = rng.standard_normal(shapes[role]) / (
+            1 if role in ("w_down", "res") else shapes[role][-1] ** 0.5 if role[0] != "b" else 2
+        )
         if role[0] == "w" and variant.weights != "float":
             out[role], out["s" + role[1:]] = quantise(value, variant.weights)
         elif role[0] == "p" and variant.p == "int8":
@@ -79,9 +103,11 @@ def make_x(variant: Variant, shape: tuple[int, ...], seed: int = 1) -> np.ndarra
 
 
 def with_tau(variant: Variant, x: np.ndarray, tensors: Tensors, keep: str | float, seed: int = 2) -> Tensors:
-    """Adds a tau that keeps this share of the (token, neuron) pairs, or one neuron ("one"), with every score off the threshold.
+    """Adds a tau that keeps this share of the (token, neuron) pairs, or one neuron ("one"), with every score off the
+    threshold.
 
-    The one is the largest of the first token: where gate or up nearly cancel, a bound on the relative error would measure their condition.
+    The one is the largest of the first token: where gate or up nearly cancel, a bound on the relative error would
+    measure their condition.
     """
     if "tau" not in variant.inputs:
         return tensors
@@ -114,7 +140,9 @@ def float_activations(variant: Variant, x: np.ndarray, tensors: Tensors) -> np.n
     kind, parameter = split_activation(variant.activation)
     if kind == "fatrelu":
         first = "up" if variant.plain else "gate"
-        rounded, value = (_product(variant, rows, tensors, f"w_{first}", f"b_{first}", integer) for integer in (True, False))
+        rounded, value = (
+            _product(variant, rows, tensors, f"w_{first}", f"b_{first}", integer) for integer in (True, False)
+        )
         other = 1.0 if variant.plain else _product(variant, rows, tensors, "w_up", "b_up", False)
         z = np.where(rounded > np.float32(parameter), value * other, 0.0)
     y = np.where(active(variant, x, tensors, integer=True), z, 0.0) @ _matrix(variant, tensors, "w_down")
@@ -131,7 +159,9 @@ def nothing(variant: Variant, x: np.ndarray, tensors: Tensors) -> np.ndarray | N
 
 
 def without_one(variant: Variant, x: np.ndarray, tensors: Tensors) -> np.ndarray | None:
-    """What is expected without the kept neuron of upper-quartile contribution, the negative control of every bound; None if nothing contributes."""
+    """What is expected without the kept neuron of upper-quartile contribution, the negative control of every bound;
+    None if nothing contributes.
+    """
     z = np.where(active(variant, x, tensors, integer=True), _activated(variant, _rows(x), tensors, True)[1], 0)
     size = np.sqrt((z**2).sum(0)) * np.abs(_matrix(variant, tensors, "w_down")).sum(1)
     used = np.flatnonzero(size)
@@ -172,7 +202,9 @@ RUN_AXES: dict[str, tuple] = {"tokens": TOKENS, "keep": KEEP, "sizes": SIZES, "i
 def variant_of(row: Row) -> Variant:
     """The variant that a row of the axes spells."""
     weights, w = formats(row["stored"])
-    return make_variant(row["activation"], row["score"], weights, w=w, **{k: row[k] for k in ("plain", "bias", "res", "x", "p")})
+    return make_variant(
+        row["activation"], row["score"], weights, w=w, **{k: row[k] for k in ("plain", "bias", "res", "x", "p")}
+    )
 
 
 def case_of(row: Row, seed: int) -> Case:
@@ -203,7 +235,9 @@ def every_case() -> Iterator[Case]:
 
 
 def grid() -> Iterator[tuple[str, str, Variant]]:
-    """(Row, column, variant) of the table of support: weights and dtypes x activation and score; gated without biases or residual."""
+    """(Row, column, variant) of the table of support: weights and dtypes x activation and score; gated without biases
+    or residual.
+    """
     for row in rows_of_variants():
         if not (row["plain"] or row["bias"] or row["res"]):
             yield f"{row['stored']} p={row['p']} x={row['x']}", f"{row['activation']}/{row['score']}", variant_of(row)
@@ -241,7 +275,13 @@ WRONG_TENSORS: tuple[tuple[str, str, tuple[int, ...], str, str], ...] = (
     ("int8_row", "s_p1", (N,), "float32", "input s_p1 must be float32 [6], got float32 [40]"),
     ("int4_g32", "w_up", (N, D // 2), "int8", "input w_up must be uint8 [40, 16], got int8 [40, 16]"),
     ("int4_g32", "w_gate", (N, D), "uint8", "input w_gate must be uint8 [40, 16], got uint8 [40, 32]"),
-    ("int4_g32", "w_up", (N, 24), "uint8", "input w_up must have a multiple of 16 columns with weights int4_g32, got uint8 [40, 24]"),
+    (
+        "int4_g32",
+        "w_up",
+        (N, 24),
+        "uint8",
+        "input w_up must have a multiple of 16 columns with weights int4_g32, got uint8 [40, 24]",
+    ),
     ("int4_g32", "s_down", (N,), "float16", "input s_down must be float16 [40, 1], got float16 [40]"),
     ("int4_g32", "s_down", (N, 2), "float16", "input s_down must be float16 [40, 1], got float16 [40, 2]"),
     ("int4_g32", "s_up", (N, 1), "float32", "input s_up must be float16 [40, 1], got float32 [40, 1]"),
@@ -278,7 +318,10 @@ def _float() -> tuple[Variant, Tensors]:
 
 def _wrong() -> Iterator[Broken]:
     x = np.zeros((1, D), np.float32)
-    made = {w: make_variant(weights=w, bias=True, res=w == "float", p="float32" if w == "float" else "int8") for w in ("float", "int8_row", "int4_g32")}
+    made = {
+        w: make_variant(weights=w, bias=True, res=w == "float", p="float32" if w == "float" else "int8")
+        for w in ("float", "int8_row", "int4_g32")
+    }
     for weights, role, shape, dtype, text in WRONG_TENSORS:
         variant = made[weights]
         tensors = make_tensors(variant, D, N, R) | {"tau": np.zeros(N, np.float32)} | {role: np.zeros(shape, dtype)}
@@ -287,25 +330,57 @@ def _wrong() -> Iterator[Broken]:
         yield Broken(f"fed {what}", variant, tensors, x, message(OP, text), fed=(role,))
     variant, tensors = _float()
     for change, text in WRONG_ATTRIBUTES:
-        yield Broken(f"attributes {change}", variant, tensors, x, message(OP, text), attributes={**variant.attributes(), **change}, early=True)
-    yield Broken("no attributes", variant, tensors, x, message(OP, "attribute activation must be one of"), attributes={}, early=True)
+        yield Broken(
+            f"attributes {change}",
+            variant,
+            tensors,
+            x,
+            message(OP, text),
+            attributes={**variant.attributes(), **change},
+            early=True,
+        )
+    yield Broken(
+        "no attributes",
+        variant,
+        tensors,
+        x,
+        message(OP, "attribute activation must be one of"),
+        attributes={},
+        early=True,
+    )
     for role in variant.inputs:
         left = tuple(r for r in variant.inputs if r != role)
-        yield Broken(f"no {role}", variant, tensors, x, message(OP, "attribute inputs must name every input after x, got 6 inputs"), inputs=left, early=True)
+        yield Broken(
+            f"no {role}",
+            variant,
+            tensors,
+            x,
+            message(OP, "attribute inputs must name every input after x, got 6 inputs"),
+            inputs=left,
+            early=True,
+        )
     wide = ("w_gate", "w_up", "w_down", "p1")
     for width in (D + 1, D - 1, 0):
         text = f"input x must be float32 [..., 32], got float32 [1, {width}]"
-        yield Broken(f"x of width {width}", variant, tensors, np.zeros((1, width), np.float32), message(OP, text), fed=wide)
+        yield Broken(
+            f"x of width {width}", variant, tensors, np.zeros((1, width), np.float32), message(OP, text), fed=wide
+        )
     text = "input x must be float32 [..., 32], got float32 []"
-    yield Broken("x without dimensions", variant, tensors, np.zeros((), np.float32), message(OP, text), x_rank=0, fed=wide)
+    yield Broken(
+        "x without dimensions", variant, tensors, np.zeros((), np.float32), message(OP, text), x_rank=0, fed=wide
+    )
     for shape in ((0, D), (3, 0, D), (0, 0, D)):
         empty = lambda y, _, shape=shape: "" if y.shape == shape else f"y has shape {y.shape}"  # noqa: E731
-        yield Broken(f"no tokens {shape}", variant, tensors, np.zeros(shape, np.float32), judge=empty, x_rank=len(shape))
+        yield Broken(
+            f"no tokens {shape}", variant, tensors, np.zeros(shape, np.float32), judge=empty, x_rank=len(shape)
+        )
 
 
 def _odd_values() -> Iterator[Broken]:
     tokens = np.arange(9)
-    for weights, score, p in itertools.product(("float", "int8_row", "int4_g32"), ("predictor", "gate", "exact", "all"), ("float32", "int8")):
+    for weights, score, p in itertools.product(
+        ("float", "int8_row", "int4_g32"), ("predictor", "gate", "exact", "all"), ("float32", "int8")
+    ):
         if p == "int8" and score != "predictor":
             continue
         variant = make_variant("relu" if score == "exact" else "silu", score, weights, bias=True, p=p)
@@ -316,11 +391,23 @@ def _odd_values() -> Iterator[Broken]:
             bad = x.copy()
             bad[2, 5] = value
             yield Broken(f"{kind} x {value}", variant, tensors, bad, judge=documented(OP, variant, bad, tensors))
-            yield Broken(f"{kind} x {value} others", variant, tensors, bad, judge=others_untouched(bad, tensors, x, tensors, tokens != 2))
+            yield Broken(
+                f"{kind} x {value} others",
+                variant,
+                tensors,
+                bad,
+                judge=others_untouched(bad, tensors, x, tensors, tokens != 2),
+            )
         for value in (3e38, 1e-38, 1e-44):
             bad = x.copy()
             bad[2] = value
-            yield Broken(f"{kind} x {value} others", variant, tensors, bad, judge=others_untouched(bad, tensors, x, tensors, tokens != 2))
+            yield Broken(
+                f"{kind} x {value} others",
+                variant,
+                tensors,
+                bad,
+                judge=others_untouched(bad, tensors, x, tensors, tokens != 2),
+            )
         zero = np.zeros_like(x)
         yield Broken(f"{kind} x 0", variant, tensors, zero, judge=documented(OP, variant, zero, tensors))
         if "tau" in tensors:
@@ -331,17 +418,32 @@ def _odd_values() -> Iterator[Broken]:
             keep = active(variant, x, tensors, integer=True)
             row = int(np.flatnonzero(keep.any(0) & ~keep.all(0))[0])
             skipped = ("w_up", "w_down") if score == "gate" else ("w_gate", "w_up", "w_down")
-            for role, value in itertools.product(skipped if weights == "float" else ["s" + r[1:] for r in skipped], (np.nan, np.inf)):
+            for role, value in itertools.product(
+                skipped if weights == "float" else ["s" + r[1:] for r in skipped], (np.nan, np.inf)
+            ):
                 changed = {**tensors, role: tensors[role].copy()}
                 changed[role][row] = value
-                yield Broken(f"{kind} {role} {value} others", variant, changed, x, judge=others_untouched(x, changed, x, tensors, ~keep[:, row]))
-                spoiled = lambda y, _, keep=keep, row=row: "" if (~np.isfinite(y)).any(1)[keep[:, row]].all() else "the damage is not seen"  # noqa: E731
+                yield Broken(
+                    f"{kind} {role} {value} others",
+                    variant,
+                    changed,
+                    x,
+                    judge=others_untouched(x, changed, x, tensors, ~keep[:, row]),
+                )
+                spoiled = lambda y, _, keep=keep, row=row: (  # noqa: E731
+                    "" if (~np.isfinite(y)).any(1)[keep[:, row]].all() else "the damage is not seen"
+                )
                 yield Broken(f"{kind} {role} {value} seen", variant, changed, x, judge=spoiled)
         if weights != "float":
             for role, value in itertools.product(("s_gate", "s_up", "s_down"), (0.0, -1.0)):
                 changed = {**tensors, role: tensors[role] * tensors[role].dtype.type(value)}
-                yield Broken(f"{kind} {role} times {value}", variant, changed, x, judge=documented(OP, variant, x, changed))
-            extreme = {r: np.full_like(v, {"int8_row": -128, "int4_g32": 0}[weights]) if r[0] == "w" else v for r, v in tensors.items()}
+                yield Broken(
+                    f"{kind} {role} times {value}", variant, changed, x, judge=documented(OP, variant, x, changed)
+                )
+            extreme = {
+                r: np.full_like(v, {"int8_row": -128, "int4_g32": 0}[weights]) if r[0] == "w" else v
+                for r, v in tensors.items()
+            }
             extreme["tau"] = tensors.get("tau", np.zeros(N, np.float32))
             extreme = {r: v for r, v in extreme.items() if r in variant.inputs}
             yield Broken(f"{kind} smallest integers", variant, extreme, x, judge=documented(OP, variant, x, extreme))

@@ -1,4 +1,5 @@
-"""The library's CPU kernels without ONNX Runtime: cases as a file, builds of the driver with sanitizers and for other processors.
+"""The library's CPU kernels without ONNX Runtime: cases as a file, builds of the driver with sanitizers and for other
+processors.
 
 `native/driver.cc` reads what `write_cases` writes and runs it against a stand-in for ORT (`native/fake_ort.h`).
 """
@@ -23,7 +24,9 @@ CSRC = Path(__file__).parents[2] / "runtime_onnx" / "csrc"
 
 
 def chosen(tokens: Sequence[int], every: int = 1) -> list[tuple[str, Case]]:
-    """(Stem, case) of the sampled cases with one of these numbers of tokens, every so many of them, whatever build they name."""
+    """(Stem, case) of the sampled cases with one of these numbers of tokens, every so many of them, whatever build they
+    name.
+    """
     found = [(stem, case) for stem in CASES for case in cases_of(stem).SAMPLED if case.tokens in tokens]
     return found[::every]
 
@@ -65,28 +68,73 @@ def sources() -> tuple[list[Path], list[Path]]:
 
 
 def build_with_sanitizer(folder: Path, sanitizer: str, compiler: str = "c++") -> Path:
-    """Builds the CPU library with -fsanitize=address,undefined ("address") or thread ("thread") through its CMake option, and the driver beside it.
+    """Builds the CPU library with -fsanitize=address,undefined ("address") or thread ("thread") through its CMake
+    option, and the driver beside it.
 
     Returns the driver.
     """
-    configure = ["cmake", "-S", CSRC, "-B", folder, "-DSPARSEGATE_CUDA=OFF", f"-DSPARSEGATE_SANITIZE={sanitizer}", "-DCMAKE_BUILD_TYPE=Release"]
+    configure = [
+        "cmake",
+        "-S",
+        CSRC,
+        "-B",
+        folder,
+        "-DSPARSEGATE_CUDA=OFF",
+        f"-DSPARSEGATE_SANITIZE={sanitizer}",
+        "-DCMAKE_BUILD_TYPE=Release",
+    ]
     subprocess.run([*map(str, configure)], check=True, capture_output=True, text=True)
     subprocess.run(["cmake", "--build", str(folder), "--parallel", "2"], check=True, capture_output=True, text=True)
     flags = {"address": "address,undefined", "thread": "thread"}[sanitizer]
     driver = folder / "driver"
-    command = [compiler, "-std=c++17", "-O1", "-g", f"-fsanitize={flags}", "-fno-sanitize-recover=all", "-Wall", "-Wextra", f"-I{CSRC}"]
-    command += [str(HERE / "driver.cc"), f"-L{folder}", "-lsparsegate_onnx", f"-Wl,-rpath,{folder}", "-pthread", "-o", str(driver)]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-g",
+        f"-fsanitize={flags}",
+        "-fno-sanitize-recover=all",
+        "-Wall",
+        "-Wextra",
+        f"-I{CSRC}",
+    ]
+    command += [
+        str(HERE / "driver.cc"),
+        f"-L{folder}",
+        "-lsparsegate_onnx",
+        f"-Wl,-rpath,{folder}",
+        "-pthread",
+        "-o",
+        str(driver),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return driver
 
 
 def build_for_arm(folder: Path, zig: Sequence[str]) -> Path:
-    """Builds the driver and the library's CPU sources as one static aarch64 program with this zig command; returns it."""
+    """Builds the driver and the library's CPU sources as one static aarch64 program with this zig command;
+    returns it.
+    """
     once, rows = sources()
     driver = folder / "driver"
-    flags = ["-target", "aarch64-linux-musl", "-static", "-std=gnu++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra", "-Werror"]
+    flags = [
+        "-target",
+        "aarch64-linux-musl",
+        "-static",
+        "-std=gnu++17",
+        "-O3",
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
     flags += ["-DSPARSEGATE_ISA=portable", '-DSPARSEGATE_VERSION="0"', f"-I{CSRC}"]
-    environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(folder / "cache"), "ZIG_LOCAL_CACHE_DIR": str(folder / "cache")}
+    environment = {
+        **os.environ,
+        "ZIG_GLOBAL_CACHE_DIR": str(folder / "cache"),
+        "ZIG_LOCAL_CACHE_DIR": str(folder / "cache"),
+    }
     command = [*zig, "c++", *flags, *map(str, (HERE / "driver.cc", *once, *rows)), "-o", str(driver)]
     built = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if built.returncode:
@@ -95,7 +143,9 @@ def build_for_arm(folder: Path, zig: Sequence[str]) -> Path:
 
 
 def vector_instructions(program: Path) -> set[str]:
-    """Those of `wanted` NEON operations on 32-bit floats and 8-bit products that an aarch64 program holds, by their encodings (Arm ARM, C7)."""
+    """Those of `wanted` NEON operations on 32-bit floats and 8-bit products that an aarch64 program holds, by their
+    encodings (Arm ARM, C7).
+    """
     words = np.frombuffer(program.read_bytes()[: program.stat().st_size // 4 * 4], "<u4")
     wanted = {
         "fmla v.4s": (0xFFE0FC00, 0x4E20CC00),
@@ -108,5 +158,8 @@ def vector_instructions(program: Path) -> set[str]:
 
 def run_driver(command: Sequence[str], timeout: float = 500) -> subprocess.CompletedProcess[str]:
     """Runs a driver; sanitizers end it with exit status 99."""
-    environment = {**os.environ, **{f"{name}_OPTIONS": "exitcode=99:halt_on_error=1" for name in ("ASAN", "UBSAN", "TSAN")}}
+    environment = {
+        **os.environ,
+        **{f"{name}_OPTIONS": "exitcode=99:halt_on_error=1" for name in ("ASAN", "UBSAN", "TSAN")},
+    }
     return subprocess.run([*command], capture_output=True, text=True, timeout=timeout, check=False, env=environment)

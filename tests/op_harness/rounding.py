@@ -6,7 +6,9 @@ import numpy as np
 
 
 def between(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Thresholds [n] that about `kept` [n] of the values [T, n] exceed, all or none exactly: the middle of the widest gap within two ranks."""
+    """Thresholds [n] that about `kept` [n] of the values [T, n] exceed, all or none exactly: the middle of the widest
+    gap within two ranks.
+    """
     tokens, n = values.shape
     ranked = np.sort(values, axis=0)
     edges = np.concatenate([ranked[:1] - 1, ranked, ranked[-1:] + 1])

@@ -38,15 +38,25 @@ def make_model(
     roles = variant.inputs if inputs is None else inputs
     code = helper.np_dtype_to_tensor_dtype(np.dtype(variant.x))
     cast = variant.x != "float32"
-    node = helper.make_node(op.NAME, ["x_cast" if cast else "x", *roles], ["y_cast" if cast else "y"], domain=op.DOMAIN, name=NODE)
-    node.attribute.extend(helper.make_attribute(k, v) for k, v in (variant.attributes() if attributes is None else attributes).items())
+    node = helper.make_node(
+        op.NAME, ["x_cast" if cast else "x", *roles], ["y_cast" if cast else "y"], domain=op.DOMAIN, name=NODE
+    )
+    node.attribute.extend(
+        helper.make_attribute(k, v) for k, v in (variant.attributes() if attributes is None else attributes).items()
+    )
     nodes = [node]
     if cast:
-        nodes = [helper.make_node("Cast", ["x"], ["x_cast"], to=code), node, helper.make_node("Cast", ["y_cast"], ["y"], to=1)]
+        nodes = [
+            helper.make_node("Cast", ["x"], ["x_cast"], to=code),
+            node,
+            helper.make_node("Cast", ["y_cast"], ["y"], to=1),
+        ]
     given = [helper.make_tensor_value_info("x", 1, [*free, "d_in"] if x_rank else [])]
     given += [helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(tensors[k].dtype), None) for k in fed]
     constants = [numpy_helper.from_array(tensors[k], k) for k in roles if k not in fed]
-    graph = helper.make_graph(nodes, "graph", given, [helper.make_tensor_value_info("y", 1, [*free, "d_out"] if x_rank else [])], constants)
+    graph = helper.make_graph(
+        nodes, "graph", given, [helper.make_tensor_value_info("y", 1, [*free, "d_out"] if x_rank else [])], constants
+    )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(op.DOMAIN, op.VERSION)]
     functions = [op.function(variant)] if body else []
     return helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions).SerializeToString()

@@ -18,7 +18,9 @@ from .rounding import between
 from .sessions import Tensors
 
 SIZES = ((547, 683), (331, 288), (1100, 96), (31, 32), (64, 7), (130, 2080))
-"""(d_in, d_out): tails in both, several blocks of channels, several strips of columns, enough bytes for threads in some."""
+"""(d_in, d_out): tails in both, several blocks of channels, several strips of columns, enough bytes for threads in
+some.
+"""
 
 
 def make_variant(weights: str = "float", *, bias: bool = False, x: str = "float32", w: str = "float32") -> Variant:
@@ -45,7 +47,9 @@ def make_x(variant: Variant, shape: tuple[int, ...], seed: int = 1) -> np.ndarra
 
 
 def with_tau(variant: Variant, x: np.ndarray, tensors: Tensors, keep: float | str, seed: int = 2) -> Tensors:
-    """Adds a tau that keeps about this share of the (token, channel) pairs, or one channel; every |x| lies off the threshold, or a tie on both of its sides."""
+    """Adds a tau that keeps about this share of the (token, channel) pairs, or one channel; every |x| lies off the
+    threshold, or a tie on both of its sides.
+    """
     size = np.abs(x.astype(np.float64)).reshape(-1, x.shape[-1])
     tokens, d_in = size.shape
     if keep == "one":
@@ -76,11 +80,15 @@ def nothing(variant: Variant, x: np.ndarray, tensors: Tensors) -> np.ndarray | N
     if active(variant, x, tensors).any():
         return None
     width = expected(variant, x[:1], tensors).shape[-1]
-    return np.broadcast_to(tensors.get("b", np.zeros(1, np.float32)), (len(x), width)).astype(variant.x).astype(np.float32)
+    return (
+        np.broadcast_to(tensors.get("b", np.zeros(1, np.float32)), (len(x), width)).astype(variant.x).astype(np.float32)
+    )
 
 
 def without_one(variant: Variant, x: np.ndarray, tensors: Tensors) -> np.ndarray | None:
-    """What is expected without the kept channel of upper-quartile contribution, the negative control of every bound; None if nothing contributes."""
+    """What is expected without the kept channel of upper-quartile contribution, the negative control of every bound;
+    None if nothing contributes.
+    """
     kept = np.where(active(variant, x, tensors), x.astype(np.float64).reshape(-1, x.shape[-1]), 0)
     size = np.sqrt((kept**2).sum(0))
     used = np.flatnonzero(size)
@@ -144,10 +152,28 @@ def names() -> Iterator[Variant]:
 D_IN, D_OUT = 24, 64
 WRONG_TENSORS: tuple[tuple[str, str, tuple[int, ...], str, str], ...] = (
     ("float", "w", (24,), "float32", "input w must be float32, float16 or bfloat16 [d_in, d_out], got float32 [24]"),
-    ("float", "w", (0, 64), "float32", "input w must be float32, float16 or bfloat16 [d_in, d_out], got float32 [0, 64]"),
-    ("float", "w", (24, 0), "float32", "input w must be float32, float16 or bfloat16 [d_in, d_out], got float32 [24, 0]"),
+    (
+        "float",
+        "w",
+        (0, 64),
+        "float32",
+        "input w must be float32, float16 or bfloat16 [d_in, d_out], got float32 [0, 64]",
+    ),
+    (
+        "float",
+        "w",
+        (24, 0),
+        "float32",
+        "input w must be float32, float16 or bfloat16 [d_in, d_out], got float32 [24, 0]",
+    ),
     ("float", "w", (24, 64), "int8", "input w must be float32, float16 or bfloat16 [d_in, d_out], got int8 [24, 64]"),
-    ("float", "w", (24, 64), "float64", "input w must be float32, float16 or bfloat16 [d_in, d_out], got float64 [24, 64]"),
+    (
+        "float",
+        "w",
+        (24, 64),
+        "float64",
+        "input w must be float32, float16 or bfloat16 [d_in, d_out], got float64 [24, 64]",
+    ),
     ("float", "tau", (1,), "float32", "input tau must be float32 [24], got float32 [1]"),
     ("float", "tau", (24,), "float16", "input tau must be float32 [24], got float16 [24]"),
     ("float", "tau", (24, 1), "float32", "input tau must be float32 [24], got float32 [24, 1]"),
@@ -156,7 +182,13 @@ WRONG_TENSORS: tuple[tuple[str, str, tuple[int, ...], str, str], ...] = (
     ("int8_row", "s_w", (24,), "float16", "input s_w must be float32 [24], got float16 [24]"),
     ("int8_row", "s_w", (64,), "float32", "input s_w must be float32 [24], got float32 [64]"),
     ("int4_g32", "w", (24, 32), "int8", "input w must be uint8 [d_in, d_out / 2], got int8 [24, 32]"),
-    ("int4_g32", "w", (24, 24), "uint8", "input w must have a multiple of 16 columns with weights int4_g32, got uint8 [24, 24]"),
+    (
+        "int4_g32",
+        "w",
+        (24, 24),
+        "uint8",
+        "input w must have a multiple of 16 columns with weights int4_g32, got uint8 [24, 24]",
+    ),
     ("int4_g32", "s_w", (24,), "float16", "input s_w must be float16 [24, 2], got float16 [24]"),
     ("int4_g32", "s_w", (24, 3), "float16", "input s_w must be float16 [24, 2], got float16 [24, 3]"),
     ("int4_g32", "s_w", (24, 2), "float32", "input s_w must be float16 [24, 2], got float32 [24, 2]"),
@@ -184,18 +216,38 @@ def _wrong() -> Iterator[Broken]:
     x = np.zeros((1, D_IN), np.float32)
     for weights, role, shape, dtype, text in WRONG_TENSORS:
         variant = make_variant(weights, bias=True)
-        tensors = make_tensors(variant, D_IN, D_OUT) | {"tau": np.zeros(D_IN, np.float32)} | {role: np.zeros(shape, dtype)}
+        tensors = (
+            make_tensors(variant, D_IN, D_OUT) | {"tau": np.zeros(D_IN, np.float32)} | {role: np.zeros(shape, dtype)}
+        )
         what = f"{weights} {role} {dtype}{list(shape)}"
         yield Broken(f"constant {what}", variant, tensors, x, message(OP, text), early=True)
         yield Broken(f"fed {what}", variant, tensors, x, message(OP, text), fed=(role,))
     variant = make_variant(bias=True)
     tensors = make_tensors(variant, D_IN, D_OUT) | {"tau": np.zeros(D_IN, np.float32)}
     for change, text in WRONG_ATTRIBUTES:
-        yield Broken(f"attributes {change}", variant, tensors, x, message(OP, text), attributes={**variant.attributes(), **change}, early=True)
-    yield Broken("no attributes", variant, tensors, x, message(OP, "attribute weights must be one of"), attributes={}, early=True)
+        yield Broken(
+            f"attributes {change}",
+            variant,
+            tensors,
+            x,
+            message(OP, text),
+            attributes={**variant.attributes(), **change},
+            early=True,
+        )
+    yield Broken(
+        "no attributes", variant, tensors, x, message(OP, "attribute weights must be one of"), attributes={}, early=True
+    )
     for role in variant.inputs:
         left = tuple(r for r in variant.inputs if r != role)
-        yield Broken(f"no {role}", variant, tensors, x, message(OP, "attribute inputs must name every input after x, got 3 inputs"), inputs=left, early=True)
+        yield Broken(
+            f"no {role}",
+            variant,
+            tensors,
+            x,
+            message(OP, "attribute inputs must name every input after x, got 3 inputs"),
+            inputs=left,
+            early=True,
+        )
     for width in (D_IN + 1, D_IN - 1, 0):
         text = f"input x must be float32 [..., 24], got float32 [1, {width}]"
         yield Broken(f"x of width {width}", variant, tensors, np.zeros((1, width), np.float32), message(OP, text))
@@ -203,7 +255,9 @@ def _wrong() -> Iterator[Broken]:
     yield Broken("x without dimensions", variant, tensors, np.zeros((), np.float32), message(OP, text), x_rank=0)
     for shape in ((0, D_IN), (3, 0, D_IN), (0, 0, D_IN)):
         empty = lambda y, _, shape=shape: "" if y.shape == (*shape[:-1], D_OUT) else f"y has shape {y.shape}"  # noqa: E731
-        yield Broken(f"no tokens {shape}", variant, tensors, np.zeros(shape, np.float32), judge=empty, x_rank=len(shape))
+        yield Broken(
+            f"no tokens {shape}", variant, tensors, np.zeros(shape, np.float32), judge=empty, x_rank=len(shape)
+        )
 
 
 def _odd_values() -> Iterator[Broken]:
@@ -216,11 +270,23 @@ def _odd_values() -> Iterator[Broken]:
             bad = x.copy()
             bad[2, 5] = value
             yield Broken(f"{weights} x {value}", variant, tensors, bad, judge=documented(OP, variant, bad, tensors))
-            yield Broken(f"{weights} x {value} others", variant, tensors, bad, judge=others_untouched(bad, tensors, x, tensors, tokens != 2))
+            yield Broken(
+                f"{weights} x {value} others",
+                variant,
+                tensors,
+                bad,
+                judge=others_untouched(bad, tensors, x, tensors, tokens != 2),
+            )
         for value in (3e38, 1e-38, 1e-44):
             bad = x.copy()
             bad[2] = value
-            yield Broken(f"{weights} x {value} others", variant, tensors, bad, judge=others_untouched(bad, tensors, x, tensors, tokens != 2))
+            yield Broken(
+                f"{weights} x {value} others",
+                variant,
+                tensors,
+                bad,
+                judge=others_untouched(bad, tensors, x, tensors, tokens != 2),
+            )
         for value in (np.nan, np.inf, -np.inf, 3e38, -3e38):
             changed = {**tensors, "tau": tensors["tau"].copy()}
             changed["tau"][3:20] = value
@@ -231,8 +297,16 @@ def _odd_values() -> Iterator[Broken]:
         for value in (np.nan, np.inf):
             changed = {**tensors, role: tensors[role].copy()}
             changed[role][row] = value
-            yield Broken(f"{weights} {role} {value} others", variant, changed, x, judge=others_untouched(x, changed, x, tensors, ~keep[:, row]))
-            spoiled = lambda y, _, keep=keep, row=row: "" if (~np.isfinite(y)).any(1)[keep[:, row]].all() else "the damage is not seen"  # noqa: E731
+            yield Broken(
+                f"{weights} {role} {value} others",
+                variant,
+                changed,
+                x,
+                judge=others_untouched(x, changed, x, tensors, ~keep[:, row]),
+            )
+            spoiled = lambda y, _, keep=keep, row=row: (  # noqa: E731
+                "" if (~np.isfinite(y)).any(1)[keep[:, row]].all() else "the damage is not seen"
+            )
             yield Broken(f"{weights} {role} {value} seen", variant, changed, x, judge=spoiled)
         if weights != "float":
             extreme = {**tensors, "w": np.full_like(tensors["w"], {"int8_row": -128, "int4_g32": 0}[weights])}

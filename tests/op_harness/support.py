@@ -10,7 +10,9 @@ from . import cases_of
 
 
 def table(stem: str, provider: str) -> dict[str, dict[str, bool]]:
-    """Weights and dtypes -> activation and score (or what else the op has) -> whether the library supports the variant on the provider."""
+    """Weights and dtypes -> activation and score (or what else the op has) -> whether the library supports the variant
+    on the provider.
+    """
     rows: dict[str, dict[str, bool]] = {}
     for row, column, variant in cases_of(stem).grid():
         rows.setdefault(row, {})[column] = library.supports(variant.name, provider)

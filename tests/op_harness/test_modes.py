@@ -1,4 +1,6 @@
-"""The harness's modes over all ops: a sample in which all pairs of properties occur; every variant in the slow group."""
+"""The harness's modes over all ops: a sample in which all pairs of properties occur; every variant in the
+slow group.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def test_the_sample_holds_all_pairs() -> None:
     assert len({(row["a"], row["c"]) for row in rows}) == 6 and len({(row["b"], row["c"]) for row in rows}) == 4
     for stem in CASES:
         cases = cases_of(stem).SAMPLED
-        assert {(case.variant.weights, case.isa) for case in cases} >= {(w, isa) for w in ("float", *STORED[3:]) for isa in ISAS}
+        assert {(case.variant.weights, case.isa) for case in cases} >= {
+            (w, isa) for w in ("float", *STORED[3:]) for isa in ISAS
+        }
         assert {(case.tokens, case.isa) for case in cases} == {(tokens, isa) for tokens in TOKENS for isa in ISAS}
 
 
@@ -60,7 +64,14 @@ def test_the_sample_holds_all_pairs() -> None:
 def test_a_wrong_kernel_is_seen(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An expectation that is off by 1e-4, and one that depends on the number of tokens."""
     first = next(c for c in cases_of(stem).SAMPLED if c.variant.weights == "int8_row" and "tau" in c.variant.inputs)
-    case = replace(first, variant=replace(first.variant, x="float32"), tokens=12, keep=0.5, sizes=cases_of(stem).SIZES[0], isa="portable")
+    case = replace(
+        first,
+        variant=replace(first.variant, x="float32"),
+        tokens=12,
+        keep=0.5,
+        sizes=cases_of(stem).SIZES[0],
+        isa="portable",
+    )
     assert testing.check(stem, case).problems == ()
     with monkeypatch.context() as patch:
         expected = cases_of(stem).expected
@@ -75,19 +86,33 @@ def test_a_wrong_kernel_is_seen(stem: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("stored", STORED)
 def test_result_does_not_depend_on_the_number_of_tokens(stem: str, isa: str, stored: str) -> None:
-    """Bit for bit: one call of 130 tokens (two passes) against calls of every smaller size; also one thread against two."""
+    """Bit for bit: one call of 130 tokens (two passes) against calls of every smaller size; also one thread against
+    two.
+    """
     if not has_isa(isa):
         pytest.skip(f"this CPU or library has no {isa}")
     cases = cases_of(stem)
-    first = next(c for c in cases.SAMPLED if c.variant.weights == formats(stored)[0] and c.variant.w == formats(stored)[1] and "tau" in c.variant.inputs)
-    case = replace(first, variant=replace(first.variant, x="float32"), tokens=130, keep=0.4, sizes=cases.SIZES[1 if stored == "int4_g32" else -1])
+    first = next(
+        c
+        for c in cases.SAMPLED
+        if c.variant.weights == formats(stored)[0] and c.variant.w == formats(stored)[1] and "tau" in c.variant.inputs
+    )
+    case = replace(
+        first,
+        variant=replace(first.variant, x="float32"),
+        tokens=130,
+        keep=0.4,
+        sizes=cases.SIZES[1 if stored == "int4_g32" else -1],
+    )
     x, tensors = cases.make(case, 130)
     model = make_model(cases.OP, case.variant, tensors, body=False)
     session = open_model(model)
     with forced_isa(isa):
         y = run(session, x)
         for step in (1, 2, 4, 5, 7, 64):
-            np.testing.assert_array_equal(np.concatenate([run(session, x[i : i + step]) for i in range(0, 130, step)]), y)
+            np.testing.assert_array_equal(
+                np.concatenate([run(session, x[i : i + step]) for i in range(0, 130, step)]), y
+            )
         np.testing.assert_array_equal(run(open_model(model, threads=1), x), y)
 
 
@@ -167,6 +192,10 @@ def test_a_wrong_outcome_is_seen(stem: str) -> None:
     fine = next(broken for broken in inputs if broken.name.endswith("x inf others"))
     assert breaking.attempt(stem, fine) == ""
     assert "expected the error" in breaking.attempt(stem, replace(fine, error="x"))
-    everything = breaking.others_untouched(fine.x, fine.tensors, np.zeros_like(fine.x), fine.tensors, np.ones(len(fine.x), bool))
+    everything = breaking.others_untouched(
+        fine.x, fine.tensors, np.zeros_like(fine.x), fine.tensors, np.ones(len(fine.x), bool)
+    )
     assert "changed" in breaking.attempt(stem, replace(fine, judge=everything))
-    assert breaking.same_numbers(np.array([1.0, np.nan]), np.array([1.0, 2.0])) and breaking.same_numbers(np.array([1.0]), np.array([1.01]))
+    assert breaking.same_numbers(np.array([1.0, np.nan]), np.array([1.0, 2.0])) and breaking.same_numbers(
+        np.array([1.0]), np.array([1.01])
+    )

@@ -14,12 +14,19 @@ from . import native
 from .case import ISAS
 from .sessions import has_isa
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="needs Linux"), pytest.mark.timeout(3000)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs Linux"),
+    pytest.mark.timeout(3000),
+]
 
 FOUND = 99
 """Exit status of a driver whose sanitizer found something."""
 TOKENS = {"address": (1, 2, 3, 5, 7, 12, 130), "thread": (1, 3, 12)}
-PLANTS = {"address": {"short": "heap-buffer-overflow", "overflow": "signed integer overflow"}, "thread": {"race": "data race"}}
+PLANTS = {
+    "address": {"short": "heap-buffer-overflow", "overflow": "signed integer overflow"},
+    "thread": {"race": "data race"},
+}
 
 
 @pytest.fixture(scope="module", params=["address", "thread"])
@@ -31,7 +38,9 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     empty = folder / "empty.cc"
     empty.write_text("int main() { return 0; }")
     flag = f"-fsanitize={request.param}"
-    if subprocess.run(["c++", flag, str(empty), "-o", str(folder / "empty")], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["c++", flag, str(empty), "-o", str(folder / "empty")], capture_output=True, check=False
+    ).returncode:
         pytest.skip(f"the C++ compiler has no {flag}")
     cases = folder / "cases"
     assert native.write_cases(cases, native.chosen(TOKENS[request.param])) > 30
@@ -53,7 +62,9 @@ def test_sanitizers_find_planted_mistakes(sanitized: tuple[str, Path, Path]) -> 
     """A row that is missing from memory, one y for two runs, an int that overflows."""
     sanitizer, driver, cases = sanitized
     for plant, words in PLANTS[sanitizer].items():
-        result = native.run_driver([str(driver), str(cases), "--runs", "1", "--isa", "portable", "--plant", plant], timeout=900)
+        result = native.run_driver(
+            [str(driver), str(cases), "--runs", "1", "--isa", "portable", "--plant", plant], timeout=900
+        )
         assert result.returncode == FOUND and words in result.stderr, (plant, result.returncode, result.stderr[-3000:])
 
 
@@ -77,4 +88,6 @@ def test_arm_program_meets_the_bounds(arm: Path, tmp_path: Path) -> None:
         pytest.skip("needs qemu-aarch64 (package qemu-user-static)")
     assert native.write_cases(tmp_path / "cases", native.chosen((1, 3, 5, 12, 130))) > 40
     result = native.run_driver([emulator, str(arm), str(tmp_path / "cases"), "--runs", "1"], timeout=1500)
-    assert result.returncode == 0 and result.stdout.startswith("portable: "), result.stdout[-3000:] + result.stderr[-3000:]
+    assert result.returncode == 0 and result.stdout.startswith("portable: "), (
+        result.stdout[-3000:] + result.stderr[-3000:]
+    )

@@ -1,7 +1,9 @@
-"""Mode test: kernels against the float64 reference by the bounds of their op, and what must not change a result by one bit.
+"""Mode test: kernels against the float64 reference by the bounds of their op, and what must not change a result by one
+bit.
 
-For float weights the reference is the op's own; for integer weights or predictor its emulation of the kernels' arithmetic, and the error against
-activations that are not rounded is stated beside it. The same bound must refuse the reference with one kept unit dropped.
+For float weights the reference is the op's own; for integer weights or predictor its emulation of the kernels'
+arithmetic, and the error against activations that are not rounded is stated beside it. The same bound must refuse the
+reference with one kept unit dropped.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ LARGEST_ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class Result:
-    """What one case gave: NMSEs (`rounding` against activations that are not rounded), and `compared`, the share of the drawn tokens that is."""
+    """What one case gave: NMSEs (`rounding` against activations that are not rounded), and `compared`, the share of the
+    drawn tokens that is.
+    """
 
     case: Case
     error: float
@@ -49,7 +53,9 @@ def integer(variant) -> bool:
 def draw(stem: str, case: Case) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
     """x [tokens, ...] of settled tokens only, the tensors, and the share of tokens that were settled."""
     cases = cases_of(stem)
-    x, tensors = cases.make(case, 2 * case.tokens + 24)  # of the widest integer cases more than a third lies near some boundary
+    x, tensors = cases.make(
+        case, 2 * case.tokens + 24
+    )  # of the widest integer cases more than a third lies near some boundary
     good = settled(case.variant, x, tensors)
     return x[good][: case.tokens], tensors, float(good.mean())
 
@@ -61,7 +67,15 @@ def check(stem: str, case: Case) -> Result:
     x, tensors, share = draw(stem, case)
     problems = []
     if len(x) < case.tokens:
-        return Result(case, float("nan"), bound_of(op, variant), None, None, share, (f"only {len(x)} of {case.tokens} tokens are settled",))
+        return Result(
+            case,
+            float("nan"),
+            bound_of(op, variant),
+            None,
+            None,
+            share,
+            (f"only {len(x)} of {case.tokens} tokens are settled",),
+        )
     model = make_model(op, variant, tensors, body=False)
     session = open_model(model)
     with forced_isa(case.isa):

@@ -23,7 +23,9 @@ def line(row: dict) -> str:
 
 
 def main(ops: Sequence[str], isas: Sequence[str], full: bool) -> int:
-    """Prints a row per format and density, on the best of the builds that are asked for; at the size of a real layer if `full`, else a small one; always 0."""
+    """Prints a row per format and density, on the best of the builds that are asked for; at the size of a real layer if
+    `full`, else a small one; always 0.
+    """
     isa = next(isa for isa in ISAS if isa in isas and has_isa(isa))
     sizes = {"d": 2048, "n": 8192} if full else {"d": 1024, "n": 2048, "patience": 10.0, "densities": (1.0, 0.2)}
     with forced_isa(isa):

@@ -1,4 +1,6 @@
-"""Cases for the CUDA kernels of both ops: for the emulation on a CPU, for ONNX Runtime on a GPU and for tests/bench/cuda_run.py."""
+"""Cases for the CUDA kernels of both ops: for the emulation on a CPU, for ONNX Runtime on a GPU and for
+tests/bench/cuda_run.py.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,19 @@ class Mlp:
 
     def __str__(self) -> str:
         flags = [name for name in ("plain", "bias", "res") if getattr(self, name)]
-        parts = (self.tokens, self.score, self.activation, self.weights, self.x, self.w, self.p, f"d{self.d}", f"n{self.n}", f"r{self.r}", *flags)
+        parts = (
+            self.tokens,
+            self.score,
+            self.activation,
+            self.weights,
+            self.x,
+            self.w,
+            self.p,
+            f"d{self.d}",
+            f"n{self.n}",
+            f"r{self.r}",
+            *flags,
+        )
         return "-".join(map(str, parts))
 
 
@@ -61,7 +75,14 @@ def mlp(case: Mlp) -> tuple[gated_mlp.Variant, Tensors, np.ndarray]:
 
 
 def linear(
-    tokens: int, weights: str = "float", x: str = "float32", w: str = "float32", bias: bool = True, d_in: int = 200, d_out: int = 96, keep: float = 0.4
+    tokens: int,
+    weights: str = "float",
+    x: str = "float32",
+    w: str = "float32",
+    bias: bool = True,
+    d_in: int = 200,
+    d_out: int = 96,
+    keep: float = 0.4,
 ) -> tuple[sparse_linear.Variant, Tensors, np.ndarray]:
     """(variant, tensors, x [tokens, d_in]) of one run of SparseLinear."""
     variant = linear_inputs.make_variant(weights, bias=bias, x=x, w=w)
@@ -86,11 +107,18 @@ def bound(variant: gated_mlp.Variant | sparse_linear.Variant) -> float:
 def floats(variant: gated_mlp.Variant | sparse_linear.Variant, tensors: Tensors) -> Tensors:
     """The weights of the variant in float64, its other tensors as they are."""
     scale = {"w": "s_w", "w_gate": "s_gate", "w_up": "s_up", "w_down": "s_down"}
-    return {role: dequantise(v, tensors[scale[role]], variant.weights) if role in scale and variant.weights != "float" else v for role, v in tensors.items()}
+    return {
+        role: dequantise(v, tensors[scale[role]], variant.weights)
+        if role in scale and variant.weights != "float"
+        else v
+        for role, v in tensors.items()
+    }
 
 
 def check_mlp(variant: gated_mlp.Variant, tensors: Tensors, x: np.ndarray, y: np.ndarray) -> float:
-    """Asserts that y meets the variant's bound and that the reference with one kept neuron dropped does not; returns the NMSE."""
+    """Asserts that y meets the variant's bound and that the reference with one kept neuron dropped does not; returns
+    the NMSE.
+    """
     error = nmse(y, gated_mlp.emulate(variant, x, tensors, CUDA))
     assert error < bound(variant)
     wide = floats(variant, tensors)
@@ -99,13 +127,17 @@ def check_mlp(variant: gated_mlp.Variant, tensors: Tensors, x: np.ndarray, y: np
     size = np.sqrt((z**2).sum(0)) * np.abs(wide["w_down"].astype(np.float64)).sum(1)
     used = np.flatnonzero(size)
     neuron = used[np.argsort(size[used])[used.size // 2]]
-    control = gated_mlp.emulate(variant, x, tensors, CUDA) - np.outer(z[:, neuron], wide["w_down"][neuron].astype(np.float64))
+    control = gated_mlp.emulate(variant, x, tensors, CUDA) - np.outer(
+        z[:, neuron], wide["w_down"][neuron].astype(np.float64)
+    )
     assert nmse(y, control) > bound(variant)
     return error
 
 
 def check_linear(variant: sparse_linear.Variant, tensors: Tensors, x: np.ndarray, y: np.ndarray) -> float:
-    """Asserts that y meets the variant's bound and that the reference with one kept channel dropped does not; returns the NMSE."""
+    """Asserts that y meets the variant's bound and that the reference with one kept channel dropped does not; returns
+    the NMSE.
+    """
     expected = sparse_linear.emulate(variant, x, tensors, CUDA)
     error = nmse(y, expected)
     assert error < bound(variant)
@@ -124,9 +156,15 @@ def _mlp_cases() -> list[Mlp]:
         many = {"d": 64, "n": 136} if tokens == 130 else {}
         for dtype in FLOATS:
             out.append(Mlp(tokens, x=dtype, w=dtype, p=dtype, bias=True, res=tokens < 100, **many))
-        out += [Mlp(tokens, "gate", x="float16", w="float16", bias=True, **many), Mlp(tokens, "all", x="bfloat16", w="bfloat16", plain=True, **many)]
+        out += [
+            Mlp(tokens, "gate", x="float16", w="float16", bias=True, **many),
+            Mlp(tokens, "all", x="bfloat16", w="bfloat16", plain=True, **many),
+        ]
         for weights in ("int8_row", "int4_g32"):
-            out += [Mlp(tokens, weights=weights, x=x, p="int8", bias=True, **many) for x in FLOATS[: 3 if tokens < 100 else 1]]
+            out += [
+                Mlp(tokens, weights=weights, x=x, p="int8", bias=True, **many)
+                for x in FLOATS[: 3 if tokens < 100 else 1]
+            ]
     for tokens in (1, 5):
         out += [
             Mlp(tokens, "exact", "drelu", x="float16", w="float16"),
@@ -135,13 +173,19 @@ def _mlp_cases() -> list[Mlp]:
             Mlp(tokens, "gate", "shifted_relu(0.2)", x="float16", w="float16"),
             Mlp(tokens, activation="drelu", weights="int8_row", x="float16", p="int8"),
             Mlp(tokens, "gate", "gelu", plain=True, bias=True, x="float16", w="float16"),
-            Mlp(tokens, activation="gelu_tanh", x="float16", w="bfloat16", p="float32"),  # types that the tensor cores do not take together
+            Mlp(
+                tokens, activation="gelu_tanh", x="float16", w="bfloat16", p="float32"
+            ),  # types that the tensor cores do not take together
             Mlp(tokens, activation="identity", x="float16", w="float32", p="int8"),
-            Mlp(tokens, x="float16", w="float16", p="float16", d=93, n=77, r=9, res=True),  # nothing is a multiple of eight
+            Mlp(
+                tokens, x="float16", w="float16", p="float16", d=93, n=77, r=9, res=True
+            ),  # nothing is a multiple of eight
             Mlp(tokens, d=93, n=77, r=9),
             Mlp(tokens, "all", d=1, n=1),
         ]
-    out.append(Mlp(1, x="float16", w="float16", p="float16", d=2400, n=40, r=264))  # more than one round of a block over columns and ranks
+    out.append(
+        Mlp(1, x="float16", w="float16", p="float16", d=2400, n=40, r=264)
+    )  # more than one round of a block over columns and ranks
     out.append(Mlp(1, "gate", weights="int4_g32", x="float16", d=2112, n=300))
     return out
 

@@ -1,4 +1,6 @@
-"""Tiny ONNX folders for the runtime's tests: a random Llama with a tokenizer, dense, and with GatedMLP ops that drop about half of the neurons."""
+"""Tiny ONNX folders for the runtime's tests: a random Llama with a tokenizer, dense, and with GatedMLP ops that drop
+about half of the neurons.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,17 @@ def torch_folder() -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([Path(os.__file__).read_text(encoding="utf-8")], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = (
-        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor "
+        "%}{% "
+        "if add_generation_prompt %}assistant: {% endif %}"
     )
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -84,7 +91,9 @@ def dense() -> Path:
 
 @cache
 def sparse(score: str) -> Path:
-    """The same with one GatedMLP per layer and tau [n] the median of each neuron's score on random text; score "gate", "predictor" or "all" (drops nothing)."""
+    """The same with one GatedMLP per layer and tau [n] the median of each neuron's score on random text; score "gate",
+    "predictor" or "all" (drops nothing).
+    """
     source, folder = dense(), root() / score
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model.onnx*"))
     model = onnx.load(str(source / "model.onnx"))
@@ -95,16 +104,28 @@ def sparse(score: str) -> Path:
     rng = np.random.default_rng(0)
     for layer in range(LAYERS):
         nodes = {node.name.split("/mlp/")[1]: node for node in model.graph.node if f"/layers.{layer}/mlp/" in node.name}
-        old = {role: nodes[f"{name}/MatMul"] for role, name in (("w_gate", "gate_proj"), ("w_up", "up_proj"), ("w_down", "down_proj"))}
+        old = {
+            role: nodes[f"{name}/MatMul"]
+            for role, name in (("w_gate", "gate_proj"), ("w_up", "up_proj"), ("w_down", "down_proj"))
+        }
         weights = {role: numpy_helper.to_array(initializers[node.input[1]]) for role, node in old.items()}
         tensors = {"w_gate": weights["w_gate"].T, "w_up": weights["w_up"].T, "w_down": weights["w_down"]}
         if score == "predictor":
-            tensors |= {"p1": rng.standard_normal((RANK, HIDDEN)).astype(np.float32), "p2": rng.standard_normal((NEURONS, RANK)).astype(np.float32)}
+            tensors |= {
+                "p1": rng.standard_normal((RANK, HIDDEN)).astype(np.float32),
+                "p2": rng.standard_normal((NEURONS, RANK)).astype(np.float32),
+            }
         if score != "all":
             tensors["tau"] = np.zeros(NEURONS, np.float32)
             tensors["tau"] = np.median(scores(variant, inputs[layer], tensors), axis=0).astype(np.float32)
         names = [f"layers.{layer}.ffn.{role}" for role in variant.inputs]
-        node = helper.make_node(NAME, [old["w_gate"].input[0], *names], list(old["w_down"].output), name=f"/layers.{layer}/GatedMLP", domain=DOMAIN)
+        node = helper.make_node(
+            NAME,
+            [old["w_gate"].input[0], *names],
+            list(old["w_down"].output),
+            name=f"/layers.{layer}/GatedMLP",
+            domain=DOMAIN,
+        )
         node.attribute.extend(helper.make_attribute(key, value) for key, value in variant.attributes().items())
         model.graph.node.insert(list(model.graph.node).index(old["w_gate"]), node)
         for gone in nodes.values():
@@ -118,7 +139,9 @@ def sparse(score: str) -> Path:
     model.functions.append(function(variant, opset=opset))
     model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
     helper.set_model_props(model, {"ai.sparsegate.variants": json.dumps([variant.name])})
-    onnx.save(model, str(folder / "model.onnx"), save_as_external_data=True, location="model.onnx.data", size_threshold=64)
+    onnx.save(
+        model, str(folder / "model.onnx"), save_as_external_data=True, location="model.onnx.data", size_threshold=64
+    )
     return folder
 
 

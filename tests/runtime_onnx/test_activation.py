@@ -34,7 +34,8 @@ def test_a_parameter_has_one_spelling(kind: str, parameter: float, text: str) ->
 
 @pytest.mark.parametrize(
     "text",
-    "swish fatrelu fatrelu() fatrelu(-0.1) fatrelu(nan) fatrelu(inf) fatrelu(1e-5) fatrelu(1) fatrelu(.1) fatrelu(0.010) fatrelu(00.1) relu(1.0) "
+    "swish fatrelu fatrelu() fatrelu(-0.1) fatrelu(nan) fatrelu(inf) fatrelu(1e-5) fatrelu(1) fatrelu(.1) "
+    "fatrelu(0.010) fatrelu(00.1) relu(1.0) "
     "fatrelu(0.0100000001) fatrelu(2000000.0) shifted_relu(-0.0) shifted_relu(+1.0) shifted_relu(-2000000.0)".split()
     + ["fatrelu(0.01) ", "fatrelu(0.01)\n"],
 )
@@ -83,7 +84,19 @@ def test_exact_keeps_what_is_not_zero(text: str) -> None:
     assert 0.1 < (z != 0).mean() < 0.8
     assert nmse(run(open_model(make_model(OP, variant, t), native=False), x), y) < 1e-11
     strongest = np.abs(z).sum(0).argmax()
-    assert nmse(run(open_model(make_model(OP, variant, {**t, "w_down": t["w_down"] * (np.arange(60) != strongest)[:, None]}), native=False), x), y) > 1e-3
+    assert (
+        nmse(
+            run(
+                open_model(
+                    make_model(OP, variant, {**t, "w_down": t["w_down"] * (np.arange(60) != strongest)[:, None]}),
+                    native=False,
+                ),
+                x,
+            ),
+            y,
+        )
+        > 1e-3
+    )
 
 
 def test_exact_keeps_nan() -> None:
@@ -103,7 +116,10 @@ def test_traffic_of_both_signs() -> None:
     assert traffic(exact, d, n, 0, 0.0625, 0.25) == n * d * 4 * (1 + 0.25 + 0.0625)
     assert traffic(exact, d, n, 0, 0.25) == n * d * 4 * 1.5
     predictor = make_variant("drelu", "predictor")
-    assert traffic(predictor, d, n, 16, 0.25, 0.125, 0.0625) == n * d * 4 * (0.25 + 0.125 + 0.0625) + 4 * 16 * (d + n) + 4 * n
+    assert (
+        traffic(predictor, d, n, 16, 0.25, 0.125, 0.0625)
+        == n * d * 4 * (0.25 + 0.125 + 0.0625) + 4 * 16 * (d + n) + 4 * n
+    )
     assert traffic(make_variant("relu", "exact", plain=True), d, n, 0, 0.25) == n * d * 4 * 1.25
 
 
@@ -120,18 +136,34 @@ def poisoned(tensors: dict[str, np.ndarray], role: str, row: int) -> dict[str, n
 @pytest.mark.parametrize("weights", ["float", "int8_row", "int4_g32"])
 @pytest.mark.parametrize("text", ["drelu", "fatrelu(0.2)"])
 def test_rows_of_zeros_are_not_read(text: str, weights: str, score: str, tokens: int) -> None:
-    """Up where no token's gate opens, down where no token's product is not zero; where another token needs the row, a token keeps its bits."""
+    """Up where no token's gate opens, down where no token's product is not zero; where another token needs the row, a
+    token keeps its bits.
+    """
     variant = make_variant(text, score, weights)
     x = make_x(variant, (tokens, 32))
     tensors = make_tensors(variant, 32, 90)
     if score != "all":
-        tensors = with_tau(variant, x, tensors, 0.6) if score == "predictor" else tensors | ({"tau": np.full(90, -1, np.float32)} if score == "gate" else {})
+        tensors = (
+            with_tau(variant, x, tensors, 0.6)
+            if score == "predictor"
+            else tensors | ({"tau": np.full(90, -1, np.float32)} if score == "gate" else {})
+        )
     clean = run(open_model(make_model(OP, variant, tensors)), x)
     kept = np.ones((tokens, 90), bool) if score == "exact" else active(variant, x, tensors, integer=True)
     open_gate = opened(variant, x, tensors, integer=True) & kept
-    used = active(make_variant(text, "exact", weights), x, {role: tensors[role] for role in tensors if role[:1] in "ws"}, integer=True) & kept
+    used = (
+        active(
+            make_variant(text, "exact", weights),
+            x,
+            {role: tensors[role] for role in tensors if role[:1] in "ws"},
+            integer=True,
+        )
+        & kept
+    )
     products = [_product(variant, x.astype(np.float64), tensors, role, "", True) for role in ("w_gate", "w_up")]
-    settled = (np.abs(np.stack(products) - [0, 0.2][text != "drelu"]) > 1e-5).all((0, 1))  # sums of integers may be 0, and rounded to either side
+    settled = (np.abs(np.stack(products) - [0, 0.2][text != "drelu"]) > 1e-5).all(
+        (0, 1)
+    )  # sums of integers may be 0, and rounded to either side
     for role, needed in (("w_up", open_gate), ("w_down", used)):
         read = needed.any(0)
         assert 0 < (read & settled).sum() and ((~read & settled).any() or tokens == 12)

@@ -1,4 +1,6 @@
-"""bench of folders: the ratio is what the samples say, disturbed pairs do not count, and the record holds what is needed to judge it."""
+"""bench of folders: the ratio is what the samples say, disturbed pairs do not count, and the record holds what is
+needed to judge it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class Fake:
 
 def fixed(monkeypatch: pytest.MonkeyPatch, baseline: Fake, candidate: Fake) -> None:
     """Folders open as these models: the dense one as the baseline."""
-    monkeypatch.setitem(folders_module.RUNTIMES, "onnxruntime", lambda folder, *_: baseline if folder == folders.dense() else candidate)
+    monkeypatch.setitem(
+        folders_module.RUNTIMES, "onnxruntime", lambda folder, *_: baseline if folder == folders.dense() else candidate
+    )
 
 
 def waits(monkeypatch: pytest.MonkeyPatch, readings: Iterator[Any]) -> None:
@@ -48,17 +52,28 @@ def test_record(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two real folders: everything the record must hold, the ratio recomputed from its own samples, all of it JSON."""
     waits(monkeypatch, itertools.repeat(0.0))
     counted: list[int] = []
-    result = bench(folders.dense(), folders.sparse("predictor"), runtime=runtime, command="the command", progress=counted.append, **SHORT)
+    result = bench(
+        folders.dense(),
+        folders.sparse("predictor"),
+        runtime=runtime,
+        command="the command",
+        progress=counted.append,
+        **SHORT,
+    )
     assert json.loads(json.dumps(result)) == result
     assert counted == [1, 2, 3] and len(result["samples"]) == 3 and result["dropped"] == 0
     assert result["command"] == "the command" and result["versions"]["onnxruntime"] and result["machine"]["cpus"] >= 1
     for phase, count in (("prefill", 16), ("decode", 8)):
-        seconds = {role: [sample[role][f"{phase}_s"] for sample in result["samples"]] for role in ("baseline", "candidate")}
+        seconds = {
+            role: [sample[role][f"{phase}_s"] for sample in result["samples"]] for role in ("baseline", "candidate")
+        }
         assert all(value > 0 for values in seconds.values() for value in values)
         ratios = [a / b for a, b in zip(seconds["baseline"], seconds["candidate"], strict=True)]
         assert result[phase]["ratio"] == statistics.median(ratios)
         assert result[phase]["verdict"] == ("faster" if statistics.median(ratios) > 1 else "not faster")
-        assert result["candidate"][f"{phase}_tokens_per_s"] == pytest.approx(count / statistics.median(seconds["candidate"]))
+        assert result["candidate"][f"{phase}_tokens_per_s"] == pytest.approx(
+            count / statistics.median(seconds["candidate"])
+        )
     assert result["baseline"]["precision"]["variants"] == [] and "dense" in result["baseline"]["executor"]
     assert result["candidate"]["precision"]["variants"][0].startswith("GatedMLP.1/silu/predictor/float/")
     assert "native kernel" in result["candidate"]["executor"]
@@ -67,9 +82,13 @@ def test_record(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result["candidate"]["precision"]["bytes"]["fp32"] == result["baseline"]["precision"]["bytes"]["fp32"] + extra
 
 
-@pytest.mark.parametrize(("candidate", "ratio", "verdict"), [(0.05, 2.0, "faster"), (0.1, 1.0, "not faster"), (0.2, 0.5, "not faster")])
+@pytest.mark.parametrize(
+    ("candidate", "ratio", "verdict"), [(0.05, 2.0, "faster"), (0.1, 1.0, "not faster"), (0.2, 0.5, "not faster")]
+)
 def test_verdict(candidate: float, ratio: float, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Candidate over baseline in tokens per second; 1 or less is not faster. One wild sample does not move the median."""
+    """Candidate over baseline in tokens per second; 1 or less is not faster. One wild sample does not move
+    the median.
+    """
     waits(monkeypatch, itertools.repeat(0.0))
     fixed(monkeypatch, Fake(iter([9.0] + [0.1] * 5)), Fake(iter([0.001] + [candidate] * 3 + [5.0, candidate])))
     result = bench(folders.dense(), folders.sparse("gate"), prompt_tokens=4, new_tokens=8, pairs=5)
@@ -79,16 +98,30 @@ def test_verdict(candidate: float, ratio: float, verdict: str, monkeypatch: pyte
 
 
 def test_waiting_pairs_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pair in which either waited for a CPU does not count, here the slow one; if all waited, or waiting is unknown, the record says so."""
-    waits(monkeypatch, iter([0.0] * 9 + [50.0] + [50.0] * 6))  # two readings a run: warm-up, a quiet pair, a disturbed one, a quiet one
+    """A pair in which either waited for a CPU does not count, here the slow one; if all waited, or waiting is unknown,
+    the record says so.
+    """
+    waits(
+        monkeypatch, iter([0.0] * 9 + [50.0] + [50.0] * 6)
+    )  # two readings a run: warm-up, a quiet pair, a disturbed one, a quiet one
     fixed(monkeypatch, Fake(iter([1.0] * 4)), Fake(iter([1.0, 0.5, 8.0, 0.5])))
     result = bench(folders.dense(), folders.sparse("gate"), prompt_tokens=4, new_tokens=8, pairs=3)
-    assert result["dropped"] == 1 and len(result["samples"]) == 2 and result["decode"]["lowest"] == 2.0 and result["quiet"] is True
+    assert (
+        result["dropped"] == 1
+        and len(result["samples"]) == 2
+        and result["decode"]["lowest"] == 2.0
+        and result["quiet"] is True
+    )
     ever = itertools.count()
     waits(monkeypatch, (float(value) for value in ever))
     fixed(monkeypatch, Fake(itertools.repeat(1.0)), Fake(itertools.repeat(1.0)))
     result = bench(folders.dense(), folders.sparse("gate"), **SHORT)
-    assert result["quiet"] is False and len(result["samples"]) == 3 and result["dropped"] == 0 and "do not quote" in result["waits"]
+    assert (
+        result["quiet"] is False
+        and len(result["samples"]) == 3
+        and result["dropped"] == 0
+        and "do not quote" in result["waits"]
+    )
     for module in (samples_module, folders_module):
         monkeypatch.setattr(module, "waited", lambda: None)
     result = bench(folders.dense(), folders.sparse("gate"), **SHORT)
@@ -99,7 +132,11 @@ def test_order_alternates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither model always goes first."""
     waits(monkeypatch, itertools.repeat(0.0))
     calls: list[str] = []
-    fixed(monkeypatch, Fake(itertools.repeat(1.0), lambda: calls.append("b")), Fake(itertools.repeat(1.0), lambda: calls.append("c")))
+    fixed(
+        monkeypatch,
+        Fake(itertools.repeat(1.0), lambda: calls.append("b")),
+        Fake(itertools.repeat(1.0), lambda: calls.append("c")),
+    )
     bench(folders.dense(), folders.sparse("gate"), prompt_tokens=4, new_tokens=8, pairs=4)
     rounds = ["".join(calls[k : k + 2]) for k in range(2, 10, 2)]
     assert sorted(rounds) == ["bc", "bc", "cb", "cb"]

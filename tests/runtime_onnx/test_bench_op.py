@@ -1,4 +1,6 @@
-"""bench of ops: pairing, dropping and medians; forced densities; the dense graphs compute what they should; rows hold what they claim. No timings."""
+"""bench of ops: pairing, dropping and medians; forced densities; the dense graphs compute what they should; rows hold
+what they claim. No timings.
+"""
 
 from __future__ import annotations
 
@@ -38,22 +40,33 @@ def test_order_is_fair(count: int) -> None:
 
 
 def test_pairs_are_cold_alternate_and_drop_what_waited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pair 2 waits in its second half: it is dropped whole. Every call comes after `before`, and both halves get the same number."""
+    """Pair 2 waits in its second half: it is dropped whole. Every call comes after `before`, and both halves get the
+    same number.
+    """
     log: list[str] = []
-    readings = itertools.chain([0.0] * 11, itertools.repeat(9.0))  # two a call; the twelfth is the end of the third pair's second call
+    readings = itertools.chain(
+        [0.0] * 11, itertools.repeat(9.0)
+    )  # two a call; the twelfth is the end of the third pair's second call
     monkeypatch.setattr(samples, "waited", lambda: next(readings))
     clock = itertools.count()
     monkeypatch.setattr(samples.time, "perf_counter", lambda: float(next(clock)))
-    found = samples.pairs(lambda i: log.append(f"a{i}"), lambda i: log.append(f"b{i}"), 3, 60.0, lambda: log.append("cold"), warm=1)
+    found = samples.pairs(
+        lambda i: log.append(f"a{i}"), lambda i: log.append(f"b{i}"), 3, 60.0, lambda: log.append("cold"), warm=1
+    )
     assert found.dropped == 1 and len(found.baseline) == len(found.candidate) == 3
     assert log[::2] == ["cold"] * 10
     calls = log[1::2]
-    assert all({first[1:]} == {second[1:]} and first[0] != second[0] for first, second in zip(calls[::2], calls[1::2], strict=True))
+    assert all(
+        {first[1:]} == {second[1:]} and first[0] != second[0]
+        for first, second in zip(calls[::2], calls[1::2], strict=True)
+    )
     assert {call[0] for call in calls[2::2]} == {"a", "b"}
 
 
 def test_bursts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two readings a burst: the first burst waited and is thrown away, and of the second all calls but the first count."""
+    """Two readings a burst: the first burst waited and is thrown away, and of the second all calls but the
+    first count.
+    """
     readings = iter([0.0, 9.0, 9.0, 9.0])
     monkeypatch.setattr(samples, "waited", lambda: next(readings))
     done: list[int] = []
@@ -62,8 +75,15 @@ def test_bursts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_compare() -> None:
     found = samples.compare([4.0, 6.0, 8.0, 10.0, 100.0], [2.0, 2.0, 2.0, 2.0, 2.0])
-    assert found["ratio"] == 4.0 and found["quartiles"] == [3.0, 5.0] and (found["lowest"], found["highest"], found["pairs"]) == (2.0, 50.0, 5)
-    assert samples.compare([1.0], [1.0])["verdict"] == "not faster" and samples.compare([1.01], [1.0])["verdict"] == "faster"
+    assert (
+        found["ratio"] == 4.0
+        and found["quartiles"] == [3.0, 5.0]
+        and (found["lowest"], found["highest"], found["pairs"]) == (2.0, 50.0, 5)
+    )
+    assert (
+        samples.compare([1.0], [1.0])["verdict"] == "not faster"
+        and samples.compare([1.01], [1.0])["verdict"] == "faster"
+    )
 
 
 def test_stream_reads_every_way() -> None:
@@ -88,10 +108,15 @@ def test_density_is_forced_for_every_unit(case: Any, density: float, tmp_path: P
 
 @pytest.mark.parametrize(("baseline", "bound"), [("fp32", 1e-11), ("int8", 2e-3), ("int4", 0.1)])
 def test_dense_graphs_are_the_mlp(baseline: str, bound: float, tmp_path: Path) -> None:
-    """Against numpy on the float weights, within the format's rounding; a control with one matrix changed is far off."""
+    """Against numpy on the float weights, within the format's rounding; a control with one matrix changed
+    is far off.
+    """
     case = MlpCase(FORMS["fp32"], D, N, R, tmp_path)
     run = op._Timer(1, 1, 1.0, ()).open(case.dense(baseline, tmp_path))
-    weights, x = {role: value.astype(np.float64) for role, value in mlp_weights(D, N, R).items()}, case.pool[:5].astype(np.float64)
+    weights, x = (
+        {role: value.astype(np.float64) for role, value in mlp_weights(D, N, R).items()},
+        case.pool[:5].astype(np.float64),
+    )
 
     def mlp(down: Any) -> Any:
         gate = x @ weights["w_gate"].T
@@ -108,9 +133,22 @@ def test_rows_of_the_mlp(still: None) -> None:
     seen: list[int] = []
     peer = Peer("other", ("fp32",), lambda weights, threads: lambda x: x @ weights["w_up"].T)
     result = bench_op(
-        "gated_mlp", D, N, R, ["fp32", "int8"], (1.0, 0.25), (1, 4), 1, wanted=2, peers=[peer], command="x", keep=lambda found: seen.append(len(found["rows"]))
+        "gated_mlp",
+        D,
+        N,
+        R,
+        ["fp32", "int8"],
+        (1.0, 0.25),
+        (1, 4),
+        1,
+        wanted=2,
+        peers=[peer],
+        command="x",
+        keep=lambda found: seen.append(len(found["rows"])),
     )
-    assert json.loads(json.dumps(result)) == result and seen == list(range(1, 15)) and result["cuda"].startswith("not run")
+    assert (
+        json.loads(json.dumps(result)) == result and seen == list(range(1, 15)) and result["cuda"].startswith("not run")
+    )
     by = {(row["format"], row["tokens"], row["asked"], row["score"]): row for row in result["rows"]}
     assert len(by) == 14 and all(row["status"] == "run" for row in by.values())
     for (name, tokens, asked, score), row in by.items():
@@ -121,19 +159,35 @@ def test_rows_of_the_mlp(still: None) -> None:
         assert row["union"] == pytest.approx(1 - (1 - asked) ** tokens, abs=0.05)
         variant = gated_mlp.Variant.parse(row["variant"])
         assert row["bytes"] == pytest.approx(gated_mlp.traffic(variant, D, N, 0 if score == "all" else R, row["union"]))
-        assert row["operations"] == pytest.approx(2 * tokens * (3 * D * N * row["density"] + (0 if score == "all" else R * (D + N))))
-        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"] / 1e6) and row["share_of_stream"] == pytest.approx(
-            row["gb_per_s"] / row["stream_gb_per_s"]
+        assert row["operations"] == pytest.approx(
+            2 * tokens * (3 * D * N * row["density"] + (0 if score == "all" else R * (D + N)))
         )
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"] / 1e6) and row[
+            "share_of_stream"
+        ] == pytest.approx(row["gb_per_s"] / row["stream_gb_per_s"])
         names = [f"ONNX Runtime {BASELINES[key].name}" for key in FORMS[name].baselines] + ["other"] * (name == "fp32")
         names = names if tokens == 1 else names[:1]
         assert [dense["name"] for dense in row["dense"]] == names
     again: list[int] = []
-    more = bench_op("gated_mlp", D, N, R, ["fp32", "int8"], (1.0, 0.25), (1, 4), 1, 2, finished=result["rows"][:-1], keep=lambda _: again.append(1))
+    more = bench_op(
+        "gated_mlp",
+        D,
+        N,
+        R,
+        ["fp32", "int8"],
+        (1.0, 0.25),
+        (1, 4),
+        1,
+        2,
+        finished=result["rows"][:-1],
+        keep=lambda _: again.append(1),
+    )
     assert len(again) == 1 and more["rows"][:-1] == result["rows"][:-1]
 
 
-@pytest.mark.parametrize(("activation", "both"), [("drelu", True), ("relu2", False), ("fatrelu(0.5)", False), ("shifted_relu(-0.25)", False)])
+@pytest.mark.parametrize(
+    ("activation", "both"), [("drelu", True), ("relu2", False), ("fatrelu(0.5)", False), ("shifted_relu(-0.25)", False)]
+)
 def test_gates_are_opened_by_force(activation: str, both: bool, tmp_path: Path) -> None:
     """The shares of the pool are those asked for, of every neuron, and the pool's own reference agrees with them."""
     case = ReluCase(FORMS["fp32"], 256, N, R, tmp_path, activation)
@@ -141,7 +195,9 @@ def test_gates_are_opened_by_force(activation: str, both: bool, tmp_path: Path) 
         case.aim(score, 0.09)
         kept = case.kept(case.thresholds(0.09))
         assert kept.mean() == pytest.approx(0.09 if score == "exact" else 0.18, abs=0.01)
-        assert case._used.mean() == pytest.approx(share, abs=0.02) and case._open.mean() == pytest.approx(share**0.5 if both else share, abs=0.02)
+        assert case._used.mean() == pytest.approx(share, abs=0.02) and case._open.mean() == pytest.approx(
+            share**0.5 if both else share, abs=0.02
+        )
         assert 0.4 * share < case._used.mean(0).min() and case._used.mean(0).max() < 1.6 * share + 0.05
         x = case.pool[:64]
         tensors = {**case._arrays, "tau": case.thresholds(0.09)}
@@ -162,7 +218,10 @@ def test_rows_of_a_relu(still: None) -> None:
         assert row["nonzero"] == pytest.approx(0.09, abs=0.03) and (row["density"] == row["nonzero"]) == exact
         assert row["nonzero"] < row["opened"] and (exact or row["opened"] < row["density"])
         if row["tokens"] == 1:
-            assert row["bytes"] == pytest.approx(gated_mlp.traffic(variant, D, N, 0 if exact else R, row["density"], row["opened"], row["nonzero"]), rel=0.1)
+            assert row["bytes"] == pytest.approx(
+                gated_mlp.traffic(variant, D, N, 0 if exact else R, row["density"], row["opened"], row["nonzero"]),
+                rel=0.1,
+            )
             shares = (1.0 if exact else row["density"]) + row["opened"] + row["nonzero"]
             assert row["operations"] == pytest.approx(2 * (D * N * shares + (0 if exact else R * (D + N))), rel=0.1)
         assert row["dense"][0]["name"] == f"ONNX Runtime {BASELINES[FORMS[row['format']].baselines[0]].name}"
@@ -171,7 +230,10 @@ def test_rows_of_a_relu(still: None) -> None:
 def test_rows_of_the_linear(still: None) -> None:
     (row, nothing) = bench_op("sparse_linear", D, N, R, ["int4"], (0.5,), (1,), 1, wanted=2)["rows"]
     variant = sparse_linear.Variant.parse(row["variant"])
-    assert row["bytes"] == pytest.approx(sparse_linear.traffic(variant, D, N, row["union"])) and nothing["score"] == "nothing"
+    assert (
+        row["bytes"] == pytest.approx(sparse_linear.traffic(variant, D, N, row["union"]))
+        and nothing["score"] == "nothing"
+    )
 
 
 def test_a_wrong_kernel_is_not_timed(still: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +284,11 @@ def test_bytes_and_density_of_a_folder() -> None:
     mlp = 3 * h * n * 4
     tokens = torch.randint(2, folders.VOCABULARY, (1, 200), generator=torch.Generator().manual_seed(1))[0].tolist()
     found = graphs.realised(sparse, tokens)
-    assert len(found) == layers and all(value.kept == pytest.approx(0.5, abs=0.01) for value in found.values()) and graphs.realised(dense, tokens) == {}
+    assert (
+        len(found) == layers
+        and all(value.kept == pytest.approx(0.5, abs=0.01) for value in found.values())
+        and graphs.realised(dense, tokens) == {}
+    )
     predictor = (r * (h + n) + n) * 4
     saved = graphs.token_bytes(dense) - graphs.token_bytes(sparse, dict.fromkeys(found, 0.25))
     assert saved == pytest.approx(layers * (0.75 * mlp - predictor))
@@ -236,7 +302,10 @@ def test_thresholds_are_set_again(tmp_path: Path) -> None:
     for _ in range(3):
         graphs.set_density(folder, [tokens[:64], tokens[64:]], 0.25)
     assert all(value.kept == pytest.approx(0.25, abs=0.03) for value in graphs.realised(folder, tokens[:64]).values())
-    assert all(value.kept == value.opened == value.nonzero > 0.4 for value in graphs.realised(folders.sparse("predictor"), tokens).values())
+    assert all(
+        value.kept == value.opened == value.nonzero > 0.4
+        for value in graphs.realised(folders.sparse("predictor"), tokens).values()
+    )
 
 
 def test_share_of_the_mlp() -> None:
@@ -245,7 +314,10 @@ def test_share_of_the_mlp() -> None:
 
     calls = [{"cat": "Session", "name": "model_run", "ts": start, "dur": 100} for start in (0, 200, 400)]
     inside = [node("/model/layers.0/mlp/up/MatMul_kernel_time", start + 10, 30) for start in (0, 200, 400)]
-    outside = [node("/model/layers.0/attn/MatMul_kernel_time", 250, 50), node("/model/layers.0/mlp/up/MatMul_fence_before", 260, 50)]
+    outside = [
+        node("/model/layers.0/attn/MatMul_kernel_time", 250, 50),
+        node("/model/layers.0/mlp/up/MatMul_fence_before", 260, 50),
+    ]
     assert graphs.share_of([*calls, *inside, *outside], 2) == 0.3
 
 

@@ -1,4 +1,6 @@
-"""The CUDA kernels of both ops: their source on the emulation of cuda_emulation/ everywhere, and through ONNX Runtime where it has a GPU."""
+"""The CUDA kernels of both ops: their source on the emulation of cuda_emulation/ everywhere, and through ONNX Runtime
+where it has a GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,20 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-from cuda_cases import CUDA, LINEAR_CASES, MLP_CASES, Mlp, Run, bound, check_linear, check_mlp, linear, mlp, run_linear, run_mlp
+from cuda_cases import (
+    CUDA,
+    LINEAR_CASES,
+    MLP_CASES,
+    Mlp,
+    Run,
+    bound,
+    check_linear,
+    check_mlp,
+    linear,
+    mlp,
+    run_linear,
+    run_mlp,
+)
 from cuda_emulation import emulation
 from op_harness.sessions import make_model, nmse
 
@@ -36,7 +51,9 @@ def run(emulated: emulation.Emulation) -> Run:
 
 @pytest.mark.parametrize("case", MLP_CASES, ids=str)
 def test_gated_mlp_is_the_reference(emulated: emulation.Emulation, case: Mlp) -> None:
-    """Within the bound; the same bits when threads and blocks run in falling order, so no barrier is missing where it would show."""
+    """Within the bound; the same bits when threads and blocks run in falling order, so no barrier is missing where it
+    would show.
+    """
     variant, tensors, x = mlp(case)
     y = run_mlp(emulated.run, variant, tensors, x)
     if case.n > 1:
@@ -69,8 +86,12 @@ def test_a_token_does_not_depend_on_the_others(run: Run, few: int, many: int, we
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_active_set_is_exact(run: Run, tokens: int) -> None:
     """Gate and up are 1, w_down is the identity: y is the mask itself."""
-    variant, tensors, x = mlp(Mlp(tokens, activation="identity", x="float16", w="float16", p="float16", bias=True, d=97, n=97))
-    tensors |= {role: np.zeros_like(tensors[role]) for role in ("w_gate", "w_up", "b_down")} | {"w_down": np.eye(97, dtype=np.float16)}
+    variant, tensors, x = mlp(
+        Mlp(tokens, activation="identity", x="float16", w="float16", p="float16", bias=True, d=97, n=97)
+    )
+    tensors |= {role: np.zeros_like(tensors[role]) for role in ("w_gate", "w_up", "b_down")} | {
+        "w_down": np.eye(97, dtype=np.float16)
+    }
     tensors |= {role: np.ones_like(tensors[role]) for role in ("b_gate", "b_up")}
     keep = active(variant, x, tensors)
     assert 0.2 < keep.mean() < 0.4
@@ -81,7 +102,19 @@ def test_active_set_is_exact(run: Run, tokens: int) -> None:
 @pytest.mark.parametrize("score", ["predictor", "gate"])
 def test_a_score_at_the_threshold_is_not_kept(run: Run, score: str, tokens: int) -> None:
     """Small integers, so that scores are exact: at tau dropped, one step below tau kept."""
-    variant, tensors, x = mlp(Mlp(tokens, score, "identity", x="float16", w="float16", p="float16" if score == "predictor" else "float32", d=24, n=40, r=6))
+    variant, tensors, x = mlp(
+        Mlp(
+            tokens,
+            score,
+            "identity",
+            x="float16",
+            w="float16",
+            p="float16" if score == "predictor" else "float32",
+            d=24,
+            n=40,
+            r=6,
+        )
+    )
     rng = np.random.default_rng(3)
     x = np.repeat(rng.integers(-3, 4, (1, 24)), tokens, 0).astype(np.float16)
     x[:, 0] = 1
@@ -97,7 +130,9 @@ def test_a_score_at_the_threshold_is_not_kept(run: Run, score: str, tokens: int)
 
 @pytest.mark.parametrize("tokens", [2, 7])
 def test_a_dropped_neuron_reaches_no_result(run: Run, tokens: int) -> None:
-    """NaN in rows that no token keeps. (Prefill multiplies rows of w_down that another token keeps by 0, and those beside them.)"""
+    """NaN in rows that no token keeps. (Prefill multiplies rows of w_down that another token keeps by 0, and those
+    beside them.)
+    """
     variant, tensors, x = mlp(Mlp(tokens, x="float16", w="float16", p="float16", d=40, n=200))
     tensors["tau"][:64] = np.inf  # of a whole tile
     keep = active(variant, x, tensors)
@@ -158,7 +193,9 @@ extern "C" const char* toy(int mode, int* out) {
 
 
 def test_the_emulation_finds_a_missing_barrier(tmp_path: Path) -> None:
-    """The order of threads shows it (mode 0), and threads that wait in different places are an error (mode 2); with the barrier (mode 1) all is well."""
+    """The order of threads shows it (mode 0), and threads that wait in different places are an error (mode 2); with the
+    barrier (mode 1) all is well.
+    """
     if not emulation.compiler():
         pytest.skip("the emulation of the CUDA kernels needs g++")
     source, built = tmp_path / "toy.cc", tmp_path / "toy.so"

@@ -1,4 +1,6 @@
-"""GatedMLP: variants, float64 reference, body in standard ops, and what of the CPU kernel the op harness does not vary."""
+"""GatedMLP: variants, float64 reference, body in standard ops, and what of the CPU kernel the op harness
+does not vary.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,19 @@ from op_harness.testing import check
 
 from sparsegate.runtime_onnx import library
 from sparsegate.runtime_onnx.ops.activation import is_relu
-from sparsegate.runtime_onnx.ops.gated_mlp import BOUNDS, FLOATS, ROLES, SCORES, Variant, active, emulate, function, reference, scores, traffic
+from sparsegate.runtime_onnx.ops.gated_mlp import (
+    BOUNDS,
+    FLOATS,
+    ROLES,
+    SCORES,
+    Variant,
+    active,
+    emulate,
+    function,
+    reference,
+    scores,
+    traffic,
+)
 from sparsegate.runtime_onnx.ops.margins import settled, sum_energy
 from sparsegate.runtime_onnx.ops.quantisation import WEIGHTS
 
@@ -38,7 +52,12 @@ def test_name_is_inverted_by_parse(combination: tuple[str, str, bool], weights: 
     activation, score, plain = combination
     variant = make_variant(activation, score, weights, plain=plain, bias=True, x="float16")
     assert Variant.parse(variant.name) == variant
-    assert variant.attributes() == {"inputs": " ".join(variant.inputs), "activation": activation, "score": score, "weights": weights}
+    assert variant.attributes() == {
+        "inputs": " ".join(variant.inputs),
+        "activation": activation,
+        "score": score,
+        "weights": weights,
+    }
 
 
 def test_name_is_spelled_as_the_format_says() -> None:
@@ -59,12 +78,20 @@ def test_name_is_spelled_as_the_format_says() -> None:
         ({"inputs": ("w_gate", "w_up", "w_down", "s_up", "tau", "p1", "p2")}, "Add or remove s_up"),
         ({"score": "all"}, "Add or remove tau p1 p2"),
         ({"p": "int8"}, "Add or remove s_p1 s_p2"),
-        ({"score": "exact", "inputs": ("w_gate", "w_up", "w_down")}, "relu, relu2, drelu, fatrelu, shifted_relu with score exact"),
+        (
+            {"score": "exact", "inputs": ("w_gate", "w_up", "w_down")},
+            "relu, relu2, drelu, fatrelu, shifted_relu with score exact",
+        ),
         ({"activation": "drelu", "inputs": ("w_up", "w_down", "tau", "p1", "p2")}, "must not be drelu without w_gate"),
     ],
 )
 def test_impossible_variants_are_refused(change: dict, message: str) -> None:
-    fields = {"activation": "silu", "score": "predictor", "weights": "float", "inputs": ("w_gate", "w_up", "w_down", "tau", "p1", "p2")}
+    fields = {
+        "activation": "silu",
+        "score": "predictor",
+        "weights": "float",
+        "inputs": ("w_gate", "w_up", "w_down", "tau", "p1", "p2"),
+    }
     with pytest.raises(ValueError, match=message):
         Variant(**{**fields, **change})
 
@@ -135,7 +162,9 @@ def test_traffic_counts_what_a_token_reads() -> None:
     assert traffic(gate, d, n, 0, 0.25) == 3 * n * d * 4 * (1 / 3 + 2 / 3 * 0.25) + 4 * n
     predictor = make_variant(w="float16", p="float16")
     assert traffic(predictor, d, n, r, 0.25) == 3 * n * d * 2 * 0.25 + 2 * (r * d + n * r) + 4 * n
-    assert traffic(make_variant(score="all", weights="int8_row", bias=True), d, n, 0, 0.25) == 3 * n * (d + 4) + 4 * (2 * n + d)
+    assert traffic(make_variant(score="all", weights="int8_row", bias=True), d, n, 0, 0.25) == 3 * n * (d + 4) + 4 * (
+        2 * n + d
+    )
     assert traffic(make_variant(score="all", weights="int4_g32"), d, n, 0, 1.0) == 3 * n * (d / 2 + d / 32 * 2)
     assert traffic(make_variant(p="int8"), d, n, r, 0.0) == r * (d + 4) + n * (r + 4) + 4 * n
     assert traffic(make_variant(score="gate", plain=True), d, n, 0, 0.5) == 2 * n * d * 4 * 0.75 + 4 * n
@@ -162,7 +191,9 @@ def test_body_and_kernel_compute_the_reference(combination: tuple[str, str, bool
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_terms_that_cancel_leave_what_their_rounding_makes_of_them(plain: bool) -> None:
-    """Of two tokens one has large channels that cancel in every product: its y is as inexact in float32 as these are, and the other's is not."""
+    """Of two tokens one has large channels that cancel in every product: its y is as inexact in float32 as these are,
+    and the other's is not.
+    """
     d, n = 256, 64
     variant = make_variant("silu", "all", "float", plain=plain)
     tensors, x = make_tensors(variant, d, n, 0, 0), make_x(variant, (2, d), 0)
@@ -197,8 +228,12 @@ def test_body_takes_the_opset_of_the_graph(opset: int) -> None:
         ("int4_g32", "all", 1.0, (2048, 64, 64)),
     ],
 )
-def test_bound_holds_at_the_width_of_a_real_layer(weights: str, score: str, keep: float, sizes: tuple[int, int, int], isa: str) -> None:
-    """Rounding errors grow with the length of the sums. (4 bits: fewer values are rounded, so that tokens without one at a boundary are left.)"""
+def test_bound_holds_at_the_width_of_a_real_layer(
+    weights: str, score: str, keep: float, sizes: tuple[int, int, int], isa: str
+) -> None:
+    """Rounding errors grow with the length of the sums. (4 bits: fewer values are rounded, so that tokens without one
+    at a boundary are left.)
+    """
     assert check("gated_mlp", Case(make_variant(score=score, weights=weights), sizes, 2, keep, isa)).problems == ()
 
 
@@ -207,7 +242,10 @@ def test_narrow_results_round_as_numpy_does() -> None:
     d = 16
     for name in ("float16", "bfloat16"):
         variant = make_variant("identity", "all", plain=True, x=name)
-        tensors = {"w_up": np.eye(d, dtype=np.float32), "w_down": np.eye(d, dtype=np.float32) * np.float32(1.00048828125)}
+        tensors = {
+            "w_up": np.eye(d, dtype=np.float32),
+            "w_down": np.eye(d, dtype=np.float32) * np.float32(1.00048828125),
+        }
         x = np.zeros((6, d), name)
         x[:, 0] = [65504 if name == "float16" else 3e38, 6e-8, 6.1e-5, -1.5, np.inf, np.nan]
         y = run(open_model(make_model(OP, variant, tensors)), x)[:, 0]
@@ -225,7 +263,10 @@ def test_a_score_at_the_threshold_is_not_kept(native: bool, score: str) -> None:
     rng = np.random.default_rng(3)
     d, n, r, tokens = 24, 40, 6, 4
     x = rng.integers(-3, 4, (tokens, d)).astype(np.float32)
-    tensors = {k: rng.integers(-3, 4, s).astype(np.float32) for k, s in {"w_gate": (n, d), "w_up": (n, d), "p1": (r, d), "p2": (n, r)}.items()}
+    tensors = {
+        k: rng.integers(-3, 4, s).astype(np.float32)
+        for k, s in {"w_gate": (n, d), "w_up": (n, d), "p1": (r, d), "p2": (n, r)}.items()
+    }
     tensors |= {"w_down": np.eye(n, d, dtype=np.float32)}
     tensors = {k: v for k, v in tensors.items() if k in variant.inputs}
     tensors["w_gate"][:, 0] = 100  # no product is 0
@@ -247,7 +288,11 @@ def test_active_set_is_exact(native: bool, tokens: int) -> None:
     variant = make_variant("identity", bias=True)
     x = make_x(variant, (tokens, d))
     tensors = make_tensors(variant, d, n)
-    tensors |= {"w_gate": np.zeros((n, d), np.float32), "w_up": np.zeros((n, d), np.float32), "w_down": np.eye(n, dtype=np.float32)}
+    tensors |= {
+        "w_gate": np.zeros((n, d), np.float32),
+        "w_up": np.zeros((n, d), np.float32),
+        "w_down": np.eye(n, dtype=np.float32),
+    }
     tensors |= {"b_gate": np.ones(n, np.float32), "b_up": np.ones(n, np.float32), "b_down": np.zeros(d, np.float32)}
     tensors = with_tau(variant, x, tensors, 0.3)
     keep = active(variant, x, tensors)
@@ -257,7 +302,9 @@ def test_active_set_is_exact(native: bool, tokens: int) -> None:
 
 @pytest.mark.parametrize("native", [True, False])
 def test_a_dropped_neuron_reaches_no_result(native: bool) -> None:
-    """NaN in rows that no token, or only another token, keeps. (The body multiplies w_down by 0, so NaN there is the kernel's part.)"""
+    """NaN in rows that no token, or only another token, keeps. (The body multiplies w_down by 0, so NaN there is the
+    kernel's part.)
+    """
     variant = make_variant()
     d, n = 40, 70
     x = make_x(variant, (2, d))
@@ -302,7 +349,9 @@ def test_kernel_is_the_reference_for_any_shape(data: st.DataObject) -> None:
     n, r, tokens = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 70)), data.draw(st.integers(1, 9))
     seed = data.draw(st.integers(0, 99))
     x = make_x(variant, (tokens, d), seed)
-    tensors = with_tau(variant, x, make_tensors(variant, d, n, r, seed), data.draw(st.sampled_from([0.0, "one", 0.2, 1.0])))
+    tensors = with_tau(
+        variant, x, make_tensors(variant, d, n, r, seed), data.draw(st.sampled_from([0.0, "one", 0.2, 1.0]))
+    )
     good = settled(variant, x, tensors)
     y = run(open_model(make_model(OP, variant, tensors)), x)
     expected = emulate(variant, x, tensors)

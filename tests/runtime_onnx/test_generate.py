@@ -1,4 +1,6 @@
-"""Generation over onnxruntime-genai: the kernel and the body give plain onnxruntime's tokens and logits, nothing is copied, and mistakes get one line."""
+"""Generation over onnxruntime-genai: the kernel and the body give plain onnxruntime's tokens and logits, nothing is
+copied, and mistakes get one line.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def greedy(folder: Path, library: bool) -> list[int]:
 
 @pytest.mark.parametrize("score", ["gate", "predictor"])
 def test_four_ways_agree(score: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Library on and off, in genai and in plain onnxruntime: one text, logits within 1e-4; genai runs from a foreign folder and changes no file."""
+    """Library on and off, in genai and in plain onnxruntime: one text, logits within 1e-4; genai runs from a foreign
+    folder and changes no file.
+    """
     folder = folders.sparse(score)
     expected = greedy(folder, library=False)
     assert greedy(folder, library=True) == expected != greedy(folders.dense(), library=False)
@@ -52,7 +56,9 @@ def test_four_ways_agree(score: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
         generator = og.Generator(model, og.GeneratorParams(model))
         generator.append_tokens(og.Tokenizer(model).encode(folders.PROMPT))
         logits[library] = generator.get_logits()[0, -1]
-    plain = runtime.Decoder(folder, library=False)(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(folders.PROMPT).ids)[-1]
+    plain = runtime.Decoder(folder, library=False)(
+        Tokenizer.from_file(str(folder / "tokenizer.json")).encode(folders.PROMPT).ids
+    )[-1]
     for found in logits.values():
         assert np.abs(found - plain).max() < 1e-4
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -121,7 +127,9 @@ def test_context_is_the_limit() -> None:
     room = folders.CONTEXT - len(tokenizer.encode(words).ids)
     assert 1 <= len(list(runtime.generate(folder, words, 100, chat=False))) <= room < 10
     with pytest.raises(
-        ValueError, match=f"prompt must be shorter than the model's context of {folders.CONTEXT} tokens, got {len(tokenizer.encode(words * 3).ids)}"
+        ValueError,
+        match=f"prompt must be shorter than the model's context of {folders.CONTEXT} tokens, got "
+        f"{len(tokenizer.encode(words * 3).ids)}",
     ):
         runtime.generate(folder, words * 3, chat=False)
 
@@ -151,18 +159,26 @@ def test_missing_genai(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_refused_library_falls_back(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """If genai does not take the library by its bare name, a warning says so and the body gives the text; demanded, the error holds genai's text."""
+    """If genai does not take the library by its bare name, a warning says so and the body gives the text; demanded, the
+    error holds genai's text.
+    """
     monkeypatch.setattr(generation, "LIBRARY", "libsparsegate_renamed.so")
     expected = raw(folders.sparse("gate"), folders.PROMPT, 8, library=False)
     caplog.clear()
     assert raw(folders.sparse("gate"), folders.PROMPT, 8) == expected
-    assert [record.levelno for record in caplog.records] == [logging.WARNING] and "did not take the library" in caplog.text
+    assert [record.levelno for record in caplog.records] == [
+        logging.WARNING
+    ] and "did not take the library" in caplog.text
     with pytest.raises(InputError, match="libsparsegate_renamed"):
         runtime.load(folders.sparse("gate"), library=True)
 
 
-def test_other_library_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """genai would open a file of that name in the model's or the current folder first: one that is not ours is never loaded."""
+def test_other_library_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """genai would open a file of that name in the model's or the current folder first: one that is not ours is never
+    loaded.
+    """
     (tmp_path / "libsparsegate_onnx.so").write_bytes(b"another library")
     monkeypatch.chdir(tmp_path)
     assert list(runtime.generate(folders.sparse("gate"), folders.PROMPT, 2))

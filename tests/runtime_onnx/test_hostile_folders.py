@@ -1,4 +1,6 @@
-"""A checkpoint is data: whatever its genai_config.json names, no library of it is loaded, no program run and no file written."""
+"""A checkpoint is data: whatever its genai_config.json names, no library of it is loaded, no program run and no file
+written.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], str]:
 
 
 def twice(*path: str, first: Any) -> Callable[[dict[str, Any]], str]:
-    """The text of a configuration in which a key stands twice, `first` before what was there: Python keeps the last, genai reads both."""
+    """The text of a configuration in which a key stands twice, `first` before what was there: Python keeps the last,
+    genai reads both.
+    """
 
     def change(config: dict[str, Any]) -> str:
         place = config
@@ -99,8 +103,12 @@ RUNS = {
     "the decoder twice": twice("model", "decoder", first={"filename": "model.onnx", "head_size": 16, **NAMED}),
     "the model twice": twice("model", first={"decoder": {"filename": "model.onnx", **NAMED}}),
     "run_options": put("model", "decoder", "run_options", value={"custom_ops_library": "evil.so"}),
-    "a provider's library": put("model", "decoder", "session_options", "provider_options", value=[{"QNN": {"backend_path": "evil.so"}}]),
-    "a provider's option": put("model", "decoder", "session_options", "provider_options", value=[{"cuda": {"gpu_external_alloc": "1"}}]),
+    "a provider's library": put(
+        "model", "decoder", "session_options", "provider_options", value=[{"QNN": {"backend_path": "evil.so"}}]
+    ),
+    "a provider's option": put(
+        "model", "decoder", "session_options", "provider_options", value=[{"cuda": {"gpu_external_alloc": "1"}}]
+    ),
     "a profile to write": put("model", "decoder", "session_options", "enable_profiling", value="written"),
     "a graph to write": put("model", "decoder", "session_options", "optimized_model_filepath", value="written.onnx"),
     "a session's entry": put("model", "decoder", "session_options", "ep.context_file_path", value="written"),
@@ -137,7 +145,9 @@ def test_plain_genai_runs_it(folder: Path, mark: Path, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", RUNS)
-def test_nothing_of_a_checkpoint_runs(folder: Path, mark: Path, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_a_checkpoint_runs(
+    folder: Path, mark: Path, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (folder / CONFIG).write_text(RUNS[way](json.loads((folder / CONFIG).read_text())))
     before = content(folder)
@@ -149,12 +159,18 @@ def test_nothing_of_a_checkpoint_runs(folder: Path, mark: Path, tmp_path: Path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_a_library_of_our_name_is_not_taken(folder: Path, mark: Path, hostile_library: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_library_of_our_name_is_not_taken(
+    folder: Path, mark: Path, hostile_library: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Beside the model it is left alone, and named in the configuration it is refused: it is not the installed one."""
     shutil.copyfile(hostile_library, folder / LIBRARY)
     expected = list(runtime.generate(folders.sparse("gate"), folders.PROMPT, 4))
     assert list(runtime.generate(folder, folders.PROMPT, 4)) == expected and not mark.exists()
-    (folder / CONFIG).write_text(put("model", "decoder", "session_options", "custom_ops_library", value=LIBRARY)(json.loads((folder / CONFIG).read_text())))
+    (folder / CONFIG).write_text(
+        put("model", "decoder", "session_options", "custom_ops_library", value=LIBRARY)(
+            json.loads((folder / CONFIG).read_text())
+        )
+    )
     for function in (runtime.load, runtime.link):
         with pytest.raises(ValueError, match="must be"):
             function(folder)
@@ -179,23 +195,33 @@ def test_genai_reads_a_configuration_of_ours(tmp_path: Path, monkeypatch: pytest
     decoder = read_config(folder)["model"]["decoder"]
     assert given["model"]["decoder"] == decoder | {
         "session_options": decoder["session_options"] | {"intra_op_num_threads": 1, "custom_ops_library": LIBRARY}
-    }  # fmt: skip
+    }
     assert og.Tokenizer(model).encode("a").size and path.exists()
     del model
     assert not path.exists()
 
 
 def test_the_vocabulary_has_what_the_export_writes_and_no_path() -> None:
-    """A field that names a file would be a way out; the graph's own name is the one exception, and stays in its folder."""
+    """A field that names a file would be a way out; the graph's own name is the one exception, and stays in
+    its folder.
+    """
     read_json(folders.dense() / CONFIG, CONFIG)
     assert read_config(folders.dense()) == json.loads((folders.dense() / CONFIG).read_text())
 
     def names(fields: Any) -> set[str]:
         if isinstance(fields, list):
             return names(fields[0])
-        return {name for key, value in fields.items() for name in ({key} | (names(value) if isinstance(value, dict | list) else set()))}
+        return {
+            name
+            for key, value in fields.items()
+            for name in ({key} | (names(value) if isinstance(value, dict | list) else set()))
+        }
 
-    known = {name for name in names(FIELDS) if any(word in name for word in ("path", "file", "library", "dir", "lib", "program"))}
+    known = {
+        name
+        for name in names(FIELDS)
+        if any(word in name for word in ("path", "file", "library", "dir", "lib", "program"))
+    }
     assert known == {"filename", "custom_ops_library"}
     for wrong in ("../model.onnx", "/model.onnx", "a/model.onnx", "", ".", "..", "C:model.onnx", "a\\b"):
         assert not FIELDS["model"]["decoder"]["filename"](wrong), wrong
@@ -210,7 +236,9 @@ def test_weights_lie_beside_the_graph(tmp_path: Path, place: str, where: str) ->
     if where == "an initialiser":
         tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
     else:
-        node = onnx.helper.make_node("Constant", [], ["unused"], value=onnx.numpy_helper.from_array(np.zeros(4, np.float32)))
+        node = onnx.helper.make_node(
+            "Constant", [], ["unused"], value=onnx.numpy_helper.from_array(np.zeros(4, np.float32))
+        )
         nodes = model.graph.node if where == "a constant" else model.functions[0].node
         nodes.append(node)
         tensor = nodes[-1].attribute[0].t

@@ -1,4 +1,6 @@
-"""link and unlink: a folder that genai opens from any language with the kernel inside, and the way back to the same bytes."""
+"""link and unlink: a folder that genai opens from any language with the kernel inside, and the way back to the same
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -52,17 +54,23 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def app(folder: Path, cwd: Path) -> list[str]:
     """Output lines of APP, run in `cwd`."""
-    done = subprocess.run([sys.executable, "-c", APP, str(folder), folders.PROMPT], cwd=cwd, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", APP, str(folder), folders.PROMPT], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
 def test_round_trip(folder: Path) -> None:
-    """link adds a copy, a record and one line; unlink gives the same bytes back; both may be run twice, on the checkpoint or its ONNX folder."""
+    """link adds a copy, a record and one line; unlink gives the same bytes back; both may be run twice, on the
+    checkpoint or its ONNX folder.
+    """
     (folder / CONFIG).write_bytes((folder / CONFIG).read_bytes().replace(b"\n", b"\r\n") + b"\n \n")
     before = content(folder)
     copy = runtime.link(folder.parent)
-    assert copy == folder / LIBRARY and not copy.is_symlink() and copy.read_bytes() == runtime.library_path().read_bytes()
+    assert (
+        copy == folder / LIBRARY and not copy.is_symlink() and copy.read_bytes() == runtime.library_path().read_bytes()
+    )
     config = json.loads((folder / CONFIG).read_text())
     assert config["model"]["decoder"]["session_options"].pop("custom_ops_library") == LIBRARY
     assert config == json.loads(before[CONFIG])
@@ -78,7 +86,9 @@ def test_round_trip(folder: Path) -> None:
 
 
 def test_apps_get_the_kernel(folder: Path, tmp_path: Path) -> None:
-    """An app without sparsegate, started elsewhere: linked it maps the copy, unlinked it does not, and the text is the same."""
+    """An app without sparsegate, started elsewhere: linked it maps the copy, unlinked it does not, and the text is the
+    same.
+    """
     text, mapped = app(folder, tmp_path)
     assert mapped == "False"
     runtime.link(folder)
@@ -106,7 +116,9 @@ def test_stale_copy_is_renewed(folder: Path) -> None:
 
 
 def test_edits_after_link_survive(folder: Path) -> None:
-    """A config that a person changed while linked loses the library's line only, also when it was linked again in between."""
+    """A config that a person changed while linked loses the library's line only, also when it was linked again in
+    between.
+    """
     runtime.link(folder)
     for value in (0.5, 0.6):
         config = json.loads((folder / CONFIG).read_text())
@@ -142,25 +154,35 @@ def test_full_disk(folder: Path, failing: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_linked_folder_without_the_library(folder: Path, tmp_path: Path) -> None:
-    """From Python the copy is never what runs: the body does where it is asked for. A config that names something else is refused everywhere."""
+    """From Python the copy is never what runs: the body does where it is asked for. A config that names something else
+    is refused everywhere.
+    """
     runtime.link(folder)
     linked = content(folder)
-    assert list(runtime.generate(folder, folders.PROMPT, 4, library=False)) == list(runtime.generate(folders.sparse("gate"), folders.PROMPT, 4, library=False))
+    assert list(runtime.generate(folder, folders.PROMPT, 4, library=False)) == list(
+        runtime.generate(folders.sparse("gate"), folders.PROMPT, 4, library=False)
+    )
     assert content(folder) == linked
     (folder / CONFIG).write_text((folder / CONFIG).read_text().replace(LIBRARY, "libother.so"))
     for function in (runtime.load, runtime.link, runtime.unlink):
-        with pytest.raises(ValueError, match=r"must name no other custom_ops_library than libsparsegate_onnx\.so, got 'libother\.so'"):
+        with pytest.raises(
+            ValueError, match=r"must name no other custom_ops_library than libsparsegate_onnx\.so, got 'libother\.so'"
+        ):
             function(folder)
 
 
 def test_a_foreign_library_stays(folder: Path) -> None:
-    """link does not write over a library that it did not put there, and unlink does not delete one, whatever a record says of another one."""
+    """link does not write over a library that it did not put there, and unlink does not delete one, whatever a record
+    says of another one.
+    """
     runtime.link(folder)
     record = (folder / RECORD).read_bytes()
     runtime.unlink(folder)
     before = content(folder)
     (folder / LIBRARY).write_bytes(b"somebody's own build")
-    with pytest.raises(ValueError, match=r"must be a library that sparsegate link put there, got another file\. Move it away"):
+    with pytest.raises(
+        ValueError, match=r"must be a library that sparsegate link put there, got another file\. Move it away"
+    ):
         runtime.link(folder)
     assert content(folder) == before | {LIBRARY: b"somebody's own build"}
     (folder / RECORD).write_bytes(record)
@@ -168,7 +190,9 @@ def test_a_foreign_library_stays(folder: Path) -> None:
     assert content(folder) == before | {LIBRARY: b"somebody's own build"}
 
 
-@pytest.mark.parametrize("wish", ["another value", "one for true", "a library elsewhere", "no JSON", "not even a record"])
+@pytest.mark.parametrize(
+    "wish", ["another value", "one for true", "a library elsewhere", "no JSON", "not even a record"]
+)
 def test_a_forged_record_writes_nothing(folder: Path, wish: str) -> None:
     """What a record says was the config before is written only where it says the same as the present one does."""
     runtime.link(folder)
@@ -184,7 +208,10 @@ def test_a_forged_record_writes_nothing(folder: Path, wish: str) -> None:
     record["config"] = "{" if wish == "no JSON" else json.dumps(forged)
     (folder / RECORD).write_text(json.dumps([record] if wish == "not even a record" else record))
     assert runtime.unlink(folder) is True
-    assert json.loads((folder / CONFIG).read_text()) == now and json.loads((folder / CONFIG).read_text())["search"]["early_stopping"] is True
+    assert (
+        json.loads((folder / CONFIG).read_text()) == now
+        and json.loads((folder / CONFIG).read_text())["search"]["early_stopping"] is True
+    )
     assert not (folder / RECORD).exists() and not (folder / LIBRARY).exists()
 
 
@@ -203,7 +230,9 @@ def test_links_in_place_of_files_are_refused(folder: Path, tmp_path: Path, name:
 
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:
-    """No genai_config.json, a dense model, a variant that the library does not know: one line each, and nothing is written."""
+    """No genai_config.json, a dense model, a variant that the library does not know: one line each, and nothing is
+    written.
+    """
     dense = folders.copy(folders.dense(), tmp_path / "dense")
     before = content(dense)
     with pytest.raises(ValueError, match="dense model"):

@@ -31,7 +31,9 @@ def test_every_op_has_its_source_and_its_tests() -> None:
     lines = (ROOT / "runtime_onnx/csrc/ops.inc").read_text()
     for stem, module in OPS.items():
         assert module == f"sparsegate.runtime_onnx.ops.{stem}"
-        assert (ROOT / f"runtime_onnx/csrc/{stem}.cc").is_file() and (ROOT / f"tests/runtime_onnx/test_{stem}.py").is_file()
+        assert (ROOT / f"runtime_onnx/csrc/{stem}.cc").is_file() and (
+            ROOT / f"tests/runtime_onnx/test_{stem}.py"
+        ).is_file()
         assert f"{stem}_cpu" in lines
 
 
@@ -55,7 +57,16 @@ def test_links_nothing_of_onnx_runtime_or_cuda() -> None:
     assert dynamic_entries(library.library_path(), "SONAME") == [library.LIBRARY]
 
 
-PARAMETRIC_TEXTS = ("fatrelu(0.01)", "shifted_relu(-1.0)", "shifted_relu(0.5)", "fatrelu(1)", "fatrelu(0.010)", "fatrelu(-0.1)", "fatrelu", "relu(0.0)")
+PARAMETRIC_TEXTS = (
+    "fatrelu(0.01)",
+    "shifted_relu(-1.0)",
+    "shifted_relu(0.5)",
+    "fatrelu(1)",
+    "fatrelu(0.010)",
+    "fatrelu(-0.1)",
+    "fatrelu",
+    "relu(0.0)",
+)
 
 
 def random_variant(rng: random.Random) -> tuple[str, ...]:
@@ -76,7 +87,15 @@ def random_variant(rng: random.Random) -> tuple[str, ...]:
     for _ in range(rng.choice((0, 0, 1, 2))):
         roles ^= {rng.choice(ROLES)}
     w = rng.choice(FLOATS) if weights == "float" or rng.random() < 0.1 else "float32"
-    return rng.choice((*ACTIVATIONS, *PARAMETRIC_TEXTS)), score, weights, "+".join(role for role in ROLES if role in roles), rng.choice(FLOATS), w, p
+    return (
+        rng.choice((*ACTIVATIONS, *PARAMETRIC_TEXTS)),
+        score,
+        weights,
+        "+".join(role for role in ROLES if role in roles),
+        rng.choice(FLOATS),
+        w,
+        p,
+    )
 
 
 def test_library_and_python_accept_the_same_variants() -> None:
@@ -100,8 +119,22 @@ def test_library_and_python_spell_parameters_alike() -> None:
     name = make_variant("relu", "exact").name
     values = [0.0, 1e-40, 1e6, 0.1, 16777217.0 / 1024, *(10.0 ** rng.uniform(-8, 5, 40) * rng.choice([1.0, -1.0], 40))]
     texts = [spell_activation("shifted_relu", value) for value in values]
-    texts += [text.replace(".", ".0") for text in texts] + [text.replace(")", "0)") for text in texts] + [text.replace(")", "1)") for text in texts]
-    texts += ["fatrelu(-1.0)", "fatrelu(1000001.0)", "fatrelu( 1.0)", "fatrelu(1.0", "fatrelu(1.0))", "fatrelu()", "fatrelu(.5)", "fatrelu(5.)", "fatrelu(1e2)"]
+    texts += (
+        [text.replace(".", ".0") for text in texts]
+        + [text.replace(")", "0)") for text in texts]
+        + [text.replace(")", "1)") for text in texts]
+    )
+    texts += [
+        "fatrelu(-1.0)",
+        "fatrelu(1000001.0)",
+        "fatrelu( 1.0)",
+        "fatrelu(1.0",
+        "fatrelu(1.0))",
+        "fatrelu()",
+        "fatrelu(.5)",
+        "fatrelu(5.)",
+        "fatrelu(1e2)",
+    ]
     good = []
     for text in texts:
         try:
@@ -120,7 +153,9 @@ def test_cuda_kernels_are_built_on_request_alone() -> None:
     text = (ROOT / "runtime_onnx/csrc/CMakeLists.txt").read_text()
     assert re.search(r"option\(SPARSEGATE_CUDA .* OFF\)", text)
     listed = re.search(r"target_sources\(sparsegate_onnx PRIVATE (.*\.cu)\)", text)
-    assert listed and sorted(listed[1].split()) == sorted(path.name for path in (ROOT / "runtime_onnx/csrc").glob("*.cu"))
+    assert listed and sorted(listed[1].split()) == sorted(
+        path.name for path in (ROOT / "runtime_onnx/csrc").glob("*.cu")
+    )
     assert library.has_cuda() == (CUDA.encode() in library.library_path().read_bytes())
 
 
@@ -128,7 +163,9 @@ def test_cuda_kernels_are_built_on_request_alone() -> None:
 @pytest.mark.timeout(3000)
 @pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake")
 def test_library_builds_with_cuda(tmp_path: Path) -> None:
-    """With nvcc it claims the CUDA kernels and still needs no library of CUDA's; without it the configuration says what to do."""
+    """With nvcc it claims the CUDA kernels and still needs no library of CUDA's; without it the configuration says what
+    to do.
+    """
     configure = ["cmake", "-S", str(ROOT / "runtime_onnx/csrc"), "-B", str(tmp_path), "-DSPARSEGATE_CUDA=ON"]
     done = subprocess.run(configure, capture_output=True, text=True, check=False)
     if not shutil.which("nvcc") and "CUDACXX" not in os.environ:
@@ -139,14 +176,23 @@ def test_library_builds_with_cuda(tmp_path: Path) -> None:
     built = tmp_path / library.LIBRARY
     handle = library._open(built)
     variant = Variant("silu", "gate", "float", ("w_gate", "w_up", "w_down", "tau"), x="float16", w="float16")
-    assert handle.sparsegate_supports(variant.name.encode(), CUDA.encode()) and handle.sparsegate_supports(variant.name.encode(), CPU.encode())
+    assert handle.sparsegate_supports(variant.name.encode(), CUDA.encode()) and handle.sparsegate_supports(
+        variant.name.encode(), CPU.encode()
+    )
     assert not shutil.which("readelf") or set(dynamic_entries(built, "NEEDED")) <= SYSTEM_LIBRARIES
 
 
 def test_names_from_a_newer_sparsegate_are_not_supported() -> None:
     name = make_variant().name
     assert library.supports(name, CPU)
-    changes = {"GatedMLP.1": "GatedMLP.2", "silu": "swiglu", "predictor": "topk", "/float/": "/int2/", "tau": "tau+zeta", "w_gate+w_up": "w_up+w_gate"}
+    changes = {
+        "GatedMLP.1": "GatedMLP.2",
+        "silu": "swiglu",
+        "predictor": "topk",
+        "/float/": "/int2/",
+        "tau": "tau+zeta",
+        "w_gate+w_up": "w_up+w_gate",
+    }
     for old, new in changes.items():
         assert old in name and not library.supports(name.replace(old, new), CPU)
     assert not library.supports(name + "/more", CPU) and not library.supports("", CPU)
@@ -178,7 +224,9 @@ def test_weights_may_be_graph_inputs() -> None:
 
 
 def test_concurrent_runs_of_one_session_and_of_two() -> None:
-    """Eight threads, every one with other tokens and other numbers of tokens, on two models of different width: each gets its own result."""
+    """Eight threads, every one with other tokens and other numbers of tokens, on two models of different width: each
+    gets its own result.
+    """
     sessions, inputs, expected = [], [], []
     for d, n, weights in ((93, 200, "float"), (64, 733, "int4_g32")):
         variant = make_variant(weights=weights, bias=True, p="float32" if weights == "float" else "int8")
@@ -205,7 +253,18 @@ def test_concurrent_runs_of_one_session_and_of_two() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
 def test_runs_keep_no_memory() -> None:
     class Mallinfo(ctypes.Structure):
-        names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+        names = (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
         _fields_ = [(name, ctypes.c_size_t) for name in names]
 
     libc = ctypes.CDLL(None)

@@ -1,4 +1,6 @@
-"""What ONNX Runtime, onnxruntime-genai and tokenizers say of a damaged folder comes as our error with their text in it, and numbers have bounds."""
+"""What ONNX Runtime, onnxruntime-genai and tokenizers say of a damaged folder comes as our error with their text in it,
+and numbers have bounds.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def unknown_op(model: onnx.ModelProto) -> None:
 
 
 def other_shape(model: onnx.ModelProto) -> None:
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name.startswith("lm_head") and len(tensor.dims) == 2)
+    tensor = next(
+        tensor for tensor in model.graph.initializer if tensor.name.startswith("lm_head") and len(tensor.dims) == 2
+    )
     tensor.dims[:] = tensor.dims[::-1]
 
 
@@ -48,8 +52,10 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> str:
 
 
 USES = {
-    "session": lambda folder: runtime.Decoder(folder)([5, 6]), "genai": runtime.load, "generate": lambda folder: list(runtime.generate(folder, "x", 4)),
-}  # fmt: skip
+    "session": lambda folder: runtime.Decoder(folder)([5, 6]),
+    "genai": runtime.load,
+    "generate": lambda folder: list(runtime.generate(folder, "x", 4)),
+}
 
 
 @pytest.mark.parametrize(
@@ -59,7 +65,9 @@ USES = {
         *[(other_shape, use, "MatMul") for use in USES],
     ],
 )
-def test_a_damaged_graph_is_our_error_with_the_runtimes_text(change: Callable[[onnx.ModelProto], None], use: str, said: str, tmp_path: Path) -> None:
+def test_a_damaged_graph_is_our_error_with_the_runtimes_text(
+    change: Callable[[onnx.ModelProto], None], use: str, said: str, tmp_path: Path
+) -> None:
     folder = damaged(tmp_path, change)
     with pytest.raises(InputError, match="must run, got: ") as error:
         USES[use](folder)
@@ -114,11 +122,16 @@ def test_numbers_out_of_range(arguments: dict[str, float], said: str) -> None:
 
 def test_more_candidates_than_there_are_tokens_are_all_tokens() -> None:
     folder = folders.sparse("gate")
-    texts = ["".join(runtime.generate(folder, "def", 8, temperature=2.0, top_k=count, seed=3)) for count in (folders.VOCABULARY, 1 << 62)]
+    texts = [
+        "".join(runtime.generate(folder, "def", 8, temperature=2.0, top_k=count, seed=3))
+        for count in (folders.VOCABULARY, 1 << 62)
+    ]
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("pairs", [{"threads": -1}, {"threads": 1 << 40}, {"prompt_tokens": 1 << 62}, {"new_tokens": 0}])
+@pytest.mark.parametrize(
+    "pairs", [{"threads": -1}, {"threads": 1 << 40}, {"prompt_tokens": 1 << 62}, {"new_tokens": 0}]
+)
 def test_numbers_of_bench(pairs: dict[str, int]) -> None:
     folder = folders.sparse("gate")
     with pytest.raises(ValueError, match="must be at least|must be at most|must fit the context"):

@@ -1,4 +1,6 @@
-"""The executor's choice, sessions and the KV-cache loop: kernel, body and a float64 reference agree; everything else gets one line."""
+"""The executor's choice, sessions and the KV-cache loop: kernel, body and a float64 reference agree; everything else
+gets one line.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ FUTURE = "GatedMLP.1/swish9/gate/float/x=float32,w=float32,p=float32/w_gate+w_up
 
 
 def teacher(folder: Path) -> tuple[np.ndarray, float]:
-    """Logits [T, vocabulary] of the torch model whose MLPs are the op's float64 reference on the folder's own tensors, and the mean share of kept neurons."""
+    """Logits [T, vocabulary] of the torch model whose MLPs are the op's float64 reference on the folder's own tensors,
+    and the mean share of kept neurons.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -51,7 +55,9 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("score", ["gate", "predictor"])
 def test_kernel_body_and_reference_agree(score: str) -> None:
-    """Prefill in one call and token by token give the reference's logits either way; about half of the neurons is dropped, and that matters."""
+    """Prefill in one call and token by token give the reference's logits either way; about half of the neurons is
+    dropped, and that matters.
+    """
     folder = folders.sparse(score)
     expected, share = teacher(folder)
     assert 0.3 < share < 0.7
@@ -79,8 +85,12 @@ def test_one_neuron_more_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("library", "op_stays"), [(True, True), (None, True), (False, False)])
-def test_the_op_stays_only_with_the_library(tmp_path: Path, library: bool | None, op_stays: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """The graph that onnxruntime runs holds GatedMLP nodes with the library and standard ops without; one line says which."""
+def test_the_op_stays_only_with_the_library(
+    tmp_path: Path, library: bool | None, op_stays: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The graph that onnxruntime runs holds GatedMLP nodes with the library and standard ops without; one line says
+    which.
+    """
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
     with caplog.at_level(logging.INFO, logger="sparsegate"):
@@ -98,12 +108,16 @@ def test_executor_reads_no_weights(tmp_path: Path) -> None:
     file.write_bytes((folders.sparse("predictor") / "model.onnx").read_bytes())
     for path in (tmp_path, str(tmp_path / "onnx"), file):
         assert runtime.executor(path).kernel, runtime.executor(path).reason
-    assert variants(file) == ["GatedMLP.1/silu/predictor/float/x=float32,w=float32,p=float32/w_gate+w_up+w_down+tau+p1+p2"]
+    assert variants(file) == [
+        "GatedMLP.1/silu/predictor/float/x=float32,w=float32,p=float32/w_gate+w_up+w_down+tau+p1+p2"
+    ]
     assert runtime.executor(folders.dense()) == runtime.Executor(False, DENSE)
 
 
 def test_unknown_variant_runs_the_body(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A file from a newer sparsegate: nothing is registered, a warning names the variant, the result is right, and demanding the library is an error."""
+    """A file from a newer sparsegate: nothing is registered, a warning names the variant, the result is right, and
+    demanding the library is an error.
+    """
     expected = runtime.Decoder(folders.sparse("gate"), library=False)(IDS)
     folder = folders.copy(folders.sparse("gate"), tmp_path / "onnx")
     folders.rename_variant(folder, FUTURE)
@@ -150,7 +164,9 @@ def test_options_hold_the_library_once() -> None:
 
 
 def test_every_provider_must_be_supported() -> None:
-    """CUDA without a CUDA kernel in the library means the body, also when the CPU could; other providers do not count."""
+    """CUDA without a CUDA kernel in the library means the body, also when the CPU could; other providers do
+    not count.
+    """
     folder = folders.sparse("gate")
     name = variants(folder)[0]
     both = supports(name, "CUDAExecutionProvider")
@@ -162,8 +178,14 @@ def test_every_provider_must_be_supported() -> None:
 
 
 def test_bad_paths(tmp_path: Path) -> None:
-    """One line each: nothing there, a folder without a model, another file, bytes that are no model, no genai_config.json."""
-    for path, found in ((tmp_path / "none", "nothing there"), (tmp_path, "a folder without"), (Path(__file__), "another kind of file")):
+    """One line each: nothing there, a folder without a model, another file, bytes that are no model, no
+    genai_config.json.
+    """
+    for path, found in (
+        (tmp_path / "none", "nothing there"),
+        (tmp_path, "a folder without"),
+        (Path(__file__), "another kind of file"),
+    ):
         with pytest.raises(ValueError, match=f"must be an ONNX folder.*{found}"):
             runtime.session(path)
     (tmp_path / "model.onnx").write_bytes(b"\xff\xfe garbage")
@@ -174,7 +196,9 @@ def test_bad_paths(tmp_path: Path) -> None:
 
 
 def test_links_into_a_cache_are_explained(tmp_path: Path) -> None:
-    """A model.onnx that is a link, with its data in another real folder, as in the Hub's cache: the error names the way out."""
+    """A model.onnx that is a link, with its data in another real folder, as in the Hub's cache: the error names the way
+    out.
+    """
     source = folders.sparse("gate")
     (tmp_path / "snapshot").mkdir()
     for number, name in enumerate(("model.onnx", "model.onnx.data")):

@@ -1,4 +1,6 @@
-"""SparseLinear: variants, float64 reference, body in standard ops, and what of the kernels the op harness does not vary."""
+"""SparseLinear: variants, float64 reference, body in standard ops, and what of the kernels the op harness does not
+vary.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,17 @@ from op_harness.testing import check
 
 from sparsegate.runtime_onnx import library
 from sparsegate.runtime_onnx.ops.quantisation import WEIGHTS
-from sparsegate.runtime_onnx.ops.sparse_linear import BOUNDS, FLOATS, ROLES, Variant, active, emulate, function, reference, traffic
+from sparsegate.runtime_onnx.ops.sparse_linear import (
+    BOUNDS,
+    FLOATS,
+    ROLES,
+    Variant,
+    active,
+    emulate,
+    function,
+    reference,
+    traffic,
+)
 
 CPU = "CPUExecutionProvider"
 
@@ -32,7 +44,12 @@ def stored_variant(stored: str, bias: bool = False, x: str = "float32") -> Varia
 # variants
 
 
-@given(st.sampled_from(WEIGHTS), st.sets(st.sampled_from(ROLES), min_size=1), st.sampled_from((*FLOATS, "float64", "int8")), st.sampled_from((*FLOATS, "int8")))
+@given(
+    st.sampled_from(WEIGHTS),
+    st.sets(st.sampled_from(ROLES), min_size=1),
+    st.sampled_from((*FLOATS, "float64", "int8")),
+    st.sampled_from((*FLOATS, "int8")),
+)
 @settings(max_examples=300, deadline=None)
 def test_grammar_is_one_in_python_and_in_the_library(weights: str, roles: set[str], x: str, w: str) -> None:
     """A combination either makes a variant, whose name `parse` inverts and the library knows, or neither knows it."""
@@ -61,7 +78,15 @@ def test_roles_have_one_order(order: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("SparseLinear.1", "SparseLinear.2"), ("float/", "int2/"), ("+tau", "+tau+zeta"), ("+tau", "+tau/more"), ("x=", "y="), ("w+b", "w b")]
+    ("old", "new"),
+    [
+        ("SparseLinear.1", "SparseLinear.2"),
+        ("float/", "int2/"),
+        ("+tau", "+tau+zeta"),
+        ("+tau", "+tau/more"),
+        ("x=", "y="),
+        ("w+b", "w b"),
+    ],
 )
 def test_other_spellings_are_refused(old: str, new: str) -> None:
     name = make_variant(bias=True).name
@@ -87,9 +112,16 @@ def test_reference_is_the_formula(weights: str) -> None:
     t = with_tau(variant, x, make_tensors(variant, 7, 32), 0.5)
     for row, y in zip(x, reference(variant, x, t), strict=True):
         scale = t.get("s_w", np.ones(7)).reshape(7, -1)[:, 0]
-        stored = [[(int(b) >> 4 * half & 15) - 8 for b in line for half in (0, 1)] for line in t["w"]] if weights == "int4_g32" else t["w"].tolist()
+        stored = (
+            [[(int(b) >> 4 * half & 15) - 8 for b in line for half in (0, 1)] for line in t["w"]]
+            if weights == "int4_g32"
+            else t["w"].tolist()
+        )
         kept = [j for j in range(7) if abs(float(row[j])) > float(t["tau"][j])]
-        expected = [math.fsum([float(t["b"][c]), *(float(row[j]) * float(scale[j]) * stored[j][c] for j in kept)]) for c in range(32)]
+        expected = [
+            math.fsum([float(t["b"][c]), *(float(row[j]) * float(scale[j]) * stored[j][c] for j in kept)])
+            for c in range(32)
+        ]
         np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
     assert reference(variant, x.reshape(3, 1, 7), t).shape == (3, 1, 32)
 
@@ -115,7 +147,9 @@ def test_body_computes_the_reference(stored: str, bias: bool, x_type: str) -> No
     model = make_model(OP, variant, tensors)
     checker.check_model(load_model_from_string(model))
     body = run(open_model(model, native=False), x)
-    assert nmse(body, reference(variant, x, tensors)) < (1e-11 if x_type == "float32" else BOUNDS[x_type])  # ORT's own sums in float32
+    assert nmse(body, reference(variant, x, tensors)) < (
+        1e-11 if x_type == "float32" else BOUNDS[x_type]
+    )  # ORT's own sums in float32
     if x_type == "float32" and variant.weights == "float":
         assert nmse(body, run(open_model(model), x).astype(np.float64)) < 1e-11
 
@@ -170,7 +204,9 @@ def test_a_nan_is_not_kept_and_infinity_is(native: bool, tokens: int) -> None:
 
 
 def test_a_dropped_channel_reaches_no_result() -> None:
-    """NaN in rows that no token, or only another token, keeps. (The body multiplies the row by 0, so this is the kernel's part.)"""
+    """NaN in rows that no token, or only another token, keeps. (The body multiplies the row by 0, so this is the
+    kernel's part.)
+    """
     variant = make_variant()
     x = make_x(variant, (7, 40))
     tensors = with_tau(variant, x, make_tensors(variant, 40, 70), 0.3)
@@ -208,7 +244,9 @@ def test_kernel_is_the_reference_for_any_shape(data: st.DataObject) -> None:
     d_out = 32 * data.draw(st.integers(1, 20)) if variant.weights == "int4_g32" else data.draw(st.integers(1, 600))
     seed = data.draw(st.integers(0, 99))
     x = make_x(variant, (tokens, d_in), seed)
-    tensors = with_tau(variant, x, make_tensors(variant, d_in, d_out, seed), data.draw(st.sampled_from([0.0, "one", 0.2, 1.0])))
+    tensors = with_tau(
+        variant, x, make_tensors(variant, d_in, d_out, seed), data.draw(st.sampled_from([0.0, "one", 0.2, 1.0]))
+    )
     y = run(open_model(make_model(OP, variant, tensors)), x)
     expected = emulate(variant, x, tensors)
     assert np.abs(y - expected).max() < 2e-5 * (np.sqrt((expected**2).mean()) + 1)
@@ -223,7 +261,9 @@ def test_weights_may_be_graph_inputs_and_another_width_is_named() -> None:
     tensors = with_tau(variant, x, make_tensors(variant, 24, 40), 0.4)
     session = open_model(make_model(OP, variant, tensors, fed=variant.inputs))
     np.testing.assert_array_equal(run(session, x, **tensors), run(open_model(make_model(OP, variant, tensors)), x))
-    with pytest.raises(Exception, match=re.escape("SparseLinear node: input x must be float32 [..., 24], got float32 [3, 23]")):
+    with pytest.raises(
+        Exception, match=re.escape("SparseLinear node: input x must be float32 [..., 24], got float32 [3, 23]")
+    ):
         run(session, x[:, :23], **tensors)
 
 

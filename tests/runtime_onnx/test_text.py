@@ -14,19 +14,30 @@ from sparsegate.converter.onnx_export.tokenizer_check import TEXTS
 from sparsegate.runtime_onnx import chat_template
 from sparsegate.runtime_onnx.text import Tokenizer
 
-MESSAGES = [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "1 < 2 & caf\u00e9?"}, {"role": "assistant", "content": "Yes.\n"}]
+MESSAGES = [
+    {"role": "system", "content": " Be brief. "},
+    {"role": "user", "content": "1 < 2 & caf\u00e9?"},
+    {"role": "assistant", "content": "Yes.\n"},
+]
 ASK = [*MESSAGES, {"role": "user", "content": "Why?"}]
 TEMPLATES = {
-    "turns": "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m.content | trim + eos_token + '\n' }}{% endfor %}"
+    "turns": "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m.content | trim + eos_token + '\n' "
+    "}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
-    "blocks": "{%- for message in messages %}\n    {%- if loop.first %}\n{{ bos_token }}\n    {% endif %}\n  {% if message.role == 'user' %}\n"
-    "Q: {{ message.content }}\n  {% elif loop.last %}end{% else %}\nA: {{ message.content }}\n  {% endif %}\n{% endfor %}\n",
-    "loops": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ loop.index0 }}{{ m.content }}"
+    "blocks": "{%- for message in messages %}\n    {%- if loop.first %}\n{{ bos_token }}\n    {% endif %}\n  {% if "
+    "message.role == 'user' %}\n"
+    "Q: {{ message.content }}\n  {% elif loop.last %}end{% else %}\nA: {{ message.content }}\n  {% endif %}\n{% endfor "
+    "%}\n",
+    "loops": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ loop.index0 }}{{ m.content "
+    "}}"
     "{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
-    "namespace": "{% set ns = namespace(count=0, system='') %}{% for m in messages %}{% if m.role == 'system' %}{% set ns.system = m.content %}"
-    "{% else %}{% set ns.count = ns.count + 1 %}{% endif %}{% endfor %}{{ ns.system }}{{ ns.count }}{{ messages[1:] | length }}",
+    "namespace": "{% set ns = namespace(count=0, system='') %}{% for m in messages %}{% if m.role == 'system' %}{% set "
+    "ns.system = m.content %}"
+    "{% else %}{% set ns.count = ns.count + 1 %}{% endif %}{% endfor %}{{ ns.system }}{{ ns.count }}{{ messages[1:] | "
+    "length }}",
     "json": "{{ messages | tojson }}{{ messages[1] | tojson(indent=2) }}{{ dict(a=1, b='<\u00e9>') | tojson }}",
-    "date": "{{ strftime_now('%Y') }}{% if date_string is not defined %}{% set date_string = strftime_now('%B %Y') %}{% endif %}{{ date_string }}",
+    "date": "{{ strftime_now('%Y') }}{% if date_string is not defined %}{% set date_string = strftime_now('%B %Y') "
+    "%}{% endif %}{{ date_string }}",
     "generation": "{% for m in messages %}{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
     "macros": "{% macro turn(m, mark='#') %}{{ mark }} {{ m['content'].strip().split(' ')[0] | upper }}\n{% endmacro %}"
@@ -35,7 +46,7 @@ TEMPLATES = {
     "{{ unk_token }}{{ pad_token is defined }}{{ add_generation_prompt }}{{ x }}",
     "methods": "{{ messages[0].keys() | list }}{{ 'abc'.startswith('a') }}"
     "{{ messages[1].get('name', 'nobody') }}{{ '%s-%d' % ('a', 3) }}{{ messages | map(attribute='role') | join(',') }}",
-}  # fmt: skip
+}
 
 
 def save(name: str, folder: Path, template: str | None = None) -> Path:
@@ -66,13 +77,17 @@ def test_ids_and_texts_are_those_of_transformers(folder: Path) -> None:
 
 
 def is_stable(tokenizer: Tokenizer, ids: list[int]) -> bool:
-    """Whether no token changes what stood before it, as a byte that breaks a row of byte tokens does: nobody could stream that."""
+    """Whether no token changes what stood before it, as a byte that breaks a row of byte tokens does: nobody could
+    stream that.
+    """
     whole = tokenizer.decode(ids)
     return all(whole.startswith(tokenizer.decode(ids[:k]).rstrip("\ufffd")) for k in range(len(ids)))
 
 
 def test_streams_are_the_whole_texts(folder: Path) -> None:
-    """Encoded texts and random tokens, from every start: what the pieces add up to is what the tokens add to the text before them."""
+    """Encoded texts and random tokens, from every start: what the pieces add up to is what the tokens add to the text
+    before them.
+    """
     tokenizer, chance = Tokenizer(folder), random.Random(0)
     size = tokenizer._tokenizer.get_vocab_size()
     rows = [tokenizer.encode(text) for text in TEXTS] + [[chance.randrange(size) for _ in range(24)] for _ in range(20)]
@@ -108,7 +123,9 @@ def test_templates_give_the_text_of_transformers(name: str, tmp_path: Path) -> N
     assert ours.template == theirs.chat_template
     text = theirs.apply_chat_template(ASK, tokenize=False, add_generation_prompt=True)
     assert ours.chat(ASK) == text and text
-    assert ours.encode_chat(ASK) == theirs.apply_chat_template(ASK, add_generation_prompt=True)["input_ids"], "no second begin-of-text token"
+    assert ours.encode_chat(ASK) == theirs.apply_chat_template(ASK, add_generation_prompt=True)["input_ids"], (
+        "no second begin-of-text token"
+    )
 
 
 def test_where_a_template_stands(tmp_path: Path) -> None:
@@ -117,14 +134,21 @@ def test_where_a_template_stands(tmp_path: Path) -> None:
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     assert Tokenizer(folder).chat(ASK) == "own file <s>"
     (folder / "chat_template.jinja").unlink()
-    for template, expected in (("plain", "plain"), ([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}], "d")):
+    for template, expected in (
+        ("plain", "plain"),
+        ([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}], "d"),
+    ):
         (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
         text = AutoTokenizer.from_pretrained(folder).apply_chat_template(ASK, tokenize=False)
         assert Tokenizer(folder).chat(ASK) == expected == text
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": {"content": "<x>"}, "chat_template": "{{ bos_token }}{{ sep_token }}"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "bos_token": {"content": "<x>"}, "chat_template": "{{ bos_token }}{{ sep_token }}"})
+    )
     (folder / "special_tokens_map.json").write_text(json.dumps({"sep_token": {"content": "<sep>"}}))
     assert Tokenizer(folder).chat(ASK) == "<x><sep>"
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": [{"name": "rag", "template": "r"}]}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "chat_template": [{"name": "rag", "template": "r"}]})
+    )
     with pytest.raises(ValueError, match=r"must have a chat template to be chatted with.*\(--raw\)"):
         Tokenizer(folder).chat(ASK)
 
@@ -148,11 +172,13 @@ def test_where_a_template_stands(tmp_path: Path) -> None:
         ("{{ 'a' * 20000000 }}", "20000000 characters"),
         ("{% include 'x' %}", "no loader|include"),
     ],
-)  # fmt: skip
+)
 def test_a_template_that_fails_is_one_line(template: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"(?i){reason}") as caught:
         chat_template.render(template, {"messages": ASK})
-    assert str(caught.value).startswith("The chat template must render the conversation, got:") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith("The chat template must render the conversation, got:") and "\n" not in str(
+        caught.value
+    )
 
 
 def test_a_template_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,10 +193,19 @@ def test_a_template_sees_no_environment_and_writes_no_file(tmp_path: Path, monke
     program = tmp_path / "probe.py"
     source = Path(chat_template.__file__).read_text(encoding="utf-8")
     probe = f"texts = [str([__import__('os').environ.get('HF_TOKEN'), _try({str(tmp_path / 'out')!r})])]"
-    helper = "def _try(path):\n    try:\n        open(path, 'wb', 0).write(b'x')\n        return 'written'\n    except OSError:\n        return 'refused'\n\n\n"
-    rendered = 'texts = [compiled.render(**{**given["variables"], "messages": messages}) for messages in given["conversations"]]'
+    helper = (
+        "def _try(path):\n    try:\n        open(path, 'wb', 0).write(b'x')\n        return 'written'\n    "
+        "except "
+        "OSError:\n        return 'refused'\n\n\n"
+    )
+    rendered = (
+        'texts = [compiled.render(**{**given["variables"], "messages": messages}) for messages in '
+        'given["conversations"]]'
+    )
     assert rendered in source
-    program.write_text(source.replace(rendered, f"{probe}").replace("def _answer(", helper + "def _answer("), encoding="utf-8")
+    program.write_text(
+        source.replace(rendered, f"{probe}").replace("def _answer(", helper + "def _answer("), encoding="utf-8"
+    )
     monkeypatch.setattr(chat_template, "__file__", str(program))
     assert chat_template.render("", {}) == "[None, 'refused']"
 

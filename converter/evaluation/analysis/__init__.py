@@ -1,4 +1,6 @@
-"""Analysis: what a score and a selector would cost in quality, oracles included. Torch and reports only; nothing here makes a checkpoint."""
+"""Analysis: what a score and a selector would cost in quality, oracles included. Torch and reports only; nothing here
+makes a checkpoint.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Greedy answers under masks, by the protocol of "Achieving Sparse Activation in Small Language Models", arXiv 2406.06562.
+"""Greedy answers under masks, by the protocol of "Achieving Sparse Activation in Small Language Models", arXiv
+2406.06562.
 
-The prompt's pass runs dense and gives the answer's first token; token t >= 1 is made under the mask of step t. A dense mask of step t comes from the dense
-model's own answer up to there (for oracles with its token t as label), whatever the sparse model has written by then.
+The prompt's pass runs dense and gives the answer's first token; token t >= 1 is made under the mask of step t. A dense
+mask of step t comes from the dense model's own answer up to there (for oracles with its token t as label), whatever the
+sparse model has written by then.
 """
 
 from __future__ import annotations
@@ -25,14 +27,23 @@ from .setting import Setting, check
 
 @torch.no_grad()
 def sparse_answers(
-    model: Any, arch: Arch, prompts: Tensor, new: int, settings: Sequence[Setting], calibration: Batches | None = None, steps: int = 10
+    model: Any,
+    arch: Arch,
+    prompts: Tensor,
+    new: int,
+    settings: Sequence[Setting],
+    calibration: Batches | None = None,
+    steps: int = 10,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The dense model's greedy answers [B, new] to prompts [B, P], and those of every setting; their positions and prompt fields are not looked at.
+    """The dense model's greedy answers [B, new] to prompts [B, P], and those of every setting; their positions and
+    prompt fields are not looked at.
 
     Answers do not stop at an end of text. Raises InputError for fewer than two new tokens.
     """
     if new < 2:
-        raise InputError(f"new must be at least 2, got {new}: the first token of an answer is always dense. Ask for more tokens.")
+        raise InputError(
+            f"new must be at least 2, got {new}: the first token of an answer is always dense. Ask for more tokens."
+        )
     length = prompts.shape[1]
     settings = [replace(setting, positions="prefill", prompt=length) for setting in settings]
     for setting in settings:
@@ -45,12 +56,21 @@ def sparse_answers(
     answers = []
     for setting, tau in zip(settings, taus(model, arch, settings, calibration, up_moments, steps), strict=True):
         choice = Choice(setting, tau)
-        answers.append(_generate(model, prompts, new, _Steps(arch, choice, choice.all(seen.scores(setting)) if setting.source == "dense" else None, seen)))
+        answers.append(
+            _generate(
+                model,
+                prompts,
+                new,
+                _Steps(arch, choice, choice.all(seen.scores(setting)) if setting.source == "dense" else None, seen),
+            )
+        )
     return dense, answers
 
 
 class _Steps:
-    """Masks of one setting at single steps: those of the dense run at `position`, or by the scores of the step itself."""
+    """Masks of one setting at single steps: those of the dense run at `position`, or by the scores of the
+    step itself.
+    """
 
     def __init__(self, arch: Arch, choice: Choice, fixed: dict[Site, Tensor] | None, dense: Dense) -> None:
         self.arch, self.choice, self.fixed, self.moments, self.position = arch, choice, fixed, dense.moments, 0

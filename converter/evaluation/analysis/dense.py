@@ -1,4 +1,6 @@
-"""The dense side of an analysis: logits, activations, gradients and scores of the model with nothing masked, and what calibration windows tell."""
+"""The dense side of an analysis: logits, activations, gradients and scores of the model with nothing masked, and what
+calibration windows tell.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,19 @@ def groups(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class Dense:
-    """Logits [B, S, V] of the dense model on one group of windows, and the fields that the settings' dense masks need."""
+    """Logits [B, S, V] of the dense model on one group of windows, and the fields that the settings' dense
+    masks need.
+    """
 
     def __init__(
-        self, model: Any, arch: Arch, tokens: Tensor, mask: Tensor, settings: Sequence[Setting], up_moments: Mapping[Site, Tensor], steps: int
+        self,
+        model: Any,
+        arch: Arch,
+        tokens: Tensor,
+        mask: Tensor,
+        settings: Sequence[Setting],
+        up_moments: Mapping[Site, Tensor],
+        steps: int,
     ) -> None:
         self.moments = up_moments
         watched = [setting for setting in settings if setting.source == "dense"]
@@ -50,7 +61,14 @@ class Dense:
             own = [s for s in watched if s.label == label and load_score(s.score).PHASE == "oracle"]
             path = any(need.endswith("grad_path") for s in own for kind in s.kinds for need in _needs(s.score, kind))
             labels = torch.where(mask.to(tokens.device), _labels(label, self.logits, tokens, mask), -100)
-            found = attribute(model, arch, tokens, labels=labels, kinds=sorted({kind for s in own for kind in s.kinds}), steps=steps if path else 0)
+            found = attribute(
+                model,
+                arch,
+                tokens,
+                labels=labels,
+                kinds=sorted({kind for s in own for kind in s.kinds}),
+                steps=steps if path else 0,
+            )
             self.gradients[label] = found.sites
 
     def scores(self, setting: Setting) -> dict[Site, Tensor]:
@@ -108,9 +126,16 @@ def moments(model: Any, arch: Arch, settings: Sequence[Setting], calibration: Ba
 
 
 def taus(
-    model: Any, arch: Arch, settings: Sequence[Setting], calibration: Batches | None, up_moments: Mapping[Site, Tensor], steps: int
+    model: Any,
+    arch: Arch,
+    settings: Sequence[Setting],
+    calibration: Batches | None,
+    up_moments: Mapping[Site, Tensor],
+    steps: int,
 ) -> list[dict[Site, float]]:
-    """Thresholds by site of every setting, from dense activations on the calibration windows; empty for other selectors."""
+    """Thresholds by site of every setting, from dense activations on the calibration windows; empty for other
+    selectors.
+    """
     asked = [setting for setting in settings if setting.selector == "threshold"]
     names = list(dict.fromkeys((setting.score, setting.kinds, setting.label) for setting in asked))
     if calibration is None or not asked:
@@ -122,8 +147,12 @@ def taus(
         for found, probe in zip(rows, probes, strict=True):
             for site, scores in dense.scores(probe).items():
                 found.setdefault(site, []).append(scores[mask.to(scores.device)])
-    by_name = {name: {site: torch.cat(parts) for site, parts in found.items()} for name, found in zip(names, rows, strict=True)}
+    by_name = {
+        name: {site: torch.cat(parts) for site, parts in found.items()} for name, found in zip(names, rows, strict=True)
+    }
     return [
-        {site: quantile_tau(scores, s.density) for site, scores in by_name[s.score, s.kinds, s.label].items()} if s.selector == "threshold" else {}
+        {site: quantile_tau(scores, s.density) for site, scores in by_name[s.score, s.kinds, s.label].items()}
+        if s.selector == "threshold"
+        else {}
         for s in settings
     ]

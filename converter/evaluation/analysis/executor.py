@@ -1,8 +1,10 @@
-"""The analysis executor: any score, any selector, any kind of unit, on token windows under teacher forcing, compared with the dense model.
+"""The analysis executor: any score, any selector, any kind of unit, on token windows under teacher forcing, compared
+with the dense model.
 
-Every unit is computed and those that do not stay are zeroed. Masks come from one of two places. `dense`: the dense model's own activations and gradients at
-that token, layer and site, which is how oracles are judged (every layer's mask is fixed before any is applied). `own`: the sparse run's activations as
-they arise, which is what a deployed score sees. The latter is the rule for scores that are known in time (phases pre, mid, in), the former for all others.
+Every unit is computed and those that do not stay are zeroed. Masks come from one of two places. `dense`: the dense
+model's own activations and gradients at that token, layer and site, which is how oracles are judged (every layer's mask
+is fixed before any is applied). `own`: the sparse run's activations as they arise, which is what a deployed score sees.
+The latter is the rule for scores that are known in time (phases pre, mid, in), the former for all others.
 """
 
 from __future__ import annotations
@@ -25,17 +27,27 @@ from .selectors import global_pool, nonzero, paper_cut, threshold, top_k, used_g
 from .setting import Outcome, Setting, check
 
 
-def analyse(model: Any, arch: Arch, batches: Batches, setting: Setting, calibration: Batches | None = None, steps: int = 10) -> Outcome:
+def analyse(
+    model: Any, arch: Arch, batches: Batches, setting: Setting, calibration: Batches | None = None, steps: int = 10
+) -> Outcome:
     """`analyse_all` for one setting."""
     return analyse_all(model, arch, batches, [setting], calibration, steps)[0]
 
 
 @torch.no_grad()
-def analyse_all(model: Any, arch: Arch, batches: Batches, settings: Sequence[Setting], calibration: Batches | None = None, steps: int = 10) -> list[Outcome]:
-    """The outcome of every setting on `batches`, the dense passes shared. `model` is a dense transformers model, `steps` the length of integrated gradients.
+def analyse_all(
+    model: Any,
+    arch: Arch,
+    batches: Batches,
+    settings: Sequence[Setting],
+    calibration: Batches | None = None,
+    steps: int = 10,
+) -> list[Outcome]:
+    """The outcome of every setting on `batches`, the dense passes shared. `model` is a dense transformers model,
+    `steps` the length of integrated gradients.
 
-    `calibration` windows give the thresholds and E[up^2]; only settings with selector "threshold" and score "chess" need them. Raises InputError for settings
-    that make no sense.
+    `calibration` windows give the thresholds and E[up^2]; only settings with selector "threshold" and score "chess"
+    need them. Raises InputError for settings that make no sense.
     """
     for setting in settings:
         check(setting, int(batches.tokens.shape[1]), calibration is not None)
@@ -46,7 +58,9 @@ def analyse_all(model: Any, arch: Arch, batches: Batches, settings: Sequence[Set
         dense = Dense(model, arch, tokens, mask, settings, up_moments, steps)
         scored = mask[:, :-1] & mask[:, 1:]
         for setting, tau, tally in zip(settings, thresholds, tallies, strict=True):
-            where = mask & (torch.arange(mask.shape[1]) >= {"all": 0, "first": 1, "prefill": setting.prompt}[setting.positions])
+            where = mask & (
+                torch.arange(mask.shape[1]) >= {"all": 0, "first": 1, "prefill": setting.prompt}[setting.positions]
+            )
             masks = _Masks(model, arch, setting, tau, dense, where, tally)
             with tapped(model, arch, setting.kinds, masks.see):
                 logits = model(input_ids=tokens.to(model.device), use_cache=False).logits
@@ -59,7 +73,9 @@ def analyse_all(model: Any, arch: Arch, batches: Batches, settings: Sequence[Set
 def score_windows(
     model: Any, arch: Arch, batches: Batches, settings: Sequence[Setting], calibration: Batches | None, steps: int
 ) -> Iterator[tuple[list[dict[Site, Tensor]], Tensor]]:
-    """For every group of windows the scores of each setting from dense activations, {site: [B, S, n]}, and the windows' mask [B, S]."""
+    """For every group of windows the scores of each setting from dense activations, {site: [B, S, n]}, and the windows'
+    mask [B, S].
+    """
     for setting in settings:
         check(setting, int(batches.tokens.shape[1]), calibration is not None)
     up_moments = moments(model, arch, settings, calibration)
@@ -72,9 +88,13 @@ def score_windows(
 
 @dataclass
 class _Tally:
-    """Sums over groups of windows: quality, positions, and by site the kept units and key-value groups and what one of them weighs."""
+    """Sums over groups of windows: quality, positions, and by site the kept units and key-value groups and what one of
+    them weighs.
+    """
 
-    quality: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64))  # nll dense, nll, kl, agreement, second choice
+    quality: Tensor = field(
+        default_factory=lambda: torch.zeros(5, dtype=torch.float64)
+    )  # nll dense, nll, kl, agreement, second choice
     tokens: int = 0
     sparse: int = 0
     positions: int = 0
@@ -95,8 +115,15 @@ class Choice:
         """The units that stay at every site, {site: [B, S, n] bool}."""
         if self.setting.selector != "global_pool":
             return {site: self.one(site, values) for site, values in scores.items()}
-        pools = [{site: values for site, values in scores.items() if site.kind.partition(":")[0] == kind} for kind in self.setting.kinds]
-        return {site: keep for pool in pools for site, keep in global_pool(pool, self.setting.density, self.setting.floor).items()}
+        pools = [
+            {site: values for site, values in scores.items() if site.kind.partition(":")[0] == kind}
+            for kind in self.setting.kinds
+        ]
+        return {
+            site: keep
+            for pool in pools
+            for site, keep in global_pool(pool, self.setting.density, self.setting.floor).items()
+        }
 
     def one(self, site: Site, scores: Tensor) -> Tensor:
         """The units that stay at one site by its own scores alone."""
@@ -111,15 +138,31 @@ class Choice:
 class _Masks:
     """What one setting keeps at every site of one group of windows, counted as it is asked."""
 
-    def __init__(self, model: Any, arch: Arch, setting: Setting, tau: Mapping[Site, float], dense: Dense, where: Tensor, tally: _Tally) -> None:
+    def __init__(
+        self,
+        model: Any,
+        arch: Arch,
+        setting: Setting,
+        tau: Mapping[Site, float],
+        dense: Dense,
+        where: Tensor,
+        tally: _Tally,
+    ) -> None:
         self.choice, self.where, self.tally, self.moments = Choice(setting, tau), where, tally, dense.moments
-        self.hidden, self.kv_heads = arch.size(model.config, "hidden"), int(getattr(model.config, arch.attn.kv_heads.config))
+        self.hidden, self.kv_heads = (
+            arch.size(model.config, "hidden"),
+            int(getattr(model.config, arch.attn.kv_heads.config)),
+        )
         self.matrices = 2 if arch.ffn.kind == "plain" else 3
         self.fixed = self.choice.all(dense.scores(setting)) if setting.source == "dense" else None
 
     def see(self, site: Site, fields: Fields) -> Tensor:
         """The units that stay at a site [B, S, n]; all of them at positions that are not masked."""
-        keep = self.fixed[site] if self.fixed is not None else self.choice.one(site, score_site(self.choice.setting.score, site, fields, self.moments))
+        keep = (
+            self.fixed[site]
+            if self.fixed is not None
+            else self.choice.one(site, score_site(self.choice.setting.score, site, fields, self.moments))
+        )
         where = self.where.to(keep.device)
         self._count(site, keep[where], fields)
         return keep | ~where.unsqueeze(-1)
@@ -142,16 +185,28 @@ def _measure(tally: _Tally, dense: Tensor, sparse: Tensor, tokens: Tensor, score
     target = tokens[:, 1:][scored].to(p.device).unsqueeze(-1)
     first, second = p.topk(2, dim=-1).indices.unbind(-1)
     choice = q.argmax(-1)
-    parts = (-p.gather(-1, target), -q.gather(-1, target), (p.exp() * (p - q)).sum(-1), choice == first, choice == second)
+    parts = (
+        -p.gather(-1, target),
+        -q.gather(-1, target),
+        (p.exp() * (p - q)).sum(-1),
+        choice == first,
+        choice == second,
+    )
     tally.quality += torch.stack([part.double().sum().cpu() for part in parts])
     tally.tokens += len(target)
 
 
 def _outcome(setting: Setting, tally: _Tally) -> Outcome:
     if not tally.tokens:
-        raise InputError("Windows must hold a position that runs sparse and has a next token, got none. Give longer windows or a shorter prompt.")
+        raise InputError(
+            "Windows must hold a position that runs sparse and has a next token, got none. Give longer windows or a "
+            "shorter prompt."
+        )
     share = tally.sparse / tally.positions
-    density = {kind: _ratio(tally, [site for site in tally.kept if site.kind.partition(":")[0] == kind]) for kind in setting.kinds}
+    density = {
+        kind: _ratio(tally, [site for site in tally.kept if site.kind.partition(":")[0] == kind])
+        for kind in setting.kinds
+    }
     kept = total = 0
     for site, count in tally.kept.items():
         kept += tally.weight[site] * (count + tally.kept_groups.get(site, 0))
@@ -159,12 +214,22 @@ def _outcome(setting: Setting, tally: _Tally) -> Outcome:
     phase = load_score(setting.score).PHASE
     nll_dense, nll, kl, agreement, second = (tally.quality / tally.tokens).tolist()
     return Outcome(
-        setting=setting, phase=phase, masks=setting.source, oracle=phase in ("oracle", "post"), tokens=tally.tokens,
-        nll_dense=nll_dense, nll=nll, kl=kl, agreement=agreement, second_choice=second,
-        density=density, density_all={kind: 1 - share * (1 - value) for kind, value in density.items()},
-        sparsity=1 - kept / total, sparsity_all=share * (1 - kept / total),
+        setting=setting,
+        phase=phase,
+        masks=setting.source,
+        oracle=phase in ("oracle", "post"),
+        tokens=tally.tokens,
+        nll_dense=nll_dense,
+        nll=nll,
+        kl=kl,
+        agreement=agreement,
+        second_choice=second,
+        density=density,
+        density_all={kind: 1 - share * (1 - value) for kind, value in density.items()},
+        sparsity=1 - kept / total,
+        sparsity_all=share * (1 - kept / total),
         sites={site.key: _ratio(tally, [site]) for site in sorted(tally.kept)},
-    )  # fmt: skip
+    )
 
 
 def _ratio(tally: _Tally, sites: Sequence[Site]) -> float:

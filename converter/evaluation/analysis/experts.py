@@ -1,7 +1,9 @@
-"""Neurons inside the experts of a mixture: the activation swapped by (layer, expert), what is active counted, and neurons masked.
+"""Neurons inside the experts of a mixture: the activation swapped by (layer, expert), what is active counted, and
+neurons masked.
 
-transformers holds the experts of a layer in one module with 3-D weights, gate_up_proj [E, 2 n, d] (gate rows first) and down_proj [E, d, n], which is called
-with the tokens [T, d], the chosen experts [T, k] and their weights [T, k]. A site is Site(layer, expert); the router is never touched.
+transformers holds the experts of a layer in one module with 3-D weights, gate_up_proj [E, 2 n, d] (gate rows first) and
+down_proj [E, d, n], which is called with the tokens [T, d], the chosen experts [T, k] and their weights [T, k]. A site
+is Site(layer, expert); the router is never touched.
 """
 
 from __future__ import annotations
@@ -23,17 +25,21 @@ from ...text.windows import Batches
 from .dense import groups
 
 SOURCE = (
-    "Turbo Sparse, arXiv 2406.05955: dReLU in every expert; the zeros of relu(gate) * relu(up) inside each routed expert",
+    "Turbo Sparse, arXiv 2406.05955: dReLU in every expert; the zeros of relu(gate) * relu(up) inside each routed "
+    "expert",
     "active share of all experts' neurons = (k / E) (1 - s) where every expert is as sparse as the others",
 )
 See = Callable[[Site, Tensor, Tensor], Tensor | None]
-"""Called at a site that tokens were routed to with their rows [t] int64 among the layer's tokens and z [t, n], the down projection's input; returns the
-neurons that stay [t, n] or [n] bool, or None for all."""
+"""Called at a site that tokens were routed to with their rows [t] int64 among the layer's tokens and z [t, n], the down
+projection's input; returns the neurons that stay [t, n] or [n] bool, or None for all.
+"""
 
 
 @dataclass(frozen=True)
 class ExpertActivity:
-    """What an expert did: `tokens` passed its layer, `routed` of them reached it, and in those `nonzero` of routed * `units` neurons were not zero."""
+    """What an expert did: `tokens` passed its layer, `routed` of them reached it, and in those `nonzero` of routed *
+    `units` neurons were not zero.
+    """
 
     tokens: int
     routed: int
@@ -59,8 +65,12 @@ class Activity:
 
     @property
     def active(self) -> float:
-        """Active share of the feed-forward neurons: mean over tokens and layers of the active ones over those of all experts."""
-        return sum(site.nonzero for site in self.sites.values()) / sum(site.tokens * site.units for site in self.sites.values())
+        """Active share of the feed-forward neurons: mean over tokens and layers of the active ones over those of all
+        experts.
+        """
+        return sum(site.nonzero for site in self.sites.values()) / sum(
+            site.tokens * site.units for site in self.sites.values()
+        )
 
     @property
     def sparsity(self) -> float:
@@ -75,7 +85,9 @@ def expected_active(chosen: int, experts: int, sparsity: float) -> float:
 
 
 def expert_modules(model: Any) -> dict[int, Any]:
-    """The fused experts of a transformers model by layer; layers without experts are absent. Raises InputError where there are none, or of another layout."""
+    """The fused experts of a transformers model by layer; layers without experts are absent. Raises InputError where
+    there are none, or of another layout.
+    """
     found: dict[int, Any] = {}
     for layer, block in enumerate(model.get_decoder().layers):
         for name, module in block.named_modules():
@@ -83,31 +95,46 @@ def expert_modules(model: Any) -> dict[int, Any]:
             if not isinstance(weight, Tensor) or weight.dim() != 3:
                 continue
             experts, double, hidden = weight.shape
-            plain = not (getattr(module, "has_bias", False) or getattr(module, "has_post_expert_norm", False)) and getattr(module, "is_concatenated", True)
+            plain = not (
+                getattr(module, "has_bias", False) or getattr(module, "has_post_expert_norm", False)
+            ) and getattr(module, "is_concatenated", True)
             if not plain or tuple(module.down_proj.shape) != (experts, hidden, double // 2):
                 what = f"{type(module).__name__} with gate_up_proj {list(weight.shape)} at layer {layer} ({name})"
-                raise InputError(f"Experts must be gate and up rows one after the other, [E, 2 n, d], without biases, got {what}. Analyse another model.")
+                raise InputError(
+                    f"Experts must be gate and up rows one after the other, [E, 2 n, d], without biases, got {what}. "
+                    "Analyse another model."
+                )
             found[layer] = module
     if not found:
-        raise InputError(f"The model must have experts in 3-D weights (gate_up_proj [E, 2 n, d]), got none in {type(model).__name__}. Give a mixture.")
+        raise InputError(
+            "The model must have experts in 3-D weights (gate_up_proj [E, 2 n, d]), got none in "
+            f"{type(model).__name__}. Give a mixture."
+        )
     return found
 
 
 def expert_sites(model: Any) -> dict[Site, int]:
     """Every expert's site and its number of neurons n, in order."""
-    return {Site(layer, expert): module.down_proj.shape[-1] for layer, module in expert_modules(model).items() for expert in range(len(module.down_proj))}
+    return {
+        Site(layer, expert): module.down_proj.shape[-1]
+        for layer, module in expert_modules(model).items()
+        for expert in range(len(module.down_proj))
+    }
 
 
 @contextmanager
 def swapped(model: Any, activations: Mapping[Site, str] | None = None, see: See | None = None) -> Iterator[None]:
-    """`model` with other activations at the listed experts, and `see` at every expert that tokens are routed to, inside the block.
+    """`model` with other activations at the listed experts, and `see` at every expert that tokens are routed to, inside
+    the block.
 
     Raises InputError for a site that is no expert of the model.
     """
     activations = activations or {}
     unknown = sorted(set(activations) - set(expert_sites(model)))
     if unknown:
-        raise InputError(f"A site must be an expert of the model, got {unknown[0].key}. Take the sites of expert_sites(model).")
+        raise InputError(
+            f"A site must be an expert of the model, got {unknown[0].key}. Take the sites of expert_sites(model)."
+        )
     with ExitStack() as stack:
         for layer, module in expert_modules(model).items():
             module.forward = partial(_forward, module, layer, activations, see)
@@ -116,7 +143,9 @@ def swapped(model: Any, activations: Mapping[Site, str] | None = None, see: See 
 
 
 @torch.no_grad()
-def measure(model: Any, batches: Batches, activations: Mapping[Site, str] | None = None, see: See | None = None) -> Activity:
+def measure(
+    model: Any, batches: Batches, activations: Mapping[Site, str] | None = None, see: See | None = None
+) -> Activity:
     """The activity of every expert on windows of tokens, padding left out; `activations` and `see` as in `swapped`.
 
     What `see` drops counts as zero. Raises InputError for windows without a token.
@@ -140,7 +169,15 @@ def measure(model: Any, batches: Batches, activations: Mapping[Site, str] | None
     return Activity({site: ExpertActivity(batches.count, routed[site], nonzero[site], n) for site, n in units.items()})
 
 
-def _forward(module: Any, layer: int, activations: Mapping[Site, str], see: See | None, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def _forward(
+    module: Any,
+    layer: int,
+    activations: Mapping[Site, str],
+    see: See | None,
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+) -> Tensor:
     """The experts of a layer one after the other: x [T, d], chosen [T, k] int64, weights [T, k] -> [T, d]."""
     out = torch.zeros_like(x)
     for expert in chosen.unique().tolist():

@@ -26,7 +26,9 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's rank correlation of every row: [..., n], [..., n] -> [...]; NaN where all of a row's values are equal."""
+    """Spearman's rank correlation of every row: [..., n], [..., n] -> [...]; NaN where all of a row's
+    values are equal.
+    """
     return (_unit_ranks(a) * _unit_ranks(b)).sum(-1)
 
 
@@ -52,7 +54,8 @@ def rank_correlations(
     calibration: Batches | None = None,
     steps: int = 10,
 ) -> dict[Site, Tensor]:
-    """Spearman correlations between scores `names` at every layer, each the mean over tokens of the correlation over units: {site: [K, K]} fp64.
+    """Spearman correlations between scores `names` at every layer, each the mean over tokens of the correlation over
+    units: {site: [K, K]} fp64.
 
     All scores are taken from the dense model. Raises InputError for scores of linears or of prompts.
     """

@@ -1,7 +1,8 @@
 """Selectors: scores to masks, True where a unit stays. Pure functions of tensors; larger scores stay.
 
-Scores are [..., n]: the last axis is the units of one site, each row one token. `top_k`, `paper_cut` and `global_pool` choose for every token by itself;
-`threshold` compares with fixed values that `quantile_tau` finds on calibration tokens.
+Scores are [..., n]: the last axis is the units of one site, each row one token. `top_k`, `paper_cut` and `global_pool`
+choose for every token by itself; `threshold` compares with fixed values that `quantile_tau` finds on calibration
+tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def unit_count(density: float, units: int) -> int:
 
 
 def top_k(scores: Tensor, density: float) -> Tensor:
-    """The round(density * n) largest scores of every row, exactly that many: [..., n] bool. Among equal scores the lower index stays."""
+    """The round(density * n) largest scores of every row, exactly that many: [..., n] bool. Among equal scores the
+    lower index stays.
+    """
     return _largest(scores, unit_count(density, scores.shape[-1]))
 
 
@@ -41,7 +44,8 @@ def _largest(scores: Tensor, k: int) -> Tensor:
 def paper_cut(scores: Tensor, sparsity: float) -> Tensor:
     """The rule of arXiv 2406.06562: tau = ascending scores[int(p n)], a score >= tau stays: [..., n] bool.
 
-    Without ties n - int(p n) units stay; scores equal to tau all stay, so that a tail of zeros is never cut. p in [0, 1), else InputError.
+    Without ties n - int(p n) units stay; scores equal to tau all stay, so that a tail of zeros is never cut. p in [0,
+    1), else InputError.
     """
     if not 0 <= sparsity < 1:
         raise InputError(f"sparsity must be in [0, 1), got {sparsity}. Give the share of units to drop.")
@@ -70,10 +74,12 @@ def quantile_tau(scores: Tensor, density: float) -> float:
 
 
 def global_pool(scores: Mapping[Key, Tensor], density: float, floor: float = 0.0) -> dict[Key, Tensor]:
-    """One pool of all sites for every token: the largest scores stay wherever they are, but every site keeps its own largest `floor` share.
+    """One pool of all sites for every token: the largest scores stay wherever they are, but every site keeps its own
+    largest `floor` share.
 
-    `scores` {site: [..., n]} with equal leading axes; together exactly round(density * sum of n) units of a token stay. Sites are compared as they are, so
-    the scores have to be on one scale. Raises InputError for a floor above the density.
+    `scores` {site: [..., n]} with equal leading axes; together exactly round(density * sum of n) units of a token stay.
+    Sites are compared as they are, so the scores have to be on one scale. Raises InputError for a floor above the
+    density.
     """
     if not 0 <= floor <= density:
         raise InputError(f"floor must be in [0, density], got {floor} for density {density}. Lower it.")
@@ -85,5 +91,7 @@ def global_pool(scores: Mapping[Key, Tensor], density: float, floor: float = 0.0
 
 
 def used_groups(heads: Tensor, kv_heads: int) -> Tensor:
-    """Key-value groups of which any query head stays: [..., H] bool -> [..., kv_heads] bool. Query heads of a group are neighbours."""
+    """Key-value groups of which any query head stays: [..., H] bool -> [..., kv_heads] bool. Query heads of a group are
+    neighbours.
+    """
     return heads.unflatten(-1, (kv_heads, -1)).any(-1)

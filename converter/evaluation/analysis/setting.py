@@ -18,10 +18,11 @@ _OWN_PHASES = ("pre", "mid", "in")
 class Setting:
     """One thing to try. `density`: share of units to keep, of every kind in `kinds` (ffn, attn, or linear alone).
 
-    selector: top_k and paper_cut per token and site; threshold, one per site, from calibration windows; global_pool per token over all sites of a kind, each
-    keeping at least `floor`; nonzero ignores the density. masks: "dense", "own" or None for the rule of the score's phase. positions: "all" are masked;
-    "prefill": the first `prompt` positions of a window run dense; "first": its first position does. label, for oracles: the dense greedy token, the true next
-    token, or the dense model's second choice.
+    selector: top_k and paper_cut per token and site; threshold, one per site, from calibration windows; global_pool per
+    token over all sites of a kind, each keeping at least `floor`; nonzero ignores the density. masks: "dense", "own" or
+    None for the rule of the score's phase. positions: "all" are masked; "prefill": the first `prompt` positions of a
+    window run dense; "first": its first position does. label, for oracles: the dense greedy token, the true next token,
+    or the dense model's second choice.
     """
 
     score: str
@@ -44,11 +45,13 @@ class Setting:
 class Outcome:
     """Quality in nats per token over the scored positions that ran sparse, and what really stayed.
 
-    `second_choice` is the share of positions where the sparse argmax is the dense model's second choice. `density` by kind is the kept share of the units at
-    sparse positions, `density_all` the same with dense positions (prefill) counted as whole; `sparsity` and `sparsity_all` weigh every site by its
-    parameters, biases left out: m d for a neuron, 2 d d_h for a head, 2 d d_h for a key-value group, which stays while any of its heads does (the masked run
-    still computes its keys and values, since later tokens attend to them), d_out for an input channel. `sites` is the density of every site. `masks` says
-    whether they came from dense or own activations. An `oracle` is no method's result: its score sees a label, or every activation that it chooses from (post).
+    `second_choice` is the share of positions where the sparse argmax is the dense model's second choice. `density` by
+    kind is the kept share of the units at sparse positions, `density_all` the same with dense positions (prefill)
+    counted as whole; `sparsity` and `sparsity_all` weigh every site by its parameters, biases left out: m d for a
+    neuron, 2 d d_h for a head, 2 d d_h for a key-value group, which stays while any of its heads does (the masked run
+    still computes its keys and values, since later tokens attend to them), d_out for an input channel. `sites` is the
+    density of every site. `masks` says whether they came from dense or own activations. An `oracle` is no method's
+    result: its score sees a label, or every activation that it chooses from (post).
     """
 
     setting: Setting
@@ -73,7 +76,9 @@ class Outcome:
 
 
 def check(setting: Setting, length: int, calibrated: bool) -> None:
-    """Refuse a setting that makes no sense for windows of `length` tokens; `calibrated` says whether calibration windows are given. Raises InputError."""
+    """Refuse a setting that makes no sense for windows of `length` tokens; `calibrated` says whether calibration
+    windows are given. Raises InputError.
+    """
     module = load_score(setting.score)
     for name, value, allowed in (
         ("selector", setting.selector, SELECTORS),
@@ -86,14 +91,32 @@ def check(setting: Setting, length: int, calibrated: bool) -> None:
     linear = getattr(module, "KIND", "ffn") == "linear"
     allowed = {"linear"} if linear else {"ffn", "attn"} if hasattr(module, "score_heads") else {"ffn"}
     if not setting.kinds or not set(setting.kinds) <= allowed:
-        raise InputError(f"kinds of score {setting.score} must be among {', '.join(sorted(allowed))}, got {', '.join(setting.kinds)}. Choose another score.")
+        raise InputError(
+            f"kinds of score {setting.score} must be among {', '.join(sorted(allowed))}, got "
+            f"{', '.join(setting.kinds)}. Choose another score."
+        )
     if setting.source == "own" and (module.PHASE in ("oracle", "prompt") or setting.selector == "global_pool"):
-        raise InputError(f"masks of {setting.score} by {setting.selector} must be dense, got own: they look beyond their site. Leave masks out.")
+        raise InputError(
+            f"masks of {setting.score} by {setting.selector} must be dense, got own: they look beyond their site. "
+            "Leave masks out."
+        )
     if module.PHASE == "prompt" and setting.positions != "prefill":
-        raise InputError(f"positions of score {setting.score} must be prefill, got {setting.positions!r}. Set prompt to the prompt's length.")
+        raise InputError(
+            f"positions of score {setting.score} must be prefill, got {setting.positions!r}. Set prompt to the "
+            "prompt's length."
+        )
     if module.PHASE == "prompt" and setting.selector == "threshold":
-        raise InputError(f"selector of score {setting.score} must choose per prompt, got threshold: its scores grow with the prompt. Use top_k.")
+        raise InputError(
+            f"selector of score {setting.score} must choose per prompt, got threshold: its scores grow with the "
+            "prompt. Use top_k."
+        )
     if setting.positions == "prefill" and not 0 < setting.prompt < length - 1:
-        raise InputError(f"prompt must be in 1..{length - 2} for windows of {length} tokens, got {setting.prompt}. Leave positions to mask.")
+        raise InputError(
+            f"prompt must be in 1..{length - 2} for windows of {length} tokens, got {setting.prompt}. Leave positions "
+            "to mask."
+        )
     if not calibrated and (setting.selector == "threshold" or "up_moment" in module.NEEDS):
-        raise InputError(f"Score {setting.score} with selector {setting.selector} needs calibration windows, got none. Give calibration.")
+        raise InputError(
+            f"Score {setting.score} with selector {setting.selector} needs calibration windows, got none. Give "
+            "calibration."
+        )

@@ -1,4 +1,6 @@
-"""`sparsegate bench`: ops, whole models of well-known sizes with random weights, and two folders; peers beside them, tables and the roofline plot."""
+"""`sparsegate bench`: ops, whole models of well-known sizes with random weights, and two folders; peers beside them,
+tables and the roofline plot.
+"""
 
 from __future__ import annotations
 

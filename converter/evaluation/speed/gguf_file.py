@@ -1,7 +1,8 @@
 """Writes a GGUF file of a model's sizes with random weights, for llama.cpp: equal work, not equal numbers.
 
-Every matrix has the one format that is asked for, the output layer and the embedding included. (llama.cpp's own Q4_0 files keep those in 6 bits, which is
-more to read: the plain form is the faster one.) Norm weights are ones and stay fp32, as everywhere.
+Every matrix has the one format that is asked for, the output layer and the embedding included. (llama.cpp's own Q4_0
+files keep those in 6 bits, which is more to read: the plain form is the faster one.) Norm weights are ones and stay
+fp32, as everywhere.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 
 @dataclass(frozen=True)
 class Format:
-    """A format of matrices: values and bytes of a block, and its name in the gguf package's table of types and of file types."""
+    """A format of matrices: values and bytes of a block, and its name in the gguf package's table of types and of file
+    types.
+    """
 
     name: str
     values: int
@@ -42,7 +45,9 @@ FORMATS = {
 
 
 def tensors(shape: Shape, layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes, rows first, of a model's tensors in llama.cpp's spelling; a shape of one number is a norm's weight or a bias."""
+    """Names and shapes, rows first, of a model's tensors in llama.cpp's spelling; a shape of one number is a norm's
+    weight or a bias.
+    """
     d, n, q, kv = shape.hidden, shape.neurons, shape.heads * shape.head, shape.kv_heads * shape.head
     yield "token_embd.weight", (shape.vocabulary, d)
     for layer in range(layers):
@@ -72,13 +77,21 @@ def tensors(shape: Shape, layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def write_gguf(shape: Shape, path: Path, precision: str, layers: int | None = None) -> Path:
-    """Writes the file; `layers` overrides the number of layers. Raises InputError for a shape or precision that llama.cpp does not have."""
+    """Writes the file; `layers` overrides the number of layers. Raises InputError for a shape or precision that
+    llama.cpp does not have.
+    """
     import gguf
 
     if shape.model_type not in ARCHITECTURES:
-        raise InputError(f"A shape for llama.cpp must be of type {', '.join(ARCHITECTURES)}, got {shape.model_type}. Bench without this peer.")
+        raise InputError(
+            f"A shape for llama.cpp must be of type {', '.join(ARCHITECTURES)}, got {shape.model_type}. Bench without "
+            "this peer."
+        )
     if shape.hidden % 32 or shape.neurons % 32:
-        raise InputError(f"Sizes must be multiples of 32 for llama.cpp's formats, got {shape.hidden} and {shape.neurons}. Bench without this peer.")
+        raise InputError(
+            f"Sizes must be multiples of 32 for llama.cpp's formats, got {shape.hidden} and {shape.neurons}. Bench "
+            "without this peer."
+        )
     form, count = FORMATS[precision], layers or shape.layers
     writer = gguf.GGUFWriter(path, ARCHITECTURES[shape.model_type])
     writer.add_name(shape.name)
@@ -118,7 +131,11 @@ def _random(rng: np.random.Generator, form: Format, rows: int, columns: int) -> 
 
             return values.astype(ml_dtypes.bfloat16).view(np.uint8)
         return values.astype(np.float16) if form.name == "F16" else values
-    blocks = np.frombuffer(rng.bytes(rows * columns // form.values * form.bytes), np.uint8).reshape(rows, -1, form.bytes).copy()
+    blocks = (
+        np.frombuffer(rng.bytes(rows * columns // form.values * form.bytes), np.uint8)
+        .reshape(rows, -1, form.bytes)
+        .copy()
+    )
     spread = 4.6 if form.name == "Q4_0" else 73.9  # standard deviation of uniform 4- and 8-bit integers
     scale = np.array([1 / spread / columns**0.5], np.float16).view(np.uint8)
     blocks[..., :2] = scale

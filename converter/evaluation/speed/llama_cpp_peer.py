@@ -1,4 +1,6 @@
-"""llama.cpp, through the low-level functions of llama-cpp-python: what is timed is `llama_decode` alone, no sampling and no text."""
+"""llama.cpp, through the low-level functions of llama-cpp-python: what is timed is `llama_decode` alone, no sampling
+and no text.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ class Llama:
         wishes.use_mmap = True
         self._model = library.llama_model_load_from_file(str(path).encode(), wishes)
         if not self._model:
-            raise InputError(f"{path} must be a GGUF file that llama.cpp {_version()} opens, got one it refuses. Bench without this peer.")
+            raise InputError(
+                f"{path} must be a GGUF file that llama.cpp {_version()} opens, got one it refuses. Bench without this "
+                "peer."
+            )
         settings = library.llama_context_default_params()
         settings.n_ctx, settings.n_batch, settings.n_ubatch = context, context, min(context, 512)
         settings.n_threads = settings.n_threads_batch = threads
@@ -70,7 +75,13 @@ class Llama:
         try:
             batch.n_tokens = len(ids)
             for at, token in enumerate(ids):
-                batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.seq_id[at][0], batch.logits[at] = token, at, 1, 0, 1
+                batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.seq_id[at][0], batch.logits[at] = (
+                    token,
+                    at,
+                    1,
+                    0,
+                    1,
+                )
             if status := library.llama_decode(self._context, batch):
                 raise InputError(f"llama.cpp must decode {len(ids)} tokens, got status {status}. Use fewer tokens.")
             vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
@@ -89,7 +100,8 @@ class Llama:
 
 
 def quantise(path: Path, out: Path, form: str = "Q4_0") -> Path:
-    """Write the GGUF file `path` in llama.cpp's own mixture of the format `form`; values that are quantised already are rounded again.
+    """Write the GGUF file `path` in llama.cpp's own mixture of the format `form`; values that are quantised already are
+    rounded again.
 
     Raises InputError for a format that llama.cpp does not have and for a file that it refuses.
     """
@@ -107,7 +119,9 @@ def quantise(path: Path, out: Path, form: str = "Q4_0") -> Path:
     status = library.llama_model_quantize(str(path).encode(), str(partial).encode(), settings)
     if status:
         partial.unlink(missing_ok=True)
-        raise InputError(f"{path} must be a GGUF file that llama.cpp {_version()} quantises, got status {status}. Give another file.")
+        raise InputError(
+            f"{path} must be a GGUF file that llama.cpp {_version()} quantises, got status {status}. Give another file."
+        )
     return partial.replace(out)
 
 

@@ -1,7 +1,8 @@
-"""Times whole models in one run: dense and sparse in ONNX Runtime, and the peers that are installed, on the same random tokens.
+"""Times whole models in one run: dense and sparse in ONNX Runtime, and the peers that are installed, on the same random
+tokens.
 
-Beside the ratios stands what the op's own speed-up lets one expect (Amdahl's law): the feed-forward networks' share of a dense token, by ONNX Runtime's
-profiler, and the op timed alone at the model's size and realised density.
+Beside the ratios stands what the op's own speed-up lets one expect (Amdahl's law): the feed-forward networks' share of
+a dense token, by ONNX Runtime's profiler, and the op timed alone at the model's size and realised density.
 """
 
 from __future__ import annotations
@@ -64,14 +65,16 @@ def bench_models(
     progress: Callable[[int], None] | None = None,
     activation: str = "silu",
 ) -> dict[str, Any]:
-    """Times every entry in `count` rounds; the role "dense" is the baseline, roles "sparse ..." are compared with every other.
+    """Times every entry in `count` rounds; the role "dense" is the baseline, roles "sparse ..." are compared with every
+    other.
 
     Args:
         entries: Models by role.
         precision: Of the weights, as in `--precision`.
         sizes: For the expectation; None leaves it out.
         settings: What else to record.
-        tokens: Ids of a text, of which the first are taken, or below which number they are drawn from 2 on, at random: the same for all.
+        tokens: Ids of a text, of which the first are taken, or below which number they are drawn from 2 on, at random:
+        the same for all.
         prompt_tokens: Tokens of the prompt.
         new_tokens: Tokens decoded one at a time.
         count: Rounds.
@@ -108,7 +111,9 @@ def bench_models(
             "tokens": "random ids, the same for all" if isinstance(tokens, int) else "of a text, the same for all",
         },
     }
-    rows: dict[str, dict[str, Any]] = {role: {"role": role, "runtime": entry.runtime, "format": entry.form} for role, entry in entries.items()}
+    rows: dict[str, dict[str, Any]] = {
+        role: {"role": role, "runtime": entry.runtime, "format": entry.form} for role, entry in entries.items()
+    }
     densities: dict[str, dict[str, Shares]] = {}
     for role, entry in entries.items():
         rows[role]["timed"] = OPENERS[entry.runtime].timed
@@ -126,8 +131,15 @@ def bench_models(
     running = {role: entry for role, entry in entries.items() if rows[role]["status"] == "run"}
     stream = Stream(threads)
     before = stream.bandwidth(9)
-    models = {role: OPENERS[entry.runtime].open(entry.path, threads, entry.form, len(drawn)) for role, entry in running.items()}
-    found = rounds({role: lambda model=model: model.run(ids, following) for role, model in models.items()}, count, progress=progress)
+    models = {
+        role: OPENERS[entry.runtime].open(entry.path, threads, entry.form, len(drawn))
+        for role, entry in running.items()
+    }
+    found = rounds(
+        {role: lambda model=model: model.run(ids, following) for role, model in models.items()},
+        count,
+        progress=progress,
+    )
     del models
     roof = best(before, stream.bandwidth(9))
     result["stream_gb_per_s"] = roof
@@ -150,19 +162,30 @@ def bench_models(
 
 
 def _drawn(tokens: int | Sequence[int], count: int) -> list[int]:
-    """The first `count` ids of a text, or as many random ones below a number. Raises InputError for a text that is too short."""
+    """The first `count` ids of a text, or as many random ones below a number. Raises InputError for a text that is too
+    short.
+    """
     if isinstance(tokens, int):
         return np.random.default_rng(3).integers(2, tokens, count).tolist()
     if len(tokens) < count:
-        raise InputError(f"tokens must hold at least {count} ids, got {len(tokens)}. Give a longer text, or fewer tokens to time.")
+        raise InputError(
+            f"tokens must hold at least {count} ids, got {len(tokens)}. Give a longer text, or fewer tokens to time."
+        )
     return list(tokens[:count])
 
 
 def _facts(path: Path, density: dict[str, Shares]) -> dict[str, Any]:
-    """What the folder holds, bytes a token needs and its realised density; of a ReLU model also the shares of open gates and of what is not zero."""
+    """What the folder holds, bytes a token needs and its realised density; of a ReLU model also the shares of open
+    gates and of what is not zero.
+    """
     found = describe(path)
     size = sum(file.stat().st_size for file in path.iterdir() if file.name.startswith("model.onnx"))
-    facts = {"executor": found["executor"], "precision": found["precision"], "file_bytes": size, "token_bytes": token_bytes(path, density)}
+    facts = {
+        "executor": found["executor"],
+        "precision": found["precision"],
+        "file_bytes": size,
+        "token_bytes": token_bytes(path, density),
+    }
     if not density:
         return facts
     mean, kept = _mean(density), [shares.kept for shares in density.values()]
@@ -193,17 +216,33 @@ def _ratios(found: Sequence[Round[tuple[float, float]]], roles: Sequence[str]) -
         for other in (other for other in roles if not other.startswith("sparse")):
             quiet = [entry for entry in found if entry.quiet(role, other)]
             kept = quiet or found
-            row: dict[str, Any] = {"role": role, "against": other, "dropped": len(found) - len(kept), "quiet": bool(quiet)}
+            row: dict[str, Any] = {
+                "role": role,
+                "against": other,
+                "dropped": len(found) - len(kept),
+                "quiet": bool(quiet),
+            }
             for number, phase in enumerate(("prefill", "decode")):
-                row[phase] = compare([entry.values[other][number] for entry in kept], [entry.values[role][number] for entry in kept])
+                row[phase] = compare(
+                    [entry.values[other][number] for entry in kept], [entry.values[role][number] for entry in kept]
+                )
             if not quiet:
-                logging.getLogger("sparsegate").warning("bench: %s against %s waited for a CPU in every round: do not quote", role, other)
+                logging.getLogger("sparsegate").warning(
+                    "bench: %s against %s waited for a CPU in every round: do not quote", role, other
+                )
             ratios.append(row)
     return ratios
 
 
 def _expected(
-    role: str, ratios: Sequence[dict[str, Any]], share: float, sizes: Sizes, precision: str, shares: Shares, threads: int, activation: str
+    role: str,
+    ratios: Sequence[dict[str, Any]],
+    share: float,
+    sizes: Sizes,
+    precision: str,
+    shares: Shares,
+    threads: int,
+    activation: str,
 ) -> dict[str, Any]:
     """Amdahl's law beside what was measured, both for decoding."""
     density = shares.kept
@@ -220,4 +259,10 @@ def _expected(
         return row | {"status": op["status"]}
     speed_up = op["dense"][0]["ratio"]
     expected = 1 / (1 - share + share / speed_up)
-    return row | {"status": "run", "op": op, "op_ratio": speed_up, "expected": expected, "measured_to_expected": measured / expected}
+    return row | {
+        "status": "run",
+        "op": op,
+        "op_ratio": speed_up,
+        "expected": expected,
+        "measured_to_expected": measured / expected,
+    }

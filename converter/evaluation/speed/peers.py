@@ -50,7 +50,9 @@ def _ours(name: str) -> Callable[[Path, int, str, int], Any]:
 
 
 class _Avx2:
-    """An ONNX folder in onnxruntime-genai with sparsegate's kernels forced to AVX2; ONNX Runtime's own use what the machine has."""
+    """An ONNX folder in onnxruntime-genai with sparsegate's kernels forced to AVX2; ONNX Runtime's own use what the
+    machine has.
+    """
 
     def __init__(self, path: Path, threads: int) -> None:
         with forced_isa("avx2"):
@@ -75,21 +77,37 @@ def _torch(path: Path, threads: int, precision: str, tokens: int) -> Any:
 
 
 OPENERS = {
-    "onnxruntime": Runtime((("onnxruntime", "onnxruntime"),), "InferenceSession.run with bound inputs and outputs", _ours("onnxruntime")),
-    "onnxruntime-genai": Runtime((("onnxruntime_genai", "onnxruntime-genai"),), "Generator.append_tokens, without a search", _ours("onnxruntime-genai")),
+    "onnxruntime": Runtime(
+        (("onnxruntime", "onnxruntime"),), "InferenceSession.run with bound inputs and outputs", _ours("onnxruntime")
+    ),
+    "onnxruntime-genai": Runtime(
+        (("onnxruntime_genai", "onnxruntime-genai"),),
+        "Generator.append_tokens, without a search",
+        _ours("onnxruntime-genai"),
+    ),
     "onnxruntime-genai, AVX2": Runtime(
         (("onnxruntime_genai", "onnxruntime-genai"),),
         "as above, sparsegate's kernels alone forced to AVX2",
         lambda path, threads, precision, tokens: _Avx2(path, threads),
     ),
-    "llama.cpp": Runtime((("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")), "llama_decode, the prompt in one call with logits of its last token", _llama),
-    "torch": Runtime((("torch", "torch"),), "the transformers model with a DynamicCache, logits of the last token", _torch),
+    "llama.cpp": Runtime(
+        (("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")),
+        "llama_decode, the prompt in one call with logits of its last token",
+        _llama,
+    ),
+    "torch": Runtime(
+        (("torch", "torch"),), "the transformers model with a DynamicCache, logits of the last token", _torch
+    ),
 }
 """Runtimes by name."""
 
 
-def prepare(shape: Shape, layers: int | None, precision: str, checkpoint: Path, work: Path) -> dict[str, tuple[str, Path, str]]:
-    """The peers' models of a shape: role -> (runtime, path, format). The path of one that is not installed is not made."""
+def prepare(
+    shape: Shape, layers: int | None, precision: str, checkpoint: Path, work: Path
+) -> dict[str, tuple[str, Path, str]]:
+    """The peers' models of a shape: role -> (runtime, path, format). The path of one that is not installed
+    is not made.
+    """
     from .gguf_file import FORMATS, write_gguf
 
     form = FORMATS[precision].name
@@ -105,6 +123,10 @@ def mlp_peers() -> list[Peer]:
     from .torch_peer import open_mlp
 
     return [
-        Peer(f"torch {precision}", forms, lambda weights, threads, precision=precision: open_mlp(weights, threads, precision))
+        Peer(
+            f"torch {precision}",
+            forms,
+            lambda weights, threads, precision=precision: open_mlp(weights, threads, precision),
+        )
         for precision, forms in MLP_PEERS.items()
     ]

@@ -1,10 +1,11 @@
-"""Models of real sizes and random weights, dense and with predictors whose thresholds force a density, or with gates that biases open by force: speed without
-weights.
+"""Models of real sizes and random weights, dense and with predictors whose thresholds force a density, or with gates
+that biases open by force: speed without weights.
 
-The weights are normal with variance 1 / inputs, so that activations stay of one size. A predictor is random too; its thresholds are quantiles, per neuron, of
-its scores on what the random model itself feeds its MLPs, so about the asked share is kept and other neurons for every token. With a ReLU activation the
-sparse graphs' gates, and dReLU's ups, have biases (8 bytes a neuron, counted), quantiles likewise: so the shares of open gates and of products that are not
-zero are the asked ones. The dense graph has none.
+The weights are normal with variance 1 / inputs, so that activations stay of one size. A predictor is random too; its
+thresholds are quantiles, per neuron, of its scores on what the random model itself feeds its MLPs, so about the asked
+share is kept and other neurons for every token. With a ReLU activation the sparse graphs' gates, and dReLU's ups, have
+biases (8 bytes a neuron, counted), quantiles likewise: so the shares of open gates and of products that are not zero
+are the asked ones. The dense graph has none.
 """
 
 from __future__ import annotations
@@ -31,13 +32,17 @@ from .shapes import Shape
 
 SEED = 11
 SETTLING = (5, 96)
-"""Rows and tokens on which a finished graph's thresholds are set again: rows about as long as what is timed, as a random model's states drift with position."""
+"""Rows and tokens on which a finished graph's thresholds are set again: rows about as long as what is timed, as a
+random model's states drift with position.
+"""
 CALIBRATION = (5, 96)
 """Rows and tokens of the random text that thresholds are taken from."""
 
 
 def make_checkpoint(shape: Shape, folder: Path, layers: int | None = None) -> Path:
-    """Writes a Hugging Face folder with random bf16 weights, one file per block, and a tokenizer of bytes; returns `folder`. Holds one block at a time."""
+    """Writes a Hugging Face folder with random bf16 weights, one file per block, and a tokenizer of bytes; returns
+    `folder`. Holds one block at a time.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.for_model(shape.model_type, **shape.config(layers), dtype="bfloat16")
@@ -60,13 +65,19 @@ def make_checkpoint(shape: Shape, folder: Path, layers: int | None = None) -> Pa
         write_tensors(folder / file, made, {"format": "pt"})
         index |= dict.fromkeys(made, file)
         total += sum(value.nbytes for value in made.values())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}), encoding="utf-8")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index}), encoding="utf-8"
+    )
     return folder
 
 
 def _random(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
     if value.dim() < 2:
-        return torch.zeros(value.shape, dtype=torch.bfloat16) if name.endswith("bias") else torch.ones(value.shape, dtype=torch.bfloat16)
+        return (
+            torch.zeros(value.shape, dtype=torch.bfloat16)
+            if name.endswith("bias")
+            else torch.ones(value.shape, dtype=torch.bfloat16)
+        )
     return (torch.randn(value.shape, generator=generator) / value.shape[1] ** 0.5).bfloat16()
 
 
@@ -95,7 +106,9 @@ def mlp_inputs(folder: Path, arch: Arch, config: Any) -> dict[Site, Tensor]:
             found[site] = given[0].float().reshape(-1, given[0].shape[-1])
 
         model.get_submodule(arch.ffn_module(site.layer)).register_forward_pre_hook(keep)
-    model.base_model(torch.randint(2, arch.size(config, "vocab"), CALIBRATION, generator=torch.Generator().manual_seed(SEED + 1)))
+    model.base_model(
+        torch.randint(2, arch.size(config, "vocab"), CALIBRATION, generator=torch.Generator().manual_seed(SEED + 1))
+    )
     return found
 
 
@@ -106,7 +119,9 @@ def random_plan(inputs: dict[Site, Tensor], neurons: int, rank: int, density: fl
         generator = torch.Generator().manual_seed(SEED + 2 + number)
         fc1 = torch.randn(rank, x.shape[1], generator=generator) / x.shape[1] ** 0.5
         fc2 = torch.randn(neurons, rank, generator=generator) / rank**0.5
-        fc2 -= fc2.mean(1, keepdim=True)  # relu(fc1 x) has a mean: without this the selections of two tokens would overlap
+        fc2 -= fc2.mean(
+            1, keepdim=True
+        )  # relu(fc1 x) has a mean: without this the selections of two tokens would overlap
         ranked = (torch.relu(x @ fc1.T) @ fc2.T).sort(0).values
         cut = min(round((1 - density) * len(ranked)), len(ranked) - 1)
         tau = (ranked[cut - 1] + ranked[cut]) / 2 if cut else torch.full((neurons,), -1e30)
@@ -133,23 +148,38 @@ def add_biases(model: ir.Model, arch: Arch, config: Any) -> None:
             model.graph.register_initializer(bias)
             added = ir.Value(name=f"{name}.biased", shape=found.out.shape, type=found.out.type)
             ir.convenience.replace_all_uses_with(found.out, added)
-            node = ir.Node("", "Add", [found.out, bias], outputs=[added], name=f"/model/layers.{site.layer}/mlp/{role}_proj/Add")
+            node = ir.Node(
+                "", "Add", [found.out, bias], outputs=[added], name=f"/model/layers.{site.layer}/mlp/{role}_proj/Add"
+            )
             model.graph.insert_after(found.nodes[-1], node)
 
 
 def default_rank(shape: Shape) -> int:
-    """A multiple of 32 at a sixteenth of the hidden size, at least 32: the size at which a trained predictor takes a few per cent of the MLP's bytes."""
+    """A multiple of 32 at a sixteenth of the hidden size, at least 32: the size at which a trained predictor takes a
+    few per cent of the MLP's bytes.
+    """
     return max(32, shape.hidden // 16 // 32 * 32)
 
 
-def build_sparse(base: Path, plan: Plan, arch: Arch, config: Any, out: Path, precision: str, opened: float | None = None) -> None:
+def build_sparse(
+    base: Path, plan: Plan, arch: Arch, config: Any, out: Path, precision: str, opened: float | None = None
+) -> None:
     """Writes the sparse ONNX folder of a plan; `base` is the fp32 graph. The folder appears finished or not at all.
 
-    What is skipped changes what the later layers see, and rounding does, too: so the thresholds are set anew, twice, on what the graph itself feeds its MLPs,
-    and with `opened`, the share of open gates, biases of gates and ups before them.
+    What is skipped changes what the later layers see, and rounding does, too: so the thresholds are set anew, twice, on
+    what the graph itself feeds its MLPs, and with `opened`, the share of open gates, biases of gates and ups before
+    them.
     """
     with atomic_folder(out) as partial:
-        export(base, plan, arch, config, partial, precision, edit=None if opened is None else lambda model: add_biases(model, arch, config))
+        export(
+            base,
+            plan,
+            arch,
+            config,
+            partial,
+            precision,
+            edit=None if opened is None else lambda model: add_biases(model, arch, config),
+        )
         density = deciding(next(iter(plan.values()))).density
         for turn in range(2):
             generator = torch.Generator().manual_seed(SEED + 1000 + turn)
@@ -160,7 +190,8 @@ def build_sparse(base: Path, plan: Plan, arch: Arch, config: Any, out: Path, pre
 
 
 def build_dense(checkpoint: Path, precision: str, work: Path) -> Path:
-    """Writes the fp32 graph of a checkpoint to `work`/base, and for an integer precision the dense graph of that precision to `work`/dense; returns the last.
+    """Writes the fp32 graph of a checkpoint to `work`/base, and for an integer precision the dense graph of that
+    precision to `work`/dense; returns the last.
 
     fp16 and bf16 are compared with fp32: ONNX Runtime's CPU products are not faster in them.
     """

@@ -1,4 +1,6 @@
-"""The one entry of all benchmarks: what is asked for decides between two folders, a checkpoint alone, a shape, and an op."""
+"""The one entry of all benchmarks: what is asked for decides between two folders, a checkpoint alone, a shape, and an
+op.
+"""
 
 from __future__ import annotations
 
@@ -55,11 +57,13 @@ def bench(
     """Measures speed and returns it as JSON-ready numbers; the forms of a call are in `sparsegate bench --help`.
 
     Args:
-        models: Two ONNX folders, sparse checkpoints or Hub ids, dense first; or one sparse checkpoint, whose dense graph is built from its own weights, with
+        models: Two ONNX folders, sparse checkpoints or Hub ids, dense first; or one sparse checkpoint, whose dense
+        graph is built from its own weights, with
             the base model's activation where it was swapped: what the dense source costs.
         shape: A name in SHAPES: with `op` the sizes of the op, else a model of random weights.
         op: Stem of an op to time alone.
-        precision: fp32, fp16, bf16, int8, int4; for ops a list with commas or semicolons, all by default; for a shape int4 by default.
+        precision: fp32, fp16, bf16, int8, int4; for ops a list with commas or semicolons, all by default; for a shape
+        int4 by default.
         density: Kept shares, with commas; with a ReLU activation the shares of neurons that are not zero.
         tokens: Tokens per call of an op, with commas.
         layers: Of a shape, in place of its own number.
@@ -69,27 +73,65 @@ def bench(
         pairs: Clean pairs of an op, rounds of a model.
         runtime: onnxruntime or onnxruntime-genai.
         threads: Threads within an op.
-        work: Where the models of a shape are made and kept; a temporary folder by default. What lies there is used again.
+        work: Where the models of a shape are made and kept; a temporary folder by default. What lies there is used
+        again.
         output: File for the JSON. An op's finished rows in it are not measured again.
         command: What to record as the command; this process's own by default.
         progress: Called with the number of finished rows, pairs or rounds and how many there will be.
-        activation: Of the sparse side of gated_mlp or of a shape: silu, or one with exact zeros (drelu), which is timed with score exact and with a predictor
+        activation: Of the sparse side of gated_mlp or of a shape: silu, or one with exact zeros (drelu), which is timed
+        with score exact and with a predictor
             that keeps twice what is not zero. The dense side computes with the model's own.
 
     Raises:
-        InputError, ValueError: An argument is out of range or does not go with the others, or a folder cannot be opened.
+        InputError, ValueError: An argument is out of range or does not go with the others, or a folder cannot be
+        opened.
     """
-    _together(models, shape, op, tokens=tokens, layers=layers, density=density, precision=precision, work=work, activation=activation)
+    _together(
+        models,
+        shape,
+        op,
+        tokens=tokens,
+        layers=layers,
+        density=density,
+        precision=precision,
+        work=work,
+        activation=activation,
+    )
     if output and output.suffix != ".json":
         raise InputError(f"--output must be a .json file, got {output}. Tables and plots get their names from it.")
     if op:
         found = find_shape(shape or DEFAULT_SHAPE)
-        result = _op(op, found, precision, density, tokens, peers, pairs, threads, output, command, progress, activation or "silu")
+        result = _op(
+            op,
+            found,
+            precision,
+            density,
+            tokens,
+            peers,
+            pairs,
+            threads,
+            output,
+            command,
+            progress,
+            activation or "silu",
+        )
     elif shape:
         result = _shape(
-            find_shape(shape), precision or "int4", density, layers, peers, prompt_tokens, new_tokens, pairs, runtime, threads, work, command, progress,
+            find_shape(shape),
+            precision or "int4",
+            density,
+            layers,
+            peers,
+            prompt_tokens,
+            new_tokens,
+            pairs,
+            runtime,
+            threads,
+            work,
+            command,
+            progress,
             activation or "silu",
-        )  # fmt: skip
+        )
     else:
         result = _folders(list(models or ()), prompt_tokens, new_tokens, pairs, runtime, threads, command, progress)
     if output:
@@ -103,7 +145,9 @@ def _together(models: Sequence[str] | None, shape: str | None, op: str | None, *
     if (shape or op) and count:
         raise InputError(f"Folders must not be given with --shape or --op, got {count} of them. Leave one out.")
     if not (shape or op) and not 1 <= count <= 2:
-        raise InputError(f"bench must get DENSE and DIR, one DIR, --shape or --op, got {count} folders. See: sparsegate bench --help")
+        raise InputError(
+            f"bench must get DENSE and DIR, one DIR, --shape or --op, got {count} folders. See: sparsegate bench --help"
+        )
     allowed = {
         "op": {"tokens", "density", "precision", "activation"},
         "shape": {"layers", "density", "precision", "work", "activation"},
@@ -123,7 +167,9 @@ def _numbers(text: str | None, flag: str, otherwise: Sequence[float]) -> list[fl
     if text is None:
         return list(otherwise)
     try:
-        return [float(part[:-1]) / 100 if part.endswith("%") else float(part) for part in text.replace(" ", "").split(",")]
+        return [
+            float(part[:-1]) / 100 if part.endswith("%") else float(part) for part in text.replace(" ", "").split(",")
+        ]
     except ValueError:
         raise InputError(f"{flag} must be numbers with commas between them, got {text!r}. Correct it.") from None
 
@@ -149,7 +195,9 @@ def _op(
     from .peers import mlp_peers
     from .random_model import default_rank
 
-    formats = None if precision is None else [part.strip() for part in precision.split(";" if ";" in precision else ",")]
+    formats = (
+        None if precision is None else [part.strip() for part in precision.split(";" if ";" in precision else ",")]
+    )
     earlier = _earlier(output)
     stored = output if output else None
 
@@ -161,11 +209,22 @@ def _op(
 
     counts = [int(value) for value in _numbers(tokens, "--tokens", (1,))]
     result = bench_op(
-        op, shape.hidden, shape.neurons, default_rank(shape), formats, _shares(density, DENSITIES, activation), counts, threads,
-        wanted=21 if pairs is None else pairs, peers=mlp_peers() if peers and op == "gated_mlp" else (), finished=(earlier or {}).get("rows", ()),
-        command=command, keep=keep, accept=lambda head: _check_same(head, earlier, output),
+        op,
+        shape.hidden,
+        shape.neurons,
+        default_rank(shape),
+        formats,
+        _shares(density, DENSITIES, activation),
+        counts,
+        threads,
+        wanted=21 if pairs is None else pairs,
+        peers=mlp_peers() if peers and op == "gated_mlp" else (),
+        finished=(earlier or {}).get("rows", ()),
+        command=command,
+        keep=keep,
+        accept=lambda head: _check_same(head, earlier, output),
         activation=activation,
-    )  # fmt: skip
+    )
     return _joined(result | {"shape": shape.name}, earlier)
 
 
@@ -181,7 +240,10 @@ def _check_same(head: dict[str, Any], earlier: dict[str, Any] | None, output: Pa
     """Refuses to join numbers of another machine, commit or setting."""
     differing = [name for name in _SAME if earlier and json.loads(json.dumps(head[name])) != earlier.get(name)]
     if differing:
-        raise InputError(f"{output} must hold rows of the same {', '.join(_SAME)} to be continued, got another {differing[0]}. Move the file away.")
+        raise InputError(
+            f"{output} must hold rows of the same {', '.join(_SAME)} to be continued, got another {differing[0]}. Move "
+            "the file away."
+        )
 
 
 def _joined(result: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
@@ -209,7 +271,9 @@ def _shape(
     from .peers import prepare
 
     if precision not in PRECISIONS:
-        raise InputError(f"--precision must be one of {', '.join(PRECISIONS)} for a shape, got {precision!r}. Choose one of them.")
+        raise InputError(
+            f"--precision must be one of {', '.join(PRECISIONS)} for a shape, got {precision!r}. Choose one of them."
+        )
     runtime = _runtime(runtime or "onnxruntime-genai")
     if layers is not None and not 1 <= layers <= shape.layers:
         raise InputError(f"--layers must be 1 to {shape.layers} for {shape.name}, got {layers}. Choose another number.")
@@ -222,17 +286,36 @@ def _shape(
     count = 15 if pairs is None else pairs
     with _folder(work) as folder:
         built, sizes = random_folders(shape, precision, densities, layers, folder, activation)
-        entries = {role: Entry(runtime, path, "fp32" if role == "dense" and path.name == "base" else precision) for role, path in built.items()}
+        entries = {
+            role: Entry(runtime, path, "fp32" if role == "dense" and path.name == "base" else precision)
+            for role, path in built.items()
+        }
         if peers:
             others = prepare(shape, layers, precision, folder / "checkpoint", folder)
             entries |= {role: Entry(*found) for role, found in others.items()}
-        settings = {"shape": shape.name, "layers": sizes.layers, "hidden": sizes.d, "neurons": sizes.n, "rank": sizes.r, "density": densities}
+        settings = {
+            "shape": shape.name,
+            "layers": sizes.layers,
+            "hidden": sizes.d,
+            "neurons": sizes.n,
+            "rank": sizes.r,
+            "density": densities,
+        }
         settings |= {} if activation == "silu" else {"activation": activation}
         return bench_models(
-            entries, precision, sizes, settings, shape.vocabulary, 64 if prompt_tokens is None else prompt_tokens, 24 if new_tokens is None else new_tokens,
-            count, threads, command=command, progress=(lambda done: progress(done, count)) if progress else None,
+            entries,
+            precision,
+            sizes,
+            settings,
+            shape.vocabulary,
+            64 if prompt_tokens is None else prompt_tokens,
+            24 if new_tokens is None else new_tokens,
+            count,
+            threads,
+            command=command,
+            progress=(lambda done: progress(done, count)) if progress else None,
             activation=activation,
-        )  # fmt: skip
+        )
 
 
 def random_folders(
@@ -240,17 +323,21 @@ def random_folders(
 ) -> tuple[dict[str, Path], Sizes]:
     """The dense and the sparse ONNX folders of a shape below `folder`, by role; those that are there are used again.
 
-    With a ReLU activation there are two for every density: one that keeps exactly what is not zero, and one whose predictor keeps 1 / RIGHT of that share.
+    With a ReLU activation there are two for every density: one that keeps exactly what is not zero, and one whose
+    predictor keeps 1 / RIGHT of that share.
     """
     from transformers import AutoConfig
 
     from . import random_model as make
 
-    wish = {"shape": shape.name, "layers": layers, "precision": precision} | ({} if activation == "silu" else {"activation": activation})
+    wish = {"shape": shape.name, "layers": layers, "precision": precision} | (
+        {} if activation == "silu" else {"activation": activation}
+    )
     stamp = folder / "made.json"
     if stamp.is_file() and read_json(stamp, "The record of the models") != wish:
         raise InputError(
-            f"--work must be a folder of the same shape, layers, precision and activation, got {folder}, which is of another. Choose another folder."
+            f"--work must be a folder of the same shape, layers, precision and activation, got {folder}, which is of "
+            "another. Choose another folder."
         )
     checkpoint = folder / "checkpoint"
     if not stamp.is_file():
@@ -272,7 +359,14 @@ def random_folders(
         with stage(f"{role} {precision} graph", apart=True):
             inputs = inputs or make.mlp_inputs(checkpoint, arch, config)
             if not score:
-                make.build_sparse(folder / "base", make.random_plan(inputs, shape.neurons, rank, density), arch, config, out, precision)
+                make.build_sparse(
+                    folder / "base",
+                    make.random_plan(inputs, shape.neurons, rank, density),
+                    arch,
+                    config,
+                    out,
+                    precision,
+                )
                 continue
             plan = make.relu_plan(make.random_plan(inputs, shape.neurons, rank, density / RIGHT), activation, score)
             opened = open_share(activation, density if score == "exact" else RIGHT)
@@ -316,10 +410,15 @@ def dense_beside(checkpoint: Path, work: Path) -> Path:
 
     file = model_file(checkpoint)
     if not (checkpoint / "config.json").is_file():
-        raise InputError(f"A single DIR must be a sparse checkpoint with its weights, got {checkpoint}. Give the dense ONNX folder, too.")
+        raise InputError(
+            f"A single DIR must be a sparse checkpoint with its weights, got {checkpoint}. Give the dense ONNX folder, "
+            "too."
+        )
     words = [name.split("/") for name in variants(file) if name.startswith("GatedMLP.")]
     found = _FORMATS[words[0][3]] if words else _FORMATS["float"]
-    precision = found if isinstance(found, str) else found[words[0][4].split(",")[1].removeprefix("w=")] if words else "fp32"
+    precision = (
+        found if isinstance(found, str) else found[words[0][4].split(",")[1].removeprefix("w=")] if words else "fp32"
+    )
     return build_dense(checkpoint, precision, work)
 
 

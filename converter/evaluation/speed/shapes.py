@@ -10,7 +10,9 @@ from ....runtime_onnx.errors import InputError
 
 @dataclass(frozen=True)
 class Shape:
-    """What a transformers configuration of `model_type` needs; `head` is the size of an attention head, `tied` whether the output layer is the embedding."""
+    """What a transformers configuration of `model_type` needs; `head` is the size of an attention head, `tied` whether
+    the output layer is the embedding.
+    """
 
     name: str
     model_type: str
@@ -44,7 +46,8 @@ class Shape:
 
 
 CONTEXT = 4096
-"""Positions of every random-weight model: the cache grows with what is used, so a longer context would change nothing."""
+"""Positions of every random-weight model: the cache grows with what is used, so a longer context would change nothing.
+"""
 
 SHAPES = {
     shape.name: shape
@@ -68,5 +71,7 @@ SHAPES = {
 def find_shape(name: str) -> Shape:
     """The row of a name. Raises InputError when there is none."""
     if name not in SHAPES:
-        raise InputError(f"--shape must be one of {', '.join(SHAPES)}, got {name!r}. Choose one of them, or bench two ONNX folders.")
+        raise InputError(
+            f"--shape must be one of {', '.join(SHAPES)}, got {name!r}. Choose one of them, or bench two ONNX folders."
+        )
     return SHAPES[name]

@@ -31,7 +31,9 @@ class Torch:
 
     @torch.inference_mode()
     def run(self, ids: Sequence[int], following: Sequence[int]) -> tuple[float, float]:
-        """Seconds of the prompt `ids` in one call with logits of its last token, and of the tokens `following` in one call each."""
+        """Seconds of the prompt `ids` in one call with logits of its last token, and of the tokens `following` in one
+        call each.
+        """
         from transformers import DynamicCache
 
         cache, prompt = DynamicCache(config=self._model.config), torch.tensor([list(ids)])
@@ -44,8 +46,12 @@ class Torch:
         return middle - start, time.perf_counter() - middle
 
 
-def open_mlp(weights: Mapping[str, NDArray[np.float32]], threads: int, precision: str) -> Callable[[NDArray[np.float32]], Any]:
-    """What runs x [t, d] through down(silu(gate x) * up x), weights [n, d] by role; x comes and y goes as numpy fp32."""
+def open_mlp(
+    weights: Mapping[str, NDArray[np.float32]], threads: int, precision: str
+) -> Callable[[NDArray[np.float32]], Any]:
+    """What runs x [t, d] through down(silu(gate x) * up x), weights [n, d] by role; x comes and y goes as
+    numpy fp32.
+    """
     torch.set_num_threads(threads)
     dtype = dtype_of(precision)
     gate, up, down = (torch.from_numpy(weights[role]).to(dtype) for role in ("w_gate", "w_up", "w_down"))

@@ -1,4 +1,6 @@
-"""Input sparsity of linears: one threshold on |x_j| a linear, at the quantile of the target share or of the block's greedy split. No training."""
+"""Input sparsity of linears: one threshold on |x_j| a linear, at the quantile of the target share or of the block's
+greedy split. No training.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,10 @@ from ..thresholds import Densities, Linear, plan_linears
 
 SOURCE = (
     "TEAL, arXiv 2408.14690",
-    "keep x_j when |x_j| > tau, tau = quantile of |x| of each linear; greedy split of a block's sparsity over its linears",
-    "quantiles of |x| itself, no symmetry assumed; every position is masked; the split's error is relative to each token's output",
+    "keep x_j when |x_j| > tau, tau = quantile of |x| of each linear; greedy split of a block's sparsity over its "
+    "linears",
+    "quantiles of |x| itself, no symmetry assumed; every position is masked; the split's error is relative to each "
+    "token's output",
 )
 NEEDS = ("histogram:input", "scale:input")
 
@@ -22,8 +26,8 @@ NEEDS = ("histogram:input", "scale:input")
 class Config(BaseModel):
     """`sparsity`: the mean share of weights to skip in the chosen `linears` (None: all of a block), in every block.
 
-    `greedy` lets a block's linears differ by the greedy split, else all have the same share. `densities` sets kept shares by site key, or of a block's mean by
-    `layers.<i>`.
+    `greedy` lets a block's linears differ by the greedy split, else all have the same share. `densities` sets kept
+    shares by site key, or of a block's mean by `layers.<i>`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,4 +1,6 @@
-"""Input sparsity of linears, channels weighted by the norm of the weights they meet: a threshold on |x_j| norm(W[:, j]). No training."""
+"""Input sparsity of linears, channels weighted by the norm of the weights they meet: a threshold on |x_j| norm(W[:,
+j]). No training.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ NEEDS = ("histogram:wina", "scale:wina")
 class Config(BaseModel):
     """`sparsity`: the mean share of weights to skip in the chosen `linears` (None: all of a block), in every block.
 
-    `greedy` lets a block's linears differ by TEAL's greedy split, else all have the same share. `densities` sets kept shares by site key, or of a block's mean
-    by `layers.<i>`.
+    `greedy` lets a block's linears differ by TEAL's greedy split, else all have the same share. `densities` sets kept
+    shares by site key, or of a block's mean by `layers.<i>`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,4 +1,6 @@
-"""Gate thresholds of equal harm: every layer drops the same share of its output's norm, so layers find their own densities. No training."""
+"""Gate thresholds of equal harm: every layer drops the same share of its output's norm, so layers find their own
+densities. No training.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,16 @@ from ..thresholds import one_cett, share_at
 SOURCE = (
     "ReLU2 Wins, arXiv 2402.03804; Sparsing Law, arXiv 2411.02335",
     "one CETT = mean norm(sum of dropped z_i w_down_i) / norm(sum of all) for all layers, by bisection",
-    "the threshold is on |act(gate_i)|, known before up and down, instead of norm(z_i w_down_i); the CETT meets a target density instead of a perplexity",
+    "the threshold is on |act(gate_i)|, known before up and down, instead of norm(z_i w_down_i); the CETT meets a "
+    "target density instead of a perplexity",
 )
 NEEDS = ("histogram:gate", "dropped:gate")
 
 
 class Config(BaseModel):
-    """`sparsity`: the mean share of gated neurons to skip over all layers. `cett` fixes the relative norm to drop instead; the density follows then."""
+    """`sparsity`: the mean share of gated neurons to skip over all layers. `cett` fixes the relative norm to drop
+    instead; the density follows then.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,4 +1,6 @@
-"""Gate thresholds of every neuron: one constant a layer on gate_i^2 E[up_i^2], which is a threshold of its own on |act(gate_i)|. No training."""
+"""Gate thresholds of every neuron: one constant a layer on gate_i^2 E[up_i^2], which is a threshold of its own on
+|act(gate_i)|. No training.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ NEEDS = ("unit_histogram:gate",)
 
 
 class Config(BaseModel):
-    """`sparsity`: the share of gated neurons to skip, in every layer; `densities` sets kept shares of single layers by site key."""
+    """`sparsity`: the share of gated neurons to skip, in every layer; `densities` sets kept shares of single layers by
+    site key.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,10 +34,14 @@ class Config(BaseModel):
 
 
 def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
-    """A Threshold on the gate with tau [n] of every site; the calibrated density is what the histograms hold above tau."""
+    """A Threshold on the gate with tau [n] of every site; the calibrated density is what the histograms
+    hold above tau.
+    """
     sites = of_kind(stats, "ffn")
     found: Plan = {}
     for site, wanted in densities_of(sites, config.sparsity, config.densities).items():
-        tau, density = chess_taus(sites[site]["unit_histogram:gate.count"], sites[site]["unit_histogram:gate.up_moment"], wanted)
+        tau, density = chess_taus(
+            sites[site]["unit_histogram:gate.count"], sites[site]["unit_histogram:gate.up_moment"], wanted
+        )
         found[site] = [Threshold("gate", tau, density)]
     return found

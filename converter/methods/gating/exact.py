@@ -1,4 +1,6 @@
-"""Exact zeros: neurons whose activation is zero are skipped and nothing else, so nothing is lost. The sparsity is the model's own, or what a swap gives it."""
+"""Exact zeros: neurons whose activation is zero are skipped and nothing else, so nothing is lost. The sparsity is the
+model's own, or what a swap gives it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ NEEDS = ("sizes:gate",)
 
 
 class Config(BaseModel):
-    """`activation` is swapped in at every network: relu, relu2, drelu, fatrelu(b) or shifted_relu(b); None keeps what each one has."""
+    """`activation` is swapped in at every network: relu, relu2, drelu, fatrelu(b) or shifted_relu(b); None keeps what
+    each one has.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

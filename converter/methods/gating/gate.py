@@ -12,12 +12,18 @@ from ...stats import Stats, of_kind
 from ...stats.bins import cut
 from ..thresholds import Densities, densities_of
 
-SOURCE = ("CATS, arXiv 2404.08763", "tau = quantile of |act(gate)| over tokens and units", "bins of constant relative width in place of a fixed range")
+SOURCE = (
+    "CATS, arXiv 2404.08763",
+    "tau = quantile of |act(gate)| over tokens and units",
+    "bins of constant relative width in place of a fixed range",
+)
 NEEDS = ("histogram:gate",)
 
 
 class Config(BaseModel):
-    """`sparsity`: the share of gated neurons to skip, in every layer; `densities` sets kept shares of single layers by site key."""
+    """`sparsity`: the share of gated neurons to skip, in every layer; `densities` sets kept shares of single layers by
+    site key.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

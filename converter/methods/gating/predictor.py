@@ -1,8 +1,9 @@
-"""Activation predictors: a two-layer network per site that says from the block's input which neurons to keep, when P2 relu(P1 x) > tau.
+"""Activation predictors: a two-layer network per site that says from the block's input which neurons to keep, when P2
+relu(P1 x) > tau.
 
-The default is trained end to end: `plan` gives fresh predictors that keep everything, and the training against the dense model's distribution follows. The
-cheap form is trained by cross-entropy, layer by layer, on the per-token top-k of a score; a bias and the threshold that meets the target density on
-held-out tokens become tau.
+The default is trained end to end: `plan` gives fresh predictors that keep everything, and the training against the
+dense model's distribution follows. The cheap form is trained by cross-entropy, layer by layer, on the per-token top-k
+of a score; a bias and the threshold that meets the target density on held-out tokens become tau.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from ..tune import Tune
 SOURCE = (
     "DejaVu, arXiv 2310.17157; PowerInfer, arXiv 2312.12456; straight-through gradients, arXiv 1308.3432",
     "logit = P2 relu(P1 x), or P2 P1 x (linear2)",
-    "an output bias folded into the threshold; labels are the top-k of a score, because SwiGLU has no exact zeros; the density is set by the threshold",
+    "an output bias folded into the threshold; labels are the top-k of a score, because SwiGLU has no exact zeros; the "
+    "density is set by the threshold",
 )
 NEEDS = ()
 _HELDOUT = 0.1  # share of the samples that thresholds and recall are measured on
@@ -37,10 +39,11 @@ _HELDOUT_ROWS = 4096  # at most: their logits [rows, n] are in memory at once
 class Config(BaseModel):
     """How predictors are trained.
 
-    `sparsity` is the share of neurons to skip, `rank` is r (None: the largest r whose weights cost at most `cost` of the network's), `residual` adds a head
-    for what is skipped, which `cost` leaves out, in closed form (ridge) or from there trained too; `tune` is the training end to end. Of the cross-entropy
-    only: `score` makes the labels, an oracle's too; `form` linear2 has no nonlinearity and is stored as an equal mlp2 of twice the rank; `weighting` dejavu
-    counts negatives by the share of positives; `steps` of `batch` tokens at peak `rate`.
+    `sparsity` is the share of neurons to skip, `rank` is r (None: the largest r whose weights cost at most `cost` of
+    the network's), `residual` adds a head for what is skipped, which `cost` leaves out, in closed form (ridge) or from
+    there trained too; `tune` is the training end to end. Of the cross-entropy only: `score` makes the labels, an
+    oracle's too; `form` linear2 has no nonlinearity and is stored as an equal mlp2 of twice the rank; `weighting`
+    dejavu counts negatives by the share of positives; `steps` of `batch` tokens at peak `rate`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -82,12 +85,16 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
         for site, tensors in sites.items():
             hidden, units = int(tensors["sizes:gate.hidden"]), int(tensors["sizes:gate.units"])
             generator = torch.Generator().manual_seed(config.seed * 7919 + site.layer)
-            found[site] = [fresh_predictor(hidden, units, config.rank or rank_for(hidden, units, matrices, config.cost), generator)]
+            found[site] = [
+                fresh_predictor(hidden, units, config.rank or rank_for(hidden, units, matrices, config.cost), generator)
+            ]
         return found
     for site, tensors in track(sites.items(), unit="site"):
         x, score = tensors[f"samples:{config.score}.x"], tensors[f"samples:{config.score}.score"]
         if len(x) < 64:
-            raise InputError(f"Predictors must be trained on at least 64 tokens a site, got {len(x)}. Give more calibration text.")
+            raise InputError(
+                f"Predictors must be trained on at least 64 tokens a site, got {len(x)}. Give more calibration text."
+            )
         rank = config.rank or rank_for(x.shape[1], score.shape[1], matrices, config.cost)
         found[site] = [_train(x, score, rank, config, site.layer)]
     return found
@@ -123,7 +130,9 @@ def _train(x: Tensor, score: Tensor, rank: int, config: Config, layer: int) -> P
     groups = [{"params": [fc1], "lr": config.rate / scale}, {"params": [fc2, bias], "lr": config.rate}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     warm = max(1, config.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warm, (config.steps - step) / max(1, config.steps - warm)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, (config.steps - step) / max(1, config.steps - warm))
+    )
     for _ in track(range(config.steps)):
         at = train[torch.randint(len(train), (min(config.batch, len(train)),), generator=generator)]
         inner = x[at].float() @ fc1.T
@@ -136,15 +145,21 @@ def _train(x: Tensor, score: Tensor, rank: int, config: Config, layer: int) -> P
     with torch.no_grad():
         if linear:  # v = relu(v) - relu(-v)
             fc1, fc2 = torch.cat([fc1, -fc1]), torch.cat([fc2, -fc2], dim=1)
-        return _settle(fc1.detach(), fc2.detach(), bias.detach(), x[heldout].float(), labels.rows(heldout).bool(), density)
+        return _settle(
+            fc1.detach(), fc2.detach(), bias.detach(), x[heldout].float(), labels.rows(heldout).bool(), density
+        )
 
 
 def _settle(fc1: Tensor, fc2: Tensor, bias: Tensor, x: Tensor, wanted: Tensor, density: float) -> Predictor:
-    """Fold bias and threshold into tau so that the held-out density meets the target; recall is the kept share of the wanted neurons."""
+    """Fold bias and threshold into tau so that the held-out density meets the target; recall is the kept share of the
+    wanted neurons.
+    """
     raw = F.relu(x @ fc1.T) @ fc2.T
     shifted = (raw + bias).flatten()
     count = max(1, round(density * shifted.numel()))
     threshold = shifted.kthvalue(shifted.numel() - count).values if count < shifted.numel() else shifted.min() - 1
     tau = (threshold - bias).contiguous()
     kept = raw > tau
-    return Predictor(fc1, fc2, tau, density=float(kept.float().mean()), recall=float((kept & wanted).sum() / wanted.sum()))
+    return Predictor(
+        fc1, fc2, tau, density=float(kept.float().mean()), recall=float((kept & wanted).sum() / wanted.sum())
+    )

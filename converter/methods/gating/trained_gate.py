@@ -1,4 +1,6 @@
-"""Gate thresholds trained end to end: every neuron's own threshold on |act(gate)|, all layers jointly. Begins from CHESS thresholds of the same density."""
+"""Gate thresholds trained end to end: every neuron's own threshold on |act(gate)|, all layers jointly. Begins from
+CHESS thresholds of the same density.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ NEEDS = ("unit_histogram:gate",)
 
 
 class Config(BaseModel):
-    """`sparsity`: the share of gated neurons to skip over all layers together; `tune` how the thresholds are trained; `residual` adds a head for what is
-    skipped, of a twentieth of the network's weights, in closed form (ridge, after the training) or from there trained together with the thresholds.
+    """`sparsity`: the share of gated neurons to skip over all layers together; `tune` how the thresholds are trained;
+    `residual` adds a head for what is skipped, of a twentieth of the network's weights, in closed form (ridge, after
+    the training) or from there trained together with the thresholds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +46,8 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
     """CHESS thresholds at the density `start`, to be trained."""
     found: Plan = {}
     for site, tensors in of_kind(stats, "ffn").items():
-        tau, density = chess_taus(tensors["unit_histogram:gate.count"], tensors["unit_histogram:gate.up_moment"], start(config))
+        tau, density = chess_taus(
+            tensors["unit_histogram:gate.count"], tensors["unit_histogram:gate.up_moment"], start(config)
+        )
         found[site] = [Threshold("gate", tau, density)]
     return found

@@ -12,7 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from sparsegate.converter.checkpoint import stage as artifact
-from sparsegate.converter.checkpoint.stage import RECORD, Header, atomic_folder, is_disk_full, size, write_header, write_json, write_tensors
+from sparsegate.converter.checkpoint.stage import (
+    RECORD,
+    Header,
+    atomic_folder,
+    is_disk_full,
+    size,
+    write_header,
+    write_json,
+    write_tensors,
+)
 from sparsegate.runtime_onnx.errors import InputError
 from sparsegate.runtime_onnx.untrusted import read_json
 
@@ -39,7 +48,9 @@ def test_atomic_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(RuntimeError), atomic_folder(target) as partial:
         (partial / "a").write_text("half")
         raise RuntimeError
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([mine.name, other.name]), "failure leaves nothing, other folders stay"
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([mine.name, other.name]), (
+        "failure leaves nothing, other folders stay"
+    )
     for text in ("one", "two"):
         with atomic_folder(target) as partial:
             (partial / "a").write_text(text)
@@ -63,7 +74,11 @@ def test_a_replaced_folder_is_never_there_by_half(tmp_path: Path) -> None:
 
 
 def test_atomic_folder_says_that_the_disk_is_full(tmp_path: Path) -> None:
-    for failure in (OSError(errno.ENOSPC, "x"), OSError(errno.EFBIG, "x"), RuntimeError("I/O error: No space left on device (os error 28)")):
+    for failure in (
+        OSError(errno.ENOSPC, "x"),
+        OSError(errno.EFBIG, "x"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ):
         with pytest.raises(InputError) as error, atomic_folder(tmp_path / "out"):
             raise failure
         one_line(error, "out", "GB free")
@@ -88,13 +103,24 @@ def test_what_says_that_the_disk_is_full(error: Exception, full: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "count, text", [(0, "0 bytes"), (999, "999 bytes"), (12_300, "12.3 kB"), (1_750_000, "1.75 MB"), (5e8, "500 MB"), (1.5e10, "15.0 GB"), (2e12, "2000 GB")]
+    "count, text",
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (12_300, "12.3 kB"),
+        (1_750_000, "1.75 MB"),
+        (5e8, "500 MB"),
+        (1.5e10, "15.0 GB"),
+        (2e12, "2000 GB"),
+    ],
 )
 def test_sizes_as_a_person_reads_them(count: float, text: str) -> None:
     assert size(count) == text
 
 
-def test_atomic_folder_keeps_the_old_one_until_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_atomic_folder_keeps_the_old_one_until_the_new_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target, plain = tmp_path / "out", os.replace
     target.mkdir()
     (target / "a").write_text("old")
@@ -127,7 +153,9 @@ def test_tensors_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     one_line(error, "Disk space must suffice", "GB free")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"] and torch.equal(load_file(tmp_path / "a")["x"], torch.ones(3))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and torch.equal(
+        load_file(tmp_path / "a")["x"], torch.ones(3)
+    )
 
 
 def test_write_json_keeps_the_old_file_on_failure(tmp_path: Path) -> None:
@@ -137,7 +165,9 @@ def test_write_json_keeps_the_old_file_on_failure(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json", "x") == {"b": 1} and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_folder_that_vanishes_while_it_is_looked_at_is_no_stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_vanishes_while_it_is_looked_at_is_no_stranger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another process takes it away and puts its own there, for a moment without one."""
     target, plain = tmp_path / "out", artifact.read_header
 

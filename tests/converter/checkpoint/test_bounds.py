@@ -1,4 +1,6 @@
-"""Small files that would cost minutes or gigabytes, and values that no reader may pass on: one line each, before anything is built."""
+"""Small files that would cost minutes or gigabytes, and values that no reader may pass on: one line each, before
+anything is built.
+"""
 
 from __future__ import annotations
 
@@ -47,12 +49,20 @@ def model(tiny_model: Callable[[str], Path], tmp_path: Path) -> Path:
     ("name", "value"),
     [
         *[("num_hidden_layers", value) for value in (1 << 31, 10_000_000, 4000, 22, 0, -1, 2.0, True, "2", [2])],
-        *[(name, value) for name in ("num_labels", "vocab_size", "hidden_size", "intermediate_size", "head_dim") for value in (1 << 31, 0, [])],
+        *[
+            (name, value)
+            for name in ("num_labels", "vocab_size", "hidden_size", "intermediate_size", "head_dim")
+            for value in (1 << 31, 0, [])
+        ],
         *[("max_position_embeddings", value) for value in (0, -1, 1 << 40, "x")],
         *[("num_attention_heads", value) for value in (0, 1 << 20, 3, "four")],
-        ("num_key_value_heads", 3), ("no_rope_layer_interval", 0), ("model_type", []), ("hidden_act", []), ("hidden_act", {"a": 1}),
+        ("num_key_value_heads", 3),
+        ("no_rope_layer_interval", 0),
+        ("model_type", []),
+        ("hidden_act", []),
+        ("hidden_act", {"a": 1}),
     ],
-)  # fmt: skip
+)
 def test_a_count_that_the_weights_cannot_back(name: str, value: Any, model: Path) -> None:
     raw = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(raw | {name: value}))
@@ -64,7 +74,9 @@ def test_a_count_that_the_weights_cannot_back(name: str, value: Any, model: Path
 
 @pytest.mark.parametrize(("name", "value"), [(name, most + 1) for name, most in MOST.items()])
 def test_every_count_has_a_bound_of_its_own(name: str, value: int) -> None:
-    with pytest.raises(InputError, match=f"{name} in config.json must be a whole number from 1 to {value - 1}, got {value}") as error:
+    with pytest.raises(
+        InputError, match=f"{name} in config.json must be a whole number from 1 to {value - 1}, got {value}"
+    ) as error:
         check_counts({name: value})
     one_line(error)
     check_counts({name: value - 1})
@@ -88,12 +100,18 @@ def test_a_model_type_that_is_no_name() -> None:
         ("llama", {"head_dim": 24}, "got 24 and 24"),
         ("llama", {"head_dim": 12}, "got 12 and 12"),
         ("phi", {"partial_rotary_factor": 0.25}, "got 32 and 8"),
-        ("llama", {"max_position_embeddings": 17}, f"max_position_embeddings must be at least {LEAST_POSITIONS} to be converted, got 17"),
+        (
+            "llama",
+            {"max_position_embeddings": 17},
+            f"max_position_embeddings must be at least {LEAST_POSITIONS} to be converted, got 17",
+        ),
         ("llama", {"head_dim": 16, "max_position_embeddings": LEAST_POSITIONS}, ""),
         ("phi", {"partial_rotary_factor": 0.5}, ""),
     ],
 )
-def test_a_model_whose_graph_could_not_run_is_refused_by_inspect(kind: str, fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_a_model_whose_graph_could_not_run_is_refused_by_inspect(
+    kind: str, fields: dict[str, Any], said: str, tmp_path: Path
+) -> None:
     """ONNX Runtime 1.22 to 1.32: heads of a multiple of 8, of which a multiple of 16 are rotated."""
     folder = make_model(kind, tmp_path / "model", **fields)
     found = inspect(folder)
@@ -114,7 +132,12 @@ def test_calibration_is_a_regular_file_of_text(tmp_path: Path) -> None:
     sparse = tmp_path / "large"
     with open(sparse, "wb") as file:
         file.truncate(LARGEST_TEXT + 1)
-    for given, said in ((path, "no regular file"), (Path("/dev/zero"), "no regular file"), (sparse, f"{LARGEST_TEXT + 1} bytes"), (tmp_path, "a folder")):
+    for given, said in (
+        (path, "no regular file"),
+        (Path("/dev/zero"), "no regular file"),
+        (sparse, f"{LARGEST_TEXT + 1} bytes"),
+        (tmp_path, "a folder"),
+    ):
         with pytest.raises(InputError, match="must be a regular UTF-8 file of at most 1024 MiB") as error:
             read_text(given)
         assert said in one_line(error)
@@ -129,7 +152,9 @@ def test_byte_order_marks_and_line_ends_are_no_text(tmp_path: Path) -> None:
 
 # recipes
 
-LAUGH = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True))
+LAUGH = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)
+)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +207,9 @@ def put(data: bytes, key: str, value: bytes) -> bytes:
 
 
 def put_type(data: bytes, kind: int) -> bytes:
-    """The file with another type of a matrix; before it stand the name, 4 bytes of the number of its dimensions, and 8 of each."""
+    """The file with another type of a matrix; before it stand the name, 4 bytes of the number of its dimensions, and 8
+    of each.
+    """
     at = data.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 2 * 8
     return data[:at] + struct.pack("<I", kind) + data[at + 4 :]
 
@@ -190,11 +217,23 @@ def put_type(data: bytes, kind: int) -> bytes:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda data: put(data, "llama.block_count", struct.pack("<I", 10_000_000)), "llama.block_count must be a whole number from 1 to"),
-        (lambda data: put(data, "llama.block_count", struct.pack("<I", 0)), "llama.block_count must be a whole number from 1 to"),
+        (
+            lambda data: put(data, "llama.block_count", struct.pack("<I", 10_000_000)),
+            "llama.block_count must be a whole number from 1 to",
+        ),
+        (
+            lambda data: put(data, "llama.block_count", struct.pack("<I", 0)),
+            "llama.block_count must be a whole number from 1 to",
+        ),
         (lambda data: put(data, "llama.attention.head_count", struct.pack("<I", 3)), "must divide the 3 heads"),
-        (lambda data: put(data, "llama.attention.head_count_kv", struct.pack("<I", 1 << 31)), "head_count_kv must be a whole number"),
-        (lambda data: put(data, "powerinfer.sparse_threshold", struct.pack("<f", float("nan"))), "must be a finite float, got nan"),
+        (
+            lambda data: put(data, "llama.attention.head_count_kv", struct.pack("<I", 1 << 31)),
+            "head_count_kv must be a whole number",
+        ),
+        (
+            lambda data: put(data, "powerinfer.sparse_threshold", struct.pack("<f", float("nan"))),
+            "must be a finite float, got nan",
+        ),
         (lambda data: data.replace(struct.pack("<Q", 5) + b"llama", struct.pack("<Q", 5) + b"\xffabcd", 1), "metadata"),
         (lambda data: data[:16] + struct.pack("<Q", 1 << 60) + data[24:], "a damaged one"),
         (lambda data: data[: len(data) // 2], "it ends too early"),
@@ -202,7 +241,9 @@ def put_type(data: bytes, kind: int) -> bytes:
         (lambda data: put_type(data, 24), "token_embd.weight of .* must run, got"),
     ],
 )
-def test_a_powerinfer_file_counts_what_it_holds(change: Callable[[bytes], bytes], said: str, powerinfer: Path, tmp_path: Path) -> None:
+def test_a_powerinfer_file_counts_what_it_holds(
+    change: Callable[[bytes], bytes], said: str, powerinfer: Path, tmp_path: Path
+) -> None:
     (tmp_path / "m.gguf").write_bytes(change(powerinfer.read_bytes()))
     began = time.process_time()
     with pytest.raises(InputError, match=said) as error:

@@ -12,18 +12,32 @@ import torch
 
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.plan import Plan, Predictor, Swap, Threshold
-from sparsegate.converter.checkpoint.sparsity import TENSORS, encode, read_key, read_sparsity, stock_config, write_sparsity
+from sparsegate.converter.checkpoint.sparsity import (
+    TENSORS,
+    encode,
+    read_key,
+    read_sparsity,
+    stock_config,
+    write_sparsity,
+)
 from sparsegate.runtime_onnx.errors import InputError
 
 D, N, R = 5, 7, 3
-STOCK = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh", "hidden_size": D}
+STOCK = {
+    "model_type": "gemma2",
+    "architectures": ["Gemma2ForCausalLM"],
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": D,
+}
 
 
 def make_plan() -> Plan:
     """Every score of a swapped network, one that is not swapped, and a linear."""
     g = torch.Generator().manual_seed(0)
     tau = torch.rand(N, generator=g)
-    predictor = Predictor(torch.randn(R, D, generator=g), torch.randn(N, R, generator=g), tau, 0.25, torch.randn(R, D, generator=g))
+    predictor = Predictor(
+        torch.randn(R, D, generator=g), torch.randn(N, R, generator=g), tau, 0.25, torch.randn(R, D, generator=g)
+    )
     return {
         Site(0): [Swap("drelu", 0.0625, 0.25)],
         Site(1): [Swap("fatrelu(0.01)"), Threshold("gate", tau, 0.5)],
@@ -51,7 +65,12 @@ def test_round_trip(tmp_path: Path) -> None:
         for entry, other in zip(entries, found[site], strict=True):
             assert entry.tensors().keys() == other.tensors().keys()
             assert all(torch.equal(tensor, other.tensors()[role]) for role, tensor in entry.tensors().items())
-    assert activations == {"layers.0.ffn": "drelu", "layers.1.ffn": "fatrelu(0.01)", "layers.2.ffn": "relu", "layers.3.ffn": "gelu_tanh"}
+    assert activations == {
+        "layers.0.ffn": "drelu",
+        "layers.1.ffn": "fatrelu(0.01)",
+        "layers.2.ffn": "relu",
+        "layers.3.ffn": "gelu_tanh",
+    }
 
 
 def test_what_is_written(tmp_path: Path) -> None:
@@ -67,9 +86,17 @@ def test_what_is_written(tmp_path: Path) -> None:
             "layers.3.linear.q_proj": {"score": "input", "density": 0.5},
         },
     }
-    assert raw == STOCK | {"model_type": "sparsegate_gemma2", "architectures": ["SparsegateGemma2ForCausalLM"], "hidden_activation": "sparsegate"}
-    again = config(write(tmp_path, {site: entries for site, entries in make_plan().items() if site.layer < 2}, config(tmp_path)))
-    assert again["sparsity"]["base_activation"] == "gelu_pytorch_tanh" and again["architectures"] == raw["architectures"], "a plan on a swapped one"
+    assert raw == STOCK | {
+        "model_type": "sparsegate_gemma2",
+        "architectures": ["SparsegateGemma2ForCausalLM"],
+        "hidden_activation": "sparsegate",
+    }
+    again = config(
+        write(tmp_path, {site: entries for site, entries in make_plan().items() if site.layer < 2}, config(tmp_path))
+    )
+    assert (
+        again["sparsity"]["base_activation"] == "gelu_pytorch_tanh" and again["architectures"] == raw["architectures"]
+    ), "a plan on a swapped one"
     assert stock_config(again) == STOCK
 
 
@@ -88,9 +115,13 @@ def test_a_relu_model_stays_a_stock_one(tmp_path: Path) -> None:
     stock = STOCK | {"hidden_activation": "relu"}
     folder = write(tmp_path, {Site(0): [Swap("relu", 0.5, 0.5)]}, stock, "relu")
     assert {name: value for name, value in config(folder).items() if name != "sparsity"} == stock
-    assert config(folder)["sparsity"]["version"] == 2 and read_sparsity(folder)[0] == {Site(0): [Swap("relu", 0.5, 0.5)]}
+    assert config(folder)["sparsity"]["version"] == 2 and read_sparsity(folder)[0] == {
+        Site(0): [Swap("relu", 0.5, 0.5)]
+    }
     entry = Threshold("gate", torch.zeros(N), 0.5)
-    assert encode({Site(0): [Swap("relu"), entry]}, "relu")[0] == encode({Site(0): [entry]}, "relu")[0], "nothing new: version 1"
+    assert encode({Site(0): [Swap("relu"), entry]}, "relu")[0] == encode({Site(0): [entry]}, "relu")[0], (
+        "nothing new: version 1"
+    )
     assert encode({Site(0): [entry]}, "relu")[0]["version"] == 1
 
 
@@ -121,15 +152,30 @@ def site(raw: dict[str, Any], layer: int = 0) -> dict[str, Any]:
         (lambda r: site(r).pop("opened"), "must hold .*opened"),
         (lambda r: site(r).update(opened=1.5), "The opened of layers.0.ffn must be a number from 0 to 1, got 1.5"),
         (lambda r: site(r, 1).update(opened=0.5), "must hold only .*, got .*opened"),
-        (lambda r: site(r).update(activation="swiglu"), "one with exact zeros that this sparsegate knows, got 'swiglu'"),
-        (lambda r: site(r).update(activation="gelu_tanh"), "one with exact zeros that this sparsegate knows, got 'gelu_tanh'"),
+        (
+            lambda r: site(r).update(activation="swiglu"),
+            "one with exact zeros that this sparsegate knows, got 'swiglu'",
+        ),
+        (
+            lambda r: site(r).update(activation="gelu_tanh"),
+            "one with exact zeros that this sparsegate knows, got 'gelu_tanh'",
+        ),
         (lambda r: site(r, 1).update(activation="silu"), "one with exact zeros that this sparsegate knows, got 'silu'"),
         (lambda r: site(r, 1).update(activation="fatrelu(0.010)"), "that this sparsegate knows"),
         (lambda r: site(r, 1).update(activation=None), "must be a name, got None"),
         (lambda r: r.update(model_type="gemma2"), "model_type must be sparsegate_<base> .*, got gemma2"),
-        (lambda r: r.update(hidden_activation="gelu_pytorch_tanh"), "hidden_activation must be sparsegate .*, got 'gelu_pytorch_tanh'"),
-        (lambda r: r["sparsity"].update(sites={"layers.3.ffn": site(r, 3)}), "model_type must be a stock one .*, got sparsegate_gemma2"),
-        (lambda r: r["sparsity"]["sites"].pop("layers.1.ffn"), "must hold only what config.json names, got layers.1.ffn.tau"),
+        (
+            lambda r: r.update(hidden_activation="gelu_pytorch_tanh"),
+            "hidden_activation must be sparsegate .*, got 'gelu_pytorch_tanh'",
+        ),
+        (
+            lambda r: r["sparsity"].update(sites={"layers.3.ffn": site(r, 3)}),
+            "model_type must be a stock one .*, got sparsegate_gemma2",
+        ),
+        (
+            lambda r: r["sparsity"]["sites"].pop("layers.1.ffn"),
+            "must hold only what config.json names, got layers.1.ffn.tau",
+        ),
         (lambda r: site(r, 2).update(score="exact", opened=0.5), "must hold only .*, got .*rank"),
     ],
 )

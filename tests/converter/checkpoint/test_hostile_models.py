@@ -1,4 +1,6 @@
-"""Model folders of strangers: no code of theirs is run or handed on, no link is followed out of the folder, and every reader sees the same content."""
+"""Model folders of strangers: no code of theirs is run or handed on, no link is followed out of the folder, and every
+reader sees the same content.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,14 @@ from sparsegate.runtime_onnx.errors import InputError
 ROOT = Path(__file__).parents[3]
 CODE = "import os\nopen(os.environ['HOSTILE_MARK'], 'w').close()\nclass Thing:\n    pass\n"
 FILES = (
-    "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", INDEX,
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    INDEX,
+)
 
 
 @pytest.fixture
@@ -76,7 +84,19 @@ def test_values_too_deep_are_one_line(model: Path) -> None:
     one_line(error)
 
 
-@pytest.mark.parametrize("name", ["../other.safetensors", "/tmp/other.safetensors", "..", ".", "", "a/b.safetensors", "C:x.safetensors", "a\\b.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../other.safetensors",
+        "/tmp/other.safetensors",
+        "..",
+        ".",
+        "",
+        "a/b.safetensors",
+        "C:x.safetensors",
+        "a\\b.safetensors",
+    ],
+)
 def test_an_index_names_files_beside_it(model: Path, name: str) -> None:
     shutil.copyfile(model / SINGLE, model.parent / "other.safetensors")
     shard(model, name)
@@ -88,7 +108,9 @@ def test_an_index_names_files_beside_it(model: Path, name: str) -> None:
 # links
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "NOTICE", "tokenizer_config.json", "generation_config.json", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["LICENSE", "NOTICE", "tokenizer_config.json", "generation_config.json", "config.json"]
+)
 def test_what_a_link_leads_to_is_not_copied(model: Path, tmp_path: Path, name: str) -> None:
     secret = tmp_path / "secret"
     shutil.move(model / name, secret) if (model / name).exists() else secret.write_text("private")
@@ -110,7 +132,9 @@ def test_a_linked_card_is_not_read(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_hubs_cache_is_a_model_folder(model: Path, tmp_path: Path) -> None:
-    """A snapshot there is links into its blobs, and they are what a person means; so are weights that lie on another disk."""
+    """A snapshot there is links into its blobs, and they are what a person means; so are weights that lie on another
+    disk.
+    """
     (model / "LICENSE").write_text("terms")
     shard(model, "model-00001-of-00001.safetensors")
     place = tmp_path / "models--ada--tiny"
@@ -159,12 +183,17 @@ def test_code_of_the_model_is_neither_run_nor_handed_on(
     monkeypatch.setenv("HOSTILE_MARK", str(tmp_path / "ran"))
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks where it may
     (model / "code.py").write_text(CODE)
-    change(model / "config.json", auto_map={"AutoConfig": place, "AutoModelForCausalLM": place, "AutoTokenizer": [place, place]})
+    change(
+        model / "config.json",
+        auto_map={"AutoConfig": place, "AutoModelForCausalLM": place, "AutoTokenizer": [place, place]},
+    )
     change(model / "tokenizer_config.json", auto_map={"AutoTokenizer": [place, place]})
     with caplog.at_level(logging.WARNING, logger="sparsegate"):
         source = resolve(str(model), tmp_path / "work" / "source")
     said = "names code of the model's own (auto_map): it is not run, and left out of what is written."
-    assert [record.message for record in caplog.records] == [f"{name} of model {said}" for name in ("config.json", "tokenizer_config.json")]
+    assert [record.message for record in caplog.records] == [
+        f"{name} of model {said}" for name in ("config.json", "tokenizer_config.json")
+    ]
     assert len(source.tokenizer().encode("def")) > 0
     (tmp_path / "out").mkdir()
     write_checkpoint(source, {}, tmp_path / "out")
@@ -174,7 +203,9 @@ def test_code_of_the_model_is_neither_run_nor_handed_on(
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_tokenizer_that_needs_its_code_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_needs_its_code_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nobody is asked whether to run it."""
     monkeypatch.setenv("HOSTILE_MARK", str(tmp_path / "ran"))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
@@ -197,9 +228,17 @@ def test_kernels_of_a_repository_are_refused(model: Path) -> None:
 def test_transformers_is_never_asked_to_trust_a_model() -> None:
     """Every call that could run code of a repository says that it must not."""
     calls = 0
-    for path in [*(ROOT / "converter").rglob("*.py"), *(ROOT / "runtime_onnx").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]:
+    for path in [
+        *(ROOT / "converter").rglob("*.py"),
+        *(ROOT / "runtime_onnx").rglob("*.py"),
+        *(ROOT / "examples").rglob("*.py"),
+    ]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or node.func.attr not in ("from_pretrained", "from_config"):
+            if (
+                not isinstance(node, ast.Call)
+                or not isinstance(node.func, ast.Attribute)
+                or node.func.attr not in ("from_pretrained", "from_config")
+            ):
                 continue
             if not ast.unparse(node.func.value).startswith("Auto"):
                 continue

@@ -27,7 +27,11 @@ from sparsegate.runtime_onnx.errors import InputError
 
 ROOT = Path(__file__).parents[3]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDING, DOWN, KEY_PROJECTION = "model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.k_proj.weight"
+EMBEDDING, DOWN, KEY_PROJECTION = (
+    "model.embed_tokens.weight",
+    "model.layers.1.mlp.down_proj.weight",
+    "model.layers.0.self_attn.k_proj.weight",
+)
 Tensors = dict[str, torch.Tensor]
 
 
@@ -72,16 +76,25 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("change", "word"), WRONG)
-def test_every_reader_of_weights_refuses(checkpoint: Path, model: Path, change: Callable[[Tensors], Any], word: str) -> None:
+def test_every_reader_of_weights_refuses(
+    checkpoint: Path, model: Path, change: Callable[[Tensors], Any], word: str
+) -> None:
     for folder in (checkpoint, model):
         rewrite(folder, change)
-    for read in (lambda: load(checkpoint), lambda: load_dense(checkpoint), lambda: load_dense(model), lambda: Torch(model, 1, "fp32")):
+    for read in (
+        lambda: load(checkpoint),
+        lambda: load_dense(checkpoint),
+        lambda: load_dense(model),
+        lambda: Torch(model, 1, "fp32"),
+    ):
         with pytest.raises(InputError, match=word):
             read()
 
 
 @pytest.mark.parametrize(("change", "word"), WRONG)
-def test_inspect_and_convert_say_the_same(model: Path, tmp_path: Path, change: Callable[[Tensors], Any], word: str) -> None:
+def test_inspect_and_convert_say_the_same(
+    model: Path, tmp_path: Path, change: Callable[[Tensors], Any], word: str
+) -> None:
     rewrite(model, change)
     same_refusal(model, tmp_path / "sparse", word)
 
@@ -131,7 +144,11 @@ def test_types_without_an_architecture_file(model_type: str, tmp_path: Path) -> 
     """They are no model to convert, but nothing of them is made up either."""
     folder = make_model(model_type, tmp_path / "m")
     load_dense(folder)
-    name = next(name for name in sorted(load_file(folder / SINGLE)) if name.endswith("norm.weight") or ".ln_" in name or "mlp" in name)
+    name = next(
+        name
+        for name in sorted(load_file(folder / SINGLE))
+        if name.endswith("norm.weight") or ".ln_" in name or "mlp" in name
+    )
     rewrite(folder, lambda t: t.pop(name))
     with pytest.raises(InputError, match=f"must hold {name}"):
         load_dense(folder)
@@ -156,7 +173,9 @@ def test_a_name_twice_in_a_header(checkpoint: Path) -> None:
     double(path, DOWN)
     assert set(load_file(path)) == set(before), "the library keeps one of the two"
     for read in (lambda: open_source(checkpoint, sparse=True), lambda: load(checkpoint), lambda: load_tensors(path)):
-        with pytest.raises(InputError, match=r"model.safetensors must be a complete safetensors file.* twice in one object"):
+        with pytest.raises(
+            InputError, match=r"model.safetensors must be a complete safetensors file.* twice in one object"
+        ):
             read()
 
 
@@ -173,7 +192,11 @@ def test_shards_hold_what_the_index_says(model: Path) -> None:
     with pytest.raises(InputError, match=f"{DOWN}, which must stand in {other}"):
         load_dense(model)
     (model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    save_file({name: tensors[name] for name in tensors if files[name] == other} | {DOWN: tensors[DOWN] + 1}, model / other, {"format": "pt"})
+    save_file(
+        {name: tensors[name] for name in tensors if files[name] == other} | {DOWN: tensors[DOWN] + 1},
+        model / other,
+        {"format": "pt"},
+    )
     with pytest.raises(InputError, match=f"{DOWN} must stand in one file"):
         load_dense(model)
 
@@ -186,10 +209,16 @@ def test_dtypes_that_a_format_names(tmp_path: Path) -> None:
 
 
 def test_one_function_calls_from_pretrained_on_a_folder_from_outside() -> None:
-    """It is `load_dense`, which checks the headers before and what was made up after; the other one reads what it has just written itself."""
+    """It is `load_dense`, which checks the headers before and what was made up after; the other one reads what it has
+    just written itself.
+    """
     found = set()
     for path in (ROOT / "converter").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("AutoModel") and ast.unparse(node.func).endswith("from_pretrained"):
+            if (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func).startswith("AutoModel")
+                and ast.unparse(node.func).endswith("from_pretrained")
+            ):
                 found.add(path.relative_to(ROOT / "converter").as_posix())
     assert found == {"modeling/gated.py", "evaluation/speed/random_model.py"}

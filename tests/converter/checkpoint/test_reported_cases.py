@@ -1,17 +1,21 @@
 """Faults first seen in public reports about neighbouring tools, remade with tiny models. Which test covers which:
 
-| # | case | test |
-|---|---|---|
-| 1 | the model lies in OUT.work; unrelated folders of such names | test_work_folder.py::test_a_model_that_lies_where_the_stages_would_is_refused and others |
+| # | case | test | |---|---|---|
+| 1 | the model lies in OUT.work; unrelated folders of such names |
+test_work_folder.py::test_a_model_that_lies_where_the_stages_would_is_refused and others |
 | 2 | prompts that end in the pad token | test_export_text.py::test_prompts_that_end_in_pads, test_text_conversion.py |
-| 3 | several end tokens; a tokenizer's own | test_export_text.py::test_every_end_token_ends_a_text, test_text_conversion.py |
-| 4 | tokenizers that genai reads otherwise | test_export_text.py::test_tokenizers_that_genai_reads_otherwise, runtime_onnx/test_text.py |
+| 3 | several end tokens; a tokenizer's own | test_export_text.py::test_every_end_token_ends_a_text,
+test_text_conversion.py |
+| 4 | tokenizers that genai reads otherwise | test_export_text.py::test_tokenizers_that_genai_reads_otherwise,
+runtime_onnx/test_text.py |
 | 5 | a head beside a tied embedding | here |
 | 6 | modes of files | test_stage_damage.py::test_every_file_has_the_mode_that_the_umask_says |
 | 7 | JSON lines, byte order marks, CRLF | here, test_bounds.py::test_byte_order_marks_and_line_ends_are_no_text |
 | 8 | YaRN without its optional fields | here |
-| 9 | heads and positions that ONNX Runtime does not take | test_bounds.py::test_a_model_whose_graph_could_not_run_is_refused_by_inspect |
-| 10 | terminals and arguments of other encodings | test_cli_generate.py::test_generate_on_a_terminal_with_other_letters |
+| 9 | heads and positions that ONNX Runtime does not take |
+test_bounds.py::test_a_model_whose_graph_could_not_run_is_refused_by_inspect |
+| 10 | terminals and arguments of other encodings | test_cli_generate.py::test_generate_on_a_terminal_with_other_letters
+|
 | 11 | weights beyond half precision | here |
 | 12 | tensors that the class does not have | test_output.py |
 | 13 | a sentencepiece model alone | test_source.py::test_a_sentencepiece_model_alone_names_sentencepiece |
@@ -84,7 +88,9 @@ def refused(folder: Path, *parts: str) -> None:
     assert str(error.value) == found.reason
 
 
-def test_a_head_beside_a_tied_embedding_is_converted(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_head_beside_a_tied_embedding_is_converted(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """transformers takes the head of the file although config.json ties it; the builder does not."""
     rewrite(model, lambda tensors: tensors, tie_word_embeddings=True)
     with caplog.at_level(logging.WARNING, logger="sparsegate"):
@@ -100,7 +106,14 @@ def test_a_head_beside_a_tied_embedding_is_converted(model: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("kind", "fields"),
-    [("qwen2", {}), *[pytest.param(kind, fields, marks=pytest.mark.slow) for kind in ("qwen2", "qwen3", "mistral") for fields in ({}, FULL)][1:]],
+    [
+        ("qwen2", {}),
+        *[
+            pytest.param(kind, fields, marks=pytest.mark.slow)
+            for kind in ("qwen2", "qwen3", "mistral")
+            for fields in ({}, FULL)
+        ][1:],
+    ],
 )
 def test_yarn_gives_the_logits_of_transformers(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
     folder = make_model(kind, tmp_path / "model", rope_scaling=YARN | fields)
@@ -112,7 +125,9 @@ def test_yarn_gives_the_logits_of_transformers(kind: str, fields: dict[str, Any]
     assert compare_base(tmp_path / "onnx", load_dense(plain), tokens) > 100 * BOUND
 
 
-def test_a_graph_that_is_not_the_model_ends_it_before_calibration(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_is_not_the_model_ends_it_before_calibration(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def wrong(*_: Any) -> None:
         raise InputError("The graph must be the model, got another one.")
 
@@ -122,7 +137,9 @@ def test_a_graph_that_is_not_the_model_ends_it_before_calibration(model: Path, t
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.work" / "stats").exists()
 
 
-@pytest.mark.parametrize(("precision", "value", "holds"), [("fp16", 7e4, False), ("fp16", 6e4, True), ("int4", 6e5, False)])
+@pytest.mark.parametrize(
+    ("precision", "value", "holds"), [("fp16", 7e4, False), ("fp16", 6e4, True), ("int4", 6e5, False)]
+)
 def test_weights_beyond_half_precision(precision: str, value: float, holds: bool, model: Path, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
 
@@ -135,18 +152,28 @@ def test_weights_beyond_half_precision(precision: str, value: float, holds: bool
     if holds:
         convert(recipe=recipe, output=tmp_path / "out")
         return
-    with pytest.raises(InputError, match="must hold finite values up to 65504 in half precision.*Take the precision fp32, bf16 or int8") as error:
+    with pytest.raises(
+        InputError, match="must hold finite values up to 65504 in half precision.*Take the precision fp32, bf16 or int8"
+    ) as error:
         convert(recipe=recipe, output=tmp_path / "out")
     assert "model.layers.0.mlp.up_proj" in str(error.value) and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("prefix", "remedy"), [("_orig_mod.", "model._orig_mod.save_pretrained"), ("module.", "model.module.save_pretrained")])
+@pytest.mark.parametrize(
+    ("prefix", "remedy"),
+    [("_orig_mod.", "model._orig_mod.save_pretrained"), ("module.", "model.module.save_pretrained")],
+)
 def test_weights_of_a_wrapped_model_say_what_saves_them(prefix: str, remedy: str, model: Path) -> None:
     refused(rewrite(model, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}), prefix, remedy)
 
 
 def test_a_model_without_its_head_says_so(model: Path) -> None:
-    bare = rewrite(model, lambda tensors: {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"})
+    bare = rewrite(
+        model,
+        lambda tensors: {
+            name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"
+        },
+    )
     refused(bare, "a model without the head of a language model", "AutoModelForCausalLM")
 
 
@@ -157,7 +184,10 @@ def test_a_buffer_of_integers_is_no_weight(model: Path) -> None:
 
 @pytest.mark.parametrize("named", [["LlamaForSequenceClassification"], ["LlamaModel"], "LlamaForCausalLM", [1]])
 def test_another_head_than_a_language_models_is_refused_by_inspect(named: Any, model: Path) -> None:
-    refused(rewrite(model, lambda tensors: tensors, architectures=named), "causal language model" if named[0] != "L" and named != [1] else "a list of names")
+    refused(
+        rewrite(model, lambda tensors: tensors, architectures=named),
+        "causal language model" if named[0] != "L" and named != [1] else "a list of names",
+    )
 
 
 # texts
@@ -168,7 +198,12 @@ def write_out(conversations: list[Any]) -> list[str]:
 
 
 def test_json_lines_are_documents(tmp_path: Path) -> None:
-    rows = [{"text": "a\r"}, {"content": "b", "id": 1}, {"messages": [{"role": "user", "content": "c"}]}, {"text": None, "content": "d"}]
+    rows = [
+        {"text": "a\r"},
+        {"content": "b", "id": 1},
+        {"messages": [{"role": "user", "content": "c"}]},
+        {"text": None, "content": "d"},
+    ]
     file = tmp_path / "t.jsonl"
     file.write_text("\ufeff" + "\r\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
     text, said = read_whole(file, write_out)
@@ -202,10 +237,18 @@ def test_lines_that_are_no_documents(name: str, line: str, said: str, tmp_path: 
 
 def test_rows_of_parquet_are_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     conversation = [{"role": "user", "content": "c"}]
-    rows = {"id": [1, 2, 3], "text": ["a", None, None], "content": [None, "b", "lost"], "messages": [None, None, conversation]}
+    rows = {
+        "id": [1, 2, 3],
+        "text": ["a", None, None],
+        "content": [None, "b", "lost"],
+        "messages": [None, None, conversation],
+    }
     file = tmp_path / "t.parquet"
     write_table(table(rows), file)
-    assert read_whole(file, write_out) == ("a\n\nb\n\nlost", "t.parquet: 3 documents, 1 of the field text, 2 of the field content.")
+    assert read_whole(file, write_out) == (
+        "a\n\nb\n\nlost",
+        "t.parquet: 3 documents, 1 of the field text, 2 of the field content.",
+    )
     write_table(table({"messages": [conversation] * 2}), file)
     assert read_whole(file, write_out) == ("user: c\n\nuser: c", "t.parquet: 2 documents, 2 of the field messages.")
     write_table(table({"text": ["a", None]}), file)
@@ -227,9 +270,16 @@ def test_rows_of_parquet_are_documents(tmp_path: Path, monkeypatch: pytest.Monke
         read_whole(file, write_out)
 
 
-def test_a_conversation_is_written_out_by_the_chat_template(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_conversation_is_written_out_by_the_chat_template(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "t.jsonl"
-    row = {"messages": [{"role": "user", "content": "def add(first, second):"}, {"role": "assistant", "content": "return first + second"}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": "def add(first, second):"},
+            {"role": "assistant", "content": "return first + second"},
+        ]
+    }
     file.write_text((json.dumps(row) + "\n") * 300)
     recipe = compile_recipe(str(model), "gate", 0.5, None, None, None, file, None, None, None)
     source = open_source(model)

@@ -81,8 +81,13 @@ def test_reads_what_safetensors_hold(model_type: str, tiny_model: Callable[[str]
 
 def test_sharded_equals_single(model: Path, tiny_model: Callable[[str], Path], sharded: Path) -> None:
     single, source = open_source(tiny_model("llama")), open_source(sharded)
-    assert {name: info.shape for name, info in source.tensors.items()} == {name: info.shape for name, info in single.tensors.items()}
-    assert all(torch.equal(a, b) for a, b in zip(source.read(single.tensors).values(), single.read(single.tensors).values(), strict=True))
+    assert {name: info.shape for name, info in source.tensors.items()} == {
+        name: info.shape for name, info in single.tensors.items()
+    }
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(source.read(single.tensors).values(), single.read(single.tensors).values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -105,7 +110,11 @@ def test_a_single_file_wins_over_an_index_as_in_transformers(model: Path) -> Non
 
 def test_fingerprint_covers_every_byte_that_matters(model: Path) -> None:
     first = open_source(model).fingerprint
-    assert open_source(model).fingerprint == first == open_source(shutil.copytree(model, model.with_name("copy"))).fingerprint
+    assert (
+        open_source(model).fingerprint
+        == first
+        == open_source(shutil.copytree(model, model.with_name("copy"))).fingerprint
+    )
     (model / "README.md").write_text("new")
     assert open_source(model).fingerprint == first
     for name in ("config.json", "tokenizer.json", "generation_config.json", SINGLE):
@@ -145,7 +154,11 @@ def test_checkpoint_copies_every_shard_and_nothing_foreign(sharded: Path) -> Non
     out.mkdir()
     write_checkpoint(open_source(sharded), {Site(0): [Threshold("gate", uniform_tau(0.1, 176), 0.5)]}, out)
     names = {path.name for path in out.iterdir()}
-    assert {"config.json", "tokenizer.json", INDEX, "LICENSE", "sparsity"} <= names and not names & {"modeling_evil.py", "pytorch_model.bin", "README.md"}
+    assert {"config.json", "tokenizer.json", INDEX, "LICENSE", "sparsity"} <= names and not names & {
+        "modeling_evil.py",
+        "pytorch_model.bin",
+        "README.md",
+    }
     for path in sharded.glob("*.safetensors"):
         assert (out / path.name).read_bytes() == path.read_bytes()
     assert set(open_source(out, sparse=True).tensors) == set(open_source(sharded).tensors)
@@ -166,7 +179,10 @@ def test_no_config(tmp_path: Path, model: Path) -> None:
     refused(model, "config.json", "save_pretrained")
 
 
-@pytest.mark.parametrize(("data", "word"), [(b"", "JSON"), (b"{", "JSON"), (b"[1]", "list"), (b"\xff\xfe\x00", "JSON"), (b"<html>\nnot found</html>", "JSON")])
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [(b"", "JSON"), (b"{", "JSON"), (b"[1]", "list"), (b"\xff\xfe\x00", "JSON"), (b"<html>\nnot found</html>", "JSON")],
+)
 def test_config_that_is_no_json(model: Path, data: bytes, word: str) -> None:
     (model / "config.json").write_bytes(data)
     refused(model, "config.json", word)
@@ -203,7 +219,9 @@ def test_already_sparse(model: Path) -> None:
     assert open_source(model, sparse=True).arch.model_type == "llama"
 
 
-@pytest.mark.parametrize(("key", "value"), [("hidden_size", "wide"), ("num_hidden_layers", None), ("intermediate_size", [1])])
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_size", "wide"), ("num_hidden_layers", None), ("intermediate_size", [1])]
+)
 def test_config_with_impossible_values(model: Path, key: str, value: Any) -> None:
     edit_config(model, **{key: value})
     refused(model, "config.json")
@@ -283,11 +301,24 @@ def test_more_layers_than_weights(model: Path) -> None:
     refused(model, "model.layers.2.mlp.gate_proj.weight", "no such tensor")
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.k_proj.weight", "model.norm.weight", "lm_head.weight", "model.layers.1.input_layernorm.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.k_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        "model.layers.1.input_layernorm.weight",
+    ],
+)
 @pytest.mark.parametrize("how", ["absent", "shape"])
 def test_weights_outside_the_network_are_checked_too(model: Path, name: str, how: str) -> None:
     tensors = load_file(model / SINGLE)
-    save_file({k: t for k, t in tensors.items() if k != name} if how == "absent" else tensors | {name: tensors[name][:-1].contiguous()}, model / SINGLE)
+    save_file(
+        {k: t for k, t in tensors.items() if k != name}
+        if how == "absent"
+        else tensors | {name: tensors[name][:-1].contiguous()},
+        model / SINGLE,
+    )
     refused(model, name, "no such tensor" if how == "absent" else "[", then=empty_model)
 
 
@@ -311,7 +342,10 @@ def test_config_that_no_class_can_build(model: Path) -> None:
 @pytest.mark.parametrize(
     ("weight_map", "words"),
     [
-        (lambda m: m | {DOWN: "model-00009-of-00002.safetensors"}, ("model-00009-of-00002.safetensors", "no such file")),
+        (
+            lambda m: m | {DOWN: "model-00009-of-00002.safetensors"},
+            ("model-00009-of-00002.safetensors", "no such file"),
+        ),
         (lambda m: m | {"ghost.weight": "model-00001-of-00002.safetensors"}, ("ghost.weight",)),
         (lambda m: m | {DOWN: "../../etc/passwd"}, (INDEX, "beside")),
         (lambda m: m | {DOWN: 3}, (INDEX,)),
@@ -379,7 +413,9 @@ def test_no_vocabulary(model: Path) -> None:
     (model / "tokenizer.json").unlink()
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "LlamaTokenizer"}))
-    assert "tokenizer.json" in refused(model, "must lie in", "got none of its files", then=lambda source: source.tokenizer())
+    assert "tokenizer.json" in refused(
+        model, "must lie in", "got none of its files", then=lambda source: source.tokenizer()
+    )
 
 
 def test_a_sentencepiece_model_alone_names_sentencepiece(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""Finished stages that were damaged since, and runs that were killed: what is published in the end is what an undisturbed run makes."""
+"""Finished stages that were damaged since, and runs that were killed: what is published in the end is what an
+undisturbed run makes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,17 @@ import pytest
 from forks import changes, start
 from small_recipe import small_recipe
 
-from sparsegate.converter.checkpoint.stage import HEADER, RECORD, Header, atomic_folder, is_finished, is_intact, leave_out, read_header, write_header
+from sparsegate.converter.checkpoint.stage import (
+    HEADER,
+    RECORD,
+    Header,
+    atomic_folder,
+    is_finished,
+    is_intact,
+    leave_out,
+    read_header,
+    write_header,
+)
 from sparsegate.converter.pipeline import candidates
 from sparsegate.converter.pipeline import convert as conversion
 from sparsegate.converter.pipeline.convert import convert
@@ -24,7 +36,14 @@ from sparsegate.converter.training import stage as recovery_stage
 from sparsegate.runtime_onnx.untrusted import read_json
 
 DAMAGES = ("flip", "truncate", "delete", "empty")
-TUNE = {"data": {"windows": 12, "length": 32}, "windows": 2, "accumulate": 2, "steps": 6, "precision": "fp32", "processes": 1}
+TUNE = {
+    "data": {"windows": 12, "length": 32},
+    "windows": 2,
+    "accumulate": 2,
+    "steps": 6,
+    "precision": "fp32",
+    "processes": 1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +70,9 @@ def published(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("name", ["a", "deep/b", HEADER])
-def test_a_damaged_stage_is_not_finished(kind: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_stage_is_not_finished(
+    kind: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     header, stage = Header(format="plan", seed=3), tmp_path / "stage"
     with atomic_folder(stage) as partial:
         (partial / "deep").mkdir()
@@ -82,16 +103,27 @@ def test_files_that_are_left_out_are_no_damage(tmp_path: Path) -> None:
     assert not is_intact(tmp_path)
 
 
-def damaged_conversions(tiny_model: Callable[[str], Path], folder: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def damaged_conversions(
+    tiny_model: Callable[[str], Path], folder: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
     """So many conversions that find one of their stages' files damaged; returns what the log said of each."""
-    stages = [{"method": "auto", "config": {"sparsity": 0.4, "tune": {"steps": 3, "data": 16, "windows": 2, "precision": "fp32"}}}]
+    stages = [
+        {
+            "method": "auto",
+            "config": {"sparsity": 0.4, "tune": {"steps": 3, "data": 16, "windows": 2, "precision": "fp32"}},
+        }
+    ]
     recipe = small_recipe(tiny_model("llama"), folder, stages=stages, export={"precision": "int8"})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(conversion, "write_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         convert(recipe=recipe, output=folder / "out")
     whole = (folder / "out.work").rename(folder / "whole.work")
     expected = published(convert_again(recipe, folder, whole, None, "", random.Random()))
-    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.name != RECORD and "samples" not in path.name)
+    files = sorted(
+        path.relative_to(whole)
+        for path in whole.rglob("*")
+        if path.is_file() and path.name != RECORD and "samples" not in path.name
+    )
     said, drawn = [], random.Random(5)
     for number in range(count):
         log = _Lines()
@@ -124,12 +156,16 @@ def convert_again(recipe: Path, folder: Path, whole: Path, file: Path | None, ki
     return convert(recipe=recipe, output=folder / "out").folder
 
 
-def test_damaged_stages_are_made_again(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_stages_are_made_again(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert damaged_conversions(tiny_model, tmp_path, 4, monkeypatch)
 
 
 @pytest.mark.slow
-def test_damaged_stages_are_made_again_many_times(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_stages_are_made_again_many_times(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert len(damaged_conversions(tiny_model, tmp_path, 50, monkeypatch)) > 25
 
 
@@ -138,9 +174,22 @@ def tune_recipe(folder: Path, model: Path) -> Path:
     return small_recipe(model, folder, stages=[{"method": "exact", "config": {"activation": "drelu"}, "tune": TUNE}])
 
 
-@pytest.mark.parametrize("name", ["state/training.safetensors", "state/training.json", "heldout/heldout.json", "heldout", "generated/tokens.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "state/training.safetensors",
+        "state/training.json",
+        "heldout/heldout.json",
+        "heldout",
+        "generated/tokens.safetensors",
+    ],
+)
 def test_an_interrupted_training_does_not_go_on_from_damage(
-    name: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     recipe = tune_recipe(tmp_path, tiny_model("llama"))
     whole = tune(recipe=str(recipe), output=tmp_path / "whole")
@@ -153,7 +202,11 @@ def test_an_interrupted_training_does_not_go_on_from_damage(
         return plain(self, step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(recovery_stage, "settings_of", lambda asked, seed, plain=recovery_stage.settings_of: _saving(plain(asked, seed)))
+        patch.setattr(
+            recovery_stage,
+            "settings_of",
+            lambda asked, seed, plain=recovery_stage.settings_of: _saving(plain(asked, seed)),
+        )
         patch.setattr(recovery_stage.RecoveryObjective, "after", interrupted)
         tune(recipe=str(recipe), output=tmp_path / "out")
     stage = tmp_path / "out.work" / "stage_0"
@@ -165,12 +218,16 @@ def test_an_interrupted_training_does_not_go_on_from_damage(
     steps.clear()
     with caplog.at_level(logging.WARNING, logger="sparsegate"), monkeypatch.context() as patch:
         plain = recovery_stage.RecoveryObjective.after
-        patch.setattr(recovery_stage.RecoveryObjective, "after", lambda self, step: steps.append(step) or plain(self, step))
+        patch.setattr(
+            recovery_stage.RecoveryObjective, "after", lambda self, step: steps.append(step) or plain(self, step)
+        )
         found = tune(recipe=str(recipe), output=tmp_path / "out")
     assert steps == list(range(6)) or (name.startswith("generated") and steps == [3, 4, 5])
     assert name == "heldout" or "is made again" in caplog.text
     assert published(tmp_path / "out") == published(tmp_path / "whole")
-    assert [(row.step, row.nll) for row in found.record.heldout] == [(row.step, row.nll) for row in whole.record.heldout]
+    assert [(row.step, row.nll) for row in found.record.heldout] == [
+        (row.step, row.nll) for row in whole.record.heldout
+    ]
 
 
 def _saving(settings: Any) -> Any:
@@ -187,7 +244,17 @@ def killed(verb: str, recipe: Path, folder: Path, points: int) -> None:
     assert count > 100
     for point in range(points):
         out = folder / f"out{point}"
-        first = start(folder, verb, "--recipe", recipe, "-o", out, "--quiet", kill_at=1 + count * (2 * point + 1) // (2 * points), name=f"first{point}")
+        first = start(
+            folder,
+            verb,
+            "--recipe",
+            recipe,
+            "-o",
+            out,
+            "--quiet",
+            kill_at=1 + count * (2 * point + 1) // (2 * points),
+            name=f"first{point}",
+        )
         assert first.wait() == -9, first.text
         if out.exists():
             assert published(out) == expected, "what appears is whole"
@@ -202,17 +269,35 @@ def killed(verb: str, recipe: Path, folder: Path, points: int) -> None:
 
 @pytest.mark.parametrize("verb", ["convert", "tune"])
 def test_a_killed_run_ends_as_an_undisturbed_one(verb: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    killed(verb, small_recipe(tiny_model("llama"), tmp_path) if verb == "convert" else tune_recipe(tmp_path, tiny_model("llama")), tmp_path / verb, 2)
+    killed(
+        verb,
+        small_recipe(tiny_model("llama"), tmp_path)
+        if verb == "convert"
+        else tune_recipe(tmp_path, tiny_model("llama")),
+        tmp_path / verb,
+        2,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["convert", "tune"])
-def test_runs_killed_at_thirty_points_end_as_undisturbed_ones(verb: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    killed(verb, small_recipe(tiny_model("llama"), tmp_path) if verb == "convert" else tune_recipe(tmp_path, tiny_model("llama")), tmp_path / verb, 30)
+def test_runs_killed_at_thirty_points_end_as_undisturbed_ones(
+    verb: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    killed(
+        verb,
+        small_recipe(tiny_model("llama"), tmp_path)
+        if verb == "convert"
+        else tune_recipe(tmp_path, tiny_model("llama")),
+        tmp_path / verb,
+        30,
+    )
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
-def test_every_file_has_the_mode_that_the_umask_says(mask: int, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_every_file_has_the_mode_that_the_umask_says(
+    mask: int, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Case 6."""
     before = os.umask(mask)
     try:
@@ -220,5 +305,10 @@ def test_every_file_has_the_mode_that_the_umask_says(mask: int, tiny_model: Call
         convert(recipe=recipe, output=tmp_path / "out", keep_stages=True)
     finally:
         os.umask(before)
-    for path in (tmp_path / "out", *(tmp_path / "out").rglob("*"), tmp_path / "out.work", *(tmp_path / "out.work").rglob("*")):
+    for path in (
+        tmp_path / "out",
+        *(tmp_path / "out").rglob("*"),
+        tmp_path / "out.work",
+        *(tmp_path / "out.work").rglob("*"),
+    ):
         assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path

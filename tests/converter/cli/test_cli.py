@@ -1,4 +1,6 @@
-"""The command line: flags against functions, what help imports, status and streams of every verb, and every user's mistake in one line."""
+"""The command line: flags against functions, what help imports, status and streams of every verb, and every user's
+mistake in one line.
+"""
 
 from __future__ import annotations
 
@@ -50,14 +52,18 @@ def conversion_run(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.T
     """`convert --json` of a tiny Llama in a process of its own: the folder that it wrote, and the process."""
     folder = tmp_path_factory.mktemp("cli")
     recipe = small_recipe(tiny_model("llama"), folder)
-    done = run_cli("convert", "--recipe", recipe, "-o", folder / "out", "--keep-stages", "--json", preamble=WITHOUT_SPEED)
+    done = run_cli(
+        "convert", "--recipe", recipe, "-o", folder / "out", "--keep-stages", "--json", preamble=WITHOUT_SPEED
+    )
     assert done.returncode == 0, done.stderr
     return folder / "out", done
 
 
 @pytest.fixture(scope="module")
 def converted(conversion_run: tuple[Path, Any]) -> Path:
-    """A sparse checkpoint; copy it before changing anything in it. The dense graph lies in out.work/base, the recipe beside it."""
+    """A sparse checkpoint; copy it before changing anything in it. The dense graph lies in out.work/base, the recipe
+    beside it.
+    """
     return conversion_run[0]
 
 
@@ -100,7 +106,9 @@ def test_flags_are_the_parameters_of_the_function(verb: str) -> None:
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, target: str, result: Any) -> list[dict[str, Any]]:
-    """Put a function that returns `result` in the place of `target` and keep the arguments of its calls, by the parameters' names."""
+    """Put a function that returns `result` in the place of `target` and keep the arguments of its calls, by the
+    parameters' names.
+    """
     module, name = target.rsplit(".", 1)
     real, calls = signatures.signature(getattr(import_module(module), name)), []
 
@@ -112,38 +120,117 @@ def recorded(monkeypatch: pytest.MonkeyPatch, target: str, result: Any) -> list[
     return calls
 
 
-def test_every_flag_of_convert_arrives(call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]) -> None:
+def test_every_flag_of_convert_arrives(
+    call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]
+) -> None:
     names, found = set(parameters(conversion.convert)), conversion.convert(str(tiny_model("llama")), dry_run=True)
     calls = recorded(monkeypatch, "sparsegate.converter.pipeline.convert.convert", found)
-    assert call(
-        "convert", "m", "-o", "o", "--method", "gate", "--sparsity", "0.25", "--max-ppl-increase", "2%", "--max-kl", "0.5", "--recipe", "r", "--calibration",
-        "c",
-        "--precision", "p", "--target", "t", "--seed", "7", "--device", "d", "--push", "a/b", "--public", "--dry-run", "--keep-stages", "--time-budget", "20m",
-    ).status == 0  # fmt: skip
+    assert (
+        call(
+            "convert",
+            "m",
+            "-o",
+            "o",
+            "--method",
+            "gate",
+            "--sparsity",
+            "0.25",
+            "--max-ppl-increase",
+            "2%",
+            "--max-kl",
+            "0.5",
+            "--recipe",
+            "r",
+            "--calibration",
+            "c",
+            "--precision",
+            "p",
+            "--target",
+            "t",
+            "--seed",
+            "7",
+            "--device",
+            "d",
+            "--push",
+            "a/b",
+            "--public",
+            "--dry-run",
+            "--keep-stages",
+            "--time-budget",
+            "20m",
+        ).status
+        == 0
+    )
     assert calls[0].pop("command").startswith("sparsegate convert m -o o --method gate ")
     assert calls == [
         {
-            "model": "m", "output": Path("o"), "method": "gate", "sparsity": 0.25, "max_ppl_increase": 0.02, "max_kl": 0.5, "recipe": Path("r"),
-            "calibration": Path("c"), "precision": "p", "target": "t", "seed": 7, "device": "d", "push_to": "a/b", "public": True, "dry_run": True,
-            "keep_stages": True, "time_budget": "20m",
+            "model": "m",
+            "output": Path("o"),
+            "method": "gate",
+            "sparsity": 0.25,
+            "max_ppl_increase": 0.02,
+            "max_kl": 0.5,
+            "recipe": Path("r"),
+            "calibration": Path("c"),
+            "precision": "p",
+            "target": "t",
+            "seed": 7,
+            "device": "d",
+            "push_to": "a/b",
+            "public": True,
+            "dry_run": True,
+            "keep_stages": True,
+            "time_budget": "20m",
         }
-    ]  # fmt: skip
+    ]
     assert {*calls[0], "command"} == names
     call("convert", "--max-ppl-increase", "0.03")
     assert calls[1]["max_ppl_increase"] == 0.03
 
 
-def test_every_flag_of_generate_push_and_verify_arrives(call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_flag_of_generate_push_and_verify_arrives(
+    call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     calls = recorded(monkeypatch, "sparsegate.runtime_onnx.generate", iter(["b", "c"]))
-    done = call("generate", tmp_path, "a", "--max-new-tokens", "3", "--temperature", "0.5", "--top-k", "4", "--top-p", "0.75", "--seed", "6", "--body", "--raw")
+    done = call(
+        "generate",
+        tmp_path,
+        "a",
+        "--max-new-tokens",
+        "3",
+        "--temperature",
+        "0.5",
+        "--top-k",
+        "4",
+        "--top-p",
+        "0.75",
+        "--seed",
+        "6",
+        "--body",
+        "--raw",
+    )
     assert done == Done(0, "abc\n", "")
     assert calls == [
-        {"path": tmp_path, "prompt": "a", "max_new_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.75, "seed": 6, "library": False, "chat": False},
-    ]  # fmt: skip
+        {
+            "path": tmp_path,
+            "prompt": "a",
+            "max_new_tokens": 3,
+            "temperature": 0.5,
+            "top_k": 4,
+            "top_p": 0.75,
+            "seed": 6,
+            "library": False,
+            "chat": False,
+        },
+    ]
     calls = recorded(monkeypatch, "sparsegate.converter.pipeline.push.push", "the url")
     assert call("push", "d", "a/b") == call("push", "d", "a/b", "--public") == Done(0, "the url\n", "")
     assert calls == [{"folder": Path("d"), "repo_id": "a/b", "private": private} for private in (True, False)]
-    calls = recorded(monkeypatch, "sparsegate.converter.pipeline.verify.verify", verify_module.Verification.model_construct(quality=None, checks=[]))
+    calls = recorded(
+        monkeypatch,
+        "sparsegate.converter.pipeline.verify.verify",
+        verify_module.Verification.model_construct(quality=None, checks=[]),
+    )
     assert json.loads(call("verify", "d", "--source", "s", "--calibration", "c", "--json").out)["checks"] == []
     assert calls == [{"model": "d", "source": "s", "calibration": Path("c")}]
 
@@ -151,8 +238,22 @@ def test_every_flag_of_generate_push_and_verify_arrives(call: Callable[..., Done
 def test_the_published_command_has_no_folders_of_this_machine() -> None:
     from sparsegate.converter.cli.output import command
 
-    words = ["convert", "/home/ada/model", "-o/home/ada/out", "--calibration=/home/ada/a b.txt", "--recipe", "../r.yaml", "--push", "ada/x", "--max-kl", "1"]
-    assert command(words) == "sparsegate convert model -oout '--calibration=a b.txt' --recipe ../r.yaml --push ada/x --max-kl 1"
+    words = [
+        "convert",
+        "/home/ada/model",
+        "-o/home/ada/out",
+        "--calibration=/home/ada/a b.txt",
+        "--recipe",
+        "../r.yaml",
+        "--push",
+        "ada/x",
+        "--max-kl",
+        "1",
+    ]
+    assert (
+        command(words)
+        == "sparsegate convert model -oout '--calibration=a b.txt' --recipe ../r.yaml --push ada/x --max-kl 1"
+    )
 
 
 # help and usage
@@ -163,9 +264,10 @@ def test_help_is_quick() -> None:
     code = """
 import sys
 from sparsegate.converter.cli import VERBS, main
+HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnxruntime_genai"}
+HEAVY |= {"huggingface_hub", "matplotlib", "numpy"}
 for words in [[], *([verb] for verb in VERBS), ["inspect", "nothing/at/all"]]:
-    heavy = {"torch", "transformers", "onnx", "onnxruntime", "onnxruntime_genai", "huggingface_hub", "matplotlib", "numpy"} & set(sys.modules)
-    print("HEAVY", *sorted(heavy))
+    print("HEAVY", *sorted(HEAVY & set(sys.modules)))
     try:
         main(words if words[1:] else [*words, "--help"])
     except SystemExit as stop:
@@ -188,14 +290,31 @@ def test_help_names_every_verb_and_flag(call: Callable[..., Done], monkeypatch: 
     text = call("--help").out
     assert all(f" {verb} " in text for verb in VERBS)
     text = call("convert", "--help").out
-    for flag in ("--output", "-o", *(f"--{name.replace('_', '-')}" for name in parameters(conversion.convert) if name not in ("model", "command", "push_to"))):
+    for flag in (
+        "--output",
+        "-o",
+        *(
+            f"--{name.replace('_', '-')}"
+            for name in parameters(conversion.convert)
+            if name not in ("model", "command", "push_to")
+        ),
+    ):
         assert flag in text, flag
     assert all(name in text for name in (*METHODS, "imported", "auto", "chess+teal"))
 
 
 @pytest.mark.parametrize(
     "words",
-    [["transmogrify"], ["convert", "--frobnicate"], ["--frobnicate"], ["convert", "--sparsity", "half"], ["generate", "folder"], ["link"], ["doctor", "x"], []],
+    [
+        ["transmogrify"],
+        ["convert", "--frobnicate"],
+        ["--frobnicate"],
+        ["convert", "--sparsity", "half"],
+        ["generate", "folder"],
+        ["link"],
+        ["doctor", "x"],
+        [],
+    ],
 )
 def test_wrong_usage_is_status_2(words: list[str], call: Callable[..., Done]) -> None:
     done = call(*words)
@@ -215,7 +334,10 @@ def test_wrong_usage_is_status_2(words: list[str], call: Callable[..., Done]) ->
         (["convert", "TMP"], "config.json"),
         (["convert", "MODEL", "--sparsity", "1.5"], "sparsity must lie strictly between 0 and 1, got 1.5"),
         (["convert", "MODEL", "--sparsity", "nan"], "sparsity must lie strictly between 0 and 1"),
-        (["convert", "MODEL", "--max-ppl-increase", "little"], "--max-ppl-increase must be a share like 1% or 0.01, got 'little'"),
+        (
+            ["convert", "MODEL", "--max-ppl-increase", "little"],
+            "--max-ppl-increase must be a share like 1% or 0.01, got 'little'",
+        ),
         (["convert", "MODEL", "--max-ppl-increase", "%"], "--max-ppl-increase must be a share"),
         (["convert", "MODEL", "--max-ppl-increase", "-1%"], "max_ppl_increase must be valid, got -0.01"),
         (["convert", "MODEL", "--max-ppl-increase", "nan"], "max_ppl_increase must be valid"),
@@ -225,14 +347,26 @@ def test_wrong_usage_is_status_2(words: list[str], call: Callable[..., Done]) ->
         (["convert", "--recipe", "TMP/broken.yaml"], "The recipe must be a YAML file"),
         (["convert", "--recipe", "TMP/list.yaml"], "The recipe must be a mapping"),
         (["convert", "--recipe", "TMP/odd.yaml"], "surprise must be valid"),
-        (["convert", "MODEL", "--recipe", "TMP/odd.yaml"], "MODEL must stand without a recipe that names its model, got"),
+        (
+            ["convert", "MODEL", "--recipe", "TMP/odd.yaml"],
+            "MODEL must stand without a recipe that names its model, got",
+        ),
         (["convert", "--recipe", "TMP/odd.yaml", "--sparsity", "0.5", "--seed", "0"], "got sparsity, seed as well"),
         (["convert", "MODEL", "--method", "magic"], "magic"),
         (["convert", "MODEL", "--method", "gate+chess"], "A joined method must be one of gate, chess"),
         (["convert", "MODEL", "--method", "teal+magic"], "got 'teal+magic'"),
-        (["convert", "MODEL", "--method", "predictor+teal", "--max-kl", "1"], "trained end to end alone, got predictor+teal"),
-        (["convert", "MODEL", "--method", "imported", "--sparsity", "0.5"], "sparsity must stand without method imported"),
-        (["convert", "MODEL", "--precision", "int2"], "precision must be one of fp32, fp16, bf16, int8, int4, got 'int2'"),
+        (
+            ["convert", "MODEL", "--method", "predictor+teal", "--max-kl", "1"],
+            "trained end to end alone, got predictor+teal",
+        ),
+        (
+            ["convert", "MODEL", "--method", "imported", "--sparsity", "0.5"],
+            "sparsity must stand without method imported",
+        ),
+        (
+            ["convert", "MODEL", "--precision", "int2"],
+            "precision must be one of fp32, fp16, bf16, int8, int4, got 'int2'",
+        ),
         (["convert", "MODEL", "--target", "npu"], "target must be one of cpu, cuda, got 'npu'"),
         (["convert", "MODEL", "--device", "tpu"], "device must be cpu or cuda, got 'tpu'"),
         (["convert", "MODEL", "--seed", "-1"], "seed must be valid"),
@@ -262,7 +396,12 @@ def test_wrong_usage_is_status_2(words: list[str], call: Callable[..., Done]) ->
     ],
 )
 def test_a_mistake_is_one_line(
-    words: list[str], said: str, call: Callable[..., Done], tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    said: str,
+    call: Callable[..., Done],
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "folder"
@@ -276,7 +415,9 @@ def test_a_mistake_is_one_line(
     assert len(list(folder.iterdir())) == 3
 
 
-def test_a_gpu_that_is_not_there(call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]) -> None:
+def test_a_gpu_that_is_not_there(
+    call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[[str], Path]
+) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -290,7 +431,10 @@ def test_an_unknown_architecture_is_one_line_and_inspect_reports_it(call: Callab
     assert not (tmp_path / "out.work").exists()
     done = call("inspect", model)
     assert (done.status, done.err) == (1, "")
-    assert done.out.splitlines() == [f"{model}: olmo, cannot be converted", line.removeprefix("sparsegate: ").rstrip("\n")]
+    assert done.out.splitlines() == [
+        f"{model}: olmo, cannot be converted",
+        line.removeprefix("sparsegate: ").rstrip("\n"),
+    ]
     done = call("inspect", model, "--json")
     assert done.status == 1
     assert json.loads(done.out)["convertible"] is False and json.loads(done.out)["model_type"] == "olmo"
@@ -328,7 +472,12 @@ def test_errors_of_the_system_are_one_line(call: Callable[..., Done], monkeypatc
 
     monkeypatch.setattr(diagnosis, "diagnose", denied)
     done = call("doctor")
-    assert (done.status, done.out) == (2, "") and done.err.count("\n") == 1 and "Permission denied" in done.err and "/x" in done.err
+    assert (
+        (done.status, done.out) == (2, "")
+        and done.err.count("\n") == 1
+        and "Permission denied" in done.err
+        and "/x" in done.err
+    )
 
     def interrupted() -> None:
         raise KeyboardInterrupt
@@ -342,7 +491,10 @@ def test_errors_of_the_system_are_one_line(call: Callable[..., Done], monkeypatc
     ("error", "said"),
     [
         (MemoryError("Unable to allocate 1 TiB"), "The work must fit into memory, got: Unable to allocate 1 TiB"),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), "The work must fit into memory"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+            "The work must fit into memory",
+        ),
         (RecursionError("maximum recursion depth exceeded"), "Values must not lie so deep"),
         (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates not allowed"), "Names and texts must be UTF-8"),
         (RuntimeError("Symlink loop from 'x'"), "A path must lead to a file or folder, got a link to itself"),
@@ -350,19 +502,25 @@ def test_errors_of_the_system_are_one_line(call: Callable[..., Done], monkeypatc
         (SafetensorError("header too large"), "safetensors must be able to read the files, got: header too large"),
     ],
 )
-def test_what_no_reader_refused_is_one_line(error: Exception, said: str, call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_reader_refused_is_one_line(
+    error: Exception, said: str, call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail() -> None:
         raise error
 
     monkeypatch.setattr(diagnosis, "diagnose", fail)
     done = call("doctor")
-    assert (done.status, done.out) == (2, "") and done.err.startswith(f"sparsegate: {said}") and done.err.count("\n") == 1, done
+    assert (
+        (done.status, done.out) == (2, "") and done.err.startswith(f"sparsegate: {said}") and done.err.count("\n") == 1
+    ), done
 
 
 # convert and inspect
 
 
-def test_dry_run(call: Callable[..., Done], tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run(
+    call: Callable[..., Done], tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     model = tiny_model("llama")
     done = call("convert", model, "--dry-run")
@@ -373,17 +531,23 @@ def test_dry_run(call: Callable[..., Done], tiny_model: Callable[[str], Path], t
     assert (done.status, done.err) == (0, "")
     found = json.loads(done.out)
     assert found["output"] == "x" and found["dry_run"] is True and set(found["expected_cost"]) == {"gate"}
-    assert found["expected_cost"]["gate"] == pytest.approx((1 + 2 * 0.75) / 3)  # every gate row, the kept up and down rows
+    assert found["expected_cost"]["gate"] == pytest.approx(
+        (1 + 2 * 0.75) / 3
+    )  # every gate row, the kept up and down rows
     done = call("convert", model, "--method", "chess+teal", "--dry-run")
     assert "method chess+teal" in done.out and "method chess\n" not in done.out
     for words in (["--max-kl", "0.1"], ["--method", "imported"]):
         done = call("convert", model, *words, "--dry-run")
-        assert done.status == 0 and "expected cost" not in done.out and "disk needed" in done.out, "what a budget or files decide is not known before"
+        assert done.status == 0 and "expected cost" not in done.out and "disk needed" in done.out, (
+            "what a budget or files decide is not known before"
+        )
     assert "expected cost" in call("convert", model, "--max-kl", "0.1", "--sparsity", "0.5", "--dry-run").out
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_of_the_bundled_model_needs_no_hub(call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_dry_run_of_the_bundled_model_needs_no_hub(
+    call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the Hub was asked")
 
@@ -399,7 +563,9 @@ def test_convert_json_is_all_that_stands_on_stdout(conversion_run: tuple[Path, A
     folder, done = conversion_run
     found = json.loads(done.stdout)
     assert found["output"] == str(folder) and found["up_to_date"] is False and found["url"] is None
-    assert [row["method"] for row in found["report"]["rows"]] == ["dense", "gate"] and found["verdict"]["sentence"].endswith("speed was not measured.")
+    assert [row["method"] for row in found["report"]["rows"]] == ["dense", "gate"] and found["verdict"][
+        "sentence"
+    ].endswith("speed was not measured.")
     assert found["report"] == json.loads((folder / "report" / "report.json").read_text())
     assert "Traceback" not in done.stderr
 
@@ -418,7 +584,10 @@ def test_inspect(call: Callable[..., Done], tiny_model: Callable[[str], Path]) -
     model = tiny_model("llama")
     done = call("inspect", model)
     assert (done.status, done.err) == (0, "")
-    assert "llama, can be converted" in done.out and "2 feed-forward networks of 176 neurons, width 64, activation silu" in done.out
+    assert (
+        "llama, can be converted" in done.out
+        and "2 feed-forward networks of 176 neurons, width 64, activation silu" in done.out
+    )
     found = json.loads(call("inspect", model, "--json").out)
     assert found["convertible"] and (found["sites"], found["units"], found["hidden"]) == (2, 176, 64)
     assert found["estimate"]["source_bytes"] > 0.9 * (model / "model.safetensors").stat().st_size
@@ -468,19 +637,38 @@ def test_bench(converted: Path, call: Callable[..., Done], tmp_path: Path) -> No
     words = ["bench", dense, converted, "--prompt-tokens", TINY, "--new-tokens", TINY, "--pairs", "2", "--threads", "1"]
     found = json.loads(call(*map(str, words), "--json", "-o", tmp_path / "bench.json").out)
     assert found == json.loads((tmp_path / "bench.json").read_text())
-    assert found["settings"] | {"prompt_tokens": TINY, "new_tokens": TINY, "pairs": 2, "threads": 1, "runtime": "onnxruntime"} == found["settings"]
+    assert (
+        found["settings"]
+        | {"prompt_tokens": TINY, "new_tokens": TINY, "pairs": 2, "threads": 1, "runtime": "onnxruntime"}
+        == found["settings"]
+    )
     assert "dense" in found["baseline"]["executor"] and found["candidate"]["path"] == str(converted / "onnx")
     done = call(*map(str, words))
     assert done.status == 0 and "times the baseline's speed" in done.out and "prefill" in done.out
     built = json.loads(call("bench", converted, *map(str, words[3:]), "--json").out)
-    assert built["candidate"]["path"] == str(converted / "onnx") and built["baseline"]["precision"] == found["baseline"]["precision"]
+    assert (
+        built["candidate"]["path"] == str(converted / "onnx")
+        and built["baseline"]["precision"] == found["baseline"]["precision"]
+    )
 
 
-def test_a_check_that_fails_has_another_status_than_a_mistake(call: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_fails_has_another_status_than_a_mistake(
+    call: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: object) -> None:
         raise CheckError("A checkpoint must hold its budget, got one that does not. Loosen it.")
 
     monkeypatch.setattr(conversion, "choose", fails)
-    done = call("convert", "--recipe", small_recipe(make_model("llama", tmp_path / "model"), tmp_path), "-o", tmp_path / "out", "--quiet")
-    assert done.status == 1 and done.err == "sparsegate: A checkpoint must hold its budget, got one that does not. Loosen it.\n"
+    done = call(
+        "convert",
+        "--recipe",
+        small_recipe(make_model("llama", tmp_path / "model"), tmp_path),
+        "-o",
+        tmp_path / "out",
+        "--quiet",
+    )
+    assert (
+        done.status == 1
+        and done.err == "sparsegate: A checkpoint must hold its budget, got one that does not. Loosen it.\n"
+    )
     assert not (tmp_path / "out").exists() and (tmp_path / "out.work" / "plan").is_dir()

@@ -26,7 +26,9 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 
 def one_line(done: Done) -> str:
     """The single line on stderr of a user's mistake; nothing stands on stdout."""
-    assert done.status == 2 and done.out == "" and done.err.startswith("sparsegate: ") and done.err.count("\n") == 1, done
+    assert done.status == 2 and done.out == "" and done.err.startswith("sparsegate: ") and done.err.count("\n") == 1, (
+        done
+    )
     return done.err
 
 
@@ -44,13 +46,18 @@ def test_generate_prints_prompt_and_continuation(converted: Path, call: Callable
     text = "".join(runtime.generate(converted, "import os", 8, chat=False))
     assert done.out == "import os" + text + "\n" and text
     assert call("generate", converted / "onnx", "import os", "--raw", "--max-new-tokens", "8", "--body").out == done.out
-    first, again, other = (call("generate", converted, "import os", "--temperature", "2", "--top-k", "0", "--seed", str(seed)).out for seed in (1, 1, 2))
+    first, again, other = (
+        call("generate", converted, "import os", "--temperature", "2", "--top-k", "0", "--seed", str(seed)).out
+        for seed in (1, 1, 2)
+    )
     assert first == again != other
     assert "top_p must be in (0, 1], got 2.0" in one_line(call("generate", converted, "x", "--top-p", "2"))
     assert "The prompt must hold text" in one_line(call("generate", converted, ""))
 
 
-def test_generate_chats_with_a_model_that_has_a_template(converted: Path, call: Callable[..., Done], tmp_path: Path) -> None:
+def test_generate_chats_with_a_model_that_has_a_template(
+    converted: Path, call: Callable[..., Done], tmp_path: Path
+) -> None:
     """The answer alone is printed; where there is no template the prompt is continued, and --chat is refused."""
     done = call("generate", converted, "import os", "--max-new-tokens", "8")
     rendered = runtime.Tokenizer(converted).chat([{"role": "user", "content": "import os"}])
@@ -82,7 +89,12 @@ def test_generate_on_a_terminal_with_other_letters(converted: Path) -> None:
         "--max-new-tokens",
         "4",
     ]
-    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "1"}, timeout=120)
+    done = subprocess.run(
+        command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "1"}, timeout=120
+    )
     assert done.returncode == 0 and done.stdout.startswith(b"caf? ?")
     lines = done.stderr.decode().splitlines()
-    assert sum("They are read as question marks" in line for line in lines) == 1 and "Traceback" not in done.stderr.decode()
+    assert (
+        sum("They are read as question marks" in line for line in lines) == 1
+        and "Traceback" not in done.stderr.decode()
+    )

@@ -33,8 +33,12 @@ main({arguments!r})
 
 
 @pytest.mark.parametrize("name", SIGNALS)
-def test_a_signal_leaves_nothing_half_written_and_says_so(name: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    recipe = small_recipe(tiny_model("llama"), tmp_path, stages=[{"method": "predictor", "config": {"sparsity": 0.4, "tune": LONG}}])
+def test_a_signal_leaves_nothing_half_written_and_says_so(
+    name: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = small_recipe(
+        tiny_model("llama"), tmp_path, stages=[{"method": "predictor", "config": {"sparsity": 0.4, "tune": LONG}}]
+    )
     child = start(tmp_path, "convert", "--recipe", recipe, "-o", tmp_path / "out", "--quiet")
     finished = tmp_path / "out.work" / "stats" / "layers.1.ffn"
     end = time.monotonic() + 120
@@ -58,7 +62,10 @@ def test_a_signal_while_modules_are_imported(module: str, name: str, tmp_path: P
 
 
 def test_nothing_that_takes_time_is_imported_before_signals_are_met() -> None:
-    code = "import sys, sparsegate.converter.cli; sys.stdout.write(repr(sorted({name.split('.')[0] for name in sys.modules})))"
+    code = (
+        "import sys, sparsegate.converter.cli; sys.stdout.write(repr(sorted({name.split('.')[0] for name in "
+        "sys.modules})))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert not {"typer", "click", "pydantic", "torch", "numpy", "transformers"} & set(eval(done.stdout))
 

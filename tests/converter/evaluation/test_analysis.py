@@ -54,10 +54,14 @@ def every_score(name: str, density: float, label: str = "greedy", prompt: int = 
     module = load_score(name)
     if module.PHASE == "prompt":
         return Setting(name, density, positions="prefill", prompt=prompt, label=label)
-    return Setting(name, density, kinds=("linear",) if getattr(module, "KIND", "ffn") == "linear" else ("ffn",), label=label)
+    return Setting(
+        name, density, kinds=("linear",) if getattr(module, "KIND", "ffn") == "linear" else ("ffn",), label=label
+    )
 
 
-def by_hand(model: Any, arch: Arch, batches: Batches, keep: Callable[[int, int, Tensor], Tensor], first: int = 0) -> dict[str, float]:
+def by_hand(
+    model: Any, arch: Arch, batches: Batches, keep: Callable[[int, int, Tensor], Tensor], first: int = 0
+) -> dict[str, float]:
     """Quality of one row and position after the other; `keep(row, layer, z [S, n])` says what stays."""
     found: dict[str, list[float]] = {name: [] for name in ("nll_dense", "nll", "kl", "agreement", "second_choice")}
     for row in range(len(batches.tokens)):
@@ -95,7 +99,9 @@ def test_quality_in_loops(tiny_model: Make, source: str) -> None:
     """Magnitude by top-k, padding included: masks from the dense model or from the run itself; the two differ."""
     model, arch = tiny(tiny_model)
     batches = windows()
-    norms = [model.get_submodule(f"{arch.ffn_module(layer)}.down_proj").weight.detach().norm(dim=0) for layer in range(2)]
+    norms = [
+        model.get_submodule(f"{arch.ffn_module(layer)}.down_proj").weight.detach().norm(dim=0) for layer in range(2)
+    ]
     dense: dict[Site, Tensor] = {}
     with torch.no_grad(), tapped(model, arch, ["ffn"], lambda site, fields: dense.__setitem__(site, fields["z"])):
         model(input_ids=batches.tokens)
@@ -110,7 +116,11 @@ def test_quality_in_loops(tiny_model: Make, source: str) -> None:
 
     outcome = analyse(model, arch, batches, Setting("magnitude", 0.3, masks=source))
     check(outcome, by_hand(model, arch, batches, keep), 19 + 19 + 12)
-    assert outcome.masks == source and outcome.density == {"ffn": pytest.approx(53 / 176)} and outcome.sparsity == pytest.approx(123 / 176)
+    assert (
+        outcome.masks == source
+        and outcome.density == {"ffn": pytest.approx(53 / 176)}
+        and outcome.sparsity == pytest.approx(123 / 176)
+    )
     assert outcome.oracle and outcome.phase == "post" and outcome.kl > 0.01
     json.dumps(outcome.as_json())
 
@@ -140,16 +150,23 @@ def test_position_policies(tiny_model: Make) -> None:
     """Dense positions keep everything and are not scored; densities with and without them."""
     model, arch = tiny(tiny_model)
     batches = windows(padded=False)
-    settings = [Setting("gate", 0.25, positions=positions, prompt=prompt) for positions, prompt in (("all", 0), ("first", 0), ("prefill", 5))]
+    settings = [
+        Setting("gate", 0.25, positions=positions, prompt=prompt)
+        for positions, prompt in (("all", 0), ("first", 0), ("prefill", 5))
+    ]
     for first, outcome in zip((0, 1, 5), analyse_all(model, arch, batches, settings), strict=True):
         keep_gate: dict[tuple[int, int], Tensor] = {}  # by the scores of the sparse run itself: taken by running it
 
-        def keep(row: int, layer: int, z: Tensor, first: int = first, keep_gate: dict[tuple[int, int], Tensor] = keep_gate) -> Tensor:
+        def keep(
+            row: int, layer: int, z: Tensor, first: int = first, keep_gate: dict[tuple[int, int], Tensor] = keep_gate
+        ) -> Tensor:
             return keep_gate[row, layer] | (torch.arange(len(z)) < first)[:, None]
 
         for row in range(3):
 
-            def see(site: Site, fields: Fields, row: int = row, first: int = first, keep_gate: dict = keep_gate) -> Tensor:
+            def see(
+                site: Site, fields: Fields, row: int = row, first: int = first, keep_gate: dict = keep_gate
+            ) -> Tensor:
                 keep_gate[row, site.layer] = top_k(fields["gate"].abs(), 0.25)[0]
                 return (keep_gate[row, site.layer] | (torch.arange(LENGTH) < first)[:, None])[None]
 
@@ -158,7 +175,9 @@ def test_position_policies(tiny_model: Make) -> None:
         check(outcome, by_hand(model, arch, batches, keep, first), 3 * (19 - first))
         share = (LENGTH - first) / LENGTH
         assert outcome.density == {"ffn": 0.25} and outcome.sparsity == pytest.approx(0.75)
-        assert outcome.density_all["ffn"] == pytest.approx(1 - 0.75 * share) and outcome.sparsity_all == pytest.approx(0.75 * share)
+        assert outcome.density_all["ffn"] == pytest.approx(1 - 0.75 * share) and outcome.sparsity_all == pytest.approx(
+            0.75 * share
+        )
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -166,18 +185,29 @@ def test_full_density_is_the_dense_model(tiny_model: Make, model_type: str) -> N
     """Every kind on every architecture; and keeping next to nothing is not dense."""
     model, arch = tiny(tiny_model, model_type)
     batches = windows()
-    settings = [Setting("abs_z", 1.0, kinds=("ffn", "attn")), Setting("wina", 1.0, kinds=("linear",)), Setting("abs_z", 0.0, kinds=("attn",))]
+    settings = [
+        Setting("abs_z", 1.0, kinds=("ffn", "attn")),
+        Setting("wina", 1.0, kinds=("linear",)),
+        Setting("abs_z", 0.0, kinds=("attn",)),
+    ]
     settings += [Setting("input", 0.0, kinds=("linear",)), Setting("abs_z", 0.0)]
     *same, heads, channels, neurons = analyse_all(model, arch, batches, settings)
     for outcome in same:
-        assert outcome.kl < 1e-6 and outcome.agreement == 1 and outcome.sparsity == 0 and outcome.nll == pytest.approx(outcome.nll_dense, abs=1e-6)
+        assert (
+            outcome.kl < 1e-6
+            and outcome.agreement == 1
+            and outcome.sparsity == 0
+            and outcome.nll == pytest.approx(outcome.nll_dense, abs=1e-6)
+        )
     assert min(outcome.kl for outcome in (heads, channels, neurons)) > 1e-3
     assert heads.sparsity == channels.sparsity == neurons.sparsity == 1
     assert len(channels.sites) == len(arch.linears()) * arch.size(model.config, "layers")
 
 
 def test_f12_heads_are_whole(tiny_model: Make) -> None:
-    """int(H k) heads a token by L2 norm; a head masked before the output projection is a head whose columns of it are zero."""
+    """int(H k) heads a token by L2 norm; a head masked before the output projection is a head whose columns of it are
+    zero.
+    """
     model, arch = tiny(tiny_model)
     batches = windows()
     seen: dict[Site, tuple[Tensor, Tensor]] = {}
@@ -191,7 +221,9 @@ def test_f12_heads_are_whole(tiny_model: Make) -> None:
         model(input_ids=batches.tokens)
     for scores, keep in seen.values():
         assert bool((keep.sum(-1) == int(4 * 0.6)).all())
-        assert bool((scores.masked_fill(~keep, torch.inf).amin(-1) > scores.masked_fill(keep, -torch.inf).amax(-1)).all())
+        assert bool(
+            (scores.masked_fill(~keep, torch.inf).amin(-1) > scores.masked_fill(keep, -torch.inf).amax(-1)).all()
+        )
     fixed = torch.tensor([True, False, True, True])
     with torch.no_grad(), tapped(model, arch, ["attn"], lambda site, fields: fixed.expand(fields["o"].shape[:-1])):
         masked = model(input_ids=batches.tokens).logits
@@ -206,14 +238,21 @@ def test_sparsity_weighs_parameters(tiny_model: Make) -> None:
     """Heads with grouped queries: a group counts while any of its heads does. Both kinds: every site by its weights."""
     model, arch = tiny(tiny_model)
     batches = windows()
-    heads, both = analyse_all(model, arch, batches, [Setting("abs_z", 0.25, kinds=("attn",)), Setting("abs_z", 0.25, kinds=("ffn", "attn"))])
+    heads, both = analyse_all(
+        model, arch, batches, [Setting("abs_z", 0.25, kinds=("attn",)), Setting("abs_z", 0.25, kinds=("ffn", "attn"))]
+    )
     kept = total = 0
-    with torch.no_grad(), tapped(model, arch, ["attn"], lambda site, fields: norms.__setitem__(site, fields["o"].norm(dim=-1))):
+    with (
+        torch.no_grad(),
+        tapped(model, arch, ["attn"], lambda site, fields: norms.__setitem__(site, fields["o"].norm(dim=-1))),
+    ):
         norms: dict[Site, Tensor] = {}
         model(input_ids=batches.tokens)
     for scores in norms.values():
         for row in scores[batches.mask].tolist():
-            total += 4 * (64 + 64) * 16 + 2 * (64 + 64) * 16  # q rows and o columns of four heads, k and v rows of two groups
+            total += (
+                4 * (64 + 64) * 16 + 2 * (64 + 64) * 16
+            )  # q rows and o columns of four heads, k and v rows of two groups
             kept += (64 + 64) * 16 + (64 + 64) * 16  # one head, and with it one whole group
             assert len(row) == 4
     assert heads.sparsity == pytest.approx(1 - kept / total) and heads.density == {"attn": 0.25}
@@ -239,7 +278,9 @@ def test_linear_channels_of_packed_weights(tiny_model: Make) -> None:
                 for part in rows:
                     w = linear.weight[part]
                     score = x.abs() * w.norm(dim=0)
-                    outs.append(F.linear(x * (score >= score.sort(-1).values[..., -(x.shape[-1] // 2)][..., None]), w, None))
+                    outs.append(
+                        F.linear(x * (score >= score.sort(-1).values[..., -(x.shape[-1] // 2)][..., None]), w, None)
+                    )
                 return torch.cat(outs, -1)
 
             linear.forward = forward
@@ -251,28 +292,47 @@ def test_linear_channels_of_packed_weights(tiny_model: Make) -> None:
 
 
 def test_thresholds_equal_the_plan_executor(tiny_model: Make) -> None:
-    """Gate thresholds from calibration windows: the same numbers as the same plan in the torch executor of checkpoints."""
+    """Gate thresholds from calibration windows: the same numbers as the same plan in the torch executor of
+    checkpoints.
+    """
     model, arch = tiny(tiny_model)
     batches, calibration = windows(2), windows(3)
     outcome = analyse(model, arch, batches, Setting("gate", 0.4, selector="threshold"), calibration)
     gates: dict[Site, Tensor] = {}
-    with torch.no_grad(), tapped(model, arch, ["ffn"], lambda site, fields: gates.__setitem__(site, fields["gate"].abs()[calibration.mask])):
+    with (
+        torch.no_grad(),
+        tapped(
+            model, arch, ["ffn"], lambda site, fields: gates.__setitem__(site, fields["gate"].abs()[calibration.mask])
+        ),
+    ):
         model(input_ids=calibration.tokens)
-    plan = {site: [Threshold("gate", uniform_tau(quantile_tau(scores, 0.4), 176), 0.4)] for site, scores in gates.items()}
+    plan = {
+        site: [Threshold("gate", uniform_tau(quantile_tau(scores, 0.4), 176), 0.4)] for site, scores in gates.items()
+    }
     quality = measure_quality(apply_plan(model, plan, arch, "silu"), plan, batches)
     remove_plan(model)
     for name in ("nll_dense", "nll", "kl", "agreement"):
         assert getattr(outcome, name) == pytest.approx(getattr(quality, name), rel=1e-4, abs=1e-6)
     assert outcome.density["ffn"] == pytest.approx(np.mean(list(outcome.sites.values())))
     again = analyse(model, arch, calibration, Setting("gate", 0.4, selector="threshold", masks="dense"), calibration)
-    assert again.density["ffn"] == pytest.approx(0.4, abs=1e-3), "on its own windows a threshold keeps what it was made for"
+    assert again.density["ffn"] == pytest.approx(0.4, abs=1e-3), (
+        "on its own windows a threshold keeps what it was made for"
+    )
 
 
 def test_chess_sees_the_calibration_windows(tiny_model: Make) -> None:
     model, arch = tiny(tiny_model)
     batches, calibration = windows(2), windows(3)
     moments: dict[Site, Tensor] = {}
-    with torch.no_grad(), tapped(model, arch, ["ffn"], lambda site, fields: moments.__setitem__(site, fields["up"][calibration.mask].square().mean(0))):
+    with (
+        torch.no_grad(),
+        tapped(
+            model,
+            arch,
+            ["ffn"],
+            lambda site, fields: moments.__setitem__(site, fields["up"][calibration.mask].square().mean(0)),
+        ),
+    ):
         model(input_ids=calibration.tokens)
 
     def see(site: Site, fields: Fields) -> Tensor:
@@ -290,7 +350,9 @@ def test_chess_sees_the_calibration_windows(tiny_model: Make) -> None:
 
 
 def test_griffin_uses_only_the_prompt(tiny_model: Make) -> None:
-    """The same neurons for every later token of a window, chosen from its prompt; other tokens after the prompt change nothing in the choice."""
+    """The same neurons for every later token of a window, chosen from its prompt; other tokens after the prompt change
+    nothing in the choice.
+    """
     model, arch = tiny(tiny_model)
     batches = windows(padded=False)
     setting = Setting("griffin", 0.5, positions="prefill", prompt=8)
@@ -301,7 +363,9 @@ def test_griffin_uses_only_the_prompt(tiny_model: Make) -> None:
 
     def keep(row: int, layer: int, values: Tensor) -> Tensor:
         prompt = z[Site(layer)][row, :8]
-        statistic = torch.stack([sum((prompt[t, i] / prompt[t].norm()) ** 2 for t in range(8)) ** 0.5 for i in range(176)])  # type: ignore[arg-type]
+        statistic = torch.stack(
+            [sum((prompt[t, i] / prompt[t].norm()) ** 2 for t in range(8)) ** 0.5 for i in range(176)]
+        )  # type: ignore[arg-type]
         chosen = statistic >= statistic.sort().values[88]
         return chosen | (torch.arange(len(values)) < 8)[:, None]
 
@@ -311,16 +375,27 @@ def test_griffin_uses_only_the_prompt(tiny_model: Make) -> None:
 
 
 def test_answers_in_loops(tiny_model: Make) -> None:
-    """Prompt and first token dense, later steps under the masks of the dense answer or of the run itself: against passes over the whole text, no cache."""
+    """Prompt and first token dense, later steps under the masks of the dense answer or of the run itself: against
+    passes over the whole text, no cache.
+    """
     model, arch = tiny(tiny_model)
     prompts, new = windows(padded=False).tokens[:, :7], 6
-    settings = [Setting("abs_z", 1.0), Setting("corrected_gxo", 0.2), Setting("gate", 0.2), Setting("abs_z", 0.25, kinds=("attn",))]
+    settings = [
+        Setting("abs_z", 1.0),
+        Setting("corrected_gxo", 0.2),
+        Setting("gate", 0.2),
+        Setting("abs_z", 0.25, kinds=("attn",)),
+    ]
     dense, (same, oracle, gate, heads) = sparse_answers(model, arch, prompts, new, settings)
-    expected = model.generate(prompts, max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)[:, 7:]
+    expected = model.generate(
+        prompts, max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[:, 7:]
     assert torch.equal(dense, expected) and torch.equal(same, dense)
     sites = attribute(model, arch, torch.cat([prompts, dense[:, :-1]], 1)).sites
     corrected, norm = load_score("corrected_gxo").score, load_score("abs_z").score_heads
-    fixed = {site: top_k(corrected(Context(z=v.value, grad=v.grad)), 0.2) for site, v in sites.items() if site.kind == "ffn"}
+    fixed = {
+        site: top_k(corrected(Context(z=v.value, grad=v.grad)), 0.2) for site, v in sites.items() if site.kind == "ffn"
+    }
     fixed |= {site: top_k(norm(Context(o=v.value)), 0.25) for site, v in sites.items() if site.kind == "attn"}
     for kind, answer, own in (("ffn", oracle, False), ("ffn", gate, True), ("attn", heads, False)):
         tokens = prompts
@@ -339,7 +414,9 @@ def test_answers_in_loops(tiny_model: Make) -> None:
 
 
 def test_other_selectors(tiny_model: Make) -> None:
-    """The paper's cut counts as top-k without ties; a global pool shifts units between layers at the same total; nonzero keeps a SiLU network whole."""
+    """The paper's cut counts as top-k without ties; a global pool shifts units between layers at the same total;
+    nonzero keeps a SiLU network whole.
+    """
     model, arch = tiny(tiny_model)
     batches = windows()
     names = ("top_k", "paper_cut", "global_pool", "nonzero")
@@ -380,7 +457,10 @@ def test_ranks_and_spearman() -> None:
     assert ranks(torch.tensor([[3.0, 1, 3, 2]])).tolist() == [[3.5, 1, 3.5, 2]]
     a, b = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0)).mul(3).round()
     for row, found in enumerate(spearman(a, b).tolist()):
-        x, y = ([sum(w < v for w in r) + (sum(w == v for w in r) + 1) / 2 for v in r] for r in (a[row].tolist(), b[row].tolist()))
+        x, y = (
+            [sum(w < v for w in r) + (sum(w == v for w in r) + 1) / 2 for v in r]
+            for r in (a[row].tolist(), b[row].tolist())
+        )
         assert found == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-12)
     assert bool(spearman(torch.ones(1, 3), torch.randn(1, 3)).isnan().all())
 
@@ -391,13 +471,25 @@ def test_rank_correlations(tiny_model: Make) -> None:
     for kind in ("ffn", "attn"):
         found = rank_correlations(model, arch, batches, ["snip", "fisher", "abs_z", "gradient"], kind=kind)
         assert set(found) == {Site(0, kind=kind), Site(1, kind=kind)}
-        sites = attribute(model, arch, batches.tokens, labels=torch.where(batches.mask, model(input_ids=batches.tokens).logits.argmax(-1), -100)).sites
+        sites = attribute(
+            model,
+            arch,
+            batches.tokens,
+            labels=torch.where(batches.mask, model(input_ids=batches.tokens).logits.argmax(-1), -100),
+        ).sites
         for site, matrix in found.items():
             torch.testing.assert_close(matrix, matrix.T)
-            assert matrix.diagonal().tolist() == pytest.approx([1] * 4) and float(matrix[0, 1]) == pytest.approx(1) and abs(float(matrix[2, 3])) < 0.6
+            assert (
+                matrix.diagonal().tolist() == pytest.approx([1] * 4)
+                and float(matrix[0, 1]) == pytest.approx(1)
+                and abs(float(matrix[2, 3])) < 0.6
+            )
             value, grad, _ = sites[site]
             fields = Context(z=value, grad=grad, o=value, o_grad=grad)
-            scores = [(load_score(n).score if kind == "ffn" else load_score(n).score_heads)(fields)[batches.mask] for n in ("abs_z", "gradient")]
+            scores = [
+                (load_score(n).score if kind == "ffn" else load_score(n).score_heads)(fields)[batches.mask]
+                for n in ("abs_z", "gradient")
+            ]
             assert float(matrix[2, 3]) == pytest.approx(float(spearman(*scores).mean()), abs=1e-3)
     with pytest.raises(InputError, match="Rank correlations"):
         rank_correlations(model, arch, batches, ["griffin"])
@@ -412,10 +504,14 @@ Leaks = tuple[dict[str, Outcome], dict[str, Outcome], list[Outcome]]
 
 @pytest.fixture(scope="module")
 def leaks() -> Leaks:
-    """On the bundled model: every score with the second choice as label, every score with the greedy label, and magnitude over more densities."""
+    """On the bundled model: every score with the second choice as label, every score with the greedy label, and
+    magnitude over more densities.
+    """
     source = open_source(BUNDLED)
     model, tokenizer = load_dense(BUNDLED), source.tokenizer()
-    batches, calibration = (make_batches(tokenizer, read_text(text)[:60_000], 4, 56, 0) for text in (HELDOUT_TEXT, CALIBRATION_TEXT))
+    batches, calibration = (
+        make_batches(tokenizer, read_text(text)[:60_000], 4, 56, 0) for text in (HELDOUT_TEXT, CALIBRATION_TEXT)
+    )
     second = [every_score(name, DENSITY, "second", prompt=24) for name in SCORES]
     greedy = [replace(setting, label="greedy") for setting in second]
     magnitude = [Setting("magnitude", density) for density in REFERENCE]
@@ -425,13 +521,17 @@ def leaks() -> Leaks:
 
 
 def excess(outcome: Outcome, magnitude: list[Outcome]) -> float:
-    """How much more often the second choice wins than under magnitude doing the same damage (KL): damage by itself turns predictions to the second choice."""
+    """How much more often the second choice wins than under magnitude doing the same damage (KL): damage by itself
+    turns predictions to the second choice.
+    """
     curve = sorted((o.kl, o.second_choice) for o in magnitude)
     return outcome.second_choice - float(np.interp(outcome.kl, [kl for kl, _ in curve], [rate for _, rate in curve]))
 
 
 def test_f07_leak_test(leaks: Leaks) -> None:
-    """Exactly the scores that name `label`, or that bring the second choice out when it is their label, are oracles. Every row of SCORES is judged."""
+    """Exactly the scores that name `label`, or that bring the second choice out when it is their label, are oracles.
+    Every row of SCORES is judged.
+    """
     second, _, magnitude = leaks
     assert [outcome.setting.score for outcome in second.values()] == list(SCORES)
     caught = {name for name, outcome in second.items() if excess(outcome, magnitude) > 0.05}

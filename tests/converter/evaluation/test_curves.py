@@ -1,4 +1,6 @@
-"""Curves and the HTML page: golden tables, interpolation by hand, oracles out of every ranking, every stored number on the page, hostile names escaped."""
+"""Curves and the HTML page: golden tables, interpolation by hand, oracles out of every ranking, every stored number on
+the page, hostile names escaped.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,15 @@ from sparsegate.runtime_onnx.errors import InputError
 
 
 def row(method: str, target: float, nll: float, cost: float, **more: Any) -> dict[str, Any]:
-    base = {"method": method, "density_target": target, "nll": nll, "kl": nll - 2.0, "agreement": 3 - nll, "density": target + 0.01, "cost": cost}
+    base = {
+        "method": method,
+        "density_target": target,
+        "nll": nll,
+        "kl": nll - 2.0,
+        "agreement": 3 - nll,
+        "density": target + 0.01,
+        "cost": cost,
+    }
     return base | more
 
 
@@ -43,7 +53,12 @@ CURVES: dict[str, Any] = {
         row("magnitude", 0.5, 2.05, 0.5, oracle=True),
         row("magnitude", 0.3, 2.1, 0.3, oracle=True),
     ],
-    "correlations": {"scores": ["gate", "magnitude"], "matrix": [[1.0, 0.25], [0.25, 1.0]], "oracles": ["magnitude"], "note": "512 tokens."},
+    "correlations": {
+        "scores": ["gate", "magnitude"],
+        "matrix": [[1.0, 0.25], [0.25, 1.0]],
+        "oracles": ["magnitude"],
+        "note": "512 tokens.",
+    },
 }
 
 
@@ -61,21 +76,29 @@ TABLE = """\
 | predictor | 30.0 % | 2.4500 ± 0.0707 | 0.4500 ± 0.0707 | 55.0 ± 7.1 % | 31.0 % | 40.0 % | 55.0 % | 16 | 2 | few steps |
 | gate | 30.0 % | 2.6000 | 0.6000 | 40.0 % | 31.0 % | 53.0 % | 66.0 % | - | 1 |  |
 | magnitude (oracle) | 30.0 % | 2.1000 | 0.1000 | 90.0 % | 31.0 % | 30.0 % | - | - | 1 |  |
-"""
+"""  # noqa: E501
 
 
 def test_table_has_dense_first_methods_ranked_and_oracles_marked() -> None:
     assert reporting.curves_table(make_curves()) == TABLE
-    plain = reporting.curves_table(make_curves(rows=[{k: v for k, v in r.items() if k not in ("block_cost", "rank", "note")} for r in CURVES["rows"]]))
+    plain = reporting.curves_table(
+        make_curves(
+            rows=[{k: v for k, v in r.items() if k not in ("block_cost", "rank", "note")} for r in CURVES["rows"]]
+        )
+    )
     assert plain.splitlines()[0] == "| method | target | NLL | KL to dense | agreement | density | cost | seeds |"
 
 
 def test_values_at_equal_cost_are_interpolated_and_never_extrapolated() -> None:
     curves = make_curves()
-    assert reporting.at_cost(curves, "gate", 0.6) == pytest.approx(2.6 + (0.6 - 0.53) / (0.67 - 0.53) * (2.2 - 2.6), abs=1e-12)
+    assert reporting.at_cost(curves, "gate", 0.6) == pytest.approx(
+        2.6 + (0.6 - 0.53) / (0.67 - 0.53) * (2.2 - 2.6), abs=1e-12
+    )
     assert reporting.at_cost(curves, "predictor", 0.45) == pytest.approx(2.45 + 0.25 * (2.32 - 2.45), abs=1e-12)
     assert reporting.at_cost(curves, "predictor", 0.45, seed=1) == pytest.approx(2.5 + 0.25 * (2.34 - 2.5), abs=1e-12)
-    assert reporting.at_cost(curves, "predictor", 0.45, "agreement", seed=0) == pytest.approx(0.6 + 0.25 * 0.1, abs=1e-12)
+    assert reporting.at_cost(curves, "predictor", 0.45, "agreement", seed=0) == pytest.approx(
+        0.6 + 0.25 * 0.1, abs=1e-12
+    )
     assert reporting.at_cost(curves, "gate", 0.71, over="block_cost") == pytest.approx(2.4, abs=1e-12)
     assert reporting.at_cost(curves, "gate", 0.67) == 2.2 and reporting.at_cost(curves, "gate", 0.53) == 2.6
     for cost in (0.5, 0.7):
@@ -87,7 +110,11 @@ def test_values_at_equal_cost_are_interpolated_and_never_extrapolated() -> None:
         reporting.at_cost(curves, "magnitude", 0.5, over="block_cost")
     header, body = cost_cells(curves)
     assert header == ["method", "cost 0.4", "cost 0.5", "cost 0.6"]
-    assert body == [["dense", "2.0000", "2.0000", "2.0000"], ["gate", "-", "-", "2.4000"], ["predictor", "2.4500", "2.3850", "2.3200"]]
+    assert body == [
+        ["dense", "2.0000", "2.0000", "2.0000"],
+        ["gate", "-", "-", "2.4000"],
+        ["predictor", "2.4500", "2.3850", "2.3200"],
+    ]
 
 
 def test_spread_is_the_sample_standard_deviation_of_the_seeds() -> None:
@@ -107,7 +134,10 @@ def test_oracles_are_never_selected() -> None:
     alone = make_curves(rows=[r for r in CURVES["rows"] if r["method"] in ("dense", "magnitude")])
     assert reporting.ranking(alone, 0.5) == [] and reporting.best_at_cost(alone, 0.4) is None
     unmarked = make_curves(rows=[{**r, "oracle": False} for r in CURVES["rows"]])
-    assert reporting.ranking(unmarked, 0.3)[0].method == "magnitude" and reporting.best_at_cost(unmarked, 0.4) == "magnitude"
+    assert (
+        reporting.ranking(unmarked, 0.3)[0].method == "magnitude"
+        and reporting.best_at_cost(unmarked, 0.4) == "magnitude"
+    )
 
 
 ROWS = CURVES["rows"]
@@ -127,7 +157,10 @@ ROWS = CURVES["rows"]
         ({"version": 2}, "1"),
         ({"correlations": {"scores": ["a"], "matrix": [[1, 2], [3, 4]]}}, "square"),
         ({"correlations": {"scores": ["a", "b"], "matrix": [[1, 0.5], [0.4, 1]]}}, "symmetric"),
-        ({"correlations": {"scores": ["a", "b"], "matrix": [[1, 0.5], [0.5, 1]], "oracles": ["c"]}}, "among the scores"),
+        (
+            {"correlations": {"scores": ["a", "b"], "matrix": [[1, 0.5], [0.5, 1]], "oracles": ["c"]}},
+            "among the scores",
+        ),
     ],
 )
 def test_curves_that_say_too_much_are_refused(change: dict[str, Any], sign: str) -> None:
@@ -144,7 +177,9 @@ def test_curves_are_stored_and_read_back_and_drawn_alike(tmp_path: Path) -> None
         reporting.Curves.load(tmp_path / "none.json")
     first, second = (reporting.plot_curves(tmp_path / name, curves).read_bytes() for name in ("a.png", "b.png"))
     changed = make_curves(rows=[{**r, "nll": r["nll"] + 0.1 * (r["method"] == "gate")} for r in ROWS])
-    assert first == second != reporting.plot_curves(tmp_path / "c.png", changed).read_bytes() and first.startswith(b"\x89PNG")
+    assert first == second != reporting.plot_curves(tmp_path / "c.png", changed).read_bytes() and first.startswith(
+        b"\x89PNG"
+    )
     assert curves.correlations is not None
     assert reporting.plot_correlations(tmp_path / "d.png", curves.correlations).read_bytes().startswith(b"\x89PNG")
 
@@ -209,7 +244,20 @@ def folder(tmp_path: Path) -> Path:
     make_curves(model=HOSTILE).save(tmp_path / reporting.CURVES)
     (tmp_path / "weights").write_text("x")
     files = list_files(tmp_path)
-    write_manifest(tmp_path, Manifest(fingerprint="f", source={}, calibration={}, recipe={}, seed=0, budget={}, measured={}, versions={}, files=files))
+    write_manifest(
+        tmp_path,
+        Manifest(
+            fingerprint="f",
+            source={},
+            calibration={},
+            recipe={},
+            seed=0,
+            budget={},
+            measured={},
+            versions={},
+            files=files,
+        ),
+    )
     (tmp_path / "weights").write_text("y")
     return tmp_path
 
@@ -221,7 +269,12 @@ def test_html_is_well_formed_self_contained_and_escapes(folder: Path) -> None:
     assert not names & {"script", "link", "iframe", "object", "a"} and sum(tag == "h1" for tag, _ in page.tags) == 1
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     assert len(sources) == 4 and all(source and source.startswith("data:image/png;base64,iVBOR") for source in sources)
-    assert {path.name for path in (folder / "report").glob("*.png")} == {"candidates.png", "layers.png", "curves.png", "correlations.png"}
+    assert {path.name for path in (folder / "report").glob("*.png")} == {
+        "candidates.png",
+        "layers.png",
+        "curves.png",
+        "correlations.png",
+    }
 
 
 def test_html_shows_every_stored_number(folder: Path) -> None:
@@ -232,11 +285,24 @@ def test_html_shows_every_stored_number(folder: Path) -> None:
         for number in numbers(json.loads((folder / name).read_text())):
             assert repr(number) in page.text, (name, number)
     shown = {float(value) for value in visible.values}
-    for part in (REPORT["rows"], REPORT["layers"], EVALUATION["site_density"], EVALUATION["sparsity"], EVALUATION["tasks"], CURVES["correlations"]["matrix"]):
+    for part in (
+        REPORT["rows"],
+        REPORT["layers"],
+        EVALUATION["site_density"],
+        EVALUATION["sparsity"],
+        EVALUATION["tasks"],
+        CURVES["correlations"]["matrix"],
+    ):
         for number in numbers(part):
             assert float(number) in shown, number
-    assert visible.values["0.3401"] == {"34.0 %"} and visible.values["54.89"] == {"54.89"} and "2.1000" in visible.values["2.1"]
-    means = {point.mean["nll"] for name in ("gate", "predictor", "magnitude") for point in summarise(make_curves(), name)}
+    assert (
+        visible.values["0.3401"] == {"34.0 %"}
+        and visible.values["54.89"] == {"54.89"}
+        and "2.1000" in visible.values["2.1"]
+    )
+    means = {
+        point.mean["nll"] for name in ("gate", "predictor", "magnitude") for point in summarise(make_curves(), name)
+    }
     assert means <= shown
     assert "magnitude (oracle)" in visible.text and 'class="oracle"' in text and "not run: no library" in visible.text
 

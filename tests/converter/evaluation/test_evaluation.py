@@ -1,4 +1,6 @@
-"""Evaluation against brute force: batched quality, answers without a cache, sparsity counted by hand, sacrebleu called directly, lm-eval's scores."""
+"""Evaluation against brute force: batched quality, answers without a cache, sparsity counted by hand, sacrebleu called
+directly, lm-eval's scores.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,11 @@ def kept(model: Any, rows: Tensor) -> dict[Site, Tensor]:
     """Kept units [B, T] of every site of `mixed_plan`, from hooks on the modules' own inputs."""
     arch, found, hooks = load_arch("llama"), {}, []
     for site, (entry,) in mixed_plan().items():
-        name = arch.ffn_module(0) if site.kind == "ffn" else arch.block_prefix(1) + arch.linears()[site.kind.removeprefix("linear:")][0]
+        name = (
+            arch.ffn_module(0)
+            if site.kind == "ffn"
+            else arch.block_prefix(1) + arch.linears()[site.kind.removeprefix("linear:")][0]
+        )
 
         def see(module: Any, inputs: tuple[Tensor, ...], site: Site = site, entry: Any = entry) -> None:
             score = torch.nn.functional.silu(module.gate_proj(inputs[0])) if site.kind == "ffn" else inputs[0]
@@ -111,7 +117,12 @@ def test_quality_of_windows_together_is_that_of_windows_one_by_one(model: Any) -
             p = model(input_ids=row).logits[0, :-1].double().log_softmax(-1)
         q = model(input_ids=row).logits[0, :-1].double().log_softmax(-1)
         for t, token in enumerate(row[0, 1:]):
-            sums += [-p[t, token].item(), -q[t, token].item(), (p[t].exp() * (p[t] - q[t])).sum().item(), float(p[t].argmax() == q[t].argmax())]
+            sums += [
+                -p[t, token].item(),
+                -q[t, token].item(),
+                (p[t].exp() * (p[t] - q[t])).sum().item(),
+                float(p[t].argmax() == q[t].argmax()),
+            ]
             tokens += 1
         for site, count in kept(model, row).items():
             counts[site] += float(count.sum())
@@ -140,7 +151,9 @@ def test_quality_of_windows_together_is_that_of_windows_one_by_one(model: Any) -
 @contextmanager
 def masked_from(model: Any, start: int) -> Iterator[None]:
     """Masks act on positions from `start` on, in one pass over the whole sequence and without a cache."""
-    gated = [module for module in model.modules() if type(module.__dict__.get("forward")).__name__ in ("_Gated", "_Masked")]
+    gated = [
+        module for module in model.modules() if type(module.__dict__.get("forward")).__name__ in ("_Gated", "_Masked")
+    ]
     saved = [module.__dict__["forward"] for module in gated]
 
     def split(forward: Any) -> Any:
@@ -187,7 +200,9 @@ def test_answers_keep_exactly_the_prompt_dense(model: Any, monkeypatch: pytest.M
     at = next(k for k in range(2, new) if policy[1][k] not in policy[1][:k])
     end = policy[1][at]
     monkeypatch.setattr(model.generation_config, "eos_token_id", [end, VOCAB + 1])
-    shorter = answers.greedy(model, prompts, new, dense_prompt=True)  # a row that ends leaves the batch, the others stay as they are
+    shorter = answers.greedy(
+        model, prompts, new, dense_prompt=True
+    )  # a row that ends leaves the batch, the others stay as they are
     assert shorter == [row[: row.index(end)] if end in row else row for row in policy] and len(shorter[1]) == at
 
 
@@ -203,7 +218,10 @@ def test_bleu_is_sacrebleus_and_sparsity_is_what_can_be_counted(model: Any, monk
     tokens, new, plan = text_windows().tokens, 10, mixed_plan()
     prompts = [tokens[0, :6], tokens[1, :9], tokens[2, :6], tokens[3, :3]]
     found, counts = answers.compare_answers(model, plan, load_arch("llama"), Words(), prompts, new, sacrebleu, "words")
-    rows = {start: [by_hand(model, prompt, new, len(prompt) if start is None else start) for prompt in prompts] for start in (99, None, 0)}
+    rows = {
+        start: [by_hand(model, prompt, new, len(prompt) if start is None else start) for prompt in prompts]
+        for start in (99, None, 0)
+    }
     texts = {start: [Words().decode(row, True) for row in found_rows] for start, found_rows in rows.items()}
 
     def mean(start: int | None) -> float:
@@ -229,9 +247,14 @@ def test_bleu_is_sacrebleus_and_sparsity_is_what_can_be_counted(model: Any, monk
     assert summary.answers == pytest.approx(1 - mean_share(policy, fed))
     assert summary.answers_and_prompt == pytest.approx((1 - mean_share(policy, fed)) * fed / (fed + read))
     assert summary.masked_answers == pytest.approx(1 - mean_share(everything, fed))
-    assert summary.masked_answers_and_prompt == pytest.approx(1 - mean_share({s: everything[s] + prompt_all[s] for s in SIZES}, fed + read))
+    assert summary.masked_answers_and_prompt == pytest.approx(
+        1 - mean_share({s: everything[s] + prompt_all[s] for s in SIZES}, fed + read)
+    )
     assert summary.windows == 0.5 and summary.gated_share == sum(SIZES.values()) / 1e6
-    assert len({summary.answers, summary.answers_and_prompt, summary.masked_answers, summary.masked_answers_and_prompt}) == 4
+    assert (
+        len({summary.answers, summary.answers_and_prompt, summary.masked_answers, summary.masked_answers_and_prompt})
+        == 4
+    )
 
 
 def test_prompts_that_get_no_answer_are_left_out(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,8 +299,12 @@ def test_evaluate_measures_what_convert_measured_and_records_it(converted: Path,
     rows = {row.executor: row for row in found.executors}
     assert set(rows) == {"torch", "ONNX body", "ONNX kernel"}
     for name in ("nll", "nll_dense", "nll_error", "kl", "agreement"):
-        assert getattr(rows["torch"], name) == pytest.approx(before.measured[name], abs=1e-6)  # its own text: the same held-out part
-    assert (found.nll_dense, found.density, found.cost) == pytest.approx(tuple(before.measured[name] for name in ("nll_dense", "density", "cost")), abs=1e-6)
+        assert getattr(rows["torch"], name) == pytest.approx(
+            before.measured[name], abs=1e-6
+        )  # its own text: the same held-out part
+    assert (found.nll_dense, found.density, found.cost) == pytest.approx(
+        tuple(before.measured[name] for name in ("nll_dense", "density", "cost")), abs=1e-6
+    )
     for name in ("ONNX body", "ONNX kernel"):
         assert rows[name].nll == pytest.approx(rows[name].nll_torch, abs=1e-3) and rows[name].tokens > 0
         assert rows[name].nll_dense and rows[name].nll_error
@@ -290,12 +317,19 @@ def test_evaluate_measures_what_convert_measured_and_records_it(converted: Path,
 
 
 def test_the_table_has_the_change_and_its_error() -> None:
-    torch_row, body = ({"nll_dense": dense, "nll_error": error} for dense, error in ((2.0078125, 0.0031), (2.01, 0.0052)))
+    torch_row, body = (
+        {"nll_dense": dense, "nll_error": error} for dense, error in ((2.0078125, 0.0031), (2.01, 0.0052))
+    )
     first, second, third = EVALUATION["executors"]
     found = Evaluation.model_validate(EVALUATION | {"executors": [first | torch_row, second | body, third]})
     header, rows = executor_cells(found)
     place = [header.index(name) for name in ("change", "± of its change")]
-    assert [[row[k] for k in place] for row in rows] == [["-", "-"], ["0.1022", "0.0031"], ["0.1130", "0.0052"], ["-", "-"]]
+    assert [[row[k] for k in place] for row in rows] == [
+        ["-", "-"],
+        ["0.1022", "0.0031"],
+        ["0.1130", "0.0052"],
+        ["-", "-"],
+    ]
     header, _ = executor_cells(Evaluation.model_validate(EVALUATION))
     assert "change" not in header and "± of its change" not in header, "an older evaluation has none"
 
@@ -307,7 +341,9 @@ def test_one_window_has_no_error(converted: Path, tmp_path: Path) -> None:
     assert [row.nll_error for row in found.executors] == [None, None, None]
 
 
-def test_evaluate_takes_other_texts_and_prompts(converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_evaluate_takes_other_texts_and_prompts(
+    converted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     out, prompts = tmp_path / "out", tmp_path / "prompts.txt"
     shutil.copytree(converted, out)
     shutil.rmtree(out / "onnx")
@@ -316,11 +352,17 @@ def test_evaluate_takes_other_texts_and_prompts(converted: Path, tmp_path: Path,
         found = evaluate(out, windows=2, prompts=prompts, max_new_tokens=4)
     assert "--text" in caplog.text
     assert found.text.name == "Python standard library modules, held out" and found.text.tokens == 2 * 47
-    assert (found.answers.prompts + found.answers.empty, found.answers.name, found.answers.max_new_tokens) == (3, "prompts.txt", 4)
+    assert (found.answers.prompts + found.answers.empty, found.answers.name, found.answers.max_new_tokens) == (
+        3,
+        "prompts.txt",
+        4,
+    )
     assert [row.executor for row in found.executors] == ["torch", "ONNX"] and "not run" in found.executors[1].note
     other = tmp_path / "other.txt"
     other.write_text((converted.parent / "text.txt").read_text(encoding="utf-8") + "x = 1\n", encoding="utf-8")
-    assert evaluate(out, text=other, windows=1000, max_new_tokens=2).text.tokens > 5 * 47  # no text of its own: the whole of it
+    assert (
+        evaluate(out, text=other, windows=1000, max_new_tokens=2).text.tokens > 5 * 47
+    )  # no text of its own: the whole of it
 
 
 @pytest.mark.parametrize(
@@ -334,7 +376,9 @@ def test_evaluate_takes_other_texts_and_prompts(converted: Path, tmp_path: Path,
         ({"limit": -1}, "limit must be at least 1"),
     ],
 )
-def test_mistakes_are_said_before_anything_is_measured(arguments: dict[str, Any], said: str, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_said_before_anything_is_measured(
+    arguments: dict[str, Any], said: str, converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sparsegate.converter.pipeline.evaluate.measure_quality", lambda *_: pytest.fail("measured"))
     with pytest.raises(InputError, match=said):
         evaluate(converted, **arguments)
@@ -357,7 +401,9 @@ def test_extras_that_are_not_installed_are_named(converted: Path, monkeypatch: p
 # the command line
 
 
-def test_every_flag_of_eval_and_report_arrives(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_flag_of_eval_and_report_arrives(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, calls, real = Evaluation.model_validate(EVALUATION), [], inspect.signature(evaluation.evaluate)
 
     def fake(*arguments: Any, **named: Any) -> Evaluation:
@@ -365,18 +411,48 @@ def test_every_flag_of_eval_and_report_arrives(capsys: pytest.CaptureFixture[str
         return found
 
     monkeypatch.setattr(evaluation, "evaluate", fake)
-    words = ["d", "--text", "t", "--windows", "3", "--prompts", "p", "--max-new-tokens", "5", "--lm-eval", "a,b", "--limit", "7", "--source", "s"]
+    words = [
+        "d",
+        "--text",
+        "t",
+        "--windows",
+        "3",
+        "--prompts",
+        "p",
+        "--max-new-tokens",
+        "5",
+        "--lm-eval",
+        "a,b",
+        "--limit",
+        "7",
+        "--source",
+        "s",
+    ]
     assert json.loads(call_cli(capsys, "eval", *words, "--json").out) == found.model_dump(mode="json")
     assert set(calls[0]) == set(real.parameters) and calls[0].pop("command").startswith("sparsegate eval d --text t ")
-    wanted = {"model": "d", "text": Path("t"), "windows": 3, "prompts": Path("p"), "max_new_tokens": 5, "lm_eval": "a,b", "limit": 7, "source": "s"}
+    wanted = {
+        "model": "d",
+        "text": Path("t"),
+        "windows": 3,
+        "prompts": Path("p"),
+        "max_new_tokens": 5,
+        "lm_eval": "a,b",
+        "limit": 7,
+        "source": "s",
+    }
     assert calls == [wanted]
     text = call_cli(capsys, "eval", "d").out
-    assert all(part in text for part in ("ONNX kernel", "not run: no library", "53.73", "34.0 %", "layers.1.linear.q_proj", "hellaswag"))
+    assert all(
+        part in text
+        for part in ("ONNX kernel", "not run: no library", "53.73", "34.0 %", "layers.1.linear.q_proj", "hellaswag")
+    )
     monkeypatch.setattr(html, "make_report", lambda folder: folder / "page")
     assert call_cli(capsys, "report", "d").out == f"wrote {Path('d/page')}\n"
 
 
-def test_eval_report_and_verify_of_a_checkpoint(converted: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_eval_report_and_verify_of_a_checkpoint(
+    converted: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(converted, out)
     done = call_cli(capsys, "eval", out, "--text", converted.parent / "text.txt", "--max-new-tokens", "4")
@@ -402,14 +478,21 @@ def test_scores_of_continuations_are_sums_of_log_probabilities() -> None:
     def log_p(before: int, token: int) -> float:
         return table[before, token] - math.log(sum(math.exp(value) for value in table[before]))
 
-    assert harness.score_continuation(forward, [3, 4], [5, 6], 99) == (pytest.approx(log_p(4, 5) + log_p(5, 6), abs=1e-12), False)
+    assert harness.score_continuation(forward, [3, 4], [5, 6], 99) == (
+        pytest.approx(log_p(4, 5) + log_p(5, 6), abs=1e-12),
+        False,
+    )
     assert calls[-1] == [3, 4, 5]  # the last target is no input
     likeliest = [int(table[4].argmax())]
     assert harness.score_continuation(forward, [3, 4], [*likeliest, int(table[likeliest[0]].argmax())], 99)[1] is True
     # a window that fills the context: one token of context, as many targets as inputs, none dropped
-    assert harness.score_continuation(forward, [1], [2, 3, 4], 3)[0] == pytest.approx(log_p(1, 2) + log_p(2, 3) + log_p(3, 4), abs=1e-12)
+    assert harness.score_continuation(forward, [1], [2, 3, 4], 3)[0] == pytest.approx(
+        log_p(1, 2) + log_p(2, 3) + log_p(3, 4), abs=1e-12
+    )
     # too long a continuation loses its beginning
-    assert harness.score_continuation(forward, [1], [2, 3, 4], 2)[0] == pytest.approx(log_p(2, 3) + log_p(3, 4), abs=1e-12)
+    assert harness.score_continuation(forward, [1], [2, 3, 4], 2)[0] == pytest.approx(
+        log_p(2, 3) + log_p(3, 4), abs=1e-12
+    )
     assert harness.score_continuation(forward, [1], [], 2) == (0.0, True)
 
 
@@ -451,9 +534,15 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "lm_eval.models.onnxruntime_genai", stand_in())
 
 
-def test_lm_eval_scores_in_onnxruntime_genai_are_those_of_the_decoder_and_of_dense_torch(backend: None, converted: Path) -> None:
+def test_lm_eval_scores_in_onnxruntime_genai_are_those_of_the_decoder_and_of_dense_torch(
+    backend: None, converted: Path
+) -> None:
     tokens = text_windows().tokens[0].tolist()
-    requests = [(None, tokens[:10], tokens[10:]), (None, tokens[:1], tokens[1:5]), (("a", "b"), tokens[:20], tokens[20:])]
+    requests = [
+        (None, tokens[:10], tokens[10:]),
+        (None, tokens[:1], tokens[1:5]),
+        (("a", "b"), tokens[:20], tokens[20:]),
+    ]
     decoder, sparse = Decoder(converted / "onnx"), load(converted)
 
     def expected(logits: Callable[[list[int]], Tensor]) -> list[float]:
@@ -479,19 +568,34 @@ def test_lm_eval_scores_in_onnxruntime_genai_are_those_of_the_decoder_and_of_den
     assert abs(plain[0][0] - found[0][0]) > 1e-2
 
 
-def test_lm_eval_metrics_stand_beside_the_dense_models(backend: None, converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_eval_metrics_stand_beside_the_dense_models(
+    backend: None, converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     evaluator, seen = ModuleType("lm_eval.evaluator"), []
 
     def simple_evaluate(model: Any, tasks: list[str], **options: Any) -> dict[str, Any]:
         seen.append((type(model).__name__, tasks, options["limit"]))
         score, greedy = model._loglikelihood_tokens([(None, [5, 6], [7])])[0]
-        return {"results": {"mine": {"alias": "mine", "sample_len": 4, "acc,none": score, "acc_stderr,none": "N/A", "match,strict": greedy}}}
+        return {
+            "results": {
+                "mine": {
+                    "alias": "mine",
+                    "sample_len": 4,
+                    "acc,none": score,
+                    "acc_stderr,none": "N/A",
+                    "match,strict": greedy,
+                }
+            }
+        }
 
     evaluator.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", evaluator)
     found = harness.run_tasks(converted / "onnx", load(converted), harness.Tasks(["mine"], None), 4)
     assert [row for row in seen] == [("Dense", ["mine"], 4), ("Sparse", ["mine"], 4)]
     assert set(found) == {"mine"} and set(found["mine"]) == {"acc", "match,strict"}
-    assert set(found["mine"]["acc"]) == {"dense", "sparse"} and found["mine"]["acc"]["dense"] != found["mine"]["acc"]["sparse"]
+    assert (
+        set(found["mine"]["acc"]) == {"dense", "sparse"}
+        and found["mine"]["acc"]["dense"] != found["mine"]["acc"]["sparse"]
+    )
     with pytest.raises(InputError, match="onnx folder"):
         harness.run_tasks(converted / "nothing", load(converted), harness.Tasks(["mine"], None))

@@ -14,7 +14,14 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.evaluation.analysis.experts import ExpertActivity, expected_active, expert_modules, expert_sites, measure, swapped
+from sparsegate.converter.evaluation.analysis.experts import (
+    ExpertActivity,
+    expected_active,
+    expert_modules,
+    expert_sites,
+    measure,
+    swapped,
+)
 from sparsegate.converter.text.windows import Batches
 from sparsegate.runtime_onnx.errors import InputError
 
@@ -23,15 +30,25 @@ D, N, E, K, LAYERS, VOCAB = 32, 40, 8, 2, 2, 61
 
 def make_mixture(seed: int = 0) -> Any:
     config = MixtralConfig(
-        vocab_size=VOCAB, hidden_size=D, intermediate_size=N, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
-        num_local_experts=E, num_experts_per_tok=K, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=D,
+        intermediate_size=N,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=E,
+        num_experts_per_tok=K,
+        max_position_embeddings=64,
+    )
     model = MixtralForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             if parameter.dim() > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (1 if "embed" in name else parameter.shape[-1] ** -0.5))
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator)
+                    * (1 if "embed" in name else parameter.shape[-1] ** -0.5)
+                )
     return model
 
 
@@ -46,13 +63,19 @@ def everywhere(model: Any, activation: str = "drelu") -> dict[Site, str]:
     return dict.fromkeys(expert_sites(model), activation)
 
 
-def by_hand(module: Any, activations: dict[Site, str], layer: int, x: Tensor, chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def by_hand(
+    module: Any, activations: dict[Site, str], layer: int, x: Tensor, chosen: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """All experts on all tokens: output [T, d], the products z [E, T, n] and who is routed where [E, T]."""
     products, out, routed = [], torch.zeros_like(x), []
     for expert in range(E):
         w_gate, w_up = module.gate_up_proj[expert][:N], module.gate_up_proj[expert][N:]
         gate, up = x @ w_gate.T, x @ w_up.T
-        z = gate.clamp(min=0) * up.clamp(min=0) if activations.get(Site(layer, expert)) == "drelu" else gate * torch.sigmoid(gate) * up
+        z = (
+            gate.clamp(min=0) * up.clamp(min=0)
+            if activations.get(Site(layer, expert)) == "drelu"
+            else gate * torch.sigmoid(gate) * up
+        )
         weight = (weights * (chosen == expert)).sum(-1)
         out = out + weight[:, None] * (z @ module.down_proj[expert].T)
         products.append(z)
@@ -100,7 +123,11 @@ def test_counts_equal_brute_force_and_leave_padding_out() -> None:
             assert found == ExpertActivity(batches.count, int(here.sum()), int((products[expert][here] > 0).sum()), N)
             total += found.nonzero
     assert activity.active == pytest.approx(total / (batches.count * LAYERS * E * N), abs=1e-15)
-    assert sum(site.routed for site in activity.sites.values()) == LAYERS * K * batches.count < LAYERS * K * batches.tokens.numel()
+    assert (
+        sum(site.routed for site in activity.sites.values())
+        == LAYERS * K * batches.count
+        < LAYERS * K * batches.tokens.numel()
+    )
 
 
 def test_f21_active_share_of_exchangeable_experts() -> None:
@@ -109,9 +136,13 @@ def test_f21_active_share_of_exchangeable_experts() -> None:
     activity = measure(model, batches, everywhere(model))
     sites = activity.sites.values()
     share, density = torch.tensor([site.share for site in sites]), torch.tensor([site.density for site in sites])
-    error = float(share.std() * density.std()) / math.sqrt(len(share))  # of the mean of share times density, the two independent
+    error = float(share.std() * density.std()) / math.sqrt(
+        len(share)
+    )  # of the mean of share times density, the two independent
     assert abs(activity.active - expected_active(K, E, activity.sparsity)) < 4 * error < 0.03 * activity.active
-    assert 0.2 < float(density.mean()) < 0.3, "gates and ups of random weights are positive for half of the tokens, together for a quarter"
+    assert 0.2 < float(density.mean()) < 0.3, (
+        "gates and ups of random weights are positive for half of the tokens, together for a quarter"
+    )
     assert expected_active(2, 8, 0.85) == pytest.approx(0.0375)  # TurboSparse-Mixtral
 
     silu = measure(model, batches)
@@ -159,14 +190,24 @@ def test_f21_an_expert_without_tokens_can_lose_everything() -> None:
     activations = everywhere(model)
     with swapped(model, activations):
         plain = model(input_ids=batches.tokens).logits
-    reached = {site for site, found in measure(model, Batches(batches.tokens, torch.ones_like(batches.mask)), activations).sites.items() if found.routed}
+    reached = {
+        site
+        for site, found in measure(
+            model, Batches(batches.tokens, torch.ones_like(batches.mask)), activations
+        ).sites.items()
+        if found.routed
+    }
     idle = set(activations) - reached
     assert idle and reached
     for sites, equal in ((idle, True), ({min(reached)}, False)):
         changed = make_mixture()
         for site in sites:
             expert_modules(changed)[site.layer].gate_up_proj[site.expert] = torch.nan if equal else 0.0
-        with swapped(changed, activations, lambda site, rows, z, sites=sites: torch.zeros(N, dtype=torch.bool) if site in sites else None):
+        with swapped(
+            changed,
+            activations,
+            lambda site, rows, z, sites=sites: torch.zeros(N, dtype=torch.bool) if site in sites else None,
+        ):
             assert torch.equal(changed(input_ids=batches.tokens).logits, plain) == equal
 
 
@@ -180,7 +221,9 @@ def test_f21_router_logits_of_layer_0_stay_those_of_the_dense_model() -> None:
     with swapped(model, everywhere(model)):
         model(input_ids=batches.tokens)
     assert torch.equal(*logits[0])
-    assert (logits[1][0] - logits[1][1]).abs().max() > 1e-2, "behind swapped experts the next router must see another input"
+    assert (logits[1][0] - logits[1][1]).abs().max() > 1e-2, (
+        "behind swapped experts the next router must see another input"
+    )
 
 
 def test_fatrelu_in_one_expert() -> None:
@@ -198,7 +241,10 @@ def test_fatrelu_in_one_expert() -> None:
 
 def test_what_is_refused() -> None:
     model = make_mixture()
-    with pytest.raises(InputError, match=re.escape("must be an expert of the model, got layers.1.experts.8.ffn")), swapped(model, {Site(1, 8): "drelu"}):
+    with (
+        pytest.raises(InputError, match=re.escape("must be an expert of the model, got layers.1.experts.8.ffn")),
+        swapped(model, {Site(1, 8): "drelu"}),
+    ):
         pass
     with pytest.raises(InputError, match="must hold a token, got none"):
         measure(model, Batches(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.bool)))
@@ -207,5 +253,7 @@ def test_what_is_refused() -> None:
         expert_modules(LlamaForCausalLM(small))
     module = expert_modules(model)[0]
     module.has_bias = True
-    with pytest.raises(InputError, match=r"without biases, got MixtralExperts with gate_up_proj \[8, 80, 32\] at layer 0"):
+    with pytest.raises(
+        InputError, match=r"without biases, got MixtralExperts with gate_up_proj \[8, 80, 32\] at layer 0"
+    ):
         expert_modules(model)

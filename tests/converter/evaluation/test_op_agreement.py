@@ -63,14 +63,19 @@ class Exported(NamedTuple):
         key, rounded = (self.folder, precision), precision in ("int8", "int4")
         if key not in _SEEN:
             tokens = watched_tokens(self.batches, rounded)[: 1 if rounded else 2]
-            _SEEN[key] = {name: watch(open_watched(self.onnx(precision), name == "kernel", None, rounded), tokens) for name in ("body", "kernel")}
+            _SEEN[key] = {
+                name: watch(open_watched(self.onnx(precision), name == "kernel", None, rounded), tokens)
+                for name in ("body", "kernel")
+            }
         model = self.model if precision == "fp32" else load_dense(self.source.folder)
         apply_plan(model, plan, self.source.arch, "silu")
         stored = list(stored_ops(model, plan, self.source.arch, precision))
         try:
             if precision != "fp32":
                 round_model(model, plan, self.source.arch, precision)
-            return {name for name, tally in judge_ops(model, _SEEN[key], stored).items() if not tally.check(name).passed}
+            return {
+                name for name, tally in judge_ops(model, _SEEN[key], stored).items() if not tally.check(name).passed
+            }
         finally:
             remove_plan(model)
 
@@ -99,7 +104,9 @@ def halved(model: Any, source: Source, batches: Batches) -> Plan:
         return hook
 
     layers = [site.layer for site in source.arch.sites(source.config)]
-    handles = [model.get_submodule(source.arch.ffn_module(layer)).register_forward_pre_hook(see(layer)) for layer in layers]
+    handles = [
+        model.get_submodule(source.arch.ffn_module(layer)).register_forward_pre_hook(see(layer)) for layer in layers
+    ]
     model(input_ids=batches.tokens[:4])
     for handle in handles:
         handle.remove()
@@ -152,9 +159,19 @@ def failed(checks: dict[str, Check]) -> set[str]:
 def test_the_same_model_agrees(either: Exported) -> None:
     checks = either.checks(either.plan)
     assert failed(checks) == set(), [check for check in checks.values() if not check.passed]
-    assert set(checks) == {"body ops", "kernel ops", "torch ops", "body logits", "kernel logits", "kernel NLL", "genai kernel greedy tokens"}
+    assert set(checks) == {
+        "body ops",
+        "kernel ops",
+        "torch ops",
+        "body logits",
+        "kernel logits",
+        "kernel NLL",
+        "genai kernel greedy tokens",
+    }
     layers = len(either.plan)
-    assert all(f"{layers} ops, {layers * 128} tokens" in checks[name].note for name in ("body ops", "kernel ops", "torch ops"))
+    assert all(
+        f"{layers} ops, {layers * 128} tokens" in checks[name].note for name in ("body ops", "kernel ops", "torch ops")
+    )
 
 
 @pytest.mark.parametrize("fault", [swapped, without_a_neuron, shifted])

@@ -1,4 +1,6 @@
-"""Measured quality against full softmaxes in fp64: values, standard errors, the stop rule, replays, and that memory limits change nothing."""
+"""Measured quality against full softmaxes in fp64: values, standard errors, the stop rule, replays, and that memory
+limits change nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,15 @@ from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.plan import Plan, Threshold, uniform_tau
 from sparsegate.converter.evaluation import quality
 from sparsegate.converter.evaluation.checks import ExecutorQuality
-from sparsegate.converter.evaluation.quality import Reference, Totals, clustered_error, measure_executor, measure_qualities, measure_quality, paired_rise
+from sparsegate.converter.evaluation.quality import (
+    Reference,
+    Totals,
+    clustered_error,
+    measure_executor,
+    measure_qualities,
+    measure_quality,
+    paired_rise,
+)
 from sparsegate.converter.modeling.gated import apply_plan, dense, load_dense, remove_plan
 from sparsegate.converter.text.windows import Batches
 
@@ -58,7 +68,9 @@ def brute_force(model: Any, batches: Batches, original: Any | None = None) -> np
         q = model(input_ids=row[None]).logits[0, :-1].double().log_softmax(-1)
         target = row[1:, None]
         agree = (p.argmax(-1) == q.argmax(-1)).sum()
-        found.append([len(target), -p.gather(1, target).sum(), -q.gather(1, target).sum(), (p.exp() * (p - q)).sum(), agree])
+        found.append(
+            [len(target), -p.gather(1, target).sum(), -q.gather(1, target).sum(), (p.exp() * (p - q)).sum(), agree]
+        )
     return np.array(found, dtype=np.float64)
 
 
@@ -67,7 +79,9 @@ def values(found: quality.Quality) -> tuple[float, ...]:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite", "phi", "phi3", "nemotron", "gpt2"])
-def test_every_plan_equals_a_full_softmax(model_type: str, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_plan_equals_a_full_softmax(
+    model_type: str, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through scaled logits, soft caps and biases of the head; types without an architecture file as ungated models."""
     monkeypatch.setattr(quality, "GROUP_TOKENS", 5 * LENGTH)
     monkeypatch.setattr(quality, "_LOGITS_AT_ONCE", 7 * VOCAB)
@@ -107,14 +121,21 @@ def test_another_model_may_be_the_dense_one(tiny_model: Callable[[str], Path]) -
     assert values(found) == pytest.approx(tuple(sums[:, 1:].sum(0) / sums[:, 0].sum()), rel=1e-6) and found.kl > 0.5
 
 
-@pytest.mark.parametrize(("name", "value"), [("_LOGITS_AT_ONCE", 1), ("_LOGITS_AT_ONCE", 5 * VOCAB), ("_LOGITS_IN_CACHE", 1), ("GROUP_TOKENS", 1)])
-def test_limits_change_nothing(name: str, value: int, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("_LOGITS_AT_ONCE", 1), ("_LOGITS_AT_ONCE", 5 * VOCAB), ("_LOGITS_IN_CACHE", 1), ("GROUP_TOKENS", 1)],
+)
+def test_limits_change_nothing(
+    name: str, value: int, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load_dense(tiny_model("gemma2"))
     wanted = measure_qualities(model, PLANS, windows(), error=0.0)
     monkeypatch.setattr(quality, name, value)
     for plan, found in measure_qualities(model, PLANS, windows(), error=0.0).items():
         assert values(found) == pytest.approx(values(wanted[plan]), rel=2e-6)
-        assert found.nll_error == pytest.approx(wanted[plan].nll_error, rel=1e-4) and found.windows == wanted[plan].windows
+        assert (
+            found.nll_error == pytest.approx(wanted[plan].nll_error, rel=1e-4) and found.windows == wanted[plan].windows
+        )
 
 
 @pytest.mark.parametrize("keep_bytes", [2e5, 1e9])
@@ -140,7 +161,9 @@ def test_the_error_is_that_of_a_bootstrap_over_windows() -> None:
     assert clustered_error(drawn_values, equal) == pytest.approx(float((drawn_values / 23).std() / 20), rel=1e-12)
 
 
-def test_measuring_stops_when_every_plan_is_known(tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measuring_stops_when_every_plan_is_known(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quality, "GROUP_TOKENS", 4 * LENGTH)
     model, batches = load_dense(tiny_model("llama")), windows(120, short=False)
     every = measure_qualities(model, PLANS, batches, error=0.0)
@@ -175,7 +198,9 @@ class _Torch:
         return self.model(input_ids=torch.as_tensor(ids)[None]).logits[0].numpy()
 
 
-def test_executors_are_measured_on_one_dense_pass(tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_executors_are_measured_on_one_dense_pass(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quality, "_LOGITS_AT_ONCE", 7 * VOCAB)
     arch, batches = load_arch("llama"), windows(60, short=False)
     model = apply_plan(load_dense(tiny_model("llama")), PLANS["many"], arch, "silu")
@@ -184,7 +209,9 @@ def test_executors_are_measured_on_one_dense_pass(tiny_model: Callable[[str], Pa
     found = measure_executor(executor, model, batches, count=10)  # type: ignore[arg-type]
     first = Batches(batches.tokens[:10], batches.mask[:10])
     sparse, onnx = brute_force(model, first), brute_force(other, first)
-    assert (found.tokens, found.windows, executor.calls) == (230, 10, 10), "a window runs once, however many chunks it has"
+    assert (found.tokens, found.windows, executor.calls) == (230, 10, 10), (
+        "a window runs once, however many chunks it has"
+    )
     assert found.nll_torch == pytest.approx(sparse[:, 2].sum() / 230, rel=1e-6)
     assert (found.nll, found.kl, found.agreement) == pytest.approx(tuple(onnx[:, 2:].sum(0) / 230), rel=1e-6)
     known = measure_executor(executor, model, batches, count=10, nll_torch=found.nll_torch)  # type: ignore[arg-type]
@@ -201,13 +228,21 @@ def test_two_files_are_compared_in_pairs_on_the_windows_that_both_have() -> None
     generator = np.random.default_rng(3)
     counts, dense_rises, own = generator.integers(5, 30, 7), generator.normal(2, 5, 7), generator.normal(0.5, 0.1, 7)
     fields = {"tokens": 1, "nll_torch": 1.0, "nll": 1.0, "kl": 0.0, "agreement": 1.0}
-    dense_file = ExecutorQuality(**fields, rises=[(int(n), float(rise)) for n, rise in zip(counts, dense_rises, strict=True)])
-    sparse_file = ExecutorQuality(**fields, rises=[(int(n), float(rise)) for n, rise in zip(counts[:5], (dense_rises + own)[:5], strict=True)])
+    dense_file = ExecutorQuality(
+        **fields, rises=[(int(n), float(rise)) for n, rise in zip(counts, dense_rises, strict=True)]
+    )
+    sparse_file = ExecutorQuality(
+        **fields, rises=[(int(n), float(rise)) for n, rise in zip(counts[:5], (dense_rises + own)[:5], strict=True)]
+    )
     paired = paired_rise(sparse_file, dense_file)
     n, sums = counts[:5], own[:5]
     mean = sums.sum() / n.sum()
     expected = np.sqrt(5 / 4 * np.square(sums - mean * n).sum()) / n.sum()
     assert paired is not None and paired == pytest.approx((mean, expected))
-    assert clustered_error(torch.tensor(dense_rises), torch.tensor(counts)) > 10 * expected, "what the windows share cancels"
+    assert clustered_error(torch.tensor(dense_rises), torch.tensor(counts)) > 10 * expected, (
+        "what the windows share cancels"
+    )
     assert paired_rise(ExecutorQuality(**fields), dense_file) is None
-    assert paired_rise(sparse_file.model_copy(update={"rises": [(4, 2.0)]}), dense_file.model_copy(update={"rises": [(4, 1.0)]})) == (0.25, None)
+    assert paired_rise(
+        sparse_file.model_copy(update={"rises": [(4, 2.0)]}), dense_file.model_copy(update={"rises": [(4, 1.0)]})
+    ) == (0.25, None)

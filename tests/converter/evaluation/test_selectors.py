@@ -9,7 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsegate.converter.evaluation.analysis.selectors import global_pool, nonzero, paper_cut, quantile_tau, threshold, top_k, unit_count, used_groups
+from sparsegate.converter.evaluation.analysis.selectors import (
+    global_pool,
+    nonzero,
+    paper_cut,
+    quantile_tau,
+    threshold,
+    top_k,
+    unit_count,
+    used_groups,
+)
 from sparsegate.runtime_onnx.errors import InputError
 
 SURVIVORS = (32, 29, 26, 23, 20, 16, 13, 10, 7, 4)
@@ -69,12 +78,27 @@ def test_quantile_drops_ties_at_it() -> None:
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
 def test_global_pool_against_a_loop(density: float, part: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    scores = {name: torch.randn(4, n, generator=generator) * scale for name, n, scale in (("a", 7, 1.0), ("b", 5, 10.0), ("c", 3, 0.1))}
+    scores = {
+        name: torch.randn(4, n, generator=generator) * scale
+        for name, n, scale in (("a", 7, 1.0), ("b", 5, 10.0), ("c", 3, 0.1))
+    }
     floor = density * part
     keep = global_pool(scores, density, floor)
     for t in range(4):
-        chosen = [(name, i) for name, s in scores.items() for i in sorted(range(len(s[t])), key=lambda i, s=s: -float(s[t, i]))[: int(floor * len(s[t]))]]
-        rest = sorted(((float(s[t, i]), name, i) for name, s in scores.items() for i in range(len(s[t])) if (name, i) not in chosen), reverse=True)
+        chosen = [
+            (name, i)
+            for name, s in scores.items()
+            for i in sorted(range(len(s[t])), key=lambda i, s=s: -float(s[t, i]))[: int(floor * len(s[t]))]
+        ]
+        rest = sorted(
+            (
+                (float(s[t, i]), name, i)
+                for name, s in scores.items()
+                for i in range(len(s[t]))
+                if (name, i) not in chosen
+            ),
+            reverse=True,
+        )
         chosen += [(name, i) for _, name, i in rest[: math.floor(density * 15 + 0.5) - len(chosen)]]
         assert {(name, i) for name, mask in keep.items() for i in mask[t].nonzero().flatten().tolist()} == set(chosen)
 

@@ -13,7 +13,9 @@ from sparsegate.converter.training.selection import _settled
 @pytest.mark.parametrize("wished", [0.7, 0.3, 0.05])
 @pytest.mark.parametrize("centre", [0.0, 0.4, -30.0])
 def test_densities_are_set_in_few_passes(wished: float, centre: float) -> None:
-    """Logits of a normal distribution around `centre`; bisection over eight logits to either side takes a dozen passes."""
+    """Logits of a normal distribution around `centre`; bisection over eight logits to either side takes a
+    dozen passes.
+    """
     tried: list[float] = []
 
     def excess_at(shift: float) -> tuple[float, dict[Site, float]]:

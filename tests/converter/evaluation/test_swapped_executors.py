@@ -1,4 +1,6 @@
-"""Models with swapped activations: torch, the op's body and its kernel, in ONNX Runtime and onnxruntime-genai, on checkpoints that were written and read."""
+"""Models with swapped activations: torch, the op's body and its kernel, in ONNX Runtime and onnxruntime-genai, on
+checkpoints that were written and read.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,18 @@ from sparsegate.runtime_onnx.ops.gated_mlp import Variant
 D, N, R = 64, 176, 12
 EACH = ("drelu", "relu", "relu2", "fatrelu(0.01)", "shifted_relu(0.01)")
 PER_LAYER = ("drelu", "fatrelu(0.01)")
-CASES = [("llama", (activation,) * 2) for activation in EACH] + [("llama", PER_LAYER), ("phi", ("relu", "relu")), ("phi3", ("drelu", "drelu"))]
+CASES = [("llama", (activation,) * 2) for activation in EACH] + [
+    ("llama", PER_LAYER),
+    ("phi", ("relu", "relu")),
+    ("phi3", ("drelu", "drelu")),
+]
 
 
 @dataclass(frozen=True)
 class Swapped:
-    """A tiny model with swapped activations: its exact checkpoint, its base graph, and the plans that keep by gate and predictor."""
+    """A tiny model with swapped activations: its exact checkpoint, its base graph, and the plans that keep by gate and
+    predictor.
+    """
 
     checkpoint: Path
     base: Path
@@ -52,7 +60,9 @@ class Swapped:
     def config(self) -> Any:
         return open_source(self.checkpoint).config
 
-    def export(self, kind: str, out: Path, precision: str = "fp32", base: Path | None = None, target: str = "cpu") -> Path:
+    def export(
+        self, kind: str, out: Path, precision: str = "fp32", base: Path | None = None, target: str = "cpu"
+    ) -> Path:
         export(base or self.base, self.plans[kind], self.arch, self.config, out, precision, target)
         return out
 
@@ -68,7 +78,9 @@ def inputs(model: Any, name: str) -> Tensor:
 
 
 def predictors(model: Any, arch: Arch, exact: Plan) -> Plan:
-    """Random predictors, layer after layer in the gated model, whose thresholds lie in the widest gap and keep about half."""
+    """Random predictors, layer after layer in the gated model, whose thresholds lie in the widest gap and keep about
+    half.
+    """
     generator = torch.Generator().manual_seed(1)
     plan: Plan = {}
     for site, entries in exact.items():
@@ -96,7 +108,12 @@ def swapped(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPath
         if model_type not in bases:
             bases[model_type] = build_base(checkpoint, root / f"{model_type}_base")
         gate: Plan = {site: [*entries, Threshold("gate", uniform_tau(0.0, N), 0.5)] for site, entries in exact.items()}
-        return Swapped(checkpoint, bases[model_type], arch, {"exact": exact, "gate": gate, "predictor": predictors(load_dense(checkpoint), arch, exact)})
+        return Swapped(
+            checkpoint,
+            bases[model_type],
+            arch,
+            {"exact": exact, "gate": gate, "predictor": predictors(load_dense(checkpoint), arch, exact)},
+        )
 
     return make
 
@@ -141,14 +158,18 @@ def genai_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["exact", "gate", "predictor"])
 @pytest.mark.parametrize(("model_type", "activations"), CASES)
-def test_executors_agree(swapped: Callable[..., Swapped], tmp_path: Path, model_type: str, activations: tuple[str, ...], kind: str) -> None:
+def test_executors_agree(
+    swapped: Callable[..., Swapped], tmp_path: Path, model_type: str, activations: tuple[str, ...], kind: str
+) -> None:
     one = swapped(model_type, activations)
     model = with_plan(one, kind, tmp_path / "checkpoint")
     expected, good = torch_logits(model), compared(model)
     assert good.mean() >= 0.8
     out = one.export(kind, tmp_path / "onnx")
     names = [Variant.parse(name) for name in native_library.variants(out)]
-    assert sorted({variant.activation for variant in names}) == sorted(set(activations)) and {variant.score for variant in names} == {kind}
+    assert sorted({variant.activation for variant in names}) == sorted(set(activations)) and {
+        variant.score for variant in names
+    } == {kind}
     body, kernel = run(out), run(out, native=library())
     assert library() and native_library.executor(out).kernel
     assert np.abs(body - expected)[good].max() < BOUND and np.abs(kernel - expected)[good].max() < BOUND
@@ -158,7 +179,9 @@ def test_executors_agree(swapped: Callable[..., Swapped], tmp_path: Path, model_
     for found in (body, kernel):
         assert np.abs(found - dropped)[good].max() > 10 * BOUND
     assert np.abs(row - dropped[0])[good[0]].max() > 10 * BOUND
-    assert np.abs(kernel - torch_logits(load_stock(one.checkpoint))).max() > 100 * BOUND, "the base's activation is another function"
+    assert np.abs(kernel - torch_logits(load_stock(one.checkpoint))).max() > 100 * BOUND, (
+        "the base's activation is another function"
+    )
 
 
 @torch.no_grad()
@@ -172,7 +195,9 @@ def without_one(model: Any, one: Swapped) -> Any:
 
 
 @pytest.mark.parametrize(("model_type", "activations"), CASES)
-def test_exact_and_gate_first_are_one(swapped: Callable[..., Swapped], tmp_path: Path, model_type: str, activations: tuple[str, ...]) -> None:
+def test_exact_and_gate_first_are_one(
+    swapped: Callable[..., Swapped], tmp_path: Path, model_type: str, activations: tuple[str, ...]
+) -> None:
     """Bit for bit, in torch and in the kernel."""
     one = swapped(model_type, activations)
     model = with_plan(one, "gate", tmp_path / "checkpoint")
@@ -189,9 +214,16 @@ def test_exact_and_gate_first_are_one(swapped: Callable[..., Swapped], tmp_path:
 
 @pytest.mark.parametrize("kind", ["exact", "predictor"])
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
-@pytest.mark.parametrize(("model_type", "activations"), [("llama", ("drelu", "drelu")), ("llama", PER_LAYER), ("phi", ("relu", "relu"))])
+@pytest.mark.parametrize(
+    ("model_type", "activations"), [("llama", ("drelu", "drelu")), ("llama", PER_LAYER), ("phi", ("relu", "relu"))]
+)
 def test_body_is_torch_with_the_rounded_weights(
-    swapped: Callable[..., Swapped], tmp_path: Path, model_type: str, activations: tuple[str, ...], precision: str, kind: str
+    swapped: Callable[..., Swapped],
+    tmp_path: Path,
+    model_type: str,
+    activations: tuple[str, ...],
+    precision: str,
+    kind: str,
 ) -> None:
     one = swapped(model_type, activations)
     out = one.export(kind, tmp_path / "onnx", precision)
@@ -205,15 +237,22 @@ def test_body_is_torch_with_the_rounded_weights(
     assert np.abs(got - unrounded)[good].max() > 5 * BOUND
 
 
-@pytest.mark.parametrize(("precision", "target"), [*((name, "cpu") for name in PRECISIONS), *((name, "cuda") for name in PRECISIONS if name != "fp32")])
-def test_every_precision_has_the_op(swapped: Callable[..., Swapped], tmp_path: Path, precision: str, target: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "target"),
+    [*((name, "cpu") for name in PRECISIONS), *((name, "cuda") for name in PRECISIONS if name != "fp32")],
+)
+def test_every_precision_has_the_op(
+    swapped: Callable[..., Swapped], tmp_path: Path, precision: str, target: str
+) -> None:
     one, form = swapped("llama", PER_LAYER), PRECISIONS[precision]
     base = build_base(one.checkpoint, tmp_path / "base", form.cuda, target) if target == "cuda" else one.base
     for kind in one.plans:
         out = one.export(kind, tmp_path / kind, precision, base, target)
         names = native_library.variants(out)
         found = [Variant.parse(name) for name in names]
-        assert [(v.activation, v.score, v.weights, v.w) for v in found] == [(a, kind, form.weights, form.w) for a in PER_LAYER]
+        assert [(v.activation, v.score, v.weights, v.w) for v in found] == [
+            (a, kind, form.weights, form.w) for a in PER_LAYER
+        ]
         assert all(native_library.supports(name) for name in names)
         proto = onnx.load(out / "model.onnx", load_external_data=False)
         assert [function.overload for function in proto.functions if function.name == "GatedMLP"] == ["v0", "v1"]

@@ -1,4 +1,6 @@
-"""Quality, checks and answers of checkpoints with swapped activations: against the dense source, and honest without it."""
+"""Quality, checks and answers of checkpoints with swapped activations: against the dense source, and honest
+without it.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,13 @@ from sparsegate.converter.modeling.gated import dense, load, load_dense
 from sparsegate.converter.report.evaluation import answer_cells, executor_cells
 from sparsegate.converter.text.windows import Batches
 
-BATCHES = Batches(torch.randint(3, VOCAB, (5, 24), generator=torch.Generator().manual_seed(7)), torch.ones(5, 24, dtype=torch.bool))
-PLAN: Plan = {Site(0): [Swap("drelu", 0.25, 0.5)], Site(1): [Swap("drelu"), Threshold("gate", uniform_tau(0.3, N), 0.3)]}
+BATCHES = Batches(
+    torch.randint(3, VOCAB, (5, 24), generator=torch.Generator().manual_seed(7)), torch.ones(5, 24, dtype=torch.bool)
+)
+PLAN: Plan = {
+    Site(0): [Swap("drelu", 0.25, 0.5)],
+    Site(1): [Swap("drelu"), Threshold("gate", uniform_tau(0.3, N), 0.3)],
+}
 
 
 def write(folder: Path, out: Path, plan: Plan) -> Path:
@@ -70,7 +77,9 @@ def test_cost_counts_realised_zeros(folder: Path) -> None:
     losses(model)
     density, opened = float((z[0] != 0).double().mean()), float((gates[0] > 0).double().mean())
     found = measure_quality(model, read_plan(folder), BATCHES)
-    assert found.site_density["layers.0.ffn"] == pytest.approx(density) and found.site_opened == {"layers.0.ffn": pytest.approx(opened)}
+    assert found.site_density["layers.0.ffn"] == pytest.approx(density) and found.site_opened == {
+        "layers.0.ffn": pytest.approx(opened)
+    }
     assert found.site_cost["layers.0.ffn"] == pytest.approx((1 + opened + density) / 3)
     other = (1 + 2 * found.site_density["layers.1.ffn"]) / 3
     assert found.cost == pytest.approx(((1 + opened + density) / 3 + other) / 2)
@@ -94,7 +103,11 @@ class _Echo:
 def test_executors_are_compared_with_the_source_too(folder: Path, tiny_model: Callable[[str], Path]) -> None:
     model, original = load(folder), load_dense(tiny_model("llama"))
     found = measure_executor(_Echo(original), model, BATCHES, original=original)  # type: ignore[arg-type]
-    assert found.kl == pytest.approx(0, abs=1e-6) and found.agreement == 1 and found.nll != pytest.approx(found.nll_torch, abs=1e-3)
+    assert (
+        found.kl == pytest.approx(0, abs=1e-6)
+        and found.agreement == 1
+        and found.nll != pytest.approx(found.nll_torch, abs=1e-3)
+    )
     assert measure_executor(_Echo(original), model, BATCHES).kl > 0.1  # type: ignore[arg-type]
 
 
@@ -105,14 +118,22 @@ def test_the_source_check_compares_sizes(folder: Path, tiny_model: Callable[[str
     reseeded = check_source(model, make_model("llama", tmp_path / "seed", seed=1), BATCHES)
     assert reseeded.passed and f" 0 of {count} tensors" in reseeded.note, "trained weights are no error"
     stock = load_dense(tiny_model("llama"))
-    assert check_source(stock, tmp_path / "seed", BATCHES, trained=True).passed and not check_source(stock, tmp_path / "seed", BATCHES).passed
-    for other, word in ((make_model("llama", tmp_path / "wide", intermediate_size=192), "units"), (tiny_model("qwen3"), "model type llama for qwen3")):
+    assert (
+        check_source(stock, tmp_path / "seed", BATCHES, trained=True).passed
+        and not check_source(stock, tmp_path / "seed", BATCHES).passed
+    )
+    for other, word in (
+        (make_model("llama", tmp_path / "wide", intermediate_size=192), "units"),
+        (tiny_model("qwen3"), "model type llama for qwen3"),
+    ):
         found = check_source(model, other, BATCHES)
         assert not found.passed and word in found.note
 
 
 class _Words:
-    """Stands in for a tokenizer and for sacrebleu: words are ids, and a text's score is whether it equals its reference."""
+    """Stands in for a tokenizer and for sacrebleu: words are ids, and a text's score is whether it equals its
+    reference.
+    """
 
     def decode(self, row: list[int], skip_special_tokens: bool) -> str:
         return " ".join(map(str, row))
@@ -124,11 +145,18 @@ class _Words:
 def test_answers_are_compared_with_the_source(folder: Path, tiny_model: Callable[[str], Path]) -> None:
     model, original, arch = load(folder), load_dense(tiny_model("llama")), load_arch("llama")
     rows = [row[:8] for row in BATCHES.tokens]
-    against, counts = answers.compare_answers(model, read_plan(folder), arch, _Words(), rows, 6, _Words(), "text", original)
+    against, counts = answers.compare_answers(
+        model, read_plan(folder), arch, _Words(), rows, 6, _Words(), "text", original
+    )
     wanted = answers.greedy(original, torch.stack(rows), 6)
     masked = answers.greedy(model, torch.stack(rows), 6)
-    assert against.equal_all_masked == pytest.approx(sum(a == b for a, b in zip(masked, wanted, strict=True)) / 5) and against.equal_all_masked < 1
-    ungated, _ = answers.compare_answers(model, {Site(0): PLAN[Site(0)]}, arch, _Words(), rows, 6, _Words(), "text", model)
+    assert (
+        against.equal_all_masked == pytest.approx(sum(a == b for a, b in zip(masked, wanted, strict=True)) / 5)
+        and against.equal_all_masked < 1
+    )
+    ungated, _ = answers.compare_answers(
+        model, {Site(0): PLAN[Site(0)]}, arch, _Words(), rows, 6, _Words(), "text", model
+    )
     assert ungated.equal_all_masked == 1, "compared with itself it is itself"
     shares = counts.summary(0.5, 10**6)
     assert shares.answers_and_prompt < shares.masked_answers_and_prompt
@@ -136,7 +164,11 @@ def test_answers_are_compared_with_the_source(folder: Path, tiny_model: Callable
 
 @pytest.mark.parametrize(
     ("against", "row", "word"),
-    [("dense torch", "dense torch", "dense"), ("dense source", "dense source", "dense"), ("ungated torch", "ungated torch", "ungated")],
+    [
+        ("dense torch", "dense torch", "dense"),
+        ("dense source", "dense source", "dense"),
+        ("ungated torch", "ungated torch", "ungated"),
+    ],
 )
 def test_tables_name_what_is_compared_with(against: str, row: str, word: str) -> None:
     from stored_results import EVALUATION

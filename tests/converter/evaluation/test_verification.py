@@ -17,7 +17,14 @@ from sparsegate.converter.checkpoint.listing import unlisted
 from sparsegate.converter.checkpoint.manifest import Manifest, check_files, list_files, read_manifest, write_manifest
 from sparsegate.converter.checkpoint.stage import CheckError, write_json
 from sparsegate.converter.evaluation import paired
-from sparsegate.converter.evaluation.checks import ExecutorQuality, Quality, check_budget, check_record, largest, shipped_checks
+from sparsegate.converter.evaluation.checks import (
+    ExecutorQuality,
+    Quality,
+    check_budget,
+    check_record,
+    largest,
+    shipped_checks,
+)
 from sparsegate.converter.evaluation.op_agreement import Tally
 from sparsegate.converter.pipeline import graphs
 from sparsegate.converter.pipeline.recipe import Budget, Recipe
@@ -28,13 +35,32 @@ from sparsegate.runtime_onnx.errors import InputError
 from sparsegate.runtime_onnx.untrusted import read_json
 
 ROOT = Path(__file__).parents[3]
-MEASURED = {"nll_dense": 1.0, "nll": 1.1, "kl": 0.1, "agreement": 0.9, "density": 0.5, "cost": 0.7, "nll_error": 0.01, "windows": 4}
+MEASURED = {
+    "nll_dense": 1.0,
+    "nll": 1.1,
+    "kl": 0.1,
+    "agreement": 0.9,
+    "density": 0.5,
+    "cost": 0.7,
+    "nll_error": 0.01,
+    "windows": 4,
+}
 FILES = {
-    "config.json": json.dumps({"sparsity": {"version": 1, "sites": {"layers.0.ffn": {"score": "gate", "activation": "silu", "density": 0.5}}}}),
-    "model.safetensors": "weights", "sparsity/sparsity.safetensors": "tau", "generation_config.json": "{}", "tokenizer.json": "{}", "README.md": "card",
-    "onnx/model.onnx": "graph", "onnx/model.onnx.data": "data", "onnx/genai_config.json": "{}", "onnx/tokenizer.json": "{}",
-    "report/report.json": "{}", "report/quality.png": "picture",
-}  # fmt: skip
+    "config.json": json.dumps(
+        {"sparsity": {"version": 1, "sites": {"layers.0.ffn": {"score": "gate", "activation": "silu", "density": 0.5}}}}
+    ),
+    "model.safetensors": "weights",
+    "sparsity/sparsity.safetensors": "tau",
+    "generation_config.json": "{}",
+    "tokenizer.json": "{}",
+    "README.md": "card",
+    "onnx/model.onnx": "graph",
+    "onnx/model.onnx.data": "data",
+    "onnx/genai_config.json": "{}",
+    "onnx/tokenizer.json": "{}",
+    "report/report.json": "{}",
+    "report/quality.png": "picture",
+}
 
 
 @pytest.fixture
@@ -46,11 +72,18 @@ def folder(tmp_path: Path) -> Path:
     write_manifest(
         tmp_path,
         Manifest(
-            fingerprint="f", source={}, calibration={}, recipe=recipe.model_dump(mode="json"), seed=0, measured=MEASURED, versions={},
-            budget={"max_ppl_increase": None, "max_kl": 0.2, "sparsity": 0.5, "searched": False}, files=list_files(tmp_path),
+            fingerprint="f",
+            source={},
+            calibration={},
+            recipe=recipe.model_dump(mode="json"),
+            seed=0,
+            measured=MEASURED,
+            versions={},
+            budget={"max_ppl_increase": None, "max_kl": 0.2, "sparsity": 0.5, "searched": False},
+            files=list_files(tmp_path),
             onnx={"precision": "fp32", "target": "cpu", "variants": []},
         ),
-    )  # fmt: skip
+    )
     return tmp_path
 
 
@@ -65,7 +98,9 @@ def test_a_whole_folder_passes(folder: Path) -> None:
 def test_a_file_off_the_list(folder: Path, name: str, gone: bool) -> None:
     """What readers open must be listed as long as it is there, what a checkpoint consists of in any case."""
     manifest = read_manifest(folder)
-    manifest = manifest.model_copy(update={"files": {other: file for other, file in manifest.files.items() if other != name}})
+    manifest = manifest.model_copy(
+        update={"files": {other: file for other, file in manifest.files.items() if other != name}}
+    )
     optional = name in ("generation_config.json", "tokenizer.json", "onnx/model.onnx.data", "onnx/tokenizer.json")
     if gone and name != "config.json":
         (folder / name).unlink()
@@ -76,7 +111,9 @@ def test_no_files_and_shards(folder: Path) -> None:
     empty = read_manifest(folder).model_copy(update={"files": {}})
     assert {line.split()[0] for line in unlisted(folder, empty)} == set(FILES) - {"report/quality.png"}
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+    )
     missing = {line.split()[0] for line in unlisted(folder, read_manifest(folder))}
     assert missing == {"model.safetensors.index.json", "model-1.safetensors", "model-2.safetensors"}
 
@@ -128,10 +165,15 @@ def test_numbers_that_no_conversion_writes(folder: Path, part: str, value: Any, 
         (lambda m: {"budget": m.budget | {"searched": True}}, "budget.searched is True, False in the recipe"),
         (lambda m: {"seed": 3}, "seed is 3, 0 in the recipe"),
         (lambda m: {"onnx": m.onnx | {"precision": "int4"}}, "onnx.precision is int4, fp32 in the recipe"),
-        (lambda m: {"measured": {name: value for name, value in m.measured.items() if name != "kl"}}, "measured lacks kl"),
+        (
+            lambda m: {"measured": {name: value for name, value in m.measured.items() if name != "kl"}},
+            "measured lacks kl",
+        ),
     ],
 )
-def test_a_manifest_is_judged_by_its_own_recipe(folder: Path, change: Callable[[Manifest], dict[str, Any]], line: str) -> None:
+def test_a_manifest_is_judged_by_its_own_recipe(
+    folder: Path, change: Callable[[Manifest], dict[str, Any]], line: str
+) -> None:
     manifest = read_manifest(folder)
     assert contradictions(manifest.model_copy(update=change(manifest))) == [line]
     free = manifest.model_copy(update={"budget": manifest.budget | {"sparsity": None}})
@@ -170,7 +212,9 @@ def test_the_record_must_be_what_is_measured(name: str, value: float) -> None:
     assert all(check.passed for check in check_record(quality(), MEASURED))
     assert not all(check.passed for check in check_record(quality(**{name: value}), MEASURED))
     assert not all(check.passed for check in check_record(quality(), MEASURED | {name: value}))
-    assert not all(check.passed for check in check_record(quality(), {other: v for other, v in MEASURED.items() if other != name}))
+    assert not all(
+        check.passed for check in check_record(quality(), {other: v for other, v in MEASURED.items() if other != name})
+    )
 
 
 @pytest.mark.parametrize("name", ["nll_dense", "nll", "kl", "density"])
@@ -237,6 +281,13 @@ def test_no_measured_number_stands_behind_a_constant() -> None:
     ]
     for path in (ROOT / "converter" / f"{name}.py" for name in judging):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("max", "min") and len(node.args) > 1:
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("max", "min")
+                and len(node.args) > 1
+            ):
                 first = node.args[0]
-                assert not (isinstance(first, ast.Constant) and isinstance(first.value, float)), f"{path.name}:{node.lineno} {ast.unparse(node)}"
+                assert not (isinstance(first, ast.Constant) and isinstance(first.value, float)), (
+                    f"{path.name}:{node.lineno} {ast.unparse(node)}"
+                )

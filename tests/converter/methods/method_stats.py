@@ -13,7 +13,15 @@ from sparsegate.converter.stats import Setting, histogram, unit_histogram
 
 D, N, TOKENS = 16, 48, 3000
 LLAMA, PHI = load_arch("llama"), load_arch("phi")
-SHAPES = {"q_proj": (16, 16), "k_proj": (4, 16), "v_proj": (4, 16), "o_proj": (16, 16), "gate_proj": (48, 16), "up_proj": (48, 16), "down_proj": (16, 48)}
+SHAPES = {
+    "q_proj": (16, 16),
+    "k_proj": (4, 16),
+    "v_proj": (4, 16),
+    "o_proj": (16, 16),
+    "gate_proj": (48, 16),
+    "up_proj": (48, 16),
+    "down_proj": (16, 48),
+}
 
 
 def gate_stats(*scores: Tensor) -> dict[Site, dict[str, Tensor]]:
@@ -35,7 +43,9 @@ def chess_stats(gates: list[Tensor], ups: list[Tensor]) -> dict[Site, dict[str, 
     return found
 
 
-def linear_stats(score: str, layers: int = 2, seed: int = 0) -> tuple[dict[Site, dict[str, Tensor]], dict[Site, Tensor]]:
+def linear_stats(
+    score: str, layers: int = 2, seed: int = 0
+) -> tuple[dict[Site, dict[str, Tensor]], dict[Site, Tensor]]:
     """(Statistics with a straight greedy path that spares down_proj, |x| of every site)."""
     g, stats, inputs = torch.Generator().manual_seed(seed), {}, {}
     for layer in range(layers):

@@ -13,7 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsegate.converter.methods.thresholds import along, cett_threshold, chess_taus, one_cett, share_at
-from sparsegate.converter.stats.bins import BINS, UNIT_BINS, bins, cut, dropped_norm, edges, greedy_split, unit_bins, unit_edges
+from sparsegate.converter.stats.bins import (
+    BINS,
+    UNIT_BINS,
+    bins,
+    cut,
+    dropped_norm,
+    edges,
+    greedy_split,
+    unit_bins,
+    unit_edges,
+)
 from sparsegate.runtime_onnx.errors import InputError
 
 WIDTH = 2.0**-8
@@ -35,7 +45,9 @@ def million(seed: int = 0) -> Tensor:
 
 
 def symmetric_rule(x: Tensor, sparsity: float) -> float:
-    """TEAL's threshold: the quantile 1/2 + s/2 of x itself, which cuts the share s of |x| only where x is symmetric about 0."""
+    """TEAL's threshold: the quantile 1/2 + s/2 of x itself, which cuts the share s of |x| only where x is symmetric
+    about 0.
+    """
     return float(x.sort().values[int((0.5 + sparsity / 2) * x.numel())])
 
 
@@ -53,7 +65,9 @@ def symmetric_rule(x: Tensor, sparsity: float) -> float:
     ],
 )
 def test_f13_quantiles_of_teal(shape: str, sparsity: float, tau: float, realised: float | None) -> None:
-    """The authors' `icdf` on a million samples, whose bins are wider than ours; on symmetric data both rules are the same quantile."""
+    """The authors' `icdf` on a million samples, whose bins are wider than ours; on symmetric data both rules are the
+    same quantile.
+    """
     x = million()
     if shape == "laplace":
         u = torch.rand(x.numel(), generator=torch.Generator().manual_seed(1)) - 0.5
@@ -76,14 +90,18 @@ def test_f13_data_off_centre() -> None:
 
 
 def rule_of_cats(score: Tensor, sparsity: float) -> float:
-    """20 000 edges on [-2, 2] and infinities; the left edge of the bin in which the cumulated count passes the share."""
+    """20 000 edges on [-2, 2] and infinities; the left edge of the bin in which the cumulated count passes
+    the share.
+    """
     inner = torch.linspace(-2, 2, 20_000, dtype=torch.float64)
     at = torch.bucketize(score.double(), inner, right=True)  # bin k lies between inner[k - 1] and inner[k]
     share = torch.bincount(at, minlength=20_001).cumsum(0).double() / score.numel()
     return float(inner[max(0, int((share > sparsity).nonzero()[0]) - 1)])
 
 
-@pytest.mark.parametrize(("sparsity", "tau", "zeros"), [(0.5, 0.26754, 0.4992), (0.7, 0.53978, 0.7000), (0.9, 1.67375, 0.9000)])
+@pytest.mark.parametrize(
+    ("sparsity", "tau", "zeros"), [(0.5, 0.26754, 0.4992), (0.7, 0.53978, 0.7000), (0.9, 1.67375, 0.9000)]
+)
 def test_f14_thresholds_of_cats(sparsity: float, tau: float, zeros: float) -> None:
     score = F.silu(1.5 * million()).abs()
     theirs, (ours, said) = rule_of_cats(score, sparsity), cut(count_of(score), 1 - sparsity)
@@ -128,7 +146,9 @@ def test_f15_one_constant_a_layer(density: float) -> None:
     tau, said = chess_taus(unit_counts(gate), moment, density)
     constant = tau.double().square() * moment.double()
     assert float(constant.max() / constant.min()) == pytest.approx(1, rel=1e-6) and tau.dtype == torch.float32
-    assert said == pytest.approx(density, abs=1e-6) and float((gate > tau).double().mean()) == pytest.approx(density, abs=4e-3)
+    assert said == pytest.approx(density, abs=1e-6) and float((gate > tau).double().mean()) == pytest.approx(
+        density, abs=4e-3
+    )
     by_sorting = torch.quantile((gate.square() * moment).flatten().double(), 1 - density)
     assert float(constant[0]) == pytest.approx(float(by_sorting), rel=0.03)
     assert len(tau.unique()) == len(tau), "the control: thresholds do differ"
@@ -146,8 +166,14 @@ def test_chess_at_the_ends() -> None:
     moment[3], gate[:, 5] = 0.0, 0.0
     for density in (0.5, 1.0):
         tau, said = chess_taus(unit_counts(gate), moment, density)
-        assert tau[3] == torch.inf and not bool(tau.isnan().any()) and said == pytest.approx(float((gate > tau).double().mean()), abs=0.01)
-    assert float((gate > chess_taus(unit_counts(gate), moment, 1.0)[0]).double().mean()) == pytest.approx(38 / 40, abs=1e-3), "all but the two dead neurons"
+        assert (
+            tau[3] == torch.inf
+            and not bool(tau.isnan().any())
+            and said == pytest.approx(float((gate > tau).double().mean()), abs=0.01)
+        )
+    assert float((gate > chess_taus(unit_counts(gate), moment, 1.0)[0]).double().mean()) == pytest.approx(
+        38 / 40, abs=1e-3
+    ), "all but the two dead neurons"
     assert bool((chess_taus(unit_counts(gate), moment, 0.0)[0] == torch.inf).all())
     assert bool((chess_taus(unit_counts(gate), torch.zeros(40), 0.5)[0] == torch.inf).all())
 
@@ -155,7 +181,10 @@ def test_chess_at_the_ends() -> None:
 # CETT
 
 
-@pytest.mark.parametrize(("cett", "eps", "achieved", "sparsity"), [(0.1, 0.07345, 0.1, 0.6284), (0.2, 0.1372, 0.1998, 0.7381), (0.4, 0.26953, 0.3993, 0.8592)])
+@pytest.mark.parametrize(
+    ("cett", "eps", "achieved", "sparsity"),
+    [(0.1, 0.07345, 0.1, 0.6284), (0.2, 0.1372, 0.1998, 0.7381), (0.4, 0.26953, 0.3993, 0.8592)],
+)
 def test_f19_bisection(cett: float, eps: float, achieved: float, sparsity: float) -> None:
     g = torch.Generator().manual_seed(0)
     w = torch.randn(32, 96, generator=g) / 10
@@ -164,14 +193,24 @@ def test_f19_bisection(cett: float, eps: float, achieved: float, sparsity: float
     keep = z.abs() * w.norm(dim=0) > found
     assert found == pytest.approx(eps, abs=2e-5) and reached == pytest.approx(achieved, abs=6e-5)
     assert 1 - float(keep.double().mean()) == pytest.approx(sparsity, abs=6e-5)
-    by_hand = sum(float(sum(z[t, i] * w[:, i] for i in range(96) if not keep[t, i]).norm() / (w @ z[t]).norm()) for t in range(64)) / 64  # type: ignore[union-attr]
+    by_hand = (
+        sum(
+            float(sum(z[t, i] * w[:, i] for i in range(96) if not keep[t, i]).norm() / (w @ z[t]).norm())
+            for t in range(64)
+        )
+        / 64
+    )  # type: ignore[union-attr]
     assert reached == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_cett_bounds() -> None:
     z, w = torch.randn(8, 5), torch.randn(5, 4)
     everything = torch.ones(8, 5, dtype=torch.bool)
-    assert dropped_norm(z, w, everything) == 0 and dropped_norm(z, w, ~everything) == pytest.approx(1) and dropped_norm(z * 0, w, ~everything) == 0
+    assert (
+        dropped_norm(z, w, everything) == 0
+        and dropped_norm(z, w, ~everything) == pytest.approx(1)
+        and dropped_norm(z * 0, w, ~everything) == 0
+    )
     for cett in (0.0, 1.0):
         with pytest.raises(InputError, match="cett must lie strictly between 0 and 1"):
             cett_threshold(z, w, cett)
@@ -180,7 +219,9 @@ def test_cett_bounds() -> None:
 def test_share_on_a_curve() -> None:
     share, error = torch.tensor([0.25, 0.5, 0.75]), torch.tensor([0.1, 0.3, 0.2], dtype=torch.float64)
     assert [share_at(share, error, e) for e in (0.0, 0.05, 0.1, 0.2)] == pytest.approx([0.0, 0.125, 0.25, 0.375])
-    assert share_at(share, error, 0.3) == pytest.approx(0.75), "errors never fall again: the largest share with this error"
+    assert share_at(share, error, 0.3) == pytest.approx(0.75), (
+        "errors never fall again: the largest share with this error"
+    )
     assert share_at(share, error, 0.65) == pytest.approx(0.875) and share_at(share, error, 1.0) == 1.0
     assert share_at(share, torch.tensor([0.0, 0.0, 0.4]), 0.0) == pytest.approx(0.5), "exact zeros cost nothing"
 
@@ -191,7 +232,9 @@ def test_one_cett_meets_the_mean(sparsity: float) -> None:
     curves = [(share, share**power) for power in (1.0, 2.0, 3.5)]
     common = one_cett(curves, sparsity)
     found = [share_at(s, e, common) for s, e in curves]
-    assert sum(found) / 3 == pytest.approx(sparsity, abs=1e-9) and found[0] < found[1] < found[2], "layers that bear more drop more"
+    assert sum(found) / 3 == pytest.approx(sparsity, abs=1e-9) and found[0] < found[1] < found[2], (
+        "layers that bear more drop more"
+    )
     assert found == pytest.approx([common ** (1 / power) for power in (1.0, 2.0, 3.5)], abs=5e-3)
 
 
@@ -233,14 +276,22 @@ def test_greedy_split_equals_the_exhaustive_search(parts: list[tuple[int, float,
 def test_greedy_split_spares_what_hurts() -> None:
     sizes = {"a": 10, "b": 10, "c": 1}
     path = greedy_split(sizes, lambda s: 5 * s["a"] ** 2 + s["b"] ** 2 + 0.1 * s["c"] ** 2)
-    assert bool((path[1:] >= path[:-1]).all()) and torch.allclose(path[-1], torch.full((3,), 0.95, dtype=torch.float64)) and not bool(path[0].any())
+    assert (
+        bool((path[1:] >= path[:-1]).all())
+        and torch.allclose(path[-1], torch.full((3,), 0.95, dtype=torch.float64))
+        and not bool(path[0].any())
+    )
     weights = torch.tensor([10.0, 10.0, 1.0])
     for sparsity in (0.1, 0.37, 0.6, 0.95, 0.99):
         a, b, c = shares = along(path, weights, sparsity)
         assert float((shares * weights).sum() / 21) == pytest.approx(sparsity, abs=1e-9)
         assert sparsity > 0.9 or (a < b and a < c)
     assert not bool(along(path, weights, 0.0).any())
-    assert all(float(later - now) <= 0.1 + 1e-9 for row, following in pairwise(path) for now, later in zip(row, following, strict=True))
+    assert all(
+        float(later - now) <= 0.1 + 1e-9
+        for row, following in pairwise(path)
+        for now, later in zip(row, following, strict=True)
+    )
 
 
 def test_edges_are_monotonic() -> None:

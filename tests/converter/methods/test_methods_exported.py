@@ -1,4 +1,6 @@
-"""Every deployable method, from statistics to every executor: torch, ONNX body, ONNX kernel and onnxruntime-genai agree, with a control that must fail."""
+"""Every deployable method, from statistics to every executor: torch, ONNX body, ONNX kernel and onnxruntime-genai
+agree, with a control that must fail.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,11 @@ def planned(stage: Stage, case: str) -> tuple[Plan, Texts]:
     method, config = CASES[case]
     tune = {"tune": TUNE} if {"predictor", "trained_gate"} & set(method.split("+")) else {}
     share = {} if method == "exact" else {"sparsity": 0.4}
-    recipe = read_recipe(small_recipe(stage.source.folder, stage.folder, stages=[{"method": method, "config": {**share, **tune, **config}}]))
+    recipe = read_recipe(
+        small_recipe(
+            stage.source.folder, stage.folder, stages=[{"method": method, "config": {**share, **tune, **config}}]
+        )
+    )
     configs = method_configs(recipe)
     texts = make_texts(stage.source, recipe, training_windows(configs))
     return once(stage.source, texts, recipe, configs, stage.folder / f"work {case}", "cpu")[method], texts
@@ -79,10 +85,16 @@ def test_executors_agree(stage: Stage, case: str) -> None:
     site, (entry,) = next(iter(plan.items()))
     nothing = torch.full((176,), torch.inf)
     spoiled = plan | {
-        site: [entry, Threshold("gate", nothing, 0.0)] if isinstance(entry, Swap) else [replace(entry, tau=torch.full_like(entry.tau, torch.inf))]
+        site: [entry, Threshold("gate", nothing, 0.0)]
+        if isinstance(entry, Swap)
+        else [replace(entry, tau=torch.full_like(entry.tau, torch.inf))]
     }
     apply_plan(stage.model, spoiled, stage.source.arch, activation)
     try:
-        assert any(not check.passed for check in check_onnx(onnx, stage.model, spoiled, texts.heldout) if check.name == "kernel ops")
+        assert any(
+            not check.passed
+            for check in check_onnx(onnx, stage.model, spoiled, texts.heldout)
+            if check.name == "kernel ops"
+        )
     finally:
         remove_plan(stage.model)

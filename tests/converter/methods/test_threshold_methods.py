@@ -44,9 +44,15 @@ def test_gate_of_relu_keeps_what_is_not_zero() -> None:
 def test_gate_densities_by_site() -> None:
     g = torch.Generator().manual_seed(0)
     scores = [torch.rand(TOKENS, N, generator=g) for _ in range(3)]
-    plan = gate.plan(gate_stats(*scores), LLAMA, gate.Config(sparsity=0.4, densities={"layers.1.ffn": 0.9, "layers.2.ffn": 0.0}))
-    realised = [float((score > entry.tau).double().mean()) for (entry,), score in zip(plan.values(), scores, strict=True)]
-    assert realised == pytest.approx([0.6, 0.9, 0.0], abs=2e-3) and [entry.density for (entry,) in plan.values()] == pytest.approx(realised, abs=2e-3)
+    plan = gate.plan(
+        gate_stats(*scores), LLAMA, gate.Config(sparsity=0.4, densities={"layers.1.ffn": 0.9, "layers.2.ffn": 0.0})
+    )
+    realised = [
+        float((score > entry.tau).double().mean()) for (entry,), score in zip(plan.values(), scores, strict=True)
+    ]
+    assert realised == pytest.approx([0.6, 0.9, 0.0], abs=2e-3) and [
+        entry.density for (entry,) in plan.values()
+    ] == pytest.approx(realised, abs=2e-3)
 
 
 # CHESS
@@ -62,13 +68,18 @@ def test_f15_chess_thresholds(sparsity: float) -> None:
         assert isinstance(entry, Threshold) and entry.score == "gate" and entry.tau.shape == (N,)
         constant = entry.tau.square() * up.square().mean(0)
         assert float(constant.max() / constant.min()) == pytest.approx(1, rel=1e-4)
-        assert float((score > entry.tau).double().mean()) == pytest.approx(density, abs=5e-3) and entry.density == pytest.approx(density, abs=1e-5)
+        assert float((score > entry.tau).double().mean()) == pytest.approx(
+            density, abs=5e-3
+        ) and entry.density == pytest.approx(density, abs=1e-5)
 
 
 def test_chess_loses_less_than_gate_where_ups_differ() -> None:
     """What the thresholds are for: at one density the squares of what is dropped are smaller."""
     g = torch.Generator().manual_seed(0)
-    score, up = F.silu(torch.randn(TOKENS, N, generator=g)).abs(), torch.randn(TOKENS, N, generator=g) * torch.logspace(-1, 1, N)
+    score, up = (
+        F.silu(torch.randn(TOKENS, N, generator=g)).abs(),
+        torch.randn(TOKENS, N, generator=g) * torch.logspace(-1, 1, N),
+    )
     lost = []
     for method, stats in ((gate, gate_stats(score)), (chess, chess_stats([score], [up]))):
         (entry,) = method.plan(stats, LLAMA, method.Config(sparsity=0.5))[Site(0)]
@@ -85,7 +96,10 @@ def cett_stats(powers: tuple[float, ...]) -> dict[Site, dict[str, Tensor]]:
     """Layers whose error rises as share^power."""
     g, share = torch.Generator().manual_seed(0), torch.arange(1, 32) / 32
     stats = gate_stats(*(torch.rand(TOKENS, N, generator=g) for _ in powers))
-    return {site: tensors | {"dropped:gate.share": share, "dropped:gate.error": share**p} for (site, tensors), p in zip(stats.items(), powers, strict=True)}
+    return {
+        site: tensors | {"dropped:gate.share": share, "dropped:gate.error": share**p}
+        for (site, tensors), p in zip(stats.items(), powers, strict=True)
+    }
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
@@ -96,14 +110,18 @@ def test_cett_is_one_for_all_layers(sparsity: float) -> None:
     assert sum(densities) / 3 == pytest.approx(1 - sparsity, abs=1e-6) and densities[0] > densities[1] > densities[2]
     commons = [(1 - density) ** power for density, power in zip(densities, (1.0, 2.0, 4.0), strict=True)]
     assert commons == pytest.approx([commons[0]] * 3, abs=0.01)
-    assert [float(entry.tau[0]) for (entry,) in plan.values()] == pytest.approx([1 - d for d in densities], abs=0.02), "uniform scores"
+    assert [float(entry.tau[0]) for (entry,) in plan.values()] == pytest.approx([1 - d for d in densities], abs=0.02), (
+        "uniform scores"
+    )
 
 
 def test_cett_may_be_given() -> None:
     stats = cett_stats((1.0, 3.0))
     plan = cett.plan(stats, LLAMA, cett.Config(cett=0.3))
     expected = [1 - share_at(t["dropped:gate.share"], t["dropped:gate.error"], 0.3) for t in stats.values()]
-    assert [entry.density for (entry,) in plan.values()] == pytest.approx(expected, abs=1e-6) and expected[0] == pytest.approx(0.7, abs=1e-3)
+    assert [entry.density for (entry,) in plan.values()] == pytest.approx(expected, abs=1e-6) and expected[
+        0
+    ] == pytest.approx(0.7, abs=1e-3)
 
 
 # TEAL and WINA
@@ -112,7 +130,10 @@ def test_cett_may_be_given() -> None:
 def skipped(plan: Any, inputs: dict[Site, Tensor]) -> tuple[dict[Site, float], float]:
     """(Skipped share by site, mean over weights), as realised on the inputs."""
     shares = {site: float((inputs[site] <= entry.tau).double().mean()) for site, (entry,) in plan.items()}
-    sizes = {site: SHAPES[site.kind.removeprefix("linear:")][0] * SHAPES[site.kind.removeprefix("linear:")][1] for site in plan}
+    sizes = {
+        site: SHAPES[site.kind.removeprefix("linear:")][0] * SHAPES[site.kind.removeprefix("linear:")][1]
+        for site in plan
+    }
     return shares, sum(shares[site] * sizes[site] for site in plan) / sum(sizes.values())
 
 
@@ -128,10 +149,17 @@ def test_inputs_are_skipped_at_the_mean(method: Any, greedy: bool, sparsity: flo
     shares, mean = skipped(plan, inputs)
     assert mean == pytest.approx(sparsity, abs=3e-3)
     for site, (entry,) in plan.items():
-        assert isinstance(entry, Threshold) and entry.score == "input" and entry.tau.dtype == torch.float32 and entry.tau.shape == inputs[site].shape[1:]
+        assert (
+            isinstance(entry, Threshold)
+            and entry.score == "input"
+            and entry.tau.dtype == torch.float32
+            and entry.tau.shape == inputs[site].shape[1:]
+        )
         assert entry.density == pytest.approx(1 - shares[site], abs=3e-3)
         constant = entry.tau * stats[site][f"scale:{score}.scale"]
-        assert float(constant.max() / constant.min()) == pytest.approx(1, abs=1e-5), "one threshold a linear, on the score"
+        assert float(constant.max() / constant.min()) == pytest.approx(1, abs=1e-5), (
+            "one threshold a linear, on the score"
+        )
     by_name = {site.kind.removeprefix("linear:"): share for site, share in shares.items() if site.layer == 0}
     if greedy:
         assert by_name["down_proj"] == pytest.approx(by_name["q_proj"] / 2, abs=5e-3)
@@ -143,7 +171,9 @@ def test_only_some_linears() -> None:
     stats, inputs = linear_stats("input")
     plan = teal.plan(stats, LLAMA, teal.Config(sparsity=0.6, linears=("q_proj", "down_proj")))
     shares, mean = skipped(plan, inputs)
-    assert {site.kind for site in plan} == {"linear:q_proj", "linear:down_proj"} and mean == pytest.approx(0.6, abs=3e-3)
+    assert {site.kind for site in plan} == {"linear:q_proj", "linear:down_proj"} and mean == pytest.approx(
+        0.6, abs=3e-3
+    )
     assert shares[Site(0, kind="linear:q_proj")] > shares[Site(0, kind="linear:down_proj")] + 0.05
     without = {site: t for site, t in stats.items() if site.kind != "linear:gate_proj"}
     assert len(teal.plan(without, PHI, teal.Config())) == 12
@@ -160,7 +190,9 @@ def test_densities_of_blocks_and_linears() -> None:
     assert shares == pytest.approx(expected, abs=5e-3)
     greedy = wina.plan(stats, LLAMA, wina.Config(densities={"layers.0": 0.7, "layers.1": 0.4}))
     for layer, mean in ((0, 0.3), (1, 0.6)):
-        assert skipped({site: entries for site, entries in greedy.items() if site.layer == layer}, inputs)[1] == pytest.approx(mean, abs=3e-3)
+        assert skipped({site: entries for site, entries in greedy.items() if site.layer == layer}, inputs)[
+            1
+        ] == pytest.approx(mean, abs=3e-3)
 
 
 def test_a_channel_without_weights_goes() -> None:
@@ -171,10 +203,15 @@ def test_a_channel_without_weights_goes() -> None:
     assert entry.tau[4] == torch.inf and bool(entry.tau[:4].isfinite().all())
     stats[site]["histogram:wina.count"][0] = TOKENS  # its scores, which are 0
     (entry,) = wina.plan(stats, LLAMA, wina.Config(greedy=False, densities={site.key: 1.0}))[site]
-    assert entry.tau[4] == torch.inf and not bool(entry.tau[:4].any()), "every other channel stays where nothing is to be skipped"
+    assert entry.tau[4] == torch.inf and not bool(entry.tau[:4].any()), (
+        "every other channel stays where nothing is to be skipped"
+    )
 
 
-@pytest.mark.parametrize(("name", "key"), [("gate", "layers.9.ffn"), ("chess", "layers.0.linear.q_proj"), ("teal", "layers.7"), ("wina", "q_proj")])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("gate", "layers.9.ffn"), ("chess", "layers.0.linear.q_proj"), ("teal", "layers.7"), ("wina", "q_proj")],
+)
 def test_densities_name_sites(name: str, key: str) -> None:
     g = torch.Generator().manual_seed(0)
     rows = [torch.rand(TOKENS, N, generator=g)]

@@ -50,7 +50,12 @@ class Tiny:
 
 
 def open_tiny(model_type: str, checkpoint: Path, base: Path) -> Tiny:
-    return Tiny(model_type, checkpoint, build_base(checkpoint, base), AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval())
+    return Tiny(
+        model_type,
+        checkpoint,
+        build_base(checkpoint, base),
+        AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval(),
+    )
 
 
 # The gated forward, by hand
@@ -80,7 +85,9 @@ def widest_gap(scores: Tensor, low: float, high: float) -> Tensor:
 
 @dataclass
 class Gate:
-    """Replaces an MLP's forward. The first call sets a missing tau: per neuron, in the widest gap of its middle scores, so that about half are kept."""
+    """Replaces an MLP's forward. The first call sets a missing tau: per neuron, in the widest gap of its middle scores,
+    so that about half are kept.
+    """
 
     model_type: str
     mlp: torch.nn.Module
@@ -119,11 +126,17 @@ class Gated:
         generator = torch.Generator().manual_seed(1)
         self.tiny, self.gates = tiny, []
         for layer in tiny.model.model.layers:
-            predictor = (torch.randn(R, D, generator=generator) / D**0.5, torch.randn(N, R, generator=generator)) if kind == "predictor" else None
+            predictor = (
+                (torch.randn(R, D, generator=generator) / D**0.5, torch.randn(N, R, generator=generator))
+                if kind == "predictor"
+                else None
+            )
             extra = torch.randn(R, D, generator=generator) / R**0.5 if residual else None
             fc1 = torch.randn(R, D, generator=generator) / D**0.5 if residual and predictor is None else None
             self.gates.append(Gate(tiny.model_type, layer.mlp, predictor, extra, fc1))
-        self.dense_difference = np.abs(self.logits() - tiny.model(torch.from_numpy(TOKENS)).logits.detach().numpy()).max()
+        self.dense_difference = np.abs(
+            self.logits() - tiny.model(torch.from_numpy(TOKENS)).logits.detach().numpy()
+        ).max()
 
     @torch.no_grad()
     def logits(self, tokens: np.ndarray = TOKENS, skip: int | None = None) -> np.ndarray:
@@ -168,8 +181,9 @@ def seen(model: torch.nn.Module, name: str) -> Tensor:
 
 
 def linear_plan(tiny: Tiny, names: dict[int, list[tuple[str, ...]]], gated: tuple[int, ...] = ()) -> Plan:
-    """Thresholds for a layer's linears, set one after the other in the gated model, each in the widest gap: one value for all channels as in TEAL, divided by
-    the channels' norms as in WINA for o_proj and down_proj. Linears of one tuple share their thresholds; layers in `gated` get a threshold on the gate too.
+    """Thresholds for a layer's linears, set one after the other in the gated model, each in the widest gap: one value
+    for all channels as in TEAL, divided by the channels' norms as in WINA for o_proj and down_proj. Linears of one
+    tuple share their thresholds; layers in `gated` get a threshold on the gate too.
     """
     plan: Plan = {}
     arch, prefix = tiny.arch, tiny.arch.block_prefix
@@ -221,7 +235,9 @@ def run(folder: Path, tokens: np.ndarray = TOKENS, native: str | None = None) ->
     options = onnxruntime.SessionOptions()
     if native:
         options.register_custom_ops_library(native)
-    return onnx_logits(onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"]), tokens)
+    return onnx_logits(
+        onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"]), tokens
+    )
 
 
 def generate(folder: Path, prompt: np.ndarray, count: int) -> list[int]:

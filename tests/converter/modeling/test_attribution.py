@@ -49,7 +49,10 @@ def sites_of(model: Any, arch: Arch) -> dict[Site, Any]:
 @contextmanager
 def changed(modules: dict[Site, Any], change: Callable[[Site, Tensor], Tensor]) -> Iterator[None]:
     """Every site's value replaced by `change(site, value)`."""
-    hooks = [m.register_forward_pre_hook(partial(lambda site, _, args: (change(site, args[0]),), site)) for site, m in modules.items()]
+    hooks = [
+        m.register_forward_pre_hook(partial(lambda site, _, args: (change(site, args[0]),), site))
+        for site, m in modules.items()
+    ]
     try:
         yield
     finally:
@@ -57,8 +60,12 @@ def changed(modules: dict[Site, Any], change: Callable[[Site, Tensor], Tensor]) 
             hook.remove()
 
 
-def cached_step(model: Any, tokens: Tensor, t: int, modules: dict[Site, Any], change: Callable[[Site, Tensor], Tensor]) -> Tensor:
-    """Logits [B, V] at position t as a cached generation computes them: the positions before it dense, `change` at t alone."""
+def cached_step(
+    model: Any, tokens: Tensor, t: int, modules: dict[Site, Any], change: Callable[[Site, Tensor], Tensor]
+) -> Tensor:
+    """Logits [B, V] at position t as a cached generation computes them: the positions before it dense, `change` at t
+    alone.
+    """
     past = DynamicCache(config=model.config)
     if t:
         with torch.no_grad():
@@ -75,7 +82,12 @@ def test_f04_local_gradients_equal_cached_backward(tiny_model: Make, model_type:
         dense = model(input_ids=tokens).logits
     torch.testing.assert_close(found.logits, dense, rtol=0, atol=1e-4)
     assert torch.equal(found.labels, dense.argmax(-1))
-    torch.testing.assert_close(found.nll, F.cross_entropy(dense.flatten(0, 1), found.labels.flatten(), reduction="none").view(2, -1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.nll,
+        F.cross_entropy(dense.flatten(0, 1), found.labels.flatten(), reduction="none").view(2, -1),
+        rtol=1e-4,
+        atol=1e-5,
+    )
     modules = sites_of(model, arch)
     assert set(found.sites) == set(modules)
     for t in (0, 5, LENGTH - 1):
@@ -97,10 +109,15 @@ def test_f04_local_gradients_equal_cached_backward(tiny_model: Make, model_type:
 def test_plain_gradients_equal_autograd_and_differ_from_local(tiny_model: Make) -> None:
     model, arch, tokens = tiny(tiny_model)
     plain, local = (attribute(model, arch, tokens, local=flag) for flag in (False, True))
-    probes = {site: torch.zeros(2, LENGTH, module.weight.shape[1], requires_grad=True) for site, module in sites_of(model, arch).items()}
+    probes = {
+        site: torch.zeros(2, LENGTH, module.weight.shape[1], requires_grad=True)
+        for site, module in sites_of(model, arch).items()
+    }
     with changed(sites_of(model, arch), lambda site, value: value + probes[site]):
         logits = model(input_ids=tokens).logits
-    grads = torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), plain.labels.flatten(), reduction="sum"), list(probes.values()))
+    grads = torch.autograd.grad(
+        F.cross_entropy(logits.flatten(0, 1), plain.labels.flatten(), reduction="sum"), list(probes.values())
+    )
     for site, grad in zip(probes, grads, strict=True):
         torch.testing.assert_close(plain.sites[site].grad.flatten(2), grad, rtol=1e-4, atol=1e-5)
         difference = (plain.sites[site].grad - local.sites[site].grad).abs().flatten(2).amax((0, 2))
@@ -119,13 +136,18 @@ def test_without_recomputation_the_same(tiny_model: Make) -> None:
 
 
 def test_padding_and_given_labels(tiny_model: Make) -> None:
-    """Padding on the right and positions without a label change no other gradient and get zero; labels can be made from the logits."""
+    """Padding on the right and positions without a label change no other gradient and get zero; labels can be made from
+    the logits.
+    """
     model, arch, tokens = tiny(tiny_model)
     full = attribute(model, arch, tokens)
     mask = torch.arange(LENGTH) < torch.tensor([[LENGTH], [9]])
     holes = full.labels.clone()
     holes[0, 4] = -100
-    for found in (attribute(model, arch, tokens, mask=mask, labels=holes), attribute(model, arch, tokens, mask=mask, labels=lambda _: holes)):
+    for found in (
+        attribute(model, arch, tokens, mask=mask, labels=holes),
+        attribute(model, arch, tokens, mask=mask, labels=lambda _: holes),
+    ):
         kept = mask & (torch.arange(LENGTH) != 4) | (torch.arange(2)[:, None] == 1) & mask
         for site in full.sites:
             torch.testing.assert_close(found.sites[site].grad[kept], full.sites[site].grad[kept], rtol=1e-4, atol=1e-5)
@@ -156,16 +178,23 @@ def test_consumed_sites_come_last_block_first(tiny_model: Make) -> None:
 
 
 def test_one_forward_and_one_backward(tiny_model: Make) -> None:
-    """All sites of all layers: the model runs once, every block's backward once, and each block's forward once more for it."""
+    """All sites of all layers: the model runs once, every block's backward once, and each block's forward once more for
+    it.
+    """
     model, arch, tokens = tiny(tiny_model)
     head = model.get_output_embeddings()
     counts: Counter[str] = Counter()
-    hooks = [model.register_forward_hook(lambda *_: counts.update(["model"])), head.register_forward_hook(lambda *_: counts.update(["head"]))]
+    hooks = [
+        model.register_forward_hook(lambda *_: counts.update(["model"])),
+        head.register_forward_hook(lambda *_: counts.update(["head"])),
+    ]
     hooks.append(head.register_full_backward_hook(lambda *_: counts.update(["head backward"])))
     for layer in range(2):
         down = model.get_submodule(f"{arch.ffn_module(layer)}.{arch.ffn.down}")
         hooks.append(down.register_forward_hook(lambda *_, layer=layer: counts.update([f"block {layer}"])))
-        hooks.append(down.register_full_backward_hook(lambda *_, layer=layer: counts.update([f"block {layer} backward"])))
+        hooks.append(
+            down.register_full_backward_hook(lambda *_, layer=layer: counts.update([f"block {layer} backward"]))
+        )
     for recompute, runs in ((True, 2), (False, 1)):
         counts.clear()
         assert len(attribute(model, arch, tokens, recompute=recompute).sites) == 4
@@ -175,9 +204,14 @@ def test_one_forward_and_one_backward(tiny_model: Make) -> None:
     attribute(model, arch, tokens, steps=3)
     sweeps = 3 * 4  # each from its own layer on: two kinds from layer 0, two from layer 1
     assert counts == {
-        "model": 1 + sweeps, "head": 1 + sweeps, "head backward": 1 + sweeps,
-        "block 0": 2 * (1 + 6), "block 0 backward": 1 + 6, "block 1": 2 * (1 + 12), "block 1 backward": 1 + 12,
-    }  # fmt: skip
+        "model": 1 + sweeps,
+        "head": 1 + sweeps,
+        "head backward": 1 + sweeps,
+        "block 0": 2 * (1 + 6),
+        "block 0 backward": 1 + 6,
+        "block 1": 2 * (1 + 12),
+        "block 1 backward": 1 + 12,
+    }
     for hook in hooks:
         hook.remove()
 
@@ -217,7 +251,9 @@ def test_saved_activations_do_not_grow_with_layers(tmp_path: Path) -> None:
 
 
 def test_f02_one_step_of_integrated_gradients_is_gxo(tiny_model: Make) -> None:
-    """Bit for bit, neurons and heads; and heads: the derivative by a mask on the head is sum_d g_d o_d, the score its mean, negated."""
+    """Bit for bit, neurons and heads; and heads: the derivative by a mask on the head is sum_d g_d o_d, the score its
+    mean, negated.
+    """
     model, arch, tokens = tiny(tiny_model)
     last = torch.full((2, LENGTH), -100)
     last[:, -1] = attribute(model, arch, tokens).labels[:, -1]
@@ -229,9 +265,16 @@ def test_f02_one_step_of_integrated_gradients_is_gxo(tiny_model: Make) -> None:
             assert torch.equal(load_score("gxo").score(fields), load_score("integrated_gradients").score(fields))
     heads = {site: module for site, module in sites_of(model, arch).items() if site.kind == "attn"}
     scale = {site: torch.ones(2, 4, 1, requires_grad=True) for site in heads}
-    with changed(heads, lambda site, o: torch.cat([o[:, :-1], (o[:, -1].unflatten(-1, (4, -1)) * scale[site]).flatten(1)[:, None]], 1)):
+    with changed(
+        heads,
+        lambda site, o: torch.cat([o[:, :-1], (o[:, -1].unflatten(-1, (4, -1)) * scale[site]).flatten(1)[:, None]], 1),
+    ):
         logits = model(input_ids=tokens).logits[:, -1]
-    for site, by_mask in zip(scale, torch.autograd.grad(F.cross_entropy(logits, last[:, -1], reduction="sum"), list(scale.values())), strict=True):
+    for site, by_mask in zip(
+        scale,
+        torch.autograd.grad(F.cross_entropy(logits, last[:, -1], reduction="sum"), list(scale.values())),
+        strict=True,
+    ):
         value, grad, _ = found.sites[site]
         torch.testing.assert_close((value * grad).sum(-1)[:, -1], by_mask[..., 0], rtol=1e-3, atol=1e-5)
         scores = load_score("gxo").score_heads(Context(o=value, o_grad=grad))[:, -1]
@@ -239,12 +282,17 @@ def test_f02_one_step_of_integrated_gradients_is_gxo(tiny_model: Make) -> None:
 
 
 def test_f03_completeness_of_integrated_gradients(tiny_model: Make) -> None:
-    """At a cached step the scores sum to the rise of the loss when the site is zeroed, with an error of O(1/K); scaling all prompt positions breaks it."""
+    """At a cached step the scores sum to the rise of the loss when the site is zeroed, with an error of O(1/K); scaling
+    all prompt positions breaks it.
+    """
     model, arch, tokens = tiny(tiny_model)
     modules = sites_of(model, arch)
     labels = attribute(model, arch, tokens).labels
     t = 7
-    found = {steps: attribute(model, arch, tokens[:, : t + 1], labels=labels[:, : t + 1], steps=steps).sites for steps in (4, 24)}
+    found = {
+        steps: attribute(model, arch, tokens[:, : t + 1], labels=labels[:, : t + 1], steps=steps).sites
+        for steps in (4, 24)
+    }
     for site in modules:
 
         def loss(factor: float, site: Site = site) -> Tensor:
@@ -275,7 +323,9 @@ def test_f03_completeness_of_integrated_gradients(tiny_model: Make) -> None:
         total -= (seen[0].detach() * (24 / k) * grad)[:, -1].sum(-1) / 24
     with torch.no_grad(), changed({site: modules[site]}, lambda _, value: value * 0):
         zeroed = F.cross_entropy(model(input_ids=tokens[:, : t + 1]).logits[:, -1], labels[:, t], reduction="none")
-    exact = zeroed - F.cross_entropy(attribute(model, arch, tokens[:, : t + 1]).logits[:, -1], labels[:, t], reduction="none")
+    exact = zeroed - F.cross_entropy(
+        attribute(model, arch, tokens[:, : t + 1]).logits[:, -1], labels[:, t], reduction="none"
+    )
     assert float((total - exact).abs().max()) > 0.2 * float(exact.abs().max())
 
 
@@ -296,7 +346,11 @@ def test_f05_gradients_over_all_labels_sum_to_zero(tiny_model: Make) -> None:
 @pytest.fixture(scope="module")
 def bundled() -> tuple[Any, Arch, Tensor]:
     source = open_source(BUNDLED)
-    return load_dense(BUNDLED), source.arch, make_batches(source.tokenizer(), read_text(HELDOUT_TEXT)[:60_000], 4, 64, 0).tokens
+    return (
+        load_dense(BUNDLED),
+        source.arch,
+        make_batches(source.tokenizer(), read_text(HELDOUT_TEXT)[:60_000], 4, 64, 0).tokens,
+    )
 
 
 def test_f06_corrected_orders_as_magnitude(bundled: tuple[Any, Arch, Tensor]) -> None:
@@ -304,18 +358,24 @@ def test_f06_corrected_orders_as_magnitude(bundled: tuple[Any, Arch, Tensor]) ->
     model, arch, tokens = bundled
     for site, (value, grad, _) in attribute(model, arch, tokens, kinds=["ffn"]).sites.items():
         fields = Context(z=value, grad=grad)
-        corrected, gxo, size = (load_score(name).score(fields).flatten(0, 1) for name in ("corrected_gxo", "gxo", "abs_z"))
+        corrected, gxo, size = (
+            load_score(name).score(fields).flatten(0, 1) for name in ("corrected_gxo", "gxo", "abs_z")
+        )
         assert mean_spearman(corrected, size) >= 0.99, site
         assert mean_spearman(corrected, gxo) < 0.3
 
 
 def test_f06_gxo_predicts_the_removal_of_one_unit(bundled: tuple[Any, Arch, Tensor]) -> None:
-    """Every one of 512 neurons removed by itself at one position: Spearman of the loss's rise with GxO at least .98, and little with magnitude."""
+    """Every one of 512 neurons removed by itself at one position: Spearman of the loss's rise with GxO at least .98,
+    and little with magnitude.
+    """
     model, arch, tokens = bundled
     row, t, site = tokens[:1, :16], 15, Site(2)
     # a label that is no certainty: the second choice
     found: dict[Site, Gradients] = {}
-    labels = attribute(model, arch, row, labels=lambda logits: logits.topk(2).indices[..., 1], kinds=["ffn"], consume=found.__setitem__).labels
+    labels = attribute(
+        model, arch, row, labels=lambda logits: logits.topk(2).indices[..., 1], kinds=["ffn"], consume=found.__setitem__
+    ).labels
     value, grad, _ = found[site]
     units = value.shape[-1]
     past = DynamicCache(config=model.config)

@@ -82,12 +82,16 @@ def alive(number: int) -> bool:
 
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # of the caller that is a process itself
+    monkeypatch.setenv(
+        "PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep
+    )  # of the caller that is a process itself
 
 
 def test_each_is_called_and_all_belong_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_processes, "cores", lambda: 6)
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # of a torchrun that this is a process of: its store is not theirs
+    monkeypatch.setenv(
+        "TORCHELASTIC_USE_AGENT_STORE", "True"
+    )  # of a torchrun that this is a process of: its store is not theirs
     run_in_processes(2, note, tmp_path, "two words")
     assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["2 3 3 two words"] * 2
 
@@ -139,9 +143,18 @@ def test_none_outlives_the_caller(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("affinity", "quota", "threads", "found"),
-    [(8, None, None, 8), (8, "max 100000", None, 8), (8, "250000 100000", None, 2), (8, "10000 100000", None, 1), (8, None, "3", 3), (2, None, "6", 2)],
+    [
+        (8, None, None, 8),
+        (8, "max 100000", None, 8),
+        (8, "250000 100000", None, 2),
+        (8, "10000 100000", None, 1),
+        (8, None, "3", 3),
+        (2, None, "6", 2),
+    ],
 )
-def test_cores(affinity: int, quota: str | None, threads: str | None, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores(
+    affinity: int, quota: str | None, threads: str | None, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)), raising=False)
     monkeypatch.setattr(local_processes, "_QUOTA", tmp_path / "cpu.max")
     if quota is not None:

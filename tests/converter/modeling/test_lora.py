@@ -75,7 +75,9 @@ def test_update_by_hand_merged_and_parametrised_agree(load: Load) -> None:
     assert {name: type(module) for name, module in model.named_modules()} == kinds and not lora_tensors(model)
     merged = plain_state(model)
     assert merged.keys() == before.keys()
-    assert {name for name, tensor in merged.items() if not torch.equal(tensor, before[name])} == {f"{name}.weight" for name in names}
+    assert {name for name, tensor in merged.items() if not torch.equal(tensor, before[name])} == {
+        f"{name}.weight" for name in names
+    }
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -85,7 +87,9 @@ def test_the_start_depends_on_seed_and_name_alone(load: Load) -> None:
     fewer = add_lora(other, names_of(other)[:1:-1], RANK, ALPHA, seed=0)
     seeded = add_lora(third, names_of(third), RANK, ALPHA, seed=1)
     assert set(fewer) < set(first) and all(torch.equal(first[name], tensor) for name, tensor in fewer.items())
-    drawn = torch.cat([tensor.detach().flatten() * tensor.shape[1] ** 0.5 for name, tensor in first.items() if name.endswith("a")])
+    drawn = torch.cat(
+        [tensor.detach().flatten() * tensor.shape[1] ** 0.5 for name, tensor in first.items() if name.endswith("a")]
+    )
     assert abs(float(drawn.std()) - 1) < 0.05 and abs(float(drawn.mean())) < 0.05
     assert not any(torch.equal(first[name], seeded[name]) for name in first if name.endswith("a"))
     assert not any(bool(tensor.any()) for name, tensor in first.items() if name.endswith("b"))
@@ -94,10 +98,17 @@ def test_the_start_depends_on_seed_and_name_alone(load: Load) -> None:
 @pytest.mark.parametrize("kind", ["unknown", "norm", "twice", "none"])
 def test_what_cannot_be_updated(kind: str, load: Load) -> None:
     model = load()
-    names = {"unknown": ["model.layers.0.mlp.up"], "norm": ["model.norm"], "twice": names_of(model)[:1], "none": []}[kind]
+    names = {"unknown": ["model.layers.0.mlp.up"], "norm": ["model.norm"], "twice": names_of(model)[:1], "none": []}[
+        kind
+    ]
     if kind == "twice":
         add_lora(model, names, RANK, ALPHA, seed=0)
-    match = {"unknown": r"got model\.layers\.0\.mlp\.up \(NoneType\)", "norm": r"\(Phi3RMSNorm\)", "twice": "Merge the first", "none": "got no name"}[kind]
+    match = {
+        "unknown": r"got model\.layers\.0\.mlp\.up \(NoneType\)",
+        "norm": r"\(Phi3RMSNorm\)",
+        "twice": "Merge the first",
+        "none": "got no name",
+    }[kind]
     with pytest.raises(InputError, match=match):
         add_lora(model, names, RANK, ALPHA, seed=0)
 

@@ -31,7 +31,9 @@ def test_f11_dejavu_loss_golden() -> None:
     assert loss.item() == pytest.approx(on_probabilities.item(), abs=1e-6)
     assert loss.item() == pytest.approx(F.binary_cross_entropy_with_logits(logits, y, weight=each).item(), abs=1e-6)
     as_pos_weight = F.binary_cross_entropy_with_logits(logits, y, pos_weight=each)
-    assert as_pos_weight.item() == pytest.approx(F.binary_cross_entropy_with_logits(logits, y).item(), abs=1e-6)  # unweighted in truth
+    assert as_pos_weight.item() == pytest.approx(
+        F.binary_cross_entropy_with_logits(logits, y).item(), abs=1e-6
+    )  # unweighted in truth
     assert abs(as_pos_weight.item() - loss.item()) > 0.5
 
 
@@ -53,7 +55,9 @@ def test_kl_divergence_is_a_mean_over_the_masked_positions() -> None:
     torch.manual_seed(1)
     dense, sparse = torch.randn(3, 5, 11), torch.randn(3, 5, 11)
     mask = torch.rand(3, 5) < 0.6
-    each = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=dense), torch.distributions.Categorical(logits=sparse))
+    each = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=dense), torch.distributions.Categorical(logits=sparse)
+    )
     assert kl_divergence(dense, sparse).item() == pytest.approx(each.mean().item(), abs=1e-6)
     assert kl_divergence(dense, sparse, mask).item() == pytest.approx(each[mask].mean().item(), abs=1e-6)
     assert abs(each[mask].mean().item() - each.mean().item()) > 1e-3
@@ -82,12 +86,18 @@ def test_kl_divergence_sums_half_precision_in_fp32() -> None:
     torch.manual_seed(4)
     dense, sparse = torch.randn(2, 4096, dtype=torch.bfloat16), torch.randn(2, 4096, dtype=torch.bfloat16)
     found = kl_divergence(dense, sparse)
-    assert found.dtype == torch.float32 and found.item() == pytest.approx(kl_divergence(dense.double(), sparse.double()).item(), abs=1e-5)
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(
+        kl_divergence(dense.double(), sparse.double()).item(), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_straight_through_is_hard_forward_and_soft_backward(dtype: torch.dtype) -> None:
-    logits = torch.cat([torch.linspace(-6, 6, 997), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0])]).to(dtype).requires_grad_()
+    logits = (
+        torch.cat([torch.linspace(-6, 6, 997), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0])])
+        .to(dtype)
+        .requires_grad_()
+    )
     mask = straight_through(logits)
     assert mask.dtype == dtype and torch.equal(mask.detach(), (logits.detach() > 0).to(dtype))
     pull = torch.linspace(-1, 1, len(logits)).to(dtype)

@@ -1,4 +1,6 @@
-"""Checkpoints whose activation was swapped: what stock transformers makes of them, and our classes against a forward pass written out by hand."""
+"""Checkpoints whose activation was swapped: what stock transformers makes of them, and our classes against a forward
+pass written out by hand.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,16 @@ def swaps(model_type: str) -> Plan:
 
 @pytest.fixture(scope="module")
 def swapped(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Model type -> folder of its tiny model with another activation in each layer; copy it before changing anything in it."""
+    """Model type -> folder of its tiny model with another activation in each layer; copy it before changing anything in
+    it.
+    """
     made: dict[str, Path] = {}
 
     def make(model_type: str) -> Path:
         if model_type not in made:
-            made[model_type] = write(tiny_model(model_type), swaps(model_type), tmp_path_factory.mktemp("swapped") / model_type)
+            made[model_type] = write(
+                tiny_model(model_type), swaps(model_type), tmp_path_factory.mktemp("swapped") / model_type
+            )
         return made[model_type]
 
     return make
@@ -67,7 +73,9 @@ def edit(folder: Path, out: Path, change: Callable[[dict[str, Any]], Any]) -> Pa
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=500)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=500
+    )
 
 
 STOCK = """
@@ -97,7 +105,8 @@ import sys
 assert not {"torch", "transformers"} & set(sys.modules)
 %s
 from transformers import AutoConfig, AutoModelForCausalLM
-print(type(AutoConfig.from_pretrained(sys.argv[1])).__name__, type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)
+config, model = (kind.from_pretrained(sys.argv[1]) for kind in (AutoConfig, AutoModelForCausalLM))
+print(type(config).__name__, type(model).__name__)
 print(sum(type(finder).__module__.startswith("sparsegate") for finder in sys.meta_path))
 """
 
@@ -105,10 +114,13 @@ print(sum(type(finder).__module__.startswith("sparsegate") for finder in sys.met
 @pytest.mark.parametrize(
     "imports",
     [
-        "import importlib.util, sparsegate.converter; importlib.util.find_spec('transformers.models.auto.configuration_auto')",
+        "import importlib.util, sparsegate.converter; "
+        "importlib.util.find_spec('transformers.models.auto.configuration_auto')",
         pytest.param("import transformers, sparsegate.converter", marks=pytest.mark.slow),
         pytest.param("from transformers import AutoConfig; import sparsegate.converter", marks=pytest.mark.slow),
-        pytest.param("import sparsegate.converter; from transformers.models.llama import modeling_llama", marks=pytest.mark.slow),
+        pytest.param(
+            "import sparsegate.converter; from transformers.models.llama import modeling_llama", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_importing_the_package_makes_auto_classes_know_it(imports: str, swapped: Callable[[str], Path]) -> None:
@@ -118,7 +130,9 @@ def test_importing_the_package_makes_auto_classes_know_it(imports: str, swapped:
 
 
 def test_importing_the_package_is_quick() -> None:
-    code = "import sys, sparsegate.converter; print(sorted({'torch', 'transformers', 'onnx', 'numpy'} & set(sys.modules)))"
+    code = (
+        "import sys, sparsegate.converter; print(sorted({'torch', 'transformers', 'onnx', 'numpy'} & set(sys.modules)))"
+    )
     assert python(code).stdout.strip() == "[]"
 
 
@@ -126,13 +140,18 @@ def test_importing_the_package_is_quick() -> None:
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_auto_classes_compute_the_network_by_hand(model_type: str, swapped: Callable[[str], Path], tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_auto_classes_compute_the_network_by_hand(
+    model_type: str, swapped: Callable[[str], Path], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     model = auto(swapped(model_type))
     base = auto(tiny_model(model_type))
     wanted = logits(by_hand(base, {0: exact_for(model_type), 1: "fatrelu(0.25)"}))
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-4)
     assert type(model).__name__ == "Sparsegate" + type(base).__name__ and isinstance(model, type(base))
-    assert type(model.config).__name__ == "Sparsegate" + type(base.config).__name__ and model.config.model_type == f"sparsegate_{model_type}"
+    assert (
+        type(model.config).__name__ == "Sparsegate" + type(base.config).__name__
+        and model.config.model_type == f"sparsegate_{model_type}"
+    )
     assert getattr(model.config, load_arch(model_type).ffn.activation.config) == "sparsegate"
     assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
     model.save_pretrained(tmp_path / "again")
@@ -155,14 +174,19 @@ def test_a_model_from_its_configuration_alone(swapped: Callable[[str], Path]) ->
     config = AutoConfig.from_pretrained(swapped("qwen2"))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert [model.get_submodule(load_arch("qwen2").ffn_module(layer)).swapped for layer in range(2)] == ["drelu", "fatrelu(0.25)"]
+    assert [model.get_submodule(load_arch("qwen2").ffn_module(layer)).swapped for layer in range(2)] == [
+        "drelu",
+        "fatrelu(0.25)",
+    ]
     assert model.config.hidden_act == "sparsegate" == config.hidden_act
 
 
 def test_half_precision_keeps_exact_zeros(swapped: Callable[[str], Path]) -> None:
     model = load_dense(swapped("llama"), torch.bfloat16)
     found: list[torch.Tensor] = []
-    model.get_submodule("model.layers.0.mlp.down_proj").register_forward_pre_hook(lambda _, given: found.append(given[0]))
+    model.get_submodule("model.layers.0.mlp.down_proj").register_forward_pre_hook(
+        lambda _, given: found.append(given[0])
+    )
     logits(model)
     assert found[0].dtype is torch.bfloat16 and 0.6 < float((found[0] == 0).float().mean()) < 0.9
 
@@ -170,7 +194,10 @@ def test_half_precision_keeps_exact_zeros(swapped: Callable[[str], Path]) -> Non
 def test_classes_by_name() -> None:
     for base in supported():
         made = modeling.model_class(base)
-        assert getattr(modeling, made.__name__) is made and getattr(modeling, made.config_class.__name__) is made.config_class
+        assert (
+            getattr(modeling, made.__name__) is made
+            and getattr(modeling, made.config_class.__name__) is made.config_class
+        )
     with pytest.raises(AttributeError):
         modeling.SparsegateOlmoConfig  # noqa: B018
 
@@ -187,7 +214,9 @@ def test_a_configuration_without_the_key(swapped: Callable[[str], Path], tmp_pat
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi"])
-def test_a_swapped_folder_is_a_source(model_type: str, swapped: Callable[[str], Path], tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_swapped_folder_is_a_source(
+    model_type: str, swapped: Callable[[str], Path], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder, stock = swapped(model_type), open_source(tiny_model(model_type))
     source = open_source(folder)
     assert source.swaps == {site: entry for site, (entry,) in swaps(model_type).items()} and not stock.swaps
@@ -195,14 +224,22 @@ def test_a_swapped_folder_is_a_source(model_type: str, swapped: Callable[[str], 
     assert source.tokenizer()("def add")["input_ids"] == stock.tokenizer()("def add")["input_ids"]
     view = stock_view(folder, tmp_path / "view")
     assert stock_view(folder, tmp_path / "view") == view, "a second time is no error"
-    assert torch.equal(logits(auto(view)), logits(auto(tiny_model(model_type)))), "the weights under the base's activation"
+    assert torch.equal(logits(auto(view)), logits(auto(tiny_model(model_type)))), (
+        "the weights under the base's activation"
+    )
     raw, own = (json.loads((path / "config.json").read_text()) for path in (view, tiny_model(model_type)))
     assert raw == own
-    assert stock_view(tiny_model(model_type), tmp_path / "none") == tiny_model(model_type) and not (tmp_path / "none").exists()
+    assert (
+        stock_view(tiny_model(model_type), tmp_path / "none") == tiny_model(model_type)
+        and not (tmp_path / "none").exists()
+    )
 
 
 def test_a_plan_on_top_keeps_weights_and_swaps(swapped: Callable[[str], Path], tmp_path: Path) -> None:
-    plan: Plan = {Site(1): [Threshold("gate", uniform_tau(0.3, N), 0.5)], Site(0, kind="linear:q_proj"): [Threshold("input", torch.zeros(64), 0.9)]}
+    plan: Plan = {
+        Site(1): [Threshold("gate", uniform_tau(0.3, N), 0.5)],
+        Site(0, kind="linear:q_proj"): [Threshold("input", torch.zeros(64), 0.9)],
+    }
     out = write(swapped("llama"), plan, tmp_path / "out")
     assert (out / "model.safetensors").read_bytes() == (swapped("llama") / "model.safetensors").read_bytes()
     raw, before = (json.loads((folder / "config.json").read_text()) for folder in (out, swapped("llama")))
@@ -217,7 +254,9 @@ def test_a_plan_on_top_keeps_weights_and_swaps(swapped: Callable[[str], Path], t
         assert torch.equal(logits(model), logits(auto(swapped("llama")))), "ungated it is the swapped model"
     assert torch.equal(logits(auto(out)), logits(auto(swapped("llama")))), "and so it is in transformers"
     assert not torch.equal(logits(model), logits(auto(out)))
-    with pytest.raises(InputError, match=r"has a plan already \(layers.0.linear.q_proj\)|has a plan already \(layers.1.ffn\)"):
+    with pytest.raises(
+        InputError, match=r"has a plan already \(layers.0.linear.q_proj\)|has a plan already \(layers.1.ffn\)"
+    ):
         open_source(out)
     assert open_source(out, sparse=True).swaps == {Site(0): swaps("llama")[Site(0)][0], Site(1): Swap("fatrelu(0.25)")}
 
@@ -262,7 +301,9 @@ def sharded(folder: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-def test_new_weights_are_written_in_the_sources_files(model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_new_weights_are_written_in_the_sources_files(
+    model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     source = open_source(sharded(tiny_model(model_type), tmp_path / "source"))
     model = load_dense(source.folder)
     with torch.no_grad():
@@ -287,7 +328,10 @@ def test_new_weights_are_written_in_the_sources_files(model_type: str, tiny_mode
 
 def test_weights_of_another_model_are_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     source = open_source(tiny_model("llama"))
-    for weights, words in (({"x.weight": torch.zeros(1)}, "x.weight, which it has not"), ({"model.norm.weight": torch.zeros(65)}, r"\[64\], got \[65\]")):
+    for weights, words in (
+        ({"x.weight": torch.zeros(1)}, "x.weight, which it has not"),
+        ({"model.norm.weight": torch.zeros(65)}, r"\[64\], got \[65\]"),
+    ):
         with pytest.raises(InputError, match=words):
             write_checkpoint(source, {}, tmp_path, weights)
     assert not list(tmp_path.iterdir())

@@ -118,7 +118,9 @@ def stock(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_stock_transformers_loads_the_dense_model(model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_stock_transformers_loads_the_dense_model(
+    model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder = tiny_model(model_type)
     out = write(folder, make_plan("predictor"), tmp_path / "out")
     with messages() as seen:
@@ -157,7 +159,9 @@ def test_load_equals_the_formula(model_type: str, kind: str, tiny_model: Callabl
 
 def test_residual_equals_the_formula(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     out = write(tiny_model("qwen3"), make_plan("residual"), tmp_path / "out")
-    torch.testing.assert_close(logits(load(out)), logits(forward_by_hand(stock(out), make_plan("residual"))), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        logits(load(out)), logits(forward_by_hand(stock(out), make_plan("residual"))), rtol=1e-5, atol=1e-4
+    )
     assert float((logits(load(out)) - logits(forward_by_hand(stock(out), make_plan("predictor")))).abs().max()) > 1e-2
 
 
@@ -176,7 +180,12 @@ def test_thresholds_at_infinity(model_type: str, tiny_model: Callable[[str], Pat
     everything: Plan = {site: [Threshold("gate", uniform_tau(-torch.inf, N), 1.0)] for site in arch.sites(plain.config)}
     nothing: Plan = {site: [Threshold("gate", uniform_tau(torch.inf, N), 0.0)] for site in arch.sites(plain.config)}
     off = 1e-5 if model_type == "phi" else 0.0  # transformers writes gelu_new out, torch has one function for it
-    torch.testing.assert_close(logits(apply_plan(stock(tiny_model(model_type)), everything, arch, activation)), logits(plain), rtol=off, atol=off)
+    torch.testing.assert_close(
+        logits(apply_plan(stock(tiny_model(model_type)), everything, arch, activation)),
+        logits(plain),
+        rtol=off,
+        atol=off,
+    )
     gated = apply_plan(stock(tiny_model(model_type)), nothing, arch, activation)
     down = gated.get_submodule(arch.ffn_module(0) + "." + arch.ffn.down)
     x = torch.randn(2, 5, D)
@@ -237,7 +246,14 @@ def test_generate_is_gated(model_type: str, tmp_path: Path) -> None:
     out = write(folder, make_plan("gate"), tmp_path / "out")
     model, by_hand = load(out), forward_by_hand(stock(out), make_plan("gate"))
     prompt = TOKENS[:1, :8]
-    found = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False, pad_token_id=2, eos_token_id=None)
+    found = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=24,
+        do_sample=False,
+        pad_token_id=2,
+        eos_token_id=None,
+    )
     assert found.shape == (1, 32)
     expected = prompt
     for _ in range(24):
@@ -248,7 +264,14 @@ def test_generate_is_gated(model_type: str, tmp_path: Path) -> None:
         expected = torch.cat([expected, last.argmax(-1, keepdim=True)], dim=1)
     assert expected.shape[1] > 16 and torch.equal(found[:, : expected.shape[1]], expected)
     with dense(model):
-        plain = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False, pad_token_id=2, eos_token_id=None)
+        plain = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=24,
+            do_sample=False,
+            pad_token_id=2,
+            eos_token_id=None,
+        )
     assert not torch.equal(plain, found)
 
 
@@ -256,7 +279,9 @@ def test_the_mask_does_not_depend_on_the_batch(tiny_model: Callable[[str], Path]
     model = load(write(tiny_model("smollm3"), make_plan("predictor"), tmp_path / "out"))
     whole = logits(model)
     for row in range(3):
-        torch.testing.assert_close(logits(model, TOKENS[row : row + 1, :11]), whole[row : row + 1, :11], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logits(model, TOKENS[row : row + 1, :11]), whole[row : row + 1, :11], rtol=1e-4, atol=1e-4
+        )
 
 
 # Half precision
@@ -264,20 +289,30 @@ def test_the_mask_does_not_depend_on_the_batch(tiny_model: Callable[[str], Path]
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["gate", "residual"])
-def test_half_precision_keeps_scores_and_thresholds_in_fp32(dtype: torch.dtype, kind: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    """Every threshold lies a little below the token's score, so it keeps all; rounded to the model's type the two would mostly be equal."""
+def test_half_precision_keeps_scores_and_thresholds_in_fp32(
+    dtype: torch.dtype, kind: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Every threshold lies a little below the token's score, so it keeps all; rounded to the model's type the two would
+    mostly be equal.
+    """
     plain = load_dense(tiny_model("llama"), dtype).get_submodule("model.layers.0.mlp")
     x = torch.randn(1, 1, D, generator=torch.Generator().manual_seed(1)).to(dtype)
     entry = make_entry(kind)
     with torch.no_grad():
         gate = plain.act_fn(plain.gate_proj(x))
-    score = (gate.abs().float() if isinstance(entry, Threshold) else F.relu(x.float() @ entry.fc1.T) @ entry.fc2.T)[0, 0]
+    score = (gate.abs().float() if isinstance(entry, Threshold) else F.relu(x.float() @ entry.fc1.T) @ entry.fc2.T)[
+        0, 0
+    ]
     entry = replace(entry, tau=score - 1e-5 * score.abs().clamp_min(0.1))
-    mlp = load(write(tiny_model("llama"), {Site(0): [entry]}, tmp_path / "out"), dtype).get_submodule("model.layers.0.mlp")
+    mlp = load(write(tiny_model("llama"), {Site(0): [entry]}, tmp_path / "out"), dtype).get_submodule(
+        "model.layers.0.mlp"
+    )
     with recording(mlp) as seen, torch.no_grad():
         assert mlp(x).dtype == dtype
     assert seen.kept == {Site(0): N}
-    assert float((score.to(dtype) > entry.tau.to(dtype)).float().mean()) < 0.1, "the control: in half precision the comparison is lost"
+    assert float((score.to(dtype) > entry.tau.to(dtype)).float().mean()) < 0.1, (
+        "the control: in half precision the comparison is lost"
+    )
 
 
 # Recording
@@ -300,7 +335,9 @@ def test_recorder_counts_and_near(tiny_model: Callable[[str], Path], tmp_path: P
         scores = [mlp.act_fn(mlp.gate_proj(x)).abs() for x in seen[site]]
         kept[site] = sum(float((s > entry.tau).sum()) for s in scores) / sum(s.numel() for s in scores)
         room = NEAR * (entry.tau.abs() + scores[-1].square().mean(-1, keepdim=True).sqrt())
-        assert torch.equal(record.near[site], ((scores[-1] - entry.tau).abs() <= room).any(-1)) and record.near[site].shape == (3, 7)
+        assert torch.equal(record.near[site], ((scores[-1] - entry.tau).abs() <= room).any(-1)) and record.near[
+            site
+        ].shape == (3, 7)
     assert record.density() == pytest.approx(kept)
     logits(model)
     assert record.density() == pytest.approx(kept), "outside the block nothing is recorded"
@@ -315,10 +352,22 @@ def test_recorder_counts_and_near(tiny_model: Callable[[str], Path], tmp_path: P
         ({Site(2): [make_entry("gate")]}, ("layers.2.ffn", "layers.1.ffn")),
         ({Site(0, 3): [make_entry("gate")]}, ("layers.0.experts.3.ffn",)),
         ({Site(0): [make_entry("gate")] * 2}, ("layers.0.ffn", "threshold, threshold")),
-        ({Site(0): [make_entry("gate")], Site(1): [Threshold("gate", torch.zeros(1), 0.5)]}, ("layers.1.ffn.tau", "[176]", "[1]")),
-        ({Site(0): [Predictor(torch.zeros(3, 65), torch.zeros(N, 3), torch.zeros(N), 0.5)]}, ("fc1", "[3, 64]", "[3, 65]")),
-        ({Site(0): [Predictor(torch.zeros(3, D), torch.zeros(N, 4), torch.zeros(N), 0.5)]}, ("fc2", "[176, 3]", "[176, 4]")),
-        ({Site(0): [Predictor(torch.zeros(3, D), torch.zeros(N, 3), torch.zeros(N), 0.5, torch.zeros(1, D))]}, ("residual", "[3, 64]", "[1, 64]")),
+        (
+            {Site(0): [make_entry("gate")], Site(1): [Threshold("gate", torch.zeros(1), 0.5)]},
+            ("layers.1.ffn.tau", "[176]", "[1]"),
+        ),
+        (
+            {Site(0): [Predictor(torch.zeros(3, 65), torch.zeros(N, 3), torch.zeros(N), 0.5)]},
+            ("fc1", "[3, 64]", "[3, 65]"),
+        ),
+        (
+            {Site(0): [Predictor(torch.zeros(3, D), torch.zeros(N, 4), torch.zeros(N), 0.5)]},
+            ("fc2", "[176, 3]", "[176, 4]"),
+        ),
+        (
+            {Site(0): [Predictor(torch.zeros(3, D), torch.zeros(N, 3), torch.zeros(N), 0.5, torch.zeros(1, D))]},
+            ("residual", "[3, 64]", "[1, 64]"),
+        ),
     ],
 )
 def test_plan_of_another_model(plan: Plan, words: tuple[str, ...], tiny_model: Callable[[str], Path]) -> None:

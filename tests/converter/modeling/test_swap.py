@@ -1,4 +1,6 @@
-"""Swapped activations: plans, the torch side against networks written out by hand, and the executor that keeps what is not zero."""
+"""Swapped activations: plans, the torch side against networks written out by hand, and the executor that keeps what is
+not zero.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def by_hand(model: Any, activations: dict[int, str]) -> Any:
         prefix, act = arch.ffn_module(layer) + ".", BY_HAND[activation]
 
         def linear(name: str | None, x: Tensor, prefix: str = prefix) -> Tensor:
-            return torch.einsum("...d,nd->...n", x, weights[f"{prefix}{name}.weight"]) + weights.get(f"{prefix}{name}.bias", torch.zeros(()))
+            return torch.einsum("...d,nd->...n", x, weights[f"{prefix}{name}.weight"]) + weights.get(
+                f"{prefix}{name}.bias", torch.zeros(())
+            )
 
         def forward(x: Tensor, act: Any = act, linear: Any = linear, both: bool = activation == "drelu") -> Tensor:
             if arch.ffn.kind == "plain":
@@ -99,7 +103,10 @@ def threshold(tau: float = 0.1) -> Threshold:
 PREDICTOR = Predictor(torch.zeros(2, D), torch.zeros(N, 2), torch.zeros(N), 0.2)
 
 
-@pytest.mark.parametrize("entries", [[Swap("drelu")], [Swap("fatrelu(0.01)"), threshold()], [Swap("relu"), PREDICTOR], [threshold()], [PREDICTOR]])
+@pytest.mark.parametrize(
+    "entries",
+    [[Swap("drelu")], [Swap("fatrelu(0.01)"), threshold()], [Swap("relu"), PREDICTOR], [threshold()], [PREDICTOR]],
+)
 def test_lists_that_a_plan_may_hold_survive_the_file(entries: list[Any], tmp_path: Path) -> None:
     plan: Plan = {Site(0): entries}
     save_plan(tmp_path, plan, Header(format="plan"))
@@ -136,7 +143,9 @@ def test_lists_that_a_plan_may_not_hold(plan: Plan, words: str) -> None:
 
 def test_cost_of_what_is_not_zero() -> None:
     swap_ = Swap("drelu", density=0.06, opened=0.3)
-    assert cost(swap_, D, N, 3, 0.06) == pytest.approx((1 + 0.3 + 0.06) / 3) and cost(swap_, D, N, 3, 0.1, 0.5) == pytest.approx((1 + 0.5 + 0.1) / 3)
+    assert cost(swap_, D, N, 3, 0.06) == pytest.approx((1 + 0.3 + 0.06) / 3) and cost(
+        swap_, D, N, 3, 0.1, 0.5
+    ) == pytest.approx((1 + 0.5 + 0.1) / 3)
     assert cost(swap_, D, N, 2, 0.1) == pytest.approx((1 + 0.1) / 2), "a plain network's up projection is its gate"
     assert cost(threshold(), D, N, 3, 0.1) == pytest.approx((1 + 2 * 0.1) / 3)
 
@@ -153,7 +162,11 @@ def test_a_plan_for_a_swapped_model() -> None:
     swaps = {Site(0): Swap("drelu", 0.1, 0.2), Site(1): Swap("drelu", 0.3, 0.4)}
     entry, other = threshold(), Threshold("input", torch.zeros(D), 0.5)
     found = on_swaps({Site(1): [entry], Site(0, kind="linear:q_proj"): [other]}, swaps)
-    assert found == {Site(0): [swaps[Site(0)]], Site(0, kind="linear:q_proj"): [other], Site(1): [swaps[Site(1)], entry]}
+    assert found == {
+        Site(0): [swaps[Site(0)]],
+        Site(0, kind="linear:q_proj"): [other],
+        Site(1): [swaps[Site(1)], entry],
+    }
     again = on_swaps(found, swaps)
     assert again == found and list(again) == list(found), "what lists its swap already stays"
     with pytest.raises(InputError, match=r"layers.0.ffn's activation must be drelu .*, got relu"):
@@ -182,7 +195,9 @@ def test_swapped_modules_are_the_network_by_hand(model_type: str, tiny_model: Ca
         swap(model.get_submodule(arch.ffn_module(layer)), arch, activation)
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-4)
     assert float((wanted - before).abs().max()) > 0.1, "the activations make a difference"
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items()) and set(state) == set(model.state_dict())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items()) and set(state) == set(
+        model.state_dict()
+    )
     copied = deepcopy(model)
     assert torch.equal(logits(copied), logits(model)) and isinstance(
         copied.get_submodule(arch.ffn_module(0)), type(stock(tiny_model(model_type)).get_submodule(arch.ffn_module(0)))
@@ -198,7 +213,9 @@ def test_a_swapped_module_says_what_its_parts_are(tiny_model: Callable[[str], Pa
     swap(module, arch, "relu2")
     with torch.no_grad():
         parts = ffn_parts(module, arch, "silu", x)
-        assert torch.equal(parts.gate, F.relu(module.gate_proj(x)).square()) and torch.equal(parts.up, module.up_proj(x)), "the swapped one goes first"
+        assert torch.equal(parts.gate, F.relu(module.gate_proj(x)).square()) and torch.equal(
+            parts.up, module.up_proj(x)
+        ), "the swapped one goes first"
         assert torch.equal(module(x), module.down_proj(parts.z))
         module.forward = lambda x: x * 2
         assert torch.equal(module(x), 2 * x)
@@ -220,7 +237,9 @@ def test_plain_networks_have_no_drelu(tiny_model: Callable[[str], Path]) -> None
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_a_swap_on_a_stock_model_is_a_transform_at_load_time(model_type: str, tiny_model: Callable[[str], Path]) -> None:
+def test_a_swap_on_a_stock_model_is_a_transform_at_load_time(
+    model_type: str, tiny_model: Callable[[str], Path]
+) -> None:
     model, arch = stock(tiny_model(model_type)), load_arch(model_type)
     before, wanted = logits(model), logits(by_hand(model, {1: exact_for(model_type)}))
     apply_plan(model, {Site(1): [Swap(exact_for(model_type))]}, arch, base_of(model))
@@ -232,23 +251,33 @@ def test_a_swap_on_a_stock_model_is_a_transform_at_load_time(model_type: str, ti
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3"])
 def test_drelu_and_its_executors(model_type: str, tiny_model: Callable[[str], Path]) -> None:
-    """relu(g) relu(u) by hand; exact, gate first and the plain forward are one; the density is the mean of product > 0."""
+    """relu(g) relu(u) by hand; exact, gate first and the plain forward are one; the density is the mean of
+    product > 0.
+    """
     model, arch = stock(tiny_model(model_type)), load_arch(model_type)
-    torch.testing.assert_close(logits(by_hand(model, {0: "drelu", 1: "drelu"})), logits(swapped(model, arch, "drelu")), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        logits(by_hand(model, {0: "drelu", 1: "drelu"})), logits(swapped(model, arch, "drelu")), rtol=0, atol=1e-4
+    )
     plain = logits(model)
     seen: dict[int, Tensor] = {}
     for layer in range(2):
         module = model.get_submodule(arch.ffn_module(layer))
-        getattr(module, arch.ffn.down).register_forward_pre_hook(lambda _, given, layer=layer: seen.__setitem__(layer, given[0]))
+        getattr(module, arch.ffn.down).register_forward_pre_hook(
+            lambda _, given, layer=layer: seen.__setitem__(layer, given[0])
+        )
     for entries in ([Swap("drelu")], [Swap("drelu"), threshold(0.0)]):
         apply_plan(model, {Site(layer): list(entries) for layer in range(2)}, arch, base_of(model))
         with recording(model) as record:
             assert torch.equal(logits(model), plain), entries
         remove_plan(model)
         if len(entries) == 1:
-            assert record.density() == {Site(layer): pytest.approx(float((z > 0).double().mean())) for layer, z in seen.items()}
+            assert record.density() == {
+                Site(layer): pytest.approx(float((z > 0).double().mean())) for layer, z in seen.items()
+            }
             opened = record.opened_share()
-            assert all(0.4 < opened[site] < 0.6 and 0.1 < share < opened[site] for site, share in record.density().items())
+            assert all(
+                0.4 < opened[site] < 0.6 and 0.1 < share < opened[site] for site, share in record.density().items()
+            )
             gates = {Site(0): opened[Site(0)], Site(1): opened[Site(1)]}
             assert not record.near
         else:
@@ -287,7 +316,10 @@ def test_a_swapped_model_takes_its_own_activation_only(tiny_model: Callable[[str
 
 def test_the_jump_of_fatrelu_is_near(tiny_model: Callable[[str], Path]) -> None:
     model, arch = stock(tiny_model("llama")), load_arch("llama")
-    module, x = model.get_submodule(arch.ffn_module(0)), torch.randn(1, 2, D, generator=torch.Generator().manual_seed(3))
+    module, x = (
+        model.get_submodule(arch.ffn_module(0)),
+        torch.randn(1, 2, D, generator=torch.Generator().manual_seed(3)),
+    )
     with torch.no_grad():
         value = float(module.gate_proj(x)[0, 1].abs().min() + 0.5)
         module.gate_proj.weight[7] *= value / module.gate_proj(x)[0, 1, 7]
@@ -313,19 +345,31 @@ def spelled(b: float) -> str:
 
 
 def sizes(*layers: int) -> Any:
-    return {Site(layer): {"sizes:gate.hidden": torch.tensor(D), "sizes:gate.units": torch.tensor(N)} for layer in layers}
+    return {
+        Site(layer): {"sizes:gate.hidden": torch.tensor(D), "sizes:gate.units": torch.tensor(N)} for layer in layers
+    }
 
 
 def test_the_method_swaps_every_network() -> None:
     stats = sizes(0, 1) | {Site(0, kind="linear:q_proj"): {}}
-    assert exact.plan(stats, load_arch("llama"), exact.Config(activation="drelu")) == {Site(0): [Swap("drelu")], Site(1): [Swap("drelu")]}
-    assert exact.plan(stats, load_arch("phi"), exact.Config(activation="fatrelu(0.01)"))[Site(1)] == [Swap("fatrelu(0.01)")]
-    assert exact.plan(sizes(0), load_arch("llama"), exact.Config()) == {Site(0): [Swap("")]}, "its own activation, which the caller knows"
+    assert exact.plan(stats, load_arch("llama"), exact.Config(activation="drelu")) == {
+        Site(0): [Swap("drelu")],
+        Site(1): [Swap("drelu")],
+    }
+    assert exact.plan(stats, load_arch("phi"), exact.Config(activation="fatrelu(0.01)"))[Site(1)] == [
+        Swap("fatrelu(0.01)")
+    ]
+    assert exact.plan(sizes(0), load_arch("llama"), exact.Config()) == {Site(0): [Swap("")]}, (
+        "its own activation, which the caller knows"
+    )
     with pytest.raises(InputError, match="got drelu. Use relu"):
         exact.plan(sizes(0), load_arch("phi"), exact.Config(activation="drelu"))
 
 
-@pytest.mark.parametrize(("activation", "words"), [("silu", "must have exact zeros"), ("glu", "activation must be one of"), ("fatrelu(2)", "fatrelu")])
+@pytest.mark.parametrize(
+    ("activation", "words"),
+    [("silu", "must have exact zeros"), ("glu", "activation must be one of"), ("fatrelu(2)", "fatrelu")],
+)
 def test_the_method_refuses_what_has_no_zeros(activation: str, words: str) -> None:
     with pytest.raises(InputError, match=f"exact.activation .*{words}"):
         make_config("exact", {"activation": activation})

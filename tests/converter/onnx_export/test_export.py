@@ -1,4 +1,6 @@
-"""ONNX export: the base graph, its MLP regions and the surgery, on every architecture, against a torch forward written here by hand."""
+"""ONNX export: the base graph, its MLP regions and the surgery, on every architecture, against a torch forward written
+here by hand.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,23 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from gated_torch import BOUND, TOKENS, D, Gated, N, R, Tiny, gating, generate, library, linear_plan, open_tiny, run, seen, sparse_logits
+from gated_torch import (
+    BOUND,
+    TOKENS,
+    D,
+    Gated,
+    N,
+    R,
+    Tiny,
+    gating,
+    generate,
+    library,
+    linear_plan,
+    open_tiny,
+    run,
+    seen,
+    sparse_logits,
+)
 from models import MODEL_TYPES, make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -52,7 +70,12 @@ def tiny(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 def test_base_is_the_model_and_has_a_region_per_layer(tiny, model_type):
     one = tiny(model_type)
     assert check_base(one.base, one.model, TOKENS) == compare_base(one.base, one.model, TOKENS) <= 2 * BOUND
-    assert {path.name for path in one.base.iterdir()} >= {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"}
+    assert {path.name for path in one.base.iterdir()} >= {
+        "model.onnx",
+        "model.onnx.data",
+        "genai_config.json",
+        "tokenizer.json",
+    }
     regions = find_regions(ir.load(one.base / "model.onnx"), one.arch, one.config)
     assert [region.layer for region in regions] == [0, 1]
     plain = model_type == "phi"
@@ -88,7 +111,9 @@ def test_base_compares_worse_with_another_model(tiny):
 
 def test_comparison_takes_a_function_and_refuses_nan(tiny):
     one = tiny("llama")
-    assert compare_base(one.base, lambda tokens: one.model(tokens).logits, TOKENS) == compare_base(one.base, one.model, TOKENS)
+    assert compare_base(one.base, lambda tokens: one.model(tokens).logits, TOKENS) == compare_base(
+        one.base, one.model, TOKENS
+    )
     with pytest.raises(InputError, match="nan"):
         check_base(one.base, lambda tokens: one.model(tokens).logits * float("nan"), TOKENS)
 
@@ -153,7 +178,9 @@ def test_region_with_another_input_is_refused(tiny):
 
 def test_gate_and_up_of_different_values_are_refused(tiny):
     model, nodes = llama_graph(tiny)
-    nodes["/model/layers.1/mlp/up_proj/MatMul"].replace_input_with(0, nodes["/model/layers.0/mlp/down_proj/MatMul"].outputs[0])
+    nodes["/model/layers.1/mlp/up_proj/MatMul"].replace_input_with(
+        0, nodes["/model/layers.0/mlp/down_proj/MatMul"].outputs[0]
+    )
     refused(tiny, model, r"Layer 1, node /model/layers.1/mlp/gate_proj/MatMul: gate and up must read one value")
 
 
@@ -207,7 +234,10 @@ def test_exported_model_equals_gated_torch(tiny, tmp_path, model_type, kind):
 def test_open_gates_give_the_dense_model(tiny, tmp_path, model_type):
     one = tiny(model_type)
     open_tau = uniform_tau(-float("inf"), N)
-    plan: Plan = {Site(0): [Threshold("gate", open_tau, 1.0)], Site(1): [Predictor(torch.randn(R, D), torch.randn(N, R), open_tau, 1.0)]}
+    plan: Plan = {
+        Site(0): [Threshold("gate", open_tau, 1.0)],
+        Site(1): [Predictor(torch.randn(R, D), torch.randn(N, R), open_tau, 1.0)],
+    }
     assert compare_base(one.export(plan, tmp_path / "out"), one.model, TOKENS) <= BOUND
 
 
@@ -218,7 +248,9 @@ def test_residual_and_biases(tmp_path, kind, roles):
     gated = Gated(one, kind, residual=True)
     out = one.export(gated.plan, tmp_path / "out")
     names = [Variant.parse(name) for name in json.loads(onnx_metadata(out))]
-    assert [variant.inputs for variant in names] == [("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down", "tau", *roles)]
+    assert [variant.inputs for variant in names] == [
+        ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down", "tau", *roles)
+    ]
     for native in {None, library()}:
         assert np.abs(run(out, native=native) - gated.logits()).max() <= BOUND
         assert np.abs(run(out, native=native) - gated.logits(skip=gated.active_neuron())).max() > BOUND
@@ -239,7 +271,9 @@ def test_builder_leaves_out_a_zero_bias(tmp_path, tiny):
 
 
 def onnx_metadata(folder: Path) -> str:
-    return {entry.key: entry.value for entry in onnx.load(folder / "model.onnx", load_external_data=False).metadata_props}[METADATA]
+    return {
+        entry.key: entry.value for entry in onnx.load(folder / "model.onnx", load_external_data=False).metadata_props
+    }[METADATA]
 
 
 def test_file_of_one_variant(tiny, tmp_path):
@@ -257,14 +291,23 @@ def test_file_of_one_variant(tiny, tmp_path):
     nodes = [node for node in proto.graph.node if "/mlp/" in node.name]
     prefixes = [f"model.layers.{layer}.mlp.GatedMLP." for layer in (0, 1)]
     assert [node.name for node in nodes] == ["/model/layers.0/mlp/GatedMLP", "/model/layers.1/mlp/GatedMLP"]
-    assert [list(node.input[1:]) for node in nodes] == [[prefix + role for role in variant.inputs] for prefix in prefixes]
+    assert [list(node.input[1:]) for node in nodes] == [
+        [prefix + role for role in variant.inputs] for prefix in prefixes
+    ]
     assert {a.name: a.s.decode() for a in nodes[0].attribute} == variant.attributes()
-    shapes = {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in proto.graph.value_info}
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in proto.graph.value_info
+    }
     assert [shapes[node.output[0]] for node in nodes] == [["batch_size", "sequence_length", D]] * 2
-    locations = {entry.value for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"}
+    locations = {
+        entry.value for tensor in proto.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
     assert locations == {"model.onnx.data"}
     large = [tensor for tensor in proto.graph.initializer if np.prod(tensor.dims) * 4 > 4096]
-    assert large and all(int(entry.value) % 4096 == 0 for tensor in large for entry in tensor.external_data if entry.key == "offset")
+    assert large and all(
+        int(entry.value) % 4096 == 0 for tensor in large for entry in tensor.external_data if entry.key == "offset"
+    )
     assert not any("proj.MatMul.weight" in tensor.name and ".mlp." in tensor.name for tensor in proto.graph.initializer)
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor, str(out)) for tensor in proto.graph.initializer}
     weights = load_file(one.checkpoint / "model.safetensors")
@@ -289,7 +332,9 @@ def test_two_variants_are_overloads_and_other_sites_stay(tiny, tmp_path):
     half = one.export({Site(1): predictor.plan[Site(1)]}, tmp_path / "half")
     threshold.gates[0] = replace(threshold.gates[0], tau=uniform_tau(-float("inf"), N))
     assert np.abs(run(half) - threshold.logits()).max() <= BOUND
-    assert "/model/layers.0/mlp/down_proj/MatMul" in {node.name for node in onnx.load(half / "model.onnx", load_external_data=False).graph.node}
+    assert "/model/layers.0/mlp/down_proj/MatMul" in {
+        node.name for node in onnx.load(half / "model.onnx", load_external_data=False).graph.node
+    }
 
 
 # Linear sites
@@ -297,21 +342,36 @@ def test_two_variants_are_overloads_and_other_sites_stay(tiny, tmp_path):
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_exported_linears_equal_sparse_torch(tiny, tmp_path, model_type):
-    """Layer 0: q, k and v with one threshold and every linear of the network; layer 1: q and v with their own, k left dense, a gated network."""
+    """Layer 0: q, k and v with one threshold and every linear of the network; layer 1: q and v with their own, k left
+    dense, a gated network.
+    """
     one = tiny(model_type)
     network = [(name,) for name in ("gate_proj", "up_proj", "down_proj") if name in one.arch.linears()]
-    plan = linear_plan(one, {0: [("q_proj", "k_proj", "v_proj"), ("o_proj",), *network], 1: [("q_proj",), ("v_proj",), ("o_proj",)]}, gated=(1,))
+    plan = linear_plan(
+        one,
+        {0: [("q_proj", "k_proj", "v_proj"), ("o_proj",), *network], 1: [("q_proj",), ("v_proj",), ("o_proj",)]},
+        gated=(1,),
+    )
     out = one.export(plan, tmp_path / "out")
     expected = sparse_logits(one, plan)
-    assert np.abs(expected - one.model(torch.from_numpy(TOKENS)).logits.detach().numpy()).max() > 0.1  # the gating matters
+    assert (
+        np.abs(expected - one.model(torch.from_numpy(TOKENS)).logits.detach().numpy()).max() > 0.1
+    )  # the gating matters
     dropped = []
-    for site in (Site(0, kind="linear:down_proj"), Site(1, kind="linear:v_proj")):  # a channel that is often kept, left out besides
+    for site in (
+        Site(0, kind="linear:down_proj"),
+        Site(1, kind="linear:v_proj"),
+    ):  # a channel that is often kept, left out besides
         tau = plan[site][0].tau
         with gating(one, plan) as model:
-            x = seen(model, one.arch.block_prefix(site.layer) + one.arch.linears()[site.kind.removeprefix("linear:")][0])
+            x = seen(
+                model, one.arch.block_prefix(site.layer) + one.arch.linears()[site.kind.removeprefix("linear:")][0]
+            )
         kept = torch.where(x.abs() > tau, x.abs(), 0).sum(0)
         channel = kept.argsort()[3 * len(kept) // 4]
-        dropped.append(sparse_logits(one, plan | {site: [Threshold("input", tau.index_fill(0, channel, float("inf")), 0.6)]}))
+        dropped.append(
+            sparse_logits(one, plan | {site: [Threshold("input", tau.index_fill(0, channel, float("inf")), 0.6)]})
+        )
     for native in {None, library()}:
         logits = run(out, native=native)
         assert np.abs(logits - expected).max() <= BOUND, native
@@ -325,43 +385,73 @@ def test_exported_linears_equal_sparse_torch(tiny, tmp_path, model_type):
 def test_file_with_both_ops(tiny, tmp_path):
     """Names, functions, metadata and weights: qwen2 has biases on q, k and v and none on o."""
     one = tiny("qwen2")
-    plan = linear_plan(one, {0: [("q_proj", "k_proj", "v_proj"), ("o_proj",)], 1: [("q_proj",), ("v_proj",), ("down_proj",)]}, gated=(0,))
+    plan = linear_plan(
+        one,
+        {0: [("q_proj", "k_proj", "v_proj"), ("o_proj",)], 1: [("q_proj",), ("v_proj",), ("down_proj",)]},
+        gated=(0,),
+    )
     out = one.export(plan, tmp_path / "out")
     proto = onnx.load(out / "model.onnx", load_external_data=False)
-    assert [(f.name, f.overload) for f in proto.functions] == [("GatedMLP", ""), ("SparseLinear", "v0"), ("SparseLinear", "v1")]
+    assert [(f.name, f.overload) for f in proto.functions] == [
+        ("GatedMLP", ""),
+        ("SparseLinear", "v0"),
+        ("SparseLinear", "v1"),
+    ]
     gate = Variant("silu", "gate", "float", ("w_gate", "w_up", "w_down", "tau"))
     linears = [sparse_linear.Variant("float", roles) for roles in (("w", "b", "tau"), ("w", "tau"))]
     assert json.loads(onnx_metadata(out)) == [variant.name for variant in (gate, *linears)]
     nodes = {node.name: node for node in proto.graph.node}
     ops = {name: node.overload for name, node in nodes.items() if node.op_type == "SparseLinear"}
     layer = "/model/layers.{}/{}/SparseLinear".format
-    expected = {layer(0, "attn/qkv_proj"): "v0", layer(0, "attn/o_proj"): "v1", layer(1, "attn/q_proj"): "v0", layer(1, "attn/v_proj"): "v0"}
+    expected = {
+        layer(0, "attn/qkv_proj"): "v0",
+        layer(0, "attn/o_proj"): "v1",
+        layer(1, "attn/q_proj"): "v0",
+        layer(1, "attn/v_proj"): "v0",
+    }
     assert ops == expected | {layer(1, "mlp/down_proj"): "v1"}
     join = nodes["/model/layers.1/attn/Concat"]
     assert list(join.input) == [f"/model/layers.1/attn/{name}_proj/output_0" for name in "qkv"]
     assert nodes["/model/layers.1/attn/k_proj/Add"].output[0] == join.input[1]
     assert nodes["/model/layers.1/attn/GroupQueryAttention"].input[0] == join.output[0]
-    shapes = {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in proto.graph.value_info}
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in proto.graph.value_info
+    }
     assert [shapes[name][2] for name in (*join.input, join.output[0])] == [D, D // 2, D // 2, 2 * D]
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor, str(out)) for tensor in proto.graph.initializer}
     weights = load_file(one.checkpoint / "model.safetensors")
     attention = "model.layers.{}.self_attn.".format
     packed = [weights[attention(0) + f"{name}_proj.weight"].T for name in "qkv"]
     assert np.array_equal(stored[attention(0) + "qkv_proj.SparseLinear.w"], np.concatenate(packed, axis=1))
-    for name, w, b in (("q", "SparseLinear.w", "SparseLinear.b"), ("k", "MatMul.weight", "Add.bias"), ("v", "SparseLinear.w", "SparseLinear.b")):
+    for name, w, b in (
+        ("q", "SparseLinear.w", "SparseLinear.b"),
+        ("k", "MatMul.weight", "Add.bias"),
+        ("v", "SparseLinear.w", "SparseLinear.b"),
+    ):
         assert np.array_equal(stored[f"{attention(1)}{name}_proj.{w}"], weights[f"{attention(1)}{name}_proj.weight"].T)
         assert np.array_equal(stored[f"{attention(1)}{name}_proj.{b}"], weights[f"{attention(1)}{name}_proj.bias"])
-    assert np.array_equal(stored["model.layers.1.mlp.down_proj.SparseLinear.w"], weights["model.layers.1.mlp.down_proj.weight"].T)
+    assert np.array_equal(
+        stored["model.layers.1.mlp.down_proj.SparseLinear.w"], weights["model.layers.1.mlp.down_proj.weight"].T
+    )
     assert not any(".attn.qkv_proj." in name for name in stored), "the packed weights are gone"
     assert executor(out).kernel and len(variants(out)) == 3
     newer = proto.metadata_props[[entry.key for entry in proto.metadata_props].index(METADATA)]
-    newer.value = newer.value.replace("SparseLinear.1/float/x=float32,w=float32/w+tau", "SparseLinear.1/int4_g32/x=float32,w=float32/w+tau")
+    newer.value = newer.value.replace(
+        "SparseLinear.1/float/x=float32,w=float32/w+tau", "SparseLinear.1/int4_g32/x=float32,w=float32/w+tau"
+    )
     onnx.save(proto, out / "model.onnx")
-    assert not executor(out).kernel and "no CPUExecutionProvider kernel for SparseLinear.1/int4_g32" in executor(out).reason
+    assert (
+        not executor(out).kernel
+        and "no CPUExecutionProvider kernel for SparseLinear.1/int4_g32" in executor(out).reason
+    )
 
 
 def test_network_gated_as_a_whole_excludes_its_linears(tiny, tmp_path):
-    plan: Plan = {Site(0): [Threshold("gate", uniform_tau(0.1, N), 0.5)], Site(0, kind="linear:up_proj"): [Threshold("input", uniform_tau(0.1, D), 0.5)]}
+    plan: Plan = {
+        Site(0): [Threshold("gate", uniform_tau(0.1, N), 0.5)],
+        Site(0, kind="linear:up_proj"): [Threshold("input", uniform_tau(0.1, D), 0.5)],
+    }
     with pytest.raises(InputError, match="must exclude the linear sites inside it, got up_proj"):
         tiny("llama").export(plan, tmp_path / "out")
 
@@ -395,10 +485,18 @@ class Unknown:
         (Site(0), [Swap("silu")], "activation must have exact zeros .*, got silu"),
         (Site(0), [], "got none"),
         (Site(0), [Threshold("gate", uniform_tau(0.1, N), 0.5)] * 2, "one entry"),
-        (Site(0), [Threshold("magnitude", uniform_tau(0.1, N), 0.5)], "score must be gate or input to be exported, got magnitude"),
+        (
+            Site(0),
+            [Threshold("magnitude", uniform_tau(0.1, N), 0.5)],
+            "score must be gate or input to be exported, got magnitude",
+        ),
         (Site(0), [Threshold("gate", uniform_tau(0.1, N - 1), 0.5)], r"tau must have shape \[176\], got \[175\]"),
         (Site(0), [Threshold("gate", uniform_tau(float("nan"), N), 0.5)], "got NaN"),
-        (Site(0), [Predictor(torch.zeros(R, D), torch.zeros(R, N), uniform_tau(0.1, N), 0.5)], r"p2 must have shape \[176, 8\]"),
+        (
+            Site(0),
+            [Predictor(torch.zeros(R, D), torch.zeros(R, N), uniform_tau(0.1, N), 0.5)],
+            r"p2 must have shape \[176, 8\]",
+        ),
         (Site(2), [Threshold("gate", uniform_tau(0.1, N), 0.5)], "sites of layers.0 to layers.1, got layers.2.ffn"),
         (Site(0, 3), [Threshold("gate", uniform_tau(0.1, N), 0.5)], "got layers.0.experts.3.ffn"),
         (Site(0, kind="attn"), [Threshold("gate", uniform_tau(0.1, 4), 0.5)], "got layers.0.attn"),
@@ -430,14 +528,20 @@ def test_full_disk_is_said(tiny, tmp_path, monkeypatch):
 
 
 def test_weights_stream_through_memory(tmp_path, monkeypatch):
-    """The Python memory that export allocates stays near one weight, although the model has twelve, and no weight stays mapped once it is written."""
-    one = open_tiny("llama", make_model("llama", tmp_path / "model", num_hidden_layers=4, intermediate_size=4096), tmp_path / "base")
+    """The Python memory that export allocates stays near one weight, although the model has twelve, and no weight stays
+    mapped once it is written.
+    """
+    one = open_tiny(
+        "llama", make_model("llama", tmp_path / "model", num_hidden_layers=4, intermediate_size=4096), tmp_path / "base"
+    )
     plan: Plan = {site: [Threshold("gate", uniform_tau(0.1, 4096), 0.5)] for site in one.arch.sites(one.config)}
     weight = 4 * D * 4096  # bytes
     data = one.base / "model.onnx.data"
     assert data.stat().st_size > 12 * weight
     mapped = []
-    monkeypatch.setattr(surgery, "_check", lambda _folder: mapped.append(Path("/proc/self/maps").read_text().count(str(data))))
+    monkeypatch.setattr(
+        surgery, "_check", lambda _folder: mapped.append(Path("/proc/self/maps").read_text().count(str(data)))
+    )
     tracemalloc.start()
     try:
         one.export(plan, tmp_path / "out")

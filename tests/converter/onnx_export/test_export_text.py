@@ -1,4 +1,6 @@
-"""The same text in torch and in an exported folder: prompts that end in pads, several end tokens, tokenizers that genai reads otherwise."""
+"""The same text in torch and in an exported folder: prompts that end in pads, several end tokens, tokenizers that genai
+reads otherwise.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def edit_json(file: Path, **fields: Any) -> None:
 def torch_tokens(folder: Path, ids: list[int], new: int = NEW) -> list[int]:
     """transformers' own `generate`, greedy, without the prompt."""
     model, row = AutoModelForCausalLM.from_pretrained(folder), torch.tensor([ids])
-    return model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=new, do_sample=False)[0, len(ids) :].tolist()
+    return model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=new, do_sample=False)[
+        0, len(ids) :
+    ].tolist()
 
 
 def genai_tokens(folder: Path, ids: list[int], new: int = NEW) -> list[int]:
@@ -56,11 +60,15 @@ def builders_own(folder: Path, pad: int, ends: Any) -> None:
 
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose token 0 is unknown and pad, with ends [1, 75] where its configuration has 1; onnx/ is its dense graph."""
+    """A checkpoint whose token 0 is unknown and pad, with ends [1, 75] where its configuration has 1; onnx/ is its
+    dense graph.
+    """
     folder = make_model("llama", tmp_path_factory.mktemp("padded") / "out", bos_token_id=5, pad_token_id=0)
     edit_json(folder / "generation_config.json", eos_token_id=[1, 75], pad_token_id=0)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"unk_token": "<s>", "pad_token": "<s>", "eos_token": "<|endoftext|>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"unk_token": "<s>", "pad_token": "<s>", "eos_token": "<|endoftext|>"})
+    )
     build_base(folder, folder / "onnx")
     return folder
 
@@ -74,7 +82,9 @@ def test_prompts_that_end_in_pads(padded: Path, prompt: list[int]) -> None:
 
 
 def test_a_folder_of_the_builder_strips_pads_and_load_does_not(padded: Path, tmp_path: Path) -> None:
-    """Exported before pads were laid over: genai alone gives another text, `load` the right one, with the checkpoint's end tokens."""
+    """Exported before pads were laid over: genai alone gives another text, `load` the right one, with the checkpoint's
+    end tokens.
+    """
     import onnxruntime_genai as og
 
     folder = shutil.copytree(padded, tmp_path / "out")
@@ -96,7 +106,9 @@ def test_a_folder_of_the_builder_strips_pads_and_load_does_not(padded: Path, tmp
 
 
 def test_every_end_token_ends_a_text(padded: Path, tmp_path: Path) -> None:
-    """Torch and genai stop at the same token, whichever of the ends it is; the tokenizer's end token is none of them."""
+    """Torch and genai stop at the same token, whichever of the ends it is; the tokenizer's end token is
+    none of them.
+    """
     assert json.loads((padded / "onnx" / GENAI_CONFIG).read_text())["model"]["eos_token_id"] == [1, 75]
     prompt = [7, 8, 9, 30]
     free = torch_tokens(padded, prompt, 40)
@@ -107,7 +119,9 @@ def test_every_end_token_ends_a_text(padded: Path, tmp_path: Path) -> None:
         edit_json(folder / "generation_config.json", eos_token_id=ends)
         build_base(folder, folder / "onnx")
         expected = torch_tokens(folder, prompt, 40)
-        wanted = free[: free.index(first) if first in ([ends] if isinstance(ends, int) else ends) else free.index(second)]
+        wanted = free[
+            : free.index(first) if first in ([ends] if isinstance(ends, int) else ends) else free.index(second)
+        ]
         assert expected[: len(wanted)] == wanted and len(expected) == len(wanted) + 1
         tokens = genai_tokens(folder / "onnx", prompt, 40)
         assert tokens in (wanted, expected)
@@ -130,7 +144,9 @@ def test_text_that_ends_in_a_pad(padded: Path, library: bool) -> None:
     ids = tokenizer(prompt)["input_ids"]
     assert ids[-1] == tokenizer.pad_token_id == 0
     text = tokenizer.decode(ids + torch_tokens(padded, ids))
-    assert prompt + "".join(runtime.generate(padded, prompt, NEW, chat=False, library=None if library else False)) == text
+    assert (
+        prompt + "".join(runtime.generate(padded, prompt, NEW, chat=False, library=None if library else False)) == text
+    )
 
 
 def test_a_padded_batch_still_runs(padded: Path) -> None:
@@ -151,7 +167,9 @@ def test_a_padded_batch_still_runs(padded: Path) -> None:
         assert [int(t) for t in generator.get_sequence(row)][4 : 4 + len(expected)] == expected
 
 
-@pytest.mark.parametrize("name", ["prefix_space", "own_split", "added_tokens", "unigram", "unigram_bytes", "llama_class", "words"])
+@pytest.mark.parametrize(
+    "name", ["prefix_space", "own_split", "added_tokens", "unigram", "unigram_bytes", "llama_class", "words"]
+)
 def test_tokenizers_that_genai_reads_otherwise(name: str, tmp_path: Path) -> None:
     """The text is torch's, and the row says that genai's own tokenizer may not be used."""
     folder = make_model("llama", tmp_path / "m", vocab_size=384)
@@ -159,7 +177,9 @@ def test_tokenizers_that_genai_reads_otherwise(name: str, tmp_path: Path) -> Non
     (folder / "chat_template.jinja").write_text("{{ bos_token }}user: {{ messages[0].content }}\nanswer:")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"][[token for text, token in tokenizer.get_vocab().items() if text.startswith("<0x")]] = 0  # whole characters alone are said
+    weights["lm_head.weight"][[token for text, token in tokenizer.get_vocab().items() if text.startswith("<0x")]] = (
+        0  # whole characters alone are said
+    )
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     build_base(folder, folder / "onnx")
     for prompt in ("def add(first, second):", "something the more 123 \u00e9"):
@@ -168,7 +188,9 @@ def test_tokenizers_that_genai_reads_otherwise(name: str, tmp_path: Path) -> Non
         before, whole = tokenizer.decode(ids), tokenizer.decode(ids + new)
         assert whole.startswith(before)
         assert "".join(runtime.generate(folder, prompt, NEW, chat=False)) == whole[len(before) :].removesuffix("</s>")
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)["input_ids"]
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)[
+            "input_ids"
+        ]
         answer = tokenizer.decode(torch_tokens(folder, chat), skip_special_tokens=True)
         assert "".join(runtime.generate(folder, prompt, NEW)) == answer
     check = check_text(folder / "onnx")
@@ -180,13 +202,17 @@ def test_a_tokenizer_that_genai_reads_alike(padded: Path) -> None:
     assert check.passed and check.value == 0 and check.bound > 28 and "may be used" in check.note
 
 
-def test_what_genai_does_with_a_tokenizer_is_a_note(padded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_genai_does_with_a_tokenizer_is_a_note(
+    padded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No file, no configuration, a process that ends or never does: nothing of it ends a conversion."""
     found = check_tokenizer(tmp_path)
     assert not found.agrees and "cannot be used (there is no tokenizer.json)" in found.note
     make_tokenizer().save_pretrained(tmp_path)
     found = check_tokenizer(tmp_path)
-    assert found.texts > 28 and "cannot be used" in found.note and "\n" not in found.note, "there is no genai_config.json"
+    assert found.texts > 28 and "cannot be used" in found.note and "\n" not in found.note, (
+        "there is no genai_config.json"
+    )
     monkeypatch.setattr(tokenizer_check, "_PROGRAM", "import os; os.abort()")
     assert "its process ended" in check_tokenizer(padded / "onnx").note
     monkeypatch.setattr(tokenizer_check, "_PROGRAM", "print('hello')")

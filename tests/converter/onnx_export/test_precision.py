@@ -1,5 +1,5 @@
-"""--precision in the graph: stored weights, predictors and scales against the torch weights, the rest of the graph against the builder's own, logits against
-a torch model that holds the rounded weights.
+"""--precision in the graph: stored weights, predictors and scales against the torch weights, the rest of the graph
+against the builder's own, logits against a torch model that holds the rounded weights.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def plan(tiny: Callable[[str], Tiny]) -> Callable[[str, str, bool], Plan]:
     return cache(lambda model_type, kind, residual: Gated(tiny(model_type), kind, residual).plan)
 
 
-def write(one: Tiny, plan: Plan, out: Path, precision: str, base: Path | None = None, target: str = "cpu") -> onnx.ModelProto:
+def write(
+    one: Tiny, plan: Plan, out: Path, precision: str, base: Path | None = None, target: str = "cpu"
+) -> onnx.ModelProto:
     export(base or one.base, plan, one.arch, one.config, out, precision, target)
     return onnx.load(out / "model.onnx", load_external_data=False)
 
@@ -72,7 +74,10 @@ def torch_logits(one: Tiny, plan: Plan, precision: str | None, target: str = "cp
 def test_op_weights_are_the_torch_weights_in_the_precision(tiny, plan, tmp_path, precision):
     one = tiny("llama")
     found = stored(write(one, plan("llama", "predictor", False), tmp_path / "out", precision), tmp_path / "out")
-    weights, entry = load_file(one.checkpoint / "model.safetensors"), plan("llama", "predictor", False)[one.arch.sites(one.config)[1]][0]
+    weights, entry = (
+        load_file(one.checkpoint / "model.safetensors"),
+        plan("llama", "predictor", False)[one.arch.sites(one.config)[1]][0],
+    )
     for role in ("gate", "up", "down"):
         rows = weights[f"{MLP.format(1)}{role}_proj.weight"].numpy()
         rows = rows.T if role == "down" else rows  # [n, d]
@@ -83,7 +88,12 @@ def test_op_weights_are_the_torch_weights_in_the_precision(tiny, plan, tmp_path,
             continue
         integers, scale = quantise(rows, PRECISIONS[precision].weights)
         assert np.array_equal(got, integers) and np.array_equal(found[f"{MLP.format(1)}GatedMLP.s_{role}"], scale)
-        assert not np.array_equal(got, quantise(weights[f"{MLP.format(0)}{role}_proj.weight"].numpy().reshape(rows.shape), PRECISIONS[precision].weights)[0])
+        assert not np.array_equal(
+            got,
+            quantise(
+                weights[f"{MLP.format(0)}{role}_proj.weight"].numpy().reshape(rows.shape), PRECISIONS[precision].weights
+            )[0],
+        )
     p1, p2 = (found[f"{MLP.format(1)}GatedMLP.{role}"] for role in ("p1", "p2"))
     if PRECISIONS[precision].bits:
         for got, matrix, role in ((p1, entry.fc1, "p1"), (p2, entry.fc2, "p2")):
@@ -117,7 +127,11 @@ def test_predictors_are_rounded_too(tiny, plan, tmp_path, precision, predictor, 
 
 
 def test_predictor_beyond_float16_is_stored_in_bfloat16():
-    tensors = {"tau": np.array([1e6], np.float32), "p1": np.full((1, 2), 7e4, np.float32), "p2": np.ones((1, 1), np.float32)}
+    tensors = {
+        "tau": np.array([1e6], np.float32),
+        "p1": np.full((1, 2), 7e4, np.float32),
+        "p2": np.ones((1, 1), np.float32),
+    }
     read, dtype = store_predictor(tensors, PRECISIONS["fp16"])
     assert dtype == "bfloat16" and np.isfinite(load_predictor(read)["p1"]).all()
     assert store_predictor(tensors | {"p1": np.ones((1, 2), np.float32)}, PRECISIONS["fp16"])[1] == "float16"
@@ -125,16 +139,32 @@ def test_predictor_beyond_float16_is_stored_in_bfloat16():
 
 @pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
 def test_rest_is_matmul_nbits_and_ops_are_left_alone(tiny, plan, tmp_path, precision, bits):
-    proto = write(tiny("llama"), {site: e for site, e in plan("llama", "gate", False).items() if site.layer == 1}, tmp_path / "out", precision)
+    proto = write(
+        tiny("llama"),
+        {site: e for site, e in plan("llama", "gate", False).items() if site.layer == 1},
+        tmp_path / "out",
+        precision,
+    )
     kinds = [node.op_type for node in proto.graph.node]
     assert "MatMul" not in kinds and kinds.count("GatedMLP") == 1
-    products = {node.name: {a.name: a.i for a in node.attribute} for node in proto.graph.node if node.op_type == "MatMulNBits"}
+    products = {
+        node.name: {a.name: a.i for a in node.attribute} for node in proto.graph.node if node.op_type == "MatMulNBits"
+    }
     assert set(products) == {
         f"{name}_Q{bits}"
-        for name in ("/lm_head/MatMul", *(f"/model/layers.{k}/attn/{part}_proj/MatMul" for k in (0, 1) for part in ("qkv", "o")),
-                     *(f"/model/layers.0/mlp/{part}_proj/MatMul" for part in ("gate", "up", "down")))
-    }  # fmt: skip
-    assert products[f"/model/layers.0/mlp/down_proj/MatMul_Q{bits}"] == {"K": N, "N": D, "bits": bits, "block_size": 32, "accuracy_level": 4}
+        for name in (
+            "/lm_head/MatMul",
+            *(f"/model/layers.{k}/attn/{part}_proj/MatMul" for k in (0, 1) for part in ("qkv", "o")),
+            *(f"/model/layers.0/mlp/{part}_proj/MatMul" for part in ("gate", "up", "down")),
+        )
+    }
+    assert products[f"/model/layers.0/mlp/down_proj/MatMul_Q{bits}"] == {
+        "K": N,
+        "N": D,
+        "bits": bits,
+        "block_size": 32,
+        "accuracy_level": 4,
+    }
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
@@ -158,7 +188,9 @@ def test_dense_graph_is_the_builders_own(tiny, tmp_path, model_type, precision):
         return sorted((node.op_type, sorted((a.name, a.i) for a in node.attribute), node.name) for node in quantised)
 
     assert nodes(protos["ours"]) == nodes(protos["theirs"]) != []
-    one_way, other_way = (onnx_logits(open_session(tmp_path / name / "model.onnx"), TOKENS) for name in ("ours", "theirs"))
+    one_way, other_way = (
+        onnx_logits(open_session(tmp_path / name / "model.onnx"), TOKENS) for name in ("ours", "theirs")
+    )
     assert np.array_equal(one_way, other_way)
 
 
@@ -167,13 +199,17 @@ LINEARS = [("q_proj", "k_proj"), ("v_proj",), ("o_proj",), ("up_proj",), ("down_
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_linear_sites_and_what_is_left_of_a_packed_weight(tiny, tmp_path, caplog, precision):
-    """Layer 1 gates q and k alike and leaves v to MatMulNBits; 176 columns have no whole groups of 32, so they are stored by rows, and that is said."""
+    """Layer 1 gates q and k alike and leaves v to MatMulNBits; 176 columns have no whole groups of 32, so they are
+    stored by rows, and that is said.
+    """
     one = tiny("llama")
     own = linear_plan(one, {0: LINEARS, 1: LINEARS[:1]})
     with caplog.at_level(logging.WARNING, logger="sparsegate"):
         write(one, own, tmp_path / "out", precision)
     said = [record.message for record in caplog.records if "int8_row" in record.message]
-    expected = ["model.layers.0.mlp.up_proj is stored as int8_row: int4_g32 needs rows of a multiple of 32 values, got 176."]
+    expected = [
+        "model.layers.0.mlp.up_proj is stored as int8_row: int4_g32 needs rows of a multiple of 32 values, got 176."
+    ]
     assert said == (expected if precision == "int4" else [])
     kinds = {name.split("/")[1] for name in variants(tmp_path / "out")}
     assert kinds == {"bf16": {"float"}, "int8": {"int8_row"}, "int4": {"int4_g32", "int8_row"}}[precision]
@@ -182,29 +218,43 @@ def test_linear_sites_and_what_is_left_of_a_packed_weight(tiny, tmp_path, caplog
 
 
 def test_network_whose_rows_have_no_whole_groups_is_stored_by_rows(tmp_path, caplog):
-    one = open_tiny("llama", make_model("llama", tmp_path / "model", hidden_size=48, num_attention_heads=3, num_key_value_heads=3), tmp_path / "base")
+    one = open_tiny(
+        "llama",
+        make_model("llama", tmp_path / "model", hidden_size=48, num_attention_heads=3, num_key_value_heads=3),
+        tmp_path / "base",
+    )
     own: Plan = {site: [Threshold("gate", uniform_tau(0.3, N), 0.5)] for site in one.arch.sites(one.config)}
     with caplog.at_level(logging.WARNING, logger="sparsegate"):
         proto = write(one, own, tmp_path / "out", "int4")
     assert [record.message for record in caplog.records] == [
-        f"model.layers.{k}.mlp is stored as int8_row: int4_g32 needs rows of a multiple of 32 values, got 48." for k in (0, 1)
+        f"model.layers.{k}.mlp is stored as int8_row: int4_g32 needs rows of a multiple of 32 values, got 48."
+        for k in (0, 1)
     ]
     assert [name.split("/")[3] for name in variants(tmp_path / "out")] == ["int8_row"]
-    assert {a.i for node in proto.graph.node if node.op_type == "MatMulNBits" for a in node.attribute if a.name == "bits"} == {4}
+    assert {
+        a.i for node in proto.graph.node if node.op_type == "MatMulNBits" for a in node.attribute if a.name == "bits"
+    } == {4}
     difference = np.abs(onnx_logits(open_float(tmp_path / "out"), TOKENS) - torch_logits(one, own, "int4"))
     assert np.median(difference.max(-1)) < BOUND
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
 def test_graph_for_cuda(tiny, plan, tmp_path, precision):
-    """The graph's own floats are half precision and its provider is asked for CUDA graphs; what the CPU has kernels for also runs here."""
+    """The graph's own floats are half precision and its provider is asked for CUDA graphs; what the CPU has kernels for
+    also runs here.
+    """
     one, own, form = tiny("llama"), plan("llama", "gate", False), PRECISIONS[precision]
     base = build_base(one.checkpoint, tmp_path / "base", form.cuda, "cuda")
     proto = write(one, own, tmp_path / "out", precision, base, "cuda")
     half = "bfloat16" if precision == "bf16" else "float16"
     weights = {"float": half}.get(form.weights, "float32")
-    assert all(f"/x={half},w={weights},p=float32/" in name and f"/{form.weights}/" in name for name in variants(tmp_path / "out"))
-    options = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["decoder"]["session_options"]["provider_options"]
+    assert all(
+        f"/x={half},w={weights},p=float32/" in name and f"/{form.weights}/" in name
+        for name in variants(tmp_path / "out")
+    )
+    options = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["decoder"]["session_options"][
+        "provider_options"
+    ]
     assert options == [{"cuda": {"enable_cuda_graph": "1"}}]
     products = [{a.name: a.i for a in node.attribute} for node in proto.graph.node if node.op_type == "MatMulNBits"]
     assert len(products) == (5 if form.bits else 0) and all("accuracy_level" not in product for product in products)
@@ -214,14 +264,21 @@ def test_graph_for_cuda(tiny, plan, tmp_path, precision):
     if form.bits:
         assert tensors["lm_head.MatMul.weight_scales"].dtype == np.float16
     if precision != "bf16":
-        difference = np.abs(onnx_logits(open_session(tmp_path / "out" / "model.onnx"), TOKENS) - torch_logits(one, own, precision, "cuda")).max(-1)
+        difference = np.abs(
+            onnx_logits(open_session(tmp_path / "out" / "model.onnx"), TOKENS)
+            - torch_logits(one, own, precision, "cuda")
+        ).max(-1)
         assert np.median(difference) < 0.03
 
 
 def test_quantising_streams_through_memory(tmp_path):
     """The Python memory that export allocates stays near one weight's share, although the model has twenty-four."""
-    one = open_tiny("llama", make_model("llama", tmp_path / "model", num_hidden_layers=8, intermediate_size=4096), tmp_path / "base")
-    own: Plan = {site: [Threshold("gate", uniform_tau(0.1, 4096), 0.5)] for site in one.arch.sites(one.config) if site.layer % 2}
+    one = open_tiny(
+        "llama", make_model("llama", tmp_path / "model", num_hidden_layers=8, intermediate_size=4096), tmp_path / "base"
+    )
+    own: Plan = {
+        site: [Threshold("gate", uniform_tau(0.1, 4096), 0.5)] for site in one.arch.sites(one.config) if site.layer % 2
+    }
     weight = 4 * D * 4096  # bytes
     for precision in ("int8", "int4"):
         tracemalloc.start()
@@ -240,5 +297,7 @@ def test_shared_reader_of_an_output_weight_must_be_an_embedding(tiny, plan, tmp_
     (tmp_path / "base").mkdir()
     onnx.save(proto, tmp_path / "base" / "model.onnx")
     (tmp_path / "base" / "model.onnx.data").hardlink_to(one.base / "model.onnx.data")
-    with pytest.raises(InputError, match=r"lm_head.MatMul.weight must be read by a product and an embedding, got Identity"):
+    with pytest.raises(
+        InputError, match=r"lm_head.MatMul.weight must be read by a product and an embedding, got Identity"
+    ):
         write(one, {}, tmp_path / "out", "int4", tmp_path / "base")

@@ -1,4 +1,6 @@
-"""The budget search against brute force: allocation, hull and bisection on curves that are known, losses and sensitivities on a tiny model."""
+"""The budget search against brute force: allocation, hull and bisection on curves that are known, losses and
+sensitivities on a tiny model.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,17 @@ from sparsegate.converter.evaluation.quality import measure_quality
 from sparsegate.converter.modeling.gated import apply_plan, dense, load_dense, remove_plan
 from sparsegate.converter.pipeline import search
 from sparsegate.converter.pipeline.recipe import Budget
-from sparsegate.converter.pipeline.search import GRID, Judge, Loss, allocate, governs, sensitivities, settled, shifted, sparsest
+from sparsegate.converter.pipeline.search import (
+    GRID,
+    Judge,
+    Loss,
+    allocate,
+    governs,
+    sensitivities,
+    settled,
+    shifted,
+    sparsest,
+)
 from sparsegate.converter.text.windows import Batches
 
 D, N = 64, 176
@@ -61,7 +73,11 @@ def test_allocation_is_as_cheap_as_the_best_of_a_grid(mean: float) -> None:
 
 @pytest.mark.parametrize("mean", [0.0, 0.02, 0.1, 0.99, 1.0])
 def test_the_mean_is_met_exactly_down_to_nothing(mean: float) -> None:
-    curves = {"a": [0.5, 0.1, 0.4, 0.4, 0.3, 2.0, 1.0], "b": [0.0] * 7, "c": curve(1.0, 2)}  # measured curves have noise
+    curves = {
+        "a": [0.5, 0.1, 0.4, 0.4, 0.3, 2.0, 1.0],
+        "b": [0.0] * 7,
+        "c": curve(1.0, 2),
+    }  # measured curves have noise
     found = allocate(curves, WEIGHTS, mean)
     assert sum(WEIGHTS[key] * found[key] for key in WEIGHTS) / sum(WEIGHTS.values()) == pytest.approx(mean, abs=1e-12)
     assert all(0 <= density <= 1 for density in found.values())
@@ -84,14 +100,20 @@ def test_hull_equals_a_naive_one() -> None:
         assert corners[0.0] >= values[-1]
         points = [(1.0, 0.0), *zip(GRID, values, strict=True), (0.0, corners[0.0])]
         for x, y in points:
-            chords = [a[1] + (b[1] - a[1]) * (a[0] - x) / (a[0] - b[0]) for a, b in itertools.combinations(points, 2) if a[0] >= x >= b[0]]
+            chords = [
+                a[1] + (b[1] - a[1]) * (a[0] - x) / (a[0] - b[0])
+                for a, b in itertools.combinations(points, 2)
+                if a[0] >= x >= b[0]
+            ]
             lowest = min([y, *chords])
             hull = float(np.interp(x, sorted(corners), [corners[at] for at in sorted(corners)]))
             assert hull == pytest.approx(lowest, abs=1e-9)
 
 
 class Known:
-    """A judge of plans that are levels: `loss(level)` nats of divergence, `rough(level)` on a part of the windows; it counts its whole passes."""
+    """A judge of plans that are levels: `loss(level)` nats of divergence, `rough(level)` on a part of the windows; it
+    counts its whole passes.
+    """
 
     def __init__(self, loss: Callable[[float], float], rough: Callable[[float], float] | None = None) -> None:
         self.curve, self.rough, self.passes = loss, rough or loss, 0
@@ -102,7 +124,9 @@ class Known:
 
 
 def level_of(judge: Known, max_kl: float) -> float | None:
-    found = sparsest(cast("Callable[[float], Plan]", lambda level: level), cast(Judge, judge), Budget(max_kl=max_kl), LOW, HIGH)
+    found = sparsest(
+        cast("Callable[[float], Plan]", lambda level: level), cast(Judge, judge), Budget(max_kl=max_kl), LOW, HIGH
+    )
     if found is None:
         return None
     level, plan, loss = found
@@ -138,15 +162,23 @@ def test_the_tightest_bound_decides() -> None:
     assert loss.share(Budget(max_kl=0.06)) == pytest.approx(0.5)
     assert loss.share(Budget(max_ppl_increase=0.04, max_kl=0.06)) == pytest.approx(math.log(1.02) / math.log(1.04))
     assert loss.share(Budget(max_ppl_increase=0.04, max_kl=0.01)) == pytest.approx(3.0)
-    assert loss.share(Budget(max_kl=0.0)) > 1 and Loss(0.0, 0.0, {}).share(Budget(max_kl=0.0, max_ppl_increase=0.0)) <= 1
+    assert (
+        loss.share(Budget(max_kl=0.0)) > 1 and Loss(0.0, 0.0, {}).share(Budget(max_kl=0.0, max_ppl_increase=0.0)) <= 1
+    )
 
 
 def test_a_shift_keeps_more() -> None:
     g = torch.Generator().manual_seed(0)
     tau, logits = torch.rand(N, generator=g), torch.randn(50, N, generator=g)
-    plan: Plan = {Site(0): [Threshold("gate", tau, 0.5)], Site(1): [Predictor(torch.zeros(2, D), torch.zeros(N, 2), tau - 0.5, 0.5)]}
+    plan: Plan = {
+        Site(0): [Threshold("gate", tau, 0.5)],
+        Site(1): [Predictor(torch.zeros(2, D), torch.zeros(N, 2), tau - 0.5, 0.5)],
+    }
     scores = {site: logits.abs() if site.layer == 0 else logits for site in plan}
-    kept = {site: [float((score > shifted(plan, s)[site][0].tau).float().mean()) for s in range(-2, 3)] for site, score in scores.items()}
+    kept = {
+        site: [float((score > shifted(plan, s)[site][0].tau).float().mean()) for s in range(-2, 3)]
+        for site, score in scores.items()
+    }
     for shares in kept.values():
         assert all(one < other for one, other in itertools.pairwise(shares)) and shares[-1] - shares[0] > 0.2
     assert torch.equal(shifted(plan, 0.0)[Site(0)][0].tau, tau)
@@ -195,7 +227,9 @@ def test_losses_are_those_of_the_verification(model: Any, keep_bytes: float, mon
     remove_plan(model)
     for _ in range(2):  # the second time the dense side is there already
         loss = judge.loss(plan)
-        assert loss.nll == pytest.approx(whole.nll - whole.nll_dense, abs=1e-5) and loss.kl == pytest.approx(whole.kl, abs=1e-5)
+        assert loss.nll == pytest.approx(whole.nll - whole.nll_dense, abs=1e-5) and loss.kl == pytest.approx(
+            whole.kl, abs=1e-5
+        )
         assert {site.key: share for site, share in loss.density.items()} == pytest.approx(whole.site_density, abs=1e-12)
     part = judge.loss(plan, every=3)
     assert part.kl == pytest.approx(few.kl, abs=1e-5) and abs(part.kl - whole.kl) > 1e-4
@@ -240,7 +274,10 @@ def test_sensitivities_equal_brute_force(model: Any, monkeypatch: pytest.MonkeyP
 
 def test_a_key_governs_its_own_sites_only() -> None:
     sites = [Site(layer, kind=kind) for layer in range(12) for kind in ("ffn", "linear:q_proj", "linear:o_proj")]
-    assert [site.key for site in sites if governs("layers.1", site)] == ["layers.1.linear.q_proj", "layers.1.linear.o_proj"]
+    assert [site.key for site in sites if governs("layers.1", site)] == [
+        "layers.1.linear.q_proj",
+        "layers.1.linear.o_proj",
+    ]
     assert [site.key for site in sites if governs("layers.1.ffn", site)] == ["layers.1.ffn"]
     seen: dict[tuple[int, ...], int] = {}
 
@@ -271,6 +308,12 @@ def test_a_budget_is_decided_on_as_few_windows_as_are_sure(model: Any, monkeypat
         loss, budget = judge.loss(plan, budget=Budget(max_kl=whole.kl * share)), Budget(max_kl=whole.kl * share)
         assert used == list(range(groups)), "16 windows at least"
         assert (loss.share(budget) <= 1) == (share >= 1)
-    assert loss.share(budget, 4) < 1 and loss.is_decided(budget) and not whole.is_decided(Budget(max_kl=whole.kl * 1.01))
-    both = Budget(max_kl=whole.kl * 100, max_ppl_increase=math.expm1(whole.nll)) if whole.nll > 0 else Budget(max_kl=whole.kl)
+    assert (
+        loss.share(budget, 4) < 1 and loss.is_decided(budget) and not whole.is_decided(Budget(max_kl=whole.kl * 1.01))
+    )
+    both = (
+        Budget(max_kl=whole.kl * 100, max_ppl_increase=math.expm1(whole.nll))
+        if whole.nll > 0
+        else Budget(max_kl=whole.kl)
+    )
     assert not whole.is_decided(both), "the tightest bound decides"

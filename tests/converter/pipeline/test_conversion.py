@@ -1,4 +1,6 @@
-"""convert end to end: every architecture, resume, refusal, full disks, interruption. Nothing half-written is ever left."""
+"""convert end to end: every architecture, resume, refusal, full disks, interruption. Nothing half-written
+is ever left.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +43,18 @@ from sparsegate.runtime_onnx.errors import InputError
 from sparsegate.runtime_onnx.library import library_path
 
 SPEED = {
-    "settings": {"threads": 1, "prompt_tokens": 4, "new_tokens": 4}, "command": "c", "quiet": True, "decode": {"ratio": 2.0},
+    "settings": {"threads": 1, "prompt_tokens": 4, "new_tokens": 4},
+    "command": "c",
+    "quiet": True,
+    "decode": {"ratio": 2.0},
     "baseline": {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 3.0, "provider": "CPUExecutionProvider"},
-    "candidate": {"prefill_tokens_per_s": 2.0, "decode_tokens_per_s": 6.0, "provider": "CPUExecutionProvider", "executor": "kernel"},
-}  # fmt: skip
+    "candidate": {
+        "prefill_tokens_per_s": 2.0,
+        "decode_tokens_per_s": 6.0,
+        "provider": "CPUExecutionProvider",
+        "executor": "kernel",
+    },
+}
 LIKE_LLAMA = ("mistral", "qwen2", "qwen3", "smollm3", "granite")
 """Their parts have tests of their own, and their whole chain is that of a Llama."""
 TUNE = {"steps": 3, "data": 16, "windows": 2, "precision": "fp32"}
@@ -72,8 +82,12 @@ def converted(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     return result.folder
 
 
-@pytest.mark.parametrize("model_type", [pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_LLAMA else []) for name in MODEL_TYPES])
-def test_every_architecture_goes_through_the_whole_chain(model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_LLAMA else []) for name in MODEL_TYPES]
+)
+def test_every_architecture_goes_through_the_whole_chain(
+    model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     result = convert(recipe=small_recipe(tiny_model(model_type), tmp_path), output=out)
     assert result.report is not None
@@ -103,18 +117,34 @@ def test_every_method_is_measured_and_the_chosen_one_alone_exported_and_timed(co
     (chosen,) = (row.method for row in report.rows if row.selected)
     least = min((row for row in report.rows if row.method != "dense"), key=lambda row: row.kl)
     assert least.method == chosen, "without a budget the least divergence decides"
-    for folder, names in (("plan", NEURON_METHODS), ("quality", NEURON_METHODS), ("checkpoint", [chosen]), ("onnx", [chosen]), ("measured", [chosen])):
+    for folder, names in (
+        ("plan", NEURON_METHODS),
+        ("quality", NEURON_METHODS),
+        ("checkpoint", [chosen]),
+        ("onnx", [chosen]),
+        ("measured", [chosen]),
+    ):
         assert {path.name for path in (work / folder).iterdir()} == set(names), folder
     assert {path.name.partition("-")[0] for path in (work / "trained").iterdir()} == {"trained_gate", "predictor"}
-    assert {row.method: row.decode_tokens_per_second for row in report.rows if row.decode_tokens_per_second} == {"dense": 3.0, chosen: 6.0}
-    assert all(abs(row.density - 0.6) < 0.05 and row.kl > 0 and row.block_cost for row in report.rows if row.method != "dense")
+    assert {row.method: row.decode_tokens_per_second for row in report.rows if row.decode_tokens_per_second} == {
+        "dense": 3.0,
+        chosen: 6.0,
+    }
+    assert all(
+        abs(row.density - 0.6) < 0.05 and row.kl > 0 and row.block_cost for row in report.rows if row.method != "dense"
+    )
 
 
 def test_the_result_is_what_the_manifest_says(converted: Path) -> None:
     manifest = read_manifest(converted)
-    assert {"config.json", "model.safetensors", "sparsity/sparsity.safetensors", "onnx/model.onnx", "onnx/genai_config.json", "README.md"} <= set(
-        manifest.files
-    )
+    assert {
+        "config.json",
+        "model.safetensors",
+        "sparsity/sparsity.safetensors",
+        "onnx/model.onnx",
+        "onnx/genai_config.json",
+        "README.md",
+    } <= set(manifest.files)
     assert "header.json" not in manifest.files and "onnx/header.json" not in manifest.files
     assert manifest.budget["sparsity"] == 0.4
     assert str(converted.parent) not in manifest.recipe["model"]
@@ -128,7 +158,9 @@ def test_verify_fails_loudly_on_a_changed_threshold_and_a_broken_budget(converte
     name = next(key for key in tensors if key.endswith("tau"))
     tensors[name] = tensors[name] + 10.0
     save_file(tensors, path)
-    failed = {check.name for check in verify(folder, calibration=converted.parent / "text.txt").checks if not check.passed}
+    failed = {
+        check.name for check in verify(folder, calibration=converted.parent / "text.txt").checks if not check.passed
+    }
     assert {"files", "body ops", "kernel ops", "quality as recorded"} <= failed
     with pytest.raises(InputError, match="must be the text that the checkpoint was made with"):
         verify(folder, calibration=converted / "config.json")
@@ -138,12 +170,16 @@ def test_verify_fails_loudly_on_a_changed_threshold_and_a_broken_budget(converte
     raw = json.loads((folder / "manifest.json").read_text())
     raw["budget"]["max_kl"] = 1e-9
     (folder / "manifest.json").write_text(json.dumps(raw))
-    failed = {check.name for check in verify(folder, calibration=converted.parent / "text.txt").checks if not check.passed}
+    failed = {
+        check.name for check in verify(folder, calibration=converted.parent / "text.txt").checks if not check.passed
+    }
     assert failed == {"KL to dense", "manifest"}
     assert any(check.name == "budget" and check.note.startswith("not judged") for check in verify(folder).checks)
 
 
-def test_verify_fails_on_files_off_the_list_and_on_costs_that_were_not_measured(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_fails_on_files_off_the_list_and_on_costs_that_were_not_measured(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verify_module, "check_onnx", lambda *_: [])
     folder = shutil.copytree(converted, tmp_path / "out")
     manifest = read_manifest(folder)
@@ -156,7 +192,9 @@ def test_verify_fails_on_files_off_the_list_and_on_costs_that_were_not_measured(
         ({"budget": manifest.budget | {"max_kl": 90.0}}, {"manifest"}),
     ):
         write_manifest(folder, manifest.model_copy(update=change))
-        assert {check.name for check in verify(folder, calibration=converted.parent / "text.txt").checks if not check.passed} == names, change
+        assert {
+            check.name for check in verify(folder, calibration=converted.parent / "text.txt").checks if not check.passed
+        } == names, change
 
 
 def test_verify_compares_with_the_source(converted: Path, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -169,7 +207,9 @@ def test_verify_compares_with_the_source(converted: Path, tiny_model: Callable[[
 
 def test_stock_transformers_loads_the_dense_model(converted: Path, tiny_model: Callable[[str], Path]) -> None:
     tokens = torch.arange(12)[None] + 5
-    assert torch.equal(load_dense(converted)(input_ids=tokens).logits, load_dense(tiny_model("llama"))(input_ids=tokens).logits)
+    assert torch.equal(
+        load_dense(converted)(input_ids=tokens).logits, load_dense(tiny_model("llama"))(input_ids=tokens).logits
+    )
     assert not torch.equal(load(converted)(input_ids=tokens).logits, load_dense(converted)(input_ids=tokens).logits)
 
 
@@ -186,23 +226,39 @@ def test_the_same_again_is_up_to_date_and_another_is_refused(converted: Path) ->
 
 
 def test_up_to_date_is_only_what_is_whole(converted: Path, tmp_path: Path) -> None:
-    """A small file by its hash, weights by their size; and what was taken off the list, and a manifest of no files, are not up to date either."""
+    """A small file by its hash, weights by their size; and what was taken off the list, and a manifest of no files, are
+    not up to date either.
+    """
     recipe, out = converted.parent / "recipe.yaml", shutil.copytree(converted, tmp_path / "out")
     assert convert(recipe=recipe, output=out).up_to_date
     for name, spoil, reason in (
-        ("onnx/model.onnx", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), "onnx/model.onnx has other bytes"),
+        (
+            "onnx/model.onnx",
+            lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
+            "onnx/model.onnx has other bytes",
+        ),
         ("model.safetensors", lambda path: path.unlink(), "model.safetensors is missing"),
-        ("manifest.json", lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | {"files": {}})), "is not listed"),
+        (
+            "manifest.json",
+            lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | {"files": {}})),
+            "is not listed",
+        ),
     ):
         spoil(out / name)
-        with pytest.raises(InputError, match=f"OUT must be as its manifest.json says, got .*{reason}.* Remove the folder and run the same command again"):
+        with pytest.raises(
+            InputError,
+            match=f"OUT must be as its manifest.json says, got .*{reason}.* Remove the folder and run the same command "
+            "again",
+        ):
             convert(recipe=recipe, output=out)
         shutil.copyfile(converted / name, out / name)
     (out / "README.md").write_text("edited by hand")
     assert convert(recipe=recipe, output=out).up_to_date
 
 
-def test_an_output_that_is_something_else_is_refused_and_kept(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_output_that_is_something_else_is_refused_and_kept(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("mine")
@@ -218,11 +274,15 @@ def test_two_conversions_with_one_seed_give_the_same_weights(converted: Path, tm
         assert first[name] == second[name], name
 
 
-def test_executors_that_disagreed_are_judged_again(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_executors_that_disagreed_are_judged_again(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe, judged = write_recipe(tiny_model("llama"), tmp_path), candidates.check_onnx
     timed: list[Path] = []
     monkeypatch.setattr(candidates, "_speed", lambda base, onnx, texts: timed.append(onnx) or {})
-    monkeypatch.setattr(candidates, "check_onnx", lambda *_: [Check(name="kernel ops", value=2.0, bound=1.0, passed=False)])
+    monkeypatch.setattr(
+        candidates, "check_onnx", lambda *_: [Check(name="kernel ops", value=2.0, bound=1.0, passed=False)]
+    )
     with pytest.raises(InputError, match="executors must agree, got gate: kernel ops 2 against 1"):
         convert(recipe=recipe, output=tmp_path / "out")
     assert not timed, "what is refused is not timed"
@@ -231,7 +291,9 @@ def test_executors_that_disagreed_are_judged_again(tiny_model: Callable[[str], P
     monkeypatch.setattr(candidates, "check_onnx", judged)
     convert(recipe=recipe, output=tmp_path / "out", keep_stages=True)
     stored = json.loads((measured / "measured.json").read_text(encoding="utf-8"))
-    (measured / "measured.json").write_text(json.dumps(stored | {"checks": [row | {"passed": False} for row in stored["checks"]]}), encoding="utf-8")
+    (measured / "measured.json").write_text(
+        json.dumps(stored | {"checks": [row | {"passed": False} for row in stored["checks"]]}), encoding="utf-8"
+    )
     shutil.rmtree(tmp_path / "out")  # as an older version stored a disagreement
     report = convert(recipe=recipe, output=tmp_path / "out").report
     assert report is not None and all(check.passed for check in report.checks) and len(timed) == 2
@@ -249,8 +311,12 @@ def one_method(method: str, **config: object) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("method", ["chess", "chess+wina"])
-def test_a_budget_is_searched(method: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The divergence comes near the budget on the search windows; on others, of a text this short, it lands somewhere near."""
+def test_a_budget_is_searched(
+    method: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The divergence comes near the budget on the search windows; on others, of a text this short, it lands somewhere
+    near.
+    """
     met: list[float] = []
     real = schedule.sparsest
 
@@ -266,20 +332,36 @@ def test_a_budget_is_searched(method: str, tiny_model: Callable[[str], Path], tm
     assert len(met) == 1 and 0.2 * 0.9 < met[0] <= 0.2
     manifest = read_manifest(result.folder)
     assert manifest.budget == {"max_ppl_increase": None, "max_kl": 0.2, "sparsity": None, "searched": True}
-    assert result.report is not None and result.report.chosen.block_cost is not None and 0.05 < result.report.chosen.block_cost < 1
-    assert {site.kind.partition(":")[0] for site in read_plan(result.folder)} == ({"ffn"} if method == "chess" else {"ffn", "linear"})
+    assert (
+        result.report is not None
+        and result.report.chosen.block_cost is not None
+        and 0.05 < result.report.chosen.block_cost < 1
+    )
+    assert {site.kind.partition(":")[0] for site in read_plan(result.folder)} == (
+        {"ffn"} if method == "chess" else {"ffn", "linear"}
+    )
     assert all(layer.density_target is None for layer in result.report.layers)
     found = {check.name: check for check in verify(result.folder, calibration=tmp_path / "text.txt").checks}
-    assert found["KL to dense"].note.startswith("asked for 0.2 and met by search") and found["kernel logits"].passed and "density off target" not in found
+    assert (
+        found["KL to dense"].note.startswith("asked for 0.2 and met by search")
+        and found["kernel logits"].passed
+        and "density off target" not in found
+    )
 
 
-def test_a_trained_method_goes_down_to_its_budget(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trained_method_goes_down_to_its_budget(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(schedule, "LEVELS", (0.75, 0.5, 0.25))
     monkeypatch.setattr(verification, "UNSEEN_KL", 9.0)
-    recipe = small_recipe(tiny_model("llama"), tmp_path, stages=one_method("predictor", tune=TUNE), budget={"max_kl": 0.3})
+    recipe = small_recipe(
+        tiny_model("llama"), tmp_path, stages=one_method("predictor", tune=TUNE), budget={"max_kl": 0.3}
+    )
     result = convert(recipe=recipe, output=tmp_path / "out", keep_stages=True)
     levels = sorted(path.name for path in (tmp_path / "out.work" / "trained").iterdir())
-    assert levels[-1] == "predictor-budget-0.750" and set(levels) <= {f"predictor-budget-{level:.3f}" for level in schedule.LEVELS}
+    assert levels[-1] == "predictor-budget-0.750" and set(levels) <= {
+        f"predictor-budget-{level:.3f}" for level in schedule.LEVELS
+    }
     (row,) = (row for row in result.report.rows if row.selected) if result.report else ()
     assert 0 < row.kl and 0.05 < row.density < 0.98 and read_manifest(result.folder).budget["searched"] is True
 
@@ -292,19 +374,38 @@ def test_a_searched_budget_that_no_method_meets(tiny_model: Callable[[str], Path
 
 
 def test_calibration_on_text_of_the_model_itself(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    """What is measured on is the bundled text; a user's own text stays unknown to it, and the same again samples nothing."""
-    recipe = small_recipe(tiny_model("llama"), tmp_path, stages=one_method("gate"), calibration={"generated": True, "windows": 4, "length": 40})
+    """What is measured on is the bundled text; a user's own text stays unknown to it, and the same again samples
+    nothing.
+    """
+    recipe = small_recipe(
+        tiny_model("llama"),
+        tmp_path,
+        stages=one_method("gate"),
+        calibration={"generated": True, "windows": 4, "length": 40},
+    )
     result = convert(recipe=recipe, output=tmp_path / "out", keep_stages=True)
-    assert result.report is not None and result.report.calibration.name == "text sampled from the dense model" and result.report.calibration.tokens == 160
-    assert result.report.evaluation is not None and result.report.evaluation.name == "Python standard library modules, held out"
+    assert (
+        result.report is not None
+        and result.report.calibration.name == "text sampled from the dense model"
+        and result.report.calibration.tokens == 160
+    )
+    assert (
+        result.report.evaluation is not None
+        and result.report.evaluation.name == "Python standard library modules, held out"
+    )
     tokens = load_file(tmp_path / "out.work" / "generated" / "tokens.safetensors")["tokens"]
-    assert tokens.shape == (4, 40) and Batches(tokens, torch.ones_like(tokens, dtype=torch.bool)).sha256 == result.report.calibration.hash
+    assert (
+        tokens.shape == (4, 40)
+        and Batches(tokens, torch.ones_like(tokens, dtype=torch.bool)).sha256 == result.report.calibration.hash
+    )
     assert read_manifest(result.folder).calibration["file"] is None and verify(result.folder).passed
     shutil.rmtree(tmp_path / "out.work")
     assert convert(recipe=recipe, output=tmp_path / "out").up_to_date and not (tmp_path / "out.work").exists()
 
 
-def test_imported_predictors_decide_as_in_their_own_system(converted: Path, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_imported_predictors_decide_as_in_their_own_system(
+    converted: Path, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Trained predictors go out and come in again: the same density, no wish for any."""
     plan = load_plan(converted.with_name("out.work") / "plan" / "predictor")
     folder = export_predictors(plan, tmp_path / "predictors", bias=True)
@@ -313,16 +414,25 @@ def test_imported_predictors_decide_as_in_their_own_system(converted: Path, tiny
     assert result.report is not None and result.report.chosen.method == "imported"
     assert read_manifest(result.folder).budget["sparsity"] is None and str(tmp_path) not in str(result.report.recipe)
     (before,) = (row for row in Report.load(converted / RESULTS).rows if row.method == "predictor")
-    assert result.report.chosen.density == pytest.approx(before.density, abs=1e-3) and result.report.chosen.kl == pytest.approx(before.kl, rel=0.02)
+    assert result.report.chosen.density == pytest.approx(
+        before.density, abs=1e-3
+    ) and result.report.chosen.kl == pytest.approx(before.kl, rel=0.02)
     assert all(layer.recall is not None and layer.density_target is None for layer in result.report.layers)
 
 
 def test_labels_of_an_oracle(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     stages = one_method("predictor", sparsity=0.4, loss="cross_entropy", score="corrected_gxo", steps=40, batch=64)
-    result = convert(recipe=small_recipe(tiny_model("llama"), tmp_path, stages=stages), output=tmp_path / "out", keep_stages=True)
-    assert result.report is not None and all(layer.recall is not None and layer.recall > 0.6 for layer in result.report.layers)
+    result = convert(
+        recipe=small_recipe(tiny_model("llama"), tmp_path, stages=stages), output=tmp_path / "out", keep_stages=True
+    )
+    assert result.report is not None and all(
+        layer.recall is not None and layer.recall > 0.6 for layer in result.report.layers
+    )
     assert (tmp_path / "out.work" / "stats_labels" / "layers.1.ffn" / "header.json").is_file()
-    assert not list((tmp_path / "out.work").rglob("samples.*.safetensors")) and not (tmp_path / "out.work" / "trained").exists()
+    assert (
+        not list((tmp_path / "out.work").rglob("samples.*.safetensors"))
+        and not (tmp_path / "out.work" / "trained").exists()
+    )
 
 
 def test_a_neuron_whose_up_is_always_zero(tmp_path: Path) -> None:
@@ -334,7 +444,10 @@ def test_a_neuron_whose_up_is_always_zero(tmp_path: Path) -> None:
     for layer in (0, 1):
         tensors[f"model.layers.{layer}.mlp.up_proj.weight"][5] = 0.0
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    result = convert(recipe=small_recipe(model, tmp_path, stages=one_method("trained_gate", sparsity=0.4, tune=TUNE)), output=tmp_path / "out")
+    result = convert(
+        recipe=small_recipe(model, tmp_path, stages=one_method("trained_gate", sparsity=0.4, tune=TUNE)),
+        output=tmp_path / "out",
+    )
     for (entry,) in read_plan(result.folder).values():
         assert bool(entry.tau.isfinite().all()) and float(entry.tau[5]) > 1e3 > float(entry.tau[:5].max())
 
@@ -358,7 +471,9 @@ def test_a_recipe_excludes_the_flags_that_it_covers(converted: Path) -> None:
 
 
 @pytest.mark.parametrize("text, reason", [("", "empty"), ("x = 1\n", "at least 512 tokens")])
-def test_empty_or_short_calibration_text_is_refused(text: str, reason: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_empty_or_short_calibration_text_is_refused(
+    text: str, reason: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     (tmp_path / "text.txt").write_text(text)
     with pytest.raises(InputError, match=reason):
         convert(str(tiny_model("llama")), output=tmp_path / "out", calibration=tmp_path / "text.txt")
@@ -385,7 +500,9 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_next_run_goes_on(
     assert {path: path.stat().st_mtime_ns for path in plans} == plans
 
 
-def test_an_interruption_of_the_last_step_costs_nothing(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_of_the_last_step_costs_nothing(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = small_recipe(tiny_model("llama"), tmp_path)
 
     def interrupted(*_: object) -> None:
@@ -401,17 +518,24 @@ def test_an_interruption_of_the_last_step_costs_nothing(tiny_model: Callable[[st
     assert all((out / name).stat().st_nlink == 1 for name in ("model.safetensors", "onnx/model.onnx.data"))
     (tmp_path / "out.work").mkdir()
     os.link(out / "config.json", tmp_path / "out.work" / "config.json")
-    assert convert(recipe=recipe, output=out).up_to_date and (tmp_path / "out.work" / "config.json").exists(), "no folder of ours"
+    assert convert(recipe=recipe, output=out).up_to_date and (tmp_path / "out.work" / "config.json").exists(), (
+        "no folder of ours"
+    )
 
 
 def run_cli(arguments: list[str], preamble: str = "") -> subprocess.Popen[str]:
     code = f"{preamble}\nimport sys\nfrom sparsegate.converter.cli import main\nmain(sys.argv[1:])"
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_a_file_size_limit_ends_in_one_line(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = small_recipe(tiny_model("llama"), tmp_path)
-    limit = "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))"
+    limit = (
+        "import resource, signal\nsignal.signal(signal.SIGXFSZ, "
+        "signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))"
+    )
     child = run_cli(["convert", "--recipe", str(recipe), "-o", str(tmp_path / "out")], limit)
     _, errors = child.communicate(timeout=120)
     assert child.returncode == 2
@@ -420,8 +544,12 @@ def test_a_file_size_limit_ends_in_one_line(tiny_model: Callable[[str], Path], t
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.partial-*"))
 
 
-def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    recipe = small_recipe(tiny_model("llama"), tmp_path, stages=one_method("predictor", sparsity=0.4, tune=TUNE | {"steps": 100000}))
+def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = small_recipe(
+        tiny_model("llama"), tmp_path, stages=one_method("predictor", sparsity=0.4, tune=TUNE | {"steps": 100000})
+    )
     terminal = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"  # whatever the caller ignores
     child = run_cli(["convert", "--recipe", str(recipe), "-o", str(tmp_path / "out")], terminal)
     finished = tmp_path / "out.work" / "stats" / "layers.1.ffn" / "header.json"
@@ -440,7 +568,9 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_next_run_goes_on(tiny_model:
     assert finished.stat().st_mtime_ns == stamp
 
 
-def test_a_wrong_base_graph_stops_the_conversion(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_base_graph_stops_the_conversion(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from models import make_model
 
     other = make_model("llama", tmp_path / "other", seed=5)

@@ -25,7 +25,15 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 def test_doctor(call: Callable[..., Done]) -> None:
     done = call("doctor")
     assert (done.status, done.err) == (0, "") and done.out.splitlines()[-1] == "nothing is missing"
-    for name in ("python", "torch", "onnxruntime", "execution providers", "cpu features", "native library", "cuda in torch"):
+    for name in (
+        "python",
+        "torch",
+        "onnxruntime",
+        "execution providers",
+        "cpu features",
+        "native library",
+        "cuda in torch",
+    ):
         assert f"\n{name} " in done.out, name
     found = json.loads(call("doctor", "--json").out)
     assert found["remedies"] == [] and str(runtime.library_path()) in found["facts"]["native library"]
@@ -41,8 +49,12 @@ def test_doctor(call: Callable[..., Done]) -> None:
         ("", "onnxruntime-gpu", "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"),
     ],
 )
-def test_doctor_names_the_command_that_mends(missing: str, added: str, remedy: str, call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {name: version for name, version in diagnosis.installed_versions().items() if name != missing} | ({added: "1.30"} if added else {})
+def test_doctor_names_the_command_that_mends(
+    missing: str, added: str, remedy: str, call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {name: version for name, version in diagnosis.installed_versions().items() if name != missing} | (
+        {added: "1.30"} if added else {}
+    )
     monkeypatch.setattr(diagnosis, "installed_versions", lambda: versions)
     done = call("doctor")
     lines = [line for line in done.out.splitlines() if line.startswith("missing: ")]
@@ -58,10 +70,16 @@ def test_doctor_says_how_to_build_the_cuda_kernels(call: Callable[..., Done], mo
         assert call("doctor").out.count("-C cmake.define.SPARSEGATE_CUDA=ON") == lines
 
 
-def test_doctor_finds_packages_that_do_not_import_and_a_missing_library(call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_finds_packages_that_do_not_import_and_a_missing_library(
+    call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     done = call("doctor")
-    assert done.status == 1 and "missing: pip install --force-reinstall --no-deps onnxruntime" in done.out and "onnxruntime import" in done.out
+    assert (
+        done.status == 1
+        and "missing: pip install --force-reinstall --no-deps onnxruntime" in done.out
+        and "onnxruntime import" in done.out
+    )
 
     def none() -> Path:
         raise ValueError("the library must lie in the package, got none")
@@ -69,4 +87,8 @@ def test_doctor_finds_packages_that_do_not_import_and_a_missing_library(call: Ca
     monkeypatch.undo()
     monkeypatch.setattr(diagnosis.library, "library_path", none)
     done = call("doctor")
-    assert done.status == 1 and "missing: pip install --force-reinstall --no-deps sparsegate" in done.out and "got none" in done.out
+    assert (
+        done.status == 1
+        and "missing: pip install --force-reinstall --no-deps sparsegate" in done.out
+        and "got none" in done.out
+    )

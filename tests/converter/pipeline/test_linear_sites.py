@@ -1,4 +1,6 @@
-"""Linear sites and residuals on gate thresholds: plans, checkpoints, and the torch executor against hooks and loops that gather only what is kept."""
+"""Linear sites and residuals on gate thresholds: plans, checkpoints, and the torch executor against hooks and loops
+that gather only what is kept.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,17 @@ from sparsegate.converter.arch import Arch, load_arch
 from sparsegate.converter.arch.shapes import linear_rows, linear_shapes
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.cost import block_cost, cost, mlp_cost
-from sparsegate.converter.checkpoint.plan import LINEARS, Entry, Plan, Predictor, Threshold, check_plan, load_plan, merge, save_plan
+from sparsegate.converter.checkpoint.plan import (
+    LINEARS,
+    Entry,
+    Plan,
+    Predictor,
+    Threshold,
+    check_plan,
+    load_plan,
+    merge,
+    save_plan,
+)
 from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.checkpoint.sparsity import encode, read_sparsity, write_sparsity
 from sparsegate.converter.checkpoint.stage import Header, write_json
@@ -40,13 +52,19 @@ def input_plan(arch: Arch, config: Any, names: tuple[str, ...] = LINEARS, seed: 
     for layer in range(2):
         for name, (_, width) in linear_shapes(arch, config).items():
             if name in names:
-                found[linear(layer, name)] = [Threshold("input", (0.1 if name == "down_proj" else 0.5) * torch.rand(width, generator=g), 0.5)]
+                found[linear(layer, name)] = [
+                    Threshold("input", (0.1 if name == "down_proj" else 0.5) * torch.rand(width, generator=g), 0.5)
+                ]
     return found
 
 
 def residual_entry(seed: int = 0) -> Threshold:
     g = torch.Generator().manual_seed(seed)
-    tau, fc1, residual = 0.2 + 0.3 * torch.rand(N, generator=g), torch.randn(R, D, generator=g) / 8, torch.randn(R, D, generator=g) / 4
+    tau, fc1, residual = (
+        0.2 + 0.3 * torch.rand(N, generator=g),
+        torch.randn(R, D, generator=g) / 8,
+        torch.randn(R, D, generator=g) / 4,
+    )
     return Threshold("gate", tau, 0.5, fc1, residual)
 
 
@@ -112,7 +130,9 @@ def test_one_linear_alone(model_type: str, name: str, tiny_model: Callable[[str]
         assert (model_type, name) == ("phi", "gate_proj")
         return
     expected = logits(by_hand(load_dense(folder), arch, plan))
-    torch.testing.assert_close(logits(apply_plan(model, plan, arch, arch.activation(model.config))), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        logits(apply_plan(model, plan, arch, arch.activation(model.config))), expected, rtol=1e-5, atol=1e-4
+    )
     (entry,) = plan[linear(1, name)]
     plan[linear(1, name)] = [Threshold("input", entry.tau.index_fill(0, torch.tensor([3]), torch.inf), 0.5)]
     assert float((logits(by_hand(load_dense(folder), arch, plan)) - expected).abs().max()) > 1e-3
@@ -157,10 +177,14 @@ def test_recorder_counts_and_near(tiny_model: Callable[[str], Path]) -> None:
         module(x)
     for name in ("q_proj", "v_proj"):
         tau = plan[linear(0, name)][0].tau
-        assert seen.kept[linear(0, name)] == 2 * int((x.abs() > tau).sum()) and seen.seen[linear(0, name)] == 2 * x.numel()
+        assert (
+            seen.kept[linear(0, name)] == 2 * int((x.abs() > tau).sum()) and seen.seen[linear(0, name)] == 2 * x.numel()
+        )
         room = NEAR * (tau + x.square().mean(-1, keepdim=True).sqrt())
         assert torch.equal(seen.near[linear(0, name)], ((x.abs() - tau).abs() <= room).any(-1))
-    assert bool(seen.near[linear(0, "v_proj")][1, 2]) and not (x.abs() > entry.tau)[1, 2, 7], "at the threshold: not kept, and near"
+    assert bool(seen.near[linear(0, "v_proj")][1, 2]) and not (x.abs() > entry.tau)[1, 2, 7], (
+        "at the threshold: not kept, and near"
+    )
     assert set(seen.seen) == {linear(0, "q_proj"), linear(0, "v_proj")}
 
 
@@ -193,7 +217,11 @@ def gather_network(x: Tensor, mlp: Any, arch: Arch, activation: Any, entry: Entr
     rows = []
     for token in x.double().reshape(-1, D):
         y, fc1 = bias.clone(), entry.fc1
-        hidden = None if fc1 is None else torch.tensor([max(0.0, float(row @ token)) for row in fc1.double()], dtype=torch.float64)
+        hidden = (
+            None
+            if fc1 is None
+            else torch.tensor([max(0.0, float(row @ token)) for row in fc1.double()], dtype=torch.float64)
+        )
         for i in range(N):
             gate = activation(w_gate[i] @ token + b_gate[i])
             score = float(entry.fc2[i].double() @ hidden) if isinstance(entry, Predictor) else abs(float(gate))  # type: ignore[operator]
@@ -206,7 +234,9 @@ def gather_network(x: Tensor, mlp: Any, arch: Arch, activation: Any, entry: Entr
 
 
 def entry_at(kind: str, density: str, scores: Tensor) -> Tensor:
-    """Thresholds [n] for scores [T, n] that keep nothing, everything, one unit, or about a half; no score lies on one."""
+    """Thresholds [n] for scores [T, n] that keep nothing, everything, one unit, or about a half; no score
+    lies on one.
+    """
     tau = scores.quantile(0.5, dim=0) + 1e-4
     if density == "one":
         tau = torch.full_like(tau, torch.inf)
@@ -218,7 +248,9 @@ def entry_at(kind: str, density: str, scores: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", ["gate", "gate+residual", "predictor", "predictor+residual", "input"])
 @pytest.mark.parametrize("density", ["none", "all", "one", "half"])
 @torch.no_grad()
-def test_f22_gathering_equals_masking(model_type: str, kind: str, density: str, tiny_model: Callable[[str], Path]) -> None:
+def test_f22_gathering_equals_masking(
+    model_type: str, kind: str, density: str, tiny_model: Callable[[str], Path]
+) -> None:
     """n = 176 and d = 64 are multiples of no vector block of 48 or 128."""
     arch, model = load_arch(model_type), load_dense(tiny_model(model_type))
     g = torch.Generator().manual_seed(1)
@@ -227,13 +259,22 @@ def test_f22_gathering_equals_masking(model_type: str, kind: str, density: str, 
     if kind == "input":
         module, parts = next(iter(linear_rows(arch, model.config).items()))
         taus = {name: entry_at(kind, density, (x[0] * (1 + k / 4)).abs()) for k, name in enumerate(parts)}
-        apply_plan(model, {linear(0, name): [Threshold("input", tau, 0.5)] for name, tau in taus.items()}, arch, activation)
+        apply_plan(
+            model, {linear(0, name): [Threshold("input", tau, 0.5)] for name, tau in taus.items()}, arch, activation
+        )
         target = model.get_submodule(arch.block_prefix(0) + module)
-        pieces = [gather_linear(x, target.weight[at], None if target.bias is None else target.bias[at], taus[name]) for name, at in parts.items()]
+        pieces = [
+            gather_linear(x, target.weight[at], None if target.bias is None else target.bias[at], taus[name])
+            for name, at in parts.items()
+        ]
         expected = torch.cat(pieces, dim=-1)
     else:
         target = model.get_submodule(arch.ffn_module(0))
-        fc1, fc2, residual = torch.randn(R, D, generator=g) / 8, torch.randn(N, R, generator=g), torch.randn(R, D, generator=g)
+        fc1, fc2, residual = (
+            torch.randn(R, D, generator=g) / 8,
+            torch.randn(N, R, generator=g),
+            torch.randn(R, D, generator=g),
+        )
         if kind.startswith("predictor"):
             tau = entry_at("predictor", density, F.relu(x[0] @ fc1.T) @ fc2.T)
             entry: Entry = Predictor(fc1, fc2, tau, 0.5, residual if "+" in kind else None)
@@ -270,17 +311,28 @@ def bad_plans() -> list[tuple[Plan, tuple[str, ...]]]:
     r = torch.zeros(R, D)
     return [
         ({Site(0): [gate], linear(0, "up_proj"): [channel]}, ("layers.0.ffn", "up_proj")),
-        ({linear(0, "down_proj"): [Threshold("input", torch.zeros(N), 0.5)], Site(0): [gate]}, ("layers.0.ffn", "down_proj")),
+        (
+            {linear(0, "down_proj"): [Threshold("input", torch.zeros(N), 0.5)], Site(0): [gate]},
+            ("layers.0.ffn", "down_proj"),
+        ),
         ({Site(0): [channel]}, ("layers.0.ffn", "input")),
         ({linear(0, "q_proj"): [gate]}, ("layers.0.linear.q_proj", "gate")),
-        ({linear(0, "q_proj"): [Predictor(r, torch.zeros(D, R), torch.zeros(D), 0.5)]}, ("layers.0.linear.q_proj", "predictor")),
-        ({linear(0, "q_proj"): [Threshold("input", torch.zeros(D), 0.5, r, r)]}, ("layers.0.linear.q_proj", "residual")),
+        (
+            {linear(0, "q_proj"): [Predictor(r, torch.zeros(D, R), torch.zeros(D), 0.5)]},
+            ("layers.0.linear.q_proj", "predictor"),
+        ),
+        (
+            {linear(0, "q_proj"): [Threshold("input", torch.zeros(D), 0.5, r, r)]},
+            ("layers.0.linear.q_proj", "residual"),
+        ),
         ({linear(0, "z_proj"): [channel]}, ("layers.0.linear:z_proj".replace(":", "."), "q_proj")),
     ]
 
 
 @pytest.mark.parametrize(("plan", "words"), bad_plans())
-def test_plans_that_no_executor_has(plan: Plan, words: tuple[str, ...], tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_plans_that_no_executor_has(
+    plan: Plan, words: tuple[str, ...], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     model = load_dense(tiny_model("llama"))
     for call in (
         lambda: check_plan(plan),
@@ -314,10 +366,19 @@ def test_half_a_residual(given: str) -> None:
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        ({linear(0, "down_proj"): [Threshold("input", torch.zeros(D), 0.5)]}, ("layers.0.linear.down_proj.tau", "[176]", "[64]")),
+        (
+            {linear(0, "down_proj"): [Threshold("input", torch.zeros(D), 0.5)]},
+            ("layers.0.linear.down_proj.tau", "[176]", "[64]"),
+        ),
         ({linear(2, "q_proj"): [Threshold("input", torch.zeros(D), 0.5)]}, ("layers.2.linear.q_proj", "layers.1.ffn")),
-        ({Site(0): [Threshold("gate", torch.zeros(N), 0.5, torch.zeros(R, D), torch.zeros(R, D + 1))]}, ("residual.weight", "[5, 64]", "[5, 65]")),
-        ({Site(0): [Threshold("gate", torch.zeros(N), 0.5, torch.zeros(R, D + 1), torch.zeros(R, D))]}, ("residual.fc1.weight", "[5, 64]", "[5, 65]")),
+        (
+            {Site(0): [Threshold("gate", torch.zeros(N), 0.5, torch.zeros(R, D), torch.zeros(R, D + 1))]},
+            ("residual.weight", "[5, 64]", "[5, 65]"),
+        ),
+        (
+            {Site(0): [Threshold("gate", torch.zeros(N), 0.5, torch.zeros(R, D + 1), torch.zeros(R, D))]},
+            ("residual.fc1.weight", "[5, 64]", "[5, 65]"),
+        ),
     ],
 )
 def test_plan_of_another_model(plan: Plan, words: tuple[str, ...], tiny_model: Callable[[str], Path]) -> None:
@@ -329,7 +390,9 @@ def test_plan_of_another_model(plan: Plan, words: tuple[str, ...], tiny_model: C
 def test_plain_networks_have_no_gate(tiny_model: Callable[[str], Path]) -> None:
     model = load_dense(tiny_model("phi"))
     with pytest.raises(InputError, match="layers.0.linear.gate_proj"):
-        apply_plan(model, {linear(0, "gate_proj"): [Threshold("input", torch.zeros(D), 0.5)]}, load_arch("phi"), "gelu_tanh")
+        apply_plan(
+            model, {linear(0, "gate_proj"): [Threshold("input", torch.zeros(D), 0.5)]}, load_arch("phi"), "gelu_tanh"
+        )
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -337,8 +400,12 @@ def test_shapes_are_the_modules(model_type: str, tiny_model: Callable[[str], Pat
     arch, model = load_arch(model_type), load_dense(tiny_model(model_type))
     for module, parts in linear_rows(arch, model.config).items():
         weight = model.get_submodule(arch.block_prefix(1) + module).weight
-        assert [at.stop - at.start for at in parts.values()] == [linear_shapes(arch, model.config)[name][0] for name in parts]
-        assert max(at.stop for at in parts.values()) == weight.shape[0] and {linear_shapes(arch, model.config)[name][1] for name in parts} == {weight.shape[1]}
+        assert [at.stop - at.start for at in parts.values()] == [
+            linear_shapes(arch, model.config)[name][0] for name in parts
+        ]
+        assert max(at.stop for at in parts.values()) == weight.shape[0] and {
+            linear_shapes(arch, model.config)[name][1] for name in parts
+        } == {weight.shape[1]}
 
 
 # Costs
@@ -364,7 +431,9 @@ def test_costs_by_hand(tiny_model: Callable[[str], Path]) -> None:
 def test_cost_of_a_plain_network(tiny_model: Callable[[str], Path]) -> None:
     arch, config = load_arch("phi"), load_dense(tiny_model("phi")).config
     plan: Plan = {linear(layer, "down_proj"): [Threshold("input", torch.zeros(N), 0.5)] for layer in range(2)}
-    assert mlp_cost(plan, arch, config) == 0.75 and block_cost(plan, arch, config) == pytest.approx(1 - 0.5 * N * D / (4 * D * D + 2 * N * D))
+    assert mlp_cost(plan, arch, config) == 0.75 and block_cost(plan, arch, config) == pytest.approx(
+        1 - 0.5 * N * D / (4 * D * D + 2 * N * D)
+    )
 
 
 # Files
@@ -402,8 +471,19 @@ def test_checkpoint_round_trip(checkpoint: Path) -> None:
     written = read_json(checkpoint / "config.json", "config")["sparsity"]
     assert activations == {"layers.1.ffn": "silu"} and written["version"] == 1
     assert written["sites"]["layers.0.linear.q_proj"] == {"score": "input", "density": 0.3}
-    assert written["sites"]["layers.1.ffn"] == {"score": "gate", "activation": "silu", "density": 0.5, "rank": R, "residual": True}
-    assert [site.key for site in plan] == ["layers.0.linear.q_proj", "layers.0.linear.down_proj", "layers.1.linear.o_proj", "layers.1.ffn"]
+    assert written["sites"]["layers.1.ffn"] == {
+        "score": "gate",
+        "activation": "silu",
+        "density": 0.5,
+        "rank": R,
+        "residual": True,
+    }
+    assert [site.key for site in plan] == [
+        "layers.0.linear.q_proj",
+        "layers.0.linear.down_proj",
+        "layers.1.linear.o_proj",
+        "layers.1.ffn",
+    ]
     assert {"tau", "residual.fc1.weight", "residual.weight"} == set(plan[Site(1)][0].tensors())
 
 
@@ -417,7 +497,9 @@ def test_load_equals_apply(model_type: str, tiny_model: Callable[[str], Path], t
     found = logits(load(tmp_path / "out"))
     assert torch.equal(found, logits(apply_plan(model, plan, arch, "silu")))
     entry = residual_entry()
-    without = apply_plan(load_dense(tiny_model(model_type)), plan | {Site(1): [Threshold("gate", entry.tau, 0.5)]}, arch, "silu")
+    without = apply_plan(
+        load_dense(tiny_model(model_type)), plan | {Site(1): [Threshold("gate", entry.tau, 0.5)]}, arch, "silu"
+    )
     assert float((logits(without) - found).abs().max()) > 1e-2, "the residual must matter"
 
 
@@ -434,13 +516,17 @@ def test_load_equals_apply(model_type: str, tiny_model: Callable[[str], Path], t
         ("layers.0.linear.q_proj", {"density": 2}, ("0 to 1", "2")),
     ],
 )
-def test_checkpoint_vocabulary_is_closed(checkpoint: Path, key: str, change: dict[str, Any], words: tuple[str, ...]) -> None:
+def test_checkpoint_vocabulary_is_closed(
+    checkpoint: Path, key: str, change: dict[str, Any], words: tuple[str, ...]
+) -> None:
     raw = read_json(checkpoint / "config.json", "config")
     raw["sparsity"]["sites"][key] |= change
     write_json(checkpoint / "config.json", raw)
     with pytest.raises(InputError) as error:
         read_sparsity(checkpoint)
-    assert key in str(error.value) and all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(error.value)
+    assert (
+        key in str(error.value) and all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    ), str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,14 @@ from sparsegate.runtime_onnx.errors import InputError
 
 
 def recipe(method: str, budget: dict[str, float] | None = None, seed: int = 3, **config: Any) -> Recipe:
-    return make_recipe({"model": "m", "seed": seed, "stages": [{"method": method, "config": config}], "budget": budget or {}})
+    return make_recipe(
+        {"model": "m", "seed": seed, "stages": [{"method": method, "config": config}], "budget": budget or {}}
+    )
 
 
-def flags(method: str | None = None, sparsity: float | None = None, ppl: float | None = None, kl: float | None = None) -> Recipe:
+def flags(
+    method: str | None = None, sparsity: float | None = None, ppl: float | None = None, kl: float | None = None
+) -> Recipe:
     return compile_recipe(None, method, sparsity, ppl, kl, None, None, None, None, None)
 
 
@@ -47,7 +51,9 @@ def test_every_method_gates_neurons_or_skips_inputs() -> None:
     assert all(set(parts_of(name)) <= set(METHODS) for names in AUTO.values() for name in names)
 
 
-@pytest.mark.parametrize("method", ["gate", "auto", "imported", "chess+teal", "wina+cett", "predictor+teal", "trained_gate+wina"])
+@pytest.mark.parametrize(
+    "method", ["gate", "auto", "imported", "chess+teal", "wina+cett", "predictor+teal", "trained_gate+wina"]
+)
 def test_names_that_are_methods(method: str) -> None:
     assert "+".join(parts_of(method)) == method
 
@@ -76,7 +82,9 @@ def test_joined_names_that_are_none(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["unknown", "", "Gate", "reference"])
 def test_unknown_methods(method: str) -> None:
-    assert refused(lambda: parts_of(method)).startswith(f"method must be one of auto, {', '.join(METHODS)}, got {method!r}")
+    assert refused(lambda: parts_of(method)).startswith(
+        f"method must be one of auto, {', '.join(METHODS)}, got {method!r}"
+    )
     assert repr(method) in refused(lambda: method_configs(recipe(method)))
 
 
@@ -87,7 +95,11 @@ def test_flags_compile_to_a_sparsity_or_a_search() -> None:
         assert made.searches and made.stages[0].config == {}
     checked = flags("gate", 0.3, kl=0.1)
     assert not checked.searches and checked.budget.bounded, "with both the budget is a check"
-    assert not flags("imported").searches and flags("imported").stages[0].config == {} and flags("imported", kl=0.1).searches
+    assert (
+        not flags("imported").searches
+        and flags("imported").stages[0].config == {}
+        and flags("imported", kl=0.1).searches
+    )
 
 
 def test_imported_predictors_have_no_sparsity() -> None:
@@ -96,16 +108,25 @@ def test_imported_predictors_have_no_sparsity() -> None:
     assert "configuration of imported must hold only" in line and line.endswith("got sparsity. Mend the recipe.")
     found = method_configs(recipe("imported", folder="p", threshold=0.1))
     assert found == {"imported": {"imported": ImportedConfig(folder="p", threshold=0.1)}}
-    assert "imported.threshold must be valid, got 'high'" in refused(lambda: method_configs(recipe("imported", threshold="high")))
+    assert "imported.threshold must be valid, got 'high'" in refused(
+        lambda: method_configs(recipe("imported", threshold="high"))
+    )
 
 
 def test_parts_take_the_fields_that_they_know_and_the_seed() -> None:
     found = method_configs(recipe("chess+teal", sparsity=0.3, greedy=False))
     outside = ("q_proj", "k_proj", "v_proj", "o_proj")
-    assert found == {"chess+teal": {"chess": ChessConfig(sparsity=0.3), "teal": TealConfig(sparsity=0.3, greedy=False, linears=outside)}}
+    assert found == {
+        "chess+teal": {
+            "chess": ChessConfig(sparsity=0.3),
+            "teal": TealConfig(sparsity=0.3, greedy=False, linears=outside),
+        }
+    }
     chosen = method_configs(recipe("teal+gate", linears=["o_proj"]))["teal+gate"]["teal"]
     assert isinstance(chosen, TealConfig) and chosen.linears == ("o_proj",)
-    assert "got down_proj, up_proj. Leave" in refused(lambda: method_configs(recipe("chess+wina", linears=["up_proj", "q_proj", "down_proj"])))
+    assert "got down_proj, up_proj. Leave" in refused(
+        lambda: method_configs(recipe("chess+wina", linears=["up_proj", "q_proj", "down_proj"]))
+    )
     assert method_configs(recipe("teal")) == {"teal": {"teal": TealConfig()}}, "alone it takes all"
     predictor = method_configs(recipe("predictor", rank=7))["predictor"]["predictor"]
     assert isinstance(predictor, PredictorConfig) and predictor.seed == 3 and predictor.rank == 7
@@ -113,14 +134,20 @@ def test_parts_take_the_fields_that_they_know_and_the_seed() -> None:
     assert list(method_configs(recipe("auto", {"max_kl": 0.1}))) == [*NEURON_METHODS, *LINEAR_METHODS, "chess+teal"]
     assert "got unheard. Mend" in refused(lambda: method_configs(recipe("auto", unheard=1)))
     assert "gate.sparsity must be valid, got 1.5" in refused(lambda: method_configs(recipe("gate", sparsity=1.5)))
-    assert "of gate must hold only densities, sparsity, version, got rank." in refused(lambda: method_configs(recipe("gate", rank=3)))
+    assert "of gate must hold only densities, sparsity, version, got rank." in refused(
+        lambda: method_configs(recipe("gate", rank=3))
+    )
 
 
 def test_a_joined_search_trains_nothing() -> None:
     budget = {"max_kl": 0.1}
     for method in ("predictor+teal", "wina+trained_gate"):
-        assert f"alone, got {method}. Set a sparsity" in refused(lambda method=method: method_configs(recipe(method, budget)))
-        assert set(method_configs(recipe(method, budget, sparsity=0.4))) == {method}, "a set sparsity only checks the budget"
+        assert f"alone, got {method}. Set a sparsity" in refused(
+            lambda method=method: method_configs(recipe(method, budget))
+        )
+        assert set(method_configs(recipe(method, budget, sparsity=0.4))) == {method}, (
+            "a set sparsity only checks the budget"
+        )
         assert set(method_configs(recipe(method))) == {method}
     assert set(method_configs(recipe("predictor+teal", budget, loss="cross_entropy"))) == {"predictor+teal"}
     assert set(method_configs(recipe("predictor", budget))) == {"predictor"}
@@ -141,9 +168,13 @@ def test_costs_are_expected_where_the_sparsity_is_known(tiny_model: Callable[[st
     assert costs(recipe("gate", sparsity=0.4)) == {"gate": pytest.approx((1 + 2 * 0.6) / 3)}
     assert costs(recipe("teal", sparsity=0.4)) == {"teal": pytest.approx(0.6)}
     for joined in ("chess+teal", "teal+chess"):
-        assert costs(recipe(joined, sparsity=0.4)) == {joined: pytest.approx((1 + 2 * 0.6) / 3)}, "the networks are chess's"
+        assert costs(recipe(joined, sparsity=0.4)) == {joined: pytest.approx((1 + 2 * 0.6) / 3)}, (
+            "the networks are chess's"
+        )
     d, n = (source.arch.size(source.config, space) for space in ("hidden", "units"))
-    assert costs(recipe("predictor", sparsity=0.4, rank=5)) == {"predictor": pytest.approx(0.6 + 5 * (d + n) / (3 * d * n))}
+    assert costs(recipe("predictor", sparsity=0.4, rank=5)) == {
+        "predictor": pytest.approx(0.6 + 5 * (d + n) / (3 * d * n))
+    }
     assert costs(recipe("auto", {"max_kl": 0.1})) == {} == costs(recipe("imported"))
 
 
@@ -156,12 +187,17 @@ def test_expected_costs_count_residual_heads(tiny_model: Callable[[str], Path], 
     rank = residual_rank(176, matrices)
     gate = Threshold("gate", torch.zeros(176), 0.6, zeros[rank], zeros[rank])
     predictor = Predictor(zeros[5], torch.zeros(176, 5), torch.zeros(176), 0.6, zeros[5])
-    for method, config, entry in (("trained_gate", {}, gate), ("predictor", {"rank": 5, "residual": "ridge"}, predictor)):
+    for method, config, entry in (
+        ("trained_gate", {}, gate),
+        ("predictor", {"rank": 5, "residual": "ridge"}, predictor),
+    ):
         made = recipe(method, sparsity=0.4, **config)
         expected = estimate(source, made, method_configs(made)).expected_cost[method]
         assert expected == pytest.approx(cost(entry, 64, 176, matrices, 0.6))
         without = recipe(method, sparsity=0.4, **config | {"residual": "none"})
-        bare = replace(entry, residual=None) if isinstance(entry, Predictor) else replace(entry, fc1=None, residual=None)
+        bare = (
+            replace(entry, residual=None) if isinstance(entry, Predictor) else replace(entry, fc1=None, residual=None)
+        )
         lower = estimate(source, without, method_configs(without)).expected_cost[method]
         assert lower == pytest.approx(cost(bare, 64, 176, matrices, 0.6)) and lower < expected
 
@@ -170,7 +206,10 @@ def test_a_training_stage_needs_memory(tiny_model: Callable[[str], Path]) -> Non
     source = open_source(tiny_model("llama"))
 
     def peak(**tune: Any) -> int:
-        stages = [{"method": "exact", "config": {"activation": "drelu"}, "tune": {"windows": 4096, **tune}}, {"method": "exact"}]
+        stages = [
+            {"method": "exact", "config": {"activation": "drelu"}, "tune": {"windows": 4096, **tune}},
+            {"method": "exact"},
+        ]
         asked = make_recipe({"model": "m", "stages": stages})
         return estimate(source, asked, method_configs(asked)).peak_calibrate
 

@@ -1,4 +1,6 @@
-"""`convert --precision` end to end on a tiny model: what is measured on the shipped file, the checks, the budget, the card, and what is refused."""
+"""`convert --precision` end to end on a tiny model: what is measured on the shipped file, the checks, the budget, the
+card, and what is refused.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,18 @@ from sparsegate.converter.report.card import speed_sentence
 from sparsegate.runtime_onnx.errors import InputError
 
 SPEED = {
-    "settings": {"threads": 1, "prompt_tokens": 4, "new_tokens": 4}, "command": "c", "quiet": True, "decode": {"ratio": 2.0},
+    "settings": {"threads": 1, "prompt_tokens": 4, "new_tokens": 4},
+    "command": "c",
+    "quiet": True,
+    "decode": {"ratio": 2.0},
     "baseline": {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 3.0, "provider": "CPUExecutionProvider"},
-    "candidate": {"prefill_tokens_per_s": 2.0, "decode_tokens_per_s": 6.0, "provider": "CPUExecutionProvider", "executor": "kernel"},
-}  # fmt: skip
+    "candidate": {
+        "prefill_tokens_per_s": 2.0,
+        "decode_tokens_per_s": 6.0,
+        "provider": "CPUExecutionProvider",
+        "executor": "kernel",
+    },
+}
 Make = Callable[[str], Path]
 
 
@@ -62,7 +72,9 @@ def test_shipped_losses_stand_beside_torchs(int4: Path) -> None:
     dense, sparse = report.onnx
     assert (dense.model, sparse.model, dense.precision, sparse.precision) == ("dense", "sparse", "int4", "int4")
     assert 0 < dense.kl < sparse.kl and sparse.tokens == report.evaluation.tokens and sparse.rise_error  # type: ignore[union-attr]
-    assert sparse.nll != report.chosen.nll and sparse.bytes == sum(path.stat().st_size for path in (int4 / "onnx").glob("model.onnx*"))
+    assert sparse.nll != report.chosen.nll and sparse.bytes == sum(
+        path.stat().st_size for path in (int4 / "onnx").glob("model.onnx*")
+    )
     assert manifest.onnx["precision"] == "int4" and all("int4_g32" in name for name in manifest.onnx["variants"])
     assert manifest.measured["onnx_nll"] == sparse.nll
     card = (int4 / "README.md").read_text(encoding="utf-8")
@@ -89,12 +101,22 @@ def test_verify_judges_the_shipped_file(int4: Path, tmp_path: Path) -> None:
     found = verify(folder, calibration=int4.parent / "text.txt")
     assert found.passed, [check for check in found.checks if not check.passed]
     names = {check.name for check in found.checks}
-    assert {"kernel ops", "kernel logits", "kernel NLL", "kernel KL", "genai kernel greedy tokens", "ONNX quality as recorded"} <= names
+    assert {
+        "kernel ops",
+        "kernel logits",
+        "kernel NLL",
+        "kernel KL",
+        "genai kernel greedy tokens",
+        "ONNX quality as recorded",
+    } <= names
     assert found.shipped is not None and found.shipped.kl > 2 * found.quality.kl
     manifest = read_manifest(folder)
     between = (found.quality.kl + found.shipped.kl) / 2
     recipe = manifest.recipe | {"budget": manifest.recipe["budget"] | {"max_kl": between}}
-    changes = {"budget": manifest.budget | {"max_kl": between, "searched": make_recipe(recipe).searches}, "measured": manifest.measured | {"onnx_kl": 9.0}}
+    changes = {
+        "budget": manifest.budget | {"max_kl": between, "searched": make_recipe(recipe).searches},
+        "measured": manifest.measured | {"onnx_kl": 9.0},
+    }
     write_manifest(folder, manifest.model_copy(update={"recipe": recipe, **changes}))
     failed = {check.name for check in verify(folder, calibration=int4.parent / "text.txt").checks if not check.passed}
     assert failed == {"KL to dense, ONNX int4", "ONNX quality as recorded"}, "torch alone keeps the budget"
@@ -103,7 +125,9 @@ def test_verify_judges_the_shipped_file(int4: Path, tmp_path: Path) -> None:
 def test_equality_is_with_the_rounded_weights_only(int4: Path) -> None:
     """The same ops fail against the weights as they were, and against those of another precision."""
     source, recipe = open_source(int4, sparse=True), make_recipe(read_manifest(int4).recipe)
-    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": str(int4.parent / "text.txt")})})
+    recipe = recipe.model_copy(
+        update={"calibration": recipe.calibration.model_copy(update={"file": str(int4.parent / "text.txt")})}
+    )
     heldout, plan = make_heldout(source, recipe), read_plan(int4)
     for precision, passed in (("fp32", False), ("int8", False), ("int4", True)):
         checks = check_onnx(int4 / "onnx", load(int4), plan, heldout, Export(precision=precision))  # type: ignore[arg-type]
@@ -111,13 +135,18 @@ def test_equality_is_with_the_rounded_weights_only(int4: Path) -> None:
         assert ops == [passed] * 3 or (not passed and not any(ops[:2])), (precision, ops)
 
 
-def test_graph_for_cuda_claims_nothing_that_was_not_run(tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graph_for_cuda_claims_nothing_that_was_not_run(
+    tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in (candidates, executors):
         monkeypatch.setattr(module, "has_cuda", lambda: False)
     recipe = small_recipe(tiny_model("llama"), tmp_path, export={"precision": "int4", "target": "cuda"})
     out = convert(recipe=recipe, output=tmp_path / "out").folder
     report = Report.load(out / RESULTS)
-    assert report.speed is None and speed_sentence(report) == "Speed was not measured (not run: no CUDA device was at hand)."
+    assert (
+        report.speed is None
+        and speed_sentence(report) == "Speed was not measured (not run: no CUDA device was at hand)."
+    )
     notes = {check.name: check.note for check in report.checks}
     assert notes["kernel"] == notes["genai"] == "not run: no CUDA device was at hand" and "body on CPU KL" in notes
     assert [row.executor for row in report.onnx] == ["ONNX Runtime on the CPU", "standard ONNX ops on the CPU"]
@@ -126,25 +155,39 @@ def test_graph_for_cuda_claims_nothing_that_was_not_run(tiny_model: Make, tmp_pa
     assert verify(out, calibration=tmp_path / "text.txt").passed
 
 
-def test_bfloat16_for_cuda_is_said_to_be_unverified(tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_for_cuda_is_said_to_be_unverified(
+    tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in (candidates, executors):
         monkeypatch.setattr(module, "has_cuda", lambda: False)
     recipe = small_recipe(tiny_model("llama"), tmp_path, export={"precision": "bf16", "target": "cuda"})
     report = Report.load(convert(recipe=recipe, output=tmp_path / "out").folder / RESULTS)
     assert report.onnx == []
-    assert all(check.note.startswith("not run: ") for check in report.checks if check.name in ("body on CPU", "kernel", "genai"))
+    assert all(
+        check.note.startswith("not run: ")
+        for check in report.checks
+        if check.name in ("body on CPU", "kernel", "genai")
+    )
 
 
 def test_budget_that_quantisation_alone_breaks_is_refused_before_calibration(tiny_model: Make, tmp_path: Path) -> None:
     recipe = small_recipe(tiny_model("llama"), tmp_path, export={"precision": "int4"}, budget={"max_kl": 1e-6})
-    with pytest.raises(InputError, match=r"must leave room for int4, in which the dense graph alone raises perplexity by .* got max_kl 1e-06\. Loosen it"):
+    with pytest.raises(
+        InputError,
+        match=r"must leave room for int4, in which the dense graph alone raises perplexity by .* got max_kl 1e-06\. "
+        r"Loosen it",
+    ):
         convert(recipe=recipe, output=tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.work" / "stats").exists()
 
 
 def test_search_gets_what_quantisation_leaves_of_the_budget() -> None:
-    recipe = make_recipe({"model": "m", "budget": {"max_ppl_increase": 0.10, "max_kl": 0.05}, "export": {"precision": "int4"}})
-    loss = ExecutorQuality(tokens=10, nll_torch=2.0, nll=2.0 + 0.04879016417, kl=0.02, agreement=0.9)  # exp of the difference is 1.05
+    recipe = make_recipe(
+        {"model": "m", "budget": {"max_ppl_increase": 0.10, "max_kl": 0.05}, "export": {"precision": "int4"}}
+    )
+    loss = ExecutorQuality(
+        tokens=10, nll_torch=2.0, nll=2.0 + 0.04879016417, kl=0.02, agreement=0.9
+    )  # exp of the difference is 1.05
     left = room(recipe, Graphs(Path("b"), Path("d"), loss)).budget
     assert left.max_ppl_increase == pytest.approx(1.10 / 1.05 - 1) and left.max_kl == pytest.approx(0.03)
     assert room(recipe, Graphs(Path("b"), Path("d"), None)) == recipe
@@ -154,7 +197,9 @@ def test_flags_and_recipes(tmp_path: Path) -> None:
     asked = compile_recipe(None, "gate", None, None, None, None, None, "int8", None, None)
     (tmp_path / "r.yaml").write_text(asked.yaml(), encoding="utf-8")
     assert read_recipe(tmp_path / "r.yaml") == asked and asked.export == Export(precision="int8")
-    assert compile_recipe(None, None, None, None, None, None, None, None, "cuda", None).export == Export(precision="fp16", target="cuda")
+    assert compile_recipe(None, None, None, None, None, None, None, None, "cuda", None).export == Export(
+        precision="fp16", target="cuda"
+    )
     values = yaml.safe_load((tmp_path / "r.yaml").read_text())
     with pytest.raises(InputError, match="precision must be fp16, bf16, int8 or int4 for the target cuda"):
         make_recipe(values | {"export": {"precision": "fp32", "target": "cuda"}})
@@ -163,9 +208,15 @@ def test_flags_and_recipes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--precision", "int2"], "precision must be one of fp32, fp16, bf16, int8, int4, got 'int2'. Choose one of these."),
+        (
+            ["--precision", "int2"],
+            "precision must be one of fp32, fp16, bf16, int8, int4, got 'int2'. Choose one of these.",
+        ),
         (["--target", "npu"], "target must be one of cpu, cuda, got 'npu'. Choose one of these."),
-        (["--target", "cuda", "--precision", "fp32"], "precision must be fp16, bf16, int8 or int4 for the target cuda, got fp32."),
+        (
+            ["--target", "cuda", "--precision", "fp32"],
+            "precision must be fp16, bf16, int8 or int4 for the target cuda, got fp32.",
+        ),
     ],
 )
 def test_command_line_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str], said: str) -> None:
@@ -173,7 +224,9 @@ def test_command_line_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path,
     assert done.status == 2 and said in done.err and not (tmp_path / "out").exists()
 
 
-def test_estimates_know_the_precision(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Make, int4: Path, fp16: Path) -> None:
+def test_estimates_know_the_precision(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_model: Make, int4: Path, fp16: Path
+) -> None:
     source, recipe = open_source(tiny_model("llama")), make_recipe({"model": str(tiny_model("llama"))})
     sizes = estimate(source, recipe, method_configs(recipe)).onnx_bytes
     for precision, folder in (("int4", int4), ("fp16", fp16)):
@@ -182,8 +235,11 @@ def test_estimates_know_the_precision(capsys: pytest.CaptureFixture[str], tmp_pa
     assert sizes["fp32"] > sizes["fp16"] == sizes["bf16"] > sizes["int8"] > sizes["int4"]
     done = call_cli(capsys, "convert", tiny_model("llama"), "-o", tmp_path / "out", "--precision", "int4", "--dry-run")
     assert "ONNX model " in done.out and " in int4\n" in done.out and "in fp32" not in done.out
-    costs = {p: estimate(source, r, method_configs(r)).expected_cost["predictor"] for p in ("fp16", "int8", "int4")
-             if (r := compile_recipe(str(tiny_model("llama")), "predictor", 0.5, None, None, None, None, p, None, None))}  # fmt: skip
+    costs = {
+        p: estimate(source, r, method_configs(r)).expected_cost["predictor"]
+        for p in ("fp16", "int8", "int4")
+        if (r := compile_recipe(str(tiny_model("llama")), "predictor", 0.5, None, None, None, None, p, None, None))
+    }
     assert costs["fp16"] == costs["int8"] < costs["int4"], "a predictor in 8 bits beside weights in 4"
 
 

@@ -1,4 +1,6 @@
-"""The recipes that come with sparsegate: they load, hold the paper's numbers, and their comments tell the same as their fields."""
+"""The recipes that come with sparsegate: they load, hold the paper's numbers, and their comments tell the same as their
+fields.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,22 @@ from sparsegate.runtime_onnx.errors import InputError
 FOLDER = Path(converter.__file__).parent / "recipes"
 NAMES = ("turbosparse", "turbosparse_paper", "turbosparse_predictors")
 SHARES = {
-    "WanJuan-CC": 73.55, "peS2o": 7.83, "RedPajama books": 6.54, "Pile arXiv, PubMed and PhilPapers": 2.69, "StarCoder rest": 1.73, "OpenWebMath": 1.46,
-    "GitHub code": 1.41, "StarCoder Java": 0.77, "Proof-Pile-2": 0.76, "StarCoder C#": 0.74, "RedPajama Wikipedia": 0.65, "AlgebraicStack": 0.54,
-    "StarCoder TypeScript": 0.52, "OpenWebText2": 0.44, "PG-19": 0.37,
-}  # fmt: skip
+    "WanJuan-CC": 73.55,
+    "peS2o": 7.83,
+    "RedPajama books": 6.54,
+    "Pile arXiv, PubMed and PhilPapers": 2.69,
+    "StarCoder rest": 1.73,
+    "OpenWebMath": 1.46,
+    "GitHub code": 1.41,
+    "StarCoder Java": 0.77,
+    "Proof-Pile-2": 0.76,
+    "StarCoder C#": 0.74,
+    "RedPajama Wikipedia": 0.65,
+    "AlgebraicStack": 0.54,
+    "StarCoder TypeScript": 0.52,
+    "OpenWebText2": 0.44,
+    "PG-19": 0.37,
+}
 
 
 def text_of(name: str) -> str:
@@ -42,7 +56,11 @@ def training_of(name: str) -> Recovery:
 
 def comment_numbers(name: str) -> str:
     """The comments without the marks that group digits."""
-    return re.sub(r"(?<=\d),(?=\d{3})", "", "\n".join(line for line in text_of(name).splitlines() if line.lstrip().startswith("#")))
+    return re.sub(
+        r"(?<=\d),(?=\d{3})",
+        "",
+        "\n".join(line for line in text_of(name).splitlines() if line.lstrip().startswith("#")),
+    )
 
 
 def test_all_files_of_the_folder_are_tested() -> None:
@@ -68,8 +86,14 @@ def test_the_small_recipe_needs_no_data_and_says_what_it_does() -> None:
     assert tune.data.mixture == () and tune.losses.distill > 0 and tune.penalty.weight > 0 and tune.parallel == "data"
     step = tune.windows * tune.accumulate * tune.data.length
     assert f"{tune.steps} steps x {tune.windows} x {tune.data.length} = {tune.steps * step / 1e6:.1f} million" in said
-    assert re.search(rf"batch +{tune.windows} windows of {tune.data.length} = {step} tokens", said) and f"warm-up         {tune.warm_up} steps" in said
-    assert f"{tune.data.windows} windows" in said and f"{tune.rate:.0e}".replace("e-0", "e-") + ", to nothing along a cosine" in said
+    assert (
+        re.search(rf"batch +{tune.windows} windows of {tune.data.length} = {step} tokens", said)
+        and f"warm-up         {tune.warm_up} steps" in said
+    )
+    assert (
+        f"{tune.data.windows} windows" in said
+        and f"{tune.rate:.0e}".replace("e-0", "e-") + ", to nothing along a cosine" in said
+    )
     assert (tune.floor, tune.schedule) == (0.0, "cosine")
 
 
@@ -85,15 +109,38 @@ def test_predictors_are_trained_from_the_first_step_and_the_rest_is_the_same() -
 def test_the_paper_s_recipe_has_the_paper_s_numbers() -> None:
     tune = training_of("turbosparse_paper")
     assert {part.name: part.share for part in tune.data.mixture} == SHARES
-    assert len(tune.data.mixture) == 15 and math.isclose(sum(part.share for part in tune.data.mixture), 100.0, abs_tol=1e-9)
+    assert len(tune.data.mixture) == 15 and math.isclose(
+        sum(part.share for part in tune.data.mixture), 100.0, abs_tol=1e-9
+    )
     batch = tune.windows * tune.accumulate
-    assert (batch, tune.data.length, tune.steps) == (2048, 4096, 150_000_000_000 // (2048 * 4096)) and tune.data.windows == tune.steps * batch
-    assert (tune.rate, tune.rate * tune.floor, tune.warm_up, tune.schedule) == (5e-5, pytest.approx(5e-6), 1000, "cosine")
+    assert (batch, tune.data.length, tune.steps) == (
+        2048,
+        4096,
+        150_000_000_000 // (2048 * 4096),
+    ) and tune.data.windows == tune.steps * batch
+    assert (tune.rate, tune.rate * tune.floor, tune.warm_up, tune.schedule) == (
+        5e-5,
+        pytest.approx(5e-6),
+        1000,
+        "cosine",
+    )
     assert (tune.optimizer, tune.betas, tune.precision, tune.parallel) == ("adamw", (0.9, 0.95), "bf16", "fsdp")
-    assert (tune.losses.distill, tune.losses.lm, tune.losses.hidden, tune.penalty.weight, tune.penalty.density) == (0, 1, 0, 0, None)
+    assert (tune.losses.distill, tune.losses.lm, tune.losses.hidden, tune.penalty.weight, tune.penalty.density) == (
+        0,
+        1,
+        0,
+        0,
+        None,
+    )
     said = comment_numbers("turbosparse_paper")
-    assert f"{tune.steps} steps of {batch} windows of {tune.data.length} tokens ({batch * tune.data.length / 1e6:.1f} million a step" in said
-    assert f"{tune.data.windows / 1e6:.1f} million windows, {8 * tune.data.windows * tune.data.length / 1e12:.1f} TB" in said
+    assert (
+        f"{tune.steps} steps of {batch} windows of {tune.data.length} tokens ({batch * tune.data.length / 1e6:.1f} "
+        "million a step" in said
+    )
+    assert (
+        f"{tune.data.windows / 1e6:.1f} million windows, {8 * tune.data.windows * tune.data.length / 1e12:.1f} TB"
+        in said
+    )
 
 
 def test_the_mixture_can_be_read_as_it_is_written() -> None:
@@ -103,4 +150,6 @@ def test_the_mixture_can_be_read_as_it_is_written() -> None:
             assert any(suffix in _LOADERS for suffix in Path(part.subset).suffixes), part
     assert [part.name for part in parts if part.files] == ["RedPajama books"]
     drawn = counts([part.share for part in parts], training_of("turbosparse_paper").data.windows)
-    assert all(abs(count / sum(drawn) - SHARES[part.name] / 100) < 1e-7 for part, count in zip(parts, drawn, strict=True))
+    assert all(
+        abs(count / sum(drawn) - SHARES[part.name] / 100) < 1e-7 for part, count in zip(parts, drawn, strict=True)
+    )

@@ -1,4 +1,6 @@
-"""The dense models of fewer bits, measured in a conversion: against torch, never built twice, resumed, and what is left out where nothing can be said."""
+"""The dense models of fewer bits, measured in a conversion: against torch, never built twice, resumed, and what is left
+out where nothing can be said.
+"""
 
 from __future__ import annotations
 
@@ -63,22 +65,36 @@ def test_losses_are_those_beside_torch_on_the_same_windows(fp32: Case, monkeypat
     int8, int4 = fp32.measure()
     assert (int8.precision, int4.precision) == ("int8", "int4")
     heldout, model = fp32.texts.heldout, load_dense(fp32.source.folder)
-    rows = [row[mask] for row, mask in zip(heldout.tokens[:QUALITY_WINDOWS], heldout.mask[:QUALITY_WINDOWS], strict=True)]
+    rows = [
+        row[mask] for row, mask in zip(heldout.tokens[:QUALITY_WINDOWS], heldout.mask[:QUALITY_WINDOWS], strict=True)
+    ]
     with torch.no_grad():
-        chances = [model(input_ids=row[None]).logits[0, :-1].double().log_softmax(-1).gather(1, row[1:, None]) for row in rows]
+        chances = [
+            model(input_ids=row[None]).logits[0, :-1].double().log_softmax(-1).gather(1, row[1:, None]) for row in rows
+        ]
     nll = -torch.cat(chances).mean().item()
     for reference in (int8, int4):
-        assert reference.nll_dense == pytest.approx(nll, abs=1e-5) and reference.tokens == sum(len(row) - 1 for row in rows)
+        assert reference.nll_dense == pytest.approx(nll, abs=1e-5) and reference.tokens == sum(
+            len(row) - 1 for row in rows
+        )
         assert reference.nll_error > 0 and reference.decode_ratio is None and reference.pairs is None
     assert 0 < int8.kl < int4.kl and int4.read_share < int8.read_share < 0.3 and int4.bytes < int8.bytes
-    assert {path.name for path in (fp32.work / "references").iterdir()} == {"header.json", "references.json"}, "the graphs are thrown away"
+    assert {path.name for path in (fp32.work / "references").iterdir()} == {"header.json", "references.json"}, (
+        "the graphs are thrown away"
+    )
     monkeypatch.setattr(references, "export_dense", no_export)
     assert fp32.measure() == [int8, int4], "found finished"
 
 
-def test_a_graph_that_is_there_is_not_built_again(tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_is_there_is_not_built_again(
+    tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case, built, export_dense = case_of("int4", tiny_model("llama"), tmp_path), [], references.export_dense
-    monkeypatch.setattr(references, "export_dense", lambda base, out, precision: (built.append(precision), export_dense(base, out, precision)))
+    monkeypatch.setattr(
+        references,
+        "export_dense",
+        lambda base, out, precision: (built.append(precision), export_dense(base, out, precision)),
+    )
     int8, int4 = case.measure()
     loss = case.graphs.loss
     assert built == ["int8"] and loss is not None and case.graphs.dense.is_dir()
@@ -105,7 +121,9 @@ def test_speeds_are_ratios_to_the_graph_in_fp32(fp32: Case, tmp_path: Path, monk
     assert int4.decode_ratio is None and int4.disturbed is False and int4.kl > 0
 
 
-def test_nothing_is_measured_where_nothing_can_be_said(fp32: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_measured_where_nothing_can_be_said(
+    fp32: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(references, "export_dense", no_export)
     cuda = fp32.recipe.model_copy(update={"export": Export(precision="fp16", target="cuda")})
     assert fp32._replace(recipe=cuda, work=tmp_path).measure() == []
@@ -115,7 +133,11 @@ def test_nothing_is_measured_where_nothing_can_be_said(fp32: Case, tmp_path: Pat
 
 def test_bytes_that_a_token_reads(fp32: Case) -> None:
     blocks, head = record.decoder_values(fp32.source.arch, fp32.source.config)
-    matrices = [tensor for name, tensor in load_dense(fp32.source.folder).state_dict().items() if "layers" in name and tensor.dim() == 2]
+    matrices = [
+        tensor
+        for name, tensor in load_dense(fp32.source.folder).state_dict().items()
+        if "layers" in name and tensor.dim() == 2
+    ]
     assert blocks == sum(tensor.numel() for tensor in matrices)
     assert read_bytes(fp32.graphs.base) == 4 * (blocks + head)
 
@@ -125,9 +147,17 @@ def test_shares_of_a_file(fp32: Case) -> None:
     network = 3 * 64 * 176
     plan: Plan = {Site(0): [Threshold("gate", uniform_tau(0.1, 176), 0.25)]}
     quality = Quality(
-        tokens=1, nll_dense=1.0, nll=1.0, kl=0.0, agreement=1.0, density=0.25, cost=0.75, block_cost=1 - network / blocks / 2,
-        site_density={"layers.0.ffn": 0.25}, site_cost={"layers.0.ffn": 0.5},
-    )  # fmt: skip
+        tokens=1,
+        nll_dense=1.0,
+        nll=1.0,
+        kl=0.0,
+        agreement=1.0,
+        density=0.25,
+        cost=0.75,
+        block_cost=1 - network / blocks / 2,
+        site_density={"layers.0.ffn": 0.25},
+        site_cost={"layers.0.ffn": 0.5},
+    )
     chosen = Candidate("gate", plan, 0.75, quality, [])
     whole = 4 * (blocks + head)
     for precision, bytes_of_network in (("fp32", 2 * network), ("fp16", network)):
@@ -145,13 +175,21 @@ def test_a_conversion_shows_them_and_ends_with_the_verdict(
     assert done.status == 0, done.err
     report = Report.load(tmp_path / "out" / RESULTS)
     assert [reference.precision for reference in report.references] == ["int8", "int4"]
-    assert report.chosen.nll_error and math.isclose(report.chosen.read_share or 0, 1 - (1 - (report.chosen.block_cost or 0)) * _blocks_share(tiny_model))
+    assert report.chosen.nll_error and math.isclose(
+        report.chosen.read_share or 0, 1 - (1 - (report.chosen.block_cost or 0)) * _blocks_share(tiny_model)
+    )
     last = done.out.strip().splitlines()[-1]
     assert last.startswith("Reads 0.") and last.endswith("speed was not measured.") and "(± " in last
     assert "decode / fp32" in done.out
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert f"**{last}**" in card and "| dense | int4 |" in card and (tmp_path / "out" / "report" / "candidates.png").is_file()
-    again = json.loads(call_cli(capsys, "convert", "--recipe", tmp_path / "recipe.yaml", "-o", tmp_path / "out", "--json").out)
+    assert (
+        f"**{last}**" in card
+        and "| dense | int4 |" in card
+        and (tmp_path / "out" / "report" / "candidates.png").is_file()
+    )
+    again = json.loads(
+        call_cli(capsys, "convert", "--recipe", tmp_path / "recipe.yaml", "-o", tmp_path / "out", "--json").out
+    )
     assert again["verdict"]["sentence"] == last and again["up_to_date"] is True
 
 

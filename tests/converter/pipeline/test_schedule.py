@@ -1,4 +1,6 @@
-"""Whole rounds on a tiny model: joined methods, the budget search of every method, predictors from files, and training that is broken off."""
+"""Whole rounds on a tiny model: joined methods, the budget search of every method, predictors from files, and training
+that is broken off.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,8 @@ def run(source: Source, folder: Path, work: Path | None = None, **changes: Any) 
 
 def same(one: Plan, other: Plan) -> bool:
     return list(one) == list(other) and all(
-        a.fields() == b.fields() and all(torch.equal(x, y) for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True))
+        a.fields() == b.fields()
+        and all(torch.equal(x, y) for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True))
         for site in one
         for a, b in zip(one[site], other[site], strict=True)
     )
@@ -83,22 +86,42 @@ def test_neurons_and_inputs_together(source: Source, tmp_path: Path) -> None:
     recipe = small_recipe(source.folder, tmp_path, stages=stages("chess+teal", sparsity=0.4))
     result = convert(recipe=recipe, output=tmp_path / "out", keep_stages=True)
     plan = load_plan(tmp_path / "out.work" / "plan" / "chess+teal")
-    assert [site.kind for site in plan] == 2 * ["ffn", "linear:q_proj", "linear:k_proj", "linear:v_proj", "linear:o_proj"]
+    assert [site.kind for site in plan] == 2 * [
+        "ffn",
+        "linear:q_proj",
+        "linear:k_proj",
+        "linear:v_proj",
+        "linear:o_proj",
+    ]
     sizes = {"q": D * D, "k": D * D // 2, "v": D * D // 2, "o": D * D}
     for layer in range(2):
         kept = sum(plan[Site(layer, kind=f"linear:{x}_proj")][0].density * size for x, size in sizes.items())
-        assert kept / sum(sizes.values()) == pytest.approx(0.6, abs=0.01), "the asked share is that of the linears that are left"
+        assert kept / sum(sizes.values()) == pytest.approx(0.6, abs=0.01), (
+            "the asked share is that of the linears that are left"
+        )
     assert len({float(tau) for tau in plan[Site(0)][0].tau}) == N, "a threshold for every neuron is chess"
     assert len({float(tau) for tau in plan[Site(0, kind="linear:q_proj")][0].tau}) == 1, "one for all channels is teal"
     assert verify(tmp_path / "out", calibration=tmp_path / "text.txt").passed
     assert result.report is not None
     (row,) = (row for row in result.report.rows if row.method == "chess+teal")
-    assert row.selected and row.block_cost is not None and row.block_cost < 0.85 and row.cost == pytest.approx((1 + 2 * 0.6) / 3, abs=0.05)
+    assert (
+        row.selected
+        and row.block_cost is not None
+        and row.block_cost < 0.85
+        and row.cost == pytest.approx((1 + 2 * 0.6) / 3, abs=0.05)
+    )
 
 
 def test_an_oracle_for_neurons_beside_inputs(source: Source, tmp_path: Path) -> None:
     """Statistics of gradients and of one forward come from two passes, over different sites."""
-    config = {"sparsity": 0.4, "loss": "cross_entropy", "score": "corrected_gxo", "steps": 10, "rank": 4, "greedy": False}
+    config = {
+        "sparsity": 0.4,
+        "loss": "cross_entropy",
+        "score": "corrected_gxo",
+        "steps": 10,
+        "rank": 4,
+        "greedy": False,
+    }
     plans, _ = run(source, tmp_path, stages=stages("predictor+teal", **config))
     kinds = {site.kind: type(entry) for site, (entry,) in plans["predictor+teal"].items()}
     assert kinds == {"ffn": Predictor} | {f"linear:{x}_proj": Threshold for x in "qkvo"}
@@ -119,7 +142,9 @@ def test_every_found_plan_keeps_the_budget(searched: tuple[dict[str, Plan], Text
     for method, plan in plans.items():
         loss = judge.loss(plan)
         assert loss.kl <= BUDGET["max_kl"] + 1e-6, method
-        assert {site: entries[0].density for site, entries in plan.items()} == pytest.approx(dict(loss.density), abs=1e-12), "densities are the realised ones"
+        assert {site: entries[0].density for site, entries in plan.items()} == pytest.approx(
+            dict(loss.density), abs=1e-12
+        ), "densities are the realised ones"
         if method in ("gate", "chess", "teal", "wina"):
             assert loss.kl > 0.8 * BUDGET["max_kl"], f"{method} uses its budget"
             assert block_cost(plan, source.arch, source.config) < 0.98
@@ -131,17 +156,28 @@ def test_a_looser_budget_is_cheaper_and_one_that_nobody_meets_is_one_line(
     searched: tuple[dict[str, Plan], Texts, Path], source: Source, tmp_path: Path
 ) -> None:
     loose, _ = run(source, tmp_path, stages=stages("chess"), budget={"max_kl": 0.3})
-    assert block_cost(loose["chess"], source.arch, source.config) < block_cost(searched[0]["chess"], source.arch, source.config) - 0.02
-    with pytest.raises(InputError, match=r"The budget must be one that a method can meet, got none of gate within it\. Loosen it\.$"):
+    assert (
+        block_cost(loose["chess"], source.arch, source.config)
+        < block_cost(searched[0]["chess"], source.arch, source.config) - 0.02
+    )
+    with pytest.raises(
+        InputError, match=r"The budget must be one that a method can meet, got none of gate within it\. Loosen it\.$"
+    ):
         run(source, tmp_path / "b", stages=stages("gate"), budget={"max_kl": 0.0})
-    with pytest.raises(InputError, match="none of gate within it"):  # as fast the second time: that it was not met is stored
+    with pytest.raises(
+        InputError, match="none of gate within it"
+    ):  # as fast the second time: that it was not met is stored
         run(source, tmp_path / "b", stages=stages("gate"), budget={"max_kl": 0.0})
 
 
-def test_a_finished_round_is_read_and_a_part_made_again(searched: tuple[dict[str, Plan], Texts, Path], source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_round_is_read_and_a_part_made_again(
+    searched: tuple[dict[str, Plan], Texts, Path], source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plans, _, folder = searched
     assert not list((folder / "work").rglob("samples.*.safetensors")), "stored activations go"
-    write_json(folder / "work" / RECORD, {"kind": "sparsegate folder", "version": 1})  # a work folder of ours, in which a stage was damaged
+    write_json(
+        folder / "work" / RECORD, {"kind": "sparsegate folder", "version": 1}
+    )  # a work folder of ours, in which a stage was damaged
     (folder / "work" / "plan" / "gate" / "header.json").unlink()
     made, plain = [], schedule._searched
     monkeypatch.setattr(schedule, "_searched", lambda run, name, config: made.append(name) or plain(run, name, config))
@@ -150,7 +186,12 @@ def test_a_finished_round_is_read_and_a_part_made_again(searched: tuple[dict[str
 
 
 def test_a_searched_conversion_is_verified(source: Source, tmp_path: Path) -> None:
-    recipe = small_recipe(source.folder, tmp_path, stages=stages("teal", greedy=False, linears=["q_proj", "down_proj"]), budget={"max_kl": 0.3})
+    recipe = small_recipe(
+        source.folder,
+        tmp_path,
+        stages=stages("teal", greedy=False, linears=["q_proj", "down_proj"]),
+        budget={"max_kl": 0.3},
+    )
     with few_searched():
         result = convert(recipe=recipe, output=tmp_path / "out")
     assert result.report is not None and [row.method for row in result.report.rows] == ["dense", "teal"]
@@ -164,13 +205,17 @@ def test_a_layers_linears_weigh_what_they_gate(source: Source, tmp_path: Path, m
     """The key of a layer's linears leaves out its gated network: weights are shares of the blocks' linears."""
     seen: list[dict[str, float]] = []
     monkeypatch.setattr(schedule, "sensitivities", lambda judge, make, keys: {key: [0.0] * 7 for key in keys})
-    monkeypatch.setattr(schedule, "allocate", lambda curves, weights, mean: seen.append(dict(weights)) or dict.fromkeys(curves, mean))
+    monkeypatch.setattr(
+        schedule, "allocate", lambda curves, weights, mean: seen.append(dict(weights)) or dict.fromkeys(curves, mean)
+    )
     monkeypatch.setattr(schedule, "sparsest", lambda make, *_: make(0.5) and None)
     with pytest.raises(InputError, match="none of chess"):
         run(source, tmp_path, stages=stages("chess+teal", greedy=False), budget={"max_kl": 0.3})
     attention, network = 2 * D * D + 2 * D * D // 2, 3 * D * N
     whole = 2 * (attention + network)
-    expected = {f"layers.{k}.ffn": 2 / 3 * network / whole for k in range(2)} | {f"layers.{k}": attention / whole for k in range(2)}
+    expected = {f"layers.{k}.ffn": 2 / 3 * network / whole for k in range(2)} | {
+        f"layers.{k}": attention / whole for k in range(2)
+    }
     assert seen[0] == pytest.approx(expected)
 
 
@@ -199,7 +244,9 @@ def test_imported_predictors_convert_and_their_files_count(source: Source, tmp_p
         (layer,) = (row for row in result.report.layers if row.site == site.key)
         assert layer.density_realised == pytest.approx(entry.density, abs=0.05) and layer.rank == 6
     assert verify(tmp_path / "out", calibration=tmp_path / "text.txt").passed
-    assert read_manifest(tmp_path / "out").recipe["stages"][0]["config"]["folder"] == "predictors", "no path of this machine"
+    assert read_manifest(tmp_path / "out").recipe["stages"][0]["config"]["folder"] == "predictors", (
+        "no path of this machine"
+    )
     assert convert(recipe=recipe, output=tmp_path / "out", keep_stages=True).up_to_date
     write_predictors(folder, seed=1)
     with pytest.raises(InputError, match="which holds another conversion"):
@@ -222,8 +269,14 @@ def test_imported_predictors_are_shifted_to_a_budget(source: Source, tmp_path: P
 
 
 def test_up_to_date_means_the_same_text(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Changed text is another conversion even where no calibrated or measured window holds the change; a text that the model writes is not sampled to know."""
-    recipe = small_recipe(source.folder, tmp_path, calibration={"generated": True, "file": str(tmp_path / "text.txt"), "windows": 24, "length": 48})
+    """Changed text is another conversion even where no calibrated or measured window holds the change; a text that the
+    model writes is not sampled to know.
+    """
+    recipe = small_recipe(
+        source.folder,
+        tmp_path,
+        calibration={"generated": True, "file": str(tmp_path / "text.txt"), "windows": 24, "length": 48},
+    )
     out = convert(recipe=recipe, output=tmp_path / "out").folder
     monkeypatch.setattr(generated_module, "self_generated", lambda *_: pytest.fail("sampled again"))
     assert convert(recipe=recipe, output=out).up_to_date and not (tmp_path / "out.work").exists()
@@ -237,7 +290,9 @@ def test_up_to_date_means_the_same_text(source: Source, tmp_path: Path, monkeypa
 # Training
 
 
-def test_training_that_is_broken_off_goes_on_to_the_same_plan(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_that_is_broken_off_goes_on_to_the_same_plan(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The search of a trained method stops inside its third level; the first two are not trained again."""
     changes: dict[str, Any] = {"stages": stages("trained_gate", tune=TUNE), "budget": {"max_kl": 0.5}}
     plain, steps, cut = EndToEnd.loss, [], 10**6

@@ -1,4 +1,6 @@
-"""A conversion whose end tokens, pad token and tokenizer are unusual: it passes, and card, `verify` and folder say what reads its text."""
+"""A conversion whose end tokens, pad token and tokenizer are unusual: it passes, and card, `verify` and folder say what
+reads its text.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ ENDS = {1, 75}
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ends [1, 75] where the configuration has 1 and the tokenizer another; 0 is unknown and pad; a tokenizer that genai reads otherwise."""
+    """Ends [1, 75] where the configuration has 1 and the tokenizer another; 0 is unknown and pad; a tokenizer that
+    genai reads otherwise.
+    """
     root = tmp_path_factory.mktemp("text")
     model = make_model("llama", root / "model", vocab_size=384, pad_token_id=0)
     tokenizer = prefix_space()
@@ -43,9 +47,16 @@ def test_the_folder_has_the_ends_of_transformers_and_no_pad(converted: Path) -> 
 
 
 def test_report_card_and_verify_say_that_genai_reads_it_otherwise(converted: Path) -> None:
-    row = next(check for check in json.loads((converted / "report" / "report.json").read_text())["checks"] if check["name"] == "genai's own tokenizer")
+    row = next(
+        check
+        for check in json.loads((converted / "report" / "report.json").read_text())["checks"]
+        if check["name"] == "genai's own tokenizer"
+    )
     assert row["passed"] and 20 < row["value"] <= row["bound"]
-    assert f"reads {row['value']:.0f} of {row['bound']:.0f} probe texts otherwise: use sparsegate generate or the tokenizers library" in row["note"]
+    assert (
+        f"reads {row['value']:.0f} of {row['bound']:.0f} probe texts otherwise: use sparsegate generate or the "
+        "tokenizers library" in row["note"]
+    )
     assert row["note"] in (converted / "README.md").read_text()
     found = verify_module.verify(converted)
     assert found.passed and row["note"] in [check.note for check in found.checks]

@@ -1,4 +1,6 @@
-"""The token windows of a conversion: which parts share windows and which never do, and text that the model writes itself."""
+"""The token windows of a conversion: which parts share windows and which never do, and text that the model writes
+itself.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ import torch
 from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.pipeline import texts as module
 from sparsegate.converter.pipeline.recipe import Budget, Recipe, make_recipe
-from sparsegate.converter.pipeline.texts import SEARCH_SHARE, SEARCH_WINDOWS, heldout_name, make_heldout, make_texts, quality_error, texts_hash
+from sparsegate.converter.pipeline.texts import (
+    SEARCH_SHARE,
+    SEARCH_WINDOWS,
+    heldout_name,
+    make_heldout,
+    make_texts,
+    quality_error,
+    texts_hash,
+)
 from sparsegate.converter.text import generated as generated_module
 from sparsegate.converter.text.windows import Batches, read_text
 from sparsegate.runtime_onnx.errors import InputError
@@ -34,11 +44,22 @@ def _text(tmp_path: Path) -> Path:
     return path
 
 
-def recipe(text: Path | None, searches: bool = False, windows: int = 20, seed: int = 3, length: int = LENGTH, **calibration: Any) -> Recipe:
+def recipe(
+    text: Path | None,
+    searches: bool = False,
+    windows: int = 20,
+    seed: int = 3,
+    length: int = LENGTH,
+    **calibration: Any,
+) -> Recipe:
     values = {
-        "model": "m", "calibration": {"file": None if text is None else str(text), "windows": windows, "length": length} | calibration, "seed": seed,
-        "stages": [{"method": "gate"}], "budget": {"max_kl": 0.1} if searches else {},
-    }  # fmt: skip
+        "model": "m",
+        "calibration": {"file": None if text is None else str(text), "windows": windows, "length": length}
+        | calibration,
+        "seed": seed,
+        "stages": [{"method": "gate"}],
+        "budget": {"max_kl": 0.1} if searches else {},
+    }
     return make_recipe(values)
 
 
@@ -52,7 +73,9 @@ def rows(batches: Batches | None) -> set[tuple[int, ...]]:
 @pytest.mark.parametrize("seed", [0, 3])
 def test_what_is_searched_or_measured_on_is_in_no_other_part(source: Source, text: Path, seed: int) -> None:
     found = make_texts(source, recipe(text, searches=True, seed=seed), training=60)
-    calibration, training, heldout, search = (rows(part) for part in (found.calibration, found.training, found.heldout, found.search))
+    calibration, training, heldout, search = (
+        rows(part) for part in (found.calibration, found.training, found.heldout, found.search)
+    )
     assert calibration < training and len(calibration) == 20 and len(training) == 60
     assert not search & training and not heldout & training and not heldout & search
     whole = rows(make_texts(source, recipe(text, windows=100000, seed=seed)).calibration)
@@ -67,7 +90,9 @@ def test_a_search_leaves_the_calibration_as_it_was_where_text_suffices(source: S
     assert plain.calibration.sha256 == searched.calibration.sha256 and plain.training.sha256 == searched.training.sha256
     assert rows(plain.heldout) == rows(searched.heldout), "as many windows are taken as tell the loss"
     everything, rest = (make_texts(source, recipe(text, searches, windows=100000)) for searches in (False, True))
-    assert rows(rest.calibration) | rows(rest.search) == rows(everything.calibration), "and takes from it where it does not"
+    assert rows(rest.calibration) | rows(rest.search) == rows(everything.calibration), (
+        "and takes from it where it does not"
+    )
 
 
 def test_the_seed_decides_the_windows(source: Source, text: Path) -> None:
@@ -84,7 +109,9 @@ def test_the_seed_decides_the_windows(source: Source, text: Path) -> None:
 def test_the_heldout_text_is_the_last_fifth(source: Source, text: Path) -> None:
     whole = read_text(text)
     tail = source.tokenizer()(whole[int(0.8 * len(whole)) :], add_special_tokens=False)["input_ids"]
-    assert rows(make_heldout(source, recipe(text))) <= {tuple(tail[k : k + LENGTH]) for k in range(0, len(tail), LENGTH)}
+    assert rows(make_heldout(source, recipe(text))) <= {
+        tuple(tail[k : k + LENGTH]) for k in range(0, len(tail), LENGTH)
+    }
 
 
 def test_windows_are_no_longer_than_the_model_reads(source: Source, text: Path) -> None:
@@ -108,20 +135,35 @@ def test_the_hash_of_texts_covers_both_parts(text: Path) -> None:
 def _sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(windows, length) of every sampling, which goes on as it is."""
     calls, plain = [], generated_module.self_generated
-    monkeypatch.setattr(generated_module, "self_generated", lambda model, tokenizer, *rest: calls.append(rest[:2]) or plain(model, tokenizer, *rest))
+    monkeypatch.setattr(
+        generated_module,
+        "self_generated",
+        lambda model, tokenizer, *rest: calls.append(rest[:2]) or plain(model, tokenizer, *rest),
+    )
     return calls
 
 
-def test_generated_text_is_stored_and_reused(source: Source, text: Path, tmp_path: Path, sampled: list[tuple[int, int]]) -> None:
+def test_generated_text_is_stored_and_reused(
+    source: Source, text: Path, tmp_path: Path, sampled: list[tuple[int, int]]
+) -> None:
     asked = recipe(text, windows=6, length=16, generated=True)
     first = make_texts(source, asked, 10, tmp_path / "work")
     assert sampled == [(10, 16)] and first.name == "text sampled from the dense model"
-    assert len(first.calibration.tokens) == 6 and len(first.training.tokens) == 10 and rows(first.calibration) < rows(first.training)
+    assert (
+        len(first.calibration.tokens) == 6
+        and len(first.training.tokens) == 10
+        and rows(first.calibration) < rows(first.training)
+    )
     again, elsewhere = make_texts(source, asked, 10, tmp_path / "work"), make_texts(source, asked, 10)
     assert len(sampled) == 2, "only where there is no folder to store it in"
     assert first.training.sha256 == again.training.sha256 == elsewhere.training.sha256
-    assert first.heldout.sha256 == make_texts(source, recipe(text, windows=6, length=16)).heldout.sha256, "measured on written text as ever"
-    for changed in (recipe(text, windows=6, length=16, seed=4, generated=True), recipe(text, windows=6, length=17, generated=True)):
+    assert first.heldout.sha256 == make_texts(source, recipe(text, windows=6, length=16)).heldout.sha256, (
+        "measured on written text as ever"
+    )
+    for changed in (
+        recipe(text, windows=6, length=16, seed=4, generated=True),
+        recipe(text, windows=6, length=17, generated=True),
+    ):
         assert make_texts(source, changed, 10, tmp_path / "work").training.sha256 != first.training.sha256
     assert len(sampled) == 4
 
@@ -129,7 +171,9 @@ def test_generated_text_is_stored_and_reused(source: Source, text: Path, tmp_pat
 def test_generated_text_has_windows_to_search_on(source: Source, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SEARCH_WINDOWS", 8)
     found = make_texts(source, recipe(text, True, windows=6, length=16, generated=True), 10)
-    assert found.search is not None and [len(part.tokens) for part in (found.calibration, found.training, found.search)] == [6, 10, 8]
+    assert found.search is not None and [
+        len(part.tokens) for part in (found.calibration, found.training, found.search)
+    ] == [6, 10, 8]
     assert not rows(found.search) & rows(found.training)
     assert SEARCH_WINDOWS == 256
 
@@ -140,14 +184,19 @@ def too_short(source: Source, asked: Recipe) -> str:
     return str(error.value)
 
 
-def test_too_short_text_is_one_line(source: Source, text: Path, sampled: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_short_text_is_one_line(
+    source: Source, text: Path, sampled: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids, whole = source.tokenizer()(read_text(text))["input_ids"], text.with_name("short.txt")
     whole.write_text(source.tokenizer().decode(ids[:300]))
     assert too_short(source, recipe(whole)).startswith("Calibration text must hold at least 512 tokens, got ")
     whole.write_text(source.tokenizer().decode(ids[:1200]))
     for generated in (False, True):
         line = too_short(source, recipe(whole, generated=generated))
-        assert line.startswith("The last fifth of the calibration text must hold at least 512 tokens, got ") and "\n" not in line
+        assert (
+            line.startswith("The last fifth of the calibration text must hold at least 512 tokens, got ")
+            and "\n" not in line
+        )
     assert not sampled, "found before anything is sampled"
     monkeypatch.setattr(module, "SEARCH_SHARE", 0.01)
     line = too_short(source, recipe(text, searches=True, length=256))
@@ -160,12 +209,19 @@ def test_the_first_heldout_windows_are_those_of_fewer(source: Source, text: Path
     for count in (1, 3, len(whole) - 1):
         assert torch.equal(make_heldout(source, recipe(text), count).tokens, whole[:count])
     tail = make_heldout(source, recipe(text, seed=4)).tokens
-    assert rows(make_heldout(source, recipe(text, seed=4))) == rows(make_heldout(source, recipe(text))) and not torch.equal(tail, whole)
+    assert rows(make_heldout(source, recipe(text, seed=4))) == rows(
+        make_heldout(source, recipe(text))
+    ) and not torch.equal(tail, whole)
 
 
 @pytest.mark.parametrize(
     ("budget", "wanted"),
-    [({}, 0.005), ({"max_ppl_increase": 0.01}, 0.1 * math.log(1.01)), ({"max_kl": 0.02}, 0.002), ({"max_ppl_increase": 0.5, "max_kl": 0.3}, 0.005)],
+    [
+        ({}, 0.005),
+        ({"max_ppl_increase": 0.01}, 0.1 * math.log(1.01)),
+        ({"max_kl": 0.02}, 0.002),
+        ({"max_ppl_increase": 0.5, "max_kl": 0.3}, 0.005),
+    ],
 )
 def test_a_searched_budget_is_measured_more_exactly(budget: dict[str, float], wanted: float) -> None:
     asked = recipe(None).model_copy(update={"budget": Budget(**budget)})

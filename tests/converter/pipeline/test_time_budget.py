@@ -1,4 +1,6 @@
-"""Time: what stages take by given rates, which trainings fit into a budget, what is said, and a decision that outlives the run that made it."""
+"""Time: what stages take by given rates, which trainings fit into a budget, what is said, and a decision that outlives
+the run that made it.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +30,58 @@ from sparsegate.converter.pipeline.verify import verify
 from sparsegate.runtime_onnx.errors import InputError
 
 RATES = Rates(
-    forward=1e-5, calibrate=2e-5, store=0.01, train={"predictor": 1e-4, "trained_gate": 1e-4}, head=1e-4, train_head=5e-4, prefill=1e-5, decode=1e-4,
-    onnx_head=1e-4, onnx_head_alone=1e-3, write=1e-9, hash=1e-9,
-)  # fmt: skip
+    forward=1e-5,
+    calibrate=2e-5,
+    store=0.01,
+    train={"predictor": 1e-4, "trained_gate": 1e-4},
+    head=1e-4,
+    train_head=5e-4,
+    prefill=1e-5,
+    decode=1e-4,
+    onnx_head=1e-4,
+    onnx_head_alone=1e-3,
+    write=1e-9,
+    hash=1e-9,
+)
 SIZES = Sizes(
-    layers=10, hidden=64, units=176, vocabulary=1000, parameters=10**6, source_bytes=4 * 10**6, graph_bytes=4 * 10**6, windows=128, length=256,
+    layers=10,
+    hidden=64,
+    units=176,
+    vocabulary=1000,
+    parameters=10**6,
+    source_bytes=4 * 10**6,
+    graph_bytes=4 * 10**6,
+    windows=128,
+    length=256,
     characters=10**6,
-)  # fmt: skip
-STAGES = ["open", "text", "base graph", "calibrate", "plan", "quality", "export", "agreement", "speed", "dense references", "report"]
+)
+STAGES = [
+    "open",
+    "text",
+    "base graph",
+    "calibrate",
+    "plan",
+    "quality",
+    "export",
+    "agreement",
+    "speed",
+    "dense references",
+    "report",
+]
 
 
-def recipe(method: str = "auto", budget: dict[str, float] | None = None, time: str | None = None, **stage: Any) -> Recipe:
+def recipe(
+    method: str = "auto", budget: dict[str, float] | None = None, time: str | None = None, **stage: Any
+) -> Recipe:
     config = {} if budget else {"sparsity": 0.5}
-    return make_recipe({"model": "m", "stages": [{"method": method, "config": config, **stage}], "budget": budget or {}, "time_budget": time})
+    return make_recipe(
+        {
+            "model": "m",
+            "stages": [{"method": method, "config": config, **stage}],
+            "budget": budget or {},
+            "time_budget": time,
+        }
+    )
 
 
 def of(made: Recipe, rates: Rates = RATES) -> Timing:
@@ -55,7 +96,9 @@ def cheap(**trainings: Training) -> Timing:
 # Times in words
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("1h", 3600), ("0.5h", 1800), ("1h2m3s", 3723)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("20m", 1200), ("1h30m", 5400), ("1h", 3600), ("0.5h", 1800), ("1h2m3s", 3723)]
+)
 def test_times_that_are_read(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
     assert within(recipe(), text, named=False).time_budget == text == recipe(time=text).time_budget
@@ -78,7 +121,10 @@ def test_a_recipe_covers_the_flag() -> None:
     assert within(recipe(time="5m"), None, named=True) == recipe(time="5m")
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(3.2, "3 seconds"), (99, "99 seconds"), (150, "2 minutes"), (5000, "83 minutes"), (8400, "2 h 20 min")])
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(3.2, "3 seconds"), (99, "99 seconds"), (150, "2 minutes"), (5000, "83 minutes"), (8400, "2 h 20 min")],
+)
 def test_times_that_are_said(seconds: float, words: str) -> None:
     assert whole([seconds]) == words
 
@@ -121,16 +167,26 @@ def test_everything_fits() -> None:
 
 
 def test_trainings_share_what_is_left() -> None:
-    found = choose(cheap(predictor=Training(1000, 1.0, 10.0), trained_gate=Training(200, 1.0, 10.0)), recipe(time="723s"))
+    found = choose(
+        cheap(predictor=Training(1000, 1.0, 10.0), trained_gate=Training(200, 1.0, 10.0)), recipe(time="723s")
+    )
     assert found.steps == {"predictor": 500, "trained_gate": 100} and sum(found.seconds.values()) == pytest.approx(723)
-    assert found.notes[0] == "predictor is trained for 500 of 1000 steps, to stay within 12 minutes; all take 17 minutes"
+    assert (
+        found.notes[0] == "predictor is trained for 500 of 1000 steps, to stay within 12 minutes; all take 17 minutes"
+    )
 
 
 def test_the_longest_is_left_out_below_the_least() -> None:
     timed = cheap(predictor=Training(1000, 10.0, 10.0), trained_gate=Training(200, 1.0, 10.0))
     found = choose(timed, recipe(time="10m"))
-    assert found.steps == {"predictor": 0} and "train predictor" not in found.seconds and "train trained_gate" in found.seconds
-    assert found.notes == ("left out: predictor would take 2 h 47 min; give --time-budget 2h53m or name it with --method predictor",)
+    assert (
+        found.steps == {"predictor": 0}
+        and "train predictor" not in found.seconds
+        and "train trained_gate" in found.seconds
+    )
+    assert found.notes == (
+        "left out: predictor would take 2 h 47 min; give --time-budget 2h53m or name it with --method predictor",
+    )
     assert choose(timed, recipe(time="2h53m")).steps == {}, "what is said suffices"
     short = choose(timed, recipe(time="20s"))
     assert set(short.steps.values()) == {0} and short.notes[-1].startswith("this takes about 2 minutes")
@@ -146,7 +202,9 @@ def test_auto_has_half_an_hour() -> None:
 def test_a_named_method_is_cut_only_when_asked() -> None:
     timed = Timing({"open": 100.0}, {"predictor": {"quality": 1.0}}, {"predictor": Training(1000, 3.0, 0.0)})
     free = choose(timed, recipe("predictor"))
-    assert free.steps == {} and free.notes == ("this takes about 52 minutes on this machine; --time-budget 30m cuts the training",)
+    assert free.steps == {} and free.notes == (
+        "this takes about 52 minutes on this machine; --time-budget 30m cuts the training",
+    )
     assert choose(timed, recipe("predictor", time="30m")).steps == {"predictor": 566}
     with pytest.raises(InputError) as error:
         choose(timed, recipe("predictor", time="5m"))
@@ -179,7 +237,10 @@ def test_a_decision_is_kept_for_the_same_recipe(tmp_path: Path) -> None:
     keep(tmp_path, header("model", made), found)
     keep(tmp_path, header("model", made), Decision({}, {}))
     assert stored(tmp_path, lambda: header("model", made)) == found, "what was decided first"
-    assert stored(tmp_path, lambda: header("other", made)) is None and stored(tmp_path, lambda: header("model", recipe(time="9m"))) is None
+    assert (
+        stored(tmp_path, lambda: header("other", made)) is None
+        and stored(tmp_path, lambda: header("model", recipe(time="9m"))) is None
+    )
 
 
 # The probe
@@ -190,16 +251,27 @@ def test_the_probe_finds_positive_rates(tiny_model: Callable[[str], Path], model
     source = open_source(tiny_model(model_type))
     configs = method_configs(compile_recipe(None, None, None, None, None, None, None, None, None, None))
     rates = measure(source.arch, source.config, statistics(configs), tunes(configs), length=64)
-    found = [*rates.train.values(), *(getattr(rates, field.name) for field in fields(rates) if field.name not in ("train", "store"))]
-    assert set(rates.train) == {"predictor", "trained_gate"} and all(math.isfinite(value) and value > 0 for value in found) and rates.store >= 0
+    found = [
+        *rates.train.values(),
+        *(getattr(rates, field.name) for field in fields(rates) if field.name not in ("train", "store")),
+    ]
+    assert (
+        set(rates.train) == {"predictor", "trained_gate"}
+        and all(math.isfinite(value) and value > 0 for value in found)
+        and rates.store >= 0
+    )
 
 
-def test_the_probe_measures_a_wide_block_in_part(tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_measures_a_wide_block_in_part(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sparsegate.converter.pipeline import probe
 
     source = open_source(tiny_model("llama"))
     plain = probe._one_block(source.arch, source.config, "cpu")
-    assert plain.scale == 1 and plain.parameters == sum(tensor.numel() for tensor in plain.model.model.layers[0].parameters())
+    assert plain.scale == 1 and plain.parameters == sum(
+        tensor.numel() for tensor in plain.model.model.layers[0].parameters()
+    )
     monkeypatch.setattr(probe, "_PARAMETERS", 32_000)
     part = probe._one_block(source.arch, source.config, "cpu")
     assert part.parameters < plain.parameters and part.parameters * part.scale == pytest.approx(plain.parameters)
@@ -227,13 +299,21 @@ def without_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 def slow(monkeypatch: pytest.MonkeyPatch, train: float) -> None:
     """A machine on which a token and layer of a training take so many seconds."""
     rates = replace(RATES, forward=1e-7, calibrate=1e-7, head=1e-7, decode=1e-6, onnx_head_alone=1e-6, train_head=0.0)
-    monkeypatch.setattr(time_budget, "measure", lambda *_, **__: replace(rates, train={"predictor": train, "trained_gate": train}))
+    monkeypatch.setattr(
+        time_budget, "measure", lambda *_, **__: replace(rates, train={"predictor": train, "trained_gate": train})
+    )
 
 
 def test_a_resumed_run_keeps_what_was_decided(
-    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_speed: None, caplog: pytest.LogCaptureFixture
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    without_speed: None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """40 steps of 96 tokens through 2 layers take about 900 s and 90 s: the first machine has time for some of the steps, the second one for all."""
+    """40 steps of 96 tokens through 2 layers take about 900 s and 90 s: the first machine has time for some of the
+    steps, the second one for all.
+    """
     stages = [{"method": "trained_gate", "config": {"sparsity": 0.4, "tune": TUNE, "residual": "none"}}]
     path, out = small_recipe(tiny_model("llama"), tmp_path, stages=stages, time_budget="600s"), tmp_path / "out"
     slow(monkeypatch, 0.1)
@@ -247,7 +327,11 @@ def test_a_resumed_run_keeps_what_was_decided(
     assert 20 <= steps < 35 and f"trained for {steps} of 40 steps" in caplog.text and found.report.time_notes
     trained = read_header(tmp_path / "out.work" / "plan" / "trained_gate")
     assert trained is not None and trained.config["trained_gate"]["tune"]["steps"] == steps
-    assert {row.name for row in found.report.stages if row.expected_seconds is not None} >= {"open", "train trained_gate", "quality"}
+    assert {row.name for row in found.report.stages if row.expected_seconds is not None} >= {
+        "open",
+        "train trained_gate",
+        "quality",
+    }
     assert f"trained for {steps} of 40 steps" in (out / "README.md").read_text(encoding="utf-8")
     monkeypatch.setattr(time_budget, "measure", lambda *_, **__: pytest.fail("probed"))
     assert convert(recipe=path, output=out, keep_stages=True).up_to_date, "what the machine takes now does not matter"
@@ -261,7 +345,10 @@ def _broken_off(*_: Any, **__: Any) -> None:
 
 
 def test_a_dry_run_says_what_every_stage_takes(
-    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     slow(monkeypatch, 1.0)
     words = ["convert", str(tiny_model("llama")), "-o", str(tmp_path / "out"), "--dry-run"]
@@ -269,9 +356,16 @@ def test_a_dry_run_says_what_every_stage_takes(
     assert done.status == 0 and not (tmp_path / "out.work").exists()
     lines = [line.split() for line in done.out.splitlines()]
     assert [" ".join(line[:-2]) for line in lines if line[-1:] == ["minutes"]] == STAGES
-    assert "left out: predictor would take " in done.out and "name it with --method predictor" in done.out and "expected time " in done.out
+    assert (
+        "left out: predictor would take " in done.out
+        and "name it with --method predictor" in done.out
+        and "expected time " in done.out
+    )
     found = json.loads(call_cli(capsys, *words, "--json", "--time-budget", "999h").out)
-    assert list(found["seconds"]) == [*STAGES[:4], "train trained_gate", "train predictor", *STAGES[4:]] and found["notes"] == []
+    assert (
+        list(found["seconds"]) == [*STAGES[:4], "train trained_gate", "train predictor", *STAGES[4:]]
+        and found["notes"] == []
+    )
     assert call_cli(capsys, *words, "--time-budget", "20").err.count("\n") == 1
 
 

@@ -1,4 +1,6 @@
-"""What a whole run of the command line shows: lines of a log, --quiet and --verbose, a run that goes on, tensors that nothing computes with."""
+"""What a whole run of the command line shows: lines of a log, --quiet and --verbose, a run that goes on, tensors that
+nothing computes with.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,11 @@ def model(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     shutil.copytree(tiny_model("llama"), folder)
     weights = load_file(folder / "model.safetensors")
     table, bias = weights["model.norm.weight"][:8].clone(), weights["model.layers.0.mlp.gate_proj.weight"][:, 0].clone()
-    extra = {"model.layers.0.mlp.gate_proj.bias": bias, "model.layers.7.extra": table.clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": table}
+    extra = {
+        "model.layers.0.mlp.gate_proj.bias": bias,
+        "model.layers.7.extra": table.clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": table,
+    }
     save_file(weights | extra, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -80,7 +86,10 @@ def test_a_log_has_a_line_a_stage_and_nothing_of_libraries(run: tuple[Path, Path
     assert "\r" not in run[2].err
     assert names(lines) == [*STAGES, "report"]
     rest = [line for line in lines if not names([line])]
-    assert rest == ["Not computed with, because llama has no such tensors: model.layers.0.mlp.gate_proj.bias, model.layers.7.extra. The report lists them."]
+    assert rest == [
+        "Not computed with, because llama has no such tensors: model.layers.0.mlp.gate_proj.bias, "
+        "model.layers.7.extra. The report lists them."
+    ]
 
 
 def test_the_report_holds_the_seconds_and_convert_prints_them(run: tuple[Path, Path, Shown]) -> None:
@@ -88,7 +97,13 @@ def test_the_report_holds_the_seconds_and_convert_prints_them(run: tuple[Path, P
     report = Report.load(out / RESULTS)
     assert [stage.name for stage in report.stages] == STAGES
     assert all(stage.seconds > 0 for stage in report.stages)
-    assert {stage.name for stage in report.stages if stage.expected_seconds} >= {"calibrate", "base graph", "quality", "export", "agreement"}
+    assert {stage.name for stage in report.stages if stage.expected_seconds} >= {
+        "calibrate",
+        "base graph",
+        "quality",
+        "export",
+        "agreement",
+    }
     whole = sum(stage.seconds for stage in report.stages)
     assert f"in all {whole:.1f} (" in " ".join(said.out.split()) and "seconds (expected): open " in said.out
     assert report.unused_tensors == ["model.layers.0.mlp.gate_proj.bias", "model.layers.7.extra"]
@@ -99,11 +114,21 @@ def test_expected_seconds_stand_beside(run: tuple[Path, Path, Shown]) -> None:
     from sparsegate.converter.report.tables import stage_text
 
     report = Report.load(run[1] / RESULTS)
-    report = report.model_copy(update={"stages": [StageTime(name="plan", seconds=2.0, expected_seconds=3.0), StageTime(name="export", seconds=1.5)]})
+    report = report.model_copy(
+        update={
+            "stages": [StageTime(name="plan", seconds=2.0, expected_seconds=3.0), StageTime(name="export", seconds=1.5)]
+        }
+    )
     assert stage_text(report) == "seconds (expected): plan 2.0 (3.0), export 1.5, in all 3.5 (3.0)"
-    done = [StageTime(name="calibrate", seconds=0, resumed=True), StageTime(name="base graph", seconds=1.5, resumed=True)]
+    done = [
+        StageTime(name="calibrate", seconds=0, resumed=True),
+        StageTime(name="base graph", seconds=1.5, resumed=True),
+    ]
     report = report.model_copy(update={"stages": [*done, *report.stages]})
-    wanted = "calibrate found done, base graph 1.5 for the rest, plan 2.0 (3.0), export 1.5, in all 5.0, without what was found done 3.5 (3.0)"
+    wanted = (
+        "calibrate found done, base graph 1.5 for the rest, plan 2.0 (3.0), export 1.5, in all 5.0, without what "
+        "was found done 3.5 (3.0)"
+    )
     assert stage_text(report, 200) == f"seconds (expected): {wanted}"
 
 
@@ -123,17 +148,27 @@ def test_quiet_prints_the_result_alone_and_a_resumed_run_says_so(run: tuple[Path
     times = {stage.name: stage.seconds for stage in stages}
     assert times.pop("open") > 0 and times.pop("text") > 0
     assert times == dict.fromkeys([*STAGES[2:], "speed"], 0.0)
-    assert all(stage.resumed and stage.expected_seconds is None for stage in stages if stage.name in times), "nothing to compare with what was expected"
+    assert all(stage.resumed and stage.expected_seconds is None for stage in stages if stage.name in times), (
+        "nothing to compare with what was expected"
+    )
     assert "calibrate found done, " in again.out
     shutil.rmtree(out)
-    resumed = [line.split("  ")[0] for line in shown("convert", "--recipe", recipe, "-o", out, "--keep-stages").err.splitlines() if line.endswith(" resumed")]
+    resumed = [
+        line.split("  ")[0]
+        for line in shown("convert", "--recipe", recipe, "-o", out, "--keep-stages").err.splitlines()
+        if line.endswith(" resumed")
+    ]
     assert resumed == [*STAGES[2:], "speed"]
 
 
 def test_verify_on_a_terminal_and_verbose(run: tuple[Path, Path, Shown]) -> None:
     stream = Terminal()
     shown("verify", run[1], stream=stream)
-    assert "\r" in stream.getvalue() and names([line for line in stream.screen() if line]) == ["open", "quality", "agreement"]
+    assert "\r" in stream.getvalue() and names([line for line in stream.screen() if line]) == [
+        "open",
+        "quality",
+        "agreement",
+    ]
     loud = shown("verify", run[1], "--verbose")
     assert "runs with" in loud.err and logging.getLogger("sparsegate").level == logging.INFO
     assert "runs with" not in stream.getvalue()
@@ -148,4 +183,6 @@ def test_unused_tensors_are_none_of_an_ordinary_model(tiny_model: Callable[[str]
 def test_the_log_of_the_main_job_is_short(tmp_path: Path) -> None:
     said = shown("convert", "-o", tmp_path / "out")
     lines = said.err.splitlines()
-    assert len(lines) < 60 and {*STAGES, "train trained_gate", "train predictor", "speed", "report"} <= set(names(lines))
+    assert len(lines) < 60 and {*STAGES, "train trained_gate", "train predictor", "speed", "report"} <= set(
+        names(lines)
+    )

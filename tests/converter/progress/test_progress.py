@@ -1,4 +1,6 @@
-"""Progress: what a terminal and a file get, seconds by stage, shares of nested loops, and libraries that are as before."""
+"""Progress: what a terminal and a file get, seconds by stage, shares of nested loops, and libraries that
+are as before.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class Terminal(io.StringIO):
         return [line.rpartition("\r")[2].rstrip() for line in self.getvalue().split("\n")]
 
 
-def run(stream: io.StringIO, level: progress.Level = "normal", expected: dict[str, float] | None = None) -> progress.Job:
+def run(
+    stream: io.StringIO, level: progress.Level = "normal", expected: dict[str, float] | None = None
+) -> progress.Job:
     with progress.shown(level, stream), progress.job(expected) as job:
         with progress.stage("calibrate"):
             for _ in progress.track(range(4), unit="block"):
@@ -164,7 +168,12 @@ def test_work_that_was_found_done_is_not_compared_with_what_was_expected() -> No
                 time.sleep(0.01)
         progress.resumed("text")  # made in this job, and asked for again
     assert (job.resumed, job.partly) == ({"export"}, {"graph", "plan"})
-    assert {name: expected for name, expected, _ in job.rows()} == {"graph": None, "export": None, "plan": None, "text": 1.0}
+    assert {name: expected for name, expected, _ in job.rows()} == {
+        "graph": None,
+        "export": None,
+        "plan": None,
+        "text": 1.0,
+    }
 
 
 def test_time_left_follows_the_pace_so_far() -> None:
@@ -212,7 +221,11 @@ def test_libraries_are_as_before(active: bool) -> None:
         (switches.enable_progress_bar if active else switches.disable_progress_bar)()
         switches.set_verbosity_info()
         with pytest.raises(KeyError), progress.shown("normal", io.StringIO()), progress.job():
-            assert switches.get_verbosity() == logging.ERROR and not switches.is_progress_bar_enabled() and hub.are_progress_bars_disabled()
+            assert (
+                switches.get_verbosity() == logging.ERROR
+                and not switches.is_progress_bar_enabled()
+                and hub.are_progress_bars_disabled()
+            )
             raise KeyError
         assert switches.get_verbosity() == logging.INFO
         assert switches.is_progress_bar_enabled() is active and hub.are_progress_bars_disabled() is not active
@@ -246,4 +259,8 @@ def test_the_longer_a_stage_takes_the_rarer_are_its_lines(monkeypatch: pytest.Mo
         now[0] += 1.0
         display.tick(running)
     lines = stream.getvalue().splitlines()
-    assert 20 <= len(lines) <= 30 and [line.split()[1:3] for line in lines[:3]] == [["60", "s"], ["2", "min"], ["3", "min"]]
+    assert 20 <= len(lines) <= 30 and [line.split()[1:3] for line in lines[:3]] == [
+        ["60", "s"],
+        ["2", "min"],
+        ["3", "min"],
+    ]

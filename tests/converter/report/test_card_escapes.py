@@ -1,4 +1,6 @@
-"""What a model card quotes from outside is shown as it is: rendered, it makes no HTML, no link, no picture and no code of its own."""
+"""What a model card quotes from outside is shown as it is: rendered, it makes no HTML, no link, no picture and no code
+of its own.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,11 @@ from sparsegate.converter.report.markdown import code, fenced, inline, target
 
 markdown_it = pytest.importorskip("markdown_it")
 
-HOSTILE = "a](javascript:alert(1)) <img src=x onerror=alert(1)> ![p](http://evil/x.png) `b` ``c`` [d]: http://evil *e* | f \\| <script>g()</script> &lt;h ~~i~~"
+HOSTILE = (
+    "a](javascript:alert(1)) <img src=x onerror=alert(1)> ![p](http://evil/x.png) `b` ``c`` [d]: http://evil "
+    "*e* "
+    "| f \\| <script>g()</script> &lt;h ~~i~~"
+)
 HOSTILE += "\n\n# heading\n- item\n```\nfence\n\x1b[31m\u202e"
 
 
@@ -39,7 +45,9 @@ class Page(HTMLParser):
 
 
 def render(markdown: str) -> Page:
-    return Page(markdown_it.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown))
+    return Page(
+        markdown_it.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown)
+    )
 
 
 def card(folder: Path, report: reporting.Report, base: Path) -> tuple[dict[str, Any], Page]:
@@ -50,14 +58,23 @@ def card(folder: Path, report: reporting.Report, base: Path) -> tuple[dict[str, 
 
 def test_a_card_of_hostile_names_has_the_elements_of_a_plain_one(tmp_path: Path) -> None:
     def changed(name: str) -> reporting.Report:
-        rows = [REPORT["rows"][0] | {"note": name}, *REPORT["rows"][1:]] if "note" in REPORT["rows"][0] else REPORT["rows"]
+        rows = (
+            [REPORT["rows"][0] | {"note": name}, *REPORT["rows"][1:]] if "note" in REPORT["rows"][0] else REPORT["rows"]
+        )
         return make_report(
-            model=f"/home/x/{name}", revision=None, command=f"sparsegate convert {name}", rows=rows,
-            machine=REPORT["machine"] | {"cpu": name, "os": name}, calibration=REPORT["calibration"] | {"name": name},
-            evaluation=REPORT["evaluation"] | {"name": name}, recipe=REPORT["recipe"] | {"model": name}, versions={name: name},
-            speed=REPORT["speed"] | {"runtime": name, "executor": name, "commit": name, "command": name}, time_notes=[name],
+            model=f"/home/x/{name}",
+            revision=None,
+            command=f"sparsegate convert {name}",
+            rows=rows,
+            machine=REPORT["machine"] | {"cpu": name, "os": name},
+            calibration=REPORT["calibration"] | {"name": name},
+            evaluation=REPORT["evaluation"] | {"name": name},
+            recipe=REPORT["recipe"] | {"model": name},
+            versions={name: name},
+            speed=REPORT["speed"] | {"runtime": name, "executor": name, "commit": name, "command": name},
+            time_notes=[name],
             checks=[check | {"name": name, "note": name} for check in REPORT["checks"]],
-        )  # fmt: skip
+        )
 
     def front(name: str) -> str:
         lines = "".join(f"  {line}\n" for line in name.replace("\x1b", "").replace("\u202e", "").splitlines())
@@ -66,13 +83,18 @@ def test_a_card_of_hostile_names_has_the_elements_of_a_plain_one(tmp_path: Path)
     _, plain = card(tmp_path / "a", changed("name"), make_base(tmp_path / "plain", front("name")))
     data, hostile = card(tmp_path / "b", changed(HOSTILE), make_base(tmp_path / "hostile", front(HOSTILE)))
     assert hostile.elements == plain.elements
-    assert not [link for _, link in hostile.elements if link and not link.startswith(("https://", "http://", "report/"))]
+    assert not [
+        link for _, link in hostile.elements if link and not link.startswith(("https://", "http://", "report/"))
+    ]
     assert "alert" in hostile.text and "evil" in hostile.text, "the names are shown"
     assert "license_link" not in data
     assert not [repr(line) for line in hostile.text.splitlines() if "\x1b" in line or "\u202e" in line]
 
 
-@pytest.mark.parametrize("text", [HOSTILE, "`", "``", "a`", "`a", "<b>", "[a](b)", "![a](b)", "a|b", "https://x/<y>", "&amp;", "*a*", "\\", "", " "])
+@pytest.mark.parametrize(
+    "text",
+    [HOSTILE, "`", "``", "a`", "`a", "<b>", "[a](b)", "![a](b)", "a|b", "https://x/<y>", "&amp;", "*a*", "\\", "", " "],
+)
 def test_every_form_shows_the_text_itself(text: str) -> None:
     shown = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     for form, tags in ((inline, {"p"}), (code, {"p", "code"})):
@@ -86,6 +108,18 @@ def test_every_form_shows_the_text_itself(text: str) -> None:
 
 def test_where_a_link_may_lead() -> None:
     assert target("https://example.org/a?b=c#d") == "https://example.org/a?b=c#d" and target(None) is None
-    assert target("LICENSE", ("LICENSE",)) == "LICENSE" and target("LI (CENSE.md", ("LI (CENSE.md",)) == "LI%20%28CENSE.md"
-    for link in ("javascript:alert(1)", "data:text/html,x", "file:///etc/passwd", "//evil", "https://a b", "https://a)(b", "LICENSE", "https://a\n", "ftp://x"):
+    assert (
+        target("LICENSE", ("LICENSE",)) == "LICENSE" and target("LI (CENSE.md", ("LI (CENSE.md",)) == "LI%20%28CENSE.md"
+    )
+    for link in (
+        "javascript:alert(1)",
+        "data:text/html,x",
+        "file:///etc/passwd",
+        "//evil",
+        "https://a b",
+        "https://a)(b",
+        "LICENSE",
+        "https://a\n",
+        "ftp://x",
+    ):
         assert target(link) is None, link

@@ -1,4 +1,6 @@
-"""Tables, plot and model card from one stored JSON: golden text, metadata read back, and no claim beyond the numbers."""
+"""Tables, plot and model card from one stored JSON: golden text, metadata read back, and no claim beyond
+the numbers.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ REPORT: dict[str, Any] = {
         },
         {"site": "layers.1.ffn", "density_calibrated": 0.5, "density_realised": 0.4996},
     ],
-    "checks": [{"name": "body logits", "value": 1.2e-6, "bound": 1e-4, "passed": True, "note": "95% of 512 | positions"}],
+    "checks": [
+        {"name": "body logits", "value": 1.2e-6, "bound": 1e-4, "passed": True, "note": "95% of 512 | positions"}
+    ],
 }
 
 
@@ -98,7 +102,10 @@ def make_report(**changes: Any) -> reporting.Report:
 
 
 def without_speed(selected: str = "predictor") -> dict[str, Any]:
-    rows = [{key: value for key, value in row.items() if "_per_second" not in key and key != "decode_ratio"} for row in REPORT["rows"]]
+    rows = [
+        {key: value for key, value in row.items() if "_per_second" not in key and key != "decode_ratio"}
+        for row in REPORT["rows"]
+    ]
     return {"speed": None, "rows": [{**row, "selected": row["method"] == selected} for row in rows]}
 
 
@@ -141,12 +148,25 @@ def test_tables_have_the_golden_text() -> None:
     assert reporting.detail_table(report, "text") == DETAILS_TEXT
     assert table(speed_cells(report), "text") == SPEED_TEXT
     assert reporting.layer_table(report, "text") == LAYERS
-    assert reporting.layer_table(report).splitlines()[2] == "| layers.0.ffn | 50.0 % | 49.0 % | 48.1 % | 83.0 % | 16 | 57.0 % |"
-    assert reporting.check_table(report).splitlines()[2] == "| body logits | 1.2e-06 | ≤ 0.0001 | passed | 95% of 512 \\| positions |"
+    assert (
+        reporting.layer_table(report).splitlines()[2]
+        == "| layers.0.ffn | 50.0 % | 49.0 % | 48.1 % | 83.0 % | 16 | 57.0 % |"
+    )
+    assert (
+        reporting.check_table(report).splitlines()[2]
+        == "| body logits | 1.2e-06 | ≤ 0.0001 | passed | 95% of 512 \\| positions |"
+    )
 
 
 def test_a_ratio_below_one_never_reads_as_one() -> None:
-    assert [ratio_text(value) for value in (0.5, 0.998, 0.99999, 1.0, 1.001, 2.345)] == ["0.50", "0.998", "0.999", "1.00", "1.00", "2.35"]
+    assert [ratio_text(value) for value in (0.5, 0.998, 0.99999, 1.0, 1.001, 2.345)] == [
+        "0.50",
+        "0.998",
+        "0.999",
+        "1.00",
+        "1.00",
+        "2.35",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -185,9 +205,20 @@ def test_report_is_stored_and_read_back(tmp_path: Path) -> None:
 def test_everything_made_from_a_report_is_written(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", LICENSE="the terms")
     (tmp_path / "out").mkdir()
-    reporting.write_report(tmp_path / "out", make_report(machine=reporting.this_machine().model_dump()), reporting.read_base_card(base, "org/base-1B"))
+    reporting.write_report(
+        tmp_path / "out",
+        make_report(machine=reporting.this_machine().model_dump()),
+        reporting.read_base_card(base, "org/base-1B"),
+    )
     names = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert names == {"README.md", "LICENSE", "report/report.json", "report/candidates.png", "report/layers.png", "report/index.html"}
+    assert names == {
+        "README.md",
+        "LICENSE",
+        "report/report.json",
+        "report/candidates.png",
+        "report/layers.png",
+        "report/index.html",
+    }
     assert "(report/layers.png)" in (tmp_path / "out" / "README.md").read_text()
     assert reporting.this_machine().cores >= 1 and "torch" in reporting.installed_versions()
 
@@ -196,7 +227,11 @@ def test_plot_is_a_png_and_repeats_byte_for_byte(tmp_path: Path) -> None:
     first = reporting.plot_layers(tmp_path / "a", make_report())
     second = reporting.plot_layers(tmp_path / "b", make_report())
     other = make_report(layers=[{**REPORT["layers"][0], "density_realised": 0.9}])
-    assert first and second and first.read_bytes() == second.read_bytes() != reporting.plot_layers(tmp_path / "c", other).read_bytes()  # type: ignore[union-attr]
+    assert (
+        first
+        and second
+        and first.read_bytes() == second.read_bytes() != reporting.plot_layers(tmp_path / "c", other).read_bytes()
+    )  # type: ignore[union-attr]
     assert first == tmp_path / "a" / "report" / "layers.png" and first.read_bytes().startswith(b"\x89PNG\r\n")
     assert reporting.plot_layers(tmp_path / "d", make_report(layers=[])) is None
 
@@ -238,7 +273,12 @@ def write(tmp_path: Path, report: reporting.Report, base: Path, **options: Any) 
 
 
 def test_card_metadata_and_licence(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", LICENSE="the terms", NOTICE="notice", **{"USE_POLICY.md": "policy", "training.txt": "no licence"})
+    base = make_base(
+        tmp_path / "base",
+        LICENSE="the terms",
+        NOTICE="notice",
+        **{"USE_POLICY.md": "policy", "training.txt": "no licence"},
+    )
     data, card = write(tmp_path, make_report(), base, repo_id="ada/sparse")
     assert data == {
         "base_model": "org/base-1B",
@@ -251,9 +291,17 @@ def test_card_metadata_and_licence(tmp_path: Path) -> None:
         "language": ["en", "no"],
         "tags": ["onnx", "onnxruntime", "onnxruntime-genai", "sparse", "activation-sparsity"],
     }
-    copied = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.is_file() and path.name != "README.md"}
+    copied = {
+        path.name: path.read_text()
+        for path in (tmp_path / "out").iterdir()
+        if path.is_file() and path.name != "README.md"
+    }
     assert copied == {"LICENSE": "the terms", "NOTICE": "notice", "USE_POLICY.md": "policy"}
-    assert QUALITY in card and reporting.layer_table(make_report()) in card and reporting.check_table(make_report()) in card
+    assert (
+        QUALITY in card
+        and reporting.layer_table(make_report()) in card
+        and reporting.check_table(make_report()) in card
+    )
     for part in (
         "Test CPU, 2 cores",
         "c" * 64,
@@ -271,7 +319,10 @@ def test_card_metadata_and_licence(tmp_path: Path) -> None:
 
 
 def test_card_names_what_is_gated(tmp_path: Path) -> None:
-    base, linear = make_base(tmp_path / "base"), {"site": "layers.0.linear.q_proj", "density_calibrated": 0.5, "density_realised": 0.5}
+    base, linear = (
+        make_base(tmp_path / "base"),
+        {"site": "layers.0.linear.q_proj", "density_calibrated": 0.5, "density_realised": 0.5},
+    )
     for layers, units in (
         (REPORT["layers"], "feed-forward neurons"),
         ([linear], "input channels of linear maps"),
@@ -293,9 +344,15 @@ def test_card_examples_are_valid_python(tmp_path: Path) -> None:
 
 
 def test_card_of_a_local_model_without_a_card(tmp_path: Path) -> None:
-    data, card = write(tmp_path, make_report(model="my model", revision=None), make_base(tmp_path / "base", readme=None))
+    data, card = write(
+        tmp_path, make_report(model="my model", revision=None), make_base(tmp_path / "base", readme=None)
+    )
     assert not data.keys() & {"base_model", "base_model_relation", "license", "license_link", "language"}
-    assert "The base model states none." in card and "`my model` converted" in card and 'snapshot_download("OWNER/NAME", local_dir="NAME")' in card
+    assert (
+        "The base model states none." in card
+        and "`my model` converted" in card
+        and 'snapshot_download("OWNER/NAME", local_dir="NAME")' in card
+    )
 
 
 def test_licence_sources(tmp_path: Path) -> None:
@@ -314,8 +371,13 @@ def test_licence_sources(tmp_path: Path) -> None:
 def test_what_the_card_says_about_speed(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     faster = speed_sentence(make_report())
-    assert faster.startswith("Decoding ran at 1.42 times the speed of the dense model on this machine (Test CPU, 2 cores, 2 threads, fp32")
-    assert "1.42 times the speed of this model's dense graph, with the stock activation and nothing skipped on" in speed_sentence(make_report(swapped=True))
+    assert faster.startswith(
+        "Decoding ran at 1.42 times the speed of the dense model on this machine (Test CPU, 2 cores, 2 threads, fp32"
+    )
+    assert (
+        "1.42 times the speed of this model's dense graph, with the stock activation and nothing skipped on"
+        in speed_sentence(make_report(swapped=True))
+    )
     rows = [{**row, "selected": row["method"] == "gate"} for row in REPORT["rows"]]
     slower = make_report(rows=rows)
     assert speed_sentence(slower).startswith("Not faster on this machine") and "0.998 times" in speed_sentence(slower)

@@ -32,10 +32,23 @@ def context(seed: int = 0) -> dict[str, Tensor]:
     x, w_gate, w_up, w_down = (random(*shape) for shape in ((T, D), (N, D), (N, D), (N, D)))
     gate, up = F.silu(x @ w_gate.T), x @ w_up.T
     return {
-        "x": x, "gate": gate, "up": up, "z": gate * up, "w_gate": w_gate, "w_up": w_up, "w_down": w_down, "w": random(N, D),
-        "up_moment": random(N).square(), "prompt": random(N).abs(), "grad": random(T, N), "grad_path": random(K, T, N),
-        "o": random(T, H, WIDTH), "o_grad": random(T, H, WIDTH), "o_grad_path": random(K, T, H, WIDTH), "label": torch.arange(T),
-    }  # fmt: skip
+        "x": x,
+        "gate": gate,
+        "up": up,
+        "z": gate * up,
+        "w_gate": w_gate,
+        "w_up": w_up,
+        "w_down": w_down,
+        "w": random(N, D),
+        "up_moment": random(N).square(),
+        "prompt": random(N).abs(),
+        "grad": random(T, N),
+        "grad_path": random(K, T, N),
+        "o": random(T, H, WIDTH),
+        "o_grad": random(T, H, WIDTH),
+        "o_grad_path": random(K, T, H, WIDTH),
+        "label": torch.arange(T),
+    }
 
 
 def score(name: str, fields: dict[str, Tensor]) -> Tensor:
@@ -57,7 +70,9 @@ def neuron(name: str, f: dict[str, Tensor], t: int, i: int) -> float:
         "chess": lambda: abs(gate) * math.sqrt(float(f["up_moment"][i])),
         "magnitude": lambda: math.sqrt(sum((z * float(w)) ** 2 for w in f["w_down"][i])),
         "abs_z": lambda: abs(z),
-        "signs": lambda: sum((float(a) < 0) == (float(b) < 0) for a, b in zip(f["x"][t], f["w_gate"][i], strict=True)) / D,
+        "signs": lambda: (
+            sum((float(a) < 0) == (float(b) < 0) for a, b in zip(f["x"][t], f["w_gate"][i], strict=True)) / D
+        ),
         "griffin": lambda: float(f["prompt"][i]),
         "gradient": lambda: -g,
         "gxo": lambda: -z * g,
@@ -108,7 +123,9 @@ def test_every_gradient_score_has_heads() -> None:
 def test_linear_score_in_loops(name: str) -> None:
     fields = context()
     norms = [math.sqrt(sum(float(v) ** 2 for v in fields["w"][:, j])) if name == "wina" else 1.0 for j in range(D)]
-    expected = torch.tensor([[abs(float(fields["x"][t, j])) * norms[j] for j in range(D)] for t in range(T)], dtype=torch.float64)
+    expected = torch.tensor(
+        [[abs(float(fields["x"][t, j])) * norms[j] for j in range(D)] for t in range(T)], dtype=torch.float64
+    )
     torch.testing.assert_close(score(name, fields), expected, rtol=1e-10, atol=0)
 
 
@@ -121,11 +138,22 @@ def test_symmetries(name: str, seed: int, factor: float) -> None:
     base = score(name, fields)
     assert base.shape == (T, N)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
-    permuted = {key: v[..., order] if key in PER_UNIT else v[order] if key in ("w_gate", "w_up", "w_down") else v for key, v in fields.items()}
+    permuted = {
+        key: v[..., order] if key in PER_UNIT else v[order] if key in ("w_gate", "w_up", "w_down") else v
+        for key, v in fields.items()
+    }
     torch.testing.assert_close(score(name, permuted), base[:, order], rtol=1e-12, atol=1e-14)
-    alone = {key: v[2:3] if key in ("x", "gate", "up", "z", "grad") else v[:, 2:3] if key == "grad_path" else v for key, v in fields.items()}
+    alone = {
+        key: v[2:3] if key in ("x", "gate", "up", "z", "grad") else v[:, 2:3] if key == "grad_path" else v
+        for key, v in fields.items()
+    }
     torch.testing.assert_close(score(name, alone), base[2:3], rtol=1e-12, atol=1e-14)
-    scaled = fields | {"gate": fields["gate"] * factor, "z": fields["z"] * factor, "prompt": fields["prompt"] * factor, "x": fields["x"] * factor}
+    scaled = fields | {
+        "gate": fields["gate"] * factor,
+        "z": fields["z"] * factor,
+        "prompt": fields["prompt"] * factor,
+        "x": fields["x"] * factor,
+    }
     power = {"fisher": 2, "gradient": 0, "signs": 0}.get(name, 1)
     torch.testing.assert_close(score(name, scaled), base * factor**power, rtol=1e-10, atol=1e-14)
 
@@ -133,11 +161,18 @@ def test_symmetries(name: str, seed: int, factor: float) -> None:
 def test_magnitude_sees_down_but_no_rotation_of_the_output() -> None:
     fields = context()
     rotation = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64)).Q
-    torch.testing.assert_close(score("magnitude", fields | {"w_down": fields["w_down"] @ rotation}), score("magnitude", fields), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        score("magnitude", fields | {"w_down": fields["w_down"] @ rotation}),
+        score("magnitude", fields),
+        rtol=1e-10,
+        atol=0,
+    )
     doubled = fields["w_down"].clone()
     doubled[3] *= 2
     ratio = score("magnitude", fields | {"w_down": doubled}) / score("magnitude", fields)
-    torch.testing.assert_close(ratio, torch.tensor([1.0, 1, 1, 2, 1, 1, 1], dtype=torch.float64).expand(T, N), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        ratio, torch.tensor([1.0, 1, 1, 2, 1, 1, 1], dtype=torch.float64).expand(T, N), rtol=1e-10, atol=0
+    )
 
 
 def test_chess_with_constant_moments_orders_as_gate() -> None:
@@ -146,7 +181,9 @@ def test_chess_with_constant_moments_orders_as_gate() -> None:
 
 
 def test_f02_snip_fisher_and_one_step() -> None:
-    """SNIP is |GxO| and orders as Fisher; integrated gradients with one step are GxO, bit for bit. The same for heads."""
+    """SNIP is |GxO| and orders as Fisher; integrated gradients with one step are GxO, bit for bit. The same
+    for heads.
+    """
     fields = context()
     fields |= {"grad_path": fields["grad"][None], "o_grad_path": fields["o_grad"][None]}
     for of in (score, score_heads):
@@ -157,7 +194,9 @@ def test_f02_snip_fisher_and_one_step() -> None:
 
 
 def test_f06_corrected_identity() -> None:
-    """norm(g) |x| (1/2 - c) with c = sgn(x) g / norm(g); the order is that of |x| (1 - 2c); E_y[g] = 0 leaves the order of |x|."""
+    """norm(g) |x| (1/2 - c) with c = sgn(x) g / norm(g); the order is that of |x| (1 - 2c); E_y[g] = 0 leaves the order
+    of |x|.
+    """
     fields = context(3)
     z, g = fields["z"], fields["grad"]
     norm = g.norm(dim=-1, keepdim=True)
@@ -187,10 +226,16 @@ def test_f18_griffin_golden() -> None:
     torch.testing.assert_close(statistic(z)[0], expected, rtol=0, atol=5e-5)
     assert statistic(z)[0].topk(4).indices.tolist() == [5, 1, 7, 6]
     keep = top_k(score("griffin", {"z": z[0], "prompt": statistic(z)[0]}), 0.5)
-    assert keep.shape == (12, 8) and bool((keep == keep[:1]).all()) and set(keep[0].nonzero().flatten().tolist()) == {5, 1, 7, 6}
+    assert (
+        keep.shape == (12, 8)
+        and bool((keep == keep[:1]).all())
+        and set(keep[0].nonzero().flatten().tolist()) == {5, 1, 7, 6}
+    )
     fields = context()
     kept = torch.tensor([0, 2, 3, 6])
-    reduced = (F.silu(fields["x"] @ fields["w_gate"][kept].T) * (fields["x"] @ fields["w_up"][kept].T)) @ fields["w_down"][kept]
+    reduced = (F.silu(fields["x"] @ fields["w_gate"][kept].T) * (fields["x"] @ fields["w_up"][kept].T)) @ fields[
+        "w_down"
+    ][kept]
     mask = torch.zeros(N, dtype=torch.bool).index_fill_(0, kept, True)
     torch.testing.assert_close(reduced, torch.where(mask, fields["z"], 0) @ fields["w_down"])
 

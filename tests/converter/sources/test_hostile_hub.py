@@ -1,4 +1,6 @@
-"""Repositories of strangers against a local Hub server, and folders with links: nothing outside is read, written or removed, and nothing but data moves."""
+"""Repositories of strangers against a local Hub server, and folders with links: nothing outside is read, written or
+removed, and nothing but data moves.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,50 @@ from sparsegate.converter.sources import hub
 from sparsegate.runtime_onnx.errors import InputError
 
 NAMES = [
-    "../outside.txt", "onnx/../../outside.txt", "/tmp/outside.txt", "C:/outside.txt", "C:outside.txt", "..\\outside.txt", "onnx\\outside.json",
-    ".cache/sparsegate.json", "onnx/.CACHE/x.json", ".git/config.json", "./x.json", "onnx//x.json", "x.json/", "", ".", "..", "a\nb.json", "a\x00.json",
-    "a\u202ebad.json", "x" * 2000 + ".json",
-]  # fmt: skip
+    "../outside.txt",
+    "onnx/../../outside.txt",
+    "/tmp/outside.txt",
+    "C:/outside.txt",
+    "C:outside.txt",
+    "..\\outside.txt",
+    "onnx\\outside.json",
+    ".cache/sparsegate.json",
+    "onnx/.CACHE/x.json",
+    ".git/config.json",
+    "./x.json",
+    "onnx//x.json",
+    "x.json/",
+    "",
+    ".",
+    "..",
+    "a\nb.json",
+    "a\x00.json",
+    "a\u202ebad.json",
+    "x" * 2000 + ".json",
+]
 """Names that lead outside the folder or are no plain names in it."""
 PROGRAMS = [
-    "onnx/evil.so", "evil.dll", "libx.dylib", "onnx/libsparsegate_onnx.so", "libx.so.1", "run.sh", "run.exe", "model.py", "x.pyc", "pytorch_model.bin",
-    "x.pkl", "x.pt", "LICENSE.so", "license.exe", "run", "Makefile", "x.bat", "x.desktop", "x.whl", "x.zip",
-]  # fmt: skip
+    "onnx/evil.so",
+    "evil.dll",
+    "libx.dylib",
+    "onnx/libsparsegate_onnx.so",
+    "libx.so.1",
+    "run.sh",
+    "run.exe",
+    "model.py",
+    "x.pyc",
+    "pytorch_model.bin",
+    "x.pkl",
+    "x.pt",
+    "LICENSE.so",
+    "license.exe",
+    "run",
+    "Makefile",
+    "x.bat",
+    "x.desktop",
+    "x.whl",
+    "x.zip",
+]
 """Kinds of file that no checkpoint has."""
 
 
@@ -58,15 +95,21 @@ def repository(tmp_path: Path, extra: dict[str, bytes]) -> dict[str, bytes]:
     files = contents(folder)
     shutil.rmtree(folder)
     manifest = json.loads(files["manifest.json"])
-    manifest["files"] |= {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in extra.items()}
+    manifest["files"] |= {
+        name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in extra.items()
+    }
     return files | extra | {"manifest.json": json.dumps(manifest).encode()}
 
 
 @pytest.mark.parametrize("name", [*NAMES, *PROGRAMS])
-def test_a_manifest_of_a_stranger_names_no_other_places_and_no_programs(server: HubServer, tmp_path: Path, name: str) -> None:
+def test_a_manifest_of_a_stranger_names_no_other_places_and_no_programs(
+    server: HubServer, tmp_path: Path, name: str
+) -> None:
     """Refused in one line after the manifest alone; no file of the repository is there, nor is the folder."""
     server.add_repo("eve/model", repository(tmp_path, {name: b"theirs"}))
-    with pytest.raises(InputError, match="must (name files inside its own folder|list weights, graphs, JSON, texts and pictures alone)") as error:
+    with pytest.raises(
+        InputError, match="must (name files inside its own folder|list weights, graphs, JSON, texts and pictures alone)"
+    ) as error:
         hub.fetch_checkpoint("eve/model", tmp_path / "a" / "m", endpoint=server.url)
     one_line(error)
     assert not [line for line in server.log if "/resolve/" in line and not line.endswith("/manifest.json")]
@@ -74,11 +117,15 @@ def test_a_manifest_of_a_stranger_names_no_other_places_and_no_programs(server: 
 
 
 def test_a_record_from_a_repository_deletes_nothing(server: HubServer, tmp_path: Path) -> None:
-    """The way that did: a record among the files, a download that breaks off, and the next one removes what the record calls its own."""
+    """The way that did: a record among the files, a download that breaks off, and the next one removes what the record
+    calls its own.
+    """
     victim, folder = tmp_path / "victim.txt", tmp_path / "a" / "m"
     victim.write_text("mine")
     record = {"id": "eve/model", "requested": None, "revision": "0" * 40, "files": {"../../victim.txt": 4}}
-    server.add_repo("eve/model", repository(tmp_path, {".cache/sparsegate.json": json.dumps(record).encode(), "zzz.json": b"{}"}))
+    server.add_repo(
+        "eve/model", repository(tmp_path, {".cache/sparsegate.json": json.dumps(record).encode(), "zzz.json": b"{}"})
+    )
     for _ in range(2):
         server.fail(r"GET .*/zzz\.json", 418)
         with pytest.raises(InputError):
@@ -111,7 +158,11 @@ def test_a_download_writes_through_no_link(server: HubServer, tmp_path: Path, na
 
 
 def test_a_dense_model_brings_data_alone(server: HubServer, tmp_path: Path) -> None:
-    hostile = {name: b"x" for name in PROGRAMS if "/" not in name} | {"NOTICE.so": b"x", "use_policy.py": b"x", "README.md.exe": b"x"}
+    hostile = {name: b"x" for name in PROGRAMS if "/" not in name} | {
+        "NOTICE.so": b"x",
+        "use_policy.py": b"x",
+        "README.md.exe": b"x",
+    }
     server.add_repo("eve/model", MODEL | hostile)
     hub.download("eve/model", tmp_path / "m", endpoint=server.url)
     assert not set(contents(tmp_path / "m")) & set(hostile)
@@ -163,7 +214,10 @@ def genai(text: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         (folder / "onnx/genai_config.json").write_text(text)
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["files"]["onnx/genai_config.json"] = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "size": len(text)}
+        manifest["files"]["onnx/genai_config.json"] = {
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "size": len(text),
+        }
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
     return change
@@ -198,17 +252,24 @@ def test_what_is_pushed_is_a_regular_file_of_a_known_kind(server: HubServer, tmp
     assert server.repos == {} and server.uploads == {}
 
 
-def test_what_was_uploaded_is_compared_with_what_is_listed(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_uploaded_is_compared_with_what_is_listed(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the client leaves a file out in silence, the manifest does not go up either."""
     upload = HfApi.upload_folder
 
     def lossy(self: HfApi, **options: Any) -> Any:
-        return upload(self, **options | {"allow_patterns": [name for name in options["allow_patterns"] if name != "onnx/model.onnx"]})
+        return upload(
+            self,
+            **options | {"allow_patterns": [name for name in options["allow_patterns"] if name != "onnx/model.onnx"]},
+        )
 
     folder = make_checkpoint(tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(HfApi, "upload_folder", lossy)
-        with pytest.raises(InputError, match=r"must hold every file of the manifest after the upload, got onnx/model\.onnx missing") as error:
+        with pytest.raises(
+            InputError, match=r"must hold every file of the manifest after the upload, got onnx/model\.onnx missing"
+        ) as error:
             push_module.push(folder, "ada/sparse", token=TOKEN, endpoint=server.url)
     assert "run `sparsegate push" in one_line(error) and "manifest.json" not in server.repos["ada/sparse"].head.files
     push_module.push(folder, "ada/sparse", token=TOKEN, endpoint=server.url)

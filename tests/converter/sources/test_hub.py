@@ -73,7 +73,11 @@ def client(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and ".cache" not in path.parts
+    }
 
 
 def make_checkpoint(folder: Path, extra: dict[str, bytes] | None = None) -> Path:
@@ -92,7 +96,20 @@ def make_checkpoint(folder: Path, extra: dict[str, bytes] | None = None) -> Path
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     rows = {name: File(sha256=hashlib.sha256(data).hexdigest(), size=len(data)) for name, data in files.items()}
-    write_manifest(folder, Manifest(fingerprint="0", source={}, calibration={}, recipe={}, seed=0, budget={}, measured={}, versions={}, files=rows))
+    write_manifest(
+        folder,
+        Manifest(
+            fingerprint="0",
+            source={},
+            calibration={},
+            recipe={},
+            seed=0,
+            budget={},
+            measured={},
+            versions={},
+            files=rows,
+        ),
+    )
     return folder
 
 
@@ -130,13 +147,19 @@ def test_download_again_fetches_nothing_then_follows_the_new_commit(server: HubS
     assert hub.download("ada/model", tmp_path / "m", revision=first.revision, endpoint=server.url) == first
     assert server.log == []
     index = json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}).encode()
-    sharded = {"config.json": MODEL["config.json"], "model-00001-of-00001.safetensors": WEIGHTS, "model.safetensors.index.json": index}
+    sharded = {
+        "config.json": MODEL["config.json"],
+        "model-00001-of-00001.safetensors": WEIGHTS,
+        "model.safetensors.index.json": index,
+    }
     server.add_repo("ada/model", sharded)
     second = hub.download("ada/model", tmp_path / "m", endpoint=server.url)
     assert second.revision != first.revision and contents(tmp_path / "m") == sharded
 
 
-def test_finished_download_serves_without_a_network(server: HubServer, tmp_path: Path, closed_port: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_finished_download_serves_without_a_network(
+    server: HubServer, tmp_path: Path, closed_port: str, caplog: pytest.LogCaptureFixture
+) -> None:
     server.add_repo("ada/model", MODEL)
     first = hub.download("ada/model", tmp_path / "m", endpoint=server.url)
     assert hub.download("ada/model", tmp_path / "m", endpoint=closed_port) == first
@@ -171,7 +194,12 @@ def test_disk_is_checked_before_any_byte(server: HubServer, tmp_path: Path, monk
 
 
 def test_inspect_reads_headers_only(server: HubServer) -> None:
-    big = safetensors({"w": ("BF16", [1000, 500], bytes(1_000_000)), **{f"layer.{k}.weight": ("F32", [2, 2], bytes(16)) for k in range(3000)}})
+    big = safetensors(
+        {
+            "w": ("BF16", [1000, 500], bytes(1_000_000)),
+            **{f"layer.{k}.weight": ("F32", [2, 2], bytes(16)) for k in range(3000)},
+        }
+    )
     assert struct.unpack("<Q", big[:8])[0] > 100_000  # longer than the client's first request
     server.add_repo("ada/big", {"config.json": MODEL["config.json"], "model.safetensors": big})
     found = hub.remote_inspect("ada/big", endpoint=server.url)
@@ -183,12 +211,16 @@ def test_inspect_reads_headers_only(server: HubServer) -> None:
 
 def test_inspect_shards(server: HubServer) -> None:
     shards = {f"model-0000{k}-of-00002.safetensors": safetensors({f"t{k}": ("F32", [k], bytes(4 * k))}) for k in (1, 2)}
-    server.add_repo("ada/sharded", {"config.json": MODEL["config.json"], "model.safetensors.index.json": b"{}", **shards})
+    server.add_repo(
+        "ada/sharded", {"config.json": MODEL["config.json"], "model.safetensors.index.json": b"{}", **shards}
+    )
     found = hub.remote_inspect("ada/sharded", endpoint=server.url)
     assert found.tensors == {"t1": ((1,), "F32"), "t2": ((2,), "F32")} and found.total_bytes == 12
 
 
-@pytest.mark.parametrize("read", [hub.remote_inspect, lambda repo, **options: hub.download(repo, Path("unused"), **options)])
+@pytest.mark.parametrize(
+    "read", [hub.remote_inspect, lambda repo, **options: hub.download(repo, Path("unused"), **options)]
+)
 def test_what_is_no_model_is_refused(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read) -> None:
     monkeypatch.chdir(tmp_path)
     config = {"config.json": MODEL["config.json"]}
@@ -218,7 +250,10 @@ def test_what_is_no_model_is_refused(server: HubServer, tmp_path: Path, monkeypa
 
 
 def test_lying_header_is_refused(server: HubServer) -> None:
-    server.add_repo("ada/lying", {"config.json": MODEL["config.json"], "model.safetensors": struct.pack("<Q", 20) + b"{not json, not at all"})
+    server.add_repo(
+        "ada/lying",
+        {"config.json": MODEL["config.json"], "model.safetensors": struct.pack("<Q", 20) + b"{not json, not at all"},
+    )
     with pytest.raises(InputError, match="valid headers") as error:
         hub.remote_inspect("ada/lying", endpoint=server.url)
     one_line(error)
@@ -314,7 +349,9 @@ def test_check_push_rights(server: HubServer) -> None:
     assert not [line for line in server.log if line.startswith(("POST", "PUT"))]
 
 
-def test_push_then_download_is_byte_equal(server: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_push_then_download_is_byte_equal(
+    server: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = make_checkpoint(tmp_path / "out")
     (folder / "notes.txt").write_text("private")
     assert push_module.push(folder, "ada/sparse", token=TOKEN, endpoint=server.url) == f"{server.url}/ada/sparse"
@@ -322,7 +359,9 @@ def test_push_then_download_is_byte_equal(server: HubServer, tmp_path: Path, cap
     repo = server.repos["ada/sparse"]
     assert repo.private and [wish.get("visibility") for wish in server.created] == ["private"]
     (folder / "notes.txt").unlink()
-    huggingface_hub.snapshot_download("ada/sparse", local_dir=tmp_path / "back", token=TOKEN, endpoint=server.url, ignore_patterns=".gitattributes")
+    huggingface_hub.snapshot_download(
+        "ada/sparse", local_dir=tmp_path / "back", token=TOKEN, endpoint=server.url, ignore_patterns=".gitattributes"
+    )
     assert contents(tmp_path / "back") == contents(folder)
 
 
@@ -336,11 +375,15 @@ def test_manifest_is_committed_last_and_alone(server: HubServer, tmp_path: Path)
 
 
 def test_push_through_the_streamed_pipeline(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's default way of uploading, which commits in batches, keeps the manifest last and removes old files too."""
+    """The client's default way of uploading, which commits in batches, keeps the manifest last and removes old files
+    too.
+    """
     pytest.importorskip("hf_xet")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     server.lfs = False
-    push_module.push(make_checkpoint(tmp_path / "a", {"report/old.png": b"old"}), "ada/sparse", token=TOKEN, endpoint=server.url)
+    push_module.push(
+        make_checkpoint(tmp_path / "a", {"report/old.png": b"old"}), "ada/sparse", token=TOKEN, endpoint=server.url
+    )
     folder = make_checkpoint(tmp_path / "b", {"report/new.png": b"new"})
     for _ in range(2):
         push_module.push(folder, "ada/sparse", token=TOKEN, endpoint=server.url)
@@ -378,10 +421,14 @@ def test_failed_push_names_the_retry_and_continues(server: HubServer, tmp_path: 
 
 
 def test_new_version_removes_only_its_own_old_files(server: HubServer, tmp_path: Path) -> None:
-    push_module.push(make_checkpoint(tmp_path / "a", {"report/old.png": b"old"}), "ada/sparse", token=TOKEN, endpoint=server.url)
+    push_module.push(
+        make_checkpoint(tmp_path / "a", {"report/old.png": b"old"}), "ada/sparse", token=TOKEN, endpoint=server.url
+    )
     repo = server.repos["ada/sparse"]
     repo.commit("by hand", {**repo.head.files, "notes.md": repo.head.files["README.md"]}, ("notes.md",))
-    push_module.push(make_checkpoint(tmp_path / "b", {"report/new.png": b"new"}), "ada/sparse", token=TOKEN, endpoint=server.url)
+    push_module.push(
+        make_checkpoint(tmp_path / "b", {"report/new.png": b"new"}), "ada/sparse", token=TOKEN, endpoint=server.url
+    )
     names = set(repo.head.files)
     assert "report/old.png" not in names and {"report/new.png", "notes.md", "manifest.json"} <= names
 
@@ -404,13 +451,26 @@ def test_push_refuses_what_is_no_finished_checkpoint(server: HubServer, tmp_path
         "follow version 1": altered("empty", lambda folder: (folder / "manifest.json").write_text("{}")),
         "got none": altered("nothing", lambda folder: relist(folder, lambda files: files.clear())),
         "onnx/model.onnx is missing": altered("missing", lambda folder: (folder / "onnx/model.onnx").unlink()),
-        "model.safetensors has other bytes": altered("changed", lambda folder: (folder / "model.safetensors").write_bytes(WEIGHTS[:-1] + b"!")),
-        "inside its own folder": altered("outside", lambda folder: relist(folder, lambda files: files.update({"../secret": outside}))),
+        "model.safetensors has other bytes": altered(
+            "changed", lambda folder: (folder / "model.safetensors").write_bytes(WEIGHTS[:-1] + b"!")
+        ),
+        "inside its own folder": altered(
+            "outside", lambda folder: relist(folder, lambda files: files.update({"../secret": outside}))
+        ),
         "README.md is missing": altered("lost-card", lambda folder: (folder / "README.md").unlink()),
-        "model card": altered("no-card", lambda folder: ((folder / "README.md").unlink(), relist(folder, lambda files: files.pop("README.md")))),
-        "onnx/model.onnx is not listed": altered("off-list", lambda folder: relist(folder, lambda files: files.pop("onnx/model.onnx"))),
-        "sparsegate_link.json": altered("linked", lambda folder: (folder / "onnx" / "sparsegate_link.json").write_text("{}")),
-        "sparsegate unlink": altered("named", lambda folder: (folder / "onnx/genai_config.json").write_text('{"custom_ops_library": "libx.so"}')),
+        "model card": altered(
+            "no-card",
+            lambda folder: ((folder / "README.md").unlink(), relist(folder, lambda files: files.pop("README.md"))),
+        ),
+        "onnx/model.onnx is not listed": altered(
+            "off-list", lambda folder: relist(folder, lambda files: files.pop("onnx/model.onnx"))
+        ),
+        "sparsegate_link.json": altered(
+            "linked", lambda folder: (folder / "onnx" / "sparsegate_link.json").write_text("{}")
+        ),
+        "sparsegate unlink": altered(
+            "named", lambda folder: (folder / "onnx/genai_config.json").write_text('{"custom_ops_library": "libx.so"}')
+        ),
     }
     for sign, folder in cases.items():
         with pytest.raises(InputError) as error:
@@ -436,10 +496,14 @@ def test_link_record_has_the_runtimes_name() -> None:
 def test_checkpoint_comes_back_whole(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_checkpoint(tmp_path / "out")
     push_module.push(folder, "ada/sparse", token=TOKEN, endpoint=server.url)
-    server.repos["ada/sparse"].commit("by hand", {**server.repos["ada/sparse"].head.files, "notes.md": Blob(b"x", False)}, ("notes.md",))
+    server.repos["ada/sparse"].commit(
+        "by hand", {**server.repos["ada/sparse"].head.files, "notes.md": Blob(b"x", False)}, ("notes.md",)
+    )
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
     made = hub.fetch_checkpoint("ada/sparse", token=TOKEN, endpoint=server.url)
-    assert made.folder == tmp_path / "home" / "sparsegate" / "sparse" / "ada--sparse" and contents(made.folder) == contents(folder)
+    assert made.folder == tmp_path / "home" / "sparsegate" / "sparse" / "ada--sparse" and contents(
+        made.folder
+    ) == contents(folder)
     assert not any(path.is_symlink() for path in made.folder.rglob("*"))
     server.add_repo("ada/half", {"config.json": MODEL["config.json"], "model.safetensors": WEIGHTS})
     with pytest.raises(InputError, match="finished sparse checkpoint") as error:

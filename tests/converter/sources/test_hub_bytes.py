@@ -31,7 +31,9 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
-def test_a_damaged_copy_is_fetched_again(server: HubServer, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_copy_is_fetched_again(
+    server: HubServer, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """The client looks at no byte of what it fetched within the same second, and sizes say nothing here."""
     server.add_repo("ada/model", MODEL)
     first = hub.download("ada/model", tmp_path / "m", endpoint=server.url)
@@ -45,7 +47,9 @@ def test_a_damaged_copy_is_fetched_again(server: HubServer, tmp_path: Path, name
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
-def test_a_download_that_came_otherwise_than_listed(server: HubServer, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_came_otherwise_than_listed(
+    server: HubServer, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.add_repo("ada/model", MODEL)
     fetch = hub.snapshot_download
 
@@ -63,7 +67,9 @@ def test_a_download_that_came_otherwise_than_listed(server: HubServer, tmp_path:
     assert contents(tmp_path / "m") == {name: MODEL[name] for name in WANTED}
 
 
-def test_small_files_of_a_fetched_checkpoint_are_compared(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_files_of_a_fetched_checkpoint_are_compared(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     push_module.push(make_checkpoint(tmp_path / "a"), "ada/sparse", token=TOKEN, endpoint=server.url)
     hub.fetch_checkpoint("ada/sparse", tmp_path / "b", token=TOKEN, endpoint=server.url)
     monkeypatch.setattr(hub, "SMALL", 500)  # model.onnx.data is larger, the others are smaller
@@ -85,6 +91,9 @@ def test_an_upload_is_compared_byte_by_byte(server: HubServer, tmp_path: Path, n
             commit.files[name] = Blob(blob.data[:-1] + b"?", blob.lfs)
 
     server.after = damage
-    with pytest.raises(InputError, match=f"must hold every file of the manifest after the upload, got {name} missing or with other bytes") as error:
+    with pytest.raises(
+        InputError,
+        match=f"must hold every file of the manifest after the upload, got {name} missing or with other bytes",
+    ) as error:
         push_module.push(make_checkpoint(tmp_path / "a"), "ada/sparse", token=TOKEN, endpoint=server.url)
     one_line(error)

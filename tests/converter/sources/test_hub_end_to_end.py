@@ -31,14 +31,19 @@ from sparsegate.converter.modeling.gated import load, load_dense
 
 WRITE, READ, OTHER = "hf_writewritewrite", "hf_readreadread", "hf_otherotherother"
 FOREIGN = {
-    "pytorch_model.bin": b"pickle", "modeling_tiny.py": b"raise SystemExit", "onnx/model.onnx": b"graph", "consolidated.safetensors": b"other",
+    "pytorch_model.bin": b"pickle",
+    "modeling_tiny.py": b"raise SystemExit",
+    "onnx/model.onnx": b"graph",
+    "consolidated.safetensors": b"other",
     "original/params.json": b"{}",
-}  # fmt: skip
+}
 CARD = b"---\nlicense: apache-2.0\nlanguage: en\n---\n# Tiny\n"
 
 
 class Push(NamedTuple):
-    """A conversion of ada/tiny that was pushed to lab/tiny-sparse: its folder, its output, and what the server had logged."""
+    """A conversion of ada/tiny that was pushed to lab/tiny-sparse: its folder, its output, and what the server had
+    logged.
+    """
 
     folder: Path
     report: dict[str, Any]
@@ -57,11 +62,29 @@ def server(tiny_model: Callable[[str], Path]) -> Iterator[HubServer]:
 
 @pytest.fixture(scope="module")
 def pushed(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Push:
-    """`convert --push` in a process of its own, which knows the Hub by its environment alone. The token's user may write to `lab`."""
+    """`convert --push` in a process of its own, which knows the Hub by its environment alone. The token's user may
+    write to `lab`.
+    """
     folder = tmp_path_factory.mktemp("push")
     recipe = small_recipe("ada/tiny", folder)
-    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITE}
-    done = run_cli("convert", "--recipe", recipe, "-o", folder / "out", "--push", "lab/tiny-sparse", "--json", preamble=WITHOUT_SPEED, **environment)
+    environment = {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": WRITE,
+    }
+    done = run_cli(
+        "convert",
+        "--recipe",
+        recipe,
+        "-o",
+        folder / "out",
+        "--push",
+        "lab/tiny-sparse",
+        "--json",
+        preamble=WITHOUT_SPEED,
+        **environment,
+    )
     assert done.returncode == 0 and "\r" not in done.stderr, done.stderr  # no bars of the Hub's client
     return Push(folder / "out", json.loads(done.stdout), list(server.log))
 
@@ -118,7 +141,11 @@ def one_line(done: Done) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and ".cache" not in path.parts
+    }
 
 
 def fetched(log: list[str], repo: str) -> set[str]:
@@ -159,7 +186,10 @@ def test_manifest_report_and_card_name_the_source(pushed: Push, server: HubServe
 def test_nothing_in_the_checkpoint_tells_where_it_was_made(pushed: Push) -> None:
     for name, data in contents(pushed.folder).items():
         assert str(pushed.folder.parent).encode() not in data, name
-    assert pushed.report["report"]["command"] == "sparsegate convert --recipe recipe.yaml -o out --push lab/tiny-sparse --json"
+    assert (
+        pushed.report["report"]["command"]
+        == "sparsegate convert --recipe recipe.yaml -o out --push lab/tiny-sparse --json"
+    )
 
 
 def test_the_repository_is_private_and_its_manifest_came_last(pushed: Push, server: HubServer) -> None:
@@ -167,7 +197,9 @@ def test_the_repository_is_private_and_its_manifest_came_last(pushed: Push, serv
     assert repo.private and pushed.report["url"] == f"{server.url}/lab/tiny-sparse"
     assert repo.head.changed == ("manifest.json",)
     assert all("manifest.json" not in commit.files for commit in repo.commits[:-1])
-    assert {name: blob.data for name, blob in repo.head.files.items() if name != ".gitattributes"} == contents(pushed.folder)
+    assert {name: blob.data for name, blob in repo.head.files.items() if name != ".gitattributes"} == contents(
+        pushed.folder
+    )
 
 
 def test_convert_and_push_again_change_nothing(pushed: Push, call: Callable[..., Done], server: HubServer) -> None:
@@ -175,7 +207,10 @@ def test_convert_and_push_again_change_nothing(pushed: Push, call: Callable[...,
     recipe = pushed.folder.with_name("recipe.yaml")
     done = call("convert", "--recipe", recipe, "-o", pushed.folder, "--push", "lab/tiny-sparse")
     assert done.status == 0, done.err
-    assert done.out.splitlines()[0] == f"{pushed.folder} is up to date" and f"pushed to {server.url}/lab/tiny-sparse" in done.out.splitlines()
+    assert (
+        done.out.splitlines()[0] == f"{pushed.folder} is up to date"
+        and f"pushed to {server.url}/lab/tiny-sparse" in done.out.splitlines()
+    )
     assert not fetched(server.log, "ada/tiny") and not pushed.folder.with_name("out.work").exists()
     assert len(server.repos["lab/tiny-sparse"].commits) == commits
 
@@ -211,7 +246,13 @@ def dead(monkeypatch: pytest.MonkeyPatch) -> str:
     ],
 )
 def test_a_push_that_will_be_refused_is_refused_before_the_work(
-    token: str, repository: str, said: str, call: Callable[..., Done], server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    token: str,
+    repository: str,
+    said: str,
+    call: Callable[..., Done],
+    server: HubServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
@@ -223,10 +264,18 @@ def test_a_push_that_will_be_refused_is_refused_before_the_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unreachable_hub_is_one_line_within_seconds(call: Callable[..., Done], dead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_one_line_within_seconds(
+    call: Callable[..., Done], dead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     set_endpoint(monkeypatch, dead)
     start = time.monotonic()
-    for words in (["convert", "ada/tiny"], ["convert", "--push", "ada/x"], ["inspect", "ada/tiny"], ["verify", "ada/x"], ["generate", "ada/x", "a"]):
+    for words in (
+        ["convert", "ada/tiny"],
+        ["convert", "--push", "ada/x"],
+        ["inspect", "ada/tiny"],
+        ["verify", "ada/x"],
+        ["generate", "ada/x", "a"],
+    ):
         line = one_line(call(*words))
         assert dead in line and "reachable" in line
     assert time.monotonic() - start < 20
@@ -234,7 +283,12 @@ def test_an_unreachable_hub_is_one_line_within_seconds(call: Callable[..., Done]
 
 
 def test_a_repository_that_does_not_exist(call: Callable[..., Done], tmp_path: Path) -> None:
-    for words in (["convert", "ada/nothing"], ["inspect", "ada/nothing"], ["verify", "ada/nothing"], ["bench", "ada/nothing", "ada/nothing"]):
+    for words in (
+        ["convert", "ada/nothing"],
+        ["inspect", "ada/nothing"],
+        ["verify", "ada/nothing"],
+        ["bench", "ada/nothing", "ada/nothing"],
+    ):
         assert "ada/nothing" in one_line(call(*words))
     assert "sparsegate convert" in one_line(call("generate", "ada/tiny", "x"))  # a model, but no sparse checkpoint
     assert list(tmp_path.iterdir()) == []
@@ -265,7 +319,11 @@ def test_what_cannot_be_converted_is_not_downloaded(
 
 
 def test_inspect_and_dry_run_fetch_headers_only(
-    call: Callable[..., Done], server: HubServer, sent: dict[str, int], tmp_path: Path, tiny_model: Callable[[str], Path]
+    call: Callable[..., Done],
+    server: HubServer,
+    sent: dict[str, int],
+    tmp_path: Path,
+    tiny_model: Callable[[str], Path],
 ) -> None:
     whole = len(server.repos["ada/tiny"].head.files["model.safetensors"].data)
     assert whole > 300_000  # three times what the client asks for at first
@@ -282,17 +340,27 @@ def test_inspect_and_dry_run_fetch_headers_only(
     assert found["download_bytes"] == sum(needed.values())
     assert "download " in call("inspect", "ada/tiny").out
     dry = json.loads(call("convert", "ada/tiny", "--dry-run", "--json").out)
-    assert dry["output"] == "tiny-sparse" and dry["disk_bytes"] == local["estimate"]["disk_bytes"] + found["download_bytes"]
-    assert set(sent) == {"config.json", "model.safetensors"} and 0 < sent["model.safetensors"] <= 3 * 100_001 < 3 * whole
+    assert (
+        dry["output"] == "tiny-sparse"
+        and dry["disk_bytes"] == local["estimate"]["disk_bytes"] + found["download_bytes"]
+    )
+    assert (
+        set(sent) == {"config.json", "model.safetensors"} and 0 < sent["model.safetensors"] <= 3 * 100_001 < 3 * whole
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 # a checkpoint from the Hub
 
 
-def test_generate_verify_and_bench_take_a_hub_id(pushed: Push, call: Callable[..., Done], server: HubServer, home: Path) -> None:
+def test_generate_verify_and_bench_take_a_hub_id(
+    pushed: Push, call: Callable[..., Done], server: HubServer, home: Path
+) -> None:
     done = call("generate", "lab/tiny-sparse", "import os", "--raw", "--max-new-tokens", "6")
-    assert done.status == 0 and done.out == "import os" + "".join(runtime.generate(pushed.folder, "import os", 6, chat=False)) + "\n"
+    assert (
+        done.status == 0
+        and done.out == "import os" + "".join(runtime.generate(pushed.folder, "import os", 6, chat=False)) + "\n"
+    )
     place = home / "sparsegate" / "sparse" / "lab--tiny-sparse"
     assert contents(place) == contents(pushed.folder)
     server.log.clear()
@@ -300,7 +368,9 @@ def test_generate_verify_and_bench_take_a_hub_id(pushed: Push, call: Callable[..
     done = call("verify", "lab/tiny-sparse", "--source", "ada/tiny")
     assert done.status == 0, done.out
     assert "ok     dense weights" in done.out and "ok     files: 0" in done.out and done.out.endswith("verified\n")
-    assert fetched(server.log, "lab/tiny-sparse") == {"manifest.json"} and "model.safetensors" in fetched(server.log, "ada/tiny")
+    assert fetched(server.log, "lab/tiny-sparse") == {"manifest.json"} and "model.safetensors" in fetched(
+        server.log, "ada/tiny"
+    )
     assert sorted(path.name for path in (home / "sparsegate").iterdir()) == ["dense", "sparse"]
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["home", "text.txt"]
     words = ["--prompt-tokens", "8", "--new-tokens", "8", "--pairs", "1", "--json"]
@@ -308,7 +378,9 @@ def test_generate_verify_and_bench_take_a_hub_id(pushed: Push, call: Callable[..
     assert done.status == 0 and json.loads(done.out)["baseline"]["path"] == str(place / "onnx")
 
 
-def test_a_linked_folder_is_not_pushed(pushed: Push, call: Callable[..., Done], server: HubServer, tmp_path: Path) -> None:
+def test_a_linked_folder_is_not_pushed(
+    pushed: Push, call: Callable[..., Done], server: HubServer, tmp_path: Path
+) -> None:
     folder = tmp_path / "out"
     shutil.copytree(pushed.folder, folder)
     assert call("link", folder).status == 0
@@ -322,7 +394,9 @@ def test_a_linked_folder_is_not_pushed(pushed: Push, call: Callable[..., Done], 
 
 
 def test_a_fresh_download_runs_in_onnxruntime_and_torch(pushed: Push, home: Path, tmp_path: Path) -> None:
-    """The card's own way to fetch it, then logits of plain ONNX Runtime (without the library) and of torch; the dense model is the control."""
+    """The card's own way to fetch it, then logits of plain ONNX Runtime (without the library) and of torch; the dense
+    model is the control.
+    """
     folder = Path(huggingface_hub.snapshot_download("lab/tiny-sparse", local_dir=tmp_path / "fresh"))
     assert contents(folder) | {".gitattributes": b""} == contents(pushed.folder) | {".gitattributes": b""}
     session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx")
@@ -333,7 +407,9 @@ def test_a_fresh_download_runs_in_onnxruntime_and_torch(pushed: Push, home: Path
             feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
     logits = torch.from_numpy(np.asarray(session.run(["logits"], feeds)[0]))
     with torch.no_grad():
-        sparse, dense = (model(input_ids=torch.from_numpy(tokens)).logits for model in (load(folder), load_dense(folder)))
+        sparse, dense = (
+            model(input_ids=torch.from_numpy(tokens)).logits for model in (load(folder), load_dense(folder))
+        )
     bound = 1e-4 * max(1.0, float(sparse.square().mean().sqrt()))
     assert float((logits - sparse).abs().max()) <= bound
     assert float((logits - dense).abs().max()) > 100 * bound
@@ -344,20 +420,29 @@ def test_a_fresh_download_runs_in_onnxruntime_and_torch(pushed: Push, home: Path
 
 @pytest.fixture
 def hostile(pushed: Push, server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Puts eve/model on the server: the pushed checkpoint with other files, all as its manifest says. Returns the file that their library would leave."""
+    """Puts eve/model on the server: the pushed checkpoint with other files, all as its manifest says. Returns the file
+    that their library would leave.
+    """
     monkeypatch.setenv("HOSTILE_MARK", str(tmp_path / "loaded"))
 
     def add(**files: bytes) -> Path:
         whole = contents(pushed.folder) | {name.replace("__", "/"): data for name, data in files.items()}
         manifest = json.loads(whole.pop("manifest.json"))
-        manifest["files"] = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in whole.items()}
+        manifest["files"] = {
+            name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in whole.items()
+        }
         server.add_repo("eve/model", whole | {"manifest.json": json.dumps(manifest).encode()})
         return tmp_path / "loaded"
 
     return add
 
 
-VERBS = (["generate", "eve/model", "a"], ["verify", "eve/model"], ["eval", "eve/model"], ["bench", "eve/model", "eve/model"])
+VERBS = (
+    ["generate", "eve/model", "a"],
+    ["verify", "eve/model"],
+    ["eval", "eve/model"],
+    ["bench", "eve/model", "eve/model"],
+)
 
 
 def library() -> bytes:
@@ -367,13 +452,19 @@ def library() -> bytes:
     code = "void *fopen(const char*, const char*); char *getenv(const char*);"
     code += '__attribute__((constructor)) static void run(void) { fopen(getenv("HOSTILE_MARK"), "w"); }'
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", f"{folder}/x.so"], input=code.encode(), check=True)
+        subprocess.run(
+            ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", f"{folder}/x.so"], input=code.encode(), check=True
+        )
         return Path(folder, "x.so").read_bytes()
 
 
 @pytest.mark.parametrize("way", ["a library by its name", "a library under another name", "a pipeline", "a key twice"])
-def test_no_verb_runs_what_a_repository_holds(way: str, hostile: Callable[..., Path], pushed: Push, call: Callable[..., Done], home: Path) -> None:
-    """Also where the library is called data, so that it could be fetched; a folder that was fetched otherwise is treated alike."""
+def test_no_verb_runs_what_a_repository_holds(
+    way: str, hostile: Callable[..., Path], pushed: Push, call: Callable[..., Done], home: Path
+) -> None:
+    """Also where the library is called data, so that it could be fetched; a folder that was fetched otherwise is
+    treated alike.
+    """
     config = json.loads((pushed.folder / "onnx" / "genai_config.json").read_text())
     decoder = config["model"]["decoder"]
     name = "evil.so" if way == "a library by its name" else "evil.data"
@@ -383,7 +474,9 @@ def test_no_verb_runs_what_a_repository_holds(way: str, hostile: Callable[..., P
         decoder["session_options"]["custom_ops_library"] = name
     text = json.dumps(config)
     if way == "a key twice":
-        text = text.replace('"session_options":', f'"session_options": {{"custom_ops_library": "{name}"}}, "session_options":')
+        text = text.replace(
+            '"session_options":', f'"session_options": {{"custom_ops_library": "{name}"}}, "session_options":'
+        )
     mark = hostile(**{f"onnx__{name}": library(), "onnx__genai_config.json": text.encode()})
     for words in VERBS:
         one_line(call(*words))

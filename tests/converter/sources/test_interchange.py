@@ -28,7 +28,7 @@ from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.checkpoint.writer import write_checkpoint
 from sparsegate.converter.modeling.gated import apply_plan, dense, load, load_dense
 from sparsegate.converter.onnx_export.base_graph import build_base, check_base
-from sparsegate.converter.sources.predictors import (  # fmt: skip
+from sparsegate.converter.sources.predictors import (
     Config,
     export_predictors,
     fingerprint,
@@ -62,7 +62,9 @@ def make_tensors_of(layer: int, biases: bool = False) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(layer)
     r = RANKS[layer]
     found = {"fc1.weight": torch.randn(r, D, generator=g) / D**0.5, "fc2.weight": torch.randn(N, r, generator=g)}
-    return found | ({"fc1.bias": torch.randn(r, generator=g), "fc2.bias": torch.randn(N, generator=g)} if biases else {})
+    return found | (
+        {"fc1.bias": torch.randn(r, generator=g), "fc2.bias": torch.randn(N, generator=g)} if biases else {}
+    )
 
 
 def make_folder(folder: Path, config: dict[str, Any] | None = None, biases: bool = False) -> Path:
@@ -77,7 +79,11 @@ def make_folder(folder: Path, config: dict[str, Any] | None = None, biases: bool
 def put_beside(model: Path, out: Path) -> Path:
     """A copy of `model` with predictors beside its feed-forward weights, in bfloat16."""
     shutil.copytree(model, out)
-    extra = {f"model.layers.{k}.mlp.predictor.{role}": t.bfloat16() for k in range(LAYERS) for role, t in make_tensors_of(k).items()}
+    extra = {
+        f"model.layers.{k}.mlp.predictor.{role}": t.bfloat16()
+        for k in range(LAYERS)
+        for role, t in make_tensors_of(k).items()
+    }
     save_file(load_file(out / "model.safetensors") | extra, out / "model.safetensors", metadata={"format": "pt"})
     return out
 
@@ -101,12 +107,21 @@ def run_op(tau: Tensor, native: bool) -> float:
     """The op on `three_logits`, with neurons of the outputs 1, 10 and 100."""
     entry = three_logits(tau)
     ones, down = np.ones((3, 1), np.float32), np.array([[1], [10], [100]], np.float32)
-    tensors = {"w_gate": ones, "w_up": ones, "w_down": down, "tau": tau.numpy(), "p1": entry.fc1.numpy(), "p2": entry.fc2.numpy()}
+    tensors = {
+        "w_gate": ones,
+        "w_up": ones,
+        "w_down": down,
+        "tau": tau.numpy(),
+        "p1": entry.fc1.numpy(),
+        "p2": entry.fc2.numpy(),
+    }
     variant = Variant("relu", "predictor", "float", tuple(tensors))
     node = helper.make_node(NAME, ["x", *tensors], ["y"], domain=DOMAIN)
     node.attribute.extend(helper.make_attribute(key, value) for key, value in variant.attributes().items())
     io = [helper.make_tensor_value_info(name, 1, [1, 1]) for name in ("x", "y")]
-    graph = helper.make_graph([node], "graph", io[:1], io[1:], [numpy_helper.from_array(array, role) for role, array in tensors.items()])
+    graph = helper.make_graph(
+        [node], "graph", io[:1], io[1:], [numpy_helper.from_array(array, role) for role, array in tensors.items()]
+    )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=[function(variant)])
     options = ort.SessionOptions()
@@ -119,7 +134,9 @@ def run_op(tau: Tensor, native: bool) -> float:
 @pytest.mark.parametrize(("keep_equal", "expected"), [(False, [False, False, True]), (True, [False, True, True])])
 @pytest.mark.parametrize("native", [False, True])
 def test_f09_tie_rules(keep_equal: bool, expected: list[bool], native: bool) -> None:
-    """round(sigmoid(logit)) drops a logit of 0, PowerInfer's not (logit < 0) keeps it; in torch, the op's body and its kernel."""
+    """round(sigmoid(logit)) drops a logit of 0, PowerInfer's not (logit < 0) keeps it; in torch, the op's body and its
+    kernel.
+    """
     logits = torch.tensor([-1.0, 0.0, 1.0])
     rule = ~(logits < 0.0) if keep_equal else torch.sigmoid(logits).round() == 1
     assert rule.tolist() == expected
@@ -146,7 +163,9 @@ def test_f09_threshold_is_exact_at_neighbouring_floats(threshold: float) -> None
     between = torch.tensor([float(at) * (1 + 1e-9) + 1e-60], dtype=torch.float64)  # no float32: the neighbours decide
     for keep_equal in (True, False):
         wide = logits.double()
-        assert torch.equal(logits > strict_threshold(between, keep_equal), wide >= between if keep_equal else wide > between)
+        assert torch.equal(
+            logits > strict_threshold(between, keep_equal), wide >= between if keep_equal else wide > between
+        )
 
 
 def test_powerinfer_folder_reads_as_its_rule(source: Source, tmp_path: Path) -> None:
@@ -161,7 +180,9 @@ def test_powerinfer_folder_reads_as_its_rule(source: Source, tmp_path: Path) -> 
         assert 0.1 < kept(entry, x).float().mean() < 0.9
         assert not torch.equal(kept(entry, x), logits >= 0)
     replaced = imported_plan(source, Config(folder=str(folder), tap="input", threshold=-0.25))
-    assert torch.equal(entry_of(replaced, 0).tau, uniform_tau(float(np.nextafter(np.float32(-0.25), np.float32(-1))), N))
+    assert torch.equal(
+        entry_of(replaced, 0).tau, uniform_tau(float(np.nextafter(np.float32(-0.25), np.float32(-1))), N)
+    )
 
 
 def test_half_precision_and_sequential_names_are_read(source: Source, tmp_path: Path) -> None:
@@ -169,7 +190,9 @@ def test_half_precision_and_sequential_names_are_read(source: Source, tmp_path: 
     folder = make_folder(tmp_path / "b")
     for layer, last in ((0, "1.weight"), (1, "2.weight")):
         t = make_tensors_of(layer)
-        save_file({"0.weight": t["fc1.weight"].half(), last: t["fc2.weight"].half()}, folder / f"model_{layer}.safetensors")
+        save_file(
+            {"0.weight": t["fc1.weight"].half(), last: t["fc2.weight"].half()}, folder / f"model_{layer}.safetensors"
+        )
     renamed = imported_plan(source, Config(folder=str(folder), tap="input"))
     for layer in range(LAYERS):
         assert torch.equal(entry_of(renamed, layer).fc1, entry_of(plain, layer).fc1.half().float())
@@ -191,12 +214,17 @@ def test_biases_fold_into_tau(source: Source, tmp_path: Path) -> None:
         assert torch.equal((own > entry.tau.double())[far], (logits >= 0.25)[far]) and far.float().mean() > 0.999
     for layer in range(LAYERS):
         t = make_tensors_of(layer, biases=True)
-        save_file({k: v for k, v in t.items() if k != "fc1.bias"} | {"fc1.bias": torch.zeros(RANKS[layer])}, folder / f"model_{layer}.safetensors")
+        save_file(
+            {k: v for k, v in t.items() if k != "fc1.bias"} | {"fc1.bias": torch.zeros(RANKS[layer])},
+            folder / f"model_{layer}.safetensors",
+        )
     entry = entry_of(imported_plan(source, Config(folder=str(folder))), 0)
     t = {role: tensor.double() for role, tensor in make_tensors_of(0, biases=True).items()}
     raw = torch.relu(x @ t["fc1.weight"].T) @ t["fc2.weight"].T
     far = (raw + t["fc2.bias"] - 0.25).abs() > 1e-5
-    assert torch.equal((raw > entry.tau.double())[far], (raw + t["fc2.bias"] >= 0.25)[far]) and far.float().mean() > 0.999
+    assert (
+        torch.equal((raw > entry.tau.double())[far], (raw + t["fc2.bias"] >= 0.25)[far]) and far.float().mean() > 0.999
+    )
 
 
 def test_linear2_is_exact_at_twice_the_rank(source: Source, tmp_path: Path) -> None:
@@ -208,13 +236,17 @@ def test_linear2_is_exact_at_twice_the_rank(source: Source, tmp_path: Path) -> N
         inner = x @ t["fc1.weight"].T
         assert entry.rank == 2 * RANKS[layer]
         own = torch.relu(x.double() @ entry.fc1.double().T) @ entry.fc2.double().T
-        torch.testing.assert_close(own, x.double() @ t["fc1.weight"].double().T @ t["fc2.weight"].double().T, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            own, x.double() @ t["fc1.weight"].double().T @ t["fc2.weight"].double().T, rtol=0, atol=1e-12
+        )
         relu = torch.relu(inner) @ t["fc2.weight"].T
         assert (own.float() - relu).abs().max() > 1, "the nonlinear form must differ"
 
 
 @pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name != "phi"])
-def test_residual_tap_decides_as_before_the_norm(model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_residual_tap_decides_as_before_the_norm(
+    model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     source = open_source(tiny_model(model_type))
     folder = make_folder(tmp_path / "p")
     plan = imported_plan(source, Config(folder=str(folder)))
@@ -222,7 +254,9 @@ def test_residual_tap_decides_as_before_the_norm(model_type: str, tiny_model: Ca
     model = load_dense(source.folder)
     before, after = {}, {}
     for layer, block in enumerate(model.get_decoder().layers):
-        block.get_submodule(NORMS.get(model_type, "post_attention_layernorm")).register_forward_pre_hook(lambda _, given, k=layer: before.update({k: given[0]}))
+        block.get_submodule(NORMS.get(model_type, "post_attention_layernorm")).register_forward_pre_hook(
+            lambda _, given, k=layer: before.update({k: given[0]})
+        )
         block.mlp.register_forward_pre_hook(lambda _, given, k=layer: after.update({k: given[0]}))
     with torch.no_grad():
         model(input_ids=TOKENS)
@@ -232,19 +266,25 @@ def test_residual_tap_decides_as_before_the_norm(model_type: str, tiny_model: Ca
         near = logits.abs() < 1e-4 * logits.square().mean(-1, keepdim=True).sqrt()
         assert torch.equal(kept(entry_of(plan, layer), after[layer]) | near, (logits >= 0) | near)
         assert near.float().mean() < 0.001
-        assert (kept(entry_of(unfolded, layer), after[layer]) != (logits >= 0)).float().mean() > 0.02, "without the fold many must differ"
+        assert (kept(entry_of(unfolded, layer), after[layer]) != (logits >= 0)).float().mean() > 0.02, (
+            "without the fold many must differ"
+        )
 
 
 def test_residual_gains_of_a_norm_that_adds_one_itself(tiny_model: Callable[[str], Path]) -> None:
     for model_type, offset in (("llama", 0), ("gemma2", 1)):
         folder = tiny_model(model_type)
-        stored = load_file(folder / "model.safetensors")[f"model.layers.1.{NORMS.get(model_type, 'post_attention_layernorm')}.weight"]
+        stored = load_file(folder / "model.safetensors")[
+            f"model.layers.1.{NORMS.get(model_type, 'post_attention_layernorm')}.weight"
+        ]
         assert torch.equal(residual_gains(open_source(folder))[Site(1)], stored.double() + offset)
 
 
 def test_residual_tap_is_refused_where_it_does_not_fold(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "p")
-    with pytest.raises(InputError, match=r"a norm that only scales, got LayerNorm at model\.layers\.0\.input_layernorm"):
+    with pytest.raises(
+        InputError, match=r"a norm that only scales, got LayerNorm at model\.layers\.0\.input_layernorm"
+    ):
         imported_plan(open_source(tiny_model("phi")), Config(folder=str(folder)))
     source = open_source(tiny_model("llama"))
     with pytest.raises(InputError, match=r"must have threshold 0 and no bias, got threshold 0\.5 for model_0"):
@@ -255,7 +295,9 @@ def test_residual_tap_is_refused_where_it_does_not_fold(tiny_model: Callable[[st
     weights = load_file(holed / "model.safetensors")
     weights["model.layers.1.post_attention_layernorm.weight"][7] = 0
     save_file(weights, holed / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"model\.layers\.1\.post_attention_layernorm\.weight must have no zero .* channel 7"):
+    with pytest.raises(
+        InputError, match=r"model\.layers\.1\.post_attention_layernorm\.weight must have no zero .* channel 7"
+    ):
         imported_plan(open_source(holed), Config(folder=str(folder)))
 
 
@@ -268,11 +310,17 @@ def test_f10_round_trip(source: Source, tmp_path: Path) -> None:
     assert json.loads((out / "config.json").read_text()) == config
     for layer in range(LAYERS):
         wrote, had = load_file(out / f"model_{layer}.safetensors"), make_tensors_of(layer)
-        assert set(wrote) == {"fc1.weight", "fc2.weight"} and wrote["fc1.weight"].shape == (RANKS[layer], D) and wrote["fc2.weight"].shape == (N, RANKS[layer])
+        assert (
+            set(wrote) == {"fc1.weight", "fc2.weight"}
+            and wrote["fc1.weight"].shape == (RANKS[layer], D)
+            and wrote["fc2.weight"].shape == (N, RANKS[layer])
+        )
         assert all(torch.equal(wrote[role], had[role]) for role in wrote)
     again = imported_plan(source, Config(folder=str(out)))
     assert all(
-        torch.equal(a, b) for k in range(LAYERS) for a, b in zip(entry_of(plan, k).tensors().values(), entry_of(again, k).tensors().values(), strict=True)
+        torch.equal(a, b)
+        for k in range(LAYERS)
+        for a, b in zip(entry_of(plan, k).tensors().values(), entry_of(again, k).tensors().values(), strict=True)
     )
 
 
@@ -281,10 +329,17 @@ def test_f10_all_logits_at_the_threshold_equal_dense(source: Source, tmp_path: P
     """With a dead hidden layer every logit is 0: kept under PowerInfer's threshold 0, dropped one float32 higher."""
     folder = make_folder(tmp_path / "p", {"sparse_threshold": 0.0, "tap": "input"})
     for layer in range(LAYERS):
-        save_file(make_tensors_of(layer) | {"fc1.weight": torch.zeros(RANKS[layer], D)}, folder / f"model_{layer}.safetensors")
+        save_file(
+            make_tensors_of(layer) | {"fc1.weight": torch.zeros(RANKS[layer], D)}, folder / f"model_{layer}.safetensors"
+        )
     activation = source.arch.activation(source.config)
     for threshold, same in ((0.0, True), (-BELOW_ZERO, False)):
-        model = apply_plan(load_dense(source.folder), imported_plan(source, Config(folder=str(folder), threshold=threshold)), source.arch, activation)
+        model = apply_plan(
+            load_dense(source.folder),
+            imported_plan(source, Config(folder=str(folder), threshold=threshold)),
+            source.arch,
+            activation,
+        )
         gated = model(input_ids=TOKENS).logits
         with dense(model):
             assert torch.equal(gated, model(input_ids=TOKENS).logits) == same
@@ -293,7 +348,10 @@ def test_f10_all_logits_at_the_threshold_equal_dense(source: Source, tmp_path: P
 @pytest.mark.parametrize("tau", [BELOW_ZERO, 0.0])
 def test_residual_round_trip(source: Source, tmp_path: Path, tau: float) -> None:
     g = torch.Generator().manual_seed(5)
-    plan: Plan = {Site(k): [Predictor(torch.randn(r, D, generator=g), torch.randn(N, r, generator=g), uniform_tau(tau, N), 0.5)] for k, r in enumerate(RANKS)}
+    plan: Plan = {
+        Site(k): [Predictor(torch.randn(r, D, generator=g), torch.randn(N, r, generator=g), uniform_tau(tau, N), 0.5)]
+        for k, r in enumerate(RANKS)
+    }
     out = export_predictors(plan, tmp_path / "p", tap="residual", source=source)
     stored = load_file(out / "model_0.safetensors")["fc1.weight"]
     assert (stored - entry_of(plan, 0).fc1).abs().max() > 0.1
@@ -306,10 +364,17 @@ def test_residual_round_trip(source: Source, tmp_path: Path, tau: float) -> None
 def test_differing_taus_travel_as_biases(source: Source, tmp_path: Path) -> None:
     g = torch.Generator().manual_seed(6)
     taus = [torch.randn(N, generator=g), torch.randn(N, generator=g) * 1e-30]
-    plan: Plan = {Site(k): [Predictor(torch.randn(r, D, generator=g), torch.randn(N, r, generator=g), taus[k], 0.5)] for k, r in enumerate(RANKS)}
-    with pytest.raises(InputError, match=r"one threshold for every neuron of every layer, got differing ones in layers\.0\.ffn"):
+    plan: Plan = {
+        Site(k): [Predictor(torch.randn(r, D, generator=g), torch.randn(N, r, generator=g), taus[k], 0.5)]
+        for k, r in enumerate(RANKS)
+    }
+    with pytest.raises(
+        InputError, match=r"one threshold for every neuron of every layer, got differing ones in layers\.0\.ffn"
+    ):
         export_predictors(plan, tmp_path / "a")
-    per_layer: Plan = {Site(k): [Predictor(torch.zeros(1, D), torch.zeros(N, 1), uniform_tau(0.5 + k, N), 0.5)] for k in range(2)}
+    per_layer: Plan = {
+        Site(k): [Predictor(torch.zeros(1, D), torch.zeros(N, 1), uniform_tau(0.5 + k, N), 0.5)] for k in range(2)
+    }
     with pytest.raises(InputError, match=r"got 1\.5 after 0\.5 in layers\.1\.ffn"):
         export_predictors(per_layer, tmp_path / "a")
     assert not (tmp_path / "a").exists()
@@ -323,9 +388,15 @@ def test_differing_taus_travel_as_biases(source: Source, tmp_path: Path) -> None
     ("entry", "message"),
     [
         (Threshold("gate", uniform_tau(0.1, N), 0.5), "one predictor a layer, got threshold at layers.1.ffn"),
-        (Predictor(torch.zeros(2, D), torch.zeros(N, 2), uniform_tau(0, N), 0.5, torch.zeros(2, D)), "no residual heads, got one at layers.1.ffn"),
+        (
+            Predictor(torch.zeros(2, D), torch.zeros(N, 2), uniform_tau(0, N), 0.5, torch.zeros(2, D)),
+            "no residual heads, got one at layers.1.ffn",
+        ),
         (None, "layers 0, 1, 2 and so on, got 0, 2"),
-        (Predictor(torch.zeros(2, D), torch.zeros(N, 2), uniform_tau(math.inf, N), 0.5), "sparse_threshold must be a finite float32"),
+        (
+            Predictor(torch.zeros(2, D), torch.zeros(N, 2), uniform_tau(math.inf, N), 0.5),
+            "sparse_threshold must be a finite float32",
+        ),
     ],
 )
 def test_what_a_folder_cannot_hold(entry: Any, message: str, tmp_path: Path) -> None:
@@ -337,9 +408,16 @@ def test_what_a_folder_cannot_hold(entry: Any, message: str, tmp_path: Path) -> 
 
 
 def test_export_of_the_residual_tap_needs_model_and_threshold_zero(source: Source, tmp_path: Path) -> None:
-    for tau, message in ((0.0, "source must be the opened model"), (0.5, r"threshold 0 and no bias, got threshold 0\.5")):
+    for tau, message in (
+        (0.0, "source must be the opened model"),
+        (0.5, r"threshold 0 and no bias, got threshold 0\.5"),
+    ):
         with pytest.raises(InputError, match=message):
-            export_predictors({Site(0): [Predictor(torch.zeros(2, D), torch.zeros(N, 2), uniform_tau(tau, N), 0.5)]}, tmp_path / "p", tap="residual")
+            export_predictors(
+                {Site(0): [Predictor(torch.zeros(2, D), torch.zeros(N, 2), uniform_tau(tau, N), 0.5)]},
+                tmp_path / "p",
+                tap="residual",
+            )
 
 
 def _bad(name: str, tensors: dict[str, Tensor]) -> Callable[[Path], None]:
@@ -350,17 +428,50 @@ def _bad(name: str, tensors: dict[str, Tensor]) -> Callable[[Path], None]:
     ("spoil", "message"),
     [
         (lambda f: (f / "model_1.safetensors").unlink(), "must hold model_1.safetensors for a model of 2 layers"),
-        (lambda f: (f / "model_1.safetensors").rename(f / "model_1.pt"), "Predictors must be safetensors, got model_1.pt, a pickle file"),
+        (
+            lambda f: (f / "model_1.safetensors").rename(f / "model_1.pt"),
+            "Predictors must be safetensors, got model_1.pt, a pickle file",
+        ),
         (_bad("model_2.safetensors", make_tensors_of(1)), "must hold predictors of 2 layers, got model_2.safetensors"),
-        (lambda f: (f / "model_1.safetensors").write_bytes(b"12345678901"), "model_1.safetensors must be a complete safetensors file"),
-        (_bad("model_1.safetensors", {"fc1.weight": torch.zeros(3, D)}), "must hold fc1.weight, fc2.weight and at most their biases, got fc1.weight."),
-        (_bad("model_1.safetensors", make_tensors_of(1) | {"norm.weight": torch.ones(D)}), "got fc1.weight, fc2.weight, norm.weight"),
-        (_bad("model_1.safetensors", {"fc1.weight": torch.zeros(3, D + 1), "fc2.weight": torch.zeros(N, 3)}), "fc1 must have shape [3, 64]"),
-        (_bad("model_1.safetensors", {"fc1.weight": torch.zeros(3, D), "fc2.weight": torch.zeros(3, N)}), "fc2 must have shape [176, 3]"),
-        (_bad("model_1.safetensors", {"fc1.weight": torch.zeros(3, D), "fc2.weight": torch.full((N, 3), math.nan)}), "fc2.weight must hold finite"),
-        (_bad("model_1.safetensors", {"fc1.weight": torch.zeros(3, D), "fc2.weight": torch.zeros(N, 3, dtype=torch.int8)}), "a float tensor, got int8"),
-        (lambda f: (f / "config.json").write_text('{"sparse_threshold": "0"}'), "threshold must be a finite float32, got '0'"),
-        (lambda f: (f / "config.json").write_text('{"sparse_threshold": 1e40}'), "threshold must be a finite float32, got 1e+40"),
+        (
+            lambda f: (f / "model_1.safetensors").write_bytes(b"12345678901"),
+            "model_1.safetensors must be a complete safetensors file",
+        ),
+        (
+            _bad("model_1.safetensors", {"fc1.weight": torch.zeros(3, D)}),
+            "must hold fc1.weight, fc2.weight and at most their biases, got fc1.weight.",
+        ),
+        (
+            _bad("model_1.safetensors", make_tensors_of(1) | {"norm.weight": torch.ones(D)}),
+            "got fc1.weight, fc2.weight, norm.weight",
+        ),
+        (
+            _bad("model_1.safetensors", {"fc1.weight": torch.zeros(3, D + 1), "fc2.weight": torch.zeros(N, 3)}),
+            "fc1 must have shape [3, 64]",
+        ),
+        (
+            _bad("model_1.safetensors", {"fc1.weight": torch.zeros(3, D), "fc2.weight": torch.zeros(3, N)}),
+            "fc2 must have shape [176, 3]",
+        ),
+        (
+            _bad("model_1.safetensors", {"fc1.weight": torch.zeros(3, D), "fc2.weight": torch.full((N, 3), math.nan)}),
+            "fc2.weight must hold finite",
+        ),
+        (
+            _bad(
+                "model_1.safetensors",
+                {"fc1.weight": torch.zeros(3, D), "fc2.weight": torch.zeros(N, 3, dtype=torch.int8)},
+            ),
+            "a float tensor, got int8",
+        ),
+        (
+            lambda f: (f / "config.json").write_text('{"sparse_threshold": "0"}'),
+            "threshold must be a finite float32, got '0'",
+        ),
+        (
+            lambda f: (f / "config.json").write_text('{"sparse_threshold": 1e40}'),
+            "threshold must be a finite float32, got 1e+40",
+        ),
         (lambda f: (f / "config.json").write_text('{"tap": "output"}'), "tap must be input or residual, got 'output'"),
         (lambda f: (f / "config.json").write_text("[0]"), "config.json must be a JSON object"),
     ],
@@ -435,14 +546,19 @@ def test_measured_density_and_recall(tiny_model: Callable[[str], Path], tmp_path
     source = open_source(put_beside(tiny_model("llama"), tmp_path / "m"))
     plan = predictors_beside(source)
     assert entry_of(plan, 0).density == 1
-    stats = collect(source, make_batches(source.tokenizer(), TEXT * 4, 8, 32, 0), ["samples:magnitude"], tmp_path / "stats")
+    stats = collect(
+        source, make_batches(source.tokenizer(), TEXT * 4, 8, 32, 0), ["samples:magnitude"], tmp_path / "stats"
+    )
     found = measured(plan, stats)
     for k in range(LAYERS):
         x, score = stats[Site(k)]["samples:magnitude.x"].float(), stats[Site(k)]["samples:magnitude.score"].float()
         keep = kept(entry_of(plan, k), x)
         density = keep.sum().item() / keep.numel()
         top = max(1, round(density * N))
-        hits = [len(set(keep[t].nonzero()[:, 0].tolist()) & set(score[t].argsort(descending=True)[:top].tolist())) for t in range(len(x))]
+        hits = [
+            len(set(keep[t].nonzero()[:, 0].tolist()) & set(score[t].argsort(descending=True)[:top].tolist()))
+            for t in range(len(x))
+        ]
         assert entry_of(found, k).density == pytest.approx(density) and 0.2 < density < 0.8
         assert entry_of(found, k).recall == pytest.approx(sum(hits) / (top * len(x)), abs=2e-3)  # equal fp16 scores
         assert torch.equal(entry_of(found, k).fc1, entry_of(plan, k).fc1)
@@ -450,7 +566,11 @@ def test_measured_density_and_recall(tiny_model: Callable[[str], Path], tmp_path
 
 def test_the_base_graph_ignores_predictors_beside(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     folder = put_beside(tiny_model("llama"), tmp_path / "m")
-    check_base(build_base(folder, tmp_path / "onnx"), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), TOKENS)
+    check_base(
+        build_base(folder, tmp_path / "onnx"),
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
+        TOKENS,
+    )
 
 
 def test_predictors_of_a_model_with_another_activation(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -480,6 +600,11 @@ def test_predictors_of_a_model_with_another_activation(tiny_model: Callable[[str
     again = imported_plan(source, Config(folder=str(out)))
     assert [[type(entry) for entry in entries] for entries in again.values()] == [[Swap, Predictor]] * LAYERS
     for layer in range(LAYERS):
-        assert torch.allclose(load_file(out / f"model_{layer}.safetensors")["fc1.weight"], make_tensors_of(layer)["fc1.weight"], rtol=3e-7, atol=0)
+        assert torch.allclose(
+            load_file(out / f"model_{layer}.safetensors")["fc1.weight"],
+            make_tensors_of(layer)["fc1.weight"],
+            rtol=3e-7,
+            atol=0,
+        )
     with pytest.raises(InputError, match=r"one predictor a layer, got swap at layers\.0\.ffn"):
         export_predictors({Site(0): [Swap("drelu")]}, tmp_path / "b")

@@ -1,4 +1,6 @@
-"""PowerInfer's files (f 10): round trips bit for bit, and the feed-forward networks computed from the file as PowerInfer computes them."""
+"""PowerInfer's files (f 10): round trips bit for bit, and the feed-forward networks computed from the file as
+PowerInfer computes them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,14 @@ from torch.nn import functional as F
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.plan import Plan, Predictor, Swap, Threshold, uniform_tau
 from sparsegate.converter.checkpoint.source import Source, open_source
-from sparsegate.converter.sources.powerinfer import place, powerinfer_plan, read_gpu_split, read_powerinfer, write_gpu_split, write_powerinfer
+from sparsegate.converter.sources.powerinfer import (
+    place,
+    powerinfer_plan,
+    read_gpu_split,
+    read_powerinfer,
+    write_gpu_split,
+    write_powerinfer,
+)
 from sparsegate.converter.sources.predictors import folder_form, predictors_beside
 from sparsegate.converter.sources.published import normalise
 from sparsegate.runtime_onnx.errors import InputError
@@ -41,7 +50,9 @@ def relu(tmp_path_factory: pytest.TempPathFactory) -> Source:
 def drelu(tmp_path_factory: pytest.TempPathFactory) -> Source:
     """A mistral with dReLU and predictors, as published folders of type bamboo become."""
     folder = tmp_path_factory.mktemp("drelu")
-    return open_source(normalise(put_predictors(make_model("mistral", folder / "m", head_dim=16)), folder / "out", activation="drelu"))
+    return open_source(
+        normalise(put_predictors(make_model("mistral", folder / "m", head_dim=16)), folder / "out", activation="drelu")
+    )
 
 
 def raw(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -49,7 +60,10 @@ def raw(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     plain = path.with_suffix(".plain")
     plain.write_bytes(b"GGUF" + path.read_bytes()[4:])
     reader = gguf.GGUFReader(plain)
-    found = {name: field.contents() for name, field in reader.fields.items()}, {t.name: np.array(t.data) for t in reader.tensors}
+    found = (
+        {name: field.contents() for name, field in reader.fields.items()},
+        {t.name: np.array(t.data) for t in reader.tensors},
+    )
     plain.unlink()
     return found
 
@@ -62,33 +76,57 @@ def test_f10_round_trip_bit_for_bit(kind: str, request: pytest.FixtureRequest, t
     assert path.read_bytes()[:8] == b"PWRI" + struct.pack("<I", 3)
     fields, tensors = raw(path)
     arch = {"relu": "llama", "drelu": "bamboo"}[kind]
-    assert fields["general.architecture"] == arch and fields["powerinfer.sparse_threshold"] == np.nextafter(np.float32(0), np.float32(1))
-    sizes = {"block_count": LAYERS, "embedding_length": D, "feed_forward_length": N, "attention.head_count": HEADS, "attention.head_count_kv": KV}
-    assert {key: fields[f"{arch}.{key}"] for key in sizes} == sizes and fields[f"{arch}.rope.dimension_count"] == D // HEADS
+    assert fields["general.architecture"] == arch and fields["powerinfer.sparse_threshold"] == np.nextafter(
+        np.float32(0), np.float32(1)
+    )
+    sizes = {
+        "block_count": LAYERS,
+        "embedding_length": D,
+        "feed_forward_length": N,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": KV,
+    }
+    assert {key: fields[f"{arch}.{key}"] for key in sizes} == sizes and fields[
+        f"{arch}.rope.dimension_count"
+    ] == D // HEADS
     own = {name: t for name, t in source.read(source.tensors).items() if "predictor" not in name}
     for layer, rank in enumerate(PREDICTOR_RANKS):
-        assert tensors[f"blk.{layer}.fc1.weight"].shape == (rank, D) and tensors[f"blk.{layer}.fc2.weight"].shape == (N, rank)
+        assert tensors[f"blk.{layer}.fc1.weight"].shape == (rank, D) and tensors[f"blk.{layer}.fc2.weight"].shape == (
+            N,
+            rank,
+        )
         down = own[f"model.layers.{layer}.mlp.down_proj.weight"]
-        assert np.array_equal(tensors[f"blk.{layer}.ffn_down_t.weight"], down.T.numpy()) and f"blk.{layer}.ffn_down.weight" not in tensors
+        assert (
+            np.array_equal(tensors[f"blk.{layer}.ffn_down_t.weight"], down.T.numpy())
+            and f"blk.{layer}.ffn_down.weight" not in tensors
+        )
 
     model = read_powerinfer(path)
     assert model.architecture == arch and model.weights.keys() == own.keys()
     assert all(torch.equal(model.weights[name], own[name]) for name in own)
     wrote, _ = folder_form(plan, "residual", source)
     for layer in range(LAYERS):
-        assert torch.equal(model.predictors[layer].fc1, wrote[layer]["fc1.weight"]) and torch.equal(model.predictors[layer].fc2, wrote[layer]["fc2.weight"])
-        beside = source.read([f"model.layers.{layer}.mlp.predictor.fc1.weight"])[f"model.layers.{layer}.mlp.predictor.fc1.weight"]
+        assert torch.equal(model.predictors[layer].fc1, wrote[layer]["fc1.weight"]) and torch.equal(
+            model.predictors[layer].fc2, wrote[layer]["fc2.weight"]
+        )
+        beside = source.read([f"model.layers.{layer}.mlp.predictor.fc1.weight"])[
+            f"model.layers.{layer}.mlp.predictor.fc1.weight"
+        ]
         torch.testing.assert_close(model.predictors[layer].fc1, beside, rtol=3e-7, atol=0)
     again = write_powerinfer(source, powerinfer_plan(model, source), tmp_path / "again.gguf", precision="fp32")
     for layer in range(LAYERS):
-        torch.testing.assert_close(read_powerinfer(again).predictors[layer].fc1, model.predictors[layer].fc1, rtol=3e-7, atol=0)
+        torch.testing.assert_close(
+            read_powerinfer(again).predictors[layer].fc1, model.predictors[layer].fc1, rtol=3e-7, atol=0
+        )
         assert torch.equal(read_powerinfer(again).predictors[layer].fc2, model.predictors[layer].fc2)
     assert read_powerinfer(again).threshold == model.threshold
 
 
 def test_f10_the_plan_that_comes_back_is_the_plan(drelu: Source, tmp_path: Path) -> None:
     plan = predictors_beside(drelu)
-    found = powerinfer_plan(read_powerinfer(write_powerinfer(drelu, plan, tmp_path / "m.gguf", precision="fp32")), drelu)
+    found = powerinfer_plan(
+        read_powerinfer(write_powerinfer(drelu, plan, tmp_path / "m.gguf", precision="fp32")), drelu
+    )
     for site, (swap, predictor) in found.items():
         theirs = plan[site][-1]
         assert swap == Swap("drelu") and isinstance(predictor, Predictor) and isinstance(theirs, Predictor)
@@ -96,8 +134,12 @@ def test_f10_the_plan_that_comes_back_is_the_plan(drelu: Source, tmp_path: Path)
         torch.testing.assert_close(predictor.fc1, theirs.fc1, rtol=5e-7, atol=0)
 
 
-def by_powerinfer(tensors: dict[str, np.ndarray], layer: int, h: np.ndarray, x: np.ndarray, threshold: float, both: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A layer's network as PowerInfer computes it: rows of gate, up and the transposed down of the neurons that run; and who runs [T, n]."""
+def by_powerinfer(
+    tensors: dict[str, np.ndarray], layer: int, h: np.ndarray, x: np.ndarray, threshold: float, both: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """A layer's network as PowerInfer computes it: rows of gate, up and the transposed down of the neurons that run;
+    and who runs [T, n].
+    """
     w = {name: tensors[f"blk.{layer}.{name}.weight"] for name in ("fc1", "fc2", "ffn_gate", "ffn_up", "ffn_down_t")}
     logits = np.maximum(h @ w["fc1"].T, 0) @ w["fc2"].T
     out, runs = np.zeros_like(x), ~(logits < np.float32(threshold))
@@ -111,7 +153,9 @@ def by_powerinfer(tensors: dict[str, np.ndarray], layer: int, h: np.ndarray, x: 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["relu", "drelu"])
 def test_f10_sparse_output_from_the_file(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """All logits at or above the threshold: dense. At the plan's own threshold: the plan's mask. A higher one, and the other activation, differ."""
+    """All logits at or above the threshold: dense. At the plan's own threshold: the plan's mask. A higher one, and the
+    other activation, differ.
+    """
     source: Source = request.getfixturevalue(kind)
     plan = predictors_beside(source)
     _, tensors = raw(path := write_powerinfer(source, plan, tmp_path / "m.gguf", precision="fp32"))
@@ -120,7 +164,10 @@ def test_f10_sparse_output_from_the_file(kind: str, request: pytest.FixtureReque
     h = torch.randn(6, D, generator=generator)
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
-        w = {name.removeprefix(prefix): t for name, t in source.read([name for name in source.tensors if name.startswith(prefix)]).items()}
+        w = {
+            name.removeprefix(prefix): t
+            for name, t in source.read([name for name in source.tensors if name.startswith(prefix)]).items()
+        }
         x = w["post_attention_layernorm.weight"] * h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
         up = x @ w["mlp.up_proj.weight"].T
         z = F.relu(x @ w["mlp.gate_proj.weight"].T) * (F.relu(up) if kind == "drelu" else up)
@@ -137,26 +184,43 @@ def test_f10_sparse_output_from_the_file(kind: str, request: pytest.FixtureReque
         assert np.abs(sparse - expected.numpy()).max() < 1e-5 * np.abs(dense.numpy()).max()
         other, fewer = by_powerinfer(tensors, layer, h.numpy(), x.numpy(), 1.0, kind == "drelu")
         assert fewer.mean() < runs.mean() and np.abs(other - sparse).max() > 1e-2 * np.abs(dense.numpy()).max()
-        assert np.abs(by_powerinfer(tensors, layer, h.numpy(), x.numpy(), -1e30, kind != "drelu")[0] - dense.numpy()).max() > 1e-2
+        assert (
+            np.abs(by_powerinfer(tensors, layer, h.numpy(), x.numpy(), -1e30, kind != "drelu")[0] - dense.numpy()).max()
+            > 1e-2
+        )
 
 
 def test_query_and_key_rows_are_in_pairs_as_llama_cpp_takes_them(relu: Source, tmp_path: Path) -> None:
     _, tensors = raw(write_powerinfer(relu, predictors_beside(relu), tmp_path / "m.gguf", precision="fp32"))
-    own = relu.read(["model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"])
+    own = relu.read(
+        [
+            "model.layers.1.self_attn.q_proj.weight",
+            "model.layers.1.self_attn.k_proj.weight",
+            "model.layers.1.self_attn.v_proj.weight",
+        ]
+    )
     for name, heads in (("q", HEADS), ("k", KV)):
         rows, half = own[f"model.layers.1.self_attn.{name}_proj.weight"], D // HEADS // 2
-        expected = [rows[head * 2 * half + part * half + k] for head in range(heads) for k in range(half) for part in range(2)]
+        expected = [
+            rows[head * 2 * half + part * half + k] for head in range(heads) for k in range(half) for part in range(2)
+        ]
         assert np.array_equal(tensors[f"blk.1.attn_{name}.weight"], torch.stack(expected).numpy())
     assert np.array_equal(tensors["blk.1.attn_v.weight"], own["model.layers.1.self_attn.v_proj.weight"].numpy())
 
 
 def test_half_precision_threshold_and_tied_output(tmp_path: Path) -> None:
-    source = open_source(put_predictors(make_model("llama", tmp_path / "m", hidden_act="relu", tie_word_embeddings=True)))
+    source = open_source(
+        put_predictors(make_model("llama", tmp_path / "m", hidden_act="relu", tie_word_embeddings=True))
+    )
     path = write_powerinfer(source, predictors_beside(source), tmp_path / "m.gguf", threshold=0.125)
     fields, tensors = raw(path)
     assert fields["powerinfer.sparse_threshold"] == 0.125 == read_powerinfer(path).threshold
-    assert {str(t.dtype) for name, t in tensors.items() if t.ndim == 2} == {"float16"} and tensors["blk.0.ffn_norm.weight"].dtype == np.float32
-    assert np.array_equal(tensors["output.weight"], tensors["token_embd.weight"]) and tensors["output.weight"].shape == (VOCAB, D)
+    assert {str(t.dtype) for name, t in tensors.items() if t.ndim == 2} == {"float16"} and tensors[
+        "blk.0.ffn_norm.weight"
+    ].dtype == np.float32
+    assert np.array_equal(tensors["output.weight"], tensors["token_embd.weight"]) and tensors[
+        "output.weight"
+    ].shape == (VOCAB, D)
     weight = source.read(["model.layers.0.mlp.up_proj.weight"])["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(read_powerinfer(path).weights["model.layers.0.mlp.up_proj.weight"], weight.half().float())
     with pytest.raises(InputError, match=r"must have threshold 0 and no bias, got threshold 0\.125"):
@@ -166,22 +230,48 @@ def test_half_precision_threshold_and_tied_output(tmp_path: Path) -> None:
 def test_the_vocabulary_is_llama_cpps(relu: Source, tmp_path: Path) -> None:
     fields, _ = raw(write_powerinfer(relu, predictors_beside(relu), tmp_path / "m.gguf"))
     tokenizer = relu.tokenizer()
-    assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.tokens"] == [tokenizer.convert_ids_to_tokens(k) for k in range(VOCAB)]
+    assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.tokens"] == [
+        tokenizer.convert_ids_to_tokens(k) for k in range(VOCAB)
+    ]
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     assert [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]] == [tuple(merge) for merge in merges]
     control = [k for k, kind in enumerate(fields["tokenizer.ggml.token_type"]) if kind == gguf.TokenType.CONTROL]
-    assert control == sorted(tokenizer.all_special_ids) and fields["tokenizer.ggml.bos_token_id"] == tokenizer.bos_token_id
+    assert (
+        control == sorted(tokenizer.all_special_ids) and fields["tokenizer.ggml.bos_token_id"] == tokenizer.bos_token_id
+    )
 
 
 def test_a_vocabulary_with_byte_fallback(tmp_path: Path) -> None:
     """llama's own kind: the score of a token is its merge's rank, so the best merge of two is the first one."""
     folder = put_predictors(make_model("llama", tmp_path / "m", hidden_act="relu"))
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x0A>": 3, "\u2581": 4, "a": 5, "b": 6, "ab": 7, "\u2581a": 8, "aab": 9}
-    model = {"type": "BPE", "vocab": vocab, "merges": [["\u2581", "a"], ["a", "b"], ["a", "ab"]], "unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}
-    added = [{"id": k, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-             for name, k in list(vocab.items())[:3]]  # fmt: skip
+    model = {
+        "type": "BPE",
+        "vocab": vocab,
+        "merges": [["\u2581", "a"], ["a", "b"], ["a", "ab"]],
+        "unk_token": "<unk>",
+        "byte_fallback": True,
+        "fuse_unk": True,
+    }
+    added = [
+        {
+            "id": k,
+            "content": name,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for name, k in list(vocab.items())[:3]
+    ]
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": added, "model": model}))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     source = open_source(folder)
     fields, _ = raw(write_powerinfer(source, predictors_beside(source), tmp_path / "m.gguf"))
@@ -215,9 +305,13 @@ def test_f10_gpu_split(room: int, tmp_path: Path) -> None:
 
 
 def test_placement_takes_the_groups_that_fire_most() -> None:
-    """Against every choice of whole groups; a layer's own groups are its 256 most firing neurons, the next 256, and the rest."""
+    """Against every choice of whole groups; a layer's own groups are its 256 most firing neurons, the next 256, and the
+    rest.
+    """
     counts = firing_counts()
-    groups = [(k, chunk) for k, values in counts.items() for chunk in values.argsort(descending=True, stable=True).split(256)]
+    groups = [
+        (k, chunk) for k, values in counts.items() for chunk in values.argsort(descending=True, stable=True).split(256)
+    ]
     room = 2 * 256
     best = max(
         sum(int(counts[k][chunk].sum()) for bit, (k, chunk) in enumerate(groups) if choice >> bit & 1)
@@ -250,13 +344,24 @@ def _other_bucket(tensors: dict[str, np.ndarray]) -> None:
     ("spoil", "message"),
     [
         (_other_bucket, "blk.1.gpu_bucket must list where blk.1.gpu_idx is 1, in order"),
-        (lambda t: t.update({"blk.1.gpu_bucket": t["blk.1.gpu_bucket"][::-1].copy()}), "blk.1.gpu_bucket must list where blk.1.gpu_idx is 1, in order"),
+        (
+            lambda t: t.update({"blk.1.gpu_bucket": t["blk.1.gpu_bucket"][::-1].copy()}),
+            "blk.1.gpu_bucket must list where blk.1.gpu_idx is 1, in order",
+        ),
         (lambda t: t.update({"blk.0.gpu_idx": t["blk.0.gpu_idx"] * 2}), "blk.0.gpu_idx must be a vector of 0 and 1"),
-        (lambda t: t.pop("blk.1.gpu_bucket"), "must hold split.vram_capacity and int32 gpu_idx and gpu_bucket of every layer"),
-        (lambda t: t.update({"blk.0.gpu_idx": t["blk.0.gpu_idx"].astype(np.float32)}), "must hold split.vram_capacity and int32"),
+        (
+            lambda t: t.pop("blk.1.gpu_bucket"),
+            "must hold split.vram_capacity and int32 gpu_idx and gpu_bucket of every layer",
+        ),
+        (
+            lambda t: t.update({"blk.0.gpu_idx": t["blk.0.gpu_idx"].astype(np.float32)}),
+            "must hold split.vram_capacity and int32",
+        ),
     ],
 )
-def test_bad_side_files_are_refused(spoil: Callable[[dict[str, np.ndarray]], Any], message: str, tmp_path: Path) -> None:
+def test_bad_side_files_are_refused(
+    spoil: Callable[[dict[str, np.ndarray]], Any], message: str, tmp_path: Path
+) -> None:
     """The engine copies the rows that a bucket names without a look at them."""
     side = write_gpu_split(tmp_path / "m.gguf", place(firing_counts(), 600), 1)
     _, tensors = raw(side)
@@ -287,12 +392,20 @@ def test_a_split_of_other_layers_is_refused(tmp_path: Path) -> None:
         (lambda b: b"abcdefgh", "must start with PWRI and version 3, got b'abcdefgh'"),
         (lambda b: b[: len(b) // 2], "must be a complete PowerInfer file, got a damaged one"),
         (lambda b: b[:40], "must be a complete PowerInfer file, got a damaged one"),
-        (lambda b: b.replace(b"blk.1.fc2.weight", b"blk.1.fc3.weight"), "must hold known tensors only, got blk.1.fc3.weight"),
-        (lambda b: b.replace(b"blk.1.fc2.weight", b"blk.7.fc2.weight"), "must hold every weight and predictor, got none of blk.1.fc1 or fc2"),
+        (
+            lambda b: b.replace(b"blk.1.fc2.weight", b"blk.1.fc3.weight"),
+            "must hold known tensors only, got blk.1.fc3.weight",
+        ),
+        (
+            lambda b: b.replace(b"blk.1.fc2.weight", b"blk.7.fc2.weight"),
+            "must hold every weight and predictor, got none of blk.1.fc1 or fc2",
+        ),
         (lambda b: b.replace(b"llama", b"gemma"), "must be of architecture llama or bamboo, got gemma"),
     ],
 )
-def test_bad_model_files_are_refused(spoil: Callable[[bytes], bytes], message: str, relu: Source, tmp_path: Path) -> None:
+def test_bad_model_files_are_refused(
+    spoil: Callable[[bytes], bytes], message: str, relu: Source, tmp_path: Path
+) -> None:
     path = write_powerinfer(relu, predictors_beside(relu), tmp_path / "m.gguf")
     path.write_bytes(spoil(path.read_bytes()))
     before = path.read_bytes()
@@ -303,16 +416,31 @@ def test_bad_model_files_are_refused(spoil: Callable[[bytes], bytes], message: s
         read_powerinfer(tmp_path / "none.gguf")
 
 
-def test_what_powerinfer_does_not_have_is_refused(relu: Source, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_what_powerinfer_does_not_have_is_refused(
+    relu: Source, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     def plan(rank: int = 3) -> Plan:
-        return {Site(k): [Predictor(torch.zeros(rank, D), torch.zeros(N, rank), uniform_tau(0, N), 1.0)] for k in range(LAYERS)}
+        return {
+            Site(k): [Predictor(torch.zeros(rank, D), torch.zeros(N, rank), uniform_tau(0, N), 1.0)]
+            for k in range(LAYERS)
+        }
 
     uneven: Plan = {**plan(), Site(1): [Predictor(torch.zeros(1, D), torch.zeros(N, 1), uniform_tau(0.5, N), 1.0)]}
     cases: list[tuple[Source, Plan, dict[str, Any], str]] = [
         (open_source(tiny_model("llama")), plan(), {}, "activation must be relu or drelu in every layer, got silu"),
         (open_source(tiny_model("qwen2")), plan(), {}, "must be of type llama or mistral, got qwen2"),
-        (relu, {Site(0): [Swap("drelu"), *plan()[Site(0)]], Site(1): plan()[Site(1)]}, {}, "in every layer, got drelu, relu"),
-        (relu, {Site(k): [Threshold("gate", uniform_tau(0, N), 0.5)] for k in range(LAYERS)}, {}, "holds one predictor a layer, got threshold"),
+        (
+            relu,
+            {Site(0): [Swap("drelu"), *plan()[Site(0)]], Site(1): plan()[Site(1)]},
+            {},
+            "in every layer, got drelu, relu",
+        ),
+        (
+            relu,
+            {Site(k): [Threshold("gate", uniform_tau(0, N), 0.5)] for k in range(LAYERS)},
+            {},
+            "holds one predictor a layer, got threshold",
+        ),
         (relu, uneven, {}, "got 0.5 after"),
         (relu, plan(), {"threshold": float("nan")}, "threshold must be a finite float, got nan"),
     ]
@@ -324,7 +452,9 @@ def test_what_powerinfer_does_not_have_is_refused(relu: Source, tiny_model: Call
         write_powerinfer(wide, plan(), tmp_path / "m.gguf")
     turned = shutil.copytree(relu.folder, tmp_path / "turned")
     raw_config = json.loads((turned / "config.json").read_text())
-    (turned / "config.json").write_text(json.dumps(raw_config | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}))
+    (turned / "config.json").write_text(
+        json.dumps(raw_config | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}})
+    )
     with pytest.raises(InputError, match="rotary embedding must be the default one here, got linear"):
         write_powerinfer(open_source(turned), plan(), tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
@@ -339,13 +469,19 @@ def test_weights_too_large_for_half_precision_are_refused(tmp_path: Path) -> Non
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e6
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     source = open_source(folder)
-    with pytest.raises(InputError, match="Weights must be finite in float16, got a larger one. Write the file with precision fp32"):
+    with pytest.raises(
+        InputError, match="Weights must be finite in float16, got a larger one. Write the file with precision fp32"
+    ):
         write_powerinfer(source, predictors_beside(source), tmp_path / "x.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_without_the_package(relu: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    for call in (lambda: write_powerinfer(relu, {}, tmp_path / "m.gguf"), lambda: read_powerinfer(tmp_path), lambda: read_gpu_split(tmp_path)):
+    for call in (
+        lambda: write_powerinfer(relu, {}, tmp_path / "m.gguf"),
+        lambda: read_powerinfer(tmp_path),
+        lambda: read_gpu_split(tmp_path),
+    ):
         with pytest.raises(InputError, match=r"Install sparsegate\[bench\]"):
             call()

@@ -30,23 +30,60 @@ from sparsegate.runtime_onnx.errors import InputError
 D, N, LAYERS, HEADS, KV, WINDOW, THETA = 64, 176, 2, 4, 2, 24, 5000.0
 TOKENS = torch.randint(3, VOCAB, (2, 40), generator=torch.Generator().manual_seed(0))
 BAMBOO = {
-    "_name_or_path": "/somewhere/else", "architectures": ["BambooForCausalLM"], "attention_dropout": 0.0,
-    "auto_map": {"AutoConfig": "configuration_bamboo.BambooConfig", "AutoModelForCausalLM": "modeling_bamboo.BambooForCausalLM"},
-    "bos_token_id": 0, "eos_token_id": 1, "hidden_act": "relu", "hidden_size": D, "initializer_range": 0.02, "intermediate_size": N,
-    "max_position_embeddings": 256, "model_type": "bamboo", "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "num_key_value_heads": KV,
-    "rms_norm_eps": 1e-05, "rope_theta": THETA, "sliding_window": WINDOW, "tie_word_embeddings": False, "torch_dtype": "float32",
-    "transformers_version": "4.41.0", "use_cache": False, "vocab_size": VOCAB, "an_unknown_key": 7,
-}  # fmt: skip
+    "_name_or_path": "/somewhere/else",
+    "architectures": ["BambooForCausalLM"],
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_bamboo.BambooConfig",
+        "AutoModelForCausalLM": "modeling_bamboo.BambooForCausalLM",
+    },
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "hidden_act": "relu",
+    "hidden_size": D,
+    "initializer_range": 0.02,
+    "intermediate_size": N,
+    "max_position_embeddings": 256,
+    "model_type": "bamboo",
+    "num_attention_heads": HEADS,
+    "num_hidden_layers": LAYERS,
+    "num_key_value_heads": KV,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": THETA,
+    "sliding_window": WINDOW,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.41.0",
+    "use_cache": False,
+    "vocab_size": VOCAB,
+    "an_unknown_key": 7,
+}
 PROSPARSE = {
-    **{key: value for key, value in BAMBOO.items() if key not in ("sliding_window", "attention_dropout", "an_unknown_key")},
-    "architectures": ["SparseLlamaForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_sparsellama.SparseLlamaForCausalLM"},
-    "hidden_act": "fatrelu", "hidden_act_param": 0.01, "model_type": "sparsellama", "pretraining_tp": 1, "rope_scaling": None, "max_length": 4096,
-}  # fmt: skip
+    **{
+        key: value
+        for key, value in BAMBOO.items()
+        if key not in ("sliding_window", "attention_dropout", "an_unknown_key")
+    },
+    "architectures": ["SparseLlamaForCausalLM"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_sparsellama.SparseLlamaForCausalLM"},
+    "hidden_act": "fatrelu",
+    "hidden_act_param": 0.01,
+    "model_type": "sparsellama",
+    "pretraining_tp": 1,
+    "rope_scaling": None,
+    "max_length": 4096,
+}
 
 
 def make_published(folder: Path, raw: dict[str, Any], predictors: bool = False) -> Path:
-    """A folder as published: weights and tokenizer of a tiny model of the base type, the given config.json, and code that must never run."""
-    make_model("mistral" if raw["model_type"] == "bamboo" else "llama", folder, **({"head_dim": D // HEADS} if raw["model_type"] == "bamboo" else {}))
+    """A folder as published: weights and tokenizer of a tiny model of the base type, the given config.json, and code
+    that must never run.
+    """
+    make_model(
+        "mistral" if raw["model_type"] == "bamboo" else "llama",
+        folder,
+        **({"head_dim": D // HEADS} if raw["model_type"] == "bamboo" else {}),
+    )
     (folder / "config.json").write_text(json.dumps(raw))
     (folder / "modeling_bamboo.py").write_text("raise SystemExit('remote code ran')")
     if predictors:
@@ -78,7 +115,9 @@ def attention(x: Tensor, w: dict[str, Tensor], prefix: str, window: int | None) 
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2) @ w[f"{prefix}.o_proj.weight"].T
 
 
-def replica(w: dict[str, Tensor], tokens: Tensor, mlp: Callable[[str, Tensor, Tensor], Tensor], window: int | None) -> Tensor:
+def replica(
+    w: dict[str, Tensor], tokens: Tensor, mlp: Callable[[str, Tensor, Tensor], Tensor], window: int | None
+) -> Tensor:
     """The published modelling file's forward; `mlp` gets its prefix, the normed x and the residual before the norm."""
     h = w["model.embed_tokens.weight"][tokens]
     for layer in range(LAYERS):
@@ -96,11 +135,17 @@ def load_swapped(source: Source) -> Any:
 
 @torch.no_grad()
 def test_bamboo_with_predictors_end_to_end(tmp_path: Path) -> None:
-    """f 8, f 9: the masks of our plan behind the norm are those of the published model before it, and so are the logits; without the fold neither is."""
+    """f 8, f 9: the masks of our plan behind the norm are those of the published model before it, and so are the
+    logits; without the fold neither is.
+    """
     folder = make_published(tmp_path / "p", BAMBOO, predictors=True)
     w = load_file(folder / "model.safetensors")
     source = open_source(normalise(folder, tmp_path / "out"))
-    assert source.arch.model_type == "mistral" and source.config.rope_parameters["rope_theta"] == THETA and source.config.sliding_window == WINDOW
+    assert (
+        source.arch.model_type == "mistral"
+        and source.config.rope_parameters["rope_theta"] == THETA
+        and source.config.sliding_window == WINDOW
+    )
     assert source.swaps == {Site(k): Swap("drelu") for k in range(LAYERS)}
     plan = predictors_beside(source)
     assert [[type(entry) for entry in entries] for entries in plan.values()] == [[Swap, Predictor]] * LAYERS
@@ -118,7 +163,9 @@ def test_bamboo_with_predictors_end_to_end(tmp_path: Path) -> None:
     model = load_swapped(source)
     entered: dict[str, Tensor] = {}
     for layer, block in enumerate(model.get_decoder().layers):
-        block.mlp.register_forward_pre_hook(lambda _, given, k=layer: entered.update({f"model.layers.{k}.mlp": given[0]}))
+        block.mlp.register_forward_pre_hook(
+            lambda _, given, k=layer: entered.update({f"model.layers.{k}.mlp": given[0]})
+        )
     apply_plan(model, plan, source.arch, source.arch.activation(source.config))
     ours = model(input_ids=TOKENS).logits
     assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -146,7 +193,9 @@ def test_bamboo_without_predictors_is_the_dense_drelu_model(tmp_path: Path) -> N
 
     def mlp(both: bool, prefix: str, x: Tensor, _: Tensor) -> Tensor:
         up = x @ w[f"{prefix}.up_proj.weight"].T
-        return (F.relu(x @ w[f"{prefix}.gate_proj.weight"].T) * (F.relu(up) if both else up)) @ w[f"{prefix}.down_proj.weight"].T
+        return (F.relu(x @ w[f"{prefix}.gate_proj.weight"].T) * (F.relu(up) if both else up)) @ w[
+            f"{prefix}.down_proj.weight"
+        ].T
 
     ours = model(input_ids=TOKENS).logits
     for both in (True, False):
@@ -166,7 +215,9 @@ def test_bamboo_without_predictors_is_the_dense_drelu_model(tmp_path: Path) -> N
         ({"hidden_act": "silu"}, F.silu),
     ],
 )
-def test_prosparse_computes_as_its_modelling_file(change: dict[str, Any], act: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+def test_prosparse_computes_as_its_modelling_file(
+    change: dict[str, Any], act: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
     raw = PROSPARSE | change
     folder = make_published(tmp_path / "p", raw)
     w = load_file(folder / "model.safetensors")
@@ -174,7 +225,9 @@ def test_prosparse_computes_as_its_modelling_file(change: dict[str, Any], act: C
     ours = load_swapped(source)(input_ids=TOKENS).logits
 
     def mlp(prefix: str, x: Tensor, _: Tensor) -> Tensor:
-        return (act(x @ w[f"{prefix}.gate_proj.weight"].T) * (x @ w[f"{prefix}.up_proj.weight"].T)) @ w[f"{prefix}.down_proj.weight"].T
+        return (act(x @ w[f"{prefix}.gate_proj.weight"].T) * (x @ w[f"{prefix}.up_proj.weight"].T)) @ w[
+            f"{prefix}.down_proj.weight"
+        ].T
 
     expected = replica(w, TOKENS, mlp, None)
     assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -198,7 +251,9 @@ def test_fatrelu_keeps_a_value_equal_to_the_parameter(tmp_path: Path) -> None:
 
 def test_what_is_written(tmp_path: Path) -> None:
     folder = make_published(tmp_path / "p", BAMBOO, predictors=True)
-    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"auto_map": {"AutoTokenizer": ["x.Y", None]}}
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {
+        "auto_map": {"AutoTokenizer": ["x.Y", None]}
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     out = normalise(folder, tmp_path / "out")
@@ -207,9 +262,17 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert not list(out.glob("*.py")) and "auto_map" not in json.loads((out / "tokenizer_config.json").read_text())
     written = json.loads((out / "config.json").read_text())
     assert not {"auto_map", "_name_or_path", "an_unknown_key", "transformers_version"} & set(written)
-    assert (written["model_type"], written["architectures"], written["hidden_act"]) == ("sparsegate_mistral", ["SparsegateMistralForCausalLM"], "sparsegate")
+    assert (written["model_type"], written["architectures"], written["hidden_act"]) == (
+        "sparsegate_mistral",
+        ["SparsegateMistralForCausalLM"],
+        "sparsegate",
+    )
     entry = {"score": "exact", "activation": "drelu", "density": 1.0, "opened": 1.0}
-    assert written["sparsity"] == {"version": 2, "base_activation": "silu", "sites": {f"layers.{k}.ffn": entry for k in range(LAYERS)}}
+    assert written["sparsity"] == {
+        "version": 2,
+        "base_activation": "silu",
+        "sites": {f"layers.{k}.ffn": entry for k in range(LAYERS)},
+    }
     assert written["rope_theta"] == THETA and written["intermediate_size"] == N and written == normal_config(BAMBOO)
     first = open_source(out).fingerprint
     assert open_source(normalise(folder, out)).fingerprint == first, "written again, it is the same"
@@ -267,24 +330,54 @@ def _pickled(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("raw", "spoil", "message"),
     [
-        (BAMBOO | {"model_type": "turbosparsemixtral"}, None, "networks of one activation, got turbosparsemixtral: its feed-forward networks are experts"),
+        (
+            BAMBOO | {"model_type": "turbosparsemixtral"},
+            None,
+            "networks of one activation, got turbosparsemixtral: its feed-forward networks are experts",
+        ),
         (BAMBOO | {"hidden_act": "silu"}, None, "hidden_act of a bamboo model must be relu (dReLU), got 'silu'"),
-        (BAMBOO | {"intermediate_size": 99}, None, "model.layers.0.mlp.gate_proj.weight must have shape [99, 64] by config.json, got [176, 64]"),
+        (
+            BAMBOO | {"intermediate_size": 99},
+            None,
+            "model.layers.0.mlp.gate_proj.weight must have shape [99, 64] by config.json, got [176, 64]",
+        ),
         (BAMBOO | {"sparsity": {}}, None, "got a checkpoint that is sparse already"),
-        (BAMBOO | {"quantization_config": {"quant_method": "gptq"}}, None, "must have float weights, got weights quantised by 'gptq'"),
+        (
+            BAMBOO | {"quantization_config": {"quant_method": "gptq"}},
+            None,
+            "must have float weights, got weights quantised by 'gptq'",
+        ),
         (BAMBOO | {"num_attention_heads": "four"}, None, "num_attention_heads in config.json must be a whole number"),
         (BAMBOO, _cut, "model.layers.1.mlp.up_proj.weight must have shape [176, 64] by config.json, got [177, 64]"),
         (BAMBOO, _pickled, "Weights must be safetensors, got pytorch_model.bin, a pickle file"),
-        (BAMBOO, lambda folder: (folder / "model.safetensors").unlink(), "Weights must be model.safetensors or shards with"),
+        (
+            BAMBOO,
+            lambda folder: (folder / "model.safetensors").unlink(),
+            "Weights must be model.safetensors or shards with",
+        ),
         (BAMBOO, lambda folder: (folder / "config.json").unlink(), "config.json must be a file, got nothing"),
-        (PROSPARSE | {"hidden_act": "softplus"}, None, "must be fatrelu, shiftrelu, relu or a stock activation, got 'softplus'"),
-        (PROSPARSE | {"hidden_act_param": None}, None, "hidden_act_param must be a finite number for fatrelu, got None"),
-        (PROSPARSE | {"hidden_act_param": 1e39}, None, "hidden_act_param must be a finite number for fatrelu, got 1e+39"),
+        (
+            PROSPARSE | {"hidden_act": "softplus"},
+            None,
+            "must be fatrelu, shiftrelu, relu or a stock activation, got 'softplus'",
+        ),
+        (
+            PROSPARSE | {"hidden_act_param": None},
+            None,
+            "hidden_act_param must be a finite number for fatrelu, got None",
+        ),
+        (
+            PROSPARSE | {"hidden_act_param": 1e39},
+            None,
+            "hidden_act_param must be a finite number for fatrelu, got 1e+39",
+        ),
         (PROSPARSE | {"hidden_act_param": float("inf")}, None, "config.json must be JSON, got"),
         (PROSPARSE | {"hidden_act_param": -0.5}, None, "hidden_act_param must suit fatrelu, got -0.5"),
     ],
 )
-def test_bad_folders_are_refused(raw: dict[str, Any], spoil: Callable[[Path], Any] | None, message: str, tmp_path: Path) -> None:
+def test_bad_folders_are_refused(
+    raw: dict[str, Any], spoil: Callable[[Path], Any] | None, message: str, tmp_path: Path
+) -> None:
     folder = make_published(tmp_path / "p", {**raw})
     if spoil is not None:
         spoil(folder)
@@ -311,9 +404,13 @@ def test_published_folders_convert(raw: dict[str, Any], method: str, score: str,
     folder = make_published(tmp_path / "p", raw, predictors=method == "imported")
     (tmp_path / "text.txt").write_text(TEXT * 40)
     result = convert(folder, tmp_path / "out", method=method, calibration=tmp_path / "text.txt")
-    assert {check.name.split()[0] for check in result.report.checks} == {"torch", "body", "kernel", "genai", "genai's"} and all(
-        check.passed for check in result.report.checks
-    )
+    assert {check.name.split()[0] for check in result.report.checks} == {
+        "torch",
+        "body",
+        "kernel",
+        "genai",
+        "genai's",
+    } and all(check.passed for check in result.report.checks)
     written = json.loads((result.folder / "config.json").read_text())
     assert written["model_type"] == ("sparsegate_mistral" if raw is BAMBOO else "sparsegate_llama")
     assert {fields["score"] for fields in written["sparsity"]["sites"].values()} == {score}

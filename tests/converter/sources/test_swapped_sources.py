@@ -1,5 +1,5 @@
-"""What is made of a model whose activation was swapped or whose weights were trained: dense means the source, budgets are the source's, and it can be tuned
-again.
+"""What is made of a model whose activation was swapped or whose weights were trained: dense means the source, budgets
+are the source's, and it can be tuned again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ from sparsegate.converter.text.windows import make_batches
 from sparsegate.runtime_onnx.errors import InputError
 from sparsegate.runtime_onnx.untrusted import read_json
 
-TRAIN = {"steps": 3, "windows": 4, "precision": "fp32", "data": {"windows": 8, "length": 24}, "penalty": {"density": 0.2}}
+TRAIN = {
+    "steps": 3,
+    "windows": 4,
+    "precision": "fp32",
+    "data": {"windows": 8, "length": 24},
+    "penalty": {"density": 0.2},
+}
 LAST = {"method": "exact"}
 
 
@@ -51,50 +57,86 @@ def swapped(model: Path, out: Path, activation: str = "drelu") -> Path:
     return out
 
 
-def trained(model: Path, folder: Path, activation: str | None, last: dict[str, Any] | None = None, rate: float = 2e-3, **changes: Any) -> Path:
+def trained(
+    model: Path,
+    folder: Path,
+    activation: str | None,
+    last: dict[str, Any] | None = None,
+    rate: float = 2e-3,
+    **changes: Any,
+) -> Path:
     config = {} if activation is None else {"activation": activation}
-    return small_recipe(model, folder, stages=[{"method": "exact", "config": config, "tune": TRAIN | {"rate": rate}}, *([last] if last else [])], **changes)
+    return small_recipe(
+        model,
+        folder,
+        stages=[{"method": "exact", "config": config, "tune": TRAIN | {"rate": rate}}, *([last] if last else [])],
+        **changes,
+    )
 
 
 def test_a_swapped_model_is_tuned_to_another_activation(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     folder = swapped(tiny_model("llama"), tmp_path / "relu", "fatrelu(0.25)")
     out = tune(output=tmp_path / "out", recipe=trained(folder, tmp_path, "drelu")).folder
-    assert open_source(out).swaps.keys() == {Site(0), Site(1)} and {swap.activation for swap in open_source(out).swaps.values()} == {"drelu"}
+    assert open_source(out).swaps.keys() == {Site(0), Site(1)} and {
+        swap.activation for swap in open_source(out).swaps.values()
+    } == {"drelu"}
     raw = read_json(out / "config.json", "config")
-    assert raw["model_type"] == "sparsegate_llama" and raw["sparsity"]["base_activation"] == "silu" and raw["hidden_act"] == "sparsegate"
+    assert (
+        raw["model_type"] == "sparsegate_llama"
+        and raw["sparsity"]["base_activation"] == "silu"
+        and raw["hidden_act"] == "sparsegate"
+    )
 
 
 def test_a_relu_model_is_tuned_as_it_is(tmp_path: Path) -> None:
     stock = make_model("llama", tmp_path / "model", hidden_act="relu")
     out = tune(output=tmp_path / "out", recipe=trained(stock, tmp_path, None)).folder
     raw, found = read_json(out / "config.json", "config"), open_source(out)
-    assert raw["model_type"] == "llama" and raw["hidden_act"] == "relu" and found.swaps == {} and found.arch.activation(found.config) == "relu"
+    assert (
+        raw["model_type"] == "llama"
+        and raw["hidden_act"] == "relu"
+        and found.swaps == {}
+        and found.arch.activation(found.config) == "relu"
+    )
     assert {site["score"] for site in raw["sparsity"]["sites"].values()} == {"exact"}
 
 
-def test_integers_of_the_dense_graph_are_the_dense_source_s(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integers_of_the_dense_graph_are_the_dense_source_s(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original, source = open_source(tiny_model("llama")), open_source(swapped(tiny_model("llama"), tmp_path / "swapped"))
     measured: list[Path] = []
     loss = ExecutorQuality(tokens=1, nll_torch=1.0, nll=1.25, kl=0.5, agreement=1.0)
     monkeypatch.setattr(graphs, "build_base", lambda folder, out: (out / "of").write_text(str(folder)))
     monkeypatch.setattr(graphs, "check_base", lambda *_: 0.0)
     monkeypatch.setattr(graphs, "check_dense_text", lambda *_: None)
-    monkeypatch.setattr(graphs, "export_dense", lambda base, out, *_: (out / "of").write_text((base / "of").read_text()))
+    monkeypatch.setattr(
+        graphs, "export_dense", lambda base, out, *_: (out / "of").write_text((base / "of").read_text())
+    )
     monkeypatch.setattr(graphs, "load_stock", lambda folder: folder)
     monkeypatch.setattr(graphs, "measure_shipped", lambda onnx, model, *_, **__: measured.append(model) or loss)
-    recipe = read_recipe(small_recipe(source.folder, tmp_path, stages=[LAST], export={"precision": "int8", "target": "cpu"}))
+    recipe = read_recipe(
+        small_recipe(source.folder, tmp_path, stages=[LAST], export={"precision": "int8", "target": "cpu"})
+    )
     texts = make_texts(source, recipe)
     found = graphs.make_graphs(source, texts, recipe, tmp_path / "recovered", original)
-    assert [(folder / "of").read_text() for folder in (found.base, found.dense)] == [str(source.folder), str(original.folder)]
+    assert [(folder / "of").read_text() for folder in (found.base, found.dense)] == [
+        str(source.folder),
+        str(original.folder),
+    ]
     assert found.loss == loss and measured == [original.folder]
     alone = graphs.make_graphs(source, texts, recipe, tmp_path / "alone")
-    assert alone.loss is None and measured == [original.folder], "no dense model is known, and that graph computes with the base's activation"
+    assert alone.loss is None and measured == [original.folder], (
+        "no dense model is known, and that graph computes with the base's activation"
+    )
 
 
 @pytest.mark.slow
 def test_the_dense_row_of_integers_is_the_dense_source(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     export = {"precision": "int8", "target": "cpu"}
-    convert(output=tmp_path / "out", recipe=trained(tiny_model("llama"), tmp_path, "drelu", LAST, rate=0.05, export=export))  # weights far from the source's
+    convert(
+        output=tmp_path / "out", recipe=trained(tiny_model("llama"), tmp_path, "drelu", LAST, rate=0.05, export=export)
+    )  # weights far from the source's
     report = Report.load(tmp_path / "out" / RESULTS)
     rows = {row.model: row for row in report.onnx}
     assert rows["dense"].kl < 0.05 and rows["dense"].nll == pytest.approx(report.dense.nll, abs=0.05)
@@ -118,12 +160,18 @@ def test_a_budget_is_the_dense_source_s(tiny_model: Callable[[str], Path], tmp_p
 
 
 @pytest.mark.parametrize("changes", [pytest.param({"budget": {"max_kl": 0.2}}, marks=pytest.mark.slow), {}])
-def test_inputs_are_skipped_beside_swapped_networks(changes: dict[str, Any], tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_inputs_are_skipped_beside_swapped_networks(
+    changes: dict[str, Any], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Linears inside a network that keeps what is not zero are left to it."""
     source = open_source(swapped(tiny_model("llama"), tmp_path / "swapped"))
     config = {"greedy": False} if changes else {"greedy": False, "sparsity": 0.4}
-    recipe = read_recipe(small_recipe(source.folder, tmp_path, stages=[{"method": "teal", "config": config}], **changes))
-    plan = once(source, make_texts(source, recipe), recipe, method_configs(recipe, True), tmp_path / "work", "cpu")["teal"]
+    recipe = read_recipe(
+        small_recipe(source.folder, tmp_path, stages=[{"method": "teal", "config": config}], **changes)
+    )
+    plan = once(source, make_texts(source, recipe), recipe, method_configs(recipe, True), tmp_path / "work", "cpu")[
+        "teal"
+    ]
     assert [site.kind for site in plan] == 2 * ["ffn", *(f"linear:{x}_proj" for x in "qkvo")]
     assert all(isinstance(plan[Site(layer)][0], Swap) and plan[Site(layer)][0].density < 0.9 for layer in range(2))
     assert load_plan(tmp_path / "work" / "plan" / "teal").keys() == plan.keys()

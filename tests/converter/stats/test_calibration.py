@@ -36,7 +36,9 @@ BOTH = ["histogram:gate", "samples:magnitude"]
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several groups of windows, of two sizes, with and without padding. One thread: matrices this small lose more time in barriers than they gain."""
+    """Several groups of windows, of two sizes, with and without padding. One thread: matrices this small lose more time
+    in barriers than they gain.
+    """
     monkeypatch.setattr(walk, "TOKENS_AT_ONCE", 160)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -69,12 +71,16 @@ def record(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, Tensor
 
 def by_layer(seen: list[tuple[Tensor, Tensor, Tensor]], layers: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     size = len(seen) // layers
-    return [tuple(torch.cat(parts) for parts in zip(*seen[k * size : (k + 1) * size], strict=True)) for k in range(layers)]  # type: ignore[misc]
+    return [
+        tuple(torch.cat(parts) for parts in zip(*seen[k * size : (k + 1) * size], strict=True)) for k in range(layers)
+    ]  # type: ignore[misc]
 
 
 @torch.no_grad()
 def stock_forward(source: Source, batches: Batches) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Per layer the unpadded rows that enter a stock model's network, the products before its down projection, and the size of its activated gate."""
+    """Per layer the unpadded rows that enter a stock model's network, the products before its down projection, and the
+    size of its activated gate.
+    """
     model = load_dense(source.folder)
     arch, layers = source.arch, range(len(source.arch.sites(source.config)))
     entered, inner = [], []
@@ -94,7 +100,9 @@ def stock_forward(source: Source, batches: Batches) -> list[tuple[Tensor, Tensor
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("padded", [False, True])
-def test_walk_equals_stock_transformers(model_type: str, padded: bool, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: Any) -> None:
+def test_walk_equals_stock_transformers(
+    model_type: str, padded: bool, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: Any
+) -> None:
     source, batches, seen = open_source(tiny_model(model_type)), make_batches(padded=padded), record(monkeypatch)
     rng = torch.get_rng_state()
     stats = collect(source, batches, BOTH, tmp_path)
@@ -104,18 +112,26 @@ def test_walk_equals_stock_transformers(model_type: str, padded: bool, tiny_mode
     for site, (x, score, positions), (entered, z, gate) in zip(stats, by_layer(seen, 2), stock, strict=True):
         assert positions.tolist() == list(range(batches.count)), "every token once, in order, padding never"
         torch.testing.assert_close(x, entered, rtol=1e-5, atol=1e-5)
-        down = load_file(source.folder / "model.safetensors")[f"{source.arch.ffn_module(site.layer)}.{source.arch.ffn.down}.weight"]
+        down = load_file(source.folder / "model.safetensors")[
+            f"{source.arch.ffn_module(site.layer)}.{source.arch.ffn.down}.weight"
+        ]
         torch.testing.assert_close(score, z.abs() * down.norm(dim=0), rtol=1e-4, atol=1e-5)
         count = stats[site]["histogram:gate.count"]
         assert int(count.sum()) == gate.numel() and int(stats[site]["histogram:gate.units"]) == gate.shape[1]
         edges = histogram.edges(0, histogram.BINS)
-        for share in (0.1, 0.5, 0.9):  # the count is the gate's: cumulated to the edge below its quantile, give or take one bin
+        for share in (
+            0.1,
+            0.5,
+            0.9,
+        ):  # the count is the gate's: cumulated to the edge below its quantile, give or take one bin
             at = int(torch.searchsorted(edges, torch.quantile(gate.flatten().double(), share))) - 1
             below = float((gate < edges[at]).double().mean())
             assert float(count[:at].sum()) / gate.numel() == pytest.approx(below, abs=2e-3)
 
 
-def test_a_wrong_mask_would_be_seen(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_mask_would_be_seen(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The control: a walk that hides other tokens, on a model with a sliding window, leaves the bound by far."""
     source, batches, seen = open_source(tiny_model("mistral")), make_batches(padded=False), record(monkeypatch)
     wrong = batches.mask.clone()
@@ -133,16 +149,24 @@ def test_sliding_window_matters(tiny_model: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_sources(dtype: torch.dtype, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_precision_sources(
+    dtype: torch.dtype, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = shutil.copytree(tiny_model("qwen2"), tmp_path / "m")
-    save_file({name: t.to(dtype) for name, t in load_file(folder / "model.safetensors").items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: t.to(dtype) for name, t in load_file(folder / "model.safetensors").items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     source, batches, seen = open_source(folder), make_batches(), record(monkeypatch)
     collect(source, batches, BOTH, tmp_path / "stats")
     for (x, _, _), (entered, _, _) in zip(by_layer(seen, 2), stock_forward(source, batches), strict=True):
         torch.testing.assert_close(x, entered, rtol=1e-5, atol=1e-5)
 
 
-def test_padding_is_never_counted(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_never_counted(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, plain = open_source(tiny_model("gemma2")), make_batches(padded=False)
     wide = Batches(torch.nn.functional.pad(plain.tokens, (0, 9), value=7), torch.nn.functional.pad(plain.mask, (0, 9)))
     monkeypatch.setattr(samples, "CAP", 100)
@@ -170,7 +194,9 @@ def test_what_stands_in_the_padding_does_not_matter(tiny_model: Callable[[str], 
     assert contents(tmp_path / "0") == contents(tmp_path / "1")
 
 
-def test_statistics_do_not_depend_on_the_batch_size(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_do_not_depend_on_the_batch_size(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, batches = open_source(tiny_model("llama")), make_batches()
     found = []
     for k, at_once in enumerate((1, 97, 10**6)):
@@ -180,7 +206,9 @@ def test_statistics_do_not_depend_on_the_batch_size(tiny_model: Callable[[str], 
         for other in found[1:]:
             moved = (found[0][site]["histogram:gate.count"] - other[site]["histogram:gate.count"]).abs().sum()
             assert int(moved) < 1e-3 * batches.count * 176, "only what rounding carries over a bin's edge"
-            torch.testing.assert_close(found[0][site]["samples:magnitude.x"], other[site]["samples:magnitude.x"], rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(
+                found[0][site]["samples:magnitude.x"], other[site]["samples:magnitude.x"], rtol=2e-3, atol=2e-3
+            )
 
 
 # Linear sites, and statistics that look again
@@ -204,43 +232,71 @@ def stock_inputs(source: Source, batches: Batches) -> dict[Site, Tensor]:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_linear_sites_see_their_inputs(model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     source, batches = open_source(tiny_model(model_type)), make_batches()
-    stats, stock = collect(source, batches, ["histogram:input", "histogram:wina", "scale:wina", "unit_histogram:gate"], tmp_path), stock_inputs(source, batches)
+    stats, stock = (
+        collect(source, batches, ["histogram:input", "histogram:wina", "scale:wina", "unit_histogram:gate"], tmp_path),
+        stock_inputs(source, batches),
+    )
     assert {site for site in stats if site.kind != "ffn"} == set(stock)
     weights, shapes = load_file(source.folder / "model.safetensors"), linear_shapes(source.arch, source.config)
     for site, x in stock.items():
         name = site.kind.removeprefix("linear:")
         module, _ = source.arch.linears()[name]
-        norms = weights[f"{source.arch.block_prefix(site.layer)}{module}.weight"][linear_rows(source.arch, source.config)[module][name]].norm(dim=0)
+        norms = weights[f"{source.arch.block_prefix(site.layer)}{module}.weight"][
+            linear_rows(source.arch, source.config)[module][name]
+        ].norm(dim=0)
         torch.testing.assert_close(stats[site]["scale:wina.scale"], norms, rtol=1e-5, atol=1e-6)
         for score, values in (("input", x.abs()), ("wina", x.abs() * norms)):
             count = stats[site][f"histogram:{score}.count"]
             assert (
-                int(count.sum()) == x.numel() and (int(stats[site][f"histogram:{score}.outputs"]), int(stats[site][f"histogram:{score}.units"])) == shapes[name]
+                int(count.sum()) == x.numel()
+                and (int(stats[site][f"histogram:{score}.outputs"]), int(stats[site][f"histogram:{score}.units"]))
+                == shapes[name]
             )
             for share in (0.2, 0.5, 0.8):
-                at = int(torch.searchsorted(histogram.edges(0, 65280), torch.quantile(values.flatten().double(), share))) - 1
+                at = (
+                    int(torch.searchsorted(histogram.edges(0, 65280), torch.quantile(values.flatten().double(), share)))
+                    - 1
+                )
                 below = float((values < histogram.edges(at, at + 1)).double().mean())
                 assert float(count[:at].sum()) / x.numel() == pytest.approx(below, abs=3e-3)
-    for (entered, _, gate), site in zip(stock_forward(source, batches), (site for site in stats if site.kind == "ffn"), strict=True):
+    for (entered, _, gate), site in zip(
+        stock_forward(source, batches), (site for site in stats if site.kind == "ffn"), strict=True
+    ):
         module, _ = source.arch.linears()["up_proj"]
         rows = linear_rows(source.arch, source.config)[module]["up_proj"]
         plain = source.arch.ffn.kind == "plain"
-        up = torch.ones_like(gate) if plain else entered @ weights[f"{source.arch.block_prefix(site.layer)}{module}.weight"][rows].T
-        torch.testing.assert_close(stats[site]["unit_histogram:gate.up_moment"], up.square().mean(0), rtol=1e-3, atol=1e-4)
+        up = (
+            torch.ones_like(gate)
+            if plain
+            else entered @ weights[f"{source.arch.block_prefix(site.layer)}{module}.weight"][rows].T
+        )
+        torch.testing.assert_close(
+            stats[site]["unit_histogram:gate.up_moment"], up.square().mean(0), rtol=1e-3, atol=1e-4
+        )
         assert bool((stats[site]["unit_histogram:gate.count"].sum(1) == batches.count).all())
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @torch.no_grad()
-def test_the_second_look_equals_a_gated_model(model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The block's output with masked inputs is the one of a stock model whose layer has the same thresholds; padding is left out."""
+def test_the_second_look_equals_a_gated_model(
+    model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block's output with masked inputs is the one of a stock model whose layer has the same thresholds; padding is
+    left out.
+    """
     source, batches, probed = open_source(tiny_model(model_type)), make_batches(), []
     monkeypatch.setattr(walk, "PROBE_TOKENS", 4 * 40)
     g = torch.Generator().manual_seed(0)
-    taus = {name: torch.rand(width, generator=g) / 2 for name, (_, width) in linear_shapes(source.arch, source.config).items() if name != "k_proj"}
+    taus = {
+        name: torch.rand(width, generator=g) / 2
+        for name, (_, width) in linear_shapes(source.arch, source.config).items()
+        if name != "k_proj"
+    }
 
     def settle(states: Any, probe: Probe, score: str) -> None:
-        assert score == "input" and [site.kind for site in states] == [f"linear:{name}" for name in source.arch.linears()]
+        assert score == "input" and [site.kind for site in states] == [
+            f"linear:{name}" for name in source.arch.linears()
+        ]
         probed.append((probe.block({}), probe.block(taus)))
         for state in states.values():
             state["path"] = torch.zeros(1)
@@ -252,15 +308,24 @@ def test_the_second_look_equals_a_gated_model(model_type: str, tiny_model: Calla
     for layer, (plain, masked) in enumerate(probed):
         plan: Plan = {Site(layer, kind=f"linear:{name}"): [Threshold("input", tau, 0.5)] for name, tau in taus.items()}
         for given, expected in ((plain, {}), (masked, plan)):
-            model, out = apply_plan(load_dense(source.folder), expected, source.arch, source.arch.activation(source.config)), []
-            model.get_decoder().layers[layer].register_forward_hook(lambda _m, _a, o, out=out: out.append(o[0] if isinstance(o, tuple) else o))
+            model, out = (
+                apply_plan(load_dense(source.folder), expected, source.arch, source.arch.activation(source.config)),
+                [],
+            )
+            model.get_decoder().layers[layer].register_forward_hook(
+                lambda _m, _a, o, out=out: out.append(o[0] if isinstance(o, tuple) else o)
+            )
             model(input_ids=tokens, attention_mask=mask.long())
             torch.testing.assert_close(given, out[0][mask], rtol=1e-4, atol=1e-4)
         assert float((plain - masked).abs().max()) > 1e-2
 
 
-def test_a_second_look_leaves_no_trace(tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Histograms and what later layers see are the same with and without it, and a whole layer is looked at again on resume."""
+def test_a_second_look_leaves_no_trace(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Histograms and what later layers see are the same with and without it, and a whole layer is looked at again on
+    resume.
+    """
     source, batches = open_source(tiny_model("phi3")), make_batches()
     monkeypatch.setattr(greedy, "greedy_split", partial(greedy_split, step=0.5, widest=0.5))
     monkeypatch.setattr(walk, "PROBE_TOKENS", 40)
@@ -311,7 +376,9 @@ def test_a_finished_site_is_not_made_again(source: Source, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_pass_goes_on(failure: type[BaseException], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_pass_goes_on(
+    failure: type[BaseException], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     collect(source, make_batches(), BOTH, tmp_path / "whole")
     calls, real = [], histogram.update
 
@@ -325,10 +392,14 @@ def test_an_interrupted_pass_goes_on(failure: type[BaseException], source: Sourc
         patch.setattr(histogram, "update", update)
         with pytest.raises(failure):
             collect(source, make_batches(), BOTH, tmp_path / "cut")
-    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["layers.0.ffn"], "the first layer is finished, of the second nothing is left"
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["layers.0.ffn"], (
+        "the first layer is finished, of the second nothing is left"
+    )
     before = times(tmp_path / "cut")
     collect(source, make_batches(), BOTH, tmp_path / "cut")
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole") and times(tmp_path / "cut").items() > before.items()
+    assert (
+        contents(tmp_path / "cut") == contents(tmp_path / "whole") and times(tmp_path / "cut").items() > before.items()
+    )
 
 
 def test_fewer_statistics_are_not_collected_again(source: Source, tmp_path: Path) -> None:
@@ -358,7 +429,10 @@ def test_dropped_samples_are_collected_again(source: Source, tmp_path: Path) -> 
     collect(source, make_batches(), BOTH, tmp_path)
     whole = contents(tmp_path)
     drop_samples(tmp_path)
-    assert sorted(contents(tmp_path)) == ["layers.0.ffn/histogram.gate.safetensors", "layers.1.ffn/histogram.gate.safetensors"]
+    assert sorted(contents(tmp_path)) == [
+        "layers.0.ffn/histogram.gate.safetensors",
+        "layers.1.ffn/histogram.gate.safetensors",
+    ]
     before = times(tmp_path)
     collect(source, make_batches(), ["histogram:gate"], tmp_path)
     assert times(tmp_path) == before
@@ -374,7 +448,10 @@ def test_weights_that_are_no_numbers(tiny_model: Callable[[str], Path], tmp_path
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match="^Hidden states must be finite numbers, got NaN or infinity after layer 1. Check the weights; .*$"):
+    with pytest.raises(
+        InputError,
+        match="^Hidden states must be finite numbers, got NaN or infinity after layer 1. Check the weights; .*$",
+    ):
         collect(open_source(folder), make_batches(), BOTH, tmp_path / "stats")
     assert [p.name for p in (tmp_path / "stats").iterdir()] == ["layers.0.ffn"]
 
@@ -402,7 +479,11 @@ def test_tensors_that_the_model_does_not_have_are_left_alone(tiny_model: Callabl
     """Older versions of transformers stored rotary tables inside the blocks."""
     folder = shutil.copytree(tiny_model("llama"), tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(8)}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(8)},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     collect(open_source(folder), make_batches(), BOTH, tmp_path / "a")
     collect(open_source(tiny_model("llama")), make_batches(), BOTH, tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
@@ -447,7 +528,14 @@ def large_model(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.Temp
     folder = shutil.copytree(tiny_model("llama"), tmp_path_factory.mktemp("large") / "model")
     (folder / "model.safetensors").unlink()
     raw = json.loads((folder / "config.json").read_text())
-    raw |= {"hidden_size": HIDDEN, "intermediate_size": UNITS, "num_hidden_layers": LAYERS, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+    raw |= {
+        "hidden_size": HIDDEN,
+        "intermediate_size": UNITS,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    }
     (folder / "config.json").write_text(json.dumps(raw))
     shapes = {f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"}
     shapes |= {"mlp.gate_proj": (UNITS, HIDDEN), "mlp.up_proj": (UNITS, HIDDEN), "mlp.down_proj": (HIDDEN, UNITS)}
@@ -456,10 +544,19 @@ def large_model(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.Temp
         tensors = {}
         for layer in range(shard * 4, shard * 4 + 4):
             prefix = f"model.layers.{layer}."
-            tensors |= {f"{prefix}{name}.weight": torch.randn(shape, generator=g).mul_(shape[1] ** -0.5).bfloat16() for name, shape in shapes.items()}
-            tensors |= {f"{prefix}{name}.weight": torch.ones(HIDDEN, dtype=torch.bfloat16) for name in ("input_layernorm", "post_attention_layernorm")}
+            tensors |= {
+                f"{prefix}{name}.weight": torch.randn(shape, generator=g).mul_(shape[1] ** -0.5).bfloat16()
+                for name, shape in shapes.items()
+            }
+            tensors |= {
+                f"{prefix}{name}.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)
+                for name in ("input_layernorm", "post_attention_layernorm")
+            }
         if shard == 0:
-            tensors |= {f"{name}.weight": torch.randn(VOCAB, HIDDEN, generator=g).bfloat16() for name in ("model.embed_tokens", "lm_head")}
+            tensors |= {
+                f"{name}.weight": torch.randn(VOCAB, HIDDEN, generator=g).bfloat16()
+                for name in ("model.embed_tokens", "lm_head")
+            }
             tensors["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
         file = f"model-0000{shard + 1}-of-00004.safetensors"
         save_file(tensors, folder / file, {"format": "pt"})
@@ -469,7 +566,9 @@ def large_model(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.Temp
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is read from /proc")
-def test_peak_memory_is_bounded_by_two_blocks(large_model: Path, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_peak_memory_is_bounded_by_two_blocks(
+    large_model: Path, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
     """The bound is that of `estimate.Estimate`; loading the whole model afterwards, the control, breaks it.
 
     The allocator is told to give back what is freed, as it does by itself with the larger tensors of real models.
@@ -481,7 +580,16 @@ def test_peak_memory_is_bounded_by_two_blocks(large_model: Path, tiny_model: Cal
     assert bound < LAYERS * block / 4, "well below the model in fp32"
     arguments = [tiny_model("llama"), large_model, tmp_path, WINDOWS, LENGTH]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", CHILD, *map(str, arguments)], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     walked, whole = json.loads(done.stdout)
-    assert walked <= bound < whole, f"MiB: walk {walked / MIB:.1f}, bound {bound / MIB:.1f}, whole model {whole / MIB:.1f}; a block is {block / MIB:.1f}"
+    assert walked <= bound < whole, (
+        f"MiB: walk {walked / MIB:.1f}, bound {bound / MIB:.1f}, whole model {whole / MIB:.1f}; a block is "
+        f"{block / MIB:.1f}"
+    )

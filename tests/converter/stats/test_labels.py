@@ -58,18 +58,28 @@ def by_hand(model: Any, source: Source, batches: Batches) -> dict[Site, tuple[Te
     seen: dict[Site, list[tuple[Tensor, Tensor, Tensor]]] = {}
     inputs: dict[int, Tensor] = {}
     for row, mask in zip(batches.tokens, batches.mask, strict=True):
-        handles = [b.mlp.register_forward_pre_hook(lambda _, x, k=k: inputs.update({k: x[0][0]})) for k, b in enumerate(model.model.layers)]
+        handles = [
+            b.mlp.register_forward_pre_hook(lambda _, x, k=k: inputs.update({k: x[0][0]}))
+            for k, b in enumerate(model.model.layers)
+        ]
         with torch.no_grad():
             logits = model(input_ids=row[mask][None]).logits
         for handle in handles:
             handle.remove()
         entered = dict(inputs)
-        sites = attribute(model, source.arch, row[mask][None], labels=logits.argmax(-1), kinds=("ffn",), recompute=False).sites
+        sites = attribute(
+            model, source.arch, row[mask][None], labels=logits.argmax(-1), kinds=("ffn",), recompute=False
+        ).sites
         for site, (value, grad, _) in sites.items():
             z, g = value[0], grad[0]
             gxo = -z * g
-            seen.setdefault(site, []).append((entered[site.layer], gxo + z.abs() * g.square().sum(-1, keepdim=True).sqrt() / 2, gxo))
-    return {site: (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])) for site, parts in seen.items()}
+            seen.setdefault(site, []).append(
+                (entered[site.layer], gxo + z.abs() * g.square().sum(-1, keepdim=True).sqrt() / 2, gxo)
+            )
+    return {
+        site: (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts]))
+        for site, parts in seen.items()
+    }
 
 
 def test_labels_equal_scores_window_by_window(found: Stats, model: Any, source: Source, batches: Batches) -> None:
@@ -81,7 +91,9 @@ def test_labels_equal_scores_window_by_window(found: Stats, model: Any, source: 
             stored = found[site][f"{name}.score"].float()
             torch.testing.assert_close(found[site][f"{name}.x"].float(), x, rtol=1e-3, atol=1e-5)
             least = score.amin(1, keepdim=True)
-            torch.testing.assert_close(stored, (score - least) / (score - least).amax(1, keepdim=True), rtol=2e-3, atol=1e-4)
+            torch.testing.assert_close(
+                stored, (score - least) / (score - least).amax(1, keepdim=True), rtol=2e-3, atol=1e-4
+            )
             assert bool((stored.amin(1) == 0).all()) and bool((stored.amax(1) == 1).all())
             ordered = stored.gather(1, score.argsort(1))
             assert float((ordered[:, :-1] - ordered[:, 1:]).max()) < 2e-3, "the order is the score's"
@@ -92,11 +104,15 @@ def test_labels_equal_scores_window_by_window(found: Stats, model: Any, source: 
         assert float((ordered[:, :-1] - ordered[:, 1:]).max()) > 0.1, "another score has another order"
 
 
-def test_labels_are_those_of_the_inputs_that_other_samples_have(found: Stats, source: Source, batches: Batches, tmp_path: Path) -> None:
+def test_labels_are_those_of_the_inputs_that_other_samples_have(
+    found: Stats, source: Source, batches: Batches, tmp_path: Path
+) -> None:
     """The same tokens in the same order as statistics of one forward, whose walk goes block by block."""
     plain = collect(source, batches, ["samples:magnitude"], tmp_path, seed=0)
     for site in found:
-        torch.testing.assert_close(found[site][f"{CORRECTED}.x"].float(), plain[site]["samples:magnitude.x"].float(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            found[site][f"{CORRECTED}.x"].float(), plain[site]["samples:magnitude.x"].float(), rtol=1e-3, atol=1e-4
+        )
         assert (found[site][f"{CORRECTED}.score"] - plain[site]["samples:magnitude.score"]).abs().max() > 0.1
 
 
@@ -120,9 +136,18 @@ def test_labels_are_made_once_and_again_when_they_were_dropped(
 
 def test_an_oracle_becomes_deployable(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "_speed", lambda base, onnx, texts: {})
-    config = {"sparsity": 0.4, "loss": "cross_entropy", "score": "corrected_gxo", "steps": 120, "batch": 128, "rank": 24}
+    config = {
+        "sparsity": 0.4,
+        "loss": "cross_entropy",
+        "score": "corrected_gxo",
+        "steps": 120,
+        "batch": 128,
+        "rank": 24,
+    }
     result = convert(
-        recipe=small_recipe(source.folder, tmp_path, stages=[{"method": "predictor", "config": config}]), output=tmp_path / "out", keep_stages=True
+        recipe=small_recipe(source.folder, tmp_path, stages=[{"method": "predictor", "config": config}]),
+        output=tmp_path / "out",
+        keep_stages=True,
     )
     assert result.report is not None
     (row,) = (row for row in result.report.rows if row.method == "predictor")

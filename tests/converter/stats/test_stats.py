@@ -15,7 +15,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.stats import Probe, Setting, SiteStats, dropped, file_name, greedy, histogram, of_kind, samples, scale, sizes, unit_histogram
+from sparsegate.converter.stats import (
+    Probe,
+    Setting,
+    SiteStats,
+    dropped,
+    file_name,
+    greedy,
+    histogram,
+    of_kind,
+    samples,
+    scale,
+    sizes,
+    unit_histogram,
+)
 from sparsegate.converter.stats.bins import UNIT_BINS, cut, unit_edges
 
 D, N = 6, 10
@@ -42,7 +55,9 @@ def test_histogram_is_additive(seed: int, tokens: int, at: int, scale: float) ->
     score = torch.randn(tokens, N, generator=torch.Generator().manual_seed(seed)) * scale
     at = min(at, tokens)
     whole = count_of(score)
-    assert torch.equal(whole, count_of(score[:at], score[at:])) and torch.equal(whole, count_of(score[:at]) + count_of(score[at:]))
+    assert torch.equal(whole, count_of(score[:at], score[at:])) and torch.equal(
+        whole, count_of(score[:at]) + count_of(score[at:])
+    )
     assert int(whole.sum()) == score.numel() and whole.dtype == torch.int64
 
 
@@ -50,7 +65,9 @@ def test_bins_hold_what_their_edges_say() -> None:
     for value in (0.0, 1e-40, 1e-20, 0.1, 1.0, 1.0038, 3.14159, 65504.0, 3e38):
         (bin_,) = count_of(torch.full((1, 1), value)).nonzero().flatten().tolist()
         low, high = histogram.edges(bin_, bin_ + 2).tolist()
-        assert low <= torch.tensor(value).item() < high and (value < 1e-37 or (high - low) / low <= RELATIVE_WIDTH), value
+        assert low <= torch.tensor(value).item() < high and (value < 1e-37 or (high - low) / low <= RELATIVE_WIDTH), (
+            value
+        )
         assert torch.equal(count_of(torch.full((1, 1), -value)), count_of(torch.full((1, 1), value)))
 
 
@@ -61,16 +78,23 @@ def test_bins_hold_what_their_edges_say() -> None:
     st.sampled_from([torch.square, torch.abs, lambda v: F.silu(v).abs(), lambda v: F.relu(v)]),
 )
 @settings(max_examples=30, deadline=None)
-def test_cut_meets_the_quantile_of_raw_scores(seed: int, density: float, scale: float, shape: Callable[[Tensor], Tensor]) -> None:
+def test_cut_meets_the_quantile_of_raw_scores(
+    seed: int, density: float, scale: float, shape: Callable[[Tensor], Tensor]
+) -> None:
     score = shape(torch.randn(400, N, generator=torch.Generator().manual_seed(seed))) * scale
     tau, said = cut(count_of(score), density)
     realised = float((score > tau).double().mean())
     flat, width = score.flatten().double(), 1 + 1.01 * RELATIVE_WIDTH
-    low, high = (float(torch.quantile(flat, 1 - density + shift / flat.numel(), interpolation=side)) for shift, side in ((-1, "lower"), (1, "higher")))
+    low, high = (
+        float(torch.quantile(flat, 1 - density + shift / flat.numel(), interpolation=side))
+        for shift, side in ((-1, "lower"), (1, "higher"))
+    )
     if high == 0.0:
         assert tau == 0.0 and said == pytest.approx(realised, abs=1e-9), "zeros are never kept"
     elif low > 0.0:
-        assert low / width <= tau <= high * width, "within the bin's width of the two scores that the quantile lies between"
+        assert low / width <= tau <= high * width, (
+            "within the bin's width of the two scores that the quantile lies between"
+        )
         assert said == pytest.approx(density, abs=1e-9)
         inside = float(((flat >= low / width**2) & (flat <= high * width**2)).double().mean())
         assert abs(realised - density) <= inside
@@ -112,7 +136,9 @@ def sample(folder: Path, x: Tensor, score: Tensor, sizes: list[int], seed: int =
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.integers(1, 100), st.integers(0, 1000))
 @settings(max_examples=30, deadline=None)
-def test_samples_do_not_depend_on_batches(tmp_path_factory: pytest.TempPathFactory, sizes: list[int], cap: int, seed: int) -> None:
+def test_samples_do_not_depend_on_batches(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], cap: int, seed: int
+) -> None:
     tokens = sum(sizes) + 1
     x, score = make_rows(tokens)
     root = tmp_path_factory.mktemp("samples")
@@ -122,7 +148,9 @@ def test_samples_do_not_depend_on_batches(tmp_path_factory: pytest.TempPathFacto
     assert whole["x"].shape == (min(cap, tokens), D) and whole["score"].shape == (min(cap, tokens), N), "capped exactly"
     assert torch.equal(whole["x"], split["x"]) and torch.equal(whole["score"], split["score"])
     known = {tuple(row) for row in x.half().tolist()}
-    assert len({tuple(row) for row in whole["x"].tolist()}) == min(cap, tokens) and all(tuple(row) in known for row in whole["x"].tolist())
+    assert len({tuple(row) for row in whole["x"].tolist()}) == min(cap, tokens) and all(
+        tuple(row) in known for row in whole["x"].tolist()
+    )
 
 
 def test_rows_of_x_and_score_belong_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +185,9 @@ def test_fp16_keeps_the_order_of_scores(tmp_path: Path, scale: float) -> None:
     found = sample(tmp_path, x, score, [300])
     order = score.argsort(1)
     stored = found["score"].gather(1, order)
-    assert (stored[:, 1:] >= stored[:, :-1]).all() and (stored[:, -1] == 1).all() and bool(found["score"].isfinite().all())
+    assert (
+        (stored[:, 1:] >= stored[:, :-1]).all() and (stored[:, -1] == 1).all() and bool(found["score"].isfinite().all())
+    )
     k = 16
     top, expected = found["score"].float().topk(k).indices.sort().values, score.topk(k).indices.sort().values
     assert float((top == expected).all(1).float().mean()) > 0.9, "rounding may swap near ties at the edge, rarely"
@@ -172,7 +202,9 @@ def test_extremes_stay_finite(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A memory map would end the process with SIGBUS instead; /dev/full gives ENOSPC to the first byte that is flushed."""
+    """A memory map would end the process with SIGBUS instead; /dev/full gives ENOSPC to the first byte that
+    is flushed.
+    """
     x, score = make_rows(4)
     state: dict[str, Any] = samples.init(setting(tmp_path, 4))
     state["path"] = Path("/dev/full")
@@ -193,7 +225,9 @@ def test_stored_tensors_are_read_by_full_name(tmp_path: Path) -> None:
 # Statistics of thresholds
 
 
-def feed(statistic: Any, score: Tensor, sizes: list[int], fields: dict[str, Tensor], setting: Setting) -> dict[str, Any]:
+def feed(
+    statistic: Any, score: Tensor, sizes: list[int], fields: dict[str, Tensor], setting: Setting
+) -> dict[str, Any]:
     """A state after the rows of `score` [T, n] came in batches of `sizes`; a field of T rows is cut like the score."""
     state, start = statistic.init(setting), 0
     for size in sizes:
@@ -212,8 +246,14 @@ def test_unit_histogram_by_hand(seed: int, at: int, size: float) -> None:
     g = torch.Generator().manual_seed(seed)
     score, up = torch.randn(81, N, generator=g).abs() * size, torch.randn(81, N, generator=g)
     place = Setting(D, N, 81, 0, Path(), "unit_histogram:gate")
-    whole, split = (unit_histogram.finish(feed(unit_histogram, score, sizes, {"up": up}, place)) for sizes in ([81], [at, 81 - at]))
-    assert torch.equal(whole["count"], split["count"]) and whole["count"].shape == (N, UNIT_BINS) and whole["count"].dtype == torch.int32
+    whole, split = (
+        unit_histogram.finish(feed(unit_histogram, score, sizes, {"up": up}, place)) for sizes in ([81], [at, 81 - at])
+    )
+    assert (
+        torch.equal(whole["count"], split["count"])
+        and whole["count"].shape == (N, UNIT_BINS)
+        and whole["count"].dtype == torch.int32
+    )
     torch.testing.assert_close(whole["up_moment"], split["up_moment"])
     torch.testing.assert_close(whole["up_moment"], up.square().mean(0))
     lower = unit_edges()
@@ -238,7 +278,11 @@ def test_sizes_are_those_of_the_site() -> None:
 def test_dropped_measures_what_falls_out() -> None:
     """On every share of the grid: the dropped neurons' sum, token by token, over the sum of all."""
     g = torch.Generator().manual_seed(0)
-    gate, up, w_down = torch.randn(300, N, generator=g), torch.randn(300, N, generator=g), torch.randn(N, D, generator=g)
+    gate, up, w_down = (
+        torch.randn(300, N, generator=g),
+        torch.randn(300, N, generator=g),
+        torch.randn(N, D, generator=g),
+    )
     state = feed(dropped, gate.abs(), [100, 200], {}, Setting(D, N, 300, 0, Path(), "dropped:gate", D))
     few = slice(0, 40)
 
@@ -249,7 +293,9 @@ def test_dropped_measures_what_falls_out() -> None:
     dropped.settle({Site(0): state}, Probe(lambda taus: torch.empty(0), neurons), "gate")
     found = dropped.finish(state)
     assert set(found) == {"share", "error"} and found["share"].shape == found["error"].shape == dropped.SHARES.shape
-    assert bool((found["share"].diff() > 0).all()) and float((found["share"] - dropped.SHARES).abs().max()) < 0.08, "few tokens of all"
+    assert bool((found["share"].diff() > 0).all()) and float((found["share"] - dropped.SHARES).abs().max()) < 0.08, (
+        "few tokens of all"
+    )
     for k in (0, 15, 30):
         tau = cut(count_of(gate.abs()), 1 - float(dropped.SHARES[k]))[0]
         errors = []
@@ -264,18 +310,30 @@ def test_dropped_measures_what_falls_out() -> None:
 def test_greedy_spares_the_linear_that_hurts() -> None:
     """A block of two linears side by side, one of which gives nearly all of the output."""
     g = torch.Generator().manual_seed(0)
-    x, weights = torch.randn(200, N, generator=g), {"q_proj": torch.randn(D, N, generator=g), "k_proj": torch.randn(D, N, generator=g) / 50}
+    x, weights = (
+        torch.randn(200, N, generator=g),
+        {"q_proj": torch.randn(D, N, generator=g), "k_proj": torch.randn(D, N, generator=g) / 50},
+    )
     scales = {"q_proj": torch.rand(N, generator=g) + 0.5, "k_proj": torch.ones(N)}
     sites = {name: Site(0, kind=f"linear:{name}") for name in weights}
     states = {
-        sites[name]: feed(greedy, x.abs() * scales[name], [50, 150], {"scale": scales[name]}, Setting(N, N, 200, 0, Path(), "greedy:wina", D))
+        sites[name]: feed(
+            greedy,
+            x.abs() * scales[name],
+            [50, 150],
+            {"scale": scales[name]},
+            Setting(N, N, 200, 0, Path(), "greedy:wina", D),
+        )
         for name in weights
     }
     asked: list[dict[str, Tensor]] = []
 
     def block(taus: Any) -> Tensor:
         asked.append(dict(taus))
-        return sum(((torch.where(x.abs() > taus[name], x, 0.0) if name in taus else x) @ w.T for name, w in weights.items()), torch.zeros(200, D))
+        return sum(
+            ((torch.where(x.abs() > taus[name], x, 0.0) if name in taus else x) @ w.T for name, w in weights.items()),
+            torch.zeros(200, D),
+        )
 
     greedy.settle(states, Probe(block, lambda score: (x, x, x)), "wina")
     paths = {name: greedy.finish(states[sites[name]])["path"] for name in weights}
@@ -283,11 +341,15 @@ def test_greedy_spares_the_linear_that_hurts() -> None:
     first = int((paths["q_proj"] > 0).nonzero()[0])
     assert float(paths["k_proj"][first]) > 0.9 and float(paths["q_proj"][-1]) == pytest.approx(0.95)
     middle = next(taus["q_proj"] for taus in asked if "q_proj" in taus)
-    assert float((x.abs() <= middle).double().mean()) == pytest.approx(0.1, abs=0.01), "the first step of a linear drops a tenth of its scaled inputs"
+    assert float((x.abs() <= middle).double().mean()) == pytest.approx(0.1, abs=0.01), (
+        "the first step of a linear drops a tenth of its scaled inputs"
+    )
     constant = middle * scales["q_proj"]
     assert float(constant.max() / constant.min()) == pytest.approx(1, abs=1e-5)
 
 
 def test_sites_of_a_kind() -> None:
     stats: Any = {Site(0): 1, Site(0, kind="linear:q_proj"): 2, Site(1, kind="attn"): 3, Site(1): 4}
-    assert of_kind(stats, "ffn") == {Site(0): 1, Site(1): 4} and of_kind(stats, "linear") == {Site(0, kind="linear:q_proj"): 2}
+    assert of_kind(stats, "ffn") == {Site(0): 1, Site(1): 4} and of_kind(stats, "linear") == {
+        Site(0, kind="linear:q_proj"): 2
+    }

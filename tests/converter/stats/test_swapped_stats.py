@@ -23,14 +23,22 @@ from sparsegate.converter.stats.collect import collect
 from sparsegate.converter.text.windows import Batches
 from sparsegate.converter.training.residual import add_residuals
 
-BATCHES = Batches(torch.randint(3, VOCAB, (6, 32), generator=torch.Generator().manual_seed(4)), torch.ones(6, 32, dtype=torch.bool))
+BATCHES = Batches(
+    torch.randint(3, VOCAB, (6, 32), generator=torch.Generator().manual_seed(4)), torch.ones(6, 32, dtype=torch.bool)
+)
 
 
 @pytest.fixture(scope="module", params=["llama", "phi3", "phi"], name="source")
-def _source(request: pytest.FixtureRequest, tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Source:
+def _source(
+    request: pytest.FixtureRequest, tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Source:
     out = tmp_path_factory.mktemp("swapped") / "out"
     out.mkdir()
-    write_checkpoint(open_source(tiny_model(request.param)), {Site(0): [Swap(exact_for(request.param))], Site(1): [Swap("fatrelu(0.25)")]}, out)
+    write_checkpoint(
+        open_source(tiny_model(request.param)),
+        {Site(0): [Swap(exact_for(request.param))], Site(1): [Swap("fatrelu(0.25)")]},
+        out,
+    )
     return open_source(out)
 
 
@@ -41,8 +49,14 @@ def neurons(model: Any, source: Source) -> dict[Site, tuple[Tensor, Tensor]]:
     handles = []
     for site, seen in found.items():
         module = model.get_submodule(source.arch.ffn_module(site.layer))
-        handles.append(module.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0].flatten(0, 1))))
-        handles.append(getattr(module, source.arch.ffn.down).register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0].flatten(0, 1))))
+        handles.append(
+            module.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0].flatten(0, 1)))
+        )
+        handles.append(
+            getattr(module, source.arch.ffn.down).register_forward_pre_hook(
+                lambda _, given, seen=seen: seen.append(given[0].flatten(0, 1))
+            )
+        )
     model(input_ids=BATCHES.tokens)
     for handle in handles:
         handle.remove()
@@ -54,7 +68,10 @@ def test_collected_statistics_are_the_swapped_networks(source: Source, tmp_path:
     found = collect(source, BATCHES, ["histogram:abs_z", "histogram:gate"], tmp_path)
     for site, (_, z) in expected.items():
         zeros = int((z == 0).sum())
-        assert int(found[site]["histogram:abs_z.count"][0]) == zeros and int(found[site]["histogram:abs_z.count"].sum()) == z.numel()
+        assert (
+            int(found[site]["histogram:abs_z.count"][0]) == zeros
+            and int(found[site]["histogram:abs_z.count"].sum()) == z.numel()
+        )
         gates = int(found[site]["histogram:gate.count"][0])
         two = source.arch.ffn.kind == "gated" and site.layer == 0
         assert (gates < 0.8 * zeros) if two else (gates == zeros), "dReLU has zeros of the up projection as well"
@@ -75,7 +92,9 @@ def test_gradients_are_the_swapped_networks(source: Source) -> None:
             return given[0] * scale
 
         handle = down.register_forward_pre_hook(see)
-        torch.nn.functional.cross_entropy(model(input_ids=tokens).logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+        torch.nn.functional.cross_entropy(
+            model(input_ids=tokens).logits.flatten(0, 1), labels.flatten(), reduction="sum"
+        ).backward()
         handle.remove()
         torch.testing.assert_close(found.value, values[0].detach(), rtol=0, atol=1e-5)
         assert scale.grad is not None

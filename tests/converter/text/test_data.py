@@ -17,7 +17,13 @@ from torch import Tensor
 
 from sparsegate.converter.bundled import CALIBRATION_TEXT, HELDOUT_TEXT
 from sparsegate.converter.modeling.gated import load_dense
-from sparsegate.converter.text.sampling import STREAM, sampled_groups, self_generated, self_generated_streams, stream_groups
+from sparsegate.converter.text.sampling import (
+    STREAM,
+    sampled_groups,
+    self_generated,
+    self_generated_streams,
+    stream_groups,
+)
 from sparsegate.converter.text.windows import MINIMUM_TOKENS, Batches, make_batches, read_text
 from sparsegate.runtime_onnx.errors import InputError
 
@@ -53,7 +59,12 @@ def test_hash_covers_tokens_mask_and_shape() -> None:
     hidden[2, 3] = False
     swapped = tokens.clone()
     swapped[0, 0], swapped[0, 1] = 1, 0
-    variants = [Batches(tokens, mask), Batches(tokens, hidden), Batches(tokens.view(4, 3), mask.view(4, 3)), Batches(swapped, mask)]
+    variants = [
+        Batches(tokens, mask),
+        Batches(tokens, hidden),
+        Batches(tokens.view(4, 3), mask.view(4, 3)),
+        Batches(swapped, mask),
+    ]
     assert len({batch.sha256 for batch in variants}) == 4
     assert Batches(tokens.T.contiguous().T, mask).sha256 == variants[0].sha256, "strides do not matter"
 
@@ -62,7 +73,9 @@ def test_hash_covers_tokens_mask_and_shape() -> None:
 def test_every_window_starts_as_the_tokenizer_starts_a_text(starts: bool) -> None:
     tokenizer = make_tokenizer()
     if starts:
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
         assert tokenizer("a")["input_ids"][0] == 0
     found = make_batches(tokenizer, LONG, 10**6, 50, seed=0)
     assert bool((found.tokens[:, 0] == 0).all()) == starts
@@ -75,7 +88,9 @@ def test_a_bos_token_that_the_tokenizer_does_not_write_is_not_added() -> None:
     assert not (make_batches(TOKENIZER, LONG, 5, 50, 0).tokens == 0)[:, 0].any()
 
 
-@pytest.mark.parametrize("special", [{"bos_token": None}, {"pad_token": None}, {"pad_token": "<a token beyond the vocabulary>"}])
+@pytest.mark.parametrize(
+    "special", [{"bos_token": None}, {"pad_token": None}, {"pad_token": "<a token beyond the vocabulary>"}]
+)
 def test_missing_or_foreign_special_tokens(special: dict[str, str | None]) -> None:
     tokenizer = make_tokenizer()
     for name, value in special.items():
@@ -84,7 +99,9 @@ def test_missing_or_foreign_special_tokens(special: dict[str, str | None]) -> No
             assert tokenizer.pad_token_id >= 290
         else:
             setattr(tokenizer, name, None)
-    assert torch.equal(make_batches(tokenizer, LONG, 10**6, 50, 0).tokens, make_batches(TOKENIZER, LONG, 10**6, 50, 0).tokens)
+    assert torch.equal(
+        make_batches(tokenizer, LONG, 10**6, 50, 0).tokens, make_batches(TOKENIZER, LONG, 10**6, 50, 0).tokens
+    )
 
 
 @given(st.integers(16, 300), st.integers(1, 40), st.integers(0, 2**31))
@@ -96,7 +113,9 @@ def test_shape_and_count(length: int, windows: int, seed: int) -> None:
 
 
 def test_short_text_names_both_counts() -> None:
-    with pytest.raises(InputError, match=f"^Calibration text must hold at least {MINIMUM_TOKENS} tokens, got 1. Give more text.$"):
+    with pytest.raises(
+        InputError, match=f"^Calibration text must hold at least {MINIMUM_TOKENS} tokens, got 1. Give more text.$"
+    ):
         make_batches(TOKENIZER, "a", 4, 32, 0)
     words = TOKENIZER.decode(IDS[: MINIMUM_TOKENS + 20])
     make_batches(TOKENIZER, words, 4, 32, 0)
@@ -130,7 +149,9 @@ def test_bundled_texts_differ() -> None:
 
 
 class Chain:
-    """A language model whose next token depends on the last one only: logits `table` [V, V]. The cache is a list of the batch sizes and lengths seen."""
+    """A language model whose next token depends on the last one only: logits `table` [V, V]. The cache is a list of the
+    batch sizes and lengths seen.
+    """
 
     device, config = torch.device("cpu"), SimpleNamespace(max_position_embeddings=64)
 
@@ -141,10 +162,14 @@ class Chain:
         return SimpleNamespace(weight=self.table)
 
     def __call__(self, input_ids: Tensor, past_key_values: int | None, use_cache: bool) -> Any:
-        assert use_cache and (input_ids.shape[1] == 1 or past_key_values is None), "one token at a time after the first ones"
+        assert use_cache and (input_ids.shape[1] == 1 or past_key_values is None), (
+            "one token at a time after the first ones"
+        )
         self.calls.append((len(input_ids), past_key_values or 0))
         self.contexts.append(input_ids.clone())
-        return SimpleNamespace(logits=self.table[input_ids], past_key_values=(past_key_values or 0) + input_ids.shape[1])
+        return SimpleNamespace(
+            logits=self.table[input_ids], past_key_values=(past_key_values or 0) + input_ids.shape[1]
+        )
 
 
 def make_chain(vocabulary: int = VOCAB, spread: float = 1.0) -> Chain:
@@ -152,7 +177,9 @@ def make_chain(vocabulary: int = VOCAB, spread: float = 1.0) -> Chain:
 
 
 def excess(counts: Tensor, chances: Tensor) -> float:
-    """How many standard deviations Pearson's chi-squared of `counts` [V] against `chances` [V] lies above its mean; rare tokens are pooled."""
+    """How many standard deviations Pearson's chi-squared of `counts` [V] against `chances` [V] lies above its mean;
+    rare tokens are pooled.
+    """
     expected = chances.double() * counts.sum()
     rare = expected < 5
     found, wanted = (torch.cat([v[~rare], v[rare].sum()[None]]) for v in (counts.double(), expected))
@@ -164,7 +191,12 @@ def excess(counts: Tensor, chances: Tensor) -> float:
 def test_first_token_follows_the_models_softmax(temperature: float, tiny_model: Callable[[str], Path]) -> None:
     model = load_dense(tiny_model("llama"))
     found = self_generated(model, TOKENIZER, 3000, 2, seed=0, temperature=temperature)
-    assert TOKENIZER.bos_token_id == BOS and bool((found.tokens[:, 0] == BOS).all()) and found.tokens.shape == (3000, 2) and bool(found.mask.all())
+    assert (
+        TOKENIZER.bos_token_id == BOS
+        and bool((found.tokens[:, 0] == BOS).all())
+        and found.tokens.shape == (3000, 2)
+        and bool(found.mask.all())
+    )
     counts = found.tokens[:, 1].bincount(minlength=VOCAB)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[BOS]])).logits[0, 0]
@@ -181,8 +213,12 @@ def test_every_transition_follows_the_model_and_goes_on_after_an_end_token() -> 
     after = following[last == EOS]
     assert 500 < len(after) < 3000 and bool(found.mask.all())
     assert excess(after.bincount(minlength=VOCAB), chain.table[EOS].softmax(0)) < 4
-    assert excess(following[last != EOS].bincount(minlength=VOCAB), chain.table[EOS].softmax(0)) > 10, "a control: after other tokens others follow"
-    assert chain.calls == [(size, at) for size in (32, 32, 32, 4) for at in range(63)], "in groups of 32, with a cache of their own each"
+    assert excess(following[last != EOS].bincount(minlength=VOCAB), chain.table[EOS].softmax(0)) > 10, (
+        "a control: after other tokens others follow"
+    )
+    assert chain.calls == [(size, at) for size in (32, 32, 32, 4) for at in range(63)], (
+        "in groups of 32, with a cache of their own each"
+    )
 
 
 def test_windows_of_texts_that_begin_anywhere() -> None:
@@ -205,8 +241,12 @@ def test_groups_of_texts_are_sampled_each_by_itself() -> None:
     every = self_generated_streams(make_chain(), TOKENIZER, 600, 40, seed=1).tokens
     assert stream_groups(make_chain(), 600, 40) == (10, 32)
     parts = dict(sampled_groups(make_chain(), TOKENIZER, 600, 40, 1, 1.0, list(range(9, -1, -1))))
-    assert list(parts) == list(range(9, -1, -1)) and torch.equal(torch.cat([parts[group] for group in range(10)]), every)
-    assert [len(part) for part in parts.values()] == [24] + [64] * 9 and not torch.equal(parts[0], parts[1]), "each with a seed of its own"
+    assert list(parts) == list(range(9, -1, -1)) and torch.equal(
+        torch.cat([parts[group] for group in range(10)]), every
+    )
+    assert [len(part) for part in parts.values()] == [24] + [64] * 9 and not torch.equal(parts[0], parts[1]), (
+        "each with a seed of its own"
+    )
     other = dict(sampled_groups(make_chain(), TOKENIZER, 600, 40, 2, 1.0, [0]))[0]
     assert all(not torch.equal(other, parts[group]) for group in range(9))
 
@@ -215,7 +255,9 @@ def test_windows_that_fill_the_positions_start_anew() -> None:
     chain = make_chain()
     tokens = self_generated_streams(chain, TOKENIZER, 34, 64, seed=1).tokens
     assert (
-        {context.shape[1] for context in chain.contexts} == {1} and max(at for _, at in chain.calls) < 64 and len({tuple(row) for row in tokens.tolist()}) == 34
+        {context.shape[1] for context in chain.contexts} == {1}
+        and max(at for _, at in chain.calls) < 64
+        and len({tuple(row) for row in tokens.tolist()}) == 34
     )
     partly = make_chain()
     self_generated_streams(partly, TOKENIZER, 34, 60, seed=1)
@@ -239,7 +281,11 @@ def test_sampling_is_seeded() -> None:
     chain = make_chain()
     first = self_generated(chain, TOKENIZER, 40, 20, seed=2)
     torch.manual_seed(99)
-    assert self_generated(chain, TOKENIZER, 40, 20, seed=2).sha256 == first.sha256 != self_generated(chain, TOKENIZER, 40, 20, seed=3).sha256
+    assert (
+        self_generated(chain, TOKENIZER, 40, 20, seed=2).sha256
+        == first.sha256
+        != self_generated(chain, TOKENIZER, 40, 20, seed=3).sha256
+    )
     assert len({tuple(row) for row in first.tokens.tolist()}) == 40, "groups do not repeat one another"
 
 
@@ -259,26 +305,41 @@ def test_tokens_lie_in_the_tokenizer_and_in_the_model() -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<a token beyond the vocabulary>"})
     found = self_generated(make_chain(), tokenizer, 4, 64, seed=0).tokens
-    assert tokenizer.convert_tokens_to_ids("<a token beyond the vocabulary>") == VOCAB and int(found.max()) < VOCAB and bool((found[:, 0] == EOS).all())
+    assert (
+        tokenizer.convert_tokens_to_ids("<a token beyond the vocabulary>") == VOCAB
+        and int(found.max()) < VOCAB
+        and bool((found[:, 0] == EOS).all())
+    )
     padded = make_chain(VOCAB + 80)
-    assert int(self_generated(padded, TOKENIZER, 40, 64, seed=0).tokens.max()) < VOCAB, "rows that pad the vocabulary are no text"
-    assert int(self_generated(padded, tokenizer, 40, 64, seed=0).tokens.max()) == VOCAB, "the added token, which the padded model has"
+    assert int(self_generated(padded, TOKENIZER, 40, 64, seed=0).tokens.max()) < VOCAB, (
+        "rows that pad the vocabulary are no text"
+    )
+    assert int(self_generated(padded, tokenizer, 40, 64, seed=0).tokens.max()) == VOCAB, (
+        "the added token, which the padded model has"
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_logits_that_cannot_be_sampled(bad: float) -> None:
     chain = make_chain()
     chain.table[:, 7] = bad
-    with pytest.raises(InputError, match=r"^The model's logits must be finite, got .*\. Fetch the weights again, or give a text\.$"):
+    with pytest.raises(
+        InputError, match=r"^The model's logits must be finite, got .*\. Fetch the weights again, or give a text\.$"
+    ):
         self_generated(chain, TOKENIZER, 2, 8, seed=0)
     chain.table[:, 7] = -float("inf")
-    assert not bool((self_generated(chain, TOKENIZER, 40, 64, seed=0).tokens == 7).any()), "a token that the model rules out is no error"
+    assert not bool((self_generated(chain, TOKENIZER, 40, 64, seed=0).tokens == 7).any()), (
+        "a token that the model rules out is no error"
+    )
 
 
 def test_windows_within_the_models_positions(tiny_model: Callable[[str], Path]) -> None:
     assert self_generated(make_chain(), TOKENIZER, 1, 64, seed=0).tokens.shape == (1, 64)
     for model, most in ((make_chain(), 64), (load_dense(tiny_model("gpt2")), 256)):
-        with pytest.raises(InputError, match=f"^Windows must have at most {most} tokens, the model's positions, got {most + 1}. Take a smaller"):
+        with pytest.raises(
+            InputError,
+            match=f"^Windows must have at most {most} tokens, the model's positions, got {most + 1}. Take a smaller",
+        ):
             self_generated(model, TOKENIZER, 1, most + 1, seed=0)
 
 

@@ -1,4 +1,6 @@
-"""Mixtures of texts: windows against brute force, shares, seeds, independence of parts, streams, and what goes wrong."""
+"""Mixtures of texts: windows against brute force, shares, seeds, independence of parts, streams, and what
+goes wrong.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def packed(tokenizer: Any, documents: list[str], body: int) -> list[tuple[int, .
         ((7, 2, 1), 4096, [2867, 819, 410]),
     ],
 )
-def test_counts_are_within_one_window_of_the_shares(shares: tuple[float, ...], windows: int, expected: list[int]) -> None:
+def test_counts_are_within_one_window_of_the_shares(
+    shares: tuple[float, ...], windows: int, expected: list[int]
+) -> None:
     found = counts(shares, windows)
     assert found == expected and sum(found) == windows
     assert all(abs(count - windows * share / sum(shares)) < 1 for count, share in zip(found, shares, strict=True))
@@ -85,8 +89,14 @@ def test_counts_are_within_one_window_of_the_shares(shares: tuple[float, ...], w
 def test_one_small_file_is_one_document_packed_whole(tokenizer: Any, tmp_path: Path) -> None:
     text = words("a", 30)
     expected = packed(tokenizer, [text], 16)
-    found = mixture_batches(tokenizer, make(part("a", 1, write(tmp_path / "a.txt", text)), windows=len(expected)), 0, tmp_path / "work")
-    assert found.tokens.dtype == torch.int64 and found.tokens.shape == found.mask.shape == (len(expected), 16) and bool(found.mask.all())
+    found = mixture_batches(
+        tokenizer, make(part("a", 1, write(tmp_path / "a.txt", text)), windows=len(expected)), 0, tmp_path / "work"
+    )
+    assert (
+        found.tokens.dtype == torch.int64
+        and found.tokens.shape == found.mask.shape == (len(expected), 16)
+        and bool(found.mask.all())
+    )
     assert [tuple(row) for row in found.tokens.tolist()] == expected
     assert found.count == len(expected) * 16
 
@@ -94,10 +104,15 @@ def test_one_small_file_is_one_document_packed_whole(tokenizer: Any, tmp_path: P
 def test_documents_are_joined_by_the_end_token(tokenizer: Any, tmp_path: Path) -> None:
     texts = [words("a", 15), words("b", 16), words("c", 17)]
     files = [write(tmp_path / f"{k}.txt", text) for k, text in enumerate(texts)]
-    orders = [packed(tokenizer, [texts[k] for k in order], 16) for order in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))]
+    orders = [
+        packed(tokenizer, [texts[k] for k in order], 16)
+        for order in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+    ]
     seen = set()
     for seed in range(6):
-        found = rows(mixture_batches(tokenizer, make(part("a", 1, *files), windows=len(orders[0])), seed, tmp_path / "work"))
+        found = rows(
+            mixture_batches(tokenizer, make(part("a", 1, *files), windows=len(orders[0])), seed, tmp_path / "work")
+        )
         (order,) = [k for k, expected in enumerate(orders) if set(expected) == found]
         seen.add(order)
     assert len(seen) > 1  # the seed draws the order of documents
@@ -110,12 +125,16 @@ def test_windows_start_with_the_start_token_where_texts_do(tmp_path: Path) -> No
     starting = make_tokenizer()
     starting._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])  # type: ignore[attr-defined]
     text = words("a", 30)
-    found = mixture_batches(starting, make(part("a", 1, write(tmp_path / "a.txt", text)), windows=10), 0, tmp_path / "work")
+    found = mixture_batches(
+        starting, make(part("a", 1, write(tmp_path / "a.txt", text)), windows=10), 0, tmp_path / "work"
+    )
     assert rows(found) == {(0, *window) for window in packed(starting, [text], 15)[:10]}
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", " "])
-def test_long_files_are_read_in_blocks_that_lose_nothing(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path, end: str) -> None:
+def test_long_files_are_read_in_blocks_that_lose_nothing(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path, end: str
+) -> None:
     monkeypatch.setattr(mixtures, "BLOCK", 257)
     monkeypatch.setattr(mixtures, "_CUT", 40)
     text = "".join(f"prüfe_{k} = '–{'…' * (k % 7)}𝔘' + {k}{end}" for k in range(120))
@@ -124,11 +143,15 @@ def test_long_files_are_read_in_blocks_that_lose_nothing(monkeypatch: pytest.Mon
     sizes = []
     monkeypatch.setattr(mixtures, "open", lambda *given: Counting(open(*given), sizes), raising=False)
     blocks = list(mixtures._blocks([path], "long", 3))
-    assert max(sizes) <= 257 + 40 and len(blocks) == -(-path.stat().st_size // 257)  # no more than a block is read at once
+    assert max(sizes) <= 257 + 40 and len(blocks) == -(
+        -path.stat().st_size // 257
+    )  # no more than a block is read at once
     clean = text.replace("\r\n", "\n")
     starts = [clean.index(block) for block in blocks if block]
     assert starts != sorted(starts)
-    assert "".join(block for _, block in sorted(zip(starts, [block for block in blocks if block], strict=True))) == clean
+    assert (
+        "".join(block for _, block in sorted(zip(starts, [block for block in blocks if block], strict=True))) == clean
+    )
     if end != " ":
         assert all(block.endswith("\n") for block in blocks if block)
     expected = packed(tokenizer, blocks, 16)
@@ -162,7 +185,10 @@ class Counting:
 @pytest.fixture
 def three(tmp_path: Path) -> list[Mix]:
     """Parts whose tokens tell them apart."""
-    return [part(name, share, write(tmp_path / f"{name}.txt", words(name, 60))) for name, share in (("left", 6), ("middle", 3), ("right", 1.2))]
+    return [
+        part(name, share, write(tmp_path / f"{name}.txt", words(name, 60)))
+        for name, share in (("left", 6), ("middle", 3), ("right", 1.2))
+    ]
 
 
 def of_part(tokenizer: Any, found: set[tuple[int, ...]], three: list[Mix]) -> dict[str, set[tuple[int, ...]]]:
@@ -177,18 +203,24 @@ def test_shares_hold_and_parts_do_not_depend_on_each_other(tokenizer: Any, three
     assert sum(map(len, found.values())) == 40  # every window is of one part
     turned = mixture_batches(tokenizer, make(*reversed(three), windows=40), 5, tmp_path / "turned")
     assert turned.sha256 == first.sha256 and torch.equal(turned.tokens, first.tokens)
-    alone = of_part(tokenizer, rows(mixture_batches(tokenizer, make(three[1], windows=12), 5, tmp_path / "alone")), three)
+    alone = of_part(
+        tokenizer, rows(mixture_batches(tokenizer, make(three[1], windows=12), 5, tmp_path / "alone")), three
+    )
     assert alone["middle"] == found["middle"]
 
 
-def test_the_seed_decides_everything(tokenizer: Any, three: list[Mix], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seed_decides_everything(
+    tokenizer: Any, three: list[Mix], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mixtures, "BLOCK", 300)
     data = make(*three, windows=20)
     found = [mixture_batches(tokenizer, data, seed, tmp_path / f"{k}").sha256 for k, seed in enumerate((1, 1, 2))]
     assert found[0] == found[1] != found[2]
 
 
-def test_windows_are_made_once_and_again_when_anything_changes(tokenizer: Any, three: list[Mix], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_are_made_once_and_again_when_anything_changes(
+    tokenizer: Any, three: list[Mix], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = []
     kept = mixtures._write
     monkeypatch.setattr(mixtures, "_write", lambda *given: made.append(1) or kept(*given))
@@ -196,7 +228,10 @@ def test_windows_are_made_once_and_again_when_anything_changes(tokenizer: Any, t
     first = mixture_batches(tokenizer, data, 0, work).sha256
     assert mixture_batches(tokenizer, data, 0, work).sha256 == first and len(made) == 1
     assert json.loads((work / "mixture" / "seconds.json").read_text())["seconds"] > 0
-    assert mixture_batches(tokenizer, data.model_copy(update={"temperature": 2.0}), 0, work).sha256 == first and len(made) == 1  # nothing is sampled
+    assert (
+        mixture_batches(tokenizer, data.model_copy(update={"temperature": 2.0}), 0, work).sha256 == first
+        and len(made) == 1
+    )  # nothing is sampled
     write(Path(three[0].files[0]), words("other", 60))
     assert mixture_batches(tokenizer, data, 0, work).sha256 != first and len(made) == 2
     other = make_tokenizer()
@@ -211,14 +246,18 @@ def test_windows_are_made_once_and_again_when_anything_changes(tokenizer: Any, t
     assert len(made) == 6
 
 
-def test_windows_are_hashed_in_pieces_to_the_hash_of_the_whole(tokenizer: Any, three: list[Mix], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_are_hashed_in_pieces_to_the_hash_of_the_whole(
+    tokenizer: Any, three: list[Mix], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(data_module, "_HASHED", 5)
     found = mixture_batches(tokenizer, make(*three, windows=12), 0, tmp_path / "work")
     whole = sha256(b"(12, 16)" + found.tokens.numpy().tobytes() + b"\1" * 12 * 16)
     assert found.sha256 == whole.hexdigest()
 
 
-def test_what_is_wrong_is_said(tokenizer: Any, three: list[Mix], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_is_said(
+    tokenizer: Any, three: list[Mix], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def said(*parts: Mix, by: Any = tokenizer, **fields: int) -> str:
         with pytest.raises(InputError) as error:
             mixture_batches(by, make(*parts, **fields), 0, tmp_path / "work")
@@ -227,7 +266,11 @@ def test_what_is_wrong_is_said(tokenizer: Any, three: list[Mix], tmp_path: Path,
 
     left = len(packed(tokenizer, [words("left", 60)], 16))
     message = said(*three, windows=2 * left)  # of which left needs 2 * 6 / 10.2
-    assert "part left" in message and f"got {left * 16} in full windows" in message and f"must give {round(2 * left * 6 / 10.2) * 16} tokens" in message
+    assert (
+        "part left" in message
+        and f"got {left * 16} in full windows" in message
+        and f"must give {round(2 * left * 6 / 10.2) * 16} tokens" in message
+    )
     assert "at least one part" in said()
     assert "names of their own, got left, left" in said(three[0], three[0])
     assert "no file at" in said(part("gone", 1, str(tmp_path / "gone.txt")))
@@ -266,12 +309,16 @@ def use(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> Fake:
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_a_streamed_part_is_packed_like_files(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path, loader: str) -> None:
+def test_a_streamed_part_is_packed_like_files(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path, loader: str
+) -> None:
     texts = [words(f"w{k}x", 2) for k in range(30)]
     folder = tmp_path / "set"
     (folder / "data").mkdir(parents=True)
     for half in range(2):
-        lines = "".join(json.dumps({"id": k, "content": text}) + "\n" for k, text in enumerate(texts[15 * half : 15 * half + 15]))
+        lines = "".join(
+            json.dumps({"id": k, "content": text}) + "\n" for k, text in enumerate(texts[15 * half : 15 * half + 15])
+        )
         write(folder / "data" / f"train-{half}.jsonl", lines)
     if loader == "fake":
         use(monkeypatch, Fake(texts, "content"))
@@ -282,7 +329,9 @@ def test_a_streamed_part_is_packed_like_files(monkeypatch: pytest.MonkeyPatch, t
 
     def drawn(seed: int, work: str) -> list[int]:
         found = mixture_batches(tokenizer, make(mix, files, windows=24), seed, tmp_path / work)
-        own = [row for row in map(tuple, found.tokens.tolist()) if row not in foreign]  # a part's windows stand in the order of its text
+        own = [
+            row for row in map(tuple, found.tokens.tolist()) if row not in foreign
+        ]  # a part's windows stand in the order of its text
         assert len(own) == 16
         pieces = pieces_of([token for row in own for token in row])
         order = [next(k for k, whole in enumerate(known) if whole[: len(piece)] == piece) for piece in pieces]
@@ -311,7 +360,11 @@ def pieces_of(tokens: list[int]) -> list[list[int]]:
         (
             {"dataset": "some/code", "subset": "java/train-*.parquet", "field": "content"},
             "parquet",
-            {"data_files": {"train": "hf://datasets/some/code/java/train-*.parquet"}, "split": "train", "columns": ["content"]},
+            {
+                "data_files": {"train": "hf://datasets/some/code/java/train-*.parquet"},
+                "split": "train",
+                "columns": ["content"],
+            },
         ),
         (
             {"dataset": "some/papers", "subset": "data/v2/*.json.gz"},
@@ -320,7 +373,9 @@ def pieces_of(tokens: list[int]) -> list[list[int]]:
         ),
     ],
 )
-def test_how_datasets_are_opened(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path, fields: Any, path: str, options: Any) -> None:
+def test_how_datasets_are_opened(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path, fields: Any, path: str, options: Any
+) -> None:
     fake = use(monkeypatch, Fake([words(f"w{k}x", 2) for k in range(500)], fields.get("field", "text")))
     found = mixture_batches(tokenizer, make(Mix(name="web", share=1, **fields)), 0, tmp_path / "work")
     assert fake.calls == [(path, options | {"streaming": True})] and found.tokens.max() < VOCAB
@@ -334,17 +389,29 @@ def test_how_datasets_are_opened(monkeypatch: pytest.MonkeyPatch, tokenizer: Any
         ({}, Fake(["x"], "content"), "text in its field text, got id, content"),
         ({"field": "id"}, Fake(["x"]), "got int in it"),
         ({"subset": "data/*.csv"}, Fake(["x"]), r"must name .parquet, .json, .*got data/\*.csv"),
-        ({}, Fake([], error=RuntimeError("Dataset scripts are no longer supported, but found web.py")), "some/web: RuntimeError Dataset scripts"),
+        (
+            {},
+            Fake([], error=RuntimeError("Dataset scripts are no longer supported, but found web.py")),
+            "some/web: RuntimeError Dataset scripts",
+        ),
         ({}, Fake([], error=FileNotFoundError("no such dataset\nmore")), "no such dataset. Check its id"),
     ],
 )
-def test_what_is_wrong_with_a_stream_is_said(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path, fields: Any, fake: Fake, sign: str) -> None:
+def test_what_is_wrong_with_a_stream_is_said(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any, tmp_path: Path, fields: Any, fake: Fake, sign: str
+) -> None:
     use(monkeypatch, fake)
     with pytest.raises(InputError, match=sign):
-        mixture_batches(tokenizer, make(Mix(name="web", share=1, **{"dataset": "some/web", **fields})), 0, tmp_path / "work")
+        mixture_batches(
+            tokenizer, make(Mix(name="web", share=1, **{"dataset": "some/web", **fields})), 0, tmp_path / "work"
+        )
 
 
-def test_a_part_whose_share_is_no_window_is_not_opened(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, three: list[Mix], tmp_path: Path) -> None:
+def test_a_part_whose_share_is_no_window_is_not_opened(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any, three: list[Mix], tmp_path: Path
+) -> None:
     fake = use(monkeypatch, Fake([], error=RuntimeError("opened")))
-    found = mixture_batches(tokenizer, make(three[0], Mix(name="rare", share=0.01, dataset="some/web")), 0, tmp_path / "work")
+    found = mixture_batches(
+        tokenizer, make(three[0], Mix(name="rare", share=0.01, dataset="some/web")), 0, tmp_path / "work"
+    )
     assert len(rows(found)) == 12 and not fake.calls

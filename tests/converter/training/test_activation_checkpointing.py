@@ -1,4 +1,6 @@
-"""Checkpointed passes: the same gradients, fewer stored activations, and no dropout although blocks say that they train."""
+"""Checkpointed passes: the same gradients, fewer stored activations, and no dropout although blocks say that they
+train.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def gradients(model: Any, through: Any, tokens: Tensor = TOKENS) -> tuple[dict[s
     with through, saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(input_ids=tokens, use_cache=False).logits.square().mean()
     loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}, sum(size for place, size in kept.items() if place not in weights)
+    return {name: parameter.grad for name, parameter in model.named_parameters()}, sum(
+        size for place, size in kept.items() if place not in weights
+    )
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -55,7 +59,9 @@ def test_gradients_are_equal_without_dropout_and_less_is_kept(model_type: str, t
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_blocks_are_computed_again_with_the_forwards_of_the_pass(kept: bool, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_computed_again_with_the_forwards_of_the_pass(
+    kept: bool, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A network's forward that is set for the pass alone, and a term of the loss that it hands out."""
     model = load_dense(tiny_model("llama"))
     if not kept:
@@ -89,6 +95,8 @@ def test_a_model_without_blocks() -> None:
 def test_flags_return_after_an_error(tiny_model: Callable[[str], Path]) -> None:
     model = load_dense(tiny_model("llama"))
     with pytest.raises(KeyboardInterrupt), checkpointed(model):
-        assert [module.training for module in model.model.layers] == [True, True] and not model.model.layers[0].mlp.training
+        assert [module.training for module in model.model.layers] == [True, True] and not model.model.layers[
+            0
+        ].mlp.training
         raise KeyboardInterrupt
     assert not any(module.training or getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -1,4 +1,6 @@
-"""Recovery block by block: errors fall and are the real ones, later blocks see the student's inputs, the closed form is least squares, resume is exact."""
+"""Recovery block by block: errors fall and are the real ones, later blocks see the student's inputs, the closed form is
+least squares, resume is exact.
+"""
 
 from __future__ import annotations
 
@@ -32,26 +34,50 @@ DRAWN = TOKENS[torch.randperm(len(TOKENS), generator=torch.Generator().manual_se
 ASIDE = DRAWN[::16]
 ASKED = ByBlock(steps=30, tokens=256, rate=4e-3)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}), "biases": ("llama", {"mlp_bias": True}), "phi3": ("phi3", {}), "granite": ("granite", {}), "gemma2": ("gemma2", {}),
-    "phi": ("phi", {}), "sliding": ("mistral", {}),
-}  # fmt: skip
+    "llama": ("llama", {}),
+    "biases": ("llama", {"mlp_bias": True}),
+    "phi3": ("phi3", {}),
+    "granite": ("granite", {}),
+    "gemma2": ("gemma2", {}),
+    "phi": ("phi", {}),
+    "sliding": ("mistral", {}),
+}
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
     root = tmp_path_factory.mktemp("by_block")
-    return {name: open_source(make_model(model_type, root / name, **changes)) for name, (model_type, changes) in CASES.items()}
+    return {
+        name: open_source(make_model(model_type, root / name, **changes))
+        for name, (model_type, changes) in CASES.items()
+    }
 
 
 def swapped(model: Any, source: Source, layers: tuple[int, ...] = (0, 1)) -> Any:
     for layer in layers:
-        swap(model.get_submodule(source.arch.ffn_module(layer)), source.arch, "relu" if source.arch.ffn.kind == "plain" else "drelu")
+        swap(
+            model.get_submodule(source.arch.ffn_module(layer)),
+            source.arch,
+            "relu" if source.arch.ffn.kind == "plain" else "drelu",
+        )
     return model
 
 
-def run(source: Source, folder: Path, asked: ByBlock = ASKED, student: Any = None, **options: Any) -> tuple[Any, list[dict[str, Any]]]:
+def run(
+    source: Source, folder: Path, asked: ByBlock = ASKED, student: Any = None, **options: Any
+) -> tuple[Any, list[dict[str, Any]]]:
     student = swapped(load_dense(source.folder), source) if student is None else student
-    return student, recover_by_block(student, load_dense(source.folder), source.arch, BATCHES, asked, 0, folder, HEADER, **{"precision": "fp32", **options})
+    return student, recover_by_block(
+        student,
+        load_dense(source.folder),
+        source.arch,
+        BATCHES,
+        asked,
+        0,
+        folder,
+        HEADER,
+        **{"precision": "fp32", **options},
+    )
 
 
 @torch.no_grad()
@@ -61,8 +87,16 @@ def seen(model: Any, source: Source, tokens: Tensor) -> list[dict[str, Tensor]]:
     handles = []
     for layer, kept in enumerate(found):
         block = model.get_submodule(source.arch.block.format(layer=layer))
-        handles.append(block.get_submodule(source.arch.ffn.module).register_forward_pre_hook(lambda _, given, kept=kept: kept.update(x=given[0])))
-        handles.append(block.register_forward_hook(lambda _, given, out, kept=kept: kept.update(hidden=out[0] if isinstance(out, tuple) else out)))
+        handles.append(
+            block.get_submodule(source.arch.ffn.module).register_forward_pre_hook(
+                lambda _, given, kept=kept: kept.update(x=given[0])
+            )
+        )
+        handles.append(
+            block.register_forward_hook(
+                lambda _, given, out, kept=kept: kept.update(hidden=out[0] if isinstance(out, tuple) else out)
+            )
+        )
     model(input_ids=tokens)
     for handle in handles:
         handle.remove()
@@ -70,7 +104,9 @@ def seen(model: Any, source: Source, tokens: Tensor) -> list[dict[str, Tensor]]:
 
 
 def added_by_dense(source: Source, tokens: Tensor, layer: int) -> Tensor:
-    """What a block of the dense model adds for its network: the hidden states after it without those of a model whose network gives zeros."""
+    """What a block of the dense model adds for its network: the hidden states after it without those of a model whose
+    network gives zeros.
+    """
     dense, silent = load_dense(source.folder), load_dense(source.folder)
     for parameter in silent.get_submodule(f"{source.arch.ffn_module(layer)}.{source.arch.ffn.down}").parameters():
         parameter.data.zero_()
@@ -81,7 +117,9 @@ def added_by_dense(source: Source, tokens: Tensor, layer: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_errors_fall_and_are_those_of_whole_forward_passes(name: str, sources: dict[str, Source], tmp_path: Path) -> None:
+def test_errors_fall_and_are_those_of_whole_forward_passes(
+    name: str, sources: dict[str, Source], tmp_path: Path
+) -> None:
     source = sources[name]
     student, rows = run(source, tmp_path)
     assert [row["layer"] for row in rows] == [0, 1]
@@ -91,13 +129,19 @@ def test_errors_fall_and_are_those_of_whole_forward_passes(name: str, sources: d
         energy = added_by_dense(source, TOKENS, layer).square().mean()  # of all windows; the errors are of those aside
         error = float((recovered[layer]["hidden"] - dense[layer]["hidden"]).square().mean() / energy)
         assert row["after"] == pytest.approx(error, rel=0.01)
-        assert row["after"] <= row["trained"] and row["solved"] <= row["before"], "the closed form is kept only where it is better"
+        assert row["after"] <= row["trained"] and row["solved"] <= row["before"], (
+            "the closed form is kept only where it is better"
+        )
         assert row["after"] < 0.95 * row["before"]
         parts = ffn_parts(student.get_submodule(source.arch.ffn_module(layer)), source.arch, "", recovered[layer]["x"])
         assert row["density"] == pytest.approx(float((parts.z != 0).float().mean()), abs=0.005)
         assert [point["step"] for point in row["curve"]] == [10, 20, 30]
     assert rows[0]["before"] == pytest.approx(
-        float((start[0]["hidden"] - dense[0]["hidden"]).square().mean() / added_by_dense(source, TOKENS, 0).square().mean()), rel=0.01
+        float(
+            (start[0]["hidden"] - dense[0]["hidden"]).square().mean()
+            / added_by_dense(source, TOKENS, 0).square().mean()
+        ),
+        rel=0.01,
     )
 
 
@@ -111,12 +155,16 @@ def test_only_swapped_networks_change(sources: dict[str, Source], tmp_path: Path
     changed = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
     assert [row["layer"] for row in rows] == [1] and [path.name for path in tmp_path.iterdir()] == ["layers.1.ffn"]
-    assert {name: p.requires_grad for name, p in student.named_parameters()} == wants and all(p.grad is None for p in student.parameters())
+    assert {name: p.requires_grad for name, p in student.named_parameters()} == wants and all(
+        p.grad is None for p in student.parameters()
+    )
 
 
 def test_l1_makes_it_sparser(sources: dict[str, Source], tmp_path: Path) -> None:
     source = sources["llama"]
-    plain, sparse = (run(source, tmp_path / name, **options)[1] for name, options in {"plain": {}, "sparse": {"l1": 2.0}}.items())
+    plain, sparse = (
+        run(source, tmp_path / name, **options)[1] for name, options in {"plain": {}, "sparse": {"l1": 2.0}}.items()
+    )
     for one, other in zip(plain, sparse, strict=True):
         assert other["density"] < 0.9 * one["density"] and other["trained"] > one["trained"]
 
@@ -124,7 +172,9 @@ def test_l1_makes_it_sparser(sources: dict[str, Source], tmp_path: Path) -> None
 # What later blocks see
 
 
-def test_later_blocks_see_what_the_recovered_ones_give(sources: dict[str, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_later_blocks_see_what_the_recovered_ones_give(
+    sources: dict[str, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, fits = sources["llama"], []
     made = Fit.__init__
 
@@ -148,19 +198,27 @@ def test_later_blocks_see_what_the_recovered_ones_give(sources: dict[str, Source
     assert torch.equal(student.get_parameter(first), control.get_parameter(first))
     assert not torch.equal(student.get_parameter(second), control.get_parameter(second))
     wanted = seen(load_dense(source.folder), source, ASIDE)[1]["hidden"]
-    real, blind = (float((seen(model, source, ASIDE)[1]["hidden"] - wanted).square().mean()) for model in (student, control))
+    real, blind = (
+        float((seen(model, source, ASIDE)[1]["hidden"] - wanted).square().mean()) for model in (student, control)
+    )
     assert real < 0.99 * blind
 
 
-def test_signs_are_chosen_on_the_students_inputs(sources: dict[str, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With nothing trained or solved, layer 0 is what orientation of the dense model gives; without it errors start higher."""
+def test_signs_are_chosen_on_the_students_inputs(
+    sources: dict[str, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing trained or solved, layer 0 is what orientation of the dense model gives; without it errors start
+    higher.
+    """
     source, asked = sources["phi3"], ByBlock(steps=1, tokens=32, rate=1e-12)
     _, rows = run(source, tmp_path / "plain", asked)
     monkeypatch.setattr(by_block, "_solve", lambda *_: None)
     student, turned = run(source, tmp_path / "turned", asked, turned=True)
     oriented = load_dense(source.folder)
     orient(oriented, source.arch, "silu", DRAWN)
-    found, wanted, dense = (model.model.layers[0].mlp.down_proj.weight for model in (student, oriented, load_dense(source.folder)))
+    found, wanted, dense = (
+        model.model.layers[0].mlp.down_proj.weight for model in (student, oriented, load_dense(source.folder))
+    )
     other, whole = ((found - one).abs().max(dim=0).values > 1e-6 for one in (wanted, dense))
     assert int(other.sum()) <= 2 and int(whole.sum()) > 50, "of 176; near ties may fall differently in half precision"
     assert turned[0]["before"] < 0.9 * rows[0]["before"]
@@ -194,7 +252,9 @@ def test_closed_form_is_least_squares(bias: bool, sources: dict[str, Source]) ->
 
     penalty = 0.3 * float(z.square().sum(0).mean())
     system = torch.cat([regressors, penalty**0.5 * torch.eye(len(before), dtype=torch.float64)])
-    change = torch.linalg.lstsq(system, torch.cat([target / 0.5 - regressors @ found, torch.zeros(len(before), 64, dtype=torch.float64)])).solution
+    change = torch.linalg.lstsq(
+        system, torch.cat([target / 0.5 - regressors @ found, torch.zeros(len(before), 64, dtype=torch.float64)])
+    ).solution
     fit.solve_down(numbers, 0.3)
     again = torch.cat([network.down_proj.weight.T, *([network.down_proj.bias[None]] if bias else [])]).double().detach()
     assert float((again - found - change).norm()) < 1e-4 * max(float(change.norm()), float(found.norm()))
@@ -236,9 +296,15 @@ class _Cut:
         monkeypatch.setattr(Fit, "loss", counted)
 
 
-@pytest.mark.parametrize(("cut", "begins"), [((0, 7), (0, 0)), ((0, 25), (20, 0)), ((1, 3), (None, 0)), ((1, 12), (None, 10))])
+@pytest.mark.parametrize(
+    ("cut", "begins"), [((0, 7), (0, 0)), ((0, 25), (20, 0)), ((1, 3), (None, 0)), ((1, 12), (None, 10))]
+)
 def test_an_interrupted_run_ends_with_the_same_bits(
-    cut: tuple[int, int], begins: tuple[int | None, int], sources: dict[str, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cut: tuple[int, int],
+    begins: tuple[int | None, int],
+    sources: dict[str, Source],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(by_block, "Settings", partial(Settings, save_every=10))
     source = sources["llama"]
@@ -263,7 +329,9 @@ def test_other_settings_start_anew(sources: dict[str, Source], tmp_path: Path, m
     first, _ = run(source, tmp_path)
     counts = _Cut(monkeypatch, None)
     same, _ = run(source, tmp_path)
-    assert counts.steps == [[], []] and all(torch.equal(p, first.get_parameter(name)) for name, p in same.named_parameters())
+    assert counts.steps == [[], []] and all(
+        torch.equal(p, first.get_parameter(name)) for name, p in same.named_parameters()
+    )
     other, _ = run(source, tmp_path, ASKED.model_copy(update={"rate": 1e-3}))
     assert [len(steps) for steps in counts.steps] == [0, 0, 30, 30]
     name = "model.layers.0.mlp.up_proj.weight"
@@ -274,18 +342,27 @@ def test_other_settings_start_anew(sources: dict[str, Source], tmp_path: Path, m
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_models_read_block_by_block(name: str, sources: dict[str, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_read_block_by_block(
+    name: str, sources: dict[str, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = sources[name]
     student, rows = run(source, tmp_path / "whole")
     models = [swapped(empty_model(source), source), empty_model(source)]
     loss, held = Fit.loss, []
 
     def watched(self: Fit, *given: Any) -> Tensor:
-        held.append([[k for k, block in enumerate(m.model.layers) if not any(p.is_meta for p in block.parameters())] for m in models])
+        held.append(
+            [
+                [k for k, block in enumerate(m.model.layers) if not any(p.is_meta for p in block.parameters())]
+                for m in models
+            ]
+        )
         return loss(self, *given)
 
     monkeypatch.setattr(Fit, "loss", watched)
-    again = recover_by_block(models[0], models[1], source.arch, BATCHES, ASKED, 0, tmp_path / "lean", HEADER, source=source, precision="fp32")
+    again = recover_by_block(
+        models[0], models[1], source.arch, BATCHES, ASKED, 0, tmp_path / "lean", HEADER, source=source, precision="fp32"
+    )
     assert held == [[[0], [0]]] * 30 + [[[1], [1]]] * 30
     assert [row["after"] for row in again] == [row["after"] for row in rows]
     for layer in (0, 1):
@@ -310,7 +387,9 @@ def test_too_few_windows(sources: dict[str, Source], tmp_path: Path) -> None:
     mask[1:, -1] = False
     with pytest.raises(InputError, match=r"at least 2 windows without padding, got 1\."):
         student = swapped(load_dense(source.folder), source)
-        recover_by_block(student, load_dense(source.folder), source.arch, Batches(TOKENS, mask), ASKED, 0, tmp_path, HEADER)
+        recover_by_block(
+            student, load_dense(source.folder), source.arch, Batches(TOKENS, mask), ASKED, 0, tmp_path, HEADER
+        )
 
 
 def test_a_block_that_does_something_else_with_its_network(sources: dict[str, Source], tmp_path: Path) -> None:

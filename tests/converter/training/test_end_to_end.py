@@ -1,4 +1,6 @@
-"""Training end to end on tiny models: the masked pass is the executors', gradients are brute force's, densities hold, runs resume to the same bits."""
+"""Training end to end on tiny models: the masked pass is the executors', gradients are brute force's, densities hold,
+runs resume to the same bits.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def _load(tiny_model: Callable[[str], Path]) -> Load:
 def _trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Batches]:
     """The windows that every run trains on, filled as runs go."""
     seen, plain = [], end_to_end.train
-    monkeypatch.setattr(end_to_end, "train", lambda objective, data, *rest: seen.append(data) or plain(objective, data, *rest))
+    monkeypatch.setattr(
+        end_to_end, "train", lambda objective, data, *rest: seen.append(data) or plain(objective, data, *rest)
+    )
     return seen
 
 
@@ -82,7 +86,9 @@ def make_entry(kind: str, seed: int, tau: float = 0.0, scale: float = 1.0) -> En
     fc1, fc2 = torch.randn(R, D, generator=g) / D**0.5 / scale, torch.randn(N, R, generator=g) / R**0.5
     residual = torch.randn(R, D, generator=g) / 4 if "residual" in kind else None
     if kind.startswith("gate"):
-        return Threshold("gate", 0.3 + 0.2 * torch.rand(N, generator=g) + tau, 0.5, None if residual is None else fc1, residual)
+        return Threshold(
+            "gate", 0.3 + 0.2 * torch.rand(N, generator=g) + tau, 0.5, None if residual is None else fc1, residual
+        )
     return Predictor(fc1, fc2, 0.1 * torch.randn(N, generator=g) + tau, 0.5, residual)
 
 
@@ -90,7 +96,9 @@ def make_plan(kind: str, tau: float = 0.0, layers: tuple[int, ...] = (0, 1)) -> 
     return {Site(layer): [make_entry(kind, layer + 1, tau + 0.2 * layer)] for layer in layers}
 
 
-def objective_of(loaded: tuple[Any, Arch, str], plan: Plan, local: float = 0.0, target: float = 0.5, steps: int = 10) -> EndToEnd:
+def objective_of(
+    loaded: tuple[Any, Arch, str], plan: Plan, local: float = 0.0, target: float = 0.5, steps: int = 10
+) -> EndToEnd:
     return EndToEnd(*loaded, plan, Settings(steps, 2, 4e-3), [target], target, local, False, windows(2, seed=9))
 
 
@@ -99,7 +107,9 @@ def logits(model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     return model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
 
 
-def executed(loaded: tuple[Any, Arch, str], plan: Plan, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[Site, float]]:
+def executed(
+    loaded: tuple[Any, Arch, str], plan: Plan, tokens: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, dict[Site, float]]:
     """Logits and densities of the executors of reference.py; the model is dense again afterwards."""
     model, arch, activation = loaded
     try:
@@ -112,7 +122,9 @@ def executed(loaded: tuple[Any, Arch, str], plan: Plan, tokens: Tensor, mask: Te
 def inputs_of(model: Any, arch: Arch, layer: int, tokens: Tensor) -> Tensor:
     """What enters a layer's feed-forward network: [B, S, d]."""
     found: list[Tensor] = []
-    handle = model.get_submodule(arch.ffn_module(layer)).register_forward_pre_hook(lambda _, given: found.append(given[0]))
+    handle = model.get_submodule(arch.ffn_module(layer)).register_forward_pre_hook(
+        lambda _, given: found.append(given[0])
+    )
     logits(model, tokens)
     handle.remove()
     return found[0]
@@ -123,7 +135,13 @@ def divergence(loaded: tuple[Any, Arch, str], plan: Plan, tokens: Tensor) -> flo
 
 
 def trained(
-    loaded: tuple[Any, Arch, str], plan: Plan, folder: Path, densities: list[float], start: float = 0.5, data: Batches | None = None, **tune: Any
+    loaded: tuple[Any, Arch, str],
+    plan: Plan,
+    folder: Path,
+    densities: list[float],
+    start: float = 0.5,
+    data: Batches | None = None,
+    **tune: Any,
 ) -> Any:
     settings = Tune(**({"steps": 40, "precision": "fp32"} | tune))
     return train_plan(*loaded, plan, start, densities, data or batches(), settings, 0, folder, HEADER)
@@ -149,7 +167,9 @@ def test_masked_pass_is_the_executors(model_type: str, kind: str, load: Load) ->
     for unit in objective.units.values():
         unit.shift += 0.01
     with objective.masking():
-        assert float((logits(loaded[0], tokens) - expected).abs().max()) > 1e-3, "a control that keeps a few neurons fewer"
+        assert float((logits(loaded[0], tokens) - expected).abs().max()) > 1e-3, (
+            "a control that keeps a few neurons fewer"
+        )
     with pytest.raises(KeyboardInterrupt), objective.masking():
         raise KeyboardInterrupt
     assert not any("forward" in vars(module) for module in loaded[0].modules()), "masking ends where the pass raises"
@@ -191,7 +211,9 @@ def test_plan_meets_the_density(kind: str, density: float, load: Load) -> None:
 
 def test_plan_reaches_a_density_far_from_the_start(load: Load) -> None:
     loaded, tokens = load("llama"), windows(8)
-    plan: Plan = {Site(layer): [Threshold("gate", torch.full((N,), 0.01), 0.99)] for layer in range(2)}  # .1 lies 300 logits away
+    plan: Plan = {
+        Site(layer): [Threshold("gate", torch.full((N,), 0.01), 0.99)] for layer in range(2)
+    }  # .1 lies 300 logits away
     _, found = executed(loaded, objective_of(loaded, plan).plan(tokens, 0.1), tokens)
     assert sum(found.values()) / 2 == pytest.approx(0.1, abs=0.003)
 
@@ -215,23 +237,30 @@ def test_gradient_is_the_masks_times_the_sigmoids_slope(layer: int, model_type: 
         inner = torch.relu(inputs_of(model, arch, layer, tokens) / unit.scale @ unit.tensors["fc1"].T)
         logit = inner @ unit.tensors["fc2"].T + unit.tensors["bias"]
     mask = (logit > 0).float().requires_grad_()
-    handle = getattr(model.get_submodule(arch.ffn_module(layer)), arch.ffn.down).register_forward_pre_hook(lambda _, given: (given[0] * mask,))
+    handle = getattr(model.get_submodule(arch.ffn_module(layer)), arch.ffn.down).register_forward_pre_hook(
+        lambda _, given: (given[0] * mask,)
+    )
     sparse = model(input_ids=tokens, use_cache=False).logits
     handle.remove()
     assert share == pytest.approx(float(mask.mean().detach()), abs=1e-6)
-    (kl_divergence(logits(model, tokens), sparse) + max(0.0, price + end_to_end.PROPORTIONAL * (share - 0.45)) * mask.mean()).backward()
+    (
+        kl_divergence(logits(model, tokens), sparse)
+        + max(0.0, price + end_to_end.PROPORTIONAL * (share - 0.45)) * mask.mean()
+    ).backward()
     assert mask.grad is not None
     slope = torch.sigmoid(logit) * torch.sigmoid(-logit)
     expected = {"bias": (mask.grad * slope).sum((0, 1)), "fc2": torch.einsum("bsn,bsr->nr", mask.grad * slope, inner)}
     for name, gradient in expected.items():
         found = unit.tensors[name].grad
         assert found is not None and float((found - gradient).abs().max()) < 1e-4 * float(gradient.abs().max())
-        assert float((found - mask.grad.sum((0, 1)) if name == "bias" else found).abs().max()) > 1e-2 * float(gradient.abs().max())
+        assert float((found - mask.grad.sum((0, 1)) if name == "bias" else found).abs().max()) > 1e-2 * float(
+            gradient.abs().max()
+        )
 
 
 def energies(objective: EndToEnd, site: Site, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """By hand, for every token [T] and neuron [n]: the change of the weighted lost energy by toggling that one mask from 0 to 1, its plain derivative there,
-    and the mask's slope.
+    """By hand, for every token [T] and neuron [n]: the change of the weighted lost energy by toggling that one mask
+    from 0 to 1, its plain derivative there, and the mask's slope.
     """
     module = objective.model.get_submodule(objective.arch.ffn_module(site.layer))
     unit, x = objective.units[site], inputs_of(objective.model, objective.arch, site.layer, tokens).flatten(0, 1)
@@ -258,7 +287,9 @@ def energies(objective: EndToEnd, site: Site, tokens: Tensor) -> tuple[Tensor, T
         whole = whole + getattr(module, objective.arch.ffn.down).bias.double()
     share = objective.worth[site] / whole.square().sum()
     added = (1 - 2 * mask.detach()) * (z[..., None] * rows).square().sum(-1)
-    assert float((toggled - plain - added).abs().max()) < 1e-9 * float(toggled.abs().max()), "the exact change is the derivative at the midpoint"
+    assert float((toggled - plain - added).abs().max()) < 1e-9 * float(toggled.abs().max()), (
+        "the exact change is the derivative at the midpoint"
+    )
     return share * toggled, share * plain, torch.sigmoid(logit) * torch.sigmoid(-logit)
 
 
@@ -272,7 +303,9 @@ def energies(objective: EndToEnd, site: Site, tokens: Tensor) -> tuple[Tensor, T
         ("phi", "gate", 0.0),
     ],
 )
-def test_lost_energys_gradient_is_the_exact_change_by_one_mask(model_type: str, kind: str, tau: float, load: Load) -> None:
+def test_lost_energys_gradient_is_the_exact_change_by_one_mask(
+    model_type: str, kind: str, tau: float, load: Load
+) -> None:
     loaded, tokens = load(model_type), windows(1, 3)
     objective = objective_of(loaded, make_plan(kind, tau, layers=(1,)), local=1.0)
     with objective.masking() as seen:
@@ -285,15 +318,23 @@ def test_lost_energys_gradient_is_the_exact_change_by_one_mask(model_type: str, 
     assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
     assert float((found - without).abs().max()) > 1e-2 * float(expected.abs().max()), "the plain derivative is another"
     if tau == -9.0:
-        assert float(seen[0][0].detach()) == 1.0 and not bool(without.any()), "all kept: nothing is lost and the plain derivative vanishes"
+        assert float(seen[0][0].detach()) == 1.0 and not bool(without.any()), (
+            "all kept: nothing is lost and the plain derivative vanishes"
+        )
         assert bool((expected <= 0).all()) and float(expected.min()) < 0, "yet every neuron is worth keeping"
 
 
 def test_loss_weighs_the_lost_energy(load: Load) -> None:
     loaded, tokens = load("llama"), windows(2)
     full = torch.ones_like(tokens, dtype=torch.bool)
-    values = [float(objective_of(loaded, make_plan("predictor"), local).loss(tokens, full, 0).detach()) for local in (0.0, 1.0, 3.0)]
-    assert values[2] - values[0] == pytest.approx(3 * (values[1] - values[0]), rel=1e-4) and abs(values[1] - values[0]) > 1e-3
+    values = [
+        float(objective_of(loaded, make_plan("predictor"), local).loss(tokens, full, 0).detach())
+        for local in (0.0, 1.0, 3.0)
+    ]
+    assert (
+        values[2] - values[0] == pytest.approx(3 * (values[1] - values[0]), rel=1e-4)
+        and abs(values[1] - values[0]) > 1e-3
+    )
 
 
 # The controller
@@ -301,7 +342,9 @@ def test_loss_weighs_the_lost_energy(load: Load) -> None:
 
 def test_target_sinks_over_half_a_level(load: Load) -> None:
     loaded = load("llama")
-    objective = EndToEnd(*loaded, make_plan("gate"), Settings(20, 2, 4e-3, levels=2), [0.5, 0.2], 1.0, 0.0, False, windows(2))
+    objective = EndToEnd(
+        *loaded, make_plan("gate"), Settings(20, 2, 4e-3, levels=2), [0.5, 0.2], 1.0, 0.0, False, windows(2)
+    )
     first = [0.9, 0.8, 0.7, 0.6, 0.5] + 5 * [0.5]
     second = [0.44, 0.38, 0.32, 0.26, 0.2] + 5 * [0.2]
     assert [objective.target(step) for step in range(20)] == pytest.approx(first + second)
@@ -315,38 +358,62 @@ def test_price_is_never_negative(price: float, target: float, wanted: float, loa
     excess = objective.figures["density"] - target
     assert objective.price == pytest.approx(max(0.0, price + 0.1 * excess), abs=1e-7)
     added = float(loss.detach()) - objective.figures["kl"]
-    assert added == pytest.approx(wanted * (5.1 * excess) * objective.figures["density"], abs=1e-5) and (excess > 0) == bool(wanted)
+    assert added == pytest.approx(wanted * (5.1 * excess) * objective.figures["density"], abs=1e-5) and (
+        excess > 0
+    ) == bool(wanted)
 
 
 # Training
 
 
-@pytest.mark.parametrize(("model_type", "kind"), [("llama", "predictor"), ("phi", "predictor and residual"), ("llama", "gate"), ("phi", "gate and residual")])
-def test_training_beats_the_start_at_the_same_density_on_other_windows(model_type: str, kind: str, load: Load, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "kind"),
+    [("llama", "predictor"), ("phi", "predictor and residual"), ("llama", "gate"), ("phi", "gate and residual")],
+)
+def test_training_beats_the_start_at_the_same_density_on_other_windows(
+    model_type: str, kind: str, load: Load, tmp_path: Path
+) -> None:
     loaded, heldout = load(model_type), windows(12, seed=3)
     before = {name: tensor.clone() for name, tensor in loaded[0].state_dict().items()}
     if kind == "predictor":
-        fresh: Plan = {site: [Predictor(e.fc1, 0.3 * e.fc2, torch.full((N,), -1.0), 1.0)] for site, (e,) in make_plan(kind).items() if isinstance(e, Predictor)}
+        fresh: Plan = {
+            site: [Predictor(e.fc1, 0.3 * e.fc2, torch.full((N,), -1.0), 1.0)]
+            for site, (e,) in make_plan(kind).items()
+            if isinstance(e, Predictor)
+        }
         start = 1.0
     else:
         fresh, start = make_plan(kind), 0.5
     if kind == "gate":  # thresholds without reason, so that there is something to learn
         g = torch.Generator().manual_seed(0)
-        fresh = {site: [Threshold("gate", e.tau * (0.2 + 2 * torch.rand(N, generator=g)), 0.5)] for site, (e,) in fresh.items()}
-    (plan,) = trained(loaded, fresh, tmp_path, [0.4], start, batches(200), steps=50, rate=0.3 if kind == "gate" else 0.02)
+        fresh = {
+            site: [Threshold("gate", e.tau * (0.2 + 2 * torch.rand(N, generator=g)), 0.5)]
+            for site, (e,) in fresh.items()
+        }
+    (plan,) = trained(
+        loaded, fresh, tmp_path, [0.4], start, batches(200), steps=50, rate=0.3 if kind == "gate" else 0.02
+    )
     cut = objective_of(loaded, fresh).plan(heldout, 0.4)
     ours, theirs = divergence(loaded, plan, heldout), divergence(loaded, cut, heldout)
     densities = [sum(executed(loaded, each, heldout)[1].values()) / 2 for each in (plan, cut)]
     assert densities == pytest.approx([0.4, 0.4], abs=0.02)
     assert ours < 0.9 * theirs
-    assert all(not torch.equal(tensor, fresh[site][0].tensors()[role]) for site, (entry,) in plan.items() for role, tensor in entry.tensors().items())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded[0].state_dict().items()), "base weights stay"
+    assert all(
+        not torch.equal(tensor, fresh[site][0].tensors()[role])
+        for site, (entry,) in plan.items()
+        for role, tensor in entry.tensors().items()
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded[0].state_dict().items()), (
+        "base weights stay"
+    )
     assert all(p.grad is None and not p.requires_grad for p in loaded[0].parameters())
     assert not any("forward" in vars(module) for module in loaded[0].modules())
 
 
 @pytest.mark.parametrize("kind", ["predictor", "gate and residual"])
-def test_every_density_holds_on_windows_not_trained_on(kind: str, load: Load, tmp_path: Path, trained_on: list[Batches]) -> None:
+def test_every_density_holds_on_windows_not_trained_on(
+    kind: str, load: Load, tmp_path: Path, trained_on: list[Batches]
+) -> None:
     loaded, given = load("llama"), batches(40)
     given.mask[0, 7:] = False  # a padded window is trained on and sets no densities
     plans = trained(loaded, make_plan(kind), tmp_path, [0.6, 0.3], data=given, steps=6)
@@ -372,13 +439,17 @@ def test_training_in_bf16_gives_a_plan_of_the_same_density(load: Load, tmp_path:
 
 
 def test_other_sites_pass_through(load: Load, tmp_path: Path) -> None:
-    others: Plan = {Site(0, kind=f"linear:{name}"): [Threshold("input", torch.rand(D), 0.7)] for name in ("q_proj", "up_proj")}
+    others: Plan = {
+        Site(0, kind=f"linear:{name}"): [Threshold("input", torch.rand(D), 0.7)] for name in ("q_proj", "up_proj")
+    }
     (plan,) = trained(load("llama"), others | make_plan("gate", layers=(1,)), tmp_path, [0.5], steps=2)
     assert set(plan) == {*others, Site(1)} and all(plan[site] is entries for site, entries in others.items())
 
 
 def test_x_may_have_any_scale(load: Load, tmp_path: Path) -> None:
-    """A model whose network's inputs are eight times larger, and its first weights eight times smaller, trains to the same functions."""
+    """A model whose network's inputs are eight times larger, and its first weights eight times smaller, trains to the
+    same functions.
+    """
     plans = []
     for scale in (1.0, 8.0):
         loaded = load("llama")
@@ -402,12 +473,22 @@ def test_x_may_have_any_scale(load: Load, tmp_path: Path) -> None:
 
 
 def bits(plans: list[Plan]) -> list[tuple[str, float, bytes]]:
-    return [(f"{site.key}.{role}", e.density, t.numpy().tobytes()) for plan in plans for site, (e,) in plan.items() for role, t in e.tensors().items()]
+    return [
+        (f"{site.key}.{role}", e.density, t.numpy().tobytes())
+        for plan in plans
+        for site, (e,) in plan.items()
+        for role, t in e.tensors().items()
+    ]
 
 
 @pytest.mark.parametrize(("kind", "cut"), [("predictor and residual", 3), ("predictor and residual", 9), ("gate", 11)])
 def test_an_interrupted_run_gives_the_same_plans(
-    kind: str, cut: int, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_at: Callable[[int | None], list[int]]
+    kind: str,
+    cut: int,
+    load: Load,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cut_at: Callable[[int | None], list[int]],
 ) -> None:
     folder = tmp_path / "cut"
     monkeypatch.setattr(end_to_end, "Settings", partial(Settings, save_every=4))
@@ -443,7 +524,12 @@ def test_another_run_in_the_same_folder_spoils_nothing(
 @pytest.mark.parametrize("change", ["plan", "tune", "densities", "header"])
 def test_what_decides_the_result_decides_whether_it_is_there(change: str, load: Load, tmp_path: Path) -> None:
     loaded, base = load("llama"), {"plan": make_plan("gate"), "rate": 4e-3, "densities": [0.5], "header": HEADER}
-    other: dict[str, Any] = {"plan": make_plan("gate", 0.01), "tune": 8e-3, "densities": [0.4], "header": HEADER.model_copy(update={"seed": 1})}
+    other: dict[str, Any] = {
+        "plan": make_plan("gate", 0.01),
+        "tune": 8e-3,
+        "densities": [0.4],
+        "header": HEADER.model_copy(update={"seed": 1}),
+    }
 
     def go(folder: Path, plan: Plan, rate: float, densities: list[float], header: Header) -> list[Plan]:
         tune = Tune(steps=3, rate=rate, precision="fp32")

@@ -1,4 +1,6 @@
-"""The windows of a training step in threads of their own: the same loss and gradients as in one, the same bits every time, and nothing left behind."""
+"""The windows of a training step in threads of their own: the same loss and gradients as in one, the same bits every
+time, and nothing left behind.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def _objective(tiny_model: Callable[[str], Path]) -> Iterator[EndToEnd]:
     generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
     plan: Plan = {Site(layer): [fresh_predictor(D, N, 12, generator)] for layer in range(2)}
     tokens = torch.randint(3, VOCAB, (2, 24), generator=generator)
-    yield EndToEnd(model, arch, arch.activation(model.config), plan, Settings(10, 4, 4e-3), [0.5], 0.5, 0.2, False, tokens)
+    yield EndToEnd(
+        model, arch, arch.activation(model.config), plan, Settings(10, 4, 4e-3), [0.5], 0.5, 0.2, False, tokens
+    )
     torch.set_num_threads(before)
 
 
@@ -50,7 +54,11 @@ def step(objective: EndToEnd, count: int, threads: int) -> tuple[float, dict[str
     loss = objective.loss(*windows(count), step=3)
     loss.backward()
     assert torch.get_num_threads() == threads
-    return float(loss.detach()), objective.figures, torch.cat([leaf.grad.flatten() for leaf in leaves if leaf.grad is not None])
+    return (
+        float(loss.detach()),
+        objective.figures,
+        torch.cat([leaf.grad.flatten() for leaf in leaves if leaf.grad is not None]),
+    )
 
 
 @pytest.mark.parametrize(("count", "threads"), [(2, 2), (4, 2), (3, 2), (3, 8)])

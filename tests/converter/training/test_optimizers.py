@@ -1,4 +1,6 @@
-"""AdamW and Muon as the loop makes them: who takes which tensor, decay of matrices only, and Muon against its formula."""
+"""AdamW and Muon as the loop makes them: who takes which tensor, decay of matrices only, and Muon against
+its formula.
+"""
 
 from __future__ import annotations
 

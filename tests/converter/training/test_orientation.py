@@ -18,8 +18,15 @@ from sparsegate.converter.arch.site import Site
 from sparsegate.converter.training.signs import orient
 from sparsegate.runtime_onnx.errors import InputError
 
-TOKENS = torch.randint(3, 290, (11, 24), generator=torch.Generator().manual_seed(4))  # more windows than go through at once
-CASES = {"llama": ("llama", {}), "biases": ("llama", {"mlp_bias": True}), "phi3": ("phi3", {}), "gemma2": ("gemma2", {})}
+TOKENS = torch.randint(
+    3, 290, (11, 24), generator=torch.Generator().manual_seed(4)
+)  # more windows than go through at once
+CASES = {
+    "llama": ("llama", {}),
+    "biases": ("llama", {"mlp_bias": True}),
+    "phi3": ("phi3", {}),
+    "gemma2": ("gemma2", {}),
+}
 ACTS = {"silu": F.silu, "gelu_tanh": lambda v: F.gelu(v, approximate="tanh")}
 
 
@@ -40,31 +47,49 @@ def logits(model) -> Tensor:
 
 @torch.no_grad()
 def energies(model, activation: str) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """By layer: each neuron's energy where gate and up are positive, where gate is positive and up is not, and all of it; [n] fp64, from the matrices."""
+    """By layer: each neuron's energy where gate and up are positive, where gate is positive and up is not, and all of
+    it; [n] fp64, from the matrices.
+    """
     found = {}
     for layer, block in enumerate(model.model.layers):
         seen: list[Tensor] = []
-        handle = block.mlp.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0].flatten(0, 1).double()))
+        handle = block.mlp.register_forward_pre_hook(
+            lambda _, given, seen=seen: seen.append(given[0].flatten(0, 1).double())
+        )
         model(input_ids=TOKENS)
         handle.remove()
         rows = [list(block.mlp.gate_up_proj.parameters())] if hasattr(block.mlp, "gate_up_proj") else []
-        pairs = [p.chunk(2) for p in rows[0]] if rows else list(zip(block.mlp.gate_proj.parameters(), block.mlp.up_proj.parameters(), strict=True))
+        pairs = (
+            [p.chunk(2) for p in rows[0]]
+            if rows
+            else list(zip(block.mlp.gate_proj.parameters(), block.mlp.up_proj.parameters(), strict=True))
+        )
         g, u = (F.linear(seen[0], *(p[k].double() for p in pairs)) for k in (0, 1))
         z = ACTS[activation](g) * u
-        found[layer] = tuple((z.square() * side).sum(0) for side in ((g > 0) & (u > 0), (g > 0) & (u <= 0), torch.ones_like(z)))
+        found[layer] = tuple(
+            (z.square() * side).sum(0) for side in ((g > 0) & (u > 0), (g > 0) & (u <= 0), torch.ones_like(z))
+        )
     return found
 
 
 def up_and_down(model, layer: int) -> tuple[list[Tensor], Tensor]:
     mlp = model.model.layers[layer].mlp
-    ups = [p[-176:] for p in mlp.gate_up_proj.parameters()] if hasattr(mlp, "gate_up_proj") else list(mlp.up_proj.parameters())
+    ups = (
+        [p[-176:] for p in mlp.gate_up_proj.parameters()]
+        if hasattr(mlp, "gate_up_proj")
+        else list(mlp.up_proj.parameters())
+    )
     return [p.detach().clone() for p in ups], mlp.down_proj.weight.detach().clone()
 
 
 def test_the_model_stays_and_signs_are_brute_forces(case) -> None:
     model, arch, activation = copy.deepcopy(case[0]), *case[1:]
     before, wanted, weights = logits(model), energies(model, activation), [up_and_down(model, k) for k in range(2)]
-    others = {name: p.detach().clone() for name, p in model.named_parameters() if not any(part in name for part in ("up_proj", "down_proj.weight"))}
+    others = {
+        name: p.detach().clone()
+        for name, p in model.named_parameters()
+        if not any(part in name for part in ("up_proj", "down_proj.weight"))
+    }
     kept = orient(model, arch, activation, TOKENS)
     assert list(kept) == [Site(0), Site(1)]
     assert float((logits(model) - before).abs().max()) <= 1e-6 * float(before.abs().max())
@@ -73,9 +98,10 @@ def test_the_model_stays_and_signs_are_brute_forces(case) -> None:
         assert 0.2 < float(flipped.float().mean()) < 0.8
         signs = torch.where(flipped, -1.0, 1.0)
         (ups, down), (ups_now, down_now) = weights[layer], up_and_down(model, layer)
-        assert all(torch.equal(now, old * signs.view(-1, *[1] * (old.dim() - 1))) for now, old in zip(ups_now, ups, strict=True)) and torch.equal(
-            down_now, down * signs
-        )
+        assert all(
+            torch.equal(now, old * signs.view(-1, *[1] * (old.dim() - 1)))
+            for now, old in zip(ups_now, ups, strict=True)
+        ) and torch.equal(down_now, down * signs)
         share = float(torch.maximum(positive, negative).sum() / total.sum())
         assert kept[Site(layer)] == pytest.approx(share, rel=1e-5)
         opened = float((positive + negative).sum() / total.sum())

@@ -1,4 +1,6 @@
-"""The objective of recovery training: its terms against direct formulas, the penalty's gradient against autograd, the controllers, and predictors."""
+"""The objective of recovery training: its terms against direct formulas, the penalty's gradient against autograd, the
+controllers, and predictors.
+"""
 
 from __future__ import annotations
 
@@ -39,20 +41,29 @@ def _model(tiny_model: Callable[[str], Path]) -> Model:
 
 
 def asked(**changes: Any) -> Recovery:
-    return Recovery.model_validate({"steps": 20, "windows": 4, "precision": "fp32", "penalty": {"weight": 0.0}} | changes)
+    return Recovery.model_validate(
+        {"steps": 20, "windows": 4, "precision": "fp32", "penalty": {"weight": 0.0}} | changes
+    )
 
 
-def objective(student: Any, teacher: Any | None, recovery: Recovery, model_type: str = "llama", **given: Any) -> RecoveryObjective:
+def objective(
+    student: Any, teacher: Any | None, recovery: Recovery, model_type: str = "llama", **given: Any
+) -> RecoveryObjective:
     arch = load_arch(model_type)
     sites = arch.sites(student.config)
     trained = dict(student.named_parameters())
-    return RecoveryObjective(student, teacher, arch, "silu", sites, recovery, settings_of(recovery, 0), trained, **given)
+    return RecoveryObjective(
+        student, teacher, arch, "silu", sites, recovery, settings_of(recovery, 0), trained, **given
+    )
 
 
 def inner(student: Any, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Gate and up products [T, n] of every block, with gradients, from a plain pass."""
     found: list[tuple[Tensor, Tensor]] = []
-    hooks = [b.mlp.register_forward_pre_hook(lambda m, x: found.append((m.gate_proj(x[0])[mask], m.up_proj(x[0])[mask]))) for b in student.model.layers]
+    hooks = [
+        b.mlp.register_forward_pre_hook(lambda m, x: found.append((m.gate_proj(x[0])[mask], m.up_proj(x[0])[mask])))
+        for b in student.model.layers
+    ]
     student(input_ids=TOKENS, attention_mask=mask.long(), use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -84,7 +95,11 @@ def test_divergence_and_cross_entropy(mask: Tensor, model: Model) -> None:
     pairs = [(b, t) for b, t in mask.nonzero() if t + 1 < 12 and mask[b, t + 1]]
     lm = float(sum(-q[b, t, TOKENS[b, t + 1]] for b, t in pairs) / len(pairs))
     assert float(loss.detach()) == pytest.approx(2 * kl + 0.5 * lm, rel=1e-4)
-    assert found.figures["kl"] == pytest.approx(kl, rel=1e-4) and found.figures["lm"] == pytest.approx(lm, rel=1e-4) and kl > 0.01
+    assert (
+        found.figures["kl"] == pytest.approx(kl, rel=1e-4)
+        and found.figures["lm"] == pytest.approx(lm, rel=1e-4)
+        and kl > 0.01
+    )
 
 
 def test_hidden_states_of_every_block(model: Model) -> None:
@@ -100,7 +115,9 @@ def test_hidden_states_of_every_block(model: Model) -> None:
             hook.remove()
         return found
 
-    parts = [float((h - t).square().sum() / t.square().sum()) for h, t in zip(states(student), states(teacher), strict=True)]
+    parts = [
+        float((h - t).square().sum() / t.square().sum()) for h, t in zip(states(student), states(teacher), strict=True)
+    ]
     assert float(loss.detach()) == pytest.approx(3 * sum(parts) / len(parts), rel=1e-5) and min(parts) > 1e-3
 
 
@@ -122,7 +139,9 @@ def test_l1_has_the_gradient_of_the_ratio(mask: Tensor, model: Model) -> None:
     wanted = gradients(student, direct)
     assert furthest(got, wanted) < 1e-4
     z = [F.relu(g) * F.relu(u) for g, u in inner(student, mask)]
-    detached = gradients(student, 0.7 * torch.stack([v.abs().mean() / v.detach().square().mean().sqrt() for v in z]).mean())
+    detached = gradients(
+        student, 0.7 * torch.stack([v.abs().mean() / v.detach().square().mean().sqrt() for v in z]).mean()
+    )
     assert furthest(detached, wanted) > 0.05, "a norm that shrinking lowers has another gradient"
 
 
@@ -138,13 +157,18 @@ def test_count_of_open_units(activation: str, model: Model) -> None:
         for g, u in inner(student, PADDED):
             rms = [v.detach().square().mean().sqrt() for v in (g, u)]
             margin = (g - (0.25 if "fat" in activation else 0.0)) / rms[0]
-            parts.append(torch.sigmoid((torch.minimum(margin, u / rms[1]) if activation == "drelu" else margin) / 0.5).mean())
+            parts.append(
+                torch.sigmoid((torch.minimum(margin, u / rms[1]) if activation == "drelu" else margin) / 0.5).mean()
+            )
         return 0.7 * torch.stack(parts).mean()
 
     direct = count()
     assert float(loss.detach()) == pytest.approx(float(direct.detach()), rel=1e-5)
     assert furthest(gradients(student, loss), gradients(student, count())) < 1e-4
-    share = [float(((g > (0.25 if "fat" in activation else 0)) & ((u > 0) | (activation != "drelu"))).float().mean()) for g, u in inner(student, PADDED)]
+    share = [
+        float(((g > (0.25 if "fat" in activation else 0)) & ((u > 0) | (activation != "drelu"))).float().mean())
+        for g, u in inner(student, PADDED)
+    ]
     assert found.figures["density"] == pytest.approx(sum(share) / len(share), abs=1e-6)
 
 
@@ -154,7 +178,9 @@ def test_scales_are_those_of_the_step_before(model: Model) -> None:
     first = float(found.loss(TOKENS, WHOLE, 18).detach())
     with torch.no_grad():
         student.model.layers[0].mlp.gate_proj.weight.mul_(3)
-    old, fresh = (float(each.loss(TOKENS, WHOLE, 19).detach()) for each in (found, objective(student, None, found.asked)))
+    old, fresh = (
+        float(each.loss(TOKENS, WHOLE, 19).detach()) for each in (found, objective(student, None, found.asked))
+    )
     assert fresh == pytest.approx(first, rel=1e-2) and abs(old - fresh) > 1e-3
 
 
@@ -173,7 +199,12 @@ def test_growth_by_hand() -> None:
 def test_path_of_what_is_predicted() -> None:
     line = Joint(density=0.25)
     assert [predicted_path(line, at) for at in (0, 0.25, 0.5, 0.9)] == [1, 0.625, 0.25, 0.25]
-    assert [predicted_path(Joint(density=0.25, ramp=0.4, path="geometric"), at) for at in (0, 0.2, 0.4, 1)] == [1, 0.5, 0.25, 0.25]
+    assert [predicted_path(Joint(density=0.25, ramp=0.4, path="geometric"), at) for at in (0, 0.2, 0.4, 1)] == [
+        1,
+        0.5,
+        0.25,
+        0.25,
+    ]
 
 
 def test_the_weight_leads_to_the_density(model: Model) -> None:
@@ -185,9 +216,15 @@ def test_the_weight_leads_to_the_density(model: Model) -> None:
         found._steer(density, step)
         density += 0.2 * (0.4 / (1 + 2 * found._weight(step)) - density)
         seen.append(density)
-    assert found.begin == 0.4 and found.path(399) == pytest.approx(0.1) and found.path(99) == pytest.approx((0.4 * 0.1) ** 0.5, rel=0.02)
+    assert (
+        found.begin == 0.4
+        and found.path(399) == pytest.approx(0.1)
+        and found.path(99) == pytest.approx((0.4 * 0.1) ** 0.5, rel=0.02)
+    )
     assert seen[-1] == pytest.approx(0.1, rel=0.05) and min(seen) > 0.08
-    assert found.path(100) < seen[100] < 0.3 and found.path(150) < seen[150] < 0.2, "on the way it follows the path, with a lag"
+    assert found.path(100) < seen[100] < 0.3 and found.path(150) < seen[150] < 0.2, (
+        "on the way it follows the path, with a lag"
+    )
 
 
 def test_state_round_trip(model: Model) -> None:
@@ -197,7 +234,9 @@ def test_state_round_trip(model: Model) -> None:
         first.loss(TOKENS, WHOLE, step)
         first.after(step)
     second.restore(first.state())
-    assert {k: v for k, v in second.state().items() if k != "cpu_seconds"} == {k: v for k, v in first.state().items() if k != "cpu_seconds"}
+    assert {k: v for k, v in second.state().items() if k != "cpu_seconds"} == {
+        k: v for k, v in first.state().items() if k != "cpu_seconds"
+    }
     goes_on = second.loss(TOKENS, PADDED, 3)
     assert torch.equal(first.loss(TOKENS, PADDED, 3), goes_on)
     third = objective(model(), model(None), settings)
@@ -221,7 +260,9 @@ def test_controllers_are_led_once_a_step(model: Model) -> None:
     by_hand = objective(model(), None, settings)
     for step, density in enumerate((0.4, first_of_the_second, rest_and_first_of_the_third)):
         by_hand._steer(density, step)
-    assert (several.mean, several.weight) == pytest.approx((by_hand.mean, by_hand.weight), rel=1e-12) and several.weight != one.weight
+    assert (several.mean, several.weight) == pytest.approx(
+        (by_hand.mean, by_hand.weight), rel=1e-12
+    ) and several.weight != one.weight
     assert several.pending["density"].count == 1
 
 
@@ -243,15 +284,24 @@ def test_predictors_are_trained_with_the_weights(model: Model) -> None:
     student = model()
     arch, recovery = load_arch("llama"), asked(predictors={"density": 0.2}, steps=10)
     generator = torch.Generator().manual_seed(0)
-    units = {site: make_unit(fresh_predictor(64, 176, 8, generator), torch.device("cpu"), 1.0) for site in arch.sites(student.config)}
+    units = {
+        site: make_unit(fresh_predictor(64, 176, 8, generator), torch.device("cpu"), 1.0)
+        for site in arch.sites(student.config)
+    }
     found = objective(student, model(None), recovery, units=units)
     names = set(found.parameters())
     assert {"layers.1.ffn.fc1", "layers.0.ffn.bias", "model.layers.0.mlp.up_proj.weight"} <= names
     loss = found.loss(TOKENS, WHOLE, 9)
     loss.backward()
-    assert all(each.tensor.grad is not None and bool(each.tensor.grad.any()) for name, each in found.parameters().items() if "ffn" in name)
+    assert all(
+        each.tensor.grad is not None and bool(each.tensor.grad.any())
+        for name, each in found.parameters().items()
+        if "ffn" in name
+    )
     kept = found.figures["predicted"]
-    assert 0.9 < kept <= 1.0 and found.figures["price"] == pytest.approx(0.1 * (kept - 0.2)), "fresh ones keep nearly everything, which has a price"
+    assert 0.9 < kept <= 1.0 and found.figures["price"] == pytest.approx(0.1 * (kept - 0.2)), (
+        "fresh ones keep nearly everything, which has a price"
+    )
     # everything ruled out: the networks give nothing, and the weights behind them get no gradient
     for unit in units.values():
         unit.tensors["bias"].data.fill_(-1e4)

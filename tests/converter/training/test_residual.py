@@ -66,7 +66,9 @@ def test_residual_is_the_ridge_solution_layer_by_layer(source, batches: Batches)
         assert isinstance(entry, Predictor) and entry.residual is not None and entry.residual.shape == (RANK, 64)
         hidden = torch.relu(x @ entry.fc1.T).double()
         gram = hidden.T @ hidden
-        expected = torch.linalg.solve(gram + 1e-3 * gram.diagonal().mean() * torch.eye(RANK), hidden.T @ (dense - masked).double())
+        expected = torch.linalg.solve(
+            gram + 1e-3 * gram.diagonal().mean() * torch.eye(RANK), hidden.T @ (dense - masked).double()
+        )
         assert torch.allclose(entry.residual.double(), expected, atol=1e-5, rtol=1e-4)
         left = (dense - masked).double() - hidden @ expected
         assert float(left.square().sum()) < 0.97 * float((dense - masked).double().square().sum())
@@ -77,7 +79,12 @@ def test_gates_get_the_directions_of_reduced_rank_regression(source, batches: Ba
     model, activation = load_dense(source.folder), source.arch.activation(source.config)
     plan: Plan = {Site(0): [Threshold("gate", torch.full((176,), 0.3), 0.5)]}
     entry = add_residuals(model, source.arch, activation, plan, batches, 8)[Site(0)][0]
-    assert isinstance(entry, Threshold) and entry.fc1 is not None and entry.residual is not None and entry.fc1.shape == (8, 64)
+    assert (
+        isinstance(entry, Threshold)
+        and entry.fc1 is not None
+        and entry.residual is not None
+        and entry.fc1.shape == (8, 64)
+    )
     assert torch.equal(entry.fc1[:4], -entry.fc1[4:])
     x, masked, dense = (part.double() for part in outputs(model, source, plan, batches.tokens, 0))
     target = dense - masked

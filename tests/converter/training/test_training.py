@@ -25,15 +25,24 @@ from sparsegate.runtime_onnx.untrusted import read_json
 
 HEADER = Header(format="test")
 RATES = {"a": 1.0, "b": 0.25}
-WINDOWS = Batches(torch.randint(0, 50, (12, 4), generator=torch.Generator().manual_seed(5)), torch.ones(12, 4, dtype=torch.bool))
+WINDOWS = Batches(
+    torch.randint(0, 50, (12, 4), generator=torch.Generator().manual_seed(5)), torch.ones(12, 4, dtype=torch.bool)
+)
 
 
 class Quadratic:
-    """|a - c(tokens)|^2 / 8 + (1 + memory) |b|^4 / 8, fp64; `memory` is carried from step to step beside the tensors. `cut` raises in that step."""
+    """|a - c(tokens)|^2 / 8 + (1 + memory) |b|^4 / 8, fp64; `memory` is carried from step to step beside the tensors.
+    `cut` raises in that step.
+    """
 
-    def __init__(self, cut: int | None = None, twist: Callable[[Tensor, int], Tensor] = lambda loss, step: loss) -> None:
+    def __init__(
+        self, cut: int | None = None, twist: Callable[[Tensor, int], Tensor] = lambda loss, step: loss
+    ) -> None:
         g = torch.Generator().manual_seed(1)
-        self.tensors = {name: torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_() for name, shape in {"a": (3, 4), "b": (5,)}.items()}
+        self.tensors = {
+            name: torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_()
+            for name, shape in {"a": (3, 4), "b": (5,)}.items()
+        }
         self.memory, self.cut, self.twist = 0.0, cut, twist
         self.seen: list[tuple[int, list[list[int]]]] = []
 
@@ -68,7 +77,9 @@ def asked(**changes: float | str) -> Settings:
     return Settings(**({"steps": 40, "windows": 3, "rate": 0.05, "warm_up": 4, "levels": 2, "save_every": 8} | changes))  # type: ignore[arg-type]
 
 
-def run(objective: Quadratic, folder: Path, settings: Settings | None = None, header: Header = HEADER) -> tuple[list[dict[str, float]], list[int]]:
+def run(
+    objective: Quadratic, folder: Path, settings: Settings | None = None, header: Header = HEADER
+) -> tuple[list[dict[str, float]], list[int]]:
     levels: list[int] = []
     return train(objective, WINDOWS, settings or asked(), folder, header, levels.append), levels
 
@@ -90,16 +101,24 @@ def test_cosine_by_hand() -> None:
     assert found.factor(14) == pytest.approx(0.6 - 0.4 * 0.8660254)
 
 
-@given(st.integers(1, 200), st.integers(1, 4), st.integers(0, 60), st.floats(0, 1), st.sampled_from(["linear", "cosine"]))
+@given(
+    st.integers(1, 200), st.integers(1, 4), st.integers(0, 60), st.floats(0, 1), st.sampled_from(["linear", "cosine"])
+)
 @settings(max_examples=40)
-def test_factor_rises_to_one_and_falls_to_the_floor_in_every_level(steps: int, levels: int, warm_up: int, floor: float, schedule: str) -> None:
-    found = Settings(steps=steps * levels, windows=1, rate=1.0, warm_up=warm_up, levels=levels, floor=floor, schedule=schedule)  # type: ignore[arg-type]
+def test_factor_rises_to_one_and_falls_to_the_floor_in_every_level(
+    steps: int, levels: int, warm_up: int, floor: float, schedule: str
+) -> None:
+    found = Settings(
+        steps=steps * levels, windows=1, rate=1.0, warm_up=warm_up, levels=levels, floor=floor, schedule=schedule
+    )  # type: ignore[arg-type]
     assert found.bounds() == [steps * (k + 1) for k in range(levels)]
     factors = [found.factor(step) for step in range(steps * levels)]
     one = factors[:steps]
     assert factors == one * levels, "every level runs alike"
     peak = one.index(max(one))
-    assert one[peak] == pytest.approx(1.0) and peak == min(warm_up, steps // 4), "warm-up takes a quarter of a level at most"
+    assert one[peak] == pytest.approx(1.0) and peak == min(warm_up, steps // 4), (
+        "warm-up takes a quarter of a level at most"
+    )
     assert one[: peak + 1] == sorted(one[: peak + 1]) and one[peak:] == sorted(one[peak:], reverse=True)
     last = 1 / (steps - peak)
     last = last if schedule == "linear" else math.sin(math.pi / 2 * last) ** 2
@@ -172,7 +191,9 @@ def test_an_interrupted_run_ends_with_the_same_bits(cut: int, changes: dict[str,
 
 
 @pytest.mark.parametrize("forgotten", ["moments", "memory", "step"])
-def test_control_a_resume_that_forgets_something_ends_elsewhere(forgotten: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_a_resume_that_forgets_something_ends_elsewhere(
+    forgotten: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = Quadratic()
     run(whole, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -200,7 +221,14 @@ def test_levels_end_at_their_steps_and_not_again(tmp_path: Path) -> None:
 
     def go(cut: int | None) -> None:
         objective = Quadratic(cut)
-        train(objective, WINDOWS, asked(levels=3, steps=42), tmp_path, HEADER, lambda level: levels.append((level, objective.seen[-1][0] + 1)))
+        train(
+            objective,
+            WINDOWS,
+            asked(levels=3, steps=42),
+            tmp_path,
+            HEADER,
+            lambda level: levels.append((level, objective.seen[-1][0] + 1)),
+        )
 
     with pytest.raises(KeyboardInterrupt):
         go(30)
@@ -254,11 +282,16 @@ def test_a_state_of_another_version_is_not_taken(tmp_path: Path) -> None:
 
 
 class Masked:
-    """Mean over positions that are not padding of (w . f(token) - token / 50)^2, fp64; tensor `idle` gets no gradient."""
+    """Mean over positions that are not padding of (w . f(token) - token / 50)^2, fp64; tensor `idle` gets
+    no gradient.
+    """
 
     def __init__(self, weighs: bool = True) -> None:
         g = torch.Generator().manual_seed(2)
-        self.w, self.idle = torch.randn(6, generator=g, dtype=torch.float64).requires_grad_(), torch.ones(2, requires_grad=True)
+        self.w, self.idle = (
+            torch.randn(6, generator=g, dtype=torch.float64).requires_grad_(),
+            torch.ones(2, requires_grad=True),
+        )
         self.weighs, self.calls = weighs, 0
 
     def parameters(self) -> dict[str, tuple[Tensor, float]]:
@@ -289,19 +322,33 @@ def test_micro_batches_are_one_batch(windows: int, accumulate: int, calls: int, 
     joint, parts = Masked(), Masked()
     whole = min(windows * accumulate, 12)
     expected = train(joint, padded(), asked(windows=whole, levels=1), tmp_path / "a", HEADER, lambda level: None)
-    curve = train(parts, padded(), asked(windows=windows, accumulate=accumulate, levels=1), tmp_path / "b", HEADER, lambda level: None)
+    curve = train(
+        parts,
+        padded(),
+        asked(windows=windows, accumulate=accumulate, levels=1),
+        tmp_path / "b",
+        HEADER,
+        lambda level: None,
+    )
     assert parts.calls == 40 * calls and joint.calls == 40
     assert float((parts.w - joint.w).detach().abs().max()) < 1e-12 and torch.equal(parts.idle, torch.ones(2))
     assert [row["loss"] for row in curve] == pytest.approx([row["loss"] for row in expected], rel=1e-12)
-    assert [row["tokens"] for row in curve] == [row["tokens"] for row in expected] and curve[-1]["tokens"] < 40 * whole * 4
+    assert [row["tokens"] for row in curve] == [row["tokens"] for row in expected] and curve[-1][
+        "tokens"
+    ] < 40 * whole * 4
 
 
 def test_control_micro_batches_weigh_by_positions(tmp_path: Path) -> None:
     joint, parts = Masked(), Masked()
     train(joint, padded(), asked(windows=6), tmp_path / "a", HEADER, lambda level: None)
     even = Batches(padded().tokens, torch.ones(12, 4, dtype=torch.bool))
-    plain, masks = parts.loss, {tuple(row.tolist()): mask for row, mask in zip(padded().tokens, padded().mask, strict=True)}
-    parts.loss = lambda tokens, mask, step: plain(tokens, torch.stack([masks[tuple(row)] for row in tokens.tolist()]), step)  # type: ignore[method-assign]
+    plain, masks = (
+        parts.loss,
+        {tuple(row.tolist()): mask for row, mask in zip(padded().tokens, padded().mask, strict=True)},
+    )
+    parts.loss = lambda tokens, mask, step: plain(
+        tokens, torch.stack([masks[tuple(row)] for row in tokens.tolist()]), step
+    )  # type: ignore[method-assign]
     train(parts, even, asked(windows=2, accumulate=3), tmp_path / "b", HEADER, lambda level: None)
     assert float((parts.w - joint.w).detach().abs().max()) > 1e-3, "a mean of means is another"
 
@@ -323,7 +370,18 @@ def test_a_tensor_without_gradient_resumes(tmp_path: Path) -> None:
 
 def test_settings_of_a_recipe() -> None:
     found = settings_of(
-        Recovery(steps=7, windows=3, accumulate=4, rate=0.3, floor=0.2, warm_up=2, schedule="linear", optimizer="muon", betas=(0.8, 0.7), weight_decay=0.1),
+        Recovery(
+            steps=7,
+            windows=3,
+            accumulate=4,
+            rate=0.3,
+            floor=0.2,
+            warm_up=2,
+            schedule="linear",
+            optimizer="muon",
+            betas=(0.8, 0.7),
+            weight_decay=0.1,
+        ),
         seed=9,
     )
     assert found == Settings(7, 3, 0.3, 2, 1, 0.2, 9, 100, 4, "linear", "muon", (0.8, 0.7), 0.1, 1.0, 60.0, True)

@@ -1,4 +1,6 @@
-"""What two gloo processes run for test_distributed.py, and one process for comparison: small trainings of a model with tied embeddings and swapped blocks."""
+"""What two gloo processes run for test_distributed.py, and one process for comparison: small trainings of a model with
+tied embeddings and swapped blocks.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def windows() -> Batches:
 
 
 class Causal:
-    """The next token's cross-entropy, mean over positions that are not padding. In step `cut` it stops; in `nan` the second process's loss is no number."""
+    """The next token's cross-entropy, mean over positions that are not padding. In step `cut` it stops; in `nan` the
+    second process's loss is no number.
+    """
 
     def __init__(self, model: Any, tensors: dict[str, Tensor], cut: int | None = None, nan: int | None = None) -> None:
         self.model, self.tensors, self.cut, self.nan, self.steps = model, tensors, cut, nan, []
@@ -79,7 +83,9 @@ class Causal:
 
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
-    """The tiny model, its first block's activation swapped; every process but the first has other values, which must not matter."""
+    """The tiny model, its first block's activation swapped; every process but the first has other values, which must
+    not matter.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval().to(dtype)
     swap(model.model.layers[0].mlp, load_arch("llama"), "drelu")
     if world().rank:
@@ -101,18 +107,25 @@ def go(
     saves: bool = False,
     **objective: Any,
 ) -> tuple[dict[str, Tensor], list[Row], list[int]]:
-    """Train; returns the weights, the curve and the steps begun. `rank` is that of low-rank updates, 0 trains all weights."""
+    """Train; returns the weights, the curve and the steps begun. `rank` is that of low-rank updates, 0 trains all
+    weights.
+    """
     model = load(folder, dtype)
     if rank:
         model.requires_grad_(False)
         add_lora(model, linear_names(model, "model.layers."), rank, 8.0, 0)
     if sharded:
         shard(model, model.model.layers)
-        assert type(model.model.layers[0].mlp).__name__ == "SwappedLlamaMLP" and model.lm_head.weight is model.model.embed_tokens.weight
+        assert (
+            type(model.model.layers[0].mlp).__name__ == "SwappedLlamaMLP"
+            and model.lm_head.weight is model.model.embed_tokens.weight
+        )
     elif rank:
         share_tensors(model.parameters())
     found = Causal(model, lora_tensors(model) if rank else dict(model.named_parameters()), **objective)
-    settings = Settings(steps, 4, rate, 2, accumulate=2, optimizer=optimizer, weight_decay=0.1, save_every=2 if saves else 100)  # type: ignore[arg-type]
+    settings = Settings(
+        steps, 4, rate, 2, accumulate=2, optimizer=optimizer, weight_decay=0.1, save_every=2 if saves else 100
+    )  # type: ignore[arg-type]
     with ExitStack() as stack:
         if sharded:
             stack.enter_context(checkpointed(model))
@@ -192,7 +205,9 @@ def _small(folder: Path) -> dict[str, Any]:
         "input error": _message(lambda: _raise(InputError("the disk is full"), 1)),
         "other error": _message(lambda: _raise(KeyError("gone"), 0)),
         "loss": _message(lambda: go(folder, "nan", nan=2)),
-        "windows": _message(lambda: train(causal, windows(), odd, folder / "states" / "odd", HEADER, lambda level: None)),
+        "windows": _message(
+            lambda: train(causal, windows(), odd, folder / "states" / "odd", HEADER, lambda level: None)
+        ),
         "file": _message(lambda: _save_into_a_file(folder, full)),
     }
 
@@ -206,9 +221,13 @@ def _save_into_a_file(folder: Path, full: Path) -> None:
 
 
 def work(rank: int, port: int, folder: Path) -> None:
-    """One of two processes: runs everything and leaves its results as `<name>.<rank>.safetensors` and `results.<rank>.json`."""
+    """One of two processes: runs everything and leaves its results as `<name>.<rank>.safetensors` and
+    `results.<rank>.json`.
+    """
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     results: dict[str, Any] = {}
     with processes("cpu") as device:
         results |= {"device": str(device), **_small(folder)}
@@ -231,7 +250,11 @@ def work(rank: int, port: int, folder: Path) -> None:
         logits = model(input_ids=windows().tokens, use_cache=False).logits
         logits.float().square().mean().backward()
         if whole is not None:
-            results["bf16"] = [float((logits.detach().float() - whole.detach()).norm() / whole.norm()), str(logits.dtype), str(model.lm_head.weight.grad.dtype)]
+            results["bf16"] = [
+                float((logits.detach().float() - whole.detach()).norm() / whole.norm()),
+                str(logits.dtype),
+                str(model.lm_head.weight.grad.dtype),
+            ]
     write_json(folder / f"results.{rank}.json", results)
 
 

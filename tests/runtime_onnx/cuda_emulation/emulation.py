@@ -30,8 +30,20 @@ def compiler() -> str | None:
 
 
 def build(folder: Path) -> Path:
-    """Compiles the emulation into `folder` and returns the library; RuntimeError with the compiler's words if that fails."""
-    command = [compiler() or "g++", "-std=c++17", "-O1", "-fPIC", "-w", "-fsanitize=bounds,alignment", "-fno-sanitize-recover=all", f"-I{HERE}", f"-I{SOURCES}"]
+    """Compiles the emulation into `folder` and returns the library; RuntimeError with the compiler's words if that
+    fails.
+    """
+    command = [
+        compiler() or "g++",
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-w",
+        "-fsanitize=bounds,alignment",
+        "-fno-sanitize-recover=all",
+        f"-I{HERE}",
+        f"-I{SOURCES}",
+    ]
     sources = [SOURCES / name for name in (*KERNELS, *SHARED)] + [HERE / "emulator.cc", HERE / "entry.cc"]
 
     def call(arguments: Iterable[str]) -> None:
@@ -52,7 +64,9 @@ def build(folder: Path) -> Path:
 
 
 class Guarded:
-    """Bytes that end at a page which must not be touched (up to 15 bytes before it, so that the address is a multiple of 16)."""
+    """Bytes that end at a page which must not be touched (up to 15 bytes before it, so that the address is a multiple
+    of 16).
+    """
 
     def __init__(self, size: int, fill: int = 0xFF) -> None:
         pages = (size + 15) // _PAGE + 1
@@ -85,12 +99,20 @@ class Emulation:
         self._library = ctypes.CDLL(str(library))
 
     def run(
-        self, op: str, variant: str, roles: tuple[str, ...], tensors: Mapping[str, np.ndarray], x: np.ndarray, width: int, reverse: bool = False
+        self,
+        op: str,
+        variant: str,
+        roles: tuple[str, ...],
+        tensors: Mapping[str, np.ndarray],
+        x: np.ndarray,
+        width: int,
+        reverse: bool = False,
     ) -> np.ndarray:
-        """y [T, width] of x [T, columns] for op "gated_mlp" or "sparse_linear"; `roles` are all roles of the op. RuntimeError with the library's words.
+        """y [T, width] of x [T, columns] for op "gated_mlp" or "sparse_linear"; `roles` are all roles of the op.
+        RuntimeError with the library's words.
 
-        Inputs, output and scratch memory end at pages that must not be touched; scratch memory and output hold NaN before. `reverse` runs threads and
-        blocks in falling order.
+        Inputs, output and scratch memory end at pages that must not be touched; scratch memory and output hold NaN
+        before. `reverse` runs threads and blocks in falling order.
         """
         held = {role: Guarded.of(value) for role, value in tensors.items()}
         count = len(roles)
@@ -104,7 +126,14 @@ class Emulation:
         self._library.set_reversed(ctypes.c_int(reverse))
 
         def call(scratch: ctypes.c_void_p) -> None:
-            pointers = [ctypes.c_void_p(rows.address), ctypes.c_void_p(y.address), ctypes.c_int64(len(x)), scratch, ctypes.byref(needed), None]
+            pointers = [
+                ctypes.c_void_p(rows.address),
+                ctypes.c_void_p(y.address),
+                ctypes.c_int64(len(x)),
+                scratch,
+                ctypes.byref(needed),
+                None,
+            ]
             wrong = function(variant.encode(), data, types, sizes, *pointers)
             if wrong:
                 raise RuntimeError(wrong.decode())
