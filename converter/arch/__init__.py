@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ...runtime_onnx.errors import InputError
+from ...runtime_onnx.ops.activation import cuts_up
 from .site import Site
 
 _FOLDER = Path(__file__).parent
@@ -130,6 +131,14 @@ class Arch(BaseModel):
                 "a model with one of these activations."
             )
         return ACTIVATIONS[name]
+
+    def check_activation(self, activation: str, network: str = "a plain network") -> None:
+        """Raise InputError for an activation of two products, drelu, where the network has one; `network` is named."""
+        if self.ffn.kind == "plain" and cuts_up(activation):
+            raise InputError(
+                f"The activation of {network} must be one of a single product, got {activation} in {self.model_type}. "
+                "Use relu."
+            )
 
     def sites(self, config: Any) -> list[Site]:
         """Every feed-forward site, in layer order."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...runtime_onnx.errors import InputError
-from ...runtime_onnx.ops.activation import split_activation
+from ...runtime_onnx.ops.activation import cuts_up, split_activation
 from ..arch import Arch, load_arch
 from ..checkpoint.model_check import meta_model
 from ..checkpoint.source import Source
@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "drelu": F.relu,
     "identity": lambda v: v,
 }
-"""Of the gate (a plain network's up projection), by the op's name; dReLU's other half is `ffn_parts`'."""
+"""Of the gate (a plain network's up projection), by the op's name; dReLU's other half is `parts_of`'."""
 _PARAMETRIC: dict[str, Callable[[Tensor, float], Tensor]] = {
     "fatrelu": lambda v, b: torch.where(v <= b, 0.0, v),
     "shifted_relu": lambda v, b: F.relu(v - b),
@@ -75,12 +75,15 @@ def ffn_parts(module: Any, arch: Arch, activation: str, x: Tensor) -> Parts:
     """Compute `Parts` of the feed-forward `module` for x [..., d]; an activation that it was swapped to goes before the
     given one.
     """
-    activation = ffn_activation(module, activation)
-    before, up = ffn_products(module, arch, x)
+    return parts_of(ffn_activation(module, activation), *ffn_products(module, arch, x))
+
+
+def parts_of(activation: str, before: Tensor, up: Tensor | None) -> Parts:
+    """`Parts` of the products [..., n] that `ffn_products` gives; dReLU cuts up at zero too."""
     gate = activate(activation, before)
     if up is None:
         return Parts(gate, None, gate)
-    if activation == "drelu":
+    if cuts_up(activation):
         up = F.relu(up)
     return Parts(gate, up, gate * up)
 
@@ -96,11 +99,7 @@ def swap(module: Any, arch: Arch, activation: str) -> None:
         split_activation(activation)
     except ValueError as error:
         raise InputError(str(error)) from None
-    if activation == "drelu" and arch.ffn.kind == "plain":
-        raise InputError(
-            f"The activation of a plain network must be one of a single product, got drelu in {arch.model_type}. Use "
-            "relu."
-        )
+    arch.check_activation(activation)
     if "swapped" not in vars(module):
         module.__class__ = _swapped_class(type(module), arch.model_type)
     module.swapped = activation

@@ -291,11 +291,7 @@ def _check_fit(config: Any, plan: Plan, arch: Arch) -> None:
             raise InputError(
                 f"A plan must hold sites up to {sites[-1].key}, got {site.key}. Take the plan of this very model."
             )
-        if arch.ffn.kind == "plain" and activation_at(entries, "") == "drelu":
-            raise InputError(
-                f"The activation of {site.key} must be one of a single product in {arch.model_type}, got drelu. Use "
-                "relu."
-            )
+        arch.check_activation(activation_at(entries, ""), site.key)
         entry = deciding(entries)
         width = () if isinstance(entry, Threshold) and entry.fc1 is None else (entry.rank,)
         expected = {

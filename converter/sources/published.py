@@ -130,10 +130,7 @@ def normal_config(raw: dict[str, Any], activation: str | None = None) -> dict[st
         split_activation(found)
     except ValueError as error:
         raise InputError(str(error)) from None
-    if found == "drelu" and arch.ffn.kind == "plain":
-        raise InputError(
-            f"The activation of a plain network must be one of a single product, got drelu for {model_type}. Use relu."
-        )
+    arch.check_activation(found)
     stock = next((name for name, ours in ACTIVATIONS.items() if ours == found), None)
     base_activation = stock or (row.base_activation if row else _stock_activation(raw, arch))
     base = _carried(raw, arch) | {

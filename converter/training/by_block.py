@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...runtime_onnx.errors import InputError
+from ...runtime_onnx.ops.activation import cuts_up
 from ...runtime_onnx.untrusted import read_json
 from ..arch import Arch
 from ..arch.site import Site
@@ -360,7 +361,7 @@ def recover_by_block(
             fit = Fit(fitted.get_submodule(arch.ffn.module), arch, arch.activation(teacher.config), tail, rows, l1)
             fit.half = precision == "bf16" or (precision == "auto" and multiplies_bf16(fit.device))
             stage = header.model_copy(update={"config": config | {"site": site.key}})
-            if turned and fit.network.swapped == "drelu":
+            if turned and cuts_up(fit.network.swapped):
                 fit.turn()
             curve.append({"layer": layer, **_recovered(fit, settings, seed, folder / site.key, stage)})
             _advance(dense, own, fit)

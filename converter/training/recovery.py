@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...runtime_onnx.ops.activation import split_activation
+from ...runtime_onnx.ops.activation import cuts_up, split_activation
 from ..arch import Arch
 from ..arch.site import Site
-from ..modeling.blocks import activate, ffn_activation, ffn_down, ffn_products
+from ..modeling.blocks import ffn_activation, ffn_down, ffn_products, parts_of
 from ..modeling.distributed import multiplies_bf16, sum_over_processes
 from ..modeling.losses import MLP_MARGIN, dejavu_loss, kl_divergence, straight_through
 from .optimizers import Trained
@@ -262,8 +262,7 @@ class RecoveryObjective:
         def forward(x: Tensor) -> Tensor:
             before, up = ffn_products(module, self.arch, x)
             name = ffn_activation(module, self.activation)
-            gate = activate(name, before)
-            z = gate if up is None else gate * (F.relu(up) if name == "drelu" else up)
+            gate, _, z = parts_of(name, before, up)
             rows = slice(None) if whole else mask
             sums = self._sums(known, name, before[rows], None if up is None else up[rows], z[rows])
             if site in self.units:
@@ -293,7 +292,7 @@ class RecoveryObjective:
             joint = sum_over_processes(torch.stack([*squares, squares[0].new_tensor(float(gate.numel()))]))
             known = float(joint[0] / joint[2]) ** 0.5, float(joint[1] / joint[2]) ** 0.5
         margin = (gate - cut) / max(known[0], 1e-10)
-        if kind == "drelu":
+        if cuts_up(kind):
             margin = torch.minimum(margin, up / max(known[1], 1e-10))
         found = {
             "soft": torch.sigmoid(margin / self.asked.penalty.softness).sum(),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...runtime_onnx.errors import InputError
+from ...runtime_onnx.ops.activation import cuts_up
 from ..arch import Arch
 from ..arch.site import Site
 from ..modeling.blocks import activate, ffn_activation, ffn_products
@@ -41,7 +42,7 @@ def orient(
     wanted = list(arch.sites(model.config) if sites is None else sites)
     modules = {site: model.get_submodule(arch.ffn_module(site.layer)) for site in wanted}
     for site, module in modules.items():
-        if ffn_activation(module, activation) == "drelu":
+        if cuts_up(ffn_activation(module, activation)):
             raise InputError(
                 f"{site.key} must be oriented while negative up still counts, got the activation drelu there. Orient "
                 "before the swap."

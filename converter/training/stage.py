@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...runtime_onnx.errors import InputError
+from ...runtime_onnx.ops.activation import cuts_up
 from ...runtime_onnx.untrusted import read_json
 from .. import progress
 from ..arch.site import Site
@@ -207,7 +208,7 @@ def _tune(
     teacher.requires_grad_(False)
     arch, own, sites = source.arch, source.arch.activation(source.config), source.arch.sites(source.config)
     wished = {site: activation or present(source, site) for site in sites}
-    turned = [site for site in sites if wished[site] == "drelu" != present(source, site)]
+    turned = [site for site in sites if cuts_up(wished[site]) and not cuts_up(present(source, site))]
     if turned:
         orient(student, arch, own, batches.tokens[:_PROBE], turned)
     for site, name in wished.items():

@@ -71,11 +71,7 @@ def _check(source: Source, stages: Sequence[Stage], device: str) -> None:
     for site in source.arch.sites(source.config):
         name = stages[0].config.get("activation") or present(source, site)
         check_exact(name)
-        if name == "drelu" and source.arch.ffn.kind == "plain":
-            raise InputError(
-                "The activation of a plain network must be one of a single product, got drelu in "
-                f"{source.arch.model_type}. Use relu."
-            )
+        source.arch.check_activation(name)
     for stage in stages:
         assert stage.tune is not None
         share_of(stage.tune.windows, "The windows of a micro-batch")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..genai_config import read_config
 from ..library import PROVIDERS, library_path, model_file
 from ..ops import gated_mlp, sparse_linear
+from ..ops.activation import cuts_up
 from ..session import Decoder, choose
 
 _BY_ROW = ("Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding", "MultiHeadAttention")
@@ -164,7 +165,7 @@ def set_opening(path: str | Path, rows: Sequence[Sequence[int]], opened: float, 
         variant, tensors = _read(node)
         kind, parameter = gated_mlp.split_activation(variant.activation)
         x = np.concatenate([found[name] for found in inputs])
-        for role, above in (("b_gate", parameter), ("b_up", 0.0))[: 2 if kind == "drelu" else 1]:
+        for role, above in (("b_gate", parameter), ("b_up", 0.0))[: 2 if cuts_up(kind) else 1]:
             _overwrite(node, role, above - _quantile(gated_mlp.product(variant, x, tensors, f"w{role[1:]}"), opened))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ops import gated_mlp
+from ..ops.activation import cuts_up
 from ..ops.quantisation import dequantise
 from .op_cases import MlpCase, union
 from .op_graphs import Form
@@ -27,7 +28,7 @@ RIGHT = 0.5
 
 def open_share(activation: str, share: float) -> float:
     """Of gates that are open, where this share of products is not zero: both signs of dReLU open independently."""
-    return share**0.5 if activation == "drelu" else share
+    return share**0.5 if cuts_up(activation) else share
 
 
 class ReluCase(MlpCase):
@@ -61,7 +62,7 @@ class ReluCase(MlpCase):
         self._score = None
         gate, up = (self.pool @ self._float(role).T for role in ("w_gate", "w_up"))
         self._open = gate > parameter
-        self._used = self._open & (up > 0) if kind == "drelu" else self._open
+        self._used = self._open & (up > 0) if cuts_up(kind) else self._open
 
     @property
     def exact(self) -> gated_mlp.Variant:

@@ -69,6 +69,13 @@ def is_relu(text: str) -> bool:
     return split_activation(text)[0] in RELUS
 
 
+def cuts_up(text: str) -> bool:
+    """Whether up is cut at zero as the gate is: dReLU is relu(gate) * relu(up). A plain network, which has no gate,
+    cannot compute it.
+    """
+    return text == "drelu"
+
+
 # float64
 
 

@@ -27,7 +27,17 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from .activation import ACTIVATIONS, PARAMETRIC, RELUS, activate, is_relu, relu, spell_activation, split_activation
+from .activation import (
+    ACTIVATIONS,
+    PARAMETRIC,
+    RELUS,
+    activate,
+    cuts_up,
+    is_relu,
+    relu,
+    spell_activation,
+    split_activation,
+)
 from .gated_mlp_body import body
 from .quantisation import GROUP, WEIGHTS, dequantise, integer_product, integer_sum
 
@@ -149,7 +159,7 @@ class Variant:
             )
         if "p1" not in self.inputs and self.p != "float32":
             raise ValueError(f"p must be float32 without p1, got {self.p}. It is the dtype of the predictor only.")
-        if self.activation == "drelu" and self.plain:
+        if cuts_up(self.activation) and self.plain:
             raise ValueError("activation must not be drelu without w_gate: it is relu(gate) * relu(up). Use relu.")
         if self.score == "exact" and not is_relu(self.activation):
             raise ValueError(
@@ -276,7 +286,7 @@ def _activated(
         z = activate(variant.activation, up)
         return z, z
     gate = activate(variant.activation, _product(variant, x, tensors, "w_gate", "b_gate", integer))
-    z = gate * (relu(up) if variant.activation == "drelu" else up)
+    z = gate * (relu(up) if cuts_up(variant.activation) else up)
     return gate, np.where(gate == 0, 0.0, z) if is_relu(variant.activation) else z
 
 

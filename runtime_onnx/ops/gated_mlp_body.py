@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx.parser
 
-from .activation import split_activation
+from .activation import cuts_up, split_activation
 
 if TYPE_CHECKING:
     from .gated_mlp import Variant
@@ -125,9 +125,9 @@ def body(variant: Variant, domain: str, name: str, overload: str, opset: int) ->
     else:
         product("gate", "rows", "w_gate", stored, "s_gate", "b_gate")
         lines.append(_activation(variant.activation, "act", "gate"))
-        if variant.activation == "drelu":
+        if cuts_up(variant.activation):
             lines.append("up_relu = Relu(up)")
-        lines.append(f"z = Mul(act, {'up_relu' if variant.activation == 'drelu' else 'up'})")
+        lines.append(f"z = Mul(act, {'up_relu' if cuts_up(variant.activation) else 'up'})")
         z = "z"
     if "p1" in roles:
         product("logit", "rows", "p1", variant.p, "s_p1")

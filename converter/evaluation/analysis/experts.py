@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ....runtime_onnx.errors import InputError
 from ...arch.site import Site
-from ...modeling.blocks import activate
+from ...modeling.blocks import parts_of
 from ...text.windows import Batches
 from .dense import groups
 
@@ -188,7 +188,7 @@ def _forward(
         if activation is None:
             z = module.act_fn(gate) * up
         else:
-            z = activate(activation, gate) * (F.relu(up) if activation == "drelu" else up)
+            z = parts_of(activation, gate, up).z
         keep = None if see is None else see(site, rows, z)
         if keep is not None:
             z = torch.where(keep, z, torch.zeros((), dtype=z.dtype, device=z.device))

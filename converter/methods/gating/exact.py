@@ -8,7 +8,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from ....runtime_onnx.errors import InputError
 from ...arch import Arch
 from ...checkpoint.plan import Plan, Swap, check_exact
 from ...stats import Stats, of_kind
@@ -44,6 +43,5 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
 
     Raises InputError for drelu in a plain network.
     """
-    if config.activation == "drelu" and arch.ffn.kind == "plain":
-        raise InputError(f"activation must be one of a single product in {arch.model_type}, got drelu. Use relu.")
+    arch.check_activation(config.activation or "")
     return {site: [Swap(config.activation or "")] for site in of_kind(stats, "ffn")}

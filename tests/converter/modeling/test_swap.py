@@ -229,7 +229,7 @@ def test_plain_networks_have_no_drelu(tiny_model: Callable[[str], Path]) -> None
     model, arch = stock(tiny_model("phi")), load_arch("phi")
     with pytest.raises(InputError, match="got drelu in phi. Use relu"):
         swap(model.get_submodule(arch.ffn_module(0)), arch, "drelu")
-    with pytest.raises(InputError, match="layers.1.ffn .* got drelu. Use relu"):
+    with pytest.raises(InputError, match="layers.1.ffn .* got drelu in phi. Use relu"):
         apply_plan(model, {Site(1): [Swap("drelu")]}, arch, base_of(model))
 
 
@@ -362,7 +362,7 @@ def test_the_method_swaps_every_network() -> None:
     assert exact.plan(sizes(0), load_arch("llama"), exact.Config()) == {Site(0): [Swap("")]}, (
         "its own activation, which the caller knows"
     )
-    with pytest.raises(InputError, match="got drelu. Use relu"):
+    with pytest.raises(InputError, match="got drelu in phi. Use relu"):
         exact.plan(sizes(0), load_arch("phi"), exact.Config(activation="drelu"))
 
 

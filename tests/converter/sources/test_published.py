@@ -389,7 +389,7 @@ def test_bad_folders_are_refused(
 def test_bad_activations_are_refused(tmp_path: Path) -> None:
     plain = make_model("phi", tmp_path / "phi")
     for folder, activation, message in (
-        (plain, "drelu", "The activation of a plain network must be one of a single product, got drelu for phi"),
+        (plain, "drelu", "The activation of a plain network must be one of a single product, got drelu in phi"),
         (plain, "softsign", "activation must be one of"),
     ):
         with pytest.raises(InputError, match=message):
