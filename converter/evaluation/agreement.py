@@ -247,13 +247,13 @@ def measure_shipped(
     model: Any,
     batches: Batches,
     export: Export,
-    original: Any | None = None,
+    reference_model: Any | None = None,
     count: int | None = None,
     known: Quality | None = None,
 ) -> ExecutorQuality | None:
-    """What an ONNX folder loses against `original` (None: the ungated model), by the executor that applications get,
-    beside the gated torch model in fp32; on the windows that the torch model's own quality is `known` on, else on the
-    first `count`, None: on as many as tell it.
+    """What an ONNX folder loses against the dense `reference_model` (None: the model itself ungated), by the executor
+    that applications get, beside the gated torch model in fp32; on the windows that the torch model's own quality is
+    `known` on, else on the first `count`, None: on as many as tell it.
 
     None in fp32 for the CPU, which is the torch model within LOGIT_BOUND, and where nothing here can run the graph.
     """
@@ -272,5 +272,5 @@ def measure_shipped(
         log.warning("The graph for CUDA was not measured, the CPU cannot run it: %s", str(error).splitlines()[0])
         return None
     if known is not None:
-        return measure_executor(decoder, model, batches, known.windows, original, nll_torch=known.nll)
-    return measure_executor(decoder, model, batches, count, original)
+        return measure_executor(decoder, model, batches, known.windows, reference_model, nll_torch=known.nll)
+    return measure_executor(decoder, model, batches, count, reference_model)

@@ -92,10 +92,10 @@ def compare_answers(
     new: int,
     bleu: Any,
     name: str,
-    original: Any | None = None,
+    reference_model: Any | None = None,
 ) -> tuple[Answers, Counts]:
-    """Answers of the dense `original` (None: of the model ungated), and of the sparse one with the prompt ungated and
-    masked; scores and counts.
+    """Answers of the dense `reference_model` (None: of the model ungated), and of the sparse one with the prompt
+    ungated and masked; scores and counts.
     """
     counts = Counts(plan, site_parameters(plan, arch, model.config), site_units(plan, arch, model.config))
     kinds: dict[str, list[list[int]]] = {"dense": [], "decode": [], "all": []}
@@ -106,7 +106,7 @@ def compare_answers(
         for chunk in track(torch.tensor(same).split(_TOGETHER), unit="batch"):
             rows = torch.stack([prompts[k] for k in chunk.tolist()])
             with dense(model):
-                kinds["dense"] += greedy(model if original is None else original, rows, new)
+                kinds["dense"] += greedy(model if reference_model is None else reference_model, rows, new)
             kinds["decode"] += greedy(model, rows, new, dense_prompt=True, answers=counts.answers)
             kinds["all"] += greedy(model, rows, new, prompt=counts.masked_prompt, answers=counts.masked_answers)
             counts.prompt_positions += rows.numel()

@@ -210,27 +210,27 @@ def check_source(model: Any, source: Path, batches: Batches, trained: bool = Fal
     Where activations were swapped, or weights `trained`, the two differ by design; then only the sizes that both
     configurations name are compared.
     """
-    original = load_dense(source)
+    reference_model = load_dense(source)
     if trained or model.config.model_type.startswith(PREFIX):
-        return _check_sizes(model, original, source)
+        return _check_sizes(model, reference_model, source)
     row = batches.tokens[:1]
     with dense(model):
-        worst = float((model(input_ids=row).logits - original(input_ids=row).logits).abs().max())
+        worst = float((model(input_ids=row).logits - reference_model(input_ids=row).logits).abs().max())
     return Check(
         name="dense weights", value=worst, bound=LOGIT_BOUND, passed=worst <= LOGIT_BOUND, note=f"against {source.name}"
     )
 
 
-def _check_sizes(model: Any, original: Any, source: Path) -> Check:
-    arch, wanted = load_arch(model.config.model_type), load_arch(original.config.model_type)
+def _check_sizes(model: Any, reference_model: Any, source: Path) -> Check:
+    arch, wanted = load_arch(model.config.model_type), load_arch(reference_model.config.model_type)
     different = [
         space
         for space in arch.spaces
-        if space not in wanted.spaces or arch.size(model.config, space) != wanted.size(original.config, space)
+        if space not in wanted.spaces or arch.size(model.config, space) != wanted.size(reference_model.config, space)
     ]
     if arch.model_type != wanted.model_type:
         different.append(f"model type {arch.model_type} for {wanted.model_type}")
-    found, own = original.state_dict(), model.state_dict()
+    found, own = reference_model.state_dict(), model.state_dict()
     equal = sum(name in own and torch.equal(tensor, own[name]) for name, tensor in found.items())
     note = (
         f"against {source.name}: weights or activations were changed, so sizes are compared; {equal} of "

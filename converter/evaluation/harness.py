@@ -51,17 +51,17 @@ def find_tasks(text: str) -> Tasks:
 
 
 def run_tasks(
-    onnx: Path, model: Any, tasks: Tasks, limit: int | None = None, original: Any | None = None
+    onnx: Path, model: Any, tasks: Tasks, limit: int | None = None, reference_model: Any | None = None
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """{task: {metric: {"dense", "sparse"}}} of the dense `original` in torch (None: of the model without its masks) and
-    of the ONNX folder, on the first `limit` examples of each task.
+    """{task: {metric: {"dense", "sparse"}}} of the dense `reference_model` in torch (None: of the model without its
+    masks) and of the ONNX folder, on the first `limit` examples of each task.
     """
     if not onnx.is_dir():
         raise InputError(f"lm-eval must have the checkpoint's onnx folder, got none at {onnx}. Convert again.")
     simple_evaluate = import_module("lm_eval.evaluator").simple_evaluate
     found: dict[str, dict[str, dict[str, float]]] = {}
     for side, language_model in (
-        ("dense", dense_model(onnx, model if original is None else original)),
+        ("dense", dense_model(onnx, model if reference_model is None else reference_model)),
         ("sparse", sparse_model(onnx)),
     ):
         results = simple_evaluate(

@@ -173,8 +173,8 @@ def _compare(side: Side, chances: Tensor, logits: Tensor, target: Tensor) -> Ten
 
 
 class Reference:
-    """The reference side of comparisons on windows: the dense `original`, or None for `model` itself without gates, or
-    with `gates`.
+    """The reference side of comparisons on windows: the dense `reference_model`, or None for `model` itself without
+    gates, or with `gates`.
 
     What fits into `keep_bytes` is kept for the next plan: logits, else hidden states, else nothing.
     """
@@ -183,13 +183,13 @@ class Reference:
         self,
         model: Any,
         batches: Batches,
-        original: Any | None = None,
+        reference_model: Any | None = None,
         keep_bytes: float = 0.0,
         gates: Gates | None = None,
     ) -> None:
         self.groups = groups(batches)
-        self.halves = Halves(model if original is None else original)
-        self.gates = {} if original is not None or gates is None else gates
+        self.halves = Halves(model if reference_model is None else reference_model)
+        self.gates = {} if reference_model is not None or gates is None else gates
         self.vocabulary = int(self.halves.model.config.vocab_size)
         tokens, width = (
             sum(len(window) for group in self.groups for window in group),
@@ -339,12 +339,12 @@ def measure_qualities(
     model: Any,
     plans: Mapping[str, Plan],
     batches: Batches,
-    original: Any | None = None,
+    reference_model: Any | None = None,
     error: float = ERROR,
     most: int = MOST_TOKENS,
 ) -> dict[str, Quality]:
-    """Compare an ungated model under each of `plans` with the dense `original` that it was made from (None: with
-    itself), all on the same windows; the first token of a window is given.
+    """Compare an ungated model under each of `plans` with the dense `reference_model` that it was made from (None:
+    with itself), all on the same windows; the first token of a window is given.
 
     Windows are taken in order until every plan's `nll_error` is below `error` (of LEAST_WINDOWS at least), or `most`
     tokens were measured; with error 0 all of them. Where a part of them may stand for all, they must be in random
@@ -353,14 +353,14 @@ def measure_qualities(
     arch = load_arch(model.config.model_type)
     activation = arch.activation(model.config)
     gates = {name: make_gates(model, plan, arch, activation) for name, plan in plans.items()}
-    return _measure(model, plans, gates, Reference(model, batches, original), error, most)
+    return _measure(model, plans, gates, Reference(model, batches, reference_model), error, most)
 
 
 def measure_quality(
     model: Any,
     plan: Plan,
     batches: Batches,
-    original: Any | None = None,
+    reference_model: Any | None = None,
     error: float = ERROR,
     most: int = MOST_TOKENS,
     reference: Reference | None = None,
@@ -368,7 +368,7 @@ def measure_quality(
     """As `measure_qualities` for a model that `plan` gates already. `reference` keeps the dense side for many plans on
     one model and text, where given.
     """
-    reference = reference or Reference(model, batches, original)
+    reference = reference or Reference(model, batches, reference_model)
     return _measure(model, {"": plan}, {"": gates_of(model)}, reference, error, most)[""]
 
 
@@ -421,7 +421,7 @@ def measure_executor(
     model: Any,
     batches: Batches,
     count: int | None = QUALITY_WINDOWS,
-    original: Any | None = None,
+    reference_model: Any | None = None,
     error: float = ERROR,
     most: int = MOST_TOKENS,
     nll_torch: float | None = None,
@@ -432,8 +432,8 @@ def measure_executor(
     """
     if count is not None:
         batches, error, most = Batches(batches.tokens[:count], batches.mask[:count]), 0.0, batches.tokens.numel()
-    reference, gates, sparse, onnx = Reference(model, batches, original), gates_of(model), Totals(), Totals()
-    dense = original is None and not gates  # torch is the reference itself
+    reference, gates, sparse, onnx = Reference(model, batches, reference_model), gates_of(model), Totals(), Totals()
+    dense = reference_model is None and not gates  # torch is the reference itself
     for number, group in enumerate(reference.groups):
         torch_side = [] if dense or nll_torch is not None else [torch_logits(model, gates, group)]
         sums = compare(reference, number, [*torch_side, onnx_logits(decoder, group)])

@@ -186,7 +186,7 @@ def _exported(
     else:
         with stage("agreement"):
             model, dense = load(folder), _load(original)
-            found = measure_shipped(onnx, model, texts.heldout, asked, original=dense, known=candidate.quality)
+            found = measure_shipped(onnx, model, texts.heldout, asked, reference_model=dense, known=candidate.quality)
             checks = [*check_onnx(onnx, model, candidate.plan, texts.heldout, asked), check_text(onnx)]
         agree = all(check.passed for check in checks)
         speed = {} if not agree or (asked.target == "cuda" and not has_cuda()) else _speed(graphs.dense, onnx, texts)

@@ -91,7 +91,7 @@ def evaluate(
         sparse = load(folder)
     with stage("quality"):
         quality = measure_quality(
-            sparse, plan, batches, original=original, error=error, most=MOST_TOKENS if error else batches.count
+            sparse, plan, batches, reference_model=original, error=error, most=MOST_TOKENS if error else batches.count
         )
     if not all(map(math.isfinite, (quality.nll_dense, quality.nll, quality.kl))):
         raise InputError(
@@ -199,7 +199,7 @@ def _executors(onnx: Path, model: Any, batches: Batches, original: Any | None) -
         if library and not chosen.kernel:
             found.append(Measured(executor=name, note=f"not run: {chosen.reason}"))
             continue
-        quality = measure_executor(Decoder(onnx, library=library), model, batches, original=original)
+        quality = measure_executor(Decoder(onnx, library=library), model, batches, reference_model=original)
         measured: dict[str, Any] = quality.model_dump(include=set(Measured.model_fields)) | {
             "nll_error": _error(quality)
         }

@@ -78,7 +78,7 @@ class Run:
     def judge(self) -> Judge:
         """Losses on the search windows, from the dense model."""
         assert self.texts.search is not None
-        return Judge(self.model, self.source.arch, self.activation, self.texts.search, original=self.teacher)
+        return Judge(self.model, self.source.arch, self.activation, self.texts.search, reference_model=self.teacher)
 
     @cached_property
     def own_judge(self) -> Judge:

@@ -64,9 +64,9 @@ class Loss:
 
 
 class Judge:
-    """Measures plans on one model and text, beside that model ungated or the dense `original` that it was made from; of
-    the dense side is kept what fits into `keep_bytes`. Windows must be in random order where a budget may be decided on
-    the first of them.
+    """Measures plans on one model and text, beside that model ungated or the dense `reference_model` that it was made
+    from; of the dense side is kept what fits into `keep_bytes`. Windows must be in random order where a budget may be
+    decided on the first of them.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class Judge:
         activation: str,
         batches: Batches,
         keep_bytes: float = 2e9,
-        original: Any | None = None,
+        reference_model: Any | None = None,
     ) -> None:
         self.model, self.arch, self.activation = model, arch, activation
-        self.reference = Reference(model, batches, original, keep_bytes)
+        self.reference = Reference(model, batches, reference_model, keep_bytes)
         self.groups = self.reference.groups
 
     @torch.no_grad()

@@ -86,12 +86,12 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
         if recovered and original is not None:
             dense = load_dense(original.folder)
     with stage("quality"):
-        quality = measure_quality(sparse, plan, heldout, original=dense, error=0.0, most=heldout.count)
+        quality = measure_quality(sparse, plan, heldout, reference_model=dense, error=0.0, most=heldout.count)
     if original is not None:
         checks.append(check_source(sparse, original.folder, heldout, trained=recovered))
     asked = recipe.export
     with stage("agreement"):
-        shipped = measure_shipped(folder / "onnx", sparse, heldout, asked, original=dense, known=quality)
+        shipped = measure_shipped(folder / "onnx", sparse, heldout, asked, reference_model=dense, known=quality)
         checks += [*check_onnx(folder / "onnx", sparse, plan, heldout, asked), check_text(folder / "onnx")]
     if recovered and dense is None:
         log.warning(

@@ -123,12 +123,12 @@ def tuned(
     work: Path,
     device: str,
     evaluation: Evaluation,
-    original: Source | None = None,
+    teacher_source: Source | None = None,
 ) -> Tuned:
     """Swap the activation of every feed-forward network of `source` for `activation` (None: as it is), recover, and
     store all below `work`; what is finished there under the same settings is not made again, and an interrupted
-    training goes on to the same weights. `original` (None: `source`) is the dense model that teaches and writes the
-    text.
+    training goes on to the same weights. `teacher_source` (None: `source`) is the dense model that teaches and writes
+    the text.
 
     Raises InputError for activations and settings that do not fit the model, and where training fails.
     """
@@ -139,21 +139,23 @@ def tuned(
     }
     if asked.data.mixture:
         config["text"] = files_hash(asked.data)
-    original = original or source
-    parents = {"model": source.fingerprint} | ({} if original is source else {"original": original.fingerprint})
+    teacher_source = teacher_source or source
+    parents = {"model": source.fingerprint}
+    parents |= {} if teacher_source is source else {"teacher": teacher_source.fingerprint}
     header = Header(format="tuned", parents=parents, config=config, seed=seed)
     folder = work / "tuned"
     if not is_finished(folder, header):
         count = processes_for(source, asked, device)
         with same_error():
             if world().rank == 0:
-                batches, _ = training_text(original, asked, seed, work, count)  # the other processes find it finished
+                # the other processes find it finished
+                batches, _ = training_text(teacher_source, asked, seed, work, count)
                 if asked.processes == "auto" and len(batches.tokens) < asked.accumulate * asked.windows:
                     count = 1  # a batch is all windows, whatever they divide by
         if count > 1:
             stage = {
                 "source": str(source.folder),
-                "original": str(original.folder),
+                "teacher": str(teacher_source.folder),
                 "activation": activation,
                 "seed": seed,
                 "name": evaluation.name,
@@ -165,7 +167,7 @@ def tuned(
             write_tensors(work / _WINDOWS, {"tokens": evaluation.batches.tokens, "mask": evaluation.batches.mask})
             run_in_processes(count, in_process, work)
         else:
-            _tune(source, original, activation, asked, seed, work, device, evaluation, header)
+            _tune(source, teacher_source, activation, asked, seed, work, device, evaluation, header)
     else:
         progress.resumed()
     record = RecoveryRecord.load(folder / "recovery.json")
@@ -188,13 +190,13 @@ def in_process(work: str) -> None:
     asked, header = make_part(Recovery, stage["tune"], "The training"), Header.model_validate(stage["header"])
     evaluation = Evaluation(Batches(windows["tokens"], windows["mask"]), stage["name"])
     source = open_source(stage["source"])
-    original = source if stage["original"] == stage["source"] else open_source(stage["original"])
-    _tune(source, original, stage["activation"], asked, stage["seed"], folder, "cpu", evaluation, header)
+    teacher_source = source if stage["teacher"] == stage["source"] else open_source(stage["teacher"])
+    _tune(source, teacher_source, stage["activation"], asked, stage["seed"], folder, "cpu", evaluation, header)
 
 
 def _tune(
     source: Source,
-    original: Source,
+    teacher_source: Source,
     activation: str | None,
     asked: Recovery,
     seed: int,
@@ -203,8 +205,8 @@ def _tune(
     evaluation: Evaluation,
     header: Header,
 ) -> None:
-    batches, text = training_text(original, asked, seed, work)
-    teacher, student = load_dense(original.folder), load_dense(source.folder)
+    batches, text = training_text(teacher_source, asked, seed, work)
+    teacher, student = load_dense(teacher_source.folder), load_dense(source.folder)
     teacher.requires_grad_(False)
     arch, own, sites = source.arch, source.arch.activation(source.config), source.arch.sites(source.config)
     wished = {site: activation or present(source, site) for site in sites}
@@ -514,7 +516,7 @@ def _compared(student: Any, plan: Plan, batches: Batches, teacher: Any, source: 
     """The student under its plan beside the dense source on held-out windows."""
     apply_plan(student, plan, source.arch, source.arch.activation(source.config))
     try:
-        return measure_quality(student, plan, batches, original=teacher, error=0.0, most=batches.count)
+        return measure_quality(student, plan, batches, reference_model=teacher, error=0.0, most=batches.count)
     finally:
         remove_plan(student)
 

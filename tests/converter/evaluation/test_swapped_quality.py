@@ -58,7 +58,7 @@ def nll(p: torch.Tensor) -> float:
 
 def test_quality_is_measured_against_the_source(folder: Path, tiny_model: Callable[[str], Path]) -> None:
     model, original = load(folder), load_dense(tiny_model("llama"))
-    found = measure_quality(model, read_plan(folder), BATCHES, original=original)
+    found = measure_quality(model, read_plan(folder), BATCHES, reference_model=original)
     p, q = losses(original), losses(model)
     assert (found.nll_dense, found.nll) == pytest.approx((nll(p), nll(q)), abs=1e-5)
     assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-5) and found.kl > 0.1
@@ -102,7 +102,7 @@ class _Echo:
 
 def test_executors_are_compared_with_the_source_too(folder: Path, tiny_model: Callable[[str], Path]) -> None:
     model, original = load(folder), load_dense(tiny_model("llama"))
-    found = measure_executor(_Echo(original), model, BATCHES, original=original)  # type: ignore[arg-type]
+    found = measure_executor(_Echo(original), model, BATCHES, reference_model=original)  # type: ignore[arg-type]
     assert (
         found.kl == pytest.approx(0, abs=1e-6)
         and found.agreement == 1

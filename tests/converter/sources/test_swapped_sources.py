@@ -148,8 +148,10 @@ def test_a_budget_is_the_dense_source_s(tiny_model: Callable[[str], Path], tmp_p
     plan: Plan = {Site(1): [Threshold("gate", uniform_tau(0.2, 176), 0.5)]}
     batches = make_batches(source.tokenizer(), TEXT, 4, 48, 0)
     dense, model = load_dense(original.folder), load_dense(source.folder)
-    against, own = (Judge(model, source.arch, "silu", batches, original=each).loss(plan) for each in (dense, None))
-    none = Judge(model, source.arch, "silu", batches, original=dense).loss({Site(0): [Swap("drelu")]})
+    against, own = (
+        Judge(model, source.arch, "silu", batches, reference_model=each).loss(plan) for each in (dense, None)
+    )
+    none = Judge(model, source.arch, "silu", batches, reference_model=dense).loss({Site(0): [Swap("drelu")]})
     assert none.kl > 0.01, "the swap alone costs something"
     assert against.kl > own.kl + 0.01 and against.nll != own.nll
     recipe = read_recipe(small_recipe(source.folder, tmp_path, stages=[LAST], budget={"max_kl": none.kl / 4}))
