@@ -5,7 +5,6 @@ exists.
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 from sparsegate.converter.arch import supported
@@ -13,13 +12,12 @@ from sparsegate.converter.cli import VERBS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-sys.path.insert(0, str(ROOT / "tests" / "bench"))
 
 
 def test_tables_are_those_of_the_stored_results() -> None:
-    from readme_tables import fill
+    from pages.readme_tables import fill
 
-    assert fill(TEXT) == TEXT, "run python tests/bench/readme_tables.py"
+    assert fill(TEXT) == TEXT, "run python tests/bench/pages/readme_tables.py"
     assert "| dense" in TEXT.split("## ")[0]
     assert fill(TEXT.replace("| dense", "| dance")) == TEXT
 

@@ -1,5 +1,5 @@
 """Cases for the CUDA kernels of both ops: for the emulation on a CPU, for ONNX Runtime on a GPU and for
-tests/bench/cuda_run.py.
+tests/bench/benchmarks/cuda_run.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write docs/turbosparse.md and its pictures from the stored results: `python tests/bench/recovery_page.py`.
+"""Write docs/turbosparse.md and its pictures from the stored results: `python tests/bench/pages/recovery_page.py`.
 
 With `--take OUT` the records of a checkpoint that `sparsegate convert --recipe turbosparse` wrote are stored first, as
 recovery.json and recovered.json; with `--predictors OUT` those of the recipe turbosparse_predictors, as
@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,16 @@ from sparsegate.converter.report.plots import plot_recovery, plot_zeros
 from sparsegate.converter.report.recovery import before_after_table, heldout_cells, spent_table, zeros_table
 from sparsegate.converter.report.tables import quality_table, table
 
-RESULTS = Path(__file__).parent / "results"
-DOCS = Path(__file__).parents[2] / "docs"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from records.folders import DOCS, RESULTS
+
 PAGE = DOCS / "turbosparse.md"
 PREDICTORS, PREDICTORS_RECORD = "recovered_predictors.json", "recovery_predictors.json"
 INTRODUCTION = """# dReLU: exact zeros by recovery training
 
 Turbo Sparse (arXiv 2406.05955) replaces a model's SwiGLU by dReLU, relu(gate x) * relu(up x), and trains it until it is
 as good as before; most products are then exactly zero. Everything on this page is written by `python
-tests/bench/recovery_page.py` from the JSON files in `tests/bench/results/`.
+tests/bench/pages/recovery_page.py` from the JSON files in `tests/bench/results/`.
 
 The bundled model, on CPU cores alone and without any text but what the dense model writes itself: neurons are turned so
 that dReLU drops the weaker sign, then all weights are trained on the divergence from the dense model, its blocks'

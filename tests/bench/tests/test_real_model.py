@@ -15,18 +15,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import real_model_quality
-import smollm2
 import torch
 from models import TEXT
-from real_model import run
-from real_model_page import PAGE, against, load, page, ratio
-from real_model_page import readme as readme_text
-from real_model_plans import DENSITIES, METHODS, Sizes, Study, planned
-from real_model_quality import joined
-from real_model_results import RealModel, choose
-from real_model_speed import gguf_format, window_nll
 
+from benchmarks import real_model_quality, smollm2
+from benchmarks.real_model import run
+from benchmarks.real_model_plans import DENSITIES, METHODS, Sizes, Study, planned
+from benchmarks.real_model_quality import joined
+from benchmarks.real_model_speed import gguf_format, window_nll
+from pages.real_model_page import PAGE, against, load, page, ratio
+from pages.real_model_page import readme as readme_text
+from records.real_model_results import RealModel, choose
 from sparsegate.converter.evaluation.quality import measure_qualities
 from sparsegate.converter.evaluation.speed.gguf_file import write_gguf
 from sparsegate.converter.evaluation.speed.llama_cpp_peer import Llama, quantise
@@ -123,9 +122,9 @@ def test_a_finished_run_is_not_run_again(whole: SimpleNamespace, monkeypatch: py
 
     monkeypatch.setattr(real_model_quality, "measure_qualities", refuse)
     for name in ("train_plan", "direct_plan", "collect"):
-        monkeypatch.setattr(f"real_model_plans.{name}", refuse)
+        monkeypatch.setattr(f"benchmarks.real_model_plans.{name}", refuse)
     for name in ("export", "export_dense", "build_base", "bench_models", "window_nll"):
-        monkeypatch.setattr(f"real_model_speed.{name}", refuse)
+        monkeypatch.setattr(f"benchmarks.real_model_speed.{name}", refuse)
     again = run(whole.words)
     assert (again.rows, again.losses, again.speed) == (whole.result.rows, whole.result.losses, whole.result.speed)
 
@@ -323,7 +322,7 @@ def test_pages_are_made_from_the_result_alone(whole: SimpleNamespace) -> None:
 
 def test_page_is_that_of_the_stored_result() -> None:
     found = load()
-    assert page(found) == PAGE.read_text(encoding="utf-8"), "run python tests/bench/real_model_page.py"
+    assert page(found) == PAGE.read_text(encoding="utf-8"), "run python tests/bench/pages/real_model_page.py"
     assert {(row.windows, row.tokens) for row in found.rows} == {(found.rows[0].windows, found.rows[0].tokens)}
     assert found.chosen is not None and found.speed is not None and all(row.nll_error > 0 for row in found.rows)
     for block in re.findall(r"(?:^\|.*\n)+", page(found), re.MULTILINE):

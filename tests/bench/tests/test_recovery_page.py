@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 
 import pytest
-from recovery_page import DOCS, PAGE, load, page, scratch_lines
 
+from pages.recovery_page import DOCS, PAGE, load, page, scratch_lines
 from sparsegate.converter.evaluation.records import Report
 from sparsegate.converter.evaluation.recovery_record import RecoveryRecord
 
 
 def test_page_is_that_of_the_stored_results() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert page() == text, "run python tests/bench/recovery_page.py"
+    assert page() == text, "run python tests/bench/pages/recovery_page.py"
     for picture in re.findall(r"!\[.*?\]\((.+?)\)", text):
         assert (DOCS / picture).read_bytes()[:4] == b"\x89PNG"
 

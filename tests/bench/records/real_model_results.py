@@ -5,19 +5,18 @@ file.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import Field
-from real_model_plans import Training
-from real_model_speed import BASELINE, Loss
+from pydantic import BaseModel, Field
 
-from sparsegate.converter.evaluation.quality import clustered_error
+from records.folders import RESULTS
 from sparsegate.converter.evaluation.records import Machine, Strict
 from sparsegate.converter.methods import NEURON_METHODS
 
-PLACE = Path(__file__).parent / "results" / "real_model.json"
+PLACE = RESULTS / "real_model.json"
+PRECISIONS = ("fp32", "int8", "int4")
+BASELINE = "dense fp32"
+"""The role that losses are measured against."""
 CHOSEN_AT = 0.5
 """Density at which the plan that is exported is chosen."""
 
@@ -30,6 +29,18 @@ class TextFile(Strict):
     windows: int
     tokens: int
     batches: str
+
+
+class Training(BaseModel):
+    """How a trained plan came about: steps from the start on, through the densities above where it went through them;
+    CPU seconds of a step, timed before on the plan that it begins with, without a residual; the minutes of one core
+    that they make together; tokens of a step.
+    """
+
+    steps: int
+    step_seconds: float
+    minutes: float
+    tokens: int
 
 
 class Row(Strict):
@@ -128,21 +139,3 @@ def choose(rows: list[Row], density: float = CHOSEN_AT, named: str | None = None
         return Chosen(method=named, density=density, named=True) if measured else None
     able = [row for row in rows if row.density_target == density and row.method in NEURON_METHODS]
     return Chosen(method=min(able, key=lambda row: row.nll).method, density=density) if able else None
-
-
-def shipped(losses: dict[str, Loss]) -> dict[str, Shipped]:
-    """Every model's loss beside the dense one's in fp32, window by window."""
-    base = torch.tensor(losses[BASELINE].nll, dtype=torch.float64)
-    found = {}
-    for role, loss in losses.items():
-        counts, nll = torch.tensor(loss.tokens, dtype=torch.float64), torch.tensor(loss.nll, dtype=torch.float64)
-        total = float(counts.sum())
-        error = 0.0 if role == BASELINE else clustered_error(nll - base, counts)
-        found[role] = Shipped(
-            tokens=int(total),
-            windows=len(counts),
-            nll=float(nll.sum()) / total,
-            difference=float((nll - base).sum()) / total,
-            error=error if math.isfinite(error) else 0.0,
-        )
-    return found

@@ -7,9 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from real_model_plans import METHODS, TRAINED, Study, header_of, planned, training_of
-from real_model_results import Row
-
+from benchmarks.real_model_plans import METHODS, TRAINED, Study, header_of, planned, training_of
+from records.real_model_results import Row
 from sparsegate.converter.checkpoint.stage import Header, atomic_folder, is_finished, write_header, write_json
 from sparsegate.converter.evaluation.checks import Quality
 from sparsegate.converter.evaluation.quality import measure_qualities

@@ -1,7 +1,7 @@
 """Time prompts with AVX2 on both sides (Linux on x86-64, needs objdump and readelf): the gated MLP, and whole models
 beside it.
 
-    python tests/bench/avx2_prefill.py [GRAPHS NAME]
+    python tests/bench/benchmarks/avx2_prefill.py [GRAPHS NAME]
 
 GRAPHS holds the graphs of `real_model.py` (WORK/graphs), NAME says what they are of.
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-RESULT = Path(__file__).parent / "results" / "prefill_avx2.json"
+RESULT = Path(__file__).parents[1] / "results" / "prefill_avx2.json"
 SIZES = (576, 1536)  # of SmolLM2-135M
 DENSITY = 0.5
 TOKENS = (2, 4, 8, 16, 32, 64, 128, 512)
@@ -93,7 +93,7 @@ def measure(threads: int, changed: int) -> None:
         "xgetbv_changed": changed,
     }
     head = {
-        **record("python tests/bench/avx2_prefill.py"),
+        **record("python tests/bench/benchmarks/avx2_prefill.py"),
         "kind": "op",
         "settings": settings,
         "isa": "avx2 (forced on both sides)",

@@ -1,8 +1,12 @@
-"""Write docs/performance.md and its plot from the stored results: `python tests/bench/performance_page.py`."""
+"""Write docs/performance.md and its plot from the stored results.
+
+python tests/bench/pages/performance_page.py
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +25,15 @@ from sparsegate.converter.report.speed import (
 )
 from sparsegate.converter.report.tables import table
 
-RESULTS = Path(__file__).parent / "results"
-DOCS = Path(__file__).parents[2] / "docs"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from records.folders import DOCS, RESULTS, repeatable
+
 PAGE, PLOT = DOCS / "performance.md", DOCS / "roofline.png"
 OP, PREFILL, NARROW, MODELS = "op_cpu.json", "prefill_cpu.json", "prefill_avx2.json", "model_*.json"
 INTRODUCTION = """# Performance
 
 Speed is a ratio against the dense model, measured back to back in one run; a ratio of 1 or less is called not faster.
-Everything on this page is written by `python tests/bench/performance_page.py` from the JSON files in
+Everything on this page is written by `python tests/bench/pages/performance_page.py` from the JSON files in
 `tests/bench/results/`, which hold machine, versions, command, commit and every row.
 
 How a number comes about: what is compared runs in turns, who goes first alternates, and a sample in which threads
@@ -158,8 +163,8 @@ def page() -> str:
             f"d = {settings['d']}, n = {settings['n']} (SmolLM2-135M), score gate, {settings['density']:.0%} of the "
             "neurons kept by every token. "
             "Both sides are held to AVX2: sparsegate by its switch, ONNX Runtime by a copy whose `xgetbv` reports none "
-            "of AVX-512 "
-            f"(`tests/bench/avx2_prefill.py`). Cold weights; a dash: too few clean pairs. {conditions(narrow)}.",
+            "of AVX-512 (`tests/bench/benchmarks/avx2_prefill.py`). Cold weights; a dash: too few clean pairs. "
+            f"{conditions(narrow)}.",
             narrow_table(narrow),
             *narrow_models(narrow),
         ]
@@ -193,7 +198,7 @@ def page() -> str:
         "they were "
         f"{everything[0]['cuda'] if everything else 'not run'}.",
         "## How to repeat it",
-        "\n".join(f"- {commands(result)}" for result in everything),
+        "\n".join(f"- {repeatable(commands(result))}" for result in everything),
         "The peers are optional: `pip install 'sparsegate[bench]'` brings llama-cpp-python and gguf; one that is not "
         "installed is named as such. "
         "`--shape` names the sizes of well-known models, `--layers` shortens them, and `sparsegate bench DENSE DIR` "

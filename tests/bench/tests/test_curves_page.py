@@ -8,8 +8,8 @@ import re
 
 import numpy as np
 import pytest
-from curves_page import CHEAP, OURS, PAGE, comparisons, half_cells, load, page, verdict
 
+from pages.curves_page import CHEAP, OURS, PAGE, comparisons, half_cells, load, page, verdict
 from sparsegate.converter.report.curves import Curves
 
 DENSITIES = (0.7, 0.5, 0.4, 0.3, 0.2)
@@ -62,7 +62,7 @@ def compared(ours: str, other: str, over: str, value: str = "nll") -> dict[float
 
 
 def test_page_is_that_of_the_stored_results() -> None:
-    assert page(CURVES, PROMPT) == TEXT, "run python tests/bench/curves_page.py"
+    assert page(CURVES, PROMPT) == TEXT, "run python tests/bench/pages/curves_page.py"
     for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", TEXT):
         assert (PAGE.parent / picture).stat().st_size > 10_000
     changed = CURVES.model_copy(

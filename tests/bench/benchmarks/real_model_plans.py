@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 
+from records.real_model_results import Training
 from sparsegate.converter.checkpoint.plan import Plan, load_plan, save_plan
 from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.checkpoint.stage import Header, atomic_folder, hash_file, is_finished, read_header, write_json
@@ -42,18 +42,6 @@ _HELDOUT_SHARE = 0.2  # of the calibration text, where no other text is given
 _PROBE = 32  # tokens that a trained method's objective is built on while a step is timed
 _TIMED = 3  # steps
 _EVERY = 1 << 30  # windows: more than any text has
-
-
-class Training(BaseModel):
-    """How a trained plan came about: steps from the start on, through the densities above where it went through them;
-    CPU seconds of a step, timed before on the plan that it begins with, without a residual; the minutes of one core
-    that they make together; tokens of a step.
-    """
-
-    steps: int
-    step_seconds: float
-    minutes: float
-    tokens: int
 
 
 @dataclass(frozen=True)

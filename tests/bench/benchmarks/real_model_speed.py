@@ -4,6 +4,7 @@ same token windows; and their speeds, in one run.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import BaseModel
-from real_model_plans import Study
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from benchmarks.real_model_plans import Study
+from records.real_model_results import BASELINE, PRECISIONS, Shipped
 from sparsegate.converter.checkpoint.plan import Plan
 from sparsegate.converter.checkpoint.stage import (
     Header,
@@ -27,6 +29,7 @@ from sparsegate.converter.checkpoint.stage import (
     write_header,
     write_json,
 )
+from sparsegate.converter.evaluation.quality import clustered_error
 from sparsegate.converter.evaluation.speed.model import Entry, bench_models
 from sparsegate.converter.evaluation.speed.peers import OPENERS
 from sparsegate.converter.modeling.gated import load_dense
@@ -36,10 +39,8 @@ from sparsegate.runtime_onnx.errors import InputError
 from sparsegate.runtime_onnx.session import Decoder
 from sparsegate.runtime_onnx.untrusted import read_json
 
-PRECISIONS = ("fp32", "int8", "int4")
 BUILDER_PRECISIONS = ("int8", "int4")
 GENAI, GENAI_AVX2, LLAMA = "onnxruntime-genai", "onnxruntime-genai, AVX2", "llama.cpp"
-BASELINE = "dense fp32"
 Q4_0 = "Q4_0"
 
 
@@ -214,6 +215,24 @@ def _llama_logits(entry: Entry, context: int, threads: int) -> Callable[[Tensor]
 
     model = Llama(entry.path, threads, context)
     return lambda window: model.all_logits(window.tolist())
+
+
+def shipped(losses: dict[str, Loss]) -> dict[str, Shipped]:
+    """Every model's loss beside the dense one's in fp32, window by window."""
+    base = torch.tensor(losses[BASELINE].nll, dtype=torch.float64)
+    found = {}
+    for role, loss in losses.items():
+        counts, nll = torch.tensor(loss.tokens, dtype=torch.float64), torch.tensor(loss.nll, dtype=torch.float64)
+        total = float(counts.sum())
+        error = 0.0 if role == BASELINE else clustered_error(nll - base, counts)
+        found[role] = Shipped(
+            tokens=int(total),
+            windows=len(counts),
+            nll=float(nll.sum()) / total,
+            difference=float((nll - base).sum()) / total,
+            error=error if math.isfinite(error) else 0.0,
+        )
+    return found
 
 
 # Speeds

@@ -1,7 +1,7 @@
 """Everything about the CUDA kernels that needs a GPU, in one command: builds them, checks them, and times decode and
 prefill against the dense MLP.
 
-    python tests/bench/cuda_run.py --out tests/bench/results/cuda.json
+    python tests/bench/benchmarks/cuda_run.py --out tests/bench/results/cuda.json
 
 Needs nvcc, g++, torch with CUDA, and what the package's ops need (numpy, onnx, ml_dtypes); neither onnxruntime with
 CUDA nor an installed sparsegate. The kernels are built with the entry of tests/runtime_onnx/cuda_emulation and run on
@@ -32,7 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 for folder in ("typing_root", "tests", "tests/runtime_onnx"):
     sys.path.insert(0, str(ROOT / folder))
 

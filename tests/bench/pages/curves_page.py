@@ -1,4 +1,4 @@
-"""The page and pictures of results/curves.json: `python tests/bench/curves_page.py` writes them anew.
+"""The page and pictures of results/curves.json: `python tests/bench/pages/curves_page.py` writes them anew.
 
 What it says about one method against another is computed from the stored rows, at equal cost or equal density, never
 written by hand.
@@ -6,6 +6,7 @@ written by hand.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,7 +16,9 @@ from sparsegate.converter.report.plots import plot_correlations, plot_curves
 from sparsegate.converter.report.tables import ABSENT, Cells, percent, table
 from sparsegate.runtime_onnx.errors import InputError
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from records.folders import RESULTS, repeatable
+
 PAGE, PLOT, MATRIX = RESULTS / "curves.md", "curves.png", "curves_correlations.png"
 OURS, CHEAP, ORACLE = "predictor end to end", "predictor cross-entropy", "magnitude"
 RIVALS = (CHEAP, "gate", "chess", "cett", "teal MLP", "wina MLP")
@@ -236,7 +239,7 @@ def prompt_section(prompt: Curves) -> str:
 
 def page(curves: Curves, prompt: Curves | None) -> str:
     """The whole page."""
-    text = curves_page(curves, PLOT)
+    text = curves_page(curves.model_copy(update={"command": repeatable(curves.command)}), PLOT)
     head, rows, rest = text.partition("## All rows")
     text = head + comparisons(curves) + ("\n" + prompt_section(prompt) if prompt else "") + "\n" + rows + rest
     if curves.correlations:

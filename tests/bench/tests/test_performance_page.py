@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from performance_page import DOCS, OP, PAGE, PLOT, RESULTS, losses, models, page
-
+from pages.performance_page import DOCS, OP, PAGE, PLOT, RESULTS, losses, models, page
 from sparsegate.converter.report.speed import op_rows
 
 
 def test_page_is_that_of_the_stored_results() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert page() == text, "run python tests/bench/performance_page.py"
+    assert page() == text, "run python tests/bench/pages/performance_page.py"
     assert (DOCS / PLOT.name).read_bytes()[:4] == b"\x89PNG" and "CUDA" in text and "## How to repeat it" in text
     assert "sparsegate bench --op gated_mlp" in text and "sparsegate bench --shape llama-1b" in text
 

@@ -1,28 +1,33 @@
-"""Write docs/real_model.md from the stored benchmark: `python tests/bench/real_model_page.py`. README's first table is
-of the same.
+"""Write docs/real_model.md from the stored benchmark, and README's tables, whose first is of the same.
+
+python tests/bench/pages/real_model_page.py
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
-
-from real_model_results import PLACE, RealModel, Row, Shipped, TextFile, choose
-from real_model_speed import BASELINE, PRECISIONS
 
 from sparsegate.converter.evaluation.records import read_stored
 from sparsegate.converter.report.tables import ABSENT, megabytes, nats, percent, ratio_text, table
 from sparsegate.runtime_onnx.bench.samples import MAX_WAIT, compare
 
-PAGE = Path(__file__).parents[2] / "docs" / "real_model.md"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from records.folders import DOCS, README, repeatable
+from records.real_model_results import BASELINE, PLACE, PRECISIONS, RealModel, Row, Shipped, TextFile, choose
+
+PAGE = DOCS / "real_model.md"
 _PHASES = ("prefill", "decode")
 _BITS = {"fp32": 32, "F32": 32, "F16": 16, "BF16": 16, "int8": 8, "int4": 4}
 
 
 def load() -> RealModel:
     """The stored benchmark."""
-    return read_stored(RealModel, PLACE, "The benchmark of a real model", "Run python tests/bench/real_model.py again.")
+    return read_stored(
+        RealModel, PLACE, "The benchmark of a real model", "Run python tests/bench/benchmarks/real_model.py again."
+    )
 
 
 # Cells
@@ -292,8 +297,8 @@ def page(result: RealModel) -> str:
     """The whole page."""
     parts = [
         f"# {result.model}, measured",
-        "Written by `python tests/bench/real_model_page.py` from `tests/bench/results/real_model.json`; nothing is "
-        "typed by hand.",
+        "Written by `python tests/bench/pages/real_model_page.py` from `tests/bench/results/real_model.json`; nothing "
+        "is typed by hand.",
         f"{result.parameters / 1e6:.1f} M parameters, weights from {result.origin}. Where a GGUF file was the source "
         "its values "
         "were read as fp32: llama.cpp on the very file loses nothing to rounding, and every other format of few bits "
@@ -307,7 +312,7 @@ def page(result: RealModel) -> str:
         *_quality_part(result),
         *_speed_part(result),
         "## How to repeat it",
-        f"`{result.command}`",
+        f"`{repeatable(result.command)}`",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -360,7 +365,7 @@ def _speed_part(result: RealModel) -> list[str]:
 
 def write_pages() -> None:
     """The page, and README's tables."""
-    from readme_tables import README, fill
+    from pages.readme_tables import fill
 
     PAGE.write_text(page(load()), encoding="utf-8")
     README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")

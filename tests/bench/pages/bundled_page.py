@@ -1,14 +1,21 @@
-"""Write docs/bundled.md, what the main job measures on the bundled model: `python tests/bench/bundled_page.py`."""
+"""Write docs/bundled.md, what the main job measures on the bundled model.
+
+python tests/bench/pages/bundled_page.py
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from sparsegate.converter.evaluation.records import Report
 from sparsegate.converter.report.tables import quality_table
 
-STORED = Path(__file__).parent / "results" / "bundled.json"
-PAGE = Path(__file__).parents[2] / "docs" / "bundled.md"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from records.folders import DOCS, RESULTS
+
+STORED = RESULTS / "bundled.json"
+PAGE = DOCS / "bundled.md"
 
 
 def page(report: Report) -> str:
@@ -20,7 +27,7 @@ def page(report: Report) -> str:
         f"# The bundled model, measured\n\n{report.model} (2.4 M parameters, code), {report.evaluation.tokens} "
         "held-out tokens, "
         f"`{report.command}`, {report.machine.cpu}, {report.machine.cores} cores. Written by `python "
-        "tests/bench/bundled_page.py`.\n\n"
+        "tests/bench/pages/bundled_page.py`.\n\n"
         f"{quality_table(report)}\n"
         "KL in nats per token; density is the share of neurons computed; cost the MLP bytes touched per token, "
         "predictor and residual "

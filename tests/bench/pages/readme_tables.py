@@ -1,14 +1,14 @@
-"""Write the measured tables of README.md from the stored results: `python tests/bench/readme_tables.py` rewrites them
-in place.
+"""Write the measured tables of README.md from the stored results, in place.
+
+python tests/bench/pages/readme_tables.py
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
-
-from real_model_page import load, readme
 
 from sparsegate.converter.evaluation.records import Report
 from sparsegate.converter.evaluation.recovery_record import RecoveryRecord
@@ -16,8 +16,10 @@ from sparsegate.converter.report.recovery import before_after_table
 from sparsegate.converter.report.speed import op_rows
 from sparsegate.converter.report.tables import quality_table
 
-RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[2] / "README.md"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from pages.real_model_page import load, readme
+from records.folders import README, RESULTS
+
 FORMATS = ("fp32", "fp16", "bf16", "int8", "int4")
 DENSITIES = (0.5, 0.2, 0.1)
 

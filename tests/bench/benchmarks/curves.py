@@ -1,6 +1,6 @@
 """All methods on the bundled model: quality against density and cost, one table.
 
-    python tests/bench/curves.py --work WORK [--seeds 0,1,2] [--only NAME,...] [--no-training]
+    python tests/bench/benchmarks/curves.py --work WORK [--seeds 0,1,2] [--only NAME,...] [--no-training]
 
 Every result is stored below WORK as soon as it is measured, so the run can be stopped and started again; predictors and
 thresholds trained end to end are trained below WORK/trained (hours on one core) or found there. Writes
@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from curves_page import write_page
 
 from sparsegate.converter import report as reporting
 from sparsegate.converter.arch.shapes import linear_shapes
@@ -45,7 +45,10 @@ from sparsegate.converter.training.residual import add_residuals
 from sparsegate.converter.training.selection import train_plan
 from sparsegate.runtime_onnx.untrusted import read_json
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from pages.curves_page import write_page
+from records.folders import RESULTS
+
 DENSITIES = (0.7, 0.5, 0.4, 0.3, 0.2)
 TRAINED_WINDOWS = 1024  # of 256 tokens: nearly all of the calibration text
 PREDICTOR, GATE = Tune(steps=1500), Tune(steps=300, rate=4e-3)
@@ -396,7 +399,7 @@ def write(study: Study) -> None:
         "model": study.source.name,
         "machine": reporting.this_machine(),
         "versions": reporting.installed_versions(),
-        "command": "python tests/bench/curves.py --work WORK",
+        "command": "python tests/bench/benchmarks/curves.py --work WORK",
         "date": datetime.now(UTC).date().isoformat(),
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS

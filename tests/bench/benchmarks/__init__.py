@@ -1,0 +1,1 @@
+"""What measures and writes JSON to tests/bench/results/."""

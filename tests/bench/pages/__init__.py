@@ -1,0 +1,1 @@
+"""What writes pages and tables from the JSON in tests/bench/results/."""
