@@ -327,3 +327,80 @@ def test_one_reader_of_json_and_one_of_safetensors() -> None:
 
 def test_no_grab_bag_modules() -> None:
     assert not [path for path in sources(*TREES) if path.stem in ("utils", "helpers", "common", "misc")]
+
+
+WITH_PATCHES: set[str] = {
+    "evaluation/analysis/experts.py",
+    "evaluation/op_agreement.py",
+    "evaluation/paired.py",
+    "evaluation/quality.py",
+    "evaluation/speed/random_model.py",
+    "modeling/gated.py",
+    "modeling/gradients.py",
+    "sources/predictors.py",
+    "stats/collect.py",
+    "stats/oracle.py",
+    "training/by_block.py",
+    "training/recompute.py",
+    "training/recovery.py",
+    "training/residual.py",
+    "training/selection.py",
+    "training/signs.py",
+}
+"""Files of converter/ that still change modules by themselves."""
+
+
+def patches(text: str) -> list[str]:
+    """What changes how a torch module runs: its `forward` set or deleted, by name or as a key of its `__dict__`, and
+    hooks on its forward.
+
+    Hooks on gradients are no taps: they see what no forward has.
+    """
+    changed = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Attribute):
+            sets = node.attr == "forward" and not isinstance(node.ctx, ast.Load)
+            hooks = re.fullmatch(r"register_(module_)?forward_(pre_)?hook", node.attr)
+            if sets or hooks:
+                changed.append(ast.unparse(node))
+        elif isinstance(node, ast.Call):
+            words = {ast.unparse(part).rpartition(".")[2] for part in (node.func, *node.args)}
+            if "'forward'" in words and words & {"setattr", "delattr", "__setattr__", "__delattr__", "pop"}:
+                changed.append(ast.unparse(node))
+        elif isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            if isinstance(node.slice, ast.Constant) and node.slice.value == "forward":
+                changed.append(ast.unparse(node))
+    return changed
+
+
+def test_taps_are_the_only_way_to_watch_or_change_a_network() -> None:
+    changing = {
+        path.relative_to(ROOT / "converter").as_posix()
+        for path in sources("converter")
+        if patches(path.read_text(encoding="utf-8"))
+    }
+    assert changing == {"modeling/taps.py"} | WITH_PATCHES
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("module.forward = f", True),
+        ("model.layers[0].mlp.forward: Any = f", True),
+        ("a, module.forward = 1, f", True),
+        ("del module.forward", True),
+        ("stack.callback(delattr, module, 'forward')", True),
+        ("setattr(module, 'forward', f)", True),
+        ("vars(module).pop('forward', None)", True),
+        ("module.__dict__['forward'] = f", True),
+        ("module.register_forward_pre_hook(f)", True),
+        ("hook = module.register_forward_hook", True),
+        ("torch.nn.modules.module.register_module_forward_hook(f)", True),
+        ("before = module.forward", False),
+        ("parameter.register_hook(f)", False),
+        ("module.register_full_backward_hook(f)", False),
+        ("def forward(self, x): return x", False),
+    ],
+)
+def test_the_check_sees_patches(text: str, seen: bool) -> None:
+    assert bool(patches(text)) == seen

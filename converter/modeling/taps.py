@@ -1,10 +1,15 @@
-"""Where a dense model is watched and masked: feed-forward networks, attention heads and single linears, by the names of
-its architecture file.
+"""Where a model is watched and changed while it runs. No other file sets a module's `forward` or hooks on to it.
+
+- `tapped_inputs`, `tapped_outputs`: what enters and what leaves modules.
+- `replaced`: what modules compute. `replace` and `restore` do the same for good, `replacements` tells what is set.
+- `tapped`: the sites of a dense model, by the names of its architecture file.
+
+Contexts nest. Each leaves the modules as it found them, after an exception too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -14,89 +19,168 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..arch import Arch
+from ..arch.shapes import linear_rows
 from ..arch.site import Site
 from .blocks import down_rows, ffn_down, ffn_parts
 
+Forward = Callable[..., Any]
+"""Called in place of a module's forward, with its arguments; the module itself is not among them."""
+Tap = Callable[[Tensor], Tensor | None]
+"""Called with what passes; a tensor that it returns passes instead. `list.append` is one that only watches."""
 Fields = dict[str, Tensor]
-See = Callable[[Site, Fields], Tensor | None]
+SiteTap = Callable[[Site, Fields], Tensor | None]
 """Called at a site with the fields of a score's Context, leading axes [B, S]; returns the units that stay [B, S, n]
 (heads: [B, S, H]) or None for all.
 """
 
 
+# Modules
+
+
+def replace(module: Any, forward: Forward) -> None:
+    """`module` computes `forward` from now on, whatever it computed before."""
+    module.forward = forward
+
+
+def restore(module: Any) -> None:
+    """`module` computes again what its class says. One that does already stays as it is."""
+    vars(module).pop("forward", None)
+
+
+def replacements(module: Any) -> dict[Any, Forward]:
+    """The forwards that are set on `module` and on those below it, by module; the others compute what their classes
+    say.
+    """
+    return {part: vars(part)["forward"] for part in module.modules() if "forward" in vars(part)}
+
+
 @contextmanager
-def tapped(model: Any, arch: Arch, kinds: Sequence[str], see: See) -> Iterator[None]:
-    """`model` with `see` at every site of `kinds` (ffn, attn, linear) inside the block. What does not stay is zero
-    afterwards.
+def replaced(forwards: Mapping[Any, Forward]) -> Iterator[None]:
+    """Every module of `forwards` computes its forward inside the block. Afterwards it computes what it did before, be
+    that its class's forward or one that was set.
+
+    A forward that wants the module's own takes `module.forward` before the block.
     """
     with ExitStack() as stack:
-        for layer in range(arch.size(model.config, "layers")):
-            if "ffn" in kinds:
-                ffn = model.get_submodule(arch.ffn_module(layer))
-                ffn.forward = partial(_ffn, ffn, arch, arch.activation(model.config), Site(layer), see)
-                stack.callback(delattr, ffn, "forward")
-            if "attn" in kinds:
-                o = model.get_submodule(f"{arch.attn_module(layer)}.{arch.attn.o}")
-                heads = int(getattr(model.config, arch.attn.heads.config))
-                stack.callback(
-                    o.register_forward_pre_hook(partial(_heads, heads, Site(layer, kind="attn"), see)).remove
-                )
-            if "linear" in kinds:
-                for name, parts in linear_parts(model, arch, layer).items():
-                    linear = model.get_submodule(name)
-                    linear.forward = partial(_linear, linear, parts, see)
-                    stack.callback(delattr, linear, "forward")
+        for module, forward in forwards.items():
+            if "forward" in vars(module):
+                stack.callback(replace, module, vars(module)["forward"])
+            else:
+                stack.callback(restore, module)
+            replace(module, forward)
         yield
 
 
-def linear_parts(model: Any, arch: Arch, layer: int) -> dict[str, list[tuple[Site, slice]]]:
+@contextmanager
+def tapped_inputs(taps: Mapping[Any, Tap]) -> Iterator[None]:
+    """Every module's tap is called with the module's first positional argument inside the block, before the module
+    runs. A call without a positional argument is not seen.
+    """
+    with ExitStack() as stack:
+        for module, tap in taps.items():
+            stack.callback(module.register_forward_pre_hook(partial(_enter, tap)).remove)
+        yield
+
+
+@contextmanager
+def tapped_outputs(taps: Mapping[Any, Tap]) -> Iterator[None]:
+    """Every module's tap is called with what the module returns inside the block; of a tuple, with its first."""
+    with ExitStack() as stack:
+        for module, tap in taps.items():
+            stack.callback(module.register_forward_hook(partial(_leave, tap)).remove)
+        yield
+
+
+def _enter(tap: Tap, module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    changed = tap(arguments[0]) if arguments else None
+    return None if changed is None else (changed, *arguments[1:])
+
+
+def _leave(tap: Tap, module: Any, arguments: Any, output: Any) -> Any:
+    if isinstance(output, tuple):
+        changed = tap(output[0])
+        return None if changed is None else (changed, *output[1:])
+    return tap(output)
+
+
+# Sites
+
+
+@contextmanager
+def tapped(model: Any, arch: Arch, kinds: Sequence[str], see: SiteTap) -> Iterator[None]:
+    """`model` with `see` at every site of `kinds` (ffn, attn, linear) inside the block. What does not stay is zero
+    afterwards.
+    """
+    forwards: dict[Any, Forward] = {}
+    inputs: dict[Any, Tap] = {}
+    for layer in range(arch.size(model.config, "layers")):
+        if "ffn" in kinds:
+            ffn = model.get_submodule(arch.ffn_module(layer))
+            forwards[ffn] = partial(_ffn, ffn, arch, arch.activation(model.config), Site(layer), see)
+        if "attn" in kinds:
+            o = model.get_submodule(f"{arch.attn_module(layer)}.{arch.attn.o}")
+            heads = int(getattr(model.config, arch.attn.heads.config))
+            inputs[o] = partial(_heads, heads, Site(layer, kind="attn"), see)
+        if "linear" in kinds:
+            for name, parts in linear_parts(model, arch, layer).items():
+                linear = model.get_submodule(name)
+                forwards[linear] = partial(_linear, linear, parts, see)
+    with replaced(forwards), tapped_inputs(inputs):
+        yield
+
+
+def linear_parts(model: Any, arch: Arch, layer: int) -> dict[str, dict[Site, slice]]:
     """The linears of a block: full module name -> its sites with the rows of the weight that are theirs; a packed
     weight has two or three.
     """
-    heads, groups = (int(getattr(model.config, space.config)) for space in (arch.attn.heads, arch.attn.kv_heads))
-    width, units = arch.attn.head_dim(model.config), arch.size(model.config, "units")
-    rows = {"q": heads * width, "k": groups * width, "v": groups * width, "gate": units, "up": units}
-    found: dict[str, list[tuple[Site, slice]]] = {}
-    for name, (module, part) in arch.linears().items():
-        parts = found.setdefault(arch.block_prefix(layer) + module, [])
-        start = parts[-1][1].stop if parts else 0
-        parts.append((Site(layer, kind=f"linear:{name}"), slice(start, start + rows[part]) if part else slice(None)))
-    return found
+    return {
+        arch.block_prefix(layer) + module: {Site(layer, kind=f"linear:{name}"): at for name, at in rows.items()}
+        for module, rows in linear_rows(arch, model.config).items()
+    }
 
 
-def _ffn(module: Any, arch: Arch, activation: str, site: Site, see: See, x: Tensor) -> Tensor:
+def ffn_fields(module: Any, arch: Arch, activation: str, x: Tensor) -> Fields:
+    """The fields of a neuron score for x [..., d] of a feed-forward module: gate, up and z [..., n], and the matrices
+    neuron-major [n, d]. A plain network has no up; its w_gate is its w_up.
+    """
     parts = ffn_parts(module, arch, activation, x)
     if arch.ffn.gate_up:
         w_gate, w_up = getattr(module, arch.ffn.gate_up).weight.chunk(2)
     else:
-        w_up = getattr(module, str(arch.ffn.up)).weight
-        w_gate = getattr(module, str(arch.ffn.gate)).weight if arch.ffn.gate else w_up
-    fields = {
-        "x": x,
-        "gate": parts.gate,
-        "z": parts.z,
-        "w_gate": w_gate,
-        "w_up": w_up,
-        "w_down": down_rows(module, arch),
-    }
-    keep = see(site, fields if parts.up is None else fields | {"up": parts.up})
-    return ffn_down(module, arch, parts.z if keep is None else _zero(parts.z, keep))
+        w_gate, w_up = (getattr(module, str(name)).weight for name in (arch.ffn.gate or arch.ffn.up, arch.ffn.up))
+    w_down = down_rows(module, arch)
+    fields = {"x": x, "gate": parts.gate, "z": parts.z, "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
+    return fields if parts.up is None else fields | {"up": parts.up}
 
 
-def _heads(heads: int, site: Site, see: See, module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    o = arguments[0].unflatten(-1, (heads, -1))
-    keep = see(site, {"o": o})
-    return None if keep is None else (_zero(o, keep.unsqueeze(-1)).flatten(-2), *arguments[1:])
-
-
-def _linear(module: Any, parts: list[tuple[Site, slice]], see: See, x: Tensor) -> Tensor:
-    out = []
-    for site, rows in parts:
-        w, b = module.weight[rows], None if module.bias is None else module.bias[rows]
-        keep = see(site, {"x": x, "w": w})
-        out.append(F.linear(x if keep is None else _zero(x, keep), w, b))
-    return torch.cat(out, dim=-1) if len(out) > 1 else out[0]
-
-
-def _zero(values: Tensor, keep: Tensor) -> Tensor:
+def masked(values: Tensor, keep: Tensor) -> Tensor:
+    """`values` with zero where `keep`, which broadcasts to them, is False. What is dropped may be infinite or NaN."""
     return torch.where(keep, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def linear_by_parts(module: Any, rows: Sequence[slice], inputs: Sequence[Tensor]) -> Tensor:
+    """A linear module whose parts, `rows` of its weight, have inputs [..., d_in] of their own: [..., d_out], the parts
+    one after the other.
+    """
+    bias = module.bias
+    parts = [
+        F.linear(x, module.weight[at], None if bias is None else bias[at]) for at, x in zip(rows, inputs, strict=True)
+    ]
+    return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+
+def _ffn(module: Any, arch: Arch, activation: str, site: Site, see: SiteTap, x: Tensor) -> Tensor:
+    fields = ffn_fields(module, arch, activation, x)
+    keep = see(site, fields)
+    return ffn_down(module, arch, fields["z"] if keep is None else masked(fields["z"], keep))
+
+
+def _heads(heads: int, site: Site, see: SiteTap, joined: Tensor) -> Tensor | None:
+    o = joined.unflatten(-1, (heads, -1))
+    keep = see(site, {"o": o})
+    return None if keep is None else masked(o, keep.unsqueeze(-1)).flatten(-2)
+
+
+def _linear(module: Any, parts: Mapping[Site, slice], see: SiteTap, x: Tensor) -> Tensor:
+    keeps = [see(site, {"x": x, "w": module.weight[at]}) for site, at in parts.items()]
+    return linear_by_parts(module, list(parts.values()), [x if keep is None else masked(x, keep) for keep in keeps])

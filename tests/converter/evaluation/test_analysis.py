@@ -273,9 +273,9 @@ def test_linear_channels_of_packed_weights(tiny_model: Make) -> None:
         for name, parts in linear_parts(model, arch, layer).items():
             linear = model.get_submodule(name)
 
-            def forward(x: Tensor, linear: Any = linear, rows: list[slice] = [rows for _, rows in parts]) -> Tensor:  # noqa: B006
+            def forward(x: Tensor, linear: Any = linear, parts: dict = parts) -> Tensor:
                 outs = []
-                for part in rows:
+                for part in parts.values():
                     w = linear.weight[part]
                     score = x.abs() * w.norm(dim=0)
                     outs.append(
