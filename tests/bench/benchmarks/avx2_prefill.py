@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,107 +70,130 @@ def limited_onnxruntime(folder: Path) -> int:
     return changed
 
 
-def measure(threads: int, changed: int) -> None:
-    """Adds the rows of a number of threads to the stored result; onnxruntime must be the limited copy."""
+def force_avx2() -> None:
+    """Holds sparsegate's library to AVX2."""
     from sparsegate.runtime_onnx import library
-    from sparsegate.runtime_onnx.bench.gate_case import GateCase
-    from sparsegate.runtime_onnx.bench.op import INTEGER_BOUND
-    from sparsegate.runtime_onnx.bench.op_graphs import BASELINES, FORMS
-    from sparsegate.runtime_onnx.bench.record import record
-    from sparsegate.runtime_onnx.bench.samples import compare, pairs, quartiles
-    from sparsegate.runtime_onnx.bench.stream import Stream
-    from sparsegate.runtime_onnx.ops import gated_mlp
 
     if not ctypes.CDLL(str(library.library_path())).sparsegate_force_isa(b"avx2"):
         raise ValueError("The machine must have AVX2, got one without. Run this elsewhere.")
-    d, n = SIZES
-    settings = {
-        "op": "gated_mlp",
-        "d": d,
-        "n": n,
-        "score": "gate",
-        "density": DENSITY,
-        "pairs": PAIRS,
-        "xgetbv_changed": changed,
-    }
-    head = {
-        **record("python tests/bench/benchmarks/avx2_prefill.py"),
-        "kind": "op",
-        "settings": settings,
-        "isa": "avx2 (forced on both sides)",
-    }
-    stored = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
-    rows, models = stored.get("rows", []), {key: stored[key] for key in ("models",) if key in stored}
-    if stored and (stored["machine"], stored["settings"]) != (head["machine"], json.loads(json.dumps(settings))):
+
+
+def stored_for(machine: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The stored result, empty where there is none. Raises ValueError where it is of another machine or settings."""
+    if not RESULT.is_file():
+        return {}
+    stored = json.loads(RESULT.read_text(encoding="utf-8"))
+    if (stored["machine"], stored["settings"]) != (machine, json.loads(json.dumps(settings))):
         raise ValueError(
             f"{RESULT} must hold rows of the same machine and settings to be continued, got others. Move the file away."
         )
+    return stored
+
+
+@dataclass(frozen=True)
+class Op:
+    """The gated MLP of one format beside the dense one of ONNX Runtime, both opened: a call takes x [tokens, d].
+    `tau` are the thresholds of the density; `nmse` is the sparse side's error against the reference.
+    """
+
+    case: Any
+    tau: Any
+    dense: Callable[[Any], Any]
+    sparse: Callable[[Any], Any]
+    nmse: float
+
+
+def open_op(name: str, threads: int, folder: Path) -> Op:
+    """The op of a format with its files in `folder`. Raises ValueError where its result is not the reference's."""
+    from sparsegate.runtime_onnx import library
+    from sparsegate.runtime_onnx.bench.gate_case import GateCase
+    from sparsegate.runtime_onnx.bench.op import INTEGER_BOUND
+    from sparsegate.runtime_onnx.bench.op_graphs import FORMS
+    from sparsegate.runtime_onnx.ops import gated_mlp
+
+    folder.mkdir()
+    form = FORMS[name]
+    case = GateCase(form, *SIZES, 32, folder)
+    tau = case.thresholds(DENSITY)
+    dense = opened(case.dense(form.baselines[0], folder), threads)
+    sparse = opened(case.model("op", tau), threads, library.library_path())
+    x = case.pool[:4]
+    expected = case.expected(x, tau)
+    nmse = float(((sparse(x) - expected) ** 2).sum() / (expected**2).sum())
+    bound = gated_mlp.BOUNDS["float32"] if form.weights == "float" else INTEGER_BOUND
+    if not nmse <= bound:
+        raise ValueError(
+            f"The error of {name} must be at most {bound}, got {nmse:.1e}. The kernel is wrong: its speed means "
+            "nothing."
+        )
+    return Op(case, tau, dense, sparse, nmse)
+
+
+def op_row(op: Op, name: str, count: int, threads: int, evict: Callable[[], Any]) -> dict[str, Any] | None:
+    """The row of a number of tokens; None where too few pairs of runs were undisturbed."""
+    from sparsegate.runtime_onnx.bench.op_graphs import BASELINES, FORMS
+    from sparsegate.runtime_onnx.bench.samples import compare, pairs, quartiles
+
+    pool = op.case.pool
+    starts = range(0, len(pool) - count + 1, max(1, (len(pool) - count) // 15))
+    inputs = [pool[first : first + count] for first in starts]
+    times = pairs(partial(call, op.dense, inputs), partial(call, op.sparse, inputs), PAIRS, PATIENCE, evict)
+    if len(times.baseline) < PAIRS:
+        print(
+            f"{name}, {count} tokens, {threads} threads: {len(times.baseline)} clean pairs of {PAIRS}, not kept",
+            flush=True,
+        )
+        return None
+    against = {
+        "name": f"ONNX Runtime {BASELINES[FORMS[name].baselines[0]].name}, AVX2",
+        "ms": statistics.median(times.baseline) * 1e3,
+        **compare(times.baseline, times.candidate),
+        "dropped": times.dropped,
+    }
+    print(f"{name}, {count} tokens, {threads} threads: {against['ratio']:.2f}", flush=True)
+    return {
+        "format": name,
+        "variant": op.case.variant.name,
+        "tokens": count,
+        "asked": DENSITY,
+        "score": "gate",
+        "threads": threads,
+        "status": "run",
+        "density": float(op.case.kept(op.tau).mean()),
+        "nmse": op.nmse,
+        "ms": statistics.median(times.candidate) * 1e3,
+        "quartiles_ms": [value * 1e3 for value in quartiles(times.candidate)],
+        "dense": [against],
+    }
+
+
+def measure(threads: int, changed: int) -> None:
+    """Adds the rows of a number of threads to the stored result; onnxruntime must be the limited copy."""
+    from sparsegate.runtime_onnx.bench.record import record
+    from sparsegate.runtime_onnx.bench.stream import Stream
+
+    force_avx2()
+    d, n = SIZES
+    settings = {"op": "gated_mlp", "d": d, "n": n, "score": "gate", "density": DENSITY, "pairs": PAIRS}
+    settings |= {"xgetbv_changed": changed}
+    head = record("python tests/bench/benchmarks/avx2_prefill.py") | {"kind": "op", "settings": settings}
+    head |= {"isa": "avx2 (forced on both sides)"}
+    stored = stored_for(head["machine"], settings)
+    rows, models = stored.get("rows", []), {key: stored[key] for key in ("models",) if key in stored}
+    have = {(row["format"], row["tokens"], row["threads"]) for row in rows}
     stream = Stream(threads)
     with TemporaryDirectory() as temporary:
         for name in FORMATS:
-            wanted = [
-                count
-                for count in TOKENS
-                if not any((row["format"], row["tokens"], row["threads"]) == (name, count, threads) for row in rows)
-            ]
-            if not wanted:
+            missing = [count for count in TOKENS if (name, count, threads) not in have]
+            if not missing:
                 continue
-            folder = Path(temporary) / name
-            folder.mkdir()
-            form = FORMS[name]
-            case = GateCase(form, d, n, 32, folder)
-            tau = case.thresholds(DENSITY)
-            dense, sparse = (
-                opened(case.dense(form.baselines[0], folder), threads),
-                opened(case.model("op", tau), threads, library.library_path()),
-            )
-            x = case.pool[:4]
-            expected = case.expected(x, tau)
-            nmse = float(((sparse(x) - expected) ** 2).sum() / (expected**2).sum())
-            bound = gated_mlp.BOUNDS["float32"] if form.weights == "float" else INTEGER_BOUND
-            if not nmse <= bound:
-                raise ValueError(
-                    f"The error of {name} must be at most {bound}, got {nmse:.1e}. The kernel is wrong: its speed "
-                    "means nothing."
-                )
-            for count in wanted:
-                inputs = [
-                    case.pool[first : first + count]
-                    for first in range(0, len(case.pool) - count + 1, max(1, (len(case.pool) - count) // 15))
-                ]
-                found = pairs(
-                    partial(call, dense, inputs), partial(call, sparse, inputs), PAIRS, PATIENCE, stream.evict
-                )
-                if len(found.baseline) < PAIRS:
-                    print(
-                        f"{name}, {count} tokens, {threads} threads: {len(found.baseline)} clean pairs of {PAIRS}, not "
-                        "kept",
-                        flush=True,
-                    )
+            op = open_op(name, threads, Path(temporary) / name)
+            for count in missing:
+                row = op_row(op, name, count, threads, stream.evict)
+                if row is None:
                     continue
-                against = {
-                    "name": f"ONNX Runtime {BASELINES[form.baselines[0]].name}, AVX2",
-                    "ms": statistics.median(found.baseline) * 1e3,
-                }
-                against |= {**compare(found.baseline, found.candidate), "dropped": found.dropped}
-                row = {
-                    "format": name,
-                    "variant": case.variant.name,
-                    "tokens": count,
-                    "asked": DENSITY,
-                    "score": "gate",
-                    "threads": threads,
-                    "status": "run",
-                }
-                row |= {
-                    "density": float(case.kept(tau).mean()),
-                    "nmse": nmse,
-                    "ms": statistics.median(found.candidate) * 1e3,
-                }
-                row |= {"quartiles_ms": [value * 1e3 for value in quartiles(found.candidate)], "dense": [against]}
                 rows.append(row)
                 rows.sort(key=lambda row: (FORMATS.index(row["format"]), row["threads"], row["tokens"]))
-                print(f"{name}, {count} tokens, {threads} threads: {against['ratio']:.2f}", flush=True)
                 RESULT.write_text(json.dumps({**head, "rows": rows, **models}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -180,12 +204,10 @@ def measure_models(threads: int, graphs: Path, name: str) -> None:
     import numpy as np
     import onnxruntime
 
-    from sparsegate.runtime_onnx import library
     from sparsegate.runtime_onnx.bench.samples import compare, pairs
     from sparsegate.runtime_onnx.session import Decoder
 
-    if not ctypes.CDLL(str(library.library_path())).sparsegate_force_isa(b"avx2"):
-        raise ValueError("The machine must have AVX2, got one without. Run this elsewhere.")
+    force_avx2()
     stored = json.loads(RESULT.read_text(encoding="utf-8"))
     rows = []
     for form, dense in GRAPHS.items():

@@ -124,85 +124,90 @@ def narrow_models(result: dict[str, Any]) -> list[str]:
     return [text, table((["weights", *(f"prompt of {count}" for count in counts)], cells)).rstrip("\n")]
 
 
+def op_part(op: dict[str, Any]) -> list[str]:
+    """The section on one token."""
+    settings = op["settings"]
+    return [
+        "## One token through one MLP",
+        f"d = {settings['d']}, n = {settings['n']}, predictor of rank {settings['r']} inside the op, "
+        f"{settings['threads']} threads. {conditions(op)}. "
+        "Speed against ONNX Runtime's dense product of the same precision: fp16 and bf16 stand against fp32, its "
+        "CPU has none faster, with 8 bits beside.",
+        target_table(op),
+        nothing_line(op),
+        "### Every row",
+        op_table(op),
+        f"![Roofline]({PLOT.name})",
+    ]
+
+
+def prefill_part(prefill: dict[str, Any]) -> list[str]:
+    """The section on many tokens in one call."""
+    low = "; ".join(
+        f"{name} {row['dense'][0]['ratio']:.2f} at {row['tokens']} tokens, "
+        + ("no predictor" if row["score"] == "all" else f"{row['asked']:.0%} kept")
+        for name, row in worst(prefill).items()
+    )
+    return [
+        "## Many tokens in one call",
+        "Every token keeps neurons of its own, drawn independently, the worst case: the union soon holds all of them. "
+        f"Speed against ONNX Runtime's dense product of the same precision. {conditions(prefill)}.",
+        prefill_table(prefill),
+        f"The lowest ratio of each format: {low}.",
+    ]
+
+
+def narrow_part(narrow: dict[str, Any]) -> list[str]:
+    """The section on many tokens in one call with AVX2 alone."""
+    settings = narrow["settings"]
+    return [
+        "## Many tokens in one call, AVX2 alone",
+        f"d = {settings['d']}, n = {settings['n']} (SmolLM2-135M), score gate, {settings['density']:.0%} of the "
+        "neurons kept by every token. Both sides are held to AVX2: sparsegate by its switch, ONNX Runtime by a copy "
+        "whose `xgetbv` reports none of AVX-512 (`tests/bench/benchmarks/avx2_prefill.py`). Cold weights; a dash: too "
+        f"few clean pairs. {conditions(narrow)}.",
+        narrow_table(narrow),
+        *narrow_models(narrow),
+    ]
+
+
+def model_part(result: dict[str, Any]) -> list[str]:
+    """The section on a whole model."""
+    settings = result["settings"]
+    timed = {row["runtime"]: row["timed"] for row in result["models"]}
+    return [
+        f"## {settings['shape']}, {settings['precision']}, whole model",
+        f"Random weights of the real sizes, {settings['layers']} layers; {settings['prompt_tokens']} tokens of prompt, "
+        f"{settings['new_tokens']} decoded one at a time, the same random ids for all; {settings['threads']} threads "
+        f"each, median of {settings['rounds']} rounds in turns; stream {result['stream_gb_per_s']:.1f} GB/s. "
+        f"{conditions(result)}.",
+        model_table(result),
+        *amdahl_lines(result),
+        "What is timed: " + "; ".join(f"{runtime}: {what}" for runtime, what in timed.items()) + ".",
+    ]
+
+
 def page() -> str:
     """The whole page."""
     op, prefill, narrow, whole = load(OP), load(PREFILL), load(NARROW), models()
     parts = [INTRODUCTION]
-    if op:
-        settings = op["settings"]
-        parts += [
-            "## One token through one MLP",
-            f"d = {settings['d']}, n = {settings['n']}, predictor of rank {settings['r']} inside the op, "
-            f"{settings['threads']} threads. {conditions(op)}. "
-            "Speed against ONNX Runtime's dense product of the same precision: fp16 and bf16 stand against fp32, its "
-            "CPU has none faster, with 8 bits beside.",
-            target_table(op),
-            nothing_line(op),
-            "### Every row",
-            op_table(op),
-            f"![Roofline]({PLOT.name})",
-        ]
-    if prefill:
-        low = "; ".join(
-            f"{name} {row['dense'][0]['ratio']:.2f} at {row['tokens']} tokens, "
-            + ("no predictor" if row["score"] == "all" else f"{row['asked']:.0%} kept")
-            for name, row in worst(prefill).items()
-        )
-        parts += [
-            "## Many tokens in one call",
-            "Every token keeps neurons of its own, drawn independently, the worst case: the union soon holds all of "
-            "them. Speed against ONNX Runtime's "
-            f"dense product of the same precision. {conditions(prefill)}.",
-            prefill_table(prefill),
-            f"The lowest ratio of each format: {low}.",
-        ]
-    if narrow:
-        settings = narrow["settings"]
-        parts += [
-            "## Many tokens in one call, AVX2 alone",
-            f"d = {settings['d']}, n = {settings['n']} (SmolLM2-135M), score gate, {settings['density']:.0%} of the "
-            "neurons kept by every token. "
-            "Both sides are held to AVX2: sparsegate by its switch, ONNX Runtime by a copy whose `xgetbv` reports none "
-            "of AVX-512 (`tests/bench/benchmarks/avx2_prefill.py`). Cold weights; a dash: too few clean pairs. "
-            f"{conditions(narrow)}.",
-            narrow_table(narrow),
-            *narrow_models(narrow),
-        ]
+    for part, result in ((op_part, op), (prefill_part, prefill), (narrow_part, narrow)):
+        parts += part(result) if result else []
     for result in whole:
-        settings = result["settings"]
-        parts += [
-            f"## {settings['shape']}, {settings['precision']}, whole model",
-            f"Random weights of the real sizes, {settings['layers']} layers; {settings['prompt_tokens']} tokens of "
-            f"prompt, {settings['new_tokens']} decoded "
-            f"one at a time, the same random ids for all; {settings['threads']} threads each, median of "
-            f"{settings['rounds']} rounds in turns; stream "
-            f"{result['stream_gb_per_s']:.1f} GB/s. {conditions(result)}.",
-            model_table(result),
-            *amdahl_lines(result),
-            "What is timed: "
-            + "; ".join(
-                f"{row['runtime']}: {row['timed']}"
-                for row in {row["runtime"]: row for row in result["models"]}.values()
-            )
-            + ".",
-        ]
+        parts += model_part(result)
     everything = [result for result in (op, prefill, narrow, *whole) if result]
     lost = losses(op, prefill, whole) + (narrow_losses(narrow) if narrow else [])
     parts += [
         "## Where sparsegate loses",
         "\n".join(f"- {line}" for line in lost) if lost else "In none of the cases measured.",
-    ]
-    parts += [
         "## CUDA",
         "Kernels for CUDA are built, and an emulation on a CPU tests their arithmetic against the reference; on a GPU "
-        "they were "
-        f"{everything[0]['cuda'] if everything else 'not run'}.",
+        f"they were {everything[0]['cuda'] if everything else 'not run'}.",
         "## How to repeat it",
         "\n".join(f"- {repeatable(commands(result))}" for result in everything),
         "The peers are optional: `pip install 'sparsegate[bench]'` brings llama-cpp-python and gguf; one that is not "
-        "installed is named as such. "
-        "`--shape` names the sizes of well-known models, `--layers` shortens them, and `sparsegate bench DENSE DIR` "
-        "times two folders of your own.",
+        "installed is named as such. `--shape` names the sizes of well-known models, `--layers` shortens them, and "
+        "`sparsegate bench DENSE DIR` times two folders of your own.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

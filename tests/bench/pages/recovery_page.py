@@ -1,25 +1,20 @@
-"""Write docs/turbosparse.md and its pictures from the stored results: `python tests/bench/pages/recovery_page.py`.
+"""Write docs/turbosparse.md and its pictures from the stored results.
 
-With `--take OUT` the records of a checkpoint that `sparsegate convert --recipe turbosparse` wrote are stored first, as
-recovery.json and recovered.json; with `--predictors OUT` those of the recipe turbosparse_predictors, as
-recovery_predictors.json and recovered_predictors.json; with `--scratch WORK` curves of `examples/pretrain.py` runs
-below WORK (folders silu0, drelu0, silu1 and so on), as scratch.json.
+    python tests/bench/pages/recovery_page.py
+
+`benchmarks/recovery.py` stores them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from sparsegate.converter.checkpoint.stage import write_json
-from sparsegate.converter.evaluation.records import RESULTS as REPORT
-from sparsegate.converter.evaluation.records import Report, this_machine
-from sparsegate.converter.evaluation.recovery_record import RECOVERY, RecoveryRecord
+from sparsegate.converter.evaluation.records import Report
+from sparsegate.converter.evaluation.recovery_record import RecoveryRecord
 from sparsegate.converter.report.plots import plot_recovery, plot_zeros
 from sparsegate.converter.report.recovery import before_after_table, heldout_cells, spent_table, zeros_table
 from sparsegate.converter.report.tables import quality_table, table
@@ -28,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from records.folders import DOCS, RESULTS
 
 PAGE = DOCS / "turbosparse.md"
-PREDICTORS, PREDICTORS_RECORD = "recovered_predictors.json", "recovery_predictors.json"
+RECORD, RECOVERED = "recovery.json", "recovered.json"
+PREDICTORS_RECORD, PREDICTORS = "recovery_predictors.json", "recovered_predictors.json"
+SCRATCH = "scratch.json"
 INTRODUCTION = """# dReLU: exact zeros by recovery training
 
 Turbo Sparse (arXiv 2406.05955) replaces a model's SwiGLU by dReLU, relu(gate x) * relu(up x), and trains it until it is
@@ -39,44 +36,6 @@ The bundled model, on CPU cores alone and without any text but what the dense mo
 that dReLU drops the weaker sign, then all weights are trained on the divergence from the dense model, its blocks'
 outputs, and a count of open units that a controller leads to the wished density. `sparsegate convert --recipe
 turbosparse -o out` does it again."""
-
-
-def store(out: Path, record: str = "recovery.json", report: str = "recovered.json") -> None:
-    """Keep what a conversion measured."""
-    for name, target in ((RECOVERY, record), (REPORT, report)):
-        write_json(RESULTS / target, json.loads((out / name).read_text(encoding="utf-8")))
-
-
-def store_scratch(work: Path) -> None:
-    """Keep the curves of trainings from scratch: held-out bits per byte by step, and processor seconds as `time` wrote
-    them into the logs beside.
-    """
-    import torch
-
-    runs = []
-    for folder in sorted(path for path in work.iterdir() if path.is_dir()):
-        found = re.fullmatch(r"(silu|drelu)(\d+)", folder.name)
-        if found and (folder / "checkpoint.pt").is_file():
-            state = torch.load(folder / "checkpoint.pt", weights_only=True)
-            said = re.search(r"cpu ([\d.]+)", (work / f"{folder.name}.log").read_text())
-            cpu = float(said[1]) if said else None
-            runs.append(
-                {
-                    "activation": found[1],
-                    "seed": int(found[2]),
-                    "steps": state["step"],
-                    "cpu_seconds": cpu,
-                    "curve": state["curve"],
-                }
-            )
-    write_json(
-        RESULTS / "scratch.json",
-        {
-            "machine": this_machine().model_dump(),
-            "command": "python examples/pretrain.py train --steps N",
-            "runs": runs,
-        },
-    )
 
 
 def load(name: str) -> dict[str, Any]:
@@ -135,7 +94,7 @@ def folder_lines(result: dict[str, Any], name: str) -> str:
 
 def page() -> str:
     """The page."""
-    record, report = RecoveryRecord.model_validate(load("recovery.json")), Report.model_validate(load("recovered.json"))
+    record, report = RecoveryRecord.model_validate(load(RECORD)), Report.model_validate(load(RECOVERED))
     after = record.recovered
     parts = [
         INTRODUCTION,
@@ -180,36 +139,25 @@ def page() -> str:
     speed = speed_lines()
     if speed:
         parts += ["## Speed against its own dense source", *speed, ""]
-    if (RESULTS / "scratch.json").is_file():
+    if (RESULTS / SCRATCH).is_file():
         parts += [
             "## dReLU from scratch",
             "",
             "`examples/pretrain.py train --steps 1000`, everything else equal:",
             "",
-            *scratch_lines(load("scratch.json")),
+            *scratch_lines(load(SCRATCH)),
             "",
         ]
     return "\n".join(parts)
 
 
-def main() -> None:
-    """Store what is asked for and write the page and its pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--take", type=Path)
-    parser.add_argument("--predictors", type=Path)
-    parser.add_argument("--scratch", type=Path)
-    arguments = parser.parse_args()
-    if arguments.take:
-        store(arguments.take)
-    if arguments.predictors:
-        store(arguments.predictors, PREDICTORS_RECORD, PREDICTORS)
-    if arguments.scratch:
-        store_scratch(arguments.scratch)
+def write_page() -> None:
+    """The page and its pictures."""
     PAGE.write_text(page(), encoding="utf-8")
-    record = RecoveryRecord.model_validate(load("recovery.json"))
+    record = RecoveryRecord.model_validate(load(RECORD))
     plot_recovery(DOCS / "recovery.png", record)
     plot_zeros(DOCS / "recovery_zeros.png", record)
 
 
 if __name__ == "__main__":
-    main()
+    write_page()
