@@ -15,7 +15,7 @@ from huggingface_hub import utils as hub
 from transformers.utils import logging as switches
 
 from sparsegate.converter import progress
-from sparsegate.converter.progress import libraries
+from sparsegate.converter.progress import display, libraries, timing
 
 
 class Terminal(io.StringIO):
@@ -107,7 +107,7 @@ def test_a_job_inside_a_job_is_the_outer_one() -> None:
 
 
 def test_a_long_stage_gives_a_line_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "EVERY", 0.2)
+    monkeypatch.setattr(display, "EVERY", 0.2)
     monkeypatch.setattr(progress, "_TICK", 0.02)
     stream = io.StringIO()
     with progress.shown("normal", stream), progress.stage("calibrate"):
@@ -182,7 +182,7 @@ def test_time_left_follows_the_pace_so_far() -> None:
     job.seconds["a"] = 30.0  # three times as slow
     share, left = job.outlook([])  # type: ignore[misc]
     assert share == 0.25 and 2.0 * 30 < left < 3.0 * 30
-    running = progress._Stage("b", before=10.0, share=0.5)
+    running = timing.RunningStage("b", before=10.0, share=0.5)
     share, left = job.outlook([running])  # type: ignore[misc]
     assert share == pytest.approx(15 / 40) and left > 10.0
     job.seconds["b"] = 0.0
@@ -251,13 +251,13 @@ def test_the_pace_of_a_loop_that_goes_on_leaves_out_what_was_done_before() -> No
 
 def test_the_longer_a_stage_takes_the_rarer_are_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     stream, now = io.StringIO(), [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    display, running = progress._File(stream), progress._Stage("train")
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    log, running = display.LineDisplay(stream, lambda _: ""), timing.RunningStage("train")
     running.resume()
-    display.begin(running)
+    log.begin(running)
     for _ in range(36000):
         now[0] += 1.0
-        display.tick(running)
+        log.tick(running)
     lines = stream.getvalue().splitlines()
     assert 20 <= len(lines) <= 30 and [line.split()[1:3] for line in lines[:3]] == [
         ["60", "s"],
