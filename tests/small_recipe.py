@@ -65,3 +65,11 @@ def call_cli(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Done
         main(words)
     assert isinstance(stop.value.code, int)
     return Done(stop.value.code, *capsys.readouterr())
+
+
+def one_line(done: Done) -> str:
+    """The single line on stderr of a user's mistake; nothing stands on stdout."""
+    assert done.status == 2 and done.out == "", done
+    assert done.err.startswith("sparsegate: ") and done.err.count("\n") == 1 and done.err.endswith("\n"), done.err
+    assert "must" in done.err and "got" in done.err, done.err
+    return done.err

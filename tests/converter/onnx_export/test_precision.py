@@ -40,12 +40,6 @@ FORMATS = {"fp32": np.float32, "fp16": np.float16, "bf16": "bfloat16", "int8": n
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
-    root = tmp_path_factory.mktemp("bases")
-    return cache(lambda model_type: open_tiny(model_type, tiny_model(model_type), root / model_type))
-
-
-@pytest.fixture(scope="session")
 def plan(tiny: Callable[[str], Tiny]) -> Callable[[str, str, bool], Plan]:
     return cache(lambda model_type, kind, residual: Gated(tiny(model_type), kind, residual).plan)
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from calibration_walk import BOTH, contents, make_batches, times
 from models import MODEL_TYPES, VOCAB
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,33 +25,11 @@ from sparsegate.converter.modeling.gated import apply_plan, load_dense
 from sparsegate.converter.stats import Probe, greedy, histogram, samples
 from sparsegate.converter.stats import collect as walk
 from sparsegate.converter.stats.bins import greedy_split
-from sparsegate.converter.stats.collect import collect, drop_samples
+from sparsegate.converter.stats.collect import collect
 from sparsegate.converter.text.windows import Batches
 from sparsegate.runtime_onnx.errors import InputError
 
-BOTH = ["histogram:gate", "samples:magnitude"]
-
-
-@pytest.fixture(autouse=True)
-def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Several groups of windows, of two sizes, with and without padding. One thread: matrices this small lose more time
-    in barriers than they gain.
-    """
-    monkeypatch.setattr(walk, "TOKENS_AT_ONCE", 160)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def make_batches(windows: int = 11, length: int = 40, padded: bool = True, seed: int = 0) -> Batches:
-    tokens = torch.randint(3, VOCAB, (windows, length), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    if padded:
-        mask[2, 30:] = False
-        mask[-1, 23:] = False
-        tokens[~mask] = 0
-    return Batches(tokens, mask)
+pytestmark = pytest.mark.usefixtures("small_groups")
 
 
 def record(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -347,99 +323,6 @@ def test_scores_that_one_forward_does_not_give(score: str, source: Source, tmp_p
         collect(source, make_batches(), [f"histogram:{score}"], tmp_path)
 
 
-# Resumption
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.safetensors")}
-
-
-def times(folder: Path) -> dict[str, int]:
-    return {p.relative_to(folder).as_posix(): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
-
-
-@pytest.fixture
-def source(tiny_model: Callable[[str], Path]) -> Source:
-    return open_source(tiny_model("llama"))
-
-
-def test_a_finished_site_is_not_made_again(source: Source, tmp_path: Path) -> None:
-    collect(source, make_batches(), BOTH, tmp_path)
-    before, whole = times(tmp_path), contents(tmp_path)
-    collect(source, make_batches(), BOTH, tmp_path)
-    assert times(tmp_path) == before
-    for key in ("layers.0.ffn", "layers.1.ffn"):
-        shutil.rmtree(tmp_path / key)
-        kept = times(tmp_path)
-        collect(source, make_batches(), BOTH, tmp_path)
-        assert contents(tmp_path) == whole and times(tmp_path).items() > kept.items()
-
-
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_pass_goes_on(
-    failure: type[BaseException], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    collect(source, make_batches(), BOTH, tmp_path / "whole")
-    calls, real = [], histogram.update
-
-    def update(*arguments: Any) -> None:
-        calls.append(1)
-        if len(calls) > 4:  # three groups a layer
-            raise failure
-        real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(histogram, "update", update)
-        with pytest.raises(failure):
-            collect(source, make_batches(), BOTH, tmp_path / "cut")
-    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["layers.0.ffn"], (
-        "the first layer is finished, of the second nothing is left"
-    )
-    before = times(tmp_path / "cut")
-    collect(source, make_batches(), BOTH, tmp_path / "cut")
-    assert (
-        contents(tmp_path / "cut") == contents(tmp_path / "whole") and times(tmp_path / "cut").items() > before.items()
-    )
-
-
-def test_fewer_statistics_are_not_collected_again(source: Source, tmp_path: Path) -> None:
-    """A run that was stopped between two methods asks for the second one's statistics only."""
-    collect(source, make_batches(), BOTH, tmp_path)
-    before = times(tmp_path)
-    (found, _) = collect(source, make_batches(), ["samples:magnitude"], tmp_path).values()
-    assert times(tmp_path) == before and sorted(found) == ["samples:magnitude.score", "samples:magnitude.x"]
-    collect(source, make_batches(), [*BOTH, "histogram:magnitude"], tmp_path)
-    assert not times(tmp_path).items() & before.items(), "more statistics are"
-
-
-@pytest.mark.parametrize("change", ["batches", "seed", "model"])
-def test_other_parents_are_collected_again(change: str, source: Source, tmp_path: Path) -> None:
-    collect(source, make_batches(), BOTH, tmp_path)
-    before = times(tmp_path)
-    if change == "model":
-        folder = shutil.copytree(source.folder, tmp_path.with_name(tmp_path.name + "m"))
-        tensors = load_file(folder / "model.safetensors")
-        save_file({name: t * 1.01 for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
-        source = open_source(folder)
-    collect(source, make_batches(seed=int(change == "batches")), BOTH, tmp_path, seed=int(change == "seed"))
-    assert not times(tmp_path).items() & before.items()
-
-
-def test_dropped_samples_are_collected_again(source: Source, tmp_path: Path) -> None:
-    collect(source, make_batches(), BOTH, tmp_path)
-    whole = contents(tmp_path)
-    drop_samples(tmp_path)
-    assert sorted(contents(tmp_path)) == [
-        "layers.0.ffn/histogram.gate.safetensors",
-        "layers.1.ffn/histogram.gate.safetensors",
-    ]
-    before = times(tmp_path)
-    collect(source, make_batches(), ["histogram:gate"], tmp_path)
-    assert times(tmp_path) == before
-    collect(source, make_batches(), BOTH, tmp_path)
-    assert contents(tmp_path) == whole
-
-
 # Bad models and texts
 
 
@@ -487,109 +370,3 @@ def test_tensors_that_the_model_does_not_have_are_left_alone(tiny_model: Callabl
     collect(open_source(folder), make_batches(), BOTH, tmp_path / "a")
     collect(open_source(tiny_model("llama")), make_batches(), BOTH, tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-
-
-# Memory
-
-LAYERS, HIDDEN, UNITS, WINDOWS, LENGTH = 16, 512, 2048, 8, 64
-MIB = 2**20
-
-CHILD = """
-import json, sys
-from pathlib import Path
-import torch
-from sparsegate.converter.text.windows import Batches
-from sparsegate.converter.modeling.gated import load_dense
-from sparsegate.converter.checkpoint.source import open_source
-from sparsegate.converter.stats import collect as walk
-
-def peak():
-    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-
-tiny, model, out, windows, length = *map(Path, sys.argv[1:4]), *map(int, sys.argv[4:6])
-walk.TOKENS_AT_ONCE = 128
-tokens = torch.randint(3, 290, (windows, length), generator=torch.Generator().manual_seed(0))
-batches = Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
-names = ["histogram:gate", "samples:magnitude"]
-walk.collect(open_source(tiny), batches, names, out / "tiny")
-load_dense(tiny)
-before = peak()
-found = walk.collect(open_source(model), batches, names, out / "model")
-after = peak()
-assert len(found) == 16 and all(int(s["histogram:gate.count"].sum()) for s in found.values())
-kept = load_dense(model)
-print(json.dumps([after - before, peak() - before]))
-"""
-
-
-@pytest.fixture(scope="module")
-def large_model(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A llama of 16 blocks of 16 MiB in fp32, stored as bf16 in four shards, in the tiny model's vocabulary."""
-    folder = shutil.copytree(tiny_model("llama"), tmp_path_factory.mktemp("large") / "model")
-    (folder / "model.safetensors").unlink()
-    raw = json.loads((folder / "config.json").read_text())
-    raw |= {
-        "hidden_size": HIDDEN,
-        "intermediate_size": UNITS,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-    }
-    (folder / "config.json").write_text(json.dumps(raw))
-    shapes = {f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"}
-    shapes |= {"mlp.gate_proj": (UNITS, HIDDEN), "mlp.up_proj": (UNITS, HIDDEN), "mlp.down_proj": (HIDDEN, UNITS)}
-    g, weight_map = torch.Generator().manual_seed(0), {}
-    for shard in range(4):
-        tensors = {}
-        for layer in range(shard * 4, shard * 4 + 4):
-            prefix = f"model.layers.{layer}."
-            tensors |= {
-                f"{prefix}{name}.weight": torch.randn(shape, generator=g).mul_(shape[1] ** -0.5).bfloat16()
-                for name, shape in shapes.items()
-            }
-            tensors |= {
-                f"{prefix}{name}.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)
-                for name in ("input_layernorm", "post_attention_layernorm")
-            }
-        if shard == 0:
-            tensors |= {
-                f"{name}.weight": torch.randn(VOCAB, HIDDEN, generator=g).bfloat16()
-                for name in ("model.embed_tokens", "lm_head")
-            }
-            tensors["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
-        file = f"model-0000{shard + 1}-of-00004.safetensors"
-        save_file(tensors, folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is read from /proc")
-def test_peak_memory_is_bounded_by_two_blocks(
-    large_model: Path, tiny_model: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """The bound is that of `estimate.Estimate`; loading the whole model afterwards, the control, breaks it.
-
-    The allocator is told to give back what is freed, as it does by itself with the larger tensors of real models.
-    """
-    block = 4 * (4 * HIDDEN**2 + 3 * HIDDEN * UNITS)
-    hidden = 4 * WINDOWS * LENGTH * HIDDEN
-    batch = 4 * 128 * (4 * HIDDEN + 5 * UNITS)
-    bound = 2 * block + 2 * hidden + batch
-    assert bound < LAYERS * block / 4, "well below the model in fp32"
-    arguments = [tiny_model("llama"), large_model, tmp_path, WINDOWS, LENGTH]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    walked, whole = json.loads(done.stdout)
-    assert walked <= bound < whole, (
-        f"MiB: walk {walked / MIB:.1f}, bound {bound / MIB:.1f}, whole model {whole / MIB:.1f}; a block is "
-        f"{block / MIB:.1f}"
-    )
