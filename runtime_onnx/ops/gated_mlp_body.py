@@ -68,6 +68,115 @@ def unpack_int4(stored: str, scale: str, out: str) -> list[str]:
     ]
 
 
+class _Lines:
+    """Lines of a body, step after step; a step returns the name of what it computed, [rows, ...] float32."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.variant = variant
+        self.roles = set(variant.inputs)
+        self.stored = {"float": variant.w, "int8_row": "int8", "int4_g32": "int4_g32"}[variant.weights]
+        self.lines: list[str] = []
+        self._widened: set[str] = set()
+
+    def weight(self, role: str, stored: str) -> str:
+        """Name of the role's tensor as float32."""
+        if stored == "float32":
+            return role
+        wide = f"{role}_float"
+        if role not in self._widened:
+            self._widened.add(role)
+            self.lines += (
+                unpack_int4(role, _SCALES[role], wide) if stored == "int4_g32" else [f"{wide} = Cast<to=1>({role})"]
+            )
+        return wide
+
+    def product(self, out: str, rows: str, role: str, stored: str, scale: str = "", bias: str = "") -> None:
+        """`out` = rows times role^T, scaled and shifted per column where scale and bias exist."""
+        w = self.weight(role, stored)
+        if scale in self.roles and stored == "int8":
+            self.lines.append(f"{out}_raw = Gemm<transB=1>({rows}, {w})")
+            self.lines.append(f"{out}{'_scaled' if bias in self.roles else ''} = Mul({out}_raw, {scale})")
+            if bias in self.roles:
+                self.lines.append(f"{out} = Add({out}_scaled, {bias})")
+        else:
+            self.lines.append(f"{out} = Gemm<transB=1>({rows}, {w}{', ' + bias if bias in self.roles else ''})")
+
+    def rows(self) -> str:
+        """The rows [T, d] of x [..., d]."""
+        self.lines += [
+            "x_shape = Shape(x)",
+            "free = Constant<value_ints=[-1]>()",
+            "width = Shape<start=-1>(x)",
+            "row_shape = Concat<axis=0>(free, width)",
+        ]
+        if self.variant.x == "float32":
+            self.lines.append("rows = Reshape(x, row_shape)")
+        else:
+            self.lines += ["rows_x = Reshape(x, row_shape)", "rows = Cast<to=1>(rows_x)"]
+        return "rows"
+
+    def neurons(self, rows: str) -> str:
+        """What every neuron would give, [T, n]; `act` is the activation alone."""
+        activation = self.variant.activation
+        self.product("up", rows, "w_up", self.stored, "s_up", "b_up")
+        if self.variant.plain:
+            self.lines.append(_activation(activation, "act", "up"))
+            return "act"
+        self.product("gate", rows, "w_gate", self.stored, "s_gate", "b_gate")
+        self.lines.append(_activation(activation, "act", "gate"))
+        up = "up"
+        if cuts_up(activation):
+            up = "up_relu"
+            self.lines.append("up_relu = Relu(up)")
+        self.lines.append(f"z = Mul(act, {up})")
+        return "z"
+
+    def kept(self, z: str, rows: str) -> str:
+        """The products with 0 where the score does not keep a neuron; `hidden` [T, r] where there is a predictor or a
+        residual.
+        """
+        if "p1" in self.roles:
+            self.product("logit", rows, "p1", self.variant.p, "s_p1")
+            self.lines.append("hidden = Relu(logit)")
+        if "tau" not in self.roles:
+            return z
+        if self.variant.score == "predictor":
+            self.product("score", "hidden", "p2", self.variant.p, "s_p2")
+        else:
+            self.lines.append("score = Abs(act)")
+        # Where, not Mul: a NaN or inf in a neuron that is not kept must not reach y
+        self.lines += [
+            "keep = Greater(score, tau)",
+            "zero = Constant<value_float=0.0>()",
+            f"kept = Where(keep, {z}, zero)",
+        ]
+        return "kept"
+
+    def down(self, z: str) -> str:
+        """The down projection, bias and residual, [T, d]."""
+        if "s_down" in self.roles and self.stored == "int8":
+            self.lines.append(f"z_scaled = Mul({z}, s_down)")
+            z = "z_scaled"
+        self.lines.append(f"down = MatMul({z}, {self.weight('w_down', self.stored)})")
+        y = "down"
+        if "b_down" in self.roles:
+            self.lines.append(f"biased = Add({y}, b_down)")
+            y = "biased"
+        if "res" in self.roles:
+            self.lines.append(f"residual = MatMul(hidden, {self.weight('res', self.variant.p)})")
+            self.lines.append(f"summed = Add({y}, residual)")
+            y = "summed"
+        return y
+
+    def shaped(self, y: str) -> None:
+        """`y` in the dtype and shape of x."""
+        if self.variant.x != "float32":
+            code = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}[self.variant.x]
+            self.lines.append(f"narrow = Cast<to={code}>({y})")
+            y = "narrow"
+        self.lines.append(f"y = Reshape({y}, x_shape)")
+
+
 def body(variant: Variant, domain: str, name: str, overload: str, opset: int) -> onnx.FunctionProto:
     """Returns the function with formal inputs x and the variant's roles, output y, computing in float32.
 
@@ -79,88 +188,14 @@ def body(variant: Variant, domain: str, name: str, overload: str, opset: int) ->
         raise ValueError(
             f"opset must be at least 20, got {opset}: Gelu is younger than that. Export with a newer opset."
         )
-    lines: list[str] = []
-    unpacked: set[str] = set()
-    roles = set(variant.inputs)
-
-    def weight(role: str, stored: str) -> str:
-        """Name of the role's tensor as float32."""
-        if stored == "float32":
-            return role
-        if stored == "int4_g32":
-            if f"{role}_float" not in unpacked:
-                unpacked.add(f"{role}_float")
-                lines.extend(unpack_int4(role, _SCALES[role], f"{role}_float"))
-            return f"{role}_float"
-        if f"{role}_float = Cast<to=1>({role})" not in lines:
-            lines.append(f"{role}_float = Cast<to=1>({role})")
-        return f"{role}_float"
-
-    def product(out: str, rows: str, role: str, stored: str, scale: str = "", bias: str = "") -> str:
-        """Emits out = rows times role^T, scaled and shifted per column where scale and bias exist."""
-        w = weight(role, stored)
-        if scale in roles and stored == "int8":
-            lines.append(f"{out}_raw = Gemm<transB=1>({rows}, {w})")
-            lines.append(f"{out}{'_scaled' if bias in roles else ''} = Mul({out}_raw, {scale})")
-            if bias in roles:
-                lines.append(f"{out} = Add({out}_scaled, {bias})")
-        else:
-            lines.append(f"{out} = Gemm<transB=1>({rows}, {w}{', ' + bias if bias in roles else ''})")
-        return out
-
-    stored = {"float": variant.w, "int8_row": "int8", "int4_g32": "int4_g32"}[variant.weights]
-    lines += [
-        "x_shape = Shape(x)",
-        "free = Constant<value_ints=[-1]>()",
-        "width = Shape<start=-1>(x)",
-        "row_shape = Concat<axis=0>(free, width)",
-    ]
-    lines.append(f"{'rows' if variant.x == 'float32' else 'rows_x'} = Reshape(x, row_shape)")
-    if variant.x != "float32":
-        lines.append("rows = Cast<to=1>(rows_x)")
-    product("up", "rows", "w_up", stored, "s_up", "b_up")
-    if variant.plain:
-        lines.append(_activation(variant.activation, "act", "up"))
-        z = "act"
-    else:
-        product("gate", "rows", "w_gate", stored, "s_gate", "b_gate")
-        lines.append(_activation(variant.activation, "act", "gate"))
-        if cuts_up(variant.activation):
-            lines.append("up_relu = Relu(up)")
-        lines.append(f"z = Mul(act, {'up_relu' if cuts_up(variant.activation) else 'up'})")
-        z = "z"
-    if "p1" in roles:
-        product("logit", "rows", "p1", variant.p, "s_p1")
-        lines.append("hidden = Relu(logit)")
-    if "tau" in roles:
-        if variant.score == "predictor":
-            product("score", "hidden", "p2", variant.p, "s_p2")
-        else:
-            lines.append("score = Abs(act)")
-        # Where, not Mul: a NaN or inf in a neuron that is not kept must not reach y
-        lines += ["keep = Greater(score, tau)", "zero = Constant<value_float=0.0>()", f"kept = Where(keep, {z}, zero)"]
-        z = "kept"
-    if "s_down" in roles and stored == "int8":
-        lines.append(f"z_scaled = Mul({z}, s_down)")
-        z = "z_scaled"
-    lines.append(f"down = MatMul({z}, {weight('w_down', stored)})")
-    y = "down"
-    if "b_down" in roles:
-        lines.append(f"biased = Add({y}, b_down)")
-        y = "biased"
-    if "res" in roles:
-        lines += [f"residual = MatMul(hidden, {weight('res', variant.p)})", f"summed = Add({y}, residual)"]
-        y = "summed"
-    if variant.x != "float32":
-        code = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}[variant.x]
-        lines.append(f"narrow = Cast<to={code}>({y})")
-        y = "narrow"
-    lines.append(f"y = Reshape({y}, x_shape)")
+    steps = _Lines(variant)
+    rows = steps.rows()
+    steps.shaped(steps.down(steps.kept(steps.neurons(rows), rows)))
     formal = ", ".join(("x", *variant.inputs))
     attributes = ", ".join(variant.attributes())
     text = (
         f'<domain: "{domain}", opset_import: ["" : {opset}]>\n{name} <{attributes}> ({formal}) => (y) {{\n '
-        + "\n ".join(lines)
+        + "\n ".join(steps.lines)
         + "\n}"
     )
     function = onnx.parser.parse_function(text)
