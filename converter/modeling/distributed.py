@@ -301,6 +301,11 @@ def share_of(count: int, what: str) -> slice:
     return slice(here.rank * count // here.size, (here.rank + 1) * count // here.size)
 
 
+def in_bf16(precision: str, device: torch.device) -> bool:
+    """Whether passes of a `precision` (fp32, bf16 or auto) run in bfloat16 on the device; auto where that pays."""
+    return precision == "bf16" or (precision == "auto" and multiplies_bf16(device))
+
+
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 natively, so that training in it pays."""
     if device.type == "cuda":

@@ -28,10 +28,10 @@ from ..checkpoint.source import Source, TensorInfo
 from ..evaluation.quality import Reference, compare, torch_logits
 from ..methods.tune import Tune
 from ..modeling.blocks import empty_model
-from ..modeling.distributed import multiplies_bf16
 from ..modeling.predictor import rank_for
 from ..stats.collect import PROBE_TOKENS, collect
 from ..text.windows import Batches
+from ..training.inputs import Models
 from ..training.selection import EndToEnd
 from ..training.settings import Settings
 
@@ -257,10 +257,9 @@ def _objective(block: _Block, arch: Arch, part: str, tune: Tune, tokens: Tensor)
     if part == "predictor":
         rank = rank_for(hidden, units, 2 if arch.ffn.kind == "plain" else 3)
         entry = Predictor(_drawn((rank, hidden)), _drawn((units, rank)), torch.full((units,), -1.0), 1.0)
-    half = tune.precision == "bf16" or (tune.precision == "auto" and multiplies_bf16(block.model.device))
     plan: Plan = {Site(0): [entry]}
-    settings = Settings(10, tune.windows, tune.rate)
-    return EndToEnd(block.model, arch, activation, plan, settings, [0.5], 1.0, tune.local, half, tokens[:1])
+    models, settings = Models(block.model, None, arch, activation), Settings(10, tune.windows, tune.rate)
+    return EndToEnd(models, plan, tune, settings, 1.0, [0.5], tokens[:1])
 
 
 def _trains(

@@ -33,8 +33,9 @@ from ..sources.predictors import fingerprint, imported_plan, measured
 from ..stats import Stats, load_stat
 from ..stats.collect import collect, drop_samples
 from ..stats.oracle import collect_labels
+from ..training.inputs import Models, TrainingRun
+from ..training.plans import train_plan
 from ..training.residual import add_residuals
-from ..training.selection import train_plan
 from .recipe import Recipe
 from .search import Judge, allocate, governs, sensitivities, settled, shifted, sparsest
 from .texts import Texts
@@ -296,22 +297,17 @@ def _start(part: str, config: Any) -> float | None:
 def _trained(run: Run, name: str, part: str, config: Any, plan: Plan, start: float, density: float) -> Plan:
     folder = run.work / "trained" / f"{name}-{density:.3f}"
     header = run.header(part, config.model_dump(mode="json"), training=run.texts.training.sha256)
+    models = Models(run.model, run.teacher, run.source.arch, run.activation)
     with stage(f"train {name.partition('-')[0]}", apart=True):
-        (found,) = train_plan(
-            run.model,
-            run.source.arch,
-            run.activation,
+        (trained,) = train_plan(
+            models,
             plan,
             start,
             [density],
-            run.texts.training,
             config.tune,
-            config.seed,
-            folder,
-            header,
-            run.teacher,
+            TrainingRun(run.texts.training, config.seed, folder, header),
         )
-    return found
+    return trained
 
 
 def _searched(run: Run, name: str, config: Mapping[str, Any]) -> Plan | None:

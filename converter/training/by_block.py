@@ -34,7 +34,7 @@ from ..arch.site import Site
 from ..checkpoint.source import Source
 from ..checkpoint.stage import Header, atomic_folder, is_finished, write_header, write_json, write_tensors
 from ..modeling.blocks import block_calls, embed, ffn_down, ffn_parts, filled
-from ..modeling.distributed import multiplies_bf16, same_error, share_tensors, sum_over_processes, world
+from ..modeling.distributed import in_bf16, same_error, share_tensors, sum_over_processes, world
 from ..modeling.linalg import Gram
 from ..progress import track
 from ..text.windows import Batches
@@ -359,7 +359,7 @@ def recover_by_block(
                 continue
             tail, rows = _rows(dense, own, layer, block, fitted)
             fit = Fit(fitted.get_submodule(arch.ffn.module), arch, arch.activation(teacher.config), tail, rows, l1)
-            fit.half = precision == "bf16" or (precision == "auto" and multiplies_bf16(fit.device))
+            fit.half = in_bf16(precision, fit.device)
             stage = header.model_copy(update={"config": config | {"site": site.key}})
             if turned and cuts_up(fit.network.swapped):
                 fit.turn()

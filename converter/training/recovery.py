@@ -27,11 +27,12 @@ from ...runtime_onnx.ops.activation import cuts_up, split_activation
 from ..arch import Arch
 from ..arch.site import Site
 from ..modeling.blocks import ffn_activation, ffn_down, ffn_products, parts_of
-from ..modeling.distributed import multiplies_bf16, sum_over_processes
+from ..modeling.distributed import in_bf16, sum_over_processes
 from ..modeling.losses import MLP_MARGIN, dejavu_loss, kl_divergence, straight_through
 from .optimizers import Trained
-from .selection import INTEGRAL, PROPORTIONAL, Unit
+from .selection import INTEGRAL, PROPORTIONAL
 from .settings import Joint, Penalty, Recovery, Settings
+from .unit import Unit
 
 SOURCE = (
     "Turbo Sparse, arXiv 2406.05955 (dReLU, predictors trained with the weights); ProSparse, arXiv 2402.13516 (growing "
@@ -113,7 +114,7 @@ class RecoveryObjective:
         self.modules = {site: student.get_submodule(arch.ffn_module(site.layer)) for site in sites}
         device = next(student.parameters()).device
         self.device = device
-        self.half = asked.precision == "bf16" or (asked.precision == "auto" and multiplies_bf16(device))
+        self.half = in_bf16(asked.precision, device)
         self.weight = asked.penalty.weight
         self.begin, self.mean, self.price, self.predicted = 0.0, 0.0, 0.0, 1.0
         self.pending = {"density": _Pending(), "excess": _Pending()}

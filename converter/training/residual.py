@@ -23,10 +23,10 @@ from ..modeling.blocks import block_calls, down_rows, ffn_parts
 from ..modeling.gated import EXECUTORS, apply_plan, remove_plan
 from ..modeling.linalg import Gram
 from ..text.windows import Batches
+from .inputs import AT_ONCE
 
 WINDOWS = 64
 _L2 = 1e-3  # relative to the mean square of the regressors
-_TOGETHER = 8  # windows
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ class _Walk:
             int, list[dict[str, Any]]
         ] = {}  # by B: where nothing is padded they do not depend on the tokens
         self.hidden: list[Tensor] = []
-        for rows in tokens.split(_TOGETHER):
+        for rows in tokens.split(AT_ONCE):
             call = block_calls(model, self.blocks, rows.to(model.device), torch.ones_like(rows, dtype=torch.bool))
             self.hidden.append(call.hidden)
             self.keywords.setdefault(len(rows), call.keywords)

@@ -21,8 +21,7 @@ from ...runtime_onnx.ops.activation import cuts_up
 from ..arch import Arch
 from ..arch.site import Site
 from ..modeling.blocks import activate, ffn_activation, ffn_products
-
-_TOGETHER = 8  # windows
+from .inputs import AT_ONCE
 
 
 @torch.no_grad()
@@ -51,7 +50,7 @@ def orient(
     with ExitStack() as stack:
         for site, module in modules.items():
             stack.callback(module.register_forward_pre_hook(partial(_add, sums, site, arch, activation)).remove)
-        for rows in tokens.split(_TOGETHER):
+        for rows in tokens.split(AT_ONCE):
             model.get_decoder()(input_ids=rows.to(model.device), use_cache=False)
     for site, module in modules.items():
         flip(module, arch, sums[site][1] > sums[site][0])

@@ -61,9 +61,10 @@ from .by_block import recover_by_block
 from .loop import STATE, train
 from .recompute import checkpointed
 from .recovery import RecoveryObjective
-from .selection import Unit, input_rms, make_unit
+from .sensitivity import input_rms
 from .settings import Recovery, count_for, settings_of
 from .signs import orient
+from .unit import Unit, make_unit
 
 EVALUATED = 64
 """Held-out windows that a recovery is measured on, before and after."""

@@ -41,8 +41,9 @@ from sparsegate.converter.report.curves import Correlations, Curves, Point
 from sparsegate.converter.scores import load_score
 from sparsegate.converter.stats.collect import collect
 from sparsegate.converter.text.windows import Batches, make_batches, read_text
+from sparsegate.converter.training.inputs import Models, TrainingRun
+from sparsegate.converter.training.plans import train_plan
 from sparsegate.converter.training.residual import add_residuals
-from sparsegate.converter.training.selection import train_plan
 from sparsegate.runtime_onnx.untrusted import read_json
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -153,17 +154,12 @@ def _trained(
     header = Header(format="tune", parents={"model": study.source.fingerprint})
     model = load_dense(study.source.folder)  # training freezes its weights
     plans = train_plan(
-        model,
-        study.source.arch,
-        study.activation,
+        Models(model, None, study.source.arch, study.activation),
         start_plan,
         start,
         list(densities),
-        study.windows(seed),
         tune,
-        seed,
-        folder,
-        header,
+        TrainingRun(study.windows(seed), seed, folder, header),
     )
     return zip(densities, plans, strict=True)
 

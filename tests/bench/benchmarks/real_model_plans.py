@@ -23,14 +23,15 @@ from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.checkpoint.stage import Header, atomic_folder, hash_file, is_finished, read_header, write_json
 from sparsegate.converter.methods import LINEAR_METHODS, NEURON_METHODS, load_method, make_config, needs
 from sparsegate.converter.methods.tune import Tune
-from sparsegate.converter.modeling.distributed import multiplies_bf16
 from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.pipeline.recipe import Recipe
 from sparsegate.converter.pipeline.schedule import Run, direct_plan
 from sparsegate.converter.pipeline.texts import Texts
 from sparsegate.converter.stats.collect import collect
 from sparsegate.converter.text.windows import Batches, make_batches, read_text
-from sparsegate.converter.training.selection import EndToEnd, train_plan
+from sparsegate.converter.training.inputs import Models, TrainingRun
+from sparsegate.converter.training.plans import train_plan
+from sparsegate.converter.training.selection import EndToEnd
 from sparsegate.converter.training.settings import Settings
 from sparsegate.runtime_onnx.errors import InputError
 from sparsegate.runtime_onnx.untrusted import read_json
@@ -283,17 +284,12 @@ def _trained_down(study: Study, method: str, densities: Sequence[float]) -> dict
         calibration=study.training.sha256,
     )
     found = train_plan(
-        study.model(),
-        study.source.arch,
-        study.activation,
+        Models(study.model(), None, study.source.arch, study.activation),
         plan,
         start,
         study.densities,
-        study.training,
         tune,
-        study.sizes.seed,
-        folder,
-        header,
+        TrainingRun(study.training, study.sizes.seed, folder, header),
     )
     return dict(zip(study.densities, found, strict=True))
 
@@ -328,12 +324,10 @@ def _steps(study: Study, method: str, plan: Plan, start: float, tune: Tune) -> i
 
 def step_seconds(study: Study, model: Any, plan: Plan, start: float, tune: Tune) -> float:
     """CPU seconds of one training step: the least of a few, the first of which warms up."""
-    half = tune.precision == "bf16" or (tune.precision == "auto" and multiplies_bf16(model.device))
     settings = Settings(_TIMED + 1, tune.windows, tune.rate)
     probe = study.training.tokens[:1, :_PROBE]
-    objective = EndToEnd(
-        model, study.source.arch, study.activation, plan, settings, study.densities[:1], start, tune.local, half, probe
-    )
+    models = Models(model, None, study.source.arch, study.activation)
+    objective = EndToEnd(models, plan, tune, settings, start, study.densities[:1], probe)
     taken = []
     for step in range(_TIMED + 1):
         begun = time.process_time()

@@ -19,8 +19,8 @@ from sparsegate.converter.modeling.blocks import swap
 from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.modeling.predictor import fresh_predictor
 from sparsegate.converter.training.recovery import RecoveryObjective, grown, predicted_path
-from sparsegate.converter.training.selection import make_unit
 from sparsegate.converter.training.settings import Joint, Penalty, Recovery, settings_of
+from sparsegate.converter.training.unit import make_unit
 
 TOKENS = torch.randint(3, 290, (4, 12), generator=torch.Generator().manual_seed(1))
 WHOLE = torch.ones_like(TOKENS, dtype=torch.bool)

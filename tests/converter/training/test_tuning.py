@@ -53,8 +53,8 @@ from sparsegate.converter.text import generated as generated_module
 from sparsegate.converter.text.windows import Batches
 from sparsegate.converter.training import recovery
 from sparsegate.converter.training import stage as recovery_stage
-from sparsegate.converter.training.selection import make_unit
 from sparsegate.converter.training.settings import ByBlock, Recovery, settings_of
+from sparsegate.converter.training.unit import make_unit
 from sparsegate.runtime_onnx.errors import InputError
 from sparsegate.runtime_onnx.untrusted import read_json
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from sparsegate.converter.arch import load_arch
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.plan import Plan
+from sparsegate.converter.methods.tune import Tune
 from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.modeling.predictor import fresh_predictor
+from sparsegate.converter.training.inputs import Models
 from sparsegate.converter.training.selection import EndToEnd
 from sparsegate.converter.training.settings import Settings
 
@@ -30,9 +32,8 @@ def _objective(tiny_model: Callable[[str], Path]) -> Iterator[EndToEnd]:
     generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
     plan: Plan = {Site(layer): [fresh_predictor(D, N, 12, generator)] for layer in range(2)}
     tokens = torch.randint(3, VOCAB, (2, 24), generator=generator)
-    yield EndToEnd(
-        model, arch, arch.activation(model.config), plan, Settings(10, 4, 4e-3), [0.5], 0.5, 0.2, False, tokens
-    )
+    models, tune = Models(model, None, arch, arch.activation(model.config)), Tune(local=0.2, precision="fp32")
+    yield EndToEnd(models, plan, tune, Settings(10, 4, 4e-3), 0.5, [0.5], tokens)
     torch.set_num_threads(before)
 
 
@@ -82,4 +83,6 @@ def test_an_error_in_a_thread_leaves_a_dense_model(objective: EndToEnd, monkeypa
     monkeypatch.setattr("sparsegate.converter.training.selection.kl_divergence", broken)
     with pytest.raises(ValueError, match="broken"):
         objective.loss(*windows(2), step=3)
-    assert torch.get_num_threads() == 2 and not any("forward" in vars(module) for module in objective.model.modules())
+    assert torch.get_num_threads() == 2 and not any(
+        "forward" in vars(module) for module in objective.models.student.modules()
+    )

@@ -1,0 +1,265 @@
+"""Plans trained end to end on tiny models: densities hold, runs resume to the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from selection_cases import (
+    HEADER,
+    D,
+    Load,
+    N,
+    batches,
+    divergence,
+    executed,
+    make_entry,
+    make_plan,
+    models_of,
+    objective_of,
+    trained,
+    windows,
+)
+from torch import Tensor
+
+from sparsegate.converter.arch import Site
+from sparsegate.converter.checkpoint.plan import Plan, Predictor, Threshold
+from sparsegate.converter.checkpoint.stage import Header
+from sparsegate.converter.methods.tune import Tune
+from sparsegate.converter.text.windows import Batches
+from sparsegate.converter.training import plans as plans_module
+from sparsegate.converter.training.inputs import TrainingRun
+from sparsegate.converter.training.plans import train_plan
+from sparsegate.converter.training.selection import EndToEnd
+from sparsegate.converter.training.settings import Settings
+from sparsegate.runtime_onnx.errors import InputError
+
+
+@pytest.fixture(name="trained_on")
+def _trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Batches]:
+    """The windows that every run trains on, filled as runs go."""
+    seen, plain = [], plans_module.train
+    monkeypatch.setattr(
+        plans_module, "train", lambda objective, data, *rest: seen.append(data) or plain(objective, data, *rest)
+    )
+    return seen
+
+
+@pytest.fixture(name="cut_at")
+def _cut_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]]:
+    """Make runs break off in a step, or in none; returns the steps begun from then on."""
+    plain = EndToEnd.loss
+
+    def cut_at(cut: int | None) -> list[int]:
+        steps: list[int] = []
+
+        def loss(self: EndToEnd, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
+            steps.append(step)
+            if step == cut:
+                raise KeyboardInterrupt
+            return plain(self, tokens, mask, step)
+
+        monkeypatch.setattr(EndToEnd, "loss", loss)
+        return steps
+
+    return cut_at
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind"),
+    [("llama", "predictor"), ("phi", "predictor and residual"), ("llama", "gate"), ("phi", "gate and residual")],
+)
+def test_training_beats_the_start_at_the_same_density_on_other_windows(
+    model_type: str, kind: str, load: Load, tmp_path: Path
+) -> None:
+    loaded, heldout = load(model_type), windows(12, seed=3)
+    before = {name: tensor.clone() for name, tensor in loaded[0].state_dict().items()}
+    if kind == "predictor":
+        fresh: Plan = {
+            site: [Predictor(e.fc1, 0.3 * e.fc2, torch.full((N,), -1.0), 1.0)]
+            for site, (e,) in make_plan(kind).items()
+            if isinstance(e, Predictor)
+        }
+        start = 1.0
+    else:
+        fresh, start = make_plan(kind), 0.5
+    if kind == "gate":  # thresholds without reason, so that there is something to learn
+        g = torch.Generator().manual_seed(0)
+        fresh = {
+            site: [Threshold("gate", e.tau * (0.2 + 2 * torch.rand(N, generator=g)), 0.5)]
+            for site, (e,) in fresh.items()
+        }
+    (plan,) = trained(
+        loaded, fresh, tmp_path, [0.4], start, batches(200), steps=50, rate=0.3 if kind == "gate" else 0.02
+    )
+    cut = objective_of(loaded, fresh).plan(heldout, 0.4)
+    ours, theirs = divergence(loaded, plan, heldout), divergence(loaded, cut, heldout)
+    densities = [sum(executed(loaded, each, heldout)[1].values()) / 2 for each in (plan, cut)]
+    assert densities == pytest.approx([0.4, 0.4], abs=0.02)
+    assert ours < 0.9 * theirs
+    assert all(
+        not torch.equal(tensor, fresh[site][0].tensors()[role])
+        for site, (entry,) in plan.items()
+        for role, tensor in entry.tensors().items()
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded[0].state_dict().items()), (
+        "base weights stay"
+    )
+    assert all(p.grad is None and not p.requires_grad for p in loaded[0].parameters())
+    assert not any("forward" in vars(module) for module in loaded[0].modules())
+
+
+@pytest.mark.parametrize("kind", ["predictor", "gate and residual"])
+def test_every_density_holds_on_windows_not_trained_on(
+    kind: str, load: Load, tmp_path: Path, trained_on: list[Batches]
+) -> None:
+    loaded, given = load("llama"), batches(40)
+    given.mask[0, 7:] = False  # a padded window is trained on and sets no densities
+    plans = trained(loaded, make_plan(kind), tmp_path, [0.6, 0.3], data=given, steps=6)
+    rows = {tuple(row) for row in trained_on[0].tokens.tolist()}
+    aside = torch.tensor([row for row in given.tokens.tolist() if tuple(row) not in rows])
+    assert len(aside) == 3 and len(rows) == 37
+    assert torch.equal(trained_on[0].tokens[0], given.tokens[0]) and torch.equal(trained_on[0].mask[0], given.mask[0])
+    for density, plan in zip([0.6, 0.3], plans, strict=True):
+        _, found = executed(loaded, plan, aside)
+        assert sum(found.values()) / 2 == pytest.approx(density, abs=0.003)
+        assert {site: entry.density for site, (entry,) in plan.items()} == pytest.approx(found, abs=1e-5)
+
+
+def test_training_in_bf16_gives_a_plan_of_the_same_density(load: Load, tmp_path: Path) -> None:
+    loaded = load("llama")
+    (half,) = trained(loaded, make_plan("predictor and residual"), tmp_path / "half", [0.4], steps=12, precision="bf16")
+    (full,) = trained(loaded, make_plan("predictor and residual"), tmp_path / "full", [0.4], steps=12)
+    for (a,), (b,) in zip(half.values(), full.values(), strict=True):
+        for role, tensor in a.tensors().items():
+            assert tensor.dtype == torch.float32 and not torch.equal(tensor, b.tensors()[role])
+            assert torch.nn.functional.cosine_similarity(tensor.flatten(), b.tensors()[role].flatten(), dim=0) > 0.95
+    assert sum(e.density for (e,) in half.values()) / 2 == pytest.approx(0.4, abs=0.003)
+
+
+def test_other_sites_pass_through(load: Load, tmp_path: Path) -> None:
+    others: Plan = {
+        Site(0, kind=f"linear:{name}"): [Threshold("input", torch.rand(D), 0.7)] for name in ("q_proj", "up_proj")
+    }
+    (plan,) = trained(load("llama"), others | make_plan("gate", layers=(1,)), tmp_path, [0.5], steps=2)
+    assert set(plan) == {*others, Site(1)} and all(plan[site] is entries for site, entries in others.items())
+
+
+def test_x_may_have_any_scale(load: Load, tmp_path: Path) -> None:
+    """A model whose network's inputs are eight times larger, and its first weights eight times smaller, trains to the
+    same functions.
+    """
+    plans = []
+    for scale in (1.0, 8.0):
+        loaded = load("llama")
+        with torch.no_grad():
+            for layer in loaded[0].model.layers:
+                layer.post_attention_layernorm.weight *= scale
+                layer.mlp.gate_proj.weight /= scale
+                layer.mlp.up_proj.weight /= scale
+        start = {Site(layer): [make_entry("predictor and residual", layer + 1, scale=scale)] for layer in range(2)}
+        (plan,) = trained(loaded, start, tmp_path / str(scale), [0.4], steps=20)
+        _, found = executed(loaded, plan, batches().tokens[::16])
+        assert sum(found.values()) / 2 == pytest.approx(0.4, abs=0.003), "fc1 works on x itself"
+        plans.append(plan)
+    for site, (one,) in plans[0].items():
+        other = plans[1][site][0].tensors()
+        for role, tensor in one.tensors().items():
+            assert torch.allclose(tensor, other[role] * (8 if "fc1" in role else 1), rtol=1e-3, atol=1e-5)
+
+
+# Resume
+
+
+def bits(plans: list[Plan]) -> list[tuple[str, float, bytes]]:
+    return [
+        (f"{site.key}.{role}", e.density, t.numpy().tobytes())
+        for plan in plans
+        for site, (e,) in plan.items()
+        for role, t in e.tensors().items()
+    ]
+
+
+@pytest.mark.parametrize(("kind", "cut"), [("predictor and residual", 3), ("predictor and residual", 9), ("gate", 11)])
+def test_an_interrupted_run_gives_the_same_plans(
+    kind: str,
+    cut: int,
+    load: Load,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cut_at: Callable[[int | None], list[int]],
+) -> None:
+    folder = tmp_path / "cut"
+    monkeypatch.setattr(plans_module, "Settings", partial(Settings, save_every=4))
+    go = partial(trained, load("llama"), make_plan(kind), densities=[0.5, 0.3], data=batches(18), steps=6)
+    whole = go(folder=tmp_path / "whole")
+    cut_at(cut)
+    with pytest.raises(KeyboardInterrupt):
+        go(folder=folder)
+    steps = cut_at(None)
+    assert bits(go(folder=folder)) == bits(whole) and steps == [*range(cut // 4 * 4, 12)]
+    assert (folder / "curve.json").read_bytes() == (tmp_path / "whole" / "curve.json").read_bytes()
+    steps = cut_at(None)
+    assert bits(go(folder=folder)) == bits(whole) and not steps, "finished: nothing runs again"
+    (folder / "curve.json").unlink()  # as if killed before its last file was written
+    assert bits(go(folder=folder)) == bits(whole) and steps == [8, 9, 10, 11]
+    assert (folder / "curve.json").read_bytes() == (tmp_path / "whole" / "curve.json").read_bytes()
+
+
+def test_another_run_in_the_same_folder_spoils_nothing(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_at: Callable[[int | None], list[int]]
+) -> None:
+    monkeypatch.setattr(plans_module, "Settings", partial(Settings, save_every=6))
+    go = partial(trained, load("llama"), make_plan("gate"), densities=[0.5, 0.3], data=batches(18))
+    whole = go(folder=tmp_path / "whole", steps=5)
+    for steps, cut in ((5, 8), (2, 3)):  # the second run overwrites level 0 and stores no state
+        cut_at(cut)
+        with pytest.raises(KeyboardInterrupt):
+            go(folder=tmp_path / "one", steps=steps)
+    cut_at(None)
+    assert bits(go(folder=tmp_path / "one", steps=5)) == bits(whole)
+
+
+@pytest.mark.parametrize("change", ["plan", "tune", "densities", "header"])
+def test_what_decides_the_result_decides_whether_it_is_there(change: str, load: Load, tmp_path: Path) -> None:
+    loaded, base = load("llama"), {"plan": make_plan("gate"), "rate": 4e-3, "densities": [0.5], "header": HEADER}
+    other: dict[str, Any] = {
+        "plan": make_plan("gate", 0.01),
+        "tune": 8e-3,
+        "densities": [0.4],
+        "header": HEADER.model_copy(update={"seed": 1}),
+    }
+
+    def go(folder: Path, plan: Plan, rate: float, densities: list[float], header: Header) -> list[Plan]:
+        tune = Tune(steps=3, rate=rate, precision="fp32")
+        run = TrainingRun(batches(18), header.seed, folder, header)
+        return train_plan(models_of(loaded), plan, 0.5, densities, tune, run)
+
+    changed = base | {"rate" if change == "tune" else change: other[change]}
+    first, second = go(tmp_path / "a", **base), go(tmp_path / "a", **changed)  # type: ignore[arg-type]
+    assert bits(second) == bits(go(tmp_path / "b", **changed)) != bits(first)  # type: ignore[arg-type]
+
+
+# What cannot be trained
+
+
+def test_a_plan_without_networks(load: Load, tmp_path: Path) -> None:
+    plan: Plan = {Site(0, kind="linear:q_proj"): [Threshold("input", torch.rand(D), 0.7)]}
+    with pytest.raises(InputError, match=r"must gate a feed-forward network, got layers\.0\.linear\.q_proj\. "):
+        trained(load("llama"), plan, tmp_path, [0.5])
+
+
+@pytest.mark.parametrize(("full", "padded"), [(1, 0), (0, 3)])
+def test_too_few_windows(full: int, padded: int, load: Load, tmp_path: Path) -> None:
+    given = batches(full + padded)
+    given.mask[full:, 20:] = False
+    with pytest.raises(InputError, match=f"got {full} full ones of {full + padded}. Give more text.$"):
+        trained(load("llama"), make_plan("gate"), tmp_path, [0.5], data=given)
+    assert not list(tmp_path.iterdir())
