@@ -340,12 +340,6 @@ WITH_PATCHES: set[str] = {
     "sources/predictors.py",
     "stats/collect.py",
     "stats/oracle.py",
-    "training/by_block.py",
-    "training/recompute.py",
-    "training/recovery.py",
-    "training/residual.py",
-    "training/selection.py",
-    "training/signs.py",
 }
 """Files of converter/ that still change modules by themselves."""
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -36,6 +37,7 @@ from ..checkpoint.stage import Header, atomic_folder, is_finished, write_header,
 from ..modeling.blocks import block_calls, embed, ffn_down, ffn_parts, filled
 from ..modeling.distributed import in_bf16, same_error, share_tensors, sum_over_processes, world
 from ..modeling.linalg import Gram
+from ..modeling.taps import replaced, tapped_inputs, tapped_outputs
 from ..progress import track
 from ..text.windows import Batches
 from .loop import train
@@ -160,11 +162,8 @@ def _giving(network: Any, output: Tensor | None) -> Iterator[list[Tensor]]:
         seen.append(x)
         return torch.zeros_like(x) if output is None else output
 
-    network.forward = forward
-    try:
+    with replaced({network: forward}):
         yield seen
-    finally:
-        del network.forward
 
 
 @dataclass(frozen=True)
@@ -189,24 +188,19 @@ def _tail(walk: Walk, layer: int, block: Any, network: Any) -> Tail:
     group = walk.groups[0]
     with _giving(network, None) as seen:
         without = walk.run(layer, block, group)
-    given = torch.randn(seen[0].shape, generator=torch.Generator().manual_seed(0)).to(seen[0]) * float(
-        without.square().mean().sqrt()
-    )
+    drawn = torch.randn(seen[0].shape, generator=torch.Generator().manual_seed(0)).to(seen[0])
+    output = drawn * float(without.square().mean().sqrt())
     takers: list[Any] = []
 
-    def note(module: Any, arguments: tuple[Any, ...]) -> None:
-        if arguments and arguments[0] is given:
+    def note(module: Any, entering: Any) -> None:
+        if entering is output:
             takers.append(module)
 
-    handles = [module.register_forward_pre_hook(note) for module in block.modules() if module is not network]
-    try:
-        with _giving(network, given):
-            change = walk.run(layer, block, group) - without
-    finally:
-        for handle in handles:
-            handle.remove()
+    noting = {module: partial(note, module) for module in block.modules() if module is not network}
+    with tapped_inputs(noting), _giving(network, output):
+        change = walk.run(layer, block, group) - without
     norm = takers[0] if takers else None
-    one, two = (given * k if norm is None else norm(given * k) for k in (1.0, 2.0))
+    one, two = (output * k if norm is None else norm(output * k) for k in (1.0, 2.0))
     factor = float((change * one).sum() / one.square().sum())
     if float((change - factor * one).norm()) > 1e-2 * float(change.norm()):
         raise InputError(
@@ -399,17 +393,16 @@ def _rows(dense: Walk, own: Walk, layer: int, block: Any, fitted: Any) -> tuple[
     ]
     x, target = (Half(*own.hidden.values.shape) for _ in range(2))
     added: list[Tensor] = []  # sums of squares
-    handle = block.get_submodule(arch.ffn.module).register_forward_hook(
-        lambda _, given, out: added.append(tails[1](out).double().square().sum().cpu())
-    )
-    try:
+
+    def note(out: Tensor) -> None:
+        added.append(tails[1](out).double().square().sum().cpu())
+
+    with tapped_outputs({block.get_submodule(arch.ffn.module): note}):
         for group in own.groups:
             out = dense.run(layer, block, group)
             with _giving(fitted.get_submodule(arch.ffn.module), None) as seen:
                 rest = own.run(layer, fitted, group)
             x[group], target[group], dense.hidden[group] = seen[0], out - rest.to(out), out
-    finally:
-        handle.remove()
     if not bool(dense.hidden.scales.isfinite().all()):
         raise InputError(
             f"Hidden states must be finite numbers, got NaN or infinity after layer {layer}. Check the weights; fetch "

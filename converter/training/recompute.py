@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ...runtime_onnx.errors import InputError
+from ..modeling.taps import replace, replacements, restore
 
 SOURCE = (
     "Chen et al. 2016, Training deep nets with sublinear memory cost (arXiv 1604.06174), one segment a block; "
@@ -68,10 +69,10 @@ class _Forwards:
     """
 
     def __init__(self, block: nn.Module) -> None:
-        self.block, self.then = block, _own_forwards(block)
+        self.block, self.then = block, replacements(block)
 
     def __enter__(self) -> None:
-        self.now = _own_forwards(self.block)
+        self.now = replacements(self.block)
         self._set(self.then)
 
     def __exit__(self, *error: object) -> None:
@@ -79,10 +80,6 @@ class _Forwards:
 
     def _set(self, forwards: dict[nn.Module, Any]) -> None:
         for module in self.block.modules():
-            vars(module).pop("forward", None)
+            restore(module)
         for module, forward in forwards.items():
-            vars(module)["forward"] = forward
-
-
-def _own_forwards(block: nn.Module) -> dict[nn.Module, Any]:
-    return {module: vars(module)["forward"] for module in block.modules() if "forward" in vars(module)}
+            replace(module, forward)

@@ -29,6 +29,7 @@ from ..arch.site import Site
 from ..modeling.blocks import ffn_activation, ffn_down, ffn_products, parts_of
 from ..modeling.distributed import in_bf16, sum_over_processes
 from ..modeling.losses import MLP_MARGIN, dejavu_loss, kl_divergence, straight_through
+from ..modeling.taps import replaced, tapped_outputs
 from .optimizers import Trained
 from .selection import INTEGRAL, PROPORTIONAL
 from .settings import Joint, Penalty, Recovery, Settings
@@ -145,11 +146,11 @@ class RecoveryObjective:
             {"attention_mask": None if bool(mask.all()) else mask.long(), "use_cache": False},
         )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            dense, targets = None, []
+            dense, targets, outputs = None, list[Tensor](), list[Tensor]()
             if self.teacher is not None:
-                with torch.no_grad(), _outputs(self.dense_blocks) as targets:
+                with torch.no_grad(), tapped_outputs(dict.fromkeys(self.dense_blocks, targets.append)):
                     dense = self.teacher(input_ids=tokens, **keywords).logits
-            with self.observing(mask) as seen, _outputs(self.blocks) as outputs:
+            with self.observing(mask) as seen, tapped_outputs(dict.fromkeys(self.blocks, outputs.append)):
                 logits = self.student(input_ids=tokens, **keywords).logits
         total, self.figures = logits.new_zeros((), dtype=torch.float32), {}
         self.micro_batches = [*(self.micro_batches if step == self.step else []), self.figures]
@@ -245,13 +246,8 @@ class RecoveryObjective:
         [B, S].
         """
         seen: dict[Site, dict[str, Tensor]] = {}
-        try:
-            for site, module in self.modules.items():
-                module.forward = self._forward(site, module, mask, seen)
+        with replaced({module: self._forward(site, module, mask, seen) for site, module in self.modules.items()}):
             yield seen
-        finally:
-            for module in self.modules.values():
-                module.__dict__.pop("forward", None)
 
     def _forward(self, site: Site, module: nn.Module, mask: Tensor, seen: dict[Site, dict[str, Tensor]]) -> Any:
         whole, known = (
@@ -356,19 +352,3 @@ class RecoveryObjective:
 
 def _blocks(model: Any, arch: Arch) -> list[nn.Module]:
     return list(model.get_submodule(arch.block.rpartition(".")[0]))
-
-
-@contextmanager
-def _outputs(blocks: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """What blocks return [B, S, d], in the order of their calls."""
-    found: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    hooks = [block.register_forward_hook(keep) for block in blocks]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()

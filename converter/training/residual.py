@@ -22,6 +22,7 @@ from ..checkpoint.plan import Plan, Predictor, Swap, Threshold, activation_at, d
 from ..modeling.blocks import block_calls, down_rows, ffn_parts
 from ..modeling.gated import EXECUTORS, apply_plan, remove_plan
 from ..modeling.linalg import Gram
+from ..modeling.taps import tapped_inputs
 from ..text.windows import Batches
 from .inputs import AT_ONCE
 
@@ -80,13 +81,10 @@ class _Walk:
 
     def inputs(self, layer: int, module: nn.Module) -> list[Tensor]:
         """What enters `module` [T, d] in a block; the hidden states stay before the block."""
-        seen: list[Tensor] = []
-        handle = module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].flatten(0, -2)))
-        try:
+        inputs: list[Tensor] = []
+        with tapped_inputs({module: inputs.append}):
             self._run(layer)
-        finally:
-            handle.remove()
-        return seen
+        return [x.flatten(0, -2) for x in inputs]
 
     def advance(self, layer: int) -> None:
         """Run a block."""

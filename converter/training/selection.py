@@ -33,6 +33,7 @@ from ..methods.tune import Tune
 from ..modeling.blocks import down_rows, ffn_down, ffn_parts
 from ..modeling.distributed import in_bf16
 from ..modeling.losses import kl_divergence, sigmoid_slope
+from ..modeling.taps import replaced
 from .false_position import at_zero
 from .inputs import AT_ONCE, Models
 from .sensitivity import input_rms, noise_costs
@@ -183,13 +184,8 @@ class EndToEnd:
         self._seen = defaultdict(list)
         student, arch = self.models.student, self.models.arch
         modules = {site: student.get_submodule(arch.ffn_module(site.layer)) for site in self.units}
-        try:
-            for site, module in modules.items():
-                module.forward = self._forward(site, module)
+        with replaced({module: self._forward(site, module) for site, module in modules.items()}):
             yield self._seen[threading.get_ident()]
-        finally:
-            for module in modules.values():
-                module.__dict__.pop("forward", None)
 
     def _forward(self, site: Site, module: nn.Module) -> Any:
         unit, arch = self.units[site], self.models.arch

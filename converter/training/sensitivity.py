@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..arch import Arch
 from ..arch.site import Site
 from ..modeling.losses import kl_divergence
+from ..modeling.taps import tapped_inputs, tapped_outputs
 
 _NOISE = 0.01  # relative energy
 
@@ -18,20 +20,14 @@ _NOISE = 0.01  # relative energy
 @torch.no_grad()
 def input_rms(model: Any, arch: Arch, sites: Sequence[Site], tokens: Tensor) -> dict[Site, float]:
     """Root mean square of the feed-forward inputs by site, on windows [N, S]."""
-    found: dict[Site, float] = {}
+    rms: dict[Site, float] = {}
 
-    def hook(site: Site) -> Any:
-        return lambda module, inputs: found.__setitem__(
-            site, float(inputs[0].float().square().mean().sqrt().clamp_min(1e-6))
-        )
+    def note(site: Site, x: Tensor) -> None:
+        rms[site] = float(x.float().square().mean().sqrt().clamp_min(1e-6))
 
-    handles = [model.get_submodule(arch.ffn_module(site.layer)).register_forward_pre_hook(hook(site)) for site in sites]
-    try:
+    with tapped_inputs({model.get_submodule(arch.ffn_module(site.layer)): partial(note, site) for site in sites}):
         model(input_ids=tokens.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    return rms
 
 
 @torch.no_grad()
@@ -43,15 +39,12 @@ def noise_costs(model: Any, arch: Arch, sites: Sequence[Site], tokens: Tensor) -
     dense = model(input_ids=tokens, use_cache=False).logits
     generator = torch.Generator().manual_seed(0)
 
-    def hook(module: nn.Module, inputs: Any, y: Tensor) -> Tensor:
+    def noisy(y: Tensor) -> Tensor:
         noise = torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
         return y + noise * (_NOISE**0.5 * y.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
 
-    found = {}
+    costs = {}
     for site in sites:
-        handle = model.get_submodule(arch.ffn_module(site.layer)).register_forward_hook(hook)
-        try:
-            found[site] = float(kl_divergence(dense, model(input_ids=tokens, use_cache=False).logits)) / _NOISE
-        finally:
-            handle.remove()
-    return found
+        with tapped_outputs({model.get_submodule(arch.ffn_module(site.layer)): noisy}):
+            costs[site] = float(kl_divergence(dense, model(input_ids=tokens, use_cache=False).logits)) / _NOISE
+    return costs

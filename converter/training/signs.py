@@ -9,7 +9,6 @@ up alone, such as ReLU on the gate, keeps the same under either sign.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from ...runtime_onnx.ops.activation import cuts_up
 from ..arch import Arch
 from ..arch.site import Site
 from ..modeling.blocks import activate, ffn_activation, ffn_products
+from ..modeling.taps import tapped_inputs
 from .inputs import AT_ONCE
 
 
@@ -47,9 +47,8 @@ def orient(
                 "before the swap."
             )
     sums: dict[Site, Tensor] = {}
-    with ExitStack() as stack:
-        for site, module in modules.items():
-            stack.callback(module.register_forward_pre_hook(partial(_add, sums, site, arch, activation)).remove)
+    adding = {module: partial(_add, sums, site, module, arch, activation) for site, module in modules.items()}
+    with tapped_inputs(adding):
         for rows in tokens.split(AT_ONCE):
             model.get_decoder()(input_ids=rows.to(model.device), use_cache=False)
     for site, module in modules.items():
@@ -60,11 +59,9 @@ def orient(
     }
 
 
-def _add(
-    sums: dict[Site, Tensor], site: Site, arch: Arch, activation: str, module: Any, given: tuple[Tensor, ...]
-) -> None:
-    found = energy_by_sign(module, arch, ffn_activation(module, activation), given[0].flatten(0, -2))
-    sums[site] = sums[site] + found if site in sums else found
+def _add(sums: dict[Site, Tensor], site: Site, module: Any, arch: Arch, activation: str, x: Tensor) -> None:
+    energy = energy_by_sign(module, arch, ffn_activation(module, activation), x.flatten(0, -2))
+    sums[site] = sums[site] + energy if site in sums else energy
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointError
 
 from sparsegate.converter.modeling.gated import load_dense
-from sparsegate.converter.training import recompute as activation_checkpointing
+from sparsegate.converter.training import recompute
 from sparsegate.converter.training.recompute import checkpointed
 from sparsegate.runtime_onnx.errors import InputError
 
@@ -65,7 +65,7 @@ def test_blocks_are_computed_again_with_the_forwards_of_the_pass(
     """A network's forward that is set for the pass alone, and a term of the loss that it hands out."""
     model = load_dense(tiny_model("llama"))
     if not kept:
-        monkeypatch.setattr(activation_checkpointing, "_own_forwards", lambda block: {})
+        monkeypatch.setattr(recompute, "replacements", lambda block: {})
 
     def found(through: Any) -> list[Tensor]:
         terms: list[Tensor] = []
