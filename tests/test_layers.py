@@ -330,16 +330,7 @@ def test_no_grab_bag_modules() -> None:
 
 
 WITH_PATCHES: set[str] = {
-    "evaluation/analysis/experts.py",
-    "evaluation/op_agreement.py",
-    "evaluation/paired.py",
-    "evaluation/quality.py",
-    "evaluation/speed/random_model.py",
     "modeling/gated.py",
-    "modeling/gradients.py",
-    "sources/predictors.py",
-    "stats/collect.py",
-    "stats/oracle.py",
 }
 """Files of converter/ that still change modules by themselves."""
 

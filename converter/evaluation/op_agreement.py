@@ -13,9 +13,9 @@ A token with a score within NEAR of its threshold is left out of 1 and 2 at that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...runtime_onnx.ops.margins import off_thresholds, settled_scores, sum_energy, tie_energy
+from ..modeling.taps import tapped_outputs
 from ..onnx_export.stored import StoredOp
 from ..text.windows import Batches
 from .checks import LOGIT_BOUND, Check
@@ -205,7 +206,7 @@ def judge_rest(name: str, model: Any, watched: Watched, ops: Sequence[StoredOp])
             width = y.shape[-1] if columns is None else columns.stop - columns.start
             given.setdefault(module, []).append((columns, y[..., start : start + width]))
             start += width
-    with _given_outputs(model, given):
+    with tapped_outputs({model.get_submodule(name): partial(_with_columns, parts) for name, parts in given.items()}):
         expected = model(input_ids=watched.tokens).logits.float().numpy()
     difference = float(np.abs(watched.logits - expected).max())
     bound = LOGIT_BOUND * max(float(np.sqrt(np.square(expected, dtype=np.float64).mean())), 1.0)
@@ -213,25 +214,12 @@ def judge_rest(name: str, model: Any, watched: Watched, ops: Sequence[StoredOp])
     return Check(name=name, value=difference, bound=bound, passed=difference <= bound, note=note)
 
 
-@contextmanager
-def _given_outputs(model: Any, given: Mapping[str, list[tuple[slice | None, Tensor]]]) -> Iterator[None]:
-    """Modules answer with these columns of their output, whatever enters them."""
-
-    def hook(parts: list[tuple[slice | None, Tensor]]) -> Any:
-        def put(module: Any, inputs: Any, output: Tensor) -> Tensor:
-            changed = output.clone()
-            for columns, y in parts:
-                changed[..., columns or slice(None)] = y
-            return changed
-
-        return put
-
-    handles = [model.get_submodule(module).register_forward_hook(hook(parts)) for module, parts in given.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _with_columns(parts: list[tuple[slice | None, Tensor]], output: Tensor) -> Tensor:
+    """`output` [..., d_out] with its columns (None: all) from `parts`."""
+    changed = output.clone()
+    for columns, y in parts:
+        changed[..., columns or slice(None)] = y
+    return changed
 
 
 def open_watched(onnx: Path, library: bool, providers: list[str] | None, rounded: bool) -> WatchedGraph:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ...runtime_onnx.ops.quantisation import GROUP
 from ...runtime_onnx.session import Decoder
 from ..modeling.gated import gated_modules, gates_of
+from ..modeling.taps import tapped_inputs
 from ..text.windows import Batches
 from .checks import ACTIVATION_NLL, NLL_BOUND, Check
 from .quality import Reference, onnx_logits, torch_logits
@@ -124,12 +125,5 @@ def standard_error(differences: Tensor) -> float:
 @contextmanager
 def noised(model: Any, noise: Noise) -> Iterator[None]:
     """Noise on what enters the model's gated modules, inside the block."""
-    handles = [
-        module.register_forward_pre_hook(lambda _, inputs: (noise(inputs[0]), *inputs[1:]))
-        for module in gated_modules(model)
-    ]
-    try:
+    with tapped_inputs(dict.fromkeys(gated_modules(model), noise)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

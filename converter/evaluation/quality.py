@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..arch import load_arch
 from ..checkpoint.cost import block_cost, mlp_cost, site_cost, site_parameters, weighted
 from ..checkpoint.plan import Plan
 from ..modeling.gated import Gates, Recorder, gates_of, make_gates, switched
+from ..modeling.taps import replaced
 from ..progress import track
 from ..text.windows import Batches
 from .checks import QUALITY_WINDOWS, ExecutorQuality, Quality
@@ -66,18 +66,6 @@ def _chunks(window: Tensor, vocabulary: int) -> Iterator[slice]:
 # A model in two parts
 
 
-@contextmanager
-def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
-
-
 class Halves:
     """A causal model whose decoder and head run apart, both inside the model's own forward."""
 
@@ -106,7 +94,7 @@ class Halves:
             seen.append(output.last_hidden_state)
             return self.output(last_hidden_state=seen[0][:, :1])
 
-        with _replaced(self.decoder, first_only):
+        with replaced({self.decoder: first_only}):
             self.model(input_ids=tokens.to(self.model.device), use_cache=False)
         return seen[0][:, :-1]
 
@@ -115,7 +103,7 @@ class Halves:
         assert self.output is not None
         output = self.output(last_hidden_state=hidden[None])
         tokens = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
-        with _replaced(self.decoder, lambda *_, **__: output):
+        with replaced({self.decoder: lambda *_, **__: output}):
             return self.model(input_ids=tokens, use_cache=False).logits[0].float()
 
 

@@ -5,7 +5,7 @@ feed-forward module.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.ops.activation import cuts_up, split_activation
 from ..arch import Arch, load_arch
+from ..arch.site import Site
 from ..checkpoint.model_check import meta_model
 from ..checkpoint.source import Source
 
@@ -51,6 +52,11 @@ def activate(activation: str, v: Tensor) -> Tensor:
     """The activation of v, its parameter rounded to float32 as in the op. Raises ValueError for a name that is none."""
     kind, parameter = split_activation(activation)
     return ACTIVATIONS[kind](v) if kind in ACTIVATIONS else _PARAMETRIC[kind](v, float(np.float32(parameter)))
+
+
+def ffn_modules(model: Any, arch: Arch, sites: Iterable[Site]) -> dict[Site, Any]:
+    """The feed-forward module of every site."""
+    return {site: model.get_submodule(arch.ffn_module(site.layer)) for site in sites}
 
 
 def ffn_activation(module: Any, activation: str) -> str:

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from ...runtime_onnx.errors import InputError
 from ..arch import Arch
 from ..arch.site import Site
+from .taps import replaced, tapped_inputs
 
 KINDS = ("ffn", "attn")
 _ATTENTION = "sparsegate_local"
@@ -128,16 +129,15 @@ class _Sweep:
                 if parameter.requires_grad:
                     parameter.requires_grad_(False)
                     stack.callback(parameter.requires_grad_, True)
-            own = [block.__dict__.get("forward") for block in self.blocks]
-            for layer, block in enumerate(self.blocks):
-                stack.callback(_restore, block, own[layer])
-                block.forward = partial(self._block, layer)
-                for kind in self.kinds:
-                    stack.callback(
-                        block.get_submodule(self.modules[kind])
-                        .register_forward_pre_hook(partial(self._tap, layer, kind))
-                        .remove
-                    )
+            stack.enter_context(
+                replaced({block: partial(self._block, layer) for layer, block in enumerate(self.blocks)})
+            )
+            taps = {
+                block.get_submodule(self.modules[kind]): partial(self._tap, layer, kind)
+                for layer, block in enumerate(self.blocks)
+                for kind in self.kinds
+            }
+            stack.enter_context(tapped_inputs(taps))
             if self.local:
                 stack.enter_context(_attention(self.model, self._attend))
             yield self
@@ -264,13 +264,12 @@ class _Sweep:
         arguments, keywords = self.calls[layer]
         return self.forwards[layer](hidden, *arguments, **keywords)
 
-    def _tap(self, layer: int, kind: str, module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        value = arguments[0]
+    def _tap(self, layer: int, kind: str, value: Tensor) -> Tensor:
         if self.scaled and self.scaled[:2] == (layer, kind):
             value = value * self.scaled[2]
         if self.taps is not None:
             self.taps[layer, kind] = value
-        return (value, *arguments[1:])
+        return value
 
     def _attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
@@ -341,10 +340,3 @@ def _attention(model: Any, function: Callable[..., Any]) -> Iterator[None]:
 
 def _hidden(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
-
-
-def _restore(block: Any, forward: Any) -> None:
-    if forward is None:
-        del block.forward
-    else:
-        block.forward = forward

@@ -2,14 +2,14 @@
 
 - `tapped_inputs`, `tapped_outputs`: what enters and what leaves modules.
 - `replaced`: what modules compute. `replace` and `restore` do the same for good, `replacements` tells what is set.
-- `tapped`: the sites of a dense model, by the names of its architecture file.
+- `tapped`: the sites of a dense model, by the names of its architecture file. `ffn_inputs` keeps what enters them.
 
 Contexts nest. Each leaves the modules as it found them, after an exception too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..arch import Arch
 from ..arch.shapes import linear_rows
 from ..arch.site import Site
-from .blocks import down_rows, ffn_down, ffn_parts
+from .blocks import down_rows, ffn_down, ffn_modules, ffn_parts
 
 Forward = Callable[..., Any]
 """Called in place of a module's forward, with its arguments; the module itself is not among them."""
@@ -127,6 +127,15 @@ def tapped(model: Any, arch: Arch, kinds: Sequence[str], see: SiteTap) -> Iterat
                 forwards[linear] = partial(_linear, linear, parts, see)
     with replaced(forwards), tapped_inputs(inputs):
         yield
+
+
+@contextmanager
+def ffn_inputs(model: Any, arch: Arch, sites: Iterable[Site]) -> Iterator[dict[Site, list[Tensor]]]:
+    """Yields what enters the feed-forward networks of `sites` inside the block, by site: x [B, S, d] of every call."""
+    modules = ffn_modules(model, arch, sites)
+    inputs: dict[Site, list[Tensor]] = {site: [] for site in modules}
+    with tapped_inputs({module: inputs[site].append for site, module in modules.items()}):
+        yield inputs
 
 
 def linear_parts(model: Any, arch: Arch, layer: int) -> dict[str, dict[Site, slice]]:

@@ -34,6 +34,7 @@ from ..checkpoint.source import Source
 from ..checkpoint.stage import atomic_folder, hash_file, hash_json, write_json, write_tensors
 from ..checkpoint.tensor_files import load_tensors
 from ..modeling.blocks import block_calls, embed, empty_model, filled
+from ..modeling.taps import tapped_inputs, tapped_outputs
 
 SOURCE = (
     "PowerInfer, arXiv 2312.12456 (folders, sparse_threshold); DejaVu, arXiv 2310.17157 (linear2); Turbo Sparse, arXiv "
@@ -338,20 +339,11 @@ def _norm_name(model: Any, blocks: Any, source: Source) -> str:
     """
     tokens, _ = embed(model, source, torch.zeros((1, 2), dtype=torch.long))
     call = block_calls(model, blocks, tokens, torch.ones((1, 2), dtype=torch.bool))
-    block, made, entered = blocks[0], [], []
-    hooks = [
-        module.register_forward_hook(lambda _, __, y, name=name: made.append((name, y)))
-        for name, module in block.named_modules()
-        if name
-    ]
-    ffn = block.get_submodule(source.arch.ffn.module)
-    hooks.append(ffn.register_forward_pre_hook(lambda _, given: entered.extend(given[:1])))
-    try:
+    block, outputs, inputs = blocks[0], [], []
+    taps = {module: lambda y, name=name: outputs.append((name, y)) for name, module in block.named_modules() if name}
+    with tapped_outputs(taps), tapped_inputs({block.get_submodule(source.arch.ffn.module): inputs.append}):
         block(call.hidden.to("meta"), **_to_meta(call.keywords[0]))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    names = [name for name, y in made if entered and y is entered[0]]
+    names = [name for name, y in outputs if inputs and y is inputs[0]]
     if not names:
         raise InputError(
             f"A norm must make the feed-forward network's input, got none in {source.arch.model_type}. Set tap to "

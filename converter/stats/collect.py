@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...runtime_onnx.errors import InputError
 from ..arch.shapes import linear_rows, linear_shapes
 from ..arch.site import Site
 from ..checkpoint.source import Source
 from ..checkpoint.stage import Header, atomic_folder, is_intact, leave_out, read_header, write_header, write_tensors
-from ..modeling.blocks import BlockCalls, block_calls, down_rows, embed, empty_model, ffn_down, ffn_parts, filled
+from ..modeling.blocks import BlockCalls, block_calls, embed, empty_model, ffn_down, filled
+from ..modeling.taps import Fields, ffn_fields, linear_by_parts, masked, replaced, tapped_inputs
 from ..progress import partly, track
 from ..scores import Context, load_score
 from ..text.windows import Batches
@@ -235,54 +235,30 @@ class _Recorder:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Watch the block inside the context."""
-        handles = []
-        try:
-            for module, parts in self.rows.items():
-                sites = {
-                    site: parts[name] for site in self.sites if (name := site.kind.removeprefix("linear:")) in parts
-                }
-                if sites:
-                    handles.append(
-                        self.block.get_submodule(module).register_forward_pre_hook(partial(self._see_linear, sites))
-                    )
-            if any(site.kind == "ffn" for site in self.sites):
-                self.network.forward = self._see_network
+        linears = {}
+        for name, parts in self.rows.items():
+            module = self.block.get_submodule(name)
+            sites = {site: parts[part] for site in self.sites if (part := site.kind.removeprefix("linear:")) in parts}
+            if sites:
+                linears[module] = partial(self._see_linear, sites, module)
+        networks = {self.network: self._see_network} if any(site.kind == "ffn" for site in self.sites) else {}
+        with tapped_inputs(linears), replaced(networks):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            vars(self.network).pop("forward", None)
 
-    def _see_linear(self, sites: Mapping[Site, slice], module: Any, arguments: tuple[Tensor, ...]) -> None:
+    def _see_linear(self, sites: Mapping[Site, slice], module: Any, x: Tensor) -> None:
         for site, rows in sites.items():
-            self._feed(site, {"x": arguments[0], "w": module.weight[rows]})
+            self._feed(site, {"x": x, "w": module.weight[rows]})
 
     def _see_network(self, x: Tensor) -> Tensor:
         (site,) = (site for site in self.sites if site.kind == "ffn")
-        fields, z = self._inner(x)
+        fields = self._fields(x)
         self._feed(site, fields)
-        return ffn_down(self.network, self.source.arch, z)
+        return ffn_down(self.network, self.source.arch, fields["z"])
 
-    def _inner(self, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The fields of a neuron score for x [..., d], and z; a plain network has up = 1, so that z = gate
-        * up always.
-        """
-        ffn, parts = self.source.arch.ffn, ffn_parts(self.network, self.source.arch, self.activation, x)
-        if ffn.gate_up:
-            w_gate, w_up = getattr(self.network, ffn.gate_up).weight.chunk(2)
-        else:
-            w_gate, w_up = (getattr(self.network, str(name)).weight for name in (ffn.gate or ffn.up, ffn.up))
-        up = torch.ones_like(parts.gate) if parts.up is None else parts.up
-        fields = {
-            "x": x,
-            "gate": parts.gate,
-            "up": up,
-            "z": parts.z,
-            "w_gate": w_gate,
-            "w_up": w_up,
-            "w_down": down_rows(self.network, self.source.arch),
-        }
-        return fields, parts.z
+    def _fields(self, x: Tensor) -> Fields:
+        """The fields of a neuron score for x [..., d]; a plain network has up = 1, so that z = gate * up always."""
+        fields = ffn_fields(self.network, self.source.arch, self.activation, x)
+        return fields if "up" in fields else fields | {"up": torch.ones_like(fields["gate"])}
 
     def _feed(self, site: Site, fields: dict[str, Tensor]) -> None:
         kept = self._rows(fields["x"])
@@ -330,39 +306,21 @@ class _Recorder:
                 statistic.settle(states, Probe(partial(self._block, run), partial(self._neurons, run)), score)
 
     def _block(self, run: Callable[[], Any], taus: Mapping[str, Tensor]) -> Tensor:
-        def masked(module: Any, parts: Mapping[str, slice], x: Tensor) -> Tensor:
-            inputs = [torch.where(x.abs() > taus[name].to(x.device), x, 0.0) if name in taus else x for name in parts]
-            biases = [None if module.bias is None else module.bias[rows] for rows in parts.values()]
-            return torch.cat(
-                [
-                    F.linear(x, module.weight[rows], b)
-                    for x, rows, b in zip(inputs, parts.values(), biases, strict=True)
-                ],
-                dim=-1,
-            )
+        def forward(module: Any, parts: Mapping[str, slice], x: Tensor) -> Tensor:
+            inputs = [masked(x, x.abs() > taus[name].to(x.device)) if name in taus else x for name in parts]
+            return linear_by_parts(module, list(parts.values()), inputs)
 
-        changed = [
-            (self.block.get_submodule(module), parts) for module, parts in self.rows.items() if set(parts) & set(taus)
-        ]
-        try:
-            for module, parts in changed:
-                module.forward = partial(masked, module, parts)
+        modules = {self.block.get_submodule(name): parts for name, parts in self.rows.items() if set(parts) & set(taus)}
+        with replaced({module: partial(forward, module, parts) for module, parts in modules.items()}):
             out = run()
-        finally:
-            for module, _ in changed:
-                vars(module).pop("forward", None)
         return self._rows(out[0] if isinstance(out, tuple) else out)
 
     def _neurons(self, run: Callable[[], Any], score: str) -> tuple[Tensor, Tensor, Tensor]:
-        seen: list[Tensor] = []
-        handle = self.network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-        try:
+        inputs: list[Tensor] = []
+        with tapped_inputs({self.network: inputs.append}):
             run()
-        finally:
-            handle.remove()
-        fields, z = self._inner(seen[0])
-        module = load_score(score)
-        return module.score(self._context(module, fields)), self._rows(z), fields["w_down"]
+        fields, module = self._fields(inputs[0]), load_score(score)
+        return module.score(self._context(module, fields)), self._rows(fields["z"]), fields["w_down"]
 
     def store(self, site: Site, folder: Path) -> None:
         for name, state in self.states[site].items():

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..arch.site import Site
 from ..checkpoint.source import Source
 from ..checkpoint.stage import Header, atomic_folder, is_finished, write_header, write_tensors
-from ..modeling.blocks import down_rows
+from ..modeling.blocks import down_rows, ffn_modules
 from ..modeling.gradients import Gradients, attribute
+from ..modeling.taps import ffn_inputs
 from ..progress import track
 from ..scores import Context, load_score
 from ..text.windows import Batches
@@ -69,27 +70,27 @@ def _walk(
         for site, folder in folders.items()
         for name in names
     }
-    modules = {site: model.get_submodule(arch.ffn_module(site.layer)) for site in folders}
+    modules = ffn_modules(model, arch, folders)
     positions = torch.where(batches.mask.flatten(), batches.mask.flatten().cumsum(0) - 1, -1).view(batches.mask.shape)
     rows = max(1, _TOKENS_AT_ONCE // batches.tokens.shape[1])
-    inputs: dict[Site, Tensor] = {}
     for start in track(range(0, len(batches.tokens), rows), unit="batch"):
         group = slice(start, start + rows)
         tokens, mask = batches.tokens[group].to(model.device), batches.mask[group].to(model.device)
-        with ExitStack() as hooks, torch.no_grad():
-            for site, module in modules.items():
-                hooks.callback(
-                    module.register_forward_pre_hook(
-                        lambda _, given, site=site: inputs.__setitem__(site, given[0])
-                    ).remove
-                )
+        with ffn_inputs(model, arch, folders) as inputs, torch.no_grad():
             logits = model(
                 input_ids=tokens, attention_mask=None if bool(mask.all()) else mask.long(), use_cache=False
             ).logits
         label = logits.argmax(-1)
+        at = positions[group][batches.mask[group]]
+        entered = {site: x for site, (x,) in inputs.items()}
 
         def consume(
-            site: Site, found: Gradients, mask: Tensor = mask, label: Tensor = label, at: Tensor = positions[group]
+            site: Site,
+            found: Gradients,
+            entered: Mapping[Site, Tensor] = entered,
+            mask: Tensor = mask,
+            label: Tensor = label,
+            at: Tensor = at,
         ) -> None:
             fields = {
                 "z": found.value[mask],
@@ -101,9 +102,7 @@ def _walk(
                 stat, score = load_stat(name)
                 module = load_score(score)
                 values = module.score(Context(**{field: fields[field] for field in module.NEEDS}))
-                stat.update(
-                    states[site, name], inputs[site][mask], values - values.amin(dim=1, keepdim=True), at[mask.cpu()]
-                )
+                stat.update(states[site, name], entered[site][mask], values - values.amin(dim=1, keepdim=True), at)
 
         attribute(model, arch, tokens, mask=mask, labels=label, kinds=("ffn",), consume=consume)
     for (site, name), state in states.items():

@@ -9,7 +9,7 @@ is Site(layer, expert); the router is never touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ....runtime_onnx.errors import InputError
 from ...arch.site import Site
 from ...modeling.blocks import parts_of
+from ...modeling.taps import masked, replaced
 from ...text.windows import Batches
 from .dense import groups
 
@@ -29,7 +30,7 @@ SOURCE = (
     "expert",
     "active share of all experts' neurons = (k / E) (1 - s) where every expert is as sparse as the others",
 )
-See = Callable[[Site, Tensor, Tensor], Tensor | None]
+ExpertTap = Callable[[Site, Tensor, Tensor], Tensor | None]
 """Called at a site that tokens were routed to with their rows [t] int64 among the layer's tokens and z [t, n], the down
 projection's input; returns the neurons that stay [t, n] or [n] bool, or None for all.
 """
@@ -123,7 +124,7 @@ def expert_sites(model: Any) -> dict[Site, int]:
 
 
 @contextmanager
-def swapped(model: Any, activations: Mapping[Site, str] | None = None, see: See | None = None) -> Iterator[None]:
+def swapped(model: Any, activations: Mapping[Site, str] | None = None, see: ExpertTap | None = None) -> Iterator[None]:
     """`model` with other activations at the listed experts, and `see` at every expert that tokens are routed to, inside
     the block.
 
@@ -135,16 +136,16 @@ def swapped(model: Any, activations: Mapping[Site, str] | None = None, see: See 
         raise InputError(
             f"A site must be an expert of the model, got {unknown[0].key}. Take the sites of expert_sites(model)."
         )
-    with ExitStack() as stack:
-        for layer, module in expert_modules(model).items():
-            module.forward = partial(_forward, module, layer, activations, see)
-            stack.callback(delattr, module, "forward")
+    forwards = {
+        module: partial(_forward, module, layer, activations, see) for layer, module in expert_modules(model).items()
+    }
+    with replaced(forwards):
         yield
 
 
 @torch.no_grad()
 def measure(
-    model: Any, batches: Batches, activations: Mapping[Site, str] | None = None, see: See | None = None
+    model: Any, batches: Batches, activations: Mapping[Site, str] | None = None, see: ExpertTap | None = None
 ) -> Activity:
     """The activity of every expert on windows of tokens, padding left out; `activations` and `see` as in `swapped`.
 
@@ -173,7 +174,7 @@ def _forward(
     module: Any,
     layer: int,
     activations: Mapping[Site, str],
-    see: See | None,
+    see: ExpertTap | None,
     x: Tensor,
     chosen: Tensor,
     weights: Tensor,
@@ -191,6 +192,6 @@ def _forward(
             z = parts_of(activation, gate, up).z
         keep = None if see is None else see(site, rows, z)
         if keep is not None:
-            z = torch.where(keep, z, torch.zeros((), dtype=z.dtype, device=z.device))
+            z = masked(z, keep)
         out.index_add_(0, rows, (F.linear(z, module.down_proj[expert]) * weights[rows, place, None]).to(out.dtype))
     return out

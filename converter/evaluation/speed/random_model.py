@@ -24,6 +24,7 @@ from ...arch import Arch, load_arch
 from ...arch.site import Site
 from ...checkpoint.plan import Plan, Predictor, Swap, deciding
 from ...checkpoint.stage import atomic_folder, write_tensors
+from ...modeling.taps import ffn_inputs
 from ...onnx_export.base_graph import build_base
 from ...onnx_export.gated_graph import export, export_dense
 from ...onnx_export.precision import PRECISIONS
@@ -99,17 +100,12 @@ def mlp_inputs(folder: Path, arch: Arch, config: Any) -> dict[Site, Tensor]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
-    found: dict[Site, Tensor] = {}
-    for site in arch.sites(config):
-
-        def keep(_: Any, given: tuple[Tensor, ...], site: Site = site) -> None:
-            found[site] = given[0].float().reshape(-1, given[0].shape[-1])
-
-        model.get_submodule(arch.ffn_module(site.layer)).register_forward_pre_hook(keep)
-    model.base_model(
-        torch.randint(2, arch.size(config, "vocab"), CALIBRATION, generator=torch.Generator().manual_seed(SEED + 1))
+    tokens = torch.randint(
+        2, arch.size(config, "vocab"), CALIBRATION, generator=torch.Generator().manual_seed(SEED + 1)
     )
-    return found
+    with ffn_inputs(model, arch, arch.sites(config)) as inputs:
+        model.base_model(tokens)
+    return {site: x.float().flatten(0, -2) for site, (x,) in inputs.items()}
 
 
 def random_plan(inputs: dict[Site, Tensor], neurons: int, rank: int, density: float) -> Plan:
