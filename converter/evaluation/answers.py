@@ -23,7 +23,8 @@ from ..text.windows import Batches, read_text
 from .records import Answers, Sparsity
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 32, 64
-_TOGETHER = 8  # prompts of one length that are answered at once
+_PROMPTS_AT_ONCE = 8
+"""Prompts of one length that are answered together."""
 
 
 def make_prompts(tokenizer: Any, config: Any, batches: Batches, file: Path | None, new: int) -> list[Tensor]:
@@ -83,27 +84,35 @@ class Counts:
         return 1 - weighted(density, self.sizes)
 
 
+@dataclass(frozen=True)
+class Questions:
+    """Prompts as token rows [P], read from `source`, and how many tokens an answer may have."""
+
+    source: str
+    prompts: list[Tensor]
+    new_tokens: int
+
+
 def compare_answers(
     model: Any,
     plan: Plan,
     arch: Arch,
+    questions: Questions,
     tokenizer: Any,
-    prompts: list[Tensor],
-    new: int,
     bleu: Any,
-    name: str,
     reference_model: Any | None = None,
 ) -> tuple[Answers, Counts]:
     """Answers of the dense `reference_model` (None: of the model ungated), and of the sparse one with the prompt
     ungated and masked; scores and counts.
     """
+    prompts, new = questions.prompts, questions.new_tokens
     counts = Counts(plan, site_parameters(plan, arch, model.config), site_units(plan, arch, model.config))
     kinds: dict[str, list[list[int]]] = {"dense": [], "decode": [], "all": []}
     order: list[int] = []
     for length in track(sorted({len(row) for row in prompts}), unit="length"):
         same = [k for k, row in enumerate(prompts) if len(row) == length]
         order += same
-        for chunk in track(torch.tensor(same).split(_TOGETHER), unit="batch"):
+        for chunk in track(torch.tensor(same).split(_PROMPTS_AT_ONCE), unit="batch"):
             rows = torch.stack([prompts[k] for k in chunk.tolist()])
             with dense(model):
                 kinds["dense"] += greedy(model if reference_model is None else reference_model, rows, new)
@@ -130,7 +139,7 @@ def compare_answers(
         prompt_tokens=sum(len(prompts[order[k]]) for k in said),
         answer_tokens=sum(len(kinds["dense"][k]) for k in said),
         max_new_tokens=new,
-        name=name,
+        name=questions.source,
         bleu=score("decode"),
         bleu_all_masked=score("all"),
         bleu_dense=score("dense"),

@@ -209,6 +209,15 @@ def filled(module: nn.Module, tensors: dict[str, Tensor], device: str) -> Iterat
         module.to(device="meta")
 
 
+def moved(value: Any, device: str) -> Any:
+    """`value` with its tensors, those in tuples and dicts too, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(part, device) for key, part in value.items()}
+    return tuple(moved(part, device) for part in value) if isinstance(value, tuple) else value
+
+
 def embed(model: Any, source: Source, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Put the rows of the embedding that `tokens` [N, S] use into `model`; returns the tokens renumbered for it, and
     the rows' ids [U].

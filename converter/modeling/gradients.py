@@ -63,33 +63,49 @@ Labels = Tensor | Callable[[Tensor], Tensor] | None
 """Labels [B, S] (-100: no loss there), a function of the dense logits [B, S, V], or None: the dense greedy token."""
 
 
+@dataclass(frozen=True)
+class AttributionSettings:
+    """How gradients are taken, at sites of `kinds`. Raises InputError for unknown kinds.
+
+    `local` False gives the plain gradient of the summed loss, later positions included. `steps` K > 0 adds the path of
+    integrated gradients, K sweeps over a site's own and later blocks. `recompute` False keeps every block's graph
+    instead.
+    """
+
+    kinds: Sequence[str] = KINDS
+    local: bool = True
+    steps: int = 0
+    recompute: bool = True
+
+    def __post_init__(self) -> None:
+        if not set(self.kinds) <= set(KINDS) or not self.kinds:
+            raise InputError(
+                f"kinds must be some of {', '.join(KINDS)}, got {', '.join(self.kinds) or 'none'}. Name sites that "
+                "have gradients."
+            )
+
+
+DEFAULT = AttributionSettings()
+NEURONS = AttributionSettings(kinds=("ffn",))
+
+
 def attribute(
     model: Any,
     arch: Arch,
     tokens: Tensor,
+    settings: AttributionSettings = DEFAULT,
     *,
     mask: Tensor | None = None,
     labels: Labels = None,
-    kinds: Sequence[str] = KINDS,
-    local: bool = True,
-    steps: int = 0,
-    recompute: bool = True,
     consume: Callable[[Site, Gradients], None] | None = None,
 ) -> Attribution:
-    """Values and gradients at every site of `kinds` for tokens [B, S]; mask [B, S] is False on padding, which must be
+    """Values and gradients at the sites of `settings` for tokens [B, S]; mask [B, S] is False on padding, which must be
     on the right.
 
-    local False gives the plain gradient of the summed loss, later positions included. `steps` K > 0 adds the path of
-    integrated gradients, K sweeps over a site's own and later blocks. `recompute` False keeps every block's graph
-    instead. `consume` gets each site, last block first, in place of the result. Raises InputError for unknown kinds.
+    `consume` gets each site, last block first, in place of the result.
     """
-    if not set(kinds) <= set(KINDS) or not kinds:
-        raise InputError(
-            f"kinds must be some of {', '.join(KINDS)}, got {', '.join(kinds) or 'none'}. Name sites that have "
-            "gradients."
-        )
-    with torch.enable_grad(), _Sweep(model, arch, tokens, mask, kinds, local, labels).attached() as sweep:
-        return sweep.run(steps, recompute, consume)
+    with torch.enable_grad(), _Sweep(model, arch, tokens, settings, mask, labels).attached() as sweep:
+        return sweep.run(consume)
 
 
 class _Sweep:
@@ -100,12 +116,11 @@ class _Sweep:
         model: Any,
         arch: Arch,
         tokens: Tensor,
+        settings: AttributionSettings,
         mask: Tensor | None,
-        kinds: Sequence[str],
-        local: bool,
         labels: Labels,
     ) -> None:
-        self.model, self.tokens, self.kinds, self.local, self.wanted = model, tokens, tuple(kinds), local, labels
+        self.model, self.tokens, self.settings, self.wanted = model, tokens, settings, labels
         self.mask = None if mask is None or bool(mask.all()) else mask
         self.blocks = list(model.get_decoder().layers)
         self.heads = int(getattr(model.config, arch.attn.heads.config))
@@ -135,15 +150,15 @@ class _Sweep:
             taps = {
                 block.get_submodule(self.modules[kind]): partial(self._tap, layer, kind)
                 for layer, block in enumerate(self.blocks)
-                for kind in self.kinds
+                for kind in self.settings.kinds
             }
             stack.enter_context(tapped_inputs(taps))
-            if self.local:
+            if self.settings.local:
                 stack.enter_context(_attention(self.model, self._attend))
             yield self
 
-    def run(self, steps: int, recompute: bool, consume: Callable[[Site, Gradients], None] | None) -> Attribution:
-        self.graph, self.store = not recompute, steps > 0 and self.local
+    def run(self, consume: Callable[[Site, Gradients], None] | None) -> Attribution:
+        self.graph, self.store = not self.settings.recompute, self.settings.steps > 0 and self.settings.local
         self.taps = {} if self.graph else None
         logits, labels, nll = self._forward()
         found = Attribution(logits.detach(), labels, nll.detach())
@@ -155,14 +170,13 @@ class _Sweep:
             for layer in reversed(range(len(self.blocks))):
                 self._give(
                     layer,
-                    {kind: (named.pop((layer, kind)), grads.pop((layer, kind))) for kind in self.kinds},
+                    {kind: (named.pop((layer, kind)), grads.pop((layer, kind))) for kind in self.settings.kinds},
                     labels,
-                    steps,
                     give,
                 )
         else:
             self.store = False
-            self._backward(nll, 0, self.entered, lambda layer, seen: self._give(layer, seen, labels, steps, give))
+            self._backward(nll, 0, self.entered, lambda layer, seen: self._give(layer, seen, labels, give))
         return found
 
     def _give(
@@ -170,9 +184,9 @@ class _Sweep:
         layer: int,
         seen: dict[str, tuple[Tensor, Tensor]],
         labels: Tensor,
-        steps: int,
         give: Callable[[Site, Gradients], None],
     ) -> None:
+        steps = self.settings.steps
         for kind, (value, grad) in seen.items():
             path = (
                 torch.stack([self._scaled(layer, kind, k / steps, labels) for k in range(1, steps + 1)])
@@ -278,36 +292,32 @@ class _Sweep:
         if self.store:
             self.dense[module.layer_idx] = (key.detach(), value.detach())
         others = self.dense[module.layer_idx] if self.scaled else (key.detach(), value.detach())
-        return local_attention(query, key, value, *others, attention_mask, **keywords)
+        return local_attention(query, (key, value), others, attention_mask, **keywords)
 
 
 def local_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    other_key: Tensor,
-    other_value: Tensor,
+    present: tuple[Tensor, Tensor],
+    others: tuple[Tensor, Tensor],
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every position to itself by `key`, `value` and to the others by `other_key`, `other_value`: [B, S,
-    H, d_h] and the weights [B, H, S, S].
+    """Attention of every position to itself by the `present` keys and values, and to the others by theirs: [B, S, H,
+    d_h] and the weights [B, H, S, S].
 
-    query [B, H, S, d_h], keys and values [B, G, S, d_h], additive mask [B, 1, S, S] (causal and sliding window
-    included). Raises InputError for attention sinks.
+    query [B, H, S, d_h], a pair of keys and values [B, G, S, d_h] each, additive mask [B, 1, S, S] (causal and sliding
+    window included). Raises InputError for attention sinks.
     """
     if s_aux is not None:
         raise InputError("Local gradients need plain softmax attention, got attention sinks. Use local=False.")
     if attention_mask is None:
         raise InputError("Local gradients need the model's attention mask, got none. Use local=False.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    groups = query.shape[1] // key.shape[1]
-    key, value, other_key, other_value = (
-        t.repeat_interleave(groups, dim=1) for t in (key, value, other_key, other_value)
-    )
+    groups = query.shape[1] // present[0].shape[1]
+    key, value, other_key, other_value = (t.repeat_interleave(groups, dim=1) for t in (*present, *others))
     # the difference is zero in value unless a site is scaled: it only carries the diagonal's gradient
     logits = (query @ other_key.transpose(-1, -2) + torch.diag_embed((query * (key - other_key)).sum(-1))) * scale
     if softcap is not None:

@@ -20,7 +20,7 @@ from ..checkpoint.cost import predictor_cost
 from ..checkpoint.manifest import MANIFEST, Manifest, check_links, installed_versions, read_manifest
 from ..checkpoint.source import Source, open_source
 from ..checkpoint.stage import hash_file
-from ..evaluation.answers import NEW_TOKENS, compare_answers, import_sacrebleu, make_prompts
+from ..evaluation.answers import NEW_TOKENS, Questions, compare_answers, import_sacrebleu, make_prompts
 from ..evaluation.checks import ExecutorQuality, Quality, read_plan
 from ..evaluation.harness import find_tasks, run_tasks
 from ..evaluation.quality import ERROR, MOST_TOKENS, measure_executor, measure_quality
@@ -100,7 +100,9 @@ def evaluate(
         )
     shown = name if prompts is None else Path(prompts).name
     with stage("answers"):
-        answers, sparsity = compare_answers(sparse, plan, arch, tokenizer, rows, max_new_tokens, bleu, shown, original)
+        answers, sparsity = compare_answers(
+            sparse, plan, arch, Questions(shown, rows, max_new_tokens), tokenizer, bleu, original
+        )
     with stage("executors"):
         executors = _executors(folder / "onnx", sparse, batches, original)
     results = {}

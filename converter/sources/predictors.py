@@ -33,7 +33,7 @@ from ..checkpoint.plan import Plan, Predictor, Swap, deciding, on_swaps
 from ..checkpoint.source import Source
 from ..checkpoint.stage import atomic_folder, hash_file, hash_json, write_json, write_tensors
 from ..checkpoint.tensor_files import load_tensors
-from ..modeling.blocks import block_calls, embed, empty_model, filled
+from ..modeling.blocks import block_calls, embed, empty_model, filled, moved
 from ..modeling.taps import tapped_inputs, tapped_outputs
 
 SOURCE = (
@@ -342,7 +342,7 @@ def _norm_name(model: Any, blocks: Any, source: Source) -> str:
     block, outputs, inputs = blocks[0], [], []
     taps = {module: lambda y, name=name: outputs.append((name, y)) for name, module in block.named_modules() if name}
     with tapped_outputs(taps), tapped_inputs({block.get_submodule(source.arch.ffn.module): inputs.append}):
-        block(call.hidden.to("meta"), **_to_meta(call.keywords[0]))
+        block(call.hidden.to("meta"), **moved(call.keywords[0], "meta"))
     names = [name for name, y in outputs if inputs and y is inputs[0]]
     if not names:
         raise InputError(
@@ -350,14 +350,6 @@ def _norm_name(model: Any, blocks: Any, source: Source) -> str:
             "input."
         )
     return names[0]
-
-
-def _to_meta(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    if isinstance(value, dict):
-        return {key: _to_meta(v) for key, v in value.items()}
-    return tuple(_to_meta(v) for v in value) if isinstance(value, tuple) else value
 
 
 def _gain(norm: Any, tensors: dict[str, Tensor]) -> Tensor | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..arch.shapes import linear_rows, linear_shapes
 from ..arch.site import Site
 from ..checkpoint.source import Source
 from ..checkpoint.stage import Header, atomic_folder, is_intact, leave_out, read_header, write_header, write_tensors
-from ..modeling.blocks import BlockCalls, block_calls, embed, empty_model, ffn_down, filled
+from ..modeling.blocks import BlockCalls, block_calls, embed, empty_model, ffn_down, filled, moved
 from ..modeling.taps import Fields, ffn_fields, linear_by_parts, masked, replaced, tapped_inputs
 from ..progress import partly, track
 from ..scores import Context, load_score
@@ -123,21 +124,12 @@ def _walk(
     model = empty_model(source)
     blocks = model.get_decoder().layers
     tokens, _ = embed(model, source, batches.tokens)
-    rows = max(1, TOKENS_AT_ONCE // tokens.shape[1])
     hidden = torch.empty((*tokens.shape, source.arch.size(source.config, "hidden")), dtype=torch.float32)
-    calls: dict[tuple[int, bool], BlockCalls] = {}
-    groups = [slice(k, min(k + rows, len(tokens))) for k in range(0, len(tokens), rows)]
-    for group in groups:
-        call = block_calls(model, blocks, tokens[group], batches.mask[group])
-        hidden[group] = call.hidden
-        full = bool(batches.mask[group].all())
-        calls.setdefault(
-            (group.stop - group.start, full) if full else (-group.start - 1, full), call._replace(hidden=torch.empty(0))
-        )
+    states = _States(hidden, batches.mask, device)
+    states.enter(model, tokens)
     few = slice(max(1, PROBE_TOKENS // tokens.shape[1]))
     probed = block_calls(model, blocks, tokens[few], batches.mask[few])._replace(hidden=torch.empty(0))
     del model.get_input_embeddings().weight
-    positions = torch.where(batches.mask.flatten(), batches.mask.flatten().cumsum(0) - 1, -1).view(batches.mask.shape)
 
     last = max(site.layer for site in by_site)
     for layer in track(range(last + 1), unit="block"):
@@ -150,15 +142,15 @@ def _walk(
         sites = {site: names for site, names in by_site.items() if site.layer == layer}
         with filled(blocks[layer], tensors, device) as block, ExitStack() as stack:
             if not sites:
-                _advance(block, layer, hidden, groups, calls, batches.mask, positions, None, device)
+                states.advance(block, layer)
                 continue
             partials = {site: stack.enter_context(atomic_folder(folder / site.key)) for site in sites}
             recorder = _Recorder(source, block, sites, partials, batches.count, seed)
             entering = hidden[few].to(device, copy=True) if recorder.settles() else None
             with recorder.attached():
-                _advance(block, layer, hidden, groups, calls, batches.mask, positions, recorder, device)
+                states.advance(block, layer, recorder)
             if entering is not None:
-                keywords = {name: _move(value, device) for name, value in probed.keywords[layer].items()}
+                keywords = moved(probed.keywords[layer], device)
                 recorder.settle(
                     lambda entering=entering, keywords=keywords: block(entering, **keywords), batches.mask[few]
                 )
@@ -167,41 +159,51 @@ def _walk(
                 write_header(path, headers[site])
 
 
-def _advance(
-    block: Any,
-    layer: int,
-    hidden: Tensor,
-    groups: list[slice],
-    calls: dict,
-    mask: Tensor,
-    positions: Tensor,
-    recorder: _Recorder | None,
-    device: str,
-) -> None:
-    for group in groups:
-        full = bool(mask[group].all())
-        call = calls[(group.stop - group.start, full) if full else (-group.start - 1, full)]
-        keywords = {name: _move(value, device) for name, value in call.keywords[layer].items()}
-        if recorder:
-            recorder.keep, recorder.positions = mask[group].flatten(), positions[group].flatten()[mask[group].flatten()]
-        out = block(hidden[group].to(device), **keywords)
-        hidden[group] = (out[0] if isinstance(out, tuple) else out).cpu()
-        entered = hidden[group] if full else hidden[group][mask[group]]
-        if not bool(
-            entered.sum(dtype=torch.float64).isfinite()
-        ):  # NaN and infinity stay in a sum, and finite fp32 numbers do not overflow it
-            raise InputError(
-                f"Hidden states must be finite numbers, got NaN or infinity after layer {layer}. Check the weights; "
-                "fetch the model again."
-            )
+@dataclass(frozen=True)
+class _States:
+    """Hidden states [N, S, d] fp32 of all windows on the CPU, which go through the blocks on `device` one after the
+    other, in groups of windows.
 
+    `mask` [N, S] is False on padding. `calls` has what the blocks of a group are called with: by (windows, True) of
+    groups without padding, which share it, else by (-1 - the group's first window, False).
+    """
 
-def _move(value: Any, device: str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_move(v, device) for v in value)
-    return value
+    hidden: Tensor
+    mask: Tensor
+    device: str
+    groups: list[slice] = field(default_factory=list)
+    calls: dict[tuple[int, bool], BlockCalls] = field(default_factory=dict)
+
+    def enter(self, model: Any, tokens: Tensor) -> None:
+        """The hidden states before the first block, for `tokens` [N, S]."""
+        rows = max(1, TOKENS_AT_ONCE // tokens.shape[1])
+        self.groups.extend(slice(k, min(k + rows, len(tokens))) for k in range(0, len(tokens), rows))
+        for group in self.groups:
+            call = block_calls(model, model.get_decoder().layers, tokens[group], self.mask[group])
+            self.hidden[group] = call.hidden
+            self.calls.setdefault(self._key(group), call._replace(hidden=torch.empty(0)))
+
+    def advance(self, block: Any, layer: int, recorder: _Recorder | None = None) -> None:
+        """The hidden states after `block`, whose sites `recorder` sees."""
+        positions = torch.where(self.mask.flatten(), self.mask.flatten().cumsum(0) - 1, -1).view(self.mask.shape)
+        for group in self.groups:
+            mask = self.mask[group]
+            if recorder:
+                recorder.keep, recorder.positions = mask.flatten(), positions[group].flatten()[mask.flatten()]
+            keywords = moved(self.calls[self._key(group)].keywords[layer], self.device)
+            out = block(self.hidden[group].to(self.device), **keywords)
+            self.hidden[group] = (out[0] if isinstance(out, tuple) else out).cpu()
+            entered = self.hidden[group] if bool(mask.all()) else self.hidden[group][mask]
+            # NaN and infinity stay in a sum, and finite fp32 numbers do not overflow it
+            if not bool(entered.sum(dtype=torch.float64).isfinite()):
+                raise InputError(
+                    f"Hidden states must be finite numbers, got NaN or infinity after layer {layer}. Check the "
+                    "weights; fetch the model again."
+                )
+
+    def _key(self, group: slice) -> tuple[int, bool]:
+        full = bool(self.mask[group].all())
+        return (group.stop - group.start if full else -group.start - 1, full)
 
 
 class _Recorder:

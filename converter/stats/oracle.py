@@ -17,7 +17,7 @@ from ..arch.site import Site
 from ..checkpoint.source import Source
 from ..checkpoint.stage import Header, atomic_folder, is_finished, write_header, write_tensors
 from ..modeling.blocks import down_rows, ffn_modules
-from ..modeling.gradients import Gradients, attribute
+from ..modeling.gradients import NEURONS, Gradients, attribute
 from ..modeling.taps import ffn_inputs
 from ..progress import track
 from ..scores import Context, load_score
@@ -104,7 +104,7 @@ def _walk(
                 values = module.score(Context(**{field: fields[field] for field in module.NEEDS}))
                 stat.update(states[site, name], entered[site][mask], values - values.amin(dim=1, keepdim=True), at)
 
-        attribute(model, arch, tokens, mask=mask, labels=label, kinds=("ffn",), consume=consume)
+        attribute(model, arch, tokens, NEURONS, mask=mask, labels=label, consume=consume)
     for (site, name), state in states.items():
         tensors = load_stat(name)[0].finish(state)
         if tensors:

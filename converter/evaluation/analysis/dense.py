@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...arch.site import Site
-from ...modeling.gradients import Gradients, attribute
+from ...modeling.gradients import AttributionSettings, Gradients, attribute
 from ...modeling.taps import Fields, tapped
 from ...scores import Context, load_score
 from ...scores.griffin import statistic
@@ -65,9 +65,8 @@ class Dense:
                 model,
                 arch,
                 tokens,
+                AttributionSettings(sorted({kind for s in own for kind in s.kinds}), steps=steps if path else 0),
                 labels=labels,
-                kinds=sorted({kind for s in own for kind in s.kinds}),
-                steps=steps if path else 0,
             )
             self.gradients[label] = found.sites
 

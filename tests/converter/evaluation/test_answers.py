@@ -168,7 +168,8 @@ def test_bleu_is_sacrebleus_and_sparsity_is_what_can_be_counted(model: Any, monk
     monkeypatch.setattr(model.generation_config, "eos_token_id", -1)
     tokens, new, plan = text_windows().tokens, 10, mixed_plan()
     prompts = [tokens[0, :6], tokens[1, :9], tokens[2, :6], tokens[3, :3]]
-    found, counts = answers.compare_answers(model, plan, load_arch("llama"), Words(), prompts, new, sacrebleu, "words")
+    questions = answers.Questions("words", prompts, new)
+    found, counts = answers.compare_answers(model, plan, load_arch("llama"), questions, Words(), sacrebleu)
     rows = {
         start: [by_hand(model, prompt, new, len(prompt) if start is None else start) for prompt in prompts]
         for start in (99, None, 0)
@@ -213,10 +214,12 @@ def test_prompts_that_get_no_answer_are_left_out(model: Any, monkeypatch: pytest
     with dense(model):
         first = answers.greedy(model, torch.stack(prompts), 1)
     monkeypatch.setattr(model.generation_config, "eos_token_id", first[0][0])
-    found, _ = answers.compare_answers(model, mixed_plan(), load_arch("llama"), Words(), prompts, 5, sacrebleu, "words")
+    questions = answers.Questions("words", prompts, 5)
+    found, _ = answers.compare_answers(model, mixed_plan(), load_arch("llama"), questions, Words(), sacrebleu)
     assert found.empty == sum(row == first[0] for row in first) and found.prompts == 4 - found.empty
     with pytest.raises(InputError, match="must answer a prompt"):
-        answers.compare_answers(model, mixed_plan(), load_arch("llama"), Words(), prompts[:1], 5, sacrebleu, "words")
+        questions = answers.Questions("words", prompts[:1], 5)
+        answers.compare_answers(model, mixed_plan(), load_arch("llama"), questions, Words(), sacrebleu)
 
 
 def test_predictor_cost_is_the_part_of_predictors_and_residuals(model: Any) -> None:

@@ -145,18 +145,15 @@ class _Words:
 def test_answers_are_compared_with_the_source(folder: Path, tiny_model: Callable[[str], Path]) -> None:
     model, original, arch = load(folder), load_dense(tiny_model("llama")), load_arch("llama")
     rows = [row[:8] for row in BATCHES.tokens]
-    against, counts = answers.compare_answers(
-        model, read_plan(folder), arch, _Words(), rows, 6, _Words(), "text", original
-    )
+    questions = answers.Questions("text", rows, 6)
+    against, counts = answers.compare_answers(model, read_plan(folder), arch, questions, _Words(), _Words(), original)
     wanted = answers.greedy(original, torch.stack(rows), 6)
     masked = answers.greedy(model, torch.stack(rows), 6)
     assert (
         against.equal_all_masked == pytest.approx(sum(a == b for a, b in zip(masked, wanted, strict=True)) / 5)
         and against.equal_all_masked < 1
     )
-    ungated, _ = answers.compare_answers(
-        model, {Site(0): PLAN[Site(0)]}, arch, _Words(), rows, 6, _Words(), "text", model
-    )
+    ungated, _ = answers.compare_answers(model, {Site(0): PLAN[Site(0)]}, arch, questions, _Words(), _Words(), model)
     assert ungated.equal_all_masked == 1, "compared with itself it is itself"
     shares = counts.summary(0.5, 10**6)
     assert shares.answers_and_prompt < shares.masked_answers_and_prompt

@@ -23,7 +23,7 @@ from sparsegate.converter.bundled import BUNDLED, HELDOUT_TEXT
 from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.evaluation.analysis.ranks import mean_spearman
 from sparsegate.converter.modeling.gated import load_dense
-from sparsegate.converter.modeling.gradients import Gradients, attribute
+from sparsegate.converter.modeling.gradients import NEURONS, AttributionSettings, Gradients, attribute
 from sparsegate.converter.scores import Context, load_score
 from sparsegate.converter.text.windows import make_batches, read_text
 from sparsegate.runtime_onnx.errors import InputError
@@ -108,7 +108,7 @@ def test_f04_local_gradients_equal_cached_backward(tiny_model: Make, model_type:
 
 def test_plain_gradients_equal_autograd_and_differ_from_local(tiny_model: Make) -> None:
     model, arch, tokens = tiny(tiny_model)
-    plain, local = (attribute(model, arch, tokens, local=flag) for flag in (False, True))
+    plain, local = (attribute(model, arch, tokens, AttributionSettings(local=flag)) for flag in (False, True))
     probes = {
         site: torch.zeros(2, LENGTH, module.weight.shape[1], requires_grad=True)
         for site, module in sites_of(model, arch).items()
@@ -128,7 +128,9 @@ def test_plain_gradients_equal_autograd_and_differ_from_local(tiny_model: Make) 
 
 def test_without_recomputation_the_same(tiny_model: Make) -> None:
     model, arch, tokens = tiny(tiny_model, "gemma2")
-    one, other = (attribute(model, arch, tokens, recompute=flag, steps=2) for flag in (True, False))
+    one, other = (
+        attribute(model, arch, tokens, AttributionSettings(recompute=flag, steps=2)) for flag in (True, False)
+    )
     for site in one.sites:
         for a, b in zip(one.sites[site], other.sites[site], strict=True):
             assert a is not None and b is not None
@@ -159,14 +161,14 @@ def test_padding_and_given_labels(tiny_model: Make) -> None:
 def test_everything_is_put_back(tiny_model: Make) -> None:
     model, arch, tokens = tiny(tiny_model)
     before = model(input_ids=tokens).logits
-    attribute(model, arch, tokens, steps=1)
+    attribute(model, arch, tokens, AttributionSettings(steps=1))
     with pytest.raises(ZeroDivisionError):
         attribute(model, arch, tokens, labels=lambda _: 1 // 0)  # type: ignore[arg-type, return-value]
     assert torch.equal(model(input_ids=tokens).logits, before) and before.requires_grad
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any("forward" in vars(module) for module in model.modules())
     with pytest.raises(InputError, match="kinds must be"):
-        attribute(model, arch, tokens, kinds=["linear"])
+        AttributionSettings(kinds=["linear"])
 
 
 def test_consumed_sites_come_last_block_first(tiny_model: Make) -> None:
@@ -197,11 +199,11 @@ def test_one_forward_and_one_backward(tiny_model: Make) -> None:
         )
     for recompute, runs in ((True, 2), (False, 1)):
         counts.clear()
-        assert len(attribute(model, arch, tokens, recompute=recompute).sites) == 4
+        assert len(attribute(model, arch, tokens, AttributionSettings(recompute=recompute)).sites) == 4
         blocks = {f"block {layer}": runs for layer in range(2)} | {f"block {layer} backward": 1 for layer in range(2)}
         assert counts == {"model": 1, "head": 1, "head backward": 1, **blocks}
     counts.clear()
-    attribute(model, arch, tokens, steps=3)
+    attribute(model, arch, tokens, AttributionSettings(steps=3))
     sweeps = 3 * 4  # each from its own layer on: two kinds from layer 0, two from layer 1
     assert counts == {
         "model": 1 + sweeps,
@@ -235,7 +237,7 @@ def saved_bytes(model: Any, arch: Arch, tokens: Tensor, recompute: bool) -> int:
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-        attribute(model, arch, tokens, recompute=recompute, consume=lambda *_: None)
+        attribute(model, arch, tokens, AttributionSettings(recompute=recompute), consume=lambda *_: None)
     return peak
 
 
@@ -257,7 +259,7 @@ def test_f02_one_step_of_integrated_gradients_is_gxo(tiny_model: Make) -> None:
     model, arch, tokens = tiny(tiny_model)
     last = torch.full((2, LENGTH), -100)
     last[:, -1] = attribute(model, arch, tokens).labels[:, -1]
-    found = attribute(model, arch, tokens, labels=last, steps=1)
+    found = attribute(model, arch, tokens, AttributionSettings(steps=1), labels=last)
     for site, (value, grad, path) in found.sites.items():
         assert path is not None and torch.equal(path[0], grad), site
         if site.kind == "ffn":
@@ -290,7 +292,9 @@ def test_f03_completeness_of_integrated_gradients(tiny_model: Make) -> None:
     labels = attribute(model, arch, tokens).labels
     t = 7
     found = {
-        steps: attribute(model, arch, tokens[:, : t + 1], labels=labels[:, : t + 1], steps=steps).sites
+        steps: attribute(
+            model, arch, tokens[:, : t + 1], AttributionSettings(steps=steps), labels=labels[:, : t + 1]
+        ).sites
         for steps in (4, 24)
     }
     for site in modules:
@@ -356,7 +360,7 @@ def bundled() -> tuple[Any, Arch, Tensor]:
 def test_f06_corrected_orders_as_magnitude(bundled: tuple[Any, Arch, Tensor]) -> None:
     """n = 512 neurons of a trained model: Spearman with |z| at least .99, with GxO next to none."""
     model, arch, tokens = bundled
-    for site, (value, grad, _) in attribute(model, arch, tokens, kinds=["ffn"]).sites.items():
+    for site, (value, grad, _) in attribute(model, arch, tokens, NEURONS).sites.items():
         fields = Context(z=value, grad=grad)
         corrected, gxo, size = (
             load_score(name).score(fields).flatten(0, 1) for name in ("corrected_gxo", "gxo", "abs_z")
@@ -374,7 +378,7 @@ def test_f06_gxo_predicts_the_removal_of_one_unit(bundled: tuple[Any, Arch, Tens
     # a label that is no certainty: the second choice
     found: dict[Site, Gradients] = {}
     labels = attribute(
-        model, arch, row, labels=lambda logits: logits.topk(2).indices[..., 1], kinds=["ffn"], consume=found.__setitem__
+        model, arch, row, NEURONS, labels=lambda logits: logits.topk(2).indices[..., 1], consume=found.__setitem__
     ).labels
     value, grad, _ = found[site]
     units = value.shape[-1]

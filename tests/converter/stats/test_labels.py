@@ -16,7 +16,7 @@ from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.plan import Predictor, load_plan
 from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.modeling.gated import load_dense
-from sparsegate.converter.modeling.gradients import attribute
+from sparsegate.converter.modeling.gradients import AttributionSettings, attribute
 from sparsegate.converter.pipeline import candidates
 from sparsegate.converter.pipeline.convert import convert
 from sparsegate.converter.pipeline.verify import verify
@@ -68,7 +68,11 @@ def by_hand(model: Any, source: Source, batches: Batches) -> dict[Site, tuple[Te
             handle.remove()
         entered = dict(inputs)
         sites = attribute(
-            model, source.arch, row[mask][None], labels=logits.argmax(-1), kinds=("ffn",), recompute=False
+            model,
+            source.arch,
+            row[mask][None],
+            AttributionSettings(kinds=("ffn",), recompute=False),
+            labels=logits.argmax(-1),
         ).sites
         for site, (value, grad, _) in sites.items():
             z, g = value[0], grad[0]

@@ -18,7 +18,7 @@ from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.checkpoint.writer import write_checkpoint
 from sparsegate.converter.modeling.gated import apply_plan as gate
 from sparsegate.converter.modeling.gated import load_dense, remove_plan
-from sparsegate.converter.modeling.gradients import attribute
+from sparsegate.converter.modeling.gradients import AttributionSettings, attribute
 from sparsegate.converter.stats.collect import collect
 from sparsegate.converter.text.windows import Batches
 from sparsegate.converter.training.residual import add_residuals
@@ -80,7 +80,7 @@ def test_collected_statistics_are_the_swapped_networks(source: Source, tmp_path:
 
 def test_gradients_are_the_swapped_networks(source: Source) -> None:
     model, tokens = load_dense(source.folder), BATCHES.tokens[:2, :12]
-    sites = attribute(model, source.arch, tokens, kinds=("ffn",), local=False).sites
+    sites = attribute(model, source.arch, tokens, AttributionSettings(kinds=("ffn",), local=False)).sites
     labels = model(input_ids=tokens).logits.argmax(-1)
     for site, found in sites.items():
         down = model.get_submodule(source.arch.ffn_module(site.layer) + "." + source.arch.ffn.down)
