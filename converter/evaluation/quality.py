@@ -22,6 +22,7 @@ from ..arch import load_arch
 from ..checkpoint.cost import block_cost, mlp_cost, site_cost, site_parameters, weighted
 from ..checkpoint.plan import Plan
 from ..modeling.gated import Gates, Recorder, gates_of, make_gates, switched
+from ..modeling.losses import expected_difference, token_nll
 from ..modeling.taps import replaced
 from ..progress import track
 from ..text.windows import Batches
@@ -143,19 +144,17 @@ def _compare(side: Side, chances: Tensor, logits: Tensor, target: Tensor) -> Ten
     exp(side.logits) [P, V], `logits` are q's, which are overwritten; `target` [P].
 
     KL = sum p (log p - log q) = sum_v p_v (a_v - b_v) - log A + log B with a, b the logits less their maxima and A, B
-    the sums of their exponentials.
+    the sums of their exponentials. log A and log B are fp64: what is measured is a small difference of two NLLs.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=side.logits.device)
-    target = target[:, None]
     for rows in _blocks(logits):
         a, b, p = side.logits[rows], logits[rows], chances[rows]
         top = b.amax(-1, keepdim=True)
         agree = (b.gather(-1, side.best[rows]) == top).sum()
         spread = b.sub_(top).exp()
         log_a, log_b = side.normaliser[rows], spread.sum(-1).double().log()
-        torch.sub(a, b, out=spread)
-        kl = spread.mul_(p).sum(-1).double() * (-log_a).exp() - log_a + log_b
-        nll_p, nll_q = log_a - a.gather(-1, target[rows])[:, 0], log_b - b.gather(-1, target[rows])[:, 0]
+        kl = expected_difference(p, a, b, out=spread).double() * (-log_a).exp() - log_a + log_b
+        nll_p, nll_q = token_nll(a, target[rows], log_a), token_nll(b, target[rows], log_b)
         sums += torch.stack([nll_p.sum(), nll_q.sum(), kl.sum(), agree.double()])
     return sums
 

@@ -68,16 +68,34 @@ class _Divergence(torch.autograd.Function):
         log_p, log_q = dense.log_softmax(-1), sparse.log_softmax(-1)
         p = log_p.exp()
         ctx.save_for_backward(p, log_q)
-        lost = (log_p - log_q).mul_(p)
-        each = lost.sum(-1)
-        if bool(each.isnan().any()):  # 0 * inf
-            each = lost.masked_fill_(p == 0, 0.0).sum(-1)
-        return each.mean()
+        return expected_difference(p, log_p, log_q).mean()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         p, log_q = ctx.saved_tensors
         return None, log_q.exp().sub_(p).mul_(gradients[0] / p[..., 0].numel())
+
+
+def expected_difference(p: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Sum over v of p_v (a_v - b_v): [...] of [..., V]. What has p_v = 0 adds nothing, be a or b infinite there.
+
+    For probabilities p and log-probabilities a of p and b of q it is KL(p || q) in nats. `out` [..., V], which may hold
+    anything, is overwritten; without it memory is taken.
+    """
+    terms = torch.sub(a, b, out=out).mul_(p)
+    sums = terms.sum(-1)
+    if bool(sums.isnan().any()):  # 0 * inf
+        sums = terms.masked_fill_(p == 0, 0.0).sum(-1)
+    return sums
+
+
+def token_nll(logits: Tensor, target: Tensor, normaliser: Tensor | float = 0.0) -> Tensor:
+    """-log p(target) in nats at every position: [...] of logits [..., V] and ids [...].
+
+    `normaliser` [...] is the log of the sum of the logits' exponentials, 0 for log-probabilities; its dtype is the
+    result's where it is the wider one.
+    """
+    return normaliser - logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
 
 def straight_through(logits: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ....runtime_onnx.errors import InputError
 from ...arch import Arch
 from ...arch.site import Site
+from ...modeling.losses import expected_difference, token_nll
 from ...modeling.taps import Fields, tapped
 from ...scores import load_score
 from ...text.windows import Batches
@@ -182,13 +183,13 @@ class _Masks:
 def _measure(tally: _Tally, dense: Tensor, sparse: Tensor, tokens: Tensor, scored: Tensor) -> None:
     rows = scored.to(dense.device)
     p, q = (logits[:, :-1][rows].float().log_softmax(-1) for logits in (dense, sparse))
-    target = tokens[:, 1:][scored].to(p.device).unsqueeze(-1)
+    target = tokens[:, 1:][scored].to(p.device)
     first, second = p.topk(2, dim=-1).indices.unbind(-1)
     choice = q.argmax(-1)
     parts = (
-        -p.gather(-1, target),
-        -q.gather(-1, target),
-        (p.exp() * (p - q)).sum(-1),
+        token_nll(p, target),
+        token_nll(q, target),
+        expected_difference(p.exp(), p, q),
         choice == first,
         choice == second,
     )

@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsegate.converter.modeling.losses import dejavu_loss, dejavu_weight, kl_divergence, straight_through
+from sparsegate.converter.modeling.losses import (
+    dejavu_loss,
+    dejavu_weight,
+    expected_difference,
+    kl_divergence,
+    straight_through,
+    token_nll,
+)
 
 
 def dejavu_case() -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,6 +49,21 @@ def test_dejavu_loss_takes_a_weight_per_unit() -> None:
     weight = torch.linspace(0.1, 0.9, 100)
     by_unit = torch.stack([dejavu_loss(logits[:, i], labels[:, i], float(weight[i])) for i in range(100)])
     torch.testing.assert_close(dejavu_loss(logits, labels, weight), by_unit.mean())
+
+
+def test_expected_difference_and_nll_by_hand() -> None:
+    p, q = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.25, 0.5, 0.25])
+    wanted = 0.5 * math.log(2)
+    room = torch.full((3,), math.nan)
+    for out in (None, room):
+        assert expected_difference(p, p.log(), q.log(), out).item() == pytest.approx(wanted, abs=1e-6)
+    assert math.isinf(expected_difference(q, q.log(), p.log()).item())
+    logits, target = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)), torch.tensor([[0, 6, 3]] * 2)
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(2, 3)
+    torch.testing.assert_close(token_nll(logits.log_softmax(-1), target), nll)
+    wide = token_nll(logits, target, logits.double().logsumexp(-1))
+    assert wide.dtype == torch.float64
+    torch.testing.assert_close(wide.float(), nll)
 
 
 def test_kl_divergence_by_hand() -> None:
