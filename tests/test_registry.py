@@ -83,7 +83,7 @@ def test_statistic(name: str) -> None:
     module, score = stats.load_stat(f"{name}:gate")
     assert score == "gate"
     assert [list(inspect.signature(getattr(module, f)).parameters) for f in ("init", "update", "finish")] == [
-        ["setting"],
+        ["setup"],
         ["state", "x", "score", "positions"],
         ["state"],
     ]

@@ -22,13 +22,10 @@ EXCEPTIONS = {
 }
 """File and function, and why it is longer or takes more."""
 IN_WORK = {
-    "converter/evaluation/answers.py compare_answers",
     "converter/evaluation/speed/model.py bench_models",
     "converter/evaluation/speed/run.py _op",
     "converter/evaluation/speed/run.py _shape",
     "converter/evaluation/speed/run.py bench",
-    "converter/modeling/gradients.py attribute",
-    "converter/modeling/gradients.py local_attention",
     "converter/onnx_export/gated_graph.py export",
     "converter/pipeline/convert.py convert",
     "converter/pipeline/evaluate.py evaluate",
@@ -37,7 +34,6 @@ IN_WORK = {
     "converter/pipeline/verify.py verify",
     "converter/report/card.py write_card",
     "converter/sources/hub.py _fetch",
-    "converter/stats/collect.py _advance",
     "converter/training/by_block.py recover_by_block",
     "converter/training/loop.py train",
     "converter/training/recovery.py RecoveryObjective.__init__",

@@ -192,7 +192,7 @@ class Layer(Strict):
     cost: float | None = None
 
 
-class Check(Strict):
+class ReportCheck(Strict):
     """A measured value, its bound (an upper one, or a lower one when `at_least`), whether it holds, and a note on what
     was compared.
     """
@@ -242,7 +242,7 @@ class Report(Strict):
     onnx: list[OnnxRow] = []
     references: list[Reference] = []
     layers: list[Layer] = []
-    checks: list[Check] = []
+    checks: list[ReportCheck] = []
     stages: list[StageTime] = []
     unused_tensors: list[str] = []
     time_notes: list[str] = []

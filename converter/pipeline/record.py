@@ -72,7 +72,7 @@ def build_report(
         rows=[dense, *(_row(candidate, candidate is chosen, source) for candidate in candidates)],
         layers=[_layer(chosen, site, deciding(entries)) for site, entries in chosen.plan.items()],
         checks=[
-            reporting.Check(
+            reporting.ReportCheck(
                 name=check.name,
                 value=check.value,
                 bound=check.bound,

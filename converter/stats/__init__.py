@@ -1,7 +1,7 @@
 """Streaming statistics of a site. One file per statistic, one row per file; `collect.py` is the one pass that feeds
 them.
 
-A statistic's module exports `init(setting) -> state`, `update(state, values, keep, positions)` and `finish(state) ->
+A statistic's module exports `init(setup) -> state`, `update(state, values, keep, positions)` and `finish(state) ->
 {name: tensor}`; it is additive over batches, so that data-parallel runs only sum. Its full name is
 `<statistic>:<score>`, and its tensors are stored as `<full name>.<tensor>`. It belongs to the sites that its score's
 KIND names: feed-forward networks or linears. Two exports are optional: FIELDS names inner values that `update` finds in
@@ -35,7 +35,7 @@ STATS = {
 
 
 @dataclass(frozen=True)
-class Setting:
+class StatSetup:
     """What a statistic is told at the start: widths d of the input, n of the score and `outputs` of what the site
     gives, the tokens it will see, the seed, and a folder for what does not fit in memory.
     """

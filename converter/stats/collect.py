@@ -28,7 +28,7 @@ from ..modeling.taps import Fields, ffn_fields, linear_by_parts, masked, replace
 from ..progress import partly, track
 from ..scores import Context, load_score
 from ..text.windows import Batches
-from . import Probe, Setting, SiteStats, file_name, load_stat
+from . import Probe, SiteStats, StatSetup, file_name, load_stat
 
 TOKENS_AT_ONCE = 2048
 PROBE_TOKENS = 512
@@ -230,7 +230,7 @@ class _Recorder:
             outputs, inputs = shapes.get(site.kind.removeprefix("linear:"), (hidden, hidden))
             width = units if site.kind == "ffn" else inputs
             self.states[site] = {
-                name: load_stat(name)[0].init(Setting(inputs, width, tokens, seed, folders[site], name, outputs))
+                name: load_stat(name)[0].init(StatSetup(inputs, width, tokens, seed, folders[site], name, outputs))
                 for name in names
             }
 

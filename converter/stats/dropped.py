@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..arch.site import Site
-from . import Probe, Setting
+from . import Probe, StatSetup
 from .bins import BINS, bins, cut, dropped_norm
 
 SHARES = torch.cat([torch.arange(1, 32) / 32, torch.tensor([0.98, 0.99])])
 
 
-def init(setting: Setting) -> dict[str, Any]:
+def init(setup: StatSetup) -> dict[str, Any]:
     """An empty histogram of the score."""
     return {"count": torch.zeros(BINS, dtype=torch.int64)}
 

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from ..arch.site import Site
-from . import Probe, Setting
+from . import Probe, StatSetup
 from .bins import BINS, bins, cut, greedy_split
 
 FIELDS = ("scale",)
 
 
-def init(setting: Setting) -> dict[str, Any]:
+def init(setup: StatSetup) -> dict[str, Any]:
     """An empty histogram of the score; `size` is the linear's number of weights."""
-    return {"count": torch.zeros(BINS, dtype=torch.int64), "size": setting.units * setting.outputs}
+    return {"count": torch.zeros(BINS, dtype=torch.int64), "size": setup.units * setup.outputs}
 
 
 def update(state: dict[str, Any], x: Tensor, score: Tensor, positions: Tensor) -> None:

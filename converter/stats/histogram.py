@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Setting
+from . import StatSetup
 from .bins import BINS, bins, edges
 
 __all__ = ["BINS", "edges", "finish", "init", "update"]
 
 
-def init(setting: Setting) -> dict[str, Any]:
+def init(setup: StatSetup) -> dict[str, Any]:
     """An empty count per bin int64 [BINS], n as `units` int64 [], and the width of the site's output as `outputs` int64
     [].
     """
     return {
         "count": torch.zeros(BINS, dtype=torch.int64),
-        "units": torch.tensor(setting.units),
-        "outputs": torch.tensor(setting.outputs),
+        "units": torch.tensor(setup.units),
+        "outputs": torch.tensor(setup.outputs),
     }
 
 

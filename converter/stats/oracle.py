@@ -22,7 +22,7 @@ from ..modeling.taps import ffn_inputs
 from ..progress import track
 from ..scores import Context, load_score
 from ..text.windows import Batches
-from . import Setting, SiteStats, file_name, load_stat
+from . import SiteStats, StatSetup, file_name, load_stat
 
 _TOKENS_AT_ONCE = 2048
 
@@ -66,7 +66,7 @@ def _walk(
     arch = source.arch
     hidden, units = arch.size(source.config, "hidden"), arch.size(source.config, "units")
     states = {
-        (site, name): load_stat(name)[0].init(Setting(hidden, units, batches.count, seed, folder, name))
+        (site, name): load_stat(name)[0].init(StatSetup(hidden, units, batches.count, seed, folder, name))
         for site, folder in folders.items()
         for name in names
     }

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import Setting, file_name
+from . import StatSetup, file_name
 
 CAP = 65536
 _FP16_MAX = 65504.0
@@ -29,14 +29,14 @@ def mix(positions: Tensor, seed: int) -> Tensor:
     return torch.from_numpy((value ^ (value >> np.uint64(31))).view(np.int64))
 
 
-def init(setting: Setting) -> dict[str, Any]:
+def init(setup: StatSetup) -> dict[str, Any]:
     """Lay out `x` [K, d] and `score` [K, n] fp16 in a safetensors file; K is at most CAP and the tokens to come.
 
     Rows are written, not mapped: a map would count as resident memory, and a full disk would kill the process instead
     of raising OSError.
     """
-    rows = min(CAP, setting.tokens)
-    shapes = {"x": (rows, setting.hidden), "score": (rows, setting.units)}
+    rows = min(CAP, setup.tokens)
+    shapes = {"x": (rows, setup.hidden), "score": (rows, setup.units)}
     header, offset = {}, 0
     for name, (height, width) in shapes.items():
         size = 2 * height * width
@@ -44,16 +44,16 @@ def init(setting: Setting) -> dict[str, Any]:
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path = setting.folder / file_name(setting.name)
+    path = setup.folder / file_name(setup.name)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
-    hashes = mix(torch.arange(setting.tokens), setting.seed)
+    hashes = mix(torch.arange(setup.tokens), setup.seed)
     starts = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}
     return {
         "filled": 0,
         "rows": rows,
-        "seed": setting.seed,
+        "seed": setup.seed,
         "last": hashes.kthvalue(rows).values,
         "path": path,
         "starts": starts,

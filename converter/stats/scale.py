@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Setting
+from . import StatSetup
 
 FIELDS = ("scale",)
 
 
-def init(setting: Setting) -> dict[str, Any]:
+def init(setup: StatSetup) -> dict[str, Any]:
     """No scale yet."""
-    return {"scale": torch.ones(setting.units)}
+    return {"scale": torch.ones(setup.units)}
 
 
 def update(state: dict[str, Any], x: Tensor, score: Tensor, positions: Tensor) -> None:

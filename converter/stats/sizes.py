@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Setting
+from . import StatSetup
 
 
-def init(setting: Setting) -> dict[str, Any]:
+def init(setup: StatSetup) -> dict[str, Any]:
     """Widths d of the input and n of the score, int64 []."""
-    return {"hidden": torch.tensor(setting.hidden), "units": torch.tensor(setting.units)}
+    return {"hidden": torch.tensor(setup.hidden), "units": torch.tensor(setup.units)}
 
 
 def update(state: dict[str, Any], x: Tensor, score: Tensor, positions: Tensor) -> None:

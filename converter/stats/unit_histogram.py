@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import Setting
+from . import StatSetup
 from .bins import UNIT_BINS, unit_bins
 
 FIELDS = ("up",)
 
 
-def init(setting: Setting) -> dict[str, Any]:
+def init(setup: StatSetup) -> dict[str, Any]:
     """Empty counts int32 [n, UNIT_BINS], and sums of up^2 fp64 [n] over `tokens`."""
-    sums = torch.zeros(setting.units, dtype=torch.float64)
-    return {"count": torch.zeros(setting.units, UNIT_BINS, dtype=torch.int32), "squares": sums, "tokens": 0}
+    sums = torch.zeros(setup.units, dtype=torch.float64)
+    return {"count": torch.zeros(setup.units, UNIT_BINS, dtype=torch.int32), "squares": sums, "tokens": 0}
 
 
 def update(state: dict[str, Any], x: Tensor, score: Tensor, positions: Tensor) -> None:

@@ -20,7 +20,7 @@ from ...arch import Arch
 from ...arch.site import Site
 from ...modeling.taps import Fields, tapped
 from ...text.windows import Batches
-from .dense import Dense, moments, score_site, taus
+from .dense import DenseRun, moments, score_site, taus
 from .executor import Choice
 from .setting import Setting, check
 
@@ -52,7 +52,7 @@ def sparse_answers(
     dense = _generate(model, prompts, new)
     windows = torch.cat([prompts, dense[:, :-1]], dim=1).cpu()
     up_moments = moments(model, arch, settings, calibration)
-    seen = Dense(model, arch, windows, torch.ones_like(windows, dtype=torch.bool), settings, up_moments, steps)
+    seen = DenseRun(model, arch, windows, torch.ones_like(windows, dtype=torch.bool), settings, up_moments, steps)
     answers = []
     for setting, tau in zip(settings, taus(model, arch, settings, calibration, up_moments, steps), strict=True):
         choice = Choice(setting, tau)
@@ -72,7 +72,7 @@ class _Steps:
     step itself.
     """
 
-    def __init__(self, arch: Arch, choice: Choice, fixed: dict[Site, Tensor] | None, dense: Dense) -> None:
+    def __init__(self, arch: Arch, choice: Choice, fixed: dict[Site, Tensor] | None, dense: DenseRun) -> None:
         self.arch, self.choice, self.fixed, self.moments, self.position = arch, choice, fixed, dense.moments, 0
 
     def see(self, site: Site, fields: Fields) -> Tensor:

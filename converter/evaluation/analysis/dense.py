@@ -29,7 +29,7 @@ def groups(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
     yield from zip(batches.tokens.split(rows), batches.mask.split(rows), strict=True)
 
 
-class Dense:
+class DenseRun:
     """Logits [B, S, V] of the dense model on one group of windows, and the fields that the settings' dense
     masks need.
     """
@@ -142,7 +142,7 @@ def taus(
     probes = [Setting(score, 1.0, kinds=kinds, label=label, masks="dense") for score, kinds, label in names]
     rows: list[dict[Site, list[Tensor]]] = [{} for _ in probes]
     for tokens, mask in groups(calibration):
-        dense = Dense(model, arch, tokens, mask, probes, up_moments, steps)
+        dense = DenseRun(model, arch, tokens, mask, probes, up_moments, steps)
         for found, probe in zip(rows, probes, strict=True):
             for site, scores in dense.scores(probe).items():
                 found.setdefault(site, []).append(scores[mask.to(scores.device)])

@@ -23,7 +23,7 @@ from ...modeling.losses import expected_difference, token_nll
 from ...modeling.taps import Fields, tapped
 from ...scores import load_score
 from ...text.windows import Batches
-from .dense import Dense, groups, moments, score_site, taus
+from .dense import DenseRun, groups, moments, score_site, taus
 from .selectors import global_pool, nonzero, paper_cut, threshold, top_k, used_groups
 from .setting import Outcome, Setting, check
 
@@ -56,7 +56,7 @@ def analyse_all(
     thresholds = taus(model, arch, settings, calibration, up_moments, steps)
     tallies = [_Tally() for _ in settings]
     for tokens, mask in groups(batches):
-        dense = Dense(model, arch, tokens, mask, settings, up_moments, steps)
+        dense = DenseRun(model, arch, tokens, mask, settings, up_moments, steps)
         scored = mask[:, :-1] & mask[:, 1:]
         for setting, tau, tally in zip(settings, thresholds, tallies, strict=True):
             where = mask & (
@@ -82,7 +82,7 @@ def score_windows(
     up_moments = moments(model, arch, settings, calibration)
     for tokens, mask in groups(batches):
         with torch.no_grad():
-            dense = Dense(model, arch, tokens, mask, settings, up_moments, steps)
+            dense = DenseRun(model, arch, tokens, mask, settings, up_moments, steps)
             found = [dense.scores(setting) for setting in settings]
         yield found, mask
 
@@ -145,7 +145,7 @@ class _Masks:
         arch: Arch,
         setting: Setting,
         tau: Mapping[Site, float],
-        dense: Dense,
+        dense: DenseRun,
         where: Tensor,
         tally: _Tally,
     ) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsegate.converter.arch import load_arch
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.stats import Setting, histogram, unit_histogram
+from sparsegate.converter.stats import StatSetup, histogram, unit_histogram
 
 D, N, TOKENS = 16, 48, 3000
 LLAMA, PHI = load_arch("llama"), load_arch("phi")
@@ -27,7 +27,7 @@ SHAPES = {
 def gate_stats(*scores: Tensor) -> dict[Site, dict[str, Tensor]]:
     found = {}
     for layer, score in enumerate(scores):
-        state = histogram.init(Setting(D, score.shape[1], len(score), 0, Path(), "histogram:gate"))
+        state = histogram.init(StatSetup(D, score.shape[1], len(score), 0, Path(), "histogram:gate"))
         histogram.update(state, torch.empty(0), score, torch.arange(len(score)))
         found[Site(layer)] = {f"histogram:gate.{name}": t for name, t in histogram.finish(state).items()}
     return found
@@ -36,7 +36,7 @@ def gate_stats(*scores: Tensor) -> dict[Site, dict[str, Tensor]]:
 def chess_stats(gates: list[Tensor], ups: list[Tensor]) -> dict[Site, dict[str, Tensor]]:
     found = {}
     for layer, (score, up) in enumerate(zip(gates, ups, strict=True)):
-        state = unit_histogram.init(Setting(D, N, len(score), 0, Path(), "unit_histogram:gate"))
+        state = unit_histogram.init(StatSetup(D, N, len(score), 0, Path(), "unit_histogram:gate"))
         state["fields"] = {"up": up}
         unit_histogram.update(state, torch.empty(0), score, torch.arange(len(score)))
         found[Site(layer)] = {f"unit_histogram:gate.{name}": t for name, t in unit_histogram.finish(state).items()}
@@ -53,7 +53,7 @@ def linear_stats(
             site = Site(layer, kind=f"linear:{name}")
             inputs[site] = (torch.randn(TOKENS, width, generator=g) * (1 + layer)).abs()
             scale = torch.rand(width, generator=g) + 0.1 if score == "wina" else torch.ones(width)
-            state = histogram.init(Setting(width, width, TOKENS, 0, Path(), f"histogram:{score}", outputs))
+            state = histogram.init(StatSetup(width, width, TOKENS, 0, Path(), f"histogram:{score}", outputs))
             histogram.update(state, torch.empty(0), inputs[site] * scale, torch.arange(TOKENS))
             path = torch.linspace(0, 0.9, 10) * (0.5 if name == "down_proj" else 1.0)
             stats[site] = {f"histogram:{score}.{key}": t for key, t in histogram.finish(state).items()} | {

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.stats import (
     Probe,
-    Setting,
     SiteStats,
+    StatSetup,
     dropped,
     file_name,
     greedy,
@@ -35,12 +35,12 @@ D, N = 6, 10
 RELATIVE_WIDTH = 2.0**-8
 
 
-def setting(folder: Path, tokens: int, seed: int = 0, units: int = N) -> Setting:
-    return Setting(D, units, tokens, seed, folder, "samples:magnitude")
+def setup(folder: Path, tokens: int, seed: int = 0, units: int = N) -> StatSetup:
+    return StatSetup(D, units, tokens, seed, folder, "samples:magnitude")
 
 
 def count_of(*parts: Tensor) -> Tensor:
-    state = histogram.init(Setting(D, N, 0, 0, Path(), "histogram:gate"))
+    state = histogram.init(StatSetup(D, N, 0, 0, Path(), "histogram:gate"))
     for score in parts:
         histogram.update(state, torch.empty(len(score), D), score, torch.arange(len(score)))
     return histogram.finish(state)["count"]
@@ -123,7 +123,7 @@ def make_rows(tokens: int, units: int = N, seed: int = 0) -> tuple[Tensor, Tenso
 
 def sample(folder: Path, x: Tensor, score: Tensor, sizes: list[int], seed: int = 0) -> dict[str, Tensor]:
     folder.mkdir(parents=True, exist_ok=True)
-    state = samples.init(setting(folder, len(x), seed, score.shape[1]))
+    state = samples.init(setup(folder, len(x), seed, score.shape[1]))
     start = 0
     for size in sizes:
         at = slice(start, start + size)
@@ -206,7 +206,7 @@ def test_a_full_disk_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     is flushed.
     """
     x, score = make_rows(4)
-    state: dict[str, Any] = samples.init(setting(tmp_path, 4))
+    state: dict[str, Any] = samples.init(setup(tmp_path, 4))
     state["path"] = Path("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         samples.update(state, x, score, torch.arange(4))
@@ -226,10 +226,10 @@ def test_stored_tensors_are_read_by_full_name(tmp_path: Path) -> None:
 
 
 def feed(
-    statistic: Any, score: Tensor, sizes: list[int], fields: dict[str, Tensor], setting: Setting
+    statistic: Any, score: Tensor, sizes: list[int], fields: dict[str, Tensor], setup: StatSetup
 ) -> dict[str, Any]:
     """A state after the rows of `score` [T, n] came in batches of `sizes`; a field of T rows is cut like the score."""
-    state, start = statistic.init(setting), 0
+    state, start = statistic.init(setup), 0
     for size in sizes:
         at = slice(start, start + size)
         state["fields"] = {name: t[at] if t.ndim == 2 else t for name, t in fields.items()}
@@ -245,7 +245,7 @@ def feed(
 def test_unit_histogram_by_hand(seed: int, at: int, size: float) -> None:
     g = torch.Generator().manual_seed(seed)
     score, up = torch.randn(81, N, generator=g).abs() * size, torch.randn(81, N, generator=g)
-    place = Setting(D, N, 81, 0, Path(), "unit_histogram:gate")
+    place = StatSetup(D, N, 81, 0, Path(), "unit_histogram:gate")
     whole, split = (
         unit_histogram.finish(feed(unit_histogram, score, sizes, {"up": up}, place)) for sizes in ([81], [at, 81 - at])
     )
@@ -265,12 +265,14 @@ def test_unit_histogram_by_hand(seed: int, at: int, size: float) -> None:
 
 def test_scale_is_the_last_field() -> None:
     given_scale = torch.rand(N) + 1
-    state = feed(scale, torch.rand(9, N), [4, 5], {"scale": given_scale}, Setting(N, N, 9, 0, Path(), "scale:wina", 3))
+    state = feed(
+        scale, torch.rand(9, N), [4, 5], {"scale": given_scale}, StatSetup(N, N, 9, 0, Path(), "scale:wina", 3)
+    )
     assert torch.equal(scale.finish(state)["scale"], given_scale)
 
 
 def test_sizes_are_those_of_the_site() -> None:
-    state = sizes.init(Setting(D, N, 9, 0, Path(), "sizes:gate", 3))
+    state = sizes.init(StatSetup(D, N, 9, 0, Path(), "sizes:gate", 3))
     sizes.update(state, torch.rand(9, D), torch.rand(9, N), torch.arange(9))
     assert {name: int(t) for name, t in sizes.finish(state).items()} == {"hidden": D, "units": N}
 
@@ -283,7 +285,7 @@ def test_dropped_measures_what_falls_out() -> None:
         torch.randn(300, N, generator=g),
         torch.randn(N, D, generator=g),
     )
-    state = feed(dropped, gate.abs(), [100, 200], {}, Setting(D, N, 300, 0, Path(), "dropped:gate", D))
+    state = feed(dropped, gate.abs(), [100, 200], {}, StatSetup(D, N, 300, 0, Path(), "dropped:gate", D))
     few = slice(0, 40)
 
     def neurons(score: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -322,7 +324,7 @@ def test_greedy_spares_the_linear_that_hurts() -> None:
             x.abs() * scales[name],
             [50, 150],
             {"scale": scales[name]},
-            Setting(N, N, 200, 0, Path(), "greedy:wina", D),
+            StatSetup(N, N, 200, 0, Path(), "greedy:wina", D),
         )
         for name in weights
     }
