@@ -2,6 +2,7 @@
 
 - `tapped_inputs`, `tapped_outputs`: what enters and what leaves modules.
 - `replaced`: what modules compute. `replace` and `restore` do the same for good, `replacements` tells what is set.
+- `block_calls`: what a decoder calls its blocks with.
 - `tapped`: the sites of a dense model, by the names of its architecture file. `ffn_inputs` keeps what enters them.
 
 Contexts nest. Each leaves the modules as it found them, after an exception too.
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,6 +102,41 @@ def _leave(tap: Tap, module: Any, arguments: Any, output: Any) -> Any:
         changed = tap(output[0])
         return None if changed is None else (changed, *output[1:])
     return tap(output)
+
+
+# Blocks
+
+
+class BlockCalls(NamedTuple):
+    """What enters the first block [B, S, d], and the keyword arguments of every block."""
+
+    hidden: Tensor
+    keywords: list[dict[str, Any]]
+
+
+def block_calls(model: Any, blocks: Iterable[Any], tokens: Tensor, mask: Tensor) -> BlockCalls:
+    """Run embedding and preparation of the decoder on tokens [B, S] with mask [B, S]; no block runs, and nothing else
+    whose parameters are on the meta device.
+
+    Positions, rotary tables and attention masks come from the model's own forward.
+    """
+    decoder = model.get_decoder()
+    hidden: list[Tensor] = []
+    keywords: list[dict[str, Any]] = []
+
+    def pass_on(hidden_states: Tensor, **arguments: Any) -> Tensor:
+        hidden.append(hidden_states)
+        keywords.append(arguments)
+        return hidden_states
+
+    empty = [
+        child
+        for child in decoder.children()
+        if child is not blocks and any(parameter.is_meta for parameter in child.parameters())
+    ]
+    with replaced(dict.fromkeys(blocks, pass_on) | dict.fromkeys(empty, lambda x: x)):
+        decoder(input_ids=tokens, attention_mask=None if bool(mask.all()) else mask.long(), use_cache=False)
+    return BlockCalls(hidden[0], keywords)
 
 
 # Sites

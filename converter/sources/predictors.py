@@ -33,8 +33,8 @@ from ..checkpoint.plan import Plan, Predictor, Swap, deciding, on_swaps
 from ..checkpoint.source import Source
 from ..checkpoint.stage import atomic_folder, hash_file, hash_json, write_json, write_tensors
 from ..checkpoint.tensor_files import load_tensors
-from ..modeling.blocks import block_calls, embed, empty_model, filled, moved
-from ..modeling.taps import tapped_inputs, tapped_outputs
+from ..modeling.blocks import embed, empty_model, filled, moved
+from ..modeling.taps import block_calls, tapped_inputs, tapped_outputs
 
 SOURCE = (
     "PowerInfer, arXiv 2312.12456 (folders, sparse_threshold); DejaVu, arXiv 2310.17157 (linear2); Turbo Sparse, arXiv "

@@ -23,8 +23,17 @@ from ..arch.shapes import linear_rows, linear_shapes
 from ..arch.site import Site
 from ..checkpoint.source import Source
 from ..checkpoint.stage import Header, atomic_folder, is_intact, leave_out, read_header, write_header, write_tensors
-from ..modeling.blocks import BlockCalls, block_calls, embed, empty_model, ffn_down, filled, moved
-from ..modeling.taps import Fields, ffn_fields, linear_by_parts, masked, replaced, tapped_inputs
+from ..modeling.blocks import embed, empty_model, ffn_down, filled, moved
+from ..modeling.taps import (
+    BlockCalls,
+    Fields,
+    block_calls,
+    ffn_fields,
+    linear_by_parts,
+    masked,
+    replaced,
+    tapped_inputs,
+)
 from ..progress import partly, track
 from ..scores import Context, load_score
 from ..text.windows import Batches

@@ -34,10 +34,10 @@ from ..arch import Arch
 from ..arch.site import Site
 from ..checkpoint.source import Source
 from ..checkpoint.stage import Header, atomic_folder, is_finished, write_header, write_json, write_tensors
-from ..modeling.blocks import block_calls, embed, ffn_down, ffn_parts, filled
+from ..modeling.blocks import embed, ffn_down, ffn_parts, filled, moved
 from ..modeling.distributed import in_bf16, same_error, share_tensors, sum_over_processes, world
 from ..modeling.linalg import Gram
-from ..modeling.taps import replaced, tapped_inputs, tapped_outputs
+from ..modeling.taps import block_calls, replaced, tapped_inputs, tapped_outputs
 from ..progress import track
 from ..text.windows import Batches
 from .loop import train
@@ -135,9 +135,7 @@ class Walk:
     def run(self, layer: int, block: Any, group: slice) -> Tensor:
         """The block's output [B, S, d] for some windows."""
         rows = self.hidden[group].to(self.device)
-        out = block(
-            rows, **{name: _move(value, self.device) for name, value in self.keywords[len(rows)][layer].items()}
-        )
+        out = block(rows, **moved(self.keywords[len(rows)][layer], self.device))
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
@@ -145,12 +143,6 @@ class Walk:
         """Pass the hidden states on through the block."""
         for group in self.groups:
             self.hidden[group] = self.run(layer, block, group)
-
-
-def _move(value: Any, device: str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return tuple(_move(v, device) for v in value) if isinstance(value, tuple) else value
 
 
 @contextmanager

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from ..arch import Arch
 from ..arch.site import Site
 from ..checkpoint.plan import Plan, Predictor, Swap, Threshold, activation_at, deciding
-from ..modeling.blocks import block_calls, down_rows, ffn_parts
+from ..modeling.blocks import down_rows, ffn_parts
 from ..modeling.gated import EXECUTORS, apply_plan, remove_plan
 from ..modeling.linalg import Gram
-from ..modeling.taps import tapped_inputs
+from ..modeling.taps import block_calls, tapped_inputs
 from ..text.windows import Batches
 from .inputs import AT_ONCE
 
