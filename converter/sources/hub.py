@@ -129,13 +129,13 @@ def check_disk(path: Path, bytes_needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < bytes_needed:
-        needed, found = (
+        needed, left = (
             (size(bytes_needed), size(free))
             if size(bytes_needed) != size(free)
             else (f"{bytes_needed} bytes", f"{free} bytes")
         )
         raise InputError(
-            f"Free disk space at {place} must be at least {needed}, got {found}. Free some space or choose another "
+            f"Free disk space at {place} must be at least {needed}, got {left}. Free some space or choose another "
             "folder."
         )
 
@@ -282,46 +282,51 @@ def _fetch(
     check_disk(
         folder, sum(listing[name].size for name, path in places.items() if not _has_size(path, listing[name].size))
     )
-    earlier = _read_record(folder)
-    stale = (
-        [inside(folder, name, str(folder / _RECORD)) for name in sorted(earlier.files.keys() - set(names))]
-        if earlier
-        else []
-    )
-    if earlier is not None:  # the client looks at no bytes of what it has fetched once
-        stale += [
-            places[name]
-            for name in earlier.hashes.keys() & set(names)
-            if places[name].is_file() and known_hash(places[name]) != earlier.hashes[name]
-        ]
+    stale = _stale(folder, places)
     try:
         for path in stale:
             path.unlink(missing_ok=True)
-        with explained(repo_id, api.endpoint):
-            patterns = [glob.escape(name) for name in names]
-            snapshot_download(
-                repo_id,
-                revision=commit,
-                local_dir=folder,
-                token=api.token,
-                endpoint=api.endpoint,
-                allow_patterns=patterns,
-            )
-        _check_fetched(repo_id, places, listing)
-        hashes = {name: known_hash(path) for name, path in places.items()}
-        record = _Record(
-            id=repo_id,
-            requested=revision,
-            revision=commit,
-            files={name: listing[name].size for name in names},
-            hashes=hashes,
-        )
+        hashes = _download(api, repo_id, commit, folder, places, listing)
+        sizes = {name: listing[name].size for name in names}
+        record = _Record(id=repo_id, requested=revision, revision=commit, files=sizes, hashes=hashes)
         write_json(folder / _RECORD, record.model_dump(mode="json"))
     except (OSError, RuntimeError) as error:
         if is_disk_full(error):
             raise disk_full(folder) from error
         raise
     return Download(folder, repo_id, commit)
+
+
+def _stale(folder: Path, places: dict[str, Path]) -> list[Path]:
+    """What an earlier download left in `folder` that must go before the files at `places` come: files that are not
+    among them, and those with other bytes than they came with, at which the client does not look again.
+    """
+    earlier = _read_record(folder)
+    if earlier is None:
+        return []
+    gone = [inside(folder, name, str(folder / _RECORD)) for name in sorted(earlier.files.keys() - places.keys())]
+    return gone + [
+        places[name]
+        for name in earlier.hashes.keys() & places.keys()
+        if places[name].is_file() and known_hash(places[name]) != earlier.hashes[name]
+    ]
+
+
+def _download(
+    api: HfApi, repo_id: str, commit: str, folder: Path, places: dict[str, Path], listing: dict[str, _Listed]
+) -> dict[str, str]:
+    """Fetch the files at `places` and compare them with what the repository lists; returns their sha256 by name."""
+    with explained(repo_id, api.endpoint):
+        snapshot_download(
+            repo_id,
+            revision=commit,
+            local_dir=folder,
+            token=api.token,
+            endpoint=api.endpoint,
+            allow_patterns=[glob.escape(name) for name in places],
+        )
+    _check_fetched(repo_id, places, listing)
+    return {name: known_hash(path) for name, path in places.items()}
 
 
 def _check_fetched(repo_id: str, places: dict[str, Path], listing: dict[str, _Listed]) -> None:

@@ -88,8 +88,8 @@ def _explain(error: BaseException, repo_id: str, endpoint: str) -> InputError | 
         )
     # the base of every exception of the client's HTTP library, whichever one its version uses
     if isinstance(error, (errors.HTTPError, ConnectionError, TimeoutError)):
-        found = f"no connection to {endpoint} ({type(error).__name__})"
+        problem = f"no connection to {endpoint} ({type(error).__name__})"
         return Unreachable(
-            f"The Hub must be reachable for {repo_id}, got {found}. Check the name, the network and HF_ENDPOINT."
+            f"The Hub must be reachable for {repo_id}, got {problem}. Check the name, the network and HF_ENDPOINT."
         )
     return None

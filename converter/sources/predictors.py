@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.untrusted import read_json
 from ..arch.site import Site
-from ..checkpoint.plan import Plan, Predictor, Swap, deciding, on_swaps
+from ..checkpoint.plan import Plan, Predictor, deciding, on_swaps
 from ..checkpoint.source import Source
-from ..checkpoint.stage import atomic_folder, hash_file, hash_json, write_json, write_tensors
+from ..checkpoint.stage import hash_file, hash_json
 from ..checkpoint.tensor_files import load_tensors
 from ..modeling.blocks import embed, empty_model, filled, moved
 from ..modeling.taps import block_calls, tapped_inputs, tapped_outputs
@@ -45,11 +45,13 @@ SOURCE = (
 NEEDS = ("samples:magnitude",)
 """What `measured` needs of the statistics; the plan itself is made without any."""
 CONFIG = "config.json"
+THRESHOLD = "sparse_threshold"
+"""Key of a config.json: a neuron is kept unless its logit is below the value."""
 ROWS = 4096  # samples that density and recall are measured on: their logits [rows, n] are in memory at once
 
 Form = Literal["mlp2", "linear2"]
 Tap = Literal["input", "residual"]
-_SIGN_ONLY = (0.0, torch.nextafter(torch.tensor(0.0), torch.tensor(1.0)).item())
+SIGN_ONLY = (0.0, torch.nextafter(torch.tensor(0.0), torch.tensor(1.0)).item())
 """Thresholds that a positive factor on the logits does not touch: logit >= 0, and logit > 0 as >= the least positive
 float32.
 """
@@ -109,12 +111,12 @@ def imported_plan(source: Source, config: Config) -> Plan:
     if config.folder is None:
         return predictors_beside(source, config)
     folder = Path(config.folder)
-    found, settings = read_predictors(folder, source.arch.size(source.config, "layers"))
-    threshold = settings.get("sparse_threshold", 0.0) if config.threshold is None else config.threshold
+    by_layer, settings = read_predictors(folder, source.arch.size(source.config, "layers"))
+    threshold = settings.get(THRESHOLD, 0.0) if config.threshold is None else config.threshold
     tap = config.tap or settings.get("tap", "residual")
     if tap not in ("input", "residual"):
         raise InputError(f"tap must be input or residual, got {tap!r} in {folder / CONFIG}. Mend the file.")
-    return predictor_plan(source, found, config.form, tap, _number(threshold, folder), keep_equal=True)
+    return predictor_plan(source, by_layer, config.form, tap, _number(threshold, folder), keep_equal=True)
 
 
 def fingerprint(config: Config) -> str | None:
@@ -131,12 +133,12 @@ def fingerprint(config: Config) -> str | None:
 
 def predictors_beside(source: Source, config: Config | None = None) -> Plan:
     """The plan of the predictors that sit beside the feed-forward weights of `source` (`....mlp.predictor.fc1.weight`):
-    keep neuron i when logit_i > 0.
+    keep neuron i when logit_i > 0, or, where config.json has a `sparse_threshold`, unless logit_i is below it.
 
     Works and fails as `imported_plan`.
     """
     config = config or Config()
-    found = {}
+    by_layer = {}
     for site in source.arch.sites(source.config):
         prefix = source.arch.ffn_module(site.layer) + ".predictor."
         names = [name for name in source.tensors if name.startswith(prefix)]
@@ -147,11 +149,19 @@ def predictors_beside(source: Source, config: Config | None = None) -> Plan:
             raise InputError(
                 f"{what} Name the folder of the predictors as `folder`, or take a model that carries them."
             )
-        found[site.layer] = _published(
+        by_layer[site.layer] = _published(
             prefix.removesuffix("."), {name.removeprefix(prefix): t for name, t in source.read(names).items()}
         )
-    threshold = 0.0 if config.threshold is None else _number(config.threshold, source.folder)
-    return predictor_plan(source, found, config.form, config.tap or "residual", threshold, keep_equal=False)
+    stored = getattr(source.config, THRESHOLD, None)
+    threshold = stored if config.threshold is None else config.threshold
+    return predictor_plan(
+        source,
+        by_layer,
+        config.form,
+        config.tap or "residual",
+        0.0 if threshold is None else _number(threshold, source.folder),
+        keep_equal=stored is not None,
+    )
 
 
 def read_predictors(folder: Path, layers: int) -> tuple[dict[int, Published], dict[str, Any]]:
@@ -185,10 +195,8 @@ def read_predictors(folder: Path, layers: int) -> tuple[dict[int, Published], di
             "predictors of this model."
         )
     settings = read_json(folder / CONFIG, f"{folder.name}/{CONFIG}") if (folder / CONFIG).is_file() else {}
-    found = {}
-    for layer in range(layers):
-        found[layer] = _published(present[layer].name, load_tensors(present[layer]))
-    return found, settings
+    by_layer = {layer: _published(present[layer].name, load_tensors(present[layer])) for layer in range(layers)}
+    return by_layer, settings
 
 
 def _published(name: str, tensors: Mapping[str, Tensor]) -> Published:
@@ -238,7 +246,7 @@ def _number(value: Any, where: Path) -> float:
 
 
 def predictor_plan(
-    source: Source, found: Mapping[int, Published], form: Form, tap: str, threshold: float, keep_equal: bool
+    source: Source, by_layer: Mapping[int, Published], form: Form, tap: str, threshold: float, keep_equal: bool
 ) -> Plan:
     """The plan that predictors by layer mean for `source`: neuron i stays when logit_i > threshold, with `keep_equal`
     when logit_i >= threshold.
@@ -247,7 +255,7 @@ def predictor_plan(
     """
     arch, config = source.arch, source.config
     hidden, units = arch.size(config, "hidden"), arch.size(config, "units")
-    for published in found.values():
+    for published in by_layer.values():
         rank = published.fc1.shape[0] if published.fc1.ndim else 0
         expected = {"fc1": (rank, hidden), "fc2": (units, rank), "bias1": (rank,), "bias2": (units,)}
         for role, shape in expected.items():
@@ -258,9 +266,9 @@ def predictor_plan(
                     f"{list(tensor.shape)}. Take the predictors of this model."
                 )
         if tap == "residual" and (
-            threshold not in _SIGN_ONLY or published.bias1 is not None or published.bias2 is not None
+            threshold not in SIGN_ONLY or published.bias1 is not None or published.bias2 is not None
         ):
-            what = f"threshold {threshold:g}" if threshold not in _SIGN_ONLY else "a bias"
+            what = f"threshold {threshold:g}" if threshold not in SIGN_ONLY else "a bias"
             raise InputError(
                 f"Predictors of the residual stream must have threshold 0 and no bias, got {what} for "
                 f"{published.name}, "
@@ -273,8 +281,8 @@ def predictor_plan(
             )
     gains = residual_gains(source) if tap == "residual" else {}
     plan: Plan = {
-        Site(layer): [_predictor(found[layer], form, gains.get(Site(layer)), threshold, keep_equal)]
-        for layer in sorted(found)
+        Site(layer): [_predictor(by_layer[layer], form, gains.get(Site(layer)), threshold, keep_equal)]
+        for layer in sorted(by_layer)
     }
     return on_swaps(plan, {site: swap for site, swap in source.swaps.items() if site in plan})
 
@@ -377,7 +385,7 @@ def measured(plan: Plan, stats: Mapping[Site, Mapping[str, Tensor]]) -> Plan:
     """The plan with every predictor's density and recall on stored samples (`NEEDS`): recall is the kept share of each
     token's top-k of |z| at that density.
     """
-    found: Plan = {}
+    filled_in: Plan = {}
     for site, entries in plan.items():
         entry = deciding(entries)
         assert isinstance(entry, Predictor)
@@ -389,103 +397,8 @@ def measured(plan: Plan, stats: Mapping[Site, Mapping[str, Tensor]]) -> Plan:
         density = float(kept.float().mean())
         count = max(1, round(density * kept.shape[1]))
         wanted = torch.zeros_like(kept).scatter_(1, score.topk(count, dim=1).indices, True)
-        found[site] = [
+        filled_in[site] = [
             *entries[:-1],
             replace(entry, density=density, recall=float((kept & wanted).sum() / wanted.sum())),
         ]
-    return found
-
-
-def export_predictors(
-    plan: Plan, folder: str | Path, tap: Tap = "input", source: Source | None = None, bias: bool = False
-) -> Path:
-    """Write a plan's predictors as a new folder of `model_{layer}.safetensors` and config.json; returns the folder.
-
-    Tensors, threshold and refusals are those of `folder_form`. Raises InputError for a folder that exists, too.
-    """
-    out = Path(folder)
-    if out.exists():
-        raise InputError(f"folder must be a new folder, got {out}, which exists. Choose another, or remove it.")
-    layers, threshold = folder_form(plan, tap, source, bias)
-    with atomic_folder(out, new=True) as partial:
-        for layer, tensors in layers.items():
-            write_tensors(partial / f"model_{layer}.safetensors", tensors)
-        write_json(partial / CONFIG, {"sparse_threshold": threshold, "tap": tap})
-    return out
-
-
-def folder_form(
-    plan: Plan, tap: Tap, source: Source | None = None, bias: bool = False
-) -> tuple[dict[int, dict[str, Tensor]], float]:
-    """A plan's predictors as other systems hold them: fc1.weight [r, d] and fc2.weight [n, r] by layer, and the one
-    threshold; a swap before one is left out.
-
-    One tau for all neurons of all layers becomes the threshold, one float32 higher, so that equal logits decide as
-    before. Differing ones need `bias`: they go into fc2.bias, which sparsegate and torch understand and PowerInfer does
-    not. `tap` residual gives predictors of the residual stream before the norm, as PowerInfer feeds them: it needs the
-    model as `source`, and a threshold of 0. Raises InputError for what the format cannot hold.
-    """
-    entries = _expressible(plan)
-    cuts = {
-        layer: torch.nextafter(entry.tau, torch.tensor(math.inf)) + 0.0 for layer, entry in entries.items()
-    }  # + 0.0: no -0
-    first = float(cuts[0][0])
-    uneven = next((layer for layer, cut in cuts.items() if bool((cut != first).any())), None)
-    if uneven is not None and not bias:
-        what = (
-            "differing ones"
-            if bool((cuts[uneven] != cuts[uneven][0]).any())
-            else f"{float(cuts[uneven][0]):g} after {first:g}"
-        )
-        raise InputError(
-            f"A predictor folder has one threshold for every neuron of every layer, got {what} in {Site(uneven).key}. "
-            "Write fc2 biases (bias=True), which PowerInfer does not read, or share the checkpoint itself."
-        )
-    folded = uneven is not None
-    if tap == "residual" and (folded or first not in _SIGN_ONLY):
-        what = "fc2 biases" if folded else f"threshold {first:g}"
-        raise InputError(
-            f"Predictors of the residual stream must have threshold 0 and no bias, got {what}. Write them with tap "
-            "input."
-        )
-    if tap == "residual" and source is None:
-        raise InputError(
-            "source must be the opened model for tap residual, got none. Give open_source(MODEL), or write with tap "
-            "input."
-        )
-    if not folded and not math.isfinite(first):
-        raise InputError(f"sparse_threshold must be a finite float32, got {first}. Lower tau.")
-    gains = residual_gains(source) if tap == "residual" and source is not None else {}
-    layers: dict[int, dict[str, Tensor]] = {}
-    for layer, entry in entries.items():
-        gain = gains.get(Site(layer))
-        fc1 = entry.fc1 if gain is None else (entry.fc1.double() * gain).float()
-        layers[layer] = {"fc1.weight": fc1.contiguous().clone(), "fc2.weight": entry.fc2.contiguous().clone()}
-        if folded:
-            layers[layer]["fc2.bias"] = -cuts[layer]
-    return layers, 0.0 if folded else first
-
-
-def _expressible(plan: Plan) -> dict[int, Predictor]:
-    """The predictors by layer. Raises InputError for anything that a predictor folder has no place for."""
-    found: dict[int, Predictor] = {}
-    for site, entries in sorted(plan.items()):
-        entry = entries[-1] if len(entries) == 1 or [type(e) for e in entries[:-1]] == [Swap] else None
-        if not isinstance(entry, Predictor) or site.kind != "ffn" or site.expert is not None:
-            kinds = ", ".join(str(e.fields()["kind"]) for e in entries) or "none"
-            raise InputError(
-                f"A predictor folder holds one predictor a layer, got {kinds} at {site.key}. Take a plan of --method "
-                "predictor."
-            )
-        if entry.residual is not None:
-            raise InputError(
-                f"A predictor folder has no residual heads, got one at {site.key}. Train without the residual, or "
-                "share the checkpoint itself."
-            )
-        found[site.layer] = entry
-    if not found or list(found) != list(range(len(found))):
-        raise InputError(
-            f"A predictor folder holds layers 0, 1, 2 and so on, got {', '.join(map(str, found)) or 'none'}. Take a "
-            "plan of every layer."
-        )
-    return found
+    return filled_in

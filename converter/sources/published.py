@@ -125,13 +125,13 @@ def normal_config(raw: dict[str, Any], activation: str | None = None) -> dict[st
         )
     arch = load_arch(row.base if row else model_type)
     field = arch.ffn.activation.config
-    found = activation or (row.activation(raw) if row else "")
+    computed = activation or (row.activation(raw) if row else "")
     try:
-        split_activation(found)
+        split_activation(computed)
     except ValueError as error:
         raise InputError(str(error)) from None
-    arch.check_activation(found)
-    stock = next((name for name, ours in ACTIVATIONS.items() if ours == found), None)
+    arch.check_activation(computed)
+    stock = next((name for name, ours in ACTIVATIONS.items() if ours == computed), None)
     base_activation = stock or (row.base_activation if row else _stock_activation(raw, arch))
     base = _carried(raw, arch) | {
         "model_type": arch.model_type,
@@ -142,7 +142,8 @@ def normal_config(raw: dict[str, Any], activation: str | None = None) -> dict[st
     if stock:
         return base
     sites = {
-        site.key: {"score": "exact", "activation": found, "density": 1.0, "opened": 1.0} for site in arch.sites(config)
+        site.key: {"score": "exact", "activation": computed, "density": 1.0, "opened": 1.0}
+        for site in arch.sites(config)
     }
     swapped = {
         "model_type": PREFIX + arch.model_type,
