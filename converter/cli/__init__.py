@@ -27,6 +27,7 @@ VERBS = {
     "eval": (".eval", "Measure quality, answers, realised sparsity and lm-eval tasks of a checkpoint."),
     "bench": (".bench", "Time models or ops against dense ones, back to back."),
     "report": (".report", "Write the HTML report and its pictures again from stored results."),
+    "export": (".export", "Write a model with predictors as another system's file: PowerInfer's GGUF."),
     "push": (".push", "Upload a checkpoint to the Hub."),
     "link": (".link", "Put the native library beside the model for genai apps in other languages."),
     "unlink": (".unlink", "Take the native library out again."),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..evaluation.records import Report
     from ..pipeline.convert import Result
     from ..pipeline.doctor import Diagnosis
+    from ..pipeline.export import Exported
     from ..pipeline.inspect import Inspection
     from ..training.stage import Tuned
 
@@ -234,6 +235,16 @@ def inspection(result: Inspection, as_json: bool) -> None:
             f"activation {result.activation}"
         )
         _estimate(result.estimate)
+
+
+def exported(result: Exported, as_json: bool) -> None:
+    """What an export wrote."""
+    if as_json:
+        print(_json.dumps(result.model_dump(mode="json"), indent=2))
+        return
+    print(f"wrote {result.output}, {_size(result.bytes)}")
+    if result.side_file is not None:
+        print(f"wrote {result.side_file}")
 
 
 def diagnosis(result: Diagnosis, as_json: bool) -> None:

@@ -17,6 +17,7 @@ from ..checkpoint.source import backed_config, check_config, open_source, stored
 from ..progress import job
 from ..sources.hub import is_hub_id, remote_inspect
 from ..sources.named import resolve
+from ..sources.powerinfer import is_powerinfer, powerinfer_headers, read_powerinfer, stored_bytes
 from ..sources.published import is_published, normal_config
 from .configs import method_configs
 from .estimate import Estimate, estimate_shapes
@@ -41,14 +42,17 @@ class Inspection(BaseModel):
 
 @job()
 def inspect(model: str | Path) -> Inspection:
-    """Inspect a folder or a Hub id. Raises InputError when there is nothing to read; what is readable but unsupported
-    comes back with its reason.
+    """Inspect a folder, a PowerInfer file or a Hub id. Raises InputError when there is nothing to read; what is
+    readable but unsupported comes back with its reason.
     """
     name = str(model)
     if is_hub_id(name):
         remote = remote_inspect(name)
         raw, tensors = remote.config, remote.tensors
         size, download = remote.total_bytes, remote.download_bytes
+    elif is_powerinfer(name):
+        raw, tensors = powerinfer_headers(read_powerinfer(name))
+        size, download = stored_bytes(tensors), 0
     else:
         folder = Path(model)
         if not (folder / "config.json").is_file():

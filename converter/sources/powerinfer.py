@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from ...runtime_onnx.errors import InputError, explained
+from ..checkpoint.model_check import Stored
 from ..checkpoint.plan import Plan, activation_at, on_swaps
 from ..checkpoint.source import INDEX, Source, open_source
 from ..checkpoint.stage import Header, atomic_folder, is_finished, known_hash, write_header, write_json, write_tensors
+from ..checkpoint.tensor_files import FLOATS
 from .gpu_split import SIDE_FILE, place, write_gpu_split
 from .hub import check_disk
 from .powerinfer_file import (
@@ -75,6 +77,8 @@ _SIZES = {
     "intermediate_size": "feed_forward_length",
     "max_position_embeddings": "context_length",
 }
+_KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of the file that are kept -> torch's; of any other one the values are fp32."""
 _NUMBER = 1 << 31  # config.json has closer bounds of its own
 
 
@@ -102,10 +106,15 @@ class PowerInferModel:
             values = gguf_package().dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         return from_file(tensor.name, torch.from_numpy(values), self.heads, self.kv_heads)
 
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype that holds a tensor's values exactly."""
-        kinds = {"F16": torch.float16, "BF16": torch.bfloat16}
-        return kinds.get(self.tensors[name].tensor_type.name, torch.float32)
+    def kind(self, name: str) -> str:
+        """The dtype, by safetensors' name, that holds a tensor's values exactly."""
+        kind = str(self.tensors[name].tensor_type.name)
+        return kind if kind in _KINDS else "F32"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape as `read` gives it."""
+        extents = tuple(self.tensors[name].shape.tolist())  # columns first
+        return extents if "ffn_down_t" in self.tensors[name].name else extents[::-1]
 
 
 def is_powerinfer(model: str) -> bool:
@@ -125,29 +134,31 @@ def import_powerinfer(path: str | Path, out: Path) -> Path:
     of a head, and for sizes and tensors that do not belong together.
     """
     model = read_powerinfer(path)
-    names = [name for name in model.tensors if name != _HEAD or not _is_tied(model)]
-    config = _config(model, names)
+    config, tensors = powerinfer_headers(model)
     header = Header(format="powerinfer", parents={"file": known_hash(model.path)})
     if is_finished(out, header):
         return out
-    check_disk(out, sum(math.prod(model.tensors[name].shape.tolist()) * model.dtype(name).itemsize for name in names))
+    check_disk(out, stored_bytes(tensors))
     with atomic_folder(out) as folder:
-        _write_weights(model, names, folder)
-        write_tokenizer(model.fields, _vocabulary(model), model.path, folder)
+        _write_weights(model, list(tensors), folder)
+        write_tokenizer(model.fields, config["vocab_size"], model.path, folder)
         write_json(folder / "config.json", config)
         open_source(folder)
         write_header(folder, header)
     return out
 
 
-def _vocabulary(model: PowerInferModel) -> int:
-    """How many tokens there are: the rows of the embedding."""
-    shape = model.tensors[_EMBEDDING].shape.tolist()  # columns first
-    if len(shape) != 2:
-        raise InputError(
-            f"{_WHOLE[_EMBEDDING]} must be a matrix, got {len(shape)} dimensions in {model.path}. Fetch the file again."
-        )
-    return int(shape[1])
+def powerinfer_headers(model: PowerInferModel) -> tuple[dict[str, Any], Stored]:
+    """What config.json says of a model file, and shape and dtype of its tensors by transformers' names. Raises
+    InputError for sizes that are none, and for a rotary embedding that is scaled or covers a part of a head.
+    """
+    names = [name for name in model.tensors if name != _HEAD or not _is_tied(model)]
+    return _config(model, names), {name: (model.shape(name), model.kind(name)) for name in names}
+
+
+def stored_bytes(tensors: Stored) -> int:
+    """Bytes of tensors by shape and dtype."""
+    return sum(math.prod(shape) * FLOATS[kind] for shape, kind in tensors.values())
 
 
 def _is_tied(model: PowerInferModel) -> bool:
@@ -168,13 +179,14 @@ def _config(model: PowerInferModel, names: list[str]) -> dict[str, Any]:
             f"PowerInfer's rotary embedding must be the default one here, got {said:.100} in {path}. Take the model in "
             "another format."
         )
-    dtypes = {model.dtype(name) for name in names if name.endswith("_proj.weight")}
+    kinds = {model.kind(name) for name in names if name.endswith("_proj.weight")}
+    dtype = _KINDS[kinds.pop()] if len(kinds) == 1 else torch.float32
     config = {
         "model_type": architecture,
         "architectures": ["LlamaForCausalLM"],
         "hidden_act": "relu",
         **sizes,
-        "vocab_size": _vocabulary(model),
+        "vocab_size": model.shape(_EMBEDDING)[0],
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.kv_heads,
@@ -184,7 +196,7 @@ def _config(model: PowerInferModel, names: list[str]) -> dict[str, Any]:
             "rope_theta": _finite(fields, f"{architecture}.rope.freq_base", 10000.0, path),
         },
         "tie_word_embeddings": _HEAD not in names,
-        "dtype": str(dtypes.pop() if len(dtypes) == 1 else torch.float32).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
     }
@@ -204,7 +216,7 @@ def _write_weights(model: PowerInferModel, names: list[str], folder: Path) -> No
     where: dict[str, str] = {}
     for number, part in enumerate(parts.values(), 1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        tensors = {name: model.read(name).to(model.dtype(name)).contiguous() for name in part}
+        tensors = {name: model.read(name).to(_KINDS[model.kind(name)]).contiguous() for name in part}
         write_tensors(folder / file, tensors, {"format": "pt"})
         where |= dict.fromkeys(part, file)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

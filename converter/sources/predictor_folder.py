@@ -18,6 +18,11 @@ from ..checkpoint.source import Source
 from ..checkpoint.stage import atomic_folder, write_json, write_tensors
 from .predictors import CONFIG, SIGN_ONLY, THRESHOLD, Tap, residual_gains
 
+_REMEDIES = {
+    "input": "Write fc2 biases (bias=True), which PowerInfer does not read, or share the checkpoint itself.",
+    "residual": "Take published predictors (--method imported); those that sparsegate trains have one for each neuron.",
+}
+
 
 def export_predictors(
     plan: Plan, folder: str | Path, tap: Tap = "input", source: Source | None = None, bias: bool = False
@@ -62,14 +67,14 @@ def folder_form(
         )
         raise InputError(
             f"A predictor folder has one threshold for every neuron of every layer, got {what} in {Site(uneven).key}. "
-            "Write fc2 biases (bias=True), which PowerInfer does not read, or share the checkpoint itself."
+            f"{_REMEDIES[tap]}"
         )
     folded = uneven is not None
     if tap == "residual" and (folded or first not in SIGN_ONLY):
         what = "fc2 biases" if folded else f"threshold {first:g}"
         raise InputError(
             f"Predictors of the residual stream must have threshold 0 and no bias, got {what}. Write them with tap "
-            "input."
+            "input, which PowerInfer does not read."
         )
     if tap == "residual" and source is None:
         raise InputError(

@@ -381,6 +381,12 @@ def _gain(norm: Any, tensors: dict[str, Tensor]) -> Tensor | None:
 
 
 @torch.no_grad()
+def kept_units(predictor: Predictor, x: Tensor) -> Tensor:
+    """Whether each neuron is kept, bool [T, n], of inputs of the feed-forward network `x` [T, d] fp32."""
+    return F.relu(x @ predictor.fc1.T) @ predictor.fc2.T > predictor.tau
+
+
+@torch.no_grad()
 def measured(plan: Plan, stats: Mapping[Site, Mapping[str, Tensor]]) -> Plan:
     """The plan with every predictor's density and recall on stored samples (`NEEDS`): recall is the kept share of each
     token's top-k of |z| at that density.
@@ -393,7 +399,7 @@ def measured(plan: Plan, stats: Mapping[Site, Mapping[str, Tensor]]) -> Plan:
             stats[site]["samples:magnitude.x"][:ROWS].float(),
             stats[site]["samples:magnitude.score"][:ROWS].float(),
         )
-        kept = F.relu(x @ entry.fc1.T) @ entry.fc2.T > entry.tau
+        kept = kept_units(entry, x)
         density = float(kept.float().mean())
         count = max(1, round(density * kept.shape[1]))
         wanted = torch.zeros_like(kept).scatter_(1, score.topk(count, dim=1).indices, True)
