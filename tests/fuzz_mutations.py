@@ -369,6 +369,7 @@ VERB_FLAGS = {
     "link": (),
     "unlink": (),
     "eval": ("--windows", "--text"),
+    "export": ("--format", "--precision", "--vram-budget", "--calibration", "-o"),
     "bench": (
         "--pairs",
         "--threads",

@@ -139,9 +139,11 @@ def _read_files(here: Path, drawn: random.Random) -> tuple[Any, str]:
 
 
 def _read_gguf(here: Path, drawn: random.Random) -> tuple[Any, str]:
-    from sparsegate.converter.sources.powerinfer import read_powerinfer
+    from sparsegate.converter.checkpoint.source import open_source
+    from sparsegate.converter.sources.powerinfer import import_powerinfer
 
-    return None, f"{len(read_powerinfer(here / 'powerinfer.gguf').weights)} weights"
+    folder = import_powerinfer(here / "powerinfer.gguf", here / "powerinfer")
+    return None, f"{len(open_source(folder).tensors)} tensors"
 
 
 def _read_predictors(here: Path, drawn: random.Random) -> tuple[Any, str]:
@@ -154,7 +156,7 @@ def _read_predictors(here: Path, drawn: random.Random) -> tuple[Any, str]:
 
 def _read_flags(here: Path, drawn: random.Random) -> tuple[Any, str]:
     words = [{"MODEL": "model", "OUT": "out"}.get(word, word) for word in draw_flags(drawn)]
-    if words[0] in ("convert", "tune") and not any(word.startswith("-o") for word in words):
+    if words[0] in ("convert", "tune", "export") and not any(word.startswith("-o") for word in words):
         words += ["-o", "o"]
     try:
         return None, _cli(*words)

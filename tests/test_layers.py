@@ -283,7 +283,7 @@ OWN_JSON = {
     "converter/arch/__init__.py": "files of the package",
     "converter/progress/__init__.py": "what a process that we started says",
     "converter/training/loop.py": "what the first process sends",
-    "converter/sources/powerinfer.py": "what the tokenizers library says of a tokenizer",
+    "converter/sources/powerinfer_vocabulary.py": "what the tokenizers library says of a tokenizer",
     "converter/onnx_export/tokenizer_check.py": "what a process that we started says",
     "converter/onnx_export/base_graph.py": "what the builder has just written",
     "converter/evaluation/speed/run.py": "a value as it would be stored",

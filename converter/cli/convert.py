@@ -15,7 +15,8 @@ def convert(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Model folder or Hub id; none takes the small model that comes with sparsegate.", metavar="[MODEL]"
+            help="Model folder, PowerInfer file or Hub id; none takes the small model that comes with sparsegate.",
+            metavar="[MODEL]",
         ),
     ] = None,
     output: Annotated[

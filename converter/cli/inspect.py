@@ -11,7 +11,10 @@ from .output import Quiet, Verbose
 
 def inspect(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model folder or Hub id; of the latter only headers are fetched.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Model folder, PowerInfer file or Hub id; of the latter only headers are fetched."
+        ),
     ],
     quiet: Quiet = False,
     verbose: Verbose = False,

@@ -14,7 +14,7 @@ def tune(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Dense model folder or Hub id; none takes the small model that comes with sparsegate.",
+            help="Dense model folder, PowerInfer file or Hub id; none takes the small model that comes with sparsegate.",
             metavar="[MODEL]",
         ),
     ] = None,

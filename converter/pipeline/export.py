@@ -17,7 +17,7 @@ from ..checkpoint.work_folder import check_out
 from ..progress import job, stage
 from ..sources.gpu_split import SIDE_FILE
 from ..sources.named import resolve
-from ..sources.powerinfer import write_powerinfer
+from ..sources.powerinfer import check_powerinfer, write_powerinfer
 from ..sources.predictors import NEEDS, kept_units, predictors_beside
 from ..stats.collect import collect
 from .recipe import compile_recipe
@@ -73,6 +73,7 @@ def export(
             source, plan = _opened(folder, Path(scratch))
         counts, room = None, None
         if vram_budget is not None:
+            check_powerinfer(source, plan)  # before minutes of counting
             counts, room = _counts(source, plan, calibration, Path(scratch)), int(vram_budget * _GIB)
         with stage("export"):
             FORMATS[format](source, plan, output, precision=precision, counts=counts, vram_bytes=room)

@@ -171,6 +171,11 @@ def _config(model: PowerInferModel, names: list[str]) -> dict[str, Any]:
     architecture, fields, path = model.architecture, model.fields, model.path
     sizes = {name: _whole(fields, f"{architecture}.{key}", _NUMBER, path) for name, key in _SIZES.items()}
     width = sizes["hidden_size"] // model.heads
+    if sizes["hidden_size"] != width * model.heads:
+        raise InputError(
+            f"{architecture}.attention.head_count must share out the {sizes['hidden_size']} channels, got "
+            f"{model.heads} in {path}. Fetch the file again."
+        )
     rotated = fields.get(f"{architecture}.rope.dimension_count", width)
     scaled = {key: value for key, value in fields.items() if key.startswith(f"{architecture}.rope.scal")}
     if rotated != width or any(value not in ("none", 1.0) for value in scaled.values()):
@@ -221,6 +226,13 @@ def _write_weights(model: PowerInferModel, names: list[str], folder: Path) -> No
         where |= dict.fromkeys(part, file)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+
+
+def check_powerinfer(source: Source, plan: Plan) -> None:
+    """Raise InputError for a model or plan that PowerInfer does not have, as `write_powerinfer` does."""
+    gguf_package()
+    _architecture(source, plan)
+    folder_form(plan, "residual", source)
 
 
 def write_powerinfer(

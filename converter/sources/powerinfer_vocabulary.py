@@ -39,7 +39,7 @@ def add_vocabulary(gguf: Any, writer: Any, source: Source) -> None:
     types = gguf.TokenType
     tokens, scores, kinds = [], [], []
     text = {token: name for name, token in tokenizer.get_vocab().items()}
-    special = set(tokenizer.all_special_ids)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     for token in range(source.arch.size(source.config, "vocab")):
         name = text.get(token)
         kind = (

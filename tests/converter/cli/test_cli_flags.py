@@ -31,6 +31,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, str], set[str]]] = {
     "eval": (evaluation.evaluate, {}, {"json"}),
     "bench": (import_module("sparsegate.converter.evaluation.speed.run").bench, {}, {"json"}),
     "report": (reporting.make_report, {}, set()),
+    "export": (import_module("sparsegate.converter.pipeline.export").export, {}, {"json"}),
     "push": (push_module.push, {"repository": "repo_id", "public": "private"}, set()),
     **{name: (getattr(runtime, name), {}, set()) for name in ("link", "unlink")},
     "doctor": (diagnosis.diagnose, {}, {"json"}),

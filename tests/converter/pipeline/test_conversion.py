@@ -26,7 +26,7 @@ from sparsegate.converter.pipeline import verify as verify_module
 from sparsegate.converter.pipeline.convert import convert
 from sparsegate.converter.pipeline.recipe import compile_recipe
 from sparsegate.converter.pipeline.verify import verify
-from sparsegate.converter.sources.predictors import export_predictors
+from sparsegate.converter.sources.predictor_folder import export_predictors
 from sparsegate.runtime_onnx.errors import InputError
 from sparsegate.runtime_onnx.library import library_path
 

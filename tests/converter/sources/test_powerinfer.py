@@ -25,15 +25,10 @@ from torch.nn import functional as F
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.plan import Plan, Predictor, Swap, Threshold, uniform_tau
 from sparsegate.converter.checkpoint.source import Source, open_source
-from sparsegate.converter.sources.powerinfer import (
-    place,
-    powerinfer_plan,
-    read_gpu_split,
-    read_powerinfer,
-    write_gpu_split,
-    write_powerinfer,
-)
-from sparsegate.converter.sources.predictors import folder_form, predictors_beside
+from sparsegate.converter.sources.gpu_split import place, write_gpu_split
+from sparsegate.converter.sources.powerinfer import import_powerinfer, read_powerinfer, write_powerinfer
+from sparsegate.converter.sources.predictor_folder import folder_form
+from sparsegate.converter.sources.predictors import predictors_beside
 from sparsegate.converter.sources.published import normalise
 from sparsegate.runtime_onnx.errors import InputError
 
@@ -60,12 +55,19 @@ def raw(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     plain = path.with_suffix(".plain")
     plain.write_bytes(b"GGUF" + path.read_bytes()[4:])
     reader = gguf.GGUFReader(plain)
-    found = (
-        {name: field.contents() for name, field in reader.fields.items()},
-        {t.name: np.array(t.data) for t in reader.tensors},
-    )
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {t.name: np.array(t.data) for t in reader.tensors}
     plain.unlink()
-    return found
+    return fields, tensors
+
+
+def imported(path: Path) -> Source:
+    """The model folder that a model file becomes, beside it."""
+    return open_source(import_powerinfer(path, path.with_name(f"{path.stem}-imported")))
+
+
+def predictor(layer: int, role: str) -> str:
+    return f"model.layers.{layer}.mlp.predictor.{role}.weight"
 
 
 @pytest.mark.parametrize("kind", ["relu", "drelu"])
@@ -89,49 +91,50 @@ def test_f10_round_trip_bit_for_bit(kind: str, request: pytest.FixtureRequest, t
     assert {key: fields[f"{arch}.{key}"] for key in sizes} == sizes and fields[
         f"{arch}.rope.dimension_count"
     ] == D // HEADS
-    own = {name: t for name, t in source.read(source.tensors).items() if "predictor" not in name}
+    weights = {name: t for name, t in source.read(source.tensors).items() if "predictor" not in name}
     for layer, rank in enumerate(PREDICTOR_RANKS):
         assert tensors[f"blk.{layer}.fc1.weight"].shape == (rank, D) and tensors[f"blk.{layer}.fc2.weight"].shape == (
             N,
             rank,
         )
-        down = own[f"model.layers.{layer}.mlp.down_proj.weight"]
+        down = weights[f"model.layers.{layer}.mlp.down_proj.weight"]
         assert (
             np.array_equal(tensors[f"blk.{layer}.ffn_down_t.weight"], down.T.numpy())
             and f"blk.{layer}.ffn_down.weight" not in tensors
         )
 
     model = read_powerinfer(path)
-    assert model.architecture == arch and model.weights.keys() == own.keys()
-    assert all(torch.equal(model.weights[name], own[name]) for name in own)
+    predictors = {predictor(layer, role) for layer in range(LAYERS) for role in ("fc1", "fc2")}
+    assert model.architecture == arch and model.tensors.keys() == weights.keys() | predictors
+    assert all(torch.equal(model.read(name), weights[name]) for name in weights)
     wrote, _ = folder_form(plan, "residual", source)
+    again = read_powerinfer(
+        write_powerinfer(source, predictors_beside(imported(path)), tmp_path / "again.gguf", precision="fp32")
+    )
     for layer in range(LAYERS):
-        assert torch.equal(model.predictors[layer].fc1, wrote[layer]["fc1.weight"]) and torch.equal(
-            model.predictors[layer].fc2, wrote[layer]["fc2.weight"]
-        )
-        beside = source.read([f"model.layers.{layer}.mlp.predictor.fc1.weight"])[
-            f"model.layers.{layer}.mlp.predictor.fc1.weight"
-        ]
-        torch.testing.assert_close(model.predictors[layer].fc1, beside, rtol=3e-7, atol=0)
-    again = write_powerinfer(source, powerinfer_plan(model, source), tmp_path / "again.gguf", precision="fp32")
-    for layer in range(LAYERS):
-        torch.testing.assert_close(
-            read_powerinfer(again).predictors[layer].fc1, model.predictors[layer].fc1, rtol=3e-7, atol=0
-        )
-        assert torch.equal(read_powerinfer(again).predictors[layer].fc2, model.predictors[layer].fc2)
-    assert read_powerinfer(again).threshold == model.threshold
+        fc1, fc2 = predictor(layer, "fc1"), predictor(layer, "fc2")
+        assert torch.equal(model.read(fc1), wrote[layer]["fc1.weight"])
+        assert torch.equal(model.read(fc2), wrote[layer]["fc2.weight"])
+        torch.testing.assert_close(model.read(fc1), source.read([fc1])[fc1], rtol=3e-7, atol=0)
+        torch.testing.assert_close(again.read(fc1), model.read(fc1), rtol=3e-7, atol=0)
+        assert torch.equal(again.read(fc2), model.read(fc2))
+    assert again.threshold == model.threshold
 
 
 def test_f10_the_plan_that_comes_back_is_the_plan(drelu: Source, tmp_path: Path) -> None:
     plan = predictors_beside(drelu)
-    found = powerinfer_plan(
-        read_powerinfer(write_powerinfer(drelu, plan, tmp_path / "m.gguf", precision="fp32")), drelu
-    )
-    for site, (swap, predictor) in found.items():
+    back = predictors_beside(imported(write_powerinfer(drelu, plan, tmp_path / "m.gguf", precision="fp32")))
+    assert back.keys() == plan.keys()
+    for site, (swap, entry) in back.items():
         theirs = plan[site][-1]
-        assert swap == Swap("drelu") and isinstance(predictor, Predictor) and isinstance(theirs, Predictor)
-        assert torch.equal(predictor.tau, theirs.tau) and torch.equal(predictor.fc2, theirs.fc2)
-        torch.testing.assert_close(predictor.fc1, theirs.fc1, rtol=5e-7, atol=0)
+        assert (
+            isinstance(swap, Swap)
+            and swap.activation == "drelu"
+            and isinstance(entry, Predictor)
+            and isinstance(theirs, Predictor)
+        )
+        assert torch.equal(entry.tau, theirs.tau) and torch.equal(entry.fc2, theirs.fc2)
+        torch.testing.assert_close(entry.fc1, theirs.fc1, rtol=5e-7, atol=0)
 
 
 def by_powerinfer(
@@ -175,9 +178,9 @@ def test_f10_sparse_output_from_the_file(kind: str, request: pytest.FixtureReque
         everything, runs = by_powerinfer(tensors, layer, h.numpy(), x.numpy(), -1e30, kind == "drelu")
         assert runs.all() and np.abs(everything - dense.numpy()).max() < 1e-5 * np.abs(dense.numpy()).max()
 
-        predictor = plan[Site(layer)][-1]
-        assert isinstance(predictor, Predictor)
-        kept = F.relu(x @ predictor.fc1.T) @ predictor.fc2.T > predictor.tau
+        entry = plan[Site(layer)][-1]
+        assert isinstance(entry, Predictor)
+        kept = F.relu(x @ entry.fc1.T) @ entry.fc2.T > entry.tau
         sparse, runs = by_powerinfer(tensors, layer, h.numpy(), x.numpy(), threshold, kind == "drelu")
         assert np.array_equal(runs, kept.numpy()) and 0.2 < runs.mean() < 0.8
         expected = (z * kept) @ w["mlp.down_proj.weight"].T
@@ -192,7 +195,7 @@ def test_f10_sparse_output_from_the_file(kind: str, request: pytest.FixtureReque
 
 def test_query_and_key_rows_are_in_pairs_as_llama_cpp_takes_them(relu: Source, tmp_path: Path) -> None:
     _, tensors = raw(write_powerinfer(relu, predictors_beside(relu), tmp_path / "m.gguf", precision="fp32"))
-    own = relu.read(
+    weights = relu.read(
         [
             "model.layers.1.self_attn.q_proj.weight",
             "model.layers.1.self_attn.k_proj.weight",
@@ -200,12 +203,12 @@ def test_query_and_key_rows_are_in_pairs_as_llama_cpp_takes_them(relu: Source, t
         ]
     )
     for name, heads in (("q", HEADS), ("k", KV)):
-        rows, half = own[f"model.layers.1.self_attn.{name}_proj.weight"], D // HEADS // 2
+        rows, half = weights[f"model.layers.1.self_attn.{name}_proj.weight"], D // HEADS // 2
         expected = [
             rows[head * 2 * half + part * half + k] for head in range(heads) for k in range(half) for part in range(2)
         ]
         assert np.array_equal(tensors[f"blk.1.attn_{name}.weight"], torch.stack(expected).numpy())
-    assert np.array_equal(tensors["blk.1.attn_v.weight"], own["model.layers.1.self_attn.v_proj.weight"].numpy())
+    assert np.array_equal(tensors["blk.1.attn_v.weight"], weights["model.layers.1.self_attn.v_proj.weight"].numpy())
 
 
 def test_half_precision_threshold_and_tied_output(tmp_path: Path) -> None:
@@ -222,9 +225,9 @@ def test_half_precision_threshold_and_tied_output(tmp_path: Path) -> None:
         "output.weight"
     ].shape == (VOCAB, D)
     weight = source.read(["model.layers.0.mlp.up_proj.weight"])["model.layers.0.mlp.up_proj.weight"]
-    assert torch.equal(read_powerinfer(path).weights["model.layers.0.mlp.up_proj.weight"], weight.half().float())
+    assert torch.equal(read_powerinfer(path).read("model.layers.0.mlp.up_proj.weight"), weight.half().float())
     with pytest.raises(InputError, match=r"must have threshold 0 and no bias, got threshold 0\.125"):
-        powerinfer_plan(read_powerinfer(path), source)
+        predictors_beside(imported(path))
 
 
 def test_the_vocabulary_is_llama_cpps(relu: Source, tmp_path: Path) -> None:
@@ -300,8 +303,7 @@ def test_f10_gpu_split(room: int, tmp_path: Path) -> None:
         index, bucket = tensors[f"blk.{layer}.gpu_idx"], tensors[f"blk.{layer}.gpu_bucket"]
         assert index.dtype == bucket.dtype == np.int32 and index.shape == (700,)
         assert np.array_equal(bucket, np.sort(np.flatnonzero(index == 1))) and set(index.tolist()) <= {0, 1}
-    back = read_gpu_split(tmp_path / "m.gguf")
-    assert back.vram_bytes == 123_456_789_012 and all(torch.equal(back.layers[k], split[k]) for k in split)
+        assert np.array_equal(index, split[layer].numpy())
 
 
 def test_placement_takes_the_groups_that_fire_most() -> None:
@@ -329,55 +331,23 @@ def test_placement_takes_the_groups_that_fire_most() -> None:
 def test_the_side_file_of_a_model_is_written_with_it(relu: Source, tmp_path: Path) -> None:
     counts = {layer: torch.arange(N) for layer in range(LAYERS)}
     path = write_powerinfer(relu, predictors_beside(relu), tmp_path / "m.gguf", counts=counts, vram_bytes=N * 3 * D * 2)
-    layers = read_gpu_split(path).layers
-    assert [int(layers[k].sum()) for k in range(LAYERS)] == [N, 0], "room for one layer's neurons in fp16"
+    side = path.with_name(f"{path.name}.generated.gpuidx")
+    _, tensors = raw(side)
+    assert [int(tensors[f"blk.{k}.gpu_idx"].sum()) for k in range(LAYERS)] == [N, 0], "room for one layer's in fp16"
     with pytest.raises(InputError, match="counts and vram_bytes must be given together"):
         write_powerinfer(relu, predictors_beside(relu), tmp_path / "n.gguf", counts=counts)
+    path.unlink()
+    with pytest.raises(InputError, match=r"path must be a new file, got .*gpuidx, which exists"):
+        write_powerinfer(relu, predictors_beside(relu), path, counts=counts, vram_bytes=1)
+    assert not path.exists() and side.exists()
 
 
-def _other_bucket(tensors: dict[str, np.ndarray]) -> None:
-    tensors["blk.1.gpu_bucket"] = tensors["blk.1.gpu_bucket"].copy()
-    tensors["blk.1.gpu_bucket"][-1] = 2**31 - 1
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (_other_bucket, "blk.1.gpu_bucket must list where blk.1.gpu_idx is 1, in order"),
-        (
-            lambda t: t.update({"blk.1.gpu_bucket": t["blk.1.gpu_bucket"][::-1].copy()}),
-            "blk.1.gpu_bucket must list where blk.1.gpu_idx is 1, in order",
-        ),
-        (lambda t: t.update({"blk.0.gpu_idx": t["blk.0.gpu_idx"] * 2}), "blk.0.gpu_idx must be a vector of 0 and 1"),
-        (
-            lambda t: t.pop("blk.1.gpu_bucket"),
-            "must hold split.vram_capacity and int32 gpu_idx and gpu_bucket of every layer",
-        ),
-        (
-            lambda t: t.update({"blk.0.gpu_idx": t["blk.0.gpu_idx"].astype(np.float32)}),
-            "must hold split.vram_capacity and int32",
-        ),
-    ],
-)
-def test_bad_side_files_are_refused(
-    spoil: Callable[[dict[str, np.ndarray]], Any], message: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("values", [torch.full((4,), 2), torch.zeros(2, 2), torch.tensor([0.5])])
+def test_a_split_that_is_no_choice_is_refused(values: Tensor, tmp_path: Path) -> None:
     """The engine copies the rows that a bucket names without a look at them."""
-    side = write_gpu_split(tmp_path / "m.gguf", place(firing_counts(), 600), 1)
-    _, tensors = raw(side)
-    spoil(tensors)
-    writer = gguf.GGUFWriter(side, "generic.gpu_index")
-    writer.add_uint64("split.vram_capacity", 1)
-    for name, values in tensors.items():
-        writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    side.write_bytes(b"PWRI" + side.read_bytes()[4:])
-    with pytest.raises(InputError, match=re.escape(message)) as error:
-        read_gpu_split(tmp_path / "m.gguf")
-    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"blk\.0\.gpu_idx must be a vector of 0 and 1"):
+        write_gpu_split(tmp_path / "m.gguf", {0: values}, 1)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_split_of_other_layers_is_refused(tmp_path: Path) -> None:
@@ -398,7 +368,7 @@ def test_a_split_of_other_layers_is_refused(tmp_path: Path) -> None:
         ),
         (
             lambda b: b.replace(b"blk.1.fc2.weight", b"blk.7.fc2.weight"),
-            "must hold every weight and predictor, got none of blk.1.fc1 or fc2",
+            "must hold known tensors only, got blk.7.fc2.weight",
         ),
         (lambda b: b.replace(b"llama", b"gemma"), "must be of architecture llama or bamboo, got gemma"),
     ],
@@ -444,9 +414,9 @@ def test_what_powerinfer_does_not_have_is_refused(
         (relu, uneven, {}, "got 0.5 after"),
         (relu, plan(), {"threshold": float("nan")}, "threshold must be a finite float, got nan"),
     ]
-    for source, given, options, message in cases:
+    for source, wished, options, message in cases:
         with pytest.raises(InputError, match=re.escape(message)):
-            write_powerinfer(source, given, tmp_path / "m.gguf", **options)
+            write_powerinfer(source, wished, tmp_path / "m.gguf", **options)
     wide = open_source(make_model("mistral", tmp_path / "wide", hidden_act="relu"))
     with pytest.raises(InputError, match="heads must share out the hidden size, got 4 of 32"):
         write_powerinfer(wide, plan(), tmp_path / "m.gguf")
@@ -481,7 +451,7 @@ def test_without_the_package(relu: Source, tmp_path: Path, monkeypatch: pytest.M
     for call in (
         lambda: write_powerinfer(relu, {}, tmp_path / "m.gguf"),
         lambda: read_powerinfer(tmp_path),
-        lambda: read_gpu_split(tmp_path),
+        lambda: import_powerinfer(tmp_path, tmp_path / "out"),
     ):
         with pytest.raises(InputError, match=r"Install sparsegate\[bench\]"):
             call()
