@@ -19,13 +19,16 @@ from sparsegate.converter import methods, scores, stats
 from sparsegate.converter import methods as converter_methods
 from sparsegate.converter.arch import ACTIVATIONS, load_arch, supported
 from sparsegate.converter.arch.site import Site
+from sparsegate.converter.bundled import BUNDLED_MODEL
 from sparsegate.converter.checkpoint import plan as plans
+from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.checkpoint.sparsity import encode
 from sparsegate.converter.cli import VERBS
 from sparsegate.converter.methods.tune import Tune
 from sparsegate.converter.modeling.blocks import ACTIVATIONS as TORCH_ACTIVATIONS
 from sparsegate.converter.modeling.gated import EXECUTORS
 from sparsegate.converter.onnx_export.emit import EMITTERS, emit
+from sparsegate.converter.sources.named import SOURCES, Fetched
 from sparsegate.runtime_onnx.ops import OPS
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +109,23 @@ def test_method(name: str) -> None:
     assert not hasattr(module, "start") or 0 < module.start(module.Config()) <= 1
     kinds = (converter_methods.NEURON_METHODS, converter_methods.LINEAR_METHODS, (converter_methods.EXACT,))
     assert sum(name in kind for kind in kinds) == 1, "auto and joined methods know every row"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_source(name: str, tiny_model: Any, tmp_path: Path) -> None:
+    """What a row knows, no row before it takes; what it gives is a folder of a model."""
+    (tmp_path / "m.gguf").write_bytes(b"PWRI" + bytes(4))
+    named = {
+        "bundled": BUNDLED_MODEL,
+        "hub": "owner/name",
+        "powerinfer": str(tmp_path / "m.gguf"),
+        "folder": str(tiny_model("llama")),
+    }[name]
+    assert next(kind for kind, row in SOURCES.items() if row.is_named(named)) == name
+    assert list(SOURCES)[-1] == "folder", "which takes everything"
+    if name in ("bundled", "folder"):  # the others have files of tests: they need a server, or a whole file
+        fetched = SOURCES[name].fetch(named, tmp_path / "work")
+        assert isinstance(fetched, Fetched) and open_source(fetched.folder) and not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize("name", VERBS)

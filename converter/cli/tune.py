@@ -14,7 +14,8 @@ def tune(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Dense model folder, PowerInfer file or Hub id; none takes the small model that comes with sparsegate.",
+            help="Dense model folder, PowerInfer file or Hub id; none takes the small model that comes with "
+            "sparsegate.",
             metavar="[MODEL]",
         ),
     ] = None,
