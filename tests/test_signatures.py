@@ -17,6 +17,7 @@ EXCEPTIONS = {
     "converter/cli/bench.py bench": FLAGS,
     "converter/cli/convert.py convert": FLAGS,
     "converter/cli/eval.py eval": FLAGS,
+    "converter/cli/export.py export": FLAGS,
     "converter/cli/generate.py generate": FLAGS,
     "converter/cli/tune.py tune": FLAGS,
 }
@@ -33,7 +34,6 @@ IN_WORK = {
     "converter/pipeline/tune.py tune",
     "converter/pipeline/verify.py verify",
     "converter/report/card.py write_card",
-    "converter/sources/hub.py _fetch",
     "converter/training/by_block.py recover_by_block",
     "converter/training/loop.py train",
     "converter/training/recovery.py RecoveryObjective.__init__",
