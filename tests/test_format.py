@@ -41,7 +41,7 @@ from sparsegate.converter.checkpoint.sparsity import TENSORS, encode, read_spars
 from sparsegate.converter.checkpoint.stage import Header, hash_file, is_finished, read_header, write_header, write_json
 from sparsegate.converter.methods import load_method, make_config
 from sparsegate.converter.pipeline.configs import method_configs
-from sparsegate.converter.pipeline.recipe import Recipe, compile_recipe, make_recipe, read_recipe
+from sparsegate.converter.pipeline.recipe import Flags, Recipe, compile_recipe, make_recipe, read_recipe
 from sparsegate.converter.scores import load_score
 from sparsegate.converter.stats import load_stat
 from sparsegate.runtime_onnx.errors import InputError
@@ -381,10 +381,12 @@ def test_manifest_vocabulary_is_closed(tmp_path: Path, change: dict[str, Any], w
 
 
 def test_recipe_round_trip(tmp_path: Path) -> None:
-    recipe = compile_recipe("some/model", "predictor", 0.3, 0.01, 0.2, None, tmp_path / "text.txt", "fp32", "cpu", 7)
+    recipe = compile_recipe(
+        Flags("some/model", "predictor", 0.3, 0.01, 0.2, None, tmp_path / "text.txt", "fp32", "cpu", 7)
+    )
     (tmp_path / "r.yaml").write_text(recipe.yaml())
     assert read_recipe(tmp_path / "r.yaml") == recipe
-    assert compile_recipe(None, None, None, None, None, tmp_path / "r.yaml", None, None, None, None) == recipe
+    assert compile_recipe(Flags(recipe=tmp_path / "r.yaml")) == recipe
     assert recipe.stages[0].config == {"sparsity": 0.3} and recipe.seed == 7 and recipe.budget.max_ppl_increase == 0.01
     assert method_configs(recipe) == {
         "predictor": {"predictor": make_config("predictor", {"sparsity": 0.3, "seed": 7})}
@@ -394,7 +396,7 @@ def test_recipe_round_trip(tmp_path: Path) -> None:
 def test_recipe_excludes_flags(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(Recipe(model="m").yaml())
     with pytest.raises(InputError) as error:
-        compile_recipe(None, None, 0.5, None, None, tmp_path / "r.yaml", None, None, None, 0)
+        compile_recipe(Flags(sparsity=0.5, recipe=tmp_path / "r.yaml", seed=0))
     one_line(error, "sparsity", "seed")
 
 
@@ -435,7 +437,7 @@ def test_recipe_file_that_is_none(tmp_path: Path, text: str | None, word: str) -
 @pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_sparsity_lies_between_0_and_1(sparsity: float) -> None:
     with pytest.raises(InputError) as error:
-        compile_recipe(None, None, sparsity, None, None, None, None, None, None, None)
+        compile_recipe(Flags(sparsity=sparsity))
     one_line(error, str(sparsity))
 
 

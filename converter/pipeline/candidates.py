@@ -13,17 +13,16 @@ from typing import Any
 from ...runtime_onnx.bench.folders import bench
 from ...runtime_onnx.untrusted import read_json
 from ..checkpoint.plan import Plan
-from ..checkpoint.source import Source
 from ..checkpoint.stage import CheckError, Header, atomic_folder, is_finished, read_header, write_header, write_json
 from ..evaluation.agreement import check_onnx, has_cuda, measure_shipped
 from ..evaluation.checks import Check, ExecutorQuality, Quality, check_budget, check_text, shipped_checks
 from ..evaluation.quality import measure_qualities
 from ..methods import TUNED
-from ..modeling.gated import load, load_dense
+from ..modeling.gated import load
 from ..onnx_export.gated_graph import export
 from ..progress import partly, resumed, stage, update
+from .conversion import Conversion
 from .graphs import Graphs, stored_quality
-from .recipe import Recipe
 from .schedule import checkpoint
 from .texts import Texts, quality_error
 
@@ -56,33 +55,27 @@ class Candidate:
 
 
 def measure(
-    source: Source,
-    plans: Mapping[str, Plan],
-    sparsities: Mapping[str, float | None],
-    texts: Texts,
-    recipe: Recipe,
-    work: Path,
-    original: Source | None = None,
+    conversion: Conversion, plans: Mapping[str, Plan], sparsities: Mapping[str, float | None]
 ) -> list[Candidate]:
-    """The held-out quality of every plan, each a stage below `work`, and whether it keeps the budget and the asked
-    density. What is not there yet is measured together.
-
-    Dense is `original`, the model that `source` was recovered from, where it was.
+    """The held-out quality of every plan, each a stage, and whether it keeps the budget and the density that was asked
+    for (None: none was). What is not there yet is measured together.
     """
+    work, recipe, heldout = conversion.work, conversion.recipe, conversion.texts.heldout
     stages: dict[str, tuple[Path, Header]] = {}
     for name in plans:
         parent = read_header(work / "plan" / name)
         assert parent is not None
         stages[name] = (
             work / "quality" / name,
-            Header(format="quality", parents={"plan": parent.fingerprint}, calibration=texts.heldout.sha256),
+            Header(format="quality", parents={"plan": parent.fingerprint}, calibration=heldout.sha256),
         )
     missing = {name: plans[name] for name, stage in stages.items() if not is_finished(*stage)}
     if missing:
         if len(missing) < len(plans):
             partly()
-        model, dense = load_dense(source.folder), _load(original)
-        qualities = measure_qualities(model, missing, texts.heldout, dense, quality_error(recipe))
+        qualities = measure_qualities(
+            conversion.model(), missing, heldout, conversion.reference_model(), quality_error(recipe)
+        )
         for name, quality in qualities.items():
             folder, header = stages[name]
             with atomic_folder(folder) as partial:
@@ -90,27 +83,16 @@ def measure(
                 write_header(partial, header)
     else:
         resumed()
-    found = []
+    conversion.models.release()
+    candidates = []
     for name, plan in plans.items():
         quality = Quality(**read_json(stages[name][0] / "quality.json", "The measured quality"))
         budget = recipe.budget.model_dump() | {"sparsity": sparsities[name], "searched": recipe.searches}
-        found.append(Candidate(name, plan, sparsities[name], quality, check_budget(quality, budget)))
-    return found
+        candidates.append(Candidate(name, plan, sparsities[name], quality, check_budget(quality, budget)))
+    return candidates
 
 
-def _load(source: Source | None) -> Any | None:
-    return None if source is None else load_dense(source.folder)
-
-
-def choose(
-    candidates: list[Candidate],
-    source: Source,
-    texts: Texts,
-    graphs: Graphs,
-    recipe: Recipe,
-    work: Path,
-    original: Source | None = None,
-) -> tuple[Candidate, list[Candidate]]:
+def choose(conversion: Conversion, candidates: list[Candidate], graphs: Graphs) -> tuple[Candidate, list[Candidate]]:
     """The best candidate, exported and checked, and all of them with it in its place: what a training ended with, else
     the cheapest one where a budget was searched, else the one with the least KL to dense. One whose executors disagree
     is passed over.
@@ -121,19 +103,19 @@ def choose(
         candidates,
         key=lambda c: (
             c.method != TUNED,
-            (c.quality.block_cost or c.quality.cost) if recipe.searches else c.quality.kl,
+            (c.quality.block_cost or c.quality.cost) if conversion.recipe.searches else c.quality.kl,
         ),
     )
     tried: dict[str, Candidate] = {candidate.method: candidate for candidate in candidates}
     for candidate in order:
         if candidate.passed:
-            tried[candidate.method] = _exported(candidate, source, texts, graphs, recipe, work, original)
+            tried[candidate.method] = _exported(conversion, candidate, graphs)
             if tried[candidate.method].passed:
                 break
     else:
-        found = "; ".join(_failures(list(tried.values())))
+        failures = "; ".join(_failures(list(tried.values())))
         raise CheckError(
-            f"A checkpoint must hold its budget and its executors must agree, got {found}. "
+            f"A checkpoint must hold its budget and its executors must agree, got {failures}. "
             "Lower --sparsity, loosen the budget, choose a precision of more bits, or report executors that disagree."
         )
     for line in _failures(list(tried.values())):
@@ -150,60 +132,66 @@ def _failures(candidates: list[Candidate]) -> list[str]:
     ]
 
 
-def _exported(
-    candidate: Candidate,
-    source: Source,
-    texts: Texts,
-    graphs: Graphs,
-    recipe: Recipe,
-    work: Path,
-    original: Source | None,
-) -> Candidate:
-    """The candidate with checkpoint, ONNX folder, checks of its executors and speed, each a stage below `work`."""
-    name, asked = candidate.method, recipe.export
+def _exported(conversion: Conversion, candidate: Candidate, graphs: Graphs) -> Candidate:
+    """The candidate with checkpoint, ONNX folder, checks of its executors and speed, each a stage."""
+    recipe, asked = conversion.recipe, conversion.recipe.export
     with stage("export"):
-        folder = checkpoint(source, candidate.plan, name, work, work / "plan" / name)
-        parent = read_header(folder)
-        assert parent is not None
-        onnx, header = (
-            work / "onnx" / name,
-            Header(format="onnx", parents={"checkpoint": parent.fingerprint}, config=asked.model_dump(mode="json")),
-        )
-        if is_finished(onnx, header):
-            resumed()
-        else:
-            with atomic_folder(onnx) as partial:
-                export(graphs.base, candidate.plan, source.arch, source.config, partial, asked.precision, asked.target)
-                write_header(partial, header)
-    measured, header = (
-        work / "measured" / name,
-        Header(format="measured", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256),
-    )
-    stored = _agreed(measured, header)
-    if stored is not None:
-        resumed("agreement")
-        resumed("speed")
-    else:
-        with stage("agreement"):
-            model, dense = load(folder), _load(original)
-            found = measure_shipped(onnx, model, texts.heldout, asked, reference_model=dense, known=candidate.quality)
-            checks = [*check_onnx(onnx, model, candidate.plan, texts.heldout, asked), check_text(onnx)]
-        agree = all(check.passed for check in checks)
-        speed = {} if not agree or (asked.target == "cuda" and not has_cuda()) else _speed(graphs.dense, onnx, texts)
-        shipped = {} if found is None else found.model_dump()
-        stored = {"checks": [check.model_dump() for check in checks], "speed": speed, "shipped": shipped}
-        if agree:
-            with atomic_folder(measured) as partial:
-                write_json(partial / _MEASURED, stored)
-                write_header(partial, header)
-    checks, shipped = (
-        [Check(**row) for row in stored["checks"]] + candidate.checks,
-        stored_quality(stored.get("shipped", {})),
-    )
+        folder = checkpoint(conversion, candidate.plan, candidate.method)
+        onnx = _onnx(conversion, candidate, graphs, folder)
+    stored = _judged(conversion, candidate, graphs, folder, onnx)
+    checks = [Check(**row) for row in stored["checks"]] + candidate.checks
+    shipped = stored_quality(stored.get("shipped", {}))
     if shipped is not None:
         budget = recipe.budget.model_dump() | {"searched": recipe.searches}
         checks += shipped_checks(shipped, candidate.quality, budget, asked.precision)
     return replace(candidate, checkpoint=folder, onnx=onnx, checks=checks, shipped=shipped, speed=stored["speed"])
+
+
+def _onnx(conversion: Conversion, candidate: Candidate, graphs: Graphs, folder: Path) -> Path:
+    """The ONNX folder of a checkpoint folder, in the recipe's precision and for its target."""
+    source, asked = conversion.source, conversion.recipe.export
+    parent = read_header(folder)
+    assert parent is not None
+    onnx = conversion.work / "onnx" / candidate.method
+    header = Header(format="onnx", parents={"checkpoint": parent.fingerprint}, config=asked.model_dump(mode="json"))
+    if is_finished(onnx, header):
+        resumed()
+    else:
+        with atomic_folder(onnx) as partial:
+            export(graphs.base, candidate.plan, source.arch, source.config, partial, asked.precision, asked.target)
+            write_header(partial, header)
+    return onnx
+
+
+def _judged(conversion: Conversion, candidate: Candidate, graphs: Graphs, folder: Path, onnx: Path) -> dict[str, Any]:
+    """Whether the executors of a checkpoint folder and its ONNX folder agree, its speed where they do, and what its
+    file loses: as it is stored.
+    """
+    texts, asked = conversion.texts, conversion.recipe.export
+    parent = read_header(onnx)
+    assert parent is not None
+    measured = conversion.work / "measured" / candidate.method
+    header = Header(format="measured", parents={"onnx": parent.fingerprint}, calibration=texts.heldout.sha256)
+    stored = _agreed(measured, header)
+    if stored is not None:
+        resumed("agreement")
+        resumed("speed")
+        return stored
+    with stage("agreement"):
+        model, reference = load(folder), conversion.reference_model()
+        loss = measure_shipped(onnx, model, texts.heldout, asked, reference_model=reference, known=candidate.quality)
+        checks = [*check_onnx(onnx, model, candidate.plan, texts.heldout, asked), check_text(onnx)]
+        del model, reference
+        conversion.models.release()
+    agree = all(check.passed for check in checks)
+    speed = {} if not agree or (asked.target == "cuda" and not has_cuda()) else _speed(graphs.dense, onnx, texts)
+    shipped = {} if loss is None else loss.model_dump()
+    stored = {"checks": [check.model_dump() for check in checks], "speed": speed, "shipped": shipped}
+    if agree:
+        with atomic_folder(measured) as partial:
+            write_json(partial / _MEASURED, stored)
+            write_header(partial, header)
+    return stored
 
 
 def _agreed(measured: Path, header: Header) -> dict[str, Any] | None:

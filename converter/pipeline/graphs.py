@@ -13,27 +13,15 @@ from ..checkpoint.source import Source
 from ..checkpoint.stage import Header, atomic_folder, is_finished, read_header, write_header, write_json
 from ..evaluation.agreement import check_dense_text, measure_shipped
 from ..evaluation.checks import DENSE_WINDOWS, ExecutorQuality
-from ..onnx_export.base_graph import build_base, check_base, load_stock
+from ..onnx_export.base_graph import build_base, check_base
 from ..onnx_export.gated_graph import export_dense
 from ..onnx_export.precision import PRECISIONS
 from ..progress import resumed, stage
+from .conversion import Conversion
 from .recipe import Recipe
-from .texts import Texts
 
-
-def make_base(source: Source, texts: Texts, work: Path) -> Path:
-    """The dense ONNX graph, compared with torch before anything is built on it."""
-    folder, header = work / "base", Header(format="base", parents={"model": source.fingerprint})
-    if not is_finished(folder, header):
-        with stage("base graph"), atomic_folder(folder) as partial:
-            build_base(source.folder, partial)
-            model = load_stock(source.folder)
-            check_base(partial, model, texts.heldout.tokens[texts.heldout.mask.all(1)][:2, :32])
-            check_dense_text(partial, model, texts.heldout)
-            write_header(partial, header)
-    else:
-        resumed("base graph")
-    return folder
+REFERENCE = "reference"
+"""Where the graphs of the dense reference lie in the work folder, where the model was recovered from one."""
 
 
 @dataclass(frozen=True)
@@ -49,65 +37,99 @@ class Graphs:
     loss: ExecutorQuality | None = None
 
 
-def make_graphs(source: Source, texts: Texts, recipe: Recipe, work: Path, original: Source | None = None) -> Graphs:
-    """The dense graphs of a recipe's precision and target, each a stage below `work`; none before the one in fp32 is
-    found to be the model.
-
-    `original` is the dense model that `source` was recovered from, where it was: the dense graph in integers is then
-    made of it.
+def make_graphs(conversion: Conversion) -> Graphs:
+    """The dense graphs of a recipe's precision and target, each a stage; none before the one in fp32 is found to be the
+    model. In integers it is the reference's. No model is held afterwards.
     """
-    base, asked = _float_graph(source, texts, recipe, work), recipe.export
+    asked, models = conversion.recipe.export, conversion.models
+    base = _float_graph(conversion, conversion.source, conversion.work)
     if PRECISIONS[asked.precision].bits is None:
+        models.release()
         return Graphs(base, base)
-    model, plain = (
-        (source, base) if original is None else (original, _float_graph(original, texts, recipe, work / "original"))
-    )
-    parent = read_header(plain)
-    assert parent is not None
-    dense, header = (
-        work / "dense",
-        Header(format="dense", parents={"base": parent.fingerprint}, config=asked.model_dump(mode="json")),
-    )
-    if not is_finished(dense, header):
-        with stage("base graph"), atomic_folder(dense) as partial:
-            export_dense(plain, partial, asked.precision, asked.target)
-            write_header(partial, header)
-    else:
+    plain = base
+    if conversion.recovered_from is not None:
+        models.release()
+        plain = _float_graph(conversion, conversion.recovered_from, conversion.work / REFERENCE)
+    dense = _integer_graph(conversion, plain)
+    loss = None if conversion.reference.swaps else _integer_loss(conversion, dense)
+    models.release()
+    return Graphs(base, dense, loss)
+
+
+def reference_base(conversion: Conversion, graphs: Graphs) -> Path:
+    """The graph in fp32 of the dense reference, for the CPU."""
+    if conversion.recovered_from is None:
+        return graphs.base
+    base = make_base(conversion, conversion.recovered_from, conversion.work / REFERENCE)
+    conversion.models.release()
+    return base
+
+
+def make_base(conversion: Conversion, source: Source, work: Path) -> Path:
+    """The dense ONNX graph of a model below `work`, compared with torch before anything is built on it."""
+    folder, header = work / "base", Header(format="base", parents={"model": source.fingerprint})
+    if is_finished(folder, header):
         resumed("base graph")
-    if model.swaps:
-        return Graphs(base, dense)
-    folder, header = (
-        work / "quality_dense",
-        Header(format="quality", parents={"onnx": header.fingerprint}, calibration=texts.heldout.sha256),
-    )
-    if not is_finished(folder, header):
-        with stage("quality"), atomic_folder(folder) as partial:
-            windows = None if recipe.budget.bounded else DENSE_WINDOWS
-            found = measure_shipped(dense, load_stock(model.folder), texts.heldout, asked, count=windows)
-            write_json(partial / "quality.json", {} if found is None else found.model_dump())
-            write_header(partial, header)
-    else:
-        resumed("quality")
-    return Graphs(base, dense, stored_quality(read_json(folder / "quality.json", "The measured quality")))
+        return folder
+    heldout = conversion.texts.heldout
+    with stage("base graph"), atomic_folder(folder) as partial:
+        build_base(source.folder, partial)
+        model = conversion.models.stock(source)
+        check_base(partial, model, heldout.tokens[heldout.mask.all(1)][:2, :32])
+        check_dense_text(partial, model, heldout)
+        write_header(partial, header)
+    return folder
 
 
-def _float_graph(source: Source, texts: Texts, recipe: Recipe, work: Path) -> Path:
+def _float_graph(conversion: Conversion, source: Source, work: Path) -> Path:
     """A model's graph in floats for the recipe's target."""
-    base, asked = make_base(source, texts, work), recipe.export
+    base, asked = make_base(conversion, source, work), conversion.recipe.export
     if asked.target == "cpu":
         return base
-    form = PRECISIONS[asked.precision]
-    base, header = (
-        work / "base_cuda",
-        Header(format="base", parents={"model": source.fingerprint}, config={"precision": form.cuda, "target": "cuda"}),
-    )
-    if not is_finished(base, header):
-        with stage("base graph"), atomic_folder(base) as partial:
-            build_base(source.folder, partial, form.cuda, "cuda")
-            write_header(partial, header)
-    else:
+    conversion.models.release()  # the builder holds a model of its own
+    half, folder = PRECISIONS[asked.precision].cuda, work / "base_cuda"
+    config = {"precision": half, "target": "cuda"}
+    header = Header(format="base", parents={"model": source.fingerprint}, config=config)
+    if is_finished(folder, header):
         resumed("base graph")
-    return base
+        return folder
+    with stage("base graph"), atomic_folder(folder) as partial:
+        build_base(source.folder, partial, half, "cuda")
+        write_header(partial, header)
+    return folder
+
+
+def _integer_graph(conversion: Conversion, plain: Path) -> Path:
+    """The dense graph in the recipe's integers, of the one in floats."""
+    parent, asked = read_header(plain), conversion.recipe.export
+    assert parent is not None
+    folder = conversion.work / "dense"
+    header = Header(format="dense", parents={"base": parent.fingerprint}, config=asked.model_dump(mode="json"))
+    if is_finished(folder, header):
+        resumed("base graph")
+        return folder
+    with stage("base graph"), atomic_folder(folder) as partial:
+        export_dense(plain, partial, asked.precision, asked.target)
+        write_header(partial, header)
+    return folder
+
+
+def _integer_loss(conversion: Conversion, dense: Path) -> ExecutorQuality | None:
+    """What the dense graph in integers loses against the reference."""
+    parent, recipe, heldout = read_header(dense), conversion.recipe, conversion.texts.heldout
+    assert parent is not None
+    folder = conversion.work / "quality_dense"
+    header = Header(format="quality", parents={"onnx": parent.fingerprint}, calibration=heldout.sha256)
+    if is_finished(folder, header):
+        resumed("quality")
+    else:
+        with stage("quality"), atomic_folder(folder) as partial:
+            model = conversion.models.stock(conversion.reference)
+            windows = None if recipe.budget.bounded else DENSE_WINDOWS
+            loss = measure_shipped(dense, model, heldout, recipe.export, count=windows)
+            write_json(partial / "quality.json", {} if loss is None else loss.model_dump())
+            write_header(partial, header)
+    return stored_quality(read_json(folder / "quality.json", "The measured quality"))
 
 
 def stored_quality(stored: dict[str, Any]) -> ExecutorQuality | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -178,46 +179,43 @@ def read_recipe(path: Path, model: str | None = None, default: str | None = None
     return make_recipe(values, path.name)
 
 
-def compile_recipe(
-    model: str | None,
-    method: str | None,
-    sparsity: float | None,
-    max_ppl_increase: float | None,
-    max_kl: float | None,
-    recipe: str | Path | None,
-    calibration: str | Path | None,
-    precision: str | None,
-    target: str | None,
-    seed: int | None,
-) -> Recipe:
+@dataclass(frozen=True)
+class Flags:
+    """What a command line says of a conversion's result; None where it says nothing."""
+
+    model: str | None = None
+    method: str | None = None
+    sparsity: float | None = None
+    max_ppl_increase: float | None = None
+    max_kl: float | None = None
+    recipe: str | Path | None = None
+    calibration: str | Path | None = None
+    precision: str | None = None
+    target: str | None = None
+    seed: int | None = None
+
+
+def compile_recipe(flags: Flags) -> Recipe:
     """The recipe that flags mean, or the one in a file. Raises InputError for bad values, and for a file together with
     flags that it covers.
     """
-    flags = {
-        "method": method,
-        "sparsity": sparsity,
-        "max_ppl_increase": max_ppl_increase,
-        "max_kl": max_kl,
-        "calibration": calibration,
-        "precision": precision,
-        "target": target,
-        "seed": seed,
-        "MODEL": model,
-    }
-    if recipe:
-        given = [name for name, value in flags.items() if value is not None and name != "MODEL"]
-        if given:
+    model, method, sparsity = flags.model, flags.method, flags.sparsity
+    if flags.recipe:
+        said = [name for name, value in asdict(flags).items() if value is not None]
+        covered = [name for name in said if name not in ("model", "recipe")]
+        if covered:
             raise InputError(
-                f"--recipe must stand without the flags that it covers, got {', '.join(given)} as well. Put them into "
-                "the recipe."
+                f"--recipe must stand without the flags that it covers, got {', '.join(covered)} as well. Put them "
+                "into the recipe."
             )
-        return read_recipe(named_recipe(recipe), None if model is None else str(model), BUNDLED_MODEL)
+        return read_recipe(named_recipe(flags.recipe), None if model is None else str(model), BUNDLED_MODEL)
     if sparsity is not None and not 0 < sparsity < 1:
         raise InputError(
             f"sparsity must lie strictly between 0 and 1, got {sparsity}. Use 0.5 to skip half of the gated neurons."
         )
     parts = parts_of(method or "auto")
-    searches = sparsity is None and (max_ppl_increase is not None or max_kl is not None)
+    budget = {"max_ppl_increase": flags.max_ppl_increase, "max_kl": flags.max_kl}
+    searches = sparsity is None and any(bound is not None for bound in budget.values())
     fixed = {IMPORTED: "the predictors' thresholds decide", EXACT: "the activation's zeros decide"}.get(parts[0])
     config = {} if searches or fixed else {"sparsity": 0.5 if sparsity is None else sparsity}
     if fixed and sparsity is not None:
@@ -227,12 +225,12 @@ def compile_recipe(
     values = {
         "model": str(model) if model else BUNDLED_MODEL,
         "calibration": {"generated": True}
-        if str(calibration) == SELF
-        else {"file": str(calibration) if calibration else None},
-        "seed": seed or 0,
+        if str(flags.calibration) == SELF
+        else {"file": str(flags.calibration) if flags.calibration else None},
+        "seed": flags.seed or 0,
         "stages": [{"method": method or "auto", "config": config}],
-        "budget": {"max_ppl_increase": max_ppl_increase, "max_kl": max_kl},
-        "export": _export(precision, target),
+        "budget": budget,
+        "export": _export(flags.precision, flags.target),
     }
     return make_recipe(values, "convert")
 

@@ -20,24 +20,23 @@ from ..evaluation.quality import paired_rise
 from ..evaluation.records import Reference, Report
 from ..onnx_export.precision import PRECISIONS, Export, Precision
 from .candidates import Candidate
+from .conversion import Conversion
 from .graphs import Graphs
 from .recipe import Recipe
 from .references import read_bytes
-from .texts import Texts, heldout_name
+from .texts import heldout_name
 
 
 def build_report(
-    source: Source,
-    recipe: Recipe,
-    texts: Texts,
+    conversion: Conversion,
     candidates: list[Candidate],
     chosen: Candidate,
     graphs: Graphs,
-    command: str,
     references: list[Reference],
+    command: str,
 ) -> Report:
     """The report on every candidate, dense first; layers and checks are the chosen one's."""
-    quality = chosen.quality
+    source, recipe, texts, quality = conversion.reference, conversion.recipe, conversion.texts, chosen.quality
     dense_speed = chosen.speed.get("baseline", {})
     dense = reporting.Row(
         method="dense",

@@ -24,8 +24,8 @@ from ..evaluation.records import Reference
 from ..modeling.gated import load_dense
 from ..onnx_export.gated_graph import export_dense
 from ..progress import resumed, stage
-from .graphs import Graphs, make_base
-from .recipe import Recipe
+from .conversion import Conversion
+from .graphs import Graphs, reference_base
 from .texts import Texts
 
 log = logging.getLogger("sparsegate")
@@ -47,23 +47,14 @@ class _Dense:
     finished: dict[str, Graphs]
 
 
-def measure_references(
-    source: Source,
-    texts: Texts,
-    graphs: Graphs,
-    recipe: Recipe,
-    work: Path,
-    timed: bool,
-    original: Source | None = None,
-) -> list[Reference]:
-    """Loss and speed (where `timed`) of the dense graphs in int8 and int4 against the one in fp32, a stage below
-    `work`. Of `original`, the dense model that `source` was recovered from, where it was; none for another target than
-    the CPU, nor where swapped activations leave no dense model at hand.
+def measure_references(conversion: Conversion, graphs: Graphs, timed: bool) -> list[Reference]:
+    """Loss and speed (where `timed`) of the dense reference's graphs in int8 and int4 against the one in fp32, a stage.
+    None for another target than the CPU, nor where swapped activations leave no dense model at hand.
     """
-    model = original or source
-    if recipe.export.target != "cpu" or model.swaps:
+    recipe, texts = conversion.recipe, conversion.texts
+    if recipe.export.target != "cpu" or conversion.reference.swaps:
         return []
-    graph = graphs.base if original is None else make_base(original, texts, work / "original")
+    graph = reference_base(conversion, graphs)
     parent = read_header(graph)
     assert parent is not None
     settings: dict[str, Any] = {
@@ -71,7 +62,7 @@ def measure_references(
         "pairs": PAIRS if timed else 0,
         "precision": recipe.export.precision,
     }
-    folder = work / "references"
+    folder = conversion.work / "references"
     header = Header(
         format="references", parents={"base": parent.fingerprint}, config=settings, calibration=texts.heldout.sha256
     )
@@ -80,7 +71,7 @@ def measure_references(
     else:
         finished = {recipe.export.precision: graphs} if graphs.loss is not None else {}
         with stage(_STAGE), atomic_folder(folder) as partial:
-            references = _measure(_Dense(model, graph, finished), texts, partial, timed)
+            references = _measure(_Dense(conversion.reference, graph, finished), texts, partial, timed)
             write_json(
                 partial / _NUMBERS, {"references": [reference.model_dump(mode="json") for reference in references]}
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -19,12 +19,10 @@ from ...runtime_onnx.errors import InputError
 from ..arch.site import Site
 from ..checkpoint.cost import block_cost
 from ..checkpoint.plan import FFN_LINEARS, Plan, Swap, load_plan, merge, save_plan
-from ..checkpoint.source import Source
 from ..checkpoint.stage import Header, atomic_folder, is_finished, read_header, write_header
 from ..checkpoint.writer import write_checkpoint
 from ..evaluation.density import with_shares
 from ..methods import EXACT, IMPORTED, TUNED, load_method, needs
-from ..modeling.gated import load_dense
 from ..modeling.predictor import residual_rank
 from ..progress import partly, resumed, stage, track
 from ..scores import load_score
@@ -36,9 +34,8 @@ from ..stats.oracle import collect_labels
 from ..training.inputs import Models, TrainingRun
 from ..training.plans import train_plan
 from ..training.residual import add_residuals
-from .recipe import Recipe
+from .conversion import Conversion
 from .search import Judge, allocate, governs, sensitivities, settled, shifted, sparsest
-from .texts import Texts
 
 LEVELS = (0.75, 0.6, 0.45, 0.33, 0.25, 0.18, 0.13)
 """Densities at which a trained method stops in turn on its way to a budget."""
@@ -46,31 +43,30 @@ _ABOVE = 0.8  # density that gate thresholds set out from to the first of them
 _REACH = 6.0  # logits that a trained plan is shifted by at most
 
 
-@dataclass
-class Run:
-    """What every stage of a conversion reads; models are loaded when first asked for. `original` is the dense model
-    that `source` was recovered from, where it was: what trained predictors are to reproduce.
+@dataclass(frozen=True)
+class Run(Conversion):
+    """A conversion whose plans are being made: with the statistics, and the judges of a search. Its models are on the
+    device.
     """
 
-    source: Source
-    texts: Texts
-    recipe: Recipe
-    work: Path
-    device: str
     stats: Stats = field(default_factory=dict)
-    original: Source | None = None
 
-    @cached_property
-    def model(self) -> Any:
+    @classmethod
+    def of(cls, conversion: Conversion, stats: Stats) -> Run:
+        """The conversion with its statistics."""
+        return cls(**{part.name: getattr(conversion, part.name) for part in fields(conversion)}, stats=stats)
+
+    @property
+    def placed(self) -> Any:
         """The dense model on the device."""
-        return load_dense(self.source.folder).to(self.device)
+        return self.model(self.device)
 
-    @cached_property
+    @property
     def teacher(self) -> Any | None:
-        """The original on the device, where there is one."""
-        return None if self.original is None else load_dense(self.original.folder).to(self.device)
+        """The model that trained selectors are to reproduce, on the device; None where it is `placed` itself."""
+        return self.reference_model(self.device)
 
-    @cached_property
+    @property
     def activation(self) -> str:
         """The feed-forward activation by the op's name."""
         return self.source.arch.activation(self.source.config)
@@ -79,7 +75,7 @@ class Run:
     def judge(self) -> Judge:
         """Losses on the search windows, from the dense model."""
         assert self.texts.search is not None
-        return Judge(self.model, self.source.arch, self.activation, self.texts.search, reference_model=self.teacher)
+        return Judge(self.placed, self.source.arch, self.activation, self.texts.search, reference_model=self.teacher)
 
     @cached_property
     def own_judge(self) -> Judge:
@@ -87,46 +83,37 @@ class Run:
         assert self.texts.search is not None
         return (
             self.judge
-            if self.original is None
-            else Judge(self.model, self.source.arch, self.activation, self.texts.search)
-        )
-
-    def header(self, name: str, config: Mapping[str, Any], **parents: str) -> Header:
-        """The header of a method's stage."""
-        own = {"model": self.source.fingerprint, **parents} | (
-            {} if self.original is None else {"original": self.original.fingerprint}
-        )
-        return Header(
-            format="plan",
-            parents=own,
-            config={"method": name, **config},
-            seed=self.recipe.seed,
-            calibration=self.texts.calibration.sha256,
+            if self.recovered_from is None
+            else Judge(self.placed, self.source.arch, self.activation, self.texts.search)
         )
 
 
-def once(
-    source: Source,
-    texts: Texts,
-    recipe: Recipe,
-    configs: Mapping[str, Mapping[str, Any]],
-    work: Path,
-    device: str,
-    original: Source | None = None,
-) -> dict[str, Plan]:
+def _plan_header(conversion: Conversion, name: str, config: Mapping[str, Any], **parents: str) -> Header:
+    """The header of a method's stage."""
+    models = {"model": conversion.source.fingerprint}
+    models |= {} if conversion.recovered_from is None else {"reference": conversion.recovered_from.fingerprint}
+    return Header(
+        format="plan",
+        parents=models | parents,
+        config={"method": name, **config},
+        seed=conversion.recipe.seed,
+        calibration=conversion.texts.calibration.sha256,
+    )
+
+
+def once(conversion: Conversion, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Plan]:
     """One round: the plan of every method in `configs` (validated configurations by part, as `configs.method_configs`
     gives them), from one set of statistics; a method that cannot meet the budget is left out. Stored activations go
     when every plan is made.
 
-    `original` is the dense model that `source` was recovered from, where it was.
-
     Raises InputError when no method can meet the budget.
     """
-    run = Run(source, texts, recipe, work, device, original=original)
-    headers = {name: _header(run, name, config) for name, config in configs.items()}
+    work = conversion.work
+    headers = {name: _header(conversion, name, config) for name, config in configs.items()}
     todo = [name for name in configs if not is_finished(work / "plan" / name, headers[name])]
     if todo:
-        run.stats = _statistics(run, {part: config for name in todo for part, config in configs[name].items()})
+        parts = {part: config for name in todo for part, config in configs[name].items()}
+        run = Run.of(conversion, _statistics(conversion, parts))
         with stage("plan"):
             if len(todo) < len(configs):
                 partly()
@@ -175,22 +162,23 @@ def _completely(run: Run, plan: Plan) -> Plan:
             else entries
         )
     whole = dict(sorted(whole.items(), key=lambda item: (item[0].layer, item[0].kind != "ffn")))
-    return with_shares(run.model, whole, run.source.arch, run.activation, run.texts.calibration)
+    return with_shares(run.placed, whole, run.source.arch, run.activation, run.texts.calibration)
 
 
-def _header(run: Run, name: str, config: Mapping[str, Any]) -> Header:
-    parents = {"training": run.texts.training.sha256} if _is_trained(config) else {}
+def _header(conversion: Conversion, name: str, config: Mapping[str, Any]) -> Header:
+    recipe, texts = conversion.recipe, conversion.texts
+    parents = {"training": texts.training.sha256} if _is_trained(config) else {}
     files = fingerprint(config[IMPORTED]) if IMPORTED in config else None
     parents |= {"predictors": files} if files else {}
     budget = {}
-    if run.recipe.searches:
-        assert run.texts.search is not None
+    if recipe.searches:
+        assert texts.search is not None
         budget, parents = (
-            {"budget": run.recipe.budget.model_dump(mode="json")},
-            parents | {"search": run.texts.search.sha256},
+            {"budget": recipe.budget.model_dump(mode="json")},
+            parents | {"search": texts.search.sha256},
         )
-    return run.header(
-        name, {part: values.model_dump(mode="json") for part, values in config.items()} | budget, **parents
+    return _plan_header(
+        conversion, name, {part: values.model_dump(mode="json") for part, values in config.items()} | budget, **parents
     )
 
 
@@ -200,7 +188,7 @@ def _is_trained(config: Mapping[str, Any]) -> bool:
 
 
 @stage("calibrate")
-def _statistics(run: Run, parts: Mapping[str, Any]) -> Stats:
+def _statistics(conversion: Conversion, parts: Mapping[str, Any]) -> Stats:
     """The statistics of all methods: those of scores that need gradients from the whole model, the others block by
     block.
     """
@@ -208,12 +196,12 @@ def _statistics(run: Run, parts: Mapping[str, Any]) -> Stats:
         stat for part, config in parts.items() for stat in (IMPORTED_NEEDS if part == IMPORTED else needs(part, config))
     }
     oracle = {name for name in names if "grad" in load_score(load_stat(name)[1]).NEEDS}
-    folder, seed = run.work / "stats", run.recipe.seed
-    found = collect(run.source, run.texts.calibration, sorted(names - oracle), folder, seed, run.device)
+    source, calibration, device = conversion.source, conversion.texts.calibration, conversion.device
+    folder, seed = conversion.work / "stats", conversion.recipe.seed
+    found = collect(source, calibration, sorted(names - oracle), folder, seed, device)
     if oracle:
-        labelled = collect_labels(
-            run.model, run.source, run.texts.calibration, sorted(oracle), run.work / "stats_labels", seed
-        )
+        folder = conversion.work / "stats_labels"
+        labelled = collect_labels(conversion.model(device), source, calibration, sorted(oracle), folder, seed)
         every = {**found, **labelled}  # sites; their tensors stay on disk until they are asked for
         return {
             site: ChainMap(*(cast("dict[str, Tensor]", part[site]) for part in (labelled, found) if site in part))
@@ -280,7 +268,7 @@ def _with_residuals(run: Run, plan: Plan) -> Plan:
     """The plan with residuals in closed form."""
     arch, units = run.source.arch, run.source.arch.size(run.source.config, "units")
     return add_residuals(
-        run.model,
+        run.placed,
         arch,
         run.activation,
         plan,
@@ -296,8 +284,8 @@ def _start(part: str, config: Any) -> float | None:
 
 def _trained(run: Run, name: str, part: str, config: Any, plan: Plan, start: float, density: float) -> Plan:
     folder = run.work / "trained" / f"{name}-{density:.3f}"
-    header = run.header(part, config.model_dump(mode="json"), training=run.texts.training.sha256)
-    models = Models(run.model, run.teacher, run.source.arch, run.activation)
+    header = _plan_header(run, part, config.model_dump(mode="json"), training=run.texts.training.sha256)
+    models = Models(run.placed, run.teacher, run.source.arch, run.activation)
     with stage(f"train {name.partition('-')[0]}", apart=True):
         (trained,) = train_plan(
             models,
@@ -404,14 +392,14 @@ def keep_plan(plan: Plan, header: Header, work: Path, name: str = TUNED) -> Plan
     return plan
 
 
-def checkpoint(source: Source, plan: Plan, name: str, work: Path, parent: Path) -> Path:
-    """The checkpoint folder of a plan; `parent` is the plan's folder."""
-    folder = work / "checkpoint" / name
-    plan_header = read_header(parent)
+def checkpoint(conversion: Conversion, plan: Plan, name: str) -> Path:
+    """The checkpoint folder of a method's plan."""
+    folder = conversion.work / "checkpoint" / name
+    plan_header = read_header(conversion.work / "plan" / name)
     assert plan_header is not None
     header = Header(format="checkpoint", parents={"plan": plan_header.fingerprint})
     if not is_finished(folder, header):
         with atomic_folder(folder) as partial:
-            write_checkpoint(source, plan, partial)
+            write_checkpoint(conversion.source, plan, partial)
             write_header(partial, header)
     return folder

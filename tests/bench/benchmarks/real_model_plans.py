@@ -240,8 +240,7 @@ def _trained_each(study: Study, method: str, densities: Sequence[float]) -> dict
             texts,
             Recipe(model=study.source.name, seed=study.sizes.seed),
             folder / str(density),
-            "cpu",
-            stats,
+            stats=stats,
         )
         found[density] = direct_plan(run, method, {method: config})
     return found

@@ -49,7 +49,7 @@ from sparsegate.converter.onnx_export.base_graph import BOUND, build_base, compa
 from sparsegate.converter.pipeline import candidates, graphs
 from sparsegate.converter.pipeline.convert import convert
 from sparsegate.converter.pipeline.inspect import inspect
-from sparsegate.converter.pipeline.recipe import compile_recipe
+from sparsegate.converter.pipeline.recipe import Flags, compile_recipe
 from sparsegate.converter.pipeline.texts import make_texts, texts_hash
 from sparsegate.converter.text import documents
 from sparsegate.converter.text.documents import read_whole
@@ -281,7 +281,7 @@ def test_a_conversation_is_written_out_by_the_chat_template(
         ]
     }
     file.write_text((json.dumps(row) + "\n") * 300)
-    recipe = compile_recipe(str(model), "gate", 0.5, None, None, None, file, None, None, None)
+    recipe = compile_recipe(Flags(str(model), "gate", 0.5, calibration=file))
     source = open_source(model)
     with caplog.at_level(logging.WARNING, logger="sparsegate"):
         texts = make_texts(source, recipe)

@@ -28,8 +28,7 @@ from sparsegate.converter.checkpoint.stage import (
     read_header,
     write_header,
 )
-from sparsegate.converter.pipeline import candidates
-from sparsegate.converter.pipeline import convert as conversion
+from sparsegate.converter.pipeline import candidates, finish
 from sparsegate.converter.pipeline.convert import convert
 from sparsegate.converter.pipeline.tune import tune
 from sparsegate.converter.training import stage as recovery_stage
@@ -115,7 +114,7 @@ def damaged_conversions(
     ]
     recipe = small_recipe(tiny_model("llama"), folder, stages=stages, export={"precision": "int8"})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(conversion, "write_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(finish, "write_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         convert(recipe=recipe, output=folder / "out")
     whole = (folder / "out.work").rename(folder / "whole.work")
     expected = published(convert_again(recipe, folder, whole, None, "", random.Random()))

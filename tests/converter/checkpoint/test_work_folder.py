@@ -21,7 +21,7 @@ from small_recipe import call_cli, small_recipe
 from sparsegate.converter.checkpoint import work_folder
 from sparsegate.converter.checkpoint.stage import HEADER, RECORD, Header, atomic_folder, write_header, write_json
 from sparsegate.converter.checkpoint.work_folder import ENTRIES, claimed, remove
-from sparsegate.converter.pipeline import candidates
+from sparsegate.converter.pipeline import candidates, finish
 from sparsegate.converter.pipeline import convert as conversion
 from sparsegate.converter.pipeline.convert import convert
 from sparsegate.converter.pipeline.tune import tune
@@ -189,7 +189,7 @@ def test_stages_of_a_version_without_records_are_made_again(
     """Nothing tells whether they are whole."""
     recipe, out = small_recipe(tiny_model("llama"), tmp_path), tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(conversion, "write_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(finish, "write_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         convert(recipe=recipe, output=out)
     (tmp_path / "out.work" / RECORD).unlink()
     for path in (tmp_path / "out.work").rglob(HEADER):

@@ -16,6 +16,7 @@ import sparsegate.runtime_onnx as runtime
 from sparsegate.converter.checkpoint.stage import CheckError
 from sparsegate.converter.cli import main
 from sparsegate.converter.pipeline import convert as conversion
+from sparsegate.converter.pipeline import opening
 
 TINY = 16  # of bench: tokens of the prompt and new ones fit the tiny models
 
@@ -54,7 +55,7 @@ def test_dry_run_of_the_bundled_model_needs_no_hub(
         raise AssertionError("the Hub was asked")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(conversion, "remote_inspect", refuse)
+    monkeypatch.setattr(opening, "remote_inspect", refuse)
     done = call("convert", "--dry-run")
     assert done.status == 0 and done.out.startswith("would write sparsegate-small-sparse;")
     with pytest.raises(AssertionError, match="the Hub was asked"):

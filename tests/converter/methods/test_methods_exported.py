@@ -20,6 +20,7 @@ from sparsegate.converter.methods import AUTO, METHODS
 from sparsegate.converter.modeling.gated import apply_plan, load_dense, remove_plan
 from sparsegate.converter.onnx_export.gated_graph import export
 from sparsegate.converter.pipeline.configs import method_configs, training_windows
+from sparsegate.converter.pipeline.conversion import Conversion
 from sparsegate.converter.pipeline.graphs import make_base
 from sparsegate.converter.pipeline.recipe import read_recipe
 from sparsegate.converter.pipeline.schedule import once
@@ -47,8 +48,10 @@ class Stage(NamedTuple):
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     folder = tmp_path_factory.mktemp("exported")
     source = open_source(make_model("llama", folder / "model"))
-    texts = make_texts(source, read_recipe(small_recipe(source.folder, folder)))
-    return Stage(source, make_base(source, texts, folder), load_dense(source.folder), folder)
+    recipe = read_recipe(small_recipe(source.folder, folder))
+    texts = make_texts(source, recipe)
+    conversion = Conversion(source, texts, recipe, folder)
+    return Stage(source, make_base(conversion, source, folder), load_dense(source.folder), folder)
 
 
 def planned(stage: Stage, case: str) -> tuple[Plan, Texts]:
@@ -62,7 +65,7 @@ def planned(stage: Stage, case: str) -> tuple[Plan, Texts]:
     )
     configs = method_configs(recipe)
     texts = make_texts(stage.source, recipe, training_windows(configs))
-    return once(stage.source, texts, recipe, configs, stage.folder / f"work {case}", "cpu")[method], texts
+    return once(Conversion(stage.source, texts, recipe, stage.folder / f"work {case}"), configs)[method], texts
 
 
 def test_every_method_of_auto_is_a_case() -> None:

@@ -24,7 +24,7 @@ from sparsegate.converter.modeling.gated import load, load_dense
 from sparsegate.converter.pipeline import candidates
 from sparsegate.converter.pipeline import verify as verify_module
 from sparsegate.converter.pipeline.convert import convert
-from sparsegate.converter.pipeline.recipe import compile_recipe
+from sparsegate.converter.pipeline.recipe import Flags, compile_recipe
 from sparsegate.converter.pipeline.verify import verify
 from sparsegate.converter.sources.predictor_folder import export_predictors
 from sparsegate.runtime_onnx.errors import InputError
@@ -290,7 +290,7 @@ def test_dry_run_writes_nothing(tiny_model: Callable[[str], Path], tmp_path: Pat
 @pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_sparsity_outside_its_range_is_refused(sparsity: float) -> None:
     with pytest.raises(InputError, match="sparsity must lie strictly between 0 and 1"):
-        compile_recipe(None, None, sparsity, None, None, None, None, None, None, None)
+        compile_recipe(Flags(sparsity=sparsity))
 
 
 def test_a_recipe_excludes_the_flags_that_it_covers(converted: Path) -> None:

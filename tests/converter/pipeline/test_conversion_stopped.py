@@ -16,7 +16,7 @@ from conversions import TUNE, one_method, small_recipe
 
 from sparsegate.converter.checkpoint import writer
 from sparsegate.converter.methods import NEURON_METHODS
-from sparsegate.converter.pipeline import convert as conversion
+from sparsegate.converter.pipeline import finish
 from sparsegate.converter.pipeline import graphs
 from sparsegate.converter.pipeline.convert import convert
 from sparsegate.converter.pipeline.verify import verify
@@ -54,7 +54,7 @@ def test_an_interruption_of_the_last_step_costs_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "write_report", interrupted)
+        patch.setattr(finish, "write_report", interrupted)
         with pytest.raises(KeyboardInterrupt):
             convert(recipe=recipe, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ from sparsegate.converter.methods.gating.predictor import Config as PredictorCon
 from sparsegate.converter.modeling.predictor import residual_rank
 from sparsegate.converter.pipeline.configs import method_configs, training_windows
 from sparsegate.converter.pipeline.estimate import estimate
-from sparsegate.converter.pipeline.recipe import Recipe, compile_recipe, make_recipe
+from sparsegate.converter.pipeline.recipe import Flags, Recipe, compile_recipe, make_recipe
 from sparsegate.converter.sources.predictors import Config as ImportedConfig
 from sparsegate.runtime_onnx.errors import InputError
 
@@ -35,7 +35,7 @@ def recipe(method: str, budget: dict[str, float] | None = None, seed: int = 3, *
 def flags(
     method: str | None = None, sparsity: float | None = None, ppl: float | None = None, kl: float | None = None
 ) -> Recipe:
-    return compile_recipe(None, method, sparsity, ppl, kl, None, None, None, None, None)
+    return compile_recipe(Flags(method=method, sparsity=sparsity, max_ppl_increase=ppl, max_kl=kl))
 
 
 def refused(call: Callable[[], Any]) -> str:

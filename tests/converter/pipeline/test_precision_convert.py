@@ -26,7 +26,7 @@ from sparsegate.converter.pipeline.configs import method_configs
 from sparsegate.converter.pipeline.convert import convert
 from sparsegate.converter.pipeline.estimate import estimate
 from sparsegate.converter.pipeline.graphs import Graphs, room
-from sparsegate.converter.pipeline.recipe import compile_recipe, make_recipe, read_recipe
+from sparsegate.converter.pipeline.recipe import Flags, compile_recipe, make_recipe, read_recipe
 from sparsegate.converter.pipeline.texts import make_heldout
 from sparsegate.converter.pipeline.verify import verify
 from sparsegate.converter.report.card import speed_sentence
@@ -194,12 +194,10 @@ def test_search_gets_what_quantisation_leaves_of_the_budget() -> None:
 
 
 def test_flags_and_recipes(tmp_path: Path) -> None:
-    asked = compile_recipe(None, "gate", None, None, None, None, None, "int8", None, None)
+    asked = compile_recipe(Flags(method="gate", precision="int8"))
     (tmp_path / "r.yaml").write_text(asked.yaml(), encoding="utf-8")
     assert read_recipe(tmp_path / "r.yaml") == asked and asked.export == Export(precision="int8")
-    assert compile_recipe(None, None, None, None, None, None, None, None, "cuda", None).export == Export(
-        precision="fp16", target="cuda"
-    )
+    assert compile_recipe(Flags(target="cuda")).export == Export(precision="fp16", target="cuda")
     values = yaml.safe_load((tmp_path / "r.yaml").read_text())
     with pytest.raises(InputError, match="precision must be fp16, bf16, int8 or int4 for the target cuda"):
         make_recipe(values | {"export": {"precision": "fp32", "target": "cuda"}})
@@ -238,7 +236,7 @@ def test_estimates_know_the_precision(
     costs = {
         p: estimate(source, r, method_configs(r)).expected_cost["predictor"]
         for p in ("fp16", "int8", "int4")
-        if (r := compile_recipe(str(tiny_model("llama")), "predictor", 0.5, None, None, None, None, p, None, None))
+        if (r := compile_recipe(Flags(str(tiny_model("llama")), "predictor", 0.5, precision=p)))
     }
     assert costs["fp16"] == costs["int8"] < costs["int4"], "a predictor in 8 bits beside weights in 4"
 

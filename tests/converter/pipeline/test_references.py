@@ -25,8 +25,9 @@ from sparsegate.converter.onnx_export.precision import Export
 from sparsegate.converter.pipeline import candidates, record, references
 from sparsegate.converter.pipeline import convert as conversion
 from sparsegate.converter.pipeline.candidates import Candidate
+from sparsegate.converter.pipeline.conversion import Conversion
 from sparsegate.converter.pipeline.graphs import Graphs, make_graphs
-from sparsegate.converter.pipeline.recipe import Recipe, read_recipe
+from sparsegate.converter.pipeline.recipe import read_recipe
 from sparsegate.converter.pipeline.references import measure_references, read_bytes
 from sparsegate.converter.pipeline.texts import Texts, make_texts
 
@@ -34,22 +35,36 @@ Make = Callable[[str], Path]
 
 
 class Case(NamedTuple):
-    """What a conversion hands over, and its work folder."""
+    """What a conversion hands over."""
 
-    source: Source
-    texts: Texts
+    conversion: Conversion
     graphs: Graphs
-    recipe: Recipe
-    work: Path
+
+    @property
+    def source(self) -> Source:
+        return self.conversion.source
+
+    @property
+    def texts(self) -> Texts:
+        return self.conversion.texts
+
+    @property
+    def work(self) -> Path:
+        return self.conversion.work
+
+    def but(self, **changes: Any) -> Case:
+        """The same with another part of the conversion."""
+        return self._replace(conversion=replace(self.conversion, **changes))
 
     def measure(self, timed: bool = False) -> list[Any]:
-        return measure_references(self.source, self.texts, self.graphs, self.recipe, self.work, timed)
+        return measure_references(self.conversion, self.graphs, timed)
 
 
 def case_of(precision: str, model: Path, folder: Path) -> Case:
     source, recipe = open_source(model), read_recipe(small_recipe(model, folder, export={"precision": precision}))
     texts, work = make_texts(source, recipe), folder / "work"
-    return Case(source, texts, make_graphs(source, texts, recipe, work), recipe, work)
+    conversion = Conversion(source, texts, recipe, work)
+    return Case(conversion, make_graphs(conversion))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +130,7 @@ def test_speeds_are_ratios_to_the_graph_in_fp32(fp32: Case, tmp_path: Path, monk
         return {"decode": {"ratio": 1.5, "pairs": 7}, "prefill": {"ratio": 0.9}, "quiet": False}
 
     monkeypatch.setattr(references, "bench", bench)
-    int8, int4 = fp32._replace(work=tmp_path).measure(timed=True)
+    int8, int4 = fp32.but(work=tmp_path).measure(timed=True)
     assert timed == [(fp32.graphs.base, "int8"), (fp32.graphs.base, "int4")]
     assert (int8.decode_ratio, int8.prefill_ratio, int8.pairs, int8.disturbed) == (1.5, 0.9, 7, True)
     assert int4.decode_ratio is None and int4.disturbed is False and int4.kl > 0
@@ -125,10 +140,10 @@ def test_nothing_is_measured_where_nothing_can_be_said(
     fp32: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(references, "export_dense", no_export)
-    cuda = fp32.recipe.model_copy(update={"export": Export(precision="fp16", target="cuda")})
-    assert fp32._replace(recipe=cuda, work=tmp_path).measure() == []
+    cuda = fp32.conversion.recipe.model_copy(update={"export": Export(precision="fp16", target="cuda")})
+    assert fp32.but(recipe=cuda, work=tmp_path).measure() == []
     swapped = replace(fp32.source, swaps={Site(0): Swap("drelu", 0.5, 0.5)})
-    assert fp32._replace(source=swapped, work=tmp_path).measure() == []
+    assert fp32.but(source=swapped, work=tmp_path).measure() == []
 
 
 def test_bytes_that_a_token_reads(fp32: Case) -> None:

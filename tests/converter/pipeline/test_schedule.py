@@ -27,6 +27,7 @@ from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.pipeline import candidates, schedule
 from sparsegate.converter.pipeline import texts as texts_module
 from sparsegate.converter.pipeline.configs import method_configs, training_windows
+from sparsegate.converter.pipeline.conversion import Conversion
 from sparsegate.converter.pipeline.convert import convert
 from sparsegate.converter.pipeline.recipe import read_recipe
 from sparsegate.converter.pipeline.schedule import once
@@ -70,7 +71,7 @@ def run(source: Source, folder: Path, work: Path | None = None, **changes: Any) 
     configs = method_configs(recipe)
     with few_searched():
         texts = make_texts(source, recipe, training_windows(configs))
-    return once(source, texts, recipe, configs, work or folder / "work", "cpu"), texts
+    return once(Conversion(source, texts, recipe, work or folder / "work"), configs), texts
 
 
 def same(one: Plan, other: Plan) -> bool:

@@ -23,7 +23,7 @@ from sparsegate.converter.pipeline.configs import method_configs
 from sparsegate.converter.pipeline.convert import convert
 from sparsegate.converter.pipeline.inspect import inspect
 from sparsegate.converter.pipeline.probe import Rates, measure
-from sparsegate.converter.pipeline.recipe import Recipe, compile_recipe, make_recipe, parse_duration
+from sparsegate.converter.pipeline.recipe import Flags, Recipe, compile_recipe, make_recipe, parse_duration
 from sparsegate.converter.pipeline.time_budget import LEAST, Decision, choose, decided, header, keep, stored, within
 from sparsegate.converter.pipeline.timing import Sizes, Timing, Training, statistics, timing, tunes, whole
 from sparsegate.converter.pipeline.verify import verify
@@ -249,7 +249,7 @@ def test_a_decision_is_kept_for_the_same_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi", "phi3", "smollm3"])
 def test_the_probe_finds_positive_rates(tiny_model: Callable[[str], Path], model_type: str) -> None:
     source = open_source(tiny_model(model_type))
-    configs = method_configs(compile_recipe(None, None, None, None, None, None, None, None, None, None))
+    configs = method_configs(compile_recipe(Flags()))
     rates = measure(source.arch, source.config, statistics(configs), tunes(configs), length=64)
     found = [
         *rates.train.values(),

@@ -23,6 +23,7 @@ from sparsegate.converter.pipeline import candidates, fingerprint, graphs
 from sparsegate.converter.pipeline import convert as conversion
 from sparsegate.converter.pipeline import texts as texts_module
 from sparsegate.converter.pipeline.configs import method_configs
+from sparsegate.converter.pipeline.conversion import Conversion, Models
 from sparsegate.converter.pipeline.convert import convert
 from sparsegate.converter.pipeline.recipe import Recipe, read_recipe
 from sparsegate.converter.pipeline.schedule import once
@@ -104,7 +105,10 @@ def test_a_relu_model_is_tuned_as_it_is(tmp_path: Path) -> None:
 def test_integers_of_the_dense_graph_are_the_dense_source_s(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, source = open_source(tiny_model("llama")), open_source(swapped(tiny_model("llama"), tmp_path / "swapped"))
+    dense_source, source = (
+        open_source(tiny_model("llama")),
+        open_source(swapped(tiny_model("llama"), tmp_path / "swapped")),
+    )
     measured: list[Path] = []
     loss = ExecutorQuality(tokens=1, nll_torch=1.0, nll=1.25, kl=0.5, agreement=1.0)
     monkeypatch.setattr(graphs, "build_base", lambda folder, out: (out / "of").write_text(str(folder)))
@@ -113,20 +117,20 @@ def test_integers_of_the_dense_graph_are_the_dense_source_s(
     monkeypatch.setattr(
         graphs, "export_dense", lambda base, out, *_: (out / "of").write_text((base / "of").read_text())
     )
-    monkeypatch.setattr(graphs, "load_stock", lambda folder: folder)
+    monkeypatch.setattr(Models, "stock", lambda _, source: source.folder)
     monkeypatch.setattr(graphs, "measure_shipped", lambda onnx, model, *_, **__: measured.append(model) or loss)
     recipe = read_recipe(
         small_recipe(source.folder, tmp_path, stages=[LAST], export={"precision": "int8", "target": "cpu"})
     )
     texts = make_texts(source, recipe)
-    found = graphs.make_graphs(source, texts, recipe, tmp_path / "recovered", original)
+    found = graphs.make_graphs(Conversion(source, texts, recipe, tmp_path / "recovered", recovered_from=dense_source))
     assert [(folder / "of").read_text() for folder in (found.base, found.dense)] == [
         str(source.folder),
-        str(original.folder),
+        str(dense_source.folder),
     ]
-    assert found.loss == loss and measured == [original.folder]
-    alone = graphs.make_graphs(source, texts, recipe, tmp_path / "alone")
-    assert alone.loss is None and measured == [original.folder], (
+    assert found.loss == loss and measured == [dense_source.folder]
+    alone = graphs.make_graphs(Conversion(source, texts, recipe, tmp_path / "alone"))
+    assert alone.loss is None and measured == [dense_source.folder], (
         "no dense model is known, and that graph computes with the base's activation"
     )
 
@@ -144,10 +148,13 @@ def test_the_dense_row_of_integers_is_the_dense_source(tiny_model: Callable[[str
 
 
 def test_a_budget_is_the_dense_source_s(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    original, source = open_source(tiny_model("llama")), open_source(swapped(tiny_model("llama"), tmp_path / "swapped"))
+    dense_source, source = (
+        open_source(tiny_model("llama")),
+        open_source(swapped(tiny_model("llama"), tmp_path / "swapped")),
+    )
     plan: Plan = {Site(1): [Threshold("gate", uniform_tau(0.2, 176), 0.5)]}
     batches = make_batches(source.tokenizer(), TEXT, 4, 48, 0)
-    dense, model = load_dense(original.folder), load_dense(source.folder)
+    dense, model = load_dense(dense_source.folder), load_dense(source.folder)
     against, own = (
         Judge(model, source.arch, "silu", batches, reference_model=each).loss(plan) for each in (dense, None)
     )
@@ -155,10 +162,10 @@ def test_a_budget_is_the_dense_source_s(tiny_model: Callable[[str], Path], tmp_p
     assert none.kl > 0.01, "the swap alone costs something"
     assert against.kl > own.kl + 0.01 and against.nll != own.nll
     recipe = read_recipe(small_recipe(source.folder, tmp_path, stages=[LAST], budget={"max_kl": none.kl / 4}))
-    texts = make_texts(source, recipe)
+    texts, configs = make_texts(source, recipe), method_configs(recipe, True)
     with pytest.raises(InputError, match="none of exact within it"):
-        once(source, texts, recipe, method_configs(recipe, True), tmp_path / "work", "cpu", original)
-    assert list(once(source, texts, recipe, method_configs(recipe, True), tmp_path / "alone", "cpu")) == ["exact"]
+        once(Conversion(source, texts, recipe, tmp_path / "work", recovered_from=dense_source), configs)
+    assert list(once(Conversion(source, texts, recipe, tmp_path / "alone"), configs)) == ["exact"]
 
 
 @pytest.mark.parametrize("changes", [pytest.param({"budget": {"max_kl": 0.2}}, marks=pytest.mark.slow), {}])
@@ -171,9 +178,8 @@ def test_inputs_are_skipped_beside_swapped_networks(
     recipe = read_recipe(
         small_recipe(source.folder, tmp_path, stages=[{"method": "teal", "config": config}], **changes)
     )
-    plan = once(source, make_texts(source, recipe), recipe, method_configs(recipe, True), tmp_path / "work", "cpu")[
-        "teal"
-    ]
+    conversion_of = Conversion(source, make_texts(source, recipe), recipe, tmp_path / "work")
+    plan = once(conversion_of, method_configs(recipe, True))["teal"]
     assert [site.kind for site in plan] == 2 * ["ffn", *(f"linear:{x}_proj" for x in "qkvo")]
     assert all(isinstance(plan[Site(layer)][0], Swap) and plan[Site(layer)][0].density < 0.9 for layer in range(2))
     assert load_plan(tmp_path / "work" / "plan" / "teal").keys() == plan.keys()
