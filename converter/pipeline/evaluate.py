@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +19,14 @@ from ...runtime_onnx.session import Decoder
 from ..bundled import BUNDLED, BUNDLED_MODEL, HELDOUT_TEXT
 from ..checkpoint.cost import predictor_cost
 from ..checkpoint.manifest import MANIFEST, Manifest, check_links, installed_versions, read_manifest
+from ..checkpoint.plan import Plan
 from ..checkpoint.source import Source, open_source
 from ..checkpoint.stage import hash_file
-from ..evaluation.answers import NEW_TOKENS, Questions, compare_answers, import_sacrebleu, make_prompts
+from ..evaluation.answers import NEW_TOKENS, Counts, Questions, compare_answers, import_sacrebleu, make_prompts
 from ..evaluation.checks import ExecutorQuality, Quality, read_plan
-from ..evaluation.harness import find_tasks, run_tasks
+from ..evaluation.harness import Tasks, find_tasks, run_tasks
 from ..evaluation.quality import ERROR, MOST_TOKENS, measure_executor, measure_quality
-from ..evaluation.records import EVALUATION, Evaluation, Measured, Text, record_files, this_machine
+from ..evaluation.records import EVALUATION, Answers, Evaluation, Measured, Text, record_files, this_machine
 from ..modeling.gated import load, load_dense
 from ..progress import job, stage
 from ..sources.hub import download, home_folder, is_hub_id, local_folder
@@ -34,6 +36,51 @@ from .recipe import Recipe, make_recipe, training_stages
 from .texts import EARLIER_WINDOWS, HELDOUT_SHARE, HELDOUT_WINDOWS, write_out
 
 log = logging.getLogger("sparsegate")
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a person wants measured: the parameters of `evaluate`."""
+
+    model: str | Path
+    text: Path | None
+    windows: int | None
+    prompts: Path | None
+    max_new_tokens: int
+    tasks: str | None
+    limit: int | None
+    command: str
+    source: str | Path | None
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What is measured: the checkpoint with its plan and model, the windows and the name of their text, the questions,
+    the dense model to compare with (None: the checkpoint ungated), and what tasks and scores are computed by.
+    """
+
+    folder: Path
+    checkpoint: Source
+    manifest: Manifest
+    plan: Plan
+    model: Any
+    tokenizer: Any
+    batches: Batches
+    text_name: str
+    questions: Questions
+    reference_model: Any | None
+    bleu: Any
+    tasks: Tasks | None
+
+    @property
+    def onnx(self) -> Path:
+        """The ONNX folder."""
+        return self.folder / "onnx"
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the checkpoint was made by."""
+        return make_recipe(self.manifest.recipe, f"{MANIFEST}'s recipe")
 
 
 @job()
@@ -48,7 +95,8 @@ def evaluate(
     command: str = "sparsegate eval",
     source: str | Path | None = None,
 ) -> Evaluation:
-    """Measure a sparse checkpoint, folder or Hub id, and store the result in the folder (not for a Hub id).
+    """Measure a sparse checkpoint, folder or Hub id, and store the result in the folder (not for a Hub id). The
+    parameters are the flags of the command line.
 
     Args:
         model: Sparse checkpoint.
@@ -67,49 +115,98 @@ def evaluate(
 
     Raises InputError for every user's mistake, before anything is measured where that can be known.
     """
-    for name, number, least in (("windows", windows, 1), ("max_new_tokens", max_new_tokens, 1), ("limit", limit, 1)):
-        if number is not None and number < least:
-            raise InputError(f"{name} must be at least {least}, got {number}. Choose a larger number.")
+    text, prompts = (None if name is None else Path(name) for name in (text, prompts))
+    order = _Order(model, text, windows, prompts, max_new_tokens, lm_eval, limit, command, source)
     with stage("open"):
-        folder = local_folder(model)
-        if not folder.is_dir():
-            raise InputError(
-                f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the "
-                "spelling."
-            )
-        manifest = read_manifest(folder)
-        if not is_hub_id(str(model)):
-            check_links(folder)
-        bleu = import_sacrebleu()
-        tasks = None if lm_eval is None else find_tasks(lm_eval)
-        plan, opened = read_plan(folder), open_source(folder, sparse=True)
-        tokenizer, arch, config = opened.tokenizer(), opened.arch, opened.config
-        batches, name = _batches(tokenizer, config, manifest, None if text is None else Path(text), windows)
-        error = ERROR if windows is None and text is not None else 0.0
-        rows = make_prompts(tokenizer, config, batches, None if prompts is None else Path(prompts), max_new_tokens)
-        original = None if source is None else _dense(source, config)
-        sparse = load(folder)
+        opened = _opened(order)
+    sparse, batches, reference = opened.model, opened.batches, opened.reference_model
     with stage("quality"):
-        quality = measure_quality(
-            sparse, plan, batches, reference_model=original, error=error, most=MOST_TOKENS if error else batches.count
+        quality = _quality(order, opened)
+    with stage("answers"):
+        answers, counts = _answers(opened)
+    with stage("executors"):
+        executors = _executors(opened.onnx, sparse, batches, reference)
+    tasks = {}
+    if opened.tasks is not None:
+        with stage("tasks"):
+            tasks = run_tasks(opened.onnx, sparse, opened.tasks, limit, reference)
+    measured = _evaluation(order, opened, quality, [_torch(quality), *executors], answers, counts, tasks)
+    if not is_hub_id(str(model)):
+        measured.save(opened.folder / EVALUATION)
+        record_files(opened.folder, EVALUATION)
+    return measured
+
+
+def _opened(order: _Order) -> _Opened:
+    counts = (("windows", order.windows), ("max_new_tokens", order.max_new_tokens), ("limit", order.limit))
+    for name, number in counts:
+        if number is not None and number < 1:
+            raise InputError(f"{name} must be at least 1, got {number}. Choose a larger number.")
+    folder = local_folder(order.model)
+    if not folder.is_dir():
+        raise InputError(
+            f"DIR must be a sparse checkpoint or a Hub id, got {str(order.model)!r}, which is neither. Check the "
+            "spelling."
         )
+    manifest = read_manifest(folder)
+    if not is_hub_id(str(order.model)):
+        check_links(folder)
+    bleu = import_sacrebleu()
+    tasks = None if order.tasks is None else find_tasks(order.tasks)
+    plan, checkpoint = read_plan(folder), open_source(folder, sparse=True)
+    tokenizer, config = checkpoint.tokenizer(), checkpoint.config
+    batches, text_name = _batches(tokenizer, config, manifest, order.text, order.windows)
+    prompts = make_prompts(tokenizer, config, batches, order.prompts, order.max_new_tokens)
+    reference_model = None if order.source is None else _dense(order.source, config)
+    return _Opened(
+        folder=folder,
+        checkpoint=checkpoint,
+        manifest=manifest,
+        plan=plan,
+        model=load(folder),
+        tokenizer=tokenizer,
+        batches=batches,
+        text_name=text_name,
+        questions=Questions(text_name if order.prompts is None else order.prompts.name, prompts, order.max_new_tokens),
+        reference_model=reference_model,
+        bleu=bleu,
+        tasks=tasks,
+    )
+
+
+def _quality(order: _Order, opened: _Opened) -> Quality:
+    error = ERROR if order.windows is None and order.text is not None else 0.0
+    quality = measure_quality(
+        opened.model,
+        opened.plan,
+        opened.batches,
+        reference_model=opened.reference_model,
+        error=error,
+        most=MOST_TOKENS if error else opened.batches.count,
+    )
     if not all(map(math.isfinite, (quality.nll_dense, quality.nll, quality.kl))):
         raise InputError(
-            f"The loss of {folder.name} must be a number, got NLL {quality.nll} and KL {quality.kl}. Run sparsegate "
-            "verify on it."
+            f"The loss of {opened.folder.name} must be a number, got NLL {quality.nll} and KL {quality.kl}. "
+            "Run sparsegate verify on it."
         )
-    shown = name if prompts is None else Path(prompts).name
-    with stage("answers"):
-        answers, sparsity = compare_answers(
-            sparse, plan, arch, Questions(shown, rows, max_new_tokens), tokenizer, bleu, original
-        )
-    with stage("executors"):
-        executors = _executors(folder / "onnx", sparse, batches, original)
-    results = {}
-    if tasks is not None:
-        with stage("tasks"):
-            results = run_tasks(folder / "onnx", sparse, tasks, limit, original)
-    measured = Measured(
+    return quality
+
+
+def _answers(opened: _Opened) -> tuple[Answers, Counts]:
+    return compare_answers(
+        opened.model,
+        opened.plan,
+        opened.checkpoint.arch,
+        opened.questions,
+        opened.tokenizer,
+        opened.bleu,
+        opened.reference_model,
+    )
+
+
+def _torch(quality: Quality) -> Measured:
+    """The row of the gated torch model."""
+    return Measured(
         executor="torch",
         tokens=quality.tokens,
         nll=quality.nll,
@@ -119,31 +216,39 @@ def evaluate(
         kl=quality.kl,
         agreement=quality.agreement,
     )
+
+
+def _evaluation(
+    order: _Order,
+    opened: _Opened,
+    quality: Quality,
+    executors: list[Measured],
+    answers: Answers,
+    counts: Counts,
+    tasks: dict[str, dict[str, dict[str, float]]],
+) -> Evaluation:
+    checkpoint = opened.checkpoint
     assert quality.block_cost is not None
-    found = Evaluation(
-        model=str(manifest.recipe.get("model", folder.name)),
+    return Evaluation(
+        model=str(opened.manifest.recipe.get("model", opened.folder.name)),
         date=datetime.now(UTC).date().isoformat(),
-        command=command,
+        command=order.command,
         machine=this_machine(),
         versions=installed_versions(),
-        text=Text(tokens=quality.tokens, hash=batches.sha256, name=name),
+        text=Text(tokens=quality.tokens, hash=opened.batches.sha256, name=opened.text_name),
         nll_dense=quality.nll_dense,
-        against=_against(opened, make_recipe(manifest.recipe, f"{MANIFEST}'s recipe"), source),
-        executors=[measured, *executors],
+        against=_against(checkpoint, opened.recipe, order.source),
+        executors=executors,
         density=quality.density,
         cost=quality.cost,
         block_cost=quality.block_cost,
-        predictor_cost=predictor_cost(plan, arch, config),
+        predictor_cost=predictor_cost(opened.plan, checkpoint.arch, checkpoint.config),
         site_density=quality.site_density,
         site_cost=quality.site_cost,
-        sparsity=sparsity.summary(1 - quality.density, sum(p.numel() for p in sparse.parameters())),
+        sparsity=counts.summary(1 - quality.density, sum(p.numel() for p in opened.model.parameters())),
         answers=answers,
-        tasks=results,
+        tasks=tasks,
     )
-    if not is_hub_id(str(model)):
-        found.save(folder / EVALUATION)
-        record_files(folder, EVALUATION)
-    return found
 
 
 def _dense(source: str | Path, config: Any) -> Any:
@@ -192,21 +297,21 @@ def _batches(
     ), name
 
 
-def _executors(onnx: Path, model: Any, batches: Batches, original: Any | None) -> list[Measured]:
+def _executors(onnx: Path, model: Any, batches: Batches, reference_model: Any | None) -> list[Measured]:
     """The ONNX folder's body and kernel, as far as they are there."""
     if not onnx.is_dir():
         return [Measured(executor="ONNX", note="not run: the checkpoint has no onnx folder")]
-    chosen, found = executor(onnx), []
+    chosen, rows = executor(onnx), []
     for name, library in (("ONNX body", False), ("ONNX kernel", True)):
         if library and not chosen.kernel:
-            found.append(Measured(executor=name, note=f"not run: {chosen.reason}"))
+            rows.append(Measured(executor=name, note=f"not run: {chosen.reason}"))
             continue
-        quality = measure_executor(Decoder(onnx, library=library), model, batches, reference_model=original)
+        quality = measure_executor(Decoder(onnx, library=library), model, batches, reference_model=reference_model)
         measured: dict[str, Any] = quality.model_dump(include=set(Measured.model_fields)) | {
             "nll_error": _error(quality)
         }
-        found.append(Measured(executor=name, **measured))
-    return found
+        rows.append(Measured(executor=name, **measured))
+    return rows
 
 
 def _error(quality: Quality | ExecutorQuality) -> float | None:

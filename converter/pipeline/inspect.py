@@ -21,7 +21,7 @@ from ..sources.powerinfer import is_powerinfer, powerinfer_headers, read_powerin
 from ..sources.published import is_published, normal_config
 from .configs import method_configs
 from .estimate import Estimate, estimate_shapes
-from .recipe import compile_recipe
+from .recipe import Flags, compile_recipe
 from .time_budget import decide, decided
 
 
@@ -79,7 +79,7 @@ def _found(name: str, raw: dict[str, Any], tensors: Stored, size: int, download:
     config = backed_config(arch, read, tensors)
     shapes = {key: shape for key, (shape, _) in tensors.items()}
     check_graph(arch, config)
-    recipe = compile_recipe(name, None, None, None, None, None, None, None, None, None)
+    recipe = compile_recipe(Flags(name))
     swapped = {fields["activation"] for fields in read.get("sparsity", {}).get("sites", {}).values()}
     decision = decide(arch, config, shapes, size, recipe, method_configs(recipe, bool(swapped)))
     recipe = decided(recipe, decision)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ...runtime_onnx.errors import InputError
 from ..checkpoint.listing import unlisted
 from ..checkpoint.manifest import MANIFEST, Manifest, check_files, read_manifest
-from ..checkpoint.plan import deciding, score_of
-from ..checkpoint.source import open_source
+from ..checkpoint.plan import Plan, deciding, score_of
+from ..checkpoint.source import Source, open_source
 from ..checkpoint.stage import hash_file
 from ..evaluation.agreement import check_onnx, measure_shipped
 from ..evaluation.checks import (
     Check,
+    ExecutorQuality,
+    Quality,
     Verification,
     check_budget,
     check_record,
@@ -28,14 +34,42 @@ from ..modeling.gated import load_dense
 from ..progress import job, stage
 from ..sources.hub import home_folder, local_folder
 from ..sources.named import resolve
-from .convert import log
-from .recipe import make_recipe, training_stages
+from ..text.windows import Batches
+from .recipe import Recipe, make_recipe, training_stages
 from .texts import EARLIER_WINDOWS, make_heldout
+
+log = logging.getLogger("sparsegate")
 
 
 def _counted(name: str, wrong: list[str], right: str) -> Check:
     """The check that nothing is wrong; `right` is said then."""
     return Check(name=name, value=len(wrong), bound=0, passed=not wrong, note="; ".join(wrong[:3]) or right)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What is verified: folder, manifest, plan, model, held-out windows, and the dense model that it was made from,
+    where that is given. `own_text` where the windows are of the text that its quality is recorded on.
+    """
+
+    folder: Path
+    manifest: Manifest
+    recipe: Recipe
+    plan: Plan
+    model: Any
+    heldout: Batches
+    source: Source | None
+    own_text: bool
+
+    @property
+    def recovered(self) -> bool:
+        """Whether the weights were trained."""
+        return bool(training_stages(self.recipe))
+
+    @cached_property
+    def reference_model(self) -> Any | None:
+        """The dense model to compare with, where it is not the checkpoint's own ungated one."""
+        return load_dense(self.source.folder) if self.recovered and self.source is not None else None
 
 
 @job()
@@ -47,81 +81,89 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
     that comes with sparsegate. Speed is never judged. Raises InputError when the folder is no sparse checkpoint.
     """
     with stage("open"):
-        folder = local_folder(model)
-        if not folder.is_dir():
-            raise InputError(
-                f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the "
-                "spelling."
-            )
-        manifest = read_manifest(folder)
-        original = None if source is None else resolve(str(source), home_folder("dense", str(source)))
-        plan = read_plan(folder)
-        exact = all(score_of(deciding(entries)) == "exact" for entries in plan.values())
-        checks = [
-            _counted(
-                "files",
-                check_files(folder, manifest) + unlisted(folder, manifest),
-                f"{len(manifest.files)} files as written",
-            ),
-            _counted("manifest", contradictions(manifest, exact), "judged by its own recipe"),
-        ]
-        sparse = load_folder(folder)
-        opened = open_source(folder, sparse=True)
-        recipe = make_recipe(manifest.recipe, f"{MANIFEST}'s recipe")
-        wanted = manifest.calibration.get("file")
-        if calibration is not None and (not Path(calibration).is_file() or hash_file(Path(calibration)) != wanted):
-            raise InputError(
-                f"--calibration must be the text that the checkpoint was made with, got {calibration}. Give that file, "
-                "or none."
-            )
-        if calibration is None and wanted is not None:
-            log.warning(
-                "Quality is measured on the text that comes with sparsegate; give the checkpoint's own with "
-                "--calibration FILE."
-            )
-        text = None if calibration is None else str(calibration)
-        recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": text})})
-        heldout = make_heldout(opened, recipe, int(manifest.measured.get("windows", EARLIER_WINDOWS[recipe.searches])))
-        recovered, dense = bool(training_stages(recipe)), None
-        if recovered and original is not None:
-            dense = load_dense(original.folder)
+        opened = _opened(model, source, calibration)
+        checks, reference = _written(opened), opened.reference_model
+    folder, sparse, plan, heldout = opened.folder / "onnx", opened.model, opened.plan, opened.heldout
+    asked = opened.recipe.export
     with stage("quality"):
-        quality = measure_quality(sparse, plan, heldout, reference_model=dense, error=0.0, most=heldout.count)
-    if original is not None:
-        checks.append(check_source(sparse, original.folder, heldout, trained=recovered))
-    asked = recipe.export
+        quality = measure_quality(sparse, plan, heldout, reference_model=reference, error=0.0, most=heldout.count)
+    if opened.source is not None:
+        checks.append(check_source(sparse, opened.source.folder, heldout, trained=opened.recovered))
     with stage("agreement"):
-        shipped = measure_shipped(folder / "onnx", sparse, heldout, asked, reference_model=dense, known=quality)
-        checks += [*check_onnx(folder / "onnx", sparse, plan, heldout, asked), check_text(folder / "onnx")]
-    if recovered and dense is None:
-        log.warning(
-            "The weights were trained: NLL is measured, and what compares with the dense model is the record's. Give "
-            "that model with --source MODEL."
-        )
-        recorded = {
-            name: manifest.measured.get(name, math.nan)
-            for name in ("nll_dense", "kl", "agreement", "onnx_kl", "onnx_agreement")
-        }
-        quality = quality.model_copy(update={name: recorded[name] for name in ("nll_dense", "kl", "agreement")})
-        shipped = (
-            None
-            if shipped is None
-            else shipped.model_copy(update={name: recorded[f"onnx_{name}"] for name in ("kl", "agreement")})
-        )
-    if calibration is not None or wanted is None:
-        checks += check_budget(quality, manifest.budget) + check_record(quality, manifest.measured, shipped)
-        checks += [] if shipped is None else shipped_checks(shipped, quality, manifest.budget, asked.precision)
-    else:
-        checks.append(
-            Check(
-                name="budget",
-                value=0,
-                bound=0,
-                passed=True,
-                note="not judged: it holds on the checkpoint's own text (--calibration FILE)",
-            )
-        )
+        shipped = measure_shipped(folder, sparse, heldout, asked, reference_model=reference, known=quality)
+        checks += [*check_onnx(folder, sparse, plan, heldout, asked), check_text(folder)]
+    if opened.recovered and reference is None:
+        quality, shipped = _as_recorded(opened.manifest, quality, shipped)
+    checks += _within_budget(opened, quality, shipped)
     return Verification(quality=quality, checks=checks, shipped=shipped)
+
+
+def _opened(model: str | Path, source: str | Path | None, calibration: str | Path | None) -> _Opened:
+    folder = local_folder(model)
+    if not folder.is_dir():
+        raise InputError(
+            f"DIR must be a sparse checkpoint or a Hub id, got {str(model)!r}, which is neither. Check the spelling."
+        )
+    manifest = read_manifest(folder)
+    dense_source = None if source is None else resolve(str(source), home_folder("dense", str(source)))
+    plan, sparse = read_plan(folder), load_folder(folder)
+    recipe = make_recipe(manifest.recipe, f"{MANIFEST}'s recipe")
+    wanted = manifest.calibration.get("file")
+    if calibration is not None and (not Path(calibration).is_file() or hash_file(Path(calibration)) != wanted):
+        raise InputError(
+            f"--calibration must be the text that the checkpoint was made with, got {calibration}. Give that file, "
+            "or none."
+        )
+    if calibration is None and wanted is not None:
+        log.warning(
+            "Quality is measured on the text that comes with sparsegate; give the checkpoint's own with "
+            "--calibration FILE."
+        )
+    text = None if calibration is None else str(calibration)
+    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": text})})
+    windows = int(manifest.measured.get("windows", EARLIER_WINDOWS[recipe.searches]))
+    heldout = make_heldout(open_source(folder, sparse=True), recipe, windows)
+    own_text = calibration is not None or wanted is None
+    return _Opened(folder, manifest, recipe, plan, sparse, heldout, dense_source, own_text)
+
+
+def _written(opened: _Opened) -> list[Check]:
+    """Whether the files are as they were written, and the manifest is one of its own recipe."""
+    folder, manifest = opened.folder, opened.manifest
+    exact = all(score_of(deciding(entries)) == "exact" for entries in opened.plan.values())
+    wrong = check_files(folder, manifest) + unlisted(folder, manifest)
+    return [
+        _counted("files", wrong, f"{len(manifest.files)} files as written"),
+        _counted("manifest", contradictions(manifest, exact), "judged by its own recipe"),
+    ]
+
+
+def _as_recorded(
+    manifest: Manifest, quality: Quality, shipped: ExecutorQuality | None
+) -> tuple[Quality, ExecutorQuality | None]:
+    """What compares with a dense model that is not there, as the manifest has it."""
+    log.warning(
+        "The weights were trained: NLL is measured, and what compares with the dense model is the record's. Give "
+        "that model with --source MODEL."
+    )
+    names = ("nll_dense", "kl", "agreement")
+    quality = quality.model_copy(update={name: manifest.measured.get(name, math.nan) for name in names})
+    if shipped is not None:
+        recorded = {name: manifest.measured.get(f"onnx_{name}", math.nan) for name in names[1:]}
+        shipped = shipped.model_copy(update=recorded)
+    return quality, shipped
+
+
+def _within_budget(opened: _Opened, quality: Quality, shipped: ExecutorQuality | None) -> list[Check]:
+    """Quality against budget and record, on the text that they hold on."""
+    if not opened.own_text:
+        note = "not judged: it holds on the checkpoint's own text (--calibration FILE)"
+        return [Check(name="budget", value=0, bound=0, passed=True, note=note)]
+    manifest = opened.manifest
+    checks = check_budget(quality, manifest.budget) + check_record(quality, manifest.measured, shipped)
+    if shipped is not None:
+        checks += shipped_checks(shipped, quality, manifest.budget, opened.recipe.export.precision)
+    return checks
 
 
 _ALWAYS = ("nll_dense", "nll", "kl", "agreement", "density", "cost")
