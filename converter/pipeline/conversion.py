@@ -13,7 +13,7 @@ from .recipe import Recipe
 from .texts import Texts
 
 
-class Models:
+class Loaded:
     """Dense models in memory: each is read once until `release`, whoever asks for it."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Conversion:
     work: Path
     device: str = "cpu"
     recovered_from: Source | None = None
-    models: Models = field(default_factory=Models, repr=False, compare=False)
+    models: Loaded = field(default_factory=Loaded, repr=False, compare=False)
 
     @property
     def reference(self) -> Source:

@@ -16,8 +16,7 @@ from conversions import TUNE, one_method, small_recipe
 
 from sparsegate.converter.checkpoint import writer
 from sparsegate.converter.methods import NEURON_METHODS
-from sparsegate.converter.pipeline import finish
-from sparsegate.converter.pipeline import graphs
+from sparsegate.converter.pipeline import finish, graphs
 from sparsegate.converter.pipeline.convert import convert
 from sparsegate.converter.pipeline.verify import verify
 from sparsegate.runtime_onnx.errors import InputError

@@ -23,7 +23,7 @@ from sparsegate.converter.pipeline import candidates, fingerprint, graphs
 from sparsegate.converter.pipeline import convert as conversion
 from sparsegate.converter.pipeline import texts as texts_module
 from sparsegate.converter.pipeline.configs import method_configs
-from sparsegate.converter.pipeline.conversion import Conversion, Models
+from sparsegate.converter.pipeline.conversion import Conversion, Loaded
 from sparsegate.converter.pipeline.convert import convert
 from sparsegate.converter.pipeline.recipe import Recipe, read_recipe
 from sparsegate.converter.pipeline.schedule import once
@@ -117,7 +117,7 @@ def test_integers_of_the_dense_graph_are_the_dense_source_s(
     monkeypatch.setattr(
         graphs, "export_dense", lambda base, out, *_: (out / "of").write_text((base / "of").read_text())
     )
-    monkeypatch.setattr(Models, "stock", lambda _, source: source.folder)
+    monkeypatch.setattr(Loaded, "stock", lambda _, source: source.folder)
     monkeypatch.setattr(graphs, "measure_shipped", lambda onnx, model, *_, **__: measured.append(model) or loss)
     recipe = read_recipe(
         small_recipe(source.folder, tmp_path, stages=[LAST], export={"precision": "int8", "target": "cpu"})
