@@ -164,7 +164,7 @@ def greedy(
     record the prompt's pass and the later ones, of rows that have not ended.
     """
     ends = end_tokens(model)
-    found: list[list[int]] = [[] for _ in prompts]
+    continuations: list[list[int]] = [[] for _ in prompts]
     active, tokens, cache = list(range(len(prompts))), prompts.to(model.device), None
     for step in range(new):
         record = prompt if step == 0 else answers
@@ -180,13 +180,13 @@ def greedy(
         cache, following = out.past_key_values, out.logits[:, -1].argmax(-1)
         going = [k for k, token in enumerate(following.tolist()) if token not in ends]
         for k in going:
-            found[active[k]].append(int(following[k]))
+            continuations[active[k]].append(int(following[k]))
         if not going:
             break
         if len(going) < len(active):
             cache.batch_select_indices(torch.tensor(going, device=following.device))
         active, tokens = [active[k] for k in going], following[going][:, None]
-    return found
+    return continuations
 
 
 def _add(total: Recorder, seen: Recorder) -> None:

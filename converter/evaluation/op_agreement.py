@@ -179,8 +179,8 @@ def _judge_kernel(tally: Tally, op: StoredOp, seen: Seen) -> None:
 
 def _torch_output(model: Any, op: StoredOp, x: NDArray) -> NDArray[np.float32]:
     """What the gated torch modules at an op's place answer to x [T, d_in]: [T, d_out]."""
-    given = torch.from_numpy(x.astype(np.float32))[None]
-    parts = [model.get_submodule(module)(given)[0][:, columns or slice(None)] for module, columns in op.places]
+    rows = torch.from_numpy(x.astype(np.float32))[None]
+    parts = [model.get_submodule(module)(rows)[0][:, columns or slice(None)] for module, columns in op.places]
     return torch.cat(parts, dim=-1).numpy()
 
 
@@ -198,15 +198,15 @@ def judge_rest(name: str, model: Any, watched: Watched, ops: Sequence[StoredOp])
     No threshold decides anything here, so the bound is that of a dense graph.
     """
     lines, length = watched.tokens.shape
-    given: dict[str, list[tuple[slice | None, Tensor]]] = {}
+    outputs: dict[str, list[tuple[slice | None, Tensor]]] = {}
     for op in ops:
         y = torch.from_numpy(watched.seen[op.node].y.astype(np.float32)).view(lines, length, -1)
         start = 0
         for module, columns in op.places:
             width = y.shape[-1] if columns is None else columns.stop - columns.start
-            given.setdefault(module, []).append((columns, y[..., start : start + width]))
+            outputs.setdefault(module, []).append((columns, y[..., start : start + width]))
             start += width
-    with tapped_outputs({model.get_submodule(name): partial(_with_columns, parts) for name, parts in given.items()}):
+    with tapped_outputs({model.get_submodule(name): partial(_with_columns, parts) for name, parts in outputs.items()}):
         expected = model(input_ids=watched.tokens).logits.float().numpy()
     difference = float(np.abs(watched.logits - expected).max())
     bound = LOGIT_BOUND * max(float(np.sqrt(np.square(expected, dtype=np.float64).mean())), 1.0)

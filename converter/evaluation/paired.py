@@ -74,10 +74,10 @@ def compare(name: str, decoder: Decoder, model: Any, batches: Batches, noise: No
     `model` is gated and holds the file's weights; `noise` is of the executor's kind.
     """
     tokens = batches.tokens[batches.mask.all(1)][:WINDOWS, :LENGTH]
-    noisy, own = _sums(decoder, model, tokens, noise)
-    count = own[:, 0]
+    noisy, executed = _sums(decoder, model, tokens, noise)
+    count = executed[:, 0]
     torch_nll, noisy_nll, nll, noise_kl, kl = (
-        sums / count for sums in (own[:, 1], noisy[:, 2], own[:, 2], noisy[:, 3], own[:, 3])
+        sums / count for sums in (executed[:, 1], noisy[:, 2], executed[:, 2], noisy[:, 3], executed[:, 3])
     )
     noise_error, error = standard_error(noisy_nll - torch_nll), standard_error(nll - torch_nll)
     off, moved = abs(float((nll - torch_nll).mean())), abs(float((noisy_nll - torch_nll).mean()))

@@ -78,11 +78,11 @@ class Halves:
         """What enters the head, [T - 1, d] of every window [T]; windows of equal length go through the decoder
         together.
         """
-        found: dict[int, Tensor] = {}
+        hidden: dict[int, Tensor] = {}
         for length in sorted({len(window) for window in windows}):
             numbers = [k for k, window in enumerate(windows) if len(window) == length]
-            found |= zip(numbers, self._decode(torch.stack([windows[k] for k in numbers])), strict=True)
-        return [found[k] for k in range(len(windows))]
+            hidden |= zip(numbers, self._decode(torch.stack([windows[k] for k in numbers])), strict=True)
+        return [hidden[k] for k in range(len(windows))]
 
     def _decode(self, tokens: Tensor) -> Tensor:
         seen: list[Tensor] = []
@@ -451,7 +451,7 @@ def paired_rise(sparse: ExecutorQuality, dense: ExecutorQuality) -> tuple[float,
     if not pairs:
         return None
     counts = torch.tensor([count for (count, _), _ in pairs], dtype=torch.float64)
-    sums = torch.tensor([own - other for (_, own), (_, other) in pairs], dtype=torch.float64)
+    sums = torch.tensor([rise - dense_rise for (_, rise), (_, dense_rise) in pairs], dtype=torch.float64)
     error = clustered_error(sums, counts)
     return float(sums.sum() / counts.sum()), None if math.isinf(error) else error
 

@@ -137,26 +137,26 @@ def ffn_matrices(module: Any, arch: Arch) -> dict[str, Tensor]:
     """
     ffn = arch.ffn
     if ffn.kind == "plain":
-        found = {"up": getattr(module, str(ffn.up)).weight}
+        matrices = {"up": getattr(module, str(ffn.up)).weight}
     elif ffn.gate_up:
         gate, up = getattr(module, ffn.gate_up).weight.chunk(2)
-        found = {"gate": gate, "up": up}
+        matrices = {"gate": gate, "up": up}
     else:
-        found = {"gate": getattr(module, str(ffn.gate)).weight, "up": getattr(module, str(ffn.up)).weight}
-    return found | {"down": down_rows(module, arch)}
+        matrices = {"gate": getattr(module, str(ffn.gate)).weight, "up": getattr(module, str(ffn.up)).weight}
+    return matrices | {"down": down_rows(module, arch)}
 
 
 def ffn_biases(module: Any, arch: Arch) -> dict[str, Tensor]:
     """A feed-forward module's biases by part: gate [n], up [n], down [d]; only those that exist."""
     ffn = arch.ffn
-    found: dict[str, Tensor | None] = {"down": getattr(module, ffn.down).bias}
+    biases: dict[str, Tensor | None] = {"down": getattr(module, ffn.down).bias}
     if ffn.kind == "gated" and ffn.gate_up:
         packed = getattr(module, ffn.gate_up).bias
-        found["gate"], found["up"] = (None, None) if packed is None else packed.chunk(2)
+        biases["gate"], biases["up"] = (None, None) if packed is None else packed.chunk(2)
     else:
-        found["up"] = getattr(module, str(ffn.up)).bias
-        found["gate"] = None if ffn.kind == "plain" else getattr(module, str(ffn.gate)).bias
-    return {part: bias for part, bias in found.items() if bias is not None}
+        biases["up"] = getattr(module, str(ffn.up)).bias
+        biases["gate"] = None if ffn.kind == "plain" else getattr(module, str(ffn.gate)).bias
+    return {part: bias for part, bias in biases.items() if bias is not None}
 
 
 def empty_model(source: Source) -> Any:

@@ -161,8 +161,8 @@ class _Sweep:
         self.graph, self.store = not self.settings.recompute, self.settings.steps > 0 and self.settings.local
         self.taps = {} if self.graph else None
         logits, labels, nll = self._forward()
-        found = Attribution(logits.detach(), labels, nll.detach())
-        give = consume or found.sites.__setitem__
+        attribution = Attribution(logits.detach(), labels, nll.detach())
+        give = consume or attribution.sites.__setitem__
         if self.graph:
             assert self.taps is not None
             named, self.taps, self.graph, self.store = self.taps, None, False, False
@@ -177,7 +177,7 @@ class _Sweep:
         else:
             self.store = False
             self._backward(nll, 0, self.entered, lambda layer, seen: self._give(layer, seen, labels, give))
-        return found
+        return attribution
 
     def _give(
         self,
@@ -204,13 +204,15 @@ class _Sweep:
         """
         self.scaled, self.path = (layer, kind, factor), list(self.entered)
         wanted, self.wanted = self.wanted, labels
-        found: list[Tensor] = []
+        gradients: list[Tensor] = []
         try:
             _, _, nll = self._forward()
-            self._backward(nll, layer, self.path, lambda at, seen: found.append(seen[kind][1]) if at == layer else None)
+            self._backward(
+                nll, layer, self.path, lambda at, seen: gradients.append(seen[kind][1]) if at == layer else None
+            )
         finally:
             self.scaled, self.path, self.wanted = None, [], wanted
-        return found[0]
+        return gradients[0]
 
     def _forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, labels and the loss [B, S]; the graph reaches back to `exit`, what the last block gave (to the first

@@ -81,11 +81,11 @@ def _by_site(source: Source, names: Sequence[str]) -> dict[Site, list[str]]:
                 f"{', '.join(sorted(missing)) or kind}. Choose another."
             )
         kinds[kind].append(name)
-    found: dict[Site, list[str]] = {}
+    by_site: dict[Site, list[str]] = {}
     for site in source.arch.sites(source.config):
         linears = [Site(site.layer, kind=f"linear:{name}") for name in source.arch.linears()]
-        found |= {s: kinds[s.kind.partition(":")[0]] for s in (site, *linears) if kinds[s.kind.partition(":")[0]]}
-    return found
+        by_site |= {s: kinds[s.kind.partition(":")[0]] for s in (site, *linears) if kinds[s.kind.partition(":")[0]]}
+    return by_site
 
 
 def _is_complete(folder: Path, header: Header, names: Sequence[str]) -> bool:
@@ -293,8 +293,8 @@ class _Recorder:
 
     def _unit_score(self, module: Any, fields: Mapping[str, Tensor]) -> Tensor:
         """The score of an input of 1 at every channel: [d_in]."""
-        given = {"x": torch.ones_like(fields["w"][:1]), "w": fields["w"]}
-        return module.score(Context(**{name: given[name] for name in module.NEEDS}))[0]
+        ones = {"x": torch.ones_like(fields["w"][:1]), "w": fields["w"]}
+        return module.score(Context(**{name: ones[name] for name in module.NEEDS}))[0]
 
     def _rows(self, values: Tensor) -> Tensor:
         """The rows of tokens that are not padding [T, ...]; a view where there is no padding."""

@@ -86,15 +86,15 @@ def _walk(
 
         def consume(
             site: Site,
-            found: Gradients,
+            gradients: Gradients,
             entered: Mapping[Site, Tensor] = entered,
             mask: Tensor = mask,
             label: Tensor = label,
             at: Tensor = at,
         ) -> None:
             fields = {
-                "z": found.value[mask],
-                "grad": found.grad[mask],
+                "z": gradients.value[mask],
+                "grad": gradients.grad[mask],
                 "label": label[mask],
                 "w_down": down_rows(modules[site], arch).detach(),
             }

@@ -58,21 +58,23 @@ class DenseRun:
             self.logits = model(input_ids=tokens, use_cache=False).logits
         self.gradients: dict[str, dict[Site, Gradients]] = {}
         for label in sorted({setting.label for setting in watched if load_score(setting.score).PHASE == "oracle"}):
-            own = [s for s in watched if s.label == label and load_score(s.score).PHASE == "oracle"]
-            path = any(need.endswith("grad_path") for s in own for kind in s.kinds for need in _needs(s.score, kind))
+            oracles = [s for s in watched if s.label == label and load_score(s.score).PHASE == "oracle"]
+            path = any(
+                need.endswith("grad_path") for s in oracles for kind in s.kinds for need in _needs(s.score, kind)
+            )
             labels = torch.where(mask.to(tokens.device), _labels(label, self.logits, tokens, mask), -100)
-            found = attribute(
+            attribution = attribute(
                 model,
                 arch,
                 tokens,
-                AttributionSettings(sorted({kind for s in own for kind in s.kinds}), steps=steps if path else 0),
+                AttributionSettings(sorted({kind for s in oracles for kind in s.kinds}), steps=steps if path else 0),
                 labels=labels,
             )
-            self.gradients[label] = found.sites
+            self.gradients[label] = attribution.sites
 
     def scores(self, setting: Setting) -> dict[Site, Tensor]:
         """Scores of a setting at every site of its kinds: {site: [B, S, n]}."""
-        found = {}
+        scores = {}
         for site, fields in self.fields.items():
             kind = site.kind.partition(":")[0]
             if kind not in setting.kinds:
@@ -84,8 +86,8 @@ class DenseRun:
             if load_score(setting.score).PHASE == "prompt":
                 # padding is on the right: a window that has some in its prompt has nothing after it
                 fields = fields | {"prompt": statistic(fields["z"][:, : setting.prompt]).unsqueeze(1)}
-            found[site] = score_site(setting.score, site, fields, self.moments)
-        return found
+            scores[site] = score_site(setting.score, site, fields, self.moments)
+        return scores
 
 
 def _needs(score: str, kind: str) -> tuple[str, ...]:
@@ -135,19 +137,20 @@ def taus(
     """Thresholds by site of every setting, from dense activations on the calibration windows; empty for other
     selectors.
     """
-    asked = [setting for setting in settings if setting.selector == "threshold"]
-    names = list(dict.fromkeys((setting.score, setting.kinds, setting.label) for setting in asked))
-    if calibration is None or not asked:
+    with_thresholds = [setting for setting in settings if setting.selector == "threshold"]
+    names = list(dict.fromkeys((setting.score, setting.kinds, setting.label) for setting in with_thresholds))
+    if calibration is None or not with_thresholds:
         return [{} for _ in settings]
     probes = [Setting(score, 1.0, kinds=kinds, label=label, masks="dense") for score, kinds, label in names]
     rows: list[dict[Site, list[Tensor]]] = [{} for _ in probes]
     for tokens, mask in groups(calibration):
         dense = DenseRun(model, arch, tokens, mask, probes, up_moments, steps)
-        for found, probe in zip(rows, probes, strict=True):
+        for by_site, probe in zip(rows, probes, strict=True):
             for site, scores in dense.scores(probe).items():
-                found.setdefault(site, []).append(scores[mask.to(scores.device)])
+                by_site.setdefault(site, []).append(scores[mask.to(scores.device)])
     by_name = {
-        name: {site: torch.cat(parts) for site, parts in found.items()} for name, found in zip(names, rows, strict=True)
+        name: {site: torch.cat(parts) for site, parts in by_site.items()}
+        for name, by_site in zip(names, rows, strict=True)
     }
     return [
         {site: quantile_tau(scores, s.density) for site, scores in by_name[s.score, s.kinds, s.label].items()}

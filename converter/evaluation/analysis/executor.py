@@ -83,8 +83,8 @@ def score_windows(
     for tokens, mask in groups(batches):
         with torch.no_grad():
             dense = DenseRun(model, arch, tokens, mask, settings, up_moments, steps)
-            found = [dense.scores(setting) for setting in settings]
-        yield found, mask
+            scores = [dense.scores(setting) for setting in settings]
+        yield scores, mask
 
 
 @dataclass

@@ -80,16 +80,11 @@ class Activity:
         return 1 - sum(reached) / len(reached)
 
 
-def expected_active(chosen: int, experts: int, sparsity: float) -> float:
-    """(k / E) (1 - s): the active share of all neurons when k of E experts run and each has the share s of zeros."""
-    return chosen / experts * (1 - sparsity)
-
-
 def expert_modules(model: Any) -> dict[int, Any]:
     """The fused experts of a transformers model by layer; layers without experts are absent. Raises InputError where
     there are none, or of another layout.
     """
-    found: dict[int, Any] = {}
+    modules: dict[int, Any] = {}
     for layer, block in enumerate(model.get_decoder().layers):
         for name, module in block.named_modules():
             weight = getattr(module, "gate_up_proj", None)
@@ -105,13 +100,13 @@ def expert_modules(model: Any) -> dict[int, Any]:
                     f"Experts must be gate and up rows one after the other, [E, 2 n, d], without biases, got {what}. "
                     "Analyse another model."
                 )
-            found[layer] = module
-    if not found:
+            modules[layer] = module
+    if not modules:
         raise InputError(
             "The model must have experts in 3-D weights (gate_up_proj [E, 2 n, d]), got none in "
             f"{type(model).__name__}. Give a mixture."
         )
-    return found
+    return modules
 
 
 def expert_sites(model: Any) -> dict[Site, int]:

@@ -69,7 +69,7 @@ def rank_correlations(
     for scored, mask in score_windows(model, arch, batches, settings, calibration, steps):
         for site in scored[0]:
             rows = torch.stack([_unit_ranks(one[site][mask.to(one[site].device)]) for one in scored])
-            found = torch.einsum("atn,btn->abt", rows, rows)
-            totals[site] = totals.get(site, torch.zeros(())) + found.nansum(-1).cpu()
-            counts[site] = counts.get(site, torch.zeros(())) + found.isfinite().sum(-1).cpu()
+            correlations = torch.einsum("atn,btn->abt", rows, rows)
+            totals[site] = totals.get(site, torch.zeros(())) + correlations.nansum(-1).cpu()
+            counts[site] = counts.get(site, torch.zeros(())) + correlations.isfinite().sum(-1).cpu()
     return {site: totals[site] / counts[site] for site in totals}

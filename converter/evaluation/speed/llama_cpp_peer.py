@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from ....runtime_onnx.errors import InputError
 
-TIMED = "llama_decode: the prompt in one call with logits of its last token, then one call per token"
-
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 def _silent(level: int, text: bytes, data: Any) -> None:

@@ -16,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.evaluation.analysis.experts import (
     ExpertActivity,
-    expected_active,
     expert_modules,
     expert_sites,
     measure,
@@ -26,6 +25,11 @@ from sparsegate.converter.text.windows import Batches
 from sparsegate.runtime_onnx.errors import InputError
 
 D, N, E, K, LAYERS, VOCAB = 32, 40, 8, 2, 2, 61
+
+
+def expected_active(chosen: int, experts: int, sparsity: float) -> float:
+    """(k / E) (1 - s): the active share of all neurons when k of E experts run and each has the share s of zeros."""
+    return chosen / experts * (1 - sparsity)
 
 
 def make_mixture(seed: int = 0) -> Any:
