@@ -7,7 +7,7 @@ onnxruntime is needed only when a model is opened and onnxruntime-genai only to 
 
 from __future__ import annotations
 
-from .generate import end_tokens, generate, load
+from .generate import Sampling, end_tokens, generate, load
 from .library import Executor, executor, library_path
 from .link import link, unlink
 from .session import Decoder, session
@@ -16,6 +16,7 @@ from .text import Tokenizer
 __all__ = [
     "Decoder",
     "Executor",
+    "Sampling",
     "Tokenizer",
     "end_tokens",
     "executor",

@@ -67,19 +67,12 @@ def _rendered(template: str, variables: dict[str, Any], conversations: Sequence[
     return answer["texts"]
 
 
-def _environment() -> Any:
-    """jinja2's immutable sandbox with what transformers gives a template."""
-    from datetime import datetime
-
+def _generation() -> Any:
+    """The extension of {% generation %}, which marks what the assistant said; only training reads the marks."""
     from jinja2 import nodes
-    from jinja2.exceptions import SecurityError, TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
+    from jinja2.ext import Extension
 
     class Generation(Extension):
-        """{% generation %} marks what the assistant said; only training reads the marks."""
-
         tags = {"generation"}
 
         def parse(self, parser: Any) -> Any:
@@ -90,18 +83,25 @@ def _environment() -> Any:
         def _body(self, caller: Any) -> str:
             return caller()
 
-    class Dict:
-        """`dict` without the type's attributes."""
+    return Generation
 
-        def __call__(self, *args: Any, **fields: Any) -> dict:
-            return dict(*args, **fields)
 
-        def fromkeys(self, *args: Any) -> dict:
-            return dict.fromkeys(*args)
+class _Dict:
+    """`dict` without the type's attributes."""
+
+    def __call__(self, *args: Any, **fields: Any) -> dict:
+        return dict(*args, **fields)
+
+    def fromkeys(self, *args: Any) -> dict:
+        return dict.fromkeys(*args)
+
+
+def _namespace() -> Any:
+    """`namespace` without attributes that Python itself reads."""
+    from jinja2.exceptions import SecurityError
+    from jinja2.utils import Namespace
 
     class SafeNamespace(Namespace):
-        """`namespace` without attributes that Python itself reads."""
-
         def __init__(*args: Any, **fields: Any) -> None:  # as jinja2's, so that a field may be called self
             for name in dict(*args[1:], **fields):
                 SafeNamespace.check(name)
@@ -116,6 +116,17 @@ def _environment() -> Any:
             if isinstance(name, str) and name.startswith("_"):
                 raise SecurityError(f"a namespace must have no field that starts with an underscore, got {name!r}")
 
+    return SafeNamespace
+
+
+def _environment() -> Any:
+    """jinja2's immutable sandbox with what transformers gives a template."""
+    from datetime import datetime
+
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
     def raise_exception(message: Any) -> None:
         raise TemplateError(str(message))
 
@@ -128,14 +139,14 @@ def _environment() -> Any:
         return datetime.now().strftime(form)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_generation(), loopcontrols]
     )
     environment.filters["tojson"] = tojson
     environment.globals |= {
         "raise_exception": raise_exception,
         "strftime_now": strftime_now,
-        "dict": Dict(),
-        "namespace": SafeNamespace,
+        "dict": _Dict(),
+        "namespace": _namespace(),
     }
     return environment
 

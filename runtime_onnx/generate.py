@@ -16,6 +16,7 @@ import hashlib
 import math
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,36 @@ def load(path: str | Path, library: bool | None = None, options: dict[str, Any] 
     return model
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy; above 0 it is sampled from the `top_k` likeliest (0: all)
+    within probability mass `top_p`, seeded.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 50
+    top_p: float = 1.0
+    seed: int = 0
+
+    def options(self, vocabulary: int | None) -> dict[str, Any]:
+        """Search options of onnxruntime-genai; greedy search has none of its own."""
+        if not self.temperature:
+            return {"do_sample": False}
+        top_k = self.top_k if vocabulary is None else min(self.top_k, vocabulary)
+        return {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_k": top_k,
+            "top_p": self.top_p,
+            "random_seed": self.seed,
+        }
+
+
 def generate(
     path: str | Path,
     prompt: str,
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling | None = None,
     library: bool | None = None,
     chat: bool | None = None,
 ) -> Iterator[str]:
@@ -101,19 +124,19 @@ def generate(
     prompt is continued as it is, with the tokens that the tokenizer puts before a text, and special tokens are shown,
     but for the one that ends the text. None chats with a model that has a template.
 
-    Temperature 0 is greedy; above 0 the next token is sampled from the `top_k` likeliest (0: all) within probability
-    mass `top_p`, seeded. `path` and `library` are as in `load`.
+    `sampling` is greedy by default; `path` and `library` are as in `load`.
 
     Raises:
         ValueError: At the call, before any piece: as `load`, or the prompt is empty or too long, a number out of range,
         the chat template absent or failing.
     """
-    _check_numbers(max_new_tokens, temperature, top_k, top_p, seed)
+    sampling = sampling or Sampling()
+    _check_numbers(max_new_tokens, sampling)
     if not prompt:
         raise ValueError("The prompt must hold text, got an empty string. Pass some words to continue.")
     genai = _genai()
     config = read_config(path)["model"]
-    context, words = config["context_length"], config.get("vocab_size", top_k)
+    context = config["context_length"]
     tokenizer = Tokenizer(path)
     chat = tokenizer.template is not None if chat is None else chat
     tokens = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
@@ -125,16 +148,11 @@ def generate(
             "Shorten it."
         )
     model = load(path, library)
-    sampling = (
-        {"temperature": temperature, "top_k": min(top_k, words), "top_p": top_p, "random_seed": seed}
-        if temperature
-        else {}
-    )
     file = model_file(path)
     with explained(str(file)):
         parameters = genai.GeneratorParams(model)
         parameters.set_search_options(
-            max_length=min(len(tokens) + max_new_tokens, context), do_sample=temperature > 0, **sampling
+            max_length=min(len(tokens) + max_new_tokens, context), **sampling.options(config.get("vocab_size"))
         )
         generator = genai.Generator(model, parameters)
         generator.append_tokens(tokens)
@@ -143,7 +161,8 @@ def generate(
     )
 
 
-def _check_numbers(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
+def _check_numbers(max_new_tokens: int, sampling: Sampling) -> None:
+    temperature, top_k, top_p, seed = sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed
     for name, value, right, bound in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         (

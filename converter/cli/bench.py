@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .output import Quiet, Verbose
+
+if TYPE_CHECKING:
+    from ..evaluation.speed.run import BenchRequest
 
 
 def bench(
@@ -57,36 +60,39 @@ def bench(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Measure speed against the dense model, back to back, and print tokens per second and ratios."""
+    from ..evaluation.speed.run import BenchRequest
+
+    request = BenchRequest(
+        models,
+        shape,
+        op,
+        precision,
+        density,
+        tokens,
+        layers,
+        peers,
+        prompt_tokens,
+        new_tokens,
+        pairs,
+        runtime,
+        activation,
+        threads,
+        work,
+    )
+    return _bench(request, output, quiet, verbose, json)
+
+
+def _bench(request: BenchRequest, output: Path | None, quiet: bool, verbose: bool, json: bool) -> int:
     from .. import progress
     from ..evaluation.speed.run import bench as run
     from ..report.speed_files import write_speed
     from . import output as show
 
     def advance(done: int, total: int) -> None:
-        progress.update(done, total or None, unit="row" if op else "pair")
+        progress.update(done, total or None, unit="row" if request.op else "pair")
 
     with show.telling(quiet, verbose), progress.job(), progress.stage("bench"):
-        words = show.command(sys.argv[1:])
-        result = run(
-            models,
-            shape=shape,
-            op=op,
-            precision=precision,
-            density=density,
-            tokens=tokens,
-            layers=layers,
-            peers=peers,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            pairs=pairs,
-            runtime=runtime,
-            threads=threads,
-            work=work,
-            output=output,
-            command=words,
-            progress=advance,
-            activation=activation,
-        )
+        result = run(request, output, command=show.command(sys.argv[1:]), progress=advance)
         if output:
             write_speed(output, result)
     show.speed(result, json)

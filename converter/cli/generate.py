@@ -30,6 +30,7 @@ def generate(
     ] = False,
 ) -> int:
     """Print the answer, or prompt and continuation, as they come."""
+    from ...runtime_onnx import Sampling
     from ...runtime_onnx import generate as run
     from ...runtime_onnx.text import find_template
     from ..sources.hub import local_folder
@@ -41,9 +42,8 @@ def generate(
         )
     prompt = clean
     chat = find_template(folder) is not None if chat is None else chat
-    pieces = run(
-        folder, prompt, max_new_tokens, temperature, top_k, top_p, seed, library=False if body else None, chat=chat
-    )
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    pieces = run(folder, prompt, max_new_tokens, sampling, library=False if body else None, chat=chat)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may have other letters than the model
     if not chat:

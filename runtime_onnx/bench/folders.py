@@ -8,7 +8,8 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,42 @@ _FORMATS = {  # of initialisers: our spelling, bits
 }
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How models are timed.
+
+    Attributes:
+        prompt_tokens: Length of the prompt; a given prompt is cut to it, never stretched.
+        new_tokens: Tokens decoded after the prompt, one at a time.
+        pairs: Pairs of two models, rounds of more, after one that is not counted.
+        threads: Threads within an op; the runtime's own choice by default.
+    """
+
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+    pairs: int = 7
+    threads: int | None = None
+
+    def check(self) -> None:
+        """Raises InputError for a number out of range."""
+        for name, value in (
+            ("pairs", self.pairs),
+            ("new_tokens", self.new_tokens),
+            ("prompt_tokens", self.prompt_tokens),
+            ("threads", self.threads or 1),
+        ):
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}. Choose a larger number.")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise InputError(f"threads must be at most {MOST_THREADS}, got {self.threads}. Choose a smaller number.")
+
+
 def bench(
     baseline: str | Path,
     candidate: str | Path,
+    timing: Timing | None = None,
     prompt: Sequence[int] | None = None,
-    prompt_tokens: int = 128,
-    new_tokens: int = 64,
-    pairs: int = 7,
     runtime: str = "onnxruntime",
-    threads: int | None = None,
     library: bool | None = None,
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
@@ -54,42 +82,55 @@ def bench(
 
     Args:
         baseline: Usually the dense model.
-        candidate: Usually the sparse one.
-        prompt: Token ids to prefill; by default `prompt_tokens` seeded random ids. Text like the model's own gives
-        densities like those in use.
-        prompt_tokens: Length of the prompt; a given prompt is cut to it, never stretched.
-        new_tokens: Tokens decoded after the prompt, one at a time; both models get the baseline's greedy tokens.
-        pairs: Pairs to time, after one pair that is not counted.
+        candidate: Usually the sparse one; it decodes the baseline's greedy tokens.
+        timing: How many tokens, pairs and threads.
+        prompt: Token ids to prefill; by default seeded random ids. Text like the model's own gives densities like those
+            in use.
         runtime: "onnxruntime" (plain KV-cache loop) or "onnxruntime-genai".
-        threads: Threads within an op; the runtime's own choice by default.
         library: As in `session`, for both models.
         command: What to record as the command; this process's own by default.
         progress: Called with the number of finished pairs.
 
     Returns:
         JSON-ready: "machine", "versions", "command", "settings"; "baseline" and "candidate" (path, precision, executor,
-        median tokens per second);
-        "prefill" and "decode" (ratio = candidate / baseline, quartiles, range, a verdict); "samples" that count
-        (seconds), number of "dropped" pairs;
-        "quiet" (None: waiting cannot be measured; False: every pair was disturbed, all count, nothing to quote), and
-        "waits", the same in words.
+        median tokens per second); "prefill" and "decode" (ratio = candidate / baseline, quartiles, range, a verdict);
+        "samples" that count (seconds), number of "dropped" pairs; "quiet" (None: waiting cannot be measured; False:
+        every pair was disturbed, all count, nothing to quote), and "waits", the same in words.
 
     Raises:
         ValueError: A folder cannot be opened, or a number is out of range.
     """
+    timing = timing or Timing()
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime must be {' or '.join(RUNTIMES)}, got {runtime!r}. Choose one of them.")
-    for name, value, least in (
-        ("pairs", pairs, 1),
-        ("new_tokens", new_tokens, 1),
-        ("prompt_tokens", prompt_tokens, 1),
-        ("threads", threads or 1, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}. Choose a larger number.")
-    if threads is not None and threads > MOST_THREADS:
-        raise ValueError(f"threads must be at most {MOST_THREADS}, got {threads}. Choose a smaller number.")
+    timing.check()
     folders = {"baseline": model_file(baseline).parent, "candidate": model_file(candidate).parent}
+    ids = _prompt(folders, timing, prompt)
+    opened = {role: RUNTIMES[runtime](folder, timing.threads, library) for role, folder in folders.items()}
+    following = opened["baseline"].greedy(ids, timing.new_tokens)
+    timed = rounds(
+        {role: lambda model=model: model.run(ids, following) for role, model in opened.items()},
+        timing.pairs,
+        progress=progress,
+    )
+    samples, quiet, note = clean(timed)
+    settings = {
+        "runtime": runtime,
+        "threads": timing.threads,
+        "prompt_tokens": len(ids),
+        "new_tokens": timing.new_tokens,
+        "pairs": timing.pairs,
+        "prompt": "given" if prompt else "random",
+    }
+    speeds = _speeds(folders, samples, {"prefill": len(ids), "decode": timing.new_tokens}, library)
+    ending = {"samples": samples, "dropped": len(timed) - len(samples), "quiet": quiet, "waits": note}
+    return {**record(command), "settings": settings, **speeds, **ending}
+
+
+def _prompt(folders: Mapping[str, Path], timing: Timing, prompt: Sequence[int] | None) -> list[int]:
+    """Ids to prefill: the beginning of `prompt`, or random ones that both models have. Raises InputError for a folder
+    without a vocabulary, ValueError for more tokens than fit the context.
+    """
     configs = {role: read_config(folder)["model"] for role, folder in folders.items()}
     if missing := [role for role, config in configs.items() if config.get("vocab_size", 0) < 1]:
         raise InputError(
@@ -97,42 +138,32 @@ def bench(
             "folder again."
         )
     vocabulary, context = (min(config[key] for config in configs.values()) for key in ("vocab_size", "context_length"))
-    count = min(len(prompt), prompt_tokens) if prompt else prompt_tokens
-    if count + new_tokens > context:
+    count = min(len(prompt), timing.prompt_tokens) if prompt else timing.prompt_tokens
+    if count + timing.new_tokens > context:
         raise ValueError(
-            f"prompt_tokens + new_tokens must fit the context of {context} tokens, got {count} + {new_tokens}. Choose "
-            "smaller numbers."
+            f"prompt_tokens + new_tokens must fit the context of {context} tokens, got {count} + {timing.new_tokens}. "
+            "Choose smaller numbers."
         )
-    ids = list(prompt or np.random.default_rng(0).integers(0, vocabulary, prompt_tokens).tolist())[:prompt_tokens]
-    opened = {role: RUNTIMES[runtime](folder, threads, library) for role, folder in folders.items()}
-    following = opened["baseline"].greedy(ids, new_tokens)
-    found = rounds(
-        {role: lambda model=model: model.run(ids, following) for role, model in opened.items()},
-        pairs,
-        progress=progress,
-    )
-    samples, quiet, note = clean(found)
-    result: dict[str, Any] = {
-        **record(command),
-        "settings": {
-            "runtime": runtime,
-            "threads": threads,
-            "prompt_tokens": len(ids),
-            "new_tokens": new_tokens,
-            "pairs": pairs,
-            "prompt": "given" if prompt else "random",
-        },
-    }
-    counts = {"prefill": len(ids), "decode": new_tokens}
+    return list(prompt or np.random.default_rng(0).integers(0, vocabulary, count).tolist())[:count]
+
+
+def _speeds(
+    folders: Mapping[str, Path],
+    samples: Sequence[Mapping[str, Mapping[str, float]]],
+    counts: Mapping[str, int],
+    library: bool | None,
+) -> dict[str, Any]:
+    """Each folder with its tokens per second, and the comparison of each phase; `counts` are the tokens of a phase."""
+    speeds: dict[str, Any] = {}
     for role, folder in folders.items():
         rates = {
             f"{phase}_tokens_per_s": count / statistics.median(sample[role][f"{phase}_s"] for sample in samples)
             for phase, count in counts.items()
         }
-        result[role] = describe(folder, library) | rates
+        speeds[role] = describe(folder, library) | rates
     for phase in counts:
-        result[phase] = compare(*([sample[role][f"{phase}_s"] for sample in samples] for role in folders))
-    return {**result, "samples": samples, "dropped": len(found) - len(samples), "quiet": quiet, "waits": note}
+        speeds[phase] = compare(*([sample[role][f"{phase}_s"] for sample in samples] for role in folders))
+    return speeds
 
 
 def clean(found: Sequence[Round[tuple[float, float]]]) -> tuple[list[dict[str, dict[str, float]]], bool | None, str]:

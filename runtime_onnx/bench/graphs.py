@@ -27,7 +27,7 @@ MLP = "/mlp/"
 """Part of the names that the builder gives to a feed-forward network's nodes."""
 
 
-class Shares(NamedTuple):
+class NeuronShares(NamedTuple):
     """Of a GatedMLP's neurons: what the score keeps, and whose up and whose down rows are read. With activations that
     have no zeros all are the same.
     """
@@ -37,7 +37,7 @@ class Shares(NamedTuple):
     nonzero: float
 
 
-def token_bytes(path: str | Path, density: Mapping[str, Shares | float] | None = None) -> float:
+def token_bytes(path: str | Path, density: Mapping[str, NeuronShares | float] | None = None) -> float:
     """Bytes of weights that one decoded token must read; `density` is the kept share by name of an ai.sparsegate node,
     1 where it is not given.
 
@@ -57,12 +57,12 @@ def token_bytes(path: str | Path, density: Mapping[str, Shares | float] | None =
     return total
 
 
-def _op_bytes(node: ir.Node, density: Shares | float) -> float:
+def _op_bytes(node: ir.Node, density: NeuronShares | float) -> float:
     """The op's `traffic`, from the node's attributes and the shapes of its inputs."""
     roles = node.attributes["inputs"].as_string().split()
     shapes = {role: _shape(value) for role, value in zip(roles, node.inputs[1:], strict=True)}
     variant = _variant(node, roles)
-    shares = density if isinstance(density, Shares) else Shares(density, density, density)
+    shares = density if isinstance(density, NeuronShares) else NeuronShares(density, density, density)
     if isinstance(variant, sparse_linear.Variant):
         rows, columns = shapes["w"]
         return sparse_linear.traffic(variant, rows, columns * (2 if variant.weights == "int4_g32" else 1), shares.kept)
@@ -116,13 +116,13 @@ def mlp_inputs(path: str | Path, ids: Sequence[int], library: bool | None = None
     return {name: value.reshape(-1, value.shape[-1]) for name, value in zip(taps, found, strict=True)}
 
 
-def realised(path: str | Path, ids: Sequence[int], library: bool | None = None) -> dict[str, Shares]:
+def realised(path: str | Path, ids: Sequence[int], library: bool | None = None) -> dict[str, NeuronShares]:
     """The shares of every GatedMLP node that does not keep everything, over the tokens `ids` in one call: its reference
     decides, rounded as the kernel rounds where scores are compared with thresholds.
     """
     file = model_file(path)
     nodes, integer = _gated(file), choose(file, PROVIDERS[:1], library).kernel
-    found: dict[str, Shares] = {}
+    found: dict[str, NeuronShares] = {}
     for name, x in mlp_inputs(path, ids, library).items():
         variant, tensors = _read(nodes[name])
         exact = variant.score == "exact"
@@ -131,7 +131,7 @@ def realised(path: str | Path, ids: Sequence[int], library: bool | None = None) 
         if gated_mlp.is_relu(variant.activation):
             gate, z = gated_mlp.parts(variant, x, tensors)
             opened, nonzero = (gate != 0) & (kept | exact), (z != 0) & kept
-        found[name] = Shares(*(float(share.mean()) for share in (kept, opened, nonzero)))
+        found[name] = NeuronShares(*(float(share.mean()) for share in (kept, opened, nonzero)))
     return found
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..ops import gated_mlp, sparse_linear
 from ..ops.quantisation import quantise
-from .op_graphs import Dense, Form, Variant, sparse_model, store
+from .op_graphs import DenseGraph, OpFormat, Variant, sparse_model, store
 
 SEED = 7
 POOL = 1024
@@ -33,8 +33,8 @@ class Case(ABC):
     variant: Variant
     out: int
 
-    def __init__(self, form: Form, d: int, n: int, r: int, folder: Path) -> None:
-        self.form, self.d, self.n, self.r, self.folder = form, d, n, r, folder
+    def __init__(self, form: OpFormat, d: int, n: int, r: int, folder: Path) -> None:
+        self.format, self.d, self.n, self.r, self.folder = form, d, n, r, folder
         self.pool = np.random.default_rng(SEED + 1).standard_normal((POOL, d), dtype=np.float32)
         self._arrays = self._make()
         self._stored = store(folder, "sparse", self._arrays)
@@ -147,18 +147,18 @@ class MlpCase(Case):
         arrays: dict[str, NDArray] = {}
         for role, matrix in self._weights().items():
             kind, dtype = (
-                (self.form.weights, self.form.w)
+                (self.format.weights, self.format.w)
                 if role[0] == "w"
-                else ("int8_row" if self.form.p == "int8" else "float", self.form.p)
+                else ("int8_row" if self.format.p == "int8" else "float", self.format.p)
             )
             if kind == "float":
                 arrays[role] = cast(matrix, dtype)
             else:
                 arrays[role], arrays[f"s{role[1:]}" if role[0] == "w" else f"s_{role}"] = quantise(matrix, kind)
         roles = tuple(role for role in gated_mlp.ROLES if role in arrays or role == "tau")
-        p = self.form.p if "p1" in roles else "float32"
+        p = self.format.p if "p1" in roles else "float32"
         self.variant, self.out = (
-            gated_mlp.Variant(self.activation, self.decides, self.form.weights, roles, w=self.form.w, p=p),
+            gated_mlp.Variant(self.activation, self.decides, self.format.weights, roles, w=self.format.w, p=p),
             self.d,
         )
         return arrays
@@ -167,7 +167,7 @@ class MlpCase(Case):
     def everything(self) -> gated_mlp.Variant:
         """The variant of score all: no predictor."""
         roles = tuple(role for role in self.variant.inputs if role[0] == "w" or role in ("s_gate", "s_up", "s_down"))
-        return gated_mlp.Variant(self.activation, "all", self.form.weights, roles, w=self.form.w)
+        return gated_mlp.Variant(self.activation, "all", self.format.weights, roles, w=self.format.w)
 
     def model_of_everything(self) -> Path:
         """Writes the model of score all."""
@@ -189,7 +189,7 @@ class MlpCase(Case):
     def dense(self, baseline: str, folder: Path) -> Path:
         """As in `Case`."""
         weights = self._weights()
-        graph = Dense(baseline, self.d)
+        graph = DenseGraph(baseline, self.d)
         graph.product("w_gate", "x", "gate", weights["w_gate"].T)
         graph.product("w_up", "x", "up", weights["w_up"].T)
         for op, given, out in (("Sigmoid", ["gate"], "s"), ("Mul", ["gate", "s"], "act"), ("Mul", ["act", "up"], "z")):
@@ -214,11 +214,11 @@ class LinearCase(Case):
 
     def _make(self) -> dict[str, NDArray]:
         matrix = self._weight()
-        arrays = {"w": cast(matrix, self.form.w)}
-        if self.form.weights != "float":
-            arrays["w"], arrays["s_w"] = quantise(matrix, self.form.weights)
+        arrays = {"w": cast(matrix, self.format.w)}
+        if self.format.weights != "float":
+            arrays["w"], arrays["s_w"] = quantise(matrix, self.format.weights)
         roles = tuple(role for role in sparse_linear.ROLES if role in arrays or role == "tau")
-        self.variant, self.out = sparse_linear.Variant(self.form.weights, roles, w=self.form.w), self.n
+        self.variant, self.out = sparse_linear.Variant(self.format.weights, roles, w=self.format.w), self.n
         return arrays
 
     def _weight(self) -> NDArray[np.float32]:
@@ -233,7 +233,7 @@ class LinearCase(Case):
 
     def dense(self, baseline: str, folder: Path) -> Path:
         """As in `Case`."""
-        graph = Dense(baseline, self.d)
+        graph = DenseGraph(baseline, self.d)
         graph.product("w", "x", "y", self._weight())
         return graph.save(folder, f"dense_{baseline}")
 

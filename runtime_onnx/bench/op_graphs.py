@@ -37,7 +37,7 @@ BASELINES = {
 
 
 @dataclass(frozen=True)
-class Form:
+class OpFormat:
     """How the sparse op stores weights and predictor, and which dense products it is compared with: the first is the
     one of the same precision.
 
@@ -52,15 +52,15 @@ class Form:
     baselines: tuple[str, ...]
 
 
-FORMS = {
+FORMATS = {
     form.name: form
     for form in (
-        Form("fp32", "float", "float32", "float32", ("fp32",)),
-        Form("fp32, fp16 predictor", "float", "float32", "float16", ("fp32",)),
-        Form("fp16", "float", "float16", "float16", ("fp32", "int8")),
-        Form("bf16", "float", "bfloat16", "bfloat16", ("fp32", "int8")),
-        Form("int8", "int8_row", "float32", "int8", ("int8", "fp32")),
-        Form("int4", "int4_g32", "float32", "int8", ("int4", "fp32")),
+        OpFormat("fp32", "float", "float32", "float32", ("fp32",)),
+        OpFormat("fp32, fp16 predictor", "float", "float32", "float16", ("fp32",)),
+        OpFormat("fp16", "float", "float16", "float16", ("fp32", "int8")),
+        OpFormat("bf16", "float", "bfloat16", "bfloat16", ("fp32", "int8")),
+        OpFormat("int8", "int8_row", "float32", "int8", ("int8", "fp32")),
+        OpFormat("int4", "int4_g32", "float32", "int8", ("int4", "fp32")),
     )
 }
 
@@ -129,7 +129,7 @@ def sparse_model(
     return save(path, [node], inputs, {role: tensors[role] for role in variant.inputs}, y)
 
 
-class Dense:
+class DenseGraph:
     """A graph of dense products of one baseline."""
 
     def __init__(self, baseline: str, d: int) -> None:

@@ -20,7 +20,7 @@ from ..ops import gated_mlp
 from ..ops.activation import cuts_up
 from ..ops.quantisation import dequantise
 from .op_cases import MlpCase, union
-from .op_graphs import Form
+from .op_graphs import OpFormat
 
 RIGHT = 0.5
 """Of the neurons that the predictor keeps, the share that is not zero."""
@@ -36,7 +36,7 @@ class ReluCase(MlpCase):
     predictor.
     """
 
-    def __init__(self, form: Form, d: int, n: int, r: int, folder: Path, activation: str) -> None:
+    def __init__(self, form: OpFormat, d: int, n: int, r: int, folder: Path, activation: str) -> None:
         self.activation = activation
         self._direction = np.full(d, d**-0.5, np.float32)
         super().__init__(form, d, n, r, folder)
@@ -67,14 +67,14 @@ class ReluCase(MlpCase):
     @property
     def exact(self) -> gated_mlp.Variant:
         """The variant of score exact."""
-        return gated_mlp.Variant(self.activation, "exact", self.form.weights, self.everything.inputs, w=self.form.w)
+        return gated_mlp.Variant(self.activation, "exact", self.format.weights, self.everything.inputs, w=self.format.w)
 
     def _float(self, role: str) -> NDArray[np.float32]:
         stored = self._arrays[role]
         wide = (
             stored
-            if self.form.weights == "float"
-            else dequantise(stored, self._arrays[f"s{role[1:]}"], self.form.weights)
+            if self.format.weights == "float"
+            else dequantise(stored, self._arrays[f"s{role[1:]}"], self.format.weights)
         )
         return wide.astype(np.float32)
 

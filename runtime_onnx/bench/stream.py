@@ -25,7 +25,7 @@ _QUIET = ("or", "max", "sum")
 """Ways whose threads sleep at once afterwards, which those of numpy's BLAS do not."""
 
 
-class Stream:
+class MemoryStream:
     """A buffer that is read with all threads, one contiguous part each."""
 
     def __init__(self, threads: int, size: int = BYTES) -> None:

@@ -126,7 +126,7 @@ def test_perf_prints_a_row_per_case(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     row = {"format": "fp16", "tokens": 1, "score": "predictor", "asked": 0.2, "status": "run", **speed}
     rows = [row, {**row, "asked": 0.0, "warm_ms": 0.05}, {**row, "status": "not run: no kernel"}]
 
-    def bench_op(stem: str, keep: Callable[[dict], None], **given: object) -> None:
+    def bench_op(workload: object, timing: object, keep: Callable[[dict], None]) -> None:
         for i in range(len(rows)):
             keep({"rows": rows[: i + 1]})
 

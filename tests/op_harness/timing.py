@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparsegate.runtime_onnx.bench.op import bench_op
+from sparsegate.runtime_onnx.bench.op import OpTiming, OpWorkload, bench_op
 
 from . import cases_of
 from .case import ISAS
@@ -27,9 +27,10 @@ def main(ops: Sequence[str], isas: Sequence[str], full: bool) -> int:
     `full`, else a small one; always 0.
     """
     isa = next(isa for isa in ISAS if isa in isas and has_isa(isa))
-    sizes = {"d": 2048, "n": 8192} if full else {"d": 1024, "n": 2048, "patience": 10.0, "densities": (1.0, 0.2)}
+    timing = OpTiming() if full else OpTiming(patience=10.0)
     with forced_isa(isa):
         for stem in ops:
-            print(f"{cases_of(stem).OP.NAME}, {isa}, {sizes['d']} x {sizes['n']}", flush=True)
-            bench_op(stem, **sizes, keep=lambda result: print("  " + line(result["rows"][-1]), flush=True))
+            load = OpWorkload(stem) if full else OpWorkload(stem, 1024, 2048, densities=(1.0, 0.2))
+            print(f"{cases_of(stem).OP.NAME}, {isa}, {load.d} x {load.n}", flush=True)
+            bench_op(load, timing, keep=lambda result: print("  " + line(result["rows"][-1]), flush=True))
     return 0

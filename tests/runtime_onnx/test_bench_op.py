@@ -13,10 +13,11 @@ import numpy as np
 import onnx_folders as folders
 import pytest
 
-from sparsegate.runtime_onnx.bench import graphs, op, samples, stream
-from sparsegate.runtime_onnx.bench.op import Peer, bench_op
+from sparsegate.runtime_onnx.bench import graphs, op, op_timer, samples, stream
+from sparsegate.runtime_onnx.bench.op import OpTiming, OpWorkload, bench_op
 from sparsegate.runtime_onnx.bench.op_cases import POOL, LinearCase, MlpCase, mlp_weights
-from sparsegate.runtime_onnx.bench.op_graphs import BASELINES, FORMS
+from sparsegate.runtime_onnx.bench.op_graphs import BASELINES, FORMATS
+from sparsegate.runtime_onnx.bench.op_timer import OpTimer, Peer
 from sparsegate.runtime_onnx.bench.relu_case import ReluCase
 from sparsegate.runtime_onnx.ops import gated_mlp, sparse_linear
 
@@ -27,7 +28,7 @@ D, N, R = 64, 96, 32
 def still(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which no thread ever waits, and a small buffer to read."""
     monkeypatch.setattr(samples, "waited", lambda: 0.0)
-    monkeypatch.setattr(op, "Stream", lambda threads: stream.Stream(threads, 1 << 16))
+    monkeypatch.setattr(op_timer, "MemoryStream", lambda threads: stream.MemoryStream(threads, 1 << 16))
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -87,9 +88,9 @@ def test_compare() -> None:
 
 
 def test_stream_reads_every_way() -> None:
-    found = stream.Stream(2, 1 << 20).bandwidth(2)
+    found = stream.MemoryStream(2, 1 << 20).bandwidth(2)
     assert len(found) == 4 and all(np.isfinite(value) and value > 0 for value in found.values())
-    made = stream.Stream(1, 1 << 16)
+    made = stream.MemoryStream(1, 1 << 16)
     for _ in range(7):
         made.evict()
     assert sorted(made.noted()) == ["max", "or", "sum"] and made.noted() == {}
@@ -99,7 +100,7 @@ def test_stream_reads_every_way() -> None:
 @pytest.mark.parametrize("case", [MlpCase, LinearCase])
 @pytest.mark.parametrize("density", [0.5, 0.2])
 def test_density_is_forced_for_every_unit(case: Any, density: float, tmp_path: Path) -> None:
-    made = case(FORMS["int8"], D, N, R, tmp_path)
+    made = case(FORMATS["int8"], D, N, R, tmp_path)
     kept = made.score > made.thresholds(density)
     assert abs(kept.mean(0) - density).max() <= 1 / POOL + 1e-9
     assert kept[0].mean() == pytest.approx(density, abs=0.2) and (kept[0] != kept[1]).any()
@@ -111,8 +112,8 @@ def test_dense_graphs_are_the_mlp(baseline: str, bound: float, tmp_path: Path) -
     """Against numpy on the float weights, within the format's rounding; a control with one matrix changed
     is far off.
     """
-    case = MlpCase(FORMS["fp32"], D, N, R, tmp_path)
-    run = op._Timer(1, 1, 1.0, ()).open(case.dense(baseline, tmp_path))
+    case = MlpCase(FORMATS["fp32"], D, N, R, tmp_path)
+    run = OpTimer(1, 1, 1.0, ()).open(case.dense(baseline, tmp_path))
     weights, x = (
         {role: value.astype(np.float64) for role, value in mlp_weights(D, N, R).items()},
         case.pool[:5].astype(np.float64),
@@ -133,15 +134,8 @@ def test_rows_of_the_mlp(still: None) -> None:
     seen: list[int] = []
     peer = Peer("other", ("fp32",), lambda weights, threads: lambda x: x @ weights["w_up"].T)
     result = bench_op(
-        "gated_mlp",
-        D,
-        N,
-        R,
-        ["fp32", "int8"],
-        (1.0, 0.25),
-        (1, 4),
-        1,
-        wanted=2,
+        OpWorkload("gated_mlp", D, N, R, ["fp32", "int8"], (1.0, 0.25), (1, 4)),
+        OpTiming(threads=1, pairs=2),
         peers=[peer],
         command="x",
         keep=lambda found: seen.append(len(found["rows"])),
@@ -165,20 +159,15 @@ def test_rows_of_the_mlp(still: None) -> None:
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"] / 1e6) and row[
             "share_of_stream"
         ] == pytest.approx(row["gb_per_s"] / row["stream_gb_per_s"])
-        names = [f"ONNX Runtime {BASELINES[key].name}" for key in FORMS[name].baselines] + ["other"] * (name == "fp32")
+        names = [f"ONNX Runtime {BASELINES[key].name}" for key in FORMATS[name].baselines] + ["other"] * (
+            name == "fp32"
+        )
         names = names if tokens == 1 else names[:1]
         assert [dense["name"] for dense in row["dense"]] == names
     again: list[int] = []
     more = bench_op(
-        "gated_mlp",
-        D,
-        N,
-        R,
-        ["fp32", "int8"],
-        (1.0, 0.25),
-        (1, 4),
-        1,
-        2,
+        OpWorkload("gated_mlp", D, N, R, ["fp32", "int8"], (1.0, 0.25), (1, 4)),
+        OpTiming(threads=1, pairs=2),
         finished=result["rows"][:-1],
         keep=lambda _: again.append(1),
     )
@@ -190,7 +179,7 @@ def test_rows_of_the_mlp(still: None) -> None:
 )
 def test_gates_are_opened_by_force(activation: str, both: bool, tmp_path: Path) -> None:
     """The shares of the pool are those asked for, of every neuron, and the pool's own reference agrees with them."""
-    case = ReluCase(FORMS["fp32"], 256, N, R, tmp_path, activation)
+    case = ReluCase(FORMATS["fp32"], 256, N, R, tmp_path, activation)
     for score, share in (("exact", 0.09), ("predictor", 0.5)):
         case.aim(score, 0.09)
         kept = case.kept(case.thresholds(0.09))
@@ -208,7 +197,9 @@ def test_gates_are_opened_by_force(activation: str, both: bool, tmp_path: Path) 
 
 
 def test_rows_of_a_relu(still: None) -> None:
-    result = bench_op("gated_mlp", D, N, R, ["fp32", "int4"], (0.09,), (1, 4), 1, wanted=2, activation="drelu")
+    result = bench_op(
+        OpWorkload("gated_mlp", D, N, R, ["fp32", "int4"], (0.09,), (1, 4), activation="drelu"), OpTiming(1, 2)
+    )
     rows = result["rows"]
     assert result["settings"]["activation"] == "drelu" and [row["score"] for row in rows] == ["exact", "predictor"] * 4
     for row in rows:
@@ -224,11 +215,11 @@ def test_rows_of_a_relu(still: None) -> None:
             )
             shares = (1.0 if exact else row["density"]) + row["opened"] + row["nonzero"]
             assert row["operations"] == pytest.approx(2 * (D * N * shares + (0 if exact else R * (D + N))), rel=0.1)
-        assert row["dense"][0]["name"] == f"ONNX Runtime {BASELINES[FORMS[row['format']].baselines[0]].name}"
+        assert row["dense"][0]["name"] == f"ONNX Runtime {BASELINES[FORMATS[row['format']].baselines[0]].name}"
 
 
 def test_rows_of_the_linear(still: None) -> None:
-    (row, nothing) = bench_op("sparse_linear", D, N, R, ["int4"], (0.5,), (1,), 1, wanted=2)["rows"]
+    (row, nothing) = bench_op(OpWorkload("sparse_linear", D, N, R, ["int4"], (0.5,)), OpTiming(1, 2))["rows"]
     variant = sparse_linear.Variant.parse(row["variant"])
     assert (
         row["bytes"] == pytest.approx(sparse_linear.traffic(variant, D, N, row["union"]))
@@ -240,19 +231,19 @@ def test_a_wrong_kernel_is_not_timed(still: None, monkeypatch: pytest.MonkeyPatc
     right = MlpCase.expected
     monkeypatch.setattr(MlpCase, "expected", lambda self, x, tau: right(self, x, tau) * (1 + 1e-4))
     with pytest.raises(ValueError, match="error of fp32 must be at most .*The kernel is wrong"):
-        bench_op("gated_mlp", D, N, R, ["fp32"], (0.5,), (1,), 1, wanted=1)
+        bench_op(OpWorkload("gated_mlp", D, N, R, ["fp32"], (0.5,)), OpTiming(1, 1))
 
 
 def test_a_busy_machine_gives_no_number(still: None, monkeypatch: pytest.MonkeyPatch) -> None:
     ever = itertools.count()
     monkeypatch.setattr(samples, "waited", lambda: float(next(ever)))
     with pytest.raises(ValueError, match="must have 15 clean pairs in 0 s, got 0 of"):
-        bench_op("gated_mlp", D, N, R, ["fp32"], (0.5,), (1,), 1, patience=0.2)
+        bench_op(OpWorkload("gated_mlp", D, N, R, ["fp32"], (0.5,)), OpTiming(1, patience=0.2))
 
 
 def test_a_variant_without_a_kernel_is_said(still: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op.library, "supports", lambda *_: False)
-    result = bench_op("gated_mlp", D, N, R, ["fp32"], (0.5,), (1,), 1, wanted=1)
+    result = bench_op(OpWorkload("gated_mlp", D, N, R, ["fp32"], (0.5,)), OpTiming(1, 1))
     assert {row["status"] for row in result["rows"]} == {"not run: the library has no kernel for it"}
 
 
@@ -264,7 +255,7 @@ def test_a_variant_without_a_kernel_is_said(still: None, monkeypatch: pytest.Mon
         ({"densities": [0.0]}, "above 0 and be at most 1, got 0.0"),
         ({"tokens": [0]}, "tokens must be 1 to 1024, got 0"),
         ({"d": 65}, "multiples of 32, got 65"),
-        ({"wanted": 0}, "pairs must be at least 1"),
+        ({"pairs": 0}, "pairs must be at least 1"),
         ({"activation": "gelu"}, "activation must be silu, or for gated_mlp one of relu, .*got gelu"),
         ({"op": "sparse_linear", "activation": "relu"}, "got relu for sparse_linear"),
         ({"activation": "drelu", "densities": [1.0]}, "density of drelu must be below 1"),
@@ -272,7 +263,8 @@ def test_a_variant_without_a_kernel_is_said(still: None, monkeypatch: pytest.Mon
 )
 def test_bad_arguments(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        bench_op(**{"d": D, "n": N, **arguments})
+        pairs = arguments.pop("pairs", 21)
+        bench_op(OpWorkload(**{"d": D, "n": N, **arguments}), OpTiming(pairs=pairs))
 
 
 def test_bytes_and_density_of_a_folder() -> None:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import sparsegate.runtime_onnx as runtime
+from sparsegate.runtime_onnx import Sampling
 from sparsegate.runtime_onnx.errors import InputError
 
 generation = sys.modules["sparsegate.runtime_onnx.generate"]  # the package's attribute of that name is the function
@@ -87,9 +88,9 @@ def test_genai_runs_what_the_line_says(library: bool, tmp_path: Path, caplog: py
 def test_sampling_is_seeded() -> None:
     """One seed gives one text, another seed another; top_k = 1 is greedy at any temperature."""
     folder = folders.sparse("gate")
-    texts = [raw(folder, folders.PROMPT, 16, temperature=2.0, top_k=0, seed=seed) for seed in (1, 1, 2)]
+    texts = [raw(folder, folders.PROMPT, 16, Sampling(2.0, top_k=0, seed=seed)) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
-    assert raw(folder, folders.PROMPT, 16, temperature=2.0, top_k=1, seed=7) == raw(folder, folders.PROMPT, 16)
+    assert raw(folder, folders.PROMPT, 16, Sampling(2.0, top_k=1, seed=7)) == raw(folder, folders.PROMPT, 16)
 
 
 @pytest.mark.parametrize("begin", [True, False])
@@ -140,9 +141,9 @@ def test_bad_arguments(tmp_path: Path) -> None:
     wrong = [
         ("prompt", {"prompt": ""}),
         ("max_new_tokens", {"max_new_tokens": 0}),
-        ("temperature", {"temperature": -1.0}),
-        ("top_k", {"top_k": -1}),
-        ("top_p", {"top_p": 0}),
+        ("temperature", {"sampling": Sampling(-1.0)}),
+        ("top_k", {"sampling": Sampling(top_k=-1)}),
+        ("top_p", {"sampling": Sampling(top_p=0)}),
     ]
     for name, arguments in wrong:
         with pytest.raises(ValueError, match=f"{name} must"):

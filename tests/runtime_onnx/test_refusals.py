@@ -6,13 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_folders as folders
 import pytest
 
 import sparsegate.runtime_onnx as runtime
-from sparsegate.runtime_onnx.bench.folders import bench
+from sparsegate.runtime_onnx import Sampling
+from sparsegate.runtime_onnx.bench.folders import Timing, bench
 from sparsegate.runtime_onnx.errors import InputError, explained
 from sparsegate.runtime_onnx.untrusted import parse_json
 
@@ -105,37 +107,37 @@ def test_the_boundary_lets_our_own_errors_through() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"seed": 1 << 63}, "seed must be from 0 to 2147483647"),
-        ({"seed": 1 << 31}, "seed must be from 0"),
-        ({"seed": -1}, "seed must be from 0"),
-        ({"temperature": float("nan")}, "temperature must be 0, or at least"),
-        ({"temperature": float("inf")}, "temperature must be 0, or at least"),
-        ({"temperature": 1e-300}, "temperature must be 0, or at least"),
-        ({"top_p": float("nan")}, "top_p must be in"),
+        ({"sampling": Sampling(seed=1 << 63)}, "seed must be from 0 to 2147483647"),
+        ({"sampling": Sampling(seed=1 << 31)}, "seed must be from 0"),
+        ({"sampling": Sampling(seed=-1)}, "seed must be from 0"),
+        ({"sampling": Sampling(float("nan"))}, "temperature must be 0, or at least"),
+        ({"sampling": Sampling(float("inf"))}, "temperature must be 0, or at least"),
+        ({"sampling": Sampling(1e-300)}, "temperature must be 0, or at least"),
+        ({"sampling": Sampling(top_p=float("nan"))}, "top_p must be in"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
     ],
 )
-def test_numbers_out_of_range(arguments: dict[str, float], said: str) -> None:
+def test_numbers_out_of_range(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        runtime.generate(folders.sparse("gate"), "x", **arguments)  # type: ignore[arg-type]
+        runtime.generate(folders.sparse("gate"), "x", **arguments)
 
 
 def test_more_candidates_than_there_are_tokens_are_all_tokens() -> None:
     folder = folders.sparse("gate")
     texts = [
-        "".join(runtime.generate(folder, "def", 8, temperature=2.0, top_k=count, seed=3))
+        "".join(runtime.generate(folder, "def", 8, Sampling(2.0, top_k=count, seed=3)))
         for count in (folders.VOCABULARY, 1 << 62)
     ]
     assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(
-    "pairs", [{"threads": -1}, {"threads": 1 << 40}, {"prompt_tokens": 1 << 62}, {"new_tokens": 0}]
+    "timing", [Timing(threads=-1), Timing(threads=1 << 40), Timing(prompt_tokens=1 << 62), Timing(new_tokens=0)]
 )
-def test_numbers_of_bench(pairs: dict[str, int]) -> None:
+def test_numbers_of_bench(timing: Timing) -> None:
     folder = folders.sparse("gate")
     with pytest.raises(ValueError, match="must be at least|must be at most|must fit the context"):
-        bench(folder, folder, **pairs)  # type: ignore[arg-type]
+        bench(folder, folder, timing)
 
 
 @pytest.mark.parametrize(

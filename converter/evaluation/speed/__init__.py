@@ -4,7 +4,7 @@ tables and the roofline plot.
 
 from __future__ import annotations
 
-from .run import bench
+from .run import BenchRequest, bench
 from .shapes import SHAPES
 
-__all__ = ["SHAPES", "bench"]
+__all__ = ["SHAPES", "BenchRequest", "bench"]

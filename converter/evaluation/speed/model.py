@@ -8,22 +8,21 @@ a dense token, by ONNX Runtime's profiler, and the op timed alone at the model's
 from __future__ import annotations
 
 import logging
-import os
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ....runtime_onnx import library
-from ....runtime_onnx.bench.folders import describe
-from ....runtime_onnx.bench.graphs import Shares, mlp_share, realised, token_bytes
-from ....runtime_onnx.bench.op import NO_CUDA, bench_op
-from ....runtime_onnx.bench.record import record
+from ....runtime_onnx.bench.folders import Timing, describe
+from ....runtime_onnx.bench.graphs import NeuronShares, mlp_share, realised, token_bytes
+from ....runtime_onnx.bench.op import NO_CUDA, OpTiming, OpWorkload, bench_op
+from ....runtime_onnx.bench.record import record, usable_cpus
 from ....runtime_onnx.bench.samples import Round, compare, rounds
-from ....runtime_onnx.bench.stream import Stream, best
+from ....runtime_onnx.bench.stream import MemoryStream, best
 from ....runtime_onnx.errors import InputError
 from .memory import peak
 from .peers import OPENERS
@@ -32,7 +31,7 @@ _PROBE = 96  # tokens that the realised density is measured on
 
 
 @dataclass(frozen=True)
-class Entry:
+class TimedModel:
     """One model of the run: its runtime in `peers.OPENERS`, its file or folder, and its format in words."""
 
     runtime: str
@@ -41,48 +40,35 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Of the feed-forward networks, for the op alone: channels, neurons, rank of the predictor, layers."""
+class Text:
+    """Ids of the prompt in one call, and of the tokens after it in one call each; the same for all models."""
 
-    d: int
-    n: int
-    r: int
-    layers: int
+    prompt: list[int]
+    following: list[int]
 
 
 def bench_models(
-    entries: dict[str, Entry],
-    precision: str,
-    sizes: Sizes | None,
-    settings: dict[str, Any],
+    models: Mapping[str, TimedModel],
     tokens: int | Sequence[int],
-    prompt_tokens: int = 64,
-    new_tokens: int = 24,
-    count: int = 15,
-    threads: int | None = None,
+    timing: Timing,
+    settings: Mapping[str, Any],
+    mlp: OpWorkload | None = None,
     memory: bool = True,
     command: str | None = None,
     progress: Callable[[int], None] | None = None,
-    activation: str = "silu",
 ) -> dict[str, Any]:
-    """Times every entry in `count` rounds; the role "dense" is the baseline, roles "sparse ..." are compared with every
-    other.
+    """Times every model in rounds; the role "dense" is the baseline, roles "sparse ..." are compared with every other.
 
     Args:
-        entries: Models by role.
-        precision: Of the weights, as in `--precision`.
-        sizes: For the expectation; None leaves it out.
-        settings: What else to record.
+        models: By role.
         tokens: Ids of a text, of which the first are taken, or below which number they are drawn from 2 on, at random:
-        the same for all.
-        prompt_tokens: Tokens of the prompt.
-        new_tokens: Tokens decoded one at a time.
-        count: Rounds.
-        threads: Threads of every runtime; by default the CPUs that this process may use.
+            the same for all.
+        timing: How many tokens, rounds and threads; by default the threads of the CPUs that this process may use.
+        settings: What else to record: model or sizes, density, precision.
+        mlp: The sparse models' feed-forward networks as an op, for the expectation; None leaves it out.
         memory: Whether to run each model once more in a process of its own for its peak memory.
         command: What to record as the command; this process's own by default.
         progress: Called with the number of finished rounds.
-        activation: Of the sparse models' feed-forward networks, for the expectation.
 
     Returns:
         JSON-ready: head as in `record`, "settings", "models", "ratios", "amdahl", "stream_gb_per_s", "samples".
@@ -90,75 +76,91 @@ def bench_models(
     Raises:
         InputError: A number is out of range, or dense or sparse cannot be opened.
     """
-    for name, value in (("pairs", count), ("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}. Choose a larger number.")
-    threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    drawn = _drawn(tokens, prompt_tokens + new_tokens)
-    ids, following = drawn[:prompt_tokens], drawn[prompt_tokens:]
+    timing.check()
+    threads = timing.threads or usable_cpus()
+    drawn = _drawn(tokens, timing.prompt_tokens + timing.new_tokens)
+    text = Text(drawn[: timing.prompt_tokens], drawn[timing.prompt_tokens :])
     result: dict[str, Any] = {
         **record(command),
         "kind": "model",
         "isa": library.isa(),
         "cuda": NO_CUDA,
-        "settings": settings
+        "settings": dict(settings)
         | {
-            "precision": precision,
-            "prompt_tokens": prompt_tokens,
-            "new_tokens": new_tokens,
-            "rounds": count,
+            "prompt_tokens": timing.prompt_tokens,
+            "new_tokens": timing.new_tokens,
+            "rounds": timing.pairs,
             "threads": threads,
             "tokens": "random ids, the same for all" if isinstance(tokens, int) else "of a text, the same for all",
         },
     }
-    rows: dict[str, dict[str, Any]] = {
-        role: {"role": role, "runtime": entry.runtime, "format": entry.form} for role, entry in entries.items()
-    }
-    densities: dict[str, dict[str, Shares]] = {}
-    for role, entry in entries.items():
-        rows[role]["timed"] = OPENERS[entry.runtime].timed
-        if (missing := OPENERS[entry.runtime].missing()) is not None:
-            rows[role]["status"] = missing
-            continue
-        rows[role]["status"] = "run"
-        if entry.runtime.startswith("onnxruntime"):
-            densities[role] = realised(entry.path, drawn[:_PROBE])
-            rows[role] |= _facts(entry.path, densities[role])
-        elif entry.path.is_file():
-            rows[role]["file_bytes"] = entry.path.stat().st_size
-        if memory:
-            rows[role]["peak_bytes"] = peak(entry.runtime, entry.path, threads, entry.form, ids, following)
-    running = {role: entry for role, entry in entries.items() if rows[role]["status"] == "run"}
-    stream = Stream(threads)
-    before = stream.bandwidth(9)
-    models = {
-        role: OPENERS[entry.runtime].open(entry.path, threads, entry.form, len(drawn))
-        for role, entry in running.items()
-    }
-    found = rounds(
-        {role: lambda model=model: model.run(ids, following) for role, model in models.items()},
-        count,
-        progress=progress,
-    )
-    del models
-    roof = best(before, stream.bandwidth(9))
+    rows, densities = _described(models, text, threads, memory)
+    running = {role: model for role, model in models.items() if rows[role]["status"] == "run"}
+    timed, roof = _timed(running, text, threads, timing.pairs, progress)
     result["stream_gb_per_s"] = roof
     for role in running:
-        rows[role] |= _speeds(found, role, len(ids), len(following))
+        rows[role] |= _speeds(timed, role, text)
         if "token_bytes" in rows[role]:
             rows[role]["gb_per_s"] = rows[role]["token_bytes"] * rows[role]["decode_tokens_per_s"] / 1e9
             rows[role]["share_of_stream"] = rows[role]["gb_per_s"] / roof
     result["models"] = list(rows.values())
-    result["ratios"] = _ratios(found, list(running))
-    if sizes and "dense" in running:
-        share = mlp_share(entries["dense"].path, ids[:8], following[:12], threads)
+    result["ratios"] = _ratios(timed, list(running))
+    if mlp and "dense" in running:
+        share = mlp_share(models["dense"].path, text.prompt[:8], text.following[:12], threads)
         result["amdahl"] = [
-            _expected(role, result["ratios"], share, sizes, precision, _mean(densities[role]), threads, activation)
+            _expected(role, result["ratios"], share, mlp, _mean(densities[role]), threads)
             for role in running
             if role.startswith("sparse")
         ]
-    result["samples"] = [{"seconds": entry.values, "waits": entry.waits} for entry in found]
+    result["samples"] = [{"seconds": entry.values, "waits": entry.waits} for entry in timed]
     return result
+
+
+def _described(
+    models: Mapping[str, TimedModel], text: Text, threads: int, memory: bool
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, NeuronShares]]]:
+    """The row of every model without its speeds, and the realised densities of those in ONNX Runtime, by role."""
+    rows: dict[str, dict[str, Any]] = {}
+    densities: dict[str, dict[str, NeuronShares]] = {}
+    for role, model in models.items():
+        runtime, missing = OPENERS[model.runtime], OPENERS[model.runtime].missing()
+        row = rows[role] = {"role": role, "runtime": model.runtime, "format": model.form, "timed": runtime.timed}
+        row["status"] = missing or "run"
+        if missing is not None:
+            continue
+        if model.runtime.startswith("onnxruntime"):
+            densities[role] = realised(model.path, [*text.prompt, *text.following][:_PROBE])
+            row |= _facts(model.path, densities[role])
+        elif model.path.is_file():
+            row["file_bytes"] = model.path.stat().st_size
+        if memory:
+            row["peak_bytes"] = peak(model.runtime, model.path, threads, model.form, text.prompt, text.following)
+    return rows, densities
+
+
+def _timed(
+    models: Mapping[str, TimedModel],
+    text: Text,
+    threads: int,
+    count: int,
+    progress: Callable[[int], None] | None,
+) -> tuple[list[Round[tuple[float, float]]], float]:
+    """Seconds of prompt and following tokens of every model in `count` rounds, and the GB/s of the fastest way of
+    reading memory before and after them.
+    """
+    stream = MemoryStream(threads)
+    before = stream.bandwidth(9)
+    opened = {
+        role: OPENERS[model.runtime].open(model.path, threads, model.form, len(text.prompt) + len(text.following))
+        for role, model in models.items()
+    }
+    timed = rounds(
+        {role: lambda model=model: model.run(text.prompt, text.following) for role, model in opened.items()},
+        count,
+        progress=progress,
+    )
+    del opened
+    return timed, best(before, stream.bandwidth(9))
 
 
 def _drawn(tokens: int | Sequence[int], count: int) -> list[int]:
@@ -174,7 +176,7 @@ def _drawn(tokens: int | Sequence[int], count: int) -> list[int]:
     return list(tokens[:count])
 
 
-def _facts(path: Path, density: dict[str, Shares]) -> dict[str, Any]:
+def _facts(path: Path, density: dict[str, NeuronShares]) -> dict[str, Any]:
     """What the folder holds, bytes a token needs and its realised density; of a ReLU model also the shares of open
     gates and of what is not zero.
     """
@@ -193,33 +195,33 @@ def _facts(path: Path, density: dict[str, Shares]) -> dict[str, Any]:
     return facts | {"density": mean.kept, "layer_densities": [min(kept), max(kept)]} | more
 
 
-def _mean(density: dict[str, Shares]) -> Shares:
-    return Shares(*(statistics.mean(values) for values in zip(*density.values(), strict=True)))
+def _mean(density: dict[str, NeuronShares]) -> NeuronShares:
+    return NeuronShares(*(statistics.mean(values) for values in zip(*density.values(), strict=True)))
 
 
-def _speeds(found: Sequence[Round[tuple[float, float]]], role: str, prompt: int, new: int) -> dict[str, Any]:
+def _speeds(timed: Sequence[Round[tuple[float, float]]], role: str, text: Text) -> dict[str, Any]:
     """Median tokens per second over the rounds in which the role did not wait, or over all, which is said."""
-    quiet = [entry for entry in found if entry.quiet(role)]
-    kept = quiet or found
+    quiet = [entry for entry in timed if entry.quiet(role)]
+    kept = quiet or timed
     return {
-        "prefill_tokens_per_s": prompt / statistics.median(entry.values[role][0] for entry in kept),
-        "decode_tokens_per_s": new / statistics.median(entry.values[role][1] for entry in kept),
+        "prefill_tokens_per_s": len(text.prompt) / statistics.median(entry.values[role][0] for entry in kept),
+        "decode_tokens_per_s": len(text.following) / statistics.median(entry.values[role][1] for entry in kept),
         "rounds": len(quiet),
         "quiet": bool(quiet),
     }
 
 
-def _ratios(found: Sequence[Round[tuple[float, float]]], roles: Sequence[str]) -> list[dict[str, Any]]:
+def _ratios(timed: Sequence[Round[tuple[float, float]]], roles: Sequence[str]) -> list[dict[str, Any]]:
     """Every sparse model against every other: from the rounds in which neither waited, or from all, which is said."""
     ratios = []
     for role in (role for role in roles if role.startswith("sparse")):
         for other in (other for other in roles if not other.startswith("sparse")):
-            quiet = [entry for entry in found if entry.quiet(role, other)]
-            kept = quiet or found
+            quiet = [entry for entry in timed if entry.quiet(role, other)]
+            kept = quiet or timed
             row: dict[str, Any] = {
                 "role": role,
                 "against": other,
-                "dropped": len(found) - len(kept),
+                "dropped": len(timed) - len(kept),
                 "quiet": bool(quiet),
             }
             for number, phase in enumerate(("prefill", "decode")):
@@ -238,21 +240,17 @@ def _expected(
     role: str,
     ratios: Sequence[dict[str, Any]],
     share: float,
-    sizes: Sizes,
-    precision: str,
-    shares: Shares,
+    mlp: OpWorkload,
+    shares: NeuronShares,
     threads: int,
-    activation: str,
 ) -> dict[str, Any]:
     """Amdahl's law beside what was measured, both for decoding."""
-    density = shares.kept
     measured = next(row["decode"]["ratio"] for row in ratios if row["role"] == role and row["against"] == "dense")
-    row: dict[str, Any] = {"role": role, "mlp_share": share, "measured": measured, "density": density}
+    row: dict[str, Any] = {"role": role, "mlp_share": share, "measured": measured, "density": shares.kept}
+    density = round(shares.nonzero if mlp.zeros else shares.kept, 4)
+    score = "exact" if role.startswith("sparse exact") else "predictor"
     try:
-        asked = round(density if activation == "silu" else shares.nonzero, 4)
-        score = "exact" if role.startswith("sparse exact") else "predictor"
-        given = {"patience": 20.0, "activation": activation, "score": score}
-        (op,) = bench_op("gated_mlp", sizes.d, sizes.n, sizes.r, [precision], [asked], (1,), threads, **given)["rows"]
+        (op,) = bench_op(replace(mlp, densities=(density,), score=score), OpTiming(threads, patience=20.0))["rows"]
     except ValueError as error:
         return row | {"status": f"not measured: {error}"}
     if op["status"] != "run":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ....runtime_onnx.bench.folders import RUNTIMES
-from ....runtime_onnx.bench.op import Peer
+from ....runtime_onnx.bench.op_timer import Peer
 from ....runtime_onnx.library import forced_isa
 from .shapes import Shape
 

@@ -30,11 +30,12 @@ from sparsegate.converter.checkpoint.stage import (
     write_json,
 )
 from sparsegate.converter.evaluation.quality import clustered_error
-from sparsegate.converter.evaluation.speed.model import Entry, bench_models
+from sparsegate.converter.evaluation.speed.model import TimedModel, bench_models
 from sparsegate.converter.evaluation.speed.peers import OPENERS
 from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.onnx_export.base_graph import build_base, check_base
 from sparsegate.converter.onnx_export.gated_graph import export, export_dense
+from sparsegate.runtime_onnx.bench import folders
 from sparsegate.runtime_onnx.errors import InputError
 from sparsegate.runtime_onnx.session import Decoder
 from sparsegate.runtime_onnx.untrusted import read_json
@@ -65,13 +66,13 @@ class Loss(BaseModel):
     nll: list[float]
 
 
-def entries(study: Study, plan: Plan, plan_header: Header, gguf: Path | None) -> dict[str, Entry]:
+def entries(study: Study, plan: Plan, plan_header: Header, gguf: Path | None) -> dict[str, TimedModel]:
     """The models by role, made where they are not there yet: dense and the plan in every precision, the plan with
     kernels forced to AVX2, the graphs of onnxruntime-genai's own builder, and llama.cpp's files where a GGUF file is
     there.
     """
     base = _base(study)
-    found = {BASELINE: Entry(GENAI, base, "fp32")}
+    found = {BASELINE: TimedModel(GENAI, base, "fp32")}
     for precision in PRECISIONS[1:]:
         path = _stage(
             study,
@@ -80,7 +81,7 @@ def entries(study: Study, plan: Plan, plan_header: Header, gguf: Path | None) ->
             {"precision": precision},
             lambda out, p=precision: export_dense(base, out, p),
         )
-        found[f"dense {precision}"] = Entry(GENAI, path, precision)
+        found[f"dense {precision}"] = TimedModel(GENAI, path, precision)
     for precision in PRECISIONS:
         path = _stage(
             study,
@@ -89,9 +90,9 @@ def entries(study: Study, plan: Plan, plan_header: Header, gguf: Path | None) ->
             {"plan": plan_header.fingerprint, "precision": precision},
             lambda out, p=precision: _sparse(study, base, plan, out, p),
         )
-        found[f"sparse {precision}"] = Entry(GENAI, path, precision)
+        found[f"sparse {precision}"] = TimedModel(GENAI, path, precision)
     for precision in PRECISIONS:
-        found[f"sparse {precision} AVX2"] = Entry(GENAI_AVX2, found[f"sparse {precision}"].path, precision)
+        found[f"sparse {precision} AVX2"] = TimedModel(GENAI_AVX2, found[f"sparse {precision}"].path, precision)
     for precision in BUILDER_PRECISIONS:
         path = _stage(
             study,
@@ -100,9 +101,11 @@ def entries(study: Study, plan: Plan, plan_header: Header, gguf: Path | None) ->
             {"builder": precision},
             lambda out, p=precision: build_base(study.folder, out, p) and None,
         )
-        found[f"genai {precision}"] = Entry(GENAI, path, precision)
+        found[f"genai {precision}"] = TimedModel(GENAI, path, precision)
     if gguf is not None:
-        found |= {f"llama.cpp {form}": Entry(LLAMA, path, form) for form, path in _llama_files(study, gguf).items()}
+        found |= {
+            f"llama.cpp {form}": TimedModel(LLAMA, path, form) for form, path in _llama_files(study, gguf).items()
+        }
     return found
 
 
@@ -160,7 +163,7 @@ def gguf_format(path: Path) -> str:
 # Losses
 
 
-def losses(study: Study, models: dict[str, Entry], timing: Timing) -> dict[str, Loss]:
+def losses(study: Study, models: dict[str, TimedModel], timing: Timing) -> dict[str, Loss]:
     """The loss of every model that can be run, each a stage: the same ids go into all of them."""
     found = {}
     for role, entry in models.items():
@@ -171,7 +174,7 @@ def losses(study: Study, models: dict[str, Entry], timing: Timing) -> dict[str, 
     return found
 
 
-def _loss(study: Study, role: str, entry: Entry, timing: Timing) -> Loss:
+def _loss(study: Study, role: str, entry: TimedModel, timing: Timing) -> Loss:
     windows = study.heldout.tokens[: timing.windows]
     header = read_header(entry.path) if entry.path.is_dir() else None
     made = Header(
@@ -200,7 +203,7 @@ def window_nll(logits: np.ndarray, window: Tensor) -> float:
     return float(-chances.gather(1, window[1:, None]).sum())
 
 
-def _onnx_logits(entry: Entry) -> Callable[[Tensor], np.ndarray]:
+def _onnx_logits(entry: TimedModel) -> Callable[[Tensor], np.ndarray]:
     decoder = Decoder(entry.path)
 
     def logits(window: Tensor) -> np.ndarray:
@@ -210,7 +213,7 @@ def _onnx_logits(entry: Entry) -> Callable[[Tensor], np.ndarray]:
     return logits
 
 
-def _llama_logits(entry: Entry, context: int, threads: int) -> Callable[[Tensor], np.ndarray]:
+def _llama_logits(entry: TimedModel, context: int, threads: int) -> Callable[[Tensor], np.ndarray]:
     from sparsegate.converter.evaluation.speed.llama_cpp_peer import Llama
 
     model = Llama(entry.path, threads, context)
@@ -238,7 +241,7 @@ def shipped(losses: dict[str, Loss]) -> dict[str, Shipped]:
 # Speeds
 
 
-def speeds(study: Study, models: dict[str, Entry], timing: Timing, command: str) -> dict[str, Any]:
+def speeds(study: Study, models: dict[str, TimedModel], timing: Timing, command: str) -> dict[str, Any]:
     """`bench_models` of all models on held-out text, a stage."""
     header = Header(
         format="speed",
@@ -253,17 +256,12 @@ def speeds(study: Study, models: dict[str, Entry], timing: Timing, command: str)
             .flatten()
             .tolist()
         )
-        settings = {"model": study.source.name, "density": None}
+        settings = {"model": study.source.name, "density": None, "precision": "each its own"}
         result = bench_models(
             models,
-            "each its own",
-            None,
-            settings,
             ids,
-            timing.prompt,
-            timing.decoded,
-            timing.rounds,
-            timing.threads,
+            folders.Timing(timing.prompt, timing.decoded, timing.rounds, timing.threads),
+            settings,
             memory=timing.memory,
             command=command,
         )
@@ -273,7 +271,7 @@ def speeds(study: Study, models: dict[str, Entry], timing: Timing, command: str)
     return read_json(folder / "speed.json", "The stored speeds")
 
 
-def _fingerprint(entry: Entry) -> str:
+def _fingerprint(entry: TimedModel) -> str:
     header = read_header(entry.path) if entry.path.is_dir() else None
     if header is not None:
         return header.fingerprint

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect as signatures
 import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from small_recipe import Done, run_cli
@@ -41,7 +42,12 @@ INVERTED = {("generate", "body"): (False, None), ("push", "public"): (False, Tru
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, signatures.Parameter]:
-    return dict(signatures.signature(function).parameters)
+    """The parameters of a function by name; one that is a dataclass counts as its fields."""
+    hints, named = get_type_hints(function), {}
+    for name, parameter in signatures.signature(function).parameters.items():
+        groups = [kind for kind in (hints.get(name), *get_args(hints.get(name))) if dataclasses.is_dataclass(kind)]
+        named |= parameters(groups[0]) if groups else {name: parameter}
+    return named
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -169,10 +175,7 @@ def test_every_flag_of_generate_push_and_verify_arrives(
             "path": tmp_path,
             "prompt": "a",
             "max_new_tokens": 3,
-            "temperature": 0.5,
-            "top_k": 4,
-            "top_p": 0.75,
-            "seed": 6,
+            "sampling": runtime.Sampling(0.5, top_k=4, top_p=0.75, seed=6),
             "library": False,
             "chat": False,
         },

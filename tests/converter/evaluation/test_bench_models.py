@@ -19,13 +19,13 @@ from sparsegate.converter.evaluation.speed import gguf_file
 from sparsegate.converter.evaluation.speed import model as model_module
 from sparsegate.converter.evaluation.speed import run as run_module
 from sparsegate.converter.evaluation.speed.peers import OPENERS, Runtime
-from sparsegate.converter.evaluation.speed.run import bench
+from sparsegate.converter.evaluation.speed.run import BenchRequest, bench
 from sparsegate.converter.evaluation.speed.shapes import SHAPES, Shape
 from sparsegate.converter.report import speed as tables
 from sparsegate.converter.report.roofline import plot, points
 from sparsegate.converter.report.speed_files import write_speed
 from sparsegate.runtime_onnx.bench import op as op_module
-from sparsegate.runtime_onnx.bench import samples, stream
+from sparsegate.runtime_onnx.bench import op_timer, samples, stream
 from sparsegate.runtime_onnx.errors import InputError
 
 BILLIONS = {
@@ -97,8 +97,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quiet machine, a small buffer, and the tiny shape among the shapes."""
     monkeypatch.setattr(samples, "waited", lambda: 0.0)
-    for module in (op_module, model_module):
-        monkeypatch.setattr(module, "Stream", lambda threads: stream.Stream(threads, 1 << 16))
+    for module in (op_timer, model_module):
+        monkeypatch.setattr(module, "MemoryStream", lambda threads: stream.MemoryStream(threads, 1 << 16))
     monkeypatch.setitem(SHAPES, "tiny", TINY)
 
 
@@ -124,7 +124,7 @@ def test_a_shape(folders: Path, small: None, monkeypatch: pytest.MonkeyPatch, tm
         "threads": 1,
         "work": folders,
     }
-    result = bench(shape="tiny", output=out, command="the command", progress=lambda *now: done.append(now), **given)
+    result = bench(BenchRequest(shape="tiny", **given), out, "the command", lambda *now: done.append(now))
     assert json.loads(out.read_text()) == json.loads(json.dumps(result)) and done == [(1, 2), (2, 2)]
     models = {row["role"]: row for row in result["models"]}
     assert list(models) == ["dense", "sparse 0.5", "sparse 0.25", "llama.cpp Q4_0", "torch bf16"]
@@ -156,12 +156,13 @@ def test_a_shape(folders: Path, small: None, monkeypatch: pytest.MonkeyPatch, tm
         and "`the command`" in text
     )
     with pytest.raises(InputError, match="--work must be a folder of the same shape, layers, precision and activation"):
-        bench(shape="tiny", precision="fp32", work=folders)
+        bench(BenchRequest(shape="tiny", precision="fp32", work=folders))
 
 
 def test_peers_are_run_where_they_are(folders: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_module, "peak", lambda *_: None)
-    result = bench(shape="tiny", density="0.5", prompt_tokens=8, new_tokens=4, pairs=1, threads=1, work=folders)
+    request = BenchRequest(shape="tiny", density="0.5", prompt_tokens=8, new_tokens=4, pairs=1, threads=1, work=folders)
+    result = bench(request)
     found = {row["role"]: row["status"] for row in result["models"]}
     there = all(find_spec(module) is not None for module in ("llama_cpp", "gguf"))
     assert (
@@ -187,11 +188,11 @@ def test_an_op_goes_on_where_it_stopped(small: None, tmp_path: Path, monkeypatch
         "tokens": "1,2",
         "pairs": 2,
         "threads": 1,
-        "output": out,
+        "density": "0.5",
     }
-    bench(precision="fp32", density="0.5", command="first", **given)
+    bench(BenchRequest(precision="fp32", **given), out, "first")
     first = json.loads(out.read_text())
-    result = bench(precision="fp32,int4", density="0.5", command="second", **given)
+    result = bench(BenchRequest(precision="fp32,int4", **given), out, "second")
     assert result["rows"][: len(first["rows"])] == first["rows"] and len(result["rows"]) == 2 * len(first["rows"])
     assert result["commands"] == ["first", "second"] and {row["format"] for row in result["rows"]} == {"fp32", "int4"}
     assert [dense["name"] for dense in result["rows"][0]["dense"]] == ["ONNX Runtime MatMul fp32", "torch fp32"]
@@ -199,7 +200,7 @@ def test_an_op_goes_on_where_it_stopped(small: None, tmp_path: Path, monkeypatch
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" and "| int4 |" in out.with_suffix(".md").read_text()
     monkeypatch.setattr(op_module.library, "isa", lambda: "another")
     with pytest.raises(InputError, match="must hold rows of the same .* got another isa. Move the file away"):
-        bench(precision="bf16", density="0.5", **given)
+        bench(BenchRequest(precision="bf16", **given), out)
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
 
 
@@ -303,7 +304,8 @@ def test_roofline_points(tmp_path: Path) -> None:
 )
 def test_bad_arguments(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        bench(**arguments)
+        output = arguments.pop("output", None)
+        bench(BenchRequest(**arguments), output)
 
 
 def test_the_dense_graph_of_a_checkpoint(
@@ -338,7 +340,7 @@ def test_a_shape_with_both_signs(small: None, monkeypatch: pytest.MonkeyPatch, t
         "pairs": 1,
         "threads": 1,
     }
-    result = bench(shape="tiny", work=tmp_path / "work", **given)
+    result = bench(BenchRequest(shape="tiny", work=tmp_path / "work", **given))
     models = {row["role"]: row for row in result["models"]}
     assert (
         list(models) == ["dense", "sparse exact 0.07", "sparse predictor 0.07"]
@@ -362,13 +364,13 @@ def test_a_shape_with_both_signs(small: None, monkeypatch: pytest.MonkeyPatch, t
         "sparse exact 0.07": "exact",
         "sparse predictor 0.07": "predictor",
     }
-    again = run_module.random_folders(TINY, "int4", [0.07], None, tmp_path / "work", "drelu")[0]
+    again = run_module.random_folders(TINY, "int4", [0.07], None, tmp_path / "work", "drelu")
     assert again["sparse exact 0.07"] == tmp_path / "work" / "sparse_exact_0.07"
     for wrong, words in (
         ({"density": "0.6"}, "at most 0.5, got 0.6"),
         ({"activation": "gelu"}, "must have exact zeros .*, got gelu"),
     ):
         with pytest.raises(InputError, match=words):
-            bench(shape="tiny", **given | wrong)
+            bench(BenchRequest(shape="tiny", **given | wrong))
     with pytest.raises(InputError, match="--activation must not be given for existing folders, got drelu"):
-        bench(["a", "b"], activation="drelu")
+        bench(BenchRequest(["a", "b"], activation="drelu"))
