@@ -21,7 +21,7 @@ from .library import LIBRARY, model_file
 from .untrusted import load_json
 
 CONFIG = "genai_config.json"
-Check = Callable[[Any], bool]
+FieldRule = Callable[[Any], bool]
 
 
 def _whole(value: Any) -> bool:
@@ -52,7 +52,7 @@ def _counts(value: Any) -> bool:
     return isinstance(value, list) and all(_count(entry) for entry in value)
 
 
-def _matches(pattern: str) -> Check:
+def _matches(pattern: str) -> FieldRule:
     compiled = re.compile(pattern, re.ASCII)
     return lambda value: isinstance(value, str) and compiled.fullmatch(value) is not None
 

@@ -18,6 +18,7 @@ from huggingface_hub.repocard import metadata_load
 
 from ...runtime_onnx.untrusted import is_data, read_json, regular
 from ..evaluation.records import Report, Speed
+from ..evaluation.recovery_record import RecoveryRecord
 from .comparison import reference_table
 from .markdown import code, fenced, inline, target
 from .plots import CANDIDATES
@@ -97,8 +98,29 @@ def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | No
         if path.resolve() != (folder / path.name).resolve():
             shutil.copyfile(path, folder / path.name)
     recovery = read_recovery(folder)
-    relation = "quantized" if recovery is None else "finetune"  # the Hub's closed list has no word for sparse
-    data = ModelCardData(
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"inline": inline, "code": code}
+    template = environment.from_string((Path(__file__).parent / "card.md.jinja").read_text(encoding="utf-8"))
+    body = template.render(
+        **_facts(folder, report, recovery),
+        **_tables(report, recovery),
+        source=source,
+        repo=repo_id or "OWNER/NAME",
+        local=(repo_id or "OWNER/NAME").split("/")[-1],
+    )
+    data = _metadata(report, source, trained=recovery is not None)
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", body))
+    path = folder / "README.md"
+    card.save(path)
+    return path
+
+
+def _metadata(report: Report, source: BaseCard, trained: bool) -> ModelCardData:
+    """The Hub's metadata; `trained` where the weights are not the base model's."""
+    relation = "finetune" if trained else "quantized"  # the Hub's closed list has no word for sparse
+    return ModelCardData(
         base_model=source.id,
         base_model_relation=relation if source.id else None,
         library_name="sparsegate",
@@ -110,48 +132,45 @@ def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | No
         datasets=[report.calibration.dataset] if report.calibration.dataset else None,
         tags=list(TAGS),
     )
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters |= {"inline": inline, "code": code}
-    template = environment.from_string((Path(__file__).parent / "card.md.jinja").read_text(encoding="utf-8"))
-    repo = repo_id or "OWNER/NAME"
-    body = template.render(
-        report=report,
-        chosen=report.chosen,
-        units=_units(report),
-        source=source,
-        hub=constants.ENDPOINT,
-        repo=repo,
-        local=repo.split("/")[-1],
-        verdict=inline(make_verdict(report, recovery).sentence),
-        quality=quality_table(report),
-        details=detail_table(report),
-        speeds=speed_table(report) if report.speed else "",
-        errors=report.chosen.nll_error is not None,
-        references=reference_table(report) if report.references else "",
-        layers=layer_table(report),
-        checks=check_table(report),
-        weights=weights,
-        onnx=onnx_table(report) if report.onnx else "",
-        onnx_details=onnx_detail_table(report) if report.onnx else "",
-        model_type=_model_type(folder),
-        recovery=recovery,
-        before_after=before_after_table(recovery) if recovery else "",
-        spent=spent_table(recovery) if recovery else "",
-        zeros=zeros_table(recovery) if recovery else "",
-        speed=inline(speed_sentence(report)),
-        recipe=fenced(yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True), "yaml"),
-        versions=inline(", ".join(f"{name} {version}" for name, version in report.versions.items())),
-        plots=sorted(
+
+
+def _facts(folder: Path, report: Report, recovery: RecoveryRecord | None) -> dict[str, Any]:
+    """What the card says beside its tables."""
+    return {
+        "report": report,
+        "chosen": report.chosen,
+        "units": _units(report),
+        "hub": constants.ENDPOINT,
+        "verdict": inline(make_verdict(report, recovery).sentence),
+        "errors": report.chosen.nll_error is not None,
+        "weights": weights,
+        "model_type": _model_type(folder),
+        "recovery": recovery,
+        "speed": inline(speed_sentence(report)),
+        "recipe": fenced(yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True), "yaml"),
+        "versions": inline(", ".join(f"{name} {version}" for name, version in report.versions.items())),
+        "plots": sorted(
             (path.relative_to(folder).as_posix() for path in (folder / "report").glob("*.png")),
             key=lambda name: (name != CANDIDATES, name),
         ),
-    )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", body))
-    path = folder / "README.md"
-    card.save(path)
-    return path
+    }
+
+
+def _tables(report: Report, recovery: RecoveryRecord | None) -> dict[str, str]:
+    """The card's tables in markdown; empty where nothing was measured."""
+    return {
+        "quality": quality_table(report),
+        "details": detail_table(report),
+        "speeds": speed_table(report) if report.speed else "",
+        "references": reference_table(report) if report.references else "",
+        "layers": layer_table(report),
+        "checks": check_table(report),
+        "onnx": onnx_table(report) if report.onnx else "",
+        "onnx_details": onnx_detail_table(report) if report.onnx else "",
+        "before_after": before_after_table(recovery) if recovery else "",
+        "spent": spent_table(recovery) if recovery else "",
+        "zeros": zeros_table(recovery) if recovery else "",
+    }
 
 
 def speed_sentence(report: Report) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ..evaluation.records import Report
 from .change import Change
-from .tables import ABSENT, Cells, Form, Number, nats, percent, ratio_cell, table
+from .tables import ABSENT, Cells, Number, TableStyle, nats, percent, ratio_cell, table
 from .verdict import fp32_change, fp32_decode_ratio, onnx_row, reference_change
 
 
-def reference_table(report: Report, form: Form = "markdown") -> str:
+def reference_table(report: Report, style: TableStyle = "markdown") -> str:
     """`reference_cells` in one of the forms."""
-    return table(reference_cells(report), form)
+    return table(reference_cells(report), style)
 
 
 def reference_cells(report: Report) -> Cells:

@@ -41,8 +41,8 @@ PAGE = "report/index.html"
 
 
 @dataclass(frozen=True)
-class Part:
-    """A headed part of the page: text, pictures as data URIs, and tables; `plain` is shown as it is."""
+class Section:
+    """A headed section of the page: text, pictures as data URIs, and tables; `plain` is shown as it is."""
 
     title: str
     text: str = ""
@@ -122,12 +122,12 @@ def html(
         name: (name, "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode())
         for name, path in pictures.items()
     }
-    parts = [
+    sections = [
         *_conversion(report, shown),
         *(_recovery(recovery, shown) if recovery else ()),
         *(_evaluation(evaluation) if evaluation else ()),
     ]
-    parts += [*(_curves(curves, shown) if curves else ()), *_origin(report)]
+    sections += [*(_curves(curves, shown) if curves else ()), *_origin(report)]
     for name, stored in (
         ("report.json", report),
         ("recovery.json", recovery),
@@ -135,12 +135,14 @@ def html(
         ("curves.json", curves),
     ):
         if stored is not None:
-            parts.append(
-                Part(name, plain=json.dumps(stored.model_dump(mode="json"), indent=1, ensure_ascii=False), folded=True)
+            sections.append(
+                Section(
+                    name, plain=json.dumps(stored.model_dump(mode="json"), indent=1, ensure_ascii=False), folded=True
+                )
             )
     template = environment.from_string((Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8"))
     return template.render(
-        report=report, chosen=report.chosen, verdict=make_verdict(report, recovery).sentence, parts=parts
+        report=report, chosen=report.chosen, verdict=make_verdict(report, recovery).sentence, sections=sections
     )
 
 
@@ -148,13 +150,13 @@ def _time(report: Report) -> str:
     return f" What its time budget decided: {'; '.join(report.time_notes)}." if report.time_notes else ""
 
 
-def _conversion(report: Report, shown: dict[str, Any]) -> Iterator[Part]:
+def _conversion(report: Report, shown: dict[str, Any]) -> Iterator[Section]:
     against = "the model with nothing skipped" if report.swapped else "the dense model"
     tables = [
         ("", quality_cells(report)),
         *([("Beside dense models of fewer bits", reference_cells(report))] if report.references else ()),
     ]
-    yield Part(
+    yield Section(
         "Quality and speed",
         f"Change is that of perplexity against {against}, ± the standard error of the paired difference where it was "
         "measured; KL to dense in nats per "
@@ -165,14 +167,14 @@ def _conversion(report: Report, shown: dict[str, Any]) -> Iterator[Part]:
         tuple(tables),
     )
     if report.onnx:
-        yield Part(
+        yield Section(
             "As shipped",
             "What the ONNX files lose in their own precision, against the dense model in fp32.",
             tables=(("", onnx_cells(report)),),
         )
     more = [("", detail_cells(report)), *([("Speed", speed_cells(report))] if report.speed else ())]
     more += [("As shipped", onnx_detail_cells(report))] if report.onnx else []
-    yield Part(
+    yield Section(
         "More of each model",
         "NLL in nats per token, and the standard error of its paired difference to dense; agreement is the share of "
         "positions with the dense model's most "
@@ -181,7 +183,7 @@ def _conversion(report: Report, shown: dict[str, Any]) -> Iterator[Part]:
         tables=tuple(more),
     )
     if report.layers:
-        yield Part(
+        yield Section(
             "Per layer",
             "Density asked for, on held-out calibration tokens, and on the evaluation text; recall of the "
             "predictor against its labels.",
@@ -189,16 +191,16 @@ def _conversion(report: Report, shown: dict[str, Any]) -> Iterator[Part]:
             (("", layer_cells(report)),),
         )
     if report.checks:
-        yield Part(
+        yield Section(
             "Checks", "Executors against each other, and the quality budget.", tables=(("", check_cells(report)),)
         )
 
 
-def _recovery(record: RecoveryRecord, shown: dict[str, Any]) -> Iterator[Part]:
+def _recovery(record: RecoveryRecord, shown: dict[str, Any]) -> Iterator[Section]:
     tables = [("Before and after", before_after_cells(record)), ("What it took", spent_cells(record))]
     tables += [("Held-out text while training", heldout_cells(record))] if record.heldout else []
     tables += [("Exact zeros by site", zeros_cells(record))] if record.recovered.sites else []
-    yield Part(
+    yield Section(
         "Recovery training",
         f"The networks' activation became {record.activation}, and the weights were trained. "
         f"{record.evaluation.tokens} tokens of "
@@ -211,14 +213,14 @@ def _recovery(record: RecoveryRecord, shown: dict[str, Any]) -> Iterator[Part]:
     )
 
 
-def _evaluation(found: Evaluation) -> Iterator[Part]:
+def _evaluation(found: Evaluation) -> Iterator[Section]:
     tables = [
         ("Held-out text", executor_cells(found)),
         ("Greedy answers", answer_cells(found)),
         ("Realised sparsity and cost", sparsity_cells(found)),
     ]
     tables += [("By site", site_cells(found))] + ([("lm-eval", task_cells(found))] if found.tasks else [])
-    yield Part(
+    yield Section(
         "Evaluation",
         f"{found.text.tokens} tokens of {found.text.name}; {found.answers.prompts} prompts from {found.answers.name}, "
         f"{found.answers.prompt_tokens} tokens, "
@@ -230,7 +232,7 @@ def _evaluation(found: Evaluation) -> Iterator[Part]:
     )
 
 
-def _curves(curves: Curves, shown: dict[str, Any]) -> Iterator[Part]:
+def _curves(curves: Curves, shown: dict[str, Any]) -> Iterator[Section]:
     tables = [
         ("NLL at a target density", summary_cells(curves)),
         ("NLL at equal cost, linear between measured points", cost_cells(curves)),
@@ -239,7 +241,7 @@ def _curves(curves: Curves, shown: dict[str, Any]) -> Iterator[Part]:
         tables.append(
             ("Oracles: they see the label or the future and cannot be deployed", summary_cells(curves, oracle=True))
         )
-    yield Part(
+    yield Section(
         "All methods: quality against density and cost",
         f"{curves.model}, {curves.tokens} held-out tokens, the same for every row. Several seeds: mean ± sample "
         "standard deviation.",
@@ -249,7 +251,7 @@ def _curves(curves: Curves, shown: dict[str, Any]) -> Iterator[Part]:
         f"{curves.machine.os}",
     )
     if curves.correlations is not None:
-        yield Part(
+        yield Section(
             "Rank correlations of the scores",
             f"Spearman. {curves.correlations.note}",
             _pictures(shown, "correlations"),
@@ -257,7 +259,7 @@ def _curves(curves: Curves, shown: dict[str, Any]) -> Iterator[Part]:
         )
 
 
-def _origin(report: Report) -> Iterator[Part]:
+def _origin(report: Report) -> Iterator[Section]:
     machine = report.machine
     lines = [
         report.command,
@@ -271,8 +273,8 @@ def _origin(report: Report) -> Iterator[Part]:
             f"evaluation: {report.evaluation.tokens} tokens of {report.evaluation.name}, sha256 "
             f"{report.evaluation.hash}"
         )
-    yield Part("How it was measured", plain="\n".join(lines))
-    yield Part("Recipe", plain=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True))
+    yield Section("How it was measured", plain="\n".join(lines))
+    yield Section("Recipe", plain=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True))
 
 
 def _pictures(shown: dict[str, Any], name: str) -> tuple[tuple[str, str], ...]:

@@ -22,7 +22,7 @@ _WIDE = 0.2
 
 
 @dataclass(frozen=True)
-class Point:
+class PlotPoint:
     """One model of the picture: what a token of it reads, relative to dense in fp32, the change of perplexity, its
     decoding speed relative to dense in fp32 where it was timed, and what it is.
     """
@@ -40,7 +40,7 @@ class Point:
         return self.name if self.decode_ratio is None else f"{self.name}, decodes {ratio_text(self.decode_ratio)}×"
 
 
-def candidate_points(report: Report) -> list[Point]:
+def candidate_points(report: Report) -> list[PlotPoint]:
     """The dense models, then every candidate, in the order of the report. Where the chosen one's file was measured in
     another precision, it has a point of its own as it is shipped. A report without shares of the whole model has those
     of the MLPs, and no dense models of fewer bits.
@@ -52,7 +52,7 @@ def candidate_points(report: Report) -> list[Point]:
     quiet, shipped = report.speed is not None and not report.speed.disturbed, onnx_row(report, "sparse")
     timed = fp32_decode_ratio(report) if quiet else None
     points = [
-        Point(
+        PlotPoint(
             "ungated" if report.swapped else "dense fp32",
             1.0,
             Change(0.0),
@@ -62,14 +62,16 @@ def candidate_points(report: Report) -> list[Point]:
     ]
     for found in report.references if whole else ():
         ratio = None if found.disturbed else found.decode_ratio
-        points.append(Point(f"dense {found.precision}", found.read_share, reference_change(found), ratio, dense=True))
+        points.append(
+            PlotPoint(f"dense {found.precision}", found.read_share, reference_change(found), ratio, dense=True)
+        )
     as_shipped = whole and shipped is not None and shipped.read_share is not None
     for row in rows:
         chosen = row is report.chosen
         change = perplexity_change(row.nll, report.dense.nll, row.nll_error)
         name = f"{row.method} (selected)" if chosen and not as_shipped else row.method
         points.append(
-            Point(
+            PlotPoint(
                 name,
                 _share(row, whole),
                 change,
@@ -80,7 +82,7 @@ def candidate_points(report: Report) -> list[Point]:
     if as_shipped:
         assert shipped is not None and shipped.read_share is not None
         name = f"{report.chosen.method} {shipped.precision} (selected)"
-        points.append(Point(name, shipped.read_share, fp32_change(report), timed, selected=True))
+        points.append(PlotPoint(name, shipped.read_share, fp32_change(report), timed, selected=True))
     return points
 
 
@@ -88,7 +90,7 @@ def _share(row: Row, whole: bool) -> float:
     return row.read_share if whole and row.read_share is not None else row.cost
 
 
-def draw_candidates(points: Sequence[Point], report: Report) -> Figure:
+def draw_candidates(points: Sequence[PlotPoint], report: Report) -> Figure:
     """The points with bars of one standard error, each named at the right edge; the selected one is a star, dense
     models are squares.
     """
@@ -123,7 +125,7 @@ def draw_candidates(points: Sequence[Point], report: Report) -> Figure:
     return figure
 
 
-def _scale(panel: Axes, points: Sequence[Point]) -> None:
+def _scale(panel: Axes, points: Sequence[PlotPoint]) -> None:
     """Shares from 0, changes to scale or, where they range wide, by their logarithm above 1 %."""
     changes = [point.change.value for point in points]
     panel.set_xlim(0, 105 * max(1.0, *(point.share for point in points)))
@@ -140,7 +142,7 @@ def _scale(panel: Axes, points: Sequence[Point]) -> None:
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: "0" if value == 0 else f"{value:+g}"))
 
 
-def _name(panel: Axes, points: Sequence[Point]) -> None:
+def _name(panel: Axes, points: Sequence[PlotPoint]) -> None:
     """Dense models' labels at their points; every candidate's right of the axes, in the order of their heights, with a
     thin line to the point.
     """

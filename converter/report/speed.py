@@ -7,8 +7,8 @@ from typing import Any
 
 from .tables import table
 
-Result = Mapping[str, Any]
-Row = Mapping[str, Any]
+SpeedResult = Mapping[str, Any]
+SpeedRow = Mapping[str, Any]
 TARGETS = {
     "fp32": {0.5: 1.7, 0.2: 3.8, 0.1: 6.5},
     "fp16": {0.5: 2.7, 0.2: 5.5, 0.1: 9.0},
@@ -19,17 +19,17 @@ TARGETS = {
 """Speed against the dense op of the same precision that the project set itself, by format and density."""
 
 
-def page(result: Result) -> str:
+def page(result: SpeedResult) -> str:
     """The table of one result with a line on where it comes from."""
     return "\n\n".join([*_PAGES[result["kind"]](result), f"Written by {commands(result)}."]) + "\n"
 
 
-def commands(result: Result) -> str:
+def commands(result: SpeedResult) -> str:
     """The commands that made a result, as code."""
     return ", ".join(f"`{command}`" for command in result.get("commands", [result["command"]]))
 
 
-def conditions(result: Result) -> str:
+def conditions(result: SpeedResult) -> str:
     """Machine, versions, commit and date in one line."""
     machine, versions = result["machine"], result["versions"]
     names = ("onnxruntime", "onnxruntime-genai", "llama-cpp-python", "torch")
@@ -41,18 +41,18 @@ def conditions(result: Result) -> str:
     )
 
 
-def ratio(row: Row) -> str:
+def ratio(row: SpeedRow) -> str:
     """A ratio with its quartiles; at 1 or below it is called not faster."""
     low, high = row["quartiles"]
     return f"{row['ratio']:.2f} ({low:.2f}-{high:.2f}){', not faster' if row['verdict'] == 'not faster' else ''}"
 
 
-def op_rows(result: Result) -> list[Row]:
+def op_rows(result: SpeedResult) -> list[SpeedRow]:
     """The rows that were run against something."""
     return [row for row in result["rows"] if row["status"] == "run" and row.get("dense")]
 
 
-def op_table(result: Result) -> str:
+def op_table(result: SpeedResult) -> str:
     """Every row of an op: the op, each dense product or peer beside it, bytes per second and their share of
     the stream.
     """
@@ -97,7 +97,7 @@ def op_table(result: Result) -> str:
     return table((header, cells)).rstrip("\n")
 
 
-def nothing_line(result: Result) -> str:
+def nothing_line(result: SpeedResult) -> str:
     """What a call costs that keeps nothing, weights warm."""
     rows = [row for row in result["rows"] if row["score"] == "nothing" and row["status"] == "run"]
     if not rows:
@@ -109,7 +109,7 @@ def nothing_line(result: Result) -> str:
     )
 
 
-def target_table(result: Result) -> str:
+def target_table(result: SpeedResult) -> str:
     """One token, by format: measured beside the target."""
     header = ["weights", "against", *(f"{share:.0%}" for share in (0.5, 0.2, 0.1)), "all, no predictor"]
     cells = []
@@ -137,7 +137,7 @@ def target_table(result: Result) -> str:
     return table((header, cells)).rstrip("\n")
 
 
-def prefill_table(result: Result) -> str:
+def prefill_table(result: SpeedResult) -> str:
     """Speed against the dense product of the same precision, formats and densities down, tokens per call across."""
     rows = [row for row in op_rows(result) if row["tokens"] > 1]
     counts = sorted({row["tokens"] for row in rows})
@@ -151,9 +151,9 @@ def prefill_table(result: Result) -> str:
     return table((["weights", "kept", "against", *(f"T = {count}" for count in counts)], cells)).rstrip("\n")
 
 
-def worst(result: Result) -> dict[str, Row]:
+def worst(result: SpeedResult) -> dict[str, SpeedRow]:
     """By format the row of several tokens with the lowest ratio against the dense product of the same precision."""
-    found: dict[str, Row] = {}
+    found: dict[str, SpeedRow] = {}
     for row in op_rows(result):
         if row["tokens"] > 1 and (
             row["format"] not in found or row["dense"][0]["ratio"] < found[row["format"]]["dense"][0]["ratio"]
@@ -162,7 +162,7 @@ def worst(result: Result) -> dict[str, Row]:
     return found
 
 
-def model_table(result: Result) -> str:
+def model_table(result: SpeedResult) -> str:
     """Every model of a run: tokens per second, bytes per second, memory, and the sparse model's speed against it."""
     header = [
         "model",
@@ -201,7 +201,7 @@ def model_table(result: Result) -> str:
     return table((header, cells)).rstrip("\n")
 
 
-def amdahl_lines(result: Result) -> list[str]:
+def amdahl_lines(result: SpeedResult) -> list[str]:
     """Measured against expected, for every sparse model."""
     lines = []
     for row in result.get("amdahl", []):
@@ -217,7 +217,7 @@ def amdahl_lines(result: Result) -> list[str]:
     return lines
 
 
-def _op_page(result: Result) -> list[str]:
+def _op_page(result: SpeedResult) -> list[str]:
     settings = result["settings"]
     sizes = f"{settings['op']}, d = {settings['d']}, n = {settings['n']}" + (
         f", predictor of rank {settings['r']}" if settings["op"] == "gated_mlp" else ""
@@ -231,7 +231,7 @@ def _op_page(result: Result) -> list[str]:
     return [part for part in (head, op_table(result), nothing_line(result)) if part]
 
 
-def _model_page(result: Result) -> list[str]:
+def _model_page(result: SpeedResult) -> list[str]:
     settings = result["settings"]
     head = (
         f"{settings['shape']}, random weights, {settings['layers']} layers, {settings['prompt_tokens']} tokens of "
@@ -243,4 +243,4 @@ def _model_page(result: Result) -> list[str]:
     return [head, model_table(result), *amdahl_lines(result)]
 
 
-_PAGES: dict[str, Callable[[Result], Sequence[str]]] = {"op": _op_page, "model": _model_page}
+_PAGES: dict[str, Callable[[SpeedResult], Sequence[str]]] = {"op": _op_page, "model": _model_page}

@@ -13,7 +13,7 @@ from .change import Change, perplexity_change
 from .markdown import inline
 
 ABSENT = "-"
-Form = Literal["markdown", "text"]  # a pipe table for cards, or aligned columns for terminals
+TableStyle = Literal["markdown", "text"]  # a pipe table for cards, or aligned columns for terminals
 Cells = tuple[list[str], list[list[str]]]
 """Header and body of a table."""
 
@@ -30,39 +30,39 @@ class Number(str):
         return found
 
 
-def quality_table(report: Report, form: Form = "markdown") -> str:
+def quality_table(report: Report, style: TableStyle = "markdown") -> str:
     """One row per method: what it loses and what it costs, with its speed where that was measured."""
-    return table(quality_cells(report), form)
+    return table(quality_cells(report), style)
 
 
-def detail_table(report: Report, form: Form = "markdown") -> str:
+def detail_table(report: Report, style: TableStyle = "markdown") -> str:
     """One row per method: quality that `quality_table` leaves out."""
-    return table(detail_cells(report), form)
+    return table(detail_cells(report), style)
 
 
-def speed_table(report: Report, form: Form = "markdown") -> str:
+def speed_table(report: Report, style: TableStyle = "markdown") -> str:
     """One row per method that was timed: tokens per second, and ratios to dense."""
-    return table(speed_cells(report), form)
+    return table(speed_cells(report), style)
 
 
-def onnx_table(report: Report, form: Form = "markdown") -> str:
+def onnx_table(report: Report, style: TableStyle = "markdown") -> str:
     """What the ONNX files lose in their own precision, beside torch in fp32."""
-    return table(onnx_cells(report), form)
+    return table(onnx_cells(report), style)
 
 
-def onnx_detail_table(report: Report, form: Form = "markdown") -> str:
+def onnx_detail_table(report: Report, style: TableStyle = "markdown") -> str:
     """What `onnx_table` leaves out."""
-    return table(onnx_detail_cells(report), form)
+    return table(onnx_detail_cells(report), style)
 
 
-def layer_table(report: Report, form: Form = "markdown") -> str:
+def layer_table(report: Report, style: TableStyle = "markdown") -> str:
     """One row per site: densities asked for, calibrated and realised, the predictor's recall and rank, and the cost."""
-    return table(layer_cells(report), form)
+    return table(layer_cells(report), style)
 
 
-def check_table(report: Report, form: Form = "markdown") -> str:
+def check_table(report: Report, style: TableStyle = "markdown") -> str:
     """One row per check: the value, its bound, whether it holds, and what was compared."""
-    return table(check_cells(report), form)
+    return table(check_cells(report), style)
 
 
 def stage_text(report: Report, width: int = 120) -> str:
@@ -93,9 +93,9 @@ def _stage_time(stage: StageTime) -> str:
     )
 
 
-def table(cells: Cells, form: Form = "markdown") -> str:
+def table(cells: Cells, style: TableStyle = "markdown") -> str:
     """Header and body in one of the forms."""
-    return _FORMS[form](*cells)
+    return _STYLES[style](*cells)
 
 
 def check_cells(report: Report) -> Cells:
@@ -332,4 +332,4 @@ def _aligned(header: list[str], body: list[list[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-_FORMS = {"markdown": _markdown, "text": _aligned}
+_STYLES = {"markdown": _markdown, "text": _aligned}

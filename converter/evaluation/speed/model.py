@@ -85,14 +85,7 @@ def bench_models(
         "kind": "model",
         "isa": library.isa(),
         "cuda": NO_CUDA,
-        "settings": dict(settings)
-        | {
-            "prompt_tokens": timing.prompt_tokens,
-            "new_tokens": timing.new_tokens,
-            "rounds": timing.pairs,
-            "threads": threads,
-            "tokens": "random ids, the same for all" if isinstance(tokens, int) else "of a text, the same for all",
-        },
+        "settings": dict(settings) | _recorded(timing, threads, tokens),
     }
     rows, densities = _described(models, text, threads, memory)
     running = {role: model for role, model in models.items() if rows[role]["status"] == "run"}
@@ -114,6 +107,17 @@ def bench_models(
         ]
     result["samples"] = [{"seconds": entry.values, "waits": entry.waits} for entry in timed]
     return result
+
+
+def _recorded(timing: Timing, threads: int, tokens: int | Sequence[int]) -> dict[str, Any]:
+    """How it was timed, as a result's settings say it."""
+    return {
+        "prompt_tokens": timing.prompt_tokens,
+        "new_tokens": timing.new_tokens,
+        "rounds": timing.pairs,
+        "threads": threads,
+        "tokens": "random ids, the same for all" if isinstance(tokens, int) else "of a text, the same for all",
+    }
 
 
 def _described(
