@@ -27,12 +27,7 @@ EXCEPTIONS = {
 }
 """File and function, and why it is longer or takes more."""
 IN_WORK = {
-    "converter/evaluation/speed/model.py bench_models",
-    "converter/evaluation/speed/run.py _op",
-    "converter/evaluation/speed/run.py _shape",
-    "converter/evaluation/speed/run.py bench",
     "converter/onnx_export/gated_graph.py export",
-    "converter/report/card.py write_card",
     "converter/training/by_block.py recover_by_block",
     "converter/training/loop.py train",
     "converter/training/recovery.py RecoveryObjective.__init__",
@@ -40,11 +35,6 @@ IN_WORK = {
     "converter/training/selection.py EndToEnd.__init__",
     "converter/training/stage.py _trained",
     "converter/training/stage.py _tune",
-    "runtime_onnx/bench/folders.py bench",
-    "runtime_onnx/bench/op.py _Timer.row",
-    "runtime_onnx/bench/op.py bench_op",
-    "runtime_onnx/chat_template.py _environment",
-    "runtime_onnx/generate.py generate",
 }
 """Being split by the work on pipeline/, training/ and the benchmarks."""
 

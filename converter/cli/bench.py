@@ -63,21 +63,21 @@ def bench(
     from ..evaluation.speed.run import BenchRequest
 
     request = BenchRequest(
-        models,
-        shape,
-        op,
-        precision,
-        density,
-        tokens,
-        layers,
-        peers,
-        prompt_tokens,
-        new_tokens,
-        pairs,
-        runtime,
-        activation,
-        threads,
-        work,
+        models=models,
+        shape=shape,
+        op=op,
+        precision=precision,
+        density=density,
+        tokens=tokens,
+        layers=layers,
+        peers=peers,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        pairs=pairs,
+        runtime=runtime,
+        activation=activation,
+        threads=threads,
+        work=work,
     )
     return _bench(request, output, quiet, verbose, json)
 

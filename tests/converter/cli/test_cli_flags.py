@@ -16,6 +16,7 @@ from small_recipe import Done, run_cli
 import sparsegate.runtime_onnx as runtime
 from sparsegate.converter import report as reporting
 from sparsegate.converter.cli import VERBS
+from sparsegate.converter.evaluation.speed.run import BenchRequest
 from sparsegate.converter.methods import METHODS
 from sparsegate.converter.pipeline import convert as conversion
 from sparsegate.converter.pipeline import doctor as diagnosis
@@ -190,6 +191,30 @@ def test_every_flag_of_generate_push_and_verify_arrives(
     )
     assert json.loads(call("verify", "d", "--source", "s", "--calibration", "c", "--json").out)["checks"] == []
     assert calls == [{"model": "d", "source": "s", "calibration": Path("c")}]
+
+
+def test_every_flag_of_bench_arrives(call: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = recorded(monkeypatch, "sparsegate.converter.evaluation.speed.run.bench", {"kind": "model"})
+    words = {
+        "shape": "s",
+        "op": "o",
+        "precision": "p",
+        "density": "d",
+        "tokens": "t",
+        "layers": 1,
+        "prompt_tokens": 2,
+        "new_tokens": 3,
+        "pairs": 4,
+        "runtime": "r",
+        "activation": "a",
+        "threads": 5,
+        "work": Path("w"),
+    }
+    flags = [word for name, value in words.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert call("bench", "x", "y", *flags, "--no-peers", "--json").status == 0
+    (arrived,) = calls
+    assert arrived["request"] == BenchRequest(models=["x", "y"], peers=False, **words) and arrived["output"] is None
+    assert set(words) | {"models", "peers"} == {field.name for field in dataclasses.fields(BenchRequest)}
 
 
 def test_the_published_command_has_no_folders_of_this_machine() -> None:
