@@ -31,8 +31,6 @@ IN_WORK = {
     "converter/training/by_block.py recover_by_block",
     "converter/training/loop.py train",
     "converter/training/recovery.py RecoveryObjective.__init__",
-    "converter/training/selection.py train_plan",
-    "converter/training/selection.py EndToEnd.__init__",
     "converter/training/stage.py _trained",
     "converter/training/stage.py _tune",
 }
