@@ -20,7 +20,7 @@ from ..sources.named import resolve
 from ..sources.powerinfer import check_powerinfer, write_powerinfer
 from ..sources.predictors import NEEDS, kept_units, predictors_beside
 from ..stats.collect import collect
-from .recipe import compile_recipe
+from .recipe import Flags, compile_recipe
 from .texts import make_texts
 
 FORMATS = {"powerinfer": write_powerinfer}
@@ -91,7 +91,7 @@ def _opened(folder: Path, scratch: Path) -> tuple[Source, Plan]:
 
 def _counts(source: Source, plan: Plan, calibration: str | Path | None, scratch: Path) -> dict[int, Tensor]:
     """How often the predictors keep each neuron, int64 [n] by layer, on samples of a calibration text."""
-    recipe = compile_recipe(str(source.folder), None, None, None, None, None, calibration, None, None, None)
+    recipe = compile_recipe(Flags(str(source.folder), calibration=calibration))
     with stage("text"):
         texts = make_texts(source, recipe, work=scratch)
     with stage("calibrate"), torch.no_grad():
