@@ -259,7 +259,7 @@ REMOVING = {
     "text/generated": "groups that are joined",
     "training/by_block": "the state of a block that is finished",
     "training/loop": "a state that does not belong to the run",
-    "training/stage": "a state without what was seen on the way",
+    "training/end_to_end": "a state without what was seen on the way",
     "pipeline/references": "graphs that are measured and thrown away",
 }
 """Files that remove folders, and which: all lie in OUT.work."""

@@ -28,11 +28,6 @@ EXCEPTIONS = {
 """File and function, and why it is longer or takes more."""
 IN_WORK = {
     "converter/onnx_export/gated_graph.py export",
-    "converter/training/by_block.py recover_by_block",
-    "converter/training/loop.py train",
-    "converter/training/recovery.py RecoveryObjective.__init__",
-    "converter/training/stage.py _trained",
-    "converter/training/stage.py _tune",
 }
 """Being split by the work on pipeline/, training/ and the benchmarks."""
 

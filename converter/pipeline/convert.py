@@ -25,7 +25,8 @@ from ..onnx_export.precision import PRECISIONS
 from ..progress import Job, job, stage
 from ..sources.hub import is_hub_id
 from ..sources.predictors import Config as ImportedConfig
-from ..training.stage import EVALUATED, Evaluation, Tuned
+from ..training.inputs import Heldout
+from ..training.stage import EVALUATED, Tuned
 from ..training.stages import stage_folder, train_stages, training_inputs
 from .candidates import choose, measure
 from .configs import Configs, method_configs, training_windows
@@ -209,7 +210,7 @@ def _recovered(source: Source, recipe: Recipe, work: Path, device: str) -> Tuned
         recipe.seed,
         work,
         device,
-        Evaluation(make_heldout(source, recipe, EVALUATED), heldout_name(recipe)),
+        Heldout(make_heldout(source, recipe, EVALUATED), heldout_name(recipe)),
     )
 
 

@@ -32,7 +32,7 @@ from ..modeling.predictor import rank_for
 from ..stats.collect import PROBE_TOKENS, collect
 from ..text.windows import Batches
 from ..training.inputs import Models
-from ..training.selection import EndToEnd
+from ..training.selection import SelectionObjective
 from ..training.settings import Settings
 
 _PARAMETERS = 1 << 27  # of the measured block
@@ -249,7 +249,7 @@ def _calibrate(block: _Block, tokens: Tensor, stats: list[str], device: str) -> 
     return each, max(0.0, once - each * tokens.numel())
 
 
-def _objective(block: _Block, arch: Arch, part: str, tune: Tune, tokens: Tensor) -> EndToEnd:
+def _objective(block: _Block, arch: Arch, part: str, tune: Tune, tokens: Tensor) -> SelectionObjective:
     """The training end to end of the one block, for windows [B, S]."""
     config, activation = block.model.config, arch.activation(block.model.config)
     hidden, units = arch.size(config, "hidden"), arch.size(config, "units")
@@ -259,7 +259,7 @@ def _objective(block: _Block, arch: Arch, part: str, tune: Tune, tokens: Tensor)
         entry = Predictor(_drawn((rank, hidden)), _drawn((units, rank)), torch.full((units,), -1.0), 1.0)
     plan: Plan = {Site(0): [entry]}
     models, settings = Models(block.model, None, arch, activation), Settings(10, tune.windows, tune.rate)
-    return EndToEnd(models, plan, tune, settings, 1.0, [0.5], tokens[:1])
+    return SelectionObjective(models, plan, tune, settings, 1.0, [0.5], tokens[:1])
 
 
 def _trains(

@@ -18,8 +18,9 @@ from ..evaluation.recovery_record import RECOVERY
 from ..modeling.distributed import processes, same_error, world
 from ..sources.hub import is_hub_id
 from ..sources.named import resolve
+from ..training.inputs import Heldout
 from ..training.settings import Recovery, Stage
-from ..training.stage import EVALUATED, Evaluation, Tuned
+from ..training.stage import EVALUATED, Tuned
 from ..training.stages import train_stages, training_inputs
 from .recipe import MOST_SEED, SELF, named_recipe, read_recipe, training_stages
 from .texts import heldout_name, make_heldout
@@ -75,8 +76,8 @@ def tune(
                     held.enter_context(claimed(out, inputs + training_inputs(stages)))
                     resolve(asked.model, work / "source")
             source = resolve(asked.model, work / "source")
-            evaluation = Evaluation(make_heldout(source, asked, EVALUATED), heldout_name(asked))
-        found = train_stages(source, stages, asked.seed if seed is None else seed, work, str(own), evaluation)
+            heldout = Heldout(make_heldout(source, asked, EVALUATED), heldout_name(asked))
+        found = train_stages(source, stages, asked.seed if seed is None else seed, work, str(own), heldout)
         with same_error():
             if world().rank == 0:
                 with atomic_folder(out, new=True) as partial:

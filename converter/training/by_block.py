@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.ops.activation import cuts_up
@@ -34,115 +33,21 @@ from ..arch import Arch
 from ..arch.site import Site
 from ..checkpoint.source import Source
 from ..checkpoint.stage import Header, atomic_folder, is_finished, write_header, write_json, write_tensors
-from ..modeling.blocks import embed, ffn_down, ffn_parts, filled, moved
 from ..modeling.distributed import in_bf16, same_error, share_tensors, sum_over_processes, world
-from ..modeling.linalg import Gram
-from ..modeling.taps import block_calls, replaced, tapped_inputs, tapped_outputs
+from ..modeling.taps import replaced, tapped_inputs, tapped_outputs
 from ..progress import track
 from ..text.windows import Batches
+from .block_fit import Fit, Rows, Tail
+from .inputs import Models, TrainingRun
 from .loop import train
-from .optimizers import Trained
 from .settings import ByBlock, Settings
-from .signs import energy_by_sign, flip
+from .walk import Half, Walk
 
-_TOKENS_AT_ONCE = 2048
 _BYTES = 1 << 31
 _ASIDE = 16  # every 16th window is kept for measuring
-_PER_UNIT, _SOLVED_PER_UNIT = (
-    128,
-    64,
-)  # tokens for every neuron of a network, at most, in training and in the closed form
-_L2 = 1e-3  # relative to the mean square of z
+_PER_UNIT, _SOLVED_PER_UNIT = 128, 64  # tokens for a neuron, at most: in training, in the closed form
 GROUP = 32  # tokens that are drawn together
 _WEIGHTS, _CURVE = "weights.safetensors", "curve.json"
-
-
-class Half:
-    """Rows [..., d] in fp16, each relative to its root mean square, so that outliers of hidden states fit the range."""
-
-    def __init__(self, *shape: int) -> None:
-        self.values = torch.empty(shape, dtype=torch.float16)
-        self.scales = torch.empty((*shape[:-1], 1))
-
-    def __setitem__(self, at: Any, rows: Tensor) -> None:
-        scale = rows.float().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
-        self.values[at], self.scales[at] = (rows.float() / scale).half().cpu(), scale.cpu()
-
-    def __getitem__(self, at: Any) -> Tensor:
-        """Rows in fp32, on the CPU."""
-        return self.values[at].float() * self.scales[at]
-
-    def flat(self) -> Half:
-        """The same memory as rows [R, d]."""
-        found = Half(0, 1)
-        found.values, found.scales = self.values.flatten(0, -2), self.scales.flatten(0, -2)
-        return found
-
-
-class Rows(NamedTuple):
-    """What a network sees and must give, [R, d] from `windows` windows, and the mean square of what the dense network
-    adds.
-    """
-
-    x: Half
-    target: Half
-    energy: float
-    windows: int
-
-
-class Walk:
-    """A model's hidden states [N, S, d] before one of its blocks."""
-
-    @torch.no_grad()
-    def __init__(self, model: Any, source: Source | None, arch: Arch, tokens: Tensor, device: str) -> None:
-        self.arch, self.source = arch, source
-        self.blocks: nn.ModuleList = model.get_decoder().layers
-        self.device = device
-        self.lean = any(p.is_meta for p in self.blocks.parameters())
-        if self.lean:
-            if source is None:
-                raise InputError(
-                    "A model on the meta device must come with its source, got none. Pass the source that it was made "
-                    "from."
-                )
-            tokens, _ = embed(model, source, tokens)
-        else:
-            self.device = str(next(self.blocks.parameters()).device)
-        rows = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
-        self.groups = [slice(k, min(k + rows, len(tokens))) for k in range(0, len(tokens), rows)]
-        self.hidden = Half(*tokens.shape, arch.size(model.config, "hidden"))
-        self.keywords: dict[int, list[dict[str, Any]]] = {}
-        for group in self.groups:
-            window = tokens[group].to("cpu" if self.lean else self.device)
-            call = block_calls(model, self.blocks, window, torch.ones_like(window, dtype=torch.bool))
-            self.hidden[group] = call.hidden
-            self.keywords.setdefault(len(window), call.keywords)
-
-    @contextmanager
-    def block(self, layer: int) -> Iterator[Any]:
-        """The block with its weights, which a lean model holds inside the context only."""
-        if not self.lean:
-            yield self.blocks[layer]
-            return
-        assert self.source is not None
-        prefix = self.arch.block_prefix(layer)
-        tensors = self.source.read(prefix + name for name, _ in self.blocks[layer].named_parameters())
-        with filled(
-            self.blocks[layer], {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, self.device
-        ) as block:
-            yield block
-
-    def run(self, layer: int, block: Any, group: slice) -> Tensor:
-        """The block's output [B, S, d] for some windows."""
-        rows = self.hidden[group].to(self.device)
-        out = block(rows, **moved(self.keywords[len(rows)][layer], self.device))
-        return out[0] if isinstance(out, tuple) else out
-
-    @torch.no_grad()
-    def advance(self, layer: int, block: Any) -> None:
-        """Pass the hidden states on through the block."""
-        for group in self.groups:
-            self.hidden[group] = self.run(layer, block, group)
 
 
 @contextmanager
@@ -156,21 +61,6 @@ def _giving(network: Any, output: Tensor | None) -> Iterator[list[Tensor]]:
 
     with replaced({network: forward}):
         yield seen
-
-
-@dataclass(frozen=True)
-class Tail:
-    """What a block does to its network's output m before it adds it: factor * norm(m), the norm absent in most
-    architectures; `linear` without one.
-    """
-
-    norm: Any | None
-    factor: float
-    linear: bool
-
-    def __call__(self, m: Tensor) -> Tensor:
-        """What is added for m [..., d]."""
-        return self.factor * (m if self.norm is None else self.norm(m))
 
 
 def _tail(walk: Walk, layer: int, block: Any, network: Any) -> Tail:
@@ -202,156 +92,63 @@ def _tail(walk: Walk, layer: int, block: Any, network: Any) -> Tail:
     return Tail(norm, factor, bool(torch.allclose(two, 2 * one, rtol=1e-4, atol=1e-6 * float(one.abs().max()))))
 
 
-class Fit:
-    """The objective of `loop.train` for one network: tail(network(x)) against what the block must add to the student's
-    hidden states.
-
-    A window's tokens are numbers of rows of `x` and `target` [R, d]. The error is relative to `energy`, the mean square
-    of what the dense network adds; `l1` weighs mean|z| / rms z, `half` lets products run in bf16.
-    """
-
-    def __init__(
-        self, network: Any, arch: Arch, activation: str, tail: Tail, rows: Rows, l1: float = 0.0, half: bool = False
-    ) -> None:
-        self.network, self.arch, self.activation, self.tail = network, arch, activation, tail
-        self.rows, self.l1, self.half = rows, l1, half
-        self.device = next(network.parameters()).device
-        self.figures: dict[str, float] = {}
-
-    def parameters(self) -> Mapping[str, Trained]:
-        """The network's weights and biases, at the same rate."""
-        return {name: Trained(parameter, hidden=True) for name, parameter in self.network.named_parameters()}
-
-    def added(self, at: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Of some rows z [T, n], the network's output and what the block adds, both [T, d]."""
-        z = ffn_parts(self.network, self.arch, self.activation, self.rows.x[at].to(self.device)).z
-        out = ffn_down(self.network, self.arch, z)
-        return z, out, self.tail(out)
-
-    def loss(self, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
-        """The relative error and the penalty for numbers of rows [B, G]."""
-        at = tokens.flatten()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            z, _, added = self.added(at)
-        error = (added.float() - self.rows.target[at].to(self.device)).square().mean() / self.rows.energy
-        self.figures = {"error": float(error.detach())}
-        if not self.l1:
-            return error
-        return error + self.l1 * z.float().abs().mean() / z.float().square().mean().sqrt().clamp_min(1e-12)
-
-    def after(self, step: int) -> dict[str, float]:
-        """The error of the step's rows."""
-        return self.figures
-
-    def state(self) -> dict[str, float]:
-        """Nothing is carried from step to step."""
-        return {}
-
-    def restore(self, state: dict[str, float]) -> None:
-        """Nothing to restore."""
-
-    @torch.no_grad()
-    def measure(self, numbers: Tensor) -> tuple[float, float]:
-        """The relative error over rows, given their numbers [T], and the share of z that is not 0."""
-        error = nonzero = 0.0
-        for at in numbers.split(_TOKENS_AT_ONCE):
-            z, _, added = self.added(at)
-            error += float((added - self.rows.target[at].to(self.device)).double().square().mean(1).sum())
-            nonzero += float((z != 0).float().mean(1).sum())
-        return error / len(numbers) / self.rows.energy, nonzero / len(numbers)
-
-    def turn(self) -> None:
-        """Flip the neurons whose energy, with the dense model's activation, is larger where up is negative."""
-        chunks = torch.arange(len(self.rows.x.values)).split(_TOKENS_AT_ONCE)
-        sums = sum(
-            energy_by_sign(self.network, self.arch, self.activation, self.rows.x[at].to(self.device)) for at in chunks
-        )
-        assert isinstance(sums, Tensor)
-        flip(self.network, self.arch, sums[1] > sums[0])
-
-    @torch.no_grad()
-    def solve_down(self, numbers: Tensor, l2: float = _L2) -> None:
-        """Move the down projection, with its bias, to the ridge regression's solution on rows, given their numbers [T]:
-        the least change that explains what is missing, `l2` relative to the mean square of z. Only for a linear tail.
-        """
-        linear = getattr(self.network, self.arch.ffn.down)
-        units = linear.weight.shape[1]
-        gram = Gram.empty(units + (linear.bias is not None), linear.weight.shape[0])
-        for at in numbers.split(_TOKENS_AT_ONCE):
-            z, out, _ = self.added(at)
-            regressors = z if linear.bias is None else torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
-            gram.add(regressors, self.rows.target[at].to(self.device) / self.tail.factor - out)
-        change = gram.solve(l2 * float(gram.hidden.diagonal()[:units].mean())).to(linear.weight)
-        linear.weight += change[:units].T
-        if linear.bias is not None:
-            linear.bias += change[units]
-
-
 def recover_by_block(
-    student: Any,
-    teacher: Any,
-    arch: Arch,
-    batches: Batches,
+    models: Models,
     settings: ByBlock,
-    seed: int,
-    folder: Path,
-    header: Header,
+    run: TrainingRun,
     *,
     source: Source | None = None,
     turned: bool = False,
-    l1: float = 0.0,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
-    """Fit the networks of `student` whose activation was swapped to the blocks of `teacher`, the dense model, in place.
+    """Fit the student's networks whose activation was swapped to the teacher's blocks, in place.
 
-    Tokens come from the windows of `batches` without padding. `l1` weighs mean|z| / rms z against the relative error;
-    `precision` is that of the products while training (auto: bf16 where the machine multiplies it natively). A finished
-    block is a folder below `folder` with its weights under their names in the block and `header` extended by the site,
-    so that a run goes on where it was interrupted, to the same weights. A model whose blocks lie on the meta device is
-    read from `source` on `device`; of such a student the recovered weights are in the folders only. `turned` chooses
-    the signs of a dReLU network's neurons afresh, as `signs.orient` does, on the inputs that the student gives it: for
-    a student that could not be oriented whole, fresh from its swap. Returns a row per block: its `layer`; `before`,
-    `solved`, `trained` and `after`, the error on windows set aside relative to the energy of what the dense network
-    adds (0 is perfect), at the start, with the down projection solved, after training and with it solved again;
-    `density`, the share of z that is not 0; `curve`, the training's; `seconds`, and `cpu_seconds` of all processes, of
-    the run that finished it. Raises InputError where there is nothing to fit, or a block does something else with its
-    network's output than scale and norm it.
+    Tokens come from the run's windows without padding. `precision` is that of the products while training (auto: bf16
+    where the machine multiplies it natively). A finished block is a folder below the run's with its weights under their
+    names in the block and the header extended by the site, so that a run goes on where it was interrupted, to the same
+    weights. A model whose blocks lie on the meta device is read from `source` on `device`; of such a student the
+    recovered weights are in the folders only. `turned` chooses the signs of a dReLU network's neurons afresh, as
+    `signs.orient` does, on the inputs that the student gives it: for a student that could not be oriented whole, fresh
+    from its swap. Returns a row per block, of its `layer` and the figures of `_recovered`. Raises InputError where
+    there is nothing to fit, or a block does something else with its network's output than scale and norm it.
     """
-    wanted = [
-        site
-        for site in arch.sites(teacher.config)
-        if hasattr(student.get_submodule(arch.ffn_module(site.layer)), "swapped")
-    ]
-    if not wanted:
-        raise InputError("A network must have a swapped activation to be recovered, got none. Swap first.")
-    tokens = _enough(batches, arch, teacher.config, seed)
-    config = header.config | {
-        "by_block": settings.model_dump(),
-        "sites": [site.key for site in wanted],
-        "l1": l1,
-        "precision": precision,
-        "turned": turned,
-    }
-    header = header.model_copy(update={"seed": seed, "calibration": batches.sha256})
-    curve: list[dict[str, Any]] = []
-    dense, own = (Walk(model, source, arch, tokens, device) for model in (teacher, student))
+    arch, wanted = models.arch, _swapped_sites(models)
+    tokens = _enough(run.batches, arch, models.student.config, run.seed)
+    decides = {"by_block": settings.model_dump(), "sites": [site.key for site in wanted], "l1": settings.l1}
+    config = run.header.config | decides | {"precision": precision, "turned": turned}
+    header = run.header.model_copy(update={"seed": run.seed, "calibration": run.batches.sha256})
+    rows: list[dict[str, Any]] = []
+    dense, student = (Walk(model, source, arch, tokens, device) for model in (models.teacher, models.student))
     for layer in track(range(wanted[-1].layer + 1), unit="block"):
         site = Site(layer)
-        with dense.block(layer) as block, own.block(layer) as fitted:
+        with dense.block(layer) as dense_block, student.block(layer) as block:
             if site not in wanted:
-                dense.advance(layer, block)
-                own.advance(layer, fitted)
+                dense.advance(layer, dense_block)
+                student.advance(layer, block)
                 continue
-            tail, rows = _rows(dense, own, layer, block, fitted)
-            fit = Fit(fitted.get_submodule(arch.ffn.module), arch, arch.activation(teacher.config), tail, rows, l1)
-            fit.half = in_bf16(precision, fit.device)
-            stage = header.model_copy(update={"config": config | {"site": site.key}})
-            if turned and cuts_up(fit.network.swapped):
+            tail, seen = _rows(dense, student, layer, dense_block, block)
+            network = block.get_submodule(arch.ffn.module)
+            half = in_bf16(precision, next(network.parameters()).device)
+            fit = Fit(network, arch, models.activation, tail, seen, settings.l1, half)
+            if turned and cuts_up(network.swapped):
                 fit.turn()
-            curve.append({"layer": layer, **_recovered(fit, settings, seed, folder / site.key, stage)})
-            _advance(dense, own, fit)
-    return curve
+            stage = header.model_copy(update={"config": config | {"site": site.key}})
+            rows.append({"layer": layer, **_recovered(fit, settings, run.seed, run.folder / site.key, stage)})
+            _advance(dense, student, fit)
+    return rows
+
+
+def _swapped_sites(models: Models) -> list[Site]:
+    """The sites whose networks are to be fitted. Raises InputError where there is none."""
+    sites = [
+        site
+        for site in models.arch.sites(models.student.config)
+        if hasattr(models.student.get_submodule(models.arch.ffn_module(site.layer)), "swapped")
+    ]
+    if not sites:
+        raise InputError("A network must have a swapped activation to be recovered, got none. Swap first.")
+    return sites
 
 
 def micro_batch(settings: ByBlock) -> int:
@@ -377,46 +174,49 @@ def _enough(batches: Batches, arch: Arch, config: Any, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def _rows(dense: Walk, own: Walk, layer: int, block: Any, fitted: Any) -> tuple[Tail, Rows]:
+def _rows(dense: Walk, student: Walk, layer: int, dense_block: Any, block: Any) -> tuple[Tail, Rows]:
     """The tail of the student's block and what its network sees and must give; advances the dense hidden states."""
-    arch = own.arch
-    tails = [
-        _tail(walk, layer, one, one.get_submodule(arch.ffn.module)) for walk, one in ((own, fitted), (dense, block))
-    ]
-    x, target = (Half(*own.hidden.values.shape) for _ in range(2))
+    dense_network, network = (each.get_submodule(student.arch.ffn.module) for each in (dense_block, block))
+    dense_tail = _tail(dense, layer, dense_block, dense_network)
+    tail = _tail(student, layer, block, network)
+    x, target = (Half(*student.hidden.values.shape) for _ in range(2))
     added: list[Tensor] = []  # sums of squares
 
     def note(out: Tensor) -> None:
-        added.append(tails[1](out).double().square().sum().cpu())
+        added.append(dense_tail(out).double().square().sum().cpu())
 
-    with tapped_outputs({block.get_submodule(arch.ffn.module): note}):
-        for group in own.groups:
-            out = dense.run(layer, block, group)
-            with _giving(fitted.get_submodule(arch.ffn.module), None) as seen:
-                rest = own.run(layer, fitted, group)
+    with tapped_outputs({dense_network: note}):
+        for group in student.groups:
+            out = dense.run(layer, dense_block, group)
+            with _giving(network, None) as seen:
+                rest = student.run(layer, block, group)
             x[group], target[group], dense.hidden[group] = seen[0], out - rest.to(out), out
     if not bool(dense.hidden.scales.isfinite().all()):
         raise InputError(
             f"Hidden states must be finite numbers, got NaN or infinity after layer {layer}. Check the weights; fetch "
             "the model again."
         )
-    return tails[0], Rows(
-        x.flat(), target.flat(), float(torch.stack(added).sum()) / target.values.numel(), len(x.values)
-    )
+    energy = float(torch.stack(added).sum()) / target.values.numel()
+    return tail, Rows(x.flat(), target.flat(), energy, len(x.values))
 
 
 @torch.no_grad()
-def _advance(dense: Walk, own: Walk, fit: Fit) -> None:
+def _advance(dense: Walk, student: Walk, fit: Fit) -> None:
     """The student's hidden states after the block: the dense ones and what is still missing or too much."""
-    length = own.hidden.values.shape[1]
-    for group in own.groups:
+    length = student.hidden.values.shape[1]
+    for group in student.groups:
         at = torch.arange(group.start * length, group.stop * length)
         missed = fit.added(at)[2].cpu() - fit.rows.target[at]
-        own.hidden[group] = dense.hidden[group] + missed.view(-1, length, missed.shape[1])
+        student.hidden[group] = dense.hidden[group] + missed.view(-1, length, missed.shape[1])
 
 
 def _recovered(fit: Fit, settings: ByBlock, seed: int, folder: Path, header: Header) -> dict[str, Any]:
-    """Train and solve one network, or take its weights from its finished folder; returns the block's figures."""
+    """Fit one network, or take its weights from its finished folder. Returns the block's figures: `before`, `solved`,
+    `trained` and `after`, the error on windows set aside relative to the energy of what the dense network adds (0 is
+    perfect), at the start, with the down projection solved, after training and with it solved again; `density`, the
+    share of z that is not 0; `curve`, the training's; `seconds`, and `cpu_seconds` of all processes, of the run that
+    finished it.
+    """
     parameters = dict(fit.network.named_parameters())
     if is_finished(folder, header):
         stored = load_file(folder / _WEIGHTS)
@@ -424,37 +224,12 @@ def _recovered(fit: Fit, settings: ByBlock, seed: int, folder: Path, header: Hea
             for name, parameter in parameters.items():
                 parameter.copy_(stored[f"{fit.arch.ffn.module}.{name}"])
         return read_json(folder / _CURVE, "The block's figures")
-    begun = time.process_time(), time.monotonic()
-    length = len(fit.rows.x.values) // fit.rows.windows
-    number = torch.arange(len(fit.rows.x.values))
-    apart = number // length % _ASIDE == 0
-    aside, drawn = (
-        number[apart],
-        number[~apart][torch.randperm(int((~apart).sum()), generator=torch.Generator().manual_seed(seed))],
-    )
-    figures: dict[str, Any] = {"before": fit.measure(aside)[0]}
-    _solve(fit, drawn, aside)
-    figures["solved"] = fit.measure(aside)[0]
-    group = min(GROUP, settings.tokens, len(drawn))
-    indices = drawn[: len(drawn) // group * group].view(-1, group)
-    wanted = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
+    cpu_before, before = time.process_time(), time.monotonic()
     state = folder.with_name(f"{folder.name}.training")
-    loop = Settings(steps=settings.steps, windows=settings.tokens // group, rate=settings.rate, seed=seed)
-    figures["curve"] = train(
-        fit, Batches(indices, torch.ones_like(indices, dtype=torch.bool)), loop, state, header, lambda _: None
-    )
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(wanted[name])
-        parameter.grad = None
-    figures["trained"] = fit.measure(aside)[0]
-    _solve(fit, drawn, aside)
-    figures["after"], figures["density"] = fit.measure(aside)
-    figures["seconds"] = time.monotonic() - begun[1]
-    figures["cpu_seconds"] = float(
-        sum_over_processes(torch.tensor(time.process_time() - begun[0], dtype=torch.float64))
-    )
+    figures = _fitted(fit, settings, seed, state, header)
+    figures["seconds"] = time.monotonic() - before
+    cpu_seconds = torch.tensor(time.process_time() - cpu_before, dtype=torch.float64)
+    figures["cpu_seconds"] = float(sum_over_processes(cpu_seconds))
     share_tensors(parameters.values())
     with same_error():
         if world().rank == 0:
@@ -467,6 +242,41 @@ def _recovered(fit: Fit, settings: ByBlock, seed: int, folder: Path, header: Hea
                 write_header(partial, header)
             shutil.rmtree(state, ignore_errors=True)
     return figures
+
+
+def _fitted(fit: Fit, settings: ByBlock, seed: int, state: Path, header: Header) -> dict[str, Any]:
+    """Solve, train and solve again; returns errors, density and curve."""
+    number = torch.arange(len(fit.rows.x.values))
+    apart = number // (len(number) // fit.rows.windows) % _ASIDE == 0
+    aside, others = number[apart], number[~apart]
+    drawn = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))]
+    figures: dict[str, Any] = {"before": fit.measure(aside)[0]}
+    _solve(fit, drawn, aside)
+    figures["solved"] = fit.measure(aside)[0]
+    group = min(GROUP, settings.tokens, len(drawn))
+    groups = drawn[: len(drawn) // group * group].view(-1, group)
+    loop = Settings(steps=settings.steps, windows=settings.tokens // group, rate=settings.rate, seed=seed)
+    with _with_gradients(fit.network):
+        figures["curve"] = train(
+            fit, Batches(groups, torch.ones_like(groups, dtype=torch.bool)), loop, state, header, lambda _: None
+        )
+    figures["trained"] = fit.measure(aside)[0]
+    _solve(fit, drawn, aside)
+    figures["after"], figures["density"] = fit.measure(aside)
+    return figures
+
+
+@contextmanager
+def _with_gradients(network: Any) -> Iterator[None]:
+    """Every parameter of `network` takes gradients inside the block; afterwards those that did, and none is left."""
+    taking = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    network.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, before in taking.items():
+            parameter.requires_grad_(before)
+            parameter.grad = None
 
 
 @torch.no_grad()

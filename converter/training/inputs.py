@@ -1,4 +1,4 @@
-"""What a training reads: its models, its windows, and where it is kept."""
+"""What trainings read: models, windows, and where a run is kept."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..arch import Arch
+from ..arch.site import Site
+from ..checkpoint.source import Source
 from ..checkpoint.stage import Header
 from ..text.windows import Batches
+from .settings import Recovery
 
 AT_ONCE = 8
 """Windows that pass through a model together where no gradient is taken."""
@@ -42,3 +45,48 @@ class TrainingRun:
     seed: int
     folder: Path
     header: Header
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out windows and what they are called."""
+
+    batches: Batches
+    name: str
+
+
+@dataclass(frozen=True)
+class RecoveryTask:
+    """What a training stage is to do: swap the activation of every feed-forward network of `source` for `activation`
+    (None: as it is) and recover the weights on a `device`, towards the dense model of `teacher_source`, which also
+    writes the text. `work` holds text, states and result; `heldout` is what the result is measured on.
+    """
+
+    source: Source
+    teacher_source: Source
+    activation: str | None
+    recovery: Recovery
+    seed: int
+    work: Path
+    device: str
+    heldout: Heldout
+
+    @property
+    def arch(self) -> Arch:
+        """The architecture of both models."""
+        return self.source.arch
+
+    @property
+    def base_activation(self) -> str:
+        """The activation of a network that was never swapped, by the op's name."""
+        return self.arch.activation(self.source.config)
+
+    def wished(self) -> dict[Site, str]:
+        """The activation that every network is to have, by site."""
+        sites = self.arch.sites(self.source.config)
+        return {site: self.activation or present(self.source, site) for site in sites}
+
+
+def present(source: Source, site: Site) -> str:
+    """The activation of a site as it is."""
+    return source.swaps[site].activation if site in source.swaps else source.arch.activation(source.config)

@@ -108,9 +108,9 @@ def train(
     windows do not divide by the number of processes.
     """
     trained = {
-        name: given if isinstance(given, Trained) else Trained(*given) for name, given in objective.parameters().items()
+        name: leaf if isinstance(leaf, Trained) else Trained(*leaf) for name, leaf in objective.parameters().items()
     }
-    tensors = {name: each.tensor for name, each in trained.items()}
+    tensors = {name: leaf.tensor for name, leaf in trained.items()}
     optimizers = make_optimizers(trained, settings.rate, settings.optimizer, settings.betas, settings.weight_decay)
     share_tensors(tensors.values())
     run = _resume(objective, tensors, optimizers, folder, header)
@@ -119,21 +119,7 @@ def train(
     note = ""
     update(run.step, settings.steps)
     for step in range(run.step, settings.steps):
-        for group in (group for one in optimizers for group in one.param_groups):
-            group["lr"] = group["peak"] * settings.factor(step)
-        for one in optimizers:
-            one.zero_grad(set_to_none=True)
-        loss, count = _backward(objective, batches, settings, step)
-        if not math.isfinite(loss):
-            raise InputError(f"The training loss must be a finite number, got {loss} at step {step}. Lower the rate.")
-        mean_gradients(tensors.values())
-        norm = clip_gradients(tensors.values(), settings.clip)
-        if not bool(norm.isfinite()):
-            raise InputError(
-                f"The gradient must be finite, got a norm of {float(norm)} at step {step}. Lower the rate."
-            )
-        for one in optimizers:
-            one.step()
+        loss, count = _step(objective, tensors, optimizers, batches, settings, step)
         figures = objective.after(step)
         run.step, run.tokens, run.seconds = step + 1, run.tokens + count, before + monotonic() - begun
         if run.step % 10 == 0 or run.step == settings.steps:
@@ -153,6 +139,33 @@ def train(
     return run.curve
 
 
+def _step(
+    objective: Objective,
+    tensors: Mapping[str, Tensor],
+    optimizers: list[Optimizer],
+    batches: Batches,
+    settings: Settings,
+    step: int,
+) -> tuple[float, int]:
+    """Move the tensors once; returns the loss before and the positions that are not padding, both of all processes.
+    Raises InputError when the loss or its gradient is not finite.
+    """
+    for group in (group for one in optimizers for group in one.param_groups):
+        group["lr"] = group["peak"] * settings.factor(step)
+    for one in optimizers:
+        one.zero_grad(set_to_none=True)
+    loss, count = _backward(objective, batches, settings, step)
+    if not math.isfinite(loss):
+        raise InputError(f"The training loss must be a finite number, got {loss} at step {step}. Lower the rate.")
+    mean_gradients(tensors.values())
+    norm = clip_gradients(tensors.values(), settings.clip)
+    if not bool(norm.isfinite()):
+        raise InputError(f"The gradient must be finite, got a norm of {float(norm)} at step {step}. Lower the rate.")
+    for one in optimizers:
+        one.step()
+    return loss, count
+
+
 def _backward(objective: Objective, batches: Batches, settings: Settings, step: int) -> tuple[float, int]:
     """Add up the gradients of a step, to be averaged over processes; returns its loss and its positions that are not
     padding, both of all processes.
@@ -161,8 +174,8 @@ def _backward(objective: Objective, batches: Batches, settings: Settings, step: 
     count = int(batches.mask[rows].sum())
     total: Any = 0.0
     for micro in rows.split(settings.windows):
-        own = micro[share_of(len(micro), "The windows of a micro-batch")]
-        tokens, mask = batches.tokens[own], batches.mask[own]
+        share = micro[share_of(len(micro), "The windows of a micro-batch")]
+        tokens, mask = batches.tokens[share], batches.mask[share]
         loss = objective.loss(tokens, mask, step)
         weight = int(mask.sum()) / max(1, count)
         scale = weight * world().size

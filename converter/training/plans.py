@@ -17,7 +17,7 @@ from ..progress import resumed
 from ..text.windows import Batches
 from .inputs import Models, TrainingRun
 from .loop import train
-from .selection import EndToEnd
+from .selection import SelectionObjective
 from .settings import Settings
 
 _ASIDE, _ASIDE_MOST = 16, 32  # every 16th window, about 32 at most, is kept for setting densities
@@ -48,7 +48,7 @@ def train_plan(
         curve_file.unlink(missing_ok=True)
         keep_freed_memory()
         settings = Settings(tune.steps * len(densities), tune.windows, tune.rate, levels=len(densities), seed=run.seed)
-        objective = EndToEnd(models, plan, tune, settings, start, densities, windows.aside[:4])
+        objective = SelectionObjective(models, plan, tune, settings, start, densities, windows.aside[:4])
 
         def at_level(level: int) -> None:
             with atomic_folder(levels[level]) as partial:

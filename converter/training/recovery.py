@@ -30,6 +30,7 @@ from ..modeling.blocks import ffn_activation, ffn_down, ffn_products, parts_of
 from ..modeling.distributed import in_bf16, sum_over_processes
 from ..modeling.losses import MLP_MARGIN, dejavu_loss, kl_divergence, straight_through
 from ..modeling.taps import replaced, tapped_outputs
+from .inputs import Models
 from .optimizers import Trained
 from .selection import INTEGRAL, PROPORTIONAL
 from .settings import Joint, Penalty, Recovery, Settings
@@ -90,33 +91,28 @@ class _Pending:
 class RecoveryObjective:
     """The objective of `loop.train` for a student whose networks have exact zeros.
 
-    `trained` are the student's leaves by name, `teacher` the dense source (None where no loss needs it), `units`
-    predictors by site, trained too. The student's networks must already be swapped; `activation` is what modules
-    without a swap of their own compute. `hidden` names the trained matrices of hidden layers, and `watch` is called
-    after every step for more figures.
+    `trained` are the student's leaves by name, `units` predictors by site, trained too. The student's networks must
+    already be swapped; a teacher is needed by the losses `distill` and `hidden` only. `hidden` names the trained
+    matrices of hidden layers, and `watch` is called after every step for more figures.
     """
 
     def __init__(
         self,
-        student: Any,
-        teacher: Any | None,
-        arch: Arch,
-        activation: str,
-        sites: list[Site],
-        asked: Recovery,
+        models: Models,
+        recovery: Recovery,
         settings: Settings,
         trained: Mapping[str, Tensor],
         units: Mapping[Site, Unit] | None = None,
         hidden: Collection[str] = (),
         watch: Callable[[int], dict[str, float]] | None = None,
     ) -> None:
-        self.student, self.teacher, self.arch, self.activation = student, teacher, arch, activation
-        self.asked, self.settings, self.trained, self.units = asked, settings, dict(trained), dict(units or {})
-        self.modules = {site: student.get_submodule(arch.ffn_module(site.layer)) for site in sites}
-        device = next(student.parameters()).device
-        self.device = device
-        self.half = in_bf16(asked.precision, device)
-        self.weight = asked.penalty.weight
+        student, teacher, arch = models.student, models.teacher, models.arch
+        self.models, self.recovery, self.settings = models, recovery, settings
+        self.trained, self.units = dict(trained), dict(units or {})
+        self.modules = {site: student.get_submodule(arch.ffn_module(site.layer)) for site in arch.sites(student.config)}
+        self.device = next(student.parameters()).device
+        self.half = in_bf16(recovery.precision, self.device)
+        self.weight = recovery.penalty.weight
         self.begin, self.mean, self.price, self.predicted = 0.0, 0.0, 0.0, 1.0
         self.pending = {"density": _Pending(), "excess": _Pending()}
         self.figures: dict[str, float] = {}
@@ -125,14 +121,14 @@ class RecoveryObjective:
         self.scales: dict[Site, tuple[float, float]] = {}
         self.hidden, self.watch = frozenset(hidden), watch
         self.began, self.spent, self.used = time.process_time(), 0.0, 0.0
-        self.blocks = _blocks(student, arch) if asked.losses.hidden else []
-        self.dense_blocks = _blocks(teacher, arch) if asked.losses.hidden and teacher is not None else []
+        self.blocks = _blocks(student, arch) if recovery.losses.hidden else []
+        self.dense_blocks = _blocks(teacher, arch) if recovery.losses.hidden and teacher is not None else []
 
     def parameters(self) -> Mapping[str, Trained]:
         """Every weight at the same rate, and predictors at theirs."""
-        found = {name: Trained(tensor, 1.0, name in self.hidden) for name, tensor in self.trained.items()}
-        share = 1.0 if self.asked.predictors is None else self.asked.predictors.rate / self.asked.rate
-        return found | {
+        weights = {name: Trained(tensor, 1.0, name in self.hidden) for name, tensor in self.trained.items()}
+        share = 1.0 if self.recovery.predictors is None else self.recovery.predictors.rate / self.recovery.rate
+        return weights | {
             f"{site.key}.{name}": Trained(tensor, share)
             for site, unit in self.units.items()
             for name, tensor in unit.tensors.items()
@@ -141,17 +137,15 @@ class RecoveryObjective:
     def loss(self, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
         """The scalar loss of windows [B, S], padding masked [B, S]."""
         tokens, mask = tokens.to(self.device), mask.to(self.device)
-        losses, keywords = (
-            self.asked.losses,
-            {"attention_mask": None if bool(mask.all()) else mask.long(), "use_cache": False},
-        )
+        losses = self.recovery.losses
+        keywords = {"attention_mask": None if bool(mask.all()) else mask.long(), "use_cache": False}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             dense, targets, outputs = None, list[Tensor](), list[Tensor]()
-            if self.teacher is not None:
+            if self.models.teacher is not None:
                 with torch.no_grad(), tapped_outputs(dict.fromkeys(self.dense_blocks, targets.append)):
-                    dense = self.teacher(input_ids=tokens, **keywords).logits
+                    dense = self.models.teacher(input_ids=tokens, **keywords).logits
             with self.observing(mask) as seen, tapped_outputs(dict.fromkeys(self.blocks, outputs.append)):
-                logits = self.student(input_ids=tokens, **keywords).logits
+                logits = self.models.student(input_ids=tokens, **keywords).logits
         total, self.figures = logits.new_zeros((), dtype=torch.float32), {}
         self.micro_batches = [*(self.micro_batches if step == self.step else []), self.figures]
         self.step = step
@@ -187,7 +181,7 @@ class RecoveryObjective:
         count = joint["count"]
         share = 1 / sums["count"]  # the loop weighs every process's mean by its positions
         density = float((joint["nonzero"] / count).mean())
-        if self.asked.penalty.kind == "count":
+        if self.recovery.penalty.kind == "count":
             value, shown = (sums["soft"] * share).mean(), (joint["soft"] / count).mean()
         else:
             mean, square = joint["absolute"] / count, (joint["square"] / count).clamp_min(1e-20)
@@ -209,26 +203,26 @@ class RecoveryObjective:
         if self.begin == 0.0:
             self.begin = self.mean = density
         self.mean = _MEMORY * self.mean + (1 - _MEMORY) * density
-        if self.asked.penalty.density is not None:
+        if self.recovery.penalty.density is not None:
             self.weight *= math.exp(_GAIN * max(-1.0, min(1.0, self.mean / self.path(step) - 1)))
 
     def path(self, step: int) -> float:
         """The density that the controller wants in a step."""
-        wished = self.asked.penalty.density
+        wished = self.recovery.penalty.density
         assert wished is not None
-        share = grown(self.asked.penalty, (step + 1) / self.settings.steps)
+        share = grown(self.recovery.penalty, (step + 1) / self.settings.steps)
         return math.exp((1 - share) * math.log(max(self.begin, 1e-6)) + share * math.log(wished))
 
     def _weight(self, step: int) -> float:
-        if self.asked.penalty.density is None:
-            return self.asked.penalty.weight * grown(self.asked.penalty, (step + 1) / self.settings.steps)
+        if self.recovery.penalty.density is None:
+            return self.recovery.penalty.weight * grown(self.recovery.penalty, (step + 1) / self.settings.steps)
         return self.weight * (1 + _REACTION * max(-0.5, min(1.0, self.mean / self.path(step) - 1)))
 
     def _selection(self, seen: Mapping[Site, Mapping[str, Tensor]], step: int) -> Tensor:
         """The price of what predictors keep, and their cross-entropy on what is non-zero."""
         if not self.units:
             return next(iter(seen.values()))["absolute"].new_zeros(())
-        joint = self.asked.predictors
+        joint = self.recovery.predictors
         assert joint is not None
         kept = torch.stack([at["kept"] for at in seen.values()]).mean()
         weight = next(iter(seen.values()))["count"]
@@ -250,15 +244,13 @@ class RecoveryObjective:
             yield seen
 
     def _forward(self, site: Site, module: nn.Module, mask: Tensor, seen: dict[Site, dict[str, Tensor]]) -> Any:
-        whole, known = (
-            bool(mask.all()),
-            self.scales.get(site),
-        )  # now: a checkpointed block calls again when they have changed
+        whole = bool(mask.all())
+        known = self.scales.get(site)  # now: a checkpointed block calls again when they have changed
         weight = (self.mean or _SHARE) + MLP_MARGIN
 
         def forward(x: Tensor) -> Tensor:
-            before, up = ffn_products(module, self.arch, x)
-            name = ffn_activation(module, self.activation)
+            before, up = ffn_products(module, self.models.arch, x)
+            name = ffn_activation(module, self.models.activation)
             gate, _, z = parts_of(name, before, up)
             rows = slice(None) if whole else mask
             sums = self._sums(known, name, before[rows], None if up is None else up[rows], z[rows])
@@ -273,7 +265,7 @@ class RecoveryObjective:
                     logits, labels, kept = logits[mask], labels[mask], kept[mask]
                 sums |= {"kept": kept.mean(), "labelled": dejavu_loss(logits, labels, weight)}
             seen[site] = sums
-            return ffn_down(module, self.arch, z)
+            return ffn_down(module, self.models.arch, z)
 
         return forward
 
@@ -291,13 +283,11 @@ class RecoveryObjective:
         margin = (gate - cut) / max(known[0], 1e-10)
         if cuts_up(kind):
             margin = torch.minimum(margin, up / max(known[1], 1e-10))
-        found = {
-            "soft": torch.sigmoid(margin / self.asked.penalty.softness).sum(),
+        return {
+            "soft": torch.sigmoid(margin / self.recovery.penalty.softness).sum(),
             "nonzero": (z != 0).sum().float(),
             "gate": squares[0],
             "up": squares[1],
-        }
-        return found | {
             "absolute": wide.abs().sum(),
             "square": wide.square().sum(),
             "count": squares[0].new_tensor(float(z.numel())),
@@ -316,15 +306,15 @@ class RecoveryObjective:
 
     def state(self) -> dict[str, float]:
         """The controllers' memory, the scales of the last step, and the processor seconds so far."""
-        found = {name: getattr(self, name) for name in _MEMORISED} | {"cpu_seconds": self.used}
-        found |= {
+        state = {name: getattr(self, name) for name in _MEMORISED} | {"cpu_seconds": self.used}
+        state |= {
             f"{name} {part}": float(getattr(each, part))
             for name, each in self.pending.items()
             for part in ("total", "count")
         }
         for site, (gate, up) in self.scales.items():
-            found |= {f"{site.key} gate": gate, f"{site.key} up": up}
-        return found
+            state |= {f"{site.key} gate": gate, f"{site.key} up": up}
+        return state
 
     def restore(self, state: dict[str, float]) -> None:
         """The inverse of `state`."""

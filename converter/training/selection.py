@@ -72,7 +72,7 @@ class _Masked(torch.autograd.Function):
         return of_kept * mask.to(of_kept.dtype), of_mask.mul_(sigmoid_slope(logits)), None
 
 
-class EndToEnd:
+class SelectionObjective:
     """The objective of `loop.train` for the feed-forward sites of a plan; `targets` are the densities that the levels
     of the run end at, `start` the one that it begins with.
 

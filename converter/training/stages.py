@@ -17,8 +17,9 @@ from ..modeling.distributed import check_started, same_error, share_of, world
 from ..text.generated import GENERATED, SECONDS
 from ..text.mixture import FOLDER as MIXTURE
 from .by_block import GROUP, micro_batch
+from .inputs import Heldout, RecoveryTask, present
 from .settings import Stage
-from .stage import Evaluation, Tuned, present, processes_for, tuned
+from .stage import Tuned, processes_for, tuned
 
 
 def training_inputs(stages: Sequence[Stage]) -> list[tuple[str, Path]]:
@@ -33,7 +34,7 @@ def stage_folder(work: Path, number: int) -> Path:
 
 
 def train_stages(
-    source: Source, stages: Sequence[Stage], seed: int, work: Path, device: str, evaluation: Evaluation
+    source: Source, stages: Sequence[Stage], seed: int, work: Path, device: str, heldout: Heldout
 ) -> Tuned:
     """Run training stages one after another, each on the checkpoint of the one before and all towards the dense
     `source`; the record is that of all.
@@ -41,27 +42,19 @@ def train_stages(
     Raises InputError as `tuned` does.
     """
     _check(source, stages, device)
-    found, records = None, []
+    last, records = None, []
     for number, stage in enumerate(stages):
         assert stage.tune is not None
-        given = source if found is None else found.source
+        before = source if last is None else last.source
         with same_error():
             if number and stage.tune.data == stages[number - 1].tune.data and world().rank == 0:  # type: ignore[union-attr]
                 _share_text(stage_folder(work, number - 1), stage_folder(work, number))
         with progress.stage(f"train {number + 1}" if len(stages) > 1 else "train"):
-            found = tuned(
-                given,
-                stage.config.get("activation"),
-                stage.tune,
-                seed,
-                stage_folder(work, number),
-                device,
-                evaluation,
-                source,
-            )
-        records.append(found.record)
-    assert found is not None
-    return replace(found, record=joined(records))
+            activation, folder = stage.config.get("activation"), stage_folder(work, number)
+            last = tuned(RecoveryTask(before, source, activation, stage.tune, seed, folder, device, heldout))
+        records.append(last.record)
+    assert last is not None
+    return replace(last, record=joined(records))
 
 
 def _check(source: Source, stages: Sequence[Stage], device: str) -> None:

@@ -31,7 +31,7 @@ from sparsegate.converter.stats.collect import collect
 from sparsegate.converter.text.windows import Batches, make_batches, read_text
 from sparsegate.converter.training.inputs import Models, TrainingRun
 from sparsegate.converter.training.plans import train_plan
-from sparsegate.converter.training.selection import EndToEnd
+from sparsegate.converter.training.selection import SelectionObjective
 from sparsegate.converter.training.settings import Settings
 from sparsegate.runtime_onnx.errors import InputError
 from sparsegate.runtime_onnx.untrusted import read_json
@@ -326,7 +326,7 @@ def step_seconds(study: Study, model: Any, plan: Plan, start: float, tune: Tune)
     settings = Settings(_TIMED + 1, tune.windows, tune.rate)
     probe = study.training.tokens[:1, :_PROBE]
     models = Models(model, None, study.source.arch, study.activation)
-    objective = EndToEnd(models, plan, tune, settings, start, study.densities[:1], probe)
+    objective = SelectionObjective(models, plan, tune, settings, start, study.densities[:1], probe)
     taken = []
     for step in range(_TIMED + 1):
         begun = time.process_time()

@@ -31,7 +31,7 @@ from sparsegate.converter.checkpoint.stage import (
 from sparsegate.converter.pipeline import candidates, finish
 from sparsegate.converter.pipeline.convert import convert
 from sparsegate.converter.pipeline.tune import tune
-from sparsegate.converter.training import stage as recovery_stage
+from sparsegate.converter.training import end_to_end
 from sparsegate.runtime_onnx.untrusted import read_json
 
 DAMAGES = ("flip", "truncate", "delete", "empty")
@@ -194,7 +194,7 @@ def test_an_interrupted_training_does_not_go_on_from_damage(
     whole = tune(recipe=str(recipe), output=tmp_path / "whole")
     steps: list[int] = []
 
-    def interrupted(self: Any, step: int, plain: Any = recovery_stage.RecoveryObjective.after) -> Any:
+    def interrupted(self: Any, step: int, plain: Any = end_to_end.RecoveryObjective.after) -> Any:
         steps.append(step)
         if step == 4:
             raise KeyboardInterrupt
@@ -202,11 +202,11 @@ def test_an_interrupted_training_does_not_go_on_from_damage(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
-            recovery_stage,
+            end_to_end,
             "settings_of",
-            lambda asked, seed, plain=recovery_stage.settings_of: _saving(plain(asked, seed)),
+            lambda asked, seed, plain=end_to_end.settings_of: _saving(plain(asked, seed)),
         )
-        patch.setattr(recovery_stage.RecoveryObjective, "after", interrupted)
+        patch.setattr(end_to_end.RecoveryObjective, "after", interrupted)
         tune(recipe=str(recipe), output=tmp_path / "out")
     stage = tmp_path / "out.work" / "stage_0"
     assert read_json(stage / "state" / "training.json", "")["step"] == 3 and read_header(stage / "heldout")
@@ -216,10 +216,8 @@ def test_an_interrupted_training_does_not_go_on_from_damage(
         damage(stage / name, "flip", random.Random(7))
     steps.clear()
     with caplog.at_level(logging.WARNING, logger="sparsegate"), monkeypatch.context() as patch:
-        plain = recovery_stage.RecoveryObjective.after
-        patch.setattr(
-            recovery_stage.RecoveryObjective, "after", lambda self, step: steps.append(step) or plain(self, step)
-        )
+        plain = end_to_end.RecoveryObjective.after
+        patch.setattr(end_to_end.RecoveryObjective, "after", lambda self, step: steps.append(step) or plain(self, step))
         found = tune(recipe=str(recipe), output=tmp_path / "out")
     assert steps == list(range(6)) or (name.startswith("generated") and steps == [3, 4, 5])
     assert name == "heldout" or "is made again" in caplog.text

@@ -277,6 +277,7 @@ def test_no_measured_number_stands_behind_a_constant() -> None:
     judging = [
         *(f"evaluation/{name}" for name in ("checks", "agreement", "op_agreement", "paired", "quality")),
         *(f"pipeline/{name}" for name in ("candidates", "graphs", "references", "record", "verify")),
+        "training/heldout",
         "training/stage",
     ]
     for path in (ROOT / "converter" / f"{name}.py" for name in judging):

@@ -35,7 +35,7 @@ from sparsegate.converter.pipeline.search import Judge
 from sparsegate.converter.pipeline.texts import Texts, make_texts
 from sparsegate.converter.pipeline.verify import verify
 from sparsegate.converter.text import generated as generated_module
-from sparsegate.converter.training.selection import EndToEnd
+from sparsegate.converter.training.selection import SelectionObjective
 from sparsegate.runtime_onnx.errors import InputError
 
 D, N = 64, 176
@@ -296,15 +296,15 @@ def test_training_that_is_broken_off_goes_on_to_the_same_plan(
 ) -> None:
     """The search of a trained method stops inside its third level; the first two are not trained again."""
     changes: dict[str, Any] = {"stages": stages("trained_gate", tune=TUNE), "budget": {"max_kl": 0.5}}
-    plain, steps, cut = EndToEnd.loss, [], 10**6
+    plain, steps, cut = SelectionObjective.loss, [], 10**6
 
-    def loss(self: EndToEnd, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
+    def loss(self: SelectionObjective, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
         steps.append(step)
         if len(steps) > cut:
             raise KeyboardInterrupt
         return plain(self, tokens, mask, step)
 
-    monkeypatch.setattr(EndToEnd, "loss", loss)
+    monkeypatch.setattr(SelectionObjective, "loss", loss)
     monkeypatch.setattr(schedule, "LEVELS", (0.7, 0.5, 0.3))
     whole, _ = run(source, tmp_path / "a", **changes)
     total = len(steps)

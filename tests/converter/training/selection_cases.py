@@ -19,7 +19,7 @@ from sparsegate.converter.modeling.losses import kl_divergence
 from sparsegate.converter.text.windows import Batches
 from sparsegate.converter.training.inputs import Models, TrainingRun
 from sparsegate.converter.training.plans import train_plan
-from sparsegate.converter.training.selection import EndToEnd
+from sparsegate.converter.training.selection import SelectionObjective
 from sparsegate.converter.training.settings import Settings
 
 D, N, R = 64, 176, 12
@@ -61,9 +61,11 @@ def models_of(loaded: tuple[Any, Arch, str]) -> Models:
 
 def objective_of(
     loaded: tuple[Any, Arch, str], plan: Plan, local: float = 0.0, target: float = 0.5, steps: int = 10
-) -> EndToEnd:
+) -> SelectionObjective:
     tune = Tune(local=local, precision="fp32")
-    return EndToEnd(models_of(loaded), plan, tune, Settings(steps, 2, 4e-3), target, [target], windows(2, seed=9))
+    return SelectionObjective(
+        models_of(loaded), plan, tune, Settings(steps, 2, 4e-3), target, [target], windows(2, seed=9)
+    )
 
 
 @torch.no_grad()

@@ -22,9 +22,12 @@ from sparsegate.converter.modeling.blocks import empty_model, ffn_parts, swap
 from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.text.windows import Batches
 from sparsegate.converter.training import by_block
-from sparsegate.converter.training.by_block import Fit, Half, Rows, Tail, recover_by_block
+from sparsegate.converter.training.block_fit import Fit, Rows, Tail
+from sparsegate.converter.training.by_block import recover_by_block
+from sparsegate.converter.training.inputs import Models, TrainingRun
 from sparsegate.converter.training.settings import ByBlock, Settings
 from sparsegate.converter.training.signs import orient
+from sparsegate.converter.training.walk import Half, Walk
 from sparsegate.runtime_onnx.errors import InputError
 
 HEADER = Header(format="test")
@@ -67,17 +70,16 @@ def run(
     source: Source, folder: Path, asked: ByBlock = ASKED, student: Any = None, **options: Any
 ) -> tuple[Any, list[dict[str, Any]]]:
     student = swapped(load_dense(source.folder), source) if student is None else student
-    return student, recover_by_block(
-        student,
-        load_dense(source.folder),
-        source.arch,
-        BATCHES,
-        asked,
-        0,
-        folder,
-        HEADER,
-        **{"precision": "fp32", **options},
-    )
+    models = models_of(student, load_dense(source.folder), source)
+    return student, recover_by_block(models, asked, run_in(folder), **{"precision": "fp32", **options})
+
+
+def models_of(student: Any, teacher: Any, source: Source) -> Models:
+    return Models(student, teacher, source.arch, source.arch.activation(source.config))
+
+
+def run_in(folder: Path, batches: Batches = BATCHES) -> TrainingRun:
+    return TrainingRun(batches, 0, folder, HEADER)
 
 
 @torch.no_grad()
@@ -163,7 +165,8 @@ def test_only_swapped_networks_change(sources: dict[str, Source], tmp_path: Path
 def test_l1_makes_it_sparser(sources: dict[str, Source], tmp_path: Path) -> None:
     source = sources["llama"]
     plain, sparse = (
-        run(source, tmp_path / name, **options)[1] for name, options in {"plain": {}, "sparse": {"l1": 2.0}}.items()
+        run(source, tmp_path / name, ASKED.model_copy(update={"l1": l1}))[1]
+        for name, l1 in (("plain", 0.0), ("sparse", 2.0))
     )
     for one, other in zip(plain, sparse, strict=True):
         assert other["density"] < 0.9 * one["density"] and other["trained"] > one["trained"]
@@ -189,7 +192,7 @@ def test_later_blocks_see_what_the_recovered_ones_give(
     assert float((x - own).norm()) < 2e-3 * float(own.norm()), "half precision apart"
     assert float((x - dense).norm()) > 0.1 * float(dense.norm())
 
-    def teachers(dense: by_block.Walk, own: by_block.Walk, fit: Fit) -> None:
+    def teachers(dense: Walk, own: Walk, fit: Fit) -> None:
         own.hidden = dense.hidden
 
     monkeypatch.setattr(by_block, "_advance", teachers)
@@ -360,9 +363,8 @@ def test_models_read_block_by_block(
         return loss(self, *given)
 
     monkeypatch.setattr(Fit, "loss", watched)
-    again = recover_by_block(
-        models[0], models[1], source.arch, BATCHES, ASKED, 0, tmp_path / "lean", HEADER, source=source, precision="fp32"
-    )
+    both, in_lean = models_of(*models, source), run_in(tmp_path / "lean")
+    again = recover_by_block(both, ASKED, in_lean, source=source, precision="fp32")
     assert held == [[[0], [0]]] * 30 + [[[1], [1]]] * 30
     assert [row["after"] for row in again] == [row["after"] for row in rows]
     for layer in (0, 1):
@@ -371,7 +373,7 @@ def test_models_read_block_by_block(
         assert set(stored) == set(wanted) and all(torch.equal(stored[name], p) for name, p in wanted.items())
         assert all(p.is_meta for p in models[0].model.layers[layer].parameters())
     with pytest.raises(InputError, match=r"meta device must come with its source"):
-        recover_by_block(models[0], models[1], source.arch, BATCHES, ASKED, 0, tmp_path / "lean", HEADER)
+        recover_by_block(both, ASKED, in_lean)
 
 
 # Mistakes
@@ -387,9 +389,8 @@ def test_too_few_windows(sources: dict[str, Source], tmp_path: Path) -> None:
     mask[1:, -1] = False
     with pytest.raises(InputError, match=r"at least 2 windows without padding, got 1\."):
         student = swapped(load_dense(source.folder), source)
-        recover_by_block(
-            student, load_dense(source.folder), source.arch, Batches(TOKENS, mask), ASKED, 0, tmp_path, HEADER
-        )
+        models = models_of(student, load_dense(source.folder), source)
+        recover_by_block(models, ASKED, run_in(tmp_path, Batches(TOKENS, mask)))
 
 
 def test_a_block_that_does_something_else_with_its_network(sources: dict[str, Source], tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from sparsegate.converter.text.windows import Batches
 from sparsegate.converter.training import plans as plans_module
 from sparsegate.converter.training.inputs import TrainingRun
 from sparsegate.converter.training.plans import train_plan
-from sparsegate.converter.training.selection import EndToEnd
+from sparsegate.converter.training.selection import SelectionObjective
 from sparsegate.converter.training.settings import Settings
 from sparsegate.runtime_onnx.errors import InputError
 
@@ -52,18 +52,18 @@ def _trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Batches]:
 @pytest.fixture(name="cut_at")
 def _cut_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]]:
     """Make runs break off in a step, or in none; returns the steps begun from then on."""
-    plain = EndToEnd.loss
+    plain = SelectionObjective.loss
 
     def cut_at(cut: int | None) -> list[int]:
         steps: list[int] = []
 
-        def loss(self: EndToEnd, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
+        def loss(self: SelectionObjective, tokens: Tensor, mask: Tensor, step: int) -> Tensor:
             steps.append(step)
             if step == cut:
                 raise KeyboardInterrupt
             return plain(self, tokens, mask, step)
 
-        monkeypatch.setattr(EndToEnd, "loss", loss)
+        monkeypatch.setattr(SelectionObjective, "loss", loss)
         return steps
 
     return cut_at

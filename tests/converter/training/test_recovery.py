@@ -18,6 +18,7 @@ from sparsegate.converter.arch import load_arch
 from sparsegate.converter.modeling.blocks import swap
 from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.modeling.predictor import fresh_predictor
+from sparsegate.converter.training.inputs import Models
 from sparsegate.converter.training.recovery import RecoveryObjective, grown, predicted_path
 from sparsegate.converter.training.settings import Joint, Penalty, Recovery, settings_of
 from sparsegate.converter.training.unit import make_unit
@@ -49,12 +50,9 @@ def asked(**changes: Any) -> Recovery:
 def objective(
     student: Any, teacher: Any | None, recovery: Recovery, model_type: str = "llama", **given: Any
 ) -> RecoveryObjective:
-    arch = load_arch(model_type)
-    sites = arch.sites(student.config)
+    models = Models(student, teacher, load_arch(model_type), "silu")
     trained = dict(student.named_parameters())
-    return RecoveryObjective(
-        student, teacher, arch, "silu", sites, recovery, settings_of(recovery, 0), trained, **given
-    )
+    return RecoveryObjective(models, recovery, settings_of(recovery, 0), trained, **given)
 
 
 def inner(student: Any, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -179,7 +177,7 @@ def test_scales_are_those_of_the_step_before(model: Model) -> None:
     with torch.no_grad():
         student.model.layers[0].mlp.gate_proj.weight.mul_(3)
     old, fresh = (
-        float(each.loss(TOKENS, WHOLE, 19).detach()) for each in (found, objective(student, None, found.asked))
+        float(each.loss(TOKENS, WHOLE, 19).detach()) for each in (found, objective(student, None, found.recovery))
     )
     assert fresh == pytest.approx(first, rel=1e-2) and abs(old - fresh) > 1e-3
 

@@ -25,7 +25,7 @@ from sparsegate.converter.checkpoint.plan import Entry, Plan, Threshold
 from sparsegate.converter.methods.tune import Tune
 from sparsegate.converter.modeling.blocks import down_rows, ffn_parts
 from sparsegate.converter.modeling.losses import kl_divergence
-from sparsegate.converter.training.selection import INTEGRAL, PROPORTIONAL, EndToEnd
+from sparsegate.converter.training.selection import INTEGRAL, PROPORTIONAL, SelectionObjective
 from sparsegate.converter.training.settings import Settings
 from sparsegate.converter.training.unit import Unit
 
@@ -139,7 +139,7 @@ def test_gradient_is_the_masks_times_the_sigmoids_slope(layer: int, model_type: 
         )
 
 
-def energies(objective: EndToEnd, site: Site, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def energies(objective: SelectionObjective, site: Site, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """By hand, for every token [T] and neuron [n]: the change of the weighted lost energy by toggling that one mask
     from 0 to 1, its plain derivative there, and the mask's slope.
     """
@@ -225,7 +225,7 @@ def test_loss_weighs_the_lost_energy(load: Load) -> None:
 def test_target_sinks_over_half_a_level(load: Load) -> None:
     loaded = load("llama")
     tune, settings = Tune(local=0.0, precision="fp32"), Settings(20, 2, 4e-3, levels=2)
-    objective = EndToEnd(models_of(loaded), make_plan("gate"), tune, settings, 1.0, [0.5, 0.2], windows(2))
+    objective = SelectionObjective(models_of(loaded), make_plan("gate"), tune, settings, 1.0, [0.5, 0.2], windows(2))
     first = [0.9, 0.8, 0.7, 0.6, 0.5] + 5 * [0.5]
     second = [0.44, 0.38, 0.32, 0.26, 0.2] + 5 * [0.2]
     assert [objective.target(step) for step in range(20)] == pytest.approx(first + second)

@@ -20,20 +20,20 @@ from sparsegate.converter.methods.tune import Tune
 from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.modeling.predictor import fresh_predictor
 from sparsegate.converter.training.inputs import Models
-from sparsegate.converter.training.selection import EndToEnd
+from sparsegate.converter.training.selection import SelectionObjective
 from sparsegate.converter.training.settings import Settings
 
 D, N = 64, 176
 
 
 @pytest.fixture(name="objective")
-def _objective(tiny_model: Callable[[str], Path]) -> Iterator[EndToEnd]:
+def _objective(tiny_model: Callable[[str], Path]) -> Iterator[SelectionObjective]:
     model, arch = load_dense(tiny_model("llama")), load_arch("llama")
     generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
     plan: Plan = {Site(layer): [fresh_predictor(D, N, 12, generator)] for layer in range(2)}
     tokens = torch.randint(3, VOCAB, (2, 24), generator=generator)
     models, tune = Models(model, None, arch, arch.activation(model.config)), Tune(local=0.2, precision="fp32")
-    yield EndToEnd(models, plan, tune, Settings(10, 4, 4e-3), 0.5, [0.5], tokens)
+    yield SelectionObjective(models, plan, tune, Settings(10, 4, 4e-3), 0.5, [0.5], tokens)
     torch.set_num_threads(before)
 
 
@@ -45,7 +45,7 @@ def windows(count: int) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
-def step(objective: EndToEnd, count: int, threads: int) -> tuple[float, dict[str, float], Tensor]:
+def step(objective: SelectionObjective, count: int, threads: int) -> tuple[float, dict[str, float], Tensor]:
     """Loss, figures and the gradients of all tensors in one, of a step of `count` windows."""
     torch.set_num_threads(threads)
     objective.restore({"price": 0.3})
@@ -63,7 +63,7 @@ def step(objective: EndToEnd, count: int, threads: int) -> tuple[float, dict[str
 
 
 @pytest.mark.parametrize(("count", "threads"), [(2, 2), (4, 2), (3, 2), (3, 8)])
-def test_threads_change_nothing_but_the_time(count: int, threads: int, objective: EndToEnd) -> None:
+def test_threads_change_nothing_but_the_time(count: int, threads: int, objective: SelectionObjective) -> None:
     loss, figures, gradients = step(objective, count, threads)
     again = step(objective, count, threads)
     assert again[:2] == (loss, figures) and torch.equal(again[2], gradients)
@@ -74,7 +74,9 @@ def test_threads_change_nothing_but_the_time(count: int, threads: int, objective
     assert float((gradients - other[2]).abs().max()) > 1e-2 * float(alone[2].abs().max()), "another step has others"
 
 
-def test_an_error_in_a_thread_leaves_a_dense_model(objective: EndToEnd, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_thread_leaves_a_dense_model(
+    objective: SelectionObjective, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.set_num_threads(2)
 
     def broken(*_: Any) -> Tensor:
