@@ -47,7 +47,7 @@ def make_optimizers(
         groups.setdefault((by_muon, share, tensor.ndim == 2, is_sharded(tensor)), []).append(tensor)
     made: list[Optimizer] = []
     for by_muon in (False, True):
-        own = [
+        param_groups = [
             {
                 "params": tensors,
                 "lr": share * rate,
@@ -57,11 +57,11 @@ def make_optimizers(
             for (muon, share, matrix, _), tensors in groups.items()
             if muon == by_muon
         ]
-        if own:
+        if param_groups:
             made.append(
-                torch.optim.Muon(own, adjust_lr_fn="match_rms_adamw")
+                torch.optim.Muon(param_groups, adjust_lr_fn="match_rms_adamw")
                 if by_muon
-                else torch.optim.AdamW(own, betas=betas)
+                else torch.optim.AdamW(param_groups, betas=betas)
             )
     return made
 

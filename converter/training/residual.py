@@ -38,27 +38,27 @@ def add_residuals(model: Any, arch: Arch, activation: str, plan: Plan, batches: 
     Hidden states advance block by block, so every block runs twice at most: to see its network's inputs, and with what
     was found for it.
     """
-    found = dict(plan)
+    completed = dict(plan)
     walk = _Walk(model, batches.tokens[batches.mask.all(1)][:WINDOWS])
     for layer in range(max((site.layer for site in plan), default=-1) + 1):
         site = Site(layer)
         entry = deciding(plan[site]) if site in plan else None
         if entry is not None and not isinstance(entry, Swap):
-            apply_plan(model, found, arch, activation)
+            apply_plan(model, completed, arch, activation)
             try:
                 inputs = walk.inputs(layer, model.get_submodule(arch.ffn_module(layer)))
             finally:
                 remove_plan(model)
-            found[site] = [
+            completed[site] = [
                 *plan[site][:-1],
                 _with_residual(model, arch, activation_at(plan[site], activation), site, entry, inputs, rank),
             ]
-        apply_plan(model, found, arch, activation)
+        apply_plan(model, completed, arch, activation)
         try:
             walk.advance(layer)
         finally:
             remove_plan(model)
-    return found
+    return completed
 
 
 class _Walk:

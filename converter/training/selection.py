@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import torch
@@ -150,7 +151,7 @@ class SelectionObjective:
             "price": self.price,
         }
         value = torch.stack([each.value(weights).detach() for each in passes]).sum()
-        return known(value, [sum(each[1:], each[0]) for each in zip(*gradients, strict=True)], leaves)
+        return known(value, [reduce(torch.add, parts) for parts in zip(*gradients, strict=True)], leaves)
 
     def _logits(self, model: Any, part: StepPart) -> Tensor:
         attention = None if bool(part.mask.all()) else part.mask.long()

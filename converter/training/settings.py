@@ -16,24 +16,24 @@ _FEW_STEPS = 300  # a process takes several seconds to start
 _SMALL = 32_000_000  # parameters: larger models' operations fill several threads
 
 
-def count_for(asked: Recovery, parameters: int, available: int) -> int:
+def count_for(recovery: Recovery, parameters: int, available: int) -> int:
     """How many processes to train in on a CPU: one where nothing is trained end to end or weights are shared out; what
     is asked for; or for "auto" the most up to `available` cores that the windows of a micro-batch divide by, for small
     models and more than a few steps, and one for the rest and block by block, whose micro-batches need not divide by
     what the windows do.
     """
-    if not asked.end_to_end or asked.parallel == "fsdp":
+    if not recovery.end_to_end or recovery.parallel == "fsdp":
         return 1
-    if asked.processes != "auto":
-        return asked.processes
+    if recovery.processes != "auto":
+        return recovery.processes
     if (
-        asked.steps < _FEW_STEPS
+        recovery.steps < _FEW_STEPS
         or parameters > _SMALL
-        or asked.by_block is not None
+        or recovery.by_block is not None
         or not torch.distributed.is_available()
     ):
         return 1
-    return max(count for count in range(1, max(1, available) + 1) if asked.windows % count == 0)
+    return max(count for count in range(1, max(1, available) + 1) if recovery.windows % count == 0)
 
 
 class Losses(Strict):

@@ -156,6 +156,7 @@ def in_process(work: str) -> None:
 
 
 def _recover(task: RecoveryTask, header: Header) -> None:
+    """Text, swap, blocks one by one, training end to end, measures, checkpoint."""
     recovery, windows = task.recovery, task.heldout.batches
     batches, text = training_text(task.teacher_source, recovery, task.seed, task.work)
     models = _swapped(task, batches)
@@ -205,6 +206,7 @@ def _fitted(task: RecoveryTask, models: Models, run: TrainingRun) -> Training:
 
 def _place(task: RecoveryTask, models: Models) -> None:
     """Put both models on the device, or share them out: such a model never stands whole on a device."""
+    model: Any
     for model in (models.teacher, models.student):
         if task.recovery.parallel == "fsdp":
             shard(model, model.get_submodule(task.arch.block.rpartition(".")[0]))
