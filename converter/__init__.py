@@ -1,8 +1,8 @@
 """sparsegate.converter: a Hugging Face model becomes a sparse checkpoint that ONNX Runtime runs.
 
-Public functions: convert, evaluate, inspect, load, make_report, push, tune, verify. They are imported when first used,
-so that importing stays quick. With the package imported, transformers' auto classes know models whose activation was
-swapped (`modeling.swapped`).
+Public functions: convert, evaluate, inspect, load, make_report, push, register, tune, verify. They are imported when
+first used, so that importing stays quick and changes nothing. After `register()` transformers' auto classes know models
+whose activation was swapped (`modeling.swapped`).
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .modeling.swapped import watch
-
 if TYPE_CHECKING:
     from .checkpoint.writer import write_checkpoint as apply
+    from .modeling.swapped import register
     from .onnx_export.gated_graph import export
     from .pipeline.convert import convert
     from .pipeline.evaluate import evaluate
@@ -37,6 +36,7 @@ __all__ = [
     "make_report",
     "plan",
     "push",
+    "register",
     "tune",
     "verify",
 ]
@@ -51,12 +51,10 @@ _HOMES = {
     "make_report": (".report.html", "make_report"),
     "plan": (".pipeline.schedule", "once"),
     "push": (".pipeline.push", "push"),
+    "register": (".modeling.swapped", "register"),
     "tune": (".pipeline.tune", "tune"),
     "verify": (".pipeline.verify", "verify"),
 }
-
-
-watch()
 
 
 def __getattr__(name: str) -> Any:

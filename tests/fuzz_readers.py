@@ -72,7 +72,7 @@ def _logits(model: Any) -> Any:
 
 def _dense(folder: str) -> Any:
     from sparsegate.converter.checkpoint.source import open_source
-    from sparsegate.converter.modeling.blocks import empty_model
+    from sparsegate.converter.modeling.empty import empty_model
     from sparsegate.converter.modeling.gated import load_dense
 
     empty_model(open_source(folder))

@@ -24,6 +24,7 @@ from ...runtime_onnx.untrusted import inside, read_json
 from ..arch import PREFIX, Arch, load_arch, supported
 from ..arch.site import Site
 from .config_bounds import check_backed, check_counts
+from .configs import build_config, check_swaps, register_configs
 from .model_check import Stored, check_model, check_parameters
 from .plan import Swap
 from .sparsity import KEY, read_key, read_sparsity, stock_config
@@ -116,6 +117,7 @@ class Source:
         from transformers import AutoTokenizer
 
         _check_tokenizer_files(self.folder)
+        register_configs()
         for path in (self.folder / name for name in TOKENIZER_FILES):
             if path.suffix == ".json" and path.is_file():
                 read_json(path, path.name)
@@ -270,13 +272,11 @@ def make_config(raw: dict[str, Any]) -> Any:
     """The transformers configuration of a config.json's content. Raises InputError for counts out of bounds and for
     values that transformers refuses.
     """
-    from transformers import AutoConfig
-
     check_counts(raw)
     dropped = {"model_type", _CODE} | (set() if str(raw["model_type"]).startswith(PREFIX) else {KEY})
     values = {key: value for key, value in raw.items() if key not in dropped}
     try:
-        return AutoConfig.for_model(raw["model_type"], **values)
+        return build_config(raw["model_type"], values)
     except Exception as error:  # configuration classes raise their own validation errors
         raise InputError(
             f"config.json must hold a valid {raw['model_type']} configuration, got: {first_line(error)}. Mend the file."
@@ -286,12 +286,16 @@ def make_config(raw: dict[str, Any]) -> Any:
 def backed_config(arch: Arch, raw: dict[str, Any], tensors: Stored) -> Any:
     """The transformers configuration of a config.json's content, which the tensors in the files are those of: the one
     check of `inspect`, `convert` and every reader of weights. Raises InputError as `check_names`, `check_backed`,
-    `make_config` and `check_model` do, in this order: nothing large is made before it is known.
+    `make_config`, `check_swaps` and `check_model` do, in this order: nothing large is made before it is known.
     """
     check_names(arch, tensors)
     check_backed(arch, raw, {name: shape for name, (shape, _) in tensors.items()})
     config = make_config(raw)
-    check_model(arch, config, tensors)
+    stock = config
+    if config.model_type.startswith(PREFIX):
+        check_swaps(arch, raw, arch.size(config, "layers"))
+        stock = make_config(stock_config(raw))
+    check_model(arch, stock, tensors)
     return config
 
 

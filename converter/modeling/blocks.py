@@ -1,10 +1,7 @@
-"""The torch side of an architecture: an empty model whose blocks are filled one at a time, and the parts of a
-feed-forward module.
-"""
+"""The torch side of an architecture: blocks that are filled one at a time, and the parts of a feed-forward module."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,7 +16,6 @@ from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.ops.activation import cuts_up, split_activation
 from ..arch import Arch, load_arch
 from ..arch.site import Site
-from ..checkpoint.model_check import meta_model
 from ..checkpoint.source import Source
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -157,40 +153,6 @@ def ffn_biases(module: Any, arch: Arch) -> dict[str, Tensor]:
         biases["up"] = getattr(module, str(ffn.up)).bias
         biases["gate"] = None if ffn.kind == "plain" else getattr(module, str(ffn.gate)).bias
     return {part: bias for part, bias in biases.items() if bias is not None}
-
-
-def empty_model(source: Source) -> Any:
-    """The transformers model of `source` with every parameter on the meta device and every buffer real, in evaluation
-    mode.
-
-    Its parameters are those that `open_source` found in the files.
-    """
-    model = meta_model(source.config)
-    for module in model.modules():
-        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-        if names:
-            with torch.no_grad():
-                model._init_weights(module)
-    return model.eval()
-
-
-def unused_tensors(source: Source) -> list[str]:
-    """Names in the files of a model that its class does not have, so that nothing computes with them, in order; rotary
-    tables, which every class makes itself, are left out.
-    """
-    model = empty_model(source)
-    known = set(model.state_dict())
-    ignored = [
-        re.compile(pattern)
-        for pattern in (*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$")
-    ]
-    return [
-        name
-        for name in sorted(source.tensors)
-        if name not in known and not any(pattern.search(name) for pattern in ignored)
-    ]
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from ..checkpoint.plan import Plan, Predictor, Threshold
 from ..checkpoint.source import Source, TensorInfo
 from ..evaluation.quality import Reference, compare, torch_logits
 from ..methods.tune import Tune
-from ..modeling.blocks import empty_model
+from ..modeling.empty import empty_model
 from ..modeling.predictor import rank_for
 from ..stats.collect import PROBE_TOKENS, collect
 from ..text.windows import Batches

@@ -33,7 +33,8 @@ from ..checkpoint.plan import Plan, Predictor, deciding, on_swaps
 from ..checkpoint.source import Source
 from ..checkpoint.stage import hash_file, hash_json
 from ..checkpoint.tensor_files import load_tensors
-from ..modeling.blocks import embed, empty_model, filled, moved
+from ..modeling.blocks import embed, filled, moved
+from ..modeling.empty import empty_model
 from ..modeling.taps import block_calls, tapped_inputs, tapped_outputs
 
 SOURCE = (

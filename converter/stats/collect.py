@@ -23,7 +23,8 @@ from ..arch.shapes import linear_rows, linear_shapes
 from ..arch.site import Site
 from ..checkpoint.source import Source
 from ..checkpoint.stage import Header, atomic_folder, is_intact, leave_out, read_header, write_header, write_tensors
-from ..modeling.blocks import embed, empty_model, ffn_down, filled, moved
+from ..modeling.blocks import embed, ffn_down, filled, moved
+from ..modeling.empty import empty_model
 from ..modeling.taps import (
     BlockCalls,
     Fields,

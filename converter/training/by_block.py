@@ -7,7 +7,7 @@ a block also makes up for what the blocks before it left. The down projection is
 before all three matrices are trained, and after.
 
 Made for machines without an accelerator: no pass through the whole model is ever differentiated, and of either model
-one block is needed at a time. A model whose blocks lie on the meta device (`blocks.empty_model`) is read from its files
+one block is needed at a time. A model whose blocks lie on the meta device (`empty.empty_model`) is read from its files
 block by block; beside the two blocks memory then holds four tensors of hidden states in half precision, at most _BYTES
 together.
 """

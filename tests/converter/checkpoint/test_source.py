@@ -19,7 +19,7 @@ from sparsegate.converter.checkpoint.plan import Threshold, uniform_tau
 from sparsegate.converter.checkpoint.source import end_tokens, open_source
 from sparsegate.converter.checkpoint.sparsity import write_sparsity
 from sparsegate.converter.checkpoint.writer import write_checkpoint
-from sparsegate.converter.modeling.blocks import empty_model
+from sparsegate.converter.modeling.empty import empty_model
 from sparsegate.runtime_onnx.errors import InputError
 
 SINGLE = "model.safetensors"

@@ -27,6 +27,8 @@ from sparsegate.converter.modeling import swapped as modeling
 from sparsegate.converter.modeling.gated import dense, load, load_dense, recording
 from sparsegate.runtime_onnx.errors import InputError
 
+modeling.register()
+
 PREDICTOR = Predictor(torch.zeros(2, 64), torch.zeros(N, 2), torch.full((N,), -1.0), 1.0)
 
 
@@ -69,7 +71,7 @@ def edit(folder: Path, out: Path, change: Callable[[dict[str, Any]], Any]) -> Pa
     return out
 
 
-# Stock transformers and the hook
+# Stock transformers, and with our classes registered
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -88,12 +90,16 @@ for folder in sys.argv[1:]:
             print("loaded")
         except Exception as error:
             print(" ".join(str(error).split()) or repr(error))
-assert not [name for name in sys.modules if name.startswith("sparsegate")]
+assert not [name for name in sys.modules if name.startswith("sparsegate.converter.")]
 """
 
 
-def test_stock_transformers_stops(swapped: Callable[[str], Path], tiny_model: Callable[[str], Path]) -> None:
-    found = python(STOCK, swapped("llama"), tiny_model("llama"))
+@pytest.mark.parametrize("before", ["", pytest.param("import sparsegate.converter", marks=pytest.mark.slow)])
+def test_stock_transformers_stops(
+    before: str, swapped: Callable[[str], Path], tiny_model: Callable[[str], Path]
+) -> None:
+    """With the package imported and nothing registered it stops in the same way."""
+    found = python(before + STOCK, swapped("llama"), tiny_model("llama"))
     config, model, stock, *dense_ones = found.stdout.splitlines()
     assert "`sparsegate_llama`" in config and "does not recognize" in config and config == model, found.stderr
     assert stock.strip("'") == "sparsegate", "the class itself stops at an activation that it does not know"
@@ -102,38 +108,43 @@ def test_stock_transformers_stops(swapped: Callable[[str], Path], tiny_model: Ca
 
 LOADED = """
 import sys
-assert not {"torch", "transformers"} & set(sys.modules)
 %s
-from transformers import AutoConfig, AutoModelForCausalLM
-config, model = (kind.from_pretrained(sys.argv[1]) for kind in (AutoConfig, AutoModelForCausalLM))
-print(type(config).__name__, type(model).__name__)
-print(sum(type(finder).__module__.startswith("sparsegate") for finder in sys.meta_path))
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+found = [kind.from_pretrained(sys.argv[1]) for kind in (AutoConfig, AutoModelForCausalLM)]
+assert AutoTokenizer.from_pretrained(sys.argv[1])("def")["input_ids"]
+print(*(type(one).__name__ for one in found))
 """
 
 
 @pytest.mark.parametrize(
-    "imports",
+    "lines",
     [
-        "import importlib.util, sparsegate.converter; "
-        "importlib.util.find_spec('transformers.models.auto.configuration_auto')",
-        pytest.param("import transformers, sparsegate.converter", marks=pytest.mark.slow),
-        pytest.param("from transformers import AutoConfig; import sparsegate.converter", marks=pytest.mark.slow),
+        "import sparsegate.converter; sparsegate.converter.register(); sparsegate.converter.register()",
         pytest.param(
-            "import sparsegate.converter; from transformers.models.llama import modeling_llama", marks=pytest.mark.slow
+            "import transformers, sparsegate.converter; sparsegate.converter.register()", marks=pytest.mark.slow
         ),
+        pytest.param(
+            "from transformers import AutoConfig; import sparsegate.converter; sparsegate.converter.register()",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("import sys, sparsegate.converter as c; c.load(sys.argv[1])", marks=pytest.mark.slow),
     ],
 )
-def test_importing_the_package_makes_auto_classes_know_it(imports: str, swapped: Callable[[str], Path]) -> None:
-    """Every other test here has transformers imported before the package."""
-    found = python(LOADED % imports, swapped("llama"))
-    assert found.stdout.splitlines() == ["SparsegateLlamaConfig SparsegateLlamaForCausalLM", "0"], found.stderr
+def test_auto_classes_know_it_once_registered(lines: str, swapped: Callable[[str], Path]) -> None:
+    """Every other test here has it registered before."""
+    found = python(LOADED % lines, swapped("llama"))
+    assert found.stdout.splitlines() == ["SparsegateLlamaConfig SparsegateLlamaForCausalLM"], found.stderr
 
 
-def test_importing_the_package_is_quick() -> None:
-    code = (
-        "import sys, sparsegate.converter; print(sorted({'torch', 'transformers', 'onnx', 'numpy'} & set(sys.modules)))"
+def test_importing_the_package_does_nothing_else() -> None:
+    code = "import sys; before = list(sys.meta_path); import sparsegate.converter; print(sys.meta_path == before)"
+    found = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, timeout=500
     )
-    assert python(code).stdout.strip() == "[]"
+    assert found.stdout.strip() == "True", found.stderr
+    names = {line.rpartition("|")[2].strip() for line in found.stderr.splitlines() if line.startswith("import time:")}
+    assert "sparsegate.converter" in names
+    assert not {name.partition(".")[0] for name in names} & {"torch", "transformers", "onnx", "numpy"}
 
 
 # Our classes

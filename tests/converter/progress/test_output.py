@@ -22,7 +22,7 @@ from test_progress import Terminal
 from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.cli import main
 from sparsegate.converter.evaluation.records import RESULTS, Report
-from sparsegate.converter.modeling.blocks import unused_tensors
+from sparsegate.converter.modeling.empty import unused_tensors
 from sparsegate.converter.pipeline import candidates
 
 STAGES = ["open", "text", "base graph", "calibrate", "plan", "quality", "export", "agreement"]

@@ -279,7 +279,8 @@ def test_the_card_tells_of_the_recovery(tmp_path: Path) -> None:
         and "ordinary transformers checkpoint" not in card
         and "(the dense model)" not in card
     )
-    assert "import sparsegate.converter  # makes sparsegate_llama known\nfrom transformers" in card
+    assert "import sparsegate.converter\nfrom transformers" in card
+    assert "\n\nsparsegate.converter.register()  # makes sparsegate_llama known\nmodel = " in card
     assert "\n\n\n" not in card
     _, plain = write(tmp_path, report_of(), base)
     least().save(out / reporting.RECOVERY)
@@ -294,7 +295,7 @@ def test_the_card_tells_of_the_recovery(tmp_path: Path) -> None:
     )
     assert (
         "ordinary transformers checkpoint of the dense model" in card
-        and "import sparsegate.converter  #" not in card
+        and "sparsegate.converter.register()" not in card
         and plain != card
     )
     (out / reporting.RECOVERY).unlink()

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+import sparsegate.converter
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.plan import Predictor, Swap
 from sparsegate.converter.checkpoint.source import Source, open_source
@@ -128,8 +129,7 @@ def replica(
 
 
 def load_swapped(source: Source) -> Any:
-    import sparsegate.converter  # noqa: F401 - registers the model type
-
+    sparsegate.converter.register()
     return AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.checkpoint.stage import Header
-from sparsegate.converter.modeling.blocks import empty_model, ffn_parts, swap
+from sparsegate.converter.modeling.blocks import ffn_parts, swap
+from sparsegate.converter.modeling.empty import empty_model
 from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.text.windows import Batches
 from sparsegate.converter.training import by_block
