@@ -26,7 +26,7 @@ _ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "SYSTEMRO
 def render(template: str, variables: dict[str, Any]) -> str:
     """The text that a template makes of plain JSON values, as transformers' `apply_chat_template` does.
 
-    Raises ValueError with one line where the template does not parse, raises an exception, or takes too much.
+    Raises InputError with one line where the template does not parse, raises an exception, or takes too much.
     """
     return render_all(template, variables, [variables.get("messages", [])])[0]
 
@@ -60,7 +60,9 @@ def _rendered(template: str, variables: dict[str, Any], conversations: Sequence[
         answer = {"error": f"its process failed ({error})"}
     if "texts" not in answer:
         said = " ".join(str(answer.get("error")).split()).removesuffix(".")
-        raise ValueError(
+        from .errors import InputError  # the script has no package
+
+        raise InputError(
             f"The chat template must render the conversation, got: {said:.300}. Pass the prompt as it is instead "
             "(--raw)."
         )

@@ -40,12 +40,12 @@ def load(path: str | Path, library: bool | None = None, options: dict[str, Any] 
 
     Args:
         path: ONNX folder with genai_config.json, or a sparse checkpoint with onnx/ inside.
-        library: None uses the native library where it supports the model, False never, True raises ValueError where it
+        library: None uses the native library where it supports the model, False never, True raises InputError where it
         cannot.
         options: Session options to lay over those of genai_config.json, e.g. {"intra_op_num_threads": 2}.
 
     Raises:
-        InputError, ValueError: No such folder, a field of genai_config.json that is not known, a linked library that is
+        InputError: No such folder, a field of genai_config.json that is not known, a linked library that is
         not the installed one, a folder that
             onnxruntime-genai refuses (its text is in the error), or onnxruntime-genai is not installed.
     """
@@ -61,7 +61,7 @@ def load(path: str | Path, library: bool | None = None, options: dict[str, Any] 
         _check_copy(file.parent)
     if chosen.kernel and (foreign := _foreign()):
         if library:
-            raise ValueError(
+            raise InputError(
                 f"{foreign} must not lie in the way: onnxruntime-genai would take it, got another library than the "
                 "installed one. Remove it."
             )
@@ -127,13 +127,13 @@ def generate(
     `sampling` is greedy by default; `path` and `library` are as in `load`.
 
     Raises:
-        ValueError: At the call, before any piece: as `load`, or the prompt is empty or too long, a number out of range,
+        InputError: At the call, before any piece: as `load`, or the prompt is empty or too long, a number out of range,
         the chat template absent or failing.
     """
     sampling = sampling or Sampling()
     _check_numbers(max_new_tokens, sampling)
     if not prompt:
-        raise ValueError("The prompt must hold text, got an empty string. Pass some words to continue.")
+        raise InputError("The prompt must hold text, got an empty string. Pass some words to continue.")
     genai = _genai()
     config = read_config(path)["model"]
     context = config["context_length"]
@@ -141,9 +141,9 @@ def generate(
     chat = tokenizer.template is not None if chat is None else chat
     tokens = tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
     if not tokens:
-        raise ValueError("The prompt must make tokens, got none. Pass some words to continue.")
+        raise InputError("The prompt must make tokens, got none. Pass some words to continue.")
     if len(tokens) >= context:
-        raise ValueError(
+        raise InputError(
             f"The prompt must be shorter than the model's context of {context} tokens, got {len(tokens)} tokens. "
             "Shorten it."
         )
@@ -176,11 +176,11 @@ def _check_numbers(max_new_tokens: int, sampling: Sampling) -> None:
         ("seed", seed, 0 <= seed < 1 << 31, "from 0 to 2147483647"),
     ):
         if not right:
-            raise ValueError(f"{name} must be {bound}, got {value}. Choose another number.")
+            raise InputError(f"{name} must be {bound}, got {value}. Choose another number.")
 
 
 def end_tokens(path: str | Path) -> frozenset[int]:
-    """The tokens that end a text of the model at `path`; empty where none does. Raises ValueError as `load` does for a
+    """The tokens that end a text of the model at `path`; empty where none does. Raises InputError as `load` does for a
     folder without configuration.
     """
     config = read_config(path)
@@ -267,7 +267,7 @@ def _genai() -> Any:
     try:
         import onnxruntime_genai
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             f'onnxruntime-genai must be installed to generate text, got: {error}. Do: pip install "sparsegate[cpu]" '
             '(with a CUDA GPU: "sparsegate[gpu]")'
         ) from None

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .errors import InputError
 from .untrusted import inside, parse_json, read_bytes
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Executor:
 
 
 def library_path() -> Path:
-    """The installed native library, for `SessionOptions.register_custom_ops_library`. Raises ValueError when the
+    """The installed native library, for `SessionOptions.register_custom_ops_library`. Raises InputError when the
     installation has none.
     """
     from . import __path__ as folders  # more than one in an editable install: the sources and the built files
@@ -55,7 +56,7 @@ def library_path() -> Path:
         path = Path(folder) / LIBRARY
         if path.is_file():
             return path
-    raise ValueError(
+    raise InputError(
         f"{LIBRARY} must lie in the installed package, got none in {', '.join(folders)}. Install again with: pip "
         "install --force-reinstall --no-deps sparsegate"
     )
@@ -88,12 +89,12 @@ def isa() -> str:
 
 @contextmanager
 def forced_isa(name: str) -> Iterator[None]:
-    """Every run inside uses this build of the CPU kernels: for tests and benchmarks. Raises ValueError where there is
+    """Every run inside uses this build of the CPU kernels: for tests and benchmarks. Raises InputError where there is
     none.
     """
     handle = _open(library_path())
     if not handle.sparsegate_force_isa(name.encode()):
-        raise ValueError(f"isa must be a build that this machine has, got {name}. The best one is {isa()}.")
+        raise InputError(f"isa must be a build that this machine has, got {name}. The best one is {isa()}.")
     try:
         yield
     finally:
@@ -104,7 +105,7 @@ def model_file(path: str | Path) -> Path:
     """The ONNX file that `path` means: the file itself, model.onnx in an ONNX folder, or onnx/model.onnx in a sparse
     checkpoint.
 
-    Raises ValueError when there is none.
+    Raises InputError when there is none.
     """
     path = Path(path)
     for file in (path, path / "model.onnx", path / "onnx" / "model.onnx"):
@@ -117,7 +118,7 @@ def model_file(path: str | Path) -> Path:
         if path.exists()
         else "nothing there"
     )
-    raise ValueError(
+    raise InputError(
         f"The model must be an ONNX folder, a sparse checkpoint or a .onnx file, got {path} ({found}). Write one with: "
         "sparsegate convert MODEL -o OUT"
     )
@@ -126,7 +127,7 @@ def model_file(path: str | Path) -> Path:
 def variants(path: str | Path) -> list[str]:
     """The names of the op variants that the metadata of a model lists; empty for a dense model. No weights are read.
 
-    Raises ValueError where there is no model, for a file that is no ONNX model, and when the metadata does not name
+    Raises InputError where there is no model, for a file that is no ONNX model, and when the metadata does not name
     each of the file's variants.
     """
     return _names(_read(model_file(path)))
@@ -136,7 +137,7 @@ def executor(path: str | Path, provider: str = PROVIDERS[0]) -> Executor:
     """Whether the native kernel can run every ai.sparsegate op of a model on `provider`, judged from the model's
     metadata alone.
 
-    `path` is an ONNX folder, a sparse checkpoint (with onnx/ inside) or a .onnx file. Raises ValueError when it is none
+    `path` is an ONNX folder, a sparse checkpoint (with onnx/ inside) or a .onnx file. Raises InputError when it is none
     of them.
     """
     model = _read(model_file(path))
@@ -167,7 +168,7 @@ def _read(file: Path) -> onnx.ModelProto:
     try:
         model = onnx.load_model_from_string(read_bytes(file, LARGEST_MODEL))
     except (DecodeError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"{file} must be an ONNX model, got bytes that do not parse ({error}). Fetch or convert it again."
         ) from None
     tensors = [
@@ -199,7 +200,7 @@ def _names(model: onnx.ModelProto) -> list[str]:
     except ValueError:
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) != functions:
-        raise ValueError(
+        raise InputError(
             f"Metadata {VARIANTS} must name the {functions} op variants of the model, got {text[:200]!r}. Convert the "
             "model again."
         )

@@ -41,7 +41,7 @@ def link(folder: str | Path) -> Path:
     `folder` is an ONNX folder or a sparse checkpoint with onnx/ inside.
 
     Raises:
-        ValueError: No genai_config.json, or one with fields that are not known; a dense model; a library that does not
+        InputError: No genai_config.json, or one with fields that are not known; a dense model; a library that does not
         support the model; a file of the
             library's name that `link` did not put there; a link in place of a file.
     """
@@ -84,7 +84,7 @@ def unlink(folder: str | Path) -> bool:
     stays as it is; returns whether it was.
 
     A config that was edited after `link` keeps the edits and loses the library's line only. A library that `link` did
-    not put there stays. Raises ValueError as `link` for the folder's genai_config.json and for links in place of files.
+    not put there stays. Raises InputError as `link` for the folder's genai_config.json and for links in place of files.
     """
     folder = model_file(folder).parent
     config = read_config(folder)

@@ -46,11 +46,11 @@ def session(
         path: ONNX folder, sparse checkpoint (with onnx/ inside) or .onnx file.
         providers: As in InferenceSession; the CPU by default.
         session_options: Options to use; the library is registered with this object, which stays so.
-        library: None uses the native library where it supports the model, False never, True raises ValueError where it
+        library: None uses the native library where it supports the model, False never, True raises InputError where it
         cannot.
 
     Raises:
-        InputError, ValueError: There is no model, onnxruntime refuses it (its text is in the error), the library was
+        InputError: There is no model, onnxruntime refuses it (its text is in the error), the library was
         demanded and cannot run it, or onnxruntime
             is not installed.
     """
@@ -77,7 +77,7 @@ def choose(path: str | Path, providers: Sequence[str] = PROVIDERS[:1], library: 
     """The executor for a model under the caller's wish (`library` as in `session`); the library must support every
     provider that has kernels.
 
-    Raises ValueError when the library is demanded and cannot run the model.
+    Raises InputError when the library is demanded and cannot run the model.
     """
     asked = [name for name in providers if name in PROVIDERS] or list(PROVIDERS[:1])
     results = [executor(path, name) for name in asked]

@@ -34,7 +34,7 @@ class Tokenizer:
     def __init__(self, path: str | Path) -> None:
         """Opens the tokenizer of an ONNX folder, or of a sparse checkpoint with onnx/ inside.
 
-        Raises ValueError where there is no model, no tokenizer.json, or a damaged file.
+        Raises InputError where there is no model, no tokenizer.json, or a damaged file.
         """
         self.folder = model_file(path).parent
         settings = read_json(self.folder / "tokenizer_config.json")
@@ -57,10 +57,10 @@ class Tokenizer:
         """The text of a conversation [{"role", "content"}, ...] in the model's chat template, up to where the
         assistant's answer starts.
 
-        Raises ValueError for a model without a template and for one that fails.
+        Raises InputError for a model without a template and for one that fails.
         """
         if self.template is None:
-            raise ValueError(
+            raise InputError(
                 f"The model must have a chat template to be chatted with, got none in {self.folder}. Pass the prompt "
                 "as it is instead (--raw)."
             )
@@ -76,7 +76,7 @@ class Tokenizer:
         )
 
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Token ids of `chat`; the template writes the special tokens itself. Raises ValueError as `chat` does."""
+        """Token ids of `chat`; the template writes the special tokens itself. Raises InputError as `chat` does."""
         return self.encode(self.chat(messages), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -132,7 +132,7 @@ def _open(file: Path) -> Any:
     import tokenizers
 
     if not file.is_file():
-        raise ValueError(
+        raise InputError(
             f"The model must have a tokenizer.json beside it, got none in {file.parent}. Convert or download the "
             "folder again."
         )
@@ -142,7 +142,7 @@ def _open(file: Path) -> Any:
         if isinstance(error, KeyboardInterrupt):
             raise
         said = " ".join(str(error).split())
-        raise ValueError(
+        raise InputError(
             f"{file} must be a tokenizer of the tokenizers library, got: {said:.200}. Convert or download the folder "
             "again."
         ) from None
@@ -157,7 +157,7 @@ def read_json(file: Path) -> dict[str, Any]:
             f"{file} must be JSON, got another text ({error}). Convert or download the folder again."
         ) from None
     if not isinstance(value, dict):
-        raise ValueError(f"{file} must be a JSON object, got another value. Convert or download the folder again.")
+        raise InputError(f"{file} must be a JSON object, got another value. Convert or download the folder again.")
     return value
 
 
@@ -178,7 +178,7 @@ def find_template(path: str | Path) -> str | None:
     """The chat template beside a model: of its own file, or of tokenizer_config.json, there perhaps under the name
     default of a list. None without one.
 
-    Raises ValueError where there is no model, and for a damaged file.
+    Raises InputError where there is no model, and for a damaged file.
     """
     folder = model_file(path).parent
     file = folder / "chat_template.jinja"
@@ -186,7 +186,7 @@ def find_template(path: str | Path) -> str | None:
         try:
             return read_bytes(file, LARGEST_TEMPLATE).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
         except ValueError as error:  # bytes of another encoding, too
-            raise ValueError(
+            raise InputError(
                 f"{file} must be a template in UTF-8, got another file ({error}). Convert or download the folder again."
             ) from None
     given = read_json(folder / "tokenizer_config.json").get("chat_template")

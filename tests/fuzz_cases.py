@@ -397,10 +397,9 @@ def _tree(here: Path) -> dict[str, int]:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    from sparsegate.converter.cli import _is_ours
     from sparsegate.runtime_onnx.errors import InputError
 
-    return isinstance(error, InputError) or (isinstance(error, ValueError) and _is_ours(error))
+    return isinstance(error, InputError)
 
 
 def _named_by_files(here: Path, file: str) -> bool:

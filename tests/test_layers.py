@@ -181,7 +181,8 @@ def test_ops_need_only_numpy_and_onnx() -> None:
         "importlib",
     }
     for path in sources("runtime_onnx/ops"):
-        names = {name.split(".")[0] for name in imports(path) if not name.startswith("sparsegate.runtime_onnx.ops")}
+        below = ("sparsegate.runtime_onnx.ops", "sparsegate.runtime_onnx.errors")
+        names = {name.split(".")[0] for name in imports(path) if not name.startswith(below)}
         assert names <= standard | {"numpy", "onnx", "ml_dtypes"}, (path, names - standard)
 
 
@@ -263,6 +264,26 @@ REMOVING = {
     "pipeline/references": "graphs that are measured and thrown away",
 }
 """Files that remove folders, and which: all lie in OUT.work."""
+
+
+def test_one_error_for_a_users_mistake() -> None:
+    """InputError alone is told to the user in a line: what says "must ..., got ..." is of it, and no other exception is
+    of its name.
+    """
+    defined, plain = [], []
+    for path in sources(*TREES):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and node.name == "InputError":
+                defined.append(path.relative_to(ROOT).as_posix())
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                said = ast.unparse(node.exc)
+                if not said.startswith(("InputError", "CheckError")) and re.search(r"must .*got .*\. [A-Z]", said):
+                    plain.append((path.relative_to(ROOT).as_posix(), said))
+    assert defined == ["runtime_onnx/errors.py"]
+    assert [name for name, _ in plain] == ["converter/modeling/processes.py"], (
+        plain,
+        "whose process told its own error",
+    )
 
 
 def test_few_files_remove_folders_and_one_writes_safetensors() -> None:

@@ -321,11 +321,7 @@ def score_of(entry: Entry) -> str:
 
 def check_exact(activation: str) -> None:
     """Raise InputError unless `activation` is one with exact zeros."""
-    try:
-        exact = is_relu(activation)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    if not exact:
+    if not is_relu(activation):
         raise InputError(
             "A swap's activation must have exact zeros (relu, relu2, drelu, fatrelu(b) or shifted_relu(b)), got "
             f"{activation}. Take one of these."

@@ -291,7 +291,7 @@ def _check_activation(key: str, activation: Any, score: str, base: str | None) -
         return
     try:
         exact = is_relu(activation)
-    except ValueError:
+    except InputError:
         exact = False
     if not exact:
         raise InputError(

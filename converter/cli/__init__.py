@@ -4,7 +4,6 @@ end in one line and status 2.
 
 from __future__ import annotations
 
-import dis
 import logging
 import os
 import sys
@@ -12,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...runtime_onnx.errors import said_by
+from ...runtime_onnx.errors import InputError, said_by
 from .interruption import Stop, stoppable
 
 if TYPE_CHECKING:
@@ -78,7 +77,6 @@ def _run(argv: list[str], stop: Stop) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import typer.main
 
-    from ...runtime_onnx.errors import InputError
     from ..checkpoint.stage import CheckError, disk_full, is_disk_full
 
     try:
@@ -87,7 +85,7 @@ def _run(argv: list[str], stop: Stop) -> int:
     except Exception as error:
         if stop.since is not None:  # whatever a library made of the interruption
             return _INTERRUPTED
-        if isinstance(error, InputError) or (isinstance(error, ValueError) and _is_ours(error)):
+        if isinstance(error, InputError):
             return _told(str(error), 1 if isinstance(error, CheckError) else 2)
         if is_disk_full(error):  # of whichever library wrote
             name = getattr(error, "filename", None)
@@ -107,20 +105,6 @@ def _run(argv: list[str], stop: Stop) -> int:
         show()
         return int(getattr(error, "exit_code", 2))
     return code if isinstance(code, int) else 0
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether a `raise` in sparsegate made the error, which then speaks to the user; any other one is a defect and
-    keeps its traceback.
-    """
-    last = error.__traceback__
-    while last and last.tb_next:
-        last = last.tb_next
-    if last is None or not str(last.tb_frame.f_globals.get("__name__", "")).startswith("sparsegate."):
-        return False
-    return (
-        dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
-    )  # not int("x") or an unpacking that failed in our code
 
 
 _LIBRARIES = {

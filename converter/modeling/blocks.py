@@ -45,7 +45,7 @@ class Parts(NamedTuple):
 
 
 def activate(activation: str, v: Tensor) -> Tensor:
-    """The activation of v, its parameter rounded to float32 as in the op. Raises ValueError for a name that is none."""
+    """The activation of v, its parameter rounded to float32 as in the op. Raises InputError for a name that is none."""
     kind, parameter = split_activation(activation)
     return ACTIVATIONS[kind](v) if kind in ACTIVATIONS else _PARAMETRIC[kind](v, float(np.float32(parameter)))
 
@@ -97,10 +97,7 @@ def swap(module: Any, arch: Arch, activation: str) -> None:
     Weights and their names stay; `forward` may be set on the instance above it. Raises InputError for drelu in a plain
     network and for an unknown name.
     """
-    try:
-        split_activation(activation)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    split_activation(activation)
     arch.check_activation(activation)
     if "swapped" not in vars(module):
         module.__class__ = _swapped_class(type(module), arch.model_type)

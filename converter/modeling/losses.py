@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...runtime_onnx.errors import InputError
+
 SOURCE = (
     "Liu et al. 2023, Deja Vu (arXiv 2310.17157), loss of the authors' trainer: positives count 1, negatives the "
     "batch's share of positives (+ .005 for MLPs). "
@@ -47,13 +49,13 @@ def kl_divergence(dense_logits: Tensor, sparse_logits: Tensor, mask: Tensor | No
     """KL(dense || sparse) over the vocabulary, in nats, mean over positions: sum p (log p - log q); a scalar fp32.
 
     Both logits are [..., V]; `mask` is bool [...] with True where a position counts (all when None). A token that the
-    dense model rules out (logit -inf) adds nothing. The dense logits get no gradient. Raises ValueError when no
+    dense model rules out (logit -inf) adds nothing. The dense logits get no gradient. Raises InputError when no
     position counts.
     """
     if mask is not None and not bool(mask.all()):
         dense_logits, sparse_logits = dense_logits[mask], sparse_logits[mask]
     if dense_logits.numel() == 0:
-        raise ValueError("At least one position must count, got none. Check the mask.")
+        raise InputError("At least one position must count, got none. Check the mask.")
     divergence: Tensor = _Divergence.apply(dense_logits.detach().float(), sparse_logits.float())
     return divergence
 

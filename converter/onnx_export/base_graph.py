@@ -226,7 +226,7 @@ def onnx_logits(session: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
     """Logits [N, S, V] of token rows [N, S] without padding, by one teacher-forced call with an empty KV cache;
     `session` is an onnxruntime.InferenceSession.
 
-    Raises ValueError for an input that a decoder graph does not have.
+    Raises InputError for an input that a decoder graph does not have.
     """
     tokens = np.ascontiguousarray(tokens, dtype=np.int64)
     rows, length = tokens.shape
@@ -246,7 +246,7 @@ def onnx_logits(session: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
             dtype = np.float16 if given.type == "tensor(float16)" else np.float32
             feeds[given.name] = np.zeros((rows, given.shape[1], 0, given.shape[3]), dtype=dtype)
         else:
-            raise ValueError(
+            raise InputError(
                 "A decoder's inputs must be input_ids, attention_mask, position_ids and past_key_values.* [N, heads, "
                 "length, head size], "
                 f"got {given.name} {given.shape}. Export the model with sparsegate."

@@ -180,10 +180,7 @@ def write_out(tokenizer: Any, conversations: list[Conversation]) -> list[str]:
             "Messages must be of a model with a chat template, got none. Give calibration text in the field text."
         )
     shared = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": False}
-    try:
-        return render_all(template, shared, conversations)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    return render_all(template, shared, conversations)
 
 
 def _rows(batches: Batches, rows: torch.Tensor, text_order: bool = True) -> Batches:

@@ -86,7 +86,7 @@ def _sparsellama(raw: dict[str, Any]) -> str:
         return "relu"
     try:
         return spell_activation(kind, float(value))
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"hidden_act_param must suit {name}, got {parameter!r}: {error}") from None
 
 
@@ -126,10 +126,7 @@ def normal_config(raw: dict[str, Any], activation: str | None = None) -> dict[st
     arch = load_arch(row.base if row else model_type)
     field = arch.ffn.activation.config
     computed = activation or (row.activation(raw) if row else "")
-    try:
-        split_activation(computed)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    split_activation(computed)
     arch.check_activation(computed)
     stock = next((name for name, ours in ACTIVATIONS.items() if ours == computed), None)
     base_activation = stock or (row.base_activation if row else _stock_activation(raw, arch))

@@ -98,7 +98,7 @@ def bench(
         every pair was disturbed, all count, nothing to quote), and "waits", the same in words.
 
     Raises:
-        ValueError: A folder cannot be opened, or a number is out of range.
+        InputError: A folder cannot be opened, or a number is out of range.
     """
     timing = timing or Timing()
     if runtime not in RUNTIMES:

@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ..errors import InputError
 from ..genai_config import read_config
 from ..library import PROVIDERS, library_path, model_file
 from ..ops import gated_mlp, sparse_linear
@@ -139,7 +140,7 @@ def set_density(path: str | Path, rows: Sequence[Sequence[int]], density: float,
     """Rewrites the thresholds of an ONNX folder's GatedMLP nodes so that each neuron is kept for this share of the
     tokens of `rows`, as the model now feeds it.
 
-    For models of random weights only: a trained model's thresholds are its method's. Raises ValueError for thresholds
+    For models of random weights only: a trained model's thresholds are its method's. Raises InputError for thresholds
     that do not lie in the data file.
     """
     file = model_file(path)
@@ -181,7 +182,7 @@ def _overwrite(node: ir.Node, role: str, values: NDArray) -> None:
     value = node.inputs[1 + node.attributes["inputs"].as_string().split().index(role)]
     stored = value.const_value if value is not None else None
     if not isinstance(stored, ir.ExternalTensor):
-        raise ValueError(
+        raise InputError(
             f"{role} of {node.name} must lie in the model's data file, got {type(stored).__name__}. Export the model "
             "again."
         )

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .. import library
+from ..errors import InputError
 from ..ops import gated_mlp
 from .op_cases import CASES, POOL, Case
 from .op_graphs import FORMATS

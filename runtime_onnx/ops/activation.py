@@ -11,6 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import InputError
+
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "identity")
 """Without a parameter."""
 PARAMETRIC = ("fatrelu", "shifted_relu")
@@ -31,7 +33,7 @@ def split_activation(text: str) -> tuple[str, float]:
     have equal names.
 
     Raises:
-        ValueError: Another kind, a parameter that is missing, superfluous, no number, out of range or spelled in
+        InputError: Another kind, a parameter that is missing, superfluous, no number, out of range or spelled in
         another way.
     """
     if text in ACTIVATIONS:
@@ -39,25 +41,25 @@ def split_activation(text: str) -> tuple[str, float]:
     found = _SPELLING.fullmatch(text)
     if found is None or found[1] not in PARAMETRIC:
         names = ", ".join([*ACTIVATIONS, *(f"{kind}(b)" for kind in PARAMETRIC)])
-        raise ValueError(
+        raise InputError(
             f"activation must be one of {names} with b in decimals such as 0.01, got {text}. Choose one of them."
         )
     right = spell_activation(found[1], float(found[2]))
     if text != right:
-        raise ValueError(f"activation must be spelled {right}, got {text}. One value has one spelling.")
+        raise InputError(f"activation must be spelled {right}, got {text}. One value has one spelling.")
     return found[1], float(found[2])
 
 
 def spell_activation(kind: str, parameter: float = 0.0) -> str:
     """The one text of an activation: the parameter in the fewest decimals, at least one, that give its float32. Raises
-    ValueError as `split_activation`.
+    InputError as `split_activation`.
     """
     if kind not in PARAMETRIC:
         return split_activation(kind)[0]
     value = np.float32(parameter) + np.float32(0)  # no negative zero
     low = 0.0 if kind == "fatrelu" else -_MOST
     if not low <= value <= _MOST:
-        raise ValueError(
+        raise InputError(
             f"activation's parameter must lie in {low:g} to {_MOST:g} for {kind}, got {parameter:g}. Choose another."
         )
     decimals = next(count for count in range(1, 200) if np.float32(float(f"{value:.{count}f}")) == value)

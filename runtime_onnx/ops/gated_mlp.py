@@ -27,6 +27,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from ..errors import InputError
 from .activation import (
     ACTIVATIONS,
     PARAMETRIC,
@@ -123,7 +124,7 @@ class Variant:
     Biases, tau and the scales of rows are float32 always, the scales of groups float16.
 
     Raises:
-        ValueError: The combination has no meaning or is not part of the vocabulary.
+        InputError: The combination has no meaning or is not part of the vocabulary.
     """
 
     activation: str
@@ -142,27 +143,27 @@ class Variant:
         _one_of("w", self.w, FLOATS)
         _one_of("p", self.p, (*FLOATS, "int8"))
         if tuple(r for r in ROLES if r in self.inputs) != self.inputs:
-            raise ValueError(
+            raise InputError(
                 f"inputs must be roles in the order {' '.join(ROLES)}, each once, got {' '.join(self.inputs)}. Sort "
                 "them by ROLES."
             )
         wrong = " ".join(r for r in ROLES if self._allows(r) is not None and self._allows(r) != (r in self.inputs))
         if wrong:
-            raise ValueError(
+            raise InputError(
                 f"inputs of {self.activation}/{self.score}/{self.weights} must hold what these need and nothing else, "
                 f"got {' '.join(self.inputs)}."
                 f" Add or remove {wrong}."
             )
         if self.weights != "float" and self.w != "float32":
-            raise ValueError(
+            raise InputError(
                 f"w must be float32 with weights {self.weights}, got {self.w}. It is the dtype of float weights only."
             )
         if "p1" not in self.inputs and self.p != "float32":
-            raise ValueError(f"p must be float32 without p1, got {self.p}. It is the dtype of the predictor only.")
+            raise InputError(f"p must be float32 without p1, got {self.p}. It is the dtype of the predictor only.")
         if cuts_up(self.activation) and self.plain:
-            raise ValueError("activation must not be drelu without w_gate: it is relu(gate) * relu(up). Use relu.")
+            raise InputError("activation must not be drelu without w_gate: it is relu(gate) * relu(up). Use relu.")
         if self.score == "exact" and not is_relu(self.activation):
-            raise ValueError(
+            raise InputError(
                 f"activation must be one of {', '.join(RELUS)} with score exact, got {self.activation}. Use score gate."
             )
 
@@ -201,7 +202,7 @@ class Variant:
 
     @staticmethod
     def parse(name: str) -> Variant:
-        """Returns the variant that `name` spells; ValueError if it is spelled in any other way."""
+        """Returns the variant that `name` spells; InputError if it is spelled in any other way."""
         parts = name.split("/")
         dtypes = parts[4].split(",") if len(parts) == 6 else []
         if len(dtypes) == 3 and parts[0] == f"{NAME}.{VERSION}":
@@ -210,7 +211,7 @@ class Variant:
             if variant.name == name:
                 return variant
         grammar = f"{NAME}.{VERSION}/<activation>/<score>/<weights>/x=<dtype>,w=<dtype>,p=<dtype>/<roles>"
-        raise ValueError(f"variant must be {grammar}, got {name}. Update sparsegate.")
+        raise InputError(f"variant must be {grammar}, got {name}. Update sparsegate.")
 
     def attributes(self) -> dict[str, str]:
         """String attributes of the node."""
@@ -224,7 +225,7 @@ class Variant:
 
 def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{what} must be one of {', '.join(allowed)}, got {value}. Choose one of them.")
+        raise InputError(f"{what} must be one of {', '.join(allowed)}, got {value}. Choose one of them.")
 
 
 def function(variant: Variant, overload: str = "", opset: int = 21) -> onnx.FunctionProto:
@@ -293,7 +294,7 @@ def _activated(
 def _present(variant: Variant, tensors: Mapping[str, NDArray]) -> Mapping[str, NDArray]:
     missing = [role for role in variant.inputs if role not in tensors]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"tensors must hold {' '.join(variant.inputs)}, got {' '.join(tensors)}. Add {' '.join(missing)}."
         )
     return {role: tensors[role] for role in variant.inputs}

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx.parser
 
+from ..errors import InputError
 from .activation import cuts_up, split_activation
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def body(variant: Variant, domain: str, name: str, overload: str, opset: int) ->
     products, not the weights.
     """
     if opset < 20:
-        raise ValueError(
+        raise InputError(
             f"opset must be at least 20, got {opset}: Gelu is younger than that. Export with a newer opset."
         )
     steps = _Lines(variant)

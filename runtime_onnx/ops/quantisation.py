@@ -15,6 +15,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import InputError
+
 GROUP = 32
 """Values per scale: columns of int4_g32, and of activations."""
 
@@ -27,7 +29,7 @@ def quantise(matrix: NDArray, weights: str) -> tuple[NDArray, NDArray]:
     """(stored, scale) of a float matrix [rows, columns], rounded to the nearest, in the format `weights` (not "float").
 
     int8_row scales a row by its largest magnitude / 127. int4_g32 scales a group by its value of largest magnitude /
-    -8, so that this value is exact (as in llama.cpp's Q4_0 and ONNX Runtime's MatMulNBits). Raises ValueError for
+    -8, so that this value is exact (as in llama.cpp's Q4_0 and ONNX Runtime's MatMulNBits). Raises InputError for
     another format, and for columns that int4_g32 cannot group.
     """
     matrix = np.asarray(matrix, np.float32)
@@ -36,10 +38,10 @@ def quantise(matrix: NDArray, weights: str) -> tuple[NDArray, NDArray]:
         inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > TINY)
         return np.clip(np.rint(matrix * inverse[:, None]), -127, 127).astype(np.int8), scale
     if weights != "int4_g32":
-        raise ValueError(f"weights must be int8_row or int4_g32 to be quantised, got {weights}. Choose one of them.")
+        raise InputError(f"weights must be int8_row or int4_g32 to be quantised, got {weights}. Choose one of them.")
     rows, columns = matrix.shape
     if columns % GROUP:
-        raise ValueError(f"columns of int4_g32 must be a multiple of {GROUP}, got {columns}. Use int8_row.")
+        raise InputError(f"columns of int4_g32 must be a multiple of {GROUP}, got {columns}. Use int8_row.")
     groups = matrix.reshape(rows, columns // GROUP, GROUP)
     largest = np.take_along_axis(groups, np.abs(groups).argmax(2)[..., None], 2)[..., 0]
     scale = (largest / np.float32(-8)).astype(np.float16)

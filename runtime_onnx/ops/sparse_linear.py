@@ -21,6 +21,7 @@ import onnx
 import onnx.parser
 from numpy.typing import NDArray
 
+from ..errors import InputError
 from .gated_mlp_body import unpack_int4
 from .quantisation import GROUP, WEIGHTS, dequantise, integer_sum
 
@@ -56,7 +57,7 @@ class Variant:
     Bias, tau and the scales of rows are float32 always, the scales of groups float16.
 
     Raises:
-        ValueError: The combination has no meaning or is not part of the vocabulary.
+        InputError: The combination has no meaning or is not part of the vocabulary.
     """
 
     weights: str
@@ -67,21 +68,21 @@ class Variant:
     def __post_init__(self) -> None:
         for what, value, allowed in (("weights", self.weights, WEIGHTS), ("x", self.x, FLOATS), ("w", self.w, FLOATS)):
             if value not in allowed:
-                raise ValueError(f"{what} must be one of {', '.join(allowed)}, got {value}. Choose one of them.")
+                raise InputError(f"{what} must be one of {', '.join(allowed)}, got {value}. Choose one of them.")
         if tuple(role for role in ROLES if role in self.inputs) != self.inputs:
-            raise ValueError(
+            raise InputError(
                 f"inputs must be roles in the order {' '.join(ROLES)}, each once, got {' '.join(self.inputs)}. Sort "
                 "them by ROLES."
             )
         needed = {"w": True, "s_w": self.weights != "float", "tau": True}
         wrong = " ".join(role for role, need in needed.items() if need != (role in self.inputs))
         if wrong:
-            raise ValueError(
+            raise InputError(
                 f"inputs of weights {self.weights} must hold what these need and nothing else, got "
                 f"{' '.join(self.inputs)}. Add or remove {wrong}."
             )
         if self.weights != "float" and self.w != "float32":
-            raise ValueError(
+            raise InputError(
                 f"w must be float32 with weights {self.weights}, got {self.w}. It is the dtype of float weights only."
             )
 
@@ -92,7 +93,7 @@ class Variant:
 
     @staticmethod
     def parse(name: str) -> Variant:
-        """Returns the variant that `name` spells; ValueError if it is spelled in any other way."""
+        """Returns the variant that `name` spells; InputError if it is spelled in any other way."""
         parts = name.split("/")
         dtypes = parts[2].split(",") if len(parts) == 4 else []
         if len(dtypes) == 2 and parts[0] == f"{NAME}.{VERSION}":
@@ -100,7 +101,7 @@ class Variant:
             variant = Variant(parts[1], tuple(parts[3].split("+")), x, w)
             if variant.name == name:
                 return variant
-        raise ValueError(
+        raise InputError(
             f"variant must be {NAME}.{VERSION}/<weights>/x=<dtype>,w=<dtype>/<roles>, got {name}. Update sparsegate."
         )
 
@@ -118,7 +119,7 @@ def function(variant: Variant, overload: str = "", opset: int = 21) -> onnx.Func
     variant leaves the overload empty; opset is the version of the standard ops, at least 18.
     """
     if opset < 18:
-        raise ValueError(
+        raise InputError(
             f"opset must be at least 18, got {opset}: BitwiseAnd is younger than that. Export with a newer opset."
         )
     lines: list[str] = []
@@ -173,7 +174,7 @@ def _rows(x: NDArray) -> NDArray:
 def _present(variant: Variant, tensors: Mapping[str, NDArray]) -> dict[str, NDArray]:
     missing = [role for role in variant.inputs if role not in tensors]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"tensors must hold {' '.join(variant.inputs)}, got {' '.join(tensors)}. Add {' '.join(missing)}."
         )
     return {role: np.asarray(tensors[role]) for role in variant.inputs}

@@ -363,7 +363,7 @@ def _folders(request: BenchRequest, command: str | None, progress: Progress) -> 
 def dense_beside(checkpoint: Path, work: Path) -> Path:
     """The dense ONNX folder of a sparse checkpoint, from its own weights and in the precision of its graph.
 
-    Raises InputError for a folder without weights, ValueError for one without an ONNX model.
+    Raises InputError for a folder without weights and for one without an ONNX model.
     """
     from .random_model import build_dense
 
