@@ -191,7 +191,7 @@ def test_rows_of_a_table_do_not_import_each_other(package: str, table: str) -> N
     import importlib
 
     rows = {
-        row.rpartition(".")[2]
+        getattr(row, "module", row).rpartition(".")[2]
         for row in getattr(importlib.import_module(f"sparsegate.converter.{package}"), table).values()
     }
     assert rows <= {path.stem for path in sources(f"converter/{package}")}

@@ -107,8 +107,10 @@ def test_method(name: str) -> None:
         "what is trained end to end says how"
     )
     assert not hasattr(module, "start") or 0 < module.start(module.Config()) <= 1
-    kinds = (converter_methods.NEURON_METHODS, converter_methods.LINEAR_METHODS, (converter_methods.EXACT,))
+    kinds = (converter_methods.NEURON_METHODS, converter_methods.LINEAR_METHODS, converter_methods.OF_ZEROS)
     assert sum(name in kind for kind in kinds) == 1, "auto and joined methods know every row"
+    assert ("sparsity" in module.Config.model_fields) == (methods.METHODS[name].decides is None)
+    assert not hasattr(module, "plan_tokens") or hasattr(module, "rank"), "what plan trains has a size"
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -165,7 +167,7 @@ def test_no_file_without_a_row() -> None:
             for path in place.rglob("*.py")
             if path.stem != "__init__"
         }
-        assert files - extra == set(table.values()), folder
+        assert files - extra == {getattr(row, "module", row) for row in table.values()}, folder
     verbs = {path.stem for path in (ROOT / "converter" / "cli").glob("*.py")} - {"__init__", "interruption", "output"}
     assert verbs == {row.strip(".") for row, _ in VERBS.values()}
 

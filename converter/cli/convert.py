@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..methods import JOINED, NAMED
 from .output import Quiet, Verbose
 
 
@@ -24,10 +25,7 @@ def convert(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(
-            help="gate, chess, cett, trained_gate, predictor, exact, teal, wina, imported, two as in chess+teal, or "
-            "auto (the default): all of them."
-        ),
+        typer.Option(help=f"{', '.join(NAMED)}, two as in {JOINED[0]}, or auto (the default): all of them."),
     ] = None,
     sparsity: Annotated[
         float | None,

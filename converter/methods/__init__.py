@@ -3,50 +3,94 @@
 A method module exports SOURCE, NEEDS (full statistic names; `{field}` is filled from the configuration), Config and
 `plan(stats, arch, config) -> Plan`. A module may name more statistics for some configurations with
 `more_needs(config)`. A module whose plan is to be trained end to end exports `start(config)`, the density of that plan
-(None: not under this configuration), and its Config has `tune`. `plan` takes the sites of its own kind out of the
-statistics. Methods see tensors, never models, files or datasets.
+(None: not under this configuration), and its Config has `tune`. One whose plan holds predictors exports
+`rank(config, hidden, units, matrices)`, their rank, and where `plan` itself trains them `plan_tokens(config)`, the
+tokens that it takes (0: none under this configuration). `plan` takes the sites of its own kind out of the statistics.
+Methods see tensors, never models, files or datasets.
+
+Every list of names comes from the rows: what `auto` tries, what may be joined by `+`, what help and errors say.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from ...runtime_onnx.errors import InputError
 from ..checkpoint.fields import validated
 
-IMPORTED = "imported"
-"""The method that takes predictors from files; it is none of METHODS because it reads them."""
-NEURON_METHODS = ("gate", "chess", "cett", "trained_gate", "predictor")
-"""Methods that keep a share of the neurons."""
-LINEAR_METHODS = ("teal", "wina")
-EXACT = "exact"
-TUNED = "tuned"
-"""What a recipe's plan is called when its last stage trains weights: what the training ended with."""
-AUTO = {False: NEURON_METHODS, True: (*NEURON_METHODS, *LINEAR_METHODS, "chess+teal")}
-"""What `auto` tries, by whether a budget is searched: a share of neurons means nothing to methods that skip input
-channels. For a model with exact zeros it tries `exact` too.
-"""
+Kind = Literal["neuron", "channel"]
+"""What a method skips: neurons of the networks, or input channels of linear maps."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of METHODS.
+
+    Attributes:
+        module: Below this package.
+        kind: What it skips.
+        decides: What says how much is skipped, where it is not a share that is asked for; `auto` tries such a method
+            only for a model with exact zeros.
+        lost: Nats per token that a layer loses, by the cube of the share that is skipped (`pipeline.timing` says where
+            from).
+        variance: Of the paired difference over windows, by the nats lost.
+    """
+
+    module: str
+    kind: Kind
+    decides: str | None = None
+    lost: float = 0.05
+    variance: float = 0.02
+
 
 METHODS = {
-    "exact": ".gating.exact",
-    "gate": ".gating.gate",
-    "chess": ".gating.chess",
-    "cett": ".gating.cett",
-    "teal": ".channels.teal",
-    "wina": ".channels.wina",
-    "trained_gate": ".gating.trained_gate",
-    "predictor": ".gating.predictor",
+    "exact": Method(".gating.exact", "neuron", decides="the activation's zeros decide"),
+    "gate": Method(".gating.gate", "neuron", lost=0.056),
+    "chess": Method(".gating.chess", "neuron", lost=0.033),
+    "cett": Method(".gating.cett", "neuron", lost=0.104),
+    "teal": Method(".channels.teal", "channel", lost=0.05),
+    "wina": Method(".channels.wina", "channel", lost=0.06),
+    "trained_gate": Method(".gating.trained_gate", "neuron", lost=0.025),
+    "predictor": Method(".gating.predictor", "neuron", lost=0.114, variance=0.03),
 }
+EXACT = "exact"
+IMPORTED = "imported"
+"""The method that takes predictors from files; it is none of METHODS because it reads them."""
+TUNED = "tuned"
+"""What a recipe's plan is called when its last stage trains weights: what the training ended with."""
+JOINED = ("chess+teal",)
+"""What `auto` tries of the methods that `+` joins."""
+
+
+def _shares(kind: Kind) -> tuple[str, ...]:
+    return tuple(name for name, row in METHODS.items() if row.kind == kind and row.decides is None)
+
+
+NEURON_METHODS = _shares("neuron")
+"""Methods that keep a share of the neurons."""
+LINEAR_METHODS = _shares("channel")
+"""Methods that keep a share of the input channels."""
+OF_ZEROS = tuple(name for name, row in METHODS.items() if row.decides)
+"""Methods that keep what is not zero: `auto` tries them for a model with exact zeros."""
+DECIDES = {name: METHODS[name].decides for name in OF_ZEROS} | {IMPORTED: "the predictors' thresholds decide"}
+"""Methods that take no share to skip -> what decides instead."""
+AUTO = {False: NEURON_METHODS, True: (*NEURON_METHODS, *LINEAR_METHODS, *JOINED)}
+"""What `auto` tries, by whether a budget is searched: a share of neurons means nothing to methods that skip input
+channels. For a model with exact zeros it tries OF_ZEROS too.
+"""
+NAMED = (*NEURON_METHODS, *OF_ZEROS, *LINEAR_METHODS, IMPORTED)
+"""Every name that stands for a method alone, in the order of the help."""
 
 
 def load_method(name: str) -> Any:
     """The module of a method. Raises InputError for an unknown name."""
     if name not in METHODS:
         raise InputError(f"method must be one of auto, {', '.join(METHODS)}, got {name!r}. Choose one of these.")
-    return import_module(METHODS[name], __name__)
+    return import_module(METHODS[name].module, __name__)
 
 
 def make_config(name: str, values: dict[str, Any]) -> BaseModel:
@@ -77,6 +121,6 @@ def parts_of(method: str) -> list[str]:
         neurons, linears = ", ".join(NEURON_METHODS), ", ".join(LINEAR_METHODS)
         raise InputError(
             f"A joined method must be one of {neurons} and one of {linears}, got {method!r}. Name one of each, as in "
-            "chess+teal."
+            f"{JOINED[0]}."
         )
     return parts

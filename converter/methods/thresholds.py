@@ -10,18 +10,46 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ...runtime_onnx.errors import InputError
 from ..arch.site import Site
-from ..checkpoint.plan import Entry, Threshold
+from ..checkpoint.plan import Plan, Threshold
 from ..stats import Stats, of_kind
-from ..stats.bins import UNIT_BINS, cut, dropped_norm, unit_edges
+from ..stats.bins import UNIT_BINS, cut, unit_edges
 
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Densities = dict[str, Annotated[float, Field(ge=0, le=1)]]
 """Kept shares by site key, as a budget search sets them."""
+
+
+class NeuronShare(BaseModel):
+    """`sparsity`: the share of gated neurons to skip, in every layer; `densities` sets kept shares of single layers by
+    site key.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    sparsity: float = Field(default=0.5, gt=0, lt=1)
+    densities: Densities | None = None
+
+
+class ChannelShare(BaseModel):
+    """`sparsity`: the mean share of weights to skip in the chosen `linears` (None: all of a block), in every block.
+
+    `greedy` lets a block's linears differ by TEAL's greedy split, else all have the same share. `densities` sets kept
+    shares by site key, or of a block's mean by `layers.<i>`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    sparsity: float = Field(default=0.5, gt=0, lt=1)
+    linears: tuple[Linear, ...] | None = Field(default=None, min_length=1)
+    greedy: bool = True
+    densities: Densities | None = None
 
 
 # CHESS
@@ -67,25 +95,6 @@ def chess_taus(count: Tensor, up_moment: Tensor, density: float) -> tuple[Tensor
 
 
 # CETT
-
-
-def cett_threshold(z: Tensor, w_down: Tensor, cett: float, steps: int = 40) -> tuple[float, float]:
-    """The threshold eps on norm(z_i w_down_i) whose CETT is `cett`, and the CETT at eps, by bisection (ReLU2 Wins,
-    arXiv 2402.03804).
-
-    z [T, n], w_down [n, d]. Kept are neurons above eps. CETT at the returned eps is at most `cett`. Raises InputError
-    for a `cett` outside (0, 1).
-    """
-    if not 0 < cett < 1:
-        raise InputError(
-            f"cett must lie strictly between 0 and 1, got {cett}. Give the relative norm that may be dropped."
-        )
-    size = z.abs() * w_down.norm(dim=1)
-    low, high = 0.0, float(size.max())
-    for _ in range(steps):
-        middle = (low + high) / 2
-        low, high = (middle, high) if dropped_norm(z, w_down, size > middle) <= cett else (low, middle)
-    return low, dropped_norm(z, w_down, size > low)
 
 
 def share_at(share: Tensor, error: Tensor, wanted: float) -> float:
@@ -146,20 +155,14 @@ def densities_of(sites: Iterable[Site], sparsity: float, given: Mapping[str, flo
     return {site: (given or {}).get(key, 1.0 - sparsity) for key, site in by_key.items()}
 
 
-def plan_linears(
-    stats: Stats,
-    score: str,
-    sparsity: float,
-    linears: Sequence[str] | None,
-    greedy: bool,
-    densities: Mapping[str, float] | None,
-) -> dict[Site, list[Entry]]:
-    """Input thresholds on the linears of every block at a mean `sparsity`, weighted by their numbers of weights.
+def plan_linears(stats: Stats, score: str, config: ChannelShare) -> Plan:
+    """Input thresholds on the linears of every block at a mean sparsity, weighted by their numbers of weights.
 
     The score is |x_j| c_j with c as the statistic `scale`. With `greedy` a block's shares lie on its path; where only
     some linears are gated, the path of all is followed until those reach their mean. Keys of `densities` are site keys
     or `layers.<i>`. Raises InputError for a linear or a key that there is not.
     """
+    linears, densities = config.linears, config.densities or {}
     sites = [
         site for site in of_kind(stats, "linear") if linears is None or site.kind.removeprefix("linear:") in linears
     ]
@@ -170,23 +173,21 @@ def plan_linears(
             "out."
         )
     blocks = {f"layers.{site.layer}" for site in sites}
-    single = densities_of(
-        sites, sparsity, {key: share for key, share in (densities or {}).items() if key not in blocks}
-    )
-    found: dict[Site, list[Entry]] = {}
+    single = densities_of(sites, config.sparsity, {key: share for key, share in densities.items() if key not in blocks})
+    found: Plan = {}
     for layer in sorted({site.layer for site in sites}):
         own = [site for site in sites if site.layer == layer]
         weights = torch.tensor(
             [float(stats[site][f"histogram:{score}.units"] * stats[site][f"histogram:{score}.outputs"]) for site in own]
         )
-        mean = 1.0 - (densities or {}).get(f"layers.{layer}", 1.0 - sparsity)
+        mean = 1.0 - densities.get(f"layers.{layer}", 1.0 - config.sparsity)
         shares = [mean] * len(own)
-        if greedy:
+        if config.greedy:
             shares = along(
                 torch.stack([stats[site][f"greedy:{score}.path"] for site in own], dim=1), weights, mean
             ).tolist()
         for site, share in zip(own, shares, strict=True):
-            kept = single[site] if site.key in (densities or {}) else 1.0 - share
+            kept = single[site] if site.key in densities else 1.0 - share
             tau, density = cut(stats[site][f"histogram:{score}.count"], kept)
             scale = stats[site][f"scale:{score}.scale"]
             found[site] = [Threshold("input", torch.where(scale > 0, tau / scale, torch.inf).float(), density)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from ..checkpoint.fields import Strict
 
@@ -22,3 +22,9 @@ class Tune(Strict):
     local: float = Field(default=0.2, ge=0)
     data: int = Field(default=1024, ge=4)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+def tune_of(config: BaseModel) -> Tune | None:
+    """How what a configuration selects by is trained, where its method can be trained."""
+    tune = getattr(config, "tune", None)
+    return tune if isinstance(tune, Tune) else None

@@ -12,9 +12,8 @@ from ...runtime_onnx.ops.activation import is_relu
 from ..checkpoint.fields import validated
 from ..checkpoint.plan import FFN_LINEARS, LINEARS
 from ..checkpoint.source import Source
-from ..methods import AUTO, EXACT, IMPORTED, LINEAR_METHODS, TUNED, load_method, make_config, parts_of
-from ..methods.gating.predictor import Config as PredictorConfig
-from ..methods.gating.trained_gate import Config as GateConfig
+from ..methods import AUTO, IMPORTED, JOINED, LINEAR_METHODS, OF_ZEROS, TUNED, load_method, make_config, parts_of
+from ..methods.tune import tune_of
 from ..sources.predictors import Config as ImportedConfig
 from .recipe import Recipe, training_stages
 
@@ -23,7 +22,7 @@ Configs = Mapping[str, Mapping[str, BaseModel]]
 
 
 def method_configs(recipe: Recipe, exact: bool = False) -> Configs:
-    """The methods to try and their parts' configurations; `auto` is every one of AUTO, and the method exact for a model
+    """The methods to try and their parts' configurations; `auto` is every one of AUTO, and of OF_ZEROS for a model
     with `exact` zeros. A part takes the fields that it knows, and the recipe's seed. A recipe whose last stage trains
     has the plan TUNED, without parts.
 
@@ -33,7 +32,7 @@ def method_configs(recipe: Recipe, exact: bool = False) -> Configs:
     stage = recipe.stages[-1]
     if stage.tune is not None:
         return {TUNED: {}}
-    names = (*AUTO[recipe.searches], *((EXACT,) if exact else ())) if stage.method == "auto" else (stage.method,)
+    names = (*AUTO[recipe.searches], *(OF_ZEROS if exact else ())) if stage.method == "auto" else (stage.method,)
     names = _kept(names, stage.steps)
     fields = {part: _config_class(part).model_fields for name in names for part in parts_of(name)}
     known = {key for own in fields.values() for key in own}
@@ -72,9 +71,10 @@ def _kept(names: tuple[str, ...], steps: Mapping[str, int]) -> tuple[str, ...]:
 
 def _with_steps(config: BaseModel, steps: int | None) -> BaseModel:
     """The configuration with other steps of its training end to end, where it has one."""
-    if steps is None or not isinstance(config, PredictorConfig | GateConfig):
+    tune = tune_of(config)
+    if steps is None or tune is None:
         return config
-    return config.model_copy(update={"tune": config.tune.model_copy(update={"steps": steps})})
+    return config.model_copy(update={"tune": tune.model_copy(update={"steps": steps})})
 
 
 def _outside_networks(name: str, linears: Any) -> Any:
@@ -96,7 +96,7 @@ def _check_joined_search(name: str, parts: Mapping[str, BaseModel]) -> None:
     if trained:
         raise InputError(
             f"A budget must be searched with a method trained end to end alone, got {name}. Set a sparsity, or take "
-            f"{trained[0]} or chess+teal."
+            f"{trained[0]} or {JOINED[0]}."
         )
 
 
@@ -107,15 +107,8 @@ def has_zeros(source: Source) -> bool:
 
 def training_windows(configs: Configs) -> int:
     """The most windows that any of the methods trains on."""
-    return max(
-        (
-            values.tune.data
-            for parts in configs.values()
-            for values in parts.values()
-            if isinstance(values, PredictorConfig | GateConfig)
-        ),
-        default=0,
-    )
+    tunes = [tune_of(values) for parts in configs.values() for values in parts.values()]
+    return max((tune.data for tune in tunes if tune is not None), default=0)
 
 
 def _config_class(part: str) -> type[BaseModel]:

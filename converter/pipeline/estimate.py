@@ -12,9 +12,8 @@ from ..arch import Arch
 from ..checkpoint.cost import cost
 from ..checkpoint.plan import Threshold, uniform_tau
 from ..checkpoint.source import Source
-from ..methods import EXACT, IMPORTED, NEURON_METHODS, needs
-from ..methods.gating.predictor import Config as PredictorConfig
-from ..modeling.predictor import rank_for, residual_rank
+from ..methods import DECIDES, IMPORTED, NEURON_METHODS, load_method, needs
+from ..modeling.predictor import residual_rank
 from ..modeling.processes import cores
 from ..onnx_export.matmul_nbits import BLOCK
 from ..onnx_export.precision import PRECISIONS, Precision
@@ -86,11 +85,10 @@ def estimate_shapes(
     )  # the graph in fp16; a dense reference, until it is measured
     batch = 2048 * (hidden * 4 + units * 5) * _FP32
     form = PRECISIONS[recipe.export.precision]
-    unknown = {IMPORTED, EXACT}
     costs = {
         name: _expected_cost(arch, parts, hidden, units, form)
         for name, parts in configs.items()
-        if parts and not unknown & set(parts)
+        if parts and not set(DECIDES) & set(parts)
     }
     calibrate = _RUNTIME + 2 * block * _FP32 + 2 * windows * hidden * _FP32 + batch
     return Estimate(
@@ -169,8 +167,9 @@ def _expected_cost(arch: Arch, parts: Mapping[str, Any], hidden: int, units: int
     matrices, density = 2 if arch.ffn.kind == "plain" else 3, 1 - config.sparsity
     heads = getattr(config, "residual", "none") != "none"
     share = form.predictor_share(heads)
-    if isinstance(config, PredictorConfig):
-        rank = config.rank or rank_for(hidden, units, matrices, config.cost)
+    method = load_method(name)
+    if hasattr(method, "rank"):
+        rank = method.rank(config, hidden, units, matrices)
         return density + share * rank * (hidden + units + heads * hidden) / (matrices * hidden * units)
     own = share * heads * 2 * residual_rank(units, matrices) / (matrices * units)
     return own + cost(

@@ -26,6 +26,7 @@ from ..arch.site import Site
 from ..checkpoint.plan import Plan, Predictor, Threshold
 from ..checkpoint.source import Source, TensorInfo
 from ..evaluation.quality import Reference, compare, torch_logits
+from ..methods import load_method
 from ..methods.tune import Tune
 from ..modeling.empty import empty_model
 from ..modeling.predictor import rank_for
@@ -254,7 +255,7 @@ def _objective(block: _Block, arch: Arch, part: str, tune: Tune, tokens: Tensor)
     config, activation = block.model.config, arch.activation(block.model.config)
     hidden, units = arch.size(config, "hidden"), arch.size(config, "units")
     entry: Any = Threshold("gate", torch.full((units,), 0.1), 0.5)
-    if part == "predictor":
+    if hasattr(load_method(part), "rank"):
         rank = rank_for(hidden, units, 2 if arch.ffn.kind == "plain" else 3)
         entry = Predictor(_drawn((rank, hidden)), _drawn((units, rank)), torch.full((units,), -1.0), 1.0)
     plan: Plan = {Site(0): [entry]}

@@ -14,7 +14,7 @@ from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.untrusted import check_letters, read_bytes
 from ..bundled import BUNDLED_MODEL
 from ..checkpoint.fields import LARGEST_LOSS, LONGEST, MOST_WINDOWS, Strict, make_part
-from ..methods import EXACT, IMPORTED, parts_of
+from ..methods import DECIDES, EXACT, parts_of
 from ..onnx_export.precision import PRECISIONS, Export
 from ..training.settings import Stage
 
@@ -216,7 +216,7 @@ def compile_recipe(flags: Flags) -> Recipe:
     parts = parts_of(method or "auto")
     budget = {"max_ppl_increase": flags.max_ppl_increase, "max_kl": flags.max_kl}
     searches = sparsity is None and any(bound is not None for bound in budget.values())
-    fixed = {IMPORTED: "the predictors' thresholds decide", EXACT: "the activation's zeros decide"}.get(parts[0])
+    fixed = DECIDES.get(parts[0])
     config = {} if searches or fixed else {"sparsity": 0.5 if sparsity is None else sparsity}
     if fixed and sparsity is not None:
         raise InputError(

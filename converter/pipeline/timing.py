@@ -16,8 +16,7 @@ from ..arch import Arch
 from ..bundled import CALIBRATION_TEXT, HELDOUT_TEXT
 from ..evaluation.checks import DENSE_WINDOWS
 from ..evaluation.quality import ERROR, GROUP_TOKENS, LEAST_WINDOWS, MOST_TOKENS
-from ..methods import EXACT, IMPORTED, LINEAR_METHODS, TUNED, load_method, needs
-from ..methods.gating.predictor import Config as PredictorConfig
+from ..methods import IMPORTED, LINEAR_METHODS, METHODS, TUNED, Method, load_method, needs
 from ..methods.tune import Tune
 from ..sources.predictors import NEEDS as IMPORTED_NEEDS
 from ..training.residual import WINDOWS as RESIDUAL_WINDOWS
@@ -27,20 +26,11 @@ from .recipe import Recipe, training_stages
 from .search import GRID
 from .texts import HELDOUT_SHARE, HELDOUT_WINDOWS, SEARCH_SHARE, SEARCH_WINDOWS
 
-_LOST = {
-    "gate": 0.056,
-    "trained_gate": 0.025,
-    "chess": 0.033,
-    "cett": 0.104,
-    "predictor": 0.114,
-    "teal": 0.05,
-    "wina": 0.06,
-}
-_LOST_BY_OTHERS, _VARIANCE, _PREDICTOR_VARIANCE = 0.05, 0.02, 0.03
-"""Nats per token that a layer loses, by the cube of the share that is skipped, and the variance over windows of the
-paired difference, by the nats lost. On SmolLM2-135M .3 to .7 of the neurons skipped lose gates .085 a layer, CHESS .04,
-CETT .12, channels .06 (predictors .14 at .5), half of them in the bundled model .037, .028 and .09; the figures are
-between the two. The variance is .016 to .03 of what is lost, under predictors .022 and .039.
+_OTHER = Method("", "neuron")
+"""What is expected of methods without a row. The figures of those with one, `lost` and `variance`, are from
+SmolLM2-135M, where .3 to .7 of the neurons skipped lose gates .085 a layer, CHESS .04, CETT .12, channels .06
+(predictors .14 at .5), and from the bundled model, where half of them lose .037, .028 and .09: they are between the
+two. The variance is .016 to .03 of what is lost, under predictors .022 and .039.
 """
 _START = 3.0  # seconds until torch and transformers are imported and a model's files are checked
 _BUILDER = 0.5  # seconds of the builder and of what it imports, beside what grows with the graph
@@ -252,7 +242,8 @@ def _windows(size: Sizes, recipe: Recipe, configs: Configs) -> int:
 
 def _spread(part: str, share: float) -> float:
     """The variance over windows and a layer of what is lost where so large a share is skipped."""
-    return (_PREDICTOR_VARIANCE if part == "predictor" else _VARIANCE) * _LOST.get(part, _LOST_BY_OTHERS) * share**3
+    method = METHODS.get(part, _OTHER)
+    return method.variance * method.lost * share**3
 
 
 def _text_windows(size: Sizes, recipe: Recipe) -> int:
@@ -281,11 +272,12 @@ def _each(name: str, parts: Mapping[str, BaseModel], size: Sizes, rates: Rates, 
     for part, values in parts.items():
         if getattr(values, "residual", "none") != "none":
             found["plan"] += RESIDUAL_WINDOWS * size.length * 4 * size.layers * rates.forward
-        if isinstance(values, PredictorConfig) and values.loss == "cross_entropy":
-            rank = values.rank or int(values.cost * 3 * size.hidden * size.units / (size.hidden + size.units))
+        module = load_method(part) if part != IMPORTED else None
+        if module is not None and hasattr(module, "plan_tokens"):
+            rank = module.rank(values, size.hidden, size.units, 3)
             share = rank * (size.hidden + size.units) / (3 * size.hidden * size.units + 4 * size.hidden**2)
-            found["plan"] += 3 * values.steps * values.batch * size.layers * rates.forward * share
-        if name != TUNED and part not in (IMPORTED, EXACT) and part in LINEAR_METHODS:
+            found["plan"] += 3 * module.plan_tokens(values) * size.layers * rates.forward * share
+        if part in LINEAR_METHODS:
             found["plan"] += 0.05 * size.layers
     if recipe.searches and name != TUNED:
         windows = min(SEARCH_WINDOWS, int(SEARCH_SHARE * max(size.windows, size.characters // (4 * size.length))))

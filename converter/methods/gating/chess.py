@@ -4,14 +4,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, Field
-
 from ...arch import Arch
 from ...checkpoint.plan import Plan, Threshold
 from ...stats import Stats, of_kind
-from ..thresholds import Densities, chess_taus, densities_of
+from ..thresholds import NeuronShare as Config
+from ..thresholds import chess_taus, densities_of
 
 SOURCE = (
     "CHESS, arXiv 2409.01366",
@@ -19,18 +16,6 @@ SOURCE = (
     "neurons only: the inputs of q and o stay dense (method teal covers those); histograms in place of sorted samples",
 )
 NEEDS = ("unit_histogram:gate",)
-
-
-class Config(BaseModel):
-    """`sparsity`: the share of gated neurons to skip, in every layer; `densities` sets kept shares of single layers by
-    site key.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    version: Literal[1] = 1
-    sparsity: float = Field(default=0.5, gt=0, lt=1)
-    densities: Densities | None = None
 
 
 def plan(stats: Stats, arch: Arch, config: Config) -> Plan:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, Field
-
 from ...arch import Arch
 from ...checkpoint.plan import Plan, Threshold, uniform_tau
 from ...stats import Stats, of_kind
 from ...stats.bins import cut
-from ..thresholds import Densities, densities_of
+from ..thresholds import NeuronShare as Config
+from ..thresholds import densities_of
 
 SOURCE = (
     "CATS, arXiv 2404.08763",
@@ -18,18 +15,6 @@ SOURCE = (
     "bins of constant relative width in place of a fixed range",
 )
 NEEDS = ("histogram:gate",)
-
-
-class Config(BaseModel):
-    """`sparsity`: the share of gated neurons to skip, in every layer; `densities` sets kept shares of single layers by
-    site key.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    version: Literal[1] = 1
-    sparsity: float = Field(default=0.5, gt=0, lt=1)
-    densities: Densities | None = None
 
 
 def plan(stats: Stats, arch: Arch, config: Config) -> Plan:

@@ -74,6 +74,16 @@ def start(config: Config) -> float | None:
     return 1.0 if config.loss == "end_to_end" else None
 
 
+def rank(config: Config, hidden: int, units: int, matrices: int) -> int:
+    """The rank of the predictors beside networks of `matrices` matrices [n, d]."""
+    return config.rank or rank_for(hidden, units, matrices, config.cost)
+
+
+def plan_tokens(config: Config) -> int:
+    """Tokens that `plan` trains every site on."""
+    return config.steps * config.batch if config.loss == "cross_entropy" else 0
+
+
 def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
     """A Predictor for every site: fresh ones to be trained end to end, or ones trained by cross-entropy.
 
@@ -85,9 +95,7 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
         for site, tensors in sites.items():
             hidden, units = int(tensors["sizes:gate.hidden"]), int(tensors["sizes:gate.units"])
             generator = torch.Generator().manual_seed(config.seed * 7919 + site.layer)
-            found[site] = [
-                fresh_predictor(hidden, units, config.rank or rank_for(hidden, units, matrices, config.cost), generator)
-            ]
+            found[site] = [fresh_predictor(hidden, units, rank(config, hidden, units, matrices), generator)]
         return found
     for site, tensors in track(sites.items(), unit="site"):
         x, score = tensors[f"samples:{config.score}.x"], tensors[f"samples:{config.score}.score"]
@@ -95,8 +103,7 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
             raise InputError(
                 f"Predictors must be trained on at least 64 tokens a site, got {len(x)}. Give more calibration text."
             )
-        rank = config.rank or rank_for(x.shape[1], score.shape[1], matrices, config.cost)
-        found[site] = [_train(x, score, rank, config, site.layer)]
+        found[site] = [_train(x, score, rank(config, x.shape[1], score.shape[1], matrices), config, site.layer)]
     return found
 
 
