@@ -14,6 +14,7 @@ from small_recipe import Done, one_line, run_cli
 
 from sparsegate.converter.cli import main
 from sparsegate.converter.pipeline import doctor as diagnosis
+from sparsegate.runtime_onnx.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -135,21 +136,23 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def broken(kind: str) -> None:
+    if kind == "a user's mistake":
+        raise InputError("x must be 1,\n  got 2. Do so.")
     if kind == "ours":
-        raise ValueError("x must be 1,\n  got 2. Do so.")
+        raise ValueError("a defect")
     if kind == "theirs":
         json.loads("{")
     int("a defect")
 
 
 def test_a_defect_keeps_its_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What no `raise` of the package raised is no user's mistake, wherever it happened."""
+    """What is no InputError is no user's mistake, wherever it happened."""
     monkeypatch.setitem(broken.__globals__, "__name__", "sparsegate.test")
-    monkeypatch.setattr(diagnosis, "diagnose", lambda: broken("ours"))
+    monkeypatch.setattr(diagnosis, "diagnose", lambda: broken("a user's mistake"))
     with pytest.raises(SystemExit):
         main(["doctor"])
     assert capsys.readouterr().err == "sparsegate: x must be 1, got 2. Do so.\n"
-    for kind, error in (("theirs", json.JSONDecodeError), ("int", ValueError)):
+    for kind, error in (("ours", ValueError), ("theirs", json.JSONDecodeError), ("int", ValueError)):
         monkeypatch.setattr(diagnosis, "diagnose", lambda kind=kind: broken(kind))
         with pytest.raises(error):
             main(["doctor"])
