@@ -4,7 +4,7 @@ become it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 _SAID = 300  # characters of a library's text that a line holds
@@ -12,6 +12,12 @@ _SAID = 300  # characters of a library's text that a line holds
 
 class InputError(ValueError):
     """A user's mistake: one line that says what must be, what was found and what to do."""
+
+
+def either(names: Iterable[str]) -> str:
+    """Names as a message lists them: a, b or c."""
+    *before, last = names
+    return f"{', '.join(before)} or {last}" if before else last
 
 
 def said_by(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
@@ -237,3 +238,47 @@ def test_activation_equals_transformers(name: str) -> None:
 
     x = torch.linspace(-6, 6, 241)
     torch.testing.assert_close(TORCH_ACTIVATIONS[ACTIVATIONS[name]](x), ACT2FN[name](x), rtol=1e-5, atol=1e-6)
+
+
+NAMING = {
+    "fatrelu": {
+        "runtime_onnx/ops/activation.py": "its row",
+        "runtime_onnx/ops/gated_mlp_body.py": "its ONNX ops",
+        "converter/modeling/blocks.py": "its torch function",
+        "converter/sources/published.py": "other systems' word for it",
+    },
+    "bf16": {
+        "converter/onnx_export/precision.py": "its row",
+        "converter/checkpoint/fields.py": "the precision of passes in training",
+        "converter/modeling/distributed.py": "what decides on that",
+        "converter/onnx_export/tensors.py": "advice",
+        "converter/evaluation/speed/gguf_file.py": "llama.cpp's format beside it",
+        "converter/evaluation/speed/peers.py": "torch's precision beside it",
+        "converter/report/roofline.py": "its colour",
+        "converter/report/speed.py": "its goal",
+        "runtime_onnx/bench/folders.py": "onnx's dtype of it",
+        "runtime_onnx/bench/op_graphs.py": "the op's row",
+    },
+    "exact": {
+        "runtime_onnx/ops/gated_mlp.py": "its row",
+        "runtime_onnx/bench/relu_case.py": "its case",
+        "converter/checkpoint/plan.py": "the score of an entry",
+        "converter/checkpoint/sparsity.py": "its fields in a checkpoint",
+        "converter/onnx_export/emit.py": "its emitter",
+        "converter/methods/__init__.py": "the method's row",
+        "converter/evaluation/speed/model.py": "the role of a graph",
+        "converter/report/html.py": "a filter of another meaning",
+    },
+}
+"""What adding one more of a kind touches, told by one that is there: an activation, a precision, a score of the op. The
+files that name it, and what for.
+"""
+
+
+@pytest.mark.parametrize("name", NAMING)
+def test_few_files_name_one_of_a_table(name: str) -> None:
+    """Word for word, docstrings and comments too; "exact", which is an English word, in quotes."""
+    word = re.compile(rf'"{name}"' if name == "exact" else rf"\b{name}\b")
+    files = [path for tree in ("converter", "runtime_onnx") for path in (ROOT / tree).rglob("*.py")]
+    found = {path.relative_to(ROOT).as_posix() for path in files if word.search(path.read_text(encoding="utf-8"))}
+    assert found == set(NAMING[name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,6 +12,8 @@ MOST_WINDOWS, LONGEST = 1 << 28, 1 << 20
 """Windows of a text, and tokens of a window."""
 LARGEST_LOSS = 100.0
 """Most that a budget may allow: a hundredfold rise in perplexity, or nats per token. More bounds nothing."""
+PassPrecision = Literal["auto", "fp32", "bf16"]
+"""Of passes through a model in training; auto is bfloat16 where the machine multiplies it natively."""
 _Part = TypeVar("_Part", bound=BaseModel)
 
 

@@ -25,7 +25,7 @@ def unlisted(folder: Path, manifest: Manifest) -> list[str]:
 def _needed(folder: Path) -> set[str]:
     key = read_key(read_json(folder / "config.json", "config.json").get(KEY))
     found: set[str] = set(_ALWAYS)
-    if any(fields["score"] != "exact" for fields in key.sites.values()):
+    if key.planned():
         found.add(TENSORS.as_posix())
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
         return found | {SINGLE}

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime_onnx.errors import InputError
-from ...runtime_onnx.ops.activation import is_relu
+from ...runtime_onnx.errors import InputError, either
+from ...runtime_onnx.ops.activation import RELUS, forms, is_relu
 from ...runtime_onnx.untrusted import read_json
 from ..arch.site import Site
 from .stage import Header, write_header, write_json, write_tensors
@@ -103,8 +103,7 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Swap:
-    """The site computes with `activation`, which has exact zeros: relu, relu2, drelu (relu(gate) * relu(up)),
-    fatrelu(b) (v where v > b, else 0) or shifted_relu(b) (relu(v - b)).
+    """The site computes with `activation`, which has exact zeros: one of the op's RELUS.
 
     Alone at its site, the units kept are the non-zero ones: nothing more is lost, and the gate (a plain network's up
     projection) is computed in full. Before a Threshold or a Predictor those say what is kept. `density` is the
@@ -323,8 +322,7 @@ def check_exact(activation: str) -> None:
     """Raise InputError unless `activation` is one with exact zeros."""
     if not is_relu(activation):
         raise InputError(
-            "A swap's activation must have exact zeros (relu, relu2, drelu, fatrelu(b) or shifted_relu(b)), got "
-            f"{activation}. Take one of these."
+            f"A swap's activation must have exact zeros ({either(forms(RELUS))}), got {activation}. Take one of these."
         )
 
 

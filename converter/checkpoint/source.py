@@ -220,10 +220,10 @@ def check_config(raw: dict[str, Any]) -> None:
             raise InputError(
                 "MODEL must be a dense model, got a checkpoint that is sparse already. Convert its base model instead."
             )
-        planned = [site.key for site, fields in read_key(key).sites.items() if fields["score"] != "exact"]
+        planned = read_key(key).planned()
         if planned:
             raise InputError(
-                f"MODEL must be a model without a plan, got a checkpoint that has a plan already ({planned[0]}). "
+                f"MODEL must be a model without a plan, got a checkpoint that has a plan already ({planned[0].key}). "
                 "Convert the model that it was made from."
             )
     named = raw.get("architectures")

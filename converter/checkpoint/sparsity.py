@@ -68,6 +68,10 @@ class Key(NamedTuple):
             site: activation for site, activation in named.items() if self.base is not None and activation != self.base
         }
 
+    def planned(self) -> list[Site]:
+        """The sites of a plan: those that keep less than what is not zero."""
+        return [site for site, fields in self.sites.items() if fields["score"] != "exact"]
+
 
 def encode(plan: Plan, activation: str, base_activation: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The `sparsity` key and the tensors of a plan on a model with an `activation` (the op's name), which transformers
@@ -214,8 +218,7 @@ def read_sparsity(folder: Path) -> tuple[Plan, dict[str, str]]:
         )
     key = read_key(config[KEY])
     _check_type(config, key)
-    needed = any(fields["score"] != "exact" for fields in key.sites.values())
-    stored = load_tensors(folder / TENSORS, ["F32"]) if needed or (folder / TENSORS).exists() else {}
+    stored = load_tensors(folder / TENSORS, ["F32"]) if key.planned() or (folder / TENSORS).exists() else {}
     swapped = key.swapped()
     plan: Plan = {}
     for site, fields in key.sites.items():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..onnx_export.precision import PRECISIONS
 from .output import Quiet, Verbose
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def bench(
     op: Annotated[str | None, typer.Option(help="Time one op alone: gated_mlp or sparse_linear.")] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32, fp16, bf16, int8, int4; for an op a list. Default: int4 of a shape, all of an op."),
+        typer.Option(help=f"{', '.join(PRECISIONS)}; for an op a list. Default: int4 of a shape, all of an op."),
     ] = None,
     density: Annotated[str | None, typer.Option(help="Kept shares to force, as 0.5,0.2 or 50%,20%.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Tokens in one call of the op, as 1,8,512.")] = None,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..methods import JOINED, NAMED
+from ..onnx_export.precision import PRECISIONS
 from .output import Quiet, Verbose
 
 
@@ -57,7 +58,9 @@ def convert(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="Of the gated weights in ONNX: fp32 (the default; fp16 for cuda), fp16, bf16, int8, int4."),
+        typer.Option(
+            help=f"Of the gated weights in ONNX: fp32 (the default; fp16 for cuda), {', '.join(list(PRECISIONS)[1:])}."
+        ),
     ] = None,
     target: Annotated[str | None, typer.Option(help="Where the ONNX model runs: cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of calibration windows and predictors.")] = None,

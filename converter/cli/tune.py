@@ -7,7 +7,11 @@ from typing import Annotated
 
 import typer
 
+from ...runtime_onnx.errors import either
+from ...runtime_onnx.ops.activation import RELUS, forms
 from .output import Quiet, Verbose
+
+_OTHERS = forms((kind for kind in RELUS if kind != "drelu"), "B")
 
 
 def tune(
@@ -24,9 +28,7 @@ def tune(
     ] = None,
     activation: Annotated[
         str | None,
-        typer.Option(
-            help="drelu (the default), relu, relu2, fatrelu(B) or shifted_relu(B), in every feed-forward network."
-        ),
+        typer.Option(help=f"drelu (the default), {either(_OTHERS)}, in every feed-forward network."),
     ] = None,
     recipe: Annotated[
         str | None,

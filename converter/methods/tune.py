@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel, Field
 
-from ..checkpoint.fields import Strict
+from ..checkpoint.fields import PassPrecision, Strict
 
 
 class Tune(Strict):
     """Training end to end of what a method selects by: `steps` per density of `windows` windows, at peak `rate`;
     `local` weighs the lost energy of each layer's output against the divergence from the dense model; `precision` is
-    that of the passes through the model (auto: bf16 where the machine multiplies it natively); `data` windows are
+    that of the passes through the model (auto: bfloat16 where the machine multiplies it natively); `data` windows are
     trained on at most.
     """
 
@@ -21,7 +19,7 @@ class Tune(Strict):
     rate: float = Field(default=4e-3, gt=0)
     local: float = Field(default=0.2, ge=0)
     data: int = Field(default=1024, ge=4)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: PassPrecision = "auto"
 
 
 def tune_of(config: BaseModel) -> Tune | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...runtime_onnx.errors import InputError
-from ...runtime_onnx.ops.activation import is_relu, split_activation
+from ...runtime_onnx.ops.activation import is_relu, jump
 from ...runtime_onnx.untrusted import read_json
 from ..arch import PREFIX, Arch, load_arch
 from ..arch.shapes import linear_rows, linear_shapes
@@ -162,15 +162,13 @@ class _Gated:
         return y if residual is None else y + residual.to(y.dtype)
 
     def _see_jump(self, x: Tensor) -> None:
-        """Tokens near the jump of fatrelu(b), where a rounding error decides between 0 and b, are near too; other
-        activations are continuous.
-        """
-        kind, b = split_activation(ffn_activation(self.module, self.activation))
-        if kind == "fatrelu" and b > 0 and self.recorder is not None and not self.recorder.counts_only:
+        """Tokens near a jump of the activation, where a rounding error decides between 0 and b, are near too."""
+        b = jump(ffn_activation(self.module, self.activation))
+        if b and self.recorder is not None and not self.recorder.counts_only:
             before, _ = ffn_products(self.module, self.arch, x)
-            jump = is_near(before.to(torch.promote_types(x.dtype, torch.float32)), float(np.float32(b))).any(-1)
+            at = is_near(before.to(torch.promote_types(x.dtype, torch.float32)), float(np.float32(b))).any(-1)
             near = self.recorder.near
-            near[self.site] = jump | near[self.site] if isinstance(self.entry, Threshold | Predictor) else jump
+            near[self.site] = at | near[self.site] if isinstance(self.entry, Threshold | Predictor) else at
 
 
 class _Masked:

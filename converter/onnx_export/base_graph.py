@@ -56,7 +56,7 @@ def build_base(checkpoint: Path, out: Path, precision: str = "fp32", target: str
     Where activations were swapped the graph is that of `load_stock`, with the base model's activation: `export` puts
     the swapped ones in.
 
-    `precision` is fp32, or for the target cuda fp16 or bf16; a graph for CUDA asks its provider for CUDA graphs.
+    `precision` is fp32, or for the target cuda one of 16 bits; a graph for CUDA asks its provider for CUDA graphs.
 
     Raises InputError when onnxruntime-genai is missing, when the builder refuses or fails on the model, or when the
     disk is full.

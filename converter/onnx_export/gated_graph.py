@@ -30,7 +30,8 @@ from .linear_region import LinearRegion, Part, find_linears
 from .matmul_nbits import ACCURACY, initialiser, quantise_rest
 from .mlp_region import MlpRegion, find_regions
 from .names import ATTENTION, linear_node, linear_place, mlp_node
-from .precision import DTYPES, PRECISIONS, Precision, store_predictor
+from .precision import PRECISIONS, Precision
+from .stored_values import DTYPES, store_predictor
 from .tensors import moved, quantised
 
 METADATA = "ai.sparsegate.variants"

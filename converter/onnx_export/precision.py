@@ -12,21 +12,14 @@ products.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import onnx_ir as ir
-from numpy.typing import NDArray
 from pydantic import model_validator
 
-from ...runtime_onnx.ops.quantisation import GROUP, dequantise, quantise
+from ...runtime_onnx.errors import either
+from ...runtime_onnx.ops.quantisation import GROUP
 from ..checkpoint.fields import Strict
-
-DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
-"""dtype name of an op -> ONNX's."""
-_SCALES = {"p1": "s_p1", "p2": "s_p2"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +55,11 @@ class Precision:
         weight = {"int8_row": 1.0, "int4_g32": 0.5 + 2 / GROUP}.get(self.weights)
         return 1.0 if weight is None else {"float16": 2, "int8": 1}[self.predictor_format(residual)] / weight
 
+    @property
+    def width(self) -> int:
+        """Bits of a weight, scales left out."""
+        return self.bits or (32 if self.w == "float32" else 16)
+
 
 PRECISIONS = {
     row.name: row
@@ -73,47 +71,19 @@ PRECISIONS = {
         Precision("int4", "int4_g32", "float32", "int8", 4, "fp16"),
     )
 }
+FLOAT_NAMES = {row.name: row.w for row in PRECISIONS.values() if row.weights == "float"}
+"""The builder's precision -> dtype of a graph's activations."""
+FOR_CUDA = either(row.name for row in PRECISIONS.values() if row.cuda != "fp32")
+"""The names of what a graph for CUDA can be in."""
+if TYPE_CHECKING:
+    Name = str
+else:
+    Name = Literal[tuple(PRECISIONS)]
 
 
-def store_predictor(tensors: Mapping[str, NDArray[np.float32]], precision: Precision) -> tuple[dict[str, NDArray], str]:
-    """(The score's inputs as they are stored, dtype of p1, p2 and res): tau stays float32, an int8 predictor brings its
-    scales s_p1 [r] and s_p2 [n].
-
-    A predictor whose values float16 cannot hold is stored in bfloat16.
-    """
-    if "p1" not in tensors:
-        return dict(tensors), "float32"
-    chosen = precision.predictor_format("res" in tensors)
-    if chosen == "float16" and any(
-        np.abs(array).max(initial=0) > np.finfo(np.float16).max for role, array in tensors.items() if role != "tau"
-    ):
-        chosen = "bfloat16"
-    stored: dict[str, NDArray] = {}
-    for role, array in tensors.items():
-        if role == "tau":
-            stored[role] = array
-        elif chosen == "int8":
-            stored[role], stored[_SCALES[role]] = quantise(array, "int8_row")
-        else:
-            stored[role] = array.astype(DTYPES[chosen].numpy())
-    return stored, chosen
-
-
-def load_predictor(stored: Mapping[str, NDArray]) -> dict[str, NDArray[np.float32]]:
-    """The inverse of `store_predictor`, with what rounding lost: tau, p1, p2, res in float32."""
-    found = {}
-    for role, array in stored.items():
-        scale = stored.get(_SCALES.get(role, ""))
-        if role not in _SCALES.values():
-            found[role] = (array if scale is None else dequantise(array, scale, "int8_row")).astype(np.float32)
-    return found
-
-
-def rounded(matrix: NDArray[np.float32], weights: str, w: str) -> NDArray[np.float32]:
-    """A matrix [rows, columns] as an op's weight gives it back: rounded to `w`, or quantised by rows or groups."""
-    if weights == "float":
-        return matrix.astype(DTYPES[w].numpy()).astype(np.float32)
-    return dequantise(*quantise(matrix, weights), weights).astype(np.float32)
+def named(weights: str, w: str) -> str:
+    """The first precision whose ops' weights are of a format and dtype."""
+    return next(row.name for row in PRECISIONS.values() if (row.weights, row.w) == (weights, w))
 
 
 class Export(Strict):
@@ -121,11 +91,11 @@ class Export(Strict):
     the graph is for.
     """
 
-    precision: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
+    precision: Name = "fp32"
     target: Literal["cpu", "cuda"] = "cpu"
 
     @model_validator(mode="after")
     def _check(self) -> Export:
         if self.target == "cuda" and self.precision == "fp32":
-            raise ValueError("precision must be fp16, bf16, int8 or int4 for the target cuda")
+            raise ValueError(f"precision must be {FOR_CUDA} for the target cuda")
         return self

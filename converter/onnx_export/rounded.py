@@ -23,7 +23,8 @@ from ..modeling.gated import apply_plan, remove_plan
 from .emit import EMITTERS
 from .linear_region import cut_linears
 from .matmul_nbits import BLOCK, block_rounded
-from .precision import PRECISIONS, Precision, load_predictor, rounded, store_predictor
+from .precision import FLOAT_NAMES, PRECISIONS, Precision
+from .stored_values import load_predictor, rounded, store_predictor
 
 Overwritten = dict[str, list[tuple[slice, Tensor]]]
 """Module -> rows of its weight [d_out, d_in] and their new values."""
@@ -37,7 +38,7 @@ def round_model(model: Any, plan: Plan, arch: Arch, precision: str, target: str 
     form = PRECISIONS[precision]
     remove_plan(model)
     if target == "cuda":
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[form.cuda]
+        half = getattr(torch, FLOAT_NAMES[form.cuda])
         for parameter in model.parameters():
             parameter.copy_(parameter.to(half).float())
     head = model.lm_head

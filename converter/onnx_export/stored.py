@@ -23,10 +23,8 @@ from ..modeling.blocks import ffn_biases, ffn_matrices
 from .emit import emit
 from .linear_region import Part, cut_linears
 from .names import linear_node, mlp_node
-from .precision import DTYPES, PRECISIONS, Precision, store_predictor
-
-FLOAT_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""The builder's precision -> dtype of a graph's activations."""
+from .precision import FLOAT_NAMES, PRECISIONS, Precision
+from .stored_values import DTYPES, store_predictor
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ...runtime_onnx import library
 from ...runtime_onnx.ops.gated_mlp import Variant
 from ..checkpoint.manifest import installed_versions
 from ..checkpoint.stage import VERSION
-from ..onnx_export.precision import PRECISIONS, Precision
+from ..onnx_export.precision import FLOAT_NAMES, PRECISIONS, Precision
 
 _CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16")
 _ALWAYS = ("torch", "transformers", "safetensors", "onnx", "onnx-ir")  # dependencies whatever the extra
@@ -73,11 +73,7 @@ def _precisions(provider: str) -> str:
 
 def _variant(form: Precision, provider: str) -> str:
     roles = ("w_gate", "w_up", "w_down", "s_gate", "s_up", "s_down", "tau")
-    x = (
-        "float32"
-        if provider == library.PROVIDERS[0]
-        else {"fp32": "float32", "bf16": "bfloat16"}.get(form.cuda, "float16")
-    )
+    x = "float32" if provider == library.PROVIDERS[0] else FLOAT_NAMES[form.cuda]
     kept = tuple(role for role in roles if form.weights != "float" or role[0] != "s")
     return Variant("silu", "gate", form.weights, kept, x=x, w=form.w).name
 

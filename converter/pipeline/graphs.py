@@ -27,9 +27,9 @@ REFERENCE = "reference"
 @dataclass(frozen=True)
 class Graphs:
     """The float graph that candidates are made from; the dense one in their precision, which their speed is compared
-    with (fp16 and bf16 on the CPU: fp32, since ONNX Runtime has nothing faster there); and what that one loses, where
-    it is in integers, something could run it and its function is a dense model's: under swapped activations the float
-    graph has the sizes of the dense source's, not its function.
+    with (floats of 16 bits on the CPU: fp32, since ONNX Runtime has nothing faster there); and what that one loses,
+    where it is in integers, something could run it and its function is a dense model's: under swapped activations the
+    float graph has the sizes of the dense source's, not its function.
     """
 
     base: Path

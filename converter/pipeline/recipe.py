@@ -15,7 +15,7 @@ from ...runtime_onnx.untrusted import check_letters, read_bytes
 from ..bundled import BUNDLED_MODEL
 from ..checkpoint.fields import LARGEST_LOSS, LONGEST, MOST_WINDOWS, Strict, make_part
 from ..methods import DECIDES, EXACT, parts_of
-from ..onnx_export.precision import PRECISIONS, Export
+from ..onnx_export.precision import FOR_CUDA, PRECISIONS, Export
 from ..training.settings import Stage
 
 SELF = "self"
@@ -276,7 +276,7 @@ def _export(precision: str | None, target: str | None) -> dict[str, str]:
             raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}. Choose one of these.")
     if (precision, target) == ("fp32", "cuda"):
         raise InputError(
-            "precision must be fp16, bf16, int8 or int4 for the target cuda, got fp32. Choose one of these, or leave "
-            "it out for fp16."
+            f"precision must be {FOR_CUDA} for the target cuda, got fp32. Choose one of these, or leave it out for "
+            "fp16."
         )
     return {"precision": precision or ("fp16" if target == "cuda" else "fp32"), "target": target or "cpu"}

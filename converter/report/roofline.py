@@ -37,14 +37,7 @@ def points(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if settings["op"] == "gated_mlp"
             else 2.0 * settings["d"] * settings["n"]
         )
-        width = {
-            "fp32": 4,
-            "fp32, fp16 predictor": 4,
-            "fp16": 4,
-            "bf16": 4,
-            "int8": 1.125,
-            "int4": 0.625,
-        }  # of the dense baseline, scales per 32 included
+        width = {"int8": 1.125, "int4": 0.625}  # of the dense baseline, scales per 32 included; else that of fp32
         for row in op_rows(result):
             found.append(
                 {
@@ -58,7 +51,10 @@ def points(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if row["score"] == "all" or row["asked"] == 1.0:
                 dense = row["dense"][0]
                 operations = full * row["tokens"]
-                place = {"x": operations / (full / 2 * width[row["format"]]), "y": operations / dense["ms"] / 1e6}
+                place = {
+                    "x": operations / (full / 2 * width.get(row["format"], 4)),
+                    "y": operations / dense["ms"] / 1e6,
+                }
                 found.append({"kind": "dense", "format": row["format"], "tokens": row["tokens"], **place})
     return found
 

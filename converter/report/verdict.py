@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ..evaluation.records import OnnxRow, Reference, Report
 from ..evaluation.recovery_record import RECOVERY, RecoveryRecord
+from ..onnx_export.precision import PRECISIONS
 from .change import Change, perplexity_change
 from .tables import onnx_change, ratio_text
 
-_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
 _FASTER = 1.005
 """The least ratio that does not read as 1.00: below it nothing is gained."""
 _SLOWER_PROMPTS = 0.95
@@ -128,7 +128,7 @@ def _better(report: Report) -> Reference | None:
         for reference in report.references
         if reference.decode_ratio is not None
         and not reference.disturbed
-        and _BITS[reference.precision] < _BITS.get(precision, 32)
+        and PRECISIONS[reference.precision].width < PRECISIONS.get(precision, PRECISIONS["fp32"]).width
         and reference.decode_ratio >= ratio
         and reference_change(reference).value < own.value
     ]

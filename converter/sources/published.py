@@ -21,7 +21,9 @@ from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.ops.activation import spell_activation, split_activation
 from ...runtime_onnx.untrusted import read_json, regular
 from ..arch import ACTIVATIONS, PREFIX, SWAPPED, Arch, load_arch
+from ..checkpoint.plan import Swap
 from ..checkpoint.source import INDEX, SINGLE, TOKENIZER_FILES, check_config, drop_code, make_config, open_source
+from ..checkpoint.sparsity import KEY, encode
 from ..checkpoint.stage import HEADER, Header, atomic_folder, hash_json, mark, write_json
 
 SOURCE = (
@@ -138,16 +140,13 @@ def normal_config(raw: dict[str, Any], activation: str | None = None) -> dict[st
     config = make_config(base)
     if stock:
         return base
-    sites = {
-        site.key: {"score": "exact", "activation": computed, "density": 1.0, "opened": 1.0}
-        for site in arch.sites(config)
-    }
+    key, _ = encode({site: [Swap(computed)] for site in arch.sites(config)}, computed, base_activation)
     swapped = {
         "model_type": PREFIX + arch.model_type,
         "architectures": [f"Sparsegate{_class_name(arch)}"],
         field: SWAPPED,
     }
-    return base | swapped | {"sparsity": {"version": 2, "base_activation": base_activation, "sites": sites}}
+    return base | swapped | {KEY: key}
 
 
 def normalise(folder: str | Path, out: str | Path, activation: str | None = None) -> Path:

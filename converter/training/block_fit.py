@@ -50,7 +50,7 @@ class Fit:
     hidden states.
 
     A window's tokens are numbers of rows of `x` and `target` [R, d]. The error is relative to `energy`, the mean square
-    of what the dense network adds; `l1` weighs mean|z| / rms z, `half` lets products run in bf16.
+    of what the dense network adds; `l1` weighs mean|z| / rms z, `half` lets products run in bfloat16.
     """
 
     def __init__(

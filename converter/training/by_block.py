@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -31,6 +31,7 @@ from ...runtime_onnx.ops.activation import cuts_up
 from ...runtime_onnx.untrusted import read_json
 from ..arch import Arch
 from ..arch.site import Site
+from ..checkpoint.fields import PassPrecision
 from ..checkpoint.source import Source
 from ..checkpoint.stage import Header, atomic_folder, is_finished, write_header, write_json, write_tensors
 from ..modeling.distributed import in_bf16, same_error, share_tensors, sum_over_processes, world
@@ -99,12 +100,12 @@ def recover_by_block(
     *,
     source: Source | None = None,
     turned: bool = False,
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    precision: PassPrecision = "auto",
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Fit the student's networks whose activation was swapped to the teacher's blocks, in place.
 
-    Tokens come from the run's windows without padding. `precision` is that of the products while training (auto: bf16
+    Tokens come from the run's windows without padding. `precision` is that of the products while training (auto: bfloat16
     where the machine multiplies it natively). A finished block is a folder below the run's with its weights under their
     names in the block and the header extended by the site, so that a run goes on where it was interrupted, to the same
     weights. A model whose blocks lie on the meta device is read from `source` on `device`; of such a student the

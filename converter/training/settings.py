@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import torch.distributed
 from pydantic import Field, model_validator
 
-from ..checkpoint.fields import Strict
+from ..checkpoint.fields import PassPrecision, Strict
 from ..text.mixture import Data
 
 _FEW_STEPS = 300  # a process takes several seconds to start
@@ -127,7 +127,7 @@ class Recovery(Strict):
     optimizer: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.0, ge=0)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: PassPrecision = "auto"
     checkpointing: bool = False
     data: Data = Data()
     losses: Losses = Losses()

@@ -126,12 +126,11 @@ def realised(path: str | Path, ids: Sequence[int], library: bool | None = None) 
     found: dict[str, NeuronShares] = {}
     for name, x in mlp_inputs(path, ids, library).items():
         variant, tensors = _read(nodes[name])
-        exact = variant.score == "exact"
-        kept = gated_mlp.active(variant, x, tensors, integer=integer and not exact)
+        kept = gated_mlp.active(variant, x, tensors, integer=integer and not variant.exact)
         opened = nonzero = kept
         if gated_mlp.is_relu(variant.activation):
             gate, z = gated_mlp.parts(variant, x, tensors)
-            opened, nonzero = (gate != 0) & (kept | exact), (z != 0) & kept
+            opened, nonzero = (gate != 0) & (kept | variant.exact), (z != 0) & kept
         found[name] = NeuronShares(*(float(share.mean()) for share in (kept, opened, nonzero)))
     return found
 
@@ -158,7 +157,7 @@ def set_opening(path: str | Path, rows: Sequence[Sequence[int]], opened: float, 
     """Rewrites b_gate, and with dReLU b_up, of an ONNX folder's GatedMLP nodes so that each neuron's gate, and up, is
     open for this share of the tokens.
 
-    For models of random weights only, as `set_density`; fatrelu's and shifted_relu's parameters are counted in.
+    For models of random weights only, as `set_density`; the activation's parameter is counted in.
     """
     file = model_file(path)
     inputs = [mlp_inputs(path, ids, library) for ids in rows]

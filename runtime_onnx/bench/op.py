@@ -23,7 +23,7 @@ from .op_cases import CASES, POOL, Case
 from .op_graphs import FORMATS
 from .op_timer import OpTimer, Peer, Target
 from .record import record, usable_cpus
-from .relu_case import ReluCase
+from .relu_case import SCORES, ReluCase
 
 DENSITIES = (1.0, 0.5, 0.2, 0.1)
 RELU_DENSITIES = (0.07,)
@@ -117,7 +117,7 @@ class OpWorkload:
         """The rows of one format: "nothing" is one token that keeps no unit, its weights warm; "all" is the op without
         a predictor.
         """
-        scores = ("exact", "predictor") if self.zeros else ("predictor" if self.op == "gated_mlp" else "input",)
+        scores = SCORES if self.zeros else ("predictor" if self.op == "gated_mlp" else "input",)
         rows = [Target(count, density, score) for count in self.tokens for density in self.shares for score in scores]
         if not self.zeros:
             if self.op == "gated_mlp" and 1.0 in self.shares:

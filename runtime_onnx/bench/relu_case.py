@@ -25,6 +25,14 @@ from .op_graphs import OpFormat
 RIGHT = 0.5
 """Of the neurons that the predictor keeps, the share that is not zero."""
 
+SCORES = ("exact", "predictor")
+"""What each density is timed with."""
+
+
+def used_share(score: str, density: float) -> float:
+    """The share of all neurons that is not zero, by score, where `density` of them may be kept."""
+    return density if score == "exact" else RIGHT
+
 
 def open_share(activation: str, share: float) -> float:
     """Of gates that are open, where this share of products is not zero: both signs of dReLU open independently."""
@@ -52,7 +60,7 @@ class ReluCase(MlpCase):
 
     def aim(self, score: str, density: float) -> None:
         """As in `Case`: inputs that open as many gates as the density needs."""
-        share = density if score == "exact" else RIGHT
+        share = used_share(score, density)
         kind, parameter = gated_mlp.split_activation(self.activation)
         opened = open_share(self.activation, share)
         self.pool = (self._rest - np.float32(NormalDist().inv_cdf(opened) + parameter) * self._direction).astype(

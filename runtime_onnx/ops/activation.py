@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ def split_activation(text: str) -> tuple[str, float]:
         return text, 0.0
     found = _SPELLING.fullmatch(text)
     if found is None or found[1] not in PARAMETRIC:
-        names = ", ".join([*ACTIVATIONS, *(f"{kind}(b)" for kind in PARAMETRIC)])
+        names = ", ".join(forms([*ACTIVATIONS, *PARAMETRIC]))
         raise InputError(
             f"activation must be one of {names} with b in decimals such as 0.01, got {text}. Choose one of them."
         )
@@ -64,6 +64,17 @@ def spell_activation(kind: str, parameter: float = 0.0) -> str:
         )
     decimals = next(count for count in range(1, 200) if np.float32(float(f"{value:.{count}f}")) == value)
     return f"{kind}({value:.{decimals}f})"
+
+
+def forms(kinds: Iterable[str], parameter: str = "b") -> list[str]:
+    """How messages and help spell kinds: those with a parameter as in fatrelu(b)."""
+    return [f"{kind}({parameter})" if kind in PARAMETRIC else kind for kind in kinds]
+
+
+def jump(text: str) -> float | None:
+    """Where the activation jumps, as fatrelu does at its parameter, from 0 to it; None where it is continuous."""
+    kind, parameter = split_activation(text)
+    return parameter if kind == "fatrelu" else None
 
 
 def is_relu(text: str) -> bool:

@@ -112,7 +112,7 @@ class Variant:
     does not.
 
     Attributes:
-        activation: One of ACTIVATIONS, or fatrelu(b) or shifted_relu(b) as `split_activation` reads them.
+        activation: One of ACTIVATIONS, or of PARAMETRIC with its parameter as `split_activation` reads it.
         score: One of SCORES.
         weights: One of WEIGHTS; the integer formats, with scales in s_gate, s_up, s_down, are described in
         `quantisation`.
@@ -162,7 +162,7 @@ class Variant:
             raise InputError(f"p must be float32 without p1, got {self.p}. It is the dtype of the predictor only.")
         if cuts_up(self.activation) and self.plain:
             raise InputError("activation must not be drelu without w_gate: it is relu(gate) * relu(up). Use relu.")
-        if self.score == "exact" and not is_relu(self.activation):
+        if self.exact and not is_relu(self.activation):
             raise InputError(
                 f"activation must be one of {', '.join(RELUS)} with score exact, got {self.activation}. Use score gate."
             )
@@ -186,6 +186,11 @@ class Variant:
             "res": False if self.p == "int8" else None,
         }
         return rules.get(role)
+
+    @property
+    def exact(self) -> bool:
+        """Whether what is not zero is kept, and nothing is compared."""
+        return self.score == "exact"
 
     @property
     def plain(self) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import gated_mlp, sparse_linear
-from .activation import split_activation
+from .activation import jump
 from .quantisation import GROUP, dequantise, integers
 
 ROUNDING = 3e-5
@@ -76,10 +76,10 @@ def off_thresholds(variant: Any, x: NDArray, tensors: Mapping[str, NDArray], int
     if "tau" in variant.inputs:
         scores = gated_mlp.scores(variant, x, tensors, integer=integer)
         clear &= off_threshold(scores, np.asarray(tensors["tau"]).astype(np.float64))
-    kind, parameter = split_activation(variant.activation)
-    if kind == "fatrelu":  # jumps at its parameter
+    at = jump(variant.activation)
+    if at is not None:
         before = gated_mlp.before_activation(variant, x, tensors, integer)
-        clear &= off_threshold(before, np.full(before.shape[1], np.float32(parameter)))
+        clear &= off_threshold(before, np.full(before.shape[1], np.float32(at)))
     return clear
 
 

@@ -41,7 +41,7 @@ CALIBRATION = (5, 96)
 
 
 def make_checkpoint(shape: Shape, folder: Path, layers: int | None = None) -> Path:
-    """Writes a Hugging Face folder with random bf16 weights, one file per block, and a tokenizer of bytes; returns
+    """Writes a Hugging Face folder with random bfloat16 weights, one file per block, and a tokenizer of bytes; returns
     `folder`. Holds one block at a time.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -96,7 +96,7 @@ def _tokenizer() -> Any:
 
 @torch.no_grad()
 def mlp_inputs(folder: Path, arch: Arch, config: Any) -> dict[Site, Tensor]:
-    """What a checkpoint feeds its MLPs on random tokens: x [T, d] by site. The model is held in bf16."""
+    """What a checkpoint feeds its MLPs on random tokens: x [T, d] by site. The model is held in bfloat16."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
@@ -189,7 +189,7 @@ def build_dense(checkpoint: Path, precision: str, work: Path) -> Path:
     """Writes the fp32 graph of a checkpoint to `work`/base, and for an integer precision the dense graph of that
     precision to `work`/dense; returns the last.
 
-    fp16 and bf16 are compared with fp32: ONNX Runtime's CPU products are not faster in them.
+    Floats of 16 bits are compared with fp32: ONNX Runtime's CPU products are not faster in them.
     """
     base = build_base(checkpoint, work / "base")
     if PRECISIONS[precision].bits is None:

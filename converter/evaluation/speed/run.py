@@ -17,14 +17,14 @@ from ....runtime_onnx.bench.folders import RUNTIMES, Timing
 from ....runtime_onnx.bench.folders import bench as bench_folders
 from ....runtime_onnx.bench.op import DENSITIES, RELU_DENSITIES, OpTiming, OpWorkload, bench_op
 from ....runtime_onnx.bench.op_cases import CASES
-from ....runtime_onnx.bench.relu_case import RIGHT, open_share
+from ....runtime_onnx.bench.relu_case import RIGHT, SCORES, open_share, used_share
 from ....runtime_onnx.errors import InputError
 from ....runtime_onnx.library import model_file, variants
 from ....runtime_onnx.untrusted import read_json
 from ...arch import load_arch
 from ...checkpoint.plan import check_exact
 from ...checkpoint.stage import write_json
-from ...onnx_export.precision import PRECISIONS
+from ...onnx_export.precision import PRECISIONS, named
 from ...progress import stage
 from ...sources.hub import local_folder
 from .model import TimedModel, bench_models
@@ -32,7 +32,6 @@ from .shapes import Shape, find_shape
 
 DEFAULT_SHAPE = "llama-1b"
 _SAME = ("machine", "versions", "settings", "isa")  # of a stored result that more rows may join
-_FORMATS = {"float": {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}, "int8_row": "int8", "int4_g32": "int4"}
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class BenchRequest:
             source costs.
         shape: A name in SHAPES: with `op` the sizes of the op, else a model of random weights.
         op: Stem of an op to time alone.
-        precision: fp32, fp16, bf16, int8, int4; for ops a list with commas or semicolons, all by default; for a shape
-            int4 by default.
+        precision: One of PRECISIONS; for ops a list with commas or semicolons, all by default; for a shape int4 by
+            default.
         density: Kept shares, with commas; with a ReLU activation the shares of neurons that are not zero.
         tokens: Tokens per call of an op, with commas.
         layers: Of a shape, in place of its own number.
@@ -322,7 +321,7 @@ def random_folders(
         write_json(stamp, wish)
     rank = make.default_rank(shape)
     folders, inputs = {"dense": dense}, None
-    for density, score in itertools.product(densities, ("",) if activation == "silu" else ("exact", "predictor")):
+    for density, score in itertools.product(densities, ("",) if activation == "silu" else SCORES):
         role = " ".join(filter(None, ("sparse", score, f"{density:g}")))
         out = folders[role] = folder / role.replace(" ", "_")
         if out.is_dir():
@@ -340,7 +339,7 @@ def random_folders(
                 )
                 continue
             plan = make.relu_plan(make.random_plan(inputs, shape.neurons, rank, density / RIGHT), activation, score)
-            opened = open_share(activation, density if score == "exact" else RIGHT)
+            opened = open_share(activation, used_share(score, density))
             make.build_sparse(folder / "base", plan, arch, config, out, precision, opened)
     return folders
 
@@ -374,10 +373,7 @@ def dense_beside(checkpoint: Path, work: Path) -> Path:
             "too."
         )
     words = [name.split("/") for name in variants(file) if name.startswith("GatedMLP.")]
-    found = _FORMATS[words[0][3]] if words else _FORMATS["float"]
-    precision = (
-        found if isinstance(found, str) else found[words[0][4].split(",")[1].removeprefix("w=")] if words else "fp32"
-    )
+    precision = named(words[0][3], words[0][4].split(",")[1].removeprefix("w=")) if words else "fp32"
     return build_dense(checkpoint, precision, work)
 
 

@@ -1,4 +1,4 @@
-"""torch: the transformers model with its cache, and one MLP, both dense, in fp32 or bf16."""
+"""torch: the transformers model with its cache, and one MLP, both dense, in float32 or bfloat16."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ...modeling.gated import load_dense
 
 DTYPES = {"fp32": torch.float32}
-"""Our precision -> torch's; bf16 for all that are smaller."""
+"""Our precision -> torch's; bfloat16 for all that are smaller."""
 
 
 def dtype_of(precision: str) -> torch.dtype:

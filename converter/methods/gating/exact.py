@@ -21,9 +21,7 @@ NEEDS = ("sizes:gate",)
 
 
 class Config(BaseModel):
-    """`activation` is swapped in at every network: relu, relu2, drelu, fatrelu(b) or shifted_relu(b); None keeps what
-    each one has.
-    """
+    """`activation`, one of the op's RELUS, is swapped in at every network; None keeps what each one has."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

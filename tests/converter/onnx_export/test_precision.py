@@ -29,8 +29,9 @@ from sparsegate.converter.onnx_export import base_graph
 from sparsegate.converter.onnx_export.base_graph import build_base, onnx_logits, open_session
 from sparsegate.converter.onnx_export.gated_graph import export, export_dense
 from sparsegate.converter.onnx_export.matmul_nbits import open_float
-from sparsegate.converter.onnx_export.precision import PRECISIONS, load_predictor, store_predictor
+from sparsegate.converter.onnx_export.precision import PRECISIONS
 from sparsegate.converter.onnx_export.rounded import round_model
+from sparsegate.converter.onnx_export.stored_values import load_predictor, store_predictor
 from sparsegate.runtime_onnx.errors import InputError
 from sparsegate.runtime_onnx.library import variants
 from sparsegate.runtime_onnx.ops.quantisation import quantise
