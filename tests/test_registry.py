@@ -242,7 +242,8 @@ def test_activation_equals_transformers(name: str) -> None:
 
 NAMING = {
     "fatrelu": {
-        "runtime_onnx/ops/activation.py": "its row",
+        "runtime_onnx/ops/vocabulary.py": "its row",
+        "runtime_onnx/ops/activation.py": "its function, spelling and jump",
         "runtime_onnx/ops/gated_mlp_body.py": "its ONNX ops",
         "converter/modeling/blocks.py": "its torch function",
         "converter/sources/published.py": "other systems' word for it",

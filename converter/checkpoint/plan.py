@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ...runtime_onnx.errors import InputError, either
-from ...runtime_onnx.ops.activation import RELUS, forms, is_relu
+from ...runtime_onnx.ops.activation import is_relu
+from ...runtime_onnx.ops.vocabulary import RELUS, forms
 from ...runtime_onnx.untrusted import read_json
 from ..arch.site import Site
 from .stage import Header, write_header, write_json, write_tensors

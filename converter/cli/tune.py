@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ...runtime_onnx.errors import either
-from ...runtime_onnx.ops.activation import RELUS, forms
+from ...runtime_onnx.ops.vocabulary import RELUS, forms
 from .output import Quiet, Verbose
 
 _OTHERS = forms((kind for kind in RELUS if kind != "drelu"), "B")

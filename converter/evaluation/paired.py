@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...runtime_onnx.ops.quantisation import GROUP
+from ...runtime_onnx.ops.vocabulary import GROUP
 from ...runtime_onnx.session import Decoder
 from ..modeling.gated import gated_modules, gates_of
 from ..modeling.taps import tapped_inputs

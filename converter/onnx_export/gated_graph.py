@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.ops import gated_mlp, sparse_linear
-from ...runtime_onnx.ops.quantisation import GROUP
+from ...runtime_onnx.ops.vocabulary import GROUP
 from ..arch import Arch
 from ..arch.shapes import linear_shapes
 from ..checkpoint.plan import Plan, check_plan

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import model_validator
 
 from ...runtime_onnx.errors import either
-from ...runtime_onnx.ops.quantisation import GROUP
+from ...runtime_onnx.ops.vocabulary import GROUP
 from ..checkpoint.fields import Strict
 
 

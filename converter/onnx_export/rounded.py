@@ -26,9 +26,6 @@ from .matmul_nbits import BLOCK, block_rounded
 from .precision import FLOAT_NAMES, PRECISIONS, Precision
 from .stored_values import load_predictor, rounded, store_predictor
 
-Overwritten = dict[str, list[tuple[slice, Tensor]]]
-"""Module -> rows of its weight [d_out, d_in] and their new values."""
-
 
 @torch.no_grad()
 def round_model(model: Any, plan: Plan, arch: Arch, precision: str, target: str = "cpu") -> Any:

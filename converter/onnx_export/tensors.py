@@ -9,7 +9,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ...runtime_onnx.errors import InputError
-from ...runtime_onnx.ops.quantisation import GROUP, quantise
+from ...runtime_onnx.ops.quantisation import quantise
+from ...runtime_onnx.ops.vocabulary import GROUP
 
 
 def moved(

@@ -6,21 +6,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "identity")
-"""Without a parameter."""
-PARAMETRIC = ("fatrelu", "shifted_relu")
-"""With one: fatrelu(b) is v where v > b, else 0 (ProSparse, arXiv 2402.13516); shifted_relu(b) is relu(v - b) ("ReLU
-strikes back", arXiv 2310.04564).
-"""
-RELUS = ("relu", "relu2", "drelu", *PARAMETRIC)
-"""Kinds that give exact zeros, so that whatever multiplies one need not be computed."""
+from .vocabulary import ACTIVATIONS, PARAMETRIC, RELUS, forms
 
 _MOST = 1e6
 _SPELLING = re.compile(r"([a-z0-9_]+)\((-?[0-9]+\.[0-9]+)\)")
@@ -64,11 +56,6 @@ def spell_activation(kind: str, parameter: float = 0.0) -> str:
         )
     decimals = next(count for count in range(1, 200) if np.float32(float(f"{value:.{count}f}")) == value)
     return f"{kind}({value:.{decimals}f})"
-
-
-def forms(kinds: Iterable[str], parameter: str = "b") -> list[str]:
-    """How messages and help spell kinds: those with a parameter as in fatrelu(b)."""
-    return [f"{kind}({parameter})" if kind in PARAMETRIC else kind for kind in kinds]
 
 
 def jump(text: str) -> float | None:

@@ -28,19 +28,10 @@ import onnx
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from .activation import (
-    ACTIVATIONS,
-    PARAMETRIC,
-    RELUS,
-    activate,
-    cuts_up,
-    is_relu,
-    relu,
-    spell_activation,
-    split_activation,
-)
+from .activation import activate, cuts_up, is_relu, relu, spell_activation, split_activation
 from .gated_mlp_body import body
-from .quantisation import GROUP, WEIGHTS, dequantise, integer_product, integer_sum
+from .quantisation import dequantise, integer_product, integer_sum
+from .vocabulary import ACTIVATIONS, GROUP, PARAMETRIC, RELUS, WEIGHTS
 
 __all__ = [
     "ACTIVATIONS",

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from . import gated_mlp, sparse_linear
 from .activation import jump
-from .quantisation import GROUP, dequantise, integers
+from .quantisation import dequantise, integers
+from .vocabulary import GROUP
 
 ROUNDING = 3e-5
 """In units of the step: 127 times the relative rounding errors of float32 sums."""

@@ -16,11 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from .vocabulary import GROUP
 
-GROUP = 32
-"""Values per scale: columns of int4_g32, and of activations."""
-
-WEIGHTS = ("float", "int8_row", "int4_g32")
 TINY = np.float32(1e-30)
 """Groups whose largest magnitude lies below this are zeros: the inverse of the scale would overflow."""
 

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from .gated_mlp_body import unpack_int4
-from .quantisation import GROUP, WEIGHTS, dequantise, integer_sum
+from .quantisation import dequantise, integer_sum
+from .vocabulary import GROUP, WEIGHTS
 
 DOMAIN = "ai.sparsegate"
 NAME = "SparseLinear"

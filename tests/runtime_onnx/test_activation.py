@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from op_harness.gated_mlp import OP, make_tensors, make_variant, make_x, with_tau
 from op_harness.sessions import make_model, nmse, open_model, run
 
-from sparsegate.runtime_onnx.ops.activation import ACTIVATIONS, activate, is_relu, spell_activation, split_activation
+from sparsegate.runtime_onnx.ops.activation import activate, is_relu, spell_activation, split_activation
 from sparsegate.runtime_onnx.ops.gated_mlp import _product, active, opened, reference, traffic
+from sparsegate.runtime_onnx.ops.vocabulary import ACTIVATIONS
 
 SPELLED = [
     ("fatrelu", 0.01, "fatrelu(0.01)"),

@@ -33,7 +33,7 @@ from sparsegate.runtime_onnx.ops.gated_mlp import (
     traffic,
 )
 from sparsegate.runtime_onnx.ops.margins import settled, sum_energy
-from sparsegate.runtime_onnx.ops.quantisation import WEIGHTS
+from sparsegate.runtime_onnx.ops.vocabulary import WEIGHTS
 
 
 def valid(activation: str, score: str, plain: bool) -> bool:

@@ -19,9 +19,9 @@ from op_harness.sessions import make_model, nmse, open_model, run
 
 from sparsegate.runtime_onnx import library
 from sparsegate.runtime_onnx.ops import OPS
-from sparsegate.runtime_onnx.ops.activation import ACTIVATIONS, spell_activation, split_activation
+from sparsegate.runtime_onnx.ops.activation import spell_activation, split_activation
 from sparsegate.runtime_onnx.ops.gated_mlp import FLOATS, ROLES, SCORES, Variant, reference
-from sparsegate.runtime_onnx.ops.quantisation import WEIGHTS
+from sparsegate.runtime_onnx.ops.vocabulary import ACTIVATIONS, WEIGHTS
 
 ROOT = Path(__file__).parents[2]
 CPU, CUDA = library.PROVIDERS

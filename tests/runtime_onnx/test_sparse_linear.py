@@ -20,7 +20,6 @@ from op_harness.sparse_linear import OP, make_tensors, make_variant, make_x, wit
 from op_harness.testing import check
 
 from sparsegate.runtime_onnx import library
-from sparsegate.runtime_onnx.ops.quantisation import WEIGHTS
 from sparsegate.runtime_onnx.ops.sparse_linear import (
     BOUNDS,
     FLOATS,
@@ -32,6 +31,7 @@ from sparsegate.runtime_onnx.ops.sparse_linear import (
     reference,
     traffic,
 )
+from sparsegate.runtime_onnx.ops.vocabulary import WEIGHTS
 
 CPU = "CPUExecutionProvider"
 
