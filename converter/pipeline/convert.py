@@ -21,7 +21,6 @@ from ..checkpoint.work_folder import check_out, check_work, claimed, remove
 from ..evaluation.records import StageTime
 from ..methods import EXACT, TUNED
 from ..modeling.distributed import check_device
-from ..modeling.empty import unused_tensors
 from ..onnx_export.precision import PRECISIONS
 from ..progress import Job, job, stage
 from ..sources.hub import is_hub_id

@@ -102,7 +102,7 @@ def bench(
     """
     timing = timing or Timing()
     if runtime not in RUNTIMES:
-        raise ValueError(f"runtime must be {' or '.join(RUNTIMES)}, got {runtime!r}. Choose one of them.")
+        raise InputError(f"runtime must be {' or '.join(RUNTIMES)}, got {runtime!r}. Choose one of them.")
     timing.check()
     folders = {"baseline": model_file(baseline).parent, "candidate": model_file(candidate).parent}
     ids = _prompt(folders, timing, prompt)
@@ -140,7 +140,7 @@ def _prompt(folders: Mapping[str, Path], timing: Timing, prompt: Sequence[int] |
     vocabulary, context = (min(config[key] for config in configs.values()) for key in ("vocab_size", "context_length"))
     count = min(len(prompt), timing.prompt_tokens) if prompt else timing.prompt_tokens
     if count + timing.new_tokens > context:
-        raise ValueError(
+        raise InputError(
             f"prompt_tokens + new_tokens must fit the context of {context} tokens, got {count} + {timing.new_tokens}. "
             "Choose smaller numbers."
         )

@@ -81,34 +81,34 @@ class OpWorkload:
         return {"op": self.op, "d": self.d, "n": self.n, "r": self.r}
 
     def check(self) -> None:
-        """Raises ValueError for a name that is not known, a number out of range or an activation of another op."""
+        """Raises InputError for a name that is not known, a number out of range or an activation of another op."""
         if self.op not in CASES:
-            raise ValueError(f"op must be {' or '.join(CASES)}, got {self.op!r}. Choose one of them.")
+            raise InputError(f"op must be {' or '.join(CASES)}, got {self.op!r}. Choose one of them.")
         if wrong := [name for name in self.formats or () if name not in self.known]:
-            raise ValueError(
+            raise InputError(
                 f"A format of {self.op} must be one of {'; '.join(self.known)}, got {wrong[0]!r}. Choose one of them."
             )
         if wrong := [density for density in self.shares if not 0 < density <= 1]:
-            raise ValueError(f"A density must lie above 0 and be at most 1, got {wrong[0]}. Choose another share.")
+            raise InputError(f"A density must lie above 0 and be at most 1, got {wrong[0]}. Choose another share.")
         if wrong := [count for count in self.tokens if not 1 <= count <= POOL]:
-            raise ValueError(f"tokens must be 1 to {POOL}, got {wrong[0]}. Choose another number.")
+            raise InputError(f"tokens must be 1 to {POOL}, got {wrong[0]}. Choose another number.")
         if self.d % 32 or self.n % 32 or self.d < 32 or self.n < 32:
-            raise ValueError(
+            raise InputError(
                 f"d and n must be multiples of 32, got {self.d} and {self.n}. The 4- and 8-bit formats have groups of "
                 "32."
             )
 
     def check_activation(self) -> None:
-        """Raises ValueError for an activation that the op does not have, or a density that it cannot have."""
+        """Raises InputError for an activation that the op does not have, or a density that it cannot have."""
         if not self.zeros:
             return
         if self.op != "gated_mlp" or not gated_mlp.is_relu(self.activation):
-            raise ValueError(
+            raise InputError(
                 f"activation must be silu, or for gated_mlp one of {', '.join(gated_mlp.RELUS)}, got {self.activation} "
                 f"for {self.op}. Choose one of them."
             )
         if wrong := [density for density in self.shares if density == 1]:
-            raise ValueError(
+            raise InputError(
                 f"A density of {self.activation} must be below 1, got {wrong[0]}: some gates are closed. Choose "
                 "another share."
             )
@@ -167,13 +167,13 @@ def bench_op(
         JSON-ready: "machine", "versions", "command", "settings", "roofs" and "rows".
 
     Raises:
-        ValueError: A name or a number is out of range, a kernel gives wrong numbers, or the machine was too busy for
+        InputError: A name or a number is out of range, a kernel gives wrong numbers, or the machine was too busy for
             `MIN_PAIRS` clean pairs.
     """
     timing = timing or OpTiming()
     workload.check()
     if timing.pairs < 1:
-        raise ValueError(f"pairs must be at least 1, got {timing.pairs}. Choose a larger number.")
+        raise InputError(f"pairs must be at least 1, got {timing.pairs}. Choose a larger number.")
     workload.check_activation()
     threads = timing.threads or usable_cpus()
     timer = OpTimer(threads, timing.pairs, timing.patience, peers)

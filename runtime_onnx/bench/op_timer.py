@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import library
+from ..errors import InputError
 from ..ops import gated_mlp
 from .op_cases import POOL, SEED, Case, MlpCase, mlp_weights, union
 from .op_graphs import BASELINES, DenseGraph, Variant
@@ -89,7 +90,7 @@ class PreparedRow:
         return self._whole.model_of_everything() if self._whole else self.case.model("op", self.tau)
 
     def nmse(self, run: Forward) -> float:
-        """Error of the kernel on two rows, relative to the energy of the answer. Raises ValueError when it is above the
+        """Error of the kernel on two rows, relative to the energy of the answer. Raises InputError when it is above the
         op's bound.
         """
         x = self.inputs[0][:2]
@@ -98,7 +99,7 @@ class PreparedRow:
         error = float(((run(x) - expected) ** 2).sum()) / (energy or 1.0)
         bound = gated_mlp.BOUNDS["float32"] if self.case.format.weights == "float" else INTEGER_BOUND
         if not error <= bound:
-            raise ValueError(
+            raise InputError(
                 f"The error of {self.case.format.name} must be at most {bound}, got {error:.1e}. The kernel is wrong: "
                 "its speed means nothing."
             )
@@ -247,7 +248,7 @@ class OpTimer:
     def _enough(self, seconds: Sequence[float], form: str, beside: str, timed: Pairs | None = None) -> None:
         if len(seconds) < min(MIN_PAIRS, self.wanted):
             tried = f" of {len(seconds) + timed.dropped}" if timed else ""
-            raise ValueError(
+            raise InputError(
                 f"{form} beside {beside} must have {min(MIN_PAIRS, self.wanted)} clean pairs in {self.patience:.0f} s, "
                 f"got {len(seconds)}{tried}. "
                 "Repeat when the machine is quiet: finished rows are kept with -o."

@@ -136,7 +136,7 @@ def bench(
         progress: As `Progress`.
 
     Raises:
-        InputError, ValueError: A field is out of range or does not go with the others, or a folder cannot be opened.
+        InputError: A field is out of range or does not go with the others, or a folder cannot be opened.
     """
     request.check()
     if output and output.suffix != ".json":

@@ -43,13 +43,13 @@ from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.methods import load_method, make_config, needs
 from sparsegate.converter.pipeline.configs import method_configs
 from sparsegate.converter.pipeline.estimate import estimate
-from sparsegate.converter.pipeline.recipe import compile_recipe
+from sparsegate.converter.pipeline.recipe import Flags, compile_recipe
 from sparsegate.converter.stats.collect import collect
 from sparsegate.converter.text.windows import Batches
 import torch
 
 def recipe(method, sparsity, kl):
-    return compile_recipe(sys.argv[1], method, sparsity, None, kl, None, None, None, None, None)
+    return compile_recipe(Flags(sys.argv[1], method=method, sparsity=sparsity, max_kl=kl))
 
 def refusal(method):
     try:
