@@ -19,7 +19,7 @@ from ..checkpoint.stage import hash_json, known_hash
 from ..checkpoint.work_folder import remove_leftover, work_of
 from ..evaluation.records import RESULTS, Report
 from ..evaluation.recovery_record import RECOVERY, RecoveryRecord
-from ..modeling.blocks import unused_tensors
+from ..modeling.empty import unused_tensors
 from ..sources.hub import Remote, check_disk, is_hub_id, remote_inspect
 from ..sources.named import resolve
 from ..sources.published import is_published, normal_config
