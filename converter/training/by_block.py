@@ -105,8 +105,7 @@ def recover_by_block(
 ) -> list[dict[str, Any]]:
     """Fit the student's networks whose activation was swapped to the teacher's blocks, in place.
 
-    Tokens come from the run's windows without padding. `precision` is that of the products while training (auto: bfloat16
-    where the machine multiplies it natively). A finished block is a folder below the run's with its weights under their
+    Tokens come from the run's windows without padding. `precision` is that of the products while training. A finished block is a folder below the run's with its weights under their
     names in the block and the header extended by the site, so that a run goes on where it was interrupted, to the same
     weights. A model whose blocks lie on the meta device is read from `source` on `device`; of such a student the
     recovered weights are in the folders only. `turned` chooses the signs of a dReLU network's neurons afresh, as
