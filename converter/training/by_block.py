@@ -105,13 +105,14 @@ def recover_by_block(
 ) -> list[dict[str, Any]]:
     """Fit the student's networks whose activation was swapped to the teacher's blocks, in place.
 
-    Tokens come from the run's windows without padding. `precision` is that of the products while training. A finished block is a folder below the run's with its weights under their
-    names in the block and the header extended by the site, so that a run goes on where it was interrupted, to the same
-    weights. A model whose blocks lie on the meta device is read from `source` on `device`; of such a student the
-    recovered weights are in the folders only. `turned` chooses the signs of a dReLU network's neurons afresh, as
-    `signs.orient` does, on the inputs that the student gives it: for a student that could not be oriented whole, fresh
-    from its swap. Returns a row per block, of its `layer` and the figures of `_recovered`. Raises InputError where
-    there is nothing to fit, or a block does something else with its network's output than scale and norm it.
+    Tokens come from the run's windows without padding. `precision` is that of the products while training. A finished
+    block is a folder below the run's with its weights under their names in the block and the header extended by the
+    site, so that a run goes on where it was interrupted, to the same weights. A model whose blocks lie on the meta
+    device is read from `source` on `device`; of such a student the recovered weights are in the folders only. `turned`
+    chooses the signs of a dReLU network's neurons afresh, as `signs.orient` does, on the inputs that the student gives
+    it: for a student that could not be oriented whole, fresh from its swap. Returns a row per block, of its `layer` and
+    the figures of `_recovered`. Raises InputError where there is nothing to fit, or a block does something else with
+    its network's output than scale and norm it.
     """
     arch, wanted = models.arch, _swapped_sites(models)
     tokens = _enough(run.batches, arch, models.student.config, run.seed)
