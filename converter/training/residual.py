@@ -39,14 +39,14 @@ def add_residuals(model: Any, arch: Arch, activation: str, plan: Plan, batches: 
     was found for it.
     """
     completed = dict(plan)
-    walk = _Walk(model, batches.tokens[batches.mask.all(1)][:WINDOWS])
+    states = _HiddenStates(model, batches.tokens[batches.mask.all(1)][:WINDOWS])
     for layer in range(max((site.layer for site in plan), default=-1) + 1):
         site = Site(layer)
         entry = deciding(plan[site]) if site in plan else None
         if entry is not None and not isinstance(entry, Swap):
             apply_plan(model, completed, arch, activation)
             try:
-                inputs = walk.inputs(layer, model.get_submodule(arch.ffn_module(layer)))
+                inputs = states.inputs(layer, model.get_submodule(arch.ffn_module(layer)))
             finally:
                 remove_plan(model)
             completed[site] = [
@@ -55,13 +55,13 @@ def add_residuals(model: Any, arch: Arch, activation: str, plan: Plan, batches: 
             ]
         apply_plan(model, completed, arch, activation)
         try:
-            walk.advance(layer)
+            states.advance(layer)
         finally:
             remove_plan(model)
     return completed
 
 
-class _Walk:
+class _HiddenStates:
     """Hidden states [B, S, d] of windows [N, S], all of them full, on their way through a model's blocks."""
 
     def __init__(self, model: Any, tokens: Tensor) -> None:
