@@ -25,7 +25,7 @@ from .texts import make_texts
 
 FORMATS = {"powerinfer": write_powerinfer}
 PRECISIONS = ("fp16", "fp32")
-_GIB = 1 << 30
+_GIB, _MOST = 1 << 30, 1 << 20
 
 
 class Exported(BaseModel):
@@ -58,8 +58,8 @@ def export(
         raise InputError(f"--format must be {' or '.join(FORMATS)}, got {format!r:.100}. Correct it.")
     if precision not in PRECISIONS:
         raise InputError(f"--precision must be {' or '.join(PRECISIONS)}, got {precision!r:.100}. Correct it.")
-    if vram_budget is not None and not 0 < vram_budget < 1 << 20:
-        raise InputError(f"--vram-budget must be a number of GiB above 0, got {vram_budget}. Correct it.")
+    if vram_budget is not None and not 0 < vram_budget <= _MOST:
+        raise InputError(f"--vram-budget must be above 0 GiB and at most {_MOST}, got {vram_budget}. Correct it.")
     if calibration is not None and vram_budget is None:
         raise InputError("--calibration must be given with --vram-budget, got it alone. Leave it out, or give both.")
     if not folder.is_dir():

@@ -174,8 +174,8 @@ def test_a_model_without_a_place_in_the_format(
     [
         (["--format", "onnx"], "--format must be powerinfer, got 'onnx'"),
         (["--precision", "int4"], "--precision must be fp16 or fp32, got 'int4'"),
-        (["--vram-budget", "-1"], "--vram-budget must be a number of GiB above 0, got -1.0"),
-        (["--vram-budget", "nan"], "--vram-budget must be a number of GiB above 0, got nan"),
+        (["--vram-budget", "-1"], "--vram-budget must be above 0 GiB and at most 1048576, got -1.0"),
+        (["--vram-budget", "nan"], "--vram-budget must be above 0 GiB and at most 1048576, got nan"),
         (["--calibration", "text.txt"], "--calibration must be given with --vram-budget, got it alone"),
         (["-o", "there.gguf"], "-o must be a new file, got there.gguf, which exists"),
         (["-o", "none/x.gguf"], "-o must be a new file, got none/x.gguf, in a folder that is not there"),
