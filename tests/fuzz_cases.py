@@ -133,7 +133,7 @@ def make_folders(root: Path) -> Path:
 
     from sparsegate.converter.arch.site import Site
     from sparsegate.converter.checkpoint.manifest import Manifest, list_files, write_manifest
-    from sparsegate.converter.checkpoint.plan import Threshold
+    from sparsegate.converter.checkpoint.plan import SitePlan, Threshold
     from sparsegate.converter.checkpoint.source import INDEX, SINGLE, open_source
     from sparsegate.converter.checkpoint.writer import write_checkpoint
     from sparsegate.converter.onnx_export.base_graph import build_base
@@ -156,7 +156,9 @@ def make_folders(root: Path) -> Path:
     (root / "sharded" / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": parts}))
     out, source = root / "out", open_source(model)
     plan: Any = {
-        Site(layer): [Threshold("gate", torch.rand(176, generator=torch.Generator().manual_seed(layer)), 0.5)]
+        Site(layer): SitePlan(
+            gate=Threshold("gate", torch.rand(176, generator=torch.Generator().manual_seed(layer)), 0.5)
+        )
         for layer in range(2)
     }
     out.mkdir()

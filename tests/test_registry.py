@@ -22,13 +22,15 @@ from sparsegate.converter.arch import ACTIVATIONS, load_arch, supported
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.bundled import BUNDLED_MODEL
 from sparsegate.converter.checkpoint import plan as plans
+from sparsegate.converter.checkpoint.cost import COSTS, EDIT_COSTS, SiteSize, cost
 from sparsegate.converter.checkpoint.source import open_source
-from sparsegate.converter.checkpoint.sparsity import encode
+from sparsegate.converter.checkpoint.sparsity import WRITERS, encode
 from sparsegate.converter.cli import VERBS
 from sparsegate.converter.methods.tune import Tune
 from sparsegate.converter.modeling.blocks import ACTIVATIONS as TORCH_ACTIVATIONS
-from sparsegate.converter.modeling.gated import EXECUTORS
-from sparsegate.converter.onnx_export.emit import EMITTERS, emit
+from sparsegate.converter.modeling.blocks import Parts
+from sparsegate.converter.modeling.gated import EDITORS, EXECUTORS
+from sparsegate.converter.onnx_export.emit import EDIT_EMITTERS, EMITTERS, emit
 from sparsegate.converter.sources.named import SOURCES, Fetched
 from sparsegate.runtime_onnx.ops import OPS
 
@@ -36,11 +38,19 @@ ROOT = Path(__file__).parent.parent
 PHASES = ("pre", "mid", "post", "in", "prompt", "oracle")
 FUTURE = {"label", "grad", "grad_path", "o_grad", "o_grad_path"}
 """Fields of Context that only someone who knows the next token has."""
-ENTRIES: dict[str, plans.Entry] = {
-    "threshold": plans.Threshold("gate", torch.rand(7), 0.5),
-    "predictor": plans.Predictor(torch.randn(3, 5), torch.randn(7, 3), torch.randn(7), 0.5, torch.randn(3, 5)),
-    "swap": plans.Swap("drelu", 0.25, 0.5),
+RESIDUAL = plans.Residual(torch.randn(3, 5))
+SITE_PLANS = {
+    "threshold": plans.SitePlan((), plans.Threshold("gate", torch.rand(7), 0.5)),
+    "predictor": plans.SitePlan(
+        (), plans.Predictor(torch.randn(3, 5), torch.randn(7, 3), torch.randn(7), 0.5), RESIDUAL
+    ),
+    "exact": plans.SitePlan((plans.Swap("drelu"),), plans.Exact(0.25, 0.5)),
 }
+CONSUMERS = {
+    "gates": (plans.GATES, (WRITERS, COSTS, EXECUTORS, EMITTERS)),
+    "edits": (plans.EDITS, (EDIT_COSTS, EDITORS, EDIT_EMITTERS)),
+}
+"""Of each kind of part: its table, and what writes, counts, executes and emits it, a row for every kind."""
 
 
 def check_source(source: Any) -> None:
@@ -173,26 +183,30 @@ def test_no_file_without_a_row() -> None:
     assert verbs == {row.strip(".") for row, _ in VERBS.values()}
 
 
-@pytest.mark.parametrize("kind", plans.KINDS)
-def test_plan_kind_is_executed_emitted_and_encoded(kind: str) -> None:
-    entry = ENTRIES[kind]
-    assert type(entry) is plans.KINDS[kind] and entry.fields()["kind"] == kind
-    assert plans.KINDS[kind] in EXECUTORS and kind in EMITTERS
-    scores_, _ = EXECUTORS[type(entry)](entry, torch.randn(2, 7), torch.randn(2, 5))  # type: ignore[arg-type]
-    assert scores_.shape == (2, 7)
-    emission = emit(Site(0), [entry], 5, 7)
-    assert emission.score == plans.score_of(entry) and all(
-        tensor.shape == (7,) for role, tensor in emission.tensors.items() if role == "tau"
-    )
-    key, tensors = encode({Site(0): [entry]}, "silu")
-    assert key["sites"]["layers.0.ffn"]["score"] == plans.score_of(entry)
-    assert {name.removeprefix("layers.0.ffn.") for name in tensors} == set(entry.tensors()) and "layers.0.ffn" in key[
-        "sites"
-    ]
+@pytest.mark.parametrize("kind", plans.GATES)
+def test_gate_is_executed_emitted_counted_and_encoded(kind: str) -> None:
+    entry = SITE_PLANS[kind]
+    gate = entry.gating
+    assert type(gate) is plans.GATES[kind] and plans.kind_of(gate) == kind
+    parts = Parts(torch.randn(2, 7), torch.randn(2, 7), torch.randn(2, 7))
+    gate_scores, _ = EXECUTORS[type(gate)](gate, parts, torch.randn(2, 5))
+    assert gate_scores.shape == (2, 7)
+    emission = emit(Site(0), entry, 5, 7)
+    assert emission.score == gate.score
+    assert all(tensor.shape == (7,) for role, tensor in emission.tensors.items() if role == "tau")
+    assert 0 < cost(entry, SiteSize(5, 7, 3), 0.5) < 2
+    key, tensors = encode({Site(0): entry}, "silu")
+    assert key["sites"]["layers.0.ffn"]["score"] == gate.score
+    assert {name.removeprefix("layers.0.ffn.") for name in tensors} == set(entry.tensors())
 
 
-def test_no_executor_without_a_kind() -> None:
-    assert set(EMITTERS) == set(plans.KINDS) and set(EXECUTORS) == set(plans.KINDS.values())
+@pytest.mark.parametrize("part", CONSUMERS)
+def test_every_kind_has_a_row_for_every_consumer(part: str) -> None:
+    table, consumers = CONSUMERS[part]
+    kinds = set(table.values())
+    assert all(set(rows) == kinds for rows in consumers)
+    assert set(SITE_PLANS) == set(plans.GATES)
+    assert kinds == set(get_args(plans.Gate) if part == "gates" else (plans.Edit,)), "the type and the table agree"
 
 
 def test_architectures_are_the_tested_ones() -> None:

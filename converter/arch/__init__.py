@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.ops.activation import cuts_up
@@ -30,6 +30,8 @@ ACTIVATIONS = {
     "relu2": "relu2",
 }
 """transformers' activation names -> the op's."""
+SPACES = ("layers", "hidden", "units", "vocab", "heads", "kv_heads")
+"""Dimensions that every architecture names; a mixture of experts has `experts` too, how many a layer has."""
 SWAPPED = "sparsegate"
 """The activation's name in the configuration of a checkpoint whose activation was swapped: no stock class knows it. Its
 model type has PREFIX.
@@ -79,8 +81,7 @@ class Attention(BaseModel):
     """The attention: names of its projections below `module`, q, k, v or all three in `qkv` (rows q, then k, then v),
     and the output's `o`.
 
-    `heads` and `kv_heads` say where the configuration counts query heads and key-value heads; `onnx` names the base
-    graph's initializers by role: q, k, v or all three in qkv (columns q, then k, then v), and o.
+    `onnx` names the base graph's initializers by role: q, k, v or all three in qkv (columns q, then k, then v), and o.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -91,14 +92,7 @@ class Attention(BaseModel):
     v: str | None = None
     qkv: str | None = None
     o: str
-    heads: Space
-    kv_heads: Space
     onnx: dict[str, str]
-
-    def head_dim(self, config: Any) -> int:
-        """Width d_h of a head."""
-        found = getattr(config, "head_dim", None)
-        return int(found) if found else int(config.hidden_size) // int(getattr(config, self.heads.config))
 
 
 class Arch(BaseModel):
@@ -114,9 +108,42 @@ class Arch(BaseModel):
     attn: Attention
     weights: tuple[Weight, ...]
 
-    def size(self, config: Any, space: str) -> int:
-        """The size of a space in a model's configuration."""
-        return int(getattr(config, self.spaces[space].config))
+    @field_validator("spaces")
+    @classmethod
+    def _has_all(cls, spaces: dict[str, Space]) -> dict[str, Space]:
+        missing = [name for name in SPACES if name not in spaces]
+        if missing:
+            raise ValueError(f"spaces must hold {', '.join(SPACES)}, got no {', '.join(missing)}")
+        return spaces
+
+    @property
+    def matrices(self) -> int:
+        """Matrices [n, d] of a feed-forward network: gate, up and down, or up and down of a plain one."""
+        return 2 if self.ffn.kind == "plain" else 3
+
+    def size(self, config: Any, space: str, layer: int | None = None) -> int:
+        """The size of a space in a model's configuration, in one layer or (`layer` None) in all of them.
+
+        A configuration may list a size by layer. Raises InputError where the list has another length than the model,
+        and for all layers of a size that differs between them.
+        """
+        name = self.spaces[space].config
+        value = getattr(config, name)
+        if not isinstance(value, list | tuple):
+            return int(value)
+        if len(value) != self.size(config, "layers"):
+            raise InputError(
+                f"{name} must have a size for each of {self.size(config, 'layers')} layers, got {len(value)}. Mend "
+                "config.json."
+            )
+        if layer is None and len(set(value)) != 1:
+            raise InputError(f"{name} must be the same in every layer here, got {value!r:.100}. Take another method.")
+        return int(value[layer or 0])
+
+    def head_dim(self, config: Any) -> int:
+        """Width d_h of a head."""
+        width = getattr(config, "head_dim", None)
+        return int(width) if width else self.size(config, "hidden") // self.size(config, "heads")
 
     def activation(self, config: Any) -> str:
         """The feed-forward activation by the op's name, of a model with swapped ones that of its base. Raises
@@ -141,8 +168,10 @@ class Arch(BaseModel):
             )
 
     def sites(self, config: Any) -> list[Site]:
-        """Every feed-forward site, in layer order."""
-        return [Site(layer) for layer in range(self.size(config, "layers"))]
+        """Every feed-forward site, in layer order; of a layer with experts one each."""
+        layers = range(self.size(config, "layers"))
+        experts = range(self.size(config, "experts")) if "experts" in self.spaces else (None,)
+        return [Site(layer, expert) for layer in layers for expert in experts]
 
     def block_prefix(self, layer: int) -> str:
         """The prefix of a block's weights in the checkpoint, with its dot."""

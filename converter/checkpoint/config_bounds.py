@@ -59,7 +59,7 @@ def check_backed(arch: Arch, raw: Mapping[str, Any], shapes: Mapping[str, tuple[
     """
     check_counts(raw)
     largest = max((extent for shape in shapes.values() for extent in shape), default=0)
-    for space, counted in {**arch.spaces, "heads": arch.attn.heads, "kv_heads": arch.attn.kv_heads}.items():
+    for space, counted in arch.spaces.items():
         value, most = raw.get(counted.config), len(shapes) if space == "layers" else largest
         if value is not None and not 1 <= value <= most:
             what = (
@@ -75,7 +75,7 @@ def check_graph(arch: Arch, config: Any) -> None:
     """Raise InputError for a model whose ONNX graph could not run: heads of a width that the attention op does not
     rotate, and too few positions.
     """
-    width = arch.attn.head_dim(config)
+    width = arch.head_dim(config)
     factor = (
         (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor")
         or getattr(config, "partial_rotary_factor", None)

@@ -1,16 +1,17 @@
-"""A plan says which units of a site are kept and by whom: {site: ordered list of entries}.
+"""A plan says what a site computes and which of its units are kept by whom: {site: SitePlan}.
 
-The kinds are closed. A row of KINDS names the class; `writer.py`, `modeling/gated.py` and `onnx_export/` hold one
-function each per kind.
+An edit changes a site once; a gate decides token by token which units are kept; a residual stands in for what a gate
+skips. The kinds are closed: EDITS and GATES name the classes, and each consumer (`sparsity.py`, `cost.py`,
+`modeling/gated.py`, `onnx_export/emit.py`) has one table with a row for each.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from .tensor_files import load_tensors
 
 PLAN = "plan.json"
 TENSORS = "plan.safetensors"
+VERSION = 2
+"""Of plan.json; stages of version 1, which had a list of entries a site, are made again."""
 _SHARE_ERROR = 0.01
 """What a share by a histogram is off by at most."""
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -33,58 +36,60 @@ FFN_LINEARS = LINEARS[4:]
 
 
 @dataclass(frozen=True)
+class Swap:
+    """The site computes with `activation`, which has exact zeros: one of the op's RELUS."""
+
+    ROLES: ClassVar[dict[str, str]] = {}
+    activation: str
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Keep the units that are not zero. Nothing is lost; the gate (a plain network's up projection) is computed in
+    full.
+
+    `density` is the calibrated share of non-zero units, `opened` that of units with a non-zero gate, whose up
+    projection is needed.
+    """
+
+    ROLES: ClassVar[dict[str, str]] = {}
+    score: ClassVar[str] = "exact"
+    density: float = 1.0
+    opened: float = 1.0
+
+
+@dataclass(frozen=True)
 class Threshold:
     """Keep unit i of a token when score_i > tau_i, tau [n] fp32; `density` is the calibrated share.
 
     `score` names a score that an op computes: "gate" = |act(gate_i)| at a feed-forward site (n neurons), "input" =
-    |x_j| at a linear site (n = d_in channels). At a feed-forward site, fc1 [r, d] and residual [r, d], given both or
-    neither, add residual^T relu(fc1 x) for what is skipped.
+    |x_j| at a linear site (n = d_in channels).
     """
 
+    ROLES: ClassVar[dict[str, str]] = {"tau": "tau"}
     score: str
     tau: Tensor
     density: float
-    fc1: Tensor | None = None
-    residual: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if (self.fc1 is None) != (self.residual is None):
-            found = "fc1" if self.residual is None else "residual"
-            raise InputError(
-                f"A threshold must have fc1 and residual or neither, got only {found}. Give both, or make the plan "
-                "again."
-            )
-
-    @property
-    def rank(self) -> int:
-        """Width r of the residual's hidden layer; 0 without a residual."""
-        return 0 if self.fc1 is None else int(self.fc1.shape[0])
-
-    def fields(self) -> dict[str, Any]:
-        """The entry without its tensors, for JSON."""
-        return {"kind": "threshold", "score": self.score, "density": self.density}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The entry's tensors by role."""
-        found = {"tau": self.tau}
-        if self.fc1 is not None and self.residual is not None:
-            found |= {"residual.fc1.weight": self.fc1, "residual.weight": self.residual}
-        return found
 
 
 @dataclass(frozen=True)
 class Predictor:
     """Keep unit i when (fc2 relu(fc1 x))_i > tau_i; fc1 [r, d], fc2 [n, r], tau [n], all fp32.
 
-    With `residual` [r, d], residual^T relu(fc1 x) stands in for what is skipped. `density` and `recall` (the kept share
-    of the units that the label's score would keep) were measured on held-out calibration tokens.
+    `density` and `recall` (the kept share of the units that the label's score would keep) were measured on held-out
+    calibration tokens.
     """
 
+    ROLES: ClassVar[dict[str, str]] = {
+        "tau": "tau",
+        "fc1": "predictor.fc1.weight",
+        "fc2": "predictor.fc2.weight",
+    }
+    score: ClassVar[str] = "predictor"
     fc1: Tensor
     fc2: Tensor
     tau: Tensor
     density: float
-    residual: Tensor | None = None
     recall: float | None = None
 
     @property
@@ -92,122 +97,109 @@ class Predictor:
         """Width r of the hidden layer."""
         return int(self.fc1.shape[0])
 
-    def fields(self) -> dict[str, Any]:
-        """The entry without its tensors, for JSON."""
-        return {"kind": "predictor", "rank": self.rank, "density": self.density, "recall": self.recall}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The entry's tensors by role."""
-        found = {"tau": self.tau, "predictor.fc1.weight": self.fc1, "predictor.fc2.weight": self.fc2}
-        return found if self.residual is None else found | {"residual.weight": self.residual}
+@dataclass(frozen=True)
+class Residual:
+    """weight^T relu(fc1 x) stands in for what a gate skips; weight and fc1 [r, d], fc1 None: that of the predictor."""
+
+    ROLES: ClassVar[dict[str, str]] = {"fc1": "residual.fc1.weight", "weight": "residual.weight"}
+    weight: Tensor
+    fc1: Tensor | None = None
+
+
+Edit = Swap
+Gate = Exact | Threshold | Predictor
+EDITS: dict[str, type[Edit]] = {"swap": Swap}
+GATES: dict[str, type[Gate]] = {"exact": Exact, "predictor": Predictor, "threshold": Threshold}
 
 
 @dataclass(frozen=True)
-class Swap:
-    """The site computes with `activation`, which has exact zeros: one of the op's RELUS.
+class SitePlan:
+    """What one site does: `edits` in their order, then the `gate` (None: every unit is kept), and its `residual`."""
 
-    Alone at its site, the units kept are the non-zero ones: nothing more is lost, and the gate (a plain network's up
-    projection) is computed in full. Before a Threshold or a Predictor those say what is kept. `density` is the
-    calibrated share of non-zero units, `opened` that of units with a non-zero gate, whose up projection is needed.
-    """
+    edits: tuple[Edit, ...] = ()
+    gate: Gate | None = None
+    residual: Residual | None = None
 
-    activation: str
-    density: float = 1.0
-    opened: float = 1.0
+    @property
+    def gating(self) -> Gate:
+        """The gate, of a site that has one, as every site of a checked plan."""
+        assert self.gate is not None
+        return self.gate
 
     @property
     def rank(self) -> int:
-        """Width of a hidden layer: there is none."""
-        return 0
+        """Width r of the hidden layer that is computed before the gate; 0 without one."""
+        return sum(len(tensor) for role, tensor in self.tensors().items() if role.endswith("fc1.weight"))
 
-    residual = None
-
-    def fields(self) -> dict[str, Any]:
-        """The entry for JSON."""
-        return {"kind": "swap", "activation": self.activation, "density": self.density, "opened": self.opened}
+    def activation(self, base: str) -> str:
+        """The activation that the site computes with in a model whose own is `base`."""
+        return next((edit.activation for edit in self.edits), base)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The entry's tensors by role: none."""
-        return {}
+        """The tensors of gate and residual by their roles in a checkpoint."""
+        return part_tensors(self.gate) | part_tensors(self.residual)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> SitePlan:
+        """The same with its tensors on `device` in `dtype`; itself where they already are."""
+        if all(tensor.device == device and tensor.dtype == dtype for tensor in self.tensors().values()):
+            return self
+
+        def moved(part: Any) -> Any:
+            tensors = {name: tensor.to(device, dtype) for name, tensor in _tensors(part).items()}
+            return part if part is None else replace(part, **tensors)
+
+        return replace(self, gate=moved(self.gate), residual=moved(self.residual))
 
 
-Entry = Threshold | Predictor | Swap
-Plan = dict[Site, list[Entry]]
-
-KINDS: dict[str, type[Threshold] | type[Predictor] | type[Swap]] = {
-    "predictor": Predictor,
-    "swap": Swap,
-    "threshold": Threshold,
-}
+Plan = dict[Site, SitePlan]
 
 
-def deciding(entries: list[Entry]) -> Entry:
-    """The entry that says what is kept: the last one."""
-    return entries[-1]
+def part_tensors(part: Gate | Residual | None) -> dict[str, Tensor]:
+    """The tensors of a gate or a residual by their roles in a checkpoint."""
+    return {part.ROLES[name]: tensor for name, tensor in _tensors(part).items()} if part is not None else {}
 
 
-def threshold_of(entries: list[Entry]) -> Threshold:
-    """The threshold of a site that has one entry, as every site of a linear map."""
-    (entry,) = entries
-    assert isinstance(entry, Threshold)
-    return entry
+def _tensors(part: Any) -> dict[str, Tensor]:
+    """The tensors of a part by field, in the order of its roles."""
+    values = {} if part is None else {name: getattr(part, name) for name in part.ROLES}
+    return {name: tensor for name, tensor in values.items() if tensor is not None}
 
 
-def activation_at(entries: list[Entry], base: str) -> str:
-    """The activation that a site computes with: the swapped one, else that of the `base` model."""
-    return entries[0].activation if isinstance(entries[0], Swap) else base
+def _part_fields(part: Any) -> dict[str, Any]:
+    """What of a part is no tensor, for JSON."""
+    return {entry.name: getattr(part, entry.name) for entry in fields(part) if entry.name not in part.ROLES}
 
 
-def make_entry(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Entry:
-    """The inverse of `fields` and `tensors`. Raises InputError for an unknown kind or a missing tensor."""
-    kind = fields.get("kind")
-    if kind not in KINDS:
-        raise InputError(
-            f"A plan's kind must be one of {', '.join(KINDS)}, got {kind!r}. Update sparsegate or make the plan again."
-        )
-    try:
-        if kind == "swap":
-            entry: Entry = Swap(fields["activation"], fields["density"], fields["opened"])
-        elif kind == "threshold":
-            entry = Threshold(
-                fields["score"],
-                tensors["tau"],
-                fields["density"],
-                tensors.get("residual.fc1.weight"),
-                tensors.get("residual.weight"),
-            )
-        else:
-            fc1, fc2 = tensors["predictor.fc1.weight"], tensors["predictor.fc2.weight"]
-            entry = Predictor(
-                fc1, fc2, tensors["tau"], fields["density"], tensors.get("residual.weight"), fields.get("recall")
-            )
-    except KeyError as missing:
-        raise InputError(
-            f"A {kind} entry must have {missing}, got {sorted(fields)} and tensors {sorted(tensors)}. Make the plan "
-            "again."
-        ) from None
-    unknown = (set(fields) - set(entry.fields())) | (set(tensors) - set(entry.tensors()))
-    if unknown:
-        allowed = ", ".join([*entry.fields(), *entry.tensors()])
-        raise InputError(
-            f"A {kind} entry must hold only {allowed}, got {', '.join(sorted(unknown))} as well. Update sparsegate or "
-            "make the plan again."
-        )
-    return entry
+def kind_of(part: Edit | Gate) -> str:
+    """The name of an edit's or a gate's kind."""
+    return next(name for name, kind in (EDITS | GATES).items() if type(part) is kind)
+
+
+def threshold_of(site: SitePlan) -> Threshold:
+    """The threshold of a site that has no other gate, as every site of a linear map."""
+    assert isinstance(site.gate, Threshold)
+    return site.gate
+
+
+def linear_thresholds(plan: Plan, layer: int) -> dict[str, Tensor]:
+    """Tau [d_in] of a layer's linear sites by their names."""
+    linears = {site: entry for site, entry in plan.items() if site.layer == layer and site.kind.startswith("linear:")}
+    return {site.kind.removeprefix("linear:"): threshold_of(entry).tau for site, entry in linears.items()}
 
 
 def save_plan(folder: Path, plan: Plan, header: Header) -> None:
     """Write plan, tensors and header into a stage folder. Raises InputError when `check_plan` does."""
     check_plan(plan)
     sites, tensors = {}, {}
-    for site, entries in plan.items():
-        sites[site.key] = [entry.fields() for entry in entries]
-        for number, entry in enumerate(entries):
-            for role, tensor in entry.tensors().items():
-                tensors[f"{site.key}.{number}.{role}"] = tensor.clone(
-                    memory_format=torch.contiguous_format
-                )  # sites may share one
-    write_json(folder / PLAN, {"version": 1, "sites": sites})
+    for site, entry in plan.items():
+        sites[site.key] = {
+            "edits": [{"kind": kind_of(edit)} | _part_fields(edit) for edit in entry.edits],
+            "gate": {"kind": kind_of(entry.gating)} | _part_fields(entry.gating),
+        }
+        for role, tensor in entry.tensors().items():  # a copy each: sites may share one
+            tensors[f"{site.key}.{role}"] = tensor.clone(memory_format=torch.contiguous_format)
+    write_json(folder / PLAN, {"version": VERSION, "sites": sites})
     write_tensors(folder / TENSORS, tensors)
     write_header(folder, header)
 
@@ -215,59 +207,81 @@ def save_plan(folder: Path, plan: Plan, header: Header) -> None:
 def load_plan(folder: Path) -> Plan:
     """Read a plan folder. Raises InputError when a file is missing, damaged or of another version."""
     data = read_json(folder / PLAN, "The plan")
-    if data.get("version") != 1:
+    if data.get("version") != VERSION:
         raise InputError(
-            f"A plan's version must be 1, got {data.get('version')!r}. Update sparsegate or make the plan again."
+            f"A plan's version must be {VERSION}, got {data.get('version')!r}. Update sparsegate or make the plan "
+            "again."
         )
     stored = load_tensors(folder / TENSORS, ["F32"])
     sites = data.get("sites")
-    if not isinstance(sites, dict) or not all(
-        isinstance(entries, list) and all(isinstance(f, dict) for f in entries) for entries in sites.values()
-    ):
+    if not isinstance(sites, dict) or not all(_is_site(entry) for entry in sites.values()):
         raise InputError(
-            f"The plan's sites must map a site to its entries, got {type(sites).__name__} in {folder / PLAN}. Make the "
-            "plan again."
+            f"The plan's sites must map a site to its edits and its gate, got {sites!r:.100} in {folder / PLAN}. Make "
+            "the plan again."
         )
     plan: Plan = {}
-    for key, entries in sites.items():
+    for key, entry in sites.items():
         site = Site.parse(key)
-        plan[site] = [
-            make_entry(
-                fields,
-                {
-                    name.removeprefix(f"{key}.{number}."): t
-                    for name, t in stored.items()
-                    if name.startswith(f"{key}.{number}.")
-                },
-            )
-            for number, fields in enumerate(entries)
-        ]
-        for entry in plan[site]:
-            check_values(site, entry)
+        tensors = {name.removeprefix(f"{key}."): t for name, t in stored.items() if name.startswith(f"{key}.")}
+        plan[site] = make_site_plan(entry["edits"], entry["gate"], tensors)
+        check_values(site, plan[site])
     check_plan(plan)
     return plan
 
 
-def check_plan(plan: Plan) -> None:
-    """Raise InputError where an entry does not belong to its site's kind or place, and where a layer gates both its
-    network and a linear inside it.
+def _is_site(entry: Any) -> bool:
+    """Whether a JSON value has the form of a site's plan."""
+    if not isinstance(entry, dict) or set(entry) != {"edits", "gate"} or not isinstance(entry["edits"], list):
+        return False
+    return all(isinstance(part, dict) for part in (*entry["edits"], entry["gate"]))
+
+
+def make_site_plan(edits: list[dict[str, Any]], gate: dict[str, Any], tensors: Mapping[str, Tensor]) -> SitePlan:
+    """A site's plan from the fields of its parts, `kind` among them, and its tensors by role.
+
+    Raises InputError for an unknown kind and for a missing or unknown field or tensor.
     """
-    for site, entries in plan.items():
-        is_linear = site.kind.startswith("linear:")
-        if [isinstance(entry, Swap) for entry in entries] not in ([False], [True], [True, False]):
-            kinds = ", ".join(entry.fields()["kind"] for entry in entries) or "none"
-            raise InputError(
-                f"{site.key} must have one entry, or a swap and at most one after it, got {kinds}. Make another plan."
-            )
-        for entry in entries:
-            score = score_of(entry)
-            if isinstance(entry, Swap):
-                check_exact(entry.activation)
-            if is_linear != (score == "input") or (is_linear and entry.residual is not None):
-                expected = "input and have no residual" if is_linear else "of neurons (gate or predictor)"
-                raise InputError(f"The score of {site.key} must be {expected}, got {score}. Make another plan.")
-        if is_linear and site.kind.removeprefix("linear:") not in LINEARS:
-            raise InputError(f"A linear site must be one of {', '.join(LINEARS)}, got {site.key}. Make another plan.")
+    residual = {name: tensors[role] for name, role in Residual.ROLES.items() if role in tensors}
+    rest = {role: tensor for role, tensor in tensors.items() if role not in Residual.ROLES.values()}
+    if residual and "weight" not in residual:
+        raise InputError("A residual must have weight, got only fc1. Make the plan again.")
+    return SitePlan(
+        tuple(_make_part("edit", EDITS, edit, {}) for edit in edits),
+        _make_part("gate", GATES, gate, rest),
+        Residual(**residual) if residual else None,
+    )
+
+
+def _make_part(what: str, kinds: Mapping[str, Any], stored: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """An edit or a gate from its fields and tensors."""
+    kind = str(stored.get("kind"))
+    if kind not in kinds:
+        raise InputError(
+            f"A plan's kind of {what} must be one of {', '.join(kinds)}, got {kind!r}. Update sparsegate or make the "
+            "plan again."
+        )
+    roles = kinds[kind].ROLES
+    values = {name: value for name, value in stored.items() if name != "kind"}
+    values |= {name: tensors[role] for name, role in roles.items() if role in tensors}
+    allowed = {entry.name: entry.default is MISSING for entry in fields(kinds[kind])}
+    missing = [roles.get(name, name) for name, needed in allowed.items() if needed and name not in values]
+    unknown = [*(set(values) - set(allowed)), *(set(stored) & set(roles)), *(set(tensors) - set(roles.values()))]
+    if missing or unknown:
+        wrong = f"no {', '.join(missing)}" if missing else f"{', '.join(sorted(unknown))} as well"
+        names = ", ".join(roles.get(name, name) for name in allowed)
+        raise InputError(
+            f"The fields and tensors of a {kind} must be {names}, got {wrong}. Update sparsegate or make the plan "
+            "again."
+        )
+    return kinds[kind](**values)
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise InputError where a part does not belong to its site, and where a layer gates both its network and a linear
+    inside it.
+    """
+    for site, entry in plan.items():
+        _check_parts(site, entry)
         inside = [name for name in FFN_LINEARS if Site(site.layer, kind=f"linear:{name}") in plan]
         if site.kind == "ffn" and inside:
             raise InputError(
@@ -276,14 +290,37 @@ def check_plan(plan: Plan) -> None:
             )
 
 
-def check_values(site: Site, entry: Entry) -> None:
-    """Raise InputError for numbers that an entry cannot have: shares outside 0 to 1, tensors that are no float32, NaN,
+def _check_parts(site: Site, entry: SitePlan) -> None:
+    """Raise InputError where the edits, the gate or the residual do not belong to the site's kind or to one another."""
+    gate, residual, is_linear = entry.gate, entry.residual, site.kind.startswith("linear:")
+    if gate is None or len(entry.edits) > 1:
+        parts = ", ".join([*map(kind_of, entry.edits), *([] if gate is None else [kind_of(gate)])]) or "none"
+        raise InputError(
+            f"{site.key} must have a gate, and at most one swap before it, got {parts}. Make another plan."
+        )
+    for edit in entry.edits:
+        check_exact(edit.activation)
+    if is_linear != (gate.score == "input") or (is_linear and (entry.edits or residual)):
+        expected = "input and have no residual" if is_linear else "of neurons (gate or predictor)"
+        raise InputError(f"The score of {site.key} must be {expected}, got {gate.score}. Make another plan.")
+    if residual is not None and (isinstance(gate, Exact) or (residual.fc1 is None) == isinstance(gate, Threshold)):
+        needed = "none behind exact zeros, fc1 of its own behind a threshold, and the predictor's behind a predictor"
+        raise InputError(
+            f"The residual of {site.key} must have {needed}, got another at {kind_of(gate)}. Mend the plan."
+        )
+    if is_linear and site.kind.removeprefix("linear:") not in LINEARS:
+        raise InputError(f"A linear site must be one of {', '.join(LINEARS)}, got {site.key}. Make another plan.")
+
+
+def check_values(site: Site, entry: SitePlan) -> None:
+    """Raise InputError for numbers that a plan cannot have: shares outside 0 to 1, tensors that are no float32, NaN,
     and infinity.
 
     tau alone may be +infinity, of a unit that is never kept, and then `density` leaves room for such units.
     """
-    for name in {"density", "opened"} & set(entry.fields()):
-        check_share(f"The {name} of {site.key}", getattr(entry, name))
+    gate = entry.gating
+    for name in {"density", "opened"} & set(_part_fields(gate)):
+        check_share(f"The {name} of {site.key}", getattr(gate, name))
     for role, tensor in entry.tensors().items():
         name = f"{site.key}.{role}"
         if tensor.dtype != torch.float32:
@@ -298,12 +335,10 @@ def check_values(site: Site, entry: Entry) -> None:
                 f"{name} must hold numbers, got {'NaN' if math.isnan(value) else value}. Make the plan or checkpoint "
                 "again."
             )
-    if (
-        not isinstance(entry, Swap)
-        and entry.density > (most := float(entry.tau.isfinite().double().mean())) + _SHARE_ERROR
-    ):
+    tau = part_tensors(gate).get("tau")
+    if tau is not None and gate.density > (most := float(tau.isfinite().double().mean())) + _SHARE_ERROR:
         raise InputError(
-            f"The density of {site.key} must be at most {most:.3g}, the share of finite tau, got {entry.density}. Make "
+            f"The density of {site.key} must be at most {most:.3g}, the share of finite tau, got {gate.density}. Make "
             "the plan or checkpoint again."
         )
 
@@ -314,11 +349,6 @@ def check_share(what: str, value: Any) -> None:
         raise InputError(f"{what} must be a number from 0 to 1, got {value!r:.100}. Fetch the checkpoint again.")
 
 
-def score_of(entry: Entry) -> str:
-    """What an entry keeps units by, as checkpoints and ops name it: predictor, exact, or a threshold's own score."""
-    return "predictor" if isinstance(entry, Predictor) else "exact" if isinstance(entry, Swap) else entry.score
-
-
 def check_exact(activation: str) -> None:
     """Raise InputError unless `activation` is one with exact zeros."""
     if not is_relu(activation):
@@ -327,46 +357,57 @@ def check_exact(activation: str) -> None:
         )
 
 
-def on_swaps(plan: Plan, swaps: Mapping[Site, Swap]) -> Plan:
-    """A plan for a model with swapped activations: every swapped site lists its swap, alone or before what the plan
-    says.
+def on_swaps(plan: Plan, swapped: Plan) -> Plan:
+    """A plan for a model with `swapped` sites: each has its swap, under the gate that it has here or in `plan`.
 
     Raises InputError for a site that the plan gives another activation.
     """
-    found = dict(plan)
-    for site, swap in swaps.items():
-        entries = plan.get(site, [])
-        if entries and isinstance(entries[0], Swap):
-            if entries[0].activation != swap.activation:
-                raise InputError(
-                    f"{site.key}'s activation must be {swap.activation} as in the model, got {entries[0].activation} "
-                    "in the plan. Make another plan."
-                )
-            continue
-        found[site] = [swap, *entries]
-    return dict(sorted(found.items(), key=lambda item: (item[0].layer, item[0].kind != "ffn")))
+    whole = dict(plan)
+    for site, entry in swapped.items():
+        if site not in plan:
+            whole[site] = entry
+        elif not plan[site].edits:
+            whole[site] = replace(plan[site], edits=entry.edits)
+        elif plan[site].activation("") != entry.activation(""):
+            raise InputError(
+                f"{site.key}'s activation must be {entry.activation('')} as in the model, got "
+                f"{plan[site].activation('')} in the plan. Make another plan."
+            )
+    return in_order(whole)
+
+
+def exact_part(plan: Plan) -> Plan:
+    """What of a plan loses nothing by itself: its swaps, and the exact zeros of every site that has them."""
+    whole = {site: entry for site, entry in plan.items() if entry.edits or isinstance(entry.gate, Exact)}
+    return {
+        site: entry if isinstance(entry.gate, Exact) else SitePlan(entry.edits, Exact())
+        for site, entry in whole.items()
+    }
+
+
+def in_order(plan: Plan) -> Plan:
+    """The plan by layers, a layer's network before its linears, which stay in the order of the data flow."""
+    return dict(sorted(plan.items(), key=lambda item: (item[0].layer, item[0].kind != "ffn")))
 
 
 def merge(plans: Iterable[Plan]) -> Plan:
-    """One plan of several: neuron gating wins over the linear sites inside its network. Raises InputError for a site
-    that two plans gate.
+    """One plan of several: neuron gating wins over the linear sites inside its network.
+
+    Raises InputError for a site that two plans gate.
     """
     united: Plan = {}
     for plan in plans:
-        for site, entries in plan.items():
+        for site, entry in plan.items():
             if site in united:
                 raise InputError(
                     f"Plans to merge must gate different sites, got {site.key} twice. Leave it out of one."
                 )
-            united[site] = entries
-    kept = {
-        site: e
-        for site, e in united.items()
-        if not (site.kind.removeprefix("linear:") in FFN_LINEARS and Site(site.layer, site.expert) in united)
-    }
-    kept = dict(
-        sorted(kept.items(), key=lambda item: (item[0].layer, item[0].kind != "ffn"))
-    )  # stable: linears stay in the order of the data flow
+            united[site] = entry
+
+    def inside(site: Site) -> bool:
+        return site.kind.removeprefix("linear:") in FFN_LINEARS and Site(site.layer, site.expert) in united
+
+    kept = in_order({site: entry for site, entry in united.items() if not inside(site)})
     check_plan(kept)
     return kept
 

@@ -22,11 +22,10 @@ from torch import Tensor
 from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.untrusted import inside, read_json
 from ..arch import PREFIX, Arch, load_arch, supported
-from ..arch.site import Site
 from .config_bounds import check_backed, check_counts
 from .configs import build_config, check_swaps, register_configs
 from .model_check import Stored, check_model, check_parameters
-from .plan import Swap
+from .plan import Plan, exact_part
 from .sparsity import KEY, read_key, read_sparsity, stock_config
 from .stage import hash_json, known_hash, write_json
 from .tensor_files import FLOATS, damaged, first_line, read_header
@@ -85,7 +84,8 @@ class TensorInfo:
 class Source:
     """An opened model folder. `id` and `revision` are the Hub repository and commit it came from, when it did.
 
-    `arch` is the base's where activations were swapped, and `swaps` says where and to what; {} for a stock model.
+    `arch` is the base's where activations were swapped, and `swaps` says where and to what, each with its exact zeros
+    kept; {} for a stock model.
     """
 
     folder: Path
@@ -95,7 +95,7 @@ class Source:
     id: str | None = None
     revision: str | None = None
     label: str | None = None
-    swaps: dict[Site, Swap] = field(default_factory=dict)
+    swaps: Plan = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -182,9 +182,9 @@ def open_source(model: str | Path, id: str | None = None, revision: str | None =
         )
     raw = read_json(folder / "config.json", "config.json")
     check_config({key: value for key, value in raw.items() if not (sparse and key == KEY)})
-    swaps: dict[Site, Swap] = {}
+    swaps: Plan = {}
     if str(raw.get("model_type")).startswith(PREFIX):
-        swaps = {site: entries[0] for site, entries in read_sparsity(folder)[0].items() if isinstance(entries[0], Swap)}
+        swaps = exact_part(read_sparsity(folder)[0])
     if (folder / GENERATION_CONFIG).is_file():
         read_json(folder / GENERATION_CONFIG, GENERATION_CONFIG)
     arch = load_arch(str(raw.get("model_type")))

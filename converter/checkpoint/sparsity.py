@@ -7,6 +7,7 @@ Version 2 is for activations that were swapped and for sites that keep what is n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,17 +20,18 @@ from ...runtime_onnx.untrusted import read_json
 from ..arch import ACTIVATIONS, PREFIX, SWAPPED, load_arch, supported
 from ..arch.site import Site
 from .plan import (
-    Entry,
+    Exact,
+    Gate,
     Plan,
     Predictor,
+    Residual,
+    SitePlan,
     Swap,
     Threshold,
-    activation_at,
+    check_exact,
     check_plan,
     check_share,
     check_values,
-    deciding,
-    score_of,
 )
 from .stage import write_json, write_tensors
 from .tensor_files import load_tensors
@@ -73,35 +75,41 @@ class Key(NamedTuple):
         return [site for site, fields in self.sites.items() if fields["score"] != "exact"]
 
 
+WRITERS: dict[type[Gate], Callable[[Any], dict[str, Any]]] = {
+    Exact: lambda gate: {"opened": gate.opened},
+    Threshold: lambda gate: {},
+    Predictor: lambda gate: {"rank": gate.rank},
+}
+"""Kind of gate -> what a site's object holds of it beside score, activation and density."""
+
+
 def encode(plan: Plan, activation: str, base_activation: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The `sparsity` key and the tensors of a plan on a model with an `activation` (the op's name), which transformers
     names `base_activation`.
 
-    Raises InputError for a score that the format does not know, and when `check_plan` does.
+    Raises InputError for a score that the format does not know, for exact zeros of an activation that has none, and
+    when `check_plan` does.
     """
     check_plan(plan)
     sites, tensors, version = {}, {}, 1
-    for site, entries in plan.items():
-        entry, score, own = deciding(entries), score_of(deciding(entries)), activation_at(entries, activation)
+    for site, entry in plan.items():
+        gate, computed = entry.gating, entry.activation(activation)
         check_values(site, entry)
-        if score not in _FIELDS:
+        if gate.score not in READERS:
             raise InputError(
-                f"The score of {site.key} must be one of {', '.join(_FIELDS)} in sparsity version 2, got {score!r}. "
-                "Make another plan."
+                f"The score of {site.key} must be one of {', '.join(READERS)} in sparsity version 2, got "
+                f"{gate.score!r}. Make another plan."
             )
-        fields: dict[str, Any] = {"score": score, "activation": own, "density": entry.density, "rank": entry.rank}
-        if isinstance(entry, Swap):
-            fields["opened"] = entry.opened
-        fields = {name: value for name, value in fields.items() if name in _FIELDS[score]}
+        if isinstance(gate, Exact):
+            check_exact(computed)
+        network = {} if gate.score == "input" else {"activation": computed}
+        sites[site.key] = {"score": gate.score, **network, "density": gate.density, **WRITERS[type(gate)](gate)}
         if entry.residual is not None:
-            fields |= {"rank": entry.rank, "residual": True}
-        sites[site.key] = fields
-        version = 2 if score == "exact" or own != activation else version
+            sites[site.key] |= {"rank": entry.rank, "residual": True}
+        version = 2 if isinstance(gate, Exact) or computed != activation else version
         # a copy each: sites may share a tensor, which safetensors refuses
-        tensors |= {
-            f"{site.key}.{role}": tensor.clone(memory_format=torch.contiguous_format)
-            for role, tensor in entry.tensors().items()
-        }
+        copies = {role: tensor.clone(memory_format=torch.contiguous_format) for role, tensor in entry.tensors().items()}
+        tensors |= {f"{site.key}.{role}": tensor for role, tensor in copies.items()}
     if version == 1:
         return {"version": 1, "sites": sites}, tensors
     named = base_activation or next(name for name, known in ACTIVATIONS.items() if known == activation)
@@ -123,7 +131,7 @@ def write_sparsity(folder: Path, plan: Plan, activation: str) -> None:
         field = load_arch(model_type).ffn.activation.config
         named = raw[KEY]["base_activation"] if raw.get(field) == SWAPPED else raw.get(field)
     key, tensors = encode(plan, activation, named)
-    if any(activation_at(entries, activation) != activation for site, entries in plan.items() if site.kind == "ffn"):
+    if any(entry.activation(activation) != activation for entry in plan.values()):
         arch = load_arch(model_type)
         raw |= {"model_type": PREFIX + arch.model_type, arch.ffn.activation.config: SWAPPED}
         raw |= (
@@ -222,11 +230,12 @@ def read_sparsity(folder: Path) -> tuple[Plan, dict[str, str]]:
     swapped = key.swapped()
     plan: Plan = {}
     for site, fields in key.sites.items():
-        entry = _entry(site.key, fields, stored)
-        check_values(site, entry)
-        plan[site] = [Swap(swapped[site]), entry] if site in swapped and not isinstance(entry, Swap) else [entry]
+        gate, residual = READERS[fields["score"]](_Stored(site.key, fields, stored))
+        edits = (Swap(swapped[site]),) if site in swapped else ()
+        plan[site] = SitePlan(edits, gate, residual)
+        check_values(site, plan[site])
     check_plan(plan)
-    known = {f"{site.key}.{role}" for site, entries in plan.items() for role in deciding(entries).tensors()}
+    known = {f"{site.key}.{role}" for site, entry in plan.items() for role in entry.tensors()}
     if set(stored) - known:
         raise InputError(
             f"{TENSORS} must hold only what config.json names, got {min(set(stored) - known)} as well. Update "
@@ -303,41 +312,81 @@ def _check_activation(key: str, activation: Any, score: str, base: str | None) -
         )
 
 
-def _entry(key: str, fields: dict[str, Any], stored: dict[str, Tensor]) -> Entry:
-    def tensor(role: str) -> Tensor:
-        name = f"{key}.{role}"
-        if name not in stored:
-            raise InputError(f"{TENSORS} must hold {name}, got no such tensor. Fetch the checkpoint again.")
-        return stored[name]
+class _Stored(NamedTuple):
+    """What a checkpoint holds of a site: its key, its object in config.json, and all sites' tensors."""
 
-    if fields["score"] == "exact":
-        return Swap(fields["activation"], float(fields["density"]), float(fields["opened"]))
-    tau = tensor("tau")
-    if tau.ndim != 1:
-        raise InputError(f"{key}.tau must have shape [n], got {list(tau.shape)}. Fetch the checkpoint again.")
-    score, density = fields["score"], float(fields["density"])
-    if score == "input":
-        return Threshold(score, tau, density)
-    residual = tensor("residual.weight") if fields.get("residual") else None
-    if score == "gate" and residual is None:
-        return Threshold(score, tau, density)
-    fc1 = tensor("residual.fc1.weight" if score == "gate" else "predictor.fc1.weight")
-    if fc1.ndim != 2 or fc1.shape[0] != fields["rank"]:
-        raise InputError(
-            f"{key}'s fc1 must have shape [r, d] with r = {fields['rank']}, got {list(fc1.shape)}. Fetch the "
-            "checkpoint again."
-        )
-    if residual is not None and residual.shape != fc1.shape:
-        raise InputError(
-            f"{key}.residual.weight must have shape {list(fc1.shape)}, got {list(residual.shape)}. Fetch the "
-            "checkpoint again."
-        )
-    if score == "gate":
-        return Threshold(score, tau, density, fc1, residual)
-    fc2 = tensor("predictor.fc2.weight")
+    key: str
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def density(self) -> float:
+        return float(self.fields["density"])
+
+    def tensor(self, role: str) -> Tensor:
+        name = f"{self.key}.{role}"
+        if name not in self.tensors:
+            raise InputError(f"{TENSORS} must hold {name}, got no such tensor. Fetch the checkpoint again.")
+        return self.tensors[name]
+
+    def tau(self) -> Tensor:
+        tau = self.tensor("tau")
+        if tau.ndim != 1:
+            raise InputError(f"{self.key}.tau must have shape [n], got {list(tau.shape)}. Fetch the checkpoint again.")
+        return tau
+
+    def fc1(self, role: str) -> Tensor:
+        """The hidden layer [r, d] of the rank that config.json names."""
+        fc1 = self.tensor(role)
+        if fc1.ndim != 2 or fc1.shape[0] != self.fields["rank"]:
+            raise InputError(
+                f"{self.key}'s fc1 must have shape [r, d] with r = {self.fields['rank']}, got {list(fc1.shape)}. Fetch "
+                "the checkpoint again."
+            )
+        return fc1
+
+    def residual(self, fc1: Tensor) -> Tensor:
+        weight = self.tensor("residual.weight")
+        if weight.shape != fc1.shape:
+            raise InputError(
+                f"{self.key}.residual.weight must have shape {list(fc1.shape)}, got {list(weight.shape)}. Fetch the "
+                "checkpoint again."
+            )
+        return weight
+
+
+def _exact(stored: _Stored) -> tuple[Gate, Residual | None]:
+    return Exact(stored.density, float(stored.fields["opened"])), None
+
+
+def _input(stored: _Stored) -> tuple[Gate, Residual | None]:
+    return Threshold("input", stored.tau(), stored.density), None
+
+
+def _gate(stored: _Stored) -> tuple[Gate, Residual | None]:
+    gate = Threshold("gate", stored.tau(), stored.density)
+    if not stored.fields.get("residual"):
+        return gate, None
+    fc1 = stored.fc1("residual.fc1.weight")
+    return gate, Residual(stored.residual(fc1), fc1)
+
+
+def _predictor(stored: _Stored) -> tuple[Gate, Residual | None]:
+    tau, fc1 = stored.tau(), stored.fc1("predictor.fc1.weight")
+    residual = Residual(stored.residual(fc1)) if stored.fields.get("residual") else None
+    fc2 = stored.tensor("predictor.fc2.weight")
     if fc2.shape != (len(tau), fc1.shape[0]):
         raise InputError(
-            f"{key}'s fc2 must have shape [{len(tau)}, r] with r = {fields['rank']}, got {list(fc2.shape)}. Fetch the "
-            "checkpoint again."
+            f"{stored.key}'s fc2 must have shape [{len(tau)}, r] with r = {fc1.shape[0]}, got {list(fc2.shape)}. Fetch "
+            "the checkpoint again."
         )
-    return Predictor(fc1, fc2, tau, density, residual)
+    return Predictor(fc1, fc2, tau, stored.density), residual
+
+
+READERS: dict[str, Callable[[_Stored], tuple[Gate, Residual | None]]] = {
+    "gate": _gate,
+    "predictor": _predictor,
+    "input": _input,
+    "exact": _exact,
+}
+"""Score in config.json -> what reads the site's gate and residual."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.untrusted import read_json, regular
-from .plan import Plan, Swap, on_swaps
+from .plan import Plan, on_swaps
 from .source import COPIED, INDEX, SINGLE, Source, drop_code
 from .sparsity import write_sparsity
 from .stage import write_json, write_tensors
@@ -32,9 +32,9 @@ def write_checkpoint(source: Source, plan: Plan, out: Path, weights: Mapping[str
     model.
     """
     fixed = {
-        site: swap
-        for site, swap in source.swaps.items()
-        if weights is None or not (site in plan and isinstance(plan[site][0], Swap))
+        site: swapped
+        for site, swapped in source.swaps.items()
+        if weights is None or not (site in plan and plan[site].edits)
     }
     plan = on_swaps(plan, fixed)
     _check_weights(source, weights or {})

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..arch import Arch
-from ..checkpoint.plan import Plan, Predictor, Swap, deciding
-from ..modeling.gated import apply_plan, recording, remove_plan
+from ..checkpoint.plan import Exact, Plan, Predictor, SitePlan
+from ..modeling.gated import Recorder, apply_plan, recording, remove_plan
 from ..text.windows import Batches
 
 _WINDOWS, _TOGETHER = 32, 4
@@ -17,31 +17,35 @@ _WINDOWS, _TOGETHER = 32, 4
 
 @torch.no_grad()
 def with_shares(model: Any, plan: Plan, arch: Arch, activation: str, batches: Batches) -> Plan:
-    """The plan with the shares of non-zero and of open units in every Swap, and with the kept share in every Predictor
-    behind one, on the first windows.
+    """The plan with the shares of non-zero and of open units at every exact site, and with the kept share of every
+    Predictor under a swapped activation, on the first windows.
 
-    `model` is left ungated. A plan without a Swap comes back as it is.
+    `model` is left ungated. A plan with neither comes back as it is.
     """
-    if not any(isinstance(entries[0], Swap) for entries in plan.values()):
-        return plan
-    found = dict(plan)
-    swapped = [site for site, entries in plan.items() if isinstance(entries[0], Swap)]
-    for looked in (
-        {site: plan[site][:1] for site in swapped},
-        {site: plan[site] for site in swapped if isinstance(deciding(plan[site]), Predictor)},
-    ):
-        if not looked:
-            continue
-        apply_plan(model, looked, arch, activation)
-        with recording(model) as record:
-            for rows in batches.tokens[batches.mask.all(1)][:_WINDOWS].split(_TOGETHER):
-                model(input_ids=rows.to(model.device), use_cache=False)
-        remove_plan(model)
+    zeros = {site: replace(e, gate=Exact(), residual=None) for site, e in plan.items() if e.edits or _is_exact(e)}
+    exact = [site for site in zeros if _is_exact(plan[site])]
+    predicted = {site: plan[site] for site in zeros if isinstance(plan[site].gate, Predictor)}
+    whole = dict(plan)
+    if exact:
+        record = _recorded(model, zeros, arch, activation, batches)
         shares, opened = record.density(), record.opened_share()
-        for site, entries in looked.items():
-            first, rest = found[site][0], found[site][1:]
-            if len(entries) == 1 and isinstance(first, Swap):
-                found[site] = [replace(first, density=shares[site], opened=opened[site]), *rest]
-            else:
-                found[site] = [first, replace(rest[0], density=shares[site])]  # type: ignore[type-var]
-    return found
+        whole |= {site: replace(plan[site], gate=Exact(shares[site], opened[site])) for site in exact}
+    if predicted:
+        shares = _recorded(model, predicted, arch, activation, batches).density()
+        for site, entry in predicted.items():
+            whole[site] = replace(entry, gate=replace(entry.gating, density=shares[site]))
+    return whole
+
+
+def _is_exact(entry: SitePlan) -> bool:
+    return isinstance(entry.gate, Exact)
+
+
+def _recorded(model: Any, plan: Plan, arch: Arch, activation: str, batches: Batches) -> Recorder:
+    """What the plan's gates keep on the first windows."""
+    apply_plan(model, plan, arch, activation)
+    with recording(model) as record:
+        for rows in batches.tokens[batches.mask.all(1)][:_WINDOWS].split(_TOGETHER):
+            model(input_ids=rows.to(model.device), use_cache=False)
+    remove_plan(model)
+    return record

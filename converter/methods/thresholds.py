@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...runtime_onnx.errors import InputError
 from ..arch.site import Site
-from ..checkpoint.plan import Plan, Threshold
+from ..checkpoint.plan import Plan, SitePlan, Threshold
 from ..stats import Stats, of_kind
 from ..stats.bins import UNIT_BINS, cut, unit_edges
 
@@ -190,5 +190,7 @@ def plan_linears(stats: Stats, score: str, config: ChannelShare) -> Plan:
             kept = single[site] if site.key in densities else 1.0 - share
             tau, density = cut(stats[site][f"histogram:{score}.count"], kept)
             scale = stats[site][f"scale:{score}.scale"]
-            found[site] = [Threshold("input", torch.where(scale > 0, tau / scale, torch.inf).float(), density)]
+            found[site] = SitePlan(
+                gate=Threshold("input", torch.where(scale > 0, tau / scale, torch.inf).float(), density)
+            )
     return found

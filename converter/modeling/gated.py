@@ -7,9 +7,9 @@ the reference for quality, not for speed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,25 @@ from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.ops.activation import is_relu, jump
 from ...runtime_onnx.untrusted import read_json
 from ..arch import PREFIX, Arch, load_arch
-from ..arch.shapes import linear_rows, linear_shapes
+from ..arch.shapes import linear_rows
 from ..arch.site import Site
-from ..checkpoint.plan import Entry, Plan, Predictor, Swap, Threshold, activation_at, check_plan, deciding
+from ..checkpoint.cost import site_units
+from ..checkpoint.plan import (
+    Exact,
+    Plan,
+    Predictor,
+    Residual,
+    SitePlan,
+    Swap,
+    Threshold,
+    check_exact,
+    check_plan,
+    threshold_of,
+)
 from ..checkpoint.source import check_weights
 from ..checkpoint.sparsity import read_sparsity
 from ..checkpoint.tensor_files import first_line
-from .blocks import ffn_activation, ffn_down, ffn_parts, ffn_products
+from .blocks import Parts, ffn_activation, ffn_down, ffn_parts, ffn_products
 from .swapped import register
 
 NEAR = 1e-5
@@ -84,39 +96,38 @@ def _rms(scores: Tensor) -> Tensor:
     return scores.square().mean(-1, keepdim=True).sqrt()
 
 
-def threshold_scores(entry: Threshold, gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """|act(gate)| [..., n], and residual^T relu(fc1 x) [..., d] where there is one; at a linear site |x|
-    [..., d_in].
-    """
-    if entry.score == "input":
-        return x.abs(), None
-    if entry.fc1 is None or entry.residual is None:
-        return gate.abs(), None
-    return gate.abs(), F.relu(x @ entry.fc1.T) @ entry.residual
+def threshold_scores(gate: Threshold, parts: Parts, x: Tensor) -> tuple[Tensor, None]:
+    """|act(gate)| [..., n], or |x| [..., d_in] at a linear site; there is no hidden layer."""
+    return (x if gate.score == "input" else parts.gate).abs(), None
 
 
-def predictor_scores(entry: Predictor, gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """fc2 relu(fc1 x) [..., n], and residual^T relu(fc1 x) [..., d] where there is one."""
-    inner = F.relu(x @ entry.fc1.T)
-    return inner @ entry.fc2.T, None if entry.residual is None else inner @ entry.residual
+def predictor_scores(gate: Predictor, parts: Parts, x: Tensor) -> tuple[Tensor, Tensor]:
+    """fc2 relu(fc1 x) [..., n], and the hidden layer relu(fc1 x) [..., r]."""
+    hidden = F.relu(x @ gate.fc1.T)
+    return hidden @ gate.fc2.T, hidden
 
 
-def exact_scores(entry: Swap, z: Tensor, x: Tensor) -> tuple[Tensor, None]:
-    """|z| [..., n], which has no threshold: what is not 0 is kept. The others take the gate; a swap, which sees z,
-    needs no other decision.
-    """
-    return z.abs(), None
+def exact_scores(gate: Exact, parts: Parts, x: Tensor) -> tuple[Tensor, None]:
+    """|z| [..., n]: what is not 0 is kept; there is no hidden layer."""
+    return parts.z.abs(), None
 
 
-EXECUTORS = {Threshold: threshold_scores, Predictor: predictor_scores, Swap: exact_scores}
+EXECUTORS: dict[type, Callable[[Any, Parts, Tensor], tuple[Tensor, Tensor | None]]] = {
+    Threshold: threshold_scores,
+    Predictor: predictor_scores,
+    Exact: exact_scores,
+}
+"""Kind of gate -> what computes its scores from a module's inner values and x, and the hidden layer that it has."""
 
 
-def _on_device(entry: Threshold | Predictor, device: torch.device, dtype: torch.dtype) -> Threshold | Predictor:
-    """The entry with its tensors where the activations are; itself when they already are."""
-    if entry.tau.device == device and entry.tau.dtype == dtype:
-        return entry
-    moved = {name: t.to(device, dtype) for name, t in vars(entry).items() if isinstance(t, Tensor)}
-    return replace(entry, **moved)
+def residual_output(residual: Residual | None, hidden: Tensor | None, x: Tensor) -> Tensor | None:
+    """weight^T relu(fc1 x) [..., d], None without a residual; `hidden` [..., r] is the predictor's."""
+    if residual is None:
+        return None
+    if residual.fc1 is not None:
+        hidden = F.relu(x @ residual.fc1.T)
+    assert hidden is not None
+    return hidden @ residual.weight
 
 
 class _Gated:
@@ -124,42 +135,47 @@ class _Gated:
     stock module computes with.
     """
 
-    def __init__(self, site: Site, entries: list[Entry], arch: Arch, base: str, module: Any) -> None:
-        self.site, self.arch, self.base, self.module = site, arch, base, module
-        self.activation, self.entry = activation_at(entries, base), deciding(entries)
+    def __init__(self, site: Site, entry: SitePlan, arch: Arch, base: str, module: Any) -> None:
+        self.site, self.entry, self.arch, self.base, self.module = site, entry, arch, base, module
+        self.activation = base
         self.enabled = True
         self.recorder: Recorder | None = None
+        for edit in entry.edits:
+            EDITORS[type(edit)](self, edit)
 
     def __call__(self, x: Tensor) -> Tensor:
         parts = ffn_parts(self.module, self.arch, self.activation if self.enabled else self.base, x)
         if not self.enabled:
             return ffn_down(self.module, self.arch, parts.z)
-        entry = self.entry
-        if isinstance(entry, Swap):
-            if self.recorder is not None:
-                self.recorder.count(self.site, parts.z != 0)
-                self.recorder.opened[self.site] = self.recorder.opened.get(self.site, 0) + int(
-                    parts.gate.count_nonzero()
-                )
-                self._see_jump(x)
+        if isinstance(self.entry.gate, Exact):
+            self._see_exact(parts, x)
             return ffn_down(self.module, self.arch, parts.z)  # what is left out is 0
         # scores and thresholds stay fp32 in a half-precision model, as in the op
         wide = torch.promote_types(x.dtype, torch.float32)
-        entry = self.entry = _on_device(entry, x.device, wide)
-        scores, residual = EXECUTORS[type(entry)](entry, parts.gate.to(wide), x.to(wide))  # type: ignore[arg-type]
-        keep = scores > entry.tau
+        entry = self.entry = self.entry.to(x.device, wide)
+        gate, wide_x = entry.gate, x.to(wide)
+        assert isinstance(gate, Threshold | Predictor)
+        scores, hidden = EXECUTORS[type(gate)](gate, parts._replace(gate=parts.gate.to(wide)), wide_x)
+        residual = residual_output(entry.residual, hidden, wide_x)
+        keep = scores > gate.tau
         if self.recorder is not None:
             # most gates of a ReLU are 0: with a threshold of about 0 each would be near, though what one of that size
             # adds is nothing
-            faint = (
-                NEAR if isinstance(entry, Threshold) and is_relu(ffn_activation(self.module, self.activation)) else 0.0
-            )
-            self.recorder.add(self.site, scores, entry.tau, keep, faint)
+            zeros = isinstance(gate, Threshold) and is_relu(ffn_activation(self.module, self.activation))
+            self.recorder.add(self.site, scores, gate.tau, keep, NEAR if zeros else 0.0)
             self._see_jump(x)
         y = ffn_down(
             self.module, self.arch, torch.where(keep, parts.z, torch.zeros((), dtype=parts.z.dtype, device=x.device))
         )
         return y if residual is None else y + residual.to(y.dtype)
+
+    def _see_exact(self, parts: Parts, x: Tensor) -> None:
+        """Count the non-zero units, and the non-zero gates."""
+        if self.recorder is not None:
+            self.recorder.count(self.site, parts.z != 0)
+            opened = int(parts.gate.count_nonzero())
+            self.recorder.opened[self.site] = self.recorder.opened.get(self.site, 0) + opened
+            self._see_jump(x)
 
     def _see_jump(self, x: Tensor) -> None:
         """Tokens near a jump of the activation, where a rounding error decides between 0 and b, are near too."""
@@ -168,18 +184,26 @@ class _Gated:
             before, _ = ffn_products(self.module, self.arch, x)
             at = is_near(before.to(torch.promote_types(x.dtype, torch.float32)), float(np.float32(b))).any(-1)
             near = self.recorder.near
-            near[self.site] = at | near[self.site] if isinstance(self.entry, Threshold | Predictor) else at
+            near[self.site] = at if isinstance(self.entry.gate, Exact) else at | near[self.site]
+
+
+def _swap(gated: _Gated, edit: Swap) -> None:
+    gated.activation = edit.activation
+
+
+EDITORS: dict[type, Callable[[_Gated, Any], None]] = {Swap: _swap}
+"""Kind of edit -> what makes a stock module compute as it says."""
 
 
 class _Masked:
     """The forward of one linear module with a mask on its input; the parts of a packed weight have masks of their own.
 
-    `rows` maps a part's site to its rows of the weight, in order; a site without an entry is computed from the whole
+    `rows` maps a part's site to its rows of the weight, in order; a site without a gate is computed from the whole
     input.
     """
 
-    def __init__(self, module: Any, rows: Mapping[Site, slice], entries: Mapping[Site, Entry]) -> None:
-        self.module, self.rows, self.entries = module, dict(rows), dict(entries)
+    def __init__(self, module: Any, rows: Mapping[Site, slice], gates: Mapping[Site, SitePlan]) -> None:
+        self.module, self.rows, self.gates = module, dict(rows), dict(gates)
         self.enabled = True
         self.recorder: Recorder | None = None
 
@@ -198,15 +222,14 @@ class _Masked:
         )
 
     def _masked(self, site: Site, x: Tensor) -> Tensor:
-        if site not in self.entries:
+        if site not in self.gates:
             return x
-        wide, entry = torch.promote_types(x.dtype, torch.float32), self.entries[site]
-        assert not isinstance(entry, Swap)
-        entry = self.entries[site] = _on_device(entry, x.device, wide)
-        scores = x.to(wide).abs()
-        keep = scores > entry.tau
+        wide = torch.promote_types(x.dtype, torch.float32)
+        self.gates[site] = self.gates[site].to(x.device, wide)
+        scores, tau = x.to(wide).abs(), threshold_of(self.gates[site]).tau
+        keep = scores > tau
         if self.recorder is not None:
-            self.recorder.add(site, scores, entry.tau, keep)
+            self.recorder.add(site, scores, tau, keep)
         return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
@@ -232,21 +255,20 @@ Gates = dict[Any, _Gated | _Masked]
 def make_gates(model: Any, plan: Plan, arch: Arch, activation: str) -> Gates:
     """What `apply_plan` would set, for `switched`; the model stays as it is. Raises InputError as `apply_plan` does."""
     _check_fit(model.config, plan, arch)
-    _check_swaps(model, plan, arch)
-    rows = linear_rows(arch, model.config)
+    _check_activations(model, plan, arch, activation)
     forwards: dict[str, _Gated | _Masked] = {}
-    for site, entries in plan.items():
+    for site, entry in plan.items():
         if site.kind == "ffn":
             name = arch.ffn_module(site.layer)
-            forwards[name] = _Gated(site, entries, arch, activation, model.get_submodule(name))
+            forwards[name] = _Gated(site, entry, arch, activation, model.get_submodule(name))
             continue
         below, _ = arch.linears()[site.kind.removeprefix("linear:")]
         name = arch.block_prefix(site.layer) + below
         if name not in forwards:
-            parts = {Site(site.layer, kind=f"linear:{part}"): at for part, at in rows[below].items()}
-            forwards[name] = _Masked(
-                model.get_submodule(name), parts, {other: deciding(plan[other]) for other in parts if other in plan}
-            )
+            rows = linear_rows(arch, model.config, site.layer)[below]
+            parts = {Site(site.layer, kind=f"linear:{part}"): at for part, at in rows.items()}
+            gates = {other: plan[other] for other in parts if other in plan}
+            forwards[name] = _Masked(model.get_submodule(name), parts, gates)
     return {forward.module: forward for forward in forwards.values()}
 
 
@@ -281,21 +303,18 @@ def _set(old: Gates, new: Gates) -> None:
 
 def _check_fit(config: Any, plan: Plan, arch: Arch) -> None:
     check_plan(plan)
-    shapes = linear_shapes(arch, config)
-    sites, units, hidden = arch.sites(config), arch.size(config, "units"), arch.size(config, "hidden")
-    known = {*sites, *(Site(site.layer, kind=f"linear:{name}") for site in sites for name in shapes)}
-    for site, entries in plan.items():
+    sites, hidden = arch.sites(config), arch.size(config, "hidden")
+    linears = arch.linears()
+    known = {*sites, *(Site(site.layer, kind=f"linear:{name}") for site in sites for name in linears)}
+    units = site_units({site: entry for site, entry in plan.items() if site in known}, arch, config)
+    for site, entry in plan.items():
         if site not in known:
             raise InputError(
                 f"A plan must hold sites up to {sites[-1].key}, got {site.key}. Take the plan of this very model."
             )
-        arch.check_activation(activation_at(entries, ""), site.key)
-        entry = deciding(entries)
-        width = () if isinstance(entry, Threshold) and entry.fc1 is None else (entry.rank,)
-        expected = {
-            "tau": (units if site.kind == "ffn" else shapes[site.kind.removeprefix("linear:")][1],),
-            "predictor.fc2.weight": (units, *width),
-        }
+        arch.check_activation(entry.activation(""), site.key)
+        width = () if entry.rank == 0 else (entry.rank,)
+        expected = {"tau": (units[site],), "predictor.fc2.weight": (units[site], *width)}
         for role, tensor in entry.tensors().items():
             shape = expected.get(role, (*width, hidden))
             if tuple(tensor.shape) != shape:
@@ -305,15 +324,18 @@ def _check_fit(config: Any, plan: Plan, arch: Arch) -> None:
                 )
 
 
-def _check_swaps(model: Any, plan: Plan, arch: Arch) -> None:
-    for site, entries in plan.items():
-        if site.kind == "ffn" and isinstance(entries[0], Swap):
-            own = ffn_activation(model.get_submodule(arch.ffn_module(site.layer)), "")
-            if own and own != entries[0].activation:
-                raise InputError(
-                    f"{site.key}'s activation must be {own} as in the model, got {entries[0].activation}. Take the "
-                    "plan of this very model."
-                )
+def _check_activations(model: Any, plan: Plan, arch: Arch, base: str) -> None:
+    for site, entry in plan.items():
+        if site.kind != "ffn":
+            continue
+        present = ffn_activation(model.get_submodule(arch.ffn_module(site.layer)), "")
+        if present and entry.edits and present != entry.activation(""):
+            raise InputError(
+                f"{site.key}'s activation must be {present} as in the model, got {entry.activation('')}. Take the plan "
+                "of this very model."
+            )
+        if isinstance(entry.gate, Exact):
+            check_exact(present or entry.activation(base))
 
 
 def remove_plan(model: Any) -> Any:
@@ -332,8 +354,8 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     model = load_dense(folder, dtype)
     arch = load_arch(str(read_json(folder / "config.json", "config.json").get("model_type")))
     activation, swapped = arch.activation(model.config), model.config.model_type.startswith(PREFIX)
-    for site, entries in plan.items():
-        named, expected = activations.get(site.key), activation_at(entries, activation) if swapped else activation
+    for site, entry in plan.items():
+        named, expected = activations.get(site.key), entry.activation(activation) if swapped else activation
         if named not in (None, expected):
             raise InputError(
                 f"{site.key}'s activation must be {expected} as in the base model, got {named}. Update sparsegate or "

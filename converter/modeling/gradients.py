@@ -123,7 +123,7 @@ class _Sweep:
         self.model, self.tokens, self.settings, self.wanted = model, tokens, settings, labels
         self.mask = None if mask is None or bool(mask.all()) else mask
         self.blocks = list(model.get_decoder().layers)
-        self.heads = int(getattr(model.config, arch.attn.heads.config))
+        self.heads = arch.size(model.config, "heads")
         self.modules = {"ffn": f"{arch.ffn.module}.{arch.ffn.down}", "attn": f"{arch.attn.module}.{arch.attn.o}"}
         self.forwards = [block.forward for block in self.blocks]
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((), {})] * len(self.blocks)

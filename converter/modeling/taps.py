@@ -155,7 +155,7 @@ def tapped(model: Any, arch: Arch, kinds: Sequence[str], see: SiteTap) -> Iterat
             forwards[ffn] = partial(_ffn, ffn, arch, arch.activation(model.config), Site(layer), see)
         if "attn" in kinds:
             o = model.get_submodule(f"{arch.attn_module(layer)}.{arch.attn.o}")
-            heads = int(getattr(model.config, arch.attn.heads.config))
+            heads = arch.size(model.config, "heads")
             inputs[o] = partial(_heads, heads, Site(layer, kind="attn"), see)
         if "linear" in kinds:
             for name, parts in linear_parts(model, arch, layer).items():
@@ -180,7 +180,7 @@ def linear_parts(model: Any, arch: Arch, layer: int) -> dict[str, dict[Site, sli
     """
     return {
         arch.block_prefix(layer) + module: {Site(layer, kind=f"linear:{name}"): at for name, at in rows.items()}
-        for module, rows in linear_rows(arch, model.config).items()
+        for module, rows in linear_rows(arch, model.config, layer).items()
     }
 
 

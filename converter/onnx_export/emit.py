@@ -1,4 +1,4 @@
-"""What a plan's entry becomes in the graph: a score that an op computes and the tensors that it reads, one emitter per
+"""What a site's plan becomes in the graph: a score that an op computes and the tensors that it reads, one emitter per
 plan kind.
 """
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ...runtime_onnx.errors import InputError
 from ..arch.site import Site
-from ..checkpoint.plan import Entry, Predictor, Swap, Threshold, activation_at, deciding
+from ..checkpoint.plan import Exact, Predictor, SitePlan, Swap, Threshold
 
 
 @dataclass(frozen=True)
@@ -30,56 +30,56 @@ class Emission:
     activation: str | None = None
 
 
-def threshold(entry: Threshold) -> Emission:
-    """A threshold on |act(gate)|, with the residual where there is one, or on |x|. Raises InputError for a score that
-    no op computes.
-    """
-    tensors = {"tau": _array(entry.tau)}
-    if entry.score not in ("gate", "input"):
+def threshold(gate: Threshold) -> Emission:
+    """A threshold on |act(gate)| or on |x|. Raises InputError for a score that no op computes."""
+    if gate.score not in ("gate", "input"):
         raise InputError(
-            f"A threshold's score must be gate or input to be exported, got {entry.score}. Use the method gate, "
+            f"A threshold's score must be gate or input to be exported, got {gate.score}. Use the method gate, "
             "predictor, teal or wina."
         )
-    if entry.fc1 is not None and entry.residual is not None:
-        tensors |= {"p1": _array(entry.fc1), "res": _array(entry.residual)}
-    return Emission(entry.score, tensors)
+    return Emission(gate.score, {"tau": _array(gate.tau)})
 
 
-def predictor(entry: Predictor) -> Emission:
-    """A threshold on fc2 relu(fc1 x), with the residual where there is one."""
-    tensors = {"tau": _array(entry.tau), "p1": _array(entry.fc1), "p2": _array(entry.fc2)}
-    return Emission("predictor", tensors if entry.residual is None else tensors | {"res": _array(entry.residual)})
+def predictor(gate: Predictor) -> Emission:
+    """A threshold on fc2 relu(fc1 x)."""
+    return Emission("predictor", {"tau": _array(gate.tau), "p1": _array(gate.fc1), "p2": _array(gate.fc2)})
 
 
-def swap(entry: Swap) -> Emission:
-    """Another activation, of which what is not zero is kept."""
-    return Emission("exact", {}, entry.activation)
+def exact(gate: Exact) -> Emission:
+    """What is not zero is kept."""
+    return Emission("exact", {})
 
 
-EMITTERS: dict[str, Callable[[Any], Emission]] = {"threshold": threshold, "predictor": predictor, "swap": swap}
-"""Plan kind -> the function that emits it."""
+def swap(emission: Emission, edit: Swap) -> Emission:
+    """The same under another activation."""
+    return replace(emission, activation=edit.activation)
 
 
-def emit(site: Site, entries: list[Entry], d: int, n: int) -> Emission:
-    """The emission of a site's plan, for an MLP of n neurons over d channels or a linear of n = d input channels: of
-    its last entry, under the activation of a swap before it.
+EMITTERS: dict[type, Callable[[Any], Emission]] = {Threshold: threshold, Predictor: predictor, Exact: exact}
+"""Kind of gate -> what emits it."""
+EDIT_EMITTERS: dict[type, Callable[[Emission, Any], Emission]] = {Swap: swap}
+"""Kind of edit -> what changes the emission of the gate behind it."""
 
-    Raises InputError when the site has not one entry, or a swap and one after it, for a kind that has no emitter, and
-    for tensors of a wrong shape or with NaN.
+
+def emit_parts(entry: SitePlan) -> Emission:
+    """The emission of a site's gate, residual and edits."""
+    emission, residual = EMITTERS[type(entry.gating)](entry.gating), entry.residual
+    if residual is not None:
+        own = {} if residual.fc1 is None else {"p1": _array(residual.fc1)}
+        emission = replace(emission, tensors=emission.tensors | own | {"res": _array(residual.weight)})
+    for edit in entry.edits:
+        emission = EDIT_EMITTERS[type(edit)](emission, edit)
+    return emission
+
+
+def emit(site: Site, entry: SitePlan, d: int, n: int) -> Emission:
+    """The emission of a site's plan, for an MLP of n neurons over d channels or a linear of n = d input channels.
+
+    Raises InputError when the site has no gate and for tensors of a wrong shape or with NaN.
     """
-    kinds = [str(entry.fields()["kind"]) for entry in entries]
-    if [kind for kind in kinds if kind not in EMITTERS] or not (
-        len(kinds) == 1 or (len(kinds) == 2 and kinds[0] == "swap" != kinds[1])
-    ):
-        raise InputError(
-            f"Site {site.key} must have one entry of kind {' or '.join(EMITTERS)}, or a swap before it, to be "
-            "exported, "
-            f"got {', '.join(kinds) or 'none'}. Make another plan."
-        )
-    decides = deciding(entries)
-    found = EMITTERS[kinds[-1]](decides)
-    if decides is not entries[0]:
-        found = replace(found, activation=activation_at(entries, ""))
+    if entry.gate is None:
+        raise InputError(f"Site {site.key} must have a gate to be exported, got none. Make another plan.")
+    found = emit_parts(entry)
     r = len(found.tensors["p1"]) if "p1" in found.tensors else 0
     shapes = {"tau": (n,), "p1": (r, d), "p2": (n, r), "res": (r, d)}
     for role, array in found.tensors.items():

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..arch import Arch
 from ..arch.shapes import linear_rows
 from ..arch.site import Site
-from ..checkpoint.plan import Entry, Plan, Predictor, Swap, Threshold, threshold_of
+from ..checkpoint.plan import Plan, Predictor, Residual, SitePlan, linear_thresholds
 from ..modeling.gated import apply_plan, remove_plan
-from .emit import EMITTERS
+from .emit import emit_parts
 from .linear_region import cut_linears
 from .matmul_nbits import BLOCK, block_rounded
 from .precision import FLOAT_NAMES, PRECISIONS, Precision
@@ -55,7 +55,7 @@ def round_model(model: Any, plan: Plan, arch: Arch, precision: str, target: str 
             _write(module, [], form)
     return apply_plan(
         model,
-        {site: [_entry(entry, form) for entry in entries] for site, entries in plan.items()},
+        {site: _entry(entry, form) for site, entry in plan.items()},
         arch,
         arch.activation(model.config),
     )
@@ -92,11 +92,7 @@ def _layer(
                 by_neuron = matrix.T if name == "down_proj" else matrix
                 values = rounded(np.ascontiguousarray(by_neuron), weights, form.w)
                 put(module, at, values.T if name == "down_proj" else values)
-    tau = {
-        site.kind.removeprefix("linear:"): threshold_of(entries).tau.numpy()
-        for site, entries in plan.items()
-        if site.layer == layer and site.kind != "ffn"
-    }
+    tau = {name: tau.numpy() for name, tau in linear_thresholds(plan, layer).items()}
     for parts in cut_linears(arch, model.config, tau).values():
         for part in parts:
             if part.tau is None:
@@ -111,16 +107,15 @@ def _layer(
     yield from found.items()
 
 
-def _entry(entry: Entry, form: Precision) -> Entry:
-    """A plan's entry with the predictor that the file holds."""
-    if isinstance(entry, Swap):
+def _entry(entry: SitePlan, form: Precision) -> SitePlan:
+    """A site's plan with the predictor and the residual that the file holds."""
+    if not isinstance(entry.gate, Predictor) and entry.residual is None:
         return entry
-    emission = EMITTERS[str(entry.fields()["kind"])](entry)
-    read = {
-        role: torch.from_numpy(array)
-        for role, array in load_predictor(store_predictor(emission.tensors, form)[0]).items()
-    }
-    if isinstance(entry, Predictor):
-        return replace(entry, fc1=read["p1"], fc2=read["p2"], residual=read.get("res"))
-    assert isinstance(entry, Threshold)
-    return replace(entry, fc1=read.get("p1"), residual=read.get("res"))
+    stored = load_predictor(store_predictor(emit_parts(entry).tensors, form)[0])
+    read = {role: torch.from_numpy(array) for role, array in stored.items()}
+    gate, residual = entry.gate, entry.residual
+    if isinstance(gate, Predictor):
+        gate = replace(gate, fc1=read["p1"], fc2=read["p2"])
+    if residual is not None:
+        residual = Residual(read["res"], None if residual.fc1 is None else read["p1"])
+    return replace(entry, gate=gate, residual=residual)

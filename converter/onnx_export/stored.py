@@ -18,7 +18,7 @@ from ...runtime_onnx.ops.quantisation import quantise
 from ..arch import Arch
 from ..arch.shapes import linear_rows, linear_shapes
 from ..arch.site import Site
-from ..checkpoint.plan import Plan, threshold_of
+from ..checkpoint.plan import Plan, linear_thresholds
 from ..modeling.blocks import ffn_biases, ffn_matrices
 from .emit import emit
 from .linear_region import Part, cut_linears
@@ -66,11 +66,7 @@ def stored_ops(model: Any, plan: Plan, arch: Arch, precision: str, target: str =
     for layer in sorted({site.layer for site in plan}):
         if Site(layer) in plan:
             yield _mlp(model, plan, arch, form, half, layer)
-        taus = {
-            site.kind.removeprefix("linear:"): threshold_of(entries).tau.detach().cpu().float().numpy()
-            for site, entries in plan.items()
-            if site.layer == layer and site.kind.startswith("linear:")
-        }
+        taus = {name: tau.detach().cpu().float().numpy() for name, tau in linear_thresholds(plan, layer).items()}
         for parts in cut_linears(arch, model.config, taus).values():
             for part in parts:
                 if part.tau is not None:

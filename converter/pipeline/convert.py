@@ -180,9 +180,8 @@ def _plans(conversion: Conversion, configs: Configs, graphs: Graphs, recovered: 
     if recovered is None or TUNED not in configs:
         return once(replace(conversion, recipe=recipe), configs)
     plans = {TUNED: keep_plan(recovered.plan, recovered.header, work)}
-    if any(len(entries) > 1 for entries in recovered.plan.values()):
-        exact = {site: entries[:1] for site, entries in recovered.plan.items()}
-        plans[EXACT] = keep_plan(exact, recovered.header, work, EXACT)
+    if recovered.exact is not recovered.plan:
+        plans[EXACT] = keep_plan(recovered.exact, recovered.header, work, EXACT)
     return plans
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..arch import Arch
-from ..checkpoint.cost import cost
-from ..checkpoint.plan import Threshold, uniform_tau
+from ..checkpoint.cost import SiteSize, cost
+from ..checkpoint.plan import SitePlan, Threshold, uniform_tau
 from ..checkpoint.source import Source
 from ..methods import DECIDES, IMPORTED, NEURON_METHODS, load_method, needs
 from ..modeling.predictor import residual_rank
@@ -164,18 +164,13 @@ def _expected_cost(arch: Arch, parts: Mapping[str, Any], hidden: int, units: int
     name, config = next(
         ((name, config) for name, config in parts.items() if name in NEURON_METHODS), next(iter(parts.items()))
     )
-    matrices, density = 2 if arch.ffn.kind == "plain" else 3, 1 - config.sparsity
+    size, density = SiteSize(hidden, units, arch.matrices), 1 - config.sparsity
     heads = getattr(config, "residual", "none") != "none"
     share = form.predictor_share(heads)
     method = load_method(name)
     if hasattr(method, "rank"):
-        rank = method.rank(config, hidden, units, matrices)
-        return density + share * rank * (hidden + units + heads * hidden) / (matrices * hidden * units)
-    own = share * heads * 2 * residual_rank(units, matrices) / (matrices * units)
-    return own + cost(
-        Threshold("gate" if name in NEURON_METHODS else "input", uniform_tau(0.0, 1), density),
-        hidden,
-        units,
-        matrices,
-        density,
-    )
+        rank = method.rank(config, hidden, units, arch.matrices)
+        return density + share * rank * (hidden + units + heads * hidden) / size.weights
+    own = share * heads * 2 * residual_rank(units, arch.matrices) / (arch.matrices * units)
+    gate = Threshold("gate" if name in NEURON_METHODS else "input", uniform_tau(0.0, 1), density)
+    return own + cost(SitePlan(gate=gate), size, density)

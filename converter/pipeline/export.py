@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from ...runtime_onnx.errors import InputError
-from ..checkpoint.plan import Plan, Predictor, deciding
+from ..checkpoint.plan import Plan, Predictor
 from ..checkpoint.source import Source, open_source
 from ..checkpoint.sparsity import TENSORS, read_sparsity
 from ..checkpoint.work_folder import check_out
@@ -96,7 +96,7 @@ def _counts(source: Source, plan: Plan, calibration: str | Path | None, scratch:
         texts = make_texts(source, recipe, work=scratch)
     with stage("calibrate"), torch.no_grad():
         stats = collect(source, texts.calibration, list(NEEDS), scratch / "stats", recipe.seed)
-        predictors = {site: deciding(entries) for site, entries in plan.items()}
+        predictors = {site: entry.gate for site, entry in plan.items()}
         return {
             site.layer: kept_units(predictor, stats[site][f"{NEEDS[0]}.x"].float()).sum(0)
             for site, predictor in predictors.items()

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...runtime_onnx.bench.samples import waits
 from ..arch import Arch
 from ..arch.site import Site
-from ..checkpoint.plan import Plan, Predictor, Threshold
+from ..checkpoint.plan import Gate, Plan, Predictor, SitePlan, Threshold
 from ..checkpoint.source import Source, TensorInfo
 from ..evaluation.quality import Reference, compare, torch_logits
 from ..methods import load_method
@@ -183,7 +183,7 @@ def _one_block(arch: Arch, config: Any, device: str) -> _Block:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     layers, hidden, units = (arch.size(config, space) for space in ("layers", "hidden", "units"))
-    matrices = 2 if arch.ffn.kind == "plain" else 3
+    matrices = arch.matrices
     kept = (
         max(1, min(units, (_PARAMETERS - 4 * hidden * hidden) // (matrices * hidden)))
         if (matrices * units + 4 * hidden) * hidden > _PARAMETERS
@@ -254,11 +254,11 @@ def _objective(block: _Block, arch: Arch, part: str, tune: Tune, tokens: Tensor)
     """The training end to end of the one block, for windows [B, S]."""
     config, activation = block.model.config, arch.activation(block.model.config)
     hidden, units = arch.size(config, "hidden"), arch.size(config, "units")
-    entry: Any = Threshold("gate", torch.full((units,), 0.1), 0.5)
+    gate: Gate = Threshold("gate", torch.full((units,), 0.1), 0.5)
     if hasattr(load_method(part), "rank"):
-        rank = rank_for(hidden, units, 2 if arch.ffn.kind == "plain" else 3)
-        entry = Predictor(_drawn((rank, hidden)), _drawn((units, rank)), torch.full((units,), -1.0), 1.0)
-    plan: Plan = {Site(0): [entry]}
+        rank = rank_for(hidden, units, arch.matrices)
+        gate = Predictor(_drawn((rank, hidden)), _drawn((units, rank)), torch.full((units,), -1.0), 1.0)
+    plan: Plan = {Site(0): SitePlan(gate=gate)}
     models, settings = Models(block.model, None, arch, activation), Settings(10, tune.windows, tune.rate)
     return SelectionObjective(models, plan, tune, settings, 1.0, [0.5], tokens[:1])
 

@@ -11,8 +11,9 @@ from ...runtime_onnx.library import DENSE, PROVIDERS, executor
 from .. import report as reporting
 from ..arch import Arch
 from ..arch.shapes import linear_shapes
+from ..arch.site import Site
 from ..checkpoint.cost import predictor_cost, site_parameters
-from ..checkpoint.plan import FFN_LINEARS, Predictor, deciding
+from ..checkpoint.plan import FFN_LINEARS, Gate, Predictor
 from ..checkpoint.source import Source
 from ..evaluation.agreement import NO_CUDA, has_cuda
 from ..evaluation.checks import ExecutorQuality
@@ -69,7 +70,7 @@ def build_report(
         onnx=_onnx_rows(chosen, graphs, source, recipe.export),
         references=references,
         rows=[dense, *(_row(candidate, candidate is chosen, source) for candidate in candidates)],
-        layers=[_layer(chosen, site, deciding(entries)) for site, entries in chosen.plan.items()],
+        layers=[_layer(chosen, site, entry.gating) for site, entry in chosen.plan.items()],
         checks=[
             reporting.ReportCheck(
                 name=check.name,
@@ -148,17 +149,17 @@ def decoder_values(arch: Arch, config: Any) -> tuple[int, int]:
     return blocks, int(config.vocab_size) * arch.size(config, "hidden")
 
 
-def _layer(candidate: Candidate, site: Any, entry: Any) -> reporting.Layer:
+def _layer(candidate: Candidate, site: Site, gate: Gate) -> reporting.Layer:
     quality = candidate.quality
     realised = quality.site_density[site.key]
     return reporting.Layer(
         site=site.key,
         density_target=None if candidate.sparsity is None else 1 - candidate.sparsity,
-        density_calibrated=entry.density,
+        density_calibrated=gate.density,
         density_realised=realised,
         cost=quality.site_cost[site.key],
-        recall=entry.recall if isinstance(entry, Predictor) else None,
-        rank=entry.rank if isinstance(entry, Predictor) else None,
+        recall=gate.recall if isinstance(gate, Predictor) else None,
+        rank=gate.rank if isinstance(gate, Predictor) else None,
     )
 
 
@@ -167,9 +168,9 @@ def _shipped_cost(chosen: Candidate, source: Source, form: Precision) -> float:
     be wider than weights.
     """
     extra = 0.0
-    for site, entries in chosen.plan.items():
-        share = predictor_cost({site: entries}, source.arch, source.config)
-        extra += share * (form.predictor_share(deciding(entries).residual is not None) - 1)
+    for site, entry in chosen.plan.items():
+        share = predictor_cost({site: entry}, source.arch, source.config)
+        extra += share * (form.predictor_share(entry.residual is not None) - 1)
     return chosen.quality.cost + extra
 
 

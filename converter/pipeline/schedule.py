@@ -18,7 +18,7 @@ from torch import Tensor
 from ...runtime_onnx.errors import InputError
 from ..arch.site import Site
 from ..checkpoint.cost import block_cost
-from ..checkpoint.plan import FFN_LINEARS, Plan, Swap, load_plan, merge, save_plan
+from ..checkpoint.plan import FFN_LINEARS, VERSION, Plan, check_exact, load_plan, merge, on_swaps, save_plan
 from ..checkpoint.stage import Header, atomic_folder, is_finished, read_header, write_header
 from ..checkpoint.writer import write_checkpoint
 from ..evaluation.density import with_shares
@@ -94,6 +94,7 @@ def _plan_header(conversion: Conversion, name: str, config: Mapping[str, Any], *
     models |= {} if conversion.recovered_from is None else {"reference": conversion.recovered_from.fingerprint}
     return Header(
         format="plan",
+        version=VERSION,
         parents=models | parents,
         config={"method": name, **config},
         seed=conversion.recipe.seed,
@@ -152,16 +153,7 @@ def _completely(run: Run, plan: Plan) -> Plan:
     """The plan with the swapped activation of every site, where the model has any, and with the shares of exact sites
     as they are on the calibration text.
     """
-    swaps = run.source.swaps
-    whole: Plan = {}
-    for site in [*plan, *(site for site in swaps if site not in plan)]:
-        entries = plan.get(site, [])
-        whole[site] = (
-            [swaps[site], *entries]
-            if site in swaps and not any(isinstance(entry, Swap) for entry in entries)
-            else entries
-        )
-    whole = dict(sorted(whole.items(), key=lambda item: (item[0].layer, item[0].kind != "ffn")))
+    whole = on_swaps(plan, run.source.swaps)
     return with_shares(run.placed, whole, run.source.arch, run.activation, run.texts.calibration)
 
 
@@ -236,21 +228,21 @@ def _beside_swaps(run: Run, plan: Plan) -> Plan:
     weights.
     """
     return {
-        site: entries
-        for site, entries in plan.items()
+        site: entry
+        for site, entry in plan.items()
         if site.kind.removeprefix("linear:") not in FFN_LINEARS or Site(site.layer) not in run.source.swaps
     }
 
 
 def _present(run: Run, plan: Plan) -> Plan:
-    """The plan of the method exact, in which no activation means the one that a site has."""
-    found: Plan = {}
-    for site, entries in plan.items():
-        (entry,) = entries
-        assert isinstance(entry, Swap)
-        own = run.source.swaps.get(site, Swap(run.activation))
-        found[site] = [entry if entry.activation else own]
-    return found
+    """The plan of the method exact with the activations that the sites have. Raises InputError for one
+    without zeros.
+    """
+    swaps = run.source.swaps
+    whole = on_swaps(plan, {site: swaps[site] for site in plan if site in swaps and not plan[site].edits})
+    for entry in whole.values():
+        check_exact(entry.activation(run.activation))
+    return whole
 
 
 def _completed(run: Run, name: str, part: str, config: Any, plan: Plan, density: float) -> Plan:
@@ -273,7 +265,7 @@ def _with_residuals(run: Run, plan: Plan) -> Plan:
         run.activation,
         plan,
         run.texts.calibration,
-        residual_rank(units, 2 if arch.ffn.kind == "plain" else 3),
+        residual_rank(units, arch.matrices),
     )
 
 
@@ -385,7 +377,9 @@ def _searched_training(run: Run, name: str, part: str, config: Any) -> Plan | No
 
 def keep_plan(plan: Plan, header: Header, work: Path, name: str = TUNED) -> Plan:
     """A plan that a training ended with as the stage that further stages are made from; `header` is the training's."""
-    own = Header(format="plan", parents={"tuned": header.fingerprint}, config={"method": name}, seed=header.seed)
+    own = Header(
+        format="plan", version=VERSION, parents={"tuned": header.fingerprint}, config={"method": name}, seed=header.seed
+    )
     if not is_finished(work / "plan" / name, own):
         with atomic_folder(work / "plan" / name) as partial:
             save_plan(partial, plan, own)

@@ -17,7 +17,7 @@ import torch
 from ...runtime_onnx.errors import InputError
 from ..arch import Arch
 from ..arch.site import Site
-from ..checkpoint.plan import Entry, Plan, Predictor, Swap
+from ..checkpoint.plan import Gate, Plan, Predictor, SitePlan, Threshold
 from ..evaluation.quality import LEAST_WINDOWS, Reference, Totals, compare, torch_logits
 from ..modeling.gated import Recorder, make_gates
 from ..progress import track
@@ -202,10 +202,11 @@ def sparsest(
 
 def settled(plan: Plan, density: Mapping[Site, float]) -> Plan:
     """The plan with these densities as its calibrated ones."""
-    return {
-        site: [replace(entry, density=density.get(site, entry.density)) for entry in entries]
-        for site, entries in plan.items()
-    }
+
+    def gate(site: Site, entry: SitePlan) -> Gate:
+        return replace(entry.gating, density=density.get(site, entry.gating.density))
+
+    return {site: replace(entry, gate=gate(site, entry)) for site, entry in plan.items()}
 
 
 def shifted(plan: Plan, shift: float) -> Plan:
@@ -213,11 +214,9 @@ def shifted(plan: Plan, shift: float) -> Plan:
     of it, relatively.
     """
 
-    def move(entry: Entry) -> Entry:
-        if isinstance(entry, Predictor):
-            return replace(entry, tau=entry.tau - shift)
-        if isinstance(entry, Swap):
-            return entry
-        return replace(entry, tau=entry.tau * math.exp(-shift / 4))
+    def moved(gate: Gate) -> Gate:
+        if isinstance(gate, Predictor):
+            return replace(gate, tau=gate.tau - shift)
+        return replace(gate, tau=gate.tau * math.exp(-shift / 4)) if isinstance(gate, Threshold) else gate
 
-    return {site: [move(entry) for entry in entries] for site, entries in plan.items()}
+    return {site: replace(entry, gate=moved(entry.gating)) for site, entry in plan.items()}

@@ -12,7 +12,7 @@ from typing import Any
 from ...runtime_onnx.errors import InputError
 from ..checkpoint.listing import unlisted
 from ..checkpoint.manifest import MANIFEST, Manifest, check_files, read_manifest
-from ..checkpoint.plan import Plan, Swap, deciding
+from ..checkpoint.plan import Exact, Plan
 from ..checkpoint.source import Source, open_source
 from ..checkpoint.stage import hash_file
 from ..evaluation.agreement import check_onnx, measure_shipped
@@ -130,7 +130,7 @@ def _opened(model: str | Path, source: str | Path | None, calibration: str | Pat
 def _written(opened: _Opened) -> list[Check]:
     """Whether the files are as they were written, and the manifest is one of its own recipe."""
     folder, manifest = opened.folder, opened.manifest
-    exact = all(isinstance(deciding(entries), Swap) for entries in opened.plan.values())
+    exact = all(isinstance(entry.gate, Exact) for entry in opened.plan.values())
     wrong = check_files(folder, manifest) + unlisted(folder, manifest)
     return [
         _counted("files", wrong, f"{len(manifest.files)} files as written"),

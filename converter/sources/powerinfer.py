@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...runtime_onnx.errors import InputError, explained
 from ..checkpoint.model_check import Stored
-from ..checkpoint.plan import Plan, activation_at, on_swaps
+from ..checkpoint.plan import Plan, on_swaps
 from ..checkpoint.source import INDEX, Source, open_source
 from ..checkpoint.stage import Header, atomic_folder, is_finished, known_hash, write_header, write_json, write_tensors
 from ..checkpoint.tensor_files import FLOATS
@@ -381,7 +381,7 @@ def _architecture(source: Source, plan: Plan) -> str:
         )
     whole = on_swaps(plan, source.swaps)
     base = arch.activation(config)
-    used = {activation_at(whole[site], base) if site in whole else base for site in arch.sites(config)}
+    used = {whole[site].activation(base) if site in whole else base for site in arch.sites(config)}
     if len(used) != 1 or not used <= set(ARCHITECTURES):
         spelled = ", ".join(sorted(map(str, used)))
         raise InputError(
@@ -390,9 +390,9 @@ def _architecture(source: Source, plan: Plan) -> str:
         )
     heads, _ = _heads(source)
     rope = getattr(config, "rope_parameters", None) or {}
-    if arch.attn.head_dim(config) * heads != arch.size(config, "hidden"):
+    if arch.head_dim(config) * heads != arch.size(config, "hidden"):
         raise InputError(
-            f"PowerInfer's heads must share out the hidden size, got {heads} of {arch.attn.head_dim(config)}. Use ONNX "
+            f"PowerInfer's heads must share out the hidden size, got {heads} of {arch.head_dim(config)}. Use ONNX "
             "Runtime for this model."
         )
     if rope.get("rope_type", "default") != "default":
@@ -404,9 +404,7 @@ def _architecture(source: Source, plan: Plan) -> str:
 
 
 def _heads(source: Source) -> tuple[int, int]:
-    heads, kv_heads = (
-        int(getattr(source.config, space.config)) for space in (source.arch.attn.heads, source.arch.attn.kv_heads)
-    )
+    heads, kv_heads = (source.arch.size(source.config, space) for space in ("heads", "kv_heads"))
     return heads, kv_heads
 
 
@@ -439,7 +437,7 @@ def _add_fields(gguf: Any, writer: Any, source: Source, precision: Precision) ->
     writer.add_embedding_length(arch.size(config, "hidden"))
     writer.add_block_count(arch.size(config, "layers"))
     writer.add_feed_forward_length(arch.size(config, "units"))
-    writer.add_rope_dimension_count(arch.attn.head_dim(config))
+    writer.add_rope_dimension_count(arch.head_dim(config))
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)

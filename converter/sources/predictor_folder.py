@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...runtime_onnx.errors import InputError
 from ..arch.site import Site
-from ..checkpoint.plan import Plan, Predictor, Swap
+from ..checkpoint.plan import Plan, Predictor, kind_of
 from ..checkpoint.source import Source
 from ..checkpoint.stage import atomic_folder, write_json, write_tensors
 from .predictors import CONFIG, SIGN_ONLY, THRESHOLD, Tap, residual_gains
@@ -97,12 +97,12 @@ def folder_form(
 def _expressible(plan: Plan) -> dict[int, Predictor]:
     """The predictors by layer. Raises InputError for anything that a predictor folder has no place for."""
     predictors: dict[int, Predictor] = {}
-    for site, entries in sorted(plan.items()):
-        entry = entries[-1] if len(entries) == 1 or [type(e) for e in entries[:-1]] == [Swap] else None
-        if not isinstance(entry, Predictor) or site.kind != "ffn" or site.expert is not None:
-            kinds = ", ".join(str(e.fields()["kind"]) for e in entries) or "none"
+    for site, entry in sorted(plan.items()):
+        gate = entry.gate
+        if not isinstance(gate, Predictor) or site.kind != "ffn" or site.expert is not None:
+            kind = "none" if gate is None else kind_of(gate)
             raise InputError(
-                f"A predictor folder holds one predictor a layer, got {kinds} at {site.key}. Take a plan of --method "
+                f"A predictor folder holds one predictor a layer, got {kind} at {site.key}. Take a plan of --method "
                 "predictor."
             )
         if entry.residual is not None:
@@ -110,7 +110,7 @@ def _expressible(plan: Plan) -> dict[int, Predictor]:
                 f"A predictor folder has no residual heads, got one at {site.key}. Train without the residual, or "
                 "share the checkpoint itself."
             )
-        predictors[site.layer] = entry
+        predictors[site.layer] = gate
     if not predictors or list(predictors) != list(range(len(predictors))):
         raise InputError(
             f"A predictor folder holds layers 0, 1, 2 and so on, got {', '.join(map(str, predictors)) or 'none'}. Take "

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.untrusted import read_json
 from ..arch.site import Site
-from ..checkpoint.plan import Plan, Predictor, deciding, on_swaps
+from ..checkpoint.plan import Plan, Predictor, SitePlan, on_swaps
 from ..checkpoint.source import Source
 from ..checkpoint.stage import hash_file, hash_json
 from ..checkpoint.tensor_files import load_tensors
@@ -282,7 +282,7 @@ def predictor_plan(
             )
     gains = residual_gains(source) if tap == "residual" else {}
     plan: Plan = {
-        Site(layer): [_predictor(by_layer[layer], form, gains.get(Site(layer)), threshold, keep_equal)]
+        Site(layer): SitePlan(gate=_predictor(by_layer[layer], form, gains.get(Site(layer)), threshold, keep_equal))
         for layer in sorted(by_layer)
     }
     return on_swaps(plan, {site: swap for site, swap in source.swaps.items() if site in plan})
@@ -393,19 +393,17 @@ def measured(plan: Plan, stats: Mapping[Site, Mapping[str, Tensor]]) -> Plan:
     token's top-k of |z| at that density.
     """
     filled_in: Plan = {}
-    for site, entries in plan.items():
-        entry = deciding(entries)
-        assert isinstance(entry, Predictor)
+    for site, entry in plan.items():
+        gate = entry.gate
+        assert isinstance(gate, Predictor)
         x, score = (
             stats[site]["samples:magnitude.x"][:ROWS].float(),
             stats[site]["samples:magnitude.score"][:ROWS].float(),
         )
-        kept = kept_units(entry, x)
+        kept = kept_units(gate, x)
         density = float(kept.float().mean())
         count = max(1, round(density * kept.shape[1]))
         wanted = torch.zeros_like(kept).scatter_(1, score.topk(count, dim=1).indices, True)
-        filled_in[site] = [
-            *entries[:-1],
-            replace(entry, density=density, recall=float((kept & wanted).sum() / wanted.sum())),
-        ]
+        recall = float((kept & wanted).sum() / wanted.sum())
+        filled_in[site] = replace(entry, gate=replace(gate, density=density, recall=recall))
     return filled_in

@@ -21,7 +21,7 @@ from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.ops.activation import spell_activation, split_activation
 from ...runtime_onnx.untrusted import read_json, regular
 from ..arch import ACTIVATIONS, PREFIX, SWAPPED, Arch, load_arch
-from ..checkpoint.plan import Swap
+from ..checkpoint.plan import Exact, SitePlan, Swap
 from ..checkpoint.source import INDEX, SINGLE, TOKENIZER_FILES, check_config, drop_code, make_config, open_source
 from ..checkpoint.sparsity import KEY, encode
 from ..checkpoint.stage import HEADER, Header, atomic_folder, hash_json, mark, write_json
@@ -140,7 +140,9 @@ def normal_config(raw: dict[str, Any], activation: str | None = None) -> dict[st
     config = make_config(base)
     if stock:
         return base
-    key, _ = encode({site: [Swap(computed)] for site in arch.sites(config)}, computed, base_activation)
+    key, _ = encode(
+        {site: SitePlan((Swap(computed),), Exact()) for site in arch.sites(config)}, computed, base_activation
+    )
     swapped = {
         "model_type": PREFIX + arch.model_type,
         "architectures": [f"Sparsegate{_class_name(arch)}"],

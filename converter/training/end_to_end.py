@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arch.site import Site
+from ..checkpoint.plan import SitePlan
 from ..checkpoint.stage import Header
 from ..evaluation.recovery_record import CurvePoint, HeldoutPoint
 from ..modeling.distributed import world
@@ -85,10 +86,10 @@ def _units(task: RecoveryTask, models: Models, probe: Tensor) -> dict[Site, Unit
         return {}
     arch, config, student = task.arch, task.source.config, models.student
     hidden, units = arch.size(config, "hidden"), arch.size(config, "units")
-    rank = rank_for(hidden, units, 2 if arch.ffn.kind == "plain" else 3, task.recovery.predictors.cost)
+    rank = rank_for(hidden, units, arch.matrices, task.recovery.predictors.cost)
     generator = torch.Generator().manual_seed(task.seed * 7919)
     return {
-        site: make_unit(fresh_predictor(hidden, units, rank, generator), student.device, scale)
+        site: make_unit(SitePlan(gate=fresh_predictor(hidden, units, rank, generator)), student.device, scale)
         for site, scale in input_rms(student, arch, arch.sites(config), probe).items()
     }
 

@@ -13,7 +13,7 @@ import torch
 from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.untrusted import read_json
 from ..arch.site import Site
-from ..checkpoint.plan import Plan, Swap
+from ..checkpoint.plan import Exact, Plan, SitePlan, Swap
 from ..checkpoint.stage import Header, atomic_folder, is_finished, read_header, write_header, write_json
 from ..evaluation.checks import Quality
 from ..evaluation.quality import measure_quality
@@ -147,7 +147,7 @@ class Watch:
         """The student's activations, and what its predictors are by now."""
         student, arch = self.models.student, self.models.arch
         modules = {site: student.get_submodule(arch.ffn_module(site.layer)) for site in arch.sites(student.config)}
-        return {
-            site: [Swap(module.swapped), *([self.units[site].entry(1.0)] if self.units else [])]
-            for site, module in modules.items()
-        }
+        edits = {site: (Swap(module.swapped),) for site, module in modules.items()}
+        if not self.units:
+            return {site: SitePlan(edit, Exact()) for site, edit in edits.items()}
+        return {site: self.units[site].site_plan(1.0, edit) for site, edit in edits.items()}

@@ -89,4 +89,5 @@ class RecoveryTask:
 
 def present(source: Source, site: Site) -> str:
     """The activation of a site as it is."""
-    return source.swaps[site].activation if site in source.swaps else source.arch.activation(source.config)
+    base = source.arch.activation(source.config)
+    return source.swaps[site].activation(base) if site in source.swaps else base

@@ -26,7 +26,7 @@ _ASIDE, _ASIDE_MOST = 16, 32  # every 16th window, about 32 at most, is kept for
 def train_plan(
     models: Models, plan: Plan, start: float, densities: Sequence[float], tune: Tune, run: TrainingRun
 ) -> list[Plan]:
-    """Train the feed-forward entries of `plan` and return one plan per density in `densities`, which one run visits in
+    """Train the feed-forward sites of `plan` and return one plan per density in `densities`, which one run visits in
     turn; other sites stay as they are.
 
     `start` is the density that the run begins with (1 for a fresh predictor). Every plan's density holds on windows
@@ -56,7 +56,7 @@ def train_plan(
 
         curve = train(objective, windows.trained, settings, run.folder / "state", header, at_level)
         write_json(curve_file, {"rows": curve})
-    untrained = {site: entries for site, entries in plan.items() if site.kind != "ffn"}
+    untrained = {site: entry for site, entry in plan.items() if site.kind != "ffn"}
     return [untrained | load_plan(level) for level in levels]
 
 
@@ -85,8 +85,7 @@ def _split(batches: Batches) -> _Windows:
 def _hash(plan: Plan) -> str:
     """Sha256 (hex) of a plan's tensors."""
     digest = hashlib.sha256()
-    for site, entries in plan.items():
-        for entry in entries:
-            for role, tensor in entry.tensors().items():
-                digest.update(f"{site.key}.{role}".encode() + tensor.contiguous().numpy().tobytes())
+    for site, entry in plan.items():
+        for role, tensor in entry.tensors().items():
+            digest.update(f"{site.key}.{role}".encode() + tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()

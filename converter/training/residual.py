@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..arch import Arch
 from ..arch.site import Site
-from ..checkpoint.plan import Plan, Predictor, Swap, Threshold, activation_at, deciding
+from ..checkpoint.plan import Exact, Gate, Plan, Predictor, Residual, SitePlan, Threshold
 from ..modeling.blocks import down_rows, ffn_parts
 from ..modeling.gated import EXECUTORS, apply_plan, remove_plan
 from ..modeling.linalg import Gram
@@ -42,17 +42,14 @@ def add_residuals(model: Any, arch: Arch, activation: str, plan: Plan, batches: 
     states = _HiddenStates(model, batches.tokens[batches.mask.all(1)][:WINDOWS])
     for layer in range(max((site.layer for site in plan), default=-1) + 1):
         site = Site(layer)
-        entry = deciding(plan[site]) if site in plan else None
-        if entry is not None and not isinstance(entry, Swap):
+        if site in plan and not isinstance(plan[site].gate, Exact):
             apply_plan(model, completed, arch, activation)
             try:
                 inputs = states.inputs(layer, model.get_submodule(arch.ffn_module(layer)))
             finally:
                 remove_plan(model)
-            completed[site] = [
-                *plan[site][:-1],
-                _with_residual(model, arch, activation_at(plan[site], activation), site, entry, inputs, rank),
-            ]
+            network = _Network(model.get_submodule(arch.ffn_module(layer)), arch, plan[site].activation(activation))
+            completed[site] = _with_residual(network, plan[site], inputs, rank)
         apply_plan(model, completed, arch, activation)
         try:
             states.advance(layer)
@@ -91,17 +88,23 @@ class _HiddenStates:
         self.hidden = self._run(layer)
 
 
-def _with_residual(
-    model: Any, arch: Arch, activation: str, site: Site, entry: Threshold | Predictor, inputs: list[Tensor], rank: int
-) -> Threshold | Predictor:
-    """The entry with its residual, and gate thresholds with the fc1 of one."""
-    module, fc1 = model.get_submodule(arch.ffn_module(site.layer)), entry.fc1
-    if not isinstance(entry, Predictor) or fc1 is None:
-        fc1 = _directions(_regressed(module, arch, activation, entry, inputs, lambda x: x), rank)
-    wide = fc1.to(model.device)
-    gram = _regressed(module, arch, activation, entry, inputs, lambda x: F.relu(x @ wide.T))
-    residual = gram.solve(_L2 * float(gram.hidden.diagonal().mean())).float().contiguous()
-    return replace(entry, fc1=fc1, residual=residual)
+class _Network(NamedTuple):
+    """A feed-forward module and the activation that it computes with."""
+
+    module: nn.Module
+    arch: Arch
+    activation: str
+
+
+def _with_residual(network: _Network, entry: SitePlan, inputs: list[Tensor], rank: int) -> SitePlan:
+    """The site's plan with its residual; behind gate thresholds with a hidden layer of its own."""
+    gate = entry.gating
+    shared = gate.fc1 if isinstance(gate, Predictor) else None
+    fc1 = _directions(_regressed(network, gate, inputs, lambda x: x), rank) if shared is None else shared
+    wide = fc1.to(inputs[0].device)
+    gram = _regressed(network, gate, inputs, lambda x: F.relu(x @ wide.T))
+    weight = gram.solve(_L2 * float(gram.hidden.diagonal().mean())).float().contiguous()
+    return replace(entry, residual=Residual(weight, fc1 if shared is None else None))
 
 
 def _directions(gram: Gram, rank: int) -> Tensor:
@@ -114,23 +117,17 @@ def _directions(gram: Gram, rank: int) -> Tensor:
     return torch.cat([half, -half])
 
 
-def _regressed(
-    module: nn.Module,
-    arch: Arch,
-    activation: str,
-    entry: Threshold | Predictor,
-    inputs: list[Tensor],
-    hidden: Callable[[Tensor], Tensor],
-) -> Gram:
-    """Sums over the inputs, each [T, d], of hidden(x) and of the output that a network skips under its entry."""
-    w_down = down_rows(module, arch).float()
-    entry = replace(entry, **{name: t.to(w_down.device) for name, t in vars(entry).items() if isinstance(t, Tensor)})
+def _regressed(network: _Network, gate: Gate, inputs: list[Tensor], hidden: Callable[[Tensor], Tensor]) -> Gram:
+    """Sums over the inputs, each [T, d], of hidden(x) and of the output that a network skips under its gate."""
+    w_down = down_rows(network.module, network.arch).float()
+    gate = SitePlan(gate=gate).to(w_down.device, torch.float32).gating
+    assert isinstance(gate, Threshold | Predictor)
     sums: Gram | None = None
     for x in inputs:
-        parts = ffn_parts(module, arch, activation, x)
-        scores, _ = EXECUTORS[type(entry)](entry, parts.gate.float(), x.float())  # type: ignore[arg-type]
+        parts = ffn_parts(network.module, network.arch, network.activation, x)
+        scores, _ = EXECUTORS[type(gate)](gate, parts._replace(gate=parts.gate.float()), x.float())
         inner = hidden(x.float())
         sums = sums or Gram.empty(inner.shape[1], w_down.shape[1])
-        sums.add(inner, torch.where(scores > entry.tau, 0.0, parts.z.float()) @ w_down)
+        sums.add(inner, torch.where(scores > gate.tau, 0.0, parts.z.float()) @ w_down)
     assert sums is not None
     return sums

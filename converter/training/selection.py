@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arch.site import Site
-from ..checkpoint.plan import Entry, Plan, Swap, deciding
+from ..checkpoint.plan import Plan
 from ..methods.tune import Tune
 from ..modeling.blocks import down_rows, ffn_down, ffn_parts
 from ..modeling.distributed import in_bf16
@@ -96,10 +96,8 @@ class SelectionObjective:
         model, arch = models.student, models.arch
         self.local, self.half = tune.local, in_bf16(tune.precision, model.device)
         scales = input_rms(model, arch, [site for site in plan if site.kind == "ffn"], probe)
-        self.units = {site: make_unit(deciding(plan[site]), model.device, scale) for site, scale in scales.items()}
-        self.swaps: dict[Site, list[Entry]] = {
-            site: [entry for entry in plan[site] if isinstance(entry, Swap)] for site in scales
-        }
+        self.units = {site: make_unit(plan[site], model.device, scale) for site, scale in scales.items()}
+        self.edits = {site: plan[site].edits for site in scales}
         self.price = 0.0
         self._seen: defaultdict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self.figures: dict[str, float] = {}
@@ -233,7 +231,7 @@ class SelectionObjective:
             return sum(by_site.values()) / len(by_site) - density, by_site
 
         by_site = at_zero(excess_at)
-        plan: Plan = {site: [*self.swaps[site], unit.entry(by_site[site])] for site, unit in self.units.items()}
+        plan: Plan = {site: unit.site_plan(by_site[site], self.edits[site]) for site, unit in self.units.items()}
         for unit in self.units.values():
             unit.shift = 0.0
         return plan

@@ -21,7 +21,8 @@ from ...runtime_onnx.untrusted import read_json
 from .. import progress
 from ..checkpoint.fields import make_part
 from ..checkpoint.manifest import installed_versions
-from ..checkpoint.plan import Plan, Swap, load_plan, save_plan
+from ..checkpoint.plan import VERSION as PLAN_VERSION
+from ..checkpoint.plan import Exact, Plan, SitePlan, Swap, load_plan, save_plan
 from ..checkpoint.source import Source, open_source
 from ..checkpoint.sparsity import write_stock
 from ..checkpoint.stage import Header, atomic_folder, is_finished, write_header, write_json, write_tensors
@@ -54,11 +55,13 @@ _STAGE, _WINDOWS = "stage.json", "evaluation.safetensors"
 @dataclass(frozen=True)
 class Tuned:
     """A recovered checkpoint: its folder (swapped weights, score exact), the plan that training ended with (predictors
-    where they were trained), its record; `rank` is the number of the process that returns it.
+    where they were trained), the one that keeps exact zeros alone, its record; `rank` is the number of the process that
+    returns it.
     """
 
     folder: Path
     plan: Plan
+    exact: Plan
     record: RecoveryRecord
     header: Header
     rank: int = 0
@@ -84,7 +87,9 @@ def tuned(task: RecoveryTask) -> Tuned:
     else:
         _recover(task, header)
     record = RecoveryRecord.load(folder / "recovery.json")
-    return Tuned(folder / "checkpoint", load_plan(folder / "plan"), record, header)
+    plan = load_plan(folder / "plan")
+    exact = load_plan(folder / "exact") if (folder / "exact").is_dir() else plan
+    return Tuned(folder / "checkpoint", plan, exact, record, header)
 
 
 def _header(task: RecoveryTask) -> Header:
@@ -98,7 +103,7 @@ def _header(task: RecoveryTask) -> Header:
         config["text"] = files_hash(task.recovery.data)
     parents = {"model": task.source.fingerprint}
     parents |= {} if task.teacher_source is task.source else {"teacher": task.teacher_source.fingerprint}
-    return Header(format="tuned", parents=parents, config=config, seed=task.seed)
+    return Header(format="tuned", version=PLAN_VERSION, parents=parents, config=config, seed=task.seed)
 
 
 def _with_text(task: RecoveryTask) -> int:
@@ -160,7 +165,7 @@ def _recover(task: RecoveryTask, header: Header) -> None:
     recovery, windows = task.recovery, task.heldout.batches
     batches, text = training_text(task.teacher_source, recovery, task.seed, task.work)
     models = _swapped(task, batches)
-    exact: Plan = {site: [Swap(name)] for site, name in task.wished().items()}
+    exact: Plan = {site: SitePlan((Swap(name),), Exact()) for site, name in task.wished().items()}
     before, fitted = None, Training()
     if recovery.by_block is not None:
         before = compared(models, exact, windows)
@@ -171,15 +176,14 @@ def _recover(task: RecoveryTask, header: Header) -> None:
     trained = train_end_to_end(task, models, batches, leaves, header) if recovery.end_to_end else Training()
     if recovery.lora is not None:
         merge_lora(models.student)
-    plan: Plan = {
-        site: [*entries, *([trained.units[site].entry(1.0)] if trained.units else [])]
-        for site, entries in exact.items()
-    }
-    plan = with_shares(models.student, plan, task.arch, task.base_activation, batches)
-    exact = {site: entries[:1] for site, entries in plan.items()}
-    after, predicted = compared(models, exact, windows), compared(models, plan, windows) if trained.units else None
+    exact = with_shares(models.student, exact, task.arch, task.base_activation, batches)
+    after, predicted, plans = compared(models, exact, windows), None, {"plan": exact}
+    if trained.units:
+        plan: Plan = {site: trained.units[site].site_plan(1.0, entry.edits) for site, entry in exact.items()}
+        plan = with_shares(models.student, plan, task.arch, task.base_activation, batches)
+        predicted, plans = compared(models, plan, windows), {"plan": plan, "exact": exact}
     record = _record(task, text, (fitted, trained), before, after, predicted)
-    _store(task, models, plan, record, header)
+    _store(task, models, plans, record, header)
 
 
 def _swapped(task: RecoveryTask, batches: Batches) -> Models:
@@ -245,20 +249,20 @@ def _record(
     )
 
 
-def _store(task: RecoveryTask, models: Models, plan: Plan, record: RecoveryRecord, header: Header) -> None:
-    """Write checkpoint, plan and record; the first process gathers the weights and writes."""
+def _store(task: RecoveryTask, models: Models, plans: dict[str, Plan], record: RecoveryRecord, header: Header) -> None:
+    """Write checkpoint, plans by folder and record; the first process gathers the weights and writes."""
     weights = {name: gathered(tensor) for name, tensor in plain_state(models.student).items()}
-    exact: Plan = {site: entries[:1] for site, entries in plan.items()}
     with same_error():
         if world().rank == 0:
             with atomic_folder(task.work / "tuned") as partial:
                 checkpoint = partial / "checkpoint"
                 checkpoint.mkdir()
-                (partial / "plan").mkdir()
                 whole = {name: tensor for name, tensor in weights.items() if tensor is not None}
-                write_checkpoint(task.source, exact, checkpoint, whole)
+                write_checkpoint(task.source, plans.get("exact", plans["plan"]), checkpoint, whole)
                 if task.source.swaps and set(task.wished().values()) == {task.base_activation}:
                     write_stock(checkpoint)
-                save_plan(partial / "plan", plan, header)
+                for name, plan in plans.items():
+                    (partial / name).mkdir()
+                    save_plan(partial / name, plan, header)
                 write_json(partial / "recovery.json", record.model_dump(mode="json"))
                 write_header(partial, header)

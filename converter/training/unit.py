@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoint.plan import Entry, Predictor, Threshold
+from ..checkpoint.plan import Edit, Gate, Predictor, Residual, SitePlan, Threshold
 
 _STEEPNESS = 4.0  # logit of a gate value of twice its threshold
 _NEVER = 1e4  # threshold in place of an infinite one
@@ -32,33 +32,37 @@ class Unit:
             return (hidden @ self.tensors["fc2"].T).float() + self.tensors["bias"]
         return gate.float().abs() * self.steep - self.tensors["bias"]
 
-    def entry(self, density: float) -> Entry:
-        """The plan's entry: bias and shift as thresholds."""
+    def site_plan(self, density: float, edits: tuple[Edit, ...] = ()) -> SitePlan:
+        """The site's plan behind `edits`: bias and shift as thresholds."""
         t = {
             name: tensor.detach().cpu().clone() / (self.scale if name == "fc1" else 1.0)
             for name, tensor in self.tensors.items()
         }
         if self.steep is None:
-            return Predictor(t["fc1"], t["fc2"], self.shift - t["bias"], density, t.get("residual"))
-        return Threshold("gate", (t["bias"] + self.shift) / self.steep.cpu(), density, t.get("fc1"), t.get("residual"))
+            gate: Gate = Predictor(t["fc1"], t["fc2"], self.shift - t["bias"], density)
+        else:
+            gate = Threshold("gate", (t["bias"] + self.shift) / self.steep.cpu(), density)
+        fc1 = None if self.steep is None else t.get("fc1")
+        return SitePlan(edits, gate, Residual(t["residual"], fc1) if "residual" in t else None)
 
 
-def make_unit(entry: Entry, device: torch.device, scale: float) -> Unit:
-    """The trained form of a plan's entry at a site whose inputs have the rms `scale`."""
+def make_unit(entry: SitePlan, device: torch.device, scale: float) -> Unit:
+    """The trained form of the gate and the residual of a site whose inputs have the rms `scale`."""
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().to(device, torch.float32).clone(memory_format=torch.contiguous_format).requires_grad_()
 
-    if isinstance(entry, Predictor):
-        tensors, steep = {"fc1": leaf(entry.fc1 * scale), "fc2": leaf(entry.fc2), "bias": leaf(-entry.tau)}, None
+    gate, residual = entry.gate, entry.residual
+    if isinstance(gate, Predictor):
+        tensors, steep = {"fc1": leaf(gate.fc1 * scale), "fc2": leaf(gate.fc2), "bias": leaf(-gate.tau)}, None
     else:
-        assert isinstance(entry, Threshold)
-        tau = entry.tau.to(device, torch.float32)
+        assert isinstance(gate, Threshold)
+        tau = gate.tau.to(device, torch.float32)
         never = torch.isinf(tau)  # a neuron whose up projection is always 0
         steep = torch.where(never, 1.0, _STEEPNESS / tau.clamp_min(1e-4))
         tensors = {"bias": leaf(torch.where(never, _NEVER, tau * steep))}
-        if entry.fc1 is not None:
-            tensors["fc1"] = leaf(entry.fc1 * scale)
-    if entry.residual is not None:
-        tensors["residual"] = leaf(entry.residual)
+        if residual is not None and residual.fc1 is not None:
+            tensors["fc1"] = leaf(residual.fc1 * scale)
+    if residual is not None:
+        tensors["residual"] = leaf(residual.weight)
     return Unit(tensors, steep, scale)

@@ -152,9 +152,9 @@ class _Masks:
         self.choice, self.where, self.tally, self.moments = Choice(setting, tau), where, tally, dense.moments
         self.hidden, self.kv_heads = (
             arch.size(model.config, "hidden"),
-            int(getattr(model.config, arch.attn.kv_heads.config)),
+            arch.size(model.config, "kv_heads"),
         )
-        self.matrices = 2 if arch.ffn.kind == "plain" else 3
+        self.matrices = arch.matrices
         self.fixed = self.choice.all(dense.scores(setting)) if setting.source == "dense" else None
 
     def see(self, site: Site, fields: Fields) -> Tensor:

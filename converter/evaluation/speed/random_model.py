@@ -22,7 +22,7 @@ from torch import Tensor
 from ....runtime_onnx.bench.graphs import set_density, set_opening
 from ...arch import Arch, load_arch
 from ...arch.site import Site
-from ...checkpoint.plan import Plan, Predictor, Swap, deciding
+from ...checkpoint.plan import Exact, Plan, Predictor, SitePlan, Swap
 from ...checkpoint.stage import atomic_folder, write_tensors
 from ...modeling.taps import ffn_inputs
 from ...onnx_export.base_graph import build_base
@@ -121,13 +121,14 @@ def random_plan(inputs: dict[Site, Tensor], neurons: int, rank: int, density: fl
         ranked = (torch.relu(x @ fc1.T) @ fc2.T).sort(0).values
         cut = min(round((1 - density) * len(ranked)), len(ranked) - 1)
         tau = (ranked[cut - 1] + ranked[cut]) / 2 if cut else torch.full((neurons,), -1e30)
-        plan[site] = [Predictor(fc1, fc2, tau, density)]
+        plan[site] = SitePlan(gate=Predictor(fc1, fc2, tau, density))
     return plan
 
 
 def relu_plan(plan: Plan, activation: str, score: str) -> Plan:
     """The plan of the same sites with an activation that has zeros, kept exactly or by the plan's predictors."""
-    return {site: [Swap(activation), *(entries if score == "predictor" else ())] for site, entries in plan.items()}
+    swap = (Swap(activation),)
+    return {site: SitePlan(swap, entry.gate if score == "predictor" else Exact()) for site, entry in plan.items()}
 
 
 def add_biases(model: ir.Model, arch: Arch, config: Any) -> None:
@@ -176,7 +177,7 @@ def build_sparse(
             precision,
             edit=None if opened is None else lambda model: add_biases(model, arch, config),
         )
-        density = deciding(next(iter(plan.values()))).density
+        density = next(iter(plan.values())).gating.density
         for turn in range(2):
             generator = torch.Generator().manual_seed(SEED + 1000 + turn)
             rows = torch.randint(2, arch.size(config, "vocab"), SETTLING, generator=generator).tolist()

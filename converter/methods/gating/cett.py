@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...arch import Arch
-from ...checkpoint.plan import Plan, Threshold, uniform_tau
+from ...checkpoint.plan import Plan, SitePlan, Threshold, uniform_tau
 from ...stats import Stats, of_kind
 from ...stats.bins import cut
 from ..thresholds import one_cett, share_at
@@ -43,5 +43,7 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
     found: Plan = {}
     for site, (share, error) in curves.items():
         tau, density = cut(sites[site]["histogram:gate.count"], 1.0 - share_at(share, error, common))
-        found[site] = [Threshold("gate", uniform_tau(tau, int(sites[site]["histogram:gate.units"])), density)]
+        found[site] = SitePlan(
+            gate=Threshold("gate", uniform_tau(tau, int(sites[site]["histogram:gate.units"])), density)
+        )
     return found

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from ...arch import Arch
-from ...checkpoint.plan import Plan, Threshold
+from ...checkpoint.plan import Plan, SitePlan, Threshold
 from ...stats import Stats, of_kind
 from ..thresholds import NeuronShare as Config
 from ..thresholds import chess_taus, densities_of
@@ -28,5 +28,5 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
         tau, density = chess_taus(
             sites[site]["unit_histogram:gate.count"], sites[site]["unit_histogram:gate.up_moment"], wanted
         )
-        found[site] = [Threshold("gate", tau, density)]
+        found[site] = SitePlan(gate=Threshold("gate", tau, density))
     return found

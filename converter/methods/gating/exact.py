@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from ...arch import Arch
-from ...checkpoint.plan import Plan, Swap, check_exact
+from ...checkpoint.plan import Exact, Plan, SitePlan, Swap, check_exact
 from ...stats import Stats, of_kind
 
 SOURCE = (
@@ -37,9 +37,10 @@ class Config(BaseModel):
 
 
 def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
-    """A Swap for every network, with an empty activation where it is to keep its own. Densities are not known yet: 1.
+    """A gate on exact zeros for every network, behind a swap where an activation is named. Densities are 1 as yet.
 
     Raises InputError for drelu in a plain network.
     """
     arch.check_activation(config.activation or "")
-    return {site: [Swap(config.activation or "")] for site in of_kind(stats, "ffn")}
+    edits = (Swap(config.activation),) if config.activation else ()
+    return {site: SitePlan(edits, Exact()) for site in of_kind(stats, "ffn")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...arch import Arch
-from ...checkpoint.plan import Plan, Threshold, uniform_tau
+from ...checkpoint.plan import Plan, SitePlan, Threshold, uniform_tau
 from ...stats import Stats, of_kind
 from ...stats.bins import cut
 from ..thresholds import NeuronShare as Config
@@ -23,5 +23,7 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
     found: Plan = {}
     for site, wanted in densities_of(sites, config.sparsity, config.densities).items():
         tau, density = cut(sites[site]["histogram:gate.count"], wanted)
-        found[site] = [Threshold("gate", uniform_tau(tau, int(sites[site]["histogram:gate.units"])), density)]
+        found[site] = SitePlan(
+            gate=Threshold("gate", uniform_tau(tau, int(sites[site]["histogram:gate.units"])), density)
+        )
     return found

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ....runtime_onnx.errors import InputError
 from ...arch import Arch
-from ...checkpoint.plan import Plan, Predictor
+from ...checkpoint.plan import Plan, Predictor, SitePlan
 from ...modeling.losses import dejavu_loss, dejavu_weight
 from ...modeling.predictor import fresh_predictor, rank_for
 from ...progress import track
@@ -90,12 +90,13 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
     Raises InputError when a site has too few samples to hold some out.
     """
     found: Plan = {}
-    sites, matrices = of_kind(stats, "ffn"), 2 if arch.ffn.kind == "plain" else 3
+    sites = of_kind(stats, "ffn")
     if config.loss == "end_to_end":
         for site, tensors in sites.items():
             hidden, units = int(tensors["sizes:gate.hidden"]), int(tensors["sizes:gate.units"])
             generator = torch.Generator().manual_seed(config.seed * 7919 + site.layer)
-            found[site] = [fresh_predictor(hidden, units, rank(config, hidden, units, matrices), generator)]
+            width = rank(config, hidden, units, arch.matrices)
+            found[site] = SitePlan(gate=fresh_predictor(hidden, units, width, generator))
         return found
     for site, tensors in track(sites.items(), unit="site"):
         x, score = tensors[f"samples:{config.score}.x"], tensors[f"samples:{config.score}.score"]
@@ -103,7 +104,8 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
             raise InputError(
                 f"Predictors must be trained on at least 64 tokens a site, got {len(x)}. Give more calibration text."
             )
-        found[site] = [_train(x, score, rank(config, x.shape[1], score.shape[1], matrices), config, site.layer)]
+        width = rank(config, x.shape[1], score.shape[1], arch.matrices)
+        found[site] = SitePlan(gate=_train(x, score, width, config, site.layer))
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...arch import Arch
-from ...checkpoint.plan import Plan, Threshold
+from ...checkpoint.plan import Plan, SitePlan, Threshold
 from ...stats import Stats, of_kind
 from ..thresholds import chess_taus
 from ..tune import Tune
@@ -49,5 +49,5 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
         tau, density = chess_taus(
             tensors["unit_histogram:gate.count"], tensors["unit_histogram:gate.up_moment"], start(config)
         )
-        found[site] = [Threshold("gate", tau, density)]
+        found[site] = SitePlan(gate=Threshold("gate", tau, density))
     return found

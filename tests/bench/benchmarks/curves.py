@@ -26,7 +26,7 @@ import torch
 from sparsegate.converter import report as reporting
 from sparsegate.converter.arch.shapes import linear_shapes
 from sparsegate.converter.bundled import BUNDLED, BUNDLED_NAME, CALIBRATION_TEXT, HELDOUT_TEXT
-from sparsegate.converter.checkpoint.plan import FFN_LINEARS, LINEARS, Plan, merge
+from sparsegate.converter.checkpoint.plan import FFN_LINEARS, LINEARS, Plan, SitePlan, merge
 from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.checkpoint.stage import Header, write_json
 from sparsegate.converter.evaluation.analysis.executor import analyse_all
@@ -133,7 +133,10 @@ def trained_predictor(study: Study, seed: int | None, densities: tuple[float, ..
     source, generator = study.source, torch.Generator().manual_seed(seed or 0)
     hidden, units = (source.arch.size(source.config, space) for space in ("hidden", "units"))
     rank = rank_for(hidden, units, 3, 0.1)
-    start: Plan = {site: [fresh_predictor(hidden, units, rank, generator)] for site in source.arch.sites(source.config)}
+    start: Plan = {
+        site: SitePlan(gate=fresh_predictor(hidden, units, rank, generator))
+        for site in source.arch.sites(source.config)
+    }
     return _trained(study, seed, densities, "predictor", start, 1.0, PREDICTOR)
 
 
@@ -233,7 +236,7 @@ def measure(study: Study, name: str, seed: int | None) -> None:
         apply_plan(study.model, plan, study.source.arch, study.activation)
         quality = measure_quality(study.model, plan, study.heldout, error=0.0, reference=study.reference)
         remove_plan(study.model)
-        ranks = {entry.rank for (entry,) in plan.values() if entry.tensors().keys() - {"tau"}}
+        ranks = {entry.rank for entry in plan.values() if entry.rank}
         store(
             study,
             Point(

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from plan_checks import same
 
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Plan, Predictor, Swap, Threshold
+from sparsegate.converter.checkpoint.plan import Exact, Plan, Predictor, Residual, SitePlan, Swap, Threshold
 from sparsegate.converter.checkpoint.sparsity import (
     TENSORS,
     encode,
@@ -35,15 +36,14 @@ def make_plan() -> Plan:
     """Every score of a swapped network, one that is not swapped, and a linear."""
     g = torch.Generator().manual_seed(0)
     tau = torch.rand(N, generator=g)
-    predictor = Predictor(
-        torch.randn(R, D, generator=g), torch.randn(N, R, generator=g), tau, 0.25, torch.randn(R, D, generator=g)
-    )
+    predictor = Predictor(torch.randn(R, D, generator=g), torch.randn(N, R, generator=g), tau, 0.25)
+    residual = Residual(torch.randn(R, D, generator=g))
     return {
-        Site(0): [Swap("drelu", 0.0625, 0.25)],
-        Site(1): [Swap("fatrelu(0.01)"), Threshold("gate", tau, 0.5)],
-        Site(2): [Swap("relu"), predictor],
-        Site(3): [Threshold("gate", tau, 0.75)],
-        Site(3, kind="linear:q_proj"): [Threshold("input", torch.rand(D, generator=g), 0.5)],
+        Site(0): SitePlan((Swap("drelu"),), Exact(0.0625, 0.25)),
+        Site(1): SitePlan((Swap("fatrelu(0.01)"),), Threshold("gate", tau, 0.5)),
+        Site(2): SitePlan((Swap("relu"),), predictor, residual),
+        Site(3): SitePlan(gate=Threshold("gate", tau, 0.75)),
+        Site(3, kind="linear:q_proj"): SitePlan(gate=Threshold("input", torch.rand(D, generator=g), 0.5)),
     }
 
 
@@ -60,11 +60,7 @@ def config(folder: Path) -> dict[str, Any]:
 def test_round_trip(tmp_path: Path) -> None:
     plan, (found, activations) = make_plan(), read_sparsity(write(tmp_path, make_plan()))
     assert list(found) == list(plan)
-    for site, entries in plan.items():
-        assert [entry.fields() for entry in found[site]] == [entry.fields() for entry in entries]
-        for entry, other in zip(entries, found[site], strict=True):
-            assert entry.tensors().keys() == other.tensors().keys()
-            assert all(torch.equal(tensor, other.tensors()[role]) for role, tensor in entry.tensors().items())
+    assert all(same(entry, found[site]) for site, entry in plan.items())
     assert activations == {
         "layers.0.ffn": "drelu",
         "layers.1.ffn": "fatrelu(0.01)",
@@ -92,7 +88,7 @@ def test_what_is_written(tmp_path: Path) -> None:
         "hidden_activation": "sparsegate",
     }
     again = config(
-        write(tmp_path, {site: entries for site, entries in make_plan().items() if site.layer < 2}, config(tmp_path))
+        write(tmp_path, {site: entry for site, entry in make_plan().items() if site.layer < 2}, config(tmp_path))
     )
     assert (
         again["sparsity"]["base_activation"] == "gelu_pytorch_tanh" and again["architectures"] == raw["architectures"]
@@ -101,8 +97,10 @@ def test_what_is_written(tmp_path: Path) -> None:
 
 
 def test_exact_sites_need_no_tensors(tmp_path: Path) -> None:
-    folder = write(tmp_path, {Site(0): [Swap("drelu", 0.5, 0.5)]})
-    assert not (folder / TENSORS).exists() and read_sparsity(folder)[0] == {Site(0): [Swap("drelu", 0.5, 0.5)]}
+    folder = write(tmp_path, {Site(0): SitePlan((Swap("drelu"),), Exact(0.5, 0.5))})
+    assert not (folder / TENSORS).exists() and read_sparsity(folder)[0] == {
+        Site(0): SitePlan((Swap("drelu"),), Exact(0.5, 0.5))
+    }
     other = tmp_path / "other"
     other.mkdir()
     write(other, make_plan())
@@ -113,20 +111,19 @@ def test_exact_sites_need_no_tensors(tmp_path: Path) -> None:
 
 def test_a_relu_model_stays_a_stock_one(tmp_path: Path) -> None:
     stock = STOCK | {"hidden_activation": "relu"}
-    folder = write(tmp_path, {Site(0): [Swap("relu", 0.5, 0.5)]}, stock, "relu")
+    folder = write(tmp_path, {Site(0): SitePlan((Swap("relu"),), Exact(0.5, 0.5))}, stock, "relu")
     assert {name: value for name, value in config(folder).items() if name != "sparsity"} == stock
     assert config(folder)["sparsity"]["version"] == 2 and read_sparsity(folder)[0] == {
-        Site(0): [Swap("relu", 0.5, 0.5)]
-    }
+        Site(0): SitePlan((), Exact(0.5, 0.5))
+    }, "no edit changes it"
     entry = Threshold("gate", torch.zeros(N), 0.5)
-    assert encode({Site(0): [Swap("relu"), entry]}, "relu")[0] == encode({Site(0): [entry]}, "relu")[0], (
-        "nothing new: version 1"
-    )
-    assert encode({Site(0): [entry]}, "relu")[0]["version"] == 1
+    swapped, plain = SitePlan((Swap("relu"),), entry), SitePlan((), entry)
+    assert encode({Site(0): swapped}, "relu")[0] == encode({Site(0): plain}, "relu")[0], "nothing new: version 1"
+    assert encode({Site(0): plain}, "relu")[0]["version"] == 1
 
 
 def test_a_base_activation_is_named_as_transformers_names_it() -> None:
-    key, _ = encode({Site(0): [Swap("drelu")]}, "gelu_tanh")
+    key, _ = encode({Site(0): SitePlan((Swap("drelu"),), Exact())}, "gelu_tanh")
     assert key["base_activation"] == "gelu_new" and read_key(key).base == "gelu_tanh"
     assert read_key(key).swapped() == {Site(0): "drelu"}
 

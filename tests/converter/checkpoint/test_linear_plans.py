@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,22 @@ import pytest
 import torch
 from linear_plans import D, N, R, input_plan, linear, logits, residual_entry
 from models import MODEL_TYPES
+from plan_checks import same
 
 from sparsegate.converter.arch import load_arch
 from sparsegate.converter.arch.shapes import linear_rows, linear_shapes
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.cost import block_cost, cost, mlp_cost
+from sparsegate.converter.checkpoint.cost import SiteSize, block_cost, cost, mlp_cost
 from sparsegate.converter.checkpoint.plan import (
     LINEARS,
     Plan,
     Predictor,
+    Residual,
+    SitePlan,
     Threshold,
     check_plan,
     load_plan,
+    make_site_plan,
     merge,
     save_plan,
 )
@@ -37,36 +42,37 @@ from sparsegate.runtime_onnx.untrusted import read_json
 
 
 def test_merge_keeps_neurons_before_the_linears_inside() -> None:
-    tau = Threshold("input", torch.zeros(4), 0.5)
-    teal: Plan = {linear(layer, name): [tau] for layer in range(2) for name in LINEARS}
-    united = merge([{Site(1): [residual_entry()]}, teal])
+    tau = SitePlan(gate=Threshold("input", torch.zeros(4), 0.5))
+    teal: Plan = {linear(layer, name): tau for layer in range(2) for name in LINEARS}
+    united = merge([{Site(1): residual_entry()}, teal])
     assert list(united) == [*(linear(0, name) for name in LINEARS), Site(1), *(linear(1, name) for name in LINEARS[:4])]
-    assert list(merge([teal, {Site(1): [residual_entry()]}])) == list(united), "the order of plans does not matter"
+    assert list(merge([teal, {Site(1): residual_entry()}])) == list(united), "the order of plans does not matter"
     assert len(teal) == 14, "nothing is taken from the plans given"
     with pytest.raises(InputError, match="got layers.1.ffn twice"):
-        merge([united, {Site(1): [residual_entry()]}])
+        merge([united, {Site(1): residual_entry()}])
 
 
 def bad_plans() -> list[tuple[Plan, tuple[str, ...]]]:
-    channel, gate = Threshold("input", torch.zeros(D), 0.5), Threshold("gate", torch.zeros(N), 0.5)
+    channel = SitePlan(gate=Threshold("input", torch.zeros(D), 0.5))
+    gate = SitePlan(gate=Threshold("gate", torch.zeros(N), 0.5))
     r = torch.zeros(R, D)
     return [
-        ({Site(0): [gate], linear(0, "up_proj"): [channel]}, ("layers.0.ffn", "up_proj")),
+        ({Site(0): gate, linear(0, "up_proj"): channel}, ("layers.0.ffn", "up_proj")),
         (
-            {linear(0, "down_proj"): [Threshold("input", torch.zeros(N), 0.5)], Site(0): [gate]},
+            {linear(0, "down_proj"): SitePlan(gate=Threshold("input", torch.zeros(N), 0.5)), Site(0): gate},
             ("layers.0.ffn", "down_proj"),
         ),
-        ({Site(0): [channel]}, ("layers.0.ffn", "input")),
-        ({linear(0, "q_proj"): [gate]}, ("layers.0.linear.q_proj", "gate")),
+        ({Site(0): channel}, ("layers.0.ffn", "input")),
+        ({linear(0, "q_proj"): gate}, ("layers.0.linear.q_proj", "gate")),
         (
-            {linear(0, "q_proj"): [Predictor(r, torch.zeros(D, R), torch.zeros(D), 0.5)]},
+            {linear(0, "q_proj"): SitePlan(gate=Predictor(r, torch.zeros(D, R), torch.zeros(D), 0.5))},
             ("layers.0.linear.q_proj", "predictor"),
         ),
         (
-            {linear(0, "q_proj"): [Threshold("input", torch.zeros(D), 0.5, r, r)]},
+            {linear(0, "q_proj"): SitePlan(gate=Threshold("input", torch.zeros(D), 0.5), residual=Residual(r, r))},
             ("layers.0.linear.q_proj", "residual"),
         ),
-        ({linear(0, "z_proj"): [channel]}, ("layers.0.linear:z_proj".replace(":", "."), "q_proj")),
+        ({linear(0, "z_proj"): channel}, ("layers.0.linear:z_proj".replace(":", "."), "q_proj")),
     ]
 
 
@@ -91,33 +97,50 @@ def test_plans_that_no_executor_has(
 def test_linears_of_other_layers_are_no_conflict() -> None:
     check_plan(
         {
-            Site(0): [residual_entry()],
-            linear(0, "o_proj"): [Threshold("input", torch.zeros(D), 0.5)],
-            linear(1, "up_proj"): [Threshold("input", torch.zeros(D), 0.5)],
+            Site(0): residual_entry(),
+            linear(0, "o_proj"): SitePlan(gate=Threshold("input", torch.zeros(D), 0.5)),
+            linear(1, "up_proj"): SitePlan(gate=Threshold("input", torch.zeros(D), 0.5)),
         }
     )
 
 
-@pytest.mark.parametrize("given", ["fc1", "residual"])
-def test_half_a_residual(given: str) -> None:
-    with pytest.raises(InputError, match=f"got only {given}"):
-        Threshold("gate", torch.zeros(N), 0.5, **{given: torch.zeros(R, D)})
+def test_half_a_residual() -> None:
+    """A threshold has no hidden layer that a residual could share, and a hidden layer alone is none."""
+    gate = Threshold("gate", torch.zeros(N), 0.5)
+    with pytest.raises(InputError, match="residual of layers.0.ffn must have .*, got another at threshold"):
+        check_plan({Site(0): SitePlan((), gate, Residual(torch.zeros(R, D)))})
+    fields = {"kind": "threshold", "score": "gate", "density": 0.5}
+    with pytest.raises(InputError, match="must have weight, got only fc1"):
+        make_site_plan([], fields, {"tau": gate.tau, "residual.fc1.weight": torch.zeros(R, D)})
 
 
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
         (
-            {linear(0, "down_proj"): [Threshold("input", torch.zeros(D), 0.5)]},
+            {linear(0, "down_proj"): SitePlan(gate=Threshold("input", torch.zeros(D), 0.5))},
             ("layers.0.linear.down_proj.tau", "[176]", "[64]"),
         ),
-        ({linear(2, "q_proj"): [Threshold("input", torch.zeros(D), 0.5)]}, ("layers.2.linear.q_proj", "layers.1.ffn")),
         (
-            {Site(0): [Threshold("gate", torch.zeros(N), 0.5, torch.zeros(R, D), torch.zeros(R, D + 1))]},
+            {linear(2, "q_proj"): SitePlan(gate=Threshold("input", torch.zeros(D), 0.5))},
+            ("layers.2.linear.q_proj", "layers.1.ffn"),
+        ),
+        (
+            {
+                Site(0): SitePlan(
+                    gate=Threshold("gate", torch.zeros(N), 0.5),
+                    residual=Residual(torch.zeros(R, D + 1), torch.zeros(R, D)),
+                )
+            },
             ("residual.weight", "[5, 64]", "[5, 65]"),
         ),
         (
-            {Site(0): [Threshold("gate", torch.zeros(N), 0.5, torch.zeros(R, D + 1), torch.zeros(R, D))]},
+            {
+                Site(0): SitePlan(
+                    gate=Threshold("gate", torch.zeros(N), 0.5),
+                    residual=Residual(torch.zeros(R, D), torch.zeros(R, D + 1)),
+                )
+            },
             ("residual.fc1.weight", "[5, 64]", "[5, 65]"),
         ),
     ],
@@ -132,7 +155,10 @@ def test_plain_networks_have_no_gate(tiny_model: Callable[[str], Path]) -> None:
     model = load_dense(tiny_model("phi"))
     with pytest.raises(InputError, match="layers.0.linear.gate_proj"):
         apply_plan(
-            model, {linear(0, "gate_proj"): [Threshold("input", torch.zeros(D), 0.5)]}, load_arch("phi"), "gelu_tanh"
+            model,
+            {linear(0, "gate_proj"): SitePlan(gate=Threshold("input", torch.zeros(D), 0.5))},
+            load_arch("phi"),
+            "gelu_tanh",
         )
 
 
@@ -155,12 +181,12 @@ def test_shapes_are_the_modules(model_type: str, tiny_model: Callable[[str], Pat
 def test_costs_by_hand(tiny_model: Callable[[str], Path]) -> None:
     """llama: q and o [64, 64], k and v [32, 64], gate, up and down [176, 64]; two layers."""
     arch, config = load_arch("llama"), load_dense(tiny_model("llama")).config
-    channel = Threshold("input", torch.zeros(D), 0.25)
+    channel, size = SitePlan((), Threshold("input", torch.zeros(D), 0.25)), SiteSize(D, N, 3)
     attention, network = 2 * 64 * 64 + 2 * 32 * 64, 3 * 176 * 64
-    assert cost(channel, D, N, 3, 0.25) == 0.25
-    assert cost(residual_entry(), D, N, 3, 0.4) == pytest.approx((176 * 64 * (1 + 2 * 0.4) + 2 * R * 64) / network)
+    assert cost(channel, size, 0.25) == 0.25
+    assert cost(residual_entry(), size, 0.4) == pytest.approx((176 * 64 * (1 + 2 * 0.4) + 2 * R * 64) / network)
     assert mlp_cost({}, arch, config) == block_cost({}, arch, config) == 1.0
-    plan: Plan = {linear(0, "q_proj"): [channel], linear(0, "up_proj"): [channel], Site(1): [residual_entry()]}
+    plan: Plan = {linear(0, "q_proj"): channel, linear(0, "up_proj"): channel, Site(1): residual_entry()}
     gated = (176 * 64 * (1 + 2 * 0.5) + 2 * R * 64) / network
     assert mlp_cost(plan, arch, config) == pytest.approx(((2 + 0.25) / 3 + gated) / 2)
     touched = attention - 0.75 * 64 * 64 + network - 0.75 * 176 * 64 + attention + gated * network
@@ -171,7 +197,9 @@ def test_costs_by_hand(tiny_model: Callable[[str], Path]) -> None:
 
 def test_cost_of_a_plain_network(tiny_model: Callable[[str], Path]) -> None:
     arch, config = load_arch("phi"), load_dense(tiny_model("phi")).config
-    plan: Plan = {linear(layer, "down_proj"): [Threshold("input", torch.zeros(N), 0.5)] for layer in range(2)}
+    plan: Plan = {
+        linear(layer, "down_proj"): SitePlan(gate=Threshold("input", torch.zeros(N), 0.5)) for layer in range(2)
+    }
     assert mlp_cost(plan, arch, config) == 0.75 and block_cost(plan, arch, config) == pytest.approx(
         1 - 0.5 * N * D / (4 * D * D + 2 * N * D)
     )
@@ -183,15 +211,15 @@ def test_cost_of_a_plain_network(tiny_model: Callable[[str], Path]) -> None:
 def make_plan() -> Plan:
     g = torch.Generator().manual_seed(0)
     widths = {linear(0, "q_proj"): D, linear(0, "down_proj"): N, linear(1, "o_proj"): D}
-    channels: Plan = {site: [Threshold("input", torch.rand(width, generator=g), 0.3)] for site, width in widths.items()}
-    return channels | {Site(1): [residual_entry()]}
+    channels: Plan = {
+        site: SitePlan(gate=Threshold("input", torch.rand(width, generator=g), 0.3)) for site, width in widths.items()
+    }
+    return channels | {Site(1): residual_entry()}
 
 
 def assert_equal(found: Plan, expected: Plan) -> None:
     assert set(found) == set(expected)
-    for site, (entry,) in expected.items():
-        assert found[site][0].fields() == entry.fields() and set(found[site][0].tensors()) == set(entry.tensors())
-        assert all(torch.equal(found[site][0].tensors()[role], tensor) for role, tensor in entry.tensors().items())
+    assert all(same(found[site], entry) for site, entry in expected.items())
 
 
 def test_plan_round_trip(tmp_path: Path) -> None:
@@ -225,22 +253,20 @@ def test_checkpoint_round_trip(checkpoint: Path) -> None:
         "layers.1.linear.o_proj",
         "layers.1.ffn",
     ]
-    assert {"tau", "residual.fc1.weight", "residual.weight"} == set(plan[Site(1)][0].tensors())
+    assert {"tau", "residual.fc1.weight", "residual.weight"} == set(plan[Site(1)].tensors())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3"])
 def test_load_equals_apply(model_type: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     arch, model = load_arch(model_type), load_dense(tiny_model(model_type))
-    plan = merge([{Site(1): [residual_entry()]}, input_plan(arch, model.config)])
+    plan = merge([{Site(1): residual_entry()}, input_plan(arch, model.config)])
     (tmp_path / "out").mkdir()
     write_checkpoint(open_source(tiny_model(model_type)), plan, tmp_path / "out")
     assert_equal(read_sparsity(tmp_path / "out")[0], plan)
     found = logits(load(tmp_path / "out"))
     assert torch.equal(found, logits(apply_plan(model, plan, arch, "silu")))
-    entry = residual_entry()
-    without = apply_plan(
-        load_dense(tiny_model(model_type)), plan | {Site(1): [Threshold("gate", entry.tau, 0.5)]}, arch, "silu"
-    )
+    bare = replace(residual_entry(), residual=None)
+    without = apply_plan(load_dense(tiny_model(model_type)), plan | {Site(1): bare}, arch, "silu")
     assert float((logits(without) - found).abs().max()) > 1e-2, "the residual must matter"
 
 

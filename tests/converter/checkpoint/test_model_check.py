@@ -15,7 +15,7 @@ from models import MODEL_TYPES, OTHER_TYPES, make_model
 from safetensors.torch import load_file, save_file
 
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Threshold, uniform_tau
+from sparsegate.converter.checkpoint.plan import SitePlan, Threshold, uniform_tau
 from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.checkpoint.tensor_files import load_tensors, read_header
 from sparsegate.converter.checkpoint.writer import write_checkpoint
@@ -44,7 +44,7 @@ def model(tiny_model: Callable[[str], Path], tmp_path: Path) -> Path:
 def checkpoint(model: Path, tmp_path: Path) -> Path:
     out = tmp_path / "out"
     out.mkdir()
-    write_checkpoint(open_source(model), {Site(0): [Threshold("gate", uniform_tau(0.1, 176), 0.5)]}, out)
+    write_checkpoint(open_source(model), {Site(0): SitePlan(gate=Threshold("gate", uniform_tau(0.1, 176), 0.5))}, out)
     return out
 
 

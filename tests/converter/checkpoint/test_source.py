@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Threshold, uniform_tau
+from sparsegate.converter.checkpoint.plan import SitePlan, Threshold, uniform_tau
 from sparsegate.converter.checkpoint.source import end_tokens, open_source
 from sparsegate.converter.checkpoint.sparsity import write_sparsity
 from sparsegate.converter.checkpoint.writer import write_checkpoint
@@ -152,7 +152,7 @@ def test_checkpoint_copies_every_shard_and_nothing_foreign(sharded: Path) -> Non
     (sharded / "LICENSE").write_text("terms")
     out = sharded.with_name("out")
     out.mkdir()
-    write_checkpoint(open_source(sharded), {Site(0): [Threshold("gate", uniform_tau(0.1, 176), 0.5)]}, out)
+    write_checkpoint(open_source(sharded), {Site(0): SitePlan(gate=Threshold("gate", uniform_tau(0.1, 176), 0.5))}, out)
     names = {path.name for path in out.iterdir()}
     assert {"config.json", "tokenizer.json", INDEX, "LICENSE", "sparsity"} <= names and not names & {
         "modeling_evil.py",
@@ -214,7 +214,7 @@ def test_quantised_tensors(model: Path) -> None:
 
 
 def test_already_sparse(model: Path) -> None:
-    write_sparsity(model, {Site(0): [Threshold("gate", uniform_tau(0.1, 176), 0.5)]}, "silu")
+    write_sparsity(model, {Site(0): SitePlan(gate=Threshold("gate", uniform_tau(0.1, 176), 0.5))}, "silu")
     refused(model, "sparse already")
     assert open_source(model, sparse=True).arch.model_type == "llama"
 

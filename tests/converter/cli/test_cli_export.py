@@ -18,7 +18,7 @@ from models import TEXT, make_model, put_predictors
 from safetensors.torch import load_file
 from small_recipe import WITHOUT_SPEED, Done, call_cli, run_cli, small_recipe
 
-from sparsegate.converter.checkpoint.plan import Predictor, Swap, Threshold, uniform_tau
+from sparsegate.converter.checkpoint.plan import Predictor, SitePlan, Threshold, uniform_tau
 from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.checkpoint.sparsity import read_sparsity
 from sparsegate.converter.checkpoint.writer import write_checkpoint
@@ -101,9 +101,9 @@ def test_a_file_is_converted_and_exported_again(drelu: Path, call: Callable[...,
         assert done.returncode == 0 and told in done.stdout, done.stderr
     plan, activations = read_sparsity(tmp_path / "out")
     assert set(activations.values()) == {"drelu"} and len(plan) == LAYERS
-    for swap, entry in plan.values():
-        assert isinstance(swap, Swap) and isinstance(entry, Predictor)
-        assert not entry.tau.any() and 0 < entry.density < 1
+    for entry in plan.values():
+        assert entry.edits and isinstance(entry.gate, Predictor)
+        assert not entry.gate.tau.any() and 0 < entry.gate.density < 1
     assert call("export", tmp_path / "out", "-o", second, "--precision", "fp32", "--quiet").status == 0
     same_but_for_rounding(first, second)
 
@@ -129,7 +129,9 @@ def _without(folder: Path) -> list[str]:
 def _gated(folder: Path) -> list[str]:
     source = open_source(make_model("llama", folder / "m", hidden_act="relu"))
     (folder / "c").mkdir()
-    plan = {site: [Threshold("gate", uniform_tau(0.1, N), 0.5)] for site in source.arch.sites(source.config)}
+    plan = {
+        site: SitePlan(gate=Threshold("gate", uniform_tau(0.1, N), 0.5)) for site in source.arch.sites(source.config)
+    }
     write_checkpoint(source, plan, folder / "c")
     return [str(folder / "c")]
 
@@ -137,8 +139,8 @@ def _gated(folder: Path) -> list[str]:
 def _trained(folder: Path) -> list[str]:
     source = open_source(make_model("llama", folder / "m", hidden_act="relu"))
     (folder / "c").mkdir()
-    entry = Predictor(torch.ones(3, D), torch.ones(N, 3), torch.linspace(0, 1, N), 0.5)
-    write_checkpoint(source, {site: [entry] for site in source.arch.sites(source.config)}, folder / "c")
+    entry = SitePlan((), Predictor(torch.ones(3, D), torch.ones(N, 3), torch.linspace(0, 1, N), 0.5))
+    write_checkpoint(source, {site: entry for site in source.arch.sites(source.config)}, folder / "c")
     return [str(folder / "c"), "--vram-budget", "1"]
 
 

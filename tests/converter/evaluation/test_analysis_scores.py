@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.bundled import BUNDLED, CALIBRATION_TEXT, HELDOUT_TEXT
-from sparsegate.converter.checkpoint.plan import Threshold, uniform_tau
+from sparsegate.converter.checkpoint.plan import SitePlan, Threshold, uniform_tau
 from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.evaluation.analysis import ranks
 from sparsegate.converter.evaluation.analysis.executor import analyse, analyse_all
@@ -44,7 +44,8 @@ def test_thresholds_equal_the_plan_executor(tiny_model: Make) -> None:
     ):
         model(input_ids=calibration.tokens)
     plan = {
-        site: [Threshold("gate", uniform_tau(quantile_tau(scores, 0.4), 176), 0.4)] for site, scores in gates.items()
+        site: SitePlan(gate=Threshold("gate", uniform_tau(quantile_tau(scores, 0.4), 176), 0.4))
+        for site, scores in gates.items()
     }
     quality = measure_quality(apply_plan(model, plan, arch, "silu"), plan, batches)
     remove_plan(model)

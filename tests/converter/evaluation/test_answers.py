@@ -14,12 +14,13 @@ import sacrebleu
 import torch
 from evaluated import NEVER, D, N, R, mixed_plan, text_windows
 from models import VOCAB
+from plan_checks import gates
 from torch import Tensor
 
 from sparsegate.converter.arch import load_arch
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.cost import predictor_cost
-from sparsegate.converter.checkpoint.plan import Plan, Predictor, Threshold
+from sparsegate.converter.checkpoint.plan import Plan, Predictor, Residual, SitePlan, Threshold
 from sparsegate.converter.evaluation import answers
 from sparsegate.converter.evaluation.quality import Reference, groups, measure_quality
 from sparsegate.converter.modeling.gated import dense
@@ -29,7 +30,7 @@ from sparsegate.runtime_onnx.errors import InputError
 def kept(model: Any, rows: Tensor) -> dict[Site, Tensor]:
     """Kept units [B, T] of every site of `mixed_plan`, from hooks on the modules' own inputs."""
     arch, found, hooks = load_arch("llama"), {}, []
-    for site, (entry,) in mixed_plan().items():
+    for site, entry in gates(mixed_plan()).items():
         name = (
             arch.ffn_module(0)
             if site.kind == "ffn"
@@ -226,8 +227,8 @@ def test_predictor_cost_is_the_part_of_predictors_and_residuals(model: Any) -> N
     arch = load_arch("llama")
     fc1, fc2 = torch.zeros(R, D), torch.zeros(N, R)
     plan: Plan = {
-        Site(0): [Predictor(fc1, fc2, NEVER, 0.5, torch.zeros(R, D))],
-        Site(1): [Threshold("gate", NEVER, 0.5, fc1, torch.zeros(R, D))],
+        Site(0): SitePlan(gate=Predictor(fc1, fc2, NEVER, 0.5), residual=Residual(torch.zeros(R, D))),
+        Site(1): SitePlan(gate=Threshold("gate", NEVER, 0.5), residual=Residual(torch.zeros(R, D), fc1)),
     }
     assert predictor_cost(plan, arch, model.config) == pytest.approx((R * (D + N + D) + 2 * R * D) / (2 * 3 * D * N))
     assert predictor_cost(mixed_plan(), arch, model.config) == 0

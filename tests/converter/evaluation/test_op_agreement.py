@@ -14,7 +14,7 @@ from models import make_model
 
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.bundled import BUNDLED, HELDOUT_TEXT
-from sparsegate.converter.checkpoint.plan import Plan, Threshold
+from sparsegate.converter.checkpoint.plan import Plan, SitePlan, Threshold, threshold_of
 from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.evaluation.agreement import check_onnx
 from sparsegate.converter.evaluation.checks import Check
@@ -111,7 +111,7 @@ def halved(model: Any, source: Source, batches: Batches) -> Plan:
     for handle in handles:
         handle.remove()
     units = source.arch.size(source.config, "units")
-    return {Site(layer): [Threshold("gate", torch.full((units,), taus[layer]), 0.5)] for layer in layers}
+    return {Site(layer): SitePlan(gate=Threshold("gate", torch.full((units,), taus[layer]), 0.5)) for layer in layers}
 
 
 @pytest.fixture(scope="module")
@@ -138,18 +138,18 @@ def swapped(plan: Plan) -> Plan:
 
 def without_a_neuron(plan: Plan) -> Plan:
     """One neuron of one layer is never kept."""
-    (entry,) = plan[Site(1)]
+    entry = plan[Site(1)].gating
     assert isinstance(entry, Threshold)
     tau = entry.tau.clone()
     tau[5] = torch.inf
-    return plan | {Site(1): [replace(entry, tau=tau)]}
+    return plan | {Site(1): SitePlan(gate=replace(entry, tau=tau))}
 
 
 def shifted(plan: Plan) -> Plan:
     """One layer's thresholds are 1 % higher."""
-    (entry,) = plan[Site(1)]
+    entry = plan[Site(1)].gating
     assert isinstance(entry, Threshold)
-    return plan | {Site(1): [replace(entry, tau=entry.tau * 1.01)]}
+    return plan | {Site(1): SitePlan(gate=replace(entry, tau=entry.tau * 1.01))}
 
 
 def failed(checks: dict[str, Check]) -> set[str]:
@@ -218,7 +218,8 @@ def test_a_wrong_rest_of_the_graph_fails(bundled: Exported) -> None:
 
 
 def test_a_wrong_wiring_fails_end_to_end(bundled: Exported) -> None:
-    plan = bundled.plan | {Site(0): [replace(bundled.plan[Site(0)][0], tau=torch.full((512,), torch.inf))]}  # type: ignore[type-var]
+    nothing = replace(threshold_of(bundled.plan[Site(0)]), tau=torch.full((512,), torch.inf))
+    plan = bundled.plan | {Site(0): SitePlan(gate=nothing)}
     apply_plan(bundled.model, plan, bundled.source.arch, "silu")
     try:
         (check,) = compare("kernel", Decoder(bundled.onnx("fp32")), bundled.model, bundled.batches, last_bits(0), False)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsegate.converter.arch import load_arch
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Plan, Threshold, uniform_tau
+from sparsegate.converter.checkpoint.plan import Plan, SitePlan, Threshold, uniform_tau
 from sparsegate.converter.evaluation import quality
 from sparsegate.converter.evaluation.checks import ExecutorQuality
 from sparsegate.converter.evaluation.quality import (
@@ -45,7 +45,7 @@ def windows(rows: int = 20, short: bool = True) -> Batches:
 
 
 def plan_of(tau: float) -> Plan:
-    return {Site(layer): [Threshold("gate", uniform_tau(tau, N), 0.5)] for layer in range(2)}
+    return {Site(layer): SitePlan(gate=Threshold("gate", uniform_tau(tau, N), 0.5)) for layer in range(2)}
 
 
 PLANS = {"few": plan_of(0.4), "many": plan_of(1.2)}

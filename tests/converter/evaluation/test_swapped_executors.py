@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsegate.converter.arch import Arch, load_arch
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Plan, Predictor, Swap, Threshold, uniform_tau
+from sparsegate.converter.checkpoint.plan import Exact, Plan, Predictor, SitePlan, Swap, Threshold, uniform_tau
 from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.checkpoint.writer import write_checkpoint
 from sparsegate.converter.evaluation.speed.run import dense_beside
@@ -83,12 +83,12 @@ def predictors(model: Any, arch: Arch, exact: Plan) -> Plan:
     """
     generator = torch.Generator().manual_seed(1)
     plan: Plan = {}
-    for site, entries in exact.items():
+    for site, entry in exact.items():
         x = inputs(apply_plan(model, plan, arch, arch.activation(model.config)), arch.ffn_module(site.layer))
         remove_plan(model)
         fc1, fc2 = torch.randn(R, D, generator=generator) / D**0.5, torch.randn(N, R, generator=generator)
         tau = widest_gap(torch.relu(x @ fc1.T) @ fc2.T, 0.45, 0.65)
-        plan[site] = [*entries, Predictor(fc1, fc2, tau, 0.5)]
+        plan[site] = replace(entry, gate=Predictor(fc1, fc2, tau, 0.5))
     return plan
 
 
@@ -101,13 +101,16 @@ def swapped(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     @cache
     def make(model_type: str, activations: tuple[str, ...]) -> Swapped:
         arch = load_arch(model_type)
-        exact: Plan = {Site(layer): [Swap(activation, 0.3, 0.5)] for layer, activation in enumerate(activations)}
+        exact: Plan = {
+            Site(layer): SitePlan((Swap(activation),), Exact(0.3, 0.5)) for layer, activation in enumerate(activations)
+        }
         checkpoint = root / f"{model_type}_{len(list(root.iterdir()))}"
         checkpoint.mkdir()
         write_checkpoint(open_source(tiny_model(model_type)), exact, checkpoint)
         if model_type not in bases:
             bases[model_type] = build_base(checkpoint, root / f"{model_type}_base")
-        gate: Plan = {site: [*entries, Threshold("gate", uniform_tau(0.0, N), 0.5)] for site, entries in exact.items()}
+        nothing = Threshold("gate", uniform_tau(0.0, N), 0.5)
+        gate: Plan = {site: replace(entry, gate=nothing) for site, entry in exact.items()}
         return Swapped(
             checkpoint,
             bases[model_type],
@@ -274,7 +277,7 @@ def test_both_signs_need_a_gate(tiny_model: Callable[[str], Path], tmp_path: Pat
     source = open_source(tiny_model("phi"))
     base = build_base(shutil.copytree(source.folder, tmp_path / "model"), tmp_path / "base")
     with pytest.raises(InputError, match=r"layers.0.ffn, got: activation must not be drelu without w_gate"):
-        export(base, {Site(0): [Swap("drelu")]}, source.arch, source.config, tmp_path / "out")
+        export(base, {Site(0): SitePlan((Swap("drelu"),), Exact())}, source.arch, source.config, tmp_path / "out")
 
 
 def test_bench_stands_it_beside_its_base(swapped: Callable[..., Swapped], tmp_path: Path) -> None:

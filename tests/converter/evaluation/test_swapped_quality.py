@@ -17,7 +17,7 @@ from test_swap import N
 from sparsegate.converter.arch import load_arch
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.cost import mlp_cost
-from sparsegate.converter.checkpoint.plan import Plan, Swap, Threshold, uniform_tau
+from sparsegate.converter.checkpoint.plan import Exact, Plan, SitePlan, Swap, Threshold, uniform_tau
 from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.checkpoint.writer import write_checkpoint
 from sparsegate.converter.evaluation import answers
@@ -31,8 +31,8 @@ BATCHES = Batches(
     torch.randint(3, VOCAB, (5, 24), generator=torch.Generator().manual_seed(7)), torch.ones(5, 24, dtype=torch.bool)
 )
 PLAN: Plan = {
-    Site(0): [Swap("drelu", 0.25, 0.5)],
-    Site(1): [Swap("drelu"), Threshold("gate", uniform_tau(0.3, N), 0.3)],
+    Site(0): SitePlan((Swap("drelu"),), Exact(0.25, 0.5)),
+    Site(1): SitePlan((Swap("drelu"),), Threshold("gate", uniform_tau(0.3, N), 0.3)),
 }
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 FILE = '''
 """Keeps every other neuron's threshold at 0."""
 import torch
-from ...checkpoint.plan import Threshold
+from ...checkpoint.plan import SitePlan, Threshold
 from ...stats import of_kind
 from ..thresholds import NeuronShare as Config
 
@@ -28,7 +28,7 @@ NEEDS = ("sizes:gate",)
 
 def plan(stats, arch, config):
     return {
-        site: [Threshold("gate", torch.arange(int(tensors["sizes:gate.units"])) % 2.0, 1 - config.sparsity)]
+        site: SitePlan((), Threshold("gate", torch.arange(int(tensors["sizes:gate.units"])) % 2.0, 1 - config.sparsity))
         for site, tensors in of_kind(stats, "ffn").items()
     }
 '''
@@ -75,7 +75,7 @@ print(json.dumps({
     "refused": [refusal("toyy"), refusal("toy+toy")],
     "configs": {"toy": list(alone["toy"]), "toy+teal": list(joined["toy+teal"])},
     "cost": estimate(source, recipe("toy", 0.4, None), alone).expected_cost,
-    "plan": {site.key: [len(entry.tau), entry.density] for site, (entry,) in plan.items()},
+    "plan": {site.key: [len(entry.gate.tau), entry.gate.density] for site, entry in plan.items()},
 }))
 """
 

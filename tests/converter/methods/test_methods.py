@@ -7,12 +7,13 @@ from typing import Any, get_args
 import pytest
 import torch
 from method_stats import LLAMA, PHI, TOKENS, D, N, chess_stats, linear_stats
+from plan_checks import gates
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparsegate.converter.arch import Arch
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Predictor, Threshold
+from sparsegate.converter.checkpoint.plan import Predictor, Threshold, part_tensors
 from sparsegate.converter.methods import make_config, needs
 from sparsegate.converter.methods.gating import chess, predictor, trained_gate
 from sparsegate.converter.modeling import predictor as modeling_predictor
@@ -59,9 +60,9 @@ def learnable(rank: int, tokens: int = TOKENS, seed: int = 0) -> dict[Site, dict
 
 
 def train(stats: Any, arch: Arch = LLAMA, **config: Any) -> Predictor:
-    (entry,) = predictor.plan(
+    entry = predictor.plan(
         stats, arch, predictor.Config(**(CROSS_ENTROPY | {"steps": 150, "batch": 256, "rank": 8} | config))
-    )[Site(0)]
+    )[Site(0)].gating
     assert isinstance(entry, Predictor)
     return entry
 
@@ -92,14 +93,8 @@ def first_half(stats: dict[Site, dict[str, Tensor]]) -> dict[Site, dict[str, Ten
 def test_shapes_and_density(sparsity: float, fresh: tuple[Tensor, Tensor]) -> None:
     stats = first_half(learnable(6, 2 * TOKENS))
     entry = train(stats, sparsity=sparsity)
-    assert (
-        entry.fc1.shape == (8, D)
-        and entry.fc2.shape == (N, 8)
-        and entry.tau.shape == (N,)
-        and entry.residual is None
-        and entry.rank == 8
-    )
-    assert all(t.dtype == torch.float32 and not t.requires_grad for t in entry.tensors().values())
+    assert entry.fc1.shape == (8, D) and entry.fc2.shape == (N, 8) and entry.tau.shape == (N,) and entry.rank == 8
+    assert all(t.dtype == torch.float32 and not t.requires_grad for t in part_tensors(entry).values())
     heldout = TOKENS // 10 * N
     assert abs(entry.density * heldout - round((1 - sparsity) * heldout)) <= 2, (
         "exact on the held-out tokens, up to rounding of the fold"
@@ -165,8 +160,9 @@ def test_seeded_and_without_side_effects() -> None:
         train(stats, seed=4, steps=20),
     )
     assert torch.equal(torch.get_rng_state(), state)
-    for role, tensor in first.tensors().items():
-        assert torch.equal(tensor, second.tensors()[role]) and not torch.equal(tensor, other.tensors()[role]), role
+    for role, tensor in part_tensors(first).items():
+        assert torch.equal(tensor, part_tensors(second)[role]), role
+        assert not torch.equal(tensor, part_tensors(other)[role]), role
     assert (first.density, first.recall) == (second.density, second.recall)
 
 
@@ -178,7 +174,7 @@ def test_any_number_of_steps(steps: int) -> None:
 def test_layers_start_differently() -> None:
     (one,) = learnable(6).values()
     plan = predictor.plan({Site(0): one, Site(1): one}, LLAMA, predictor.Config(loss="cross_entropy", steps=2, rank=4))
-    left, right = plan[Site(0)][0], plan[Site(1)][0]
+    left, right = plan[Site(0)].gating, plan[Site(1)].gating
     assert isinstance(left, Predictor) and isinstance(right, Predictor) and not torch.equal(left.fc1, right.fc1)
 
 
@@ -195,9 +191,9 @@ def test_inputs_of_any_size_train_alike() -> None:
 def test_rank_follows_the_rule_unless_given() -> None:
     (one,) = learnable(6).values()
     for arch, matrices in ((LLAMA, 3), (PHI, 2)):
-        (entry,) = predictor.plan({Site(0): one}, arch, predictor.Config(loss="cross_entropy", steps=1, cost=0.3))[
+        entry = predictor.plan({Site(0): one}, arch, predictor.Config(loss="cross_entropy", steps=1, cost=0.3))[
             Site(0)
-        ]
+        ].gating
         assert isinstance(entry, Predictor) and entry.rank == modeling_predictor.rank_for(D, N, matrices, 0.3)
 
 
@@ -284,17 +280,14 @@ def test_a_fresh_predictor_keeps_everything(arch: Arch, matrices: int) -> None:
     )
     assert list(plan) == [Site(0), Site(1), Site(2)]
     x = torch.randn(200, hidden, generator=torch.Generator().manual_seed(0))
-    for (entry,) in plan.values():
+    for entry in gates(plan).values():
         assert (
             isinstance(entry, Predictor)
             and entry.rank == modeling_predictor.rank_for(hidden, units, matrices, 0.1)
             and entry.density == 1.0
         )
         assert (
-            entry.residual is None
-            and entry.recall is None
-            and entry.fc1.shape == (entry.rank, hidden)
-            and entry.fc2.shape == (units, entry.rank)
+            entry.recall is None and entry.fc1.shape == (entry.rank, hidden) and entry.fc2.shape == (units, entry.rank)
         )
         assert float(keep(entry, x).double().mean()) > 0.99
         logits = F.relu(x @ entry.fc1.T) @ entry.fc2.T - entry.tau
@@ -302,13 +295,13 @@ def test_a_fresh_predictor_keeps_everything(arch: Arch, matrices: int) -> None:
             "directions differ, so that there is what to train"
         )
     again, other = (
-        predictor.plan(sizes_stats(1, hidden, units), arch, predictor.Config(seed=seed))[Site(0)][0].fc1
+        predictor.plan(sizes_stats(1, hidden, units), arch, predictor.Config(seed=seed))[Site(0)].gating.fc1
         for seed in (0, 1)
     )
     assert (
-        torch.equal(again, plan[Site(0)][0].fc1)
+        torch.equal(again, plan[Site(0)].gating.fc1)
         and not torch.equal(again, other)
-        and not torch.equal(again, plan[Site(1)][0].fc1)
+        and not torch.equal(again, plan[Site(1)].gating.fc1)
     )
 
 
@@ -316,17 +309,17 @@ def test_a_fresh_predictor_keeps_everything(arch: Arch, matrices: int) -> None:
 def test_trained_gate_begins_from_chess(sparsity: float, start: float) -> None:
     """With the thresholds of CHESS at the wished density."""
     g = torch.Generator().manual_seed(0)
-    gates = [F.silu(torch.randn(TOKENS, N, generator=g)).abs() for _ in range(2)]
+    activated = [F.silu(torch.randn(TOKENS, N, generator=g)).abs() for _ in range(2)]
     stats = chess_stats(
-        gates, [torch.randn(TOKENS, N, generator=g) * (torch.rand(N, generator=g) + 0.1) for _ in range(2)]
+        activated, [torch.randn(TOKENS, N, generator=g) * (torch.rand(N, generator=g) + 0.1) for _ in range(2)]
     )
     config = trained_gate.Config(sparsity=sparsity)
     assert trained_gate.start(config) == pytest.approx(start) and needs("trained_gate", config) == [
         "unit_histogram:gate"
     ]
     plan, expected = trained_gate.plan(stats, LLAMA, config), chess.plan(stats, LLAMA, chess.Config(sparsity=1 - start))
-    for site, score in zip(stats, gates, strict=True):
-        (entry,), (wanted,) = plan[site], expected[site]
+    for site, score in zip(stats, activated, strict=True):
+        entry, wanted = plan[site].gating, expected[site].gating
         assert (
             isinstance(entry, Threshold) and entry.score == "gate" and entry.density == pytest.approx(start, abs=1e-5)
         )

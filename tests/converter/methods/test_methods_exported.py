@@ -13,7 +13,7 @@ import torch
 from models import make_model
 from small_recipe import small_recipe
 
-from sparsegate.converter.checkpoint.plan import Plan, Swap, Threshold
+from sparsegate.converter.checkpoint.plan import Exact, Plan, Threshold
 from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.evaluation.agreement import check_onnx
 from sparsegate.converter.methods import AUTO, METHODS
@@ -85,12 +85,12 @@ def test_executors_agree(stage: Stage, case: str) -> None:
         assert not any("not run" in check.note for check in checks)
     finally:
         remove_plan(stage.model)
-    site, (entry,) = next(iter(plan.items()))
+    site, entry = next(iter(plan.items()))
     nothing = torch.full((176,), torch.inf)
     spoiled = plan | {
-        site: [entry, Threshold("gate", nothing, 0.0)]
-        if isinstance(entry, Swap)
-        else [replace(entry, tau=torch.full_like(entry.tau, torch.inf))]
+        site: replace(entry, gate=Threshold("gate", nothing, 0.0))
+        if isinstance(entry.gate, Exact)
+        else replace(entry, gate=replace(entry.gating, tau=torch.full_like(entry.gating.tau, torch.inf)))
     }
     apply_plan(stage.model, spoiled, stage.source.arch, activation)
     try:

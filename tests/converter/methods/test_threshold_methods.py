@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from method_stats import LLAMA, PHI, SHAPES, TOKENS, N, chess_stats, gate_stats, linear_stats
+from plan_checks import gates
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,7 +28,7 @@ def test_gate_density(sparsity: float) -> None:
     scores = [F.silu(torch.randn(TOKENS, N, generator=g) * (layer + 0.3)).abs() for layer in range(3)]
     plan = gate.plan(gate_stats(*scores), LLAMA, gate.Config(sparsity=sparsity))
     assert list(plan) == [Site(0), Site(1), Site(2)]
-    for (entry,), score in zip(plan.values(), scores, strict=True):
+    for entry, score in zip(gates(plan).values(), scores, strict=True):
         assert isinstance(entry, Threshold) and entry.score == "gate"
         assert entry.tau.shape == (N,) and entry.tau.dtype == torch.float32 and len(entry.tau.unique()) == 1
         realised = float((score > entry.tau).double().mean())
@@ -36,7 +37,7 @@ def test_gate_density(sparsity: float) -> None:
 
 def test_gate_of_relu_keeps_what_is_not_zero() -> None:
     score = F.relu(torch.randn(TOKENS, N, generator=torch.Generator().manual_seed(0)) - 1)
-    (entry,) = gate.plan(gate_stats(score), PHI, gate.Config(sparsity=0.5))[Site(0)]
+    entry = gate.plan(gate_stats(score), PHI, gate.Config(sparsity=0.5))[Site(0)].gating
     assert isinstance(entry, Threshold)
     assert (entry.tau == 0).all() and entry.density == pytest.approx(float((score > 0).double().mean()), abs=1e-9)
 
@@ -48,10 +49,10 @@ def test_gate_densities_by_site() -> None:
         gate_stats(*scores), LLAMA, gate.Config(sparsity=0.4, densities={"layers.1.ffn": 0.9, "layers.2.ffn": 0.0})
     )
     realised = [
-        float((score > entry.tau).double().mean()) for (entry,), score in zip(plan.values(), scores, strict=True)
+        float((score > entry.tau).double().mean()) for entry, score in zip(gates(plan).values(), scores, strict=True)
     ]
     assert realised == pytest.approx([0.6, 0.9, 0.0], abs=2e-3) and [
-        entry.density for (entry,) in plan.values()
+        entry.density for entry in gates(plan).values()
     ] == pytest.approx(realised, abs=2e-3)
 
 
@@ -61,10 +62,12 @@ def test_gate_densities_by_site() -> None:
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
 def test_f15_chess_thresholds(sparsity: float) -> None:
     g = torch.Generator().manual_seed(0)
-    gates = [F.silu(torch.randn(TOKENS, N, generator=g)).abs() for _ in range(2)]
+    activated = [F.silu(torch.randn(TOKENS, N, generator=g)).abs() for _ in range(2)]
     ups = [torch.randn(TOKENS, N, generator=g) * (torch.rand(N, generator=g) + 0.1) for _ in range(2)]
-    plan = chess.plan(chess_stats(gates, ups), LLAMA, chess.Config(sparsity=sparsity, densities={"layers.1.ffn": 0.25}))
-    for (entry,), score, up, density in zip(plan.values(), gates, ups, (1 - sparsity, 0.25), strict=True):
+    plan = chess.plan(
+        chess_stats(activated, ups), LLAMA, chess.Config(sparsity=sparsity, densities={"layers.1.ffn": 0.25})
+    )
+    for entry, score, up, density in zip(gates(plan).values(), activated, ups, (1 - sparsity, 0.25), strict=True):
         assert isinstance(entry, Threshold) and entry.score == "gate" and entry.tau.shape == (N,)
         constant = entry.tau.square() * up.square().mean(0)
         assert float(constant.max() / constant.min()) == pytest.approx(1, rel=1e-4)
@@ -82,7 +85,7 @@ def test_chess_loses_less_than_gate_where_ups_differ() -> None:
     )
     lost = []
     for method, stats in ((gate, gate_stats(score)), (chess, chess_stats([score], [up]))):
-        (entry,) = method.plan(stats, LLAMA, method.Config(sparsity=0.5))[Site(0)]
+        entry = method.plan(stats, LLAMA, method.Config(sparsity=0.5))[Site(0)].gating
         keep = score > entry.tau
         assert float(keep.double().mean()) == pytest.approx(0.5, abs=5e-3)
         lost.append(float(torch.where(keep, 0.0, score * up).square().sum()))
@@ -106,20 +109,20 @@ def cett_stats(powers: tuple[float, ...]) -> dict[Site, dict[str, Tensor]]:
 def test_cett_is_one_for_all_layers(sparsity: float) -> None:
     stats = cett_stats((1.0, 2.0, 4.0))
     plan = cett.plan(stats, LLAMA, cett.Config(sparsity=sparsity))
-    densities = [entry.density for (entry,) in plan.values()]
+    densities = [entry.density for entry in gates(plan).values()]
     assert sum(densities) / 3 == pytest.approx(1 - sparsity, abs=1e-6) and densities[0] > densities[1] > densities[2]
     commons = [(1 - density) ** power for density, power in zip(densities, (1.0, 2.0, 4.0), strict=True)]
     assert commons == pytest.approx([commons[0]] * 3, abs=0.01)
-    assert [float(entry.tau[0]) for (entry,) in plan.values()] == pytest.approx([1 - d for d in densities], abs=0.02), (
-        "uniform scores"
-    )
+    assert [float(entry.tau[0]) for entry in gates(plan).values()] == pytest.approx(
+        [1 - d for d in densities], abs=0.02
+    ), "uniform scores"
 
 
 def test_cett_may_be_given() -> None:
     stats = cett_stats((1.0, 3.0))
     plan = cett.plan(stats, LLAMA, cett.Config(cett=0.3))
     expected = [1 - share_at(t["dropped:gate.share"], t["dropped:gate.error"], 0.3) for t in stats.values()]
-    assert [entry.density for (entry,) in plan.values()] == pytest.approx(expected, abs=1e-6) and expected[
+    assert [entry.density for entry in gates(plan).values()] == pytest.approx(expected, abs=1e-6) and expected[
         0
     ] == pytest.approx(0.7, abs=1e-3)
 
@@ -129,7 +132,7 @@ def test_cett_may_be_given() -> None:
 
 def skipped(plan: Any, inputs: dict[Site, Tensor]) -> tuple[dict[Site, float], float]:
     """(Skipped share by site, mean over weights), as realised on the inputs."""
-    shares = {site: float((inputs[site] <= entry.tau).double().mean()) for site, (entry,) in plan.items()}
+    shares = {site: float((inputs[site] <= entry.tau).double().mean()) for site, entry in gates(plan).items()}
     sizes = {
         site: SHAPES[site.kind.removeprefix("linear:")][0] * SHAPES[site.kind.removeprefix("linear:")][1]
         for site in plan
@@ -148,7 +151,7 @@ def test_inputs_are_skipped_at_the_mean(method: Any, greedy: bool, sparsity: flo
     assert list(plan) == list(stats)
     shares, mean = skipped(plan, inputs)
     assert mean == pytest.approx(sparsity, abs=3e-3)
-    for site, (entry,) in plan.items():
+    for site, entry in gates(plan).items():
         assert (
             isinstance(entry, Threshold)
             and entry.score == "input"
@@ -199,10 +202,10 @@ def test_a_channel_without_weights_goes() -> None:
     stats, _ = linear_stats("wina", 1)
     site = Site(0, kind="linear:q_proj")
     stats[site]["scale:wina.scale"][4] = 0.0
-    (entry,) = wina.plan(stats, LLAMA, wina.Config(greedy=False))[site]
+    entry = wina.plan(stats, LLAMA, wina.Config(greedy=False))[site].gating
     assert entry.tau[4] == torch.inf and bool(entry.tau[:4].isfinite().all())
     stats[site]["histogram:wina.count"][0] = TOKENS  # its scores, which are 0
-    (entry,) = wina.plan(stats, LLAMA, wina.Config(greedy=False, densities={site.key: 1.0}))[site]
+    entry = wina.plan(stats, LLAMA, wina.Config(greedy=False, densities={site.key: 1.0}))[site].gating
     assert entry.tau[4] == torch.inf and not bool(entry.tau[:4].any()), (
         "every other channel stays where nothing is to be skipped"
     )

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsegate.converter.arch import load_arch
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Plan, Predictor, Threshold
+from sparsegate.converter.checkpoint.plan import Plan, Predictor, Residual, SitePlan, Threshold
 from sparsegate.converter.modeling.gated import apply_plan, remove_plan
 from sparsegate.converter.onnx_export.base_graph import build_base, onnx_logits
 from sparsegate.converter.onnx_export.gated_graph import export
@@ -112,11 +112,12 @@ class Gate:
         return y if self.residual is None else y + hidden @ self.residual
 
     @property
-    def entry(self) -> Threshold | Predictor:
+    def entry(self) -> SitePlan:
         assert self.tau is not None
+        residual = None if self.residual is None else Residual(self.residual, self.fc1)
         if self.predictor is None:
-            return Threshold("gate", self.tau, 0.5, self.fc1, self.residual)
-        return Predictor(*self.predictor, self.tau, 0.5, self.residual)
+            return SitePlan(gate=Threshold("gate", self.tau, 0.5), residual=residual)
+        return SitePlan(gate=Predictor(*self.predictor, self.tau, 0.5), residual=residual)
 
 
 class Gated:
@@ -162,7 +163,7 @@ class Gated:
 
     @property
     def plan(self) -> Plan:
-        return {Site(index): [gate.entry] for index, gate in enumerate(self.gates)}
+        return {Site(index): gate.entry for index, gate in enumerate(self.gates)}
 
 
 # Linear sites, over the torch executor
@@ -197,12 +198,12 @@ def linear_plan(tiny: Tiny, names: dict[int, list[tuple[str, ...]]], gated: tupl
                 norm = tiny.model.get_submodule(module).weight.detach().norm(dim=0)
             # the quantiles differ, so that no two linears have the same threshold by chance
             tau = widest_gap((size * norm).reshape(-1, 1), 0.3 + 0.05 * number, 0.4 + 0.05 * number) / norm
-            plan |= {Site(layer, kind=f"linear:{name}"): [Threshold("input", tau, 0.6)] for name in group}
+            plan |= {Site(layer, kind=f"linear:{name}"): SitePlan(gate=Threshold("input", tau, 0.6)) for name in group}
         if layer in gated:
             with gating(tiny, plan) as model:
                 mlp = model.get_submodule(arch.ffn_module(layer))
                 scores = act(tiny.model_type, parts(mlp, seen(model, arch.ffn_module(layer)))[0]).detach().abs()
-            plan[Site(layer)] = [Threshold("gate", widest_gap(scores, 1 / 3, 2 / 3), 0.5)]
+            plan[Site(layer)] = SitePlan(gate=Threshold("gate", widest_gap(scores, 1 / 3, 2 / 3), 0.5))
     return plan
 
 

@@ -11,11 +11,7 @@ from torch import Tensor
 from sparsegate.converter.arch import Arch
 from sparsegate.converter.arch.shapes import linear_shapes
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import (
-    LINEARS,
-    Plan,
-    Threshold,
-)
+from sparsegate.converter.checkpoint.plan import LINEARS, Plan, Residual, SitePlan, Threshold
 
 TOKENS = torch.randint(3, VOCAB, (2, 26), generator=torch.Generator().manual_seed(0))
 D, N, R = 64, 176, 5
@@ -31,20 +27,20 @@ def input_plan(arch: Arch, config: Any, names: tuple[str, ...] = LINEARS, seed: 
     for layer in range(2):
         for name, (_, width) in linear_shapes(arch, config).items():
             if name in names:
-                found[linear(layer, name)] = [
-                    Threshold("input", (0.1 if name == "down_proj" else 0.5) * torch.rand(width, generator=g), 0.5)
-                ]
+                found[linear(layer, name)] = SitePlan(
+                    gate=Threshold("input", (0.1 if name == "down_proj" else 0.5) * torch.rand(width, generator=g), 0.5)
+                )
     return found
 
 
-def residual_entry(seed: int = 0) -> Threshold:
+def residual_entry(seed: int = 0) -> SitePlan:
     g = torch.Generator().manual_seed(seed)
     tau, fc1, residual = (
         0.2 + 0.3 * torch.rand(N, generator=g),
         torch.randn(R, D, generator=g) / 8,
         torch.randn(R, D, generator=g) / 4,
     )
-    return Threshold("gate", tau, 0.5, fc1, residual)
+    return SitePlan(gate=Threshold("gate", tau, 0.5), residual=Residual(residual, fc1))
 
 
 @torch.no_grad()

@@ -17,13 +17,7 @@ from transformers.activations import ACT2FN
 from sparsegate.converter.arch import Arch, load_arch
 from sparsegate.converter.arch.shapes import linear_rows, linear_shapes
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import (
-    LINEARS,
-    Entry,
-    Plan,
-    Predictor,
-    Threshold,
-)
+from sparsegate.converter.checkpoint.plan import LINEARS, Plan, Predictor, Residual, SitePlan, Threshold
 from sparsegate.converter.modeling.gated import NEAR, apply_plan, dense, load_dense, recording, remove_plan
 
 
@@ -37,7 +31,7 @@ def by_hand(model: Any, arch: Arch, plan: Plan) -> Any:
             rows, given = slice(start, start + shapes[part][0]), x
             start = rows.stop
             if linear(layer, part) in plan:
-                given = x * (x.abs() > plan[linear(layer, part)][0].tau)
+                given = x * (x.abs() > plan[linear(layer, part)].gating.tau)
             pieces.append(given @ module.weight[rows].T + (0.0 if module.bias is None else module.bias[rows]))
         assert start == output.shape[-1]
         return torch.cat(pieces, dim=-1)
@@ -84,8 +78,10 @@ def test_one_linear_alone(model_type: str, name: str, tiny_model: Callable[[str]
     torch.testing.assert_close(
         logits(apply_plan(model, plan, arch, arch.activation(model.config))), expected, rtol=1e-5, atol=1e-4
     )
-    (entry,) = plan[linear(1, name)]
-    plan[linear(1, name)] = [Threshold("input", entry.tau.index_fill(0, torch.tensor([3]), torch.inf), 0.5)]
+    entry = plan[linear(1, name)].gating
+    plan[linear(1, name)] = SitePlan(
+        gate=Threshold("input", entry.tau.index_fill(0, torch.tensor([3]), torch.inf), 0.5)
+    )
     assert float((logits(by_hand(load_dense(folder), arch, plan)) - expected).abs().max()) > 1e-3
 
 
@@ -108,7 +104,7 @@ def test_half_precision_compares_in_fp32(dtype: torch.dtype, tiny_model: Callabl
     x = torch.randn(1, 1, D, generator=torch.Generator().manual_seed(0)).to(dtype)
     tau = x[0, 0].float().abs() * (1 - 1e-5)
     assert torch.equal(tau.to(dtype), x[0, 0].abs())
-    apply_plan(model, {linear(0, "q_proj"): [Threshold("input", tau, 1.0)]}, arch, "silu")
+    apply_plan(model, {linear(0, "q_proj"): SitePlan(gate=Threshold("input", tau, 1.0))}, arch, "silu")
     module = model.get_submodule("model.layers.0.self_attn.q_proj")
     with recording(model) as seen, torch.no_grad():
         assert module(x).dtype == dtype
@@ -119,7 +115,7 @@ def test_recorder_counts_and_near(tiny_model: Callable[[str], Path]) -> None:
     arch, model = load_arch("phi3"), load_dense(tiny_model("phi3"))
     plan = input_plan(arch, model.config, ("q_proj", "v_proj"))
     x = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(0))
-    (entry,) = plan[linear(0, "v_proj")]
+    entry = plan[linear(0, "v_proj")].gating
     x[1, 2, 7] = -float(entry.tau[7])
     apply_plan(model, plan, arch, "silu")
     module = model.get_submodule("model.layers.0.self_attn.qkv_proj")
@@ -127,7 +123,7 @@ def test_recorder_counts_and_near(tiny_model: Callable[[str], Path]) -> None:
         module(x)
         module(x)
     for name in ("q_proj", "v_proj"):
-        tau = plan[linear(0, name)][0].tau
+        tau = plan[linear(0, name)].gating.tau
         assert (
             seen.kept[linear(0, name)] == 2 * int((x.abs() > tau).sum()) and seen.seen[linear(0, name)] == 2 * x.numel()
         )
@@ -154,7 +150,7 @@ def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tau: Tensor) -
     return torch.stack(rows).reshape(*x.shape[:-1], -1)
 
 
-def gather_network(x: Tensor, mlp: Any, arch: Arch, activation: Any, entry: Entry) -> Tensor:
+def gather_network(x: Tensor, mlp: Any, arch: Arch, activation: Any, entry: SitePlan) -> Tensor:
     """A feed-forward network neuron by neuron: rows of gate, up and down of the kept ones only, in fp64."""
     ffn, weights = arch.ffn, {name: t.double() for name, t in mlp.state_dict().items()}
     zero = torch.zeros(N, dtype=torch.float64)
@@ -165,9 +161,9 @@ def gather_network(x: Tensor, mlp: Any, arch: Arch, activation: Any, entry: Entr
         w_gate, w_up = (weights[f"{name}.weight"] for name in (ffn.gate or ffn.up, ffn.up))
         b_gate, b_up = (weights.get(f"{name}.bias", zero) for name in (ffn.gate or ffn.up, ffn.up))
     down, bias = weights[f"{ffn.down}.weight"], weights.get(f"{ffn.down}.bias", torch.zeros(D, dtype=torch.float64))
-    rows = []
+    rows, predictor, residual = [], entry.gating, entry.residual
     for token in x.double().reshape(-1, D):
-        y, fc1 = bias.clone(), entry.fc1
+        y, fc1 = bias.clone(), predictor.fc1 if isinstance(predictor, Predictor) else residual and residual.fc1
         hidden = (
             None
             if fc1 is None
@@ -175,11 +171,11 @@ def gather_network(x: Tensor, mlp: Any, arch: Arch, activation: Any, entry: Entr
         )
         for i in range(N):
             gate = activation(w_gate[i] @ token + b_gate[i])
-            score = float(entry.fc2[i].double() @ hidden) if isinstance(entry, Predictor) else abs(float(gate))  # type: ignore[operator]
-            if score > float(entry.tau[i]):
+            score = float(predictor.fc2[i].double() @ hidden) if isinstance(predictor, Predictor) else abs(float(gate))
+            if score > float(predictor.tau[i]):
                 y += gate * (1.0 if ffn.kind == "plain" else w_up[i] @ token + b_up[i]) * down[:, i]
-        if entry.residual is not None and hidden is not None:
-            y += sum(hidden[r] * entry.residual[r].double() for r in range(len(hidden)))
+        if residual is not None and hidden is not None:
+            y += sum(hidden[r] * residual.weight[r].double() for r in range(len(hidden)))
         rows.append(y)
     return torch.stack(rows).reshape(x.shape)
 
@@ -211,7 +207,10 @@ def test_f22_gathering_equals_masking(
         module, parts = next(iter(linear_rows(arch, model.config).items()))
         taus = {name: entry_at(kind, density, (x[0] * (1 + k / 4)).abs()) for k, name in enumerate(parts)}
         apply_plan(
-            model, {linear(0, name): [Threshold("input", tau, 0.5)] for name, tau in taus.items()}, arch, activation
+            model,
+            {linear(0, name): SitePlan(gate=Threshold("input", tau, 0.5)) for name, tau in taus.items()},
+            arch,
+            activation,
         )
         target = model.get_submodule(arch.block_prefix(0) + module)
         pieces = [
@@ -228,12 +227,12 @@ def test_f22_gathering_equals_masking(
         )
         if kind.startswith("predictor"):
             tau = entry_at("predictor", density, F.relu(x[0] @ fc1.T) @ fc2.T)
-            entry: Entry = Predictor(fc1, fc2, tau, 0.5, residual if "+" in kind else None)
+            entry = SitePlan((), Predictor(fc1, fc2, tau, 0.5), Residual(residual) if "+" in kind else None)
         else:
             up = getattr(target, str(arch.ffn.gate_up or arch.ffn.gate or arch.ffn.up))(x[0])[:, :N]
             tau = entry_at("gate", density, ACT2FN[getattr(model.config, arch.ffn.activation.config)](up).abs())
-            entry = Threshold("gate", tau, 0.5, fc1, residual) if "+" in kind else Threshold("gate", tau, 0.5)
-        apply_plan(model, {Site(0): [entry]}, arch, activation)
+            entry = SitePlan((), Threshold("gate", tau, 0.5), Residual(residual, fc1) if "+" in kind else None)
+        apply_plan(model, {Site(0): entry}, arch, activation)
         expected = gather_network(x, target, arch, ACT2FN[getattr(model.config, arch.ffn.activation.config)], entry)
     with recording(model) as seen:
         found = target(x)

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sparsegate.converter.arch import load_arch, supported
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Plan, Predictor, Swap, Threshold, uniform_tau
+from sparsegate.converter.checkpoint.plan import Exact, Plan, Predictor, SitePlan, Swap, Threshold, uniform_tau
 from sparsegate.converter.checkpoint.source import check_config, make_config, open_source, stock_view
 from sparsegate.converter.checkpoint.writer import write_checkpoint
 from sparsegate.converter.modeling import swapped as modeling
@@ -39,7 +39,10 @@ def write(folder: Path, plan: Plan, out: Path) -> Path:
 
 
 def swaps(model_type: str) -> Plan:
-    return {Site(0): [Swap(exact_for(model_type), 0.25, 0.5)], Site(1): [Swap("fatrelu(0.25)", 0.4, 0.4)]}
+    return {
+        Site(0): SitePlan((Swap(exact_for(model_type)),), Exact(0.25, 0.5)),
+        Site(1): SitePlan((Swap("fatrelu(0.25)"),), Exact(0.4, 0.4)),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +171,7 @@ def test_auto_classes_compute_the_network_by_hand(
     model.save_pretrained(tmp_path / "again")
     again = auto(tmp_path / "again")
     assert torch.equal(logits(again), logits(model)) and again.config.sparsity == model.config.sparsity
-    assert open_source(tmp_path / "again").swaps == {site: entry for site, (entry,) in swaps(model_type).items()}
+    assert open_source(tmp_path / "again").swaps == swaps(model_type)
 
 
 def test_generate_and_tokenizer(swapped: Callable[[str], Path]) -> None:
@@ -230,7 +233,7 @@ def test_a_swapped_folder_is_a_source(
 ) -> None:
     folder, stock = swapped(model_type), open_source(tiny_model(model_type))
     source = open_source(folder)
-    assert source.swaps == {site: entry for site, (entry,) in swaps(model_type).items()} and not stock.swaps
+    assert source.swaps == swaps(model_type) and not stock.swaps
     assert source.arch is stock.arch and source.arch.activation(source.config) == stock.arch.activation(stock.config)
     assert source.tokenizer()("def add")["input_ids"] == stock.tokenizer()("def add")["input_ids"]
     view = stock_view(folder, tmp_path / "view")
@@ -248,8 +251,8 @@ def test_a_swapped_folder_is_a_source(
 
 def test_a_plan_on_top_keeps_weights_and_swaps(swapped: Callable[[str], Path], tmp_path: Path) -> None:
     plan: Plan = {
-        Site(1): [Threshold("gate", uniform_tau(0.3, N), 0.5)],
-        Site(0, kind="linear:q_proj"): [Threshold("input", torch.zeros(64), 0.9)],
+        Site(1): SitePlan(gate=Threshold("gate", uniform_tau(0.3, N), 0.5)),
+        Site(0, kind="linear:q_proj"): SitePlan(gate=Threshold("input", torch.zeros(64), 0.9)),
     }
     out = write(swapped("llama"), plan, tmp_path / "out")
     assert (out / "model.safetensors").read_bytes() == (swapped("llama") / "model.safetensors").read_bytes()
@@ -269,16 +272,19 @@ def test_a_plan_on_top_keeps_weights_and_swaps(swapped: Callable[[str], Path], t
         InputError, match=r"has a plan already \(layers.0.linear.q_proj\)|has a plan already \(layers.1.ffn\)"
     ):
         open_source(out)
-    assert open_source(out, sparse=True).swaps == {Site(0): swaps("llama")[Site(0)][0], Site(1): Swap("fatrelu(0.25)")}
+    assert open_source(out, sparse=True).swaps == {
+        Site(0): swaps("llama")[Site(0)],
+        Site(1): SitePlan((Swap("fatrelu(0.25)"),), Exact()),
+    }
 
 
 def test_a_plan_of_another_activation_is_refused(swapped: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"layers.0.ffn's activation must be drelu as in the model, got relu"):
-        write(swapped("llama"), {Site(0): [Swap("relu")]}, tmp_path / "out")
+        write(swapped("llama"), {Site(0): SitePlan((Swap("relu"),), Exact())}, tmp_path / "out")
 
 
 def test_a_stock_checkpoint_with_a_plan_is_no_source(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    out = write(tiny_model("llama"), {Site(0): [PREDICTOR]}, tmp_path / "out")
+    out = write(tiny_model("llama"), {Site(0): SitePlan(gate=PREDICTOR)}, tmp_path / "out")
     raw = json.loads((out / "config.json").read_text())
     assert raw["model_type"] == "llama" and raw["sparsity"]["version"] == 1
     with pytest.raises(InputError, match="sparse already"):
@@ -288,7 +294,9 @@ def test_a_stock_checkpoint_with_a_plan_is_no_source(tiny_model: Callable[[str],
 
 def test_a_relu_model_keeps_its_type_and_loses_nothing(tmp_path: Path) -> None:
     stock = make_model("llama", tmp_path / "model", hidden_act="relu")
-    out = write(stock, {Site(layer): [Swap("relu", 0.5, 0.5)] for layer in range(2)}, tmp_path / "out")
+    out = write(
+        stock, {Site(layer): SitePlan((Swap("relu"),), Exact(0.5, 0.5)) for layer in range(2)}, tmp_path / "out"
+    )
     model = load(out)
     assert type(auto(out)) is type(auto(stock)) and torch.equal(logits(model), logits(auto(stock)))
     with recording(model) as record:
@@ -320,7 +328,7 @@ def test_new_weights_are_written_in_the_sources_files(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    plan: Plan = {Site(layer): [Swap("drelu", 0.25, 0.5)] for layer in range(2)}
+    plan: Plan = {Site(layer): SitePlan((Swap("drelu"),), Exact(0.25, 0.5)) for layer in range(2)}
     (tmp_path / "out").mkdir()
     write_checkpoint(source, plan, tmp_path / "out", model.state_dict())
     found = open_source(tmp_path / "out")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from models import MODEL_TYPES, VOCAB, make_model
+from plan_checks import gates
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -22,7 +23,7 @@ from transformers.activations import ACT2FN
 
 from sparsegate.converter.arch import load_arch
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Entry, Plan, Predictor, Threshold, uniform_tau
+from sparsegate.converter.checkpoint.plan import Plan, Predictor, Residual, SitePlan, Swap, Threshold, uniform_tau
 from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.checkpoint.writer import write_checkpoint
 from sparsegate.converter.modeling.gated import NEAR, apply_plan, dense, load, load_dense, recording, remove_plan
@@ -32,17 +33,17 @@ D, N, R = 64, 176, 12
 TOKENS = torch.randint(3, VOCAB, (3, 30), generator=torch.Generator().manual_seed(0))
 
 
-def make_entry(kind: str, seed: int = 0) -> Entry:
+def make_entry(kind: str, seed: int = 0) -> SitePlan:
     g = torch.Generator().manual_seed(seed)
     if kind == "gate":
-        return Threshold("gate", 0.3 + 0.3 * torch.rand(N, generator=g), 0.5)
+        return SitePlan(gate=Threshold("gate", 0.3 + 0.3 * torch.rand(N, generator=g), 0.5))
     fc1, fc2 = torch.randn(R, D, generator=g) / D**0.5, torch.randn(N, R, generator=g)
-    residual = torch.randn(R, D, generator=g) / 10 if kind == "residual" else None
-    return Predictor(fc1, fc2, 0.2 * torch.randn(N, generator=g), 0.5, residual)
+    residual = Residual(torch.randn(R, D, generator=g) / 10) if kind == "residual" else None
+    return SitePlan(gate=Predictor(fc1, fc2, 0.2 * torch.randn(N, generator=g), 0.5), residual=residual)
 
 
 def make_plan(kind: str) -> Plan:
-    return {Site(layer): [make_entry(kind, layer)] for layer in range(2)}
+    return {Site(layer): make_entry(kind, layer) for layer in range(2)}
 
 
 def write(folder: Path, plan: Plan, out: Path) -> Path:
@@ -56,13 +57,13 @@ def forward_by_hand(model: Any, plan: Plan) -> Any:
     arch = load_arch(model.config.model_type)
     weights = model.state_dict()
     act = ACT2FN[getattr(model.config, arch.ffn.activation.config)]
-    for site, (entry,) in plan.items():
+    for site, entry in gates(plan).items():
         prefix = arch.ffn_module(site.layer) + "."
 
         def matrix(name: str | None, x: Tensor, prefix: str = prefix) -> Tensor:
             return F.linear(x, weights[f"{prefix}{name}.weight"], weights.get(f"{prefix}{name}.bias"))
 
-        def forward(x: Tensor, entry: Entry = entry, matrix: Any = matrix) -> Tensor:
+        def forward(x: Tensor, entry: Any = entry, matrix: Any = matrix, at: Site = site) -> Tensor:
             if arch.ffn.kind == "plain":
                 gate = z = act(matrix(arch.ffn.up, x))
             elif arch.ffn.gate_up:
@@ -78,7 +79,8 @@ def forward_by_hand(model: Any, plan: Plan) -> Any:
             else:
                 inner = torch.clamp(torch.einsum("bsd,rd->bsr", x, entry.fc1), min=0)
                 score = torch.einsum("bsr,nr->bsn", inner, entry.fc2)
-                extra = 0.0 if entry.residual is None else torch.einsum("bsr,rd->bsd", inner, entry.residual)
+                residual = plan[at].residual
+                extra = 0.0 if residual is None else torch.einsum("bsr,rd->bsd", inner, residual.weight)
             return matrix(arch.ffn.down, z * (score > entry.tau)) + extra
 
         model.get_submodule(arch.ffn_module(site.layer)).forward = forward
@@ -168,8 +170,10 @@ def test_residual_equals_the_formula(tiny_model: Callable[[str], Path], tmp_path
 def test_one_dropped_neuron_would_be_seen(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     out = write(tiny_model("llama"), make_plan("gate"), tmp_path / "out")
     plan = make_plan("gate")
-    (entry,) = plan[Site(1)]
-    plan[Site(1)] = [Threshold("gate", entry.tau.clone().index_fill(0, torch.tensor([17]), torch.inf), 0.5)]
+    entry = plan[Site(1)].gating
+    plan[Site(1)] = SitePlan(
+        gate=Threshold("gate", entry.tau.clone().index_fill(0, torch.tensor([17]), torch.inf), 0.5)
+    )
     assert float((logits(load(out)) - logits(forward_by_hand(stock(out), plan))).abs().max()) > 1e-2
 
 
@@ -177,8 +181,12 @@ def test_one_dropped_neuron_would_be_seen(tiny_model: Callable[[str], Path], tmp
 def test_thresholds_at_infinity(model_type: str, tiny_model: Callable[[str], Path]) -> None:
     arch, plain = load_arch(model_type), stock(tiny_model(model_type))
     activation = arch.activation(plain.config)
-    everything: Plan = {site: [Threshold("gate", uniform_tau(-torch.inf, N), 1.0)] for site in arch.sites(plain.config)}
-    nothing: Plan = {site: [Threshold("gate", uniform_tau(torch.inf, N), 0.0)] for site in arch.sites(plain.config)}
+    everything: Plan = {
+        site: SitePlan(gate=Threshold("gate", uniform_tau(-torch.inf, N), 1.0)) for site in arch.sites(plain.config)
+    }
+    nothing: Plan = {
+        site: SitePlan(gate=Threshold("gate", uniform_tau(torch.inf, N), 0.0)) for site in arch.sites(plain.config)
+    }
     off = 1e-5 if model_type == "phi" else 0.0  # transformers writes gelu_new out, torch has one function for it
     torch.testing.assert_close(
         logits(apply_plan(stock(tiny_model(model_type)), everything, arch, activation)),
@@ -199,7 +207,7 @@ def test_the_comparison_is_strict(tiny_model: Callable[[str], Path]) -> None:
     mlp = model.get_submodule(arch.ffn_module(0))
     scores = mlp.act_fn(mlp.gate_proj(x)).abs().detach()[0, 0]
     for tau, kept in ((scores, 0), (torch.nextafter(scores, torch.tensor(-1.0)), N)):
-        apply_plan(model, {Site(0): [Threshold("gate", tau, 0.5)]}, arch, "silu")
+        apply_plan(model, {Site(0): SitePlan(gate=Threshold("gate", tau, 0.5))}, arch, "silu")
         with recording(model) as seen, torch.no_grad():
             mlp(x)
         assert seen.kept == {Site(0): kept} and bool(seen.near[Site(0)].all())
@@ -298,19 +306,18 @@ def test_half_precision_keeps_scores_and_thresholds_in_fp32(
     plain = load_dense(tiny_model("llama"), dtype).get_submodule("model.layers.0.mlp")
     x = torch.randn(1, 1, D, generator=torch.Generator().manual_seed(1)).to(dtype)
     entry = make_entry(kind)
+    made = entry.gating
     with torch.no_grad():
         gate = plain.act_fn(plain.gate_proj(x))
-    score = (gate.abs().float() if isinstance(entry, Threshold) else F.relu(x.float() @ entry.fc1.T) @ entry.fc2.T)[
-        0, 0
-    ]
-    entry = replace(entry, tau=score - 1e-5 * score.abs().clamp_min(0.1))
-    mlp = load(write(tiny_model("llama"), {Site(0): [entry]}, tmp_path / "out"), dtype).get_submodule(
+    score = (gate.abs().float() if isinstance(made, Threshold) else F.relu(x.float() @ made.fc1.T) @ made.fc2.T)[0, 0]
+    made = replace(made, tau=score - 1e-5 * score.abs().clamp_min(0.1))
+    mlp = load(write(tiny_model("llama"), {Site(0): replace(entry, gate=made)}, tmp_path / "out"), dtype).get_submodule(
         "model.layers.0.mlp"
     )
     with recording(mlp) as seen, torch.no_grad():
         assert mlp(x).dtype == dtype
     assert seen.kept == {Site(0): N}
-    assert float((score.to(dtype) > entry.tau.to(dtype)).float().mean()) < 0.1, (
+    assert float((score.to(dtype) > made.tau.to(dtype)).float().mean()) < 0.1, (
         "the control: in half precision the comparison is lost"
     )
 
@@ -330,7 +337,7 @@ def test_recorder_counts_and_near(tiny_model: Callable[[str], Path], tmp_path: P
         logits(model)
         logits(model, TOKENS[:, :7])
     kept = {}
-    for site, (entry,) in plan.items():
+    for site, entry in gates(plan).items():
         mlp = by_hand.get_submodule(arch.ffn_module(site.layer))
         scores = [mlp.act_fn(mlp.gate_proj(x)).abs() for x in seen[site]]
         kept[site] = sum(float((s > entry.tau).sum()) for s in scores) / sum(s.numel() for s in scores)
@@ -349,23 +356,28 @@ def test_recorder_counts_and_near(tiny_model: Callable[[str], Path], tmp_path: P
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        ({Site(2): [make_entry("gate")]}, ("layers.2.ffn", "layers.1.ffn")),
-        ({Site(0, 3): [make_entry("gate")]}, ("layers.0.experts.3.ffn",)),
-        ({Site(0): [make_entry("gate")] * 2}, ("layers.0.ffn", "threshold, threshold")),
+        ({Site(2): make_entry("gate")}, ("layers.2.ffn", "layers.1.ffn")),
+        ({Site(0, 3): make_entry("gate")}, ("layers.0.experts.3.ffn",)),
+        ({Site(0): SitePlan((Swap("relu"),))}, ("layers.0.ffn", "got swap")),
         (
-            {Site(0): [make_entry("gate")], Site(1): [Threshold("gate", torch.zeros(1), 0.5)]},
+            {Site(0): make_entry("gate"), Site(1): SitePlan(gate=Threshold("gate", torch.zeros(1), 0.5))},
             ("layers.1.ffn.tau", "[176]", "[1]"),
         ),
         (
-            {Site(0): [Predictor(torch.zeros(3, 65), torch.zeros(N, 3), torch.zeros(N), 0.5)]},
+            {Site(0): SitePlan(gate=Predictor(torch.zeros(3, 65), torch.zeros(N, 3), torch.zeros(N), 0.5))},
             ("fc1", "[3, 64]", "[3, 65]"),
         ),
         (
-            {Site(0): [Predictor(torch.zeros(3, D), torch.zeros(N, 4), torch.zeros(N), 0.5)]},
+            {Site(0): SitePlan(gate=Predictor(torch.zeros(3, D), torch.zeros(N, 4), torch.zeros(N), 0.5))},
             ("fc2", "[176, 3]", "[176, 4]"),
         ),
         (
-            {Site(0): [Predictor(torch.zeros(3, D), torch.zeros(N, 3), torch.zeros(N), 0.5, torch.zeros(1, D))]},
+            {
+                Site(0): SitePlan(
+                    gate=Predictor(torch.zeros(3, D), torch.zeros(N, 3), torch.zeros(N), 0.5),
+                    residual=Residual(torch.zeros(1, D)),
+                )
+            },
             ("residual", "[3, 64]", "[1, 64]"),
         ),
     ],

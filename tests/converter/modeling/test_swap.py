@@ -12,21 +12,23 @@ from typing import Any
 import pytest
 import torch
 from models import MODEL_TYPES, VOCAB
+from plan_checks import same
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from sparsegate.converter.arch import load_arch
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.cost import cost, mlp_cost
+from sparsegate.converter.checkpoint.cost import SiteSize, cost, mlp_cost
 from sparsegate.converter.checkpoint.plan import (
+    Exact,
     Plan,
     Predictor,
+    Residual,
+    SitePlan,
     Swap,
     Threshold,
-    activation_at,
     check_plan,
-    deciding,
     load_plan,
     on_swaps,
     save_plan,
@@ -104,36 +106,43 @@ PREDICTOR = Predictor(torch.zeros(2, D), torch.zeros(N, 2), torch.zeros(N), 0.2)
 
 
 @pytest.mark.parametrize(
-    "entries",
-    [[Swap("drelu")], [Swap("fatrelu(0.01)"), threshold()], [Swap("relu"), PREDICTOR], [threshold()], [PREDICTOR]],
+    "entry",
+    [
+        SitePlan((Swap("drelu"),), Exact()),
+        SitePlan((), Exact(0.25, 0.5)),
+        SitePlan((Swap("fatrelu(0.01)"),), threshold()),
+        SitePlan((Swap("relu"),), PREDICTOR),
+        SitePlan((), threshold()),
+        SitePlan((), PREDICTOR),
+    ],
 )
-def test_lists_that_a_plan_may_hold_survive_the_file(entries: list[Any], tmp_path: Path) -> None:
-    plan: Plan = {Site(0): entries}
-    save_plan(tmp_path, plan, Header(format="plan"))
+def test_what_a_site_may_hold_survives_the_file(entry: SitePlan, tmp_path: Path) -> None:
+    save_plan(tmp_path, {Site(0): entry}, Header(format="plan"))
     (again,) = load_plan(tmp_path).values()
-    assert [entry.fields() for entry in again] == [entry.fields() for entry in entries]
-    for entry, other in zip(entries, again, strict=True):
-        assert all(torch.equal(tensor, other.tensors()[role]) for role, tensor in entry.tensors().items())
-    assert type(deciding(again)) is type(entries[-1])
-    assert activation_at(again, "silu") == (entries[0].activation if isinstance(entries[0], Swap) else "silu")
+    assert same(entry, again)
+    assert again.activation("silu") == (entry.edits[0].activation if entry.edits else "silu")
 
 
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        ({Site(0): [threshold(), Swap("relu")]}, "a swap and at most one after it, got threshold, swap"),
-        ({Site(0): [Swap("relu"), Swap("relu")]}, "swap, swap"),
-        ({Site(0): [Swap("relu"), threshold(), PREDICTOR]}, "swap, threshold, predictor"),
-        ({Site(0): [threshold(), PREDICTOR]}, "threshold, predictor"),
-        ({Site(0): []}, "got none"),
-        ({Site(0): [Swap("silu")]}, "must have exact zeros .*, got silu"),
-        ({Site(0): [Swap("identity")]}, "must have exact zeros .*, got identity"),
-        ({Site(0): [Swap("swish")]}, "activation must be one of .*, got swish"),
-        ({Site(0): [Swap("fatrelu")]}, "got fatrelu"),
-        ({Site(0): [Swap("fatrelu(-1.0)")]}, "fatrelu"),
-        ({Site(0): [Swap("relu(0.5)")]}, "relu"),
-        ({Site(0, kind="linear:up_proj"): [Swap("relu")]}, "layers.0.linear.up_proj must be input .*, got exact"),
-        ({Site(0): [Swap("relu"), Threshold("input", torch.zeros(N), 0.5)]}, "of neurons .*, got input"),
+        ({Site(0): SitePlan((Swap("relu"),))}, "must have a gate, and at most one swap before it, got swap"),
+        ({Site(0): SitePlan((Swap("relu"), Swap("relu")), Exact())}, "swap, swap, exact"),
+        ({Site(0): SitePlan()}, "got none"),
+        ({Site(0): SitePlan((Swap("relu"),), Exact(), Residual(torch.zeros(2, D)))}, "got another at exact"),
+        ({Site(0): SitePlan((), threshold(), Residual(torch.zeros(2, D)))}, "got another at threshold"),
+        ({Site(0): SitePlan((), PREDICTOR, Residual(torch.zeros(2, D), torch.zeros(2, D)))}, "another at predictor"),
+        ({Site(0): SitePlan((Swap("silu"),), Exact())}, "must have exact zeros .*, got silu"),
+        ({Site(0): SitePlan((Swap("identity"),), Exact())}, "must have exact zeros .*, got identity"),
+        ({Site(0): SitePlan((Swap("swish"),), Exact())}, "activation must be one of .*, got swish"),
+        ({Site(0): SitePlan((Swap("fatrelu"),), Exact())}, "got fatrelu"),
+        ({Site(0): SitePlan((Swap("fatrelu(-1.0)"),), Exact())}, "fatrelu"),
+        ({Site(0): SitePlan((Swap("relu(0.5)"),), Exact())}, "relu"),
+        (
+            {Site(0, kind="linear:up_proj"): SitePlan((Swap("relu"),), Exact())},
+            "layers.0.linear.up_proj must be input .*, got exact",
+        ),
+        ({Site(0): SitePlan((Swap("relu"),), Threshold("input", torch.zeros(N), 0.5))}, "of neurons .*, got input"),
     ],
 )
 def test_lists_that_a_plan_may_not_hold(plan: Plan, words: str) -> None:
@@ -142,35 +151,39 @@ def test_lists_that_a_plan_may_not_hold(plan: Plan, words: str) -> None:
 
 
 def test_cost_of_what_is_not_zero() -> None:
-    swap_ = Swap("drelu", density=0.06, opened=0.3)
-    assert cost(swap_, D, N, 3, 0.06) == pytest.approx((1 + 0.3 + 0.06) / 3) and cost(
-        swap_, D, N, 3, 0.1, 0.5
-    ) == pytest.approx((1 + 0.5 + 0.1) / 3)
-    assert cost(swap_, D, N, 2, 0.1) == pytest.approx((1 + 0.1) / 2), "a plain network's up projection is its gate"
-    assert cost(threshold(), D, N, 3, 0.1) == pytest.approx((1 + 2 * 0.1) / 3)
+    exact, gated, plain = SitePlan((Swap("drelu"),), Exact(0.06, 0.3)), SiteSize(D, N, 3), SiteSize(D, N, 2)
+    assert cost(exact, gated, 0.06) == pytest.approx((1 + 0.3 + 0.06) / 3)
+    assert cost(exact, gated, 0.1, 0.5) == pytest.approx((1 + 0.5 + 0.1) / 3)
+    assert cost(exact, plain, 0.1) == pytest.approx((1 + 0.1) / 2), "a plain network's up projection is its gate"
+    assert cost(SitePlan((), threshold()), gated, 0.1) == pytest.approx((1 + 2 * 0.1) / 3)
 
 
-def test_cost_is_the_deciding_entrys(tiny_model: Callable[[str], Path]) -> None:
+def test_cost_is_the_gates(tiny_model: Callable[[str], Path]) -> None:
     config, arch = stock(tiny_model("llama")).config, load_arch("llama")
-    plan: Plan = {Site(0): [Swap("drelu", 0.06, 0.3)], Site(1): [Swap("drelu", 0.06, 0.3), threshold()]}
+    plan: Plan = {
+        Site(0): SitePlan((Swap("drelu"),), Exact(0.06, 0.3)),
+        Site(1): SitePlan((Swap("drelu"),), threshold()),
+    }
     assert mlp_cost(plan, arch, config) == pytest.approx(((1.36 / 3) + (1 + 2 * 0.3) / 3) / 2)
     realised = {Site(0): 0.2, Site(1): 0.4}
     assert mlp_cost(plan, arch, config, realised, {Site(0): 0.5}) == pytest.approx(((1.7 / 3) + (1 + 2 * 0.4) / 3) / 2)
 
 
 def test_a_plan_for_a_swapped_model() -> None:
-    swaps = {Site(0): Swap("drelu", 0.1, 0.2), Site(1): Swap("drelu", 0.3, 0.4)}
-    entry, other = threshold(), Threshold("input", torch.zeros(D), 0.5)
-    found = on_swaps({Site(1): [entry], Site(0, kind="linear:q_proj"): [other]}, swaps)
-    assert found == {
-        Site(0): [swaps[Site(0)]],
-        Site(0, kind="linear:q_proj"): [other],
-        Site(1): [swaps[Site(1)], entry],
+    swap_ = (Swap("drelu"),)
+    swaps = {Site(0): SitePlan(swap_, Exact(0.1, 0.2)), Site(1): SitePlan(swap_, Exact(0.3, 0.4))}
+    gate, other = threshold(), SitePlan((), Threshold("input", torch.zeros(D), 0.5))
+    found = on_swaps({Site(1): SitePlan((), gate), Site(0, kind="linear:q_proj"): other}, swaps)
+    expected = {
+        Site(0): swaps[Site(0)],
+        Site(0, kind="linear:q_proj"): other,
+        Site(1): SitePlan(swap_, gate),
     }
+    assert list(found) == list(expected) and all(same(found[site], expected[site]) for site in expected)
     again = on_swaps(found, swaps)
-    assert again == found and list(again) == list(found), "what lists its swap already stays"
+    assert list(again) == list(found) and all(again[site] is found[site] for site in found), "what is swapped stays"
     with pytest.raises(InputError, match=r"layers.0.ffn's activation must be drelu .*, got relu"):
-        on_swaps({Site(0): [Swap("relu")]}, swaps)
+        on_swaps({Site(0): SitePlan((Swap("relu"),), Exact())}, swaps)
 
 
 # Modules
@@ -230,7 +243,7 @@ def test_plain_networks_have_no_drelu(tiny_model: Callable[[str], Path]) -> None
     with pytest.raises(InputError, match="got drelu in phi. Use relu"):
         swap(model.get_submodule(arch.ffn_module(0)), arch, "drelu")
     with pytest.raises(InputError, match="layers.1.ffn .* got drelu in phi. Use relu"):
-        apply_plan(model, {Site(1): [Swap("drelu")]}, arch, base_of(model))
+        apply_plan(model, {Site(1): SitePlan((Swap("drelu"),), Exact())}, arch, base_of(model))
 
 
 # The executor
@@ -242,7 +255,7 @@ def test_a_swap_on_a_stock_model_is_a_transform_at_load_time(
 ) -> None:
     model, arch = stock(tiny_model(model_type)), load_arch(model_type)
     before, wanted = logits(model), logits(by_hand(model, {1: exact_for(model_type)}))
-    apply_plan(model, {Site(1): [Swap(exact_for(model_type))]}, arch, base_of(model))
+    apply_plan(model, {Site(1): SitePlan((Swap(exact_for(model_type)),), Exact())}, arch, base_of(model))
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-4)
     with dense(model):
         torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
@@ -265,12 +278,12 @@ def test_drelu_and_its_executors(model_type: str, tiny_model: Callable[[str], Pa
         getattr(module, arch.ffn.down).register_forward_pre_hook(
             lambda _, given, layer=layer: seen.__setitem__(layer, given[0])
         )
-    for entries in ([Swap("drelu")], [Swap("drelu"), threshold(0.0)]):
-        apply_plan(model, {Site(layer): list(entries) for layer in range(2)}, arch, base_of(model))
+    for gate in (Exact(), threshold(0.0)):
+        apply_plan(model, {Site(layer): SitePlan((Swap("drelu"),), gate) for layer in range(2)}, arch, base_of(model))
         with recording(model) as record:
-            assert torch.equal(logits(model), plain), entries
+            assert torch.equal(logits(model), plain), gate
         remove_plan(model)
-        if len(entries) == 1:
+        if isinstance(gate, Exact):
             assert record.density() == {
                 Site(layer): pytest.approx(float((z > 0).double().mean())) for layer, z in seen.items()
             }
@@ -294,7 +307,7 @@ def swapped(model: Any, arch: Any, activation: str) -> Any:
 
 def test_a_threshold_above_zero_masks_the_swapped_network(tiny_model: Callable[[str], Path]) -> None:
     model, arch = stock(tiny_model("llama")), load_arch("llama")
-    apply_plan(model, {Site(0): [Swap("drelu"), threshold(0.3)]}, arch, "silu")
+    apply_plan(model, {Site(0): SitePlan((Swap("drelu"),), threshold(0.3))}, arch, "silu")
     module, x = model.get_submodule(arch.ffn_module(0)), torch.randn(7, D)
     with torch.no_grad(), recording(model) as record:
         gate = F.relu(module.gate_proj(x))
@@ -305,10 +318,15 @@ def test_a_threshold_above_zero_masks_the_swapped_network(tiny_model: Callable[[
 def test_a_swapped_model_takes_its_own_activation_only(tiny_model: Callable[[str], Path]) -> None:
     model, arch = swapped(stock(tiny_model("llama")), load_arch("llama"), "drelu"), load_arch("llama")
     with pytest.raises(InputError, match=r"layers.1.ffn's activation must be drelu as in the model, got relu"):
-        apply_plan(model, {Site(0): [Swap("drelu")], Site(1): [Swap("relu")]}, arch, "silu")
+        apply_plan(
+            model,
+            {Site(0): SitePlan((Swap("drelu"),), Exact()), Site(1): SitePlan((Swap("relu"),), Exact())},
+            arch,
+            "silu",
+        )
     assert not any("forward" in vars(module) for module in model.modules()), "nothing was gated before the error"
     before = logits(model)
-    apply_plan(model, {Site(0): [threshold(0.3)]}, arch, "silu")
+    apply_plan(model, {Site(0): SitePlan((), threshold(0.3))}, arch, "silu")
     with dense(model):
         assert torch.equal(logits(model), before), "ungated, a swapped model is itself"
     assert not torch.equal(logits(model), before)
@@ -328,7 +346,7 @@ def test_the_jump_of_fatrelu_is_near(tiny_model: Callable[[str], Path]) -> None:
             if not near:
                 clear = (module.gate_proj(x) - b).abs().min()
                 assert float(clear) > 1e-4, "no other unit is near by chance"
-            apply_plan(model, {Site(0): [Swap(spelled(b))]}, arch, "silu")
+            apply_plan(model, {Site(0): SitePlan((Swap(spelled(b)),), Exact())}, arch, "silu")
             with recording(model) as record:
                 module(x)
             assert record.near[Site(0)].tolist() == [[False, near]]
@@ -353,13 +371,13 @@ def sizes(*layers: int) -> Any:
 def test_the_method_swaps_every_network() -> None:
     stats = sizes(0, 1) | {Site(0, kind="linear:q_proj"): {}}
     assert exact.plan(stats, load_arch("llama"), exact.Config(activation="drelu")) == {
-        Site(0): [Swap("drelu")],
-        Site(1): [Swap("drelu")],
+        Site(0): SitePlan((Swap("drelu"),), Exact()),
+        Site(1): SitePlan((Swap("drelu"),), Exact()),
     }
-    assert exact.plan(stats, load_arch("phi"), exact.Config(activation="fatrelu(0.01)"))[Site(1)] == [
-        Swap("fatrelu(0.01)")
-    ]
-    assert exact.plan(sizes(0), load_arch("llama"), exact.Config()) == {Site(0): [Swap("")]}, (
+    assert exact.plan(stats, load_arch("phi"), exact.Config(activation="fatrelu(0.01)"))[Site(1)] == SitePlan(
+        (Swap("fatrelu(0.01)"),), Exact()
+    )
+    assert exact.plan(sizes(0), load_arch("llama"), exact.Config()) == {Site(0): SitePlan((), Exact())}, (
         "its own activation, which the caller knows"
     )
     with pytest.raises(InputError, match="got drelu in phi. Use relu"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -23,7 +24,7 @@ from models import MODEL_TYPES, make_model
 from onnx.numpy_helper import to_array
 from safetensors.torch import load_file
 
-from sparsegate.converter.checkpoint.plan import Plan, Threshold, uniform_tau
+from sparsegate.converter.checkpoint.plan import Plan, SitePlan, Threshold, uniform_tau
 from sparsegate.converter.modeling.gated import apply_plan, load_dense
 from sparsegate.converter.onnx_export import base_graph
 from sparsegate.converter.onnx_export.base_graph import build_base, onnx_logits, open_session
@@ -71,7 +72,7 @@ def test_op_weights_are_the_torch_weights_in_the_precision(tiny, plan, tmp_path,
     found = stored(write(one, plan("llama", "predictor", False), tmp_path / "out", precision), tmp_path / "out")
     weights, entry = (
         load_file(one.checkpoint / "model.safetensors"),
-        plan("llama", "predictor", False)[one.arch.sites(one.config)[1]][0],
+        plan("llama", "predictor", False)[one.arch.sites(one.config)[1]].gating,
     )
     for role in ("gate", "up", "down"):
         rows = weights[f"{MLP.format(1)}{role}_proj.weight"].numpy()
@@ -218,7 +219,9 @@ def test_network_whose_rows_have_no_whole_groups_is_stored_by_rows(tmp_path, cap
         make_model("llama", tmp_path / "model", hidden_size=48, num_attention_heads=3, num_key_value_heads=3),
         tmp_path / "base",
     )
-    own: Plan = {site: [Threshold("gate", uniform_tau(0.3, N), 0.5)] for site in one.arch.sites(one.config)}
+    own: Plan = {
+        site: SitePlan(gate=Threshold("gate", uniform_tau(0.3, N), 0.5)) for site in one.arch.sites(one.config)
+    }
     with caplog.at_level(logging.WARNING, logger="sparsegate"):
         proto = write(one, own, tmp_path / "out", "int4")
     assert [record.message for record in caplog.records] == [
@@ -272,7 +275,9 @@ def test_quantising_streams_through_memory(tmp_path):
         "llama", make_model("llama", tmp_path / "model", num_hidden_layers=8, intermediate_size=4096), tmp_path / "base"
     )
     own: Plan = {
-        site: [Threshold("gate", uniform_tau(0.1, 4096), 0.5)] for site in one.arch.sites(one.config) if site.layer % 2
+        site: SitePlan(gate=Threshold("gate", uniform_tau(0.1, 4096), 0.5))
+        for site in one.arch.sites(one.config)
+        if site.layer % 2
     }
     weight = 4 * D * 4096  # bytes
     for precision in ("int8", "int4"):
@@ -291,7 +296,7 @@ def test_shared_reader_of_an_output_weight_must_be_an_embedding(tiny, plan, tmp_
     next(node for node in proto.graph.node if node.op_type == "Transpose").op_type = "Identity"
     (tmp_path / "base").mkdir()
     onnx.save(proto, tmp_path / "base" / "model.onnx")
-    (tmp_path / "base" / "model.onnx.data").hardlink_to(one.base / "model.onnx.data")
+    shutil.copyfile(one.base / "model.onnx.data", tmp_path / "base" / "model.onnx.data")
     with pytest.raises(
         InputError, match=r"lm_head.MatMul.weight must be read by a product and an embedding, got Identity"
     ):

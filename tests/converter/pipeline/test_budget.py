@@ -17,7 +17,7 @@ from models import VOCAB
 
 from sparsegate.converter.arch import Arch, load_arch
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Plan, Predictor, Threshold, uniform_tau
+from sparsegate.converter.checkpoint.plan import Plan, Predictor, SitePlan, Threshold, uniform_tau
 from sparsegate.converter.evaluation import quality
 from sparsegate.converter.evaluation.quality import measure_quality
 from sparsegate.converter.modeling.gated import apply_plan, dense, load_dense, remove_plan
@@ -171,24 +171,26 @@ def test_a_shift_keeps_more() -> None:
     g = torch.Generator().manual_seed(0)
     tau, logits = torch.rand(N, generator=g), torch.randn(50, N, generator=g)
     plan: Plan = {
-        Site(0): [Threshold("gate", tau, 0.5)],
-        Site(1): [Predictor(torch.zeros(2, D), torch.zeros(N, 2), tau - 0.5, 0.5)],
+        Site(0): SitePlan(gate=Threshold("gate", tau, 0.5)),
+        Site(1): SitePlan(gate=Predictor(torch.zeros(2, D), torch.zeros(N, 2), tau - 0.5, 0.5)),
     }
     scores = {site: logits.abs() if site.layer == 0 else logits for site in plan}
     kept = {
-        site: [float((score > shifted(plan, s)[site][0].tau).float().mean()) for s in range(-2, 3)]
+        site: [float((score > shifted(plan, s)[site].gating.tau).float().mean()) for s in range(-2, 3)]
         for site, score in scores.items()
     }
     for shares in kept.values():
         assert all(one < other for one, other in itertools.pairwise(shares)) and shares[-1] - shares[0] > 0.2
-    assert torch.equal(shifted(plan, 0.0)[Site(0)][0].tau, tau)
-    assert torch.equal(plan[Site(0)][0].tau, tau), "the given plan stays"
+    assert torch.equal(shifted(plan, 0.0)[Site(0)].gating.tau, tau)
+    assert torch.equal(plan[Site(0)].gating.tau, tau), "the given plan stays"
 
 
 def test_settled_takes_the_realised_densities() -> None:
-    plan: Plan = {Site(k): [Threshold("gate", uniform_tau(0.1, N), 0.5)] for k in range(2)}
+    plan: Plan = {Site(k): SitePlan(gate=Threshold("gate", uniform_tau(0.1, N), 0.5)) for k in range(2)}
     found = settled(plan, {Site(1): 0.25})
-    assert [found[site][0].density for site in plan] == [0.5, 0.25] and found[Site(1)][0].tau is plan[Site(1)][0].tau
+    assert [found[site].gating.density for site in plan] == [0.5, 0.25] and found[Site(1)].gating.tau is plan[
+        Site(1)
+    ].gating.tau
 
 
 # A tiny model
@@ -212,8 +214,8 @@ def batches(rows: int = 21, length: int = 20) -> Batches:
 
 def plan_of(ffn: float, linear: float = 0.0) -> Plan:
     """Both networks by gate, q of the second layer by input."""
-    plan: Plan = {Site(k): [Threshold("gate", uniform_tau(ffn, N), 0.5)] for k in range(2)}
-    plan[Site(1, kind="linear:q_proj")] = [Threshold("input", uniform_tau(linear, D), 0.5)]
+    plan: Plan = {Site(k): SitePlan(gate=Threshold("gate", uniform_tau(ffn, N), 0.5)) for k in range(2)}
+    plan[Site(1, kind="linear:q_proj")] = SitePlan(gate=Threshold("input", uniform_tau(linear, D), 0.5))
     return plan
 
 
@@ -252,8 +254,10 @@ def test_sensitivities_equal_brute_force(model: Any, monkeypatch: pytest.MonkeyP
 
     def make(densities: Mapping[str, float]) -> Plan:
         taus = [0.2 * (1.01 - densities[f"layers.{k}.ffn"]) for k in range(2)]
-        plan: Plan = {Site(k): [Threshold("gate", uniform_tau(taus[k], N), 0.5)] for k in range(2)}
-        plan[Site(1, kind="linear:q_proj")] = [Threshold("input", uniform_tau(1.01 - densities["layers.1"], D), 0.5)]
+        plan: Plan = {Site(k): SitePlan(gate=Threshold("gate", uniform_tau(taus[k], N), 0.5)) for k in range(2)}
+        plan[Site(1, kind="linear:q_proj")] = SitePlan(
+            gate=Threshold("input", uniform_tau(1.01 - densities["layers.1"], D), 0.5)
+        )
         return plan
 
     windows = batches()
@@ -290,7 +294,9 @@ def test_a_key_governs_its_own_sites_only() -> None:
             return Loss(0.0, 0.0, {})
 
     keys = [f"layers.{layer}" for layer in range(12)]
-    linears: Plan = {site: [Threshold("input", uniform_tau(0.1, D), 0.5)] for site in sites if site.kind != "ffn"}
+    linears: Plan = {
+        site: SitePlan(gate=Threshold("input", uniform_tau(0.1, D), 0.5)) for site in sites if site.kind != "ffn"
+    }
     sensitivities(cast(Judge, Watching(lambda level: 0.0)), lambda densities: linears, keys)
     assert seen == {(layer, layer): len(GRID) for layer in range(12)}
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conversions import TUNE, one_method, small_recipe
+from plan_checks import gates
 from safetensors.torch import load_file, save_file
 
 from sparsegate.converter.checkpoint.manifest import read_manifest
@@ -152,5 +153,5 @@ def test_a_neuron_whose_up_is_always_zero(tmp_path: Path) -> None:
         recipe=small_recipe(model, tmp_path, stages=one_method("trained_gate", sparsity=0.4, tune=TUNE)),
         output=tmp_path / "out",
     )
-    for (entry,) in read_plan(result.folder).values():
+    for entry in gates(read_plan(result.folder)).values():
         assert bool(entry.tau.isfinite().all()) and float(entry.tau[5]) > 1e3 > float(entry.tau[:5].max())

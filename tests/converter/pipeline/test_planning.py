@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparsegate.converter.checkpoint.cost import cost
-from sparsegate.converter.checkpoint.plan import Predictor, Threshold
+from sparsegate.converter.checkpoint.cost import SiteSize, cost
+from sparsegate.converter.checkpoint.plan import Predictor, Residual, SitePlan, Threshold
 from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.methods import AUTO, EXACT, LINEAR_METHODS, METHODS, NEURON_METHODS, parts_of
 from sparsegate.converter.methods.channels.teal import Config as TealConfig
@@ -185,21 +185,20 @@ def test_expected_costs_count_residual_heads(tiny_model: Callable[[str], Path], 
     matrices = 2 if model_type == "phi" else 3
     zeros = {rank: torch.zeros(rank, 64) for rank in (residual_rank(176, matrices), 5)}
     rank = residual_rank(176, matrices)
-    gate = Threshold("gate", torch.zeros(176), 0.6, zeros[rank], zeros[rank])
-    predictor = Predictor(zeros[5], torch.zeros(176, 5), torch.zeros(176), 0.6, zeros[5])
+    gate = SitePlan(gate=Threshold("gate", torch.zeros(176), 0.6), residual=Residual(zeros[rank], zeros[rank]))
+    trained = Predictor(zeros[5], torch.zeros(176, 5), torch.zeros(176), 0.6)
+    predictor, size = SitePlan(gate=trained, residual=Residual(zeros[5])), SiteSize(64, 176, matrices)
     for method, config, entry in (
         ("trained_gate", {}, gate),
         ("predictor", {"rank": 5, "residual": "ridge"}, predictor),
     ):
         made = recipe(method, sparsity=0.4, **config)
         expected = estimate(source, made, method_configs(made)).expected_cost[method]
-        assert expected == pytest.approx(cost(entry, 64, 176, matrices, 0.6))
+        assert expected == pytest.approx(cost(entry, size, 0.6))
         without = recipe(method, sparsity=0.4, **config | {"residual": "none"})
-        bare = (
-            replace(entry, residual=None) if isinstance(entry, Predictor) else replace(entry, fc1=None, residual=None)
-        )
+        bare = replace(entry, residual=None)
         lower = estimate(source, without, method_configs(without)).expected_cost[method]
-        assert lower == pytest.approx(cost(bare, 64, 176, matrices, 0.6)) and lower < expected
+        assert lower == pytest.approx(cost(bare, size, 0.6)) and lower < expected
 
 
 def test_a_training_stage_needs_memory(tiny_model: Callable[[str], Path]) -> None:

@@ -16,7 +16,7 @@ import torch
 from small_recipe import call_cli, small_recipe
 
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Plan, Swap, Threshold, uniform_tau
+from sparsegate.converter.checkpoint.plan import Exact, Plan, SitePlan, Swap, Threshold, uniform_tau
 from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.evaluation.checks import QUALITY_WINDOWS, Quality
 from sparsegate.converter.evaluation.records import RESULTS, Report
@@ -143,7 +143,7 @@ def test_nothing_is_measured_where_nothing_can_be_said(
     monkeypatch.setattr(references, "export_dense", no_export)
     cuda = fp32.conversion.recipe.model_copy(update={"export": Export(precision="fp16", target="cuda")})
     assert fp32.but(recipe=cuda, work=tmp_path).measure() == []
-    swapped = replace(fp32.source, swaps={Site(0): Swap("drelu", 0.5, 0.5)})
+    swapped = replace(fp32.source, swaps={Site(0): SitePlan((Swap("drelu"),), Exact(0.5, 0.5))})
     assert fp32.but(source=swapped, work=tmp_path).measure() == []
 
 
@@ -161,7 +161,7 @@ def test_bytes_that_a_token_reads(fp32: Case) -> None:
 def test_shares_of_a_file(fp32: Case) -> None:
     blocks, head = record.decoder_values(fp32.source.arch, fp32.source.config)
     network = 3 * 64 * 176
-    plan: Plan = {Site(0): [Threshold("gate", uniform_tau(0.1, 176), 0.25)]}
+    plan: Plan = {Site(0): SitePlan(gate=Threshold("gate", uniform_tau(0.1, 176), 0.25))}
     quality = Quality(
         tokens=1,
         nll_dense=1.0,

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from plan_checks import gates
+from plan_checks import same as same_site
 from safetensors.torch import save_file
 from small_recipe import small_recipe
 from torch import Tensor
@@ -75,12 +77,7 @@ def run(source: Source, folder: Path, work: Path | None = None, **changes: Any) 
 
 
 def same(one: Plan, other: Plan) -> bool:
-    return list(one) == list(other) and all(
-        a.fields() == b.fields()
-        and all(torch.equal(x, y) for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True))
-        for site in one
-        for a, b in zip(one[site], other[site], strict=True)
-    )
+    return list(one) == list(other) and all(same_site(one[site], other[site]) for site in one)
 
 
 def test_neurons_and_inputs_together(source: Source, tmp_path: Path) -> None:
@@ -96,12 +93,14 @@ def test_neurons_and_inputs_together(source: Source, tmp_path: Path) -> None:
     ]
     sizes = {"q": D * D, "k": D * D // 2, "v": D * D // 2, "o": D * D}
     for layer in range(2):
-        kept = sum(plan[Site(layer, kind=f"linear:{x}_proj")][0].density * size for x, size in sizes.items())
+        kept = sum(plan[Site(layer, kind=f"linear:{x}_proj")].gating.density * size for x, size in sizes.items())
         assert kept / sum(sizes.values()) == pytest.approx(0.6, abs=0.01), (
             "the asked share is that of the linears that are left"
         )
-    assert len({float(tau) for tau in plan[Site(0)][0].tau}) == N, "a threshold for every neuron is chess"
-    assert len({float(tau) for tau in plan[Site(0, kind="linear:q_proj")][0].tau}) == 1, "one for all channels is teal"
+    assert len({float(tau) for tau in plan[Site(0)].gating.tau}) == N, "a threshold for every neuron is chess"
+    assert len({float(tau) for tau in plan[Site(0, kind="linear:q_proj")].gating.tau}) == 1, (
+        "one for all channels is teal"
+    )
     assert verify(tmp_path / "out", calibration=tmp_path / "text.txt").passed
     assert result.report is not None
     (row,) = (row for row in result.report.rows if row.method == "chess+teal")
@@ -124,7 +123,7 @@ def test_an_oracle_for_neurons_beside_inputs(source: Source, tmp_path: Path) -> 
         "greedy": False,
     }
     plans, _ = run(source, tmp_path, stages=stages("predictor+teal", **config))
-    kinds = {site.kind: type(entry) for site, (entry,) in plans["predictor+teal"].items()}
+    kinds = {site.kind: type(entry) for site, entry in gates(plans["predictor+teal"]).items()}
     assert kinds == {"ffn": Predictor} | {f"linear:{x}_proj": Threshold for x in "qkvo"}
 
 
@@ -143,13 +142,13 @@ def test_every_found_plan_keeps_the_budget(searched: tuple[dict[str, Plan], Text
     for method, plan in plans.items():
         loss = judge.loss(plan)
         assert loss.kl <= BUDGET["max_kl"] + 1e-6, method
-        assert {site: entries[0].density for site, entries in plan.items()} == pytest.approx(
+        assert {site: gate.density for site, gate in gates(plan).items()} == pytest.approx(
             dict(loss.density), abs=1e-12
         ), "densities are the realised ones"
         if method in ("gate", "chess", "teal", "wina"):
             assert loss.kl > 0.8 * BUDGET["max_kl"], f"{method} uses its budget"
             assert block_cost(plan, source.arch, source.config) < 0.98
-    densities = [entries[0].density for entries in plans["chess"].values()]
+    densities = [entry.density for entry in gates(plans["chess"]).values()]
     assert abs(densities[0] - densities[1]) > 1e-3, "layers find their own"
 
 
@@ -239,7 +238,7 @@ def test_imported_predictors_convert_and_their_files_count(source: Source, tmp_p
     recipe = small_recipe(source.folder, tmp_path, stages=stages("imported", folder=str(folder)))
     result = convert(recipe=recipe, output=tmp_path / "out", keep_stages=True)
     plan = load_plan(tmp_path / "out.work" / "plan" / "imported")
-    for site, (entry,) in plan.items():
+    for site, entry in gates(plan).items():
         assert isinstance(entry, Predictor) and entry.recall is not None and 0.5 < entry.density < 0.95
         assert result.report is not None
         (layer,) = (row for row in result.report.layers if row.site == site.key)
@@ -262,7 +261,7 @@ def test_imported_predictors_are_shifted_to_a_budget(source: Source, tmp_path: P
     assert texts.search is not None
     plan = plans["imported"]
     assert 0.19 < Judge(load_dense(source.folder), source.arch, "silu", texts.search).loss(plan).kl <= 0.2 + 1e-6
-    taus = {float(tau) for (entry,) in plan.values() for tau in entry.tau}
+    taus = {float(tau) for entry in gates(plan).values() for tau in entry.tau}
     assert len(taus) == 1 and taus != {-1.0}, "one shift for all"
 
 
@@ -319,4 +318,4 @@ def test_training_that_is_broken_off_goes_on_to_the_same_plan(
     resumed, _ = run(source, tmp_path / "b", **changes)
     assert len(steps) == total - 6
     assert same(resumed["trained_gate"], whole["trained_gate"])
-    assert all(isinstance(entry, Threshold) for (entry,) in whole["trained_gate"].values())
+    assert all(isinstance(entry, Threshold) for entry in gates(whole["trained_gate"]).values())

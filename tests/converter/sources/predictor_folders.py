@@ -58,6 +58,6 @@ def kept(entry: Predictor, x: Tensor) -> Tensor:
 
 
 def entry_of(plan: Plan, layer: int) -> Predictor:
-    (entry,) = plan[Site(layer)]
+    entry = plan[Site(layer)].gate
     assert isinstance(entry, Predictor)
     return entry

@@ -10,6 +10,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Plan, Predictor, Swap, Threshold, uniform_tau
+from sparsegate.converter.checkpoint.plan import Plan, Predictor, SitePlan, Swap, Threshold, uniform_tau
 from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.sources.gpu_split import place, write_gpu_split
 from sparsegate.converter.sources.powerinfer import import_powerinfer, read_powerinfer, write_powerinfer
@@ -125,14 +126,9 @@ def test_f10_the_plan_that_comes_back_is_the_plan(drelu: Source, tmp_path: Path)
     plan = predictors_beside(drelu)
     back = predictors_beside(imported(write_powerinfer(drelu, plan, tmp_path / "m.gguf", precision="fp32")))
     assert back.keys() == plan.keys()
-    for site, (swap, entry) in back.items():
-        theirs = plan[site][-1]
-        assert (
-            isinstance(swap, Swap)
-            and swap.activation == "drelu"
-            and isinstance(entry, Predictor)
-            and isinstance(theirs, Predictor)
-        )
+    for site, found in back.items():
+        entry, theirs = found.gate, plan[site].gate
+        assert found.edits == (Swap("drelu"),) and isinstance(entry, Predictor) and isinstance(theirs, Predictor)
         assert torch.equal(entry.tau, theirs.tau) and torch.equal(entry.fc2, theirs.fc2)
         torch.testing.assert_close(entry.fc1, theirs.fc1, rtol=5e-7, atol=0)
 
@@ -178,7 +174,7 @@ def test_f10_sparse_output_from_the_file(kind: str, request: pytest.FixtureReque
         everything, runs = by_powerinfer(tensors, layer, h.numpy(), x.numpy(), -1e30, kind == "drelu")
         assert runs.all() and np.abs(everything - dense.numpy()).max() < 1e-5 * np.abs(dense.numpy()).max()
 
-        entry = plan[Site(layer)][-1]
+        entry = plan[Site(layer)].gate
         assert isinstance(entry, Predictor)
         kept = F.relu(x @ entry.fc1.T) @ entry.fc2.T > entry.tau
         sparse, runs = by_powerinfer(tensors, layer, h.numpy(), x.numpy(), threshold, kind == "drelu")
@@ -391,23 +387,26 @@ def test_what_powerinfer_does_not_have_is_refused(
 ) -> None:
     def plan(rank: int = 3) -> Plan:
         return {
-            Site(k): [Predictor(torch.zeros(rank, D), torch.zeros(N, rank), uniform_tau(0, N), 1.0)]
+            Site(k): SitePlan(gate=Predictor(torch.zeros(rank, D), torch.zeros(N, rank), uniform_tau(0, N), 1.0))
             for k in range(LAYERS)
         }
 
-    uneven: Plan = {**plan(), Site(1): [Predictor(torch.zeros(1, D), torch.zeros(N, 1), uniform_tau(0.5, N), 1.0)]}
+    uneven: Plan = {
+        **plan(),
+        Site(1): SitePlan(gate=Predictor(torch.zeros(1, D), torch.zeros(N, 1), uniform_tau(0.5, N), 1.0)),
+    }
     cases: list[tuple[Source, Plan, dict[str, Any], str]] = [
         (open_source(tiny_model("llama")), plan(), {}, "activation must be relu or drelu in every layer, got silu"),
         (open_source(tiny_model("qwen2")), plan(), {}, "must be of type llama or mistral, got qwen2"),
         (
             relu,
-            {Site(0): [Swap("drelu"), *plan()[Site(0)]], Site(1): plan()[Site(1)]},
+            {Site(0): replace(plan()[Site(0)], edits=(Swap("drelu"),)), Site(1): plan()[Site(1)]},
             {},
             "in every layer, got drelu, relu",
         ),
         (
             relu,
-            {Site(k): [Threshold("gate", uniform_tau(0, N), 0.5)] for k in range(LAYERS)},
+            {Site(k): SitePlan(gate=Threshold("gate", uniform_tau(0, N), 0.5)) for k in range(LAYERS)},
             {},
             "holds one predictor a layer, got threshold",
         ),

@@ -107,7 +107,7 @@ def test_equal_logits_decide_as_in_the_file(threshold: float | None, kept: bool,
     file = write_powerinfer(relu, predictors_beside(relu), tmp_path / "m.gguf", threshold)
     plan = predictors_beside(resolve(str(file), tmp_path / "source"))
     for layer in range(LAYERS):
-        (entry,) = plan[Site(layer)]
+        entry = plan[Site(layer)].gating
         assert isinstance(entry, Predictor) and bool((torch.tensor(0.0) > entry.tau).all()) == kept
 
 

@@ -16,7 +16,7 @@ from predictor_folders import BELOW_ZERO, LAYERS, RANKS, TOKENS, D, N, entry_of,
 from safetensors.torch import load_file, save_file
 
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Plan, Predictor, Threshold, uniform_tau
+from sparsegate.converter.checkpoint.plan import Plan, Predictor, Residual, SitePlan, Threshold, uniform_tau
 from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.modeling.gated import apply_plan, dense, load_dense
 from sparsegate.converter.sources.predictor_folder import export_predictors
@@ -48,7 +48,7 @@ def test_f10_round_trip(source: Source, tmp_path: Path) -> None:
     assert all(
         torch.equal(a, b)
         for k in range(LAYERS)
-        for a, b in zip(entry_of(plan, k).tensors().values(), entry_of(again, k).tensors().values(), strict=True)
+        for a, b in zip(plan[Site(k)].tensors().values(), again[Site(k)].tensors().values(), strict=True)
     )
 
 
@@ -77,7 +77,9 @@ def test_f10_all_logits_at_the_threshold_equal_dense(source: Source, tmp_path: P
 def test_residual_round_trip(source: Source, tmp_path: Path, tau: float) -> None:
     g = torch.Generator().manual_seed(5)
     plan: Plan = {
-        Site(k): [Predictor(torch.randn(r, D, generator=g), torch.randn(N, r, generator=g), uniform_tau(tau, N), 0.5)]
+        Site(k): SitePlan(
+            gate=Predictor(torch.randn(r, D, generator=g), torch.randn(N, r, generator=g), uniform_tau(tau, N), 0.5)
+        )
         for k, r in enumerate(RANKS)
     }
     out = export_predictors(plan, tmp_path / "p", tap="residual", source=source)
@@ -93,7 +95,7 @@ def test_differing_taus_travel_as_biases(source: Source, tmp_path: Path) -> None
     g = torch.Generator().manual_seed(6)
     taus = [torch.randn(N, generator=g), torch.randn(N, generator=g) * 1e-30]
     plan: Plan = {
-        Site(k): [Predictor(torch.randn(r, D, generator=g), torch.randn(N, r, generator=g), taus[k], 0.5)]
+        Site(k): SitePlan(gate=Predictor(torch.randn(r, D, generator=g), torch.randn(N, r, generator=g), taus[k], 0.5))
         for k, r in enumerate(RANKS)
     }
     with pytest.raises(
@@ -101,7 +103,8 @@ def test_differing_taus_travel_as_biases(source: Source, tmp_path: Path) -> None
     ):
         export_predictors(plan, tmp_path / "a")
     per_layer: Plan = {
-        Site(k): [Predictor(torch.zeros(1, D), torch.zeros(N, 1), uniform_tau(0.5 + k, N), 0.5)] for k in range(2)
+        Site(k): SitePlan(gate=Predictor(torch.zeros(1, D), torch.zeros(N, 1), uniform_tau(0.5 + k, N), 0.5))
+        for k in range(2)
     }
     with pytest.raises(InputError, match=r"got 1\.5 after 0\.5 in layers\.1\.ffn"):
         export_predictors(per_layer, tmp_path / "a")
@@ -115,24 +118,31 @@ def test_differing_taus_travel_as_biases(source: Source, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (Threshold("gate", uniform_tau(0.1, N), 0.5), "one predictor a layer, got threshold at layers.1.ffn"),
         (
-            Predictor(torch.zeros(2, D), torch.zeros(N, 2), uniform_tau(0, N), 0.5, torch.zeros(2, D)),
+            SitePlan((), Threshold("gate", uniform_tau(0.1, N), 0.5)),
+            "one predictor a layer, got threshold at layers.1.ffn",
+        ),
+        (
+            SitePlan(
+                (),
+                Predictor(torch.zeros(2, D), torch.zeros(N, 2), uniform_tau(0, N), 0.5),
+                Residual(torch.zeros(2, D)),
+            ),
             "no residual heads, got one at layers.1.ffn",
         ),
         (None, "layers 0, 1, 2 and so on, got 0, 2"),
         (
-            Predictor(torch.zeros(2, D), torch.zeros(N, 2), uniform_tau(math.inf, N), 0.5),
+            SitePlan((), Predictor(torch.zeros(2, D), torch.zeros(N, 2), uniform_tau(math.inf, N), 0.5)),
             "sparse_threshold must be a finite float32",
         ),
     ],
 )
 def test_what_a_folder_cannot_hold(entry: Any, message: str, tmp_path: Path) -> None:
-    other = Predictor(torch.zeros(2, D), torch.zeros(N, 2), uniform_tau(math.inf, N), 0.5)
+    other = SitePlan((), Predictor(torch.zeros(2, D), torch.zeros(N, 2), uniform_tau(math.inf, N), 0.5))
     with pytest.raises(InputError, match=re.escape(message)):
-        export_predictors({Site(0): [other], Site(1 if entry else 2): [entry or other]}, tmp_path / "p")
+        export_predictors({Site(0): other, Site(1 if entry else 2): entry or other}, tmp_path / "p")
     with pytest.raises(InputError, match="must be a new folder"):
-        export_predictors({Site(0): [other]}, tmp_path)
+        export_predictors({Site(0): other}, tmp_path)
 
 
 def test_export_of_the_residual_tap_needs_model_and_threshold_zero(source: Source, tmp_path: Path) -> None:
@@ -142,7 +152,7 @@ def test_export_of_the_residual_tap_needs_model_and_threshold_zero(source: Sourc
     ):
         with pytest.raises(InputError, match=message):
             export_predictors(
-                {Site(0): [Predictor(torch.zeros(2, D), torch.zeros(N, 2), uniform_tau(tau, N), 0.5)]},
+                {Site(0): SitePlan(gate=Predictor(torch.zeros(2, D), torch.zeros(N, 2), uniform_tau(tau, N), 0.5))},
                 tmp_path / "p",
                 tap="residual",
             )

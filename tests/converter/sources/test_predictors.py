@@ -16,6 +16,7 @@ import pytest
 import torch
 from models import MODEL_TYPES, TEXT, make_model
 from onnx import helper, numpy_helper
+from plan_checks import same
 from predictor_folders import (
     LAYERS,
     NORMS,
@@ -34,7 +35,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Predictor, Swap, uniform_tau
+from sparsegate.converter.checkpoint.plan import Exact, Predictor, SitePlan, Swap, uniform_tau
 from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.checkpoint.writer import write_checkpoint
 from sparsegate.converter.modeling.gated import dense, load, load_dense
@@ -424,27 +425,31 @@ def test_predictors_of_a_model_with_another_activation(tiny_model: Callable[[str
     folder = put_beside(tiny_model("llama"), tmp_path / "m")
     stock = predictors_beside(open_source(folder))
     source = open_source(normalise(folder, tmp_path / "out", activation="drelu"))
-    assert source.swaps == {Site(k): Swap("drelu") for k in range(LAYERS)}
+    assert source.swaps == {Site(k): SitePlan((Swap("drelu"),), Exact()) for k in range(LAYERS)}
     beside = predictors_beside(source)
     plan = imported_plan(source, Config(folder=str(make_folder(tmp_path / "p"))))
     for found in (beside, plan):
-        assert [[type(entry) for entry in entries] for entries in found.values()] == [[Swap, Predictor]] * LAYERS
-        assert all(entries[0] == Swap("drelu") for entries in found.values())
+        assert len(found) == LAYERS
+        assert all(e.edits == (Swap("drelu"),) and isinstance(e.gate, Predictor) for e in found.values())
     for layer in range(LAYERS):
-        ours, theirs = (found[Site(layer)][-1].tensors() for found in (beside, stock))
+        ours, theirs = (found[Site(layer)].tensors() for found in (beside, stock))
         assert all(torch.equal(ours[role], theirs[role]) for role in theirs)
 
     x = torch.randn(30, D, generator=torch.Generator().manual_seed(8))
     score = torch.rand(30, N, generator=torch.Generator().manual_seed(9))
     stats = {site: {"samples:magnitude.x": x, "samples:magnitude.score": score} for site in plan}
-    with_swaps, without = measured(plan, stats), measured({site: entries[1:] for site, entries in plan.items()}, stats)
-    for site, (swap, predictor) in with_swaps.items():
-        assert swap == Swap("drelu") and isinstance(predictor, Predictor)
-        assert predictor.fields() == without[site][0].fields() and 0 < predictor.density < 1
+    with_swaps, without = (
+        measured(plan, stats),
+        measured({site: SitePlan((), e.gate) for site, e in plan.items()}, stats),
+    )
+    for site, entry in with_swaps.items():
+        assert entry.edits == (Swap("drelu"),) and same(SitePlan((), entry.gate), without[site])
+        assert 0 < entry.gating.density < 1
 
     out = export_predictors(with_swaps, tmp_path / "a", tap="residual", source=source)
     again = imported_plan(source, Config(folder=str(out)))
-    assert [[type(entry) for entry in entries] for entries in again.values()] == [[Swap, Predictor]] * LAYERS
+    assert len(again) == LAYERS
+    assert all(e.edits == (Swap("drelu"),) and isinstance(e.gate, Predictor) for e in again.values())
     for layer in range(LAYERS):
         assert torch.allclose(
             load_file(out / f"model_{layer}.safetensors")["fc1.weight"],
@@ -452,5 +457,5 @@ def test_predictors_of_a_model_with_another_activation(tiny_model: Callable[[str
             rtol=3e-7,
             atol=0,
         )
-    with pytest.raises(InputError, match=r"one predictor a layer, got swap at layers\.0\.ffn"):
-        export_predictors({Site(0): [Swap("drelu")]}, tmp_path / "b")
+    with pytest.raises(InputError, match=r"one predictor a layer, got exact at layers\.0\.ffn"):
+        export_predictors({Site(0): SitePlan((Swap("drelu"),), Exact())}, tmp_path / "b")

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import sparsegate.converter
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Predictor, Swap
+from sparsegate.converter.checkpoint.plan import Exact, Predictor, SitePlan, Swap
 from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.modeling.gated import apply_plan, dense
 from sparsegate.converter.pipeline.convert import convert
@@ -146,9 +146,9 @@ def test_bamboo_with_predictors_end_to_end(tmp_path: Path) -> None:
         and source.config.rope_parameters["rope_theta"] == THETA
         and source.config.sliding_window == WINDOW
     )
-    assert source.swaps == {Site(k): Swap("drelu") for k in range(LAYERS)}
+    assert source.swaps == {Site(k): SitePlan((Swap("drelu"),), Exact()) for k in range(LAYERS)}
     plan = predictors_beside(source)
-    assert [[type(entry) for entry in entries] for entries in plan.values()] == [[Swap, Predictor]] * LAYERS
+    assert len(plan) == LAYERS and all(e.edits and isinstance(e.gate, Predictor) for e in plan.values())
 
     masks: dict[str, Tensor] = {}
     logits: dict[str, Tensor] = {}
@@ -170,7 +170,7 @@ def test_bamboo_with_predictors_end_to_end(tmp_path: Path) -> None:
     ours = model(input_ids=TOKENS).logits
     assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
     for layer in range(LAYERS):
-        prefix, predictor = f"model.layers.{layer}.mlp", plan[Site(layer)][-1]
+        prefix, predictor = f"model.layers.{layer}.mlp", plan[Site(layer)].gating
         assert isinstance(predictor, Predictor) and predictor.rank == PREDICTOR_RANKS[layer]
         kept = F.relu(entered[prefix] @ predictor.fc1.T) @ predictor.fc2.T > predictor.tau
         ties = logits[prefix] == 0  # tokens that no hidden unit answers to
@@ -242,7 +242,7 @@ def test_prosparse_computes_as_its_modelling_file(
 def test_fatrelu_keeps_a_value_equal_to_the_parameter(tmp_path: Path) -> None:
     """Theirs is v >= b, ours v > b: the parameter becomes the float32 below."""
     source = open_source(normalise(make_published(tmp_path / "p", PROSPARSE), tmp_path / "out"))
-    spelled = {swap.activation for swap in source.swaps.values()}
+    spelled = {swap.activation("") for swap in source.swaps.values()}
     below = np.nextafter(np.float32(0.01), np.float32(0))
     (text,) = spelled
     value = np.float32(float(re.fullmatch(r"fatrelu\((.*)\)", text)[1]))  # pyright: ignore[reportOptionalSubscript]
@@ -307,7 +307,7 @@ def test_a_stock_folder_with_an_activation_that_its_configuration_does_not_say(t
     with pytest.raises(InputError, match="model_type must be one of bamboo, sparsellama, got 'qwen2'"):
         normalise(folder, tmp_path / "out")
     source = open_source(normalise(folder, tmp_path / "out", activation="drelu"))
-    assert {swap.activation for swap in source.swaps.values()} == {"drelu"} and source.arch.model_type == "qwen2"
+    assert {swap.activation("") for swap in source.swaps.values()} == {"drelu"} and source.arch.model_type == "qwen2"
     assert source.arch.activation(source.config) == "relu"
 
 

@@ -13,7 +13,7 @@ from models import TEXT, make_model
 from small_recipe import small_recipe
 
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Plan, Swap, Threshold, load_plan, uniform_tau
+from sparsegate.converter.checkpoint.plan import Exact, Plan, SitePlan, Swap, Threshold, load_plan, uniform_tau
 from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.checkpoint.writer import write_checkpoint
 from sparsegate.converter.evaluation.checks import ExecutorQuality
@@ -54,7 +54,9 @@ def swapped(model: Path, out: Path, activation: str = "drelu") -> Path:
     """The same weights under another activation."""
     out.mkdir(parents=True)
     source = open_source(model)
-    write_checkpoint(source, {site: [Swap(activation)] for site in source.arch.sites(source.config)}, out)
+    write_checkpoint(
+        source, {site: SitePlan((Swap(activation),), Exact()) for site in source.arch.sites(source.config)}, out
+    )
     return out
 
 
@@ -79,7 +81,7 @@ def test_a_swapped_model_is_tuned_to_another_activation(tiny_model: Callable[[st
     folder = swapped(tiny_model("llama"), tmp_path / "relu", "fatrelu(0.25)")
     out = tune(output=tmp_path / "out", recipe=trained(folder, tmp_path, "drelu")).folder
     assert open_source(out).swaps.keys() == {Site(0), Site(1)} and {
-        swap.activation for swap in open_source(out).swaps.values()
+        swap.activation("") for swap in open_source(out).swaps.values()
     } == {"drelu"}
     raw = read_json(out / "config.json", "config")
     assert (
@@ -152,13 +154,15 @@ def test_a_budget_is_the_dense_source_s(tiny_model: Callable[[str], Path], tmp_p
         open_source(tiny_model("llama")),
         open_source(swapped(tiny_model("llama"), tmp_path / "swapped")),
     )
-    plan: Plan = {Site(1): [Threshold("gate", uniform_tau(0.2, 176), 0.5)]}
+    plan: Plan = {Site(1): SitePlan(gate=Threshold("gate", uniform_tau(0.2, 176), 0.5))}
     batches = make_batches(source.tokenizer(), TEXT, 4, 48, 0)
     dense, model = load_dense(dense_source.folder), load_dense(source.folder)
     against, own = (
         Judge(model, source.arch, "silu", batches, reference_model=each).loss(plan) for each in (dense, None)
     )
-    none = Judge(model, source.arch, "silu", batches, reference_model=dense).loss({Site(0): [Swap("drelu")]})
+    none = Judge(model, source.arch, "silu", batches, reference_model=dense).loss(
+        {Site(0): SitePlan((Swap("drelu"),), Exact())}
+    )
     assert none.kl > 0.01, "the swap alone costs something"
     assert against.kl > own.kl + 0.01 and against.nll != own.nll
     recipe = read_recipe(small_recipe(source.folder, tmp_path, stages=[LAST], budget={"max_kl": none.kl / 4}))
@@ -181,7 +185,7 @@ def test_inputs_are_skipped_beside_swapped_networks(
     conversion_of = Conversion(source, make_texts(source, recipe), recipe, tmp_path / "work")
     plan = once(conversion_of, method_configs(recipe, True))["teal"]
     assert [site.kind for site in plan] == 2 * ["ffn", *(f"linear:{x}_proj" for x in "qkvo")]
-    assert all(isinstance(plan[Site(layer)][0], Swap) and plan[Site(layer)][0].density < 0.9 for layer in range(2))
+    assert all(plan[Site(layer)].edits and plan[Site(layer)].gating.density < 0.9 for layer in range(2))
     assert load_plan(tmp_path / "work" / "plan" / "teal").keys() == plan.keys()
 
 

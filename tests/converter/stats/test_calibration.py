@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 
 from sparsegate.converter.arch.shapes import linear_rows, linear_shapes
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Plan, Threshold
+from sparsegate.converter.checkpoint.plan import Plan, SitePlan, Threshold
 from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.modeling.gated import apply_plan, load_dense
 from sparsegate.converter.stats import Probe, greedy, histogram, samples
@@ -282,7 +282,10 @@ def test_the_second_look_equals_a_gated_model(
     assert all(0 < float(found[Site(layer)]["dropped:gate.error"][3]) < 1 for layer in range(2))
     tokens, mask = batches.tokens[:4], batches.mask[:4]
     for layer, (plain, masked) in enumerate(probed):
-        plan: Plan = {Site(layer, kind=f"linear:{name}"): [Threshold("input", tau, 0.5)] for name, tau in taus.items()}
+        plan: Plan = {
+            Site(layer, kind=f"linear:{name}"): SitePlan(gate=Threshold("input", tau, 0.5))
+            for name, tau in taus.items()
+        }
         for given, expected in ((plain, {}), (masked, plan)):
             model, out = (
                 apply_plan(load_dense(source.folder), expected, source.arch, source.arch.activation(source.config)),

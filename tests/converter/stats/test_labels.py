@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import VOCAB
+from plan_checks import gates
 from small_recipe import small_recipe
 from torch import Tensor
 
@@ -157,7 +158,7 @@ def test_an_oracle_becomes_deployable(source: Source, tmp_path: Path, monkeypatc
     (row,) = (row for row in result.report.rows if row.method == "predictor")
     assert row.selected and abs(row.density - 0.6) < 0.05
     plan = load_plan(tmp_path / "out.work" / "plan" / "predictor")
-    for (entry,) in plan.values():
+    for entry in gates(plan).values():
         assert isinstance(entry, Predictor) and entry.recall is not None and entry.recall > 0.62, "better than chance"
     assert verify(tmp_path / "out", calibration=tmp_path / "text.txt").passed
     assert not list((tmp_path / "out.work").rglob("samples.*.safetensors")), "stored activations go"

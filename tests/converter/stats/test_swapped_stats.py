@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from test_swap import N, exact_for
 from torch import Tensor
 
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Plan, Swap, Threshold, uniform_tau
+from sparsegate.converter.checkpoint.plan import Exact, Plan, SitePlan, Swap, Threshold, uniform_tau
 from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.checkpoint.writer import write_checkpoint
 from sparsegate.converter.modeling.gated import apply_plan as gate
@@ -36,7 +37,10 @@ def _source(
     out.mkdir()
     write_checkpoint(
         open_source(tiny_model(request.param)),
-        {Site(0): [Swap(exact_for(request.param))], Site(1): [Swap("fatrelu(0.25)")]},
+        {
+            Site(0): SitePlan((Swap(exact_for(request.param)),), Exact()),
+            Site(1): SitePlan((Swap("fatrelu(0.25)"),), Exact()),
+        },
         out,
     )
     return open_source(out)
@@ -106,11 +110,15 @@ def test_gradients_are_the_swapped_networks(source: Source) -> None:
 def test_residuals_make_up_for_what_the_swapped_network_skips(source: Source) -> None:
     model, base = load_dense(source.folder), source.arch.activation(source.config)
     swap = source.swaps[Site(0)]
-    plan: Plan = {Site(0): [swap, Threshold("gate", uniform_tau(0.4, N), 0.5)], Site(1): [source.swaps[Site(1)]]}
+    plan: Plan = {
+        Site(0): replace(swap, gate=Threshold("gate", uniform_tau(0.4, N), 0.5)),
+        Site(1): source.swaps[Site(1)],
+    }
     found = add_residuals(model, source.arch, base, plan, BATCHES, 8)
     assert found[Site(1)] == plan[Site(1)], "zeros need nothing"
-    first, entry = found[Site(0)]
-    assert first == swap and isinstance(entry, Threshold) and entry.fc1 is not None and entry.residual is not None
+    residual = found[Site(0)].residual
+    assert found[Site(0)].edits == swap.edits and isinstance(found[Site(0)].gate, Threshold)
+    assert residual is not None and residual.fc1 is not None
     x, _ = neurons(model, source)[Site(0)]
     module = model.get_submodule(source.arch.ffn_module(0))
     whole = module(x)
@@ -119,8 +127,8 @@ def test_residuals_make_up_for_what_the_swapped_network_skips(source: Source) ->
     gate(remove_plan(model), found, source.arch, base)
     left = whole - module(x)
     remove_plan(model)
-    inner = torch.relu(x @ entry.fc1.T).double()
+    inner = torch.relu(x @ residual.fc1.T).double()
     gram = inner.T @ inner
     expected = torch.linalg.solve(gram + 1e-3 * gram.diagonal().mean() * torch.eye(8), inner.T @ skipped.double())
-    torch.testing.assert_close(entry.residual.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(residual.weight.double(), expected, rtol=1e-4, atol=1e-5)
     assert float(left.square().sum()) < 0.97 * float(skipped.square().sum())

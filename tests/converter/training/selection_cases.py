@@ -11,7 +11,7 @@ from models import VOCAB
 from torch import Tensor
 
 from sparsegate.converter.arch import Arch, Site
-from sparsegate.converter.checkpoint.plan import Entry, Plan, Predictor, Threshold
+from sparsegate.converter.checkpoint.plan import Gate, Plan, Predictor, Residual, SitePlan, Threshold
 from sparsegate.converter.checkpoint.stage import Header
 from sparsegate.converter.methods.tune import Tune
 from sparsegate.converter.modeling.gated import apply_plan, recording, remove_plan
@@ -37,20 +37,20 @@ def batches(count: int = 40, seed: int = 0) -> Batches:
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
-def make_entry(kind: str, seed: int, tau: float = 0.0, scale: float = 1.0) -> Entry:
-    """An entry that keeps about half; `tau` is added to its thresholds."""
+def make_entry(kind: str, seed: int, tau: float = 0.0, scale: float = 1.0) -> SitePlan:
+    """A plan that keeps about half; `tau` is added to its thresholds."""
     g = torch.Generator().manual_seed(seed)
     fc1, fc2 = torch.randn(R, D, generator=g) / D**0.5 / scale, torch.randn(N, R, generator=g) / R**0.5
     residual = torch.randn(R, D, generator=g) / 4 if "residual" in kind else None
     if kind.startswith("gate"):
-        return Threshold(
-            "gate", 0.3 + 0.2 * torch.rand(N, generator=g) + tau, 0.5, None if residual is None else fc1, residual
-        )
-    return Predictor(fc1, fc2, 0.1 * torch.randn(N, generator=g) + tau, 0.5, residual)
+        gate: Gate = Threshold("gate", 0.3 + 0.2 * torch.rand(N, generator=g) + tau, 0.5)
+        return SitePlan((), gate, None if residual is None else Residual(residual, fc1))
+    gate = Predictor(fc1, fc2, 0.1 * torch.randn(N, generator=g) + tau, 0.5)
+    return SitePlan((), gate, None if residual is None else Residual(residual))
 
 
 def make_plan(kind: str, tau: float = 0.0, layers: tuple[int, ...] = (0, 1)) -> Plan:
-    return {Site(layer): [make_entry(kind, layer + 1, tau + 0.2 * layer)] for layer in layers}
+    return {Site(layer): make_entry(kind, layer + 1, tau + 0.2 * layer) for layer in layers}
 
 
 def models_of(loaded: tuple[Any, Arch, str]) -> Models:

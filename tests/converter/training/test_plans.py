@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from plan_checks import gates
 from selection_cases import (
     HEADER,
     D,
@@ -27,7 +28,7 @@ from selection_cases import (
 from torch import Tensor
 
 from sparsegate.converter.arch import Site
-from sparsegate.converter.checkpoint.plan import Plan, Predictor, Threshold
+from sparsegate.converter.checkpoint.plan import Plan, Predictor, SitePlan, Threshold
 from sparsegate.converter.checkpoint.stage import Header
 from sparsegate.converter.methods.tune import Tune
 from sparsegate.converter.text.windows import Batches
@@ -83,8 +84,8 @@ def test_training_beats_the_start_at_the_same_density_on_other_windows(
     before = {name: tensor.clone() for name, tensor in loaded[0].state_dict().items()}
     if kind == "predictor":
         fresh: Plan = {
-            site: [Predictor(e.fc1, 0.3 * e.fc2, torch.full((N,), -1.0), 1.0)]
-            for site, (e,) in make_plan(kind).items()
+            site: SitePlan(gate=Predictor(e.fc1, 0.3 * e.fc2, torch.full((N,), -1.0), 1.0))
+            for site, e in gates(make_plan(kind)).items()
             if isinstance(e, Predictor)
         }
         start = 1.0
@@ -93,8 +94,8 @@ def test_training_beats_the_start_at_the_same_density_on_other_windows(
     if kind == "gate":  # thresholds without reason, so that there is something to learn
         g = torch.Generator().manual_seed(0)
         fresh = {
-            site: [Threshold("gate", e.tau * (0.2 + 2 * torch.rand(N, generator=g)), 0.5)]
-            for site, (e,) in fresh.items()
+            site: SitePlan(gate=Threshold("gate", e.tau * (0.2 + 2 * torch.rand(N, generator=g)), 0.5))
+            for site, e in gates(fresh).items()
         }
     (plan,) = trained(
         loaded, fresh, tmp_path, [0.4], start, batches(200), steps=50, rate=0.3 if kind == "gate" else 0.02
@@ -105,8 +106,8 @@ def test_training_beats_the_start_at_the_same_density_on_other_windows(
     assert densities == pytest.approx([0.4, 0.4], abs=0.02)
     assert ours < 0.9 * theirs
     assert all(
-        not torch.equal(tensor, fresh[site][0].tensors()[role])
-        for site, (entry,) in plan.items()
+        not torch.equal(tensor, fresh[site].tensors()[role])
+        for site, entry in plan.items()
         for role, tensor in entry.tensors().items()
     )
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded[0].state_dict().items()), (
@@ -130,26 +131,27 @@ def test_every_density_holds_on_windows_not_trained_on(
     for density, plan in zip([0.6, 0.3], plans, strict=True):
         _, found = executed(loaded, plan, aside)
         assert sum(found.values()) / 2 == pytest.approx(density, abs=0.003)
-        assert {site: entry.density for site, (entry,) in plan.items()} == pytest.approx(found, abs=1e-5)
+        assert {site: entry.density for site, entry in gates(plan).items()} == pytest.approx(found, abs=1e-5)
 
 
 def test_training_in_bf16_gives_a_plan_of_the_same_density(load: Load, tmp_path: Path) -> None:
     loaded = load("llama")
     (half,) = trained(loaded, make_plan("predictor and residual"), tmp_path / "half", [0.4], steps=12, precision="bf16")
     (full,) = trained(loaded, make_plan("predictor and residual"), tmp_path / "full", [0.4], steps=12)
-    for (a,), (b,) in zip(half.values(), full.values(), strict=True):
+    for a, b in zip(half.values(), full.values(), strict=True):
         for role, tensor in a.tensors().items():
             assert tensor.dtype == torch.float32 and not torch.equal(tensor, b.tensors()[role])
             assert torch.nn.functional.cosine_similarity(tensor.flatten(), b.tensors()[role].flatten(), dim=0) > 0.95
-    assert sum(e.density for (e,) in half.values()) / 2 == pytest.approx(0.4, abs=0.003)
+    assert sum(e.density for e in gates(half).values()) / 2 == pytest.approx(0.4, abs=0.003)
 
 
 def test_other_sites_pass_through(load: Load, tmp_path: Path) -> None:
     others: Plan = {
-        Site(0, kind=f"linear:{name}"): [Threshold("input", torch.rand(D), 0.7)] for name in ("q_proj", "up_proj")
+        Site(0, kind=f"linear:{name}"): SitePlan(gate=Threshold("input", torch.rand(D), 0.7))
+        for name in ("q_proj", "up_proj")
     }
     (plan,) = trained(load("llama"), others | make_plan("gate", layers=(1,)), tmp_path, [0.5], steps=2)
-    assert set(plan) == {*others, Site(1)} and all(plan[site] is entries for site, entries in others.items())
+    assert set(plan) == {*others, Site(1)} and all(plan[site] is entry for site, entry in others.items())
 
 
 def test_x_may_have_any_scale(load: Load, tmp_path: Path) -> None:
@@ -164,13 +166,13 @@ def test_x_may_have_any_scale(load: Load, tmp_path: Path) -> None:
                 layer.post_attention_layernorm.weight *= scale
                 layer.mlp.gate_proj.weight /= scale
                 layer.mlp.up_proj.weight /= scale
-        start = {Site(layer): [make_entry("predictor and residual", layer + 1, scale=scale)] for layer in range(2)}
+        start = {Site(layer): make_entry("predictor and residual", layer + 1, scale=scale) for layer in range(2)}
         (plan,) = trained(loaded, start, tmp_path / str(scale), [0.4], steps=20)
         _, found = executed(loaded, plan, batches().tokens[::16])
         assert sum(found.values()) / 2 == pytest.approx(0.4, abs=0.003), "fc1 works on x itself"
         plans.append(plan)
-    for site, (one,) in plans[0].items():
-        other = plans[1][site][0].tensors()
+    for site, one in plans[0].items():
+        other = plans[1][site].tensors()
         for role, tensor in one.tensors().items():
             assert torch.allclose(tensor, other[role] * (8 if "fc1" in role else 1), rtol=1e-3, atol=1e-5)
 
@@ -180,9 +182,9 @@ def test_x_may_have_any_scale(load: Load, tmp_path: Path) -> None:
 
 def bits(plans: list[Plan]) -> list[tuple[str, float, bytes]]:
     return [
-        (f"{site.key}.{role}", e.density, t.numpy().tobytes())
+        (f"{site.key}.{role}", e.gating.density, t.numpy().tobytes())
         for plan in plans
-        for site, (e,) in plan.items()
+        for site, e in plan.items()
         for role, t in e.tensors().items()
     ]
 
@@ -251,7 +253,7 @@ def test_what_decides_the_result_decides_whether_it_is_there(change: str, load: 
 
 
 def test_a_plan_without_networks(load: Load, tmp_path: Path) -> None:
-    plan: Plan = {Site(0, kind="linear:q_proj"): [Threshold("input", torch.rand(D), 0.7)]}
+    plan: Plan = {Site(0, kind="linear:q_proj"): SitePlan(gate=Threshold("input", torch.rand(D), 0.7))}
     with pytest.raises(InputError, match=r"must gate a feed-forward network, got layers\.0\.linear\.q_proj\. "):
         trained(load("llama"), plan, tmp_path, [0.5])
 

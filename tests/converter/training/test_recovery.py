@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsegate.converter.arch import load_arch
+from sparsegate.converter.checkpoint.plan import SitePlan
 from sparsegate.converter.modeling.blocks import swap
 from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.modeling.predictor import fresh_predictor
@@ -283,7 +284,7 @@ def test_predictors_are_trained_with_the_weights(model: Model) -> None:
     arch, recovery = load_arch("llama"), asked(predictors={"density": 0.2}, steps=10)
     generator = torch.Generator().manual_seed(0)
     units = {
-        site: make_unit(fresh_predictor(64, 176, 8, generator), torch.device("cpu"), 1.0)
+        site: make_unit(SitePlan(gate=fresh_predictor(64, 176, 8, generator)), torch.device("cpu"), 1.0)
         for site in arch.sites(student.config)
     }
     found = objective(student, model(None), recovery, units=units)

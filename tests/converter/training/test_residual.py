@@ -10,7 +10,7 @@ from models import make_model
 from torch import Tensor
 
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Plan, Predictor, Threshold
+from sparsegate.converter.checkpoint.plan import Plan, Predictor, SitePlan, Threshold
 from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.modeling.gated import apply_plan, load_dense, remove_plan
 from sparsegate.converter.modeling.predictor import fresh_predictor, residual_rank
@@ -36,7 +36,7 @@ def predictors() -> Plan:
     plan: Plan = {}
     for layer in range(2):
         entry = fresh_predictor(64, 176, RANK, generator)
-        plan[Site(layer)] = [replace(entry, tau=torch.zeros(176), fc2=entry.fc2 - entry.fc2.mean())]
+        plan[Site(layer)] = SitePlan(gate=replace(entry, tau=torch.zeros(176), fc2=entry.fc2 - entry.fc2.mean()))
     return plan
 
 
@@ -62,30 +62,28 @@ def test_residual_is_the_ridge_solution_layer_by_layer(source, batches: Batches)
     so_far: Plan = dict(plan)
     for layer in range(2):
         x, masked, dense = outputs(model, source, so_far, batches.tokens, layer)
-        entry = found[Site(layer)][0]
-        assert isinstance(entry, Predictor) and entry.residual is not None and entry.residual.shape == (RANK, 64)
-        hidden = torch.relu(x @ entry.fc1.T).double()
+        gate, residual = found[Site(layer)].gate, found[Site(layer)].residual
+        assert isinstance(gate, Predictor) and residual is not None and residual.fc1 is None
+        assert residual.weight.shape == (RANK, 64)
+        hidden = torch.relu(x @ gate.fc1.T).double()
         gram = hidden.T @ hidden
         expected = torch.linalg.solve(
             gram + 1e-3 * gram.diagonal().mean() * torch.eye(RANK), hidden.T @ (dense - masked).double()
         )
-        assert torch.allclose(entry.residual.double(), expected, atol=1e-5, rtol=1e-4)
+        assert torch.allclose(residual.weight.double(), expected, atol=1e-5, rtol=1e-4)
         left = (dense - masked).double() - hidden @ expected
         assert float(left.square().sum()) < 0.97 * float((dense - masked).double().square().sum())
-        so_far[Site(layer)] = [entry]
+        so_far[Site(layer)] = found[Site(layer)]
 
 
 def test_gates_get_the_directions_of_reduced_rank_regression(source, batches: Batches) -> None:
     model, activation = load_dense(source.folder), source.arch.activation(source.config)
-    plan: Plan = {Site(0): [Threshold("gate", torch.full((176,), 0.3), 0.5)]}
-    entry = add_residuals(model, source.arch, activation, plan, batches, 8)[Site(0)][0]
-    assert (
-        isinstance(entry, Threshold)
-        and entry.fc1 is not None
-        and entry.residual is not None
-        and entry.fc1.shape == (8, 64)
-    )
-    assert torch.equal(entry.fc1[:4], -entry.fc1[4:])
+    plan: Plan = {Site(0): SitePlan(gate=Threshold("gate", torch.full((176,), 0.3), 0.5))}
+    entry = add_residuals(model, source.arch, activation, plan, batches, 8)[Site(0)]
+    assert isinstance(entry.gate, Threshold) and entry.residual is not None
+    fc1 = entry.residual.fc1
+    assert fc1 is not None and fc1.shape == (8, 64)
+    assert torch.equal(fc1[:4], -fc1[4:])
     x, masked, dense = (part.double() for part in outputs(model, source, plan, batches.tokens, 0))
     target = dense - masked
 
@@ -97,9 +95,9 @@ def test_gates_get_the_directions_of_reduced_rank_regression(source, batches: Ba
     # the best linear map of rank 4 projects the fitted values on their four leading principal directions
     full = x @ torch.linalg.lstsq(x, target).solution
     leading = torch.linalg.svd(full, full_matrices=False).S[:4].square().sum() / target.square().sum()
-    assert explained(entry.fc1[:4]) == pytest.approx(float(leading), abs=2e-3)
+    assert explained(fc1[:4]) == pytest.approx(float(leading), abs=2e-3)
     assert explained(torch.eye(64)[:4]) < float(leading) - 0.01
-    model_sparse = outputs(model, source, {Site(0): [entry]}, batches.tokens, 0)[1].double()
+    model_sparse = outputs(model, source, {Site(0): entry}, batches.tokens, 0)[1].double()
     assert float((dense - model_sparse).square().sum()) < 0.95 * float(target.square().sum())
 
 
@@ -110,9 +108,9 @@ def test_rank_of_a_residual_of_its_own(units: int, matrices: int, rank: int) -> 
 
 def test_other_tensors_and_sites_stay(source, batches: Batches) -> None:
     model, plan = load_dense(source.folder), predictors()
-    plan[Site(1, kind="linear:q_proj")] = [Threshold("input", torch.full((64,), 0.1), 0.5)]
+    plan[Site(1, kind="linear:q_proj")] = SitePlan(gate=Threshold("input", torch.full((64,), 0.1), 0.5))
     found = add_residuals(model, source.arch, source.arch.activation(source.config), plan, batches, 8)
     assert found[Site(1, kind="linear:q_proj")] == plan[Site(1, kind="linear:q_proj")]
-    before, after = plan[Site(0)][0], found[Site(0)][0]
+    before, after = plan[Site(0)].gating, found[Site(0)].gating
     assert isinstance(before, Predictor) and isinstance(after, Predictor)
     assert all(torch.equal(getattr(before, name), getattr(after, name)) for name in ("fc1", "fc2", "tau"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from plan_checks import gates
 from selection_cases import (
     ENTRIES,
     Load,
@@ -21,7 +22,7 @@ from selection_cases import (
 from torch import Tensor
 
 from sparsegate.converter.arch import Site
-from sparsegate.converter.checkpoint.plan import Entry, Plan, Threshold
+from sparsegate.converter.checkpoint.plan import Plan, Predictor, SitePlan, Threshold
 from sparsegate.converter.methods.tune import Tune
 from sparsegate.converter.modeling.blocks import down_rows, ffn_parts
 from sparsegate.converter.modeling.losses import kl_divergence
@@ -39,7 +40,7 @@ def test_masked_pass_is_the_executors(model_type: str, kind: str, load: Load) ->
     objective = objective_of(loaded, make_plan(kind))
     plan = objective.plan(tokens, 0.4)
     for site, unit in objective.units.items():
-        unit.shift = shift_of(unit, plan[site][0])
+        unit.shift = shift_of(unit, plan[site].gating)
     with objective.masking() as seen:
         found = logits(loaded[0], tokens)
     expected, densities = executed(loaded, plan, tokens)
@@ -57,7 +58,7 @@ def test_masked_pass_is_the_executors(model_type: str, kind: str, load: Load) ->
     assert not any("forward" in vars(module) for module in loaded[0].modules()), "masking ends where the pass raises"
 
 
-def shift_of(unit: Unit, entry: Entry) -> float:
+def shift_of(unit: Unit, entry: Threshold | Predictor) -> float:
     bias, steep = unit.tensors["bias"].detach(), 1.0 if unit.steep is None else unit.steep
     sign = 1 if unit.steep is None else -1
     return float((entry.tau * steep + sign * bias).mean())
@@ -70,7 +71,7 @@ def test_divergence_is_that_of_the_plan_with_padding_masked(kind: str, load: Loa
     mask[0, :5] = False  # in front, where padding reaches every later position unless attention is masked
     mask[1, 17:] = False
     objective = objective_of(loaded, make_plan(kind))
-    plan = {site: [unit.entry(0.5)] for site, unit in objective.units.items()}
+    plan = {site: unit.site_plan(0.5) for site, unit in objective.units.items()}
     objective.loss(tokens, mask, 0)
     sparse, _ = executed(loaded, plan, tokens, mask.long())
     dense = logits(loaded[0], tokens, mask.long())
@@ -87,14 +88,14 @@ def test_plan_meets_the_density(kind: str, density: float, load: Load) -> None:
     plan = objective_of(loaded, make_plan(kind)).plan(tokens, density)
     _, found = executed(loaded, plan, tokens)
     assert sum(found.values()) / 2 == pytest.approx(density, abs=0.003)
-    assert {site: entry.density for site, (entry,) in plan.items()} == pytest.approx(found, abs=1e-5)
+    assert {site: entry.density for site, entry in gates(plan).items()} == pytest.approx(found, abs=1e-5)
     assert abs(found[Site(0)] - found[Site(1)]) > 0.005, "layers are free"
 
 
 def test_plan_reaches_a_density_far_from_the_start(load: Load) -> None:
     loaded, tokens = load("llama"), windows(8)
     plan: Plan = {
-        Site(layer): [Threshold("gate", torch.full((N,), 0.01), 0.99)] for layer in range(2)
+        Site(layer): SitePlan(gate=Threshold("gate", torch.full((N,), 0.01), 0.99)) for layer in range(2)
     }  # .1 lies 300 logits away
     _, found = executed(loaded, objective_of(loaded, plan).plan(tokens, 0.1), tokens)
     assert sum(found.values()) / 2 == pytest.approx(0.1, abs=0.003)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsegate.converter.arch import load_arch
 from sparsegate.converter.arch.site import Site
-from sparsegate.converter.checkpoint.plan import Plan
+from sparsegate.converter.checkpoint.plan import Plan, SitePlan
 from sparsegate.converter.methods.tune import Tune
 from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.modeling.predictor import fresh_predictor
@@ -30,7 +30,7 @@ D, N = 64, 176
 def _objective(tiny_model: Callable[[str], Path]) -> Iterator[SelectionObjective]:
     model, arch = load_dense(tiny_model("llama")), load_arch("llama")
     generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
-    plan: Plan = {Site(layer): [fresh_predictor(D, N, 12, generator)] for layer in range(2)}
+    plan: Plan = {Site(layer): SitePlan(gate=fresh_predictor(D, N, 12, generator)) for layer in range(2)}
     tokens = torch.randint(3, VOCAB, (2, 24), generator=generator)
     models, tune = Models(model, None, arch, arch.activation(model.config)), Tune(local=0.2, precision="fp32")
     yield SelectionObjective(models, plan, tune, Settings(10, 4, 4e-3), 0.5, [0.5], tokens)

@@ -55,7 +55,7 @@ def test_convert_trains_first(last: dict[str, Any] | None, model: Path, tmp_path
         "dense is the source, not the recovered model ungated"
     )
     plan = read_plan(out)
-    assert all(isinstance(entries[0], Swap) and entries[0].activation == "drelu" for entries in plan.values())
+    assert all(entry.edits == (Swap("drelu"),) for entry in plan.values())
     if last == {"method": "exact"}:
         assert row.nll == pytest.approx(record.recovered.nll, abs=1e-6) and row.density == pytest.approx(
             record.recovered.density, abs=1e-6
@@ -76,7 +76,7 @@ def test_stages_of_training_follow_one_another(model: Path, tmp_path: Path) -> N
     found = tune(output=tmp_path / "out", recipe=path)
     record = RecoveryRecord.load(tmp_path / "out" / RECOVERY)
     assert (
-        all(isinstance(entries[-1], Predictor) for entries in read_plan(tmp_path / "out").values())
+        all(isinstance(entry.gate, Predictor) for entry in read_plan(tmp_path / "out").values())
         and found.record == record
     )
     alone = tune(output=tmp_path / "first", recipe=recipe(model, tmp_path / "alone", steps=11)).record

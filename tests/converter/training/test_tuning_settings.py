@@ -12,7 +12,7 @@ from models import TEXT
 from small_recipe import call_cli, small_recipe
 from tuning_cases import recipe, refused, tuned, weights
 
-from sparsegate.converter.checkpoint.plan import Predictor, Swap
+from sparsegate.converter.checkpoint.plan import Predictor
 from sparsegate.converter.evaluation.checks import read_plan
 from sparsegate.converter.evaluation.recovery_record import RECOVERY, RecoveryRecord
 from sparsegate.converter.pipeline.tune import tune
@@ -45,10 +45,7 @@ def test_block_by_block_alone(model: Path, tmp_path: Path) -> None:
 def test_predictors_trained_with_the_weights(model: Path, tmp_path: Path) -> None:
     out = tuned(model, tmp_path, predictors={"cost": 0.2, "density": 0.3})
     plan = read_plan(out)
-    assert (
-        all(isinstance(entries[0], Swap) and isinstance(entries[1], Predictor) for entries in plan.values())
-        and len(plan) == 2
-    )
+    assert all(entry.edits and isinstance(entry.gate, Predictor) for entry in plan.values()) and len(plan) == 2
     record = RecoveryRecord.load(out / RECOVERY)
     predicted = record.recovered.predicted
     assert (
@@ -59,7 +56,7 @@ def test_predictors_trained_with_the_weights(model: Path, tmp_path: Path) -> Non
         predicted + 28 * (64 + 176) / (3 * 64 * 176), abs=1e-6
     )
     assert [site.predicted for site in record.recovered.sites] == [
-        pytest.approx(entries[1].density, abs=0.2) for entries in plan.values()
+        pytest.approx(entry.gating.density, abs=0.2) for entry in plan.values()
     ]
 
 
