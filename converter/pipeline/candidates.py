@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...runtime_onnx.bench.folders import Timing, bench
+from ...runtime_onnx.bench.folders import BenchTiming, bench
 from ...runtime_onnx.untrusted import read_json
 from ..checkpoint.plan import Plan
 from ..checkpoint.stage import CheckError, Header, atomic_folder, is_finished, read_header, write_header, write_json
@@ -215,7 +215,7 @@ def _speed(base: Path, onnx: Path, texts: Texts) -> dict[str, Any]:
         return bench(
             base,
             onnx,
-            Timing(new_tokens=min(64, length - len(prompt) - 1), pairs=SPEED_PAIRS),
+            BenchTiming(new_tokens=min(64, length - len(prompt) - 1), pairs=SPEED_PAIRS),
             prompt,
             command="sparsegate convert",
             progress=lambda done: update(done, SPEED_PAIRS, unit="pair"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...runtime_onnx.bench.folders import Timing, bench
+from ...runtime_onnx.bench.folders import BenchTiming, bench
 from ...runtime_onnx.session import Decoder
 from ...runtime_onnx.untrusted import read_json
 from ..checkpoint.source import Source
@@ -137,7 +137,7 @@ def _speed(graph: Path, folder: Path, texts: Texts) -> dict[str, Any]:
     prompt = texts.heldout.tokens[0, : min(PROMPT_TOKENS, length // 2)].tolist()
     try:
         new = min(NEW_TOKENS, length - len(prompt) - 1)
-        result = bench(graph, folder, Timing(new_tokens=new, pairs=PAIRS), prompt, command="sparsegate convert")
+        result = bench(graph, folder, BenchTiming(new_tokens=new, pairs=PAIRS), prompt, command="sparsegate convert")
     except ValueError as error:
         log.warning("The speed of a dense reference was not measured: %s", error)
         return {}

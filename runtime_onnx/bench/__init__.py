@@ -7,8 +7,8 @@ is not needed here.
 
 from __future__ import annotations
 
-from .folders import Timing, bench, precision
+from .folders import BenchTiming, bench, precision
 from .op import OpTiming, OpWorkload, bench_op
 from .record import machine, versions
 
-__all__ = ["OpTiming", "OpWorkload", "Timing", "bench", "bench_op", "machine", "precision", "versions"]
+__all__ = ["OpTiming", "OpWorkload", "BenchTiming", "bench", "bench_op", "machine", "precision", "versions"]

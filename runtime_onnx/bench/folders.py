@@ -39,7 +39,7 @@ _FORMATS = {  # of initialisers: our spelling, bits
 
 
 @dataclass(frozen=True)
-class Timing:
+class BenchTiming:
     """How models are timed.
 
     Attributes:
@@ -71,7 +71,7 @@ class Timing:
 def bench(
     baseline: str | Path,
     candidate: str | Path,
-    timing: Timing | None = None,
+    timing: BenchTiming | None = None,
     prompt: Sequence[int] | None = None,
     runtime: str = "onnxruntime",
     library: bool | None = None,
@@ -100,7 +100,7 @@ def bench(
     Raises:
         InputError: A folder cannot be opened, or a number is out of range.
     """
-    timing = timing or Timing()
+    timing = timing or BenchTiming()
     if runtime not in RUNTIMES:
         raise InputError(f"runtime must be {' or '.join(RUNTIMES)}, got {runtime!r}. Choose one of them.")
     timing.check()
@@ -127,7 +127,7 @@ def bench(
     return {**record(command), "settings": settings, **speeds, **ending}
 
 
-def _prompt(folders: Mapping[str, Path], timing: Timing, prompt: Sequence[int] | None) -> list[int]:
+def _prompt(folders: Mapping[str, Path], timing: BenchTiming, prompt: Sequence[int] | None) -> list[int]:
     """Ids to prefill: the beginning of `prompt`, or random ones that both models have. Raises InputError for a folder
     without a vocabulary, ValueError for more tokens than fit the context.
     """

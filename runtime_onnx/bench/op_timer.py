@@ -28,7 +28,7 @@ the reference round apart (each changes the result by 1e-9 or less), where one n
 DRAWS = 64
 """Inputs that the calls of a row take in turns."""
 
-Forward = Callable[[NDArray[np.float32]], Any]
+Runner = Callable[[NDArray[np.float32]], Any]
 """Runs a model on x [t, d]."""
 
 
@@ -40,7 +40,7 @@ class Peer:
 
     name: str
     formats: tuple[str, ...]
-    open: Callable[[Mapping[str, NDArray[np.float32]], int], Forward]
+    open: Callable[[Mapping[str, NDArray[np.float32]], int], Runner]
 
 
 class Target(NamedTuple):
@@ -89,7 +89,7 @@ class PreparedRow:
         """Writes the op's model."""
         return self._whole.model_of_everything() if self._whole else self.case.model("op", self.tau)
 
-    def nmse(self, run: Forward) -> float:
+    def nmse(self, run: Runner) -> float:
         """Error of the kernel on two rows, relative to the energy of the answer. Raises InputError when it is above the
         op's bound.
         """
@@ -123,9 +123,9 @@ class OpTimer:
     def __init__(self, threads: int, wanted: int, patience: float, peers: Sequence[Peer]) -> None:
         self.threads, self.wanted, self.patience, self.peers = threads, wanted, patience, peers
         self.stream = MemoryStream(threads)
-        self._dense: dict[str, Forward] = {}
+        self._dense: dict[str, Runner] = {}
 
-    def open(self, path: Path, kernels: bool = False, spinning: bool = False) -> Forward:
+    def open(self, path: Path, kernels: bool = False, spinning: bool = False) -> Runner:
         """What runs a model of one input x; with `spinning` its workers wait for the next call as they wait for the
         next op of a model.
         """
@@ -173,7 +173,7 @@ class OpTimer:
         row |= {"status": "run", "density": float(kept.mean()), **case.shares(kept), "nmse": error}
         return row | (self._warm(prepared, run) if target.score == "nothing" else self._cold(prepared, run, folder))
 
-    def _warm(self, prepared: PreparedRow, run: Forward) -> dict[str, Any]:
+    def _warm(self, prepared: PreparedRow, run: Runner) -> dict[str, Any]:
         """Calls right behind one another."""
         inputs = prepared.inputs
         seconds = bursts(lambda number: run(inputs[number % DRAWS]), 4 * self.wanted, self.patience)
@@ -183,7 +183,7 @@ class OpTimer:
             "quartiles_ms": [value * 1e3 for value in quartiles(seconds)],
         }
 
-    def _cold(self, prepared: PreparedRow, run: Forward, folder: Path) -> dict[str, Any]:
+    def _cold(self, prepared: PreparedRow, run: Runner, folder: Path) -> dict[str, Any]:
         """Calls with weights from memory, beside each dense computation."""
         before = self.stream.bandwidth()
         self.stream.noted()
@@ -204,7 +204,7 @@ class OpTimer:
             "dense": compared,
         }
 
-    def _compared(self, prepared: PreparedRow, run: Forward, folder: Path) -> tuple[list[float], list[dict[str, Any]]]:
+    def _compared(self, prepared: PreparedRow, run: Runner, folder: Path) -> tuple[list[float], list[dict[str, Any]]]:
         """The op's seconds beside its own baseline, and the comparison with each dense computation."""
         inputs, form = prepared.inputs, prepared.case.format
         own: list[float] = []
@@ -229,7 +229,7 @@ class OpTimer:
             )
         return own, compared
 
-    def _against(self, case: Case, folder: Path, tokens: int) -> list[tuple[str, Forward]]:
+    def _against(self, case: Case, folder: Path, tokens: int) -> list[tuple[str, Runner]]:
         """Name and run of what a format is compared with, its own baseline first; for several tokens a call that one
         alone.
         """

@@ -16,9 +16,9 @@ import pytest
 
 from sparsegate.runtime_onnx.bench import folders as folders_module
 from sparsegate.runtime_onnx.bench import samples as samples_module
-from sparsegate.runtime_onnx.bench.folders import Timing, bench
+from sparsegate.runtime_onnx.bench.folders import BenchTiming, bench
 
-SHORT = Timing(16, 8, 3, threads=1)
+SHORT = BenchTiming(16, 8, 3, threads=1)
 
 
 class Fake:
@@ -91,7 +91,7 @@ def test_verdict(candidate: float, ratio: float, verdict: str, monkeypatch: pyte
     """
     waits(monkeypatch, itertools.repeat(0.0))
     fixed(monkeypatch, Fake(iter([9.0] + [0.1] * 5)), Fake(iter([0.001] + [candidate] * 3 + [5.0, candidate])))
-    result = bench(folders.dense(), folders.sparse("gate"), Timing(4, 8, 5))
+    result = bench(folders.dense(), folders.sparse("gate"), BenchTiming(4, 8, 5))
     assert (result["decode"]["ratio"], result["decode"]["verdict"]) == (pytest.approx(ratio), verdict)
     assert result["decode"]["lowest"] == pytest.approx(0.02)
     assert result["candidate"]["decode_tokens_per_s"] == pytest.approx(8 / candidate)
@@ -105,7 +105,7 @@ def test_waiting_pairs_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch, iter([0.0] * 9 + [50.0] + [50.0] * 6)
     )  # two readings a run: warm-up, a quiet pair, a disturbed one, a quiet one
     fixed(monkeypatch, Fake(iter([1.0] * 4)), Fake(iter([1.0, 0.5, 8.0, 0.5])))
-    result = bench(folders.dense(), folders.sparse("gate"), Timing(4, 8, 3))
+    result = bench(folders.dense(), folders.sparse("gate"), BenchTiming(4, 8, 3))
     assert (
         result["dropped"] == 1
         and len(result["samples"]) == 2
@@ -137,7 +137,7 @@ def test_order_alternates(monkeypatch: pytest.MonkeyPatch) -> None:
         Fake(itertools.repeat(1.0), lambda: calls.append("b")),
         Fake(itertools.repeat(1.0), lambda: calls.append("c")),
     )
-    bench(folders.dense(), folders.sparse("gate"), Timing(4, 8, 4))
+    bench(folders.dense(), folders.sparse("gate"), BenchTiming(4, 8, 4))
     rounds = ["".join(calls[k : k + 2]) for k in range(2, 10, 2)]
     assert sorted(rounds) == ["bc", "bc", "cb", "cb"]
 
@@ -146,10 +146,10 @@ def test_bad_arguments(tmp_path: Path) -> None:
     """One line each."""
     dense, sparse = folders.dense(), folders.sparse("gate")
     for arguments, message in (
-        ({"timing": Timing(pairs=0)}, "pairs must be at least 1"),
-        ({"timing": Timing(new_tokens=0)}, "new_tokens must be at least 1"),
+        ({"timing": BenchTiming(pairs=0)}, "pairs must be at least 1"),
+        ({"timing": BenchTiming(new_tokens=0)}, "new_tokens must be at least 1"),
         ({"runtime": "torch"}, "runtime must be onnxruntime or onnxruntime-genai, got 'torch'"),
-        ({"timing": Timing(250, 10)}, f"must fit the context of {folders.CONTEXT} tokens, got 250 \\+ 10"),
+        ({"timing": BenchTiming(250, 10)}, f"must fit the context of {folders.CONTEXT} tokens, got 250 \\+ 10"),
     ):
         with pytest.raises(ValueError, match=message):
             bench(dense, sparse, **arguments)

@@ -20,7 +20,7 @@ import onnxruntime_genai as og
 import pytest
 
 import sparsegate.runtime_onnx as runtime
-from sparsegate.runtime_onnx.bench.folders import Timing, bench
+from sparsegate.runtime_onnx.bench.folders import BenchTiming, bench
 from sparsegate.runtime_onnx.genai_config import CONFIG, FIELDS, read_config
 from sparsegate.runtime_onnx.library import LIBRARY
 from sparsegate.runtime_onnx.untrusted import read_json
@@ -127,7 +127,7 @@ ENTRANCES: dict[str, Callable[[Path], object]] = {
     "unlink": runtime.unlink,
     "Decoder": lambda folder: runtime.Decoder(folder),
     "end_tokens": lambda folder: runtime.end_tokens(folder),
-    "bench": lambda folder: bench(folder, folder, Timing(2, 1, 1), runtime="onnxruntime-genai"),
+    "bench": lambda folder: bench(folder, folder, BenchTiming(2, 1, 1), runtime="onnxruntime-genai"),
 }
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import sparsegate.runtime_onnx as runtime
 from sparsegate.runtime_onnx import Sampling
-from sparsegate.runtime_onnx.bench.folders import Timing, bench
+from sparsegate.runtime_onnx.bench.folders import BenchTiming, bench
 from sparsegate.runtime_onnx.errors import InputError, explained
 from sparsegate.runtime_onnx.untrusted import parse_json
 
@@ -132,9 +132,15 @@ def test_more_candidates_than_there_are_tokens_are_all_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    "timing", [Timing(threads=-1), Timing(threads=1 << 40), Timing(prompt_tokens=1 << 62), Timing(new_tokens=0)]
+    "timing",
+    [
+        BenchTiming(threads=-1),
+        BenchTiming(threads=1 << 40),
+        BenchTiming(prompt_tokens=1 << 62),
+        BenchTiming(new_tokens=0),
+    ],
 )
-def test_numbers_of_bench(timing: Timing) -> None:
+def test_numbers_of_bench(timing: BenchTiming) -> None:
     folder = folders.sparse("gate")
     with pytest.raises(ValueError, match="must be at least|must be at most|must fit the context"):
         bench(folder, folder, timing)

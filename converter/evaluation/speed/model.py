@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ....runtime_onnx import library
-from ....runtime_onnx.bench.folders import Timing, describe
+from ....runtime_onnx.bench.folders import BenchTiming, describe
 from ....runtime_onnx.bench.graphs import NeuronShares, mlp_share, realised, token_bytes
 from ....runtime_onnx.bench.op import NO_CUDA, OpTiming, OpWorkload, bench_op
 from ....runtime_onnx.bench.record import record, usable_cpus
@@ -40,7 +40,7 @@ class TimedModel:
 
 
 @dataclass(frozen=True)
-class Text:
+class TimedTokens:
     """Ids of the prompt in one call, and of the tokens after it in one call each; the same for all models."""
 
     prompt: list[int]
@@ -50,7 +50,7 @@ class Text:
 def bench_models(
     models: Mapping[str, TimedModel],
     tokens: int | Sequence[int],
-    timing: Timing,
+    timing: BenchTiming,
     settings: Mapping[str, Any],
     mlp: OpWorkload | None = None,
     memory: bool = True,
@@ -79,7 +79,7 @@ def bench_models(
     timing.check()
     threads = timing.threads or usable_cpus()
     drawn = _drawn(tokens, timing.prompt_tokens + timing.new_tokens)
-    text = Text(drawn[: timing.prompt_tokens], drawn[timing.prompt_tokens :])
+    text = TimedTokens(drawn[: timing.prompt_tokens], drawn[timing.prompt_tokens :])
     result: dict[str, Any] = {
         **record(command),
         "kind": "model",
@@ -109,7 +109,7 @@ def bench_models(
     return result
 
 
-def _recorded(timing: Timing, threads: int, tokens: int | Sequence[int]) -> dict[str, Any]:
+def _recorded(timing: BenchTiming, threads: int, tokens: int | Sequence[int]) -> dict[str, Any]:
     """How it was timed, as a result's settings say it."""
     return {
         "prompt_tokens": timing.prompt_tokens,
@@ -121,7 +121,7 @@ def _recorded(timing: Timing, threads: int, tokens: int | Sequence[int]) -> dict
 
 
 def _described(
-    models: Mapping[str, TimedModel], text: Text, threads: int, memory: bool
+    models: Mapping[str, TimedModel], text: TimedTokens, threads: int, memory: bool
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, NeuronShares]]]:
     """The row of every model without its speeds, and the realised densities of those in ONNX Runtime, by role."""
     rows: dict[str, dict[str, Any]] = {}
@@ -144,7 +144,7 @@ def _described(
 
 def _timed(
     models: Mapping[str, TimedModel],
-    text: Text,
+    text: TimedTokens,
     threads: int,
     count: int,
     progress: Callable[[int], None] | None,
@@ -203,7 +203,7 @@ def _mean(density: dict[str, NeuronShares]) -> NeuronShares:
     return NeuronShares(*(statistics.mean(values) for values in zip(*density.values(), strict=True)))
 
 
-def _speeds(timed: Sequence[Round[tuple[float, float]]], role: str, text: Text) -> dict[str, Any]:
+def _speeds(timed: Sequence[Round[tuple[float, float]]], role: str, text: TimedTokens) -> dict[str, Any]:
     """Median tokens per second over the rounds in which the role did not wait, or over all, which is said."""
     quiet = [entry for entry in timed if entry.quiet(role)]
     kept = quiet or timed

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ....runtime_onnx.bench.folders import RUNTIMES, Timing
+from ....runtime_onnx.bench.folders import RUNTIMES, BenchTiming
 from ....runtime_onnx.bench.folders import bench as bench_folders
 from ....runtime_onnx.bench.op import DENSITIES, RELU_DENSITIES, OpTiming, OpWorkload, bench_op
 from ....runtime_onnx.bench.op_cases import CASES
@@ -101,7 +101,7 @@ class BenchRequest:
         if self.op and self.op not in CASES:
             raise InputError(f"--op must be {' or '.join(CASES)}, got {self.op!r}. Choose one of them.")
 
-    def timing(self, default: Timing) -> Timing:
+    def timing(self, default: BenchTiming) -> BenchTiming:
         """Tokens, pairs and threads, where they are not given those of `default`."""
         named = {name: getattr(self, name) for name in ("prompt_tokens", "new_tokens", "pairs", "threads")}
         return replace(default, **{name: value for name, value in named.items() if value is not None})
@@ -116,7 +116,7 @@ class BenchRequest:
         return self.activation not in (None, "silu")
 
 
-FOLDERS, SHAPE = Timing(128, 64, 7), Timing(64, 24, 15)
+FOLDERS, SHAPE = BenchTiming(128, 64, 7), BenchTiming(64, 24, 15)
 """Of two folders, and of a shape."""
 OP_PAIRS = 21
 

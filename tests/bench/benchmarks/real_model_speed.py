@@ -260,7 +260,7 @@ def speeds(study: Study, models: dict[str, TimedModel], timing: Timing, command:
         result = bench_models(
             models,
             ids,
-            folders.Timing(timing.prompt, timing.decoded, timing.rounds, timing.threads),
+            folders.BenchTiming(timing.prompt, timing.decoded, timing.rounds, timing.threads),
             settings,
             memory=timing.memory,
             command=command,

@@ -30,7 +30,7 @@ from sparsegate.converter.pipeline.graphs import Graphs, make_graphs
 from sparsegate.converter.pipeline.recipe import read_recipe
 from sparsegate.converter.pipeline.references import measure_references, read_bytes
 from sparsegate.converter.pipeline.texts import Texts, make_texts
-from sparsegate.runtime_onnx.bench.folders import Timing
+from sparsegate.runtime_onnx.bench.folders import BenchTiming
 
 Make = Callable[[str], Path]
 
@@ -123,7 +123,7 @@ def test_a_graph_that_is_there_is_not_built_again(
 def test_speeds_are_ratios_to_the_graph_in_fp32(fp32: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[tuple[Path, str]] = []
 
-    def bench(baseline: Path, candidate: Path, timing: Timing, prompt: list[int], command: str) -> dict[str, Any]:
+    def bench(baseline: Path, candidate: Path, timing: BenchTiming, prompt: list[int], command: str) -> dict[str, Any]:
         timed.append((baseline, candidate.name))
         assert (candidate / "model.onnx").is_file() and len(prompt) + timing.new_tokens < 48
         if candidate.name == "int4":
