@@ -350,12 +350,6 @@ def test_no_grab_bag_modules() -> None:
     assert not [path for path in sources(*TREES) if path.stem in ("utils", "helpers", "common", "misc")]
 
 
-WITH_PATCHES: set[str] = {
-    "modeling/gated.py",
-}
-"""Files of converter/ that still change modules by themselves."""
-
-
 def patches(text: str) -> list[str]:
     """What changes how a torch module runs: its `forward` set or deleted, by name or as a key of its `__dict__`, and
     hooks on its forward.
@@ -385,7 +379,7 @@ def test_taps_are_the_only_way_to_watch_or_change_a_network() -> None:
         for path in sources("converter")
         if patches(path.read_text(encoding="utf-8"))
     }
-    assert changing == {"modeling/taps.py"} | WITH_PATCHES
+    assert changing == {"modeling/taps.py"}
 
 
 @pytest.mark.parametrize(

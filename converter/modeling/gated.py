@@ -22,7 +22,6 @@ from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.ops.activation import is_relu, jump
 from ...runtime_onnx.untrusted import read_json
 from ..arch import PREFIX, Arch, load_arch
-from ..arch.shapes import linear_rows
 from ..arch.site import Site
 from ..checkpoint.cost import site_units
 from ..checkpoint.plan import (
@@ -42,6 +41,7 @@ from ..checkpoint.sparsity import read_sparsity
 from ..checkpoint.tensor_files import first_line
 from .blocks import Parts, ffn_activation, ffn_down, ffn_parts, ffn_products
 from .swapped import register
+from .taps import linear_by_parts, linear_parts, masked, replace, replacements, restore
 
 NEAR = 1e-5
 """A score within NEAR * (|tau| + rms of its row) of its threshold is near: executors that round differently may
@@ -164,9 +164,7 @@ class _Gated:
             zeros = isinstance(gate, Threshold) and is_relu(ffn_activation(self.module, self.activation))
             self.recorder.add(self.site, scores, gate.tau, keep, NEAR if zeros else 0.0)
             self._see_jump(x)
-        y = ffn_down(
-            self.module, self.arch, torch.where(keep, parts.z, torch.zeros((), dtype=parts.z.dtype, device=x.device))
-        )
+        y = ffn_down(self.module, self.arch, masked(parts.z, keep))
         return y if residual is None else y + residual.to(y.dtype)
 
     def _see_exact(self, parts: Parts, x: Tensor) -> None:
@@ -208,18 +206,9 @@ class _Masked:
         self.recorder: Recorder | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight, bias = self.module.weight, self.module.bias
         if not self.enabled:
-            return F.linear(x, weight, bias)
-        if len(self.rows) == 1:
-            return F.linear(self._masked(next(iter(self.rows)), x), weight, bias)
-        return torch.cat(
-            [
-                F.linear(self._masked(site, x), weight[at], None if bias is None else bias[at])
-                for site, at in self.rows.items()
-            ],
-            dim=-1,
-        )
+            return F.linear(x, self.module.weight, self.module.bias)
+        return linear_by_parts(self.module, list(self.rows.values()), [self._masked(site, x) for site in self.rows])
 
     def _masked(self, site: Site, x: Tensor) -> Tensor:
         if site not in self.gates:
@@ -230,7 +219,7 @@ class _Masked:
         keep = scores > tau
         if self.recorder is not None:
             self.recorder.add(site, scores, tau, keep)
-        return torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
+        return masked(x, keep)
 
 
 def apply_plan(model: Any, plan: Plan, arch: Arch, activation: str) -> Any:
@@ -244,7 +233,7 @@ def apply_plan(model: Any, plan: Plan, arch: Arch, activation: str) -> Any:
     and when `check_plan` does.
     """
     for module, forward in make_gates(model, plan, arch, activation).items():
-        module.forward = forward
+        replace(module, forward)
     return model
 
 
@@ -265,8 +254,7 @@ def make_gates(model: Any, plan: Plan, arch: Arch, activation: str) -> Gates:
         below, _ = arch.linears()[site.kind.removeprefix("linear:")]
         name = arch.block_prefix(site.layer) + below
         if name not in forwards:
-            rows = linear_rows(arch, model.config, site.layer)[below]
-            parts = {Site(site.layer, kind=f"linear:{part}"): at for part, at in rows.items()}
+            parts = linear_parts(model, arch, site.layer)[name]
             gates = {other: plan[other] for other in parts if other in plan}
             forwards[name] = _Masked(model.get_submodule(name), parts, gates)
     return {forward.module: forward for forward in forwards.values()}
@@ -296,9 +284,9 @@ def switched(model: Any, gates: Gates, recorder: Recorder | None = None) -> Iter
 
 def _set(old: Gates, new: Gates) -> None:
     for module in old:
-        del module.forward
+        restore(module)
     for module, gated in new.items():
-        module.forward = gated
+        replace(module, gated)
 
 
 def _check_fit(config: Any, plan: Plan, arch: Arch) -> None:
@@ -341,7 +329,7 @@ def _check_activations(model: Any, plan: Plan, arch: Arch, base: str) -> None:
 def remove_plan(model: Any) -> Any:
     """Make a gated model dense again."""
     for gated in _gated(model):
-        del gated.module.forward
+        restore(gated.module)
     return model
 
 
@@ -398,9 +386,7 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def _gated(model: Any) -> list[_Gated | _Masked]:
-    return [
-        module.forward for module in model.modules() if isinstance(getattr(module, "forward", None), _Gated | _Masked)
-    ]
+    return [forward for forward in replacements(model).values() if isinstance(forward, _Gated | _Masked)]
 
 
 def gated_modules(model: Any) -> list[Any]:
