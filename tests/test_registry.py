@@ -254,6 +254,12 @@ def test_activation_equals_transformers(name: str) -> None:
     torch.testing.assert_close(TORCH_ACTIVATIONS[ACTIVATIONS[name]](x), ACT2FN[name](x), rtol=1e-5, atol=1e-6)
 
 
+def test_readme_names_every_method() -> None:
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## How it decides")[1].split("\n\n")[1]
+    rows = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert {name.strip() for row in rows for name in row.split(",")} == {*methods.NAMED, *methods.JOINED}
+
+
 NAMING = {
     "fatrelu": {
         "runtime_onnx/ops/vocabulary.py": "its row",
