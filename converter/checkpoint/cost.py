@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..arch import Arch
@@ -131,15 +131,15 @@ def site_parameters(plan: Plan, arch: Arch, config: Any) -> dict[Site, int]:
     return {site: weights(site) for site in plan}
 
 
-def site_units(plan: Plan, arch: Arch, config: Any) -> dict[Site, int]:
-    """Units that each site of a plan decides on: neurons, or a linear's input channels."""
+def site_units(sites: Iterable[Site], arch: Arch, config: Any) -> dict[Site, int]:
+    """Units that are decided on at each site: neurons, or a linear's input channels."""
 
     def units(site: Site) -> int:
         if site.kind == "ffn":
             return arch.size(config, "units", site.layer)
         return linear_shapes(arch, config, site.layer)[site.kind.removeprefix("linear:")][1]
 
-    return {site: units(site) for site in plan}
+    return {site: units(site) for site in sites}
 
 
 def site_cost(plan: Plan, site: Site, arch: Arch, config: Any, density: float, opened: float | None = None) -> float:

@@ -294,7 +294,7 @@ def _check_fit(config: Any, plan: Plan, arch: Arch) -> None:
     sites, hidden = arch.sites(config), arch.size(config, "hidden")
     linears = arch.linears()
     known = {*sites, *(Site(site.layer, kind=f"linear:{name}") for site in sites for name in linears)}
-    units = site_units({site: entry for site, entry in plan.items() if site in known}, arch, config)
+    units = site_units([site for site in plan if site in known], arch, config)
     for site, entry in plan.items():
         if site not in known:
             raise InputError(

@@ -55,9 +55,9 @@ def find_linears(
     Neighbours in a packed weight that have the same tau, or none, stay together. Raises InputError when the graph has
     no such product.
     """
-    shapes, templates = linear_shapes(arch, config), _templates(arch)
+    shapes, templates = linear_shapes(arch, config, layer), _templates(arch)
     regions = []
-    for packed, parts in cut_linears(arch, config, tau).items():
+    for packed, parts in cut_linears(arch, config, layer, tau).items():
         d_in = shapes[parts[0].names[0]][1]
         product = find_product(graph, layer, templates[packed].format(layer=layer), (d_in, parts[-1].columns.stop))
         regions.append(LinearRegion(layer, product, parts))
@@ -70,11 +70,13 @@ def _templates(arch: Arch) -> dict[str, str]:
     }
 
 
-def cut_linears(arch: Arch, config: Any, tau: Mapping[str, NDArray[np.float32]]) -> dict[str, tuple[Part, ...]]:
+def cut_linears(
+    arch: Arch, config: Any, layer: int, tau: Mapping[str, NDArray[np.float32]]
+) -> dict[str, tuple[Part, ...]]:
     """How a base graph's products that compute the linears named in `tau` are cut: product (qkv_proj, or a linear's own
     name) -> its parts.
     """
-    shapes, templates = linear_shapes(arch, config), _templates(arch)
+    shapes, templates = linear_shapes(arch, config, layer), _templates(arch)
     found = {}
     for packed, names in {"qkv_proj": ("q_proj", "k_proj", "v_proj"), **{name: (name,) for name in shapes}}.items():
         if packed not in templates or not set(names) & set(tau):

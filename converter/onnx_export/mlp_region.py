@@ -64,7 +64,7 @@ def _find(
     graph: ir.Graph, arch: Arch, config: Any, layer: int, order: dict[ir.Node, int]
 ) -> tuple[MlpRegion, ir.Value | None, ir.Value, ir.Value]:
     """The region of a layer and its inner values: gate and up after their biases, and what the down product reads."""
-    d, n = arch.size(config, "hidden"), arch.size(config, "units")
+    d, n = arch.size(config, "hidden"), arch.size(config, "units", layer)
     shapes = {"gate": (d, n), "up": (d, n), "down": (n, d)}
     products = {
         role: find_product(graph, layer, template.format(layer=layer), shapes[role])

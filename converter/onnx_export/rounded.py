@@ -74,7 +74,7 @@ def _layer(
     model: Any, plan: Plan, arch: Arch, form: Precision, layer: int
 ) -> Iterator[tuple[str, list[tuple[slice, Tensor]]]]:
     """The rows of a layer's modules that ops compute, by module."""
-    rows, prefix, found = linear_rows(arch, model.config), arch.block_prefix(layer), {}
+    rows, prefix, found = linear_rows(arch, model.config, layer), arch.block_prefix(layer), {}
 
     def matrices(names: tuple[str, ...]) -> list[tuple[str, slice, NDArray[np.float32]]]:
         places = [(prefix + arch.linears()[name][0], rows[arch.linears()[name][0]][name]) for name in names]
@@ -93,7 +93,7 @@ def _layer(
                 values = rounded(np.ascontiguousarray(by_neuron), weights, form.w)
                 put(module, at, values.T if name == "down_proj" else values)
     tau = {name: tau.numpy() for name, tau in linear_thresholds(plan, layer).items()}
-    for parts in cut_linears(arch, model.config, tau).values():
+    for parts in cut_linears(arch, model.config, layer, tau).values():
         for part in parts:
             if part.tau is None:
                 continue

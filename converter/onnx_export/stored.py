@@ -67,7 +67,7 @@ def stored_ops(model: Any, plan: Plan, arch: Arch, precision: str, target: str =
         if Site(layer) in plan:
             yield _mlp(model, plan, arch, form, half, layer)
         taus = {name: tau.detach().cpu().float().numpy() for name, tau in linear_thresholds(plan, layer).items()}
-        for parts in cut_linears(arch, model.config, taus).values():
+        for parts in cut_linears(arch, model.config, layer, taus).values():
             for part in parts:
                 if part.tau is not None:
                     yield _linear(model, arch, form, half, layer, part)
@@ -75,7 +75,7 @@ def stored_ops(model: Any, plan: Plan, arch: Arch, precision: str, target: str =
 
 def _mlp(model: Any, plan: Plan, arch: Arch, form: Precision, half: str, layer: int) -> StoredOp:
     config, module = model.config, model.get_submodule(arch.ffn_module(layer))
-    hidden, units = arch.size(config, "hidden"), arch.size(config, "units")
+    hidden, units = arch.size(config, "hidden"), arch.size(config, "units", layer)
     emission = emit(Site(layer), plan[Site(layer)], hidden, units)
     tensors, predictor = store_predictor(emission.tensors, form)
     weights = form.fitting(hidden)
@@ -94,7 +94,11 @@ def _mlp(model: Any, plan: Plan, arch: Arch, form: Precision, half: str, layer: 
 
 
 def _linear(model: Any, arch: Arch, form: Precision, half: str, layer: int, part: Part) -> StoredOp:
-    rows, shapes, prefix = linear_rows(arch, model.config), linear_shapes(arch, model.config), arch.block_prefix(layer)
+    rows, shapes, prefix = (
+        linear_rows(arch, model.config, layer),
+        linear_shapes(arch, model.config, layer),
+        arch.block_prefix(layer),
+    )
     places, pieces, biases = [], [], []
     for name in part.names:
         below = arch.linears()[name][0]

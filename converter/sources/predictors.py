@@ -255,8 +255,9 @@ def predictor_plan(
     Raises InputError for predictors of another model and for those that the op cannot express.
     """
     arch, config = source.arch, source.config
-    hidden, units = arch.size(config, "hidden"), arch.size(config, "units")
-    for published in by_layer.values():
+    hidden = arch.size(config, "hidden")
+    for layer, published in by_layer.items():
+        units = arch.size(config, "units", layer)
         rank = published.fc1.shape[0] if published.fc1.ndim else 0
         expected = {"fc1": (rank, hidden), "fc2": (units, rank), "bias1": (rank,), "bias2": (units,)}
         for role, shape in expected.items():

@@ -232,9 +232,10 @@ class _Recorder:
         self.keep = self.positions = torch.empty(0)
         self.activation = source.arch.activation(source.config)
         self.network = block.get_submodule(source.arch.ffn.module)
-        self.rows = linear_rows(source.arch, source.config)
-        shapes = linear_shapes(source.arch, source.config)
-        hidden, units = (source.arch.size(source.config, space) for space in ("hidden", "units"))
+        layer = next(iter(sites)).layer
+        self.rows = linear_rows(source.arch, source.config, layer)
+        shapes = linear_shapes(source.arch, source.config, layer)
+        hidden, units = (source.arch.size(source.config, space, layer) for space in ("hidden", "units"))
         self.states: dict[Site, dict[str, Any]] = {}
         for site, names in sites.items():
             outputs, inputs = shapes.get(site.kind.removeprefix("linear:"), (hidden, hidden))

@@ -64,9 +64,9 @@ def _walk(
     model: Any, source: Source, batches: Batches, names: Sequence[str], folders: Mapping[Site, Path], seed: int
 ) -> None:
     arch = source.arch
-    hidden, units = arch.size(source.config, "hidden"), arch.size(source.config, "units")
+    hidden, units = arch.size(source.config, "hidden"), site_units(folders, arch, source.config)
     states = {
-        (site, name): load_stat(name)[0].init(StatSetup(hidden, units, batches.count, seed, folder, name))
+        (site, name): load_stat(name)[0].init(StatSetup(hidden, units[site], batches.count, seed, folder, name))
         for site, folder in folders.items()
         for name in names
     }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arch.site import Site
+from ..checkpoint.cost import network_size
 from ..checkpoint.plan import SitePlan
 from ..checkpoint.stage import Header
 from ..evaluation.recovery_record import CurvePoint, HeldoutPoint
@@ -85,13 +86,14 @@ def _units(task: RecoveryTask, models: Models, probe: Tensor) -> dict[Site, Unit
     if task.recovery.predictors is None:
         return {}
     arch, config, student = task.arch, task.source.config, models.student
-    hidden, units = arch.size(config, "hidden"), arch.size(config, "units")
-    rank = rank_for(hidden, units, arch.matrices, task.recovery.predictors.cost)
     generator = torch.Generator().manual_seed(task.seed * 7919)
-    return {
-        site: make_unit(SitePlan(gate=fresh_predictor(hidden, units, rank, generator)), student.device, scale)
-        for site, scale in input_rms(student, arch, arch.sites(config), probe).items()
-    }
+    fresh: dict[Site, Unit] = {}
+    for site, scale in input_rms(student, arch, arch.sites(config), probe).items():
+        size = network_size(arch, config, site.layer)
+        rank = rank_for(*size, task.recovery.predictors.cost)
+        gate = fresh_predictor(size.hidden, size.units, rank, generator)
+        fresh[site] = make_unit(SitePlan(gate=gate), student.device, scale)
+    return fresh
 
 
 def _point(row: dict[str, float]) -> CurvePoint:

@@ -50,6 +50,8 @@ from .training_text import training_text
 EVALUATED = 64
 """Held-out windows that a recovery is measured on, before and after."""
 _STAGE, _WINDOWS = "stage.json", "evaluation.safetensors"
+_ZEROS = "zeros"
+"""The folder of the plan that keeps exact zeros alone, beside one with predictors."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def tuned(task: RecoveryTask) -> Tuned:
         _recover(task, header)
     record = RecoveryRecord.load(folder / "recovery.json")
     plan = load_plan(folder / "plan")
-    exact = load_plan(folder / "exact") if (folder / "exact").is_dir() else plan
+    exact = load_plan(folder / _ZEROS) if (folder / _ZEROS).is_dir() else plan
     return Tuned(folder / "checkpoint", plan, exact, record, header)
 
 
@@ -181,7 +183,7 @@ def _recover(task: RecoveryTask, header: Header) -> None:
     if trained.units:
         plan: Plan = {site: trained.units[site].site_plan(1.0, entry.edits) for site, entry in exact.items()}
         plan = with_shares(models.student, plan, task.arch, task.base_activation, batches)
-        predicted, plans = compared(models, plan, windows), {"plan": plan, "exact": exact}
+        predicted, plans = compared(models, plan, windows), {"plan": plan, _ZEROS: exact}
     record = _record(task, text, (fitted, trained), before, after, predicted)
     _store(task, models, plans, record, header)
 
@@ -258,7 +260,7 @@ def _store(task: RecoveryTask, models: Models, plans: dict[str, Plan], record: R
                 checkpoint = partial / "checkpoint"
                 checkpoint.mkdir()
                 whole = {name: tensor for name, tensor in weights.items() if tensor is not None}
-                write_checkpoint(task.source, plans.get("exact", plans["plan"]), checkpoint, whole)
+                write_checkpoint(task.source, plans.get(_ZEROS, plans["plan"]), checkpoint, whole)
                 if task.source.swaps and set(task.wished().values()) == {task.base_activation}:
                     write_stock(checkpoint)
                 for name, plan in plans.items():
