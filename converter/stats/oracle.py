@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..arch.site import Site
+from ..checkpoint.cost import site_units
 from ..checkpoint.source import Source
 from ..checkpoint.stage import Header, atomic_folder, is_finished, write_header, write_tensors
 from ..modeling.blocks import down_rows, ffn_modules
