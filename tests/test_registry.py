@@ -288,7 +288,6 @@ NAMING = {
         "converter/onnx_export/emit.py": "its emitter",
         "converter/methods/__init__.py": "the method's row",
         "converter/evaluation/speed/model.py": "the role of a graph",
-        "converter/training/stage.py": "a folder of a plan that keeps zeros alone",
         "converter/report/html.py": "a filter of another meaning",
     },
 }
