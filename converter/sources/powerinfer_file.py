@@ -118,6 +118,7 @@ def open_reader(gguf: Any, path: Path) -> Any:
 
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             if offset == 0:
+                self.data = np.asarray(self.data)  # slices of a memmap take three times as long
                 self.data[:4] = np.frombuffer(b"GGUF", np.uint8)
             if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
                 raise ValueError("it ends too early")  # the package reads on, an array's count times
