@@ -1,4 +1,5 @@
-// What the CUDA kernels of all ops share: elements by type, launches, sums over warps and blocks, and the place of a kept row among the kept ones.
+// What the CUDA kernels of all ops share: elements by type, launches, sums over warps and blocks, and the place of a
+// kept row among the kept ones.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,7 +18,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 inline int64_t blocks(int64_t count, int64_t per) { return (count + per - 1) / per; }
 
-inline dim3 grid(int64_t x, int64_t y = 1, int64_t z = 1) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)); }
+inline dim3 grid(int64_t x, int64_t y = 1, int64_t z = 1) {
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
+}
 
 // Queues a kernel; the error, if any, is what cudaGetLastError returns.
 template <class... Parameters, class... Arguments>
@@ -58,7 +61,8 @@ __device__ inline float block_sum(float v) {
   return total;
 }
 
-// The place of this thread's row among the block's kept ones, in rising order; `total` is their number. All threads of the block call it, once.
+// The place of this thread's row among the block's kept ones, in rising order; `total` is their number. All threads of
+// the block call it, once.
 __device__ inline int place_of(bool kept, int& total) {
   __shared__ int counts[kWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -1,9 +1,10 @@
 // Products of rows with tokens: see `dots` in row_kernels.h. Compiled once per instruction set: see vectors.h.
 //
-// A product is 16 sums, one per lane, over rising d, and their fold, whatever the tiles. For several tokens a block of rows comes into the second-level
-// cache with the first kMaskTokens of them, then the others read it, TILES x TILE at a time. TILE tokens x ROWS rows are summed in registers,
-// one part of the lanes after the other where a vector takes several registers: 7 loads for 12 fma (both parts of 2 rows would need 10, and loads decide).
-// d is cut evenly to at most DEPTH columns, so that x stays in the caches nearest; between two cuts the sums wait in memory.
+// A product is 16 sums, one per lane, over rising d, and their fold, whatever the tiles. For several tokens a block of
+// rows comes into the second-level cache with the first kMaskTokens of them, then the others read it, TILES x TILE at a
+// time. TILE tokens x ROWS rows are summed in registers, one part of the lanes after the other where a vector takes
+// several registers: 7 loads for 12 fma (both parts of 2 rows would need 10, and loads decide). d is cut evenly to at
+// most DEPTH columns, so that x stays in the caches nearest; between two cuts the sums wait in memory.
 #include "row_kernels.h"
 
 #include <string.h>
@@ -14,19 +15,21 @@
 namespace sparsegate {
 namespace SPARSEGATE_ISA {
 
-void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out,
-          int64_t stride, const void* then);
-void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens,
-               const uint16_t* masks, float* out, int64_t stride, const void* then);  // float_kept.cc
+void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
+          int64_t x_stride, int64_t tokens, float* out, int64_t stride, const void* then);
+void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
+               int64_t x_stride, int64_t tokens, const uint16_t* masks, float* out, int64_t stride,
+               const void* then);  // float_kept.cc
 
 namespace {
 
 constexpr int ROWS = 4;
-constexpr int TILE = REGISTERS == 32 ? 6 : 3;             // tokens: 6 x 4 sums in 32 registers, 3 x 4 in 16
-constexpr int TILES = REGISTERS == 32 ? 2 : 4;            // of a group of tokens
-constexpr int64_t DEPTH = REGISTERS == 32 ? 2048 : 320;   // columns: cuts cost time; parts of vectors need the rows' cut in the first-level cache
-constexpr int64_t PIECE = 512;                            // rows
-constexpr int64_t BLOCK = 64, BLOCK_BYTES = 512 << 10;    // most rows in a block
+constexpr int TILE = REGISTERS == 32 ? 6 : 3;   // tokens: 6 x 4 sums in 32 registers, 3 x 4 in 16
+constexpr int TILES = REGISTERS == 32 ? 2 : 4;  // of a group of tokens
+// columns: cuts cost time; parts of vectors need the rows' cut in the first-level cache
+constexpr int64_t DEPTH = REGISTERS == 32 ? 2048 : 320;
+constexpr int64_t PIECE = 512;                          // rows
+constexpr int64_t BLOCK = 64, BLOCK_BYTES = 512 << 10;  // most rows in a block
 
 // Products of ROWS rows with one token, the form for memory's speed: `next` are the rows to come, if any.
 template <class W>
@@ -50,14 +53,16 @@ inline void dot_rows(const W* const* row, const W* const* next, int valid, const
     const int64_t left = d - j;
     const vec q = left < LANES ? load_tail(x + j, left) : load(x + j);
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) sum[r] = fma(q, left < LANES ? load_tail(row[r] + j, left) : load(row[r] + j), sum[r]);
+    for (int r = 0; r < ROWS; ++r)
+      sum[r] = fma(q, left < LANES ? load_tail(row[r] + j, left) : load(row[r] + j), sum[r]);
   }
   const four total = sums(sum[0], sum[1], sum[2], sum[3]);
   memcpy(out, &total, static_cast<size_t>(valid) * sizeof(float));
 }
 
 template <class W>
-void one_token(const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, float* out, const W* then) {
+void one_token(const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, float* out,
+               const W* then) {
   const auto row_of = [&](const W* base, int64_t k) { return base + (rows ? rows[k] : k) * d; };
   for (int64_t k = 0; k < count; k += ROWS) {
     const int valid = count - k < ROWS ? static_cast<int>(count - k) : ROWS;
@@ -74,14 +79,14 @@ void one_token(const W* weights, const int32_t* rows, int64_t count, int64_t d, 
 
 // Memory decides: the form that reads rows once, in their order
 template <class W>
-void few_tokens(int type, const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out,
-                int64_t stride, const W* then) {
+void few_tokens(int type, const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
+                int64_t x_stride, int64_t tokens, float* out, int64_t stride, const W* then) {
   uint16_t masks[PIECE];
   for (uint16_t& mask : masks) mask = static_cast<uint16_t>((1u << tokens) - 1u);
   for (int64_t first = 0; first < count; first += PIECE) {
     const int64_t left = count - first;
-    dots_kept(type, rows ? weights : weights + first * d, rows ? rows + first : nullptr, left < PIECE ? left : PIECE, d, x, x_stride, tokens, masks, out + first,
-              stride, left <= PIECE ? then : nullptr);
+    dots_kept(type, rows ? weights : weights + first * d, rows ? rows + first : nullptr, left < PIECE ? left : PIECE, d,
+              x, x_stride, tokens, masks, out + first, stride, left <= PIECE ? then : nullptr);
   }
 }
 
@@ -93,7 +98,8 @@ struct Cut {
 
 // Part `part` of the sums of T tokens x ROWS rows over one cut, added to `acc`.
 template <class W, int T, int NEAR>
-__attribute__((always_inline)) inline void add_cut(const W* const* row, const W* const* near, const float* x, int64_t x_stride, const Cut& cut, int part,
+__attribute__((always_inline)) inline void add_cut(const W* const* row, const W* const* near, const float* x,
+                                                   int64_t x_stride, const Cut& cut, int part,
                                                    reg (&acc)[T][ROWS]) {  // a call would keep the sums in memory
   constexpr int STEP = LINE / static_cast<int>(sizeof(W));
   const W* mine[ROWS];
@@ -131,11 +137,12 @@ __attribute__((always_inline)) inline void add_cut(const W* const* row, const W*
   }
 }
 
-// One cut of T tokens x ROWS rows: `sum` holds what the cuts before gave; after the last one the first `valid` products go to `out`.
-// Every part is a visit to the rows; the first ROWS / N visits fetch N of the next rows each into the first-level cache.
+// One cut of T tokens x ROWS rows: `sum` holds what the cuts before gave; after the last one the first `valid` products
+// go to `out`. Every part is a visit to the rows; the first ROWS / N visits fetch N of the next rows each into the
+// first-level cache.
 template <class W, int T, int N>
-void add_tile(const W* const* row, const W* const* near, int visit, const float* x, int64_t x_stride, const Cut& cut, reg (*sum)[TILE][ROWS], int valid,
-              float* out, int64_t stride) {
+void add_tile(const W* const* row, const W* const* near, int visit, const float* x, int64_t x_stride, const Cut& cut,
+              reg (*sum)[TILE][ROWS], int valid, float* out, int64_t stride) {
   constexpr int NEAR = PARTS == 1 ? 0 : N;  // with AVX-512 it does not pay
   reg acc[T][ROWS];
 #pragma GCC unroll 4
@@ -171,15 +178,16 @@ void add_tile(const W* const* row, const W* const* near, int visit, const float*
 }
 
 template <class W, int N>
-void tiles_of(const W* const* row, const W* const* near, int64_t tiles, int64_t tokens, const float* x, int64_t x_stride, const Cut& cut,
-              reg (*sum)[PARTS][TILE][ROWS], int valid, float* out, int64_t stride) {
+void tiles_of(const W* const* row, const W* const* near, int64_t tiles, int64_t tokens, const float* x,
+              int64_t x_stride, const Cut& cut, reg (*sum)[PARTS][TILE][ROWS], int valid, float* out, int64_t stride) {
   int64_t t = 0;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t n = (tokens - t + tiles - i - 1) / (tiles - i);
     switch (n) {
-#define SPARSEGATE_TILE(n)                                                                                                                                       \
-  case n:                                                                                                                                                        \
-    add_tile<W, (n <= TILE ? n : 1), N>(row, near, static_cast<int>(i) * PARTS, x + t * x_stride, x_stride, cut, sum[i], valid, out + t * stride, stride); \
+#define SPARSEGATE_TILE(n)                                                                                       \
+  case n:                                                                                                        \
+    add_tile<W, (n <= TILE ? n : 1), N>(row, near, static_cast<int>(i) * PARTS, x + t * x_stride, x_stride, cut, \
+                                        sum[i], valid, out + t * stride, stride);                                \
     break;
       SPARSEGATE_TILE(1)
       SPARSEGATE_TILE(2)
@@ -197,11 +205,13 @@ void tiles_of(const W* const* row, const W* const* near, int64_t tiles, int64_t 
 
 // The rows of a block, which lie in the second-level cache, times many tokens
 template <class W>
-void block_of(const W* weights, const int32_t* rows, int64_t size, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out, int64_t stride) {
+void block_of(const W* weights, const int32_t* rows, int64_t size, int64_t d, const float* x, int64_t x_stride,
+              int64_t tokens, float* out, int64_t stride) {
   const auto row_of = [&](int64_t k) { return weights + (rows ? rows[k] : k) * d; };
   alignas(LINE) reg sum[TILES * (BLOCK / ROWS)][PARTS][TILE][ROWS];
   const int64_t all_tiles = (tokens + TILE - 1) / TILE;
-  const int64_t cuts = (d + DEPTH - 1) / DEPTH, depth = (d + cuts * 2 * LANES - 1) / (cuts * 2 * LANES) * (2 * LANES);  // even cuts: a short one costs as much
+  // even cuts: a short one costs as much
+  const int64_t cuts = (d + DEPTH - 1) / DEPTH, depth = (d + cuts * 2 * LANES - 1) / (cuts * 2 * LANES) * (2 * LANES);
   int64_t t0 = 0, tile0 = 0;
   for (int64_t groups = (all_tiles + TILES - 1) / TILES; groups > 0; --groups) {
     const int64_t tiles = (all_tiles - tile0 + groups - 1) / groups;
@@ -233,8 +243,8 @@ void block_of(const W* weights, const int32_t* rows, int64_t size, int64_t d, co
 }
 
 template <class W>
-void dots_of(int type, const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out,
-             int64_t stride, const W* then) {
+void dots_of(int type, const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
+             int64_t x_stride, int64_t tokens, float* out, int64_t stride, const W* then) {
   if (tokens == 1) return one_token(weights, rows, count, d, x, out, then);
   if (tokens <= kMaskTokens) return few_tokens(type, weights, rows, count, d, x, x_stride, tokens, out, stride, then);
   int64_t block = BLOCK_BYTES / (d * static_cast<int64_t>(sizeof(W))) / ROWS * ROWS;
@@ -244,19 +254,22 @@ void dots_of(int type, const W* weights, const int32_t* rows, int64_t count, int
     const W* own = rows ? weights : weights + first * d;
     const int32_t* listed = rows ? rows + first : nullptr;
     const int64_t size = last ? count - first : block;
-    few_tokens(type, own, listed, size, d, x, x_stride, kMaskTokens, out + first, stride, last ? then : nullptr);  // brings the rows into the cache
-    block_of(own, listed, size, d, x + kMaskTokens * x_stride, x_stride, tokens - kMaskTokens, out + first + kMaskTokens * stride, stride);
+    // brings the rows into the cache
+    few_tokens(type, own, listed, size, d, x, x_stride, kMaskTokens, out + first, stride, last ? then : nullptr);
+    block_of(own, listed, size, d, x + kMaskTokens * x_stride, x_stride, tokens - kMaskTokens,
+             out + first + kMaskTokens * stride, stride);
   }
 }
 
 }  // namespace
 
-void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out,
-          int64_t stride, const void* then) {
+void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
+          int64_t x_stride, int64_t tokens, float* out, int64_t stride, const void* then) {
   switch (type) {
-#define SPARSEGATE_TYPE(id, W) \
-  case id:                     \
-    return dots_of(id, static_cast<const W*>(weights), rows, count, d, x, x_stride, tokens, out, stride, static_cast<const W*>(then));
+#define SPARSEGATE_TYPE(id, W)                                                                           \
+  case id:                                                                                               \
+    return dots_of(id, static_cast<const W*>(weights), rows, count, d, x, x_stride, tokens, out, stride, \
+                   static_cast<const W*>(then));
     SPARSEGATE_TYPE(ort::kFloat32, float)
     SPARSEGATE_TYPE(ort::kFloat16, half)
     SPARSEGATE_TYPE(ort::kBfloat16, bfloat)

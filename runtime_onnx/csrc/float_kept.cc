@@ -1,9 +1,10 @@
-// Products of rows with the tokens that keep them: see `dots_kept` in row_kernels.h. Compiled once per instruction set: see vectors.h.
+// Products of rows with the tokens that keep them: see `dots_kept` in row_kernels.h. Compiled once per instruction set:
+// see vectors.h.
 //
-// A group of tokens stays in the first-level cache while a block of rows passes, each row for TILE of its tokens at a time: every sum has its 16 lanes in
-// registers, and x is read straight into the multiplications. A load a multiplication is the price of leaving the others out.
-// The first group reads rows in their order, as memory likes it; for the others rows go by falling numbers of tokens, so that the processor foresees which
-// tile is next.
+// A group of tokens stays in the first-level cache while a block of rows passes, each row for TILE of its tokens at a
+// time: every sum has its 16 lanes in registers, and x is read straight into the multiplications. A load a
+// multiplication is the price of leaving the others out. The first group reads rows in their order, as memory likes it;
+// for the others rows go by falling numbers of tokens, so that the processor foresees which tile is next.
 #include "row_kernels.h"
 
 #include <string.h>
@@ -15,19 +16,21 @@
 namespace sparsegate {
 namespace SPARSEGATE_ISA {
 
-void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens,
-               const uint16_t* masks, float* out, int64_t stride, const void* then);
-void multiply_kept(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count, int64_t d, int64_t first,
-                   int64_t width, const OwnRows& own, int64_t tokens, float* y, int64_t y_stride, float* scratch);
+void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
+               int64_t x_stride, int64_t tokens, const uint16_t* masks, float* out, int64_t stride, const void* then);
+void multiply_kept(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then,
+                   int64_t then_count, int64_t d, int64_t first, int64_t width, const OwnRows& own, int64_t tokens,
+                   float* y, int64_t y_stride, float* scratch);
 
 namespace {
 
 constexpr int FITS = (REGISTERS - 4) / PARTS;
-constexpr int TILE = FITS > 8 ? 8 : FITS;             // tokens
-constexpr int64_t NEAR_BYTES = 20 << 10;              // of x, for all tokens of a group
-constexpr int64_t BLOCK_BYTES = 256 << 10;            // of a block of rows
+constexpr int TILE = FITS > 8 ? 8 : FITS;   // tokens
+constexpr int64_t NEAR_BYTES = 20 << 10;    // of x, for all tokens of a group
+constexpr int64_t BLOCK_BYTES = 256 << 10;  // of a block of rows
 
-constexpr int64_t AHEAD = 8;                          // rows that are fetched ahead, where no earlier pass has fetched them
+// rows that are fetched ahead, where no earlier pass has fetched them
+constexpr int64_t AHEAD = 8;
 
 // Of a cut of `whole` + `left` < LANES columns
 struct Cut {
@@ -37,8 +40,10 @@ struct Cut {
 
 // One cut of one row for T tokens: `sum` holds what the cuts before gave. `far`, if any, is fetched.
 template <class W, int T, bool FETCH>
-inline void add_cut(const W* row, const W* far, const float* const* x, const Cut& cut, reg (*sum)[PARTS], float* total, float* const* out) {
-  constexpr int STEP = LINE / static_cast<int>(sizeof(W)), STEPS = 64;  // columns: of a line, and of a turn, whose turns the processor can count
+inline void add_cut(const W* row, const W* far, const float* const* x, const Cut& cut, reg (*sum)[PARTS], float* total,
+                    float* const* out) {
+  // columns: of a line, and of a turn, whose turns the processor can count
+  constexpr int STEP = LINE / static_cast<int>(sizeof(W)), STEPS = 64;
   reg acc[T][PARTS];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
@@ -93,7 +98,8 @@ inline void add_cut(const W* row, const W* far, const float* const* x, const Cut
 }
 
 template <class W, bool FETCH>
-inline void add_cut_of(int n, const W* row, const W* far, const float* const* x, const Cut& cut, reg (*sum)[PARTS], float* const* out) {
+inline void add_cut_of(int n, const W* row, const W* far, const float* const* x, const Cut& cut, reg (*sum)[PARTS],
+                       float* const* out) {
   alignas(16) float total[4];
   switch (n) {
 #define SPARSEGATE_TILE(n) \
@@ -114,12 +120,13 @@ inline void add_cut_of(int n, const W* row, const W* far, const float* const* x,
 }
 
 template <class W>
-void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, const uint16_t* masks,
-             float* out, int64_t stride, const W* then) {
+void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride,
+             int64_t tokens, const uint16_t* masks, float* out, int64_t stride, const W* then) {
   const auto row_of = [&](const W* base, int64_t k) { return base + (rows ? rows[k] : k) * d; };
   int64_t block = BLOCK_BYTES / (d * static_cast<int64_t>(sizeof(W)));
   block = block < 4 ? 4 : block > kOrderRows ? kOrderRows : block;
-  const int64_t group = tokens < kMaskTokens ? tokens : kMaskTokens, fits = NEAR_BYTES / (group * static_cast<int64_t>(sizeof(float)));
+  const int64_t group = tokens < kMaskTokens ? tokens : kMaskTokens;
+  const int64_t fits = NEAR_BYTES / (group * static_cast<int64_t>(sizeof(float)));
   const int64_t cuts = (d + fits - 1) / fits, depth = (d + cuts * 2 * LANES - 1) / (cuts * 2 * LANES) * (2 * LANES);
   alignas(LINE) reg sum[kOrderRows][kMaskTokens][PARTS];
   Order order;
@@ -127,7 +134,8 @@ void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, co
     const int64_t size = count - first < block ? count - first : block;
     const bool last = first + block >= count;
     for (int64_t t0 = 0; t0 < tokens; t0 += kMaskTokens) {
-      const bool streams = t0 == 0;  // memory decides: the first group reads rows in their order and fetches those ahead
+      // memory decides: the first group reads rows in their order and fetches those ahead
+      const bool streams = t0 == 0;
       sort(masks + t0 / kMaskTokens * count + first, size, streams, order);
       for (int64_t begin = 0; begin < d; begin += depth) {
         const int64_t length = d - begin < depth ? d - begin : depth;
@@ -165,11 +173,13 @@ void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, co
 }
 
 constexpr int PANEL_REGS = static_cast<int>(kPanel) / WIDTH;
-constexpr int HELD = PANEL_REGS > REGISTERS / 2 ? REGISTERS / 2 : PANEL_REGS;  // of a panel's columns in registers at a time
+// of a panel's columns in registers at a time
+constexpr int HELD = PANEL_REGS > REGISTERS / 2 ? REGISTERS / 2 : PANEL_REGS;
 
 // The sum of the entries' rows of a panel, HELD * WIDTH columns of it, added to `to`; fetched(i) runs before entry i
 template <class Fetch>
-inline void add_own(const uint16_t* entry, const float* scale, int64_t count, const float* panel, float* to, int64_t width, const Fetch& fetched) {
+inline void add_own(const uint16_t* entry, const float* scale, int64_t count, const float* panel, float* to,
+                    int64_t width, const Fetch& fetched) {
   reg sum[HELD];
 #pragma GCC unroll 16
   for (int v = 0; v < HELD; ++v) sum[v] = reg{};
@@ -207,7 +217,8 @@ struct Piece {
 };
 
 template <class W>
-void multiply_panel(const Piece<W>& piece, const Piece<W>& then, int64_t d, const OwnRows& own, int64_t tokens, float* y, int64_t y_stride, float* panel) {
+void multiply_panel(const Piece<W>& piece, const Piece<W>& then, int64_t d, const OwnRows& own, int64_t tokens,
+                    float* y, int64_t y_stride, float* panel) {
   for (int64_t k = 0; k < piece.count; ++k) {
     if (k + AHEAD < piece.count) piece.fetch(k + AHEAD, d);
     const W* row = piece.base + piece.rows[k] * d;
@@ -217,7 +228,8 @@ void multiply_panel(const Piece<W>& piece, const Piece<W>& then, int64_t d, cons
   const int64_t share = (then.count + tokens - 1) / tokens;  // rows to come that each token's sum fetches
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t v = 0; v < piece.columns; v += HELD * WIDTH) {
-      const int64_t begin = t * share, left = v || begin >= then.count ? 0 : then.count - begin < share ? then.count - begin : share;
+      const int64_t begin = t * share;
+      const int64_t left = v || begin >= then.count ? 0 : then.count - begin < share ? then.count - begin : share;
       const auto fetched = [&](int64_t i) __attribute__((always_inline)) {
         if (i < left) then.fetch(begin + i, d);
       };
@@ -228,24 +240,30 @@ void multiply_panel(const Piece<W>& piece, const Piece<W>& then, int64_t d, cons
 }
 
 template <class W>
-void multiply_of(const W* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count, int64_t d, int64_t width, const OwnRows& own,
-                 int64_t tokens, float* y, int64_t y_stride, float* panel) {
-  const auto panel_of = [&](int64_t c, const int32_t* listed, int64_t size) { return Piece<W>{weights + c, listed, size, width - c < kPanel ? width - c : kPanel}; };
+void multiply_of(const W* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count,
+                 int64_t d, int64_t width, const OwnRows& own, int64_t tokens, float* y, int64_t y_stride,
+                 float* panel) {
+  const auto panel_of = [&](int64_t c, const int32_t* listed, int64_t size) {
+    return Piece<W>{weights + c, listed, size, width - c < kPanel ? width - c : kPanel};
+  };
   for (int64_t c = 0; c < width; c += kPanel) {
     const bool last = c + kPanel >= width;
-    multiply_panel(panel_of(c, rows, count), last ? panel_of(0, then, then ? then_count : 0) : panel_of(c + kPanel, rows, count), d, own, tokens, y + c, y_stride,
-                   panel);
+    multiply_panel(panel_of(c, rows, count),
+                   last ? panel_of(0, then, then ? then_count : 0) : panel_of(c + kPanel, rows, count), d, own, tokens,
+                   y + c, y_stride, panel);
   }
 }
 
 }  // namespace
 
-void multiply_kept(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count, int64_t d, int64_t first,
-                   int64_t width, const OwnRows& own, int64_t tokens, float* y, int64_t y_stride, float* scratch) {
+void multiply_kept(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then,
+                   int64_t then_count, int64_t d, int64_t first, int64_t width, const OwnRows& own, int64_t tokens,
+                   float* y, int64_t y_stride, float* scratch) {
   switch (type) {
-#define SPARSEGATE_TYPE(id, W) \
-  case id:                     \
-    return multiply_of(static_cast<const W*>(weights) + first, rows, count, then, then_count, d, width, own, tokens, y, y_stride, scratch);
+#define SPARSEGATE_TYPE(id, W)                                                                                       \
+  case id:                                                                                                           \
+    return multiply_of(static_cast<const W*>(weights) + first, rows, count, then, then_count, d, width, own, tokens, \
+                       y, y_stride, scratch);
     SPARSEGATE_TYPE(ort::kFloat32, float)
     SPARSEGATE_TYPE(ort::kFloat16, half)
     SPARSEGATE_TYPE(ort::kBfloat16, bfloat)
@@ -256,12 +274,13 @@ void multiply_kept(int type, const void* weights, const int32_t* rows, int64_t c
   }
 }
 
-void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens,
-               const uint16_t* masks, float* out, int64_t stride, const void* then) {
+void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
+               int64_t x_stride, int64_t tokens, const uint16_t* masks, float* out, int64_t stride, const void* then) {
   switch (type) {
-#define SPARSEGATE_TYPE(id, W) \
-  case id:                     \
-    return dots_of(static_cast<const W*>(weights), rows, count, d, x, x_stride, tokens, masks, out, stride, static_cast<const W*>(then));
+#define SPARSEGATE_TYPE(id, W)                                                                              \
+  case id:                                                                                                  \
+    return dots_of(static_cast<const W*>(weights), rows, count, d, x, x_stride, tokens, masks, out, stride, \
+                   static_cast<const W*>(then));
     SPARSEGATE_TYPE(ort::kFloat32, float)
     SPARSEGATE_TYPE(ort::kFloat16, half)
     SPARSEGATE_TYPE(ort::kBfloat16, bfloat)

@@ -1,7 +1,9 @@
-// The product that several tokens take with shared rows: see `multiply` in row_kernels.h. Compiled once per instruction set: see vectors.h.
+// The product that several tokens take with shared rows: see `multiply` in row_kernels.h. Compiled once per instruction
+// set: see vectors.h.
 //
-// TILE tokens x a panel of columns are summed in registers over all rows. Up to TILE tokens read the rows where they lie, at memory's speed. For more
-// the rows' piece is copied together as panels of float32, so that narrow types are widened once and all tokens find it in the caches.
+// TILE tokens x a panel of columns are summed in registers over all rows. Up to TILE tokens read the rows where they
+// lie, at memory's speed. For more the rows' piece is copied together as panels of float32, so that narrow types are
+// widened once and all tokens find it in the caches.
 #include "row_kernels.h"
 
 #include <string.h>
@@ -12,8 +14,9 @@
 namespace sparsegate {
 namespace SPARSEGATE_ISA {
 
-void multiply(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count, int64_t d, int64_t first,
-              int64_t width, const float* z, int64_t z_stride, int64_t tokens, float* y, int64_t y_stride, float* scratch);
+void multiply(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then,
+              int64_t then_count, int64_t d, int64_t first, int64_t width, const float* z, int64_t z_stride,
+              int64_t tokens, float* y, int64_t y_stride, float* scratch);
 
 namespace {
 
@@ -45,8 +48,8 @@ inline void fetch(const void* p, int64_t bytes) {
 
 // y[t * y_stride + c] += panel^T z for T tokens and `width` <= PANEL columns; fetched(k) runs before row k is read.
 template <int T, class Rows, class Fetch>
-inline void tile(const Rows& panel, int64_t count, int64_t d, const float* z, int64_t z_stride, float* y, int64_t y_stride, int64_t width,
-                 const Fetch& fetched) {
+inline void tile(const Rows& panel, int64_t count, int64_t d, const float* z, int64_t z_stride, float* y,
+                 int64_t y_stride, int64_t width, const Fetch& fetched) {
   reg sum[T][REGS];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
@@ -83,8 +86,8 @@ inline void tile(const Rows& panel, int64_t count, int64_t d, const float* z, in
 }
 
 template <class Rows, class Fetch>
-void tile_of(int64_t tokens, const Rows& panel, int64_t count, int64_t d, const float* z, int64_t z_stride, float* y, int64_t y_stride, int64_t width,
-             const Fetch& fetched) {
+void tile_of(int64_t tokens, const Rows& panel, int64_t count, int64_t d, const float* z, int64_t z_stride, float* y,
+             int64_t y_stride, int64_t width, const Fetch& fetched) {
   switch (tokens) {
 #define SPARSEGATE_TILE(n) \
   case n:                  \
@@ -117,16 +120,18 @@ void pack(const Piece<W>& piece, int64_t d, int64_t width, float* out) {
   }
 }
 
-// Whole panels for at most TILE tokens, straight from the rows; gives back the columns done. While a stretch of columns is read, AHEAD rows later are
-// fetched, at its end the next stretch's first ones, at the last one's the first stretch of `then`.
+// Whole panels for at most TILE tokens, straight from the rows; gives back the columns done. While a stretch of columns
+// is read, AHEAD rows later are fetched, at its end the next stretch's first ones, at the last one's the first stretch
+// of `then`.
 template <class W>
-int64_t multiply_few(const Piece<W>& piece, const Piece<W>& then, int64_t d, int64_t width, const float* z, int64_t z_stride, int64_t tokens, float* y,
-                     int64_t y_stride) {
+int64_t multiply_few(const Piece<W>& piece, const Piece<W>& then, int64_t d, int64_t width, const float* z,
+                     int64_t z_stride, int64_t tokens, float* y, int64_t y_stride) {
   const int64_t whole = width / PANEL * PANEL;
   for (int64_t c = 0; c < whole; c += PANEL) {
     const Piece<W> panel{piece.base + c, piece.rows, piece.count};
     const bool first = c % STRETCH == 0, last = c + STRETCH >= width;
-    const Piece<W> later{last ? then.base : panel.base + STRETCH, last ? then.rows : panel.rows, last ? then.count : panel.count};
+    const Piece<W> later{last ? then.base : panel.base + STRETCH, last ? then.rows : panel.rows,
+                         last ? then.count : panel.count};
     const auto fetched = [&](int64_t k) __attribute__((always_inline)) {
       if (!first) return;
       constexpr int64_t bytes = STRETCH * sizeof(W);
@@ -142,11 +147,12 @@ int64_t multiply_few(const Piece<W>& piece, const Piece<W>& then, int64_t d, int
 
 // The same for any number of tokens and any width, by way of packed panels. Every tile fetches its share of `then`.
 template <class W>
-void multiply_many(const Piece<W>& piece, const Piece<W>& then, int64_t d, int64_t width, const float* z, int64_t z_stride, int64_t tokens, float* y,
-                   int64_t y_stride, float* scratch) {
+void multiply_many(const Piece<W>& piece, const Piece<W>& then, int64_t d, int64_t width, const float* z,
+                   int64_t z_stride, int64_t tokens, float* y, int64_t y_stride, float* scratch) {
   pack(piece, d, width, scratch);
   const int64_t tiles = (tokens + TILE - 1) / TILE, panels = (width + PANEL - 1) / PANEL;
-  const int64_t lines = (width * static_cast<int64_t>(sizeof(W)) + LINE - 1) / LINE, share = (lines + tiles * panels - 1) / (tiles * panels);
+  const int64_t lines = (width * static_cast<int64_t>(sizeof(W)) + LINE - 1) / LINE;
+  const int64_t share = (lines + tiles * panels - 1) / (tiles * panels);
   int64_t line = 0;
   for (int64_t c = 0; c < width; c += PANEL) {
     const Packed panel{scratch + c * piece.count};
@@ -157,15 +163,17 @@ void multiply_many(const Piece<W>& piece, const Piece<W>& then, int64_t d, int64
       const auto fetched = [&](int64_t k) __attribute__((always_inline)) {
         if (k < then.count && bytes > 0) fetch(reinterpret_cast<const char*>(then.row(k, d)) + line * LINE, bytes);
       };
-      tile_of(size, panel, piece.count, d, z + t * z_stride, z_stride, y + t * y_stride + c, y_stride, width - c < PANEL ? width - c : PANEL, fetched);
+      tile_of(size, panel, piece.count, d, z + t * z_stride, z_stride, y + t * y_stride + c, y_stride,
+              width - c < PANEL ? width - c : PANEL, fetched);
       t += size;
     }
   }
 }
 
 template <class W>
-void multiply_of(const W* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count, int64_t d, int64_t width, const float* z,
-                 int64_t z_stride, int64_t tokens, float* y, int64_t y_stride, float* scratch) {
+void multiply_of(const W* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count,
+                 int64_t d, int64_t width, const float* z, int64_t z_stride, int64_t tokens, float* y, int64_t y_stride,
+                 float* scratch) {
   const Piece<W> piece{weights, rows, count}, later{weights, then, then ? then_count : 0};
   const int64_t done = tokens <= TILE ? multiply_few(piece, later, d, width, z, z_stride, tokens, y, y_stride) : 0;
   if (done == width) return;
@@ -175,12 +183,14 @@ void multiply_of(const W* weights, const int32_t* rows, int64_t count, const int
 
 }  // namespace
 
-void multiply(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count, int64_t d, int64_t first,
-              int64_t width, const float* z, int64_t z_stride, int64_t tokens, float* y, int64_t y_stride, float* scratch) {
+void multiply(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then,
+              int64_t then_count, int64_t d, int64_t first, int64_t width, const float* z, int64_t z_stride,
+              int64_t tokens, float* y, int64_t y_stride, float* scratch) {
   switch (type) {
-#define SPARSEGATE_TYPE(id, W) \
-  case id:                     \
-    return multiply_of(static_cast<const W*>(weights) + first, rows, count, then, then_count, d, width, z, z_stride, tokens, y, y_stride, scratch);
+#define SPARSEGATE_TYPE(id, W)                                                                                       \
+  case id:                                                                                                           \
+    return multiply_of(static_cast<const W*>(weights) + first, rows, count, then, then_count, d, width, z, z_stride, \
+                       tokens, y, y_stride, scratch);
     SPARSEGATE_TYPE(ort::kFloat32, float)
     SPARSEGATE_TYPE(ort::kFloat16, half)
     SPARSEGATE_TYPE(ort::kBfloat16, bfloat)

@@ -1,4 +1,5 @@
-// Rows of float types (and int8 widened to float32): see row_kernels.h. Compiled once per instruction set: see vectors.h.
+// Rows of float types (and int8 widened to float32): see row_kernels.h. Compiled once per instruction set: see
+// vectors.h.
 #include "row_kernels.h"
 
 #include <string.h>
@@ -10,14 +11,16 @@ namespace sparsegate {
 namespace SPARSEGATE_ISA {
 
 // float_dots.cc, float_kept.cc and float_panels.cc
-void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens, float* out,
-          int64_t stride, const void* then);
-void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x, int64_t x_stride, int64_t tokens,
-               const uint16_t* masks, float* out, int64_t stride, const void* then);
-void multiply(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count, int64_t d, int64_t first,
-              int64_t width, const float* z, int64_t z_stride, int64_t tokens, float* y, int64_t y_stride, float* scratch);
-void multiply_kept(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then, int64_t then_count, int64_t d, int64_t first,
-                   int64_t width, const OwnRows& own, int64_t tokens, float* y, int64_t y_stride, float* scratch);
+void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
+          int64_t x_stride, int64_t tokens, float* out, int64_t stride, const void* then);
+void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
+               int64_t x_stride, int64_t tokens, const uint16_t* masks, float* out, int64_t stride, const void* then);
+void multiply(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then,
+              int64_t then_count, int64_t d, int64_t first, int64_t width, const float* z, int64_t z_stride,
+              int64_t tokens, float* y, int64_t y_stride, float* scratch);
+void multiply_kept(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then,
+                   int64_t then_count, int64_t d, int64_t first, int64_t width, const OwnRows& own, int64_t tokens,
+                   float* y, int64_t y_stride, float* scratch);
 
 namespace {
 
@@ -70,7 +73,8 @@ void accumulate_panel(const W* weights, const int32_t* rows, const float* scale,
 }
 
 template <class W>
-void accumulate_of(const W* weights, const int32_t* rows, const float* scale, int64_t count, int64_t d, float* y, int64_t width) {
+void accumulate_of(const W* weights, const int32_t* rows, const float* scale, int64_t count, int64_t d, float* y,
+                   int64_t width) {
   if (width == kPanel) return accumulate_panel(weights, rows, scale, count, d, y);
   const W *row[ADDED], *next[ADDED];
   int64_t k = 0;
@@ -87,7 +91,8 @@ void accumulate_of(const W* weights, const int32_t* rows, const float* scale, in
   }
 }
 
-void accumulate(int type, const void* weights, const int32_t* rows, const float* scale, int64_t count, int64_t d, int64_t first, int64_t width, float* y) {
+void accumulate(int type, const void* weights, const int32_t* rows, const float* scale, int64_t count, int64_t d,
+                int64_t first, int64_t width, float* y) {
   switch (type) {
 #define SPARSEGATE_TYPE(id, W) \
   case id:                     \
@@ -127,7 +132,8 @@ void widen(int type, const void* values, int64_t count, float* out) {
 }  // namespace
 
 extern const Kernels float_rows;
-const Kernels float_rows = {dots, dots_kept, accumulate, multiply, multiply_kept, widen, REGISTERS == 32 ? 0.6f : 0.75f};
+const Kernels float_rows = {
+    dots, dots_kept, accumulate, multiply, multiply_kept, widen, REGISTERS == 32 ? 0.6f : 0.75f};
 
 }  // namespace SPARSEGATE_ISA
 }  // namespace sparsegate

@@ -1,9 +1,11 @@
 // GatedMLP on the CPU: one call.
 //
-// The n neurons are cut into blocks. Few tokens: one task per block scores its neurons, takes the union of the tokens' selections, computes gate and up for it, and
-// adds each token's own rows of w_down to a partial sum [tokens, d]; the partial sums are added in rising order. Many tokens: one task per block leaves the
-// factors of w_down's rows, then one task per strip of columns adds all rows to it. Both ways add the same numbers in the same order: a token's y depends
-// neither on the other tokens of the call nor on the threads, bit for bit, and a neuron that a token does not keep never touches its y.
+// The n neurons are cut into blocks. Few tokens: one task per block scores its neurons, takes the union of the tokens'
+// selections, computes gate and up for it, and adds each token's own rows of w_down to a partial sum [tokens, d]; the
+// partial sums are added in rising order. Many tokens: one task per block leaves the factors of w_down's rows, then one
+// task per strip of columns adds all rows to it. Both ways add the same numbers in the same order: a token's y depends
+// neither on the other tokens of the call nor on the threads, bit for bit, and a neuron that a token does not keep
+// never touches its y.
 //
 // Memory comes from thread-local arenas that only grow: no lock is shared, concurrent runs are safe.
 #include <algorithm>
@@ -15,7 +17,8 @@ namespace sparsegate {
 namespace gated_mlp {
 namespace {
 
-constexpr int64_t kFewTokens = 4, kFewFloatTokens = 4, kFewInt4Avx2 = 2;  // above, reading rows together for all tokens costs less than partial sums
+// above, reading rows together for all tokens costs less than partial sums
+constexpr int64_t kFewTokens = 4, kFewFloatTokens = 4, kFewInt4Avx2 = 2;
 constexpr int64_t kManyTokens = 128;         // at a time: their x and their part of y stay in the second-level cache
 constexpr int64_t kInlineBytes = 256 << 10;  // below this much work waking the other threads costs more than it gains
 
@@ -24,7 +27,9 @@ struct CpuKernel {
   static constexpr bool kSameShape = true;
   Node node;
 
-  ort::StatusPtr init(const ort::Api* api, const ort::KernelInfo* info, int x_type) { return node.init(api, info, x_type, true); }
+  ort::StatusPtr init(const ort::Api* api, const ort::KernelInfo* info, int x_type) {
+    return node.init(api, info, x_type, true);
+  }
 
   ort::StatusPtr compute(ort::KernelContext* context) const {
     Tensors tensors;
@@ -46,7 +51,8 @@ struct CpuKernel {
     run.pitch = node.pitch;
     run.block = std::min<int64_t>(512, std::max<int64_t>(64, (n / 32 + 31) / 32 * 32));
     run.blocks = (n + run.block - 1) / run.block;
-    run.few = io.tokens <= (run.int4() && isa() == Isa::kAvx2 ? kFewInt4Avx2 : run.integer() ? kFewTokens : kFewFloatTokens);
+    const int64_t few = run.int4() && isa() == Isa::kAvx2 ? kFewInt4Avx2 : run.integer() ? kFewTokens : kFewFloatTokens;
+    run.few = io.tokens <= few;
     const int64_t pass = run.pass = std::min(io.tokens, kManyTokens);
     float *x = nullptr, *y = nullptr;
     char* base = call_arena.reserve(lay(run, nullptr, x, y));
@@ -63,7 +69,8 @@ struct CpuKernel {
       run.y = wide ? y : static_cast<float*>(io.y) + t * d;
       if (x) {
         for (int64_t i = 0; i < run.tokens; ++i)
-          run.kernels->widen(v.x, static_cast<const char*>(io.x) + (t + i) * d * bytes_of(v.x), d, x + i * run.x_stride);
+          run.kernels->widen(v.x, static_cast<const char*>(io.x) + (t + i) * d * bytes_of(v.x), d,
+                             x + i * run.x_stride);
         run.x = x;
       } else {
         run.x = static_cast<const float*>(io.x) + t * d;
@@ -73,12 +80,15 @@ struct CpuKernel {
       if (run.hidden8) round_hidden(run);
       if (run.few) {
         ORT_TRY(parallel(node.api, context, block_task, run.blocks + (v.has(kRes) ? 1 : 0), small, &run));
-        if (!run.failed.load()) ORT_TRY(parallel(node.api, context, sum_task, run.tokens * ((d + run.strip - 1) / run.strip), small, &run));
+        if (!run.failed.load())
+          ORT_TRY(parallel(node.api, context, sum_task, run.tokens * ((d + run.strip - 1) / run.strip), small, &run));
       } else {
         ORT_TRY(parallel(node.api, context, factor_task, run.blocks, small, &run));
-        if (!run.failed.load()) ORT_TRY(parallel(node.api, context, strip_task, (d + run.strip - 1) / run.strip, small, &run));
+        if (!run.failed.load())
+          ORT_TRY(parallel(node.api, context, strip_task, (d + run.strip - 1) / run.strip, small, &run));
       }
-      if (run.failed.load()) return node.error(ort::kRuntimeException, "out of memory for " + std::to_string(pass) + " tokens");
+      if (run.failed.load())
+        return node.error(ort::kRuntimeException, "out of memory for " + std::to_string(pass) + " tokens");
       if (wide) narrow(v.x, y, run.tokens * d, static_cast<uint16_t*>(io.y) + t * d);
     }
     return nullptr;
@@ -87,7 +97,8 @@ struct CpuKernel {
   // Lays out the call's memory; with base nullptr it only counts bytes.
   static size_t lay(Run& run, char* base, float*& x, float*& y) {
     const Variant& v = *run.variant;
-    const int64_t d = run.shape.d, n = run.shape.n, r = run.shape.r, pass = run.pass, tasks = run.blocks + (v.has(kRes) ? 1 : 0);
+    const int64_t d = run.shape.d, n = run.shape.n, r = run.shape.r, pass = run.pass;
+    const int64_t tasks = run.blocks + (v.has(kRes) ? 1 : 0);
     const bool predictor8 = v.has(kSP1), integer = run.integer();
     Cut cut(base);
     const bool wide = v.x != ort::kFloat32;
@@ -96,7 +107,9 @@ struct CpuKernel {
     x = copied ? cut.take<float>(pass * run.x_stride) : nullptr;
     y = cut.take<float>(wide ? pass * d : 0);
     run.hidden = cut.take<float>(pass * r);
-    const auto rounded = [&](bool needed, bool int4, int64_t width) { return needed ? cut.take<char>(pass * rounded_bytes(int4, width)) : nullptr; };
+    const auto rounded = [&](bool needed, bool int4, int64_t width) {
+      return needed ? cut.take<char>(pass * rounded_bytes(int4, width)) : nullptr;
+    };
     run.x8 = rounded(predictor8 || v.weights == Weights::kInt8Row, false, d);
     run.x4 = rounded(run.int4(), true, d);
     run.hidden8 = rounded(v.has(kSP2), false, r);
@@ -108,7 +121,9 @@ struct CpuKernel {
       return cut.used();
     }
     const RowFormat format = run.int4() ? RowFormat::kInt4 : run.integer() ? RowFormat::kInt8 : RowFormat::kFloat;
-    run.sums = {run.kernels, run.integers, format, run.at(kWDown).type, run.at(kWDown).data, run.at(kSDown).data, n, d, run.block, run.blocks, pass, true};
+    run.sums = {run.kernels,         run.integers,        format, run.at(kWDown).type,
+                run.at(kWDown).data, run.at(kSDown).data, n,      d,
+                run.block,           run.blocks,          pass,   true};
     run.sums.lay(cut);
     run.strip = run.sums.strip();
     return cut.used();
@@ -118,7 +133,9 @@ struct CpuKernel {
 }  // namespace
 }  // namespace gated_mlp
 
-void gated_mlp_cpu_ops(const ort::Api* api, std::vector<std::unique_ptr<ort::CustomOp>>& ops) { append_ops<gated_mlp::CpuKernel>(api, ops); }
+void gated_mlp_cpu_ops(const ort::Api* api, std::vector<std::unique_ptr<ort::CustomOp>>& ops) {
+  append_ops<gated_mlp::CpuKernel>(api, ops);
+}
 
 bool gated_mlp_cpu_supports(const char* name) {
   gated_mlp::Variant variant;

@@ -1,8 +1,9 @@
-// GatedMLP on CUDA: the op as ONNX Runtime sees it. The kernels are in gated_mlp_decode.cu (few tokens), gated_mlp_prefill.cu (many) and row_sums.cu, tiles.cuh
-// (shared with SparseLinear).
+// GatedMLP on CUDA: the op as ONNX Runtime sees it. The kernels are in gated_mlp_decode.cu (few tokens),
+// gated_mlp_prefill.cu (many) and row_sums.cu, tiles.cuh (shared with SparseLinear).
 //
-// Everything is queued on ORT's stream; the host never waits, nothing is copied back, no launch depends on data, and the only allocation is ORT's scratch
-// buffer: a CUDA graph can capture it. The kernels have been compiled for sm_80 to sm_90 and emulated on a CPU; they have not been run on a GPU yet.
+// Everything is queued on ORT's stream; the host never waits, nothing is copied back, no launch depends on data, and
+// the only allocation is ORT's scratch buffer: a CUDA graph can capture it. The kernels have been compiled for sm_80 to
+// sm_90 and emulated on a CPU; they have not been run on a GPU yet.
 #include "gated_mlp.cuh"
 
 namespace sparsegate {
@@ -14,7 +15,9 @@ struct CudaKernel {
   static constexpr bool kSameShape = true;
   Node node;
 
-  ort::StatusPtr init(const ort::Api* api, const ort::KernelInfo* info, int x_type) { return node.init(api, info, x_type, false); }
+  ort::StatusPtr init(const ort::Api* api, const ort::KernelInfo* info, int x_type) {
+    return node.init(api, info, x_type, false);
+  }
 
   ort::StatusPtr compute(ort::KernelContext* context) const {
     const ort::Api* api = node.api;
@@ -42,7 +45,9 @@ struct CudaKernel {
 }  // namespace
 }  // namespace gated_mlp
 
-void gated_mlp_cuda_ops(const ort::Api* api, std::vector<std::unique_ptr<ort::CustomOp>>& ops) { append_ops<gated_mlp::CudaKernel>(api, ops); }
+void gated_mlp_cuda_ops(const ort::Api* api, std::vector<std::unique_ptr<ort::CustomOp>>& ops) {
+  append_ops<gated_mlp::CudaKernel>(api, ops);
+}
 
 bool gated_mlp_cuda_supports(const char* name) {
   gated_mlp::Variant variant;

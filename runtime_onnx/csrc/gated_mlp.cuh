@@ -18,15 +18,20 @@ struct Call {
   const void* x = nullptr;
   void* y = nullptr;
 
-  const float* floats(Role role) const { return static_cast<const float*>(tensors[role].data); }  // nullptr where absent
-  Matrix matrix(Role role, Role scale) const { return matrix_of(tensors[role], tensors[scale]); }  // without data where absent
+  // nullptr where absent
+  const float* floats(Role role) const { return static_cast<const float*>(tensors[role].data); }
+  // without data where absent
+  Matrix matrix(Role role, Role scale) const { return matrix_of(tensors[role], tensors[scale]); }
   Matrix rows_of_x() const { return matrix_of(x, variant.x, tokens, shape.d); }
 };
 
-// Queue the op on the stream and return the bytes of scratch memory that it needs at `base` (aligned to 64); with base nullptr they only count.
+// Queue the op on the stream and return the bytes of scratch memory that it needs at `base` (aligned to 64); with base
+// nullptr they only count.
 size_t decode(const Call& call, char* base, cudaStream_t stream);
 size_t prefill(const Call& call, char* base, cudaStream_t stream);
-inline size_t run(const Call& call, char* base, cudaStream_t stream) { return (call.tokens <= kDecodeTokens ? decode : prefill)(call, base, stream); }
+inline size_t run(const Call& call, char* base, cudaStream_t stream) {
+  return (call.tokens <= kDecodeTokens ? decode : prefill)(call, base, stream);
+}
 
 // What a kernel knows of the neurons, by value.
 struct Neurons {
@@ -34,10 +39,15 @@ struct Neurons {
   float parameter = 0.f;
   bool zeros = false;  // see Variant::relu
   Score score = Score::kAll;
-  Matrix first, up;                                                  // first: gate, or up in a plain MLP, whose `up` has no data
+  // first: gate, or up in a plain MLP, whose `up` has no data
+  Matrix first, up;
   const float *b_first = nullptr, *b_up = nullptr, *tau = nullptr;  // nullptr where absent
 
-  explicit Neurons(const Call& call) : activation(call.variant.activation), parameter(call.variant.parameter), zeros(call.variant.relu()), score(call.variant.score) {
+  explicit Neurons(const Call& call)
+      : activation(call.variant.activation),
+        parameter(call.variant.parameter),
+        zeros(call.variant.relu()),
+        score(call.variant.score) {
     const bool plain = call.variant.plain();
     first = plain ? call.matrix(kWUp, kSUp) : call.matrix(kWGate, kSGate);
     b_first = call.floats(plain ? kBUp : kBGate);
@@ -67,7 +77,9 @@ struct Neurons {
     }
   }
   // act(gate) of neuron i from the product of its row
-  __device__ float gate(int64_t i, float product) const { return activate(product * row_scale(first, i) + (b_first ? b_first[i] : 0.f)); }
+  __device__ float gate(int64_t i, float product) const {
+    return activate(product * row_scale(first, i) + (b_first ? b_first[i] : 0.f));
+  }
   // what act(gate) is multiplied by
   __device__ float factor(int64_t i, float product) const {
     const float v = product * row_scale(up, i) + (b_up ? b_up[i] : 0.f);

@@ -1,4 +1,5 @@
-// What every kernel of GatedMLP shares: the variant, its inputs by role, and the checks. The Python twin is ops/gated_mlp.py.
+// What every kernel of GatedMLP shares: the variant, its inputs by role, and the checks. The Python twin is
+// ops/gated_mlp.py.
 #pragma once
 
 #include <cstdint>
@@ -23,15 +24,18 @@ struct Variant {
 
   bool has(Role role) const { return present[role]; }
   bool plain() const { return !present[kWGate]; }
-  // Whether act gives exact zeros: whatever multiplies one is neither read nor added, so that y is the same for any finite weights.
+  // Whether act gives exact zeros: whatever multiplies one is neither read nor added, so that y is the same for any
+  // finite weights.
   bool relu() const {
-    return activation == Activation::kRelu || activation == Activation::kRelu2 || activation == Activation::kDrelu || activation == Activation::kFatrelu ||
-           activation == Activation::kShiftedRelu;
+    return activation == Activation::kRelu || activation == Activation::kRelu2 || activation == Activation::kDrelu ||
+           activation == Activation::kFatrelu || activation == Activation::kShiftedRelu;
   }
 };
 
-// Fill `out`, or return what is wrong (empty: nothing). Dtypes stay untouched in the first, which reads a node's attributes.
-std::string variant_of_attributes(const std::string& activation, const std::string& score, const std::string& weights, const std::string& inputs, Variant& out);
+// Fill `out`, or return what is wrong (empty: nothing). Dtypes stay untouched in the first, which reads a node's
+// attributes.
+std::string variant_of_attributes(const std::string& activation, const std::string& score, const std::string& weights,
+                                  const std::string& inputs, Variant& out);
 std::string variant_of_name(const std::string& name, Variant& out);
 
 struct Shape {
@@ -42,7 +46,8 @@ struct Shape {
 std::string check_tensors(const Variant& variant, const Tensors& tensors, Shape& shape);
 
 struct Node : NodeOf<Variant, Shape, check_tensors> {
-  int64_t pitch = 1;  // rows from one neuron to the next in w_gate, w_up, w_down (and int4 scales): they may lie row beside row
+  // rows from one neuron to the next in w_gate, w_up, w_down (and int4 scales): they may lie row beside row
+  int64_t pitch = 1;
 
   Node();
   // `constants` false: a device kernel, whose constants may move; all of them are fetched in every run.

@@ -1,27 +1,37 @@
 // GatedMLP on CUDA for one to four tokens: only the rows that a token keeps are read, once per token.
 //
-// Four launches, their grids known from the shapes alone; nothing is allocated, copied to the host or waited for, so a CUDA graph can capture them.
+// Four launches, their grids known from the shapes alone; nothing is allocated, copied to the host or waited for,
+// so a CUDA graph can capture them.
 // d, n, r: width, neurons, rank; k: neurons kept; b: bytes of a stored weight, p: of a predictor's.
-//   open     a block per (row of P1, token): hidden = relu(P1 x), and x in float32               reads  r d p
-//   neurons  a block per (32 neurons, token): see below                                          reads  n (r p + 4) + 2 k d b, writes 5 n
-//   down     a block per (2048 columns, 128 neurons, token), in row_sums.cu: partial sums        reads  k d b + 5 n, writes 4 d n / 128
-//   close    a block per (32 columns, token), in row_sums.cu: adds them, biases and residual     reads  4 d n / 128 + r d p
-// At d = 4096, n = 14336, r = 128, float16, k = n / 5: 1.0, 50.7, 25.4 and 1.8 MB, of which the partial sums stay in the second-level cache: 75 MB or
-// 25 us at 3 TB/s, against 352 MB of the dense MLP. With score gate the gate is read in full: 1/3 + 2/3 k/n of dense.
+//   open     a block per (row of P1, token): hidden = relu(P1 x), and x in float32
+//            reads  r d p
+//   neurons  a block per (32 neurons, token): see below
+//            reads  n (r p + 4) + 2 k d b, writes 5 n
+//   down     a block per (2048 columns, 128 neurons, token), in row_sums.cu: partial sums
+//            reads  k d b + 5 n, writes 4 d n / 128
+//   close    a block per (32 columns, token), in row_sums.cu: adds them, biases and residual
+//            reads  4 d n / 128 + r d p
+// At d = 4096, n = 14336, r = 128, float16, k = n / 5: 1.0, 50.7, 25.4 and 1.8 MB, of which the partial sums stay in
+// the second-level cache: 75 MB or 25 us at 3 TB/s, against 352 MB of the dense MLP. With score gate the gate is read
+// in full: 1/3 + 2/3 k/n of dense.
 //
-// neurons: warps and neurons. Warp w of 8 scores neurons 4 w .. 4 w + 3 of the block's 32, four rows of P2 in flight, and the scores meet in shared memory;
-// every warp compares them with tau and holds the selection as one 32-bit vote, so there is no list, no compaction and no second pass over memory. Then all 8
-// warps work on the same kept rows, each on its own 256 columns of every 2048, eight rows in flight (16 bytes a lane and row in 16 bits: 32 kB a block); no
-// warp waits for another that got more kept neurons. A lane's eight partial sums are folded into one by 3 shuffles of halves and 2 of sums, the warps' sums
-// meet in shared memory and are added in rising order.
+// neurons: warps and neurons. Warp w of 8 scores neurons 4 w .. 4 w + 3 of the block's 32, four rows of P2 in flight,
+// and the scores meet in shared memory; every warp compares them with tau and holds the selection as one 32-bit vote,
+// so there is no list, no compaction and no second pass over memory. Then all 8 warps work on the same kept rows, each
+// on its own 256 columns of every 2048, eight rows in flight (16 bytes a lane and row in 16 bits: 32 kB a block); no
+// warp waits for another that got more kept neurons. A lane's eight partial sums are folded into one by 3 shuffles of
+// halves and 2 of sums, the warps' sums meet in shared memory and are added in rising order.
 //
-// Roofline: memory. A weight costs a conversion and a multiply-add, in 16 bits about a seventh of what an H100's ordinary cores do in the time of reading it;
-// int4, with some four operations to half a byte, comes near their limit. Expected share of the copy bandwidth (not measured), 16 bits: 80 % in neurons and
-// down when they fill the machine (at least 2 blocks a multiprocessor: n >= 10000), less in the two small launches, whose time is latency (2 us each): 75 %
-// in all at k = n / 5 on an H100, less below. Not used: programmatic launches, which would hide some of the gaps between the four.
+// Roofline: memory. A weight costs a conversion and a multiply-add, in 16 bits about a seventh of what an H100's
+// ordinary cores do in the time of reading it; int4, with some four operations to half a byte, comes near their limit.
+// Expected share of the copy bandwidth (not measured), 16 bits: 80 % in neurons and down when they fill the machine (at
+// least 2 blocks a multiprocessor: n >= 10000), less in the two small launches, whose time is latency (2 us each): 75 %
+// in all at k = n / 5 on an H100, less below. Not used: programmatic launches, which would hide some of the gaps
+// between the four.
 //
-// Sums are float32, added in an order that depends on shapes alone: results repeat bit for bit and do not depend on the other tokens of the call. They differ
-// from prefill's in rounding. Weights are widened in registers, activations are never rounded to integers.
+// Sums are float32, added in an order that depends on shapes alone: results repeat bit for bit and do not depend on the
+// other tokens of the call. They differ from prefill's in rounding. Weights are widened in registers, activations are
+// never rounded to integers.
 #include "gated_mlp.cuh"
 #include "memory.h"
 #include "row_sums.cuh"
@@ -37,7 +47,8 @@ constexpr int kStride = kWarps * 256;
 // wide [tokens, d] = x; hidden [tokens, r] = relu(P1 x). Grid (tokens, r, or what d needs without a predictor)
 __global__ void __launch_bounds__(kOpenThreads) open(Matrix x, Matrix p1, float* wide, float* hidden) {
   const int64_t t = blockIdx.x, k = blockIdx.y, d = x.columns, step = blockDim.x;
-  for (int64_t j = k * step + threadIdx.x; j < d; j += gridDim.y * step) wide[t * d + j] = load(x.data, x.type, t * d + j);
+  for (int64_t j = k * step + threadIdx.x; j < d; j += gridDim.y * step)
+    wide[t * d + j] = load(x.data, x.type, t * d + j);
   float sum = 0.f;
   for (int64_t c = threadIdx.x * 8; k < p1.rows && c < d; c += step * 8) {
     float row[8], v[8];
@@ -69,7 +80,8 @@ __device__ inline float fold(const float (&v)[kSlots]) {
   return sum + __shfl_xor_sync(kAllLanes, sum, 1);
 }
 
-// Products with v of the first `count` of these rows over the columns begin, begin + step, ... of every lane: lane l gets that of slot l / 4. No row scales.
+// Products with v of the first `count` of these rows over the columns begin, begin + step, ... of every lane: lane l
+// gets that of slot l / 4. No row scales.
 template <class W, int kRows>
 __device__ float dots(const Matrix& m, const int (&rows)[kRows], int count, int begin, int step, const float* v) {
   float sum[kSlots] = {};
@@ -108,8 +120,10 @@ __device__ void predict(const Matrix& p2, int64_t first, const float* hidden, fl
   int rows[kRows];
 #pragma unroll
   for (int k = 0; k < kRows; ++k) rows[k] = static_cast<int>(first) + from + k;
-  const float score = dots<P>(p2, rows, static_cast<int>(left < 0 ? 0 : left < kRows ? left : kRows), lane * 8, 256, hidden);
-  if (lane % 4 == 0 && lane / 4 < kRows) scores[from + lane / 4] = lane / 4 < left ? score * row_scale(p2, first + from + lane / 4) : 0.f;
+  const int count = static_cast<int>(left < 0 ? 0 : left < kRows ? left : kRows);
+  const float score = dots<P>(p2, rows, count, lane * 8, 256, hidden);
+  if (lane % 4 == 0 && lane / 4 < kRows)
+    scores[from + lane / 4] = lane / 4 < left ? score * row_scale(p2, first + from + lane / 4) : 0.f;
 }
 
 // sums[k][w]: the part of warp w in the product of x with the k-th neuron of the vote
@@ -136,10 +150,12 @@ __device__ inline float total(const float* sums) {
   return sum;
 }
 
-// z and keep [tokens, n]; grid (tokens, n / 32): the tokens of one group run together and share its rows in the second-level cache
+// z and keep [tokens, n]; grid (tokens, n / 32): the tokens of one group run together and share its rows in the
+// second-level cache
 template <class W>
 __global__ void __launch_bounds__(kThreads, sizeof(W) == 4 ? 2 : 3)
-neurons(const __grid_constant__ Neurons p, const __grid_constant__ Matrix p2, const float* x, const float* hidden, float* z, uint8_t* keep) {
+    neurons(const __grid_constant__ Neurons p, const __grid_constant__ Matrix p2, const float* x, const float* hidden,
+            float* z, uint8_t* keep) {
   __shared__ float scores[kGroup], gates[kGroup][kWarps], ups[kGroup][kWarps];
   const int lane = threadIdx.x % 32;
   const unsigned below = (1u << lane) - 1u;
@@ -195,7 +211,8 @@ size_t decode(const Call& call, char* base, cudaStream_t stream) {
   partials.sums = cut.take<float>(few_row_parts(n) * tokens * d);
   if (!base) return cut.used();
 
-  const Matrix x = call.rows_of_x(), p1 = call.matrix(kP1, kSP1), p2 = call.matrix(kP2, kSP2), w_down = call.matrix(kWDown, kSDown);
+  const Matrix x = call.rows_of_x(), p1 = call.matrix(kP1, kSP1), p2 = call.matrix(kP2, kSP2);
+  const Matrix w_down = call.matrix(kWDown, kSDown);
   launch(open, grid(tokens, r ? r : blocks(d, kOpenThreads)), kOpenThreads, stream, x, p1, wide, hidden);
   const Neurons p(call);
   with_type(p.first.type, [&](auto type) {

@@ -55,7 +55,8 @@ Role scale_of(Role role) {
 constexpr int64_t kMost = 512;  // rows of a block
 
 // out[t, k] times the scale and plus the bias of row k, where the roles are there
-void shift(const Run& run, Role scale, Role bias, int64_t first, const int32_t* rows, int64_t count, float* out, int64_t stride) {
+void shift(const Run& run, Role scale, Role bias, int64_t first, const int32_t* rows, int64_t count, float* out,
+           int64_t stride) {
   for (Role role : {scale, bias}) {
     const float* by = role == kTau ? nullptr : run.floats(role);
     if (!by) continue;
@@ -75,25 +76,30 @@ void shift(const Run& run, Role scale, Role bias, int64_t first, const int32_t* 
   }
 }
 
-// Products of rows of a matrix with every token, or with those of `masks`, without the scales of int8 rows: rows at `places`, or the first `count`.
-// `next`: the matrix whose rows at the same places are read next, if any
-void dots(const Run& run, Role role, const void* weights, const int32_t* places, int64_t count, const uint16_t* masks, float* out, int64_t stride,
-          const void* next) {
+// Products of rows of a matrix with every token, or with those of `masks`, without the scales of int8 rows: rows at
+// `places`, or the first `count`. `next`: the matrix whose rows at the same places are read next, if any
+void dots(const Run& run, Role role, const void* weights, const int32_t* places, int64_t count, const uint16_t* masks,
+          float* out, int64_t stride, const void* next) {
   const int type = run.at(role).type;
   const bool hidden = role == kP2;
   const int64_t width = hidden ? run.shape.r : run.shape.d;
   if (type == ort::kUint8 && masks)
-    run.integers->dots_kept(true, weights, static_cast<const uint16_t*>(run.at(scale_of(role)).data), places, count, width, run.x4, run.tokens, masks, out, stride);
+    run.integers->dots_kept(true, weights, static_cast<const uint16_t*>(run.at(scale_of(role)).data), places, count,
+                            width, run.x4, run.tokens, masks, out, stride);
   else if (type == ort::kInt8 && masks)
     run.integers->dots_kept(false, weights, nullptr, places, count, width, run.x8, run.tokens, masks, out, stride);
   else if (type == ort::kUint8)
-    run.integers->dots(true, weights, static_cast<const uint16_t*>(run.at(scale_of(role)).data), places, count, width, run.x4, run.tokens, out, stride, next);
+    run.integers->dots(true, weights, static_cast<const uint16_t*>(run.at(scale_of(role)).data), places, count, width,
+                       run.x4, run.tokens, out, stride, next);
   else if (type == ort::kInt8)
-    run.integers->dots(false, weights, nullptr, places, count, width, hidden ? run.hidden8 : run.x8, run.tokens, out, stride, next);
+    run.integers->dots(false, weights, nullptr, places, count, width, hidden ? run.hidden8 : run.x8, run.tokens, out,
+                       stride, next);
   else if (masks)
-    run.kernels->dots_kept(type, weights, places, count, width, hidden ? run.hidden : run.x, hidden ? width : run.x_stride, run.tokens, masks, out, stride, next);
+    run.kernels->dots_kept(type, weights, places, count, width, hidden ? run.hidden : run.x,
+                           hidden ? width : run.x_stride, run.tokens, masks, out, stride, next);
   else
-    run.kernels->dots(type, weights, places, count, width, hidden ? run.hidden : run.x, hidden ? width : run.x_stride, run.tokens, out, stride, next);
+    run.kernels->dots(type, weights, places, count, width, hidden ? run.hidden : run.x, hidden ? width : run.x_stride,
+                      run.tokens, out, stride, next);
 }
 
 // The role of the scales of int8 rows, kTau where there are none
@@ -103,19 +109,21 @@ Role row_scale(const Run& run, Role role) { return run.at(role).type == ort::kIn
 void predictor_products(const Run& run, Role role, int64_t first, int64_t count, float* out, int64_t stride) {
   const Tensor& m = run.at(role);
   const int64_t width = role == kP2 ? run.shape.r : run.shape.d;
-  dots(run, role, static_cast<const char*>(m.data) + first * width * bytes_of(m.type), nullptr, count, nullptr, out, stride, nullptr);
+  dots(run, role, static_cast<const char*>(m.data) + first * width * bytes_of(m.type), nullptr, count, nullptr, out,
+       stride, nullptr);
   shift(run, row_scale(run, role), kTau, first, nullptr, count, out, stride);
 }
 
 // Products with listed rows of w_gate or w_up, plus the bias; `masks` as in `dots_kept`, or nullptr for every token
-void weight_products(const Run& run, Role role, Role bias, const int32_t* rows, const int32_t* places, int64_t count, const uint16_t* masks, float* out,
-                     int64_t stride, const void* next) {
+void weight_products(const Run& run, Role role, Role bias, const int32_t* rows, const int32_t* places, int64_t count,
+                     const uint16_t* masks, float* out, int64_t stride, const void* next) {
   dots(run, role, run.at(role).data, places, count, masks, out, stride, next);
   shift(run, row_scale(run, role), bias, 0, rows, count, out, stride);
 }
 
 // Both products at once, where a neuron's rows of w_gate and w_up lie beside each other; `both` is [tokens, 2 * count]
-void gate_and_up(const Run& run, const int32_t* rows, const int32_t* places, int64_t count, float* both, float* gate, float* up) {
+void gate_and_up(const Run& run, const int32_t* rows, const int32_t* places, int64_t count, float* both, float* gate,
+                 float* up) {
   int32_t pairs[2 * kMost] = {};
   for (int64_t k = 0; k < count; ++k) {
     pairs[2 * k] = places[k];
@@ -131,8 +139,10 @@ void gate_and_up(const Run& run, const int32_t* rows, const int32_t* places, int
   shift(run, row_scale(run, kWUp), kBUp, 0, rows, count, up, count);
 }
 
-// Where v [tokens, count] is 0, a token does not keep the row any more (NaN is not 0); rows that no token keeps are taken out of the list and of v. Returns how many are left.
-int64_t drop_zeros(const Run& run, int64_t index, uint8_t* keep, int32_t* rows, int32_t* places, int64_t count, float* v) {
+// Where v [tokens, count] is 0, a token does not keep the row any more (NaN is not 0); rows that no token keeps are
+// taken out of the list and of v. Returns how many are left.
+int64_t drop_zeros(const Run& run, int64_t index, uint8_t* keep, int32_t* rows, int32_t* places, int64_t count,
+                   float* v) {
   const int64_t tokens = run.tokens, first = run.first_of(index), m = run.size_of(index);
   uint8_t any[kMost] = {};
   for (int64_t t = 0; t < tokens; ++t)
@@ -154,7 +164,8 @@ int64_t drop_zeros(const Run& run, int64_t index, uint8_t* keep, int32_t* rows, 
 }
 
 // The tokens of every row, as `dots_kept` takes them; nullptr where most tokens keep most rows
-const uint16_t* own_masks(const Run& run, int64_t index, const uint8_t* keep, const int32_t* rows, int64_t count, uint16_t* masks) {
+const uint16_t* own_masks(const Run& run, int64_t index, const uint8_t* keep, const int32_t* rows, int64_t count,
+                          uint16_t* masks) {
   const int64_t tokens = run.tokens, first = run.first_of(index), m = run.size_of(index);
   std::memset(masks, 0, static_cast<size_t>((tokens + kMaskTokens - 1) / kMaskTokens * count) * sizeof(uint16_t));
   int64_t kept = 0;
@@ -172,7 +183,8 @@ const uint16_t* own_masks(const Run& run, int64_t index, const uint8_t* keep, co
   return static_cast<float>(kept) > most * static_cast<float>(tokens * count) ? nullptr : masks;
 }
 
-// The rows of the next block at this one's places, if it is as long: many tokens come to w_down when all blocks are done
+// The rows of the next block at this one's places, if it is as long: many tokens come to w_down when all blocks are
+// done
 const void* next_block(const Run& run, int64_t index, Role role) {
   const Tensor& m = run.at(role);
   if (run.size_of(index + 1) < run.size_of(index)) return nullptr;
@@ -199,7 +211,8 @@ void fetch_scales(const Run& run, Role role, int64_t first, int64_t size, const 
 
 void hidden_task(void* user, size_t task) {
   Run& run = *static_cast<Run*>(user);
-  const int64_t r = run.shape.r, first = static_cast<int64_t>(task) * run.p1_rows, count = std::min(run.p1_rows, r - first);
+  const int64_t r = run.shape.r, first = static_cast<int64_t>(task) * run.p1_rows;
+  const int64_t count = std::min(run.p1_rows, r - first);
   float* out = run.hidden + first;
   predictor_products(run, kP1, first, count, out, r);
   for (int64_t t = 0; t < run.tokens; ++t)
@@ -215,14 +228,16 @@ void round_x_task(void* user, size_t token) {
 
 void round_hidden(const Run& run) {
   const int64_t r = run.shape.r;
-  for (int64_t t = 0; t < run.tokens; ++t) run.integers->round(false, run.hidden + t * r, r, run.hidden8 + t * rounded_bytes(false, r));
+  for (int64_t t = 0; t < run.tokens; ++t)
+    run.integers->round(false, run.hidden + t * r, r, run.hidden8 + t * rounded_bytes(false, r));
 }
 
 bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
   const Variant& v = *run.variant;
   const int64_t tokens = run.tokens, first = run.first_of(index), m = run.size_of(index);
   float *score = nullptr, *z = nullptr, *up = nullptr, *both = nullptr;
-  const bool predictor = v.score == Score::kPredictor, full = v.score == Score::kGate || v.score == Score::kExact, plain = v.plain();
+  const bool predictor = v.score == Score::kPredictor, full = v.score == Score::kGate || v.score == Score::kExact;
+  const bool plain = v.plain();
   const bool zeros = v.relu(), drelu = v.activation == Activation::kDrelu;
   const bool paired = run.few && run.pitch > 1 && !plain && !full && !zeros;
   const bool shared = tokens > 1 && !paired && v.score != Score::kAll;
@@ -257,7 +272,8 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
       rows[k] = static_cast<int32_t>(first + k);
       places[k] = static_cast<int32_t>((first + k) * run.pitch);
     }
-    weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, rows, places, m, nullptr, score, m, plain || tokens == 1 ? nullptr : run.at(kWUp).data);
+    weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, rows, places, m, nullptr, score, m,
+                    plain || tokens == 1 ? nullptr : run.at(kWUp).data);
     activate(run, score, tokens * m);
   }
   std::memset(any, v.score == Score::kAll, static_cast<size_t>(m));
@@ -295,7 +311,8 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
   } else if (paired) {
     gate_and_up(run, rows, places, count, both, z, up);
   } else {
-    weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, rows, places, count, own(), z, count, zeros ? nullptr : plain ? after : run.at(kWUp).data);
+    const void* next = zeros ? nullptr : plain ? after : run.at(kWUp).data;
+    weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, rows, places, count, own(), z, count, next);
   }
   if (!full) {
     activate(run, z, tokens * count);
@@ -312,12 +329,14 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
   for (int64_t t = 0; t < tokens; ++t) {
     const uint8_t* kept = keep + t * m;
     float* own = z + t * count;
-    if (count == m && down) {  // all rows, so that the loops can run in vectors; not 0 times the scale, which may be NaN
+    // all rows, so that the loops can run in vectors; not 0 times the scale, which may be NaN
+    if (count == m && down) {
       for (int64_t k = 0; k < m; ++k) own[k] = kept[k] ? own[k] * down[first + k] : 0.f;
     } else if (count == m) {
       for (int64_t k = 0; k < m; ++k) own[k] = kept[k] ? own[k] : 0.f;
     } else {
-      for (int64_t k = 0; k < count; ++k) own[k] = kept[rows[k] - first] ? (down ? own[k] * down[rows[k]] : own[k]) : 0.f;
+      for (int64_t k = 0; k < count; ++k)
+        own[k] = kept[rows[k] - first] ? (down ? own[k] * down[rows[k]] : own[k]) : 0.f;
     }
   }
   out = {rows, places, z, count};

@@ -1,21 +1,29 @@
-// GatedMLP on CUDA for more than four tokens: every row is read once for all tokens of a pass, and each token's own selection is always applied.
+// GatedMLP on CUDA for more than four tokens: every row is read once for all tokens of a pass, and each token's own
+// selection is always applied.
 //
-// Passes of at most 512 tokens; six to nine launches each, their grids known from the shapes alone. M tokens, other letters as in gated_mlp_decode.cu:
-//   hide     product_float, a block per (128 tokens, 128 ranks, 256 columns): parts of P1 x       reads  r d p + M d x
+// Passes of at most 512 tokens; six to nine launches each, their grids known from the shapes alone. M tokens, other
+// letters as in gated_mlp_decode.cu:
+//   hide     product_float, a block per (128 tokens, 128 ranks, 256 columns): parts of P1 x
+//            reads  r d p + M d x
 //   relu     adds them in rising order: hidden [M, r] in float32
-//   predict  product_float, a block per (128 tokens, 128 neurons): keep [M, n]                    reads  n r p, writes M n
-//   gate_up  product, a block per (128 tokens, 64 neurons): the tile's 128 columns are eights of gate and up in turn, so that a thread holds both
-//            products of a neuron and writes z = act(gate) up, or 0, once, in x's type             reads  2 n d b, writes 2 M n
-//   rows     product, in row_tiles.cu: parts of z w_down                                          reads  n d b + 2 M n, writes 16 M d
-//   close    in row_sums.cu: adds parts, residual and bias                                        reads  16 M d, writes 2 M d
-// At d = 4096, n = 14336, float16, M = 512: 352 MB of weights, 0.18 TFLOP; bound by the tensor cores above about 300 tokens (tiles.cuh), by the reading of
-// the weights below. gate_up leaves out a tile that no token keeps, and `rows` the steps that such tiles would feed: both happen only when neurons go idle in
-// groups of 64 for 128 tokens.
+//   predict  product_float, a block per (128 tokens, 128 neurons): keep [M, n]
+//            reads  n r p, writes M n
+//   gate_up  product, a block per (128 tokens, 64 neurons): the tile's 128 columns are eights of gate and up in turn,
+//            so that a thread holds both products of a neuron and writes z = act(gate) up, or 0, once, in x's type
+//            reads  2 n d b, writes 2 M n
+//   rows     product, in row_tiles.cu: parts of z w_down
+//            reads  n d b + 2 M n, writes 16 M d
+//   close    in row_sums.cu: adds parts, residual and bias
+//            reads  16 M d, writes 2 M d
+// At d = 4096, n = 14336, float16, M = 512: 352 MB of weights, 0.18 TFLOP; bound by the tensor cores above about 300
+// tokens (tiles.cuh), by the reading of the weights below. gate_up leaves out a tile that no token keeps, and `rows`
+// the steps that such tiles would feed: both happen only when neurons go idle in groups of 64 for 128 tokens.
 //
-// z is rounded to x's type before it meets w_down, as in any 16-bit model; int8 row scales of w_down are multiplied into it before that. A float16 z overflows
-// above 65504. Gate, up, scores and weights of any format are not rounded. A token's result does not depend on the other tokens of a call that takes this
-// path and repeats bit for bit; it differs from decode's in rounding. Types that the tensor cores do not take together (float32, or x and weights of two
-// 16-bit types) are multiplied in float32.
+// z is rounded to x's type before it meets w_down, as in any 16-bit model; int8 row scales of w_down are multiplied
+// into it before that. A float16 z overflows above 65504. Gate, up, scores and weights of any format are not rounded. A
+// token's result does not depend on the other tokens of a call that takes this path and repeats bit for bit; it differs
+// from decode's in rounding. Types that the tensor cores do not take together (float32, or x and weights of two 16-bit
+// types) are multiplied in float32.
 #include "gated_mlp.cuh"
 #include "memory.h"
 #include "row_sums.cuh"
@@ -24,7 +32,7 @@
 namespace sparsegate::gated_mlp {
 namespace {
 
-constexpr int64_t kPass = 512;         // tokens: bounds the scratch memory
+constexpr int64_t kPass = 512;           // tokens: bounds the scratch memory
 constexpr int64_t kHiddenColumns = 256;  // of a part of P1 x
 constexpr int kFlagged = 64;             // neurons to a flag of `used`
 
@@ -51,7 +59,8 @@ struct Hide : PlainOp {
   }
 };
 
-__global__ void __launch_bounds__(kThreads) add_hidden(const float* parts, int64_t count, int64_t size, Matrix p1, float* hidden) {
+__global__ void __launch_bounds__(kThreads)
+    add_hidden(const float* parts, int64_t count, int64_t size, Matrix p1, float* hidden) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (i >= size) return;
   float sum = 0.f;
@@ -163,7 +172,8 @@ struct Scratch {
 
 void pass(const Call& call, const Scratch& s, int type, int64_t pitch, cudaStream_t stream) {
   const int64_t tokens = call.tokens, d = call.shape.d, r = call.shape.r;
-  const Matrix x = call.rows_of_x(), hidden = matrix_of(s.hidden, ort::kFloat32, tokens, r), w_down = call.matrix(kWDown, kSDown);
+  const Matrix x = call.rows_of_x(), hidden = matrix_of(s.hidden, ort::kFloat32, tokens, r);
+  const Matrix w_down = call.matrix(kWDown, kSDown);
   if (r) {
     Hide op;
     op.a = x;
@@ -171,7 +181,8 @@ void pass(const Call& call, const Scratch& s, int type, int64_t pitch, cudaStrea
     op.parts = s.hidden_parts;
     const int64_t parts = blocks(d, kHiddenColumns);
     launch_product(op, tokens, blocks(r, kTile), parts, stream);
-    launch(add_hidden, grid(blocks(tokens * r, kThreads)), kThreads, stream, s.hidden_parts, parts, tokens * r, op.p1, s.hidden);
+    launch(add_hidden, grid(blocks(tokens * r, kThreads)), kThreads, stream, s.hidden_parts, parts, tokens * r, op.p1,
+           s.hidden);
   }
   if (call.variant.has(kP2)) {
     Predict op;

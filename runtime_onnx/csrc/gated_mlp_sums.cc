@@ -1,7 +1,8 @@
 // The sums of rows of w_down of GatedMLP on the CPU; see gated_mlp_run.h.
 //
-// A column's sum starts at b_down and takes one sum per block, in rising order, then the residual's. Within a block rows are added one by one in rising order
-// (float weights), or segment by segment (integers). So few and many tokens give the same bits.
+// A column's sum starts at b_down and takes one sum per block, in rising order, then the residual's. Within a block
+// rows are added one by one in rising order (float weights), or segment by segment (integers). So few and many tokens
+// give the same bits.
 #include <cmath>
 #include <cstring>
 
@@ -31,7 +32,8 @@ void residual(Run& run, uint8_t* used, float* partial) {
     used[t] = count > 0;
     if (!count) continue;
     std::memset(partial + t * run.columns, 0, static_cast<size_t>(d) * sizeof(float));
-    run.kernels->accumulate(run.at(kRes).type, run.at(kRes).data, rows, scale, count, d, 0, d, partial + t * run.columns);
+    run.kernels->accumulate(run.at(kRes).type, run.at(kRes).data, rows, scale, count, d, 0, d,
+                            partial + t * run.columns);
   }
 }
 
@@ -41,14 +43,17 @@ bool float_block(const Run& run, const Neurons& neurons, uint8_t* used, float* p
   float* scale = nullptr;
   const auto lay = [&](char* base) {
     Cut cut(base);
-    list = cut.take<int32_t>(tokens * count + 1), scale = cut.take<float>(tokens * count + 1), counts = cut.take<int32_t>(tokens);
+    list = cut.take<int32_t>(tokens * count + 1);
+    scale = cut.take<float>(tokens * count + 1);
+    counts = cut.take<int32_t>(tokens);
     return cut.used();
   };
   char* base = sum_arena.reserve(lay(nullptr));
   if (!base) return false;
   lay(base);
   for (int64_t t = 0; t < tokens; ++t) {
-    counts[t] = static_cast<int32_t>(own_rows(neurons.places, neurons.z + t * count, count, list + t * count, scale + t * count));
+    counts[t] = static_cast<int32_t>(
+        own_rows(neurons.places, neurons.z + t * count, count, list + t * count, scale + t * count));
     used[t] = counts[t] > 0;
     if (used[t]) std::memset(partial + t * d, 0, static_cast<size_t>(d) * sizeof(float));
   }
@@ -58,7 +63,8 @@ bool float_block(const Run& run, const Neurons& neurons, uint8_t* used, float* p
   for (int64_t c = 0; c < d; c += strip)
     for (int64_t t = 0; t < tokens; ++t)
       if (used[t])
-        run.kernels->accumulate(down.type, down.data, list + t * count, scale + t * count, counts[t], d, c, std::min(strip, d - c), partial + t * d + c);
+        run.kernels->accumulate(down.type, down.data, list + t * count, scale + t * count, counts[t], d, c,
+                                std::min(strip, d - c), partial + t * d + c);
   return true;
 }
 
@@ -70,8 +76,10 @@ struct Scaled {
 
 bool integer_block(const Run& run, const Neurons& neurons, uint8_t* used, float* partial) {
   const int64_t d = run.shape.d, tokens = run.tokens, count = neurons.count;
-  const int64_t groups = run.int4() ? run.columns / kGroup : 1, quads_most = quad_rows(run.block) / 4, segments_most = quad_segments(run.block);
-  const bool alone = tokens == 1 || run.integers->sum_tokens == 1;  // each token with its own rows, where tokens share no work
+  const int64_t groups = run.int4() ? run.columns / kGroup : 1, quads_most = quad_rows(run.block) / 4;
+  const int64_t segments_most = quad_segments(run.block);
+  // each token with its own rows, where tokens share no work
+  const bool alone = tokens == 1 || run.integers->sum_tokens == 1;
   const int64_t together = alone ? 1 : tokens;
   QuadSpace space{};
   Scaled scaled{};
@@ -79,11 +87,14 @@ bool integer_block(const Run& run, const Neurons& neurons, uint8_t* used, float*
   float* z = nullptr;
   const auto lay = [&](char* base) {
     Cut cut(base);
-    space = {cut.take<int32_t>(quad_rows(run.block)), cut.take<int32_t>(segments_most), cut.take<int32_t>(segments_most)};
+    space = {cut.take<int32_t>(quad_rows(run.block)), cut.take<int32_t>(segments_most),
+             cut.take<int32_t>(segments_most)};
     scaled.q = cut.take<int32_t>(together * quads_most * groups);
     scaled.offset = cut.take<int32_t>(together * segments_most * groups);
     scaled.step = cut.take<float>(together * segments_most * groups);
-    rows = cut.take<int32_t>(alone ? count : 0), places = cut.take<int32_t>(alone ? count : 0), z = cut.take<float>(alone ? count : 0);
+    rows = cut.take<int32_t>(alone ? count : 0);
+    places = cut.take<int32_t>(alone ? count : 0);
+    z = cut.take<float>(alone ? count : 0);
     return cut.used();
   };
   char* base = sum_arena.reserve(lay(nullptr));
@@ -94,9 +105,10 @@ bool integer_block(const Run& run, const Neurons& neurons, uint8_t* used, float*
   const auto add_rows = [&](const Quads& quads, const float* factors, int64_t stride, int64_t n, float* sums) {
     std::memset(sums, 0, static_cast<size_t>(n * run.columns) * sizeof(float));
     for (int64_t t = 0; t < n; ++t)
-      run.integers->factors(run.int4(), quads, factors + t * stride, scales, d, 0, groups, scaled.q + t * q_stride, scaled.step + t * s_stride,
-                            scaled.offset + t * s_stride);
-    run.integers->sum(run.int4(), run.at(kWDown).data, d, quads, 0, d, scaled.q, q_stride, scaled.step, scaled.offset, s_stride, n, sums, run.columns, nullptr);
+      run.integers->factors(run.int4(), quads, factors + t * stride, scales, d, 0, groups, scaled.q + t * q_stride,
+                            scaled.step + t * s_stride, scaled.offset + t * s_stride);
+    run.integers->sum(run.int4(), run.at(kWDown).data, d, quads, 0, d, scaled.q, q_stride, scaled.step, scaled.offset,
+                      s_stride, n, sums, run.columns, nullptr);
   };
   if (!alone) {
     std::memset(used, count > 0, static_cast<size_t>(tokens));
@@ -127,14 +139,17 @@ void block_task(void* user, size_t task) {
   float* partial = run.partial + index * run.tokens * run.columns;
   if (index == run.blocks) return residual(run, used, partial);
   Neurons neurons{};
-  if (!compute_neurons(run, index, neurons) || !(run.integer() ? integer_block : float_block)(run, neurons, used, partial)) run.failed.store(true);
+  if (!compute_neurons(run, index, neurons) ||
+      !(run.integer() ? integer_block : float_block)(run, neurons, used, partial))
+    run.failed.store(true);
 }
 
 // y of one token and one strip of columns
 void sum_task(void* user, size_t task) {
   Run& run = *static_cast<Run*>(user);
   const int64_t d = run.shape.d, strips = (d + run.strip - 1) / run.strip;
-  const int64_t t = static_cast<int64_t>(task) / strips, c = static_cast<int64_t>(task) % strips * run.strip, width = std::min(run.strip, d - c);
+  const int64_t t = static_cast<int64_t>(task) / strips, c = static_cast<int64_t>(task) % strips * run.strip;
+  const int64_t width = std::min(run.strip, d - c);
   const int64_t columns = std::min(run.strip, run.columns - c);
   float* y = run.y + t * d + c;
   start(y, run.floats(kBDown), c, width);
@@ -142,9 +157,11 @@ void sum_task(void* user, size_t task) {
   float* sums = run.integer() ? folded : y;
   if (run.integer()) std::memset(folded, 0, static_cast<size_t>(columns) * sizeof(float));
   for (int64_t b = 0; b < run.blocks; ++b)
-    if (run.used[b * run.tokens + t]) add(sums, run.partial + (b * run.tokens + t) * run.columns + c, run.integer() ? columns : width);
+    if (run.used[b * run.tokens + t])
+      add(sums, run.partial + (b * run.tokens + t) * run.columns + c, run.integer() ? columns : width);
   if (run.integer()) run.integers->unfold(run.int4(), folded, width, y);
-  if (run.variant->has(kRes) && run.used[run.blocks * run.tokens + t]) add(y, run.partial + (run.blocks * run.tokens + t) * run.columns + c, width);
+  if (run.variant->has(kRes) && run.used[run.blocks * run.tokens + t])
+    add(y, run.partial + (run.blocks * run.tokens + t) * run.columns + c, width);
 }
 
 void factor_task(void* user, size_t task) {
@@ -157,14 +174,18 @@ void factor_task(void* user, size_t task) {
 
 void strip_task(void* user, size_t task) {
   Run& run = *static_cast<Run*>(user);
-  const int64_t d = run.shape.d, r = run.shape.r, c = static_cast<int64_t>(task) * run.strip, width = std::min(run.strip, d - c);
+  const int64_t d = run.shape.d, r = run.shape.r, c = static_cast<int64_t>(task) * run.strip;
+  const int64_t width = std::min(run.strip, d - c);
   if (!run.sums.sum(c, width, run.tokens, run.floats(kBDown), run.y + c, d)) return run.failed.store(true);
   if (!run.variant->has(kRes)) return;
   int32_t *rows = nullptr, *all = nullptr;
   float *scale = nullptr, *sums = nullptr;
   const auto lay = [&](char* base) {
     Cut cut(base);
-    rows = cut.take<int32_t>(r + 1), all = cut.take<int32_t>(r), scale = cut.take<float>(r + 1), sums = cut.take<float>(width);
+    rows = cut.take<int32_t>(r + 1);
+    all = cut.take<int32_t>(r);
+    scale = cut.take<float>(r + 1);
+    sums = cut.take<float>(width);
     return cut.used();
   };
   char* base = task_arena.reserve(lay(nullptr));

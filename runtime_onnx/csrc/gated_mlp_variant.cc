@@ -9,7 +9,8 @@ namespace {
 
 const char* const kRoleNames[] = {"w_gate", "w_up", "w_down", "s_gate", "s_up", "s_down", "b_gate", "b_up",
                                   "b_down", "tau",  "p1",     "p2",     "s_p1", "s_p2",   "res"};
-const char* const kActivationNames[] = {"silu", "gelu", "gelu_tanh", "relu", "relu2", "drelu", "identity", "fatrelu", "shifted_relu"};
+const char* const kActivationNames[] = {"silu",  "gelu",     "gelu_tanh", "relu",        "relu2",
+                                        "drelu", "identity", "fatrelu",   "shifted_relu"};
 const char* const kScoreNames[] = {"predictor", "gate", "exact", "all"};
 const char* const kWeightNames[] = {"float", "int8_row", "int4_g32"};
 constexpr Names kRoles(kRoleNames), kActivations(kActivationNames), kScores(kScoreNames), kWeights(kWeightNames);
@@ -17,7 +18,8 @@ constexpr Names kRoles(kRoleNames), kActivations(kActivationNames), kScores(kSco
 constexpr float kMostParameter = 1e6f;
 constexpr int kMostDecimals = 200;
 
-// The parameter of "kind(b)", spelled as split_activation in ops/activation.py wants it: the fewest decimals, at least one, that give the float32.
+// The parameter of "kind(b)", spelled as split_activation in ops/activation.py wants it: the fewest decimals, at least
+// one, that give the float32.
 bool read_parameter(const std::string& text, bool signed_, float& out) {
   double value = 0;
   std::istringstream in(text);
@@ -47,7 +49,8 @@ bool read_activation(const std::string& text, Variant& out) {
   out.parameter = 0.f;
   const bool parametric = out.activation == Activation::kFatrelu || out.activation == Activation::kShiftedRelu;
   if (open == std::string::npos || !parametric) return open == std::string::npos && !parametric;
-  return text.back() == ')' && read_parameter(text.substr(open + 1, text.size() - open - 2), out.activation == Activation::kShiftedRelu, out.parameter);
+  return text.back() == ')' && read_parameter(text.substr(open + 1, text.size() - open - 2),
+                                              out.activation == Activation::kShiftedRelu, out.parameter);
 }
 
 // The same rules as Variant in ops/gated_mlp.py: 1 the role must be there, 0 it must not, -1 both are right.
@@ -83,20 +86,24 @@ std::string check_variant(const Variant& v) {
   for (int role = 0; role < kRoles.count; ++role) {
     const int rule = allows(v, role);
     if (rule >= 0 && rule != static_cast<int>(v.present[role]))
-      return std::string("inputs must ") + (rule ? "" : "not ") + "hold " + kRoles.list[role] + " with activation " + kActivations.list[static_cast<int>(v.activation)] +
-             ", score " + kScores.list[static_cast<int>(v.score)] + ", weights " + kWeights.list[static_cast<int>(v.weights)];
+      return std::string("inputs must ") + (rule ? "" : "not ") + "hold " + kRoles.list[role] + " with activation " +
+             kActivations.list[static_cast<int>(v.activation)] + ", score " + kScores.list[static_cast<int>(v.score)] +
+             ", weights " + kWeights.list[static_cast<int>(v.weights)];
   }
   if (v.activation == Activation::kDrelu && v.plain()) return "activation must not be drelu without w_gate";
-  if (v.score == Score::kExact && !v.relu()) return "activation must be one of relu, relu2, drelu, fatrelu, shifted_relu with score exact";
+  if (v.score == Score::kExact && !v.relu())
+    return "activation must be one of relu, relu2, drelu, fatrelu, shifted_relu with score exact";
   return "";
 }
 
 }  // namespace
 
-std::string variant_of_attributes(const std::string& activation, const std::string& score, const std::string& weights, const std::string& inputs, Variant& out) {
+std::string variant_of_attributes(const std::string& activation, const std::string& score, const std::string& weights,
+                                  const std::string& inputs, Variant& out) {
   const int s = kScores.find(score), w = kWeights.find(weights);
   if (!read_activation(activation, out))
-    return "attribute activation must be one of " + kActivations.listed() + ", the last two with a parameter as in fatrelu(0.01), got '" + activation + "'";
+    return "attribute activation must be one of " + kActivations.listed() +
+           ", the last two with a parameter as in fatrelu(0.01), got '" + activation + "'";
   if (s < 0) return "attribute score must be one of " + kScores.listed() + ", got '" + score + "'";
   if (w < 0) return "attribute weights must be one of " + kWeights.listed() + ", got '" + weights + "'";
   out.score = static_cast<Score>(s);
@@ -132,22 +139,30 @@ std::string check_tensors(const Variant& variant, const Tensors& tensors, Shape&
       return std::string("input ") + kRoles.list[role] + " must be [n, d], got " + shape_text(t);
     shape.n = t.dims[0];
     shape.d = t.dims[1] * (int4 ? 2 : 1);
-    if (int4 && shape.d % kGroup) return std::string("input ") + kRoles.list[role] + " must have a multiple of 16 columns with weights int4_g32, got " + shape_text(t);
+    if (int4 && shape.d % kGroup)
+      return std::string("input ") + kRoles.list[role] +
+             " must have a multiple of 16 columns with weights int4_g32, got " + shape_text(t);
   }
   for (int role : {kP1, kP2, kRes}) {
     const Tensor& t = tensors[role];
     if (!t.data || shape.r) continue;
     shape.r = t.dims[role == kP2 ? 1 : 0];
     if (t.rank != 2 || shape.r < 1 || shape.r > INT32_MAX / 2)
-      return std::string("input ") + kRoles.list[role] + (role == kP2 ? " must be [n, r], got " : " must be [r, d], got ") + shape_text(t);
+      return std::string("input ") + kRoles.list[role] +
+             (role == kP2 ? " must be [n, r], got " : " must be [r, d], got ") + shape_text(t);
   }
   // float weights share the dtype of w_up, the predictor that of p1
-  const auto float_or_none = [&](Role role) -> int { return tensors[role].data && is_float(tensors[role].type) ? tensors[role].type : ort::kUndefined; };
-  int w_type = variant.weights == Weights::kFloat ? float_or_none(kWUp) : int4 ? ort::kUint8 : ort::kInt8, p_type = variant.has(kSP1) ? ort::kInt8 : float_or_none(kP1);
+  const auto float_or_none = [&](Role role) -> int {
+    return tensors[role].data && is_float(tensors[role].type) ? tensors[role].type : ort::kUndefined;
+  };
+  const int integer_type = int4 ? ort::kUint8 : ort::kInt8;
+  int w_type = variant.weights == Weights::kFloat ? float_or_none(kWUp) : integer_type;
+  int p_type = variant.has(kSP1) ? ort::kInt8 : float_or_none(kP1);
   for (int role = 0; role < kRoles.count; ++role) {
     const Tensor& t = tensors[role];
     if (!variant.present[role] || !t.data) continue;
-    const bool weight = role <= kWDown, predictor = role == kP1 || role == kP2 || role == kRes, groups = int4 && role >= kSGate && role <= kSDown;
+    const bool weight = role <= kWDown, predictor = role == kP1 || role == kP2 || role == kRes;
+    const bool groups = int4 && role >= kSGate && role <= kSDown;
     const bool matrix = weight || predictor || groups;
     const int64_t rows = role == kBDown ? shape.d : role == kP1 || role == kRes || role == kSP1 ? shape.r : shape.n;
     const int64_t columns = role == kP2 ? shape.r : groups ? shape.d / kGroup : weight && int4 ? shape.d / 2 : shape.d;
@@ -159,12 +174,14 @@ std::string check_tensors(const Variant& variant, const Tensors& tensors, Shape&
       right = expected ? t.type == expected : is_float(t.type);
       if (right) expected = t.type;
     }
-    const bool unknown = rows == 0 || (matrix && columns == 0);  // measured by an input that is not constant: checked in every run
+    // measured by an input that is not constant: checked in every run
+    const bool unknown = rows == 0 || (matrix && columns == 0);
     right = right && t.rank == (matrix ? 2u : 1u);
     right = right && (unknown || (t.dims[0] == rows && (!matrix || t.dims[1] == columns)));
     if (right) continue;
     const auto size = [](int64_t dim) { return dim ? std::to_string(dim) : "?"; };
-    return std::string("input ") + kRoles.list[role] + " must be " + type + " [" + size(rows) + (matrix ? ", " + size(columns) : "") + "], got " + shape_text(t);
+    return std::string("input ") + kRoles.list[role] + " must be " + type + " [" + size(rows) +
+           (matrix ? ", " + size(columns) : "") + "], got " + shape_text(t);
   }
   return "";
 }

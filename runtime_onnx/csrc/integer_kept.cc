@@ -1,4 +1,5 @@
-// Products of integer rows with the tokens that keep them: see `dots_kept` in integer_rows.h. Compiled once per instruction set, as vectors.h says.
+// Products of integer rows with the tokens that keep them: see `dots_kept` in integer_rows.h. Compiled once per
+// instruction set, as vectors.h says.
 #include "integer_rows.h"
 
 #include "integers.h"
@@ -8,8 +9,9 @@
 namespace sparsegate {
 namespace SPARSEGATE_ISA {
 
-void integer_dots_kept(bool int4, const void* weights, const uint16_t* scales, const int32_t* rows, int64_t count, int64_t width, const void* rounded,
-                       int64_t tokens, const uint16_t* masks, float* out, int64_t stride);
+void integer_dots_kept(bool int4, const void* weights, const uint16_t* scales, const int32_t* rows, int64_t count,
+                       int64_t width, const void* rounded, int64_t tokens, const uint16_t* masks, float* out,
+                       int64_t stride);
 
 namespace {
 
@@ -18,8 +20,8 @@ constexpr int TILE = TILE_AVX2;
 #else
 constexpr int TILE = WIDTH == 16 ? 8 : 2;  // tokens
 #endif
-constexpr int64_t NEAR_BYTES = 20 << 10;   // of a group's rounded rows: they stay in the first-level cache
-constexpr int64_t AHEAD = 8;               // rows that are fetched ahead
+constexpr int64_t NEAR_BYTES = 20 << 10;  // of a group's rounded rows: they stay in the first-level cache
+constexpr int64_t AHEAD = 8;              // rows that are fetched ahead
 
 #ifndef SPARSEGATE_INTEGERS_AVX2
 // One chunk of a row for T tokens, whose rounded rows have it at `from`. WHOLE: all of the chunk is there.
@@ -29,13 +31,16 @@ inline void add_chunk_int8(const char* row, int64_t left, const char* const* x, 
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
     const char* q = x[t] + from;
-    total[t] = fma(to_float(dot_weights(load_bytes(q + 64), w, load_bytes(q))), load(reinterpret_cast<const float*>(q + 128)), total[t]);
+    total[t] = fma(to_float(dot_weights(load_bytes(q + 64), w, load_bytes(q))),
+                   load(reinterpret_cast<const float*>(q + 128)), total[t]);
   }
 }
 
 template <int T, bool WHOLE>
-inline void add_chunk_int4(const char* row, const half* scales, int64_t left, const char* const* x, int64_t from, vec* total) {
-  const bytes packed = WHOLE ? load_bytes(row) : load_bytes(row, left / 2), low = low_nibbles(packed), high = high_nibbles(packed);
+inline void add_chunk_int4(const char* row, const half* scales, int64_t left, const char* const* x, int64_t from,
+                           vec* total) {
+  const bytes packed = WHOLE ? load_bytes(row) : load_bytes(row, left / 2), low = low_nibbles(packed);
+  const bytes high = high_nibbles(packed);
   const int64_t last = WHOLE ? 0 : few_halves(scales, left / kRounded);
   const vec step = expand(WHOLE ? scales : reinterpret_cast<const half*>(&last));
 #pragma GCC unroll 8
@@ -107,9 +112,10 @@ void dot_row_of(int n, const char* row, const half* scales, int64_t width, const
 }
 
 template <bool INT4>
-void dots_of(const char* weights, const half* scales, const int32_t* rows, int64_t count, int64_t width, const char* x, int64_t tokens, const uint16_t* masks,
-             float* out, int64_t stride) {
-  const int64_t bytes_per_row = INT4 ? width / 2 : width, groups = width / kRounded, x_stride = rounded_bytes(INT4, width);
+void dots_of(const char* weights, const half* scales, const int32_t* rows, int64_t count, int64_t width, const char* x,
+             int64_t tokens, const uint16_t* masks, float* out, int64_t stride) {
+  const int64_t bytes_per_row = INT4 ? width / 2 : width, groups = width / kRounded;
+  const int64_t x_stride = rounded_bytes(INT4, width);
   const auto place = [&](int64_t k) { return rows ? rows[k] : k; };
   int part = kMaskTokens;  // tokens of a mask at a time
   while (part > 2 && part * x_stride > NEAR_BYTES) part /= 2;
@@ -119,13 +125,15 @@ void dots_of(const char* weights, const half* scales, const int32_t* rows, int64
     for (int64_t t0 = 0; t0 < tokens; t0 += part) {
       uint16_t own[kOrderRows];
       const uint16_t* mine = masks + t0 / kMaskTokens * count + first;
-      for (int64_t k = 0; k < size; ++k) own[k] = static_cast<uint16_t>(mine[k] >> t0 % kMaskTokens & ((1 << part) - 1));
+      for (int64_t k = 0; k < size; ++k)
+        own[k] = static_cast<uint16_t>(mine[k] >> t0 % kMaskTokens & ((1 << part) - 1));
       sort(own, size, t0 == 0, order);
       for (int i = 0; i < order.count; ++i) {
         const int64_t k = first + order.rows[i], mine_at = place(k);
         if (t0 == 0 && i + AHEAD < order.count) {
           const int64_t coming = place(first + order.rows[i + AHEAD]);
-          for (int64_t j = 0; j < bytes_per_row; j += LINE) __builtin_prefetch(weights + coming * bytes_per_row + j, 0, 2);
+          for (int64_t j = 0; j < bytes_per_row; j += LINE)
+            __builtin_prefetch(weights + coming * bytes_per_row + j, 0, 2);
           for (int64_t g = 0; INT4 && g < groups; g += 32) __builtin_prefetch(scales + coming * groups + g, 0, 2);
         }
         const int n = order.sizes[i], tiles = (n + TILE - 1) / TILE;
@@ -148,8 +156,9 @@ void dots_of(const char* weights, const half* scales, const int32_t* rows, int64
 
 }  // namespace
 
-void integer_dots_kept(bool int4, const void* weights, const uint16_t* scales, const int32_t* rows, int64_t count, int64_t width, const void* rounded,
-                       int64_t tokens, const uint16_t* masks, float* out, int64_t stride) {
+void integer_dots_kept(bool int4, const void* weights, const uint16_t* scales, const int32_t* rows, int64_t count,
+                       int64_t width, const void* rounded, int64_t tokens, const uint16_t* masks, float* out,
+                       int64_t stride) {
   const auto *w = static_cast<const char*>(weights), *x = static_cast<const char*>(rounded);
   const auto* s = reinterpret_cast<const half*>(scales);
   if (int4)

@@ -8,23 +8,26 @@ namespace sparsegate {
 namespace SPARSEGATE_ISA {
 
 // integer_kept.cc
-void integer_dots_kept(bool int4, const void* weights, const uint16_t* scales, const int32_t* rows, int64_t count, int64_t width, const void* rounded,
-                       int64_t tokens, const uint16_t* masks, float* out, int64_t stride);
+void integer_dots_kept(bool int4, const void* weights, const uint16_t* scales, const int32_t* rows, int64_t count,
+                       int64_t width, const void* rounded, int64_t tokens, const uint16_t* masks, float* out,
+                       int64_t stride);
 
 namespace {
 
-constexpr int ROWS = 4;                       // rows per pass of a product, and of a quad
-constexpr int TOKENS = WIDTH == 16 ? 6 : 1;   // tokens per pass, so that the sums fit into the registers
+constexpr int ROWS = 4;                      // rows per pass of a product, and of a quad
+constexpr int TOKENS = WIDTH == 16 ? 6 : 1;  // tokens per pass, so that the sums fit into the registers
 constexpr int TOKENS_INT4 = WIDTH == 16 ? 4 : 1;
 #ifdef SPARSEGATE_INTEGERS_AVX2
 constexpr int TOKENS_DOTS = TILE_AVX2, TOKENS_DOTS_INT4 = TILE_AVX2;
 #else
 constexpr int TOKENS_DOTS = TOKENS, TOKENS_DOTS_INT4 = TOKENS_INT4;
 #endif
-constexpr int64_t NEAR_BYTES = 20 << 10;      // of rounded rows that a block of rows is multiplied with at a time: they stay in the first-level cache
-constexpr int64_t BLOCK = 64;                 // rows
+// of rounded rows that a block of rows is multiplied with at a time: they stay in the first-level cache
+constexpr int64_t NEAR_BYTES = 20 << 10;
+constexpr int64_t BLOCK = 64;  // rows
 constexpr float TINY = 1e-30f;
-constexpr float MOST_KEPT = WIDTH == 4 ? 0.f : WIDTH == 16 ? 0.35f : 0.75f;  // with dot products of bytes the products cost less than finding them
+// with dot products of bytes the products cost less than finding them
+constexpr float MOST_KEPT = WIDTH == 4 ? 0.f : WIDTH == 16 ? 0.35f : 0.75f;
 
 // The integers of `count` <= 32 values, and their scale; see quantisation.round_activations. Writes 32 values.
 inline float round_group(const float* values, int count, int8_t* out) {
@@ -33,7 +36,8 @@ inline float round_group(const float* values, int count, int8_t* out) {
   memcpy(padded, values, static_cast<size_t>(count) * sizeof(float));
   uint32_t bits[kRounded], largest = 0;
   memcpy(bits, padded, sizeof bits);
-  for (int i = 0; i < kRounded; ++i) largest = (bits[i] & 0x7fffffffu) > largest ? bits[i] & 0x7fffffffu : largest;  // NaN is above infinity
+  // NaN is above infinity
+  for (int i = 0; i < kRounded; ++i) largest = (bits[i] & 0x7fffffffu) > largest ? bits[i] & 0x7fffffffu : largest;
   float size;
   memcpy(&size, &largest, sizeof size);
   const bool finite = largest < 0x7f800000u, usable = finite && size >= TINY;
@@ -57,7 +61,9 @@ void round(bool int4, const float* x, int64_t width, void* out) {
     const int lanes = static_cast<int>(kRounded * LANES / chunk);  // per group
     for (int64_t g = 0; g * kRounded < chunk; ++g) {
       const int64_t first = j + g * kRounded, left = width - first;
-      const float step = left > 0 ? round_group(x + first, static_cast<int>(left < kRounded ? left : kRounded), q + g * kRounded) : 0.f;
+      const float step =
+          left > 0 ? round_group(x + first, static_cast<int>(left < kRounded ? left : kRounded), q + g * kRounded)
+                   : 0.f;
       for (int l = 0; l < lanes; ++l) scale[g * lanes + l] = step;
     }
     alignas(64) int32_t correction[LANES];
@@ -81,9 +87,11 @@ void round(bool int4, const float* x, int64_t width, void* out) {
   }
 }
 
-// One chunk of four rows for T tokens: x is the chunk of the first token's rounded row, x_stride bytes apart from the next token's. WHOLE: all of the chunk is there.
+// One chunk of four rows for T tokens: x is the chunk of the first token's rounded row, x_stride bytes apart from the
+// next token's. WHOLE: all of the chunk is there.
 template <int T, bool WHOLE>
-inline void add_chunk_int8(const char* const* row, int64_t at, int64_t left, const char* x, int64_t x_stride, vec (*total)[ROWS]) {
+inline void add_chunk_int8(const char* const* row, int64_t at, int64_t left, const char* x, int64_t x_stride,
+                           vec (*total)[ROWS]) {
   bytes w[ROWS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) w[r] = weights_of(WHOLE ? load_bytes(row[r] + at) : load_bytes(row[r] + at, left));
@@ -98,7 +106,8 @@ inline void add_chunk_int8(const char* const* row, int64_t at, int64_t left, con
 }
 
 template <int T, bool WHOLE>
-inline void add_chunk_int4(const char* const* row, const half* const* scales, int64_t at, int64_t left, const char* x, int64_t x_stride, vec (*total)[ROWS]) {
+inline void add_chunk_int4(const char* const* row, const half* const* scales, int64_t at, int64_t left, const char* x,
+                           int64_t x_stride, vec (*total)[ROWS]) {
   bytes low[ROWS], high[ROWS];
   vec step[ROWS];
 #pragma GCC unroll 4
@@ -117,14 +126,15 @@ inline void add_chunk_int4(const char* const* row, const half* const* scales, in
     const vec scale = load(reinterpret_cast<const float*>(from + 192));
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
-      total[t][r] = fma(to_float(dot_nibbles(dot_nibbles(correction, low[r], even), high[r], odd)), scale * step[r], total[t][r]);
+      total[t][r] =
+          fma(to_float(dot_nibbles(dot_nibbles(correction, low[r], even), high[r], odd)), scale * step[r], total[t][r]);
   }
 }
 
 // T tokens times four rows
 template <int T, bool INT4>
-inline void dot_tile(const char* const* row, const char* const* next, const half* const* scales, int valid, int64_t width, const char* x, int64_t x_stride,
-                     float* out, int64_t stride) {
+inline void dot_tile(const char* const* row, const char* const* next, const half* const* scales, int valid,
+                     int64_t width, const char* x, int64_t x_stride, float* out, int64_t stride) {
 #ifdef SPARSEGATE_INTEGERS_AVX2
   return dot_rows_avx2<T, INT4>(row, next, scales, valid, width, x, x_stride, out, stride);
 #endif
@@ -161,10 +171,11 @@ inline void dot_tile(const char* const* row, const char* const* next, const half
 }
 
 template <bool INT4>
-void dots_of(const char* weights, const half* scales, const int32_t* rows, int64_t count, int64_t width, const char* x, int64_t tokens, float* out,
-             int64_t stride, const char* then) {
+void dots_of(const char* weights, const half* scales, const int32_t* rows, int64_t count, int64_t width, const char* x,
+             int64_t tokens, float* out, int64_t stride, const char* then) {
   constexpr int64_t MOST = INT4 ? TOKENS_DOTS_INT4 : TOKENS_DOTS;
-  const int64_t bytes_per_row = INT4 ? width / 2 : width, groups = width / kRounded, x_stride = rounded_bytes(INT4, width);
+  const int64_t bytes_per_row = INT4 ? width / 2 : width, groups = width / kRounded;
+  const int64_t x_stride = rounded_bytes(INT4, width);
   const int64_t fits = NEAR_BYTES / x_stride < 2 ? 2 : NEAR_BYTES / x_stride, most = fits < MOST ? fits : MOST;
   const auto place = [&](int64_t k) { return rows ? rows[k] : k; };
   for (int64_t first = 0; first < count; first += BLOCK) {
@@ -184,13 +195,15 @@ void dots_of(const char* weights, const half* scales, const int32_t* rows, int64
         for (int r = 0; t == 0 && r < ROWS; ++r) {  // the first tokens fetch the rows to come
           const int64_t q = last ? r : k + ROWS + r, coming = place(q < count ? q : count - 1);
           ahead[r] = (last && then ? then : weights) + coming * bytes_per_row;
-          for (int64_t g = 0; INT4 && !last && g < groups; g += 32) __builtin_prefetch(scales + coming * groups + g, 0, 2);
+          for (int64_t g = 0; INT4 && !last && g < groups; g += 32)
+            __builtin_prefetch(scales + coming * groups + g, 0, 2);
         }
         const char* const* next = t > 0 || (last && !then) ? nullptr : ahead;
         switch (size) {
-#define SPARSEGATE_TILE(n)                                                                                                                        \
-  case n:                                                                                                                                         \
-    dot_tile<(n <= MOST ? n : 1), INT4>(row, next, scale, valid, width, x + t * x_stride, x_stride, out + t * stride + k, stride);                \
+#define SPARSEGATE_TILE(n)                                                                          \
+  case n:                                                                                           \
+    dot_tile<(n <= MOST ? n : 1), INT4>(row, next, scale, valid, width, x + t * x_stride, x_stride, \
+                                        out + t * stride + k, stride);                              \
     break;
           SPARSEGATE_TILE(1)
           SPARSEGATE_TILE(2)
@@ -208,9 +221,10 @@ void dots_of(const char* weights, const half* scales, const int32_t* rows, int64
   }
 }
 
-void dots(bool int4, const void* weights, const uint16_t* scales, const int32_t* rows, int64_t count, int64_t width, const void* rounded, int64_t tokens,
-          float* out, int64_t stride, const void* then) {
-  const auto *w = static_cast<const char*>(weights), *x = static_cast<const char*>(rounded), *after = static_cast<const char*>(then);
+void dots(bool int4, const void* weights, const uint16_t* scales, const int32_t* rows, int64_t count, int64_t width,
+          const void* rounded, int64_t tokens, float* out, int64_t stride, const void* then) {
+  const auto *w = static_cast<const char*>(weights), *x = static_cast<const char*>(rounded),
+             *after = static_cast<const char*>(then);
   const auto* s = reinterpret_cast<const half*>(scales);
   if (int4)
     dots_of<true>(w, s, rows, count, width, x, tokens, out, stride, after);
@@ -237,20 +251,22 @@ void factors_int8(const Quads& quads, const float* z, int32_t* q, float* step, i
 }
 
 #ifndef SPARSEGATE_INTEGERS_AVX2
-void factors_int4(const Quads& quads, const float* z, const half* scales, int64_t row_groups, int64_t group, int64_t groups, int32_t* q, float* step,
-                  int32_t* offset) {
+void factors_int4(const Quads& quads, const float* z, const half* scales, int64_t row_groups, int64_t group,
+                  int64_t groups, int32_t* q, float* step, int32_t* offset) {
   for (int64_t s = 0; s < quads.count; ++s) {
     const int64_t begin = quads.segments[s], end = quads.segments[s + 1];
     const int filled = quads.filled[s + 1] - quads.filled[s];
     for (int64_t g = 0; g < groups; g += LANES) {  // 16 column groups at a time
-      const int64_t left = groups - g < LANES ? groups - g : LANES, there = row_groups - group - g < left ? row_groups - group - g : left;
+      const int64_t left = groups - g < LANES ? groups - g : LANES;
+      const int64_t there = row_groups - group - g < left ? row_groups - group - g : left;
       vec scaled[kRounded];
       bytes most = spread(0);
       for (int k = 0; k < filled; ++k) {
         const half* row = scales + quads.rows[begin * ROWS + k] * row_groups + group + g;
         const float factor = z[quads.filled[s] + k];
         const vec scale = there >= LANES ? load(row) : there > 0 ? load_some(row, there) : vec{};
-        scaled[k] = as_floats(as_bytes(spread(factor) * scale) & spread(factor != 0.f ? -1 : 0));  // 0 * NaN is 0, and no branch: half of them would be guessed wrong
+        // 0 * NaN is 0, and no branch: half of them would be guessed wrong
+        scaled[k] = as_floats(as_bytes(spread(factor) * scale) & spread(factor != 0.f ? -1 : 0));
         most = larger_magnitude(most, scaled[k]);
       }
       alignas(64) float inverse[LANES], steps[LANES], size[LANES];
@@ -268,7 +284,8 @@ void factors_int4(const Quads& quads, const float* z, const half* scales, int64_
       bytes total = spread(0);
       for (int64_t k = begin; k < end; ++k) {
         const vec* four_rows = scaled + (k - begin) * ROWS;
-        const bytes a = to_int(four_rows[0] * by), b = to_int(four_rows[1] * by), c = to_int(four_rows[2] * by), d = to_int(four_rows[3] * by);
+        const bytes a = to_int(four_rows[0] * by), b = to_int(four_rows[1] * by), c = to_int(four_rows[2] * by);
+        const bytes d = to_int(four_rows[3] * by);
         total = total + ((a + b) + (c + d));
         const bytes packed = with_byte<3>(with_byte<2>(with_byte<1>(with_byte<0>(spread(0), a), b), c), d);
         memcpy(q + k * groups + g, &packed, static_cast<size_t>(left) * sizeof(int32_t));
@@ -284,11 +301,12 @@ void factors_int4(const Quads& quads, const float* z, const half* scales, int64_
 
 #endif
 
-void factors(bool int4, const Quads& quads, const float* z, const uint16_t* scales, int64_t width, int64_t group, int64_t groups, int32_t* q, float* step,
-             int32_t* offset) {
+void factors(bool int4, const Quads& quads, const float* z, const uint16_t* scales, int64_t width, int64_t group,
+             int64_t groups, int32_t* q, float* step, int32_t* offset) {
   if (int4)
 #ifdef SPARSEGATE_INTEGERS_AVX2
-    factors_int4_avx2(quads, z, reinterpret_cast<const half*>(scales), width / kRounded, group, groups, q, step, offset, TINY);
+    factors_int4_avx2(quads, z, reinterpret_cast<const half*>(scales), width / kRounded, group, groups, q, step, offset,
+                      TINY);
 #else
     factors_int4(quads, z, reinterpret_cast<const half*>(scales), width / kRounded, group, groups, q, step, offset);
 #endif
@@ -296,7 +314,8 @@ void factors(bool int4, const Quads& quads, const float* z, const uint16_t* scal
     factors_int8(quads, z, q, step, offset);
 }
 
-// The bytes of four rows for one chunk of 64 sums: int8 columns, or the low (part 0) or high (part 1) nibbles of 128 columns
+// The bytes of four rows for one chunk of 64 sums: int8 columns, or the low (part 0) or high (part 1) nibbles of 128
+// columns
 template <bool INT4, bool WHOLE>
 inline void take(const char* const* row, int64_t at, int64_t left, int part, bytes* out) {
   bytes loaded[ROWS];
@@ -328,11 +347,15 @@ struct Factors {
   int64_t q_stride, s_stride, groups;
 };
 
-// One segment of one chunk for T tokens. `quad(k)` fills four vectors with the bytes of quad k; `lane` is the first of the chunk's column groups (int4).
+// One segment of one chunk for T tokens. `quad(k)` fills four vectors with the bytes of quad k; `lane` is the first of
+// the chunk's column groups (int4).
 template <bool INT4, int T, class Quad>
-inline void add_segment(const Factors& f, int64_t s, int64_t begin, int64_t end, int64_t lane, const Quad& quad, float* y, int64_t y_stride) {
+inline void add_segment(const Factors& f, int64_t s, int64_t begin, int64_t end, int64_t lane, const Quad& quad,
+                        float* y, int64_t y_stride) {
 #ifdef SPARSEGATE_INTEGERS_AVX2
-  if (INT4) return add_segment_avx2(f.q + lane, f.groups, f.offset + s * f.groups + lane, f.step + s * f.groups + lane, begin, end, quad, y);
+  if (INT4)
+    return add_segment_avx2(f.q + lane, f.groups, f.offset + s * f.groups + lane, f.step + s * f.groups + lane, begin,
+                            end, quad, y);
 #endif
   bytes sum[T][4];
 #pragma GCC unroll 8
@@ -350,7 +373,8 @@ inline void add_segment(const Factors& f, int64_t s, int64_t begin, int64_t end,
       const int32_t* q = f.q + t * f.q_stride + k * f.groups;
       const bytes factor = INT4 ? expand(q + lane) : spread(*q);
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) sum[t][v] = INT4 ? dot_nibbles(sum[t][v], u[v], factor) : dot_weights(sum[t][v], u[v], factor);
+      for (int v = 0; v < 4; ++v)
+        sum[t][v] = INT4 ? dot_nibbles(sum[t][v], u[v], factor) : dot_weights(sum[t][v], u[v], factor);
     }
   }
 #pragma GCC unroll 8
@@ -365,7 +389,8 @@ inline void add_segment(const Factors& f, int64_t s, int64_t begin, int64_t end,
 
 // T tokens of few: the rows are read where they lie, and interleaved for these tokens alone
 template <bool INT4, int T>
-void sum_few(const char* weights, int64_t row_bytes, const Quads& quads, int64_t first, int64_t columns, const Factors& f, float* y, int64_t y_stride) {
+void sum_few(const char* weights, int64_t row_bytes, const Quads& quads, int64_t first, int64_t columns,
+             const Factors& f, float* y, int64_t y_stride) {
   constexpr int64_t CHUNK = INT4 ? kChunkInt4 : kChunkInt8;
   const int64_t skip = INT4 ? first / 2 : first;
   for (int64_t s = 0; s < quads.count; ++s) {
@@ -390,8 +415,8 @@ void sum_few(const char* weights, int64_t row_bytes, const Quads& quads, int64_t
 
 // Many tokens: a chunk of all rows is interleaved once
 template <bool INT4>
-void sum_many(const char* weights, int64_t row_bytes, const Quads& quads, int64_t first, int64_t columns, const Factors& f, int64_t tokens, float* y,
-              int64_t y_stride, char* panel) {
+void sum_many(const char* weights, int64_t row_bytes, const Quads& quads, int64_t first, int64_t columns,
+              const Factors& f, int64_t tokens, float* y, int64_t y_stride, char* panel) {
   constexpr int64_t CHUNK = INT4 ? kChunkInt4 : kChunkInt8;
   const int64_t skip = INT4 ? first / 2 : first, total = quads.segments[quads.count];
   for (int64_t c = 0; c < columns; c += CHUNK)
@@ -422,8 +447,8 @@ void sum_many(const char* weights, int64_t row_bytes, const Quads& quads, int64_
         for (int64_t s = 0; s < quads.count; ++s) {
           const int64_t begin = quads.segments[s], end = quads.segments[s + 1];
           switch (size) {
-#define SPARSEGATE_TILE(n)                                                                                             \
-  case n:                                                                                                              \
+#define SPARSEGATE_TILE(n)                                                                           \
+  case n:                                                                                            \
     add_segment<INT4, (n <= TOKENS ? n : 1)>(mine, s, begin, end, c / kRounded, quad, to, y_stride); \
     break;
             SPARSEGATE_TILE(1)
@@ -443,8 +468,8 @@ void sum_many(const char* weights, int64_t row_bytes, const Quads& quads, int64_
 }
 
 template <bool INT4>
-void sum_of(const char* weights, int64_t width, const Quads& quads, int64_t first, int64_t columns, const Factors& f, int64_t tokens, float* y,
-            int64_t y_stride, char* panel) {
+void sum_of(const char* weights, int64_t width, const Quads& quads, int64_t first, int64_t columns, const Factors& f,
+            int64_t tokens, float* y, int64_t y_stride, char* panel) {
   const int64_t row_bytes = INT4 ? width / 2 : width;
   if (panel) return sum_many<INT4>(weights, row_bytes, quads, first, columns, f, tokens, y, y_stride, panel);
   for (int64_t t = 0, tiles = (tokens + TOKENS - 1) / TOKENS; tiles > 0; --tiles) {
@@ -455,8 +480,8 @@ void sum_of(const char* weights, int64_t width, const Quads& quads, int64_t firs
     mine.offset += t * f.s_stride;
     float* to = y + t * y_stride;
     switch (size) {
-#define SPARSEGATE_TILE(n)                                                                                               \
-  case n:                                                                                                                \
+#define SPARSEGATE_TILE(n)                                                                               \
+  case n:                                                                                                \
     sum_few<INT4, (n <= TOKENS ? n : 1)>(weights, row_bytes, quads, first, columns, mine, to, y_stride); \
     break;
       SPARSEGATE_TILE(1)
@@ -473,8 +498,9 @@ void sum_of(const char* weights, int64_t width, const Quads& quads, int64_t firs
   }
 }
 
-void sum(bool int4, const void* weights, int64_t width, const Quads& quads, int64_t first, int64_t columns, const int32_t* q, int64_t q_stride,
-         const float* step, const int32_t* offset, int64_t s_stride, int64_t tokens, float* y, int64_t y_stride, void* panel) {
+void sum(bool int4, const void* weights, int64_t width, const Quads& quads, int64_t first, int64_t columns,
+         const int32_t* q, int64_t q_stride, const float* step, const int32_t* offset, int64_t s_stride, int64_t tokens,
+         float* y, int64_t y_stride, void* panel) {
   const auto* w = static_cast<const char*>(weights);
   const Factors f{q, step, offset, q_stride, s_stride, int4 ? padded_columns(true, columns) / kRounded : 1};
   if (int4)

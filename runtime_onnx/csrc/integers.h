@@ -1,4 +1,5 @@
-// Vectors of 64 bytes for integer arithmetic, in every build: 1, 2 or 4 registers. See vectors.h; everything has internal linkage.
+// Vectors of 64 bytes for integer arithmetic, in every build: 1, 2 or 4 registers. See vectors.h; everything has
+// internal linkage.
 #pragma once
 
 #include "vectors.h"
@@ -16,7 +17,10 @@ typedef int32_t ireg __attribute__((vector_size(16)));
 typedef int16_t words __attribute__((vector_size(16)));
 typedef uint8_t octets __attribute__((vector_size(16)));
 #endif
-struct bytes { ireg part[PARTS]; };  // 64 uint8 or int8, or 16 int32
+// 64 uint8 or int8, or 16 int32
+struct bytes {
+  ireg part[PARTS];
+};
 
 #define SPARSEGATE_EACH_PART _Pragma("GCC unroll 4") for (int i = 0; i < PARTS; ++i)
 
@@ -106,14 +110,17 @@ inline bytes high_nibbles(const bytes& a) {
   return out;
 }
 
-// sum + the products of four weights and four int8 s per int32, exact. dot_weights: int8 weights as `weights_of` gives them; dot_nibbles: 0 .. 15.
+// sum + the products of four weights and four int8 s per int32, exact. dot_weights: int8 weights as `weights_of` gives
+// them; dot_nibbles: 0 .. 15.
 inline ireg dot_weights(ireg sum, ireg w, ireg s) {
 #if defined(__AVX512VNNI__)
   return _mm512_dpbusd_epi32(sum, w, s);
 #elif defined(__AVX512F__)
   // even and odd bytes as int16: no step saturates
-  const __m512i even = _mm512_madd_epi16(_mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), _mm512_srai_epi16(_mm512_slli_epi16(s, 8), 8));
-  return _mm512_add_epi32(sum, _mm512_add_epi32(even, _mm512_madd_epi16(_mm512_srai_epi16(w, 8), _mm512_srai_epi16(s, 8))));
+  const __m512i even =
+      _mm512_madd_epi16(_mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8), _mm512_srai_epi16(_mm512_slli_epi16(s, 8), 8));
+  return _mm512_add_epi32(sum,
+                          _mm512_add_epi32(even, _mm512_madd_epi16(_mm512_srai_epi16(w, 8), _mm512_srai_epi16(s, 8))));
 #elif defined(__AVX2__)
   // |w| <= 128 times s with w's sign, |s| <= 127: two products fit int16
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(s, w));
@@ -121,7 +128,8 @@ inline ireg dot_weights(ireg sum, ireg w, ireg s) {
 #elif defined(__ARM_FEATURE_DOTPROD)
   return (ireg)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)s);
 #elif defined(__aarch64__)
-  const int16x8_t low = vmull_s8(vget_low_s8((int8x16_t)w), vget_low_s8((int8x16_t)s)), high = vmull_high_s8((int8x16_t)w, (int8x16_t)s);
+  const int16x8_t low = vmull_s8(vget_low_s8((int8x16_t)w), vget_low_s8((int8x16_t)s));
+  const int16x8_t high = vmull_high_s8((int8x16_t)w, (int8x16_t)s);
   return sum + (ireg)vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
 #else
   const words a = (words)w, b = (words)s;
@@ -154,9 +162,11 @@ inline bytes dot_nibbles(const bytes& sum, const bytes& u, const bytes& s) {
 
 // In every 16 bytes: the low or high halves of a and b, in turns of one byte or of two
 #if defined(__AVX512F__)
-#define SPARSEGATE_ZIP(name, bits, half) inline ireg name(ireg a, ireg b) { return _mm512_unpack##half##_epi##bits(a, b); }
+#define SPARSEGATE_ZIP(name, bits, half) \
+  inline ireg name(ireg a, ireg b) { return _mm512_unpack##half##_epi##bits(a, b); }
 #elif defined(__AVX2__)
-#define SPARSEGATE_ZIP(name, bits, half) inline ireg name(ireg a, ireg b) { return _mm256_unpack##half##_epi##bits(a, b); }
+#define SPARSEGATE_ZIP(name, bits, half) \
+  inline ireg name(ireg a, ireg b) { return _mm256_unpack##half##_epi##bits(a, b); }
 #endif
 #if defined(__AVX2__)
 SPARSEGATE_ZIP(zip8_low, 8, lo)
@@ -169,19 +179,29 @@ inline ireg zip8_low(ireg a, ireg b) {
   return (ireg)__builtin_shufflevector((octets)a, (octets)b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 }
 inline ireg zip8_high(ireg a, ireg b) {
-  return (ireg)__builtin_shufflevector((octets)a, (octets)b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return (ireg)__builtin_shufflevector((octets)a, (octets)b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                       31);
 }
-inline ireg zip16_low(ireg a, ireg b) { return (ireg)__builtin_shufflevector((words)a, (words)b, 0, 8, 1, 9, 2, 10, 3, 11); }
-inline ireg zip16_high(ireg a, ireg b) { return (ireg)__builtin_shufflevector((words)a, (words)b, 4, 12, 5, 13, 6, 14, 7, 15); }
+inline ireg zip16_low(ireg a, ireg b) {
+  return (ireg)__builtin_shufflevector((words)a, (words)b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+inline ireg zip16_high(ireg a, ireg b) {
+  return (ireg)__builtin_shufflevector((words)a, (words)b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
 #else
 inline ireg zip8_low(ireg a, ireg b) {
   return (ireg)__builtin_shuffle((octets)a, (octets)b, octets{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
 }
 inline ireg zip8_high(ireg a, ireg b) {
-  return (ireg)__builtin_shuffle((octets)a, (octets)b, octets{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+  return (ireg)__builtin_shuffle((octets)a, (octets)b,
+                                 octets{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
 }
-inline ireg zip16_low(ireg a, ireg b) { return (ireg)__builtin_shuffle((words)a, (words)b, words{0, 8, 1, 9, 2, 10, 3, 11}); }
-inline ireg zip16_high(ireg a, ireg b) { return (ireg)__builtin_shuffle((words)a, (words)b, words{4, 12, 5, 13, 6, 14, 7, 15}); }
+inline ireg zip16_low(ireg a, ireg b) {
+  return (ireg)__builtin_shuffle((words)a, (words)b, words{0, 8, 1, 9, 2, 10, 3, 11});
+}
+inline ireg zip16_high(ireg a, ireg b) {
+  return (ireg)__builtin_shuffle((words)a, (words)b, words{4, 12, 5, 13, 6, 14, 7, 15});
+}
 #endif
 
 // Four rows of 64 bytes -> out[v]: int32 4 L + e holds the rows' bytes of column 16 L + 4 v + e
@@ -314,9 +334,11 @@ inline bytes with_byte(const bytes& a, const bytes& b) {
   bytes out;
   SPARSEGATE_EACH_PART {
 #if defined(__AVX512F__)
-    out.part[i] = _mm512_or_si512(a.part[i], _mm512_slli_epi32(_mm512_and_si512(b.part[i], _mm512_set1_epi32(255)), 8 * PLACE));
+    out.part[i] =
+        _mm512_or_si512(a.part[i], _mm512_slli_epi32(_mm512_and_si512(b.part[i], _mm512_set1_epi32(255)), 8 * PLACE));
 #elif defined(__AVX2__)
-    out.part[i] = _mm256_or_si256(a.part[i], _mm256_slli_epi32(_mm256_and_si256(b.part[i], _mm256_set1_epi32(255)), 8 * PLACE));
+    out.part[i] =
+        _mm256_or_si256(a.part[i], _mm256_slli_epi32(_mm256_and_si256(b.part[i], _mm256_set1_epi32(255)), 8 * PLACE));
 #else
     out.part[i] = a.part[i] | (b.part[i] & 255) << (8 * PLACE);
 #endif
@@ -328,7 +350,8 @@ inline bytes with_byte(const bytes& a, const bytes& b) {
 inline vec expand(const half* p) {
 #if defined(__AVX512F__)
   const __m512i places = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return vec{{_mm512_permutexvar_ps(places, _mm512_castps128_ps512(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))))}};
+  return vec{{_mm512_permutexvar_ps(
+      places, _mm512_castps128_ps512(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))))}};
 #elif defined(__AVX2__)
   const __m256 four_floats = _mm256_castps128_ps256(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   return vec{{_mm256_permutevar8x32_ps(four_floats, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)),
@@ -340,7 +363,8 @@ inline vec expand(const half* p) {
 #endif
 }
 
-// The first `count` <= 4 of 4 values, zeros behind them: through a register, as short stores and a long load would wait for each other
+// The first `count` <= 4 of 4 values, zeros behind them: through a register, as short stores and a long load would wait
+// for each other
 inline int64_t few_halves(const half* p, int64_t count) {
   if (count >= 4) return unaligned<int64_t>(p);
   const int64_t low = count & 2 ? unaligned<uint32_t>(p) : 0;

@@ -1,9 +1,10 @@
-// What the AVX2 build does in another way than the others in integer_rows.cc: 16 registers and no dot product of bytes. Same integers, same order of float sums,
-// so the same bits.
+// What the AVX2 build does in another way than the others in integer_rows.cc: 16 registers and no dot product of bytes.
+// Same integers, same order of float sums, so the same bits.
 //
-// Per 32 bytes of weights and token, instructions of arithmetic: int8 5 (sign, maddubs, madd, convert, fma), int4 8 for 64 columns (2 maddubs, add of 16 bits,
-// madd, add, convert, mul, fma). What a row alone costs, its absolute values or nibbles and the expanded scales, is paid once for TILE_AVX2 tokens.
-// In a sum of int4 rows two maddubs of a quad stay below 2^15 / 8, so a segment's 8 quads are added as 16 bits and widened once.
+// Per 32 bytes of weights and token, instructions of arithmetic: int8 5 (sign, maddubs, madd, convert, fma), int4 8 for
+// 64 columns (2 maddubs, add of 16 bits, madd, add, convert, mul, fma). What a row alone costs, its absolute values or
+// nibbles and the expanded scales, is paid once for TILE_AVX2 tokens. In a sum of int4 rows two maddubs of a quad stay
+// below 2^15 / 8, so a segment's 8 quads are added as 16 bits and widened once.
 #pragma once
 
 #include "integer_rows.h"
@@ -16,7 +17,8 @@ namespace sparsegate {
 namespace SPARSEGATE_ISA {
 namespace {
 
-constexpr int TILE_AVX2 = 6;  // tokens: one sum each, a row's bytes and scale, and what a product needs, in 16 registers
+// tokens: one sum each, a row's bytes and scale, and what a product needs, in 16 registers
+constexpr int TILE_AVX2 = 6;
 
 inline __m256i load_part_bytes(const void* p) { return unaligned<__m256i>(p); }
 
@@ -60,7 +62,8 @@ inline void dot_parts_int8(const char* row, int64_t width, const X& x, __m256 (*
       for (int t = 0; t < T; ++t) {
         const char* q = x.at(t) + from + p * 32;
         const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(load_part_bytes(q), w));
-        total[p][t] = fma(_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones)), load_part(reinterpret_cast<const float*>(q + 128)), total[p][t]);
+        total[p][t] = fma(_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones)),
+                          load_part(reinterpret_cast<const float*>(q + 128)), total[p][t]);
       }
     }
   };
@@ -89,16 +92,21 @@ inline void dot_parts_int4(const char* row, const half* scales, int64_t width, c
   row += PART * 32;
   const auto step = [&](int p, __m256i packed, __m256 four_scales, int64_t from) __attribute__((always_inline)) {
     const __m256i low = _mm256_and_si256(packed, nibble), high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
-    const __m256 scale = _mm256_permutevar8x32_ps(four_scales, p ? _mm256_add_epi32(first, _mm256_set1_epi32(2)) : first);
+    const __m256 scale =
+        _mm256_permutevar8x32_ps(four_scales, p ? _mm256_add_epi32(first, _mm256_set1_epi32(2)) : first);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       const char* q = x.at(t) + from + p * 32;
-      const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, load_part_bytes(q)), _mm256_maddubs_epi16(high, load_part_bytes(q + 64)));
+      const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, load_part_bytes(q)),
+                                             _mm256_maddubs_epi16(high, load_part_bytes(q + 64)));
       const __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), load_part_bytes(q + 128));
-      total[p][t] = fma(_mm256_cvtepi32_ps(dot), load_part(reinterpret_cast<const float*>(q + 192)) * scale, total[p][t]);
+      total[p][t] =
+          fma(_mm256_cvtepi32_ps(dot), load_part(reinterpret_cast<const float*>(q + 192)) * scale, total[p][t]);
     }
   };
-  const auto widened = [](int64_t four_halves) { return _mm256_castps128_ps256(_mm_cvtph_ps(_mm_cvtsi64_si128(four_halves))); };
+  const auto widened = [](int64_t four_halves) {
+    return _mm256_castps128_ps256(_mm_cvtph_ps(_mm_cvtsi64_si128(four_halves)));
+  };
   int64_t j = 0, from = PART * 32;
   for (; j + kChunkInt4 <= width; j += kChunkInt4, from += 256) {
     const __m256 four_scales = widened(unaligned<int64_t>(scales + j / kRounded));
@@ -108,7 +116,8 @@ inline void dot_parts_int4(const char* row, const half* scales, int64_t width, c
   if (j < width) {
     const __m256 four_scales = widened(few_halves(scales + j / kRounded, (width - j) / kRounded));
 #pragma GCC unroll 2
-    for (int p = 0; p < P; ++p) step(p, load_halves(row + j / 2 + p * 32, (width - j) / 2 - (PART + p) * 32), four_scales, from);
+    for (int p = 0; p < P; ++p)
+      step(p, load_halves(row + j / 2 + p * 32, (width - j) / 2 - (PART + p) * 32), four_scales, from);
   }
 #pragma GCC unroll 2
   for (int p = 0; p < P; ++p)
@@ -131,8 +140,8 @@ inline void dot_row_avx2(const char* row, const half* scales, int64_t width, con
 
 // T tokens times four rows, row by row. `next`: the rows to come, if any
 template <int T, bool INT4>
-void dot_rows_avx2(const char* const* row, const char* const* next, const half* const* scales, int valid, int64_t width, const char* x, int64_t x_stride,
-                   float* out, int64_t stride) {
+void dot_rows_avx2(const char* const* row, const char* const* next, const half* const* scales, int valid, int64_t width,
+                   const char* x, int64_t x_stride, float* out, int64_t stride) {
   __m256 sum[4][2][T];
   const int64_t bytes_per_row = INT4 ? width / 2 : width;
   for (int r = 0; r < 4; ++r) {
@@ -154,10 +163,12 @@ void dot_rows_avx2(const char* const* row, const char* const* next, const half* 
 }
 
 // As factors_int4 in integer_rows.cc, 8 column groups at a time
-inline void factors_int4_avx2(const Quads& quads, const float* z, const half* scales, int64_t row_groups, int64_t group, int64_t groups, int32_t* q,
-                              float* step, int32_t* offset, float tiny) {
-  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff), infinite = _mm256_set1_epi32(0x7f800000), ones = _mm256_set1_epi16(1), octets = _mm256_set1_epi8(1);
-  const __m256i turn = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+inline void factors_int4_avx2(const Quads& quads, const float* z, const half* scales, int64_t row_groups, int64_t group,
+                              int64_t groups, int32_t* q, float* step, int32_t* offset, float tiny) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff), infinite = _mm256_set1_epi32(0x7f800000);
+  const __m256i ones = _mm256_set1_epi16(1), octets = _mm256_set1_epi8(1);
+  const __m256i turn = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13,
+                                        2, 6, 10, 14, 3, 7, 11, 15);
   const __m256 most_int8 = _mm256_set1_ps(127.f), none = _mm256_setzero_ps(), nan = _mm256_set1_ps(__builtin_nanf(""));
   for (int64_t s = 0; s < quads.count; ++s) {
     const int64_t begin = quads.segments[s], end = quads.segments[s + 1];
@@ -171,7 +182,8 @@ inline void factors_int4_avx2(const Quads& quads, const float* z, const half* sc
       __m256i most = _mm256_setzero_si256();
       for (int k = 0; k < filled; ++k) {
         const half* from = scales + rows[k] * row_groups + group + g;
-        const __m256 scale = there >= 8 ? load_part(from) : there > 0 ? load_few_halves(from, there) : none, factor = _mm256_broadcast_ss(factors + k);
+        const __m256 scale = there >= 8 ? load_part(from) : there > 0 ? load_few_halves(from, there) : none;
+        const __m256 factor = _mm256_broadcast_ss(factors + k);
         scaled[k] = _mm256_and_ps(factor * scale, _mm256_cmp_ps(factor, none, _CMP_NEQ_UQ));  // 0 * NaN is 0
         most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(scaled[k]), magnitude));
       }
@@ -189,7 +201,8 @@ inline void factors_int4_avx2(const Quads& quads, const float* z, const half* sc
         memcpy(q + k * groups + g, &packed, whole ? 32 : 16);
       }
       const __m256 own = _mm256_blendv_ps(nan, steps, finite);
-      const __m256i correction = _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(_mm256_madd_epi16(sum, ones), 3));
+      const __m256i correction =
+          _mm256_sub_epi32(_mm256_setzero_si256(), _mm256_slli_epi32(_mm256_madd_epi16(sum, ones), 3));
       memcpy(step + s * groups + g, &own, whole ? 32 : 16);
       memcpy(offset + s * groups + g, &correction, whole ? 32 : 16);
     }
@@ -198,7 +211,8 @@ inline void factors_int4_avx2(const Quads& quads, const float* z, const half* sc
 
 // One segment of one chunk of a sum of int4 rows for one token, as add_segment in integer_rows.cc; at most 8 quads
 template <class Quad>
-inline void add_segment_avx2(const int32_t* q, int64_t groups, const int32_t* offset, const float* step, int64_t begin, int64_t end, const Quad& quad, float* y) {
+inline void add_segment_avx2(const int32_t* q, int64_t groups, const int32_t* offset, const float* step, int64_t begin,
+                             int64_t end, const Quad& quad, float* y) {
   __m256i sum[4][2];
 #pragma GCC unroll 4
   for (int v = 0; v < 4; ++v) sum[v][0] = sum[v][1] = _mm256_setzero_si256();
@@ -209,7 +223,8 @@ inline void add_segment_avx2(const int32_t* q, int64_t groups, const int32_t* of
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v)
 #pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) sum[v][i] = _mm256_add_epi16(sum[v][i], _mm256_maddubs_epi16(u[v].part[i], factor.part[i]));
+      for (int i = 0; i < 2; ++i)
+        sum[v][i] = _mm256_add_epi16(sum[v][i], _mm256_maddubs_epi16(u[v].part[i], factor.part[i]));
   }
   const __m256i ones = _mm256_set1_epi16(1);
   const bytes start = expand(offset);

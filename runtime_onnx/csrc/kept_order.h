@@ -1,4 +1,5 @@
-// In which order a block's rows are multiplied with the tokens of a group that keep them. Included by files that are compiled once per instruction set.
+// In which order a block's rows are multiplied with the tokens of a group that keep them. Included by files that are
+// compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +37,8 @@ void sort(const uint16_t* masks, int64_t size, bool as_listed, Order& order) {
     order.rows[at] = static_cast<uint8_t>(k);
     order.sizes[at] = sizes[k];
     int n = 0;
-    for (unsigned mask = masks[k]; mask; mask &= mask - 1) order.tokens[at][n++] = static_cast<uint8_t>(__builtin_ctz(mask));
+    for (unsigned mask = masks[k]; mask; mask &= mask - 1)
+      order.tokens[at][n++] = static_cast<uint8_t>(__builtin_ctz(mask));
   }
 }
 

@@ -1,4 +1,5 @@
-// What the CPU kernels of all ops share beside their inner loops: the choice of a build, scratch memory, the way back to narrow types.
+// What the CPU kernels of all ops share beside their inner loops: the choice of a build, scratch memory, the way back
+// to narrow types.
 #include <cmath>
 #include <cstring>
 
@@ -15,10 +16,10 @@ thread_local Arena task_arena;
 thread_local Arena sum_arena;
 
 // Builds of the sources that are compiled once per instruction set
-#define SPARSEGATE_BUILD(isa)           \
-  namespace isa {                       \
-  extern const Kernels float_rows;      \
-  extern const IntegerRows integer_rows; \
+#define SPARSEGATE_BUILD(isa)                                     \
+  namespace isa {                                                 \
+  extern const Kernels float_rows;                                \
+  extern const IntegerRows integer_rows;                          \
   void swish(float* v, int64_t count, float linear, float cubic); \
   }
 SPARSEGATE_BUILD(portable)
@@ -74,7 +75,7 @@ uint16_t to_float16(float value) {
   const uint32_t sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
   if (size > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
   if (size >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and above round to infinity
-  if (size < 0x38800000u) {                                              // below 2^-14: in units of 2^-24
+  if (size < 0x38800000u) {                                               // below 2^-14: in units of 2^-24
     float scaled;
     std::memcpy(&scaled, &size, sizeof scaled);
     return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(scaled * 16777216.f)));

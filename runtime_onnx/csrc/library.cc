@@ -13,7 +13,7 @@ namespace sparsegate {
 
 using Ops = std::vector<std::unique_ptr<ort::CustomOp>>;
 
-#define SPARSEGATE_KERNEL(op, provider, prefix)    \
+#define SPARSEGATE_KERNEL(op, provider, prefix)     \
   void prefix##_ops(const ort::Api* api, Ops& ops); \
   bool prefix##_supports(const char* variant);
 #include "ops.inc"
@@ -26,7 +26,8 @@ struct Registration {
   Ops ops;
 };
 
-// ORT keeps pointers to the domain and its ops for as long as any session lives, so they are made once per ORT in the process and never freed.
+// ORT keeps pointers to the domain and its ops for as long as any session lives, so they are made once per ORT in the
+// process and never freed.
 ort::StatusPtr domain_of(const ort::Api* api, ort::Domain** out) {
   static std::mutex mutex;
   static auto& made = *new std::map<const ort::Api*, Registration>;
@@ -54,7 +55,9 @@ SPARSEGATE_EXPORT ort::StatusPtr ORT_CALL RegisterCustomOps(ort::SessionOptions*
   const ort::Api* api = base->GetApi(ort::kApiVersion);
   if (!api) {  // older than API 18: status slots are as old as ORT itself
     const ort::Api* first = base->GetApi(1);
-    return first ? first->CreateStatus(ort::kNotImplemented, "sparsegate needs ONNX Runtime 1.18 or later. Update onnxruntime.") : nullptr;
+    return first ? first->CreateStatus(ort::kNotImplemented,
+                                       "sparsegate needs ONNX Runtime 1.18 or later. Update onnxruntime.")
+                 : nullptr;
   }
   try {
     ort::Domain* domain = nullptr;
@@ -80,5 +83,6 @@ SPARSEGATE_EXPORT const char* sparsegate_version(void) { return SPARSEGATE_VERSI
 // Build of the CPU kernels in use: "avx512vnni", "avx512", "avx2" or "portable".
 SPARSEGATE_EXPORT const char* sparsegate_isa(void) { return sparsegate::isa_name(sparsegate::isa()); }
 
-// For tests: uses another build from the next run on; "auto" goes back to the best one. 1, or 0 if the CPU or the library does not have it.
+// For tests: uses another build from the next run on; "auto" goes back to the best one. 1, or 0 if the CPU or the
+// library does not have it.
 SPARSEGATE_EXPORT int sparsegate_force_isa(const char* name) { return name && sparsegate::force_isa(name) ? 1 : 0; }

@@ -1,8 +1,9 @@
 // Matrices as they lie in device memory, read eight columns at a time and widened to float32 in registers.
 //
-// Every kernel gives a lane eight neighbouring columns, whatever the format: 32 bytes of float32, 16 of a 16-bit float, 8 of int8, 4 of int4. A warp so reads
-// 256 neighbouring columns of a row: 1024, 512, 256 or 128 bytes, whole 128-byte lines. A matrix whose rows are not whole eights of columns is read element by
-// element, for the sake of odd shapes, not of speed.
+// Every kernel gives a lane eight neighbouring columns, whatever the format: 32 bytes of float32, 16 of a 16-bit float,
+// 8 of int8, 4 of int4. A warp so reads 256 neighbouring columns of a row: 1024, 512, 256 or 128 bytes, whole 128-byte
+// lines. A matrix whose rows are not whole eights of columns is read element by element, for the sake of odd shapes,
+// not of speed.
 #pragma once
 
 #include <instructions.cuh>
@@ -20,14 +21,18 @@ struct Int4 {};  // two to a byte, the low nibble first, value q - 8, one float1
 // data nullptr: no matrix, rows and columns 0.
 struct Matrix {
   const char* data = nullptr;
-  const void* scale = nullptr;  // int8: float32 [rows]; int4: float16 [rows, columns / 32]
+  const void* scale = nullptr;               // int8: float32 [rows]; int4: float16 [rows, columns / 32]
   int64_t rows = 0, columns = 0, pitch = 0;  // bytes from row to row
   int type = ort::kFloat32;                  // kUint8 stands for int4
-  bool whole = false;                        // eight columns from a multiple of eight on lie at a multiple of their size
+  // eight columns from a multiple of eight on lie at a multiple of their size
+  bool whole = false;
 };
 
 inline int64_t bytes_of_columns(int type, int64_t columns) {
-  return type == ort::kFloat32 ? 4 * columns : type == ort::kInt8 ? columns : type == ort::kUint8 ? columns / 2 : 2 * columns;
+  return type == ort::kFloat32 ? 4 * columns
+         : type == ort::kInt8  ? columns
+         : type == ort::kUint8 ? columns / 2
+                               : 2 * columns;
 }
 
 inline Matrix matrix_of(const void* data, int type, int64_t rows, int64_t columns, const void* scale = nullptr) {
@@ -113,7 +118,8 @@ __device__ inline void widen_words(uint32_t word, float* v, __nv_bfloat16) {
   v[1] = __uint_as_float(word & 0xffff0000u);
 }
 
-// The stored numbers, without their scales. Integers become floats by their bits: 2^23 + i, i below 2^23, is 0x4b000000 | i (no slow conversion).
+// The stored numbers, without their scales. Integers become floats by their bits, without a slow conversion:
+// 2^23 + i, i below 2^23, is 0x4b000000 | i.
 template <class W>
 __device__ inline void widen(const Eight<W>& e, float (&v)[8]) {
   if constexpr (std::is_same_v<W, float>) {
@@ -145,7 +151,9 @@ __device__ inline float group_scale(const Matrix& m, int64_t row, int64_t column
 }
 
 // The scale of a whole row of an int8 matrix; 1 for other formats.
-__device__ inline float row_scale(const Matrix& m, int64_t row) { return m.type == ort::kInt8 ? static_cast<const float*>(m.scale)[row] : 1.f; }
+__device__ inline float row_scale(const Matrix& m, int64_t row) {
+  return m.type == ort::kInt8 ? static_cast<const float*>(m.scale)[row] : 1.f;
+}
 
 template <class W>
 __device__ inline void eight_of(const Matrix& m, int64_t row, int64_t column, float (&v)[8]) {
@@ -175,8 +183,10 @@ __device__ inline void eight(const Matrix& m, int64_t row, int64_t column, float
 // Eight float32 values, those past the end 0; `whole` as in Matrix.
 __device__ inline void eight_floats(const float* v, int64_t column, int64_t columns, bool whole, float (&out)[8]) {
   if (whole) {
-    const float4 lo = *reinterpret_cast<const float4*>(v + column), hi = *reinterpret_cast<const float4*>(v + column + 4);
-    out[0] = lo.x, out[1] = lo.y, out[2] = lo.z, out[3] = lo.w, out[4] = hi.x, out[5] = hi.y, out[6] = hi.z, out[7] = hi.w;
+    const float4 lo = *reinterpret_cast<const float4*>(v + column);
+    const float4 hi = *reinterpret_cast<const float4*>(v + column + 4);
+    out[0] = lo.x, out[1] = lo.y, out[2] = lo.z, out[3] = lo.w;
+    out[4] = hi.x, out[5] = hi.y, out[6] = hi.z, out[7] = hi.w;
   } else {
     for (int k = 0; k < 8; ++k) out[k] = column + k < columns ? v[column + k] : 0.f;
   }

@@ -1,4 +1,5 @@
-// Scratch memory of the CPU kernels: thread-local arenas that only grow, so no lock is shared and concurrent runs are safe.
+// Scratch memory of the CPU kernels: thread-local arenas that only grow, so no lock is shared and concurrent runs are
+// safe.
 #pragma once
 
 #include <cstddef>

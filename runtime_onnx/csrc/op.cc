@@ -11,8 +11,9 @@
 namespace sparsegate {
 namespace {
 
-const char* const kTypeNames[] = {"undefined", "float32", "uint8",   "int8",   "uint16", "int16",     "int32",      "int64",  "string",
-                                  "bool",      "float16", "float64", "uint32", "uint64", "complex64", "complex128", "bfloat16"};
+const char* const kTypeNames[] = {"undefined", "float32", "uint8",     "int8",       "uint16",  "int16",
+                                  "int32",     "int64",   "string",    "bool",       "float16", "float64",
+                                  "uint32",    "uint64",  "complex64", "complex128", "bfloat16"};
 
 }  // namespace
 
@@ -34,7 +35,9 @@ bool is_float(int type) { return type == ort::kFloat32 || type == ort::kFloat16 
 
 int64_t bytes_of(int type) { return type == ort::kFloat32 ? 4 : type == ort::kInt8 || type == ort::kUint8 ? 1 : 2; }
 
-std::string type_name(int type) { return type >= 0 && type < kTypes.count ? kTypes.list[type] : "type " + std::to_string(type); }
+std::string type_name(int type) {
+  return type >= 0 && type < kTypes.count ? kTypes.list[type] : "type " + std::to_string(type);
+}
 
 std::string shape_text(const Tensor& tensor) {
   std::string out = type_name(tensor.type) + " [";
@@ -58,7 +61,8 @@ std::string read_roles(const Names& roles, const std::string& inputs, Present& p
   int last = -1;
   for (const std::string& name : split(inputs, ' ')) {
     const int role = roles.find(name);
-    if (role <= last) return "attribute inputs must name roles in the order " + roles.listed() + ", each once, got '" + inputs + "'";
+    if (role <= last)
+      return "attribute inputs must name roles in the order " + roles.listed() + ", each once, got '" + inputs + "'";
     present[role] = true;
     last = role;
   }
@@ -118,13 +122,15 @@ ort::StatusPtr NodeBase::open(const ort::Api* ort_api, const ort::KernelInfo* in
   return nullptr;
 }
 
-ort::StatusPtr NodeBase::bind(const ort::KernelInfo* info, const Present& present, const std::string& inputs, bool constants) {
+ort::StatusPtr NodeBase::bind(const ort::KernelInfo* info, const Present& present, const std::string& inputs,
+                              bool constants) {
   size_t count = 0, expected = 1;
   ORT_TRY(api->KernelInfo_GetInputCount(info, &count));
   for (int role = 0; role < roles.count; ++role)
     if (present[role]) index[role] = static_cast<int>(expected++);
   if (count != expected)
-    return error(ort::kInvalidArgument, "attribute inputs must name every input after x, got " + std::to_string(count) + " inputs and '" + inputs + "'");
+    return error(ort::kInvalidArgument, "attribute inputs must name every input after x, got " + std::to_string(count) +
+                                            " inputs and '" + inputs + "'");
   all_constant = constants;
   for (int role = 0; role < roles.count && constants; ++role) {
     if (!index[role]) continue;
@@ -141,12 +147,17 @@ ort::StatusPtr NodeBase::bind(const ort::KernelInfo* info, const Present& presen
 
 bool NodeBase::keep_close(const std::vector<std::vector<int>>& together) {
   constexpr size_t kHuge = size_t{2} << 20, kPage = 4096, kLeast = size_t{64} << 10;
-  const auto row_bytes = [](const Tensor& t) { return static_cast<size_t>((t.rank > 1 ? t.dims[1] : 1) * bytes_of(t.type)); };
+  const auto row_bytes = [](const Tensor& t) {
+    return static_cast<size_t>((t.rank > 1 ? t.dims[1] : 1) * bytes_of(t.type));
+  };
   const auto padded = [](size_t size, size_t to) { return (size + to - 1) / to * to; };
   std::vector<std::vector<int>> lists = together;
   for (int role = 0; role < roles.count; ++role) {
-    const auto holds = [role](const std::vector<int>& list) { return std::find(list.begin(), list.end(), role) != list.end(); };
-    if (constant[role].data && constant[role].rank <= 2 && std::none_of(together.begin(), together.end(), holds)) lists.push_back({role});
+    const auto holds = [role](const std::vector<int>& list) {
+      return std::find(list.begin(), list.end(), role) != list.end();
+    };
+    if (constant[role].data && constant[role].rank <= 2 && std::none_of(together.begin(), together.end(), holds))
+      lists.push_back({role});
   }
   size_t total = 0;
   for (const auto& list : lists) {
@@ -163,7 +174,8 @@ bool NodeBase::keep_close(const std::vector<std::vector<int>>& together) {
 #endif
   char* to = own.get();
   for (const auto& list : lists) {
-    const size_t row = row_bytes(constant[list[0]]), rows = static_cast<size_t>(constant[list[0]].dims[0]), count = list.size();
+    const size_t row = row_bytes(constant[list[0]]), rows = static_cast<size_t>(constant[list[0]].dims[0]);
+    const size_t count = list.size();
     for (size_t k = 0; k < count; ++k) {
       Tensor& t = constant[list[k]];
       const auto* from = static_cast<const char*>(t.data);
@@ -173,7 +185,8 @@ bool NodeBase::keep_close(const std::vector<std::vector<int>>& together) {
         for (size_t i = 0; i < rows; ++i) std::memcpy(to + (i * count + k) * row, from + i * row, row);
 #if defined(__linux__) && defined(MADV_PAGEOUT)
       // only whole pages, which is how they lie in a mapped file
-      if (reinterpret_cast<uintptr_t>(from) % kPage == 0 && rows * row >= kPage) madvise(const_cast<void*>(t.data), rows * row / kPage * kPage, MADV_PAGEOUT);
+      if (reinterpret_cast<uintptr_t>(from) % kPage == 0 && rows * row >= kPage)
+        madvise(const_cast<void*>(t.data), rows * row / kPage * kPage, MADV_PAGEOUT);
 #endif
       t.data = to + k * row;
     }
@@ -188,13 +201,15 @@ ort::StatusPtr NodeBase::gather(const ort::KernelContext* context, Tensors& tens
     if (!index[role] || tensors[role].data) continue;
     const ort::Value* value = nullptr;
     ORT_TRY(api->KernelContext_GetInput(context, static_cast<size_t>(index[role]), &value));
-    if (!value) return error(ort::kInvalidArgument, std::string("input ") + roles.list[role] + " must be a tensor, got none");
+    if (!value)
+      return error(ort::kInvalidArgument, std::string("input ") + roles.list[role] + " must be a tensor, got none");
     ORT_TRY(read_tensor(api, value, tensors[role]));
   }
   return nullptr;
 }
 
-ort::StatusPtr open_rows(const NodeBase& node, ort::KernelContext* context, int x_type, int64_t width, int64_t out_width, Rows& rows) {
+ort::StatusPtr open_rows(const NodeBase& node, ort::KernelContext* context, int x_type, int64_t width,
+                         int64_t out_width, Rows& rows) {
   constexpr size_t kMaxRank = 16;
   const ort::Api* api = node.api;
   ORT_TRY(api->KernelContext_GetInput(context, 0, &rows.value));
@@ -212,7 +227,8 @@ ort::StatusPtr open_rows(const NodeBase& node, ort::KernelContext* context, int 
   if (rank == 0 || rank > kMaxRank || dims[rank - 1] != width || type != x_type) {
     std::string got = type_name(type) + " [";
     for (size_t i = 0; i < rank && i < kMaxRank; ++i) got += (i ? ", " : "") + std::to_string(dims[i]);
-    return node.error(ort::kInvalidArgument, "input x must be " + type_name(x_type) + " [..., " + std::to_string(width) + "], got " + got + "]");
+    return node.error(ort::kInvalidArgument, "input x must be " + type_name(x_type) + " [..., " +
+                                                 std::to_string(width) + "], got " + got + "]");
   }
   rows.tokens = 1;
   for (size_t i = 0; i + 1 < rank; ++i) rows.tokens *= dims[i];
@@ -225,7 +241,8 @@ ort::StatusPtr open_rows(const NodeBase& node, ort::KernelContext* context, int 
   return api->GetTensorMutableData(y, &rows.y);
 }
 
-ort::StatusPtr parallel(const ort::Api* api, const ort::KernelContext* context, void (*task)(void*, size_t), int64_t count, bool inline_, void* user) {
+ort::StatusPtr parallel(const ort::Api* api, const ort::KernelContext* context, void (*task)(void*, size_t),
+                        int64_t count, bool inline_, void* user) {
   if (!inline_ && count > 1) return api->KernelContext_ParallelFor(context, task, static_cast<size_t>(count), 0, user);
   for (int64_t i = 0; i < count; ++i) task(user, static_cast<size_t>(i));
   return nullptr;
@@ -233,12 +250,15 @@ ort::StatusPtr parallel(const ort::Api* api, const ort::KernelContext* context, 
 
 OpBase::OpBase(const ort::Api* ort_api, int type, const char* op_name, const char* provider_name)
     : api(ort_api), x_type(type), name(op_name), provider(provider_name) {
-  // One input x, then one variadic list of tensors of any type: no input is ever empty, one schema serves every variant.
+  // One input x, then one variadic list of tensors of any type: no input is ever empty, one schema serves every
+  // variant.
   using Self = const ort::CustomOp*;
   GetName = [](Self op) -> const char* { return static_cast<const OpBase*>(op)->name; };
   GetExecutionProviderType = [](Self op) -> const char* { return static_cast<const OpBase*>(op)->provider; };
   GetInputTypeCount = [](Self) -> size_t { return 2; };
-  GetInputType = [](Self op, size_t i) -> int { return i == 0 ? static_cast<const OpBase*>(op)->x_type : static_cast<int>(ort::kUndefined); };
+  GetInputType = [](Self op, size_t i) -> int {
+    return i == 0 ? static_cast<const OpBase*>(op)->x_type : static_cast<int>(ort::kUndefined);
+  };
   GetInputCharacteristic = [](Self, size_t i) -> int { return i == 0 ? ort::kRequired : ort::kVariadic; };
   GetInputMemoryType = [](Self, size_t) -> int { return ort::kMemoryDefault; };
   GetVariadicInputMinArity = [](Self) -> int { return 2; };

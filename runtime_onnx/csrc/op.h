@@ -1,6 +1,8 @@
-// What every op of the library shares: tensors as ORT holds them, roles of inputs, one node, and the members of an OrtCustomOp.
+// What every op of the library shares: tensors as ORT holds them, roles of inputs, one node, and the members of an
+// OrtCustomOp.
 //
-// Input 0 is x; all others are one variadic list in the order that the string attribute `inputs` names, so one schema serves every variant.
+// Input 0 is x; all others are one variadic list in the order that the string attribute `inputs` names, so one schema
+// serves every variant.
 #pragma once
 
 #include <array>
@@ -26,8 +28,8 @@ struct Tensor {
   int64_t dims[2] = {0, 0};
 };
 
-using Tensors = std::array<Tensor, kMaxRoles>;   // by role
-using Present = std::array<bool, kMaxRoles>;     // by role
+using Tensors = std::array<Tensor, kMaxRoles>;  // by role
+using Present = std::array<bool, kMaxRoles>;    // by role
 
 // A closed list of names: roles, or values of an attribute.
 struct Names {
@@ -73,21 +75,23 @@ struct NodeBase {
 
   ort::StatusPtr error(int code, const std::string& message) const;
 
-  // The steps of a node's init: its name; then, once its roles are known, its constant inputs. `constants` false (a device kernel, whose
-  // constants may move): all of them are fetched in every run.
+  // The steps of a node's init: its name; then, once its roles are known, its constant inputs. `constants` false (a
+  // device kernel, whose constants may move): all of them are fetched in every run.
   ort::StatusPtr open(const ort::Api* api, const ort::KernelInfo* info);
   ort::StatusPtr bind(const ort::KernelInfo* info, const Present& present, const std::string& inputs, bool constants);
 
-  // Copies the constants into memory of its own with huge pages, where the system has them. ONNX Runtime maps them from the model's file in pages of 4 KiB: rows
-  // far apart then miss the TLB one by one. The file's pages are given back (ONNX Runtime's own ops do the same when they pack their weights).
-  // Matrices of each list of roles are laid row beside row: row i of all of them, then row i + 1. false: nothing was copied.
+  // Copies the constants into memory of its own with huge pages, where the system has them. ONNX Runtime maps them from
+  // the model's file in pages of 4 KiB: rows far apart then miss the TLB one by one. The file's pages are given back
+  // (ONNX Runtime's own ops do the same when they pack their weights). Matrices of each list of roles are laid row
+  // beside row: row i of all of them, then row i + 1. false: nothing was copied.
   bool keep_close(const std::vector<std::vector<int>>& together);
 
   // Tensors of a run; `constant` where nothing else is needed.
   ort::StatusPtr gather(const ort::KernelContext* context, Tensors& tensors) const;
 };
 
-// What an op's node adds to it: its variant and shape. `Check` checks the tensors that are there against each other, fills the shape and returns what is wrong.
+// What an op's node adds to it: its variant and shape. `Check` checks the tensors that are there against each other,
+// fills the shape and returns what is wrong.
 template <class Variant, class Shape, std::string (*Check)(const Variant&, const Tensors&, Shape&)>
 struct NodeOf : NodeBase {
   using NodeBase::NodeBase;
@@ -95,7 +99,8 @@ struct NodeOf : NodeBase {
   Shape shape;
 
   // The last step of init, once the attributes are read into `variant` (`problem`: what is wrong with them)
-  ort::StatusPtr finish(const ort::KernelInfo* info, int x_type, const std::string& problem, const std::string& inputs, bool constants) {
+  ort::StatusPtr finish(const ort::KernelInfo* info, int x_type, const std::string& problem, const std::string& inputs,
+                        bool constants) {
     if (!problem.empty()) return error(ort::kInvalidArgument, problem);
     variant.x = x_type;
     ORT_TRY(bind(info, variant.present, inputs, constants));
@@ -123,10 +128,12 @@ struct Rows {
 };
 
 // x must be x_type [..., width]; y gets the same dimensions with `out_width` as the last.
-ort::StatusPtr open_rows(const NodeBase& node, ort::KernelContext* context, int x_type, int64_t width, int64_t out_width, Rows& rows);
+ort::StatusPtr open_rows(const NodeBase& node, ort::KernelContext* context, int x_type, int64_t width,
+                         int64_t out_width, Rows& rows);
 
 // ParallelFor over `count` tasks, or one after the other on this thread.
-ort::StatusPtr parallel(const ort::Api* api, const ort::KernelContext* context, void (*task)(void*, size_t), int64_t count, bool inline_, void* user);
+ort::StatusPtr parallel(const ort::Api* api, const ort::KernelContext* context, void (*task)(void*, size_t),
+                        int64_t count, bool inline_, void* user);
 
 // Fills the members of an OrtCustomOp that are the same for every kernel.
 struct OpBase : ort::CustomOp {
@@ -138,11 +145,13 @@ struct OpBase : ort::CustomOp {
   static ort::StatusPtr same_shape(const ort::CustomOp* op, ort::ShapeContext* context);
 };
 
-// The op of a kernel type: kName, kProvider, kSameShape (y has x's shape), `init(api, info, x_type)`, `compute(context)`, and a `node` that reports errors.
+// The op of a kernel type: kName, kProvider, kSameShape (y has x's shape), `init(api, info, x_type)`,
+// `compute(context)`, and a `node` that reports errors.
 template <class Kernel>
 struct Op : OpBase {
   Op(const ort::Api* ort_api, int type) : OpBase(ort_api, type, Kernel::kName, Kernel::kProvider) {
-    CreateKernelV2 = [](const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info, void** out) -> ort::StatusPtr {
+    CreateKernelV2 = [](const ort::CustomOp* op, const ort::Api* api, const ort::KernelInfo* info,
+                        void** out) -> ort::StatusPtr {
       try {
         auto kernel = std::make_unique<Kernel>();
         ORT_TRY(kernel->init(api, info, static_cast<const Op*>(op)->x_type));
@@ -168,7 +177,8 @@ struct Op : OpBase {
 // Appends a kernel's ops, one per dtype of x.
 template <class Kernel>
 void append_ops(const ort::Api* api, std::vector<std::unique_ptr<ort::CustomOp>>& ops) {
-  for (int type : {ort::kFloat32, ort::kFloat16, ort::kBfloat16}) ops.push_back(std::make_unique<Op<Kernel>>(api, type));
+  for (int type : {ort::kFloat32, ort::kFloat16, ort::kBfloat16})
+    ops.push_back(std::make_unique<Op<Kernel>>(api, type));
 }
 
 }  // namespace sparsegate

@@ -19,10 +19,12 @@ void RowSums::lay(Cut& cut) {
   rows = cut.take<int32_t>(n);
   counts = cut.take<int32_t>(blocks);
   if (format != RowFormat::kInt8) z = cut.take<float>(blocks * pass * block);
-  if (format == RowFormat::kFloat && shared) entries = cut.take<uint16_t>(blocks * pass * block), own_counts = cut.take<int32_t>(blocks * pass);
+  if (format == RowFormat::kFloat && shared)
+    entries = cut.take<uint16_t>(blocks * pass * block), own_counts = cut.take<int32_t>(blocks * pass);
   if (format == RowFormat::kFloat) return;
   segments = cut.take<int32_t>(blocks);
-  quads = {cut.take<int32_t>(blocks * quad_rows(block)), cut.take<int32_t>(segment_stride()), cut.take<int32_t>(segment_stride())};
+  quads = {cut.take<int32_t>(blocks * quad_rows(block)), cut.take<int32_t>(segment_stride()),
+           cut.take<int32_t>(segment_stride())};
   if (format == RowFormat::kInt4) return;
   q = cut.take<int32_t>(pass * blocks * quad_rows(block) / 4);
   step = cut.take<float>(pass * segment_stride());
@@ -50,13 +52,15 @@ bool RowSums::take_own(int64_t index, const float* factors, int64_t count, int64
   return true;
 }
 
-void RowSums::take(int64_t index, const int32_t* own, const int32_t* places, const float* factors, int64_t count, int64_t tokens) {
+void RowSums::take(int64_t index, const int32_t* own, const int32_t* places, const float* factors, int64_t count,
+                   int64_t tokens) {
   const int64_t first = index * block;
   counts[index] = static_cast<int32_t>(count);
   std::memcpy(rows + first, places, static_cast<size_t>(count) * sizeof(int32_t));
   if (own_counts && take_own(index, factors, count, tokens)) return;
   if (z)
-    for (int64_t t = 0; t < tokens; ++t) std::memcpy(z + (index * pass + t) * block, factors + t * count, static_cast<size_t>(count) * sizeof(float));
+    for (int64_t t = 0; t < tokens; ++t)
+      std::memcpy(z + (index * pass + t) * block, factors + t * count, static_cast<size_t>(count) * sizeof(float));
   if (format == RowFormat::kFloat) return;
   const int64_t s = index * quad_segments(block), at = index * quad_rows(block);
   const Quads found = make_quads(own, places, count, {quads.rows + at, quads.segments + s, quads.filled + s});
@@ -64,15 +68,18 @@ void RowSums::take(int64_t index, const int32_t* own, const int32_t* places, con
   if (format == RowFormat::kInt4) return;  // their factors depend on the columns
   const int64_t q_stride = blocks * quad_rows(block) / 4, s_stride = segment_stride();
   for (int64_t t = 0; t < tokens; ++t)
-    integers->factors(false, found, factors + t * count, nullptr, d, 0, 1, q + t * q_stride + at / 4, step + t * s_stride + s, offset + t * s_stride + s);
+    integers->factors(false, found, factors + t * count, nullptr, d, 0, 1, q + t * q_stride + at / 4,
+                      step + t * s_stride + s, offset + t * s_stride + s);
 }
 
 bool RowSums::sum(int64_t first, int64_t width, int64_t tokens, const float* bias, float* y, int64_t y_stride) const {
   for (int64_t t = 0; t < tokens; ++t) start(y + t * y_stride, bias, first, width);
-  return format == RowFormat::kFloat ? sum_float(first, width, tokens, bias, y, y_stride) : sum_integer(first, width, tokens, y, y_stride);
+  return format == RowFormat::kFloat ? sum_float(first, width, tokens, bias, y, y_stride)
+                                     : sum_integer(first, width, tokens, y, y_stride);
 }
 
-bool RowSums::sum_float(int64_t first, int64_t width, int64_t tokens, const float* bias, float* y, int64_t y_stride) const {
+bool RowSums::sum_float(int64_t first, int64_t width, int64_t tokens, const float* bias, float* y,
+                        int64_t y_stride) const {
   float *panel = nullptr, *scale = nullptr, *sums = nullptr;
   int32_t* list = nullptr;
   const auto lay = [&](char* base) {
@@ -92,7 +99,8 @@ bool RowSums::sum_float(int64_t first, int64_t width, int64_t tokens, const floa
       int64_t count = 0;
       if (is_own(b)) {
         const uint16_t* entry = entries + (b * pass + t) * block;
-        for (count = 0; count < own_counts[b * pass + t]; ++count) list[count] = rows[b * block + entry[count]], scale[count] = factors[count];
+        for (count = 0; count < own_counts[b * pass + t]; ++count)
+          list[count] = rows[b * block + entry[count]], scale[count] = factors[count];
       } else {
         count = own_rows(rows + b * block, factors, counts[b], list, scale);
       }
@@ -111,13 +119,16 @@ bool RowSums::sum_float(int64_t first, int64_t width, int64_t tokens, const floa
     const int32_t* then = b + 1 < blocks ? rows + (b + 1) * block : nullptr;
     const int64_t then_count = then ? counts[b + 1] : 0;
     if (is_own(b))
-      kernels->multiply_kept(type, weights, rows + b * block, counts[b], then, then_count, d, first, width, own_rows_of(b), tokens, y, y_stride, panel);
+      kernels->multiply_kept(type, weights, rows + b * block, counts[b], then, then_count, d, first, width,
+                             own_rows_of(b), tokens, y, y_stride, panel);
     else
-      kernels->multiply(type, weights, rows + b * block, counts[b], then, then_count, d, first, width, z + b * pass * block, block, tokens, y, y_stride, panel);
+      kernels->multiply(type, weights, rows + b * block, counts[b], then, then_count, d, first, width,
+                        z + b * pass * block, block, tokens, y, y_stride, panel);
   }
   for (int64_t t = 0; t < tokens; ++t) {
     if (finite(y + t * y_stride, width)) continue;
-    start(y + t * y_stride, bias, first, width);  // another token's row may hold NaN or infinity, and 0 times these is NaN
+    // another token's row may hold NaN or infinity, and 0 times these is NaN
+    start(y + t * y_stride, bias, first, width);
     alone(t);
   }
   return true;
@@ -125,13 +136,16 @@ bool RowSums::sum_float(int64_t first, int64_t width, int64_t tokens, const floa
 
 bool RowSums::sum_integer(int64_t first, int64_t width, int64_t tokens, float* y, int64_t y_stride) const {
   const bool int4 = format == RowFormat::kInt4;
-  const int64_t columns = padded_columns(int4, width), groups = int4 ? columns / kGroup : 1, quads_most = quad_rows(block) / 4, segments_most = quad_segments(block);
+  const int64_t columns = padded_columns(int4, width), groups = int4 ? columns / kGroup : 1;
+  const int64_t quads_most = quad_rows(block) / 4, segments_most = quad_segments(block);
   float *folded = nullptr, *sums = nullptr, *own_step = nullptr;
   int32_t *own_q = nullptr, *own_offset = nullptr;
   char* panel = nullptr;
   const auto lay = [&](char* base) {
     Cut cut(base);
-    folded = cut.take<float>(tokens * columns), sums = cut.take<float>(tokens * columns), panel = cut.take<char>(sum_panel_bytes(quads_most));
+    folded = cut.take<float>(tokens * columns);
+    sums = cut.take<float>(tokens * columns);
+    panel = cut.take<char>(sum_panel_bytes(quads_most));
     own_q = cut.take<int32_t>(int4 ? tokens * quads_most * groups : 0);
     own_offset = cut.take<int32_t>(int4 ? tokens * segments_most * groups : 0);
     own_step = cut.take<float>(int4 ? tokens * segments_most * groups : 0);
@@ -152,11 +166,13 @@ bool RowSums::sum_integer(int64_t first, int64_t width, int64_t tokens, float* y
       mine = own_q, offsets = own_offset, steps = own_step;
       q_stride = quads_most * groups, s_stride = segments_most * groups;
       for (int64_t t = 0; t < tokens; ++t)
-        integers->factors(true, found, z + (b * pass + t) * block, static_cast<const uint16_t*>(scales), d, first / kGroup, groups, own_q + t * q_stride,
-                          own_step + t * s_stride, own_offset + t * s_stride);
+        integers->factors(true, found, z + (b * pass + t) * block, static_cast<const uint16_t*>(scales), d,
+                          first / kGroup, groups, own_q + t * q_stride, own_step + t * s_stride,
+                          own_offset + t * s_stride);
     }
     std::memset(sums, 0, static_cast<size_t>(tokens * columns) * sizeof(float));
-    integers->sum(int4, weights, d, found, first, width, mine, q_stride, steps, offsets, s_stride, tokens, sums, columns, shared ? panel : nullptr);
+    integers->sum(int4, weights, d, found, first, width, mine, q_stride, steps, offsets, s_stride, tokens, sums,
+                  columns, shared ? panel : nullptr);
     add(folded, sums, tokens * columns);
   }
   for (int64_t t = 0; t < tokens; ++t) integers->unfold(int4, folded + t * columns, width, y + t * y_stride);

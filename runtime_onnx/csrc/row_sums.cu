@@ -1,12 +1,14 @@
 // Sums of kept rows for few tokens, and the end of both paths.
 //
-// down: a block per (token, 2048 columns, 128 rows). Its threads look at one row each and gather the kept ones in rising order in shared memory (a vote per
-// warp, no atomics); then warp w takes 256 columns, a lane eight of them, eight kept rows in flight (16 bytes a lane and row in 16 bits: 32 kB a block), each
-// a contiguous 4 kB piece of a row to the block. Sums stay in registers and are written once: 4 bytes a column for 128 rows, of which at a fifth kept 26 are
-// read, so 8 % of the traffic in 16 bits, and that in the second-level cache.
-// close: a block per (token, 32 columns): 8 warps add a rising eighth of the parts (and of the residual's rows) each, coalesced over the columns, and the
-// eighths meet in shared memory.
-// Both are bound by memory; expected share of the copy bandwidth in down, not measured: 80 % from 2 blocks a multiprocessor on.
+// down: a block per (token, 2048 columns, 128 rows). Its threads look at one row each and gather the kept ones in
+// rising order in shared memory (a vote per warp, no atomics); then warp w takes 256 columns, a lane eight of them,
+// eight kept rows in flight (16 bytes a lane and row in 16 bits: 32 kB a block), each a contiguous 4 kB piece of a row
+// to the block. Sums stay in registers and are written once: 4 bytes a column for 128 rows, of which at a fifth kept 26
+// are read, so 8 % of the traffic in 16 bits, and that in the second-level cache.
+// close: a block per (token, 32 columns): 8 warps add a rising eighth of the parts (and of the residual's rows) each,
+// coalesced over the columns, and the eighths meet in shared memory.
+// Both are bound by memory; expected share of the copy bandwidth in down, not measured: 80 % from 2 blocks a
+// multiprocessor on.
 #include "row_sums.cuh"
 
 namespace sparsegate {
@@ -73,7 +75,8 @@ __global__ void __launch_bounds__(kThreads) finish(Partials partials, int64_t to
   float sum = 0.f;
   if (c < columns) {
 #pragma unroll 8
-    for (int64_t k = warp * parts; k < min((warp + 1) * parts, partials.parts); ++k) sum += partials.sums[(k * tokens + t) * columns + c];
+    for (int64_t k = warp * parts; k < min((warp + 1) * parts, partials.parts); ++k)
+      sum += partials.sums[(k * tokens + t) * columns + c];
 #pragma unroll 8
     for (int64_t k = warp * ranks; k < min((warp + 1) * ranks, r); ++k)
       sum = fmaf(end.hidden[t * r + k], load(end.residual.data, end.residual.type, k * columns + c), sum);
@@ -93,7 +96,8 @@ int64_t few_row_parts(int64_t rows) { return blocks(rows, kChunk); }
 void add_few_rows(const KeptRows& rows, const Matrix& w, Partials& partials, cudaStream_t stream) {
   partials.parts = few_row_parts(w.rows);
   with_type(w.type, [&](auto type) {
-    launch(down<decltype(type)>, grid(rows.v.rows, blocks(w.columns, kColumns), partials.parts), kThreads, stream, rows, w, partials.sums);
+    launch(down<decltype(type)>, grid(rows.v.rows, blocks(w.columns, kColumns), partials.parts), kThreads, stream, rows,
+           w, partials.sums);
   });
 }
 

@@ -1,10 +1,12 @@
-// Sums of kept rows for many tokens: a product of tiles v [tokens, rows] w [rows, columns] in which rows that a token does not keep are 0.
+// Sums of kept rows for many tokens: a product of tiles v [tokens, rows] w [rows, columns] in which rows that a token
+// does not keep are 0.
 //
-// A block per (128 tokens, 128 columns, part of the rows). Four parts, whatever the number of tokens, so that up to 128 tokens still fill the machine: 128
-// blocks at 4096 columns; their sums are written once, 16 bytes a token and column, and added by `close`. At 512 tokens that is 33 MB beside 117 MB of w in
-// 16 bits at 14336 rows. A step of 32 rows that no token of the tile keeps is left out: it would add zeros. (So a NaN or infinity in a row of w reaches every
-// token of a tile that keeps the row: weights must be finite, as in any dense product.) int4 rows times their scales do not fit into 16 bits: they are
-// multiplied as the sum of two numbers, at twice the operations (tiles.cuh).
+// A block per (128 tokens, 128 columns, part of the rows). Four parts, whatever the number of tokens, so that up to 128
+// tokens still fill the machine: 128 blocks at 4096 columns; their sums are written once, 16 bytes a token and column,
+// and added by `close`. At 512 tokens that is 33 MB beside 117 MB of w in 16 bits at 14336 rows. A step of 32 rows that
+// no token of the tile keeps is left out: it would add zeros. (So a NaN or infinity in a row of w reaches every token
+// of a tile that keeps the row: weights must be finite, as in any dense product.) int4 rows times their scales do not
+// fit into 16 bits: they are multiplied as the sum of two numbers, at twice the operations (tiles.cuh).
 #include "row_sums.cuh"
 #include "tiles.cuh"
 

@@ -1,7 +1,9 @@
-// SparseLinear on the CPU: y = (x where |x_j| > tau_j) W + b, W [d_in, d_out] input-major, so an active channel is one contiguous row.
+// SparseLinear on the CPU: y = (x where |x_j| > tau_j) W + b, W [d_in, d_out] input-major, so an active channel is one
+// contiguous row.
 //
-// The channels are cut into blocks: one task each lists the channels that any token keeps, and every token's factors. Then the d_out columns are cut into strips,
-// one task each: no two tasks write one column, so nothing is summed across threads. See row_sums.h for the order of the sums.
+// The channels are cut into blocks: one task each lists the channels that any token keeps, and every token's factors.
+// Then the d_out columns are cut into strips, one task each: no two tasks write one column, so nothing is summed across
+// threads. See row_sums.h for the order of the sums.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -15,8 +17,9 @@ namespace sparsegate {
 namespace sparse_linear {
 namespace {
 
-constexpr int64_t kBlock = 512;              // channels
-constexpr int64_t kFewTokens = 4;            // up to here rows are read where they lie; above, they are copied together for all tokens
+constexpr int64_t kBlock = 512;  // channels
+// up to here rows are read where they lie; above, they are copied together for all tokens
+constexpr int64_t kFewTokens = 4;
 constexpr int64_t kManyTokens = 128;         // at a time
 constexpr int64_t kInlineBytes = 256 << 10;  // below this much work waking the other threads costs more than it gains
 constexpr int64_t kStrip = 512, kLongStrip = 2048;  // columns of a task with few tokens, least and most
@@ -25,13 +28,14 @@ struct Run {
   const Tensors* tensors;
   Shape shape;
   RowSums sums;
-  int64_t tokens = 0;        // of this pass
+  int64_t tokens = 0;  // of this pass
   int64_t strip = 0;
-  const float* x = nullptr;  // [tokens, d_in]
-  float* y = nullptr;        // [tokens, d_out]
+  const float* x = nullptr;         // [tokens, d_in]
+  float* y = nullptr;               // [tokens, d_out]
   std::atomic<bool> failed{false};  // out of memory in some task
 
-  const float* floats(Role role) const { return static_cast<const float*>((*tensors)[role].data); }  // nullptr where absent
+  // nullptr where absent
+  const float* floats(Role role) const { return static_cast<const float*>((*tensors)[role].data); }
 };
 
 // The channels of one block that any token keeps, and what their rows are multiplied by
@@ -66,7 +70,8 @@ void select_task(void* user, size_t task) {
 // One strip of columns for all tokens of the pass
 void strip_task(void* user, size_t task) {
   Run& run = *static_cast<Run*>(user);
-  const int64_t d_out = run.shape.d_out, begin = static_cast<int64_t>(task) * run.strip, width = std::min(run.strip, d_out - begin);
+  const int64_t d_out = run.shape.d_out, begin = static_cast<int64_t>(task) * run.strip;
+  const int64_t width = std::min(run.strip, d_out - begin);
   if (!run.sums.sum(begin, width, run.tokens, run.floats(kB), run.y + begin, d_out)) run.failed.store(true);
 }
 
@@ -75,7 +80,9 @@ struct CpuKernel {
   static constexpr bool kSameShape = false;
   Node node;
 
-  ort::StatusPtr init(const ort::Api* api, const ort::KernelInfo* info, int x_type) { return node.init(api, info, x_type, true); }
+  ort::StatusPtr init(const ort::Api* api, const ort::KernelInfo* info, int x_type) {
+    return node.init(api, info, x_type, true);
+  }
 
   ort::StatusPtr compute(ort::KernelContext* context) const {
     const Variant& variant = node.variant;
@@ -92,8 +99,20 @@ struct CpuKernel {
     const int64_t pass = std::min(io.tokens, kManyTokens), blocks = (d_in + kBlock - 1) / kBlock;
     const bool few = pass <= kFewTokens, wide = variant.x != ort::kFloat32;
     const RowFormat format = static_cast<RowFormat>(variant.weights);
-    run.sums = {&kernels(isa()), &integer_rows(isa()), format, w.type, w.data, tensors[kSW].data, d_in, d_out, kBlock, blocks, pass, !few};
-    const int64_t sixteenth = (d_out / 16 + 127) / 128 * 128;  // more strips than threads, so that none waits long for another
+    run.sums = {&kernels(isa()),
+                &integer_rows(isa()),
+                format,
+                w.type,
+                w.data,
+                tensors[kSW].data,
+                d_in,
+                d_out,
+                kBlock,
+                blocks,
+                pass,
+                !few};
+    // more strips than threads, so that none waits long for another
+    const int64_t sixteenth = (d_out / 16 + 127) / 128 * 128;
     run.strip = few ? std::clamp(sixteenth, kStrip, pass == 1 ? kLongStrip : kStrip) : run.sums.strip();
     float *x = nullptr, *y = nullptr;
     const auto lay = [&](char* base) {
@@ -120,8 +139,10 @@ struct CpuKernel {
         run.y = static_cast<float*>(io.y) + t * d_out;
       }
       ORT_TRY(parallel(node.api, context, select_task, blocks, few || small, &run));
-      if (!run.failed.load()) ORT_TRY(parallel(node.api, context, strip_task, (d_out + run.strip - 1) / run.strip, small, &run));
-      if (run.failed.load()) return node.error(ort::kRuntimeException, "out of memory for " + std::to_string(pass) + " tokens");
+      if (!run.failed.load())
+        ORT_TRY(parallel(node.api, context, strip_task, (d_out + run.strip - 1) / run.strip, small, &run));
+      if (run.failed.load())
+        return node.error(ort::kRuntimeException, "out of memory for " + std::to_string(pass) + " tokens");
       if (wide) narrow(variant.x, y, run.tokens * d_out, static_cast<uint16_t*>(io.y) + t * d_out);
     }
     return nullptr;
@@ -131,7 +152,9 @@ struct CpuKernel {
 }  // namespace
 }  // namespace sparse_linear
 
-void sparse_linear_cpu_ops(const ort::Api* api, std::vector<std::unique_ptr<ort::CustomOp>>& ops) { append_ops<sparse_linear::CpuKernel>(api, ops); }
+void sparse_linear_cpu_ops(const ort::Api* api, std::vector<std::unique_ptr<ort::CustomOp>>& ops) {
+  append_ops<sparse_linear::CpuKernel>(api, ops);
+}
 
 bool sparse_linear_cpu_supports(const char* name) {
   sparse_linear::Variant variant;

@@ -1,7 +1,9 @@
-// SparseLinear on CUDA: the op as ONNX Runtime sees it. The kernels are in sparse_linear_kernels.cu, row_sums.cu and row_tiles.cu.
+// SparseLinear on CUDA: the op as ONNX Runtime sees it. The kernels are in sparse_linear_kernels.cu, row_sums.cu and
+// row_tiles.cu.
 //
-// Everything is queued on ORT's stream; the host never waits, nothing is copied back, no launch depends on data, and the only allocation is ORT's scratch
-// buffer: a CUDA graph can capture it. The kernels have been compiled for sm_80 to sm_90 and emulated on a CPU; they have not been run on a GPU yet.
+// Everything is queued on ORT's stream; the host never waits, nothing is copied back, no launch depends on data, and
+// the only allocation is ORT's scratch buffer: a CUDA graph can capture it. The kernels have been compiled for sm_80 to
+// sm_90 and emulated on a CPU; they have not been run on a GPU yet.
 #include "sparse_linear.cuh"
 
 namespace sparsegate {
@@ -13,7 +15,9 @@ struct CudaKernel {
   static constexpr bool kSameShape = false;
   Node node;
 
-  ort::StatusPtr init(const ort::Api* api, const ort::KernelInfo* info, int x_type) { return node.init(api, info, x_type, false); }
+  ort::StatusPtr init(const ort::Api* api, const ort::KernelInfo* info, int x_type) {
+    return node.init(api, info, x_type, false);
+  }
 
   ort::StatusPtr compute(ort::KernelContext* context) const {
     const ort::Api* api = node.api;
@@ -41,7 +45,9 @@ struct CudaKernel {
 }  // namespace
 }  // namespace sparse_linear
 
-void sparse_linear_cuda_ops(const ort::Api* api, std::vector<std::unique_ptr<ort::CustomOp>>& ops) { append_ops<sparse_linear::CudaKernel>(api, ops); }
+void sparse_linear_cuda_ops(const ort::Api* api, std::vector<std::unique_ptr<ort::CustomOp>>& ops) {
+  append_ops<sparse_linear::CudaKernel>(api, ops);
+}
 
 bool sparse_linear_cuda_supports(const char* name) {
   sparse_linear::Variant variant;

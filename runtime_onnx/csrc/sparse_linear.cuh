@@ -15,11 +15,13 @@ struct Call {
   const void* x = nullptr;
   void* y = nullptr;
 
-  const float* floats(Role role) const { return static_cast<const float*>(tensors[role].data); }  // nullptr where absent
+  // nullptr where absent
+  const float* floats(Role role) const { return static_cast<const float*>(tensors[role].data); }
   Matrix w() const { return matrix_of(tensors[kW], tensors[kSW]); }
 };
 
-// Queues the op on the stream and returns the bytes of scratch memory that it needs at `base` (aligned to 64); with base nullptr it only counts.
+// Queues the op on the stream and returns the bytes of scratch memory that it needs at `base` (aligned to 64); with
+// base nullptr it only counts.
 size_t run(const Call& call, char* base, cudaStream_t stream);
 
 }  // namespace sparsegate::sparse_linear

@@ -1,4 +1,5 @@
-// What every kernel of SparseLinear shares: the variant, its inputs by role, and the checks. The Python twin is ops/sparse_linear.py.
+// What every kernel of SparseLinear shares: the variant, its inputs by role, and the checks. The Python twin is
+// ops/sparse_linear.py.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,8 @@ struct Shape {
   int64_t d_in = 0, d_out = 0;
 };
 
-// Fill `out`, or return what is wrong (empty: nothing). Dtypes stay untouched in the first, which reads a node's attributes.
+// Fill `out`, or return what is wrong (empty: nothing). Dtypes stay untouched in the first, which reads a node's
+// attributes.
 std::string variant_of_attributes(const std::string& weights, const std::string& inputs, Variant& out);
 std::string variant_of_name(const std::string& name, Variant& out);
 

@@ -1,13 +1,16 @@
 // SparseLinear on CUDA: the second half of GatedMLP with x in the place of z.
 //
-// Up to four tokens, two launches: `down` of row_sums.cu, a block per (token, 2048 columns, 128 input channels), compares |x| with tau, gathers the kept
-// channels in rising order in shared memory and adds their rows, eight in flight; `close` adds the parts and the bias. Bytes: k d_out b + 6 d_in, and 4 d_in
-// d_out / 128 of partial sums (second-level cache). At d_in = d_out = 4096 in 16 bits with half of the channels kept 16.8 MB or 5.6 us at 3 TB/s: launches
-// and latency, about 2 us each, weigh as much; expected share of the copy bandwidth (not measured) 55 %. More tokens: `mask` writes x, 0 where a channel is
-// not kept, and `rows` of row_tiles.cu multiplies tiles (its header has the roofline); every row of w is read once for all tokens of a pass. int8 row scales
-// are multiplied into x before it is rounded to its own type.
+// Up to four tokens, two launches: `down` of row_sums.cu, a block per (token, 2048 columns, 128 input channels),
+// compares |x| with tau, gathers the kept channels in rising order in shared memory and adds their rows, eight in
+// flight; `close` adds the parts and the bias. Bytes: k d_out b + 6 d_in, and 4 d_in d_out / 128 of partial sums
+// (second-level cache). At d_in = d_out = 4096 in 16 bits with half of the channels kept 16.8 MB or 5.6 us at 3 TB/s:
+// launches and latency, about 2 us each, weigh as much; expected share of the copy bandwidth (not measured) 55 %. More
+// tokens: `mask` writes x, 0 where a channel is not kept, and `rows` of row_tiles.cu multiplies tiles (its header has
+// the roofline); every row of w is read once for all tokens of a pass. int8 row scales are multiplied into x before it
+// is rounded to its own type.
 //
-// A token's result does not depend on the other tokens of a call that takes the same path and repeats bit for bit; the two paths differ in rounding.
+// A token's result does not depend on the other tokens of a call that takes the same path and repeats bit for bit; the
+// two paths differ in rounding.
 #include "memory.h"
 #include "row_sums.cuh"
 #include "sparse_linear.cuh"
@@ -20,7 +23,8 @@ constexpr int64_t kFewTokens = 4;
 constexpr int64_t kPass = 512;  // tokens: bounds the scratch memory
 
 // v [tokens, pitch] of this type; grid (pitch / 256, tokens)
-__global__ void __launch_bounds__(kThreads) mask(Matrix x, Matrix w, const float* tau, int64_t pitch, int type, void* v) {
+__global__ void __launch_bounds__(kThreads)
+    mask(Matrix x, Matrix w, const float* tau, int64_t pitch, int type, void* v) {
   const int64_t j = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x, t = blockIdx.y;
   if (j >= pitch) return;
   const float value = j < x.columns ? load(x.data, x.type, t * x.columns + j) : 0.f;

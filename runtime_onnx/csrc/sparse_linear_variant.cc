@@ -21,7 +21,9 @@ std::string variant_of_attributes(const std::string& weights, const std::string&
   if (!problem.empty()) return problem;
   for (int role : {kW, kSW, kTau}) {
     const bool needed = role != kSW || out.weights != Weights::kFloat;
-    if (needed != out.present[role]) return std::string("inputs must ") + (needed ? "" : "not ") + "hold " + kRoles.list[role] + " with weights " + weights;
+    if (needed != out.present[role])
+      return std::string("inputs must ") + (needed ? "" : "not ") + "hold " + kRoles.list[role] + " with weights " +
+             weights;
   }
   return "";
 }
@@ -44,22 +46,28 @@ std::string check_tensors(const Variant& variant, const Tensors& tensors, Shape&
   const bool int4 = variant.weights == Weights::kInt4G32;
   if (w.data) {
     const char* const types[] = {"float32, float16 or bfloat16", "int8", "uint8"};
-    const bool right = variant.weights == Weights::kFloat ? is_float(w.type) : w.type == (int4 ? ort::kUint8 : ort::kInt8);
-    if (!right || w.rank != 2 || w.dims[0] < 1 || w.dims[1] < 1 || w.dims[0] > INT32_MAX / 2 || w.dims[1] > INT32_MAX / 2)
-      return std::string("input w must be ") + types[static_cast<int>(variant.weights)] + (int4 ? " [d_in, d_out / 2], got " : " [d_in, d_out], got ") + shape_text(w);
+    const bool right =
+        variant.weights == Weights::kFloat ? is_float(w.type) : w.type == (int4 ? ort::kUint8 : ort::kInt8);
+    if (!right || w.rank != 2 || w.dims[0] < 1 || w.dims[1] < 1 || w.dims[0] > INT32_MAX / 2 ||
+        w.dims[1] > INT32_MAX / 2)
+      return std::string("input w must be ") + types[static_cast<int>(variant.weights)] +
+             (int4 ? " [d_in, d_out / 2], got " : " [d_in, d_out], got ") + shape_text(w);
     shape.d_in = w.dims[0];
     shape.d_out = w.dims[1] * (int4 ? 2 : 1);
-    if (int4 && shape.d_out % kGroup) return "input w must have a multiple of 16 columns with weights int4_g32, got " + shape_text(w);
+    if (int4 && shape.d_out % kGroup)
+      return "input w must have a multiple of 16 columns with weights int4_g32, got " + shape_text(w);
   }
   for (int role : {kSW, kB, kTau}) {
     const Tensor& t = tensors[role];
     const int64_t size = role == kB ? shape.d_out : shape.d_in;  // 0: w is not constant, checked in every run
     const bool groups = int4 && role == kSW;
     const int64_t columns = shape.d_out / kGroup;
-    const bool fits = t.rank == (groups ? 2u : 1u) && (size == 0 || (t.dims[0] == size && (!groups || t.dims[1] == columns)));
+    const bool fits =
+        t.rank == (groups ? 2u : 1u) && (size == 0 || (t.dims[0] == size && (!groups || t.dims[1] == columns)));
     if (!t.data || (fits && t.type == (groups ? ort::kFloat16 : ort::kFloat32))) continue;
     const auto text = [](int64_t dim) { return dim ? std::to_string(dim) : "?"; };
-    return std::string("input ") + kRoles.list[role] + " must be " + (groups ? "float16 [" : "float32 [") + text(size) + (groups ? ", " + text(columns) : "") + "], got " + shape_text(t);
+    return std::string("input ") + kRoles.list[role] + " must be " + (groups ? "float16 [" : "float32 [") + text(size) +
+           (groups ? ", " + text(columns) : "") + "], got " + shape_text(t);
   }
   return "";
 }

@@ -44,7 +44,8 @@ inline vec power_of_two(const bytes& n) {
 inline vec exponential(const vec& x) {
   const bytes n = to_int(x * spread(1.44269504f));
   const vec whole = to_float(n);
-  vec r = fma(whole, spread(-0.693145752f), x);  // ln 2 in two pieces: the first has few bits, so that n times it is exact
+  // ln 2 in two pieces: the first has few bits, so that n times it is exact
+  vec r = fma(whole, spread(-0.693145752f), x);
   r = fma(whole, spread(-1.42860677e-6f), r);
   vec p = spread(1.f / 5040.f);
   p = fma(p, r, spread(1.f / 720.f));

@@ -1,4 +1,5 @@
-// v / (1 + e^-(linear v + cubic v^3)): SiLU with (1, 0); GELU's tanh form with (2 sqrt(2 / pi), 2 * 0.044715 sqrt(2 / pi)), because (1 + tanh u) / 2 = 1 / (1 + e^-2u).
+// v / (1 + e^-(linear v + cubic v^3)): SiLU with (1, 0);
+// GELU's tanh form with (2 sqrt(2 / pi), 2 * 0.044715 sqrt(2 / pi)), because (1 + tanh u) / 2 = 1 / (1 + e^-2u).
 #pragma once
 
 #include <cstdint>

@@ -1,26 +1,32 @@
-// Products of tiles, for many tokens: C [128 tokens, 128 columns] += A [128, k] B [k, 128] per block, for all products of prefill.
+// Products of tiles, for many tokens: C [128 tokens, 128 columns] += A [128, k] B [k, 128] per block, for all products
+// of prefill.
 //
-// product: tensor cores, 16-bit elements (mma.sync m16n8k16, sums in float32). 8 warps, 2 over the tokens and 4 over the columns: a warp holds 64 x 32 of C,
-// 64 sums a lane. Steps of 32 along k: while a step is multiplied out of shared memory, every thread holds its share of the next one in registers (2 x 16
-// bytes of A, as many stored eights of B), widens it to 16 bits and stores it into the other half of shared memory: one barrier a step, one path for weights
-// of every format. Rows of shared memory are padded by 16 bytes, so that the eight rows of a matrix load lie in different banks.
-// product_float: the same tile in float32 on the ordinary cores (8 x 8 sums a thread, steps of 16): for float32, for mixed types, and for the predictor,
-// whose scores must not be rounded to 16 bits before they meet tau.
+// product: tensor cores, 16-bit elements (mma.sync m16n8k16, sums in float32). 8 warps, 2 over the tokens and 4 over
+// the columns: a warp holds 64 x 32 of C, 64 sums a lane. Steps of 32 along k: while a step is multiplied out of shared
+// memory, every thread holds its share of the next one in registers (2 x 16 bytes of A, as many stored eights of B),
+// widens it to 16 bits and stores it into the other half of shared memory: one barrier a step, one path for weights of
+// every format. Rows of shared memory are padded by 16 bytes, so that the eight rows of a matrix load lie in different
+// banks. product_float: the same tile in float32 on the ordinary cores (8 x 8 sums a thread, steps of 16): for float32,
+// for mixed types, and for the predictor, whose scores must not be rounded to 16 bits before they meet tau.
 //
-// Bytes of a block and step: A 8 kB (from the second-level cache: the tokens' tiles are neighbours in the grid) and B 8, 4 or 2 kB in 16, 8 or 4 bits.
-// Roofline: one tile of tokens costs 128 x 2 operations a weight, more than memory gives in 16 bits above about 300 tokens a pass on an H100 (dense 990
-// TFLOP/s over 3.3 TB/s); below, the products are bound by the reading of B. mma.sync reaches at best some 60 % of what an H100's wgmma does; expected here,
-// not measured, is half of that, since registers and not the copy engine feed shared memory.
+// Bytes of a block and step: A 8 kB (from the second-level cache: the tokens' tiles are neighbours in the grid) and B
+// 8, 4 or 2 kB in 16, 8 or 4 bits. Roofline: one tile of tokens costs 128 x 2 operations a weight, more than memory
+// gives in 16 bits above about 300 tokens a pass on an H100 (dense 990 TFLOP/s over 3.3 TB/s); below, the products are
+// bound by the reading of B. mma.sync reaches at best some 60 % of what an H100's wgmma does; expected here, not
+// measured, is half of that, since registers and not the copy engine feed shared memory.
 //
 // An operation Op is passed by value:
-//   T, W            elements of A and B (float: product_float, B of any type); kRowsAreColumns: B's stored rows are columns of C, k runs along them
+//   T, W            elements of A and B (float: product_float, B of any type)
+//   kRowsAreColumns B's stored rows are columns of C, k runs along them
 //   a               Matrix of A [tokens, k]
-//   b(j, row)       the matrix and `row` of B that column j of the tile is (kRowsAreColumns), or b() whose rows are k and whose columns those of C
-//   begin, end, next(k)  the range of k; the first step at or after k that is not known to be zero
+//   b(j, row)       the matrix and `row` of B that column j of the tile is (kRowsAreColumns), or b() whose rows are k
+//                   and whose columns those of C
+//   begin, end      the range of k
+//   next(k)         the first step at or after k that is not known to be zero
 //   skip()          all threads: true if the tile needs no product; has then written what is needed
-//   finish(m, j, c0, c1)  takes C of token m at the tile's columns j and j + 8, where j % 16 < 8; leave(any) ends the block, with the or of what finish
-//             returned
-#pragma once
+//   finish(m, j, c0, c1)
+//                   takes C of token m at the tile's columns j and j + 8, where j % 16 < 8
+//   leave(any)      ends the block, with the or of what finish returned
 
 #include "matrix.cuh"
 
@@ -93,15 +99,17 @@ struct Share {
   }
 };
 
-// Shared memory of one step. int4 numbers stand there without their scales, which are not rounded to 16 bits either. Where rows are columns of C, a step is one
-// group, and the scales of the 128 columns are multiplied into the sums of the step. Where rows are k, a warp's 32 columns are one group: a pair of numbers is
-// scaled in registers and multiplied as the sum of two pairs, at twice the operations.
+// Shared memory of one step. int4 numbers stand there without their scales, which are not rounded to 16 bits either.
+// Where rows are columns of C, a step is one group, and the scales of the 128 columns are multiplied into the sums of
+// the step. Where rows are k, a warp's 32 columns are one group: a pair of numbers is scaled in registers and
+// multiplied as the sum of two pairs, at twice the operations.
 template <class Op>
 struct Tiles {
   using T = typename Op::T;
   static constexpr bool kInt4 = Share<Op>::kInt4, kGroups = kInt4 && Op::kRowsAreColumns;
   static_assert(kTile == 4 * kStep, "one array holds the scales of 128 columns, or of 4 groups of columns in 32 rows");
-  static constexpr int kWidth = (Op::kRowsAreColumns ? kStep : kTile) + kPad, kHeight = Op::kRowsAreColumns ? kTile : kStep;
+  static constexpr int kWidth = (Op::kRowsAreColumns ? kStep : kTile) + kPad,
+                       kHeight = Op::kRowsAreColumns ? kTile : kStep;
   alignas(16) T a[kTile][kStep + kPad];
   alignas(16) T b[kHeight][kWidth];
   float scale[kInt4 ? kTile : 1];
@@ -137,19 +145,22 @@ __device__ inline void step(const Tiles<Op>& tiles, float (&sum)[4][4][4]) {
         if constexpr (Tiles<Op>::kInt4) {
 #pragma unroll
           for (int e = 0; e < 4; ++e)
-            scale_pair(b[j][e], rest[j][e], &tiles.scale[warp % 4 * kStep + k + e % 2 * 8 + lane % 4 * 2], typename Op::T{});
+            scale_pair(b[j][e], rest[j][e], &tiles.scale[warp % 4 * kStep + k + e % 2 * 8 + lane % 4 * 2],
+                       typename Op::T{});
         }
       }
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) multiply(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], typename Op::T{});
+      for (int j = 0; j < 4; ++j)
+        multiply(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], typename Op::T{});
     if constexpr (Tiles<Op>::kInt4 && !Op::kRowsAreColumns) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) multiply(sum[i][j], a[i], rest[j / 2][j % 2 * 2], rest[j / 2][j % 2 * 2 + 1], typename Op::T{});
+        for (int j = 0; j < 4; ++j)
+          multiply(sum[i][j], a[i], rest[j / 2][j % 2 * 2], rest[j / 2][j % 2 * 2 + 1], typename Op::T{});
     }
   }
 }
@@ -190,7 +201,8 @@ __global__ void __launch_bounds__(kThreads, Tiles<Op>::kInt4 ? 1 : 2) product(co
     __syncthreads();
     k = next;
   }
-  // By way of shared memory, one half of the sums after the other, so that finish is compiled in a loop and not 32 times.
+  // By way of shared memory, one half of the sums after the other, so that finish is compiled in a loop and not 32
+  // times.
   static_assert(sizeof tiles >= 32 * kThreads * sizeof(float), "half of the sums must fit");
   float* mine = reinterpret_cast<float*>(tiles) + threadIdx.x;
   bool any = false;
@@ -207,14 +219,16 @@ __global__ void __launch_bounds__(kThreads, Tiles<Op>::kInt4 ? 1 : 2) product(co
   op.leave(__syncthreads_or(any));
 }
 
-// A thread holds rows y, y + 16, ... and the columns x, x + 8 of every other sixteen of the tile, so that columns j and j + 8 meet in one thread.
+// A thread holds rows y, y + 16, ... and the columns x, x + 8 of every other sixteen of the tile, so that columns j and
+// j + 8 meet in one thread.
 template <class Op>
 __global__ void __launch_bounds__(kThreads) product_float(const __grid_constant__ Op op) {
   __shared__ float tiles[2][2][kFloatStep][kTile + 4];
   auto &a = tiles[0], &b = tiles[1];
   if (op.skip()) return;
   const int y = threadIdx.x / 16, x = threadIdx.x % 16 / 8 * 16 + threadIdx.x % 8;
-  const int line = threadIdx.x / 2, along = threadIdx.x % 2 * 8;      // this thread's eight of A, and of B where its rows are columns
+  // this thread's eight of A, and of B where its rows are columns
+  const int line = threadIdx.x / 2, along = threadIdx.x % 2 * 8;
   const int across = threadIdx.x / 16, column = threadIdx.x % 16 * 8;  // of B where its rows are k
   float sum[8][8] = {}, next_a[8], next_b[8];
   const auto fetch = [&](int64_t k) {

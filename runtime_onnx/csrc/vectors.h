@@ -1,8 +1,9 @@
-// Vectors of 16 float lanes in every build (1, 2 or 4 registers), so that all builds add in the same order; avx512 and avx2 agree bit for bit.
+// Vectors of 16 float lanes in every build (1, 2 or 4 registers), so that all builds add in the same order; avx512 and
+// avx2 agree bit for bit.
 //
-// Included by the files that are compiled once per instruction set, with -DSPARSEGATE_ISA=avx512vnni | avx512 | avx2 | portable and that set's
-// flags. Everything here has internal linkage and no standard template is used: the linker must never pick, for code that runs on every CPU,
-// a copy of an inline function that was compiled for AVX-512.
+// Included by the files that are compiled once per instruction set, with -DSPARSEGATE_ISA=avx512vnni | avx512 | avx2 |
+// portable and that set's flags. Everything here has internal linkage and no standard template is used: the linker must
+// never pick, for code that runs on every CPU, a copy of an inline function that was compiled for AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -48,9 +49,15 @@ constexpr int REGISTERS = 32;
 constexpr int REGISTERS = 16;
 #endif
 
-struct half { uint16_t bits; };
-struct bfloat { uint16_t bits; };
-struct vec { reg part[PARTS]; };
+struct half {
+  uint16_t bits;
+};
+struct bfloat {
+  uint16_t bits;
+};
+struct vec {
+  reg part[PARTS];
+};
 
 template <class T>
 inline T unaligned(const void* p) {
@@ -98,7 +105,8 @@ inline reg load_part(const half* p) {
 #else
   typedef uint32_t word __attribute__((vector_size(16)));
   const word h = {p[0].bits, p[1].bits, p[2].bits, p[3].bits};
-  // exponent and mantissa moved up by 13 bits are the value times 2^-112, subnormals included; exponent 31 is inf or NaN
+  // exponent and mantissa moved up by 13 bits are the value times 2^-112, subnormals included; exponent 31 is inf or
+  // NaN
   word bits = (word)((reg)((h & 0x7fffu) << 13) * 0x1p112f) | (h & 0x8000u) << 16;
   bits |= (word)((h & 0x7c00u) == 0x7c00u) & 0x7f800000u;
   return (reg)bits;
@@ -167,7 +175,8 @@ inline four fold(const vec& v) {
 inline four sums(const vec& first, const vec& second, const vec& third, const vec& fourth) {
 #if defined(__AVX512F__)
   const reg a = first.part[0], b = second.part[0], c = third.part[0], d = fourth.part[0];
-  const reg ab = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);  // 4 lanes each: a 0 + 2, a 1 + 3, b 0 + 2, b 1 + 3
+  // 4 lanes each: a 0 + 2, a 1 + 3, b 0 + 2, b 1 + 3
+  const reg ab = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
   const reg cd = _mm512_shuffle_f32x4(c, d, 0x44) + _mm512_shuffle_f32x4(c, d, 0xee);
   const reg folded = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
   const reg pairs = folded + _mm512_permute_ps(folded, 0xb1);
@@ -180,7 +189,8 @@ inline four sums(const vec& first, const vec& second, const vec& third, const ve
 #elif defined(__aarch64__)
   return vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d));
 #else
-  return four{(a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3]), (c[0] + c[1]) + (c[2] + c[3]), (d[0] + d[1]) + (d[2] + d[3])};
+  return four{(a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3]), (c[0] + c[1]) + (c[2] + c[3]),
+              (d[0] + d[1]) + (d[2] + d[3])};
 #endif
 #endif
 }

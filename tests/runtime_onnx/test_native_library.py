@@ -152,7 +152,7 @@ def test_library_and_python_spell_parameters_alike() -> None:
 def test_cuda_kernels_are_built_on_request_alone() -> None:
     text = (ROOT / "runtime_onnx/csrc/CMakeLists.txt").read_text()
     assert re.search(r"option\(SPARSEGATE_CUDA .* OFF\)", text)
-    listed = re.search(r"target_sources\(sparsegate_onnx PRIVATE (.*\.cu)\)", text)
+    listed = re.search(r"target_sources\(sparsegate_onnx PRIVATE\s([^)]*\.cu)\)", text)
     assert listed and sorted(listed[1].split()) == sorted(
         path.name for path in (ROOT / "runtime_onnx/csrc").glob("*.cu")
     )

@@ -1,7 +1,9 @@
-// Runs cases of the op harness on the library's CPU kernels without ONNX Runtime: driver CASES [--isa NAME] [--runs N] [--plant short|race|overflow]
+// Runs cases of the op harness on the library's CPU kernels without ONNX Runtime: driver CASES [--isa NAME] [--runs N]
+// [--plant short|race|overflow]
 //
-// A case is run once by itself and compared with what is expected (NMSE), then by several threads at once on one kernel with shared workers, in which every y must be
-// the first one's bits. `--plant` puts one mistake in, which a sanitizer must find: the last row of w is missing from memory, two runs write one y, an int overflows.
+// A case is run once by itself and compared with what is expected (NMSE), then by several threads at once on one kernel
+// with shared workers, in which every y must be the first one's bits. `--plant` puts one mistake in, which a sanitizer
+// must find: the last row of w is missing from memory, two runs write one y, an int overflows.
 //
 // CASES is what native.py writes: per case a line of text for every field, then the bytes of each tensor.
 #include <cmath>
@@ -48,7 +50,8 @@ std::unique_ptr<ort::Value> tensor(std::ifstream& file, size_t missing) {
   for (int64_t dim; head >> dim;) value->info.dims.push_back(dim), bytes *= static_cast<size_t>(dim);
   std::vector<char> read(bytes);
   file.read(read.data(), static_cast<std::streamsize>(bytes));
-  value->storage.assign(read.begin(), read.end() - static_cast<std::ptrdiff_t>(missing ? bytes / static_cast<size_t>(value->info.dims[0]) : 0));
+  value->storage.assign(read.begin(), read.end() - static_cast<std::ptrdiff_t>(
+                                                       missing ? bytes / static_cast<size_t>(value->info.dims[0]) : 0));
   value->storage.shrink_to_fit();
   value->data = value->storage.data();
   return value;
@@ -67,7 +70,8 @@ bool read(std::ifstream& file, bool shorten, Case& out) {
     out.inputs.push_back(tensor(file, shorten && (role == "w" || role == "w_up")));
   }
   out.expected.resize(std::stoul(line(file)));
-  file.read(reinterpret_cast<char*>(out.expected.data()), static_cast<std::streamsize>(out.expected.size() * sizeof(double)));
+  file.read(reinterpret_cast<char*>(out.expected.data()),
+            static_cast<std::streamsize>(out.expected.size() * sizeof(double)));
   return line(file).empty();
 }
 
@@ -119,7 +123,8 @@ struct Kernel {
 
 double nmse(const Case& mine, const std::vector<char>& y) {
   const int type = mine.inputs[0]->info.type;
-  if (y.size() != mine.expected.size() * ort::element_bytes(type)) fail(mine.name + ": y has another size than expected");
+  if (y.size() != mine.expected.size() * ort::element_bytes(type))
+    fail(mine.name + ": y has another size than expected");
   double difference = 0, energy = 1e-300;
   for (size_t i = 0; i < mine.expected.size(); ++i) {
     const double error = number(type, y.data() + i * ort::element_bytes(type)) - mine.expected[i];
@@ -130,7 +135,8 @@ double nmse(const Case& mine, const std::vector<char>& y) {
 }
 
 // Every thread runs all kernels, from another one on
-int concurrent(const std::vector<std::unique_ptr<Kernel>>& kernels, const std::vector<std::vector<char>>& first, int runs, bool race) {
+int concurrent(const std::vector<std::unique_ptr<Kernel>>& kernels, const std::vector<std::vector<char>>& first,
+               int runs, bool race) {
   std::atomic<int> wrong{0};
   std::vector<char> shared(first[0].size());
   const auto work = [&](size_t start) {
@@ -168,7 +174,8 @@ int main(int count, char** argument) {
 
   std::ifstream file(argument[1], std::ios::binary);
   std::vector<std::unique_ptr<Case>> cases;
-  for (auto next = std::make_unique<Case>(); read(file, plant == "short", *next); next = std::make_unique<Case>()) cases.push_back(std::move(next));
+  for (auto next = std::make_unique<Case>(); read(file, plant == "short", *next); next = std::make_unique<Case>())
+    cases.push_back(std::move(next));
   if (cases.empty()) fail("there are no cases");
 
   ort::Threads threads(3);
@@ -188,6 +195,7 @@ int main(int count, char** argument) {
     volatile int largest = 2147483647;
     largest = largest + count;
   }
-  std::cout << sparsegate_isa() << ": " << cases.size() << " cases, " << bad << " above their bound, " << wrong << " concurrent runs with other bits\n";
+  std::cout << sparsegate_isa() << ": " << cases.size() << " cases, " << bad << " above their bound, " << wrong
+            << " concurrent runs with other bits\n";
   return bad || wrong ? 1 : 0;
 }

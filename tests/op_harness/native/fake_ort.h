@@ -1,6 +1,8 @@
-// As much of ONNX Runtime as a CPU kernel of the library asks for: the slots of ort_abi.h, tensors, attributes, and a ParallelFor over threads that all runs share.
+// As much of ONNX Runtime as a CPU kernel of the library asks for: the slots of ort_abi.h, tensors, attributes, and a
+// ParallelFor over threads that all runs share.
 //
-// It stands in for ORT where ORT itself cannot come along: under a thread sanitizer (ORT's own threads are not instrumented) and on an emulated processor.
+// It stands in for ORT where ORT itself cannot come along: under a thread sanitizer (ORT's own threads are not
+// instrumented) and on an emulated processor.
 #pragma once
 
 #include <atomic>
@@ -132,15 +134,21 @@ inline StatusPtr CustomOpDomain_Add(Domain* domain, const CustomOp* op) noexcept
     domain->ops[op->GetName(op) + std::to_string(op->GetInputType(op, 0))] = op;
   return nullptr;
 }
-inline StatusPtr AddCustomOpDomain(SessionOptions* options, Domain* domain) noexcept { return options->domain = domain, nullptr; }
+inline StatusPtr AddCustomOpDomain(SessionOptions* options, Domain* domain) noexcept {
+  return options->domain = domain, nullptr;
+}
 inline StatusPtr GetTensorMutableData(Value* value, void** out) noexcept { return *out = value->data, nullptr; }
 inline StatusPtr GetTensorElementType(const TensorInfo* info, int* out) noexcept { return *out = info->type, nullptr; }
-inline StatusPtr GetDimensionsCount(const TensorInfo* info, size_t* out) noexcept { return *out = info->dims.size(), nullptr; }
+inline StatusPtr GetDimensionsCount(const TensorInfo* info, size_t* out) noexcept {
+  return *out = info->dims.size(), nullptr;
+}
 inline StatusPtr GetDimensions(const TensorInfo* info, int64_t* dims, size_t count) noexcept {
   for (size_t i = 0; i < count; ++i) dims[i] = info->dims[i];
   return nullptr;
 }
-inline StatusPtr GetTensorTypeAndShape(const Value* value, TensorInfo** out) noexcept { return *out = new TensorInfo(value->info), nullptr; }
+inline StatusPtr GetTensorTypeAndShape(const Value* value, TensorInfo** out) noexcept {
+  return *out = new TensorInfo(value->info), nullptr;
+}
 inline void ReleaseTensorTypeAndShapeInfo(TensorInfo* info) noexcept { delete info; }
 inline StatusPtr text(const std::string& value, char* out, size_t* size) noexcept {
   const size_t room = *size;
@@ -150,20 +158,31 @@ inline StatusPtr text(const std::string& value, char* out, size_t* size) noexcep
   std::memcpy(out, value.c_str(), *size);
   return nullptr;
 }
-inline StatusPtr KernelInfoGetAttribute_string(const KernelInfo* info, const char* name, char* out, size_t* size) noexcept {
+inline StatusPtr KernelInfoGetAttribute_string(const KernelInfo* info, const char* name, char* out,
+                                               size_t* size) noexcept {
   const auto found = info->attributes.find(name);
   return found == info->attributes.end() ? CreateStatus(kFail, "no such attribute") : text(found->second, out, size);
 }
-inline StatusPtr KernelInfo_GetInputCount(const KernelInfo* info, size_t* out) noexcept { return *out = info->inputs.size(), nullptr; }
-inline StatusPtr KernelInfo_GetNodeName(const KernelInfo* info, char* out, size_t* size) noexcept { return text(info->name, out, size); }
-inline StatusPtr KernelInfoGetConstantInput_tensor(const KernelInfo* info, size_t index, int* constant, const Value** out) noexcept {
+inline StatusPtr KernelInfo_GetInputCount(const KernelInfo* info, size_t* out) noexcept {
+  return *out = info->inputs.size(), nullptr;
+}
+inline StatusPtr KernelInfo_GetNodeName(const KernelInfo* info, char* out, size_t* size) noexcept {
+  return text(info->name, out, size);
+}
+inline StatusPtr KernelInfoGetConstantInput_tensor(const KernelInfo* info, size_t index, int* constant,
+                                                   const Value** out) noexcept {
   *out = info->inputs[index];
   *constant = *out != nullptr;
   return nullptr;
 }
-inline StatusPtr KernelContext_GetInputCount(const KernelContext* context, size_t* out) noexcept { return *out = context->inputs.size(), nullptr; }
-inline StatusPtr KernelContext_GetInput(const KernelContext* context, size_t index, const Value** out) noexcept { return *out = context->inputs[index], nullptr; }
-inline StatusPtr KernelContext_GetOutput(KernelContext* context, size_t, const int64_t* dims, size_t rank, Value** out) noexcept {
+inline StatusPtr KernelContext_GetInputCount(const KernelContext* context, size_t* out) noexcept {
+  return *out = context->inputs.size(), nullptr;
+}
+inline StatusPtr KernelContext_GetInput(const KernelContext* context, size_t index, const Value** out) noexcept {
+  return *out = context->inputs[index], nullptr;
+}
+inline StatusPtr KernelContext_GetOutput(KernelContext* context, size_t, const int64_t* dims, size_t rank,
+                                         Value** out) noexcept {
   Value& y = context->output;
   y.info.dims.assign(dims, dims + rank);
   size_t bytes = element_bytes(y.info.type);
@@ -172,7 +191,8 @@ inline StatusPtr KernelContext_GetOutput(KernelContext* context, size_t, const i
   *out = &y;
   return nullptr;
 }
-inline StatusPtr KernelContext_ParallelFor(const KernelContext* context, void (*task)(void*, size_t), size_t total, size_t, void* user) noexcept {
+inline StatusPtr KernelContext_ParallelFor(const KernelContext* context, void (*task)(void*, size_t), size_t total,
+                                           size_t, void* user) noexcept {
   return context->threads->run(task, total, user), nullptr;
 }
 

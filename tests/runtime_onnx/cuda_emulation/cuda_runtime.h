@@ -1,8 +1,10 @@
-// CUDA on the CPU, for tests: the part of the language and of the runtime that the kernels use, so that their source compiles as plain C++.
+// CUDA on the CPU, for tests: the part of the language and of the runtime that the kernels use, so that their source
+// compiles as plain C++.
 //
-// A block's threads are fibers of one thread that run one after the other, each until it meets a barrier or an exchange of its warp. Blocks run one after the
-// other. The order is rising or, with `emulated::reversed`, falling: a kernel whose result depends on it lacks a barrier. Threads that wait in different places
-// stop the launch with an error, as does a kernel that returns before a barrier. Time and memory traffic are not emulated.
+// A block's threads are fibers of one thread that run one after the other, each until it meets a barrier or an exchange
+// of its warp. Blocks run one after the other. The order is rising or, with `emulated::reversed`, falling: a kernel
+// whose result depends on it lacks a barrier. Threads that wait in different places stop the launch with an error, as
+// does a kernel that returns before a barrier. Time and memory traffic are not emulated.
 #pragma once
 
 #include <algorithm>
@@ -105,7 +107,8 @@ cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t);
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   emulated::run_grid(config->gridDim, config->blockDim, [&] { kernel(static_cast<Parameters>(arguments)...); });
   return cudaSuccess;
 }

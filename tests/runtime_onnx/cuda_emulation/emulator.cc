@@ -100,7 +100,7 @@ void run_block(unsigned count) {
 const char* exchange(Kind kind, const void* mine, size_t size) {
   Warp& warp = warps[threadIdx.x / 32];
   const unsigned turn = warp.generation;
-  char(&bytes)[32][64] = warp.bytes[turn % 2];
+  char (&bytes)[32][64] = warp.bytes[turn % 2];
   if (warp.arrived && warp.kind != kind) failure = "lanes of a warp meet in different exchanges";
   warp.kind = kind;
   if (size) std::memcpy(bytes[lane()], mine, size);
@@ -130,7 +130,8 @@ bool block_vote() { return votes[(generation - 1) % 2]; }
 void run_grid(dim3 blocks, dim3 block_threads, const std::function<void()>& body) {
   ++launches;
   const bool fits = blocks.x && blocks.y && blocks.z && blocks.y <= 65535 && blocks.z <= 65535;
-  if (!fits || !block_threads.x || block_threads.x % 32 || block_threads.x > 1024) failure = "a grid or a block that no GPU takes";
+  if (!fits || !block_threads.x || block_threads.x % 32 || block_threads.x > 1024)
+    failure = "a grid or a block that no GPU takes";
   gridDim = blocks;
   blockDim = block_threads;
   body_of_kernel = &body;

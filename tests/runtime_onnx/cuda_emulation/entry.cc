@@ -1,4 +1,5 @@
-// The CUDA kernels of both ops without ONNX Runtime, for tests: compiled with the emulation by g++, or with the same sources by nvcc.
+// The CUDA kernels of both ops without ONNX Runtime, for tests: compiled with the emulation by g++, or with the same
+// sources by nvcc.
 #include "gated_mlp.cuh"
 #include "sparse_linear.cuh"
 
@@ -36,8 +37,9 @@ const char* answer(const Call& call, void* scratch, int64_t* bytes, void* stream
 }
 
 template <class Call, class Read, class Check>
-const char* run_op(Read read, Check check, int roles, const char* variant, const void* const* data, const int* types, const int64_t* dims, const void* x,
-                   void* y, int64_t tokens, void* scratch, int64_t* bytes, void* stream) {
+const char* run_op(Read read, Check check, int roles, const char* variant, const void* const* data, const int* types,
+                   const int64_t* dims, const void* x, void* y, int64_t tokens, void* scratch, int64_t* bytes,
+                   void* stream) {
   Call call;
   const std::string unknown = read(variant, call.variant);
   if (!unknown.empty()) return tell(unknown);
@@ -52,12 +54,13 @@ const char* run_op(Read read, Check check, int roles, const char* variant, const
 
 }  // namespace
 
-#define ENTRY(op, roles)                                                                                                              \
-  extern "C" __attribute__((visibility("default"))) const char* run_##op(                                                             \
-      const char* variant, const void* const* data, const int* types, const int64_t* dims, const void* x, void* y, int64_t tokens,    \
-      void* scratch, int64_t* bytes, void* stream) {                                                                                  \
-    namespace op = sparsegate::op;                                                                                                    \
-    return run_op<op::Call>(op::variant_of_name, op::check_tensors, roles, variant, data, types, dims, x, y, tokens, scratch, bytes, stream); \
+#define ENTRY(op, roles)                                                                                             \
+  extern "C" __attribute__((visibility("default"))) const char* run_##op(                                            \
+      const char* variant, const void* const* data, const int* types, const int64_t* dims, const void* x, void* y,   \
+      int64_t tokens, void* scratch, int64_t* bytes, void* stream) {                                                 \
+    namespace op = sparsegate::op;                                                                                   \
+    return run_op<op::Call>(op::variant_of_name, op::check_tensors, roles, variant, data, types, dims, x, y, tokens, \
+                            scratch, bytes, stream);                                                                 \
   }
 ENTRY(gated_mlp, 15)  // returns what is wrong, or nullptr
 ENTRY(sparse_linear, 4)

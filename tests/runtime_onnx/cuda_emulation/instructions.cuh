@@ -1,4 +1,5 @@
-// The machine instructions of csrc/instructions.cuh by their definition; `exchange` gives every lane what the 32 lanes of its warp hold.
+// The machine instructions of csrc/instructions.cuh by their definition; `exchange` gives every lane what the 32 lanes
+// of its warp hold.
 #pragma once
 
 #include <cstdint>
@@ -12,14 +13,16 @@ namespace sparsegate {
 
 template <class Bits>
 void stream(const void* from, Bits& to) {
-  if (reinterpret_cast<uintptr_t>(from) % sizeof(Bits)) std::abort();  // the machine stops at an address that is not a multiple of the size
+  // the machine stops at an address that is not a multiple of the size
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Bits)) std::abort();
   std::memcpy(&to, from, sizeof to);
 }
 
 inline void load_matrices(const void* row, uint32_t (&to)[4]) {
   if (reinterpret_cast<uintptr_t>(row) % 16) std::abort();
   const char* all = emulated::exchange(emulated::kMatrix, row, 16);
-  for (int m = 0; m < 4; ++m) std::memcpy(&to[m], all + 64 * (8 * m + emulated::lane() / 4) + 4 * (emulated::lane() % 4), 4);
+  for (int m = 0; m < 4; ++m)
+    std::memcpy(&to[m], all + 64 * (8 * m + emulated::lane() / 4) + 4 * (emulated::lane() % 4), 4);
 }
 
 inline void load_transposed(const void* row, uint32_t (&to)[4]) {
@@ -27,7 +30,8 @@ inline void load_transposed(const void* row, uint32_t (&to)[4]) {
   const char* all = emulated::exchange(emulated::kMatrix, row, 16);
   for (int m = 0; m < 4; ++m) {
     uint16_t pair[2];
-    for (int e = 0; e < 2; ++e) std::memcpy(&pair[e], all + 64 * (8 * m + 2 * (emulated::lane() % 4) + e) + 2 * (emulated::lane() / 4), 2);
+    for (int e = 0; e < 2; ++e)
+      std::memcpy(&pair[e], all + 64 * (8 * m + 2 * (emulated::lane() % 4) + e) + 2 * (emulated::lane() / 4), 2);
     std::memcpy(&to[m], pair, 4);
   }
 }
@@ -49,7 +53,8 @@ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
     const int row = g + 8 * (e / 2), column = q + e % 2;
     float products = 0.f;
     for (int k = 0; k < 16; ++k)
-      products += element(4 * (row % 8) + k % 8 / 2, row / 8 + 2 * (k / 8), k % 2) * element(4 * column + k % 8 / 2, 4 + k / 8, k % 2);
+      products += element(4 * (row % 8) + k % 8 / 2, row / 8 + 2 * (k / 8), k % 2) *
+                  element(4 * column + k % 8 / 2, 4 + k / 8, k % 2);
     sum[e] += products;
   }
 }
