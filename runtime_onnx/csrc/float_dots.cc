@@ -5,22 +5,14 @@
 // time. TILE tokens x ROWS rows are summed in registers, one part of the lanes after the other where a vector takes
 // several registers: 7 loads for 12 fma (both parts of 2 rows would need 10, and loads decide). d is cut evenly to at
 // most DEPTH columns, so that x stays in the caches nearest; between two cuts the sums wait in memory.
-#include "row_kernels.h"
+#include "float_rows.h"
 
 #include <string.h>
 
-#include "ort_abi.h"
-#include "vectors.h"
+#include "dispatch.h"
 
 namespace sparsegate {
 namespace SPARSEGATE_ISA {
-
-void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
-          int64_t x_stride, int64_t tokens, float* out, int64_t stride, const void* then);
-void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
-               int64_t x_stride, int64_t tokens, const uint16_t* masks, float* out, int64_t stride,
-               const void* then);  // float_kept.cc
-
 namespace {
 
 constexpr int ROWS = 4;
@@ -89,12 +81,6 @@ void few_tokens(int type, const W* weights, const int32_t* rows, int64_t count, 
               x, x_stride, tokens, masks, out + first, stride, left <= PIECE ? then : nullptr);
   }
 }
-
-// Of a cut [begin, begin + length) of d, `left` < LANES columns of which are behind the last whole vector.
-struct Cut {
-  int64_t whole, left;
-  bool first, last;
-};
 
 // Part `part` of the sums of T tokens x ROWS rows over one cut, added to `acc`.
 template <class W, int T, int NEAR>
@@ -169,38 +155,21 @@ void add_tile(const W* const* row, const W* const* near, int visit, const float*
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
       for (int part = 0; part < PARTS; ++part) total[r].part[part] = PARTS == 1 ? acc[t][r] : sum[part][t][r];
-    const four y = sums(total[0], total[1], total[2], total[3]);
-    if (valid == ROWS)
-      memcpy(out + t * stride, &y, sizeof y);
-    else
-      memcpy(out + t * stride, &y, static_cast<size_t>(valid) * sizeof(float));
+    store_some(out + t * stride, sums(total[0], total[1], total[2], total[3]), valid);
   }
 }
 
 template <class W, int N>
 void tiles_of(const W* const* row, const W* const* near, int64_t tiles, int64_t tokens, const float* x,
               int64_t x_stride, const Cut& cut, reg (*sum)[PARTS][TILE][ROWS], int valid, float* out, int64_t stride) {
-  int64_t t = 0;
-  for (int64_t i = 0; i < tiles; ++i) {
-    const int64_t n = (tokens - t + tiles - i - 1) / (tiles - i);
-    switch (n) {
-#define SPARSEGATE_TILE(n)                                                                                       \
-  case n:                                                                                                        \
-    add_tile<W, (n <= TILE ? n : 1), N>(row, near, static_cast<int>(i) * PARTS, x + t * x_stride, x_stride, cut, \
-                                        sum[i], valid, out + t * stride, stride);                                \
-    break;
-      SPARSEGATE_TILE(1)
-      SPARSEGATE_TILE(2)
-      SPARSEGATE_TILE(3)
-      SPARSEGATE_TILE(4)
-      SPARSEGATE_TILE(5)
-      SPARSEGATE_TILE(6)
-#undef SPARSEGATE_TILE
-      default:
-        break;
-    }
-    t += n;
-  }
+  int visit = 0;
+  each_tile(tokens, tiles, [&](int64_t t, int64_t n) {
+    with_size<TILE>(n, [&](auto size) {
+      add_tile<W, size.value, N>(row, near, visit * PARTS, x + t * x_stride, x_stride, cut, sum[visit], valid,
+                                 out + t * stride, stride);
+    });
+    ++visit;
+  });
 }
 
 // The rows of a block, which lie in the second-level cache, times many tokens
@@ -209,16 +178,14 @@ void block_of(const W* weights, const int32_t* rows, int64_t size, int64_t d, co
               int64_t tokens, float* out, int64_t stride) {
   const auto row_of = [&](int64_t k) { return weights + (rows ? rows[k] : k) * d; };
   alignas(LINE) reg sum[TILES * (BLOCK / ROWS)][PARTS][TILE][ROWS];
-  const int64_t all_tiles = (tokens + TILE - 1) / TILE;
-  // even cuts: a short one costs as much
-  const int64_t cuts = (d + DEPTH - 1) / DEPTH, depth = (d + cuts * 2 * LANES - 1) / (cuts * 2 * LANES) * (2 * LANES);
+  const int64_t all_tiles = tile_count<int64_t>(tokens, TILE);
+  const int64_t depth = cut_depth(d, DEPTH);
   int64_t t0 = 0, tile0 = 0;
   for (int64_t groups = (all_tiles + TILES - 1) / TILES; groups > 0; --groups) {
     const int64_t tiles = (all_tiles - tile0 + groups - 1) / groups;
     const int64_t group = ((tokens - t0) * tiles + (all_tiles - tile0) - 1) / (all_tiles - tile0);
     for (int64_t begin = 0; begin < d; begin += depth) {
-      const int64_t length = d - begin < depth ? d - begin : depth;
-      const Cut cut{length / LANES * LANES, length % LANES, begin == 0, begin + depth >= d};
+      const Cut cut = cut_at(begin, depth, d);
       for (int64_t k = 0; k < size; k += ROWS) {
         const int valid = size - k < ROWS ? static_cast<int>(size - k) : ROWS;
         const bool ends = k + ROWS >= size;
@@ -265,18 +232,9 @@ void dots_of(int type, const W* weights, const int32_t* rows, int64_t count, int
 
 void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
           int64_t x_stride, int64_t tokens, float* out, int64_t stride, const void* then) {
-  switch (type) {
-#define SPARSEGATE_TYPE(id, W)                                                                           \
-  case id:                                                                                               \
-    return dots_of(id, static_cast<const W*>(weights), rows, count, d, x, x_stride, tokens, out, stride, \
-                   static_cast<const W*>(then));
-    SPARSEGATE_TYPE(ort::kFloat32, float)
-    SPARSEGATE_TYPE(ort::kFloat16, half)
-    SPARSEGATE_TYPE(ort::kBfloat16, bfloat)
-#undef SPARSEGATE_TYPE
-    default:
-      break;
-  }
+  with_type<false>(type, weights, [&](const auto* w) {
+    dots_of(type, w, rows, count, d, x, x_stride, tokens, out, stride, static_cast<decltype(w)>(then));
+  });
 }
 
 }  // namespace SPARSEGATE_ISA

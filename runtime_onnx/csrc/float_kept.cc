@@ -5,23 +5,15 @@
 // time: every sum has its 16 lanes in registers, and x is read straight into the multiplications. A load a
 // multiplication is the price of leaving the others out. The first group reads rows in their order, as memory likes it;
 // for the others rows go by falling numbers of tokens, so that the processor foresees which tile is next.
-#include "row_kernels.h"
+#include "float_rows.h"
 
 #include <string.h>
 
+#include "dispatch.h"
 #include "kept_order.h"
-#include "ort_abi.h"
-#include "vectors.h"
 
 namespace sparsegate {
 namespace SPARSEGATE_ISA {
-
-void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
-               int64_t x_stride, int64_t tokens, const uint16_t* masks, float* out, int64_t stride, const void* then);
-void multiply_kept(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then,
-                   int64_t then_count, int64_t d, int64_t first, int64_t width, const OwnRows& own, int64_t tokens,
-                   float* y, int64_t y_stride, float* scratch);
-
 namespace {
 
 constexpr int FITS = (REGISTERS - 4) / PARTS;
@@ -31,12 +23,6 @@ constexpr int64_t BLOCK_BYTES = 256 << 10;  // of a block of rows
 
 // rows that are fetched ahead, where no earlier pass has fetched them
 constexpr int64_t AHEAD = 8;
-
-// Of a cut of `whole` + `left` < LANES columns
-struct Cut {
-  int64_t whole, left;
-  bool first, last;
-};
 
 // One cut of one row for T tokens: `sum` holds what the cuts before gave. `far`, if any, is fetched.
 template <class W, int T, bool FETCH>
@@ -101,22 +87,7 @@ template <class W, bool FETCH>
 inline void add_cut_of(int n, const W* row, const W* far, const float* const* x, const Cut& cut, reg (*sum)[PARTS],
                        float* const* out) {
   alignas(16) float total[4];
-  switch (n) {
-#define SPARSEGATE_TILE(n) \
-  case n:                  \
-    return add_cut<W, (n <= TILE ? n : 1), FETCH>(row, far, x, cut, sum, total, out);
-    SPARSEGATE_TILE(1)
-    SPARSEGATE_TILE(2)
-    SPARSEGATE_TILE(3)
-    SPARSEGATE_TILE(4)
-    SPARSEGATE_TILE(5)
-    SPARSEGATE_TILE(6)
-    SPARSEGATE_TILE(7)
-    SPARSEGATE_TILE(8)
-#undef SPARSEGATE_TILE
-    default:
-      break;
-  }
+  with_size<TILE>(n, [&](auto size) { add_cut<W, size.value, FETCH>(row, far, x, cut, sum, total, out); });
 }
 
 template <class W>
@@ -127,7 +98,7 @@ void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, co
   block = block < 4 ? 4 : block > kOrderRows ? kOrderRows : block;
   const int64_t group = tokens < kMaskTokens ? tokens : kMaskTokens;
   const int64_t fits = NEAR_BYTES / (group * static_cast<int64_t>(sizeof(float)));
-  const int64_t cuts = (d + fits - 1) / fits, depth = (d + cuts * 2 * LANES - 1) / (cuts * 2 * LANES) * (2 * LANES);
+  const int64_t depth = cut_depth(d, fits);
   alignas(LINE) reg sum[kOrderRows][kMaskTokens][PARTS];
   Order order;
   for (int64_t first = 0; first < count; first += block) {
@@ -138,8 +109,7 @@ void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, co
       const bool streams = t0 == 0;
       sort(masks + t0 / kMaskTokens * count + first, size, streams, order);
       for (int64_t begin = 0; begin < d; begin += depth) {
-        const int64_t length = d - begin < depth ? d - begin : depth;
-        const Cut cut{length / LANES * LANES, length % LANES, begin == 0, begin + depth >= d};
+        const Cut cut = cut_at(begin, depth, d);
         for (int i = 0; i < order.count; ++i) {
           const int64_t k = first + order.rows[i];
           const W *row = row_of(weights, k) + begin, *far = nullptr;
@@ -150,9 +120,8 @@ void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, co
             far = row_of(weights, first + block + later < count ? first + block + later : k) + begin;
           else if (streams)
             far = then && later < count ? row_of(then, later) + begin : nullptr;
-          const int n = order.sizes[i], tiles = (n + TILE - 1) / TILE;
-          for (int tile = 0, done = 0; tile < tiles; ++tile) {
-            const int now = (n - done + tiles - tile - 1) / (tiles - tile);
+          const int n = order.sizes[i];
+          each_tile(n, tile_count(n, TILE), [&](int done, int now) {
             const float* from[TILE];
             float* to[TILE];
             for (int t = 0; t < now; ++t) {
@@ -160,12 +129,11 @@ void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, co
               from[t] = x + token * x_stride + begin;
               to[t] = out + token * stride + k;
             }
-            if (far && !tile)
+            if (far && !done)
               add_cut_of<W, true>(now, row, far, from, cut, sum[i] + done, to);
             else
               add_cut_of<W, false>(now, row, far, from, cut, sum[i] + done, to);
-            done += now;
-          }
+          });
         }
       }
     }
@@ -259,35 +227,16 @@ void multiply_of(const W* weights, const int32_t* rows, int64_t count, const int
 void multiply_kept(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then,
                    int64_t then_count, int64_t d, int64_t first, int64_t width, const OwnRows& own, int64_t tokens,
                    float* y, int64_t y_stride, float* scratch) {
-  switch (type) {
-#define SPARSEGATE_TYPE(id, W)                                                                                       \
-  case id:                                                                                                           \
-    return multiply_of(static_cast<const W*>(weights) + first, rows, count, then, then_count, d, width, own, tokens, \
-                       y, y_stride, scratch);
-    SPARSEGATE_TYPE(ort::kFloat32, float)
-    SPARSEGATE_TYPE(ort::kFloat16, half)
-    SPARSEGATE_TYPE(ort::kBfloat16, bfloat)
-    SPARSEGATE_TYPE(ort::kInt8, int8_t)
-#undef SPARSEGATE_TYPE
-    default:
-      break;
-  }
+  with_type<true>(type, weights, [&](const auto* w) {
+    multiply_of(w + first, rows, count, then, then_count, d, width, own, tokens, y, y_stride, scratch);
+  });
 }
 
 void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
                int64_t x_stride, int64_t tokens, const uint16_t* masks, float* out, int64_t stride, const void* then) {
-  switch (type) {
-#define SPARSEGATE_TYPE(id, W)                                                                              \
-  case id:                                                                                                  \
-    return dots_of(static_cast<const W*>(weights), rows, count, d, x, x_stride, tokens, masks, out, stride, \
-                   static_cast<const W*>(then));
-    SPARSEGATE_TYPE(ort::kFloat32, float)
-    SPARSEGATE_TYPE(ort::kFloat16, half)
-    SPARSEGATE_TYPE(ort::kBfloat16, bfloat)
-#undef SPARSEGATE_TYPE
-    default:
-      break;
-  }
+  with_type<false>(type, weights, [&](const auto* w) {
+    dots_of(w, rows, count, d, x, x_stride, tokens, masks, out, stride, static_cast<decltype(w)>(then));
+  });
 }
 
 }  // namespace SPARSEGATE_ISA

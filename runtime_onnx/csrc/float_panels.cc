@@ -4,20 +4,14 @@
 // TILE tokens x a panel of columns are summed in registers over all rows. Up to TILE tokens read the rows where they
 // lie, at memory's speed. For more the rows' piece is copied together as panels of float32, so that narrow types are
 // widened once and all tokens find it in the caches.
-#include "row_kernels.h"
+#include "float_rows.h"
 
 #include <string.h>
 
-#include "ort_abi.h"
-#include "vectors.h"
+#include "dispatch.h"
 
 namespace sparsegate {
 namespace SPARSEGATE_ISA {
-
-void multiply(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then,
-              int64_t then_count, int64_t d, int64_t first, int64_t width, const float* z, int64_t z_stride,
-              int64_t tokens, float* y, int64_t y_stride, float* scratch);
-
 namespace {
 
 constexpr int TILE = 6;                        // tokens
@@ -88,20 +82,8 @@ inline void tile(const Rows& panel, int64_t count, int64_t d, const float* z, in
 template <class Rows, class Fetch>
 void tile_of(int64_t tokens, const Rows& panel, int64_t count, int64_t d, const float* z, int64_t z_stride, float* y,
              int64_t y_stride, int64_t width, const Fetch& fetched) {
-  switch (tokens) {
-#define SPARSEGATE_TILE(n) \
-  case n:                  \
-    return tile<n>(panel, count, d, z, z_stride, y, y_stride, width, fetched);
-    SPARSEGATE_TILE(1)
-    SPARSEGATE_TILE(2)
-    SPARSEGATE_TILE(3)
-    SPARSEGATE_TILE(4)
-    SPARSEGATE_TILE(5)
-    SPARSEGATE_TILE(6)
-#undef SPARSEGATE_TILE
-    default:
-      break;
-  }
+  with_size<TILE>(tokens,
+                  [&](auto size) { tile<size.value>(panel, count, d, z, z_stride, y, y_stride, width, fetched); });
 }
 
 template <class W>
@@ -150,23 +132,21 @@ template <class W>
 void multiply_many(const Piece<W>& piece, const Piece<W>& then, int64_t d, int64_t width, const float* z,
                    int64_t z_stride, int64_t tokens, float* y, int64_t y_stride, float* scratch) {
   pack(piece, d, width, scratch);
-  const int64_t tiles = (tokens + TILE - 1) / TILE, panels = (width + PANEL - 1) / PANEL;
+  const int64_t tiles = tile_count<int64_t>(tokens, TILE), panels = (width + PANEL - 1) / PANEL;
   const int64_t lines = (width * static_cast<int64_t>(sizeof(W)) + LINE - 1) / LINE;
   const int64_t share = (lines + tiles * panels - 1) / (tiles * panels);
   int64_t line = 0;
   for (int64_t c = 0; c < width; c += PANEL) {
     const Packed panel{scratch + c * piece.count};
-    int64_t t = 0;
-    for (int64_t i = tiles; i > 0; --i, line += share) {
-      const int64_t size = (tokens - t + i - 1) / i;  // even tiles: 8 tokens are 4 and 4, not 6 and 2
+    each_tile(tokens, tiles, [&](int64_t t, int64_t size) {
       const int64_t bytes = (lines - line < share ? lines - line : share) * LINE;
       const auto fetched = [&](int64_t k) __attribute__((always_inline)) {
         if (k < then.count && bytes > 0) fetch(reinterpret_cast<const char*>(then.row(k, d)) + line * LINE, bytes);
       };
       tile_of(size, panel, piece.count, d, z + t * z_stride, z_stride, y + t * y_stride + c, y_stride,
               width - c < PANEL ? width - c : PANEL, fetched);
-      t += size;
-    }
+      line += share;
+    });
   }
 }
 
@@ -186,19 +166,9 @@ void multiply_of(const W* weights, const int32_t* rows, int64_t count, const int
 void multiply(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then,
               int64_t then_count, int64_t d, int64_t first, int64_t width, const float* z, int64_t z_stride,
               int64_t tokens, float* y, int64_t y_stride, float* scratch) {
-  switch (type) {
-#define SPARSEGATE_TYPE(id, W)                                                                                       \
-  case id:                                                                                                           \
-    return multiply_of(static_cast<const W*>(weights) + first, rows, count, then, then_count, d, width, z, z_stride, \
-                       tokens, y, y_stride, scratch);
-    SPARSEGATE_TYPE(ort::kFloat32, float)
-    SPARSEGATE_TYPE(ort::kFloat16, half)
-    SPARSEGATE_TYPE(ort::kBfloat16, bfloat)
-    SPARSEGATE_TYPE(ort::kInt8, int8_t)
-#undef SPARSEGATE_TYPE
-    default:
-      break;
-  }
+  with_type<true>(type, weights, [&](const auto* w) {
+    multiply_of(w + first, rows, count, then, then_count, d, width, z, z_stride, tokens, y, y_stride, scratch);
+  });
 }
 
 }  // namespace SPARSEGATE_ISA

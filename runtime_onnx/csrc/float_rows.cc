@@ -1,27 +1,13 @@
 // Rows of float types (and int8 widened to float32): see row_kernels.h. Compiled once per instruction set: see
 // vectors.h.
-#include "row_kernels.h"
+#include "float_rows.h"
 
 #include <string.h>
 
-#include "ort_abi.h"
-#include "vectors.h"
+#include "dispatch.h"
 
 namespace sparsegate {
 namespace SPARSEGATE_ISA {
-
-// float_dots.cc, float_kept.cc and float_panels.cc
-void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
-          int64_t x_stride, int64_t tokens, float* out, int64_t stride, const void* then);
-void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
-               int64_t x_stride, int64_t tokens, const uint16_t* masks, float* out, int64_t stride, const void* then);
-void multiply(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then,
-              int64_t then_count, int64_t d, int64_t first, int64_t width, const float* z, int64_t z_stride,
-              int64_t tokens, float* y, int64_t y_stride, float* scratch);
-void multiply_kept(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then,
-                   int64_t then_count, int64_t d, int64_t first, int64_t width, const OwnRows& own, int64_t tokens,
-                   float* y, int64_t y_stride, float* scratch);
-
 namespace {
 
 constexpr int ADDED = 8;  // summed rows per pass over y
@@ -93,18 +79,7 @@ void accumulate_of(const W* weights, const int32_t* rows, const float* scale, in
 
 void accumulate(int type, const void* weights, const int32_t* rows, const float* scale, int64_t count, int64_t d,
                 int64_t first, int64_t width, float* y) {
-  switch (type) {
-#define SPARSEGATE_TYPE(id, W) \
-  case id:                     \
-    return accumulate_of(static_cast<const W*>(weights) + first, rows, scale, count, d, y, width);
-    SPARSEGATE_TYPE(ort::kFloat32, float)
-    SPARSEGATE_TYPE(ort::kFloat16, half)
-    SPARSEGATE_TYPE(ort::kBfloat16, bfloat)
-    SPARSEGATE_TYPE(ort::kInt8, int8_t)
-#undef SPARSEGATE_TYPE
-    default:
-      break;
-  }
+  with_type<true>(type, weights, [&](const auto* w) { accumulate_of(w + first, rows, scale, count, d, y, width); });
 }
 
 template <class W>
@@ -117,16 +92,11 @@ void widen_of(const W* values, int64_t count, float* out) {
 }
 
 void widen(int type, const void* values, int64_t count, float* out) {
-  switch (type) {
-    case ort::kFloat16:
-      return widen_of(static_cast<const half*>(values), count, out);
-    case ort::kBfloat16:
-      return widen_of(static_cast<const bfloat*>(values), count, out);
-    case ort::kInt8:
-      return widen_of(static_cast<const int8_t*>(values), count, out);
-    default:
-      memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
+  if (type == ort::kFloat32) {
+    memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
+    return;
   }
+  with_type<true>(type, values, [&](const auto* v) { widen_of(v, count, out); });
 }
 
 }  // namespace

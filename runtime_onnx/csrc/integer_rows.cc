@@ -1,6 +1,7 @@
 // See integer_rows.h. Compiled once per instruction set, as vectors.h says.
 #include "integer_rows.h"
 
+#include "dispatch.h"
 #include "integers.h"
 #include "integers_avx2.h"
 
@@ -87,50 +88,6 @@ void round(bool int4, const float* x, int64_t width, void* out) {
   }
 }
 
-// One chunk of four rows for T tokens: x is the chunk of the first token's rounded row, x_stride bytes apart from the
-// next token's. WHOLE: all of the chunk is there.
-template <int T, bool WHOLE>
-inline void add_chunk_int8(const char* const* row, int64_t at, int64_t left, const char* x, int64_t x_stride,
-                           vec (*total)[ROWS]) {
-  bytes w[ROWS];
-#pragma GCC unroll 4
-  for (int r = 0; r < ROWS; ++r) w[r] = weights_of(WHOLE ? load_bytes(row[r] + at) : load_bytes(row[r] + at, left));
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-    const char* from = x + t * x_stride;
-    const bytes q = load_bytes(from), correction = load_bytes(from + 64);
-    const vec scale = load(reinterpret_cast<const float*>(from + 128));
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) total[t][r] = fma(to_float(dot_weights(correction, w[r], q)), scale, total[t][r]);
-  }
-}
-
-template <int T, bool WHOLE>
-inline void add_chunk_int4(const char* const* row, const half* const* scales, int64_t at, int64_t left, const char* x,
-                           int64_t x_stride, vec (*total)[ROWS]) {
-  bytes low[ROWS], high[ROWS];
-  vec step[ROWS];
-#pragma GCC unroll 4
-  for (int r = 0; r < ROWS; ++r) {
-    const bytes packed = WHOLE ? load_bytes(row[r] + at / 2) : load_bytes(row[r] + at / 2, left / 2);
-    low[r] = low_nibbles(packed);
-    high[r] = high_nibbles(packed);
-    const half* mine = scales[r] + at / kRounded;
-    const int64_t last = WHOLE ? 0 : few_halves(mine, left / kRounded);
-    step[r] = expand(WHOLE ? mine : reinterpret_cast<const half*>(&last));
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-    const char* from = x + t * x_stride;
-    const bytes even = load_bytes(from), odd = load_bytes(from + 64), correction = load_bytes(from + 128);
-    const vec scale = load(reinterpret_cast<const float*>(from + 192));
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
-      total[t][r] =
-          fma(to_float(dot_nibbles(dot_nibbles(correction, low[r], even), high[r], odd)), scale * step[r], total[t][r]);
-  }
-}
-
 // T tokens times four rows
 template <int T, bool INT4>
 inline void dot_tile(const char* const* row, const char* const* next, const half* const* scales, int valid,
@@ -138,50 +95,28 @@ inline void dot_tile(const char* const* row, const char* const* next, const half
 #ifdef SPARSEGATE_INTEGERS_AVX2
   return dot_rows_avx2<T, INT4>(row, next, scales, valid, width, x, x_stride, out, stride);
 #endif
-  constexpr int64_t CHUNK = INT4 ? kChunkInt4 : kChunkInt8, BYTES = INT4 ? 256 : 192;
   vec total[T][ROWS];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) total[t][r] = vec{};
-  int64_t j = 0;
-  for (; j + CHUNK <= width; j += CHUNK, x += BYTES) {
-    if (next)  // rows far apart: the hardware prefetcher stops at the page's end
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) __builtin_prefetch(next[r] + (INT4 ? j / 2 : j), 0, 2);
-    if (INT4)
-      add_chunk_int4<T, true>(row, scales, j, 0, x, x_stride, total);
-    else
-      add_chunk_int8<T, true>(row, j, 0, x, x_stride, total);
-  }
-  if (j < width) {
-    if (INT4)
-      add_chunk_int4<T, false>(row, scales, j, width - j, x, x_stride, total);
-    else
-      add_chunk_int8<T, false>(row, j, width - j, x, x_stride, total);
-  }
+  add_products<T, ROWS, INT4>(row, next, scales, width, Even{x, x_stride}, total);
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-    const four sum = sums(total[t][0], total[t][1], total[t][2], total[t][3]);
-    if (valid == ROWS)
-      memcpy(out + t * stride, &sum, sizeof sum);
-    else
-      memcpy(out + t * stride, &sum, static_cast<size_t>(valid) * sizeof(float));
-  }
+  for (int t = 0; t < T; ++t)
+    store_some(out + t * stride, sums(total[t][0], total[t][1], total[t][2], total[t][3]), valid);
 }
 
 template <bool INT4>
 void dots_of(const char* weights, const half* scales, const int32_t* rows, int64_t count, int64_t width, const char* x,
              int64_t tokens, float* out, int64_t stride, const char* then) {
-  constexpr int64_t MOST = INT4 ? TOKENS_DOTS_INT4 : TOKENS_DOTS;
+  constexpr int MOST = INT4 ? TOKENS_DOTS_INT4 : TOKENS_DOTS;
   const int64_t bytes_per_row = INT4 ? width / 2 : width, groups = width / kRounded;
   const int64_t x_stride = rounded_bytes(INT4, width);
   const int64_t fits = NEAR_BYTES / x_stride < 2 ? 2 : NEAR_BYTES / x_stride, most = fits < MOST ? fits : MOST;
   const auto place = [&](int64_t k) { return rows ? rows[k] : k; };
   for (int64_t first = 0; first < count; first += BLOCK) {
     const int64_t end = first + BLOCK < count ? first + BLOCK : count;
-    for (int64_t t = 0, tiles = (tokens + most - 1) / most; tiles > 0; --tiles) {
-      const int64_t size = (tokens - t + tiles - 1) / tiles;  // even tiles
+    each_tile(tokens, tile_count(tokens, most), [&](int64_t t, int64_t tile_tokens) {
       for (int64_t k = first; k < end; k += ROWS) {
         const int valid = count - k < ROWS ? static_cast<int>(count - k) : ROWS;
         const bool last = k + ROWS >= count;
@@ -199,25 +134,12 @@ void dots_of(const char* weights, const half* scales, const int32_t* rows, int64
             __builtin_prefetch(scales + coming * groups + g, 0, 2);
         }
         const char* const* next = t > 0 || (last && !then) ? nullptr : ahead;
-        switch (size) {
-#define SPARSEGATE_TILE(n)                                                                          \
-  case n:                                                                                           \
-    dot_tile<(n <= MOST ? n : 1), INT4>(row, next, scale, valid, width, x + t * x_stride, x_stride, \
-                                        out + t * stride + k, stride);                              \
-    break;
-          SPARSEGATE_TILE(1)
-          SPARSEGATE_TILE(2)
-          SPARSEGATE_TILE(3)
-          SPARSEGATE_TILE(4)
-          SPARSEGATE_TILE(5)
-          SPARSEGATE_TILE(6)
-#undef SPARSEGATE_TILE
-          default:
-            break;
-        }
+        with_size<MOST>(tile_tokens, [&](auto size) {
+          dot_tile<size.value, INT4>(row, next, scale, valid, width, x + t * x_stride, x_stride, out + t * stride + k,
+                                     stride);
+        });
       }
-      t += size;
-    }
+    });
   }
 }
 
@@ -345,6 +267,10 @@ struct Factors {
   const float* step;
   const int32_t* offset;
   int64_t q_stride, s_stride, groups;
+
+  Factors of_token(int64_t t) const {
+    return {q + t * q_stride, step + t * s_stride, offset + t * s_stride, q_stride, s_stride, groups};
+  }
 };
 
 // One segment of one chunk for T tokens. `quad(k)` fills four vectors with the bytes of quad k; `lane` is the first of
@@ -437,33 +363,15 @@ void sum_many(const char* weights, int64_t row_bytes, const Quads& quads, int64_
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) u[v] = load_bytes(panel + k * 256 + v * 64);
       };
-      for (int64_t t = 0, tiles = (tokens + TOKENS - 1) / TOKENS; tiles > 0; --tiles) {
-        const int64_t size = (tokens - t + tiles - 1) / tiles;
-        Factors mine = f;
-        mine.q += t * f.q_stride;
-        mine.step += t * f.s_stride;
-        mine.offset += t * f.s_stride;
+      each_tile(tokens, tile_count<int64_t>(tokens, TOKENS), [&](int64_t t, int64_t tile_tokens) {
+        const Factors mine = f.of_token(t);
         float* to = y + t * y_stride + c + part * 64;
-        for (int64_t s = 0; s < quads.count; ++s) {
-          const int64_t begin = quads.segments[s], end = quads.segments[s + 1];
-          switch (size) {
-#define SPARSEGATE_TILE(n)                                                                           \
-  case n:                                                                                            \
-    add_segment<INT4, (n <= TOKENS ? n : 1)>(mine, s, begin, end, c / kRounded, quad, to, y_stride); \
-    break;
-            SPARSEGATE_TILE(1)
-            SPARSEGATE_TILE(2)
-            SPARSEGATE_TILE(3)
-            SPARSEGATE_TILE(4)
-            SPARSEGATE_TILE(5)
-            SPARSEGATE_TILE(6)
-#undef SPARSEGATE_TILE
-            default:
-              break;
-          }
-        }
-        t += size;
-      }
+        for (int64_t s = 0; s < quads.count; ++s)
+          with_size<TOKENS>(tile_tokens, [&](auto size) {
+            add_segment<INT4, size.value>(mine, s, quads.segments[s], quads.segments[s + 1], c / kRounded, quad, to,
+                                          y_stride);
+          });
+      });
     }
 }
 
@@ -472,30 +380,11 @@ void sum_of(const char* weights, int64_t width, const Quads& quads, int64_t firs
             int64_t tokens, float* y, int64_t y_stride, char* panel) {
   const int64_t row_bytes = INT4 ? width / 2 : width;
   if (panel) return sum_many<INT4>(weights, row_bytes, quads, first, columns, f, tokens, y, y_stride, panel);
-  for (int64_t t = 0, tiles = (tokens + TOKENS - 1) / TOKENS; tiles > 0; --tiles) {
-    const int64_t size = (tokens - t + tiles - 1) / tiles;
-    Factors mine = f;
-    mine.q += t * f.q_stride;
-    mine.step += t * f.s_stride;
-    mine.offset += t * f.s_stride;
-    float* to = y + t * y_stride;
-    switch (size) {
-#define SPARSEGATE_TILE(n)                                                                               \
-  case n:                                                                                                \
-    sum_few<INT4, (n <= TOKENS ? n : 1)>(weights, row_bytes, quads, first, columns, mine, to, y_stride); \
-    break;
-      SPARSEGATE_TILE(1)
-      SPARSEGATE_TILE(2)
-      SPARSEGATE_TILE(3)
-      SPARSEGATE_TILE(4)
-      SPARSEGATE_TILE(5)
-      SPARSEGATE_TILE(6)
-#undef SPARSEGATE_TILE
-      default:
-        break;
-    }
-    t += size;
-  }
+  each_tile(tokens, tile_count<int64_t>(tokens, TOKENS), [&](int64_t t, int64_t tile_tokens) {
+    with_size<TOKENS>(tile_tokens, [&](auto size) {
+      sum_few<INT4, size.value>(weights, row_bytes, quads, first, columns, f.of_token(t), y + t * y_stride, y_stride);
+    });
+  });
 }
 
 void sum(bool int4, const void* weights, int64_t width, const Quads& quads, int64_t first, int64_t columns,

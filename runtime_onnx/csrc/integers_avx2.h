@@ -7,7 +7,7 @@
 // below 2^15 / 8, so a segment's 8 quads are added as 16 bits and widened once.
 #pragma once
 
-#include "integer_rows.h"
+#include "integer_chunks.h"
 #include "integers.h"
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -32,18 +32,6 @@ inline __m256i load_halves(const char* p, int64_t count) {
 inline __m256 load_few_halves(const half* p, int64_t count) {
   return _mm256_cvtph_ps(_mm_set_epi64x(count > 4 ? few_halves(p + 4, count - 4) : 0, few_halves(p, count)));
 }
-
-// Where the rounded rows of tokens lie: evenly, or anywhere
-struct Even {
-  const char* first;
-  int64_t stride;
-  const char* at(int t) const { return first + t * stride; }
-};
-
-struct Listed {
-  const char* const* place;
-  const char* at(int t) const { return place[t]; }
-};
 
 // One row's products with T tokens, P parts of it from PART on: `sum` has a lane-wise sum for each part and token.
 template <int T, int P, int PART, class X>
@@ -154,11 +142,7 @@ void dot_rows_avx2(const char* const* row, const char* const* next, const half* 
     vec total[4];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) total[r] = {{sum[r][0][t], sum[r][1][t]}};
-    const four y = sums(total[0], total[1], total[2], total[3]);
-    if (valid == 4)
-      memcpy(out + t * stride, &y, sizeof y);
-    else
-      memcpy(out + t * stride, &y, static_cast<size_t>(valid) * sizeof(float));
+    store_some(out + t * stride, sums(total[0], total[1], total[2], total[3]), valid);
   }
 }
 

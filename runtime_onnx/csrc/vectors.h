@@ -159,6 +159,14 @@ inline vec load_tail(const W* p, int64_t count) {
 
 inline void store(float* p, const vec& value) { memcpy(p, &value, sizeof value); }
 
+// The first `count` <= 4 values
+inline void store_some(float* p, const four& values, int count) {
+  if (count == 4)
+    memcpy(p, &values, sizeof values);
+  else
+    memcpy(p, &values, static_cast<size_t>(count) * sizeof(float));
+}
+
 #if !defined(__AVX512F__)
 // Lanes i, i + 4, i + 8 and i + 12 into lane i: (v[i] + v[i + 8]) + (v[i + 4] + v[i + 12])
 inline four fold(const vec& v) {
