@@ -55,9 +55,8 @@ struct CpuKernel {
     run.few = io.tokens <= few;
     const int64_t pass = run.pass = std::min(io.tokens, kManyTokens);
     float *x = nullptr, *y = nullptr;
-    char* base = call_arena.reserve(lay(run, nullptr, x, y));
-    if (!base) return node.error(ort::kRuntimeException, "out of memory for " + std::to_string(pass) + " tokens");
-    lay(run, base, x, y);
+    if (!call_arena.lay_out([&](Cut& cut) { lay(run, cut, x, y); }))
+      return node.error(ort::kRuntimeException, "out of memory for " + std::to_string(pass) + " tokens");
 
     const int64_t p1_bytes = d * (r ? bytes_of(tensors[kP1].type) : 1);
     run.p1_rows = std::max<int64_t>(4, (64 << 10) / p1_bytes / 4 * 4);
@@ -94,13 +93,12 @@ struct CpuKernel {
     return nullptr;
   }
 
-  // Lays out the call's memory; with base nullptr it only counts bytes.
-  static size_t lay(Run& run, char* base, float*& x, float*& y) {
+  // Takes the call's memory out of `cut`.
+  static void lay(Run& run, Cut& cut, float*& x, float*& y) {
     const Variant& v = *run.variant;
     const int64_t d = run.shape.d, n = run.shape.n, r = run.shape.r, pass = run.pass;
     const int64_t tasks = run.blocks + (v.has(kRes) ? 1 : 0);
     const bool predictor8 = v.has(kSP1), integer = run.integer();
-    Cut cut(base);
     const bool wide = v.x != ort::kFloat32;
     const bool copied = wide || pass > 1;
     run.x_stride = pass > 1 ? padded_stride(d) : d;
@@ -118,15 +116,13 @@ struct CpuKernel {
       run.strip = kFoldedColumns;
       run.partial = cut.take<float>(tasks * pass * run.columns);
       run.used = cut.take<uint8_t>(tasks * pass);
-      return cut.used();
+      return;
     }
-    const RowFormat format = run.int4() ? RowFormat::kInt4 : run.integer() ? RowFormat::kInt8 : RowFormat::kFloat;
-    run.sums = {run.kernels,         run.integers,        format, run.at(kWDown).type,
-                run.at(kWDown).data, run.at(kSDown).data, n,      d,
-                run.block,           run.blocks,          pass,   true};
+    run.sums = {run.kernels,         run.integers,        v.weights, run.at(kWDown).type,
+                run.at(kWDown).data, run.at(kSDown).data, n,         d,
+                run.block,           run.blocks,          pass,      true};
     run.sums.lay(cut);
     run.strip = run.sums.strip();
-    return cut.used();
   }
 };
 
@@ -137,9 +133,6 @@ void gated_mlp_cpu_ops(const ort::Api* api, std::vector<std::unique_ptr<ort::Cus
   append_ops<gated_mlp::CpuKernel>(api, ops);
 }
 
-bool gated_mlp_cpu_supports(const char* name) {
-  gated_mlp::Variant variant;
-  return gated_mlp::variant_of_name(name, variant).empty();
-}
+bool gated_mlp_cpu_supports(const char* name) { return is_variant(gated_mlp::variant_of_name, name); }
 
 }  // namespace sparsegate

@@ -12,7 +12,6 @@ namespace sparsegate::gated_mlp {
 enum Role : int { kWGate, kWUp, kWDown, kSGate, kSUp, kSDown, kBGate, kBUp, kBDown, kTau, kP1, kP2, kSP1, kSP2, kRes };
 enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kDrelu, kIdentity, kFatrelu, kShiftedRelu };
 enum class Score : int { kPredictor, kGate, kExact, kAll };
-enum class Weights : int { kFloat, kInt8Row, kInt4G32 };
 
 struct Variant {
   Activation activation;

@@ -244,8 +244,7 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
   int32_t *rows = nullptr, *places = nullptr;
   uint8_t *keep = nullptr, *any = nullptr;
   uint16_t* masks = nullptr;
-  const auto lay = [&](char* base) {
-    Cut cut(base);
+  const auto lay = [&](Cut& cut) {
     score = cut.take<float>(tokens * m);  // scores, or the activated product that score gate computes in full
     z = cut.take<float>(tokens * m);      // [tokens, count]
     up = cut.take<float>(tokens * m);
@@ -255,11 +254,8 @@ bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
     keep = cut.take<uint8_t>(tokens * m);
     any = cut.take<uint8_t>(m);
     masks = cut.take<uint16_t>(shared ? (tokens + kMaskTokens - 1) / kMaskTokens * m : 0);
-    return cut.used();
   };
-  char* base = task_arena.reserve(lay(nullptr));
-  if (!base) return false;
-  lay(base);
+  if (!task_arena.lay_out(lay)) return false;
 
   // 1. scores of the block, and the union of what the tokens keep
   const float* tau = run.floats(kTau);

@@ -13,44 +13,42 @@ namespace {
 
 constexpr int64_t kStripBytes = 256 << 10;  // rows of w_down that several tokens share stay in the second-level cache
 
-// res^T hidden into the last partial sum
-void residual(Run& run, uint8_t* used, float* partial) {
-  const int64_t d = run.shape.d, r = run.shape.r;
+// The residual res^T hidden of every token in the columns [first, first + width): sums + t * stride gets it where there
+// is any, then done(t, whether there is any) runs. false: out of memory.
+template <class Done>
+bool residual(const Run& run, int64_t first, int64_t width, float* sums, int64_t stride, const Done& done) {
+  const int64_t r = run.shape.r;
   int32_t *rows = nullptr, *all = nullptr;
   float* scale = nullptr;
-  const auto lay = [&](char* base) {
-    Cut cut(base);
-    rows = cut.take<int32_t>(r + 1), all = cut.take<int32_t>(r), scale = cut.take<float>(r + 1);
-    return cut.used();
+  const auto lay = [&](Cut& cut) {
+    rows = cut.take<int32_t>(r + 1);
+    all = cut.take<int32_t>(r);
+    scale = cut.take<float>(r + 1);
   };
-  char* base = task_arena.reserve(lay(nullptr));
-  if (!base) return run.failed.store(true);
-  lay(base);
+  if (!task_arena.lay_out(lay)) return false;
+  const Tensor& res = run.at(kRes);
   for (int64_t k = 0; k < r; ++k) all[k] = static_cast<int32_t>(k);
   for (int64_t t = 0; t < run.tokens; ++t) {
     const int64_t count = own_rows(all, run.hidden + t * r, r, rows, scale);
-    used[t] = count > 0;
-    if (!count) continue;
-    std::memset(partial + t * run.columns, 0, static_cast<size_t>(d) * sizeof(float));
-    run.kernels->accumulate(run.at(kRes).type, run.at(kRes).data, rows, scale, count, d, 0, d,
-                            partial + t * run.columns);
+    if (count) {
+      std::memset(sums + t * stride, 0, static_cast<size_t>(width) * sizeof(float));
+      run.kernels->accumulate(res.type, res.data, rows, scale, count, run.shape.d, first, width, sums + t * stride);
+    }
+    done(t, count > 0);
   }
+  return true;
 }
 
 bool float_block(const Run& run, const Neurons& neurons, uint8_t* used, float* partial) {
   const int64_t d = run.shape.d, tokens = run.tokens, count = neurons.count;
   int32_t *list = nullptr, *counts = nullptr;
   float* scale = nullptr;
-  const auto lay = [&](char* base) {
-    Cut cut(base);
+  const auto lay = [&](Cut& cut) {
     list = cut.take<int32_t>(tokens * count + 1);
     scale = cut.take<float>(tokens * count + 1);
     counts = cut.take<int32_t>(tokens);
-    return cut.used();
   };
-  char* base = sum_arena.reserve(lay(nullptr));
-  if (!base) return false;
-  lay(base);
+  if (!sum_arena.lay_out(lay)) return false;
   for (int64_t t = 0; t < tokens; ++t) {
     counts[t] = static_cast<int32_t>(
         own_rows(neurons.places, neurons.z + t * count, count, list + t * count, scale + t * count));
@@ -85,8 +83,7 @@ bool integer_block(const Run& run, const Neurons& neurons, uint8_t* used, float*
   Scaled scaled{};
   int32_t *rows = nullptr, *places = nullptr;
   float* z = nullptr;
-  const auto lay = [&](char* base) {
-    Cut cut(base);
+  const auto lay = [&](Cut& cut) {
     space = {cut.take<int32_t>(quad_rows(run.block)), cut.take<int32_t>(segments_most),
              cut.take<int32_t>(segments_most)};
     scaled.q = cut.take<int32_t>(together * quads_most * groups);
@@ -95,11 +92,8 @@ bool integer_block(const Run& run, const Neurons& neurons, uint8_t* used, float*
     rows = cut.take<int32_t>(alone ? count : 0);
     places = cut.take<int32_t>(alone ? count : 0);
     z = cut.take<float>(alone ? count : 0);
-    return cut.used();
   };
-  char* base = sum_arena.reserve(lay(nullptr));
-  if (!base) return false;
-  lay(base);
+  if (!sum_arena.lay_out(lay)) return false;
   const int64_t q_stride = quads_most * groups, s_stride = segments_most * groups;
   const auto* scales = static_cast<const uint16_t*>(run.at(kSDown).data);
   const auto add_rows = [&](const Quads& quads, const float* factors, int64_t stride, int64_t n, float* sums) {
@@ -137,7 +131,11 @@ void block_task(void* user, size_t task) {
   const int64_t index = static_cast<int64_t>(task);
   uint8_t* used = run.used + index * run.tokens;
   float* partial = run.partial + index * run.tokens * run.columns;
-  if (index == run.blocks) return residual(run, used, partial);
+  if (index == run.blocks) {
+    const auto mark = [&](int64_t t, bool any) { used[t] = any; };
+    if (!residual(run, 0, run.shape.d, partial, run.columns, mark)) run.failed.store(true);
+    return;
+  }
   Neurons neurons{};
   if (!compute_neurons(run, index, neurons) ||
       !(run.integer() ? integer_block : float_block)(run, neurons, used, partial))
@@ -174,31 +172,16 @@ void factor_task(void* user, size_t task) {
 
 void strip_task(void* user, size_t task) {
   Run& run = *static_cast<Run*>(user);
-  const int64_t d = run.shape.d, r = run.shape.r, c = static_cast<int64_t>(task) * run.strip;
+  const int64_t d = run.shape.d, c = static_cast<int64_t>(task) * run.strip;
   const int64_t width = std::min(run.strip, d - c);
   if (!run.sums.sum(c, width, run.tokens, run.floats(kBDown), run.y + c, d)) return run.failed.store(true);
   if (!run.variant->has(kRes)) return;
-  int32_t *rows = nullptr, *all = nullptr;
-  float *scale = nullptr, *sums = nullptr;
-  const auto lay = [&](char* base) {
-    Cut cut(base);
-    rows = cut.take<int32_t>(r + 1);
-    all = cut.take<int32_t>(r);
-    scale = cut.take<float>(r + 1);
-    sums = cut.take<float>(width);
-    return cut.used();
+  float* sums = nullptr;
+  if (!sum_arena.lay_out([&](Cut& cut) { sums = cut.take<float>(width); })) return run.failed.store(true);
+  const auto add_residual = [&](int64_t t, bool any) {
+    if (any) add(run.y + t * d + c, sums, width);
   };
-  char* base = task_arena.reserve(lay(nullptr));
-  if (!base) return run.failed.store(true);
-  lay(base);
-  for (int64_t k = 0; k < r; ++k) all[k] = static_cast<int32_t>(k);
-  for (int64_t t = 0; t < run.tokens; ++t) {
-    const int64_t count = own_rows(all, run.hidden + t * r, r, rows, scale);
-    if (!count) continue;
-    std::memset(sums, 0, static_cast<size_t>(width) * sizeof(float));
-    run.kernels->accumulate(run.at(kRes).type, run.at(kRes).data, rows, scale, count, d, c, width, sums);
-    add(run.y + t * d + c, sums, width);
-  }
+  if (!residual(run, c, width, sums, 0, add_residual)) run.failed.store(true);
 }
 
 }  // namespace sparsegate::gated_mlp

@@ -12,8 +12,7 @@ const char* const kRoleNames[] = {"w_gate", "w_up", "w_down", "s_gate", "s_up", 
 const char* const kActivationNames[] = {"silu",  "gelu",     "gelu_tanh", "relu",        "relu2",
                                         "drelu", "identity", "fatrelu",   "shifted_relu"};
 const char* const kScoreNames[] = {"predictor", "gate", "exact", "all"};
-const char* const kWeightNames[] = {"float", "int8_row", "int4_g32"};
-constexpr Names kRoles(kRoleNames), kActivations(kActivationNames), kScores(kScoreNames), kWeights(kWeightNames);
+constexpr Names kRoles(kRoleNames), kActivations(kActivationNames), kScores(kScoreNames);
 
 constexpr float kMostParameter = 1e6f;
 constexpr int kMostDecimals = 200;
@@ -135,8 +134,7 @@ std::string check_tensors(const Variant& variant, const Tensors& tensors, Shape&
   for (int role : {kWUp, kWDown, kWGate}) {
     const Tensor& t = tensors[role];
     if (!t.data || shape.n) continue;
-    if (t.rank != 2 || t.dims[0] < 1 || t.dims[1] < 1 || t.dims[0] > INT32_MAX / 2 || t.dims[1] > INT32_MAX / 2)
-      return std::string("input ") + kRoles.list[role] + " must be [n, d], got " + shape_text(t);
+    if (!is_matrix(t)) return std::string("input ") + kRoles.list[role] + " must be [n, d], got " + shape_text(t);
     shape.n = t.dims[0];
     shape.d = t.dims[1] * (int4 ? 2 : 1);
     if (int4 && shape.d % kGroup)
@@ -179,9 +177,8 @@ std::string check_tensors(const Variant& variant, const Tensors& tensors, Shape&
     right = right && t.rank == (matrix ? 2u : 1u);
     right = right && (unknown || (t.dims[0] == rows && (!matrix || t.dims[1] == columns)));
     if (right) continue;
-    const auto size = [](int64_t dim) { return dim ? std::to_string(dim) : "?"; };
-    return std::string("input ") + kRoles.list[role] + " must be " + type + " [" + size(rows) +
-           (matrix ? ", " + size(columns) : "") + "], got " + shape_text(t);
+    return std::string("input ") + kRoles.list[role] + " must be " + type + " [" + size_text(rows) +
+           (matrix ? ", " + size_text(columns) : "") + "], got " + shape_text(t);
   }
   return "";
 }

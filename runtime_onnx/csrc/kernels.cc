@@ -15,50 +15,43 @@ thread_local Arena call_arena;
 thread_local Arena task_arena;
 thread_local Arena sum_arena;
 
-// Builds of the sources that are compiled once per instruction set
-#define SPARSEGATE_BUILD(isa)                                     \
+// Builds of the sources that are compiled once per instruction set, in the order of Isa
+#ifdef SPARSEGATE_X86
+#define SPARSEGATE_BUILDS(each) each(portable) each(avx2) each(avx512) each(avx512vnni)
+#else
+#define SPARSEGATE_BUILDS(each) each(portable)
+#endif
+
+#define SPARSEGATE_DECLARE(isa)                                   \
   namespace isa {                                                 \
   extern const Kernels float_rows;                                \
   extern const IntegerRows integer_rows;                          \
   void swish(float* v, int64_t count, float linear, float cubic); \
   }
-SPARSEGATE_BUILD(portable)
-#ifdef SPARSEGATE_X86
-SPARSEGATE_BUILD(avx2)
-SPARSEGATE_BUILD(avx512)
-SPARSEGATE_BUILD(avx512vnni)
-#endif
+SPARSEGATE_BUILDS(SPARSEGATE_DECLARE)
+#undef SPARSEGATE_DECLARE
+
+namespace {
+
+struct Build {
+  const Kernels* kernels;
+  const IntegerRows* integer_rows;
+  Swish swish;
+};
+
+#define SPARSEGATE_BUILD(isa) {&isa::float_rows, &isa::integer_rows, isa::swish},
+constexpr Build kBuilds[] = {SPARSEGATE_BUILDS(SPARSEGATE_BUILD)};
 #undef SPARSEGATE_BUILD
 
-const Kernels& kernels(Isa isa) {
-#ifdef SPARSEGATE_X86
-  if (isa == Isa::kAvx512vnni) return avx512vnni::float_rows;
-  if (isa == Isa::kAvx512) return avx512::float_rows;
-  if (isa == Isa::kAvx2) return avx2::float_rows;
-#endif
-  (void)isa;
-  return portable::float_rows;
-}
+const Build& build_of(Isa isa) { return kBuilds[static_cast<int>(isa)]; }
 
-const IntegerRows& integer_rows(Isa isa) {
-#ifdef SPARSEGATE_X86
-  if (isa == Isa::kAvx512vnni) return avx512vnni::integer_rows;
-  if (isa == Isa::kAvx512) return avx512::integer_rows;
-  if (isa == Isa::kAvx2) return avx2::integer_rows;
-#endif
-  (void)isa;
-  return portable::integer_rows;
-}
+}  // namespace
 
-Swish swish(Isa isa) {
-#ifdef SPARSEGATE_X86
-  if (isa == Isa::kAvx512vnni) return avx512vnni::swish;
-  if (isa == Isa::kAvx512) return avx512::swish;
-  if (isa == Isa::kAvx2) return avx2::swish;
-#endif
-  (void)isa;
-  return portable::swish;
-}
+const Kernels& kernels(Isa isa) { return *build_of(isa).kernels; }
+
+const IntegerRows& integer_rows(Isa isa) { return *build_of(isa).integer_rows; }
+
+Swish swish(Isa isa) { return build_of(isa).swish; }
 
 namespace {
 

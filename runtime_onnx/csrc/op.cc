@@ -15,9 +15,24 @@ const char* const kTypeNames[] = {"undefined", "float32", "uint8",     "int8",  
                                   "int32",     "int64",   "string",    "bool",       "float16", "float64",
                                   "uint32",    "uint64",  "complex64", "complex128", "bfloat16"};
 
+const char* const kWeightNames[] = {"float", "int8_row", "int4_g32"};
+
+// The first `most` dimensions go to `dims`; `rank` is the real one.
+ort::StatusPtr read_shape(const ort::Api* api, const ort::Value* value, size_t most, int& type, size_t& rank,
+                          int64_t* dims) {
+  ort::TensorInfo* info = nullptr;
+  ORT_TRY(api->GetTensorTypeAndShape(value, &info));
+  ort::StatusPtr status = api->GetTensorElementType(info, &type);
+  if (!status) status = api->GetDimensionsCount(info, &rank);
+  if (!status) status = api->GetDimensions(info, dims, std::min(rank, most));
+  api->ReleaseTensorTypeAndShapeInfo(info);
+  return status;
+}
+
 }  // namespace
 
 const Names kTypes(kTypeNames);
+const Names kWeights(kWeightNames);
 
 int Names::find(const std::string& text) const {
   for (int i = 0; i < count; ++i)
@@ -33,6 +48,12 @@ std::string Names::listed() const {
 
 bool is_float(int type) { return type == ort::kFloat32 || type == ort::kFloat16 || type == ort::kBfloat16; }
 
+bool is_matrix(const Tensor& tensor) {
+  constexpr int64_t kMost = INT32_MAX / 2;
+  return tensor.rank == 2 && tensor.dims[0] >= 1 && tensor.dims[1] >= 1 && tensor.dims[0] <= kMost &&
+         tensor.dims[1] <= kMost;
+}
+
 int64_t bytes_of(int type) { return type == ort::kFloat32 ? 4 : type == ort::kInt8 || type == ort::kUint8 ? 1 : 2; }
 
 std::string type_name(int type) {
@@ -44,6 +65,8 @@ std::string shape_text(const Tensor& tensor) {
   for (size_t i = 0; i < tensor.rank && i < 2; ++i) out += (i ? ", " : "") + std::to_string(tensor.dims[i]);
   return out + (tensor.rank > 2 ? ", ...]" : "]");
 }
+
+std::string size_text(int64_t size) { return size ? std::to_string(size) : "?"; }
 
 std::vector<std::string> split(const std::string& text, char separator) {
   std::vector<std::string> parts(1);
@@ -94,13 +117,7 @@ ort::StatusPtr read_string(const ort::Api* api, const ort::KernelInfo* info, con
 }
 
 ort::StatusPtr read_tensor(const ort::Api* api, const ort::Value* value, Tensor& out) {
-  ort::TensorInfo* info = nullptr;
-  ORT_TRY(api->GetTensorTypeAndShape(value, &info));
-  ort::StatusPtr status = api->GetTensorElementType(info, &out.type);
-  if (!status) status = api->GetDimensionsCount(info, &out.rank);
-  if (!status) status = api->GetDimensions(info, out.dims, out.rank < 2 ? out.rank : 2);
-  api->ReleaseTensorTypeAndShapeInfo(info);
-  if (status) return status;
+  ORT_TRY(read_shape(api, value, 2, out.type, out.rank, out.dims));
   void* data = nullptr;
   ORT_TRY(api->GetTensorMutableData(const_cast<ort::Value*>(value), &data));
   static const char empty = 0;
@@ -214,16 +231,10 @@ ort::StatusPtr open_rows(const NodeBase& node, ort::KernelContext* context, int 
   const ort::Api* api = node.api;
   ORT_TRY(api->KernelContext_GetInput(context, 0, &rows.value));
   if (!rows.value) return node.error(ort::kInvalidArgument, "input x must be a tensor, got none");
-  ort::TensorInfo* info = nullptr;
   int64_t dims[kMaxRank];
   size_t rank = 0;
   int type = ort::kUndefined;
-  ORT_TRY(api->GetTensorTypeAndShape(rows.value, &info));
-  ort::StatusPtr status = api->GetTensorElementType(info, &type);
-  if (!status) status = api->GetDimensionsCount(info, &rank);
-  if (!status && rank <= kMaxRank) status = api->GetDimensions(info, dims, rank);
-  api->ReleaseTensorTypeAndShapeInfo(info);
-  if (status) return status;
+  ORT_TRY(read_shape(api, rows.value, kMaxRank, type, rank, dims));
   if (rank == 0 || rank > kMaxRank || dims[rank - 1] != width || type != x_type) {
     std::string got = type_name(type) + " [";
     for (size_t i = 0; i < rank && i < kMaxRank; ++i) got += (i ? ", " : "") + std::to_string(dims[i]);

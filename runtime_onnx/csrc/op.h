@@ -31,6 +31,9 @@ struct Tensor {
 using Tensors = std::array<Tensor, kMaxRoles>;  // by role
 using Present = std::array<bool, kMaxRoles>;    // by role
 
+// How a matrix is stored: a float type, int8 with one float32 scale per row, int4 with one float16 scale per 32 columns
+enum class Weights : int { kFloat, kInt8Row, kInt4G32 };
+
 // A closed list of names: roles, or values of an attribute.
 struct Names {
   const char* const* list;
@@ -42,12 +45,16 @@ struct Names {
   std::string listed() const;
 };
 
-extern const Names kTypes;  // element types by ort::Type
+extern const Names kTypes;    // element types by ort::Type
+extern const Names kWeights;  // by Weights
 
 bool is_float(int type);
+// [1 .. 2^30, 1 .. 2^30]
+bool is_matrix(const Tensor& tensor);
 int64_t bytes_of(int type);
 std::string type_name(int type);
 std::string shape_text(const Tensor& tensor);
+std::string size_text(int64_t size);  // "?" for 0, a size that is not known yet
 std::vector<std::string> split(const std::string& text, char separator);
 
 // Reads roles, separated by spaces, in the order of `roles`, each once; returns what is wrong (empty: nothing).
@@ -173,6 +180,13 @@ struct Op : OpBase {
     if (Kernel::kSameShape) InferOutputShapeFn = same_shape;
   }
 };
+
+// Whether the reader of an op's variants knows the name.
+template <class Variant>
+bool is_variant(std::string (*variant_of_name)(const std::string&, Variant&), const char* name) {
+  Variant variant;
+  return variant_of_name(name, variant).empty();
+}
 
 // Appends a kernel's ops, one per dtype of x.
 template <class Kernel>

@@ -18,14 +18,14 @@ bool finite(const float* v, int64_t count) {
 void RowSums::lay(Cut& cut) {
   rows = cut.take<int32_t>(n);
   counts = cut.take<int32_t>(blocks);
-  if (format != RowFormat::kInt8) z = cut.take<float>(blocks * pass * block);
-  if (format == RowFormat::kFloat && shared)
+  if (format != Weights::kInt8Row) z = cut.take<float>(blocks * pass * block);
+  if (format == Weights::kFloat && shared)
     entries = cut.take<uint16_t>(blocks * pass * block), own_counts = cut.take<int32_t>(blocks * pass);
-  if (format == RowFormat::kFloat) return;
+  if (format == Weights::kFloat) return;
   segments = cut.take<int32_t>(blocks);
   quads = {cut.take<int32_t>(blocks * quad_rows(block)), cut.take<int32_t>(segment_stride()),
            cut.take<int32_t>(segment_stride())};
-  if (format == RowFormat::kInt4) return;
+  if (format == Weights::kInt4G32) return;
   q = cut.take<int32_t>(pass * blocks * quad_rows(block) / 4);
   step = cut.take<float>(pass * segment_stride());
   offset = cut.take<int32_t>(pass * segment_stride());
@@ -61,11 +61,11 @@ void RowSums::take(int64_t index, const int32_t* own, const int32_t* places, con
   if (z)
     for (int64_t t = 0; t < tokens; ++t)
       std::memcpy(z + (index * pass + t) * block, factors + t * count, static_cast<size_t>(count) * sizeof(float));
-  if (format == RowFormat::kFloat) return;
+  if (format == Weights::kFloat) return;
   const int64_t s = index * quad_segments(block), at = index * quad_rows(block);
   const Quads found = make_quads(own, places, count, {quads.rows + at, quads.segments + s, quads.filled + s});
   segments[index] = static_cast<int32_t>(found.count);
-  if (format == RowFormat::kInt4) return;  // their factors depend on the columns
+  if (format == Weights::kInt4G32) return;  // their factors depend on the columns
   const int64_t q_stride = blocks * quad_rows(block) / 4, s_stride = segment_stride();
   for (int64_t t = 0; t < tokens; ++t)
     integers->factors(false, found, factors + t * count, nullptr, d, 0, 1, q + t * q_stride + at / 4,
@@ -74,23 +74,19 @@ void RowSums::take(int64_t index, const int32_t* own, const int32_t* places, con
 
 bool RowSums::sum(int64_t first, int64_t width, int64_t tokens, const float* bias, float* y, int64_t y_stride) const {
   for (int64_t t = 0; t < tokens; ++t) start(y + t * y_stride, bias, first, width);
-  return format == RowFormat::kFloat ? sum_float(first, width, tokens, bias, y, y_stride)
-                                     : sum_integer(first, width, tokens, y, y_stride);
+  return format == Weights::kFloat ? sum_float(first, width, tokens, bias, y, y_stride)
+                                   : sum_integer(first, width, tokens, y, y_stride);
 }
 
 bool RowSums::sum_float(int64_t first, int64_t width, int64_t tokens, const float* bias, float* y,
                         int64_t y_stride) const {
   float *panel = nullptr, *scale = nullptr, *sums = nullptr;
   int32_t* list = nullptr;
-  const auto lay = [&](char* base) {
-    Cut cut(base);
+  const auto lay = [&](Cut& cut) {
     panel = cut.take<float>(shared ? block * kMultiplyWidth : 0), sums = cut.take<float>(width);
     scale = cut.take<float>(block + 1), list = cut.take<int32_t>(block + 1);
-    return cut.used();
   };
-  char* base = task_arena.reserve(lay(nullptr));
-  if (!base) return false;
-  lay(base);
+  if (!task_arena.lay_out(lay)) return false;
   const auto is_own = [&](int64_t b) { return own_counts && own_counts[b * pass] >= 0; };
   // one token's strip with its own rows only
   const auto alone = [&](int64_t t) {
@@ -135,25 +131,21 @@ bool RowSums::sum_float(int64_t first, int64_t width, int64_t tokens, const floa
 }
 
 bool RowSums::sum_integer(int64_t first, int64_t width, int64_t tokens, float* y, int64_t y_stride) const {
-  const bool int4 = format == RowFormat::kInt4;
+  const bool int4 = format == Weights::kInt4G32;
   const int64_t columns = padded_columns(int4, width), groups = int4 ? columns / kGroup : 1;
   const int64_t quads_most = quad_rows(block) / 4, segments_most = quad_segments(block);
   float *folded = nullptr, *sums = nullptr, *own_step = nullptr;
   int32_t *own_q = nullptr, *own_offset = nullptr;
   char* panel = nullptr;
-  const auto lay = [&](char* base) {
-    Cut cut(base);
+  const auto lay = [&](Cut& cut) {
     folded = cut.take<float>(tokens * columns);
     sums = cut.take<float>(tokens * columns);
     panel = cut.take<char>(sum_panel_bytes(quads_most));
     own_q = cut.take<int32_t>(int4 ? tokens * quads_most * groups : 0);
     own_offset = cut.take<int32_t>(int4 ? tokens * segments_most * groups : 0);
     own_step = cut.take<float>(int4 ? tokens * segments_most * groups : 0);
-    return cut.used();
   };
-  char* base = task_arena.reserve(lay(nullptr));
-  if (!base) return false;
-  lay(base);
+  if (!task_arena.lay_out(lay)) return false;
   std::memset(folded, 0, static_cast<size_t>(tokens * columns) * sizeof(float));
   for (int64_t b = 0; b < blocks; ++b) {
     if (!counts[b]) continue;

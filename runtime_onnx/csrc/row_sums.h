@@ -19,8 +19,6 @@
 
 namespace sparsegate {
 
-enum class RowFormat : int { kFloat, kInt8, kInt4 };
-
 // The rows whose factor is not 0, with their factors; returns their number. list and scale hold count + 1.
 inline int64_t own_rows(const int32_t* rows, const float* z, int64_t count, int32_t* list, float* scale) {
   int64_t kept = 0;
@@ -46,7 +44,7 @@ inline void start(float* y, const float* bias, int64_t first, int64_t count) {
 struct RowSums {
   const Kernels* kernels;
   const IntegerRows* integers;
-  RowFormat format;
+  Weights format;
   int type;             // of float rows
   const void* weights;  // [n, d]
   const void* scales;   // int4: float16 [n, d / 32]; int8: the factors hold the rows' scales
@@ -76,7 +74,7 @@ struct RowSums {
   bool sum(int64_t first, int64_t width, int64_t tokens, const float* bias, float* y, int64_t y_stride) const;
 
   // Columns for one call of `sum` with many tokens: narrow rows are cut finer, so that threads get even shares
-  int64_t strip() const { return (format == RowFormat::kInt4 ? 512 : 256) / (d <= 1024 ? 2 : 1); }
+  int64_t strip() const { return (format == Weights::kInt4G32 ? 512 : 256) / (d <= 1024 ? 2 : 1); }
 
  private:
   OwnRows own_rows_of(int64_t b) const {

@@ -44,7 +44,8 @@ void select_task(void* user, size_t task) {
   const int64_t d = run.shape.d_in, first = static_cast<int64_t>(task) * kBlock, size = std::min(kBlock, d - first);
   int32_t rows[kBlock + 1];
   uint8_t any[kBlock] = {};
-  const float *tau = run.floats(kTau) + first, *scale = run.sums.format == RowFormat::kInt8 ? run.floats(kSW) : nullptr;
+  const float *tau = run.floats(kTau) + first,
+              *scale = run.sums.format == Weights::kInt8Row ? run.floats(kSW) : nullptr;
   for (int64_t t = 0; t < run.tokens; ++t) {
     const float* x = run.x + t * d + first;
     for (int64_t j = 0; j < size; ++j) any[j] |= std::fabs(x[j]) > tau[j];
@@ -98,10 +99,9 @@ struct CpuKernel {
     const Tensor& w = tensors[kW];
     const int64_t pass = std::min(io.tokens, kManyTokens), blocks = (d_in + kBlock - 1) / kBlock;
     const bool few = pass <= kFewTokens, wide = variant.x != ort::kFloat32;
-    const RowFormat format = static_cast<RowFormat>(variant.weights);
     run.sums = {&kernels(isa()),
                 &integer_rows(isa()),
-                format,
+                variant.weights,
                 w.type,
                 w.data,
                 tensors[kSW].data,
@@ -115,16 +115,13 @@ struct CpuKernel {
     const int64_t sixteenth = (d_out / 16 + 127) / 128 * 128;
     run.strip = few ? std::clamp(sixteenth, kStrip, pass == 1 ? kLongStrip : kStrip) : run.sums.strip();
     float *x = nullptr, *y = nullptr;
-    const auto lay = [&](char* base) {
-      Cut cut(base);
+    const auto lay = [&](Cut& cut) {
       run.sums.lay(cut);
       x = cut.take<float>(wide ? pass * d_in : 0);
       y = cut.take<float>(wide ? pass * d_out : 0);
-      return cut.used();
     };
-    char* base = call_arena.reserve(lay(nullptr));
-    if (!base) return node.error(ort::kRuntimeException, "out of memory for " + std::to_string(pass) + " tokens");
-    lay(base);
+    if (!call_arena.lay_out(lay))
+      return node.error(ort::kRuntimeException, "out of memory for " + std::to_string(pass) + " tokens");
 
     const int64_t bytes = w.type == ort::kUint8 ? d_in * d_out / 2 : d_in * d_out * bytes_of(w.type);
     const bool small = bytes * std::min<int64_t>(pass, 4) < kInlineBytes;
@@ -156,9 +153,6 @@ void sparse_linear_cpu_ops(const ort::Api* api, std::vector<std::unique_ptr<ort:
   append_ops<sparse_linear::CpuKernel>(api, ops);
 }
 
-bool sparse_linear_cpu_supports(const char* name) {
-  sparse_linear::Variant variant;
-  return sparse_linear::variant_of_name(name, variant).empty();
-}
+bool sparse_linear_cpu_supports(const char* name) { return is_variant(sparse_linear::variant_of_name, name); }
 
 }  // namespace sparsegate

@@ -10,7 +10,6 @@
 namespace sparsegate::sparse_linear {
 
 enum Role : int { kW, kSW, kB, kTau };
-enum class Weights : int { kFloat, kInt8Row, kInt4G32 };
 
 struct Variant {
   Weights weights = Weights::kFloat;

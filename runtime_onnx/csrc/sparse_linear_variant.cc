@@ -7,8 +7,7 @@ namespace sparsegate::sparse_linear {
 namespace {
 
 const char* const kRoleNames[] = {"w", "s_w", "b", "tau"};
-const char* const kWeightNames[] = {"float", "int8_row", "int4_g32"};
-constexpr Names kRoles(kRoleNames), kWeights(kWeightNames);
+constexpr Names kRoles(kRoleNames);
 
 }  // namespace
 
@@ -48,8 +47,7 @@ std::string check_tensors(const Variant& variant, const Tensors& tensors, Shape&
     const char* const types[] = {"float32, float16 or bfloat16", "int8", "uint8"};
     const bool right =
         variant.weights == Weights::kFloat ? is_float(w.type) : w.type == (int4 ? ort::kUint8 : ort::kInt8);
-    if (!right || w.rank != 2 || w.dims[0] < 1 || w.dims[1] < 1 || w.dims[0] > INT32_MAX / 2 ||
-        w.dims[1] > INT32_MAX / 2)
+    if (!right || !is_matrix(w))
       return std::string("input w must be ") + types[static_cast<int>(variant.weights)] +
              (int4 ? " [d_in, d_out / 2], got " : " [d_in, d_out], got ") + shape_text(w);
     shape.d_in = w.dims[0];
@@ -65,9 +63,8 @@ std::string check_tensors(const Variant& variant, const Tensors& tensors, Shape&
     const bool fits =
         t.rank == (groups ? 2u : 1u) && (size == 0 || (t.dims[0] == size && (!groups || t.dims[1] == columns)));
     if (!t.data || (fits && t.type == (groups ? ort::kFloat16 : ort::kFloat32))) continue;
-    const auto text = [](int64_t dim) { return dim ? std::to_string(dim) : "?"; };
-    return std::string("input ") + kRoles.list[role] + " must be " + (groups ? "float16 [" : "float32 [") + text(size) +
-           (groups ? ", " + text(columns) : "") + "], got " + shape_text(t);
+    return std::string("input ") + kRoles.list[role] + " must be " + (groups ? "float16 [" : "float32 [") +
+           size_text(size) + (groups ? ", " + size_text(columns) : "") + "], got " + shape_text(t);
   }
   return "";
 }
