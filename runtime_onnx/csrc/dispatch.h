@@ -1,5 +1,6 @@
 // From numbers known at run time to template parameters: tokens of a tile, types of elements. Included by files that are
-// compiled once per instruction set; everything has internal linkage.
+// compiled once per instruction set; everything has internal linkage. All is inlined, bodies too (they say so): so the
+// compiler sees the constants of a call before it decides on clones.
 #pragma once
 
 #include "ort_abi.h"
@@ -11,7 +12,7 @@ namespace {
 
 // Cuts tokens into this many tiles, as even as can be (8 in two are 4 and 4, not 6 and 2): body(first token, tokens)
 template <class Int, class Body>
-inline void each_tile(Int tokens, Int tiles, const Body& body) {
+__attribute__((always_inline)) inline void each_tile(Int tokens, Int tiles, const Body& body) {
   for (Int first = 0; tiles > 0; --tiles) {
     const Int size = (tokens - first + tiles - 1) / tiles;
     body(first, size);
@@ -54,7 +55,7 @@ __attribute__((always_inline)) inline void with_size(int64_t size, const Body& b
 
 // body(weights) with a pointer to the elements that an ort::Type of float weights means, with INT8 also to int8
 template <bool INT8, class Body>
-inline void with_type(int type, const void* weights, const Body& body) {
+__attribute__((always_inline)) inline void with_type(int type, const void* weights, const Body& body) {
   switch (type) {
     case ort::kFloat32:
       return body(static_cast<const float*>(weights));

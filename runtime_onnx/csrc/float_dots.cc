@@ -163,8 +163,8 @@ template <class W, int N>
 void tiles_of(const W* const* row, const W* const* near, int64_t tiles, int64_t tokens, const float* x,
               int64_t x_stride, const Cut& cut, reg (*sum)[PARTS][TILE][ROWS], int valid, float* out, int64_t stride) {
   int visit = 0;
-  each_tile(tokens, tiles, [&](int64_t t, int64_t n) {
-    with_size<TILE>(n, [&](auto size) {
+  each_tile(tokens, tiles, [&](int64_t t, int64_t n) __attribute__((always_inline)) {
+    with_size<TILE>(n, [&](auto size) __attribute__((always_inline)) {
       add_tile<W, size.value, N>(row, near, visit * PARTS, x + t * x_stride, x_stride, cut, sum[visit], valid,
                                  out + t * stride, stride);
     });
@@ -232,7 +232,7 @@ void dots_of(int type, const W* weights, const int32_t* rows, int64_t count, int
 
 void dots(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
           int64_t x_stride, int64_t tokens, float* out, int64_t stride, const void* then) {
-  with_type<false>(type, weights, [&](const auto* w) {
+  with_type<false>(type, weights, [&](const auto* w) __attribute__((always_inline)) {
     dots_of(type, w, rows, count, d, x, x_stride, tokens, out, stride, static_cast<decltype(w)>(then));
   });
 }

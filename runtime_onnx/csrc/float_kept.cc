@@ -26,7 +26,7 @@ constexpr int64_t AHEAD = 8;
 
 // One cut of one row for T tokens: `sum` holds what the cuts before gave. `far`, if any, is fetched.
 template <class W, int T, bool FETCH>
-inline void add_cut(const W* row, const W* far, const float* const* x, const Cut& cut, reg (*sum)[PARTS], float* total,
+inline void add_cut(const W* row, const W* far, const float* const* x, const Cut& cut, reg (*sum)[PARTS],
                     float* const* out) {
   // columns: of a line, and of a turn, whose turns the processor can count
   constexpr int STEP = LINE / static_cast<int>(sizeof(W)), STEPS = 64;
@@ -68,26 +68,20 @@ inline void add_cut(const W* row, const W* far, const float* const* x, const Cut
       for (int p = 0; p < PARTS; ++p) sum[t][p] = acc[t][p];
     return;
   }
-#pragma GCC unroll 2
-  for (int t = 0; t < T; t += 4) {
-    vec four_sums[4];
+  const auto lanes = [&](int t) __attribute__((always_inline)) {
+    vec sums_of_t;
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
-#pragma GCC unroll 4
-      for (int p = 0; p < PARTS; ++p) four_sums[i].part[p] = acc[t + i < T ? t + i : t][p];
-    const four y = sums(four_sums[0], four_sums[1], four_sums[2], four_sums[3]);
-    memcpy(total, &y, sizeof y);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
-      if (t + i < T) *out[t + i] = total[i];
-  }
+    for (int p = 0; p < PARTS; ++p) sums_of_t.part[p] = acc[t][p];
+    return sums_of_t;
+  };
+  store_sums<T>(lanes, out);
 }
 
 template <class W, bool FETCH>
 inline void add_cut_of(int n, const W* row, const W* far, const float* const* x, const Cut& cut, reg (*sum)[PARTS],
                        float* const* out) {
-  alignas(16) float total[4];
-  with_size<TILE>(n, [&](auto size) { add_cut<W, size.value, FETCH>(row, far, x, cut, sum, total, out); });
+  with_size<TILE>(
+      n, [&](auto size) __attribute__((always_inline)) { add_cut<W, size.value, FETCH>(row, far, x, cut, sum, out); });
 }
 
 template <class W>
@@ -121,7 +115,7 @@ void dots_of(const W* weights, const int32_t* rows, int64_t count, int64_t d, co
           else if (streams)
             far = then && later < count ? row_of(then, later) + begin : nullptr;
           const int n = order.sizes[i];
-          each_tile(n, tile_count(n, TILE), [&](int done, int now) {
+          each_tile(n, tile_count(n, TILE), [&](int done, int now) __attribute__((always_inline)) {
             const float* from[TILE];
             float* to[TILE];
             for (int t = 0; t < now; ++t) {
@@ -227,14 +221,14 @@ void multiply_of(const W* weights, const int32_t* rows, int64_t count, const int
 void multiply_kept(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then,
                    int64_t then_count, int64_t d, int64_t first, int64_t width, const OwnRows& own, int64_t tokens,
                    float* y, int64_t y_stride, float* scratch) {
-  with_type<true>(type, weights, [&](const auto* w) {
+  with_type<true>(type, weights, [&](const auto* w) __attribute__((always_inline)) {
     multiply_of(w + first, rows, count, then, then_count, d, width, own, tokens, y, y_stride, scratch);
   });
 }
 
 void dots_kept(int type, const void* weights, const int32_t* rows, int64_t count, int64_t d, const float* x,
                int64_t x_stride, int64_t tokens, const uint16_t* masks, float* out, int64_t stride, const void* then) {
-  with_type<false>(type, weights, [&](const auto* w) {
+  with_type<false>(type, weights, [&](const auto* w) __attribute__((always_inline)) {
     dots_of(w, rows, count, d, x, x_stride, tokens, masks, out, stride, static_cast<decltype(w)>(then));
   });
 }

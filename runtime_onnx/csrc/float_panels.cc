@@ -82,8 +82,9 @@ inline void tile(const Rows& panel, int64_t count, int64_t d, const float* z, in
 template <class Rows, class Fetch>
 void tile_of(int64_t tokens, const Rows& panel, int64_t count, int64_t d, const float* z, int64_t z_stride, float* y,
              int64_t y_stride, int64_t width, const Fetch& fetched) {
-  with_size<TILE>(tokens,
-                  [&](auto size) { tile<size.value>(panel, count, d, z, z_stride, y, y_stride, width, fetched); });
+  with_size<TILE>(tokens, [&](auto size) __attribute__((always_inline)) {
+    tile<size.value>(panel, count, d, z, z_stride, y, y_stride, width, fetched);
+  });
 }
 
 template <class W>
@@ -138,7 +139,7 @@ void multiply_many(const Piece<W>& piece, const Piece<W>& then, int64_t d, int64
   int64_t line = 0;
   for (int64_t c = 0; c < width; c += PANEL) {
     const Packed panel{scratch + c * piece.count};
-    each_tile(tokens, tiles, [&](int64_t t, int64_t size) {
+    each_tile(tokens, tiles, [&](int64_t t, int64_t size) __attribute__((always_inline)) {
       const int64_t bytes = (lines - line < share ? lines - line : share) * LINE;
       const auto fetched = [&](int64_t k) __attribute__((always_inline)) {
         if (k < then.count && bytes > 0) fetch(reinterpret_cast<const char*>(then.row(k, d)) + line * LINE, bytes);
@@ -166,7 +167,7 @@ void multiply_of(const W* weights, const int32_t* rows, int64_t count, const int
 void multiply(int type, const void* weights, const int32_t* rows, int64_t count, const int32_t* then,
               int64_t then_count, int64_t d, int64_t first, int64_t width, const float* z, int64_t z_stride,
               int64_t tokens, float* y, int64_t y_stride, float* scratch) {
-  with_type<true>(type, weights, [&](const auto* w) {
+  with_type<true>(type, weights, [&](const auto* w) __attribute__((always_inline)) {
     multiply_of(w + first, rows, count, then, then_count, d, width, z, z_stride, tokens, y, y_stride, scratch);
   });
 }

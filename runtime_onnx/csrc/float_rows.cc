@@ -79,7 +79,9 @@ void accumulate_of(const W* weights, const int32_t* rows, const float* scale, in
 
 void accumulate(int type, const void* weights, const int32_t* rows, const float* scale, int64_t count, int64_t d,
                 int64_t first, int64_t width, float* y) {
-  with_type<true>(type, weights, [&](const auto* w) { accumulate_of(w + first, rows, scale, count, d, y, width); });
+  with_type<true>(type, weights, [&](const auto* w) __attribute__((always_inline)) {
+    accumulate_of(w + first, rows, scale, count, d, y, width);
+  });
 }
 
 template <class W>
@@ -96,7 +98,7 @@ void widen(int type, const void* values, int64_t count, float* out) {
     memcpy(out, values, static_cast<size_t>(count) * sizeof(float));
     return;
   }
-  with_type<true>(type, values, [&](const auto* v) { widen_of(v, count, out); });
+  with_type<true>(type, values, [&](const auto* v) __attribute__((always_inline)) { widen_of(v, count, out); });
 }
 
 }  // namespace

@@ -1,32 +1,20 @@
 // One run of GatedMLP on the device, and what its two paths share: decode for few tokens, prefill for many.
 #pragma once
 
+#include "cuda_op.cuh"
 #include "gated_mlp.h"
-#include "matrix.cuh"
 
 namespace sparsegate::gated_mlp {
 
 // Up to here the rows that a token keeps are read for that token alone; above, all rows are read once for all tokens.
 constexpr int64_t kDecodeTokens = 4;
 
-// tensors, x and y lie on the device: x and y [tokens, d]
-struct Call {
-  Variant variant;
-  Tensors tensors;
-  Shape shape;
-  int64_t tokens = 0;
-  const void* x = nullptr;
-  void* y = nullptr;
-
-  // nullptr where absent
-  const float* floats(Role role) const { return static_cast<const float*>(tensors[role].data); }
-  // without data where absent
-  Matrix matrix(Role role, Role scale) const { return matrix_of(tensors[role], tensors[scale]); }
+// x and y [tokens, d]
+struct Call : CallOf<Variant, Shape> {
   Matrix rows_of_x() const { return matrix_of(x, variant.x, tokens, shape.d); }
 };
 
-// Queue the op on the stream and return the bytes of scratch memory that it needs at `base` (aligned to 64); with base
-// nullptr they only count.
+// `run` of CudaKernel on its two paths
 size_t decode(const Call& call, char* base, cudaStream_t stream);
 size_t prefill(const Call& call, char* base, cudaStream_t stream);
 inline size_t run(const Call& call, char* base, cudaStream_t stream) {

@@ -87,15 +87,7 @@ __device__ float dots(const Matrix& m, const int (&rows)[kRows], int count, int 
   float sum[kSlots] = {};
   for (int c = begin; c < m.columns; c += step) {
     Eight<W> row[kRows];
-    if (m.whole) {
-#pragma unroll
-      for (int k = 0; k < kRows; ++k)
-        if (k < count) row[k] = read<W>(m, rows[k], c);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kRows; ++k)
-        if (k < count) row[k] = read_edge<W>(m, rows[k], c);
-    }
+    read_rows<W, kRows>(m, rows, count, c, row);
     float x[8];
     eight_floats(v, c, m.columns, m.whole, x);
 #pragma unroll

@@ -207,6 +207,146 @@ void fetch_scales(const Run& run, Role role, int64_t first, int64_t size, const 
   for (int64_t k = 0; k < count; ++k) fetch(data + places[k] * bytes, bytes);
 }
 
+// What `compute_neurons` works on: block `index`, rows [first, first + size).
+struct Work {
+  int64_t index, first, size;
+  bool full;    // the activated product of all rows is the score
+  bool paired;  // gate and up in one product
+  bool shared;  // products with the tokens that keep a row alone may pay
+
+  float* score = nullptr;  // [tokens, size]: scores, or the activated product where `full`
+  float* z = nullptr;      // [tokens, count]
+  float *up = nullptr, *both = nullptr;
+  int32_t *rows = nullptr, *places = nullptr;  // [count]: kept by any token; where they lie
+  uint8_t *keep = nullptr, *any = nullptr;     // [tokens, size]; [size]
+  uint16_t* masks = nullptr;
+  int64_t count = 0;
+
+  Work(const Run& run, int64_t block) : index(block), first(run.first_of(block)), size(run.size_of(block)) {
+    const Variant& v = *run.variant;
+    full = v.score == Score::kGate || v.score == Score::kExact;
+    paired = run.few && run.pitch > 1 && !v.plain() && !full && !v.relu();
+    shared = run.tokens > 1 && !paired && v.score != Score::kAll;
+  }
+
+  void lay(Cut& cut, int64_t tokens) {
+    score = cut.take<float>(tokens * size);
+    z = cut.take<float>(tokens * size);
+    up = cut.take<float>(tokens * size);
+    rows = cut.take<int32_t>(size);
+    places = cut.take<int32_t>(size);
+    both = cut.take<float>(paired ? 2 * tokens * size : 0);
+    keep = cut.take<uint8_t>(tokens * size);
+    any = cut.take<uint8_t>(size);
+    masks = cut.take<uint16_t>(shared ? (tokens + kMaskTokens - 1) / kMaskTokens * size : 0);
+  }
+
+  const uint16_t* masks_of(const Run& run) const {
+    return shared ? own_masks(run, index, keep, rows, count, masks) : nullptr;
+  }
+  void drop(const Run& run) { count = drop_zeros(run, index, keep, rows, places, count, z); }
+};
+
+void compute_scores(const Run& run, Work& work) {
+  const int64_t first = work.first, m = work.size;
+  const bool plain = run.variant->plain();
+  if (run.floats(kTau)) fetch(run.floats(kTau) + first, m * 4);
+  if (run.variant->score == Score::kPredictor) {
+    if (run.floats(kSP2)) fetch(run.floats(kSP2) + first, m * 4);
+    predictor_products(run, kP2, first, m, work.score, m);
+  } else if (work.full) {
+    for (int64_t k = 0; k < m; ++k) {  // all rows of the block, for now
+      work.rows[k] = static_cast<int32_t>(first + k);
+      work.places[k] = static_cast<int32_t>((first + k) * run.pitch);
+    }
+    weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, work.rows, work.places, m, nullptr, work.score,
+                    m, plain || run.tokens == 1 ? nullptr : run.at(kWUp).data);
+    activate(run, work.score, run.tokens * m);
+  }
+}
+
+// What each token keeps, and the union of it
+void select(const Run& run, Work& work) {
+  const Variant& v = *run.variant;
+  const int64_t tokens = run.tokens, first = work.first, m = work.size;
+  const float* tau = run.floats(kTau);
+  const bool zeros = v.relu();
+  uint8_t* any = work.any;
+  std::memset(any, v.score == Score::kAll, static_cast<size_t>(m));
+  if (v.score == Score::kAll) std::memset(work.keep, 1, static_cast<size_t>(tokens * m));
+  for (int64_t t = 0; t < tokens && v.score != Score::kAll; ++t) {
+    const float* s = work.score + t * m;
+    uint8_t* kept = work.keep + t * m;
+    if (v.score == Score::kExact)
+      for (int64_t k = 0; k < m; ++k) kept[k] = s[k] != 0.f;
+    else if (v.score == Score::kPredictor)
+      for (int64_t k = 0; k < m; ++k) kept[k] = s[k] > tau[first + k];
+    else
+      for (int64_t k = 0; k < m; ++k) kept[k] = std::fabs(s[k]) > tau[first + k] && !(zeros && s[k] == 0.f);
+    for (int64_t k = 0; k < m; ++k) any[k] |= kept[k];
+  }
+  int32_t* rows = work.rows;
+  int64_t count = 0;
+  for (int64_t k = 0; k < m; ++k) {
+    rows[count] = static_cast<int32_t>(first + k);
+    count += any[k];
+  }
+  for (int64_t k = 0; k < count; ++k) work.places[k] = static_cast<int32_t>(rows[k] * run.pitch);
+  work.count = count;
+}
+
+// act(gate), or act(up) without a gate; `after`: as in `dots`, what is read after the last product
+void compute_first(const Run& run, Work& work, const void* after) {
+  const int64_t tokens = run.tokens, count = work.count;
+  const bool plain = run.variant->plain(), zeros = run.variant->relu();
+  if (work.full) {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t k = 0; k < count; ++k) work.z[t * count + k] = work.score[t * work.size + work.rows[k] - work.first];
+    return;
+  }
+  if (work.paired) {
+    gate_and_up(run, work.rows, work.places, count, work.both, work.z, work.up);
+  } else {
+    const void* next = zeros ? nullptr : plain ? after : run.at(kWUp).data;
+    weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, work.rows, work.places, count,
+                    work.masks_of(run), work.z, count, next);
+  }
+  activate(run, work.z, tokens * count);
+  if (zeros) work.drop(run);
+}
+
+void multiply_by_up(const Run& run, Work& work, const void* after) {
+  const bool drelu = run.variant->activation == Activation::kDrelu;
+  if (!work.paired)
+    weight_products(run, kWUp, kBUp, work.rows, work.places, work.count, work.masks_of(run), work.up, work.count,
+                    drelu ? nullptr : after);
+  float *z = work.z, *up = work.up;
+  const int64_t size = run.tokens * work.count;
+  for (int64_t i = 0; drelu && i < size; ++i) up[i] = relu(up[i]);
+  for (int64_t i = 0; i < size; ++i) z[i] *= up[i];
+  if (run.variant->relu()) work.drop(run);
+}
+
+// z times the scale of w_down's row, 0 where a token does not keep the row
+void scale_kept(const Run& run, const Work& work) {
+  const int64_t first = work.first, m = work.size, count = work.count;
+  const int32_t* rows = work.rows;
+  const float* down = run.variant->weights == Weights::kInt8Row ? run.floats(kSDown) : nullptr;
+  for (int64_t t = 0; t < run.tokens; ++t) {
+    const uint8_t* kept = work.keep + t * m;
+    float* own = work.z + t * count;
+    // all rows, so that the loops can run in vectors; not 0 times the scale, which may be NaN
+    if (count == m && down) {
+      for (int64_t k = 0; k < m; ++k) own[k] = kept[k] ? own[k] * down[first + k] : 0.f;
+    } else if (count == m) {
+      for (int64_t k = 0; k < m; ++k) own[k] = kept[k] ? own[k] : 0.f;
+    } else {
+      for (int64_t k = 0; k < count; ++k)
+        own[k] = kept[rows[k] - first] ? (down ? own[k] * down[rows[k]] : own[k]) : 0.f;
+    }
+  }
+}
+
 }  // namespace
 
 void hidden_task(void* user, size_t task) {
@@ -233,109 +373,25 @@ void round_hidden(const Run& run) {
 }
 
 bool compute_neurons(const Run& run, int64_t index, Neurons& out) {
-  const Variant& v = *run.variant;
-  const int64_t tokens = run.tokens, first = run.first_of(index), m = run.size_of(index);
-  float *score = nullptr, *z = nullptr, *up = nullptr, *both = nullptr;
-  const bool predictor = v.score == Score::kPredictor, full = v.score == Score::kGate || v.score == Score::kExact;
-  const bool plain = v.plain();
-  const bool zeros = v.relu(), drelu = v.activation == Activation::kDrelu;
-  const bool paired = run.few && run.pitch > 1 && !plain && !full && !zeros;
-  const bool shared = tokens > 1 && !paired && v.score != Score::kAll;
-  int32_t *rows = nullptr, *places = nullptr;
-  uint8_t *keep = nullptr, *any = nullptr;
-  uint16_t* masks = nullptr;
-  const auto lay = [&](Cut& cut) {
-    score = cut.take<float>(tokens * m);  // scores, or the activated product that score gate computes in full
-    z = cut.take<float>(tokens * m);      // [tokens, count]
-    up = cut.take<float>(tokens * m);
-    rows = cut.take<int32_t>(m);
-    places = cut.take<int32_t>(m);
-    both = cut.take<float>(paired ? 2 * tokens * m : 0);
-    keep = cut.take<uint8_t>(tokens * m);
-    any = cut.take<uint8_t>(m);
-    masks = cut.take<uint16_t>(shared ? (tokens + kMaskTokens - 1) / kMaskTokens * m : 0);
-  };
-  if (!task_arena.lay_out(lay)) return false;
-
-  // 1. scores of the block, and the union of what the tokens keep
-  const float* tau = run.floats(kTau);
-  if (tau) fetch(tau + first, m * 4);
-  if (predictor) {
-    if (run.floats(kSP2)) fetch(run.floats(kSP2) + first, m * 4);
-    predictor_products(run, kP2, first, m, score, m);
-  } else if (full) {
-    for (int64_t k = 0; k < m; ++k) {  // all rows of the block, for now
-      rows[k] = static_cast<int32_t>(first + k);
-      places[k] = static_cast<int32_t>((first + k) * run.pitch);
-    }
-    weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, rows, places, m, nullptr, score, m,
-                    plain || tokens == 1 ? nullptr : run.at(kWUp).data);
-    activate(run, score, tokens * m);
-  }
-  std::memset(any, v.score == Score::kAll, static_cast<size_t>(m));
-  if (v.score == Score::kAll) std::memset(keep, 1, static_cast<size_t>(tokens * m));
-  for (int64_t t = 0; t < tokens && v.score != Score::kAll; ++t) {
-    const float* s = score + t * m;
-    uint8_t* kept = keep + t * m;
-    if (v.score == Score::kExact)
-      for (int64_t k = 0; k < m; ++k) kept[k] = s[k] != 0.f;
-    else if (predictor)
-      for (int64_t k = 0; k < m; ++k) kept[k] = s[k] > tau[first + k];
-    else
-      for (int64_t k = 0; k < m; ++k) kept[k] = std::fabs(s[k]) > tau[first + k] && !(zeros && s[k] == 0.f);
-    for (int64_t k = 0; k < m; ++k) any[k] |= kept[k];
-  }
-  int64_t count = 0;
-  for (int64_t k = 0; k < m; ++k) {
-    rows[count] = static_cast<int32_t>(first + k);
-    count += any[k];
-  }
-
-  for (int64_t k = 0; k < count; ++k) places[k] = static_cast<int32_t>(rows[k] * run.pitch);
-
-  // 2. z [tokens, count] of the union
+  const bool plain = run.variant->plain(), zeros = run.variant->relu();
+  Work work(run, index);
+  if (!task_arena.lay_out([&](Cut& cut) { work.lay(cut, run.tokens); })) return false;
+  compute_scores(run, work);
+  select(run, work);
   const void* after = run.few ? run.at(kWDown).data : next_block(run, index, plain ? kWUp : kWGate);
+  const auto ask_for = [&](Role role, int64_t count) {
+    fetch_scales(run, role, work.first, work.size, work.places, count);
+  };
   if (run.few) {
-    if (!full && !plain) fetch_scales(run, kSGate, first, m, places, std::min<int64_t>(count, 4));
-    if (!full || !plain) fetch_scales(run, kSUp, first, m, places, std::min<int64_t>(count, 4));
-    if (!zeros) fetch_scales(run, kSDown, first, m, places, count);
+    if (!work.full && !plain) ask_for(kSGate, std::min<int64_t>(work.count, 4));
+    if (!work.full || !plain) ask_for(kSUp, std::min<int64_t>(work.count, 4));
+    if (!zeros) ask_for(kSDown, work.count);
   }
-  const auto own = [&]() { return shared ? own_masks(run, index, keep, rows, count, masks) : nullptr; };
-  if (full) {
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t k = 0; k < count; ++k) z[t * count + k] = score[t * m + rows[k] - first];
-  } else if (paired) {
-    gate_and_up(run, rows, places, count, both, z, up);
-  } else {
-    const void* next = zeros ? nullptr : plain ? after : run.at(kWUp).data;
-    weight_products(run, plain ? kWUp : kWGate, plain ? kBUp : kBGate, rows, places, count, own(), z, count, next);
-  }
-  if (!full) {
-    activate(run, z, tokens * count);
-    if (zeros) count = drop_zeros(run, index, keep, rows, places, count, z);
-  }
-  if (!plain) {
-    if (!paired) weight_products(run, kWUp, kBUp, rows, places, count, own(), up, count, drelu ? nullptr : after);
-    for (int64_t i = 0; drelu && i < tokens * count; ++i) up[i] = relu(up[i]);
-    for (int64_t i = 0; i < tokens * count; ++i) z[i] *= up[i];
-    if (zeros) count = drop_zeros(run, index, keep, rows, places, count, z);
-  }
-  if (zeros && run.few) fetch_scales(run, kSDown, first, m, places, count);
-  const float* down = v.weights == Weights::kInt8Row ? run.floats(kSDown) : nullptr;
-  for (int64_t t = 0; t < tokens; ++t) {
-    const uint8_t* kept = keep + t * m;
-    float* own = z + t * count;
-    // all rows, so that the loops can run in vectors; not 0 times the scale, which may be NaN
-    if (count == m && down) {
-      for (int64_t k = 0; k < m; ++k) own[k] = kept[k] ? own[k] * down[first + k] : 0.f;
-    } else if (count == m) {
-      for (int64_t k = 0; k < m; ++k) own[k] = kept[k] ? own[k] : 0.f;
-    } else {
-      for (int64_t k = 0; k < count; ++k)
-        own[k] = kept[rows[k] - first] ? (down ? own[k] * down[rows[k]] : own[k]) : 0.f;
-    }
-  }
-  out = {rows, places, z, count};
+  compute_first(run, work, after);
+  if (!plain) multiply_by_up(run, work, after);
+  if (zeros && run.few) ask_for(kSDown, work.count);
+  scale_kept(run, work);
+  out = {work.rows, work.places, work.z, work.count};
   return true;
 }
 

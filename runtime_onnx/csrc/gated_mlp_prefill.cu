@@ -51,10 +51,7 @@ struct Hide : PlainOp {
   __device__ int64_t begin() const { return blockIdx.z * kHiddenColumns; }
   __device__ int64_t end() const { return min(begin() + kHiddenColumns, p1.columns); }
   __device__ bool finish(int64_t m, int j, float c0, float c1) const {
-    const int64_t k = blockIdx.y * int64_t{kTile} + j;
-    float* out = parts + (blockIdx.z * a.rows + m) * p1.rows;
-    if (m < a.rows && k < p1.rows) out[k] = c0;
-    if (m < a.rows && k + 8 < p1.rows) out[k + 8] = c1;
+    put_sums(parts + blockIdx.z * a.rows * p1.rows, a.rows, p1.rows, m, j, c0, c1);
     return false;
   }
 };

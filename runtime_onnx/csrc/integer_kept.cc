@@ -38,16 +38,7 @@ void dot_row(const char* row, const half* scales, int64_t width, const char* con
   for (int t = 0; t < T; ++t) total[t][0] = vec{};
   add_products<T, 1, INT4>(&row, nullptr, &scales, width, Listed{x}, total);
 #endif
-#pragma GCC unroll 2
-  for (int t = 0; t < T; t += 4) {
-    const auto of = [&](int i) { return total[t + i < T ? t + i : t][0]; };
-    alignas(16) float four_sums[4];
-    const four y = sums(of(0), of(1), of(2), of(3));
-    memcpy(four_sums, &y, sizeof y);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
-      if (t + i < T) *out[t + i] = four_sums[i];
-  }
+  store_sums<T>([&](int t) __attribute__((always_inline)) { return total[t][0]; }, out);
 }
 
 template <bool INT4>
@@ -76,7 +67,7 @@ void dots_of(const char* weights, const half* scales, const int32_t* rows, int64
           for (int64_t g = 0; INT4 && g < groups; g += 32) __builtin_prefetch(scales + coming * groups + g, 0, 2);
         }
         const int n = order.sizes[i];
-        each_tile(n, tile_count(n, TILE), [&](int done, int now) {
+        each_tile(n, tile_count(n, TILE), [&](int done, int now) __attribute__((always_inline)) {
           const char* from[TILE];
           float* to[TILE];
           for (int t = 0; t < now; ++t) {
@@ -84,7 +75,7 @@ void dots_of(const char* weights, const half* scales, const int32_t* rows, int64
             from[t] = x + token * x_stride;
             to[t] = out + token * stride + k;
           }
-          with_size<TILE>(now, [&](auto taken) {
+          with_size<TILE>(now, [&](auto taken) __attribute__((always_inline)) {
             dot_row<taken.value, INT4>(weights + mine_at * bytes_per_row, scales + mine_at * groups, width, from, to);
           });
         });

@@ -116,7 +116,7 @@ void dots_of(const char* weights, const half* scales, const int32_t* rows, int64
   const auto place = [&](int64_t k) { return rows ? rows[k] : k; };
   for (int64_t first = 0; first < count; first += BLOCK) {
     const int64_t end = first + BLOCK < count ? first + BLOCK : count;
-    each_tile(tokens, tile_count(tokens, most), [&](int64_t t, int64_t tile_tokens) {
+    each_tile(tokens, tile_count(tokens, most), [&](int64_t t, int64_t tile_tokens) __attribute__((always_inline)) {
       for (int64_t k = first; k < end; k += ROWS) {
         const int valid = count - k < ROWS ? static_cast<int>(count - k) : ROWS;
         const bool last = k + ROWS >= count;
@@ -134,7 +134,7 @@ void dots_of(const char* weights, const half* scales, const int32_t* rows, int64
             __builtin_prefetch(scales + coming * groups + g, 0, 2);
         }
         const char* const* next = t > 0 || (last && !then) ? nullptr : ahead;
-        with_size<MOST>(tile_tokens, [&](auto size) {
+        with_size<MOST>(tile_tokens, [&](auto size) __attribute__((always_inline)) {
           dot_tile<size.value, INT4>(row, next, scale, valid, width, x + t * x_stride, x_stride, out + t * stride + k,
                                      stride);
         });
@@ -363,15 +363,16 @@ void sum_many(const char* weights, int64_t row_bytes, const Quads& quads, int64_
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) u[v] = load_bytes(panel + k * 256 + v * 64);
       };
-      each_tile(tokens, tile_count<int64_t>(tokens, TOKENS), [&](int64_t t, int64_t tile_tokens) {
-        const Factors mine = f.of_token(t);
-        float* to = y + t * y_stride + c + part * 64;
-        for (int64_t s = 0; s < quads.count; ++s)
-          with_size<TOKENS>(tile_tokens, [&](auto size) {
-            add_segment<INT4, size.value>(mine, s, quads.segments[s], quads.segments[s + 1], c / kRounded, quad, to,
-                                          y_stride);
-          });
-      });
+      each_tile(tokens, tile_count<int64_t>(tokens, TOKENS),
+                [&](int64_t t, int64_t tile_tokens) __attribute__((always_inline)) {
+                  const Factors mine = f.of_token(t);
+                  float* to = y + t * y_stride + c + part * 64;
+                  for (int64_t s = 0; s < quads.count; ++s)
+                    with_size<TOKENS>(tile_tokens, [&](auto size) __attribute__((always_inline)) {
+                      add_segment<INT4, size.value>(mine, s, quads.segments[s], quads.segments[s + 1], c / kRounded,
+                                                    quad, to, y_stride);
+                    });
+                });
     }
 }
 
@@ -380,11 +381,13 @@ void sum_of(const char* weights, int64_t width, const Quads& quads, int64_t firs
             int64_t tokens, float* y, int64_t y_stride, char* panel) {
   const int64_t row_bytes = INT4 ? width / 2 : width;
   if (panel) return sum_many<INT4>(weights, row_bytes, quads, first, columns, f, tokens, y, y_stride, panel);
-  each_tile(tokens, tile_count<int64_t>(tokens, TOKENS), [&](int64_t t, int64_t tile_tokens) {
-    with_size<TOKENS>(tile_tokens, [&](auto size) {
-      sum_few<INT4, size.value>(weights, row_bytes, quads, first, columns, f.of_token(t), y + t * y_stride, y_stride);
-    });
-  });
+  each_tile(tokens, tile_count<int64_t>(tokens, TOKENS),
+            [&](int64_t t, int64_t tile_tokens) __attribute__((always_inline)) {
+              with_size<TOKENS>(tile_tokens, [&](auto size) __attribute__((always_inline)) {
+                sum_few<INT4, size.value>(weights, row_bytes, quads, first, columns, f.of_token(t), y + t * y_stride,
+                                          y_stride);
+              });
+            });
 }
 
 void sum(bool int4, const void* weights, int64_t width, const Quads& quads, int64_t first, int64_t columns,

@@ -1,10 +1,12 @@
-// In which order a block's rows are multiplied with the tokens of a group that keep them. Included by files that are
+// In which order a block's rows are multiplied with the tokens of a group that keep them, and where the products go.
+// Included by files that are
 // compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
 
 #include "row_kernels.h"
+#include "vectors.h"
 
 namespace sparsegate {
 namespace SPARSEGATE_ISA {
@@ -39,6 +41,21 @@ void sort(const uint16_t* masks, int64_t size, bool as_listed, Order& order) {
     int n = 0;
     for (unsigned mask = masks[k]; mask; mask &= mask - 1)
       order.tokens[at][n++] = static_cast<uint8_t>(__builtin_ctz(mask));
+  }
+}
+
+// *out[t] = the sum of the lanes of lanes(t) for T tokens
+template <int T, class Lanes>
+__attribute__((always_inline)) inline void store_sums(const Lanes& lanes, float* const* out) {
+#pragma GCC unroll 2
+  for (int t = 0; t < T; t += 4) {
+    const auto at = [&](int i) __attribute__((always_inline)) { return lanes(t + i < T ? t + i : t); };
+    alignas(16) float four_sums[4];
+    const four y = sums(at(0), at(1), at(2), at(3));
+    memcpy(four_sums, &y, sizeof y);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      if (t + i < T) *out[t + i] = four_sums[i];
   }
 }
 

@@ -101,6 +101,20 @@ __device__ inline Eight<W> read_edge(const Matrix& m, int64_t row, int64_t colum
   }
 }
 
+// Eight columns of each of the first `count` of kRows rows of any matrix
+template <class W, int kRows, class Rows>
+__device__ inline void read_rows(const Matrix& m, const Rows& rows, int count, int64_t column, Eight<W> (&out)[kRows]) {
+  if (m.whole) {
+#pragma unroll
+    for (int k = 0; k < kRows; ++k)
+      if (k < count) out[k] = read<W>(m, rows[k], column);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kRows; ++k)
+      if (k < count) out[k] = read_edge<W>(m, rows[k], column);
+  }
+}
+
 // Of any matrix at any place: 0 outside.
 template <class W>
 __device__ inline Eight<W> read_bounded(const Matrix& m, int64_t row, int64_t column) {

@@ -38,15 +38,7 @@ __global__ void __launch_bounds__(kThreads) down(KeptRows rows, Matrix w, float*
   float sum[8] = {};
   for (int k = 0; k < total; k += kFlight) {
     Eight<W> read_ahead[kFlight];
-    if (w.whole) {
-#pragma unroll
-      for (int j = 0; j < kFlight; ++j)
-        if (k + j < total) read_ahead[j] = read<W>(w, row[k + j], c);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kFlight; ++j)
-        if (k + j < total) read_ahead[j] = read_edge<W>(w, row[k + j], c);
-    }
+    read_rows<W, kFlight>(w, row + k, total - k, c, read_ahead);
 #pragma unroll
     for (int j = 0; j < kFlight; ++j) {
       if (k + j >= total) continue;

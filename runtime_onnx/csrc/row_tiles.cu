@@ -34,10 +34,7 @@ struct RowTiles : PlainOp {
     return k;
   }
   __device__ bool finish(int64_t m, int j, float c0, float c1) const {
-    const int64_t column = blockIdx.y * int64_t{kTile} + j;
-    float* out = sums + (blockIdx.z * a.rows + m) * w.columns;
-    if (m < a.rows && column < w.columns) out[column] = c0;
-    if (m < a.rows && column + 8 < w.columns) out[column + 8] = c1;
+    put_sums(sums + blockIdx.z * a.rows * w.columns, a.rows, w.columns, m, j, c0, c1);
     return false;
   }
 };

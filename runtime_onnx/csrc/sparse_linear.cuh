@@ -1,27 +1,15 @@
 // One run of SparseLinear on the device.
 #pragma once
 
-#include "matrix.cuh"
+#include "cuda_op.cuh"
 #include "sparse_linear.h"
 
 namespace sparsegate::sparse_linear {
 
-// tensors, x [tokens, d_in] and y [tokens, d_out] lie on the device
-struct Call {
-  Variant variant;
-  Tensors tensors;
-  Shape shape;
-  int64_t tokens = 0;
-  const void* x = nullptr;
-  void* y = nullptr;
+// x [tokens, d_in], y [tokens, d_out]
+using Call = CallOf<Variant, Shape>;
 
-  // nullptr where absent
-  const float* floats(Role role) const { return static_cast<const float*>(tensors[role].data); }
-  Matrix w() const { return matrix_of(tensors[kW], tensors[kSW]); }
-};
-
-// Queues the op on the stream and returns the bytes of scratch memory that it needs at `base` (aligned to 64); with
-// base nullptr it only counts.
+// As CudaKernel wants it
 size_t run(const Call& call, char* base, cudaStream_t stream);
 
 }  // namespace sparsegate::sparse_linear

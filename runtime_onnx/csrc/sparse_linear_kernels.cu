@@ -45,7 +45,7 @@ size_t run(const Call& call, char* base, cudaStream_t stream) {
   char* v = cut.take<char>(few ? 0 : bytes_of_columns(type, tokens * pitch));
   if (!base) return cut.used();
 
-  const Matrix w = call.w();
+  const Matrix w = call.matrix(kW, kSW);
   for (int64_t first = 0; first < call.tokens; first += tokens) {
     const int64_t count = std::min(tokens, call.tokens - first);
     const char* rows = static_cast<const char*>(call.x) + bytes_of_columns(call.variant.x, first * d_in);

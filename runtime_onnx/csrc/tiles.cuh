@@ -294,6 +294,13 @@ __global__ void __launch_bounds__(kThreads) product_float(const __grid_constant_
   op.leave(__syncthreads_or(any));
 }
 
+// What `finish` does where C is written as it is: to out [rows, columns] where it lies inside.
+__device__ inline void put_sums(float* out, int64_t rows, int64_t columns, int64_t m, int j, float c0, float c1) {
+  const int64_t column = blockIdx.y * int64_t{kTile} + j;
+  if (m < rows && column < columns) out[m * columns + column] = c0;
+  if (m < rows && column + 8 < columns) out[m * columns + column + 8] = c1;
+}
+
 // Grid (tiles of tokens, tiles of columns, parts of k).
 template <class Op>
 void launch_product(const Op& op, int64_t tokens, int64_t tiles, int64_t parts, cudaStream_t stream) {
