@@ -1,6 +1,6 @@
-// From numbers known at run time to template parameters: tokens of a tile, types of elements. Included by files that are
-// compiled once per instruction set; everything has internal linkage. All is inlined, bodies too (they say so): so the
-// compiler sees the constants of a call before it decides on clones.
+// From numbers known at run time to template parameters: tokens of a tile, types of elements. Included by files that
+// are compiled once per instruction set; everything has internal linkage. All is inlined, bodies too (they say so): so
+// the compiler sees the constants of a call before it decides on clones.
 #pragma once
 
 #include "ort_abi.h"

@@ -75,7 +75,8 @@ inline void add_chunk(const char* const* row, const half* const* scales, int64_t
     add_chunk_int8<T, R, WHOLE>(row, at, left, x, from, total);
 }
 
-// total[t][r] += the products of R rows of `width` columns with T tokens, lane by lane. `next`: the rows to come, if any
+// total[t][r] += the products of R rows of `width` columns with T tokens, lane by lane. `next`: the rows to come, if
+// any
 template <int T, int R, bool INT4, class X>
 __attribute__((always_inline)) inline void add_products(const char* const* row, const char* const* next,
                                                         const half* const* scales, int64_t width, const X& x,
