@@ -41,13 +41,13 @@ KEY = "sparsity"
 TENSORS = Path("sparsity") / "sparsity.safetensors"
 CLASS = "Sparsegate"
 """What the names of classes that know a swapped activation begin with."""
-_FIELDS = {
+FIELDS = {
     "gate": {"score", "activation", "density"},
     "predictor": {"score", "activation", "density", "rank"},
     "input": {"score", "density"},
     "exact": {"score", "activation", "density", "opened"},
 }
-_SCORES = {
+SCORES = {
     1: {"ffn": ("gate", "predictor"), "linear": ("input",)},
     2: {"ffn": ("gate", "predictor", "exact"), "linear": ("input",)},
 }
@@ -205,12 +205,12 @@ def read_key(raw: Any) -> Key:
         kind = site.kind.partition(":")[0]
         if site.key != key:  # two spellings of a site would be two contents of one
             raise InputError(f"A site must be spelled {site.key}, got {key!r}. Fetch the checkpoint again.")
-        if site.expert is not None or kind not in _SCORES[version]:
+        if site.expert is not None or kind not in SCORES[version]:
             raise InputError(
                 f"A site must read like layers.3.ffn or layers.3.linear.q_proj in sparsity version {version}, got "
                 f"{key!r}. Update sparsegate."
             )
-        sites[site] = _check_fields(key, fields, version, _SCORES[version][kind], base)
+        sites[site] = _check_fields(key, fields, version, SCORES[version][kind], base)
     return Key(version, base, sites)
 
 
@@ -269,7 +269,7 @@ def _check_fields(key: str, fields: Any, version: int, scores: tuple[str, ...], 
             f"The score of {key} must be one of {', '.join(scores)} for sparsity version {version}, got {score!r}. "
             "Update sparsegate."
         )
-    needed = _FIELDS[score] | ({"rank"} if fields.get("residual") and score == "gate" else set())
+    needed = FIELDS[score] | ({"rank"} if fields.get("residual") and score == "gate" else set())
     allowed = needed | ({"residual"} if score in ("gate", "predictor") else set())
     unknown, missing = set(fields) - allowed, needed - set(fields)
     if unknown:

@@ -153,8 +153,8 @@ class _Gated:
         # scores and thresholds stay fp32 in a half-precision model, as in the op
         wide = torch.promote_types(x.dtype, torch.float32)
         entry = self.entry = self.entry.to(x.device, wide)
-        gate, wide_x = entry.gate, x.to(wide)
-        assert isinstance(gate, Threshold | Predictor)
+        gate: Any = entry.gate
+        wide_x = x.to(wide)
         scores, hidden = EXECUTORS[type(gate)](gate, parts._replace(gate=parts.gate.to(wide)), wide_x)
         residual = residual_output(entry.residual, hidden, wide_x)
         keep = scores > gate.tau
