@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -246,7 +247,7 @@ def _shape(shape: Shape, request: BenchRequest, command: str | None, progress: P
             "precision": precision,
         }
         mlp = OpWorkload("gated_mlp", shape.hidden, shape.neurons, rank, [precision], activation=activation)
-        advance = (lambda done: progress(done, timing.pairs)) if progress else None
+        advance = None if progress is None else partial(_advance, progress, timing.pairs)
         return bench_models(models, shape.vocabulary, timing, settings, mlp, command=command, progress=advance)
 
 
@@ -344,11 +345,15 @@ def random_folders(
     return folders
 
 
+def _advance(progress: Callable[[int, int], None], pairs: int, done: int) -> None:
+    progress(done, pairs)
+
+
 def _folders(request: BenchRequest, command: str | None, progress: Progress) -> dict[str, Any]:
     timing = request.timing(FOLDERS)
 
     def timed(dense: Path, sparse: Path) -> dict[str, Any]:
-        advance = (lambda done: progress(done, timing.pairs)) if progress else None
+        advance = None if progress is None else partial(_advance, progress, timing.pairs)
         runtime = request.runtime or "onnxruntime"
         return bench_folders(dense, sparse, timing, runtime=runtime, command=command, progress=advance)
 
