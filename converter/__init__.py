@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint.writer import write_checkpoint as apply
     from .modeling.swapped import register
-    from .onnx_export.gated_graph import export
+    from .onnx_export.export import export
     from .pipeline.convert import convert
     from .pipeline.evaluate import evaluate
     from .pipeline.inspect import inspect
@@ -45,7 +45,7 @@ _HOMES = {
     "calibrate": (".stats.collect", "collect"),
     "convert": (".pipeline.convert", "convert"),
     "evaluate": (".pipeline.evaluate", "evaluate"),
-    "export": (".onnx_export.gated_graph", "export"),
+    "export": (".onnx_export.export", "export"),
     "inspect": (".pipeline.inspect", "inspect"),
     "load": (".pipeline.load", "load"),
     "make_report": (".report.html", "make_report"),

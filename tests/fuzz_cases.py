@@ -136,8 +136,7 @@ def make_folders(root: Path) -> Path:
     from sparsegate.converter.checkpoint.plan import SitePlan, Threshold
     from sparsegate.converter.checkpoint.source import INDEX, SINGLE, open_source
     from sparsegate.converter.checkpoint.writer import write_checkpoint
-    from sparsegate.converter.onnx_export.base_graph import build_base
-    from sparsegate.converter.onnx_export.gated_graph import export
+    from sparsegate.converter.onnx_export.export import export
     from sparsegate.converter.pipeline.recipe import make_recipe
     from sparsegate.converter.sources.powerinfer import write_powerinfer
     from sparsegate.converter.sources.predictors import predictors_beside
@@ -163,8 +162,7 @@ def make_folders(root: Path) -> Path:
     }
     out.mkdir()
     write_checkpoint(source, plan, out)
-    build_base(model, root / "base")
-    export(root / "base", plan, source.arch, source.config, out / "onnx")
+    export(out, out / "onnx", base=root / "base")
     shutil.copytree(out / "onnx", root / "linked")
     link(root / "linked")
     recipe = make_recipe({"model": "model"}).model_dump(mode="json")

@@ -40,7 +40,7 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 _PIECES = b"\n"  # how a sentencepiece model begins: its first field is the list of pieces
 _CODE = "auto_map"
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
-_CONFIGS = (
+CONFIGS = (
     "config.json",
     "tokenizer_config.json",
     GENERATION_CONFIG,
@@ -257,7 +257,7 @@ def stored(tensors: Mapping[str, TensorInfo]) -> Stored:
 
 def asks_for_code(folder: Path) -> list[str]:
     """The configuration files of a model folder that name code of the model's own for transformers to run."""
-    return [name for name in _CONFIGS if (folder / name).is_file() and _CODE in read_json(folder / name, name)]
+    return [name for name in CONFIGS if (folder / name).is_file() and _CODE in read_json(folder / name, name)]
 
 
 def drop_code(folder: Path) -> None:
@@ -265,7 +265,12 @@ def drop_code(folder: Path) -> None:
     folder runs it.
     """
     for name in asks_for_code(folder):
-        write_json(folder / name, {key: value for key, value in read_json(folder / name, name).items() if key != _CODE})
+        write_json(folder / name, without_code(read_json(folder / name, name)))
+
+
+def without_code(raw: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what names code of the model's own."""
+    return {key: value for key, value in raw.items() if key != _CODE}
 
 
 def make_config(raw: dict[str, Any]) -> Any:

@@ -149,12 +149,14 @@ def write_stock(folder: Path) -> None:
     """Take the `sparsity` key from a folder's config.json, whose networks all compute the base model's own activation,
     and give it the base's names.
     """
-    raw = read_json(folder / "config.json", "config.json")
-    swapped = str(raw.get("model_type")).startswith(PREFIX)
-    write_json(
-        folder / "config.json",
-        stock_config(raw) if swapped else {name: value for name, value in raw.items() if name != KEY},
-    )
+    write_json(folder / "config.json", base_config(read_json(folder / "config.json", "config.json")))
+
+
+def base_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint's config.json without its plan, under the base model's names."""
+    if str(raw.get("model_type")).startswith(PREFIX):
+        return stock_config(raw)
+    return {name: value for name, value in raw.items() if name != KEY}
 
 
 def stock_config(raw: dict[str, Any]) -> dict[str, Any]:

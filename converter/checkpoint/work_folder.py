@@ -30,6 +30,7 @@ ENTRIES = {
     "plan": "plans by method",
     "quality": "their losses",
     "base": "the dense graph",
+    "bases": "dense graphs of checkpoints with weights of their own",
     "base_cuda": "the dense graph for CUDA",
     "dense": "the dense graph in integers",
     "quality_dense": "its loss",

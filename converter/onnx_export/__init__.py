@@ -1,1 +1,3 @@
-"""From weights and a plan to an ONNX folder: base graph, matching of MLPs and linears, one emitter per plan kind."""
+"""From a checkpoint folder to an ONNX folder (`export`): the float graph, its MLPs and linears, ops in their place by
+one emitter per plan kind.
+"""

@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...runtime_onnx.errors import InputError
+from ..arch import Arch
+from ..arch.shapes import linear_shapes
 from ..arch.site import Site
-from ..checkpoint.plan import Exact, Predictor, SitePlan, Swap, Threshold
+from ..checkpoint.plan import Exact, Plan, Predictor, SitePlan, Swap, Threshold, check_plan
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,28 @@ EMITTERS: dict[type, Callable[[Any], Emission]] = {Threshold: threshold, Predict
 """Kind of gate -> what emits it."""
 EDIT_EMITTERS: dict[type, Callable[[Emission, Any], Emission]] = {Swap: swap}
 """Kind of edit -> what changes the emission of the gate behind it."""
+
+
+def emissions(plan: Plan, arch: Arch, config: Any) -> dict[Site, Emission]:
+    """The emission of every site of a plan, in order. Raises InputError for a plan that names no site of the model or
+    that the ops cannot express.
+    """
+    d, n = arch.size(config, "hidden"), arch.size(config, "units")
+    inputs = {f"linear:{name}": d_in for name, (_, d_in) in linear_shapes(arch, config).items()}
+    known, layers = {"ffn", *inputs}, [site.layer for site in arch.sites(config)]
+    strangers = [
+        site.key for site in plan if site.kind not in known or site.expert is not None or site.layer not in layers
+    ]
+    if strangers:
+        raise InputError(
+            f"A plan's sites must be ffn or linear sites of layers.0 to layers.{layers[-1]}, got "
+            f"{', '.join(strangers)}. The plan belongs to another model."
+        )
+    emitted = {
+        site: emit(site, plan[site], inputs.get(site.kind, d), inputs.get(site.kind, n)) for site in sorted(plan)
+    }
+    check_plan(plan)
+    return emitted
 
 
 def emit_parts(entry: SitePlan) -> Emission:

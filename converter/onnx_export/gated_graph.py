@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.ops import gated_mlp, sparse_linear
 from ...runtime_onnx.ops.vocabulary import GROUP
 from ..arch import Arch
-from ..arch.shapes import linear_shapes
-from ..checkpoint.plan import Plan, check_plan
-from ..checkpoint.stage import disk_full, is_disk_full
+from ..arch.site import Site
+from ..checkpoint.stage import HEADER, disk_full, is_disk_full
 from .base_graph import DATA, MODEL
-from .emit import Emission, emit
+from .emit import Emission
 from .linear_region import LinearRegion, Part, find_linears
 from .matmul_nbits import ACCURACY, initialiser, quantise_rest
 from .mlp_region import MlpRegion, find_regions
@@ -45,67 +44,30 @@ _PAGE = 4096
 _ROLES = {"gate": ("w_gate", "b_gate"), "up": ("w_up", "b_up"), "down": ("w_down", "b_down")}
 
 
-def export(
-    base: Path,
-    plan: Plan,
-    arch: Arch,
-    config: Any,
-    out: Path,
-    precision: str = "fp32",
-    target: str = "cpu",
-    edit: Callable[[ir.Model], None] | None = None,
+def gate_graph(
+    model: ir.Model, emissions: Mapping[Site, Emission], arch: Arch, config: Any, precision: str, target: str = "cpu"
 ) -> None:
-    """Write the base graph in `base` with the plan's sites gated into `out`, with genai_config.json and the tokenizer's
-    files; `out` is made if missing.
-
-    `precision` is a row of PRECISIONS; `base` is a float graph for `target`, changed by `edit`, where there is one,
-    before anything else.
+    """Put the ops of a plan (`emit.emissions`) into the float graph of a model, which is changed in place; `precision`
+    is a row of PRECISIONS.
 
     The graph gets one GatedMLP node per feed-forward site, with another activation where the plan swaps it, weights [n,
     d] neuron-major, one SparseLinear node per linear site, weight [d_in, d_out] input-major, and one model-local
     function per variant of each op, so that it runs with and without the native library. A packed weight is cut into
     one node per linear where their thresholds differ. Sites that are not in the plan stay as they are.
 
-    Raises InputError for a plan that names no site of the model or that the ops cannot express, for a base graph
-    without closed MLP regions or without the linears' products, for `out` equal to `base`, and when the disk is full.
+    Raises InputError for a graph without closed MLP regions or without the linears' products.
     """
-    if out.resolve() == base.resolve():
-        raise InputError(
-            f"The exported folder must be another one than the base graph's, got {out} for both. Choose another folder."
-        )
-    d, n, inputs = (
-        arch.size(config, "hidden"),
-        arch.size(config, "units"),
-        {f"linear:{name}": d_in for name, (_, d_in) in linear_shapes(arch, config).items()},
-    )
-    known = {"ffn", *inputs}
-    layers = [site.layer for site in arch.sites(config)]
-    strangers = [
-        site.key for site in plan if site.kind not in known or site.expert is not None or site.layer not in layers
-    ]
-    if strangers:
-        raise InputError(
-            f"A plan's sites must be ffn or linear sites of layers.0 to layers.{layers[-1]}, got "
-            f"{', '.join(strangers)}. The plan belongs to another model."
-        )
-    emissions = {
-        site: emit(site, plan[site], inputs.get(site.kind, d), inputs.get(site.kind, n)) for site in sorted(plan)
-    }
-    check_plan(plan)
     form = PRECISIONS[precision]
-    model = ir.load(base / MODEL)
-    if edit is not None:
-        edit(model)
     nodes: dict[ir.Node, Variant] = {}
     gated = [site for site in emissions if site.kind == "ffn"]
     regions = {region.layer: region for region in find_regions(model, arch, config)} if gated else {}
     for site in gated:
         node, variant = _replace(model.graph, regions[site.layer], arch, arch.activation(config), emissions[site], form)
         nodes[node] = variant
-    for layer in layers:
+    for layer in sorted({site.layer for site in emissions}):
         tau = {
-            site.kind.removeprefix("linear:"): found.tensors["tau"]
-            for site, found in emissions.items()
+            site.kind.removeprefix("linear:"): emission.tensors["tau"]
+            for site, emission in emissions.items()
             if site.layer == layer and site.kind != "ffn"
         }
         for linear in find_linears(model.graph, arch, config, layer, tau):
@@ -113,8 +75,6 @@ def export(
     if form.bits is not None:
         quantise_rest(model, form.bits, ACCURACY[target])
     _declare(model, nodes)
-    out.mkdir(parents=True, exist_ok=True)
-    _save(model, base, out)
 
 
 def export_dense(base: Path, out: Path, precision: str, target: str = "cpu") -> None:
@@ -125,8 +85,7 @@ def export_dense(base: Path, out: Path, precision: str, target: str = "cpu") -> 
     assert form.bits is not None
     model = ir.load(base / MODEL)
     quantise_rest(model, form.bits, ACCURACY[target])
-    out.mkdir(parents=True, exist_ok=True)
-    _save(model, base, out)
+    save_graph(model, base, out)
 
 
 def _replace(
@@ -287,12 +246,15 @@ def _declare(model: ir.Model, nodes: Mapping[ir.Node, Variant]) -> None:
     model.metadata_props[METADATA] = json.dumps([variant.name for variant in variants])
 
 
-def _save(model: ir.Model, base: Path, out: Path) -> None:
-    """Write model.onnx and its one data file, checked by onnx, and copy the folder's other files."""
+def save_graph(model: ir.Model, base: Path, out: Path) -> None:
+    """Write model.onnx and its one data file to `out`, which is made if missing, checked by onnx, and copy the other
+    files of `base`, the folder that the graph was read from. Raises DiskFull.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     try:
         ir.save(model, out / MODEL, external_data=DATA, size_threshold_bytes=0, alignment=_PAGE, align_threshold=_PAGE)
         for path in sorted(base.iterdir()):
-            if path.is_file() and path.name not in (MODEL, DATA, "header.json"):
+            if path.is_file() and path.name not in (MODEL, DATA, HEADER):
                 shutil.copyfile(path, out / path.name)
     except OSError as error:
         if is_disk_full(error):

@@ -42,6 +42,10 @@ class Precision:
     bits: int | None
     cuda: str
 
+    def builder(self, target: str) -> str:
+        """The builder's precision of the float graph for a target."""
+        return self.cuda if target == "cuda" else "fp32"
+
     def fitting(self, width: int) -> str:
         """The weight format for rows of `width` values: int8_row in place of int4_g32 where the groups do not fit."""
         return "int8_row" if self.weights == "int4_g32" and width % GROUP else self.weights

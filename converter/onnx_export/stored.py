@@ -62,7 +62,7 @@ def stored_ops(model: Any, plan: Plan, arch: Arch, precision: str, target: str =
     weights as they were before any rounding.
     """
     form = PRECISIONS[precision]
-    half = form.cuda if target == "cuda" else "fp32"
+    half = form.builder(target)
     for layer in sorted({site.layer for site in plan}):
         if Site(layer) in plan:
             yield _mlp(model, plan, arch, form, half, layer)

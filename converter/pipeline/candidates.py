@@ -19,10 +19,10 @@ from ..evaluation.checks import Check, ExecutorQuality, Quality, check_budget, c
 from ..evaluation.quality import measure_qualities
 from ..methods import TUNED
 from ..modeling.gated import load
-from ..onnx_export.gated_graph import export
+from ..onnx_export.export import export
 from ..progress import partly, resumed, stage, update
 from .conversion import Conversion
-from .graphs import Graphs, stored_quality
+from .graphs import Graphs, graph_of, stored_quality
 from .schedule import checkpoint
 from .texts import Texts, quality_error
 
@@ -149,7 +149,7 @@ def _exported(conversion: Conversion, candidate: Candidate, graphs: Graphs) -> C
 
 def _onnx(conversion: Conversion, candidate: Candidate, graphs: Graphs, folder: Path) -> Path:
     """The ONNX folder of a checkpoint folder, in the recipe's precision and for its target."""
-    source, asked = conversion.source, conversion.recipe.export
+    asked = conversion.recipe.export
     parent = read_header(folder)
     assert parent is not None
     onnx = conversion.work / "onnx" / candidate.method
@@ -158,7 +158,8 @@ def _onnx(conversion: Conversion, candidate: Candidate, graphs: Graphs, folder: 
         resumed()
     else:
         with atomic_folder(onnx) as partial:
-            export(graphs.base, candidate.plan, source.arch, source.config, partial, asked.precision, asked.target)
+            base = graph_of(conversion, graphs, folder)
+            export(folder, partial, asked.precision, asked.target, base)
             write_header(partial, header)
     return onnx
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.untrusted import read_json
-from ..checkpoint.source import Source
+from ..checkpoint.source import Source, open_source
 from ..checkpoint.stage import Header, atomic_folder, is_finished, read_header, write_header, write_json
 from ..evaluation.agreement import check_dense_text, measure_shipped
 from ..evaluation.checks import DENSE_WINDOWS, ExecutorQuality
-from ..onnx_export.base_graph import build_base, check_base
+from ..onnx_export.base_graph import check_base
+from ..onnx_export.float_graph import float_graph, graph_header
 from ..onnx_export.gated_graph import export_dense
 from ..onnx_export.precision import PRECISIONS
 from ..progress import resumed, stage
@@ -22,6 +23,7 @@ from .recipe import Recipe
 
 REFERENCE = "reference"
 """Where the graphs of the dense reference lie in the work folder, where the model was recovered from one."""
+_NAMED = 16  # letters of a fingerprint
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,28 @@ def reference_base(conversion: Conversion, graphs: Graphs) -> Path:
 
 def make_base(conversion: Conversion, source: Source, work: Path) -> Path:
     """The dense ONNX graph of a model below `work`, compared with torch before anything is built on it."""
-    folder, header = work / "base", Header(format="base", parents={"model": source.fingerprint})
-    if is_finished(folder, header):
+    folder, heldout = work / "base", conversion.texts.heldout
+    if is_finished(folder, graph_header(source)):
         resumed("base graph")
         return folder
-    heldout = conversion.texts.heldout
-    with stage("base graph"), atomic_folder(folder) as partial:
-        build_base(source.folder, partial)
+
+    def check(graph: Path) -> None:
         model = conversion.models.stock(source)
-        check_base(partial, model, heldout.tokens[heldout.mask.all(1)][:2, :32])
-        check_dense_text(partial, model, heldout)
-        write_header(partial, header)
-    return folder
+        check_base(graph, model, heldout.tokens[heldout.mask.all(1)][:2, :32])
+        check_dense_text(graph, model, heldout)
+
+    with stage("base graph"):
+        return float_graph(source, folder, check=check)
+
+
+def graph_of(conversion: Conversion, graphs: Graphs, checkpoint: Path) -> Path:
+    """Where the float graph of a checkpoint is, or is to be made: `graphs.base` where the weights are the source's."""
+    asked = conversion.recipe.export
+    half = PRECISIONS[asked.precision].builder(asked.target)
+    header = graph_header(open_source(checkpoint, sparse=True), half, asked.target)
+    if read_header(graphs.base) == header:
+        return graphs.base
+    return conversion.work / "bases" / header.fingerprint[:_NAMED]
 
 
 def _float_graph(conversion: Conversion, source: Source, work: Path) -> Path:
@@ -87,16 +99,12 @@ def _float_graph(conversion: Conversion, source: Source, work: Path) -> Path:
     if asked.target == "cpu":
         return base
     conversion.models.release()  # the builder holds a model of its own
-    half, folder = PRECISIONS[asked.precision].cuda, work / "base_cuda"
-    config = {"precision": half, "target": "cuda"}
-    header = Header(format="base", parents={"model": source.fingerprint}, config=config)
-    if is_finished(folder, header):
+    half, folder = PRECISIONS[asked.precision].builder(asked.target), work / "base_cuda"
+    if is_finished(folder, graph_header(source, half, asked.target)):
         resumed("base graph")
         return folder
-    with stage("base graph"), atomic_folder(folder) as partial:
-        build_base(source.folder, partial, half, "cuda")
-        write_header(partial, header)
-    return folder
+    with stage("base graph"):  # its twin in fp32 was compared with torch
+        return float_graph(source, folder, half, asked.target, check=lambda _: None)
 
 
 def _integer_graph(conversion: Conversion, plain: Path) -> Path:

@@ -25,8 +25,9 @@ from ...arch.site import Site
 from ...checkpoint.plan import Exact, Plan, Predictor, SitePlan, Swap
 from ...checkpoint.stage import atomic_folder, write_tensors
 from ...modeling.taps import ffn_inputs
-from ...onnx_export.base_graph import build_base
-from ...onnx_export.gated_graph import export, export_dense
+from ...onnx_export.base_graph import MODEL, build_base
+from ...onnx_export.emit import emissions
+from ...onnx_export.gated_graph import export_dense, gate_graph, save_graph
 from ...onnx_export.precision import PRECISIONS
 from ...onnx_export.product import find_product
 from .shapes import Shape
@@ -161,22 +162,19 @@ def default_rank(shape: Shape) -> int:
 def build_sparse(
     base: Path, plan: Plan, arch: Arch, config: Any, out: Path, precision: str, opened: float | None = None
 ) -> None:
-    """Writes the sparse ONNX folder of a plan; `base` is the fp32 graph. The folder appears finished or not at all.
+    """Writes the sparse ONNX folder of a plan; `base` is the fp32 graph. The folder appears finished or not at all. Not
+    by `export`: biases that open gates by force are no checkpoint's.
 
     What is skipped changes what the later layers see, and rounding does, too: so the thresholds are set anew, twice, on
     what the graph itself feeds its MLPs, and with `opened`, the share of open gates, biases of gates and ups before
     them.
     """
     with atomic_folder(out) as partial:
-        export(
-            base,
-            plan,
-            arch,
-            config,
-            partial,
-            precision,
-            edit=None if opened is None else lambda model: add_biases(model, arch, config),
-        )
+        model = ir.load(base / MODEL)
+        if opened is not None:
+            add_biases(model, arch, config)
+        gate_graph(model, emissions(plan, arch, config), arch, config, precision)
+        save_graph(model, base, partial)
         density = next(iter(plan.values())).gating.density
         for turn in range(2):
             generator = torch.Generator().manual_seed(SEED + 1000 + turn)

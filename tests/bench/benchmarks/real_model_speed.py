@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,15 @@ from sparsegate.converter.checkpoint.stage import (
     write_header,
     write_json,
 )
+from sparsegate.converter.checkpoint.writer import write_checkpoint
 from sparsegate.converter.evaluation.quality import clustered_error
 from sparsegate.converter.evaluation.speed.model import TimedModel, bench_models
 from sparsegate.converter.evaluation.speed.peers import OPENERS
 from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.onnx_export.base_graph import build_base, check_base
-from sparsegate.converter.onnx_export.gated_graph import export, export_dense
+from sparsegate.converter.onnx_export.export import export
+from sparsegate.converter.onnx_export.float_graph import float_graph
+from sparsegate.converter.onnx_export.gated_graph import export_dense
 from sparsegate.runtime_onnx.bench import folders
 from sparsegate.runtime_onnx.errors import InputError
 from sparsegate.runtime_onnx.session import Decoder
@@ -110,13 +114,10 @@ def entries(study: Study, plan: Plan, plan_header: Header, gguf: Path | None) ->
 
 
 def _base(study: Study) -> Path:
-    folder, header = study.work / "graphs" / "base", Header(format="base", parents={"model": study.source.fingerprint})
-    if not is_finished(folder, header):
-        with atomic_folder(folder) as partial:
-            build_base(study.folder, partial)
-            check_base(partial, load_dense(study.folder), study.heldout.tokens[:2, :32])
-            write_header(partial, header)
-    return folder
+    def check(graph: Path) -> None:
+        check_base(graph, load_dense(study.folder), study.heldout.tokens[:2, :32])
+
+    return float_graph(study.source, study.work / "graphs" / "base", check=check)
 
 
 def _stage(study: Study, name: str, base: Path, config: dict[str, Any], make: Callable[[Path], None]) -> Path:
@@ -134,7 +135,11 @@ def _stage(study: Study, name: str, base: Path, config: dict[str, Any], make: Ca
 
 
 def _sparse(study: Study, base: Path, plan: Plan, out: Path, precision: str) -> None:
-    export(base, plan, study.source.arch, study.source.config, out, precision)
+    with TemporaryDirectory() as scratch:
+        checkpoint = Path(scratch) / "checkpoint"
+        checkpoint.mkdir()
+        write_checkpoint(study.source, plan, checkpoint)
+        export(checkpoint, out, precision, base=base)
 
 
 def _llama_files(study: Study, gguf: Path) -> dict[str, Path]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from gated_torch import put_plan
 from models import make_model
 
 from sparsegate.converter.arch.site import Site
@@ -22,8 +23,7 @@ from sparsegate.converter.evaluation.op_agreement import Watched, judge_ops, ope
 from sparsegate.converter.evaluation.paired import compare, eight_bits, last_bits, noised
 from sparsegate.converter.modeling.blocks import ffn_parts
 from sparsegate.converter.modeling.gated import apply_plan, gated_modules, load_dense, remove_plan
-from sparsegate.converter.onnx_export.base_graph import build_base
-from sparsegate.converter.onnx_export.gated_graph import export
+from sparsegate.converter.onnx_export.export import export
 from sparsegate.converter.onnx_export.precision import Export
 from sparsegate.converter.onnx_export.rounded import round_model
 from sparsegate.converter.onnx_export.stored import stored_ops
@@ -45,8 +45,12 @@ class Exported(NamedTuple):
         """The ONNX folder in a precision."""
         out = self.folder / precision
         if not out.exists():
-            export(self.folder / "base", self.plan, self.source.arch, self.source.config, out, precision)
+            self.export(self.plan, out, precision)
         return out
+
+    def export(self, plan: Plan, out: Path, precision: str = "fp32") -> None:
+        """The ONNX folder of the model with another plan."""
+        export(put_plan(self.source.folder, plan, out), out, precision, base=self.folder / "base")
 
     def checks(self, plan: Plan, precision: str = "fp32") -> dict[str, Check]:
         """The file against a torch model gated by `plan`; checks by name."""
@@ -87,7 +91,7 @@ def exported(model: Path, folder: Path) -> Exported:
     """Build, plan and gate a model."""
     source = open_source(model)
     batches = make_batches(source.tokenizer(), read_text(HELDOUT_TEXT), 16, 64, 0)
-    build_base(source.folder, folder / "base")
+    folder.mkdir(exist_ok=True)
     dense = load_dense(source.folder)
     return Exported(source, dense, halved(dense, source, batches), batches, folder)
 
@@ -197,7 +201,7 @@ def test_an_op_too_few_and_an_op_too_many_fail(bundled: Exported) -> None:
     checks = bundled.checks(missing)
     assert "is not in the checkpoint" in checks["kernel ops"].note and not checks["kernel ops"].passed
     folder = bundled.folder / "fewer"
-    export(bundled.folder / "base", missing, bundled.source.arch, bundled.source.config, folder)
+    bundled.export(missing, folder)
     apply_plan(bundled.model, bundled.plan, bundled.source.arch, "silu")
     try:
         found = {check.name: check for check in check_onnx(folder, bundled.model, bundled.plan, bundled.batches)}

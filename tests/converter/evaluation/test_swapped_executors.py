@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
-from gated_torch import BOUND, TOKENS, library, run, widest_gap
+from gated_torch import BOUND, TOKENS, library, put_plan, run, widest_gap
 from torch import Tensor
 
 from sparsegate.converter.arch import Arch, load_arch
@@ -25,8 +26,11 @@ from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.checkpoint.writer import write_checkpoint
 from sparsegate.converter.evaluation.speed.run import dense_beside
 from sparsegate.converter.modeling.gated import apply_plan, load, load_dense, recording, remove_plan
-from sparsegate.converter.onnx_export.base_graph import build_base, check_base, load_stock, onnx_logits
-from sparsegate.converter.onnx_export.gated_graph import export
+from sparsegate.converter.onnx_export.base_graph import check_base, load_stock, onnx_logits
+from sparsegate.converter.onnx_export.emit import emissions
+from sparsegate.converter.onnx_export.export import export
+from sparsegate.converter.onnx_export.float_graph import float_graph
+from sparsegate.converter.onnx_export.gated_graph import gate_graph
 from sparsegate.converter.onnx_export.matmul_nbits import open_float
 from sparsegate.converter.onnx_export.precision import PRECISIONS
 from sparsegate.converter.onnx_export.rounded import round_model
@@ -63,7 +67,7 @@ class Swapped:
     def export(
         self, kind: str, out: Path, precision: str = "fp32", base: Path | None = None, target: str = "cpu"
     ) -> Path:
-        export(base or self.base, self.plans[kind], self.arch, self.config, out, precision, target)
+        export(put_plan(self.checkpoint, self.plans[kind], out), out, precision, target, base or self.base)
         return out
 
 
@@ -108,7 +112,7 @@ def swapped(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPath
         checkpoint.mkdir()
         write_checkpoint(open_source(tiny_model(model_type)), exact, checkpoint)
         if model_type not in bases:
-            bases[model_type] = build_base(checkpoint, root / f"{model_type}_base")
+            bases[model_type] = float_graph(open_source(checkpoint), root / f"{model_type}_base")
         nothing = Threshold("gate", uniform_tau(0.0, N), 0.5)
         gate: Plan = {site: replace(entry, gate=nothing) for site, entry in exact.items()}
         return Swapped(
@@ -248,9 +252,8 @@ def test_every_precision_has_the_op(
     swapped: Callable[..., Swapped], tmp_path: Path, precision: str, target: str
 ) -> None:
     one, form = swapped("llama", PER_LAYER), PRECISIONS[precision]
-    base = build_base(one.checkpoint, tmp_path / "base", form.cuda, target) if target == "cuda" else one.base
-    for kind in one.plans:
-        out = one.export(kind, tmp_path / kind, precision, base, target)
+    for kind in one.plans:  # a graph for CUDA is built by the first
+        out = one.export(kind, tmp_path / kind, precision, tmp_path / "base" if target == "cuda" else None, target)
         names = native_library.variants(out)
         found = [Variant.parse(name) for name in names]
         assert [(v.activation, v.score, v.weights, v.w) for v in found] == [
@@ -275,9 +278,10 @@ def test_a_stock_folder_is_its_own_stock(tiny_model: Callable[[str], Path]) -> N
 
 def test_both_signs_need_a_gate(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     source = open_source(tiny_model("phi"))
-    base = build_base(shutil.copytree(source.folder, tmp_path / "model"), tmp_path / "base")
+    graph = ir.load(float_graph(source, tmp_path / "base") / "model.onnx")
+    emitted = emissions({Site(0): SitePlan((Swap("drelu"),), Exact())}, source.arch, source.config)
     with pytest.raises(InputError, match=r"layers.0.ffn, got: activation must not be drelu without w_gate"):
-        export(base, {Site(0): SitePlan((Swap("drelu"),), Exact())}, source.arch, source.config, tmp_path / "out")
+        gate_graph(graph, emitted, source.arch, source.config, "fp32")
 
 
 def test_bench_stands_it_beside_its_base(swapped: Callable[..., Swapped], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from gated_torch import put_plan
 from models import make_model
 from small_recipe import small_recipe
 
@@ -18,7 +19,7 @@ from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.evaluation.agreement import check_onnx
 from sparsegate.converter.methods import AUTO, METHODS
 from sparsegate.converter.modeling.gated import apply_plan, load_dense, remove_plan
-from sparsegate.converter.onnx_export.gated_graph import export
+from sparsegate.converter.onnx_export.export import export
 from sparsegate.converter.pipeline.configs import method_configs, training_windows
 from sparsegate.converter.pipeline.conversion import Conversion
 from sparsegate.converter.pipeline.graphs import make_base
@@ -76,7 +77,7 @@ def test_every_method_of_auto_is_a_case() -> None:
 def test_executors_agree(stage: Stage, case: str) -> None:
     plan, texts = planned(stage, case)
     onnx = stage.folder / f"onnx {case}"
-    export(stage.base, plan, stage.source.arch, stage.source.config, onnx)
+    export(put_plan(stage.source.folder, plan, onnx), onnx, base=stage.base)
     activation = stage.source.arch.activation(stage.source.config)
     apply_plan(stage.model, plan, stage.source.arch, activation)
     try:

@@ -18,9 +18,12 @@ from transformers import AutoModelForCausalLM
 from sparsegate.converter.arch import load_arch
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.plan import Plan, Predictor, Residual, SitePlan, Threshold
+from sparsegate.converter.checkpoint.source import open_source
+from sparsegate.converter.checkpoint.writer import write_checkpoint
 from sparsegate.converter.modeling.gated import apply_plan, remove_plan
-from sparsegate.converter.onnx_export.base_graph import build_base, onnx_logits
-from sparsegate.converter.onnx_export.gated_graph import export
+from sparsegate.converter.onnx_export.base_graph import onnx_logits
+from sparsegate.converter.onnx_export.export import export
+from sparsegate.converter.onnx_export.float_graph import float_graph
 
 BOUND = 1e-4
 D, N, R = 64, 176, 8
@@ -44,16 +47,27 @@ class Tiny:
     def config(self):
         return self.model.config
 
-    def export(self, plan: Plan, out: Path) -> Path:
-        export(self.base, plan, self.arch, self.config, out)
+    def export(
+        self, plan: Plan, out: Path, precision: str = "fp32", base: Path | None = None, target: str = "cpu"
+    ) -> Path:
+        """The ONNX folder of this model with a plan."""
+        export(put_plan(self.checkpoint, plan, out), out, precision, target, base or self.base)
         return out
+
+
+def put_plan(checkpoint: Path, plan: Plan, beside: Path) -> Path:
+    """A folder named after `beside` with a model's checkpoint that holds a plan."""
+    folder = beside.with_name(f"{beside.name}.checkpoint")
+    folder.mkdir(exist_ok=True)
+    write_checkpoint(open_source(checkpoint), plan, folder)
+    return folder
 
 
 def open_tiny(model_type: str, checkpoint: Path, base: Path) -> Tiny:
     return Tiny(
         model_type,
         checkpoint,
-        build_base(checkpoint, base),
+        float_graph(open_source(checkpoint), base),
         AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval(),
     )
 

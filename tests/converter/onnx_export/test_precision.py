@@ -17,18 +17,22 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
-from gated_torch import BOUND, TOKENS, D, Gated, N, Tiny, linear_plan, open_tiny
+from gated_torch import BOUND, TOKENS, D, Gated, N, Tiny, linear_plan, open_tiny, put_plan
 from models import MODEL_TYPES, make_model
 from onnx.numpy_helper import to_array
 from safetensors.torch import load_file
 
 from sparsegate.converter.checkpoint.plan import Plan, SitePlan, Threshold, uniform_tau
+from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.modeling.gated import apply_plan, load_dense
 from sparsegate.converter.onnx_export import base_graph
-from sparsegate.converter.onnx_export.base_graph import build_base, onnx_logits, open_session
-from sparsegate.converter.onnx_export.gated_graph import export, export_dense
+from sparsegate.converter.onnx_export.base_graph import onnx_logits, open_session
+from sparsegate.converter.onnx_export.export import export
+from sparsegate.converter.onnx_export.float_graph import graph_header
+from sparsegate.converter.onnx_export.gated_graph import export_dense, gate_graph
 from sparsegate.converter.onnx_export.matmul_nbits import open_float
 from sparsegate.converter.onnx_export.precision import PRECISIONS
 from sparsegate.converter.onnx_export.rounded import round_model
@@ -49,7 +53,7 @@ def plan(tiny: Callable[[str], Tiny]) -> Callable[[str, str, bool], Plan]:
 def write(
     one: Tiny, plan: Plan, out: Path, precision: str, base: Path | None = None, target: str = "cpu"
 ) -> onnx.ModelProto:
-    export(base or one.base, plan, one.arch, one.config, out, precision, target)
+    one.export(plan, out, precision, base, target)
     return onnx.load(out / "model.onnx", load_external_data=False)
 
 
@@ -242,8 +246,7 @@ def test_graph_for_cuda(tiny, plan, tmp_path, precision):
     also runs here.
     """
     one, own, form = tiny("llama"), plan("llama", "gate", False), PRECISIONS[precision]
-    base = build_base(one.checkpoint, tmp_path / "base", form.cuda, "cuda")
-    proto = write(one, own, tmp_path / "out", precision, base, "cuda")
+    proto = write(one, own, tmp_path / "out", precision, tmp_path / "base", "cuda")
     half = "bfloat16" if precision == "bf16" else "float16"
     weights = {"float": half}.get(form.weights, "float32")
     assert all(
@@ -281,9 +284,11 @@ def test_quantising_streams_through_memory(tmp_path):
     }
     weight = 4 * D * 4096  # bytes
     for precision in ("int8", "int4"):
+        checkpoint = put_plan(one.checkpoint, own, tmp_path / precision)
+        graph_header(open_source(checkpoint, sparse=True))  # its files are hashed once, 4 MB at a time
         tracemalloc.start()
         try:
-            write(one, own, tmp_path / precision, precision)
+            export(checkpoint, tmp_path / precision, precision, base=one.base)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -294,10 +299,9 @@ def test_shared_reader_of_an_output_weight_must_be_an_embedding(tiny, plan, tmp_
     one = tiny("qwen2")
     proto = onnx.load(one.base / "model.onnx", load_external_data=False)
     next(node for node in proto.graph.node if node.op_type == "Transpose").op_type = "Identity"
-    (tmp_path / "base").mkdir()
-    onnx.save(proto, tmp_path / "base" / "model.onnx")
-    shutil.copyfile(one.base / "model.onnx.data", tmp_path / "base" / "model.onnx.data")
+    onnx.save(proto, tmp_path / "model.onnx")
+    shutil.copyfile(one.base / "model.onnx.data", tmp_path / "model.onnx.data")
     with pytest.raises(
         InputError, match=r"lm_head.MatMul.weight must be read by a product and an embedding, got Identity"
     ):
-        write(one, {}, tmp_path / "out", "int4", tmp_path / "base")
+        gate_graph(ir.load(tmp_path / "model.onnx"), {}, one.arch, one.config, "int4")

@@ -16,7 +16,8 @@ from conversions import TUNE, one_method, small_recipe
 
 from sparsegate.converter.checkpoint import writer
 from sparsegate.converter.methods import NEURON_METHODS
-from sparsegate.converter.pipeline import finish, graphs
+from sparsegate.converter.onnx_export import float_graph
+from sparsegate.converter.pipeline import finish
 from sparsegate.converter.pipeline.convert import convert
 from sparsegate.converter.pipeline.verify import verify
 from sparsegate.runtime_onnx.errors import InputError
@@ -118,8 +119,8 @@ def test_a_wrong_base_graph_stops_the_conversion(
     from models import make_model
 
     other = make_model("llama", tmp_path / "other", seed=5)
-    built = graphs.build_base
-    monkeypatch.setattr(graphs, "build_base", lambda folder, out: built(other, out))
+    built = float_graph.build_base
+    monkeypatch.setattr(float_graph, "build_base", lambda _, out, *form: built(other, out, *form))
     with pytest.raises(InputError):
         convert(recipe=small_recipe(tiny_model("llama"), tmp_path), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -19,6 +19,7 @@ from sparsegate.converter.checkpoint.writer import write_checkpoint
 from sparsegate.converter.evaluation.checks import ExecutorQuality
 from sparsegate.converter.evaluation.records import RESULTS, Report
 from sparsegate.converter.modeling.gated import load_dense
+from sparsegate.converter.onnx_export import float_graph
 from sparsegate.converter.pipeline import candidates, fingerprint, graphs
 from sparsegate.converter.pipeline import convert as conversion
 from sparsegate.converter.pipeline import texts as texts_module
@@ -113,7 +114,7 @@ def test_integers_of_the_dense_graph_are_the_dense_source_s(
     )
     measured: list[Path] = []
     loss = ExecutorQuality(tokens=1, nll_torch=1.0, nll=1.25, kl=0.5, agreement=1.0)
-    monkeypatch.setattr(graphs, "build_base", lambda folder, out: (out / "of").write_text(str(folder)))
+    monkeypatch.setattr(float_graph, "build_base", lambda folder, out, *_: (out / "of").write_text(str(folder)))
     monkeypatch.setattr(graphs, "check_base", lambda *_: 0.0)
     monkeypatch.setattr(graphs, "check_dense_text", lambda *_: None)
     monkeypatch.setattr(
