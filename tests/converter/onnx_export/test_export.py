@@ -75,7 +75,7 @@ def test_exported_model_equals_gated_torch(tiny, tmp_path, model_type, kind):
 @pytest.mark.parametrize("model_type", ["llama", "phi"])
 def test_open_gates_give_the_dense_model(tiny, tmp_path, model_type):
     one = tiny(model_type)
-    open_tau = uniform_tau(-float("inf"), N)
+    open_tau = uniform_tau(-1e30, N)
     plan: Plan = {
         Site(0): SitePlan(gate=Threshold("gate", open_tau, 1.0)),
         Site(1): SitePlan(gate=Predictor(torch.randn(R, D), torch.randn(N, R), open_tau, 1.0)),
@@ -122,7 +122,7 @@ def test_file_of_one_variant(tiny, tmp_path):
     """Names, functions, metadata and external data of the written folder."""
     one = tiny("llama")
     out = one.export(Gated(one, "threshold").plan, tmp_path / "out")
-    assert {path.name for path in out.iterdir()} == {path.name for path in one.base.iterdir()}
+    assert {path.name for path in out.iterdir()} == {path.name for path in one.base.iterdir()} - {"header.json"}
     assert (out / "genai_config.json").read_bytes() == (one.base / "genai_config.json").read_bytes()
     assert all(path.stat().st_nlink == 1 and not path.is_symlink() for path in out.iterdir())
     proto = onnx.load(out / "model.onnx", load_external_data=False)
