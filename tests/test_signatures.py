@@ -27,7 +27,6 @@ EXCEPTIONS = {
 }
 """File and function, and why it is longer or takes more."""
 IN_WORK = {
-    "converter/onnx_export/gated_graph.py export",
 }
 """Being split by the work on pipeline/, training/ and the benchmarks."""
 
