@@ -26,8 +26,7 @@ EXCEPTIONS = {
     "converter/pipeline/tune.py tune": PYTHON,
 }
 """File and function, and why it is longer or takes more."""
-IN_WORK = {
-}
+IN_WORK = {}
 """Being split by the work on pipeline/, training/ and the benchmarks."""
 
 

@@ -91,11 +91,8 @@ def test_a_checkpoint_s_graph_is_its_source_s(checkpoint: Path, tiny: Callable[[
     """Byte for byte, the plan, a swapped activation and code that is not carried over aside."""
     one = tiny("llama")
     assert contents(build_base(checkpoint, tmp_path / "base")) == contents(one.base)
-    swapped = put_plan(
-        one.checkpoint,
-        {site: SitePlan((Swap("drelu"),), Exact()) for site in one.arch.sites(one.config)},
-        tmp_path / "drelu",
-    )
+    exact: Plan = {site: SitePlan((Swap("drelu"),), Exact()) for site in one.arch.sites(one.config)}
+    swapped = put_plan(one.checkpoint, exact, tmp_path / "drelu")
     assert contents(build_base(swapped, tmp_path / "swapped")) == contents(one.base)
     coded = Path(shutil.copytree(one.checkpoint, tmp_path / "coded"))
     config = json.loads((coded / "tokenizer_config.json").read_text())
