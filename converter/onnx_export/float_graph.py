@@ -51,8 +51,7 @@ def float_graph(
     """The float graph of a checkpoint's dense model as the stage `folder`: taken where it is finished, else built, and
     refused by `check` where it is not the model; returns `folder`.
 
-    `precision` is fp32, or for the target cuda fp16 or bf16. Without `check` a graph is compared with torch on random
-    tokens; one for CUDA, which may not run here, by its twin in fp32. Raises InputError as `build_base` and
+    `precision` is the builder's (`Precision.builder`). Without `check` a graph is compared with torch on random tokens; one for CUDA, which may not run here, by its twin in fp32. Raises InputError as `build_base` and
     `check_base`.
     """
     header = graph_header(checkpoint, precision, target)
