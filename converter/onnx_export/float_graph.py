@@ -51,8 +51,8 @@ def float_graph(
     """The float graph of a checkpoint's dense model as the stage `folder`: taken where it is finished, else built, and
     refused by `check` where it is not the model; returns `folder`.
 
-    `precision` is the builder's (`Precision.builder`). Without `check` a graph is compared with torch on random tokens; one for CUDA, which may not run here, by its twin in fp32. Raises InputError as `build_base` and
-    `check_base`.
+    `precision` is the builder's (`Precision.builder`). Without `check` a graph is compared with torch on random tokens;
+    one for CUDA, which may not run here, by its twin in fp32. Raises InputError as `build_base` and `check_base`.
     """
     header = graph_header(checkpoint, precision, target)
     if is_finished(folder, header):
