@@ -17,6 +17,7 @@ from torch import Tensor
 from tuning_cases import recipe, refused, tuned, weights
 
 from sparsegate.converter.arch import load_arch
+from sparsegate.converter.checkpoint.plan import SitePlan
 from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.checkpoint.stage import (
     Header,
@@ -73,7 +74,10 @@ def gradients(model: Path) -> dict[str, Tensor]:
     }
     asked = Recovery.model_validate({"steps": 20, "precision": "fp32", **parts})
     generator, sites = torch.Generator().manual_seed(0), arch.sites(student.config)
-    units = {site: make_unit(fresh_predictor(64, 176, 8, generator), torch.device("cpu"), 1.0) for site in sites}
+    units = {
+        site: make_unit(SitePlan(gate=fresh_predictor(64, 176, 8, generator)), torch.device("cpu"), 1.0)
+        for site in sites
+    }
     models, leaves = Models(student, teacher, arch, "silu"), dict(student.named_parameters())
     objective = recovery.RecoveryObjective(models, asked, settings_of(asked, 0), leaves, units)
     found: dict[str, Tensor] = {}
