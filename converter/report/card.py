@@ -62,10 +62,10 @@ def read_base_card(folder: Path, id: str | None = None, revision: str | None = N
     """
     readme = regular(folder / "README.md")
     try:
-        data: dict[str, Any] = (metadata_load(readme) if readme.is_file() else None) or {}
+        metadata: dict[str, Any] = (metadata_load(readme) if readme.is_file() else None) or {}
     except (ValueError, yaml.YAMLError):
         logger.warning("The front matter of %s is no YAML mapping; the licence has to be filled in by hand.", readme)
-        data = {}
+        metadata = {}
     files = tuple(
         sorted(
             regular(path)
@@ -73,12 +73,12 @@ def read_base_card(folder: Path, id: str | None = None, revision: str | None = N
             if path.is_file() and _LICENCE_FILES.match(path.name) and is_data(path.name)
         )
     )
-    license, name, link = data.get("license"), data.get("license_name"), data.get("license_link")
+    license, name, link = metadata.get("license"), metadata.get("license_name"), metadata.get("license_link")
     if license is None and files:
         license, name, link = "other", "license-of-the-base-model", files[0].name
     if link and "://" not in str(link) and str(link) not in {path.name for path in files}:
         link = f"{constants.ENDPOINT}/{id}/blob/{revision or 'main'}/{link}" if id else None
-    language = [] if data.get("language") is None else data["language"]
+    language = [] if metadata.get("language") is None else metadata["language"]
     # YAML 1.1 reads the code of Norwegian as the boolean false
     codes = tuple(
         "no" if code is False else str(code) for code in (language if isinstance(language, list) else [language])
@@ -110,8 +110,8 @@ def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | No
         repo=repo_id or "OWNER/NAME",
         local=(repo_id or "OWNER/NAME").split("/")[-1],
     )
-    data = _metadata(report, source, trained=recovery is not None)
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", body))
+    metadata = _metadata(report, source, trained=recovery is not None)
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", body))
     path = folder / "README.md"
     card.save(path)
     return path
@@ -211,8 +211,8 @@ def weights(speed: Speed) -> str:
 def _model_type(folder: Path) -> str | None:
     """The model type of a checkpoint that stock transformers does not know; None for every other."""
     config = folder / "config.json"
-    found = read_json(config, config.name).get("model_type") if config.is_file() else None
-    return found if str(found).startswith("sparsegate_") else None
+    model_type = read_json(config, config.name).get("model_type") if config.is_file() else None
+    return model_type if str(model_type).startswith("sparsegate_") else None
 
 
 def _units(report: Report) -> str:

@@ -22,15 +22,15 @@ def reference_cells(report: Report) -> Cells:
     )
     sparse = onnx_row(report, "sparse")
     body = [["dense", "fp32", ABSENT, ABSENT, percent(1.0), ratio_cell(1.0 if report.speed else None)]]
-    for found in report.references:
-        ratio = None if found.disturbed else found.decode_ratio
+    for dense in report.references:
+        ratio = None if dense.disturbed else dense.decode_ratio
         body.append(
             [
                 "dense",
-                found.precision,
-                _change(reference_change(found)),
-                nats(max(found.kl, 0.0), small=True),
-                percent(found.read_share),
+                dense.precision,
+                _change(reference_change(dense)),
+                nats(max(dense.kl, 0.0), small=True),
+                percent(dense.read_share),
                 ratio_cell(ratio),
             ]
         )

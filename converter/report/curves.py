@@ -62,13 +62,13 @@ class Correlations(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Correlations:
-        found = np.asarray(self.matrix, dtype=float) if len({len(row) for row in self.matrix}) <= 1 else np.zeros(0)
-        if found.shape != (len(self.scores),) * 2:
+        matrix = np.asarray(self.matrix, dtype=float) if len({len(row) for row in self.matrix}) <= 1 else np.zeros(0)
+        if matrix.shape != (len(self.scores),) * 2:
             raise ValueError(f"the matrix must be square over {len(self.scores)} scores")
         if (
-            not np.allclose(found, found.T, atol=1e-6)
-            or not np.allclose(np.diag(found), 1, atol=1e-6)
-            or np.abs(found).max(initial=0) > 1 + 1e-6
+            not np.allclose(matrix, matrix.T, atol=1e-6)
+            or not np.allclose(np.diag(matrix), 1, atol=1e-6)
+            or np.abs(matrix).max(initial=0) > 1 + 1e-6
         ):
             raise ValueError("correlations must be symmetric, within [-1, 1] and 1 on the diagonal")
         if set(self.oracles) - set(self.scores):
@@ -156,12 +156,12 @@ def summarise(curves: Curves, method: str, seed: int | None = None) -> list[Summ
             f"method must be one of {', '.join(['dense', *curves.methods()])} with rows of seed {seed}, got "
             f"{method!r}. Measure it first."
         )
-    found = []
+    summaries = []
     for target in sorted({row.density_target for row in rows}, reverse=True):
         here = [row for row in rows if row.density_target == target]
         values = {name: [getattr(row, name) for row in here] for name in VALUES}
         values = {name: column for name, column in values.items() if None not in column}
-        found.append(
+        summaries.append(
             Summary(
                 method,
                 target,
@@ -173,7 +173,7 @@ def summarise(curves: Curves, method: str, seed: int | None = None) -> list[Summ
                 "; ".join(dict.fromkeys(row.note for row in here if row.note)),
             )
         )
-    return found
+    return summaries
 
 
 def at_cost(
@@ -200,23 +200,23 @@ def at_cost(
 
 def ranking(curves: Curves, target: float, value: str = "nll") -> list[Summary]:
     """The methods at a target density, the best first. Oracles are never in it."""
-    found = [
+    measured = [
         point
         for name in curves.methods(oracle=False)
         for point in summarise(curves, name)
         if point.density_target == target and value in point.mean
     ]
-    return sorted(found, key=lambda point: -point.mean[value] if value == "agreement" else point.mean[value])
+    return sorted(measured, key=lambda point: -point.mean[value] if value == "agreement" else point.mean[value])
 
 
 def best_at_cost(curves: Curves, cost: float, value: str = "nll", over: str = "cost") -> str | None:
     """The deployable method that is best at a cost, or None where none was measured around it."""
-    found = {
+    values = {
         name: at for name in curves.methods(oracle=False) if (at := _at(curves, name, cost, value, over)) is not None
     }
-    if not found:
+    if not values:
         return None
-    return max(found, key=found.__getitem__) if value == "agreement" else min(found, key=found.__getitem__)
+    return max(values, key=values.__getitem__) if value == "agreement" else min(values, key=values.__getitem__)
 
 
 def _at(curves: Curves, method: str, cost: float, value: str, over: str) -> float | None:
@@ -264,11 +264,11 @@ def summary_cells(curves: Curves, value: str = "nll", oracle: bool = False) -> C
     """One value with target densities as columns: dense first, then every method, or every oracle."""
     body = [["dense", *(_cell(summarise(curves, "dense")[0], value) for _ in curves.densities)]]
     for name in curves.methods(oracle):
-        found = {point.density_target: point for point in summarise(curves, name)}
+        points = {point.density_target: point for point in summarise(curves, name)}
         body.append(
             [
                 _label(name, oracle),
-                *(_cell(found[target], value) if target in found else ABSENT for target in curves.densities),
+                *(_cell(points[target], value) if target in points else ABSENT for target in curves.densities),
             ]
         )
     return ["method", *(f"density {target:.2g}" for target in curves.densities)], body

@@ -6,12 +6,12 @@ from ..evaluation.records import Evaluation
 from .tables import ABSENT, Cells, Number, nats, percent
 
 
-def executor_cells(found: Evaluation) -> Cells:
+def executor_cells(evaluation: Evaluation) -> Cells:
     """What is compared with first, then one row per executor."""
     dense = [
-        found.against,
-        _count(found.text.tokens),
-        nats(found.nll_dense),
+        evaluation.against,
+        _count(evaluation.text.tokens),
+        nats(evaluation.nll_dense),
         ABSENT,
         ABSENT,
         nats(0.0),
@@ -20,7 +20,7 @@ def executor_cells(found: Evaluation) -> Cells:
         "",
     ]
     body = [dense]
-    for row in found.executors:
+    for row in evaluation.executors:
         change = None if row.nll is None or row.nll_dense is None else row.nll - row.nll_dense
         cells = [
             ABSENT if value is None else nats(value, small=True) for value in (row.nll, change, row.nll_error, row.kl)
@@ -39,27 +39,27 @@ def executor_cells(found: Evaluation) -> Cells:
         "NLL",
         "change",
         "± of its change",
-        f"KL to {_word(found)}",
+        f"KL to {_word(evaluation)}",
         "agreement",
         "NLL off torch",
         "note",
     ]
     stored = {
-        "change": any(row.nll_dense is not None for row in found.executors),
-        "± of its change": any(row.nll_error is not None for row in found.executors),
-        "note": any(row.note for row in found.executors),
+        "change": any(row.nll_dense is not None for row in evaluation.executors),
+        "± of its change": any(row.nll_error is not None for row in evaluation.executors),
+        "note": any(row.note for row in evaluation.executors),
     }
     keep = [k for k, name in enumerate(header) if stored.get(name, True)]
     return [header[k] for k in keep], [[row[k] for k in keep] for row in body]
 
 
-def answer_cells(found: Evaluation) -> Cells:
+def answer_cells(evaluation: Evaluation) -> Cells:
     """BLEU and equal answers, by what was masked."""
-    answers = found.answers
-    return ["answers", f"BLEU against {_word(found)}", "equal answers"], [
-        [_word(found), Number(f"{answers.bleu_dense:.2f}", answers.bleu_dense), percent(1.0)],
+    answers = evaluation.answers
+    return ["answers", f"BLEU against {_word(evaluation)}", "equal answers"], [
+        [_word(evaluation), Number(f"{answers.bleu_dense:.2f}", answers.bleu_dense), percent(1.0)],
         [
-            f"prompt and first token {'ungated' if found.against != 'dense torch' else 'dense'}",
+            f"prompt and first token {'ungated' if evaluation.against != 'dense torch' else 'dense'}",
             Number(f"{answers.bleu:.2f}", answers.bleu),
             percent(answers.equal),
         ],
@@ -71,9 +71,9 @@ def answer_cells(found: Evaluation) -> Cells:
     ]
 
 
-def sparsity_cells(found: Evaluation) -> Cells:
+def sparsity_cells(evaluation: Evaluation) -> Cells:
     """Realised sparsity by what is counted, then the costs."""
-    sparsity = found.sparsity
+    sparsity = evaluation.sparsity
     body = [
         ["skipped of the gated weights, held-out windows", percent(sparsity.windows)],
         ["skipped in answers after a dense prompt", percent(sparsity.answers)],
@@ -81,24 +81,24 @@ def sparsity_cells(found: Evaluation) -> Cells:
         ["skipped in answers, everything masked", percent(sparsity.masked_answers)],
         ["the same, the prompt counted", percent(sparsity.masked_answers_and_prompt)],
         ["gated share of all parameters", percent(sparsity.gated_share)],
-        ["bytes touched, MLPs", percent(found.cost)],
-        ["of these, predictors and residuals", percent(found.predictor_cost)],
-        ["bytes touched, all linear maps of the blocks", percent(found.block_cost)],
+        ["bytes touched, MLPs", percent(evaluation.cost)],
+        ["of these, predictors and residuals", percent(evaluation.predictor_cost)],
+        ["bytes touched, all linear maps of the blocks", percent(evaluation.block_cost)],
     ]
     return ["share", "value"], body
 
 
-def site_cells(found: Evaluation) -> Cells:
+def site_cells(evaluation: Evaluation) -> Cells:
     """Density and cost by site."""
     return ["site", "density", "cost"], [
-        [key, percent(value), percent(found.site_cost[key])] for key, value in found.site_density.items()
+        [key, percent(value), percent(evaluation.site_cost[key])] for key, value in evaluation.site_density.items()
     ]
 
 
-def task_cells(found: Evaluation) -> Cells:
+def task_cells(evaluation: Evaluation) -> Cells:
     """lm-eval's metrics, dense beside sparse."""
     body = []
-    for task, metrics in found.tasks.items():
+    for task, metrics in evaluation.tasks.items():
         for metric, values in metrics.items():
             body.append(
                 [
@@ -113,9 +113,9 @@ def task_cells(found: Evaluation) -> Cells:
     return ["task", "metric", "dense", "sparse"], body
 
 
-def _word(found: Evaluation) -> str:
+def _word(evaluation: Evaluation) -> str:
     """`dense`, or `ungated` where that is no dense model."""
-    return found.against.partition(" ")[0]
+    return evaluation.against.partition(" ")[0]
 
 
 def _count(value: int) -> Number:

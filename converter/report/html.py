@@ -213,22 +213,25 @@ def _recovery(record: RecoveryRecord, shown: dict[str, Any]) -> Iterator[Section
     )
 
 
-def _evaluation(found: Evaluation) -> Iterator[Section]:
+def _evaluation(evaluation: Evaluation) -> Iterator[Section]:
     tables = [
-        ("Held-out text", executor_cells(found)),
-        ("Greedy answers", answer_cells(found)),
-        ("Realised sparsity and cost", sparsity_cells(found)),
+        ("Held-out text", executor_cells(evaluation)),
+        ("Greedy answers", answer_cells(evaluation)),
+        ("Realised sparsity and cost", sparsity_cells(evaluation)),
     ]
-    tables += [("By site", site_cells(found))] + ([("lm-eval", task_cells(found))] if found.tasks else [])
+    tables += [("By site", site_cells(evaluation))] + (
+        [("lm-eval", task_cells(evaluation))] if evaluation.tasks else []
+    )
+    text, answers, machine = evaluation.text, evaluation.answers, evaluation.machine
     yield Section(
         "Evaluation",
-        f"{found.text.tokens} tokens of {found.text.name}; {found.answers.prompts} prompts from {found.answers.name}, "
-        f"{found.answers.prompt_tokens} tokens, "
-        f"answered with at most {found.answers.max_new_tokens} tokens each. BLEU is sacrebleu's corpus BLEU of each "
+        f"{text.tokens} tokens of {text.name}; {answers.prompts} prompts from {answers.name}, "
+        f"{answers.prompt_tokens} tokens, "
+        f"answered with at most {answers.max_new_tokens} tokens each. BLEU is sacrebleu's corpus BLEU of each "
         "answer against the dense model's own, mean "
         "over prompts. Sparsity counts the weights of masked sites only.",
         tables=tuple(tables),
-        plain=f"{found.command}\n{found.date}, {found.machine.cpu}, {found.machine.cores} cores, {found.machine.os}",
+        plain=f"{evaluation.command}\n{evaluation.date}, {machine.cpu}, {machine.cores} cores, {machine.os}",
     )
 
 

@@ -14,7 +14,7 @@ _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 def inline(value: object) -> str:
     """One line of running text or a table's cell: no link, picture, code, emphasis, table or HTML begins in it."""
-    return _MARKS.sub(r"\\\1", re.sub(r"[&<>]", lambda found: _HTML[found[0]], _line(value)))
+    return _MARKS.sub(r"\\\1", re.sub(r"[&<>]", lambda mark: _HTML[mark[0]], _line(value)))
 
 
 def code(value: object) -> str:

@@ -23,13 +23,13 @@ _COLOURS = {
 
 
 def points(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What is drawn: by format, operations per byte, Gflop/s, tokens, and whether it is the sparse op or the dense one
-    of the same precision.
+    """The points of the plot: by format, operations per byte, Gflop/s, tokens, and whether it is the sparse op or the
+    dense one of the same precision.
 
-    The dense op's operations are counted in full, its bytes are its own: those of the sparse op of the same format with
+    The dense op's operations are counted in full. Its bytes are those of the sparse op of the same format with
     everything kept and no predictor.
     """
-    found = []
+    drawn = []
     for result in results:
         settings = result["settings"]
         full = (
@@ -39,7 +39,7 @@ def points(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         )
         width = {"int8": 1.125, "int4": 0.625}  # of the dense baseline, scales per 32 included; else that of fp32
         for row in op_rows(result):
-            found.append(
+            drawn.append(
                 {
                     "kind": "sparse",
                     "format": row["format"],
@@ -55,8 +55,8 @@ def points(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "x": operations / (full / 2 * width.get(row["format"], 4)),
                     "y": operations / dense["ms"] / 1e6,
                 }
-                found.append({"kind": "dense", "format": row["format"], "tokens": row["tokens"], **place})
-    return found
+                drawn.append({"kind": "dense", "format": row["format"], "tokens": row["tokens"], **place})
+    return drawn
 
 
 def plot(path: Path, results: Sequence[Mapping[str, Any]]) -> Path:

@@ -41,9 +41,10 @@ class PlotPoint:
 
 
 def candidate_points(report: Report) -> list[PlotPoint]:
-    """The dense models, then every candidate, in the order of the report. Where the chosen one's file was measured in
-    another precision, it has a point of its own as it is shipped. A report without shares of the whole model has those
-    of the MLPs, and no dense models of fewer bits.
+    """The dense models, then every candidate, in the order of the report.
+
+    1. Where the chosen one's file was measured in another precision, it has a point of its own as it is shipped.
+    2. A report without shares of the whole model has those of the MLPs, and no dense models of fewer bits.
     """
     rows = [row for row in report.rows if row.method != "dense"]
     if not rows:
@@ -60,10 +61,10 @@ def candidate_points(report: Report) -> list[PlotPoint]:
             dense=True,
         )
     ]
-    for found in report.references if whole else ():
-        ratio = None if found.disturbed else found.decode_ratio
+    for dense in report.references if whole else ():
+        ratio = None if dense.disturbed else dense.decode_ratio
         points.append(
-            PlotPoint(f"dense {found.precision}", found.read_share, reference_change(found), ratio, dense=True)
+            PlotPoint(f"dense {dense.precision}", dense.read_share, reference_change(dense), ratio, dense=True)
         )
     as_shipped = whole and shipped is not None and shipped.read_share is not None
     for row in rows:

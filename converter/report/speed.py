@@ -126,14 +126,14 @@ def target_table(result: SpeedResult) -> str:
         if not rows:
             continue
         for place, dense in enumerate(next(iter(rows.values()))["dense"]):
-            found = [name, dense["name"]]
+            line = [name, dense["name"]]
             for share, target in wanted.items():
-                found.append(
+                line.append(
                     f"{rows[share]['dense'][place]['ratio']:.2f}{f' (target {target:g})' if place == 0 else ''}"
                     if share in rows
                     else "-"
                 )
-            cells.append([*found, "-" if everything is None else f"{everything['dense'][place]['ratio']:.2f}"])
+            cells.append([*line, "-" if everything is None else f"{everything['dense'][place]['ratio']:.2f}"])
     return table((header, cells)).rstrip("\n")
 
 
@@ -143,23 +143,23 @@ def prefill_table(result: SpeedResult) -> str:
     counts = sorted({row["tokens"] for row in rows})
     groups = list(dict.fromkeys((row["format"], row["asked"], row["score"]) for row in rows))
     cells = []
-    for name, asked, score in groups:
-        by = {row["tokens"]: row for row in rows if (row["format"], row["asked"], row["score"]) == (name, asked, score)}
+    for name, kept, score in groups:
+        by = {row["tokens"]: row for row in rows if (row["format"], row["asked"], row["score"]) == (name, kept, score)}
         first = next(iter(by.values()))["dense"][0]["name"]
-        found = [f"{by[count]['dense'][0]['ratio']:.2f}" if count in by else "-" for count in counts]
-        cells.append([name, "all, no predictor" if score == "all" else f"{asked:.0%}", first, *found])
+        ratios = [f"{by[count]['dense'][0]['ratio']:.2f}" if count in by else "-" for count in counts]
+        cells.append([name, "all, no predictor" if score == "all" else f"{kept:.0%}", first, *ratios])
     return table((["weights", "kept", "against", *(f"T = {count}" for count in counts)], cells)).rstrip("\n")
 
 
 def worst(result: SpeedResult) -> dict[str, SpeedRow]:
     """By format the row of several tokens with the lowest ratio against the dense product of the same precision."""
-    found: dict[str, SpeedRow] = {}
+    slowest: dict[str, SpeedRow] = {}
     for row in op_rows(result):
         if row["tokens"] > 1 and (
-            row["format"] not in found or row["dense"][0]["ratio"] < found[row["format"]]["dense"][0]["ratio"]
+            row["format"] not in slowest or row["dense"][0]["ratio"] < slowest[row["format"]]["dense"][0]["ratio"]
         ):
-            found[row["format"]] = row
-    return found
+            slowest[row["format"]] = row
+    return slowest
 
 
 def model_table(result: SpeedResult) -> str:

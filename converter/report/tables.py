@@ -25,9 +25,9 @@ class Number(str):
 
     def __new__(cls, text: str, value: float) -> Number:
         """The text that shows a value."""
-        found = super().__new__(cls, text)
-        found.value = value
-        return found
+        number = super().__new__(cls, text)
+        number.value = value
+        return number
 
 
 def quality_table(report: Report, style: TableStyle = "markdown") -> str:

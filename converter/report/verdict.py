@@ -60,8 +60,10 @@ def fp32_decode_ratio(report: Report) -> float | None:
     baseline = speed.baseline or speed.precision
     if baseline == "fp32":
         return row.decode_ratio
-    own = next((reference.decode_ratio for reference in report.references if reference.precision == baseline), None)
-    return None if own is None else row.decode_ratio * own
+    dense_ratio = next(
+        (reference.decode_ratio for reference in report.references if reference.precision == baseline), None
+    )
+    return None if dense_ratio is None else row.decode_ratio * dense_ratio
 
 
 def read_recovery(folder: Path) -> RecoveryRecord | None:
@@ -119,20 +121,20 @@ def _better(report: Report) -> Reference | None:
     """The fastest dense graph in fewer bits than the chosen model's that is at least as fast as it and loses less, None
     without one.
     """
-    own, ratio = fp32_change(report), fp32_decode_ratio(report)
+    loss, ratio = fp32_change(report), fp32_decode_ratio(report)
     precision = report.speed.precision if report.speed else "fp32"
     if ratio is None or report.swapped:
         return None
-    found = [
+    faster = [
         reference
         for reference in report.references
         if reference.decode_ratio is not None
         and not reference.disturbed
         and PRECISIONS[reference.precision].width < PRECISIONS.get(precision, PRECISIONS["fp32"]).width
         and reference.decode_ratio >= ratio
-        and reference_change(reference).value < own.value
+        and reference_change(reference).value < loss.value
     ]
-    return max(found, key=lambda reference: reference.decode_ratio or 0.0, default=None)
+    return max(faster, key=lambda reference: reference.decode_ratio or 0.0, default=None)
 
 
 def _said(better: Reference, report: Report) -> str:
