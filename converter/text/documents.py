@@ -1,7 +1,8 @@
-"""People's texts by their suffix: a line of JSON lines or a row of parquet holds a document, everything else is plain
-text.
+"""People's texts by their suffix.
 
-A line or row has `text` or `content`, a text, or `messages`, a conversation that the model's chat template writes out.
+1. A line of JSON lines or a row of parquet holds a document: `text` or `content` is a text, `messages` a conversation
+   that the model's chat template writes out.
+2. Everything else is plain text.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ def read_whole(path: Path, render: Render) -> tuple[str, str]:
     if suffix in _OTHERS:
         raise InputError(f"Calibration text must be text or JSON lines, got a {suffix} file, {path}. {_WRITE}.")
     if suffix == PARQUET:
-        found = [_document(row, f"row {number}", path) for number, row in enumerate(_parquet_rows(path), 1)]
+        documents = [_document(row, f"row {number}", path) for number, row in enumerate(_parquet_rows(path), 1)]
     elif suffix in JSON_LINES:
-        found = [
+        documents = [
             _document(_json(line, number, path), f"line {number}", path)
             for number, line in enumerate(read_text(path).splitlines(), 1)
             if line.strip()
         ]
     else:
         return read_text(path), ""
-    rendered = iter(render([value for field, value in found if field == "messages"]))
-    counts = {field: sum(name == field for name, _ in found) for field in FIELDS}
+    rendered = iter(render([value for field, value in documents if field == "messages"]))
+    counts = {field: sum(name == field for name, _ in documents) for field in FIELDS}
     said = ", ".join(f"{count} of the field {field}" for field, count in counts.items() if count)
     return _BETWEEN.join(
-        next(rendered) if field == "messages" else value for field, value in found
-    ), f"{path.name}: {len(found)} documents, {said}."
+        next(rendered) if field == "messages" else value for field, value in documents
+    ), f"{path.name}: {len(documents)} documents, {said}."
 
 
 def _json(line: str, number: int, path: Path) -> Any:
@@ -102,10 +103,10 @@ def _document(value: Any, place: str, path: Path) -> tuple[str, Any]:
     """The field that a line or row has its document in, and the document."""
     field = next((name for name in FIELDS if isinstance(value, dict) and value.get(name) is not None), None)
     if field is None:
-        found = ", ".join(map(ascii, value)) if isinstance(value, dict) else type(value).__name__
+        actual = ", ".join(map(ascii, value)) if isinstance(value, dict) else type(value).__name__
         raise InputError(
-            f"{place.capitalize()} of {path} must have one of the fields {', '.join(FIELDS)}, got {found:.200}. Rename "
-            "the field."
+            f"{place.capitalize()} of {path} must have one of the fields {', '.join(FIELDS)}, got {actual:.200}. "
+            "Rename the field."
         )
     if not (_is_conversation(value[field]) if field == "messages" else isinstance(value[field], str)):
         expected = "a list of objects with role and content" if field == "messages" else "a text"

@@ -29,7 +29,7 @@ from .sampling import sampled_groups, self_generated, self_generated_streams, st
 from .windows import Batches
 
 GENERATED, SECONDS = "generated", "seconds.json"
-_ASKED, _TOKENS = "asked.json", "tokens.safetensors"
+_REQUEST, _TOKENS = "asked.json", "tokens.safetensors"
 
 
 def generated(
@@ -42,9 +42,11 @@ def generated(
     streams: bool = False,
     processes: int = 1,
 ) -> Batches:
-    """Windows that the model writes itself, made once below `work`, with the seconds that it took; where more lie
-    there, the first of them. `streams` takes them from texts that begin anywhere, sampled by `processes` of this
-    machine, whose number changes nothing but the time (and rounding).
+    """Windows [N, S] that the model writes itself.
+
+    They are made once below `work`, with the seconds that it took. Where more lie there, the first of them are taken.
+    `streams` takes them from texts that begin anywhere, sampled by `processes` of this machine. The number of processes
+    changes nothing but the time (and rounding).
     """
     config = (
         {"length": length}
@@ -60,11 +62,11 @@ def generated(
         groups = work / f"{GENERATED}.{hash_json(header.model_dump(mode='json'))[:16]}"
         began, before = time.monotonic(), 0.0
         if streams and (processes > 1 or groups.is_dir()):
-            found, before = _sampled_by(processes, source, windows, length, seed, temperature, groups)
+            batches, before = _sampled_by(processes, source, windows, length, seed, temperature, groups)
         else:
-            found = _write(source, length, windows, seed, temperature, streams)
+            batches = _write(source, length, windows, seed, temperature, streams)
         with atomic_folder(work / GENERATED) as partial:
-            write_tensors(partial / _TOKENS, {"tokens": found.tokens})
+            write_tensors(partial / _TOKENS, {"tokens": batches.tokens})
             write_json(partial / SECONDS, {"seconds": before + time.monotonic() - began})
             write_header(partial, header)
         shutil.rmtree(groups, ignore_errors=True)
@@ -86,7 +88,7 @@ def _sampled_by(
     folder.mkdir(parents=True, exist_ok=True)
     before = float(read_json(folder / SECONDS, "The sampling time")["seconds"]) if (folder / SECONDS).is_file() else 0.0
     write_json(
-        folder / _ASKED,
+        folder / _REQUEST,
         {"model": str(source.folder), "windows": windows, "length": length, "seed": seed, "temperature": temperature},
     )
     began = time.monotonic()
@@ -100,16 +102,16 @@ def _sampled_by(
 
 def sample_groups(folder: str) -> None:
     """This process's share of the groups that `folder` asks for, where they are not there."""
-    asked = read_json(Path(folder) / _ASKED, "What is to be sampled")
-    source = open_source(asked["model"], sparse=True)
+    request = read_json(Path(folder) / _REQUEST, "What is to be sampled")
+    source = open_source(request["model"], sparse=True)
     model, tokenizer = load_dense(source.folder), source.tokenizer()
-    here, sizes = world(), (asked["windows"], asked["length"])
+    here, sizes = world(), (request["windows"], request["length"])
     places = {group: Path(folder) / f"{group:06}" for group in range(stream_groups(model, *sizes)[0])}
-    headers = {group: Header(format="group", config=asked | {"group": group}) for group in places}
+    headers = {group: Header(format="group", config=request | {"group": group}) for group in places}
     missing = [
         group for group in list(places)[here.rank :: here.size] if not is_finished(places[group], headers[group])
     ]
-    for group, tokens in sampled_groups(model, tokenizer, *sizes, asked["seed"], asked["temperature"], missing):
+    for group, tokens in sampled_groups(model, tokenizer, *sizes, request["seed"], request["temperature"], missing):
         with atomic_folder(places[group]) as partial:
             write_tensors(partial / _TOKENS, {"tokens": tokens})
             write_header(partial, headers[group])

@@ -28,7 +28,7 @@ from .windows import Batches
 
 BLOCK = 1 << 16  # bytes of a file that make a document
 _CUT = 1 << 12  # bytes in which a block's end looks for the end of a line
-_TOGETHER = 16  # documents tokenised in one call
+_BATCH_DOCUMENTS = 16  # documents tokenised in one call
 _EPSILON = 1e-6  # of a window: 2.9999999 is 3
 _SHUFFLED = 1000  # documents of a stream held to draw the next from
 FOLDER, SECONDS, _TOKENS = "mixture", "seconds.json", "tokens.safetensors"
@@ -37,14 +37,17 @@ _LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson":
 
 
 def mixture_batches(tokenizer: Any, data: Data, seed: int, work: Path) -> Batches:
-    """`data.windows` windows of `data.length` tokens of a mixture, drawn by `seed`, made once below `work` and read
-    from there through a memory map.
+    """`data.windows` windows of `data.length` tokens of a mixture, drawn by `seed`.
 
-    The order of the parts does not matter, and one part's tokens do not depend on the others. Where the tokenizer
-    starts a text with a special token, every window does. A file of up to BLOCK bytes is one document; a longer one is
-    cut at line ends into documents of about that size. What has changed in a streamed dataset since the windows were
-    made is not noticed. Raises InputError when a part cannot be read or gives too few tokens, when parts share a name,
-    or the tokenizer has no end token.
+    They are made once below `work` and read from there through a memory map.
+
+    1. The order of the parts does not matter, and one part's tokens do not depend on the others.
+    2. Where the tokenizer starts a text with a special token, every window does.
+    3. A file of up to BLOCK bytes is one document. A longer one is cut at line ends into documents of about that size.
+    4. What has changed in a streamed dataset since the windows were made is not noticed.
+
+    Raises InputError when a part cannot be read or gives too few tokens, when parts share a name, or the tokenizer has
+    no end token.
     """
     if not data.mixture:
         raise InputError(
@@ -70,8 +73,8 @@ def files_hash(data: Data) -> str | None:
     """Sha256 (hex) over the bytes of a mixture's files; None where none is named. Raises InputError for a file that is
     absent.
     """
-    found = {part.name: [hash_file(path) for path in _paths(part)] for part in _sorted(data) if part.files}
-    return hash_json(found) if found else None
+    hashes = {part.name: [hash_file(path) for path in _paths(part)] for part in _sorted(data) if part.files}
+    return hash_json(hashes) if hashes else None
 
 
 def counts(shares: Sequence[float], windows: int) -> list[int]:
@@ -79,10 +82,10 @@ def counts(shares: Sequence[float], windows: int) -> list[int]:
     rounded up.
     """
     exact = [windows * share / sum(shares) for share in shares]
-    found = [int(value + _EPSILON) for value in exact]
-    for k in sorted(range(len(shares)), key=lambda k: round((found[k] - exact[k]) / _EPSILON))[: windows - sum(found)]:
-        found[k] += 1
-    return found
+    whole = [int(value + _EPSILON) for value in exact]
+    for k in sorted(range(len(shares)), key=lambda k: round((whole[k] - exact[k]) / _EPSILON))[: windows - sum(whole)]:
+        whole[k] += 1
+    return whole
 
 
 def _header(tokenizer: Any, data: Data, seed: int) -> Header:
@@ -128,17 +131,17 @@ def _write(path: Path, tokenizer: Any, data: Data, seed: int) -> None:
         for part, count in zip(parts, counts([part.share for part in parts], data.windows), strict=True):
             rows = order[done : done + count].sort().values.tolist()
             done += count
-            found = 0
+            full = 0
             if count:
                 for row, window in zip(rows, _windows(_documents(part, seed), tokenizer, body), strict=False):
                     file.seek(base + row * size)
                     file.write(np.asarray([*start, *window], dtype="<i8").tobytes())
-                    found += 1
+                    full += 1
                     written += 1
                     update(written, data.windows, part.name, "window")
-            if found < count:
+            if full < count:
                 raise InputError(
-                    f"The part {part.name} of the mixture must give {count * body} tokens, got {found * body} in full "
+                    f"The part {part.name} of the mixture must give {count * body} tokens, got {full * body} in full "
                     "windows before it ran dry. "
                     "Add text, lower its share, or ask for fewer windows."
                 )
@@ -150,7 +153,7 @@ def _windows(documents: Iterable[str], tokenizer: Any, body: int) -> Iterator[li
     """
     pending: list[int] = []
     texts = iter(documents)
-    while group := list(islice(texts, _TOGETHER)):
+    while group := list(islice(texts, _BATCH_DOCUMENTS)):
         for ids in tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]:
             if not ids:
                 continue

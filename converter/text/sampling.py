@@ -12,7 +12,7 @@ from ...runtime_onnx.errors import InputError
 from ..progress import track
 from .windows import Batches
 
-_TOGETHER = (32, 256)  # windows sampled at once
+_BATCH_WINDOWS = (32, 256)  # windows sampled at once
 STREAM = 2
 """Windows of a text that a model writes to be trained on."""
 _CACHE = 1 << 29  # bytes of key-value cache that more than the fewest may take
@@ -24,10 +24,12 @@ def self_generated(
     """Text that a dense transformers model in evaluation mode writes itself: `windows` windows of `length` tokens,
     sampled at `temperature` by `seed`.
 
-    A window starts with the tokenizer's start token, else its end token, else a token drawn uniformly. Sampling goes on
-    after an end token, into another document, so every window is full. Only tokens that the tokenizer knows are drawn:
-    a vocabulary may be padded. Raises InputError when `length` exceeds the model's positions, `temperature` is not
-    positive or the logits are not finite.
+    1. A window starts with the tokenizer's start token, else its end token, else a token drawn uniformly.
+    2. Sampling goes on after an end token, into another document, so every window is full.
+    3. Only tokens that the tokenizer knows are drawn: a vocabulary may be padded.
+
+    Raises InputError when `length` exceeds the model's positions, `temperature` is not positive or the logits are not
+    finite.
     """
     sampler = _Sampler(model, tokenizer, length, seed, temperature)
     tokens = torch.empty((windows, length), dtype=torch.int64)
@@ -127,10 +129,10 @@ class _Sampler:
     @torch.no_grad()
     def extend(self, context: Tensor, count: int) -> Tensor:
         """The `count` tokens [B, count] after a context [B, C]."""
-        found = torch.empty((len(context), count), dtype=torch.int64)
-        given, cache = context, None
+        tokens = torch.empty((len(context), count), dtype=torch.int64)
+        ids, cache = context, None
         for at in track(range(count), unit="token"):
-            output = self.model(input_ids=given.to(self.model.device), past_key_values=cache, use_cache=True)
+            output = self.model(input_ids=ids.to(self.model.device), past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             chances = (output.logits[:, -1].float().cpu()[:, self.known] / self.temperature).softmax(-1)
             if not bool(chances.isfinite().all()):
@@ -138,16 +140,17 @@ class _Sampler:
                     "The model's logits must be finite, got others while text was sampled. Fetch the weights again, or "
                     "give a text."
                 )
-            found[:, at] = self.known[torch.multinomial(chances, 1, generator=self.generator)[:, 0]]
-            given = found[:, at : at + 1]
-        return found
+            tokens[:, at] = self.known[torch.multinomial(chances, 1, generator=self.generator)[:, 0]]
+            ids = tokens[:, at : at + 1]
+        return tokens
 
 
 def _sampled_together(model: Any, length: int) -> int:
-    """Windows whose key-value cache fits into _CACHE, within _TOGETHER; the fewest where the configuration does not
-    tell.
+    """Windows whose key-value cache fits into _CACHE, within _BATCH_WINDOWS.
+
+    The fewest where the configuration does not tell.
     """
-    config, (fewest, most) = model.config, _TOGETHER
+    config, (fewest, most) = model.config, _BATCH_WINDOWS
     layers, hidden, queries = (
         getattr(config, name, 0) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
     )

@@ -379,7 +379,7 @@ def test_how_datasets_are_opened(
     fake = use(monkeypatch, Fake([words(f"w{k}x", 2) for k in range(500)], fields.get("field", "text")))
     found = mixture_batches(tokenizer, make(Mix(name="web", share=1, **fields)), 0, tmp_path / "work")
     assert fake.calls == [(path, options | {"streaming": True})] and found.tokens.max() < VOCAB
-    assert fake.given <= 2 * mixtures._TOGETHER  # a stream stops when there is enough
+    assert fake.given <= 2 * mixtures._BATCH_DOCUMENTS  # a stream stops when there is enough
 
 
 @pytest.mark.parametrize(
