@@ -191,15 +191,15 @@ class Arch(BaseModel):
         gate_proj.
         """
         attn, ffn = self.attn, self.ffn
-        found: dict[str, tuple[str, str | None]] = {}
-        for part, own in (("q", attn.q), ("k", attn.k), ("v", attn.v)):
-            found[f"{part}_proj"] = (f"{attn.module}.{own or attn.qkv}", None if own else part)
-        found["o_proj"] = (f"{attn.module}.{attn.o}", None)
+        sites: dict[str, tuple[str, str | None]] = {}
+        for part, projection in (("q", attn.q), ("k", attn.k), ("v", attn.v)):
+            sites[f"{part}_proj"] = (f"{attn.module}.{projection or attn.qkv}", None if projection else part)
+        sites["o_proj"] = (f"{attn.module}.{attn.o}", None)
         if ffn.kind == "gated":
-            found["gate_proj"] = (f"{ffn.module}.{ffn.gate or ffn.gate_up}", None if ffn.gate else "gate")
-        found["up_proj"] = (f"{ffn.module}.{ffn.up or ffn.gate_up}", None if ffn.up else "up")
-        found["down_proj"] = (f"{ffn.module}.{ffn.down}", None)
-        return found
+            sites["gate_proj"] = (f"{ffn.module}.{ffn.gate or ffn.gate_up}", None if ffn.gate else "gate")
+        sites["up_proj"] = (f"{ffn.module}.{ffn.up or ffn.gate_up}", None if ffn.up else "up")
+        sites["down_proj"] = (f"{ffn.module}.{ffn.down}", None)
+        return sites
 
     def shape(self, config: Any, weight: Weight) -> tuple[int, ...]:
         """The shape that a weight must have under a configuration."""
@@ -231,11 +231,11 @@ def load_arch(model_type: str) -> Arch:
         )
     path = _FOLDER / f"{model_type}.json"
     try:
-        found = Arch.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        arch = Arch.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, ValidationError) as error:
         raise InputError(f"{path.name} must follow the architecture schema, got {error}. Mend the file.") from None
-    if found.model_type != path.stem:
+    if arch.model_type != path.stem:
         raise InputError(
-            f"{path.name} must describe its own model type, got {found.model_type!r}. Rename the file or the key."
+            f"{path.name} must describe its own model type, got {arch.model_type!r}. Rename the file or the key."
         )
-    return found
+    return arch

@@ -23,9 +23,9 @@ def linear_rows(arch: Arch, config: Any, layer: int | None = None) -> dict[str, 
     packed weight in order.
     """
     shapes = linear_shapes(arch, config, layer)
-    found: dict[str, dict[str, slice]] = {}
+    modules: dict[str, dict[str, slice]] = {}
     for name, (module, _) in arch.linears().items():
-        parts = found.setdefault(module, {})
+        parts = modules.setdefault(module, {})
         start = max((rows.stop for rows in parts.values()), default=0)
         parts[name] = slice(start, start + shapes[name][0])
-    return found
+    return modules

@@ -29,7 +29,7 @@ class Site:
     @classmethod
     def parse(cls, key: str) -> Site:
         """The inverse of `key`. Raises InputError for anything else."""
-        found = _SITE.fullmatch(re.sub(r"\.linear\.", ".linear:", key))
-        if not found:
+        match = _SITE.fullmatch(re.sub(r"\.linear\.", ".linear:", key))
+        if not match:
             raise InputError(f"A site must read like layers.3.ffn, got {key!r}. Make the plan or checkpoint again.")
-        return cls(int(found[1]), None if found[2] is None else int(found[2]), found[3])
+        return cls(int(match[1]), None if match[2] is None else int(match[2]), match[3])

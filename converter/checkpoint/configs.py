@@ -37,8 +37,8 @@ def config_class(base: str) -> type[Any]:
 
     stock = CONFIG_MAPPING[base]
     text = f"Configuration of a {base} model whose feed-forward activation was swapped."
-    own = {"__doc__": text, "__module__": __name__, "model_type": PREFIX + base, "sparsity": None}
-    return type(CLASS + stock.__name__, (stock,), own)
+    attributes = {"__doc__": text, "__module__": __name__, "model_type": PREFIX + base, "sparsity": None}
+    return type(CLASS + stock.__name__, (stock,), attributes)
 
 
 def build_config(model_type: str, values: dict[str, Any]) -> Any:

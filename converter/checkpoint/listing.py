@@ -24,26 +24,26 @@ def unlisted(folder: Path, manifest: Manifest) -> list[str]:
 
 def _needed(folder: Path) -> set[str]:
     key = read_key(read_json(folder / "config.json", "config.json").get(KEY))
-    found: set[str] = set(_ALWAYS)
+    files: set[str] = set(_ALWAYS)
     if key.planned():
-        found.add(TENSORS.as_posix())
+        files.add(TENSORS.as_posix())
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
-        return found | {SINGLE}
+        return files | {SINGLE}
     shards = read_json(folder / INDEX, INDEX).get("weight_map")
-    return found | {INDEX, *(str(file) for file in (shards.values() if isinstance(shards, dict) else ()))}
+    return files | {INDEX, *(str(file) for file in (shards.values() if isinstance(shards, dict) else ()))}
 
 
 def _present(folder: Path) -> set[str]:
     """Files in the places where readers look; others may lie in a checkpoint as they like."""
-    found = {
+    files = {
         path.name
         for path in folder.iterdir()
         if path.is_file() and (path.name in _READ or path.suffix == ".safetensors")
     }
     for part, pattern in (("sparsity", "*"), ("onnx", "*"), ("report", "*.json")):
-        found |= {
+        files |= {
             path.relative_to(folder).as_posix()
             for path in (folder / part).rglob(pattern)
             if path.is_file() and path.name not in LINK_FILES
         }
-    return found
+    return files

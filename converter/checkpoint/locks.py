@@ -83,10 +83,10 @@ def read_record(path: Path) -> dict[str, Any] | None:
         if path.is_symlink() or not path.is_file():
             return None
         text = path.read_text(encoding="utf-8")
-        found = parse_json(text) if text else {}
+        record = parse_json(text) if text else {}
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and (not found or found.get("kind") == KIND) else None
+    return record if isinstance(record, dict) and (not record or record.get("kind") == KIND) else None
 
 
 @contextmanager
@@ -176,8 +176,8 @@ def _take(descriptor: int) -> bool:
 
 
 def _holder(path: Path) -> Holder | None:
-    found = read_record(path) or {}
+    record = read_record(path) or {}
     try:
-        return Holder(int(found["process"]), str(found["host"]), str(found["since"]))
+        return Holder(int(record["process"]), str(record["host"]), str(record["since"]))
     except (KeyError, TypeError, ValueError):
         return None

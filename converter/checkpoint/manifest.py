@@ -110,13 +110,13 @@ class Manifest(BaseModel):
 
 def installed_versions() -> dict[str, str]:
     """Versions of the packages that shape a result, as far as they are installed."""
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def list_files(folder: Path) -> dict[str, File]:
@@ -141,26 +141,26 @@ def read_manifest(folder: Path) -> Manifest:
     """
     raw = read_json(folder / MANIFEST, "manifest.json of the checkpoint")
     try:
-        found = Manifest.model_validate(raw)
+        manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(
             f"manifest.json must follow version 1, got {where}: {first['msg']}. Update sparsegate or convert again."
         ) from None
-    for name in found.files:
+    for name in manifest.files:
         check_name(name, MANIFEST)
-    return found
+    return manifest
 
 
 def check_links(folder: Path) -> None:
     """Raise InputError for a link in a checkpoint folder: what is written there or pushed from there must not lie, or
     end, in another place.
     """
-    found = next((path for path in sorted(folder.rglob("*")) if path.is_symlink()), None)
-    if found is not None:
+    link = next((path for path in sorted(folder.rglob("*")) if path.is_symlink()), None)
+    if link is not None:
         raise InputError(
-            f"{folder} must hold regular files and folders alone, got {found.relative_to(folder)}, a link. Put what it "
+            f"{folder} must hold regular files and folders alone, got {link.relative_to(folder)}, a link. Put what it "
             "leads to in its place."
         )
 

@@ -206,14 +206,14 @@ def save_plan(folder: Path, plan: Plan, header: Header) -> None:
 
 def load_plan(folder: Path) -> Plan:
     """Read a plan folder. Raises InputError when a file is missing, damaged or of another version."""
-    data = read_json(folder / PLAN, "The plan")
-    if data.get("version") != VERSION:
+    content = read_json(folder / PLAN, "The plan")
+    if content.get("version") != VERSION:
         raise InputError(
-            f"A plan's version must be {VERSION}, got {data.get('version')!r}. Update sparsegate or make the plan "
+            f"A plan's version must be {VERSION}, got {content.get('version')!r}. Update sparsegate or make the plan "
             "again."
         )
     stored = load_tensors(folder / TENSORS, ["F32"])
-    sites = data.get("sites")
+    sites = content.get("sites")
     if not isinstance(sites, dict) or not all(_is_site(entry) for entry in sites.values()):
         raise InputError(
             f"The plan's sites must map a site to its edits and its gate, got {sites!r:.100} in {folder / PLAN}. Make "

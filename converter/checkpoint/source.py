@@ -122,9 +122,9 @@ class Source:
             if path.suffix == ".json" and path.is_file():
                 read_json(path, path.name)
         try:
-            found = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-            found.decode(found("a")["input_ids"])  # some settings are looked at only then
-            return found
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+            tokenizer.decode(tokenizer("a")["input_ids"])  # some settings are looked at only then
+            return tokenizer
         except Exception as error:  # every tokenizer class raises its own kind
             raise InputError(
                 f"The tokenizer must load from {self.folder}, got: {first_line(error)}. Add tokenizer.json and "
@@ -135,17 +135,17 @@ class Source:
         """Tensors by name as copies in `dtype`; the files are closed before this returns. Raises InputError for damaged
         files.
         """
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name in names:
             info = self.tensors[name]
             if info.dtype not in FLOATS:
                 raise InputError(f"{name} must be a float tensor, got {info.dtype}. Fetch the weights again.")
             try:
                 with safe_open(info.file, framework="pt") as file:
-                    found[name] = torch.empty(info.shape, dtype=dtype).copy_(file.get_tensor(name))
+                    tensors[name] = torch.empty(info.shape, dtype=dtype).copy_(file.get_tensor(name))
             except (SafetensorError, OSError) as error:
                 raise damaged(info.file, error) from None
-        return found
+        return tensors
 
     def rows(self, name: str, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The listed rows [k, ...] of a tensor, touching only their pages. `indices` [k] int64, sorted. Raises
@@ -349,26 +349,26 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
         raise InputError(
             f"Weights must be {SINGLE} or shards with {INDEX}, got neither in {folder}. Fetch the weights."
         )
-    found: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     for path in files:
         if not path.is_file():
             raise InputError(f"{INDEX} names {path.name}, which must lie in {folder}, got no such file. Fetch it.")
         for name, entry in read_header(path).items():
-            if name in found:
+            if name in tensors:
                 raise InputError(
-                    f"{name} must stand in one file, got it in {found[name].file.name} and {path.name}. Fetch the "
+                    f"{name} must stand in one file, got it in {tensors[name].file.name} and {path.name}. Fetch the "
                     "weights again."
                 )
-            found[name] = TensorInfo(entry.dtype, entry.shape, path)
+            tensors[name] = TensorInfo(entry.dtype, entry.shape, path)
     absent = min(
-        (name for name, file in named.items() if name not in found or found[name].file.name != file), default=None
+        (name for name, file in named.items() if name not in tensors or tensors[name].file.name != file), default=None
     )
     if absent is not None:
         raise InputError(
             f"{INDEX} names {absent}, which must stand in {named[absent]}, got no such tensor there. Fetch the weights "
             "again."
         )
-    return found
+    return tensors
 
 
 def has_own_head(source: Source) -> bool:
@@ -377,8 +377,8 @@ def has_own_head(source: Source) -> bool:
     """
     if not getattr(source.config, "tie_word_embeddings", False) or HEAD not in source.tensors:
         return False
-    found = source.read([HEAD, source.arch.embedding])
-    return not torch.equal(found[HEAD], found[source.arch.embedding])
+    weights = source.read([HEAD, source.arch.embedding])
+    return not torch.equal(weights[HEAD], weights[source.arch.embedding])
 
 
 def end_tokens(model: Any) -> frozenset[int]:

@@ -200,10 +200,10 @@ def check_replaced(target: Path, new: bool) -> None:
 def _identity(path: Path) -> tuple[int, int] | None:
     """What tells a file or folder from another one of the same name; None where there is none."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except FileNotFoundError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 @contextmanager
@@ -301,9 +301,9 @@ def disk_full(target: Path) -> DiskFull:
     place = target.absolute().parent
     while not place.exists():
         place = place.parent
-    found = f"a full disk or a file-size limit ({size(shutil.disk_usage(place).free)} free now)"
+    cause = f"a full disk or a file-size limit ({size(shutil.disk_usage(place).free)} free now)"
     return DiskFull(
-        f"Disk space must suffice for {target}, got {found}. Free some space and run the same command again."
+        f"Disk space must suffice for {target}, got {cause}. Free some space and run the same command again."
     )
 
 
@@ -356,10 +356,10 @@ def leave_out(folder: Path, names: list[str]) -> None:
 
 def _read_header(folder: Path) -> dict[str, Any] | None:
     try:
-        found = load_json(folder / HEADER)
+        header = load_json(folder / HEADER)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return header if isinstance(header, dict) else None
 
 
 def read_header(folder: Path) -> Header | None:
@@ -430,8 +430,8 @@ def known_hash(path: Path) -> str:
     """Sha256 (hex) of a file's bytes, taken once as long as nobody writes to it: a stage or a model is asked for
     several times in a run.
     """
-    found = path.stat()
-    key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    status = path.stat()
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if key not in _hashes:
         _hashes[key] = hash_file(path)
     return _hashes[key]

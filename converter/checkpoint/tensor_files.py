@@ -40,12 +40,12 @@ def read_header(path: Path) -> dict[str, Entry]:
         names = set(_header(path)) - {_METADATA}
         with safe_open(path, framework="np") as file:
             views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-            found = {name: Entry(tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
+            entries = {name: Entry(tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise damaged(path, error) from None
-    if names != set(found):
+    if names != set(entries):
         raise damaged(path, ValueError("two readers find different names"))
-    return found
+    return entries
 
 
 def load_tensors(path: Path, dtypes: Collection[str] | None = None) -> dict[str, Tensor]:

@@ -74,15 +74,16 @@ def check_out(out: Path, what: str = "OUT") -> None:
 
 
 def check_work(out: Path, inputs: Iterable[tuple[str, Path]] = ()) -> None:
-    """Raise InputError where the work folder of OUT is not ours, or holds one of `inputs` (what it is, where), which
-    would go with it. Nothing is written.
+    """Raise InputError where the work folder of OUT is not ours.
+
+    Also where it holds one of `inputs` (what it is, where), which would go with it. Nothing is written.
     """
     work = work_of(out)
-    found = None
+    obstacle = None
     if work.is_symlink() or (os.path.lexists(work) and not work.is_dir()):
-        found = "a link" if work.is_symlink() else "a file"
+        obstacle = "a link" if work.is_symlink() else "a file"
     elif work.is_dir() and not is_ours(work):
-        found = "one that sparsegate did not make"
+        obstacle = "one that sparsegate did not make"
     place = work.resolve()
     for what, path in inputs:
         if any(each.resolve() == place or place in each.resolve().parents for each in (path, *_links(path))):
@@ -90,10 +91,10 @@ def check_work(out: Path, inputs: Iterable[tuple[str, Path]] = ()) -> None:
                 f"{what} must lie outside {work}, where the stages are kept until they are removed, got {path}. Choose "
                 "another -o, or move it."
             )
-    if found:
+    if obstacle:
         raise InputError(
-            f"{work} must be free for the stages, or hold those of an earlier run, got {found}. Choose another -o, or "
-            "move it away."
+            f"{work} must be free for the stages, or hold those of an earlier run, got {obstacle}. Choose another -o, "
+            "or move it away."
         )
 
 
