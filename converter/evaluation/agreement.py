@@ -100,7 +100,7 @@ def _form(onnx: Path, export: Export) -> Form:
 
 def _watched(onnx: Path, form: Form, tokens: Tensor) -> tuple[dict[str, Watched], list[Check]]:
     """What the ops of every executor saw, and which executors can't run."""
-    found: dict[str, Watched] = {}
+    watched: dict[str, Watched] = {}
     checks = []
     for name, library in form.executors.items():
         try:
@@ -110,8 +110,8 @@ def _watched(onnx: Path, form: Form, tokens: Tensor) -> tuple[dict[str, Watched]
                 raise
             checks.append(_not_run(name, str(error).splitlines()[0]))  # the CPU has no kernels for bfloat16
             continue
-        found[name] = watch(graph, tokens)
-    return found, checks
+        watched[name] = watch(graph, tokens)
+    return watched, checks
 
 
 def _rest(model: Any, form: Form, watched: dict[str, Watched], ops: list[StoredOp]) -> list[Check]:
@@ -174,8 +174,8 @@ def _ended(tokens: Tensor, model: Any) -> list[list[int]]:
     return [row[: next((k for k, token in enumerate(row) if token in ends), len(row))] for row in rows]
 
 
-def _equal(found: list[int], wanted: list[int]) -> bool:
-    return found[: len(wanted)] == wanted
+def _equal(tokens: list[int], wanted: list[int]) -> bool:
+    return tokens[: len(wanted)] == wanted
 
 
 def genai_tokens(onnx: Path, prompts: Tensor, library: bool, length: int) -> list[list[int]]:
@@ -189,7 +189,7 @@ def genai_tokens(onnx: Path, prompts: Tensor, library: bool, length: int) -> lis
             'Verification must have onnxruntime-genai, got none. Run pip install "sparsegate[cpu]".'
         ) from None
     model = load(onnx, library=library)
-    found = []
+    continuations = []
     for row in prompts:
         with explained(str(onnx)):
             parameters = genai.GeneratorParams(model)  # pyright: ignore[reportAttributeAccessIssue]
@@ -198,8 +198,8 @@ def genai_tokens(onnx: Path, prompts: Tensor, library: bool, length: int) -> lis
             generator.append_tokens(row.numpy().astype(np.int32))
             while not generator.is_done():
                 generator.generate_next_token()
-            found.append([int(t) for t in generator.get_sequence(0)][len(row) :])
-    return found
+            continuations.append([int(t) for t in generator.get_sequence(0)][len(row) :])
+    return continuations
 
 
 def check_dense_text(onnx: Path, model: Any, batches: Batches) -> None:
@@ -213,13 +213,13 @@ def check_dense_text(onnx: Path, model: Any, batches: Batches) -> None:
     with torch.no_grad():
         top = model(input_ids=expected).logits.float().topk(2, dim=-1).values
     doubtful = (top[..., 0] - top[..., 1] < MARGIN)[:, PROMPT_TOKENS - 1 : -1]
-    for number, (found, wanted) in enumerate(
+    for number, (actual, wanted) in enumerate(
         zip(genai_tokens(onnx, prompts, False, expected.shape[1]), _ended(expected, model), strict=True)
     ):
         clear = int(doubtful[number].int().argmax()) if bool(doubtful[number].any()) else len(wanted)
         sure = min(clear, len(wanted))
-        if found[:sure] != wanted[:sure]:
-            at = next((k for k, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), len(found))
+        if actual[:sure] != wanted[:sure]:
+            at = next((k for k, (a, b) in enumerate(zip(actual, wanted, strict=False)) if a != b), len(actual))
             raise InputError(
                 f"onnxruntime-genai must continue the dense graph as torch does, got another token after {at} of "
                 f"{sure}. "

@@ -117,9 +117,9 @@ def check_text(onnx: Path) -> Check:
     """How many probe texts onnxruntime-genai's own tokenizer reads otherwise than the tokenizers library: whether it
     may be used. Never a failure.
     """
-    found = check_tokenizer(onnx)
-    wrong = found.texts - min(found.ids, found.decoded)
-    return Check(name="genai's own tokenizer", value=wrong, bound=found.texts, passed=True, note=found.note)
+    comparison = check_tokenizer(onnx)
+    wrong = comparison.texts - min(comparison.ids, comparison.decoded)
+    return Check(name="genai's own tokenizer", value=wrong, bound=comparison.texts, passed=True, note=comparison.note)
 
 
 def check_record(quality: Quality, measured: dict[str, float], shipped: ExecutorQuality | None = None) -> list[Check]:
@@ -132,8 +132,10 @@ def check_record(quality: Quality, measured: dict[str, float], shipped: Executor
             ("ONNX quality as recorded", shipped, "onnx_", ACTIVATION_NLL)
         )  # another executor may round activations otherwise
     checks = []
-    for name, found, prefix, bound in pairs:
-        off = largest(abs(getattr(found, part) - measured.get(f"{prefix}{part}", math.nan)) for part in ("nll", "kl"))
+    for name, part_quality, prefix, bound in pairs:
+        off = largest(
+            abs(getattr(part_quality, part) - measured.get(f"{prefix}{part}", math.nan)) for part in ("nll", "kl")
+        )
         checks.append(
             Check(name=name, value=off, bound=bound, passed=off <= bound, note="largest difference of NLL and KL")
         )
@@ -153,10 +155,10 @@ def largest(values: Iterable[float]) -> float:
 
 def shipped_checks(shipped: ExecutorQuality, quality: Quality, budget: dict[str, Any], precision: str) -> list[Check]:
     """The quality budget of the ONNX file in its own precision, against the dense model in fp32 on the same windows."""
-    found = quality.model_copy(update={"nll": shipped.nll, "kl": shipped.kl})
+    onnx_quality = quality.model_copy(update={"nll": shipped.nll, "kl": shipped.kl})
     return [
         check.model_copy(update={"name": f"{check.name}, ONNX {precision}"})
-        for check in check_budget(found, {**budget, "sparsity": None})
+        for check in check_budget(onnx_quality, {**budget, "sparsity": None})
     ]
 
 
@@ -179,9 +181,9 @@ def check_budget(quality: Quality, budget: dict[str, Any]) -> list[Check]:
         )
     searched = bool(budget.get("searched"))
     if budget.get("max_ppl_increase") is not None:
-        asked = float(budget["max_ppl_increase"] or 0.0)
-        bound = asked + UNSEEN_PPL * searched
-        note = f"asked for {asked:.3g} and met by search on other text" if searched else ""
+        limit = float(budget["max_ppl_increase"] or 0.0)
+        bound = limit + UNSEEN_PPL * searched
+        note = f"asked for {limit:.3g} and met by search on other text" if searched else ""
         checks.append(
             Check(
                 name="perplexity increase",
@@ -192,9 +194,9 @@ def check_budget(quality: Quality, budget: dict[str, Any]) -> list[Check]:
             )
         )
     if budget.get("max_kl") is not None:
-        asked = float(budget["max_kl"] or 0.0)
-        bound = asked * (1 + UNSEEN_KL * searched)
-        note = f"asked for {asked:.3g} and met by search on other text" if searched else ""
+        limit = float(budget["max_kl"] or 0.0)
+        bound = limit * (1 + UNSEEN_KL * searched)
+        note = f"asked for {limit:.3g} and met by search on other text" if searched else ""
         checks.append(Check(name="KL to dense", value=quality.kl, bound=bound, passed=quality.kl <= bound, note=note))
     sparsity = budget.get("sparsity")
     if sparsity is not None:
@@ -230,11 +232,11 @@ def _check_sizes(model: Any, reference_model: Any, source: Path) -> Check:
     ]
     if arch.model_type != wanted.model_type:
         different.append(f"model type {arch.model_type} for {wanted.model_type}")
-    found, own = reference_model.state_dict(), model.state_dict()
-    equal = sum(name in own and torch.equal(tensor, own[name]) for name, tensor in found.items())
+    reference_tensors, tensors = reference_model.state_dict(), model.state_dict()
+    equal = sum(name in tensors and torch.equal(tensor, tensors[name]) for name, tensor in reference_tensors.items())
     note = (
         f"against {source.name}: weights or activations were changed, so sizes are compared; {equal} of "
-        f"{len(found)} tensors are the source's"
+        f"{len(reference_tensors)} tensors are the source's"
     )
     if different:
         note = f"against {source.name}: {', '.join(different)} differ"

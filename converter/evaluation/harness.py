@@ -59,7 +59,7 @@ def run_tasks(
     if not onnx.is_dir():
         raise InputError(f"lm-eval must have the checkpoint's onnx folder, got none at {onnx}. Convert again.")
     simple_evaluate = import_module("lm_eval.evaluator").simple_evaluate
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    scores: dict[str, dict[str, dict[str, float]]] = {}
     for side, language_model in (
         ("dense", dense_model(onnx, model if reference_model is None else reference_model)),
         ("sparse", sparse_model(onnx)),
@@ -77,8 +77,8 @@ def run_tasks(
                 if (
                     "," in metric and isinstance(value, int | float) and np.isfinite(value)
                 ):  # "acc,none", not "sample_len"
-                    found.setdefault(task, {}).setdefault(metric.removesuffix(",none"), {})[side] = float(value)
-    return found
+                    scores.setdefault(task, {}).setdefault(metric.removesuffix(",none"), {})[side] = float(value)
+    return scores
 
 
 def sparse_model(onnx: Path, library: bool | None = None) -> Any:
@@ -110,8 +110,8 @@ def dense_model(onnx: Path, model: Any) -> Any:
 
         @torch.no_grad()
         def _generate(self, tokens: list[int], gen_kwargs: dict[str, Any]) -> list[int]:
-            asked = int(gen_kwargs.get("max_gen_toks", self.max_gen_toks))
-            new = min(asked, self.max_length - len(tokens))
+            most = int(gen_kwargs.get("max_gen_toks", self.max_gen_toks))
+            new = min(most, self.max_length - len(tokens))
             sampling = {name: gen_kwargs[name] for name in ("temperature", "top_p", "top_k") if name in gen_kwargs}
             sampled = bool(gen_kwargs.get("do_sample")) and float(sampling.get("temperature", 0)) > 0
             inputs = torch.tensor([tokens], device=model.device)
@@ -137,13 +137,13 @@ def _exact(backend: type) -> type:
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = False, **_: Any
         ) -> list[tuple[float, bool]]:
-            found = []
+            scores = []
             for key, context, continuation in requests:
                 score = score_continuation(self._forward_logits, context, continuation, self.max_length)
-                found.append(score)
+                scores.append(score)
                 if key is not None:
                     self.cache_hook.add_partial("loglikelihood", key, score)
-            return found
+            return scores
 
     return Exact
 
@@ -164,14 +164,14 @@ def score_continuation(forward: Any, context: list[int], continuation: list[int]
 
 
 def _backend() -> Any:
-    found = "none"
+    installed = "none"
     try:
         import_module("lm_eval")
-        found = "one without its onnxruntime-genai backend"
+        installed = "one without its onnxruntime-genai backend"
         return import_module(_BACKEND).ONNXRuntimeGenAILM
     except ModuleNotFoundError as error:
         if not str(error.name).startswith("lm_eval"):
-            found = f"one without {error.name}"
+            installed = f"one without {error.name}"
         raise InputError(
-            f'--lm-eval must have lm-eval 0.4.13 or later, got {found}. Run pip install "sparsegate[eval]".'
+            f'--lm-eval must have lm-eval 0.4.13 or later, got {installed}. Run pip install "sparsegate[eval]".'
         ) from None

@@ -92,13 +92,13 @@ class WatchedGraph:
                     np.float16 if entry.type == "tensor(float16)" else np.float32,
                 )
                 feeds[entry.name] = cache.get(entry.name.replace("past_key_values.", "present."), empty)
-        given = {
+        inputs = {
             "input_ids": tokens[None],
             "attention_mask": np.ones((1, before + len(tokens)), np.int64),
             "position_ids": np.arange(before, before + len(tokens), dtype=np.int64)[None],
         }
         names = [entry.name for entry in self.session.get_inputs()]
-        feeds |= {name: value for name, value in given.items() if name in names}
+        feeds |= {name: value for name, value in inputs.items() if name in names}
         outputs = [entry.name for entry in self.session.get_outputs()]
         with explained(str(self._file)):
             return {

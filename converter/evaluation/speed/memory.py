@@ -38,12 +38,12 @@ def _main() -> None:
         Path(wish["path"]), wish["threads"], wish["precision"], len(ids) + len(following)
     )
     model.run(ids, following)
-    found = [
+    peaks = [
         line.split()[1]
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         if line.startswith("VmHWM:")
     ]
-    sys.stdout.write(f"\n{int(found[0]) * 1024}\n" if found else "\nunknown\n")
+    sys.stdout.write(f"\n{int(peaks[0]) * 1024}\n" if peaks else "\nunknown\n")
 
 
 if __name__ == "__main__":

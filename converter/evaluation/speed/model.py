@@ -184,11 +184,11 @@ def _facts(path: Path, density: dict[str, NeuronShares]) -> dict[str, Any]:
     """What the folder holds, bytes a token needs and its realised density; of a ReLU model also the shares of open
     gates and of what is not zero.
     """
-    found = describe(path)
+    description = describe(path)
     size = sum(file.stat().st_size for file in path.iterdir() if file.name.startswith("model.onnx"))
     facts = {
-        "executor": found["executor"],
-        "precision": found["precision"],
+        "executor": description["executor"],
+        "precision": description["precision"],
         "file_bytes": size,
         "token_bytes": token_bytes(path, density),
     }

@@ -138,18 +138,18 @@ def add_biases(model: ir.Model, arch: Arch, config: Any) -> None:
     for site in arch.sites(config):
         for role in ("gate", "up"):
             name = arch.ffn.onnx[role].format(layer=site.layer)
-            found = find_product(model.graph, site.layer, name, (arch.size(config, "hidden"), n))
-            if found.bias is not None:
+            product = find_product(model.graph, site.layer, name, (arch.size(config, "hidden"), n))
+            if product.bias is not None:
                 continue
             bias = ir.Value(name=f"{name}.bias", shape=ir.Shape([n]), type=ir.TensorType(ir.DataType.FLOAT))
             bias.const_value = ir.tensor(np.zeros(n, np.float32), name=bias.name)
             model.graph.register_initializer(bias)
-            added = ir.Value(name=f"{name}.biased", shape=found.out.shape, type=found.out.type)
-            ir.convenience.replace_all_uses_with(found.out, added)
+            added = ir.Value(name=f"{name}.biased", shape=product.out.shape, type=product.out.type)
+            ir.convenience.replace_all_uses_with(product.out, added)
             node = ir.Node(
-                "", "Add", [found.out, bias], outputs=[added], name=f"/model/layers.{site.layer}/mlp/{role}_proj/Add"
+                "", "Add", [product.out, bias], outputs=[added], name=f"/model/layers.{site.layer}/mlp/{role}_proj/Add"
             )
-            model.graph.insert_after(found.nodes[-1], node)
+            model.graph.insert_after(product.nodes[-1], node)
 
 
 def default_rank(shape: Shape) -> int:

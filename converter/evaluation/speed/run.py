@@ -207,8 +207,8 @@ def _earlier(output: Path | None) -> dict[str, Any] | None:
     """A result that is there already and that more rows may join."""
     if output is None or not output.is_file():
         return None
-    found = read_json(output, "The earlier result")
-    return found if found.get("kind") == "op" else None
+    result = read_json(output, "The earlier result")
+    return result if result.get("kind") == "op" else None
 
 
 def _check_same(head: dict[str, Any], earlier: dict[str, Any] | None, output: Path | None) -> None:
