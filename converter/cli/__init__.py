@@ -46,9 +46,9 @@ def _application(argv: list[str]) -> typer.Typer:
         pretty_exceptions_enable=False,
         help="Sparse checkpoints for ONNX Runtime.",
     )
-    asked = next((word for word in argv if not word.startswith("-")), None)
+    requested = next((word for word in argv if not word.startswith("-")), None)
     for verb, (module, text) in VERBS.items():
-        if asked == verb:
+        if requested == verb:
             application.command(verb, help=text)(getattr(import_module(module, __name__), verb))
         else:
             application.command(verb, help=text)(lambda: None)

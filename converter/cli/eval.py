@@ -50,7 +50,7 @@ def eval(
     from . import output as show
 
     with show.telling(quiet, verbose):
-        found = evaluate(
+        evaluation = evaluate(
             model,
             text,
             windows,
@@ -62,10 +62,13 @@ def eval(
             source=source,
         )
     if json:
-        print(found.model_dump_json(indent=2))
+        print(evaluation.model_dump_json(indent=2))
         return 0
-    parts = [executor_cells(found), answer_cells(found), sparsity_cells(found), site_cells(found)] + (
-        [task_cells(found)] if found.tasks else []
-    )
+    parts = [
+        executor_cells(evaluation),
+        answer_cells(evaluation),
+        sparsity_cells(evaluation),
+        site_cells(evaluation),
+    ] + ([task_cells(evaluation)] if evaluation.tasks else [])
     print("\n\n".join(table(cells, "text") for cells in parts))
     return 0

@@ -43,16 +43,16 @@ def telling(quiet: bool, verbose: bool) -> Iterator[None]:
         raise InputError("--quiet and --verbose must not be given together, got both. Leave one out.")
     from .. import progress
 
-    own, root = logging.getLogger("sparsegate"), logging.getLogger()
-    before = own.level, root.level
-    own.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING)
+    logger, root = logging.getLogger("sparsegate"), logging.getLogger()
+    before = logger.level, root.level
+    logger.setLevel(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING)
     if verbose:
         root.setLevel(logging.INFO)
     try:
         with progress.shown("quiet" if quiet else "verbose" if verbose else "normal"):
             yield
     finally:
-        own.setLevel(before[0])
+        logger.setLevel(before[0])
         root.setLevel(before[1])
 
 
@@ -74,7 +74,7 @@ def command(words: list[str]) -> str:
         [
             "sparsegate",
             *(
-                re.sub(r"^(--?[\w-]+=?)?(/.*)$", lambda found: (found[1] or "") + Path(found[2]).name, word)
+                re.sub(r"^(--?[\w-]+=?)?(/.*)$", lambda match: (match[1] or "") + Path(match[2]).name, word)
                 for word in words
             ),
         ]

@@ -141,18 +141,18 @@ def along(path: Tensor, weights: Tensor, sparsity: float) -> Tensor:
     return whole[at - 1] + part * (whole[at] - whole[at - 1])
 
 
-def densities_of(sites: Iterable[Site], sparsity: float, given: Mapping[str, float] | None) -> dict[Site, float]:
+def densities_of(sites: Iterable[Site], sparsity: float, densities: Mapping[str, float] | None) -> dict[Site, float]:
     """The kept share of every site: the given one, else 1 - sparsity. Raises InputError for a key that is none of the
     sites.
     """
     by_key = {site.key: site for site in sites}
-    unknown = sorted(set(given or {}) - set(by_key))
+    unknown = sorted(set(densities or {}) - set(by_key))
     if unknown:
         raise InputError(
             f"densities must name sites such as {next(iter(by_key), 'layers.0.ffn')}, got {', '.join(unknown)}. Mend "
             "the keys."
         )
-    return {site: (given or {}).get(key, 1.0 - sparsity) for key, site in by_key.items()}
+    return {site: (densities or {}).get(key, 1.0 - sparsity) for key, site in by_key.items()}
 
 
 def plan_linears(stats: Stats, score: str, config: ChannelShare) -> Plan:
@@ -174,23 +174,26 @@ def plan_linears(stats: Stats, score: str, config: ChannelShare) -> Plan:
         )
     blocks = {f"layers.{site.layer}" for site in sites}
     single = densities_of(sites, config.sparsity, {key: share for key, share in densities.items() if key not in blocks})
-    found: Plan = {}
+    plan: Plan = {}
     for layer in sorted({site.layer for site in sites}):
-        own = [site for site in sites if site.layer == layer]
+        in_layer = [site for site in sites if site.layer == layer]
         weights = torch.tensor(
-            [float(stats[site][f"histogram:{score}.units"] * stats[site][f"histogram:{score}.outputs"]) for site in own]
+            [
+                float(stats[site][f"histogram:{score}.units"] * stats[site][f"histogram:{score}.outputs"])
+                for site in in_layer
+            ]
         )
         mean = 1.0 - densities.get(f"layers.{layer}", 1.0 - config.sparsity)
-        shares = [mean] * len(own)
+        shares = [mean] * len(in_layer)
         if config.greedy:
             shares = along(
-                torch.stack([stats[site][f"greedy:{score}.path"] for site in own], dim=1), weights, mean
+                torch.stack([stats[site][f"greedy:{score}.path"] for site in in_layer], dim=1), weights, mean
             ).tolist()
-        for site, share in zip(own, shares, strict=True):
+        for site, share in zip(in_layer, shares, strict=True):
             kept = single[site] if site.key in densities else 1.0 - share
             tau, density = cut(stats[site][f"histogram:{score}.count"], kept)
             scale = stats[site][f"scale:{score}.scale"]
-            found[site] = SitePlan(
+            plan[site] = SitePlan(
                 gate=Threshold("input", torch.where(scale > 0, tau / scale, torch.inf).float(), density)
             )
-    return found
+    return plan

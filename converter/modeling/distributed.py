@@ -62,16 +62,16 @@ def processes(device: str) -> Iterator[torch.device]:
             "torchrun."
         )
     kind, local = torch.device(device).type, int(os.environ["LOCAL_RANK"])
-    own = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    local_device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         if local >= torch.cuda.device_count():
             raise InputError(
                 f"Every process must have a GPU, got {torch.cuda.device_count()} for process {local + 1} of this "
                 "machine. Start fewer processes."
             )
-        torch.cuda.set_device(own)
-    dist.init_process_group(_BACKENDS[kind], timeout=_PATIENCE, device_id=own if kind == "cuda" else None)
-    yield own
+        torch.cuda.set_device(local_device)
+    dist.init_process_group(_BACKENDS[kind], timeout=_PATIENCE, device_id=local_device if kind == "cuda" else None)
+    yield local_device
     dist.destroy_process_group()
 
 
@@ -115,12 +115,12 @@ def broadcast_text(text: str, source: int = 0) -> str:
     raw = text.encode() if world().rank == source else b""
     length = torch.tensor(len(raw))
     dist.broadcast(length, source)
-    found = torch.zeros(int(length), dtype=torch.uint8)
+    encoded = torch.zeros(int(length), dtype=torch.uint8)
     if raw:
-        found = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        encoded = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     if int(length):
-        dist.broadcast(found, source)
-    return bytes(found.tolist()).decode()
+        dist.broadcast(encoded, source)
+    return bytes(encoded.tolist()).decode()
 
 
 @contextmanager
@@ -139,12 +139,14 @@ def same_error() -> Iterator[None]:
     if here.size > 1:
         codes = torch.zeros(here.size, dtype=torch.int64)
         codes[here.rank] = 0 if raised is None else 1 if isinstance(raised, InputError) else 2
-        found = sum_over_processes(codes).tolist()
-        if any(found):
-            first = found.index(1) if 1 in found else found.index(2)
+        outcomes = sum_over_processes(codes).tolist()
+        if any(outcomes):
+            first = outcomes.index(1) if 1 in outcomes else outcomes.index(2)
             text = broadcast_text(str(raised), first)
-            if found[here.rank] < 2:
-                raise (InputError(text) if 1 in found else RuntimeError(f"Process {first} stopped: {text}")) from raised
+            if outcomes[here.rank] < 2:
+                raise (
+                    InputError(text) if 1 in outcomes else RuntimeError(f"Process {first} stopped: {text}")
+                ) from raised
     if raised is not None:
         raise raised
 

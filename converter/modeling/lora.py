@@ -77,10 +77,10 @@ def lora_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The trained leaves of a model's low-rank updates: `<map>.lora_a` [rank, in] and `<map>.lora_b` [out, rank]. Ask
     again after sharding.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, update in _updates(model).items():
-        found |= {f"{name}.lora_a": update.a, f"{name}.lora_b": update.b}
-    return found
+        tensors |= {f"{name}.lora_a": update.a, f"{name}.lora_b": update.b}
+    return tensors
 
 
 @torch.no_grad()

@@ -57,12 +57,12 @@ def keep_freed_memory() -> None:
 
 def cores() -> int:
     """Logical CPUs that this process may use: of its affinity, a container's quota and OMP_NUM_THREADS the least."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _QUOTA.read_text(encoding="ascii").split() if _QUOTA.is_file() else []
     if len(quota) == 2 and quota[0].isdigit():
-        found = min(found, round(int(quota[0]) / int(quota[1])))
+        count = min(count, round(int(quota[0]) / int(quota[1])))
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(found, int(threads)) if threads.isdigit() else found)
+    return max(1, min(count, int(threads)) if threads.isdigit() else count)
 
 
 def run_in_processes(count: int, function: Callable[..., None], *arguments: str | Path) -> None:
@@ -84,10 +84,10 @@ def run_in_processes(count: int, function: Callable[..., None], *arguments: str 
         started: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(count):
-                own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                variables = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 started.append(
                     subprocess.Popen(
-                        command, stdin=subprocess.PIPE, stdout=sys.__stderr__, env=own, pass_fds=inherited()
+                        command, stdin=subprocess.PIPE, stdout=sys.__stderr__, env=variables, pass_fds=inherited()
                     )
                 )
             status = _wait(started, Path(name) / _PROGRESS)
@@ -128,9 +128,9 @@ def _wait(started: list[subprocess.Popen[bytes]], progress: Path) -> int:
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def main(folder: str, module: str, name: str, *arguments: str) -> None:

@@ -253,10 +253,10 @@ def relayed(path: Path | None) -> Iterator[None]:
 def follow(path: Path) -> None:
     """Show how far the work is that another process reports in `path`, where it has."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        state = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return
-    update(found["done"], found["total"], found["note"], found["unit"])
+    update(state["done"], state["total"], state["note"], state["unit"])
 
 
 def _left(running: RunningStage) -> str:

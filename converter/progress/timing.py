@@ -107,9 +107,9 @@ class Job:
         """Name, expected seconds (None: none were, or work was found done, which they count) and seconds of every
         finished stage, in order.
         """
-        found = self.resumed | self.partly
+        done_before = self.resumed | self.partly
         return [
-            (name, None if name in found else self.expected.get(name), seconds)
+            (name, None if name in done_before else self.expected.get(name), seconds)
             for name, seconds in self.seconds.items()
         ]
 

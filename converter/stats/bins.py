@@ -30,21 +30,21 @@ def edges(first: int, last: int) -> Tensor:
 
 def unit_bins(score: Tensor) -> Tensor:
     """The coarse bin of every score's absolute value, int32, in [0, UNIT_BINS)."""
-    found = (score.float().contiguous().view(torch.int32) >> _UNIT_SHIFT).bitwise_and_(
+    bits = (score.float().contiguous().view(torch.int32) >> _UNIT_SHIFT).bitwise_and_(
         (1 << 31 - _UNIT_SHIFT) - 1
     )  # without the sign
-    return found.sub_(_UNIT_FIRST - 1).clamp_(0, UNIT_BINS - 1)
+    return bits.sub_(_UNIT_FIRST - 1).clamp_(0, UNIT_BINS - 1)
 
 
 def unit_edges() -> Tensor:
     """The UNIT_BINS + 1 edges of the coarse bins, fp64; the first is 0."""
-    found = (
+    bounds = (
         (torch.arange(_UNIT_FIRST - 1, _UNIT_FIRST + UNIT_BINS, dtype=torch.int32) << _UNIT_SHIFT)
         .view(torch.float32)
         .double()
     )
-    found[0] = 0.0
-    return found
+    bounds[0] = 0.0
+    return bounds
 
 
 def cut(count: Tensor, density: float) -> tuple[float, float]:

@@ -40,10 +40,10 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
     sites = of_kind(stats, "ffn")
     curves = {site: (tensors["dropped:gate.share"], tensors["dropped:gate.error"]) for site, tensors in sites.items()}
     common = config.cett or one_cett(list(curves.values()), config.sparsity)
-    found: Plan = {}
+    thresholds: Plan = {}
     for site, (share, error) in curves.items():
         tau, density = cut(sites[site]["histogram:gate.count"], 1.0 - share_at(share, error, common))
-        found[site] = SitePlan(
+        thresholds[site] = SitePlan(
             gate=Threshold("gate", uniform_tau(tau, int(sites[site]["histogram:gate.units"])), density)
         )
-    return found
+    return thresholds

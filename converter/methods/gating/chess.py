@@ -23,10 +23,10 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
     hold above tau.
     """
     sites = of_kind(stats, "ffn")
-    found: Plan = {}
+    thresholds: Plan = {}
     for site, wanted in densities_of(sites, config.sparsity, config.densities).items():
         tau, density = chess_taus(
             sites[site]["unit_histogram:gate.count"], sites[site]["unit_histogram:gate.up_moment"], wanted
         )
-        found[site] = SitePlan(gate=Threshold("gate", tau, density))
-    return found
+        thresholds[site] = SitePlan(gate=Threshold("gate", tau, density))
+    return thresholds

@@ -20,10 +20,10 @@ NEEDS = ("histogram:gate",)
 def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
     """A Threshold on the gate for every site; the calibrated density is what the histogram holds above tau."""
     sites = of_kind(stats, "ffn")
-    found: Plan = {}
+    thresholds: Plan = {}
     for site, wanted in densities_of(sites, config.sparsity, config.densities).items():
         tau, density = cut(sites[site]["histogram:gate.count"], wanted)
-        found[site] = SitePlan(
+        thresholds[site] = SitePlan(
             gate=Threshold("gate", uniform_tau(tau, int(sites[site]["histogram:gate.units"])), density)
         )
-    return found
+    return thresholds

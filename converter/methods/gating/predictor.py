@@ -89,15 +89,15 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
 
     Raises InputError when a site has too few samples to hold some out.
     """
-    found: Plan = {}
+    predictors: Plan = {}
     sites = of_kind(stats, "ffn")
     if config.loss == "end_to_end":
         for site, tensors in sites.items():
             hidden, units = int(tensors["sizes:gate.hidden"]), int(tensors["sizes:gate.units"])
             generator = torch.Generator().manual_seed(config.seed * 7919 + site.layer)
             width = rank(config, hidden, units, arch.matrices)
-            found[site] = SitePlan(gate=fresh_predictor(hidden, units, width, generator))
-        return found
+            predictors[site] = SitePlan(gate=fresh_predictor(hidden, units, width, generator))
+        return predictors
     for site, tensors in track(sites.items(), unit="site"):
         x, score = tensors[f"samples:{config.score}.x"], tensors[f"samples:{config.score}.score"]
         if len(x) < 64:
@@ -105,8 +105,8 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
                 f"Predictors must be trained on at least 64 tokens a site, got {len(x)}. Give more calibration text."
             )
         width = rank(config, x.shape[1], score.shape[1], arch.matrices)
-        found[site] = SitePlan(gate=_train(x, score, width, config, site.layer))
-    return found
+        predictors[site] = SitePlan(gate=_train(x, score, width, config, site.layer))
+    return predictors
 
 
 @dataclass(frozen=True)

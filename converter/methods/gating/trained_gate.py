@@ -44,10 +44,10 @@ def start(config: Config) -> float:
 
 def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
     """CHESS thresholds at the density `start`, to be trained."""
-    found: Plan = {}
+    thresholds: Plan = {}
     for site, tensors in of_kind(stats, "ffn").items():
         tau, density = chess_taus(
             tensors["unit_histogram:gate.count"], tensors["unit_histogram:gate.up_moment"], start(config)
         )
-        found[site] = SitePlan(gate=Threshold("gate", tau, density))
-    return found
+        thresholds[site] = SitePlan(gate=Threshold("gate", tau, density))
+    return thresholds
