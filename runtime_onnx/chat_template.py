@@ -40,11 +40,11 @@ def render_all(template: str, variables: dict[str, Any], conversations: Sequence
 def _rendered(template: str, variables: dict[str, Any], conversations: Sequence[Any]) -> list[str]:
     answer: dict[str, Any]
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    given = json.dumps({"template": template, "variables": variables, "conversations": list(conversations)}).encode()
+    request = json.dumps({"template": template, "variables": variables, "conversations": list(conversations)}).encode()
     try:
         done = subprocess.run(
             [sys.executable, "-P", __file__],
-            input=given,
+            input=request,
             capture_output=True,
             timeout=_CLOCK * SECONDS,
             env=environment,
@@ -166,12 +166,14 @@ def _limit() -> None:
             continue
 
 
-def _answer(given: dict[str, Any]) -> dict[str, Any]:
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         environment = _environment()
         _limit()
-        compiled = environment.from_string(given["template"])
-        texts = [compiled.render(**{**given["variables"], "messages": messages}) for messages in given["conversations"]]
+        compiled = environment.from_string(request["template"])
+        texts = [
+            compiled.render(**{**request["variables"], "messages": messages}) for messages in request["conversations"]
+        ]
     except MemoryError:
         return {"error": f"it takes more than {MEMORY >> 20} MiB"}
     except Exception as error:  # a template can raise every kind

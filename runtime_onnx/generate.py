@@ -227,8 +227,10 @@ def _open(genai: Any, folder: Path, config: dict[str, Any], options: dict[str, A
     if library:
         ctypes.CDLL(str(library_path()))
         session["custom_ops_library"] = LIBRARY
-    given = config | {"model": config["model"] | {"decoder": config["model"]["decoder"] | {"session_options": session}}}
-    view = make_view(folder, given)
+    merged = config | {
+        "model": config["model"] | {"decoder": config["model"]["decoder"] | {"session_options": session}}
+    }
+    view = make_view(folder, merged)
     try:
         model = genai.Model(genai.Config(view.name))
     except BaseException:

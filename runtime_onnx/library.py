@@ -111,7 +111,7 @@ def model_file(path: str | Path) -> Path:
     for file in (path, path / "model.onnx", path / "onnx" / "model.onnx"):
         if file.is_file() and file.suffix == ".onnx":
             return file
-    found = (
+    actual = (
         "a folder without model.onnx or onnx/model.onnx"
         if path.is_dir()
         else "another kind of file"
@@ -119,8 +119,8 @@ def model_file(path: str | Path) -> Path:
         else "nothing there"
     )
     raise InputError(
-        f"The model must be an ONNX folder, a sparse checkpoint or a .onnx file, got {path} ({found}). Write one with: "
-        "sparsegate convert MODEL -o OUT"
+        f"The model must be an ONNX folder, a sparse checkpoint or a .onnx file, got {path} ({actual}). Write one "
+        "with: sparsegate convert MODEL -o OUT"
     )
 
 

@@ -130,13 +130,13 @@ def _original(folder: Path, config: dict[str, Any]) -> bytes:
 
 def _spared(config: Any) -> Any:
     """`config` with the empty session options that `link` may have added left out."""
-    found = copy.deepcopy(config)
+    spared = copy.deepcopy(config)
     try:
-        if found["model"]["decoder"].get("session_options") == {}:
-            del found["model"]["decoder"]["session_options"]
+        if spared["model"]["decoder"].get("session_options") == {}:
+            del spared["model"]["decoder"]["session_options"]
     except (TypeError, KeyError, AttributeError):
         return None
-    return found
+    return spared
 
 
 def _exact(value: Any) -> str:
@@ -148,11 +148,15 @@ def _record(folder: Path) -> dict[str, str]:
     """The record of `link`; empty texts where there is none that `link` could have written."""
     names = ("version", "sha256", "config", "linked_sha256")
     try:
-        found = load_json(folder / RECORD)
+        record = load_json(folder / RECORD)
     except (OSError, ValueError):
-        found = None
-    if isinstance(found, dict) and set(found) == set(names) and all(isinstance(value, str) for value in found.values()):
-        return found
+        record = None
+    if (
+        isinstance(record, dict)
+        and set(record) == set(names)
+        and all(isinstance(value, str) for value in record.values())
+    ):
+        return record
     return dict.fromkeys(names, "")
 
 
@@ -160,8 +164,8 @@ def _ours(folder: Path) -> bool:
     """Whether the library in `folder` is what the record says that `link` put there, or the installed one."""
     if not (folder / LIBRARY).is_file() or (folder / LIBRARY).stat().st_size > _LARGEST:
         return False
-    found = _hash((folder / LIBRARY).read_bytes())
-    return found in (_record(folder)["sha256"], _hash(library_path().read_bytes()))
+    digest = _hash((folder / LIBRARY).read_bytes())
+    return digest in (_record(folder)["sha256"], _hash(library_path().read_bytes()))
 
 
 def _hash(content: bytes) -> str:

@@ -79,8 +79,8 @@ def choose(path: str | Path, providers: Sequence[str] = PROVIDERS[:1], library: 
 
     Raises InputError when the library is demanded and cannot run the model.
     """
-    asked = [name for name in providers if name in PROVIDERS] or list(PROVIDERS[:1])
-    results = [executor(path, name) for name in asked]
+    supported = [name for name in providers if name in PROVIDERS] or list(PROVIDERS[:1])
+    results = [executor(path, name) for name in supported]
     chosen = next((result for result in results if not result.kernel), results[0])
     if library is False:
         return Executor(False, DENSE if chosen.reason == DENSE else "asked for without the library")
@@ -132,10 +132,10 @@ class Decoder:
             or "input_ids" not in self._inputs
             or not all(_is_cache(self._inputs[name].shape) for name in caches)
         ):
-            found = f"no output {missing[0]}" if missing else f"inputs {', '.join(self._inputs)}"
+            actual = f"no output {missing[0]}" if missing else f"inputs {', '.join(self._inputs)}"
             raise InputError(
                 f"{self._file} must be a decoder with input_ids, logits and a cache of keys and values, got "
-                f"{found:.200}. Convert the model again."
+                f"{actual:.200}. Convert the model again."
             )
         self.reset()
 

@@ -189,9 +189,9 @@ def find_template(path: str | Path) -> str | None:
             raise InputError(
                 f"{file} must be a template in UTF-8, got another file ({error}). Convert or download the folder again."
             ) from None
-    given = read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(given, list):
-        given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
-    if isinstance(given, dict):
-        given = given.get("default")
-    return given if isinstance(given, str) else None
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else None

@@ -53,13 +53,13 @@ def check_letters(value: Any) -> None:
     """
     waiting = [value]
     while waiting:
-        found = waiting.pop()
-        if isinstance(found, str) and _HALF.search(found):
-            raise ValueError(f"half of a surrogate pair in {ascii(found):.100}")
-        if isinstance(found, dict):
-            waiting += [*found, *found.values()]
-        elif isinstance(found, list | tuple):
-            waiting += found
+        part = waiting.pop()
+        if isinstance(part, str) and _HALF.search(part):
+            raise ValueError(f"half of a surrogate pair in {ascii(part):.100}")
+        if isinstance(part, dict):
+            waiting += [*part, *part.values()]
+        elif isinstance(part, list | tuple):
+            waiting += part
 
 
 def load_json(path: Path) -> Any:
@@ -120,9 +120,9 @@ def inside(folder: Path, name: Any, what: str, link: bool = False) -> Path:
     steps = [path, *list(path.parents)[: len(Path(name).parts) - 1]]
     bad = next((step for step in steps if step.is_symlink() and not (link and step == path)), None)
     if bad is not None or not (link or path.resolve().is_relative_to(folder.resolve())):
-        found = f"{bad or path}, a link to another place"
+        actual = f"{bad or path}, a link to another place"
         raise InputError(
-            f"{what} must name regular files inside its own folder, got {found}. Put the file itself there."
+            f"{what} must name regular files inside its own folder, got {actual}. Put the file itself there."
         )
     return path
 
@@ -167,12 +167,12 @@ def _number(text: str) -> float:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {ascii(twice):.100} twice in one object")
-    return found
+    return members
 
 
 def _reason(name: Any) -> str:

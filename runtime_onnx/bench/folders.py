@@ -166,11 +166,11 @@ def _speeds(
     return speeds
 
 
-def clean(found: Sequence[Round[tuple[float, float]]]) -> tuple[list[dict[str, dict[str, float]]], bool | None, str]:
+def clean(timed: Sequence[Round[tuple[float, float]]]) -> tuple[list[dict[str, dict[str, float]]], bool | None, str]:
     """The undisturbed rounds as samples in seconds, or all where none is; whether there are any (None: not known); and
     the same in words.
     """
-    quiet = [entry for entry in found if entry.quiet(*entry.values)]
+    quiet = [entry for entry in timed if entry.quiet(*entry.values)]
     known = waited() is not None
     note = "measured" if known else "not measured: no schedstat on this machine"
     if not quiet:
@@ -181,7 +181,7 @@ def clean(found: Sequence[Round[tuple[float, float]]]) -> tuple[list[dict[str, d
         logging.getLogger("sparsegate").warning("bench: %s", note)
     samples = [
         {role: {"prefill_s": prefill, "decode_s": decode} for role, (prefill, decode) in sorted(entry.values.items())}
-        for entry in quiet or found
+        for entry in quiet or timed
     ]
     return samples, bool(quiet) if known else None, note
 

@@ -80,8 +80,12 @@ def _shape(value: ir.Value | None) -> tuple[int, ...]:
 
 def _variant(node: ir.Node, roles: Sequence[str]) -> gated_mlp.Variant | sparse_linear.Variant:
     def dtype(role: str, otherwise: str = "float32") -> str:
-        found = next((value for name, value in zip(roles, node.inputs[1:], strict=True) if name == role), None)
-        return otherwise if found is None or found.const_value is None else found.const_value.dtype.numpy().name
+        initializer = next((value for name, value in zip(roles, node.inputs[1:], strict=True) if name == role), None)
+        return (
+            otherwise
+            if initializer is None or initializer.const_value is None
+            else initializer.const_value.dtype.numpy().name
+        )
 
     weights = node.attributes["weights"].as_string()
     if node.op_type == sparse_linear.NAME:
@@ -113,8 +117,8 @@ def mlp_inputs(path: str | Path, ids: Sequence[int], library: bool | None = None
         options.register_custom_ops_library(str(library_path()))
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=PROVIDERS[:1])
     head = read_config(file)["model"]["decoder"]["head_size"]
-    found = [np.asarray(value) for value in session.run(list(taps.values()), _feeds(session, ids, head))]
-    return {name: value.reshape(-1, value.shape[-1]) for name, value in zip(taps, found, strict=True)}
+    values = [np.asarray(value) for value in session.run(list(taps.values()), _feeds(session, ids, head))]
+    return {name: value.reshape(-1, value.shape[-1]) for name, value in zip(taps, values, strict=True)}
 
 
 def realised(path: str | Path, ids: Sequence[int], library: bool | None = None) -> dict[str, NeuronShares]:
@@ -123,7 +127,7 @@ def realised(path: str | Path, ids: Sequence[int], library: bool | None = None) 
     """
     file = model_file(path)
     nodes, integer = _gated(file), choose(file, PROVIDERS[:1], library).kernel
-    found: dict[str, NeuronShares] = {}
+    shares: dict[str, NeuronShares] = {}
     for name, x in mlp_inputs(path, ids, library).items():
         variant, tensors = _read(nodes[name])
         kept = gated_mlp.active(variant, x, tensors, integer=integer and not variant.exact)
@@ -131,8 +135,8 @@ def realised(path: str | Path, ids: Sequence[int], library: bool | None = None) 
         if gated_mlp.is_relu(variant.activation):
             gate, z = gated_mlp.parts(variant, x, tensors)
             opened, nonzero = (gate != 0) & (kept | variant.exact), (z != 0) & kept
-        found[name] = NeuronShares(*(float(share.mean()) for share in (kept, opened, nonzero)))
-    return found
+        shares[name] = NeuronShares(*(float(share.mean()) for share in (kept, opened, nonzero)))
+    return shares
 
 
 def set_density(path: str | Path, rows: Sequence[Sequence[int]], density: float, library: bool | None = None) -> None:
@@ -149,7 +153,7 @@ def set_density(path: str | Path, rows: Sequence[Sequence[int]], density: float,
         variant, tensors = _read(node)
         if "tau" not in variant.inputs:
             continue
-        x = np.concatenate([found[name] for found in inputs])
+        x = np.concatenate([by_node[name] for by_node in inputs])
         _overwrite(node, "tau", _quantile(gated_mlp.scores(variant, x, tensors), density))
 
 
@@ -164,7 +168,7 @@ def set_opening(path: str | Path, rows: Sequence[Sequence[int]], opened: float, 
     for name, node in _gated(file).items():
         variant, tensors = _read(node)
         kind, parameter = gated_mlp.split_activation(variant.activation)
-        x = np.concatenate([found[name] for found in inputs])
+        x = np.concatenate([by_node[name] for by_node in inputs])
         for role, above in (("b_gate", parameter), ("b_up", 0.0))[: 2 if cuts_up(kind) else 1]:
             _overwrite(node, role, above - _quantile(gated_mlp.product(variant, x, tensors, f"w{role[1:]}"), opened))
 
@@ -185,9 +189,9 @@ def _overwrite(node: ir.Node, role: str, values: NDArray) -> None:
             f"{role} of {node.name} must lie in the model's data file, got {type(stored).__name__}. Export the model "
             "again."
         )
-    with open(stored.path, "r+b") as data:
-        data.seek(stored.offset or 0)
-        data.write(values.astype(np.float32).tobytes())
+    with open(stored.path, "r+b") as file:
+        file.seek(stored.offset or 0)
+        file.write(values.astype(np.float32).tobytes())
 
 
 def _gated(file: Path) -> dict[str, ir.Node]:
@@ -211,8 +215,8 @@ class _Lazy:
         self._tensor = value.const_value
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray:
-        found = self._tensor.numpy()
-        return found if dtype is None else found.astype(dtype)
+        array = self._tensor.numpy()
+        return array if dtype is None else array.astype(dtype)
 
     def __len__(self) -> int:
         return int(self._tensor.shape.numpy()[0])

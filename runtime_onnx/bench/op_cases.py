@@ -192,8 +192,8 @@ class MlpCase(Case):
         graph = DenseGraph(baseline, self.d)
         graph.product("w_gate", "x", "gate", weights["w_gate"].T)
         graph.product("w_up", "x", "up", weights["w_up"].T)
-        for op, given, out in (("Sigmoid", ["gate"], "s"), ("Mul", ["gate", "s"], "act"), ("Mul", ["act", "up"], "z")):
-            graph.elementwise(op, given, out)
+        for op, inputs, out in (("Sigmoid", ["gate"], "s"), ("Mul", ["gate", "s"], "act"), ("Mul", ["act", "up"], "z")):
+            graph.elementwise(op, inputs, out)
         graph.product("w_down", "z", "y", weights["w_down"])
         return graph.save(folder, f"dense_{baseline}")
 

@@ -152,12 +152,12 @@ class DenseGraph:
         attributes = {"K": k, "N": m, "bits": self._bits, "block_size": _BLOCK, "accuracy_level": 4}
         self._node("MatMulNBits", [x, role, f"{role}_scale"], out, "com.microsoft", attributes)
 
-    def elementwise(self, op: str, given: Sequence[str], out: str) -> None:
+    def elementwise(self, op: str, inputs: Sequence[str], out: str) -> None:
         """Out = op(given), of the first one's shape."""
         self._values[out] = ir.Value(
-            name=out, shape=self._values[given[0]].shape, type=ir.TensorType(ir.DataType.FLOAT)
+            name=out, shape=self._values[inputs[0]].shape, type=ir.TensorType(ir.DataType.FLOAT)
         )
-        self._node(op, given, out)
+        self._node(op, inputs, out)
 
     def save(self, folder: Path, name: str) -> Path:
         """Writes the model; its output is y."""
@@ -172,11 +172,11 @@ class DenseGraph:
         )
 
     def _node(
-        self, op: str, given: Sequence[str], out: str, domain: str = "", attributes: Mapping[str, int] | None = None
+        self, op: str, inputs: Sequence[str], out: str, domain: str = "", attributes: Mapping[str, int] | None = None
     ) -> None:
         made = ir.convenience.convert_attributes(dict(attributes or {}))
         self._nodes.append(
-            ir.Node(domain, op, [self._values[name] for name in given], made, outputs=[self._values[out]], name=out)
+            ir.Node(domain, op, [self._values[name] for name in inputs], made, outputs=[self._values[out]], name=out)
         )
 
 

@@ -187,14 +187,14 @@ class OpTimer:
         """Calls with weights from memory, beside each dense computation."""
         before = self.stream.bandwidth()
         self.stream.noted()
-        own, compared = self._compared(prepared, run, folder)
+        op_seconds, compared = self._compared(prepared, run, folder)
         between = self.stream.noted()
         roof = max(best(before, self.stream.bandwidth()), *between.values())
-        needed, operations, seconds = prepared.needed(), prepared.operations(), statistics.median(own)
+        needed, operations, seconds = prepared.needed(), prepared.operations(), statistics.median(op_seconds)
         return {
             "union": union(prepared.kept, prepared.draws),
             "ms": seconds * 1e3,
-            "quartiles_ms": [value * 1e3 for value in quartiles(own)],
+            "quartiles_ms": [value * 1e3 for value in quartiles(op_seconds)],
             "bytes": needed,
             "operations": operations,
             "gb_per_s": needed / seconds / 1e9,
@@ -207,7 +207,7 @@ class OpTimer:
     def _compared(self, prepared: PreparedRow, run: Runner, folder: Path) -> tuple[list[float], list[dict[str, Any]]]:
         """The op's seconds beside its own baseline, and the comparison with each dense computation."""
         inputs, form = prepared.inputs, prepared.case.format
-        own: list[float] = []
+        op_seconds: list[float] = []
         compared: list[dict[str, Any]] = []
         for name, dense in self._against(prepared.case, folder, prepared.target.tokens):
             timed = pairs(
@@ -218,7 +218,7 @@ class OpTimer:
                 self.stream.evict,
             )
             self._enough(timed.candidate, form.name, name, timed)
-            own = own or timed.candidate
+            op_seconds = op_seconds or timed.candidate
             compared.append(
                 {
                     "name": name,
@@ -227,7 +227,7 @@ class OpTimer:
                     "dropped": timed.dropped,
                 }
             )
-        return own, compared
+        return op_seconds, compared
 
     def _against(self, case: Case, folder: Path, tokens: int) -> list[tuple[str, Runner]]:
         """Name and run of what a format is compared with, its own baseline first; for several tokens a call that one

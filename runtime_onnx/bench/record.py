@@ -58,13 +58,13 @@ def usable_cpus() -> int:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that matter, and the commit of a source tree that runs in place."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "commit": _commit()}
+    installed: dict[str, str | None] = {"python": platform.python_version(), "commit": _commit()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def _commit() -> str | None:

@@ -46,19 +46,19 @@ class Pairs:
 
 def waited() -> float | None:
     """Seconds that this process's threads have waited for a CPU so far, in all; None where the kernel does not tell."""
-    found = waits()
-    return sum(found.values()) if found else None
+    seconds = waits()
+    return sum(seconds.values()) if seconds else None
 
 
 def waits() -> dict[str, float]:
     """Seconds that each of this process's threads has waited for a CPU so far; empty where the kernel does not tell."""
-    found = {}
+    seconds = {}
     for file in Path("/proc/self/task").glob("*/schedstat"):
         try:
-            found[file.parent.name] = int(file.read_text().split()[1]) * 1e-9  # run ns, wait ns, timeslices
+            seconds[file.parent.name] = int(file.read_text().split()[1]) * 1e-9  # run ns, wait ns, timeslices
         except (OSError, ValueError, IndexError):
             continue  # the thread has just ended
-    return found
+    return seconds
 
 
 def order(roles: Sequence[str], number: int) -> list[str]:
@@ -74,7 +74,7 @@ def rounds(
     """`count` rounds in which every run goes once, after `warm` that are thrown away; `progress` is told the number of
     finished ones.
     """
-    found: list[Round[Value]] = []
+    finished: list[Round[Value]] = []
     for number in range(-warm, count):
         values: dict[str, Value] = {}
         waits: dict[str, float] = {}
@@ -84,10 +84,10 @@ def rounds(
             after, wall = waited(), time.perf_counter() - start
             waits[role] = 0.0 if before is None or after is None else (after - before) / wall
         if number >= 0:
-            found.append(Round(values, waits))
+            finished.append(Round(values, waits))
             if progress:
                 progress(number + 1)
-    return found
+    return finished
 
 
 def pairs(
@@ -102,35 +102,35 @@ def pairs(
 
     Both halves of pair i get the number i; `before` runs untimed ahead of every call, to make the caches cold.
     """
-    found = Pairs()
+    clean_pairs = Pairs()
     deadline = time.monotonic() + patience
     number = -warm
-    while len(found.baseline) < wanted and time.monotonic() < deadline:
+    while len(clean_pairs.baseline) < wanted and time.monotonic() < deadline:
         runs = {"baseline": baseline, "candidate": candidate}
         timed = {role: _timed(runs[role], number + warm, before) for role in order(list(runs), number)}
         if number >= 0:
             if all(clean for _, clean in timed.values()):
-                found.baseline.append(timed["baseline"][0])
-                found.candidate.append(timed["candidate"][0])
+                clean_pairs.baseline.append(timed["baseline"][0])
+                clean_pairs.candidate.append(timed["candidate"][0])
             else:
-                found.dropped += 1
+                clean_pairs.dropped += 1
         number += 1
-    return found
+    return clean_pairs
 
 
 def calls(
     run: Callable[[int], Any], wanted: int, patience: float, before: Callable[[], Any], warm: int = 2
 ) -> list[float]:
     """Seconds of clean single calls, `wanted` of them or as many as come together within `patience` seconds."""
-    found: list[float] = []
+    clean_seconds: list[float] = []
     deadline = time.monotonic() + patience
     for number in range(warm):
         run(number)
-    while len(found) < wanted and time.monotonic() < deadline:
-        seconds, clean = _timed(run, len(found), before)
+    while len(clean_seconds) < wanted and time.monotonic() < deadline:
+        seconds, clean = _timed(run, len(clean_seconds), before)
         if clean:
-            found.append(seconds)
-    return found
+            clean_seconds.append(seconds)
+    return clean_seconds
 
 
 def bursts(run: Callable[[int], Any], wanted: int, patience: float, length: int = 16) -> list[float]:
@@ -140,10 +140,10 @@ def bursts(run: Callable[[int], Any], wanted: int, patience: float, length: int 
     Nothing runs between the calls of a burst, so workers stay awake and caches warm. A burst whose threads waited for a
     CPU is thrown away, and so is every burst's first call.
     """
-    found: list[float] = []
+    clean_seconds: list[float] = []
     deadline = time.monotonic() + patience
     number = 0
-    while len(found) < wanted and time.monotonic() < deadline:
+    while len(clean_seconds) < wanted and time.monotonic() < deadline:
         before, seconds = waited(), []
         for _ in range(length):
             start = time.perf_counter()
@@ -152,8 +152,8 @@ def bursts(run: Callable[[int], Any], wanted: int, patience: float, length: int 
             number += 1
         after = waited()
         if before is None or after is None or after - before <= MAX_WAIT * sum(seconds):
-            found += seconds[1:]
-    return found
+            clean_seconds += seconds[1:]
+    return clean_seconds
 
 
 def _timed(run: Callable[[int], Any], number: int, before: Callable[[], Any]) -> tuple[float, bool]:

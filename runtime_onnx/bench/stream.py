@@ -50,11 +50,11 @@ class MemoryStream:
 
     def noted(self) -> dict[str, float]:
         """GB/s of the passes of `evict` since the last call, by way of reading: the median of each."""
-        found = {
+        speeds = {
             kind: self._size / statistics.median(seconds) / 1e9 for kind, seconds in self._noted.items() if seconds
         }
         self._noted = {kind: [] for kind in _QUIET}
-        return found
+        return speeds
 
     def bandwidth(self, passes: int = 5) -> dict[str, float]:
         """GB/s by way of reading, each the median of `passes` taken in turns; a kernel is to be judged by the highest
@@ -62,12 +62,12 @@ class MemoryStream:
         """
         seconds: dict[str, list[float]] = {kind: [] for kind in _READS}
         for _ in range(passes):
-            for kind, found in seconds.items():
+            for kind, samples in seconds.items():
                 start = time.perf_counter()
                 self._read(kind)
-                found.append(time.perf_counter() - start)
+                samples.append(time.perf_counter() - start)
         time.sleep(0.2)  # the threads of numpy's BLAS spin for a while after a dot
-        return {kind: self._size / statistics.median(found) / 1e9 for kind, found in seconds.items()}
+        return {kind: self._size / statistics.median(samples) / 1e9 for kind, samples in seconds.items()}
 
     def _read(self, kind: str) -> None:
         list(self._pool.map(_READS[kind][1], self._parts[kind]))
@@ -75,4 +75,4 @@ class MemoryStream:
 
 def best(*measured: dict[str, float]) -> float:
     """The fastest way's GB/s: the mean over the measurements, so that one lucky moment does not count for all."""
-    return max(sum(found[kind] for found in measured) / len(measured) for kind in measured[0])
+    return max(sum(speeds[kind] for speeds in measured) / len(measured) for kind in measured[0])

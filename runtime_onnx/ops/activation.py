@@ -30,16 +30,16 @@ def split_activation(text: str) -> tuple[str, float]:
     """
     if text in ACTIVATIONS:
         return text, 0.0
-    found = _SPELLING.fullmatch(text)
-    if found is None or found[1] not in PARAMETRIC:
+    match = _SPELLING.fullmatch(text)
+    if match is None or match[1] not in PARAMETRIC:
         names = ", ".join(forms([*ACTIVATIONS, *PARAMETRIC]))
         raise InputError(
             f"activation must be one of {names} with b in decimals such as 0.01, got {text}. Choose one of them."
         )
-    right = spell_activation(found[1], float(found[2]))
+    right = spell_activation(match[1], float(match[2]))
     if text != right:
         raise InputError(f"activation must be spelled {right}, got {text}. One value has one spelling.")
-    return found[1], float(found[2])
+    return match[1], float(match[2])
 
 
 def spell_activation(kind: str, parameter: float = 0.0) -> str:

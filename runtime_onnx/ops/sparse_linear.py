@@ -206,19 +206,19 @@ def reference(
     Returns:
         y [..., d_out].
     """
-    given = _present(variant, tensors)
+    stored = _present(variant, tensors)
     keep, rows = active(variant, x, tensors), _rows(x)
     if integer and variant.weights != "float":
-        y = integer_sum(rows, keep, given["w"], given["s_w"], variant.weights)
+        y = integer_sum(rows, keep, stored["w"], stored["s_w"], variant.weights)
     else:
         w = (
-            given["w"].astype(np.float64)
+            stored["w"].astype(np.float64)
             if variant.weights == "float"
-            else dequantise(given["w"], given["s_w"], variant.weights)
+            else dequantise(stored["w"], stored["s_w"], variant.weights)
         )
         y = np.where(keep, rows, 0.0) @ w
-    if "b" in given:
-        y = y + given["b"].astype(np.float64)
+    if "b" in stored:
+        y = y + stored["b"].astype(np.float64)
     return y.reshape(*np.shape(x)[:-1], y.shape[1])
 
 
