@@ -1,4 +1,4 @@
-"""Values of files that people write: parts of recipes and configurations, checked."""
+"""Values of files that people or sparsegate write: recipes, configurations and results, checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Part = TypeVar("_Part", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """A part of what people write: no field that is not known, and nothing changes it."""
+    """A file's values, or a part of them: no unknown field, only finite numbers, and nothing changes it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

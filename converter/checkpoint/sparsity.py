@@ -165,10 +165,10 @@ def stock_config(raw: dict[str, Any]) -> dict[str, Any]:
     """
     arch, key = load_arch(str(raw.get("model_type"))), raw.get(KEY)
     read_key(key)
-    found = {name: value for name, value in raw.items() if name != KEY}
+    config = {name: value for name, value in raw.items() if name != KEY}
     assert isinstance(key, dict)
-    found |= {"model_type": arch.model_type, arch.ffn.activation.config: key["base_activation"]}
-    return found | (
+    config |= {"model_type": arch.model_type, arch.ffn.activation.config: key["base_activation"]}
+    return config | (
         {"architectures": [name.removeprefix(CLASS) for name in raw["architectures"]]}
         if raw.get("architectures")
         else {}
@@ -186,9 +186,9 @@ def read_key(raw: Any) -> Key:
             "Update sparsegate."
         )
     if not isinstance(raw, dict) or set(raw) - _KEYS[version]:
-        found = sorted(raw) if isinstance(raw, dict) else raw
+        actual = sorted(raw) if isinstance(raw, dict) else raw
         raise InputError(
-            f'The key "{KEY}" must hold {", ".join(sorted(_KEYS[version]))}, got {found!r}. Update sparsegate or '
+            f'The key "{KEY}" must hold {", ".join(sorted(_KEYS[version]))}, got {actual!r}. Update sparsegate or '
             "convert again."
         )
     if not isinstance(raw.get("sites"), dict):
@@ -232,7 +232,7 @@ def read_sparsity(folder: Path) -> tuple[Plan, dict[str, str]]:
     swapped = key.swapped()
     plan: Plan = {}
     for site, fields in key.sites.items():
-        gate, residual = READERS[fields["score"]](_Stored(site.key, fields, stored))
+        gate, residual = READERS[fields["score"]](_StoredSite(site.key, fields, stored))
         edits = (Swap(swapped[site]),) if site in swapped else ()
         plan[site] = SitePlan(edits, gate, residual)
         check_values(site, plan[site])
@@ -314,7 +314,7 @@ def _check_activation(key: str, activation: Any, score: str, base: str | None) -
         )
 
 
-class _Stored(NamedTuple):
+class _StoredSite(NamedTuple):
     """What a checkpoint holds of a site: its key, its object in config.json, and all sites' tensors."""
 
     key: str
@@ -357,15 +357,15 @@ class _Stored(NamedTuple):
         return weight
 
 
-def _exact(stored: _Stored) -> tuple[Gate, Residual | None]:
+def _exact(stored: _StoredSite) -> tuple[Gate, Residual | None]:
     return Exact(stored.density, float(stored.fields["opened"])), None
 
 
-def _input(stored: _Stored) -> tuple[Gate, Residual | None]:
+def _input(stored: _StoredSite) -> tuple[Gate, Residual | None]:
     return Threshold("input", stored.tau(), stored.density), None
 
 
-def _gate(stored: _Stored) -> tuple[Gate, Residual | None]:
+def _gate(stored: _StoredSite) -> tuple[Gate, Residual | None]:
     gate = Threshold("gate", stored.tau(), stored.density)
     if not stored.fields.get("residual"):
         return gate, None
@@ -373,7 +373,7 @@ def _gate(stored: _Stored) -> tuple[Gate, Residual | None]:
     return gate, Residual(stored.residual(fc1), fc1)
 
 
-def _predictor(stored: _Stored) -> tuple[Gate, Residual | None]:
+def _predictor(stored: _StoredSite) -> tuple[Gate, Residual | None]:
     tau, fc1 = stored.tau(), stored.fc1("predictor.fc1.weight")
     residual = Residual(stored.residual(fc1)) if stored.fields.get("residual") else None
     fc2 = stored.tensor("predictor.fc2.weight")
@@ -385,7 +385,7 @@ def _predictor(stored: _Stored) -> tuple[Gate, Residual | None]:
     return Predictor(fc1, fc2, tau, stored.density), residual
 
 
-READERS: dict[str, Callable[[_Stored], tuple[Gate, Residual | None]]] = {
+READERS: dict[str, Callable[[_StoredSite], tuple[Gate, Residual | None]]] = {
     "gate": _gate,
     "predictor": _predictor,
     "input": _input,

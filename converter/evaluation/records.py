@@ -6,11 +6,12 @@ import math
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ...runtime_onnx.bench.record import machine
 from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.untrusted import read_json
+from ..checkpoint.fields import Strict
 from ..checkpoint.manifest import File, read_manifest, write_manifest
 from ..checkpoint.stage import VERSION, hash_file, write_json
 
@@ -21,10 +22,8 @@ RESULTS = "report/report.json"
 """The report's place in a checkpoint folder."""
 
 
-class Strict(BaseModel):
-    """A stored result: unknown fields and numbers that are not finite are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class Record(Strict):
+    """A result with a file of its own."""
 
     def save(self, path: Path) -> None:
         """Write the result as JSON, in a folder that is made when it is not there."""
@@ -32,7 +31,7 @@ class Strict(BaseModel):
         write_json(path, self.model_dump(mode="json"))
 
 
-Stored = TypeVar("Stored", bound=Strict)
+Stored = TypeVar("Stored", bound=Record)
 
 
 def read_stored(form: type[Stored], path: Path, what: str, remedy: str) -> Stored:
@@ -153,7 +152,7 @@ class OnnxRow(Strict):
     read_share: float | None = Field(default=None, ge=0)
 
 
-class Reference(Strict):
+class DenseReference(Strict):
     """A dense ONNX graph in fewer bits, measured in the same run: what a sparse model has to be better than.
 
     `nll` and, of the dense model in fp32 on the same `tokens`, `nll_dense` in nats per token; `nll_error` the standard
@@ -216,7 +215,7 @@ class StageTime(Strict):
     resumed: bool = False
 
 
-class Report(Strict):
+class Report(Record):
     """All measurements of one conversion. `model` is the Hub id (then `revision` is its commit) or the name of the
     source folder. Where it is `swapped`, its activation was changed before, and the row of the method dense is this
     model with nothing skipped: tables call it ungated. `stages` are the times of all stages before the report itself,
@@ -240,7 +239,7 @@ class Report(Strict):
     speed_note: str = ""
     rows: list[Row]
     onnx: list[OnnxRow] = []
-    references: list[Reference] = []
+    references: list[DenseReference] = []
     layers: list[Layer] = []
     checks: list[ReportCheck] = []
     stages: list[StageTime] = []
@@ -280,8 +279,8 @@ class Report(Strict):
 
 def this_machine() -> Machine:
     """The machine that runs this process."""
-    found = machine()
-    return Machine(cpu=found["cpu"], cores=found["cpus"], os=found["system"], memory_bytes=found["memory_bytes"])
+    facts = machine()
+    return Machine(cpu=facts["cpu"], cores=facts["cpus"], os=facts["system"], memory_bytes=facts["memory_bytes"])
 
 
 def record_files(folder: Path, *names: str) -> None:
@@ -353,7 +352,7 @@ class Sparsity(Strict):
     gated_share: float = Field(ge=0, le=1)
 
 
-class Evaluation(Strict):
+class Evaluation(Record):
     """Everything that `eval` measured. `cost` and `block_cost` are bytes touched per token relative to the dense MLPs,
     and to all linear maps of the blocks; `predictor_cost` is the part of `cost` that predictors and residuals add.
     `against` names what everything is compared with: the checkpoint's own dense model, the dense source where weights

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from .records import Machine, Strict, Text, read_stored
+from ..checkpoint.fields import Strict
+from .records import Machine, Record, Text, read_stored
 
 RECOVERY = "report/recovery.json"
 """The record's place in a checkpoint folder."""
@@ -95,7 +96,7 @@ class SwappedQuality(Strict):
     sites: list[SiteDensity] = []
 
 
-class RecoveryRecord(Strict):
+class RecoveryRecord(Record):
     """One recovery: `swapped` is the model before it, `recovered` after it, with predictors where they
     were trained, and then `exact` without them, all on the tokens of `evaluation`; `settings` are the recipe's
     (`settings.Recovery`).

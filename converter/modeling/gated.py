@@ -193,7 +193,7 @@ EDITORS: dict[type, Callable[[_Gated, Any], None]] = {Swap: _swap}
 """Kind of edit -> what makes a stock module compute as it says."""
 
 
-class _Masked:
+class _MaskedLinear:
     """The forward of one linear module with a mask on its input; the parts of a packed weight have masks of their own.
 
     `rows` maps a part's site to its rows of the weight, in order; a site without a gate is computed from the whole
@@ -237,7 +237,7 @@ def apply_plan(model: Any, plan: Plan, arch: Arch, activation: str) -> Any:
     return model
 
 
-Gates = dict[Any, _Gated | _Masked]
+Gates = dict[Any, _Gated | _MaskedLinear]
 """The gated forward of every module that a plan gates."""
 
 
@@ -245,7 +245,7 @@ def make_gates(model: Any, plan: Plan, arch: Arch, activation: str) -> Gates:
     """What `apply_plan` would set, for `switched`; the model stays as it is. Raises InputError as `apply_plan` does."""
     _check_fit(model.config, plan, arch)
     _check_activations(model, plan, arch, activation)
-    forwards: dict[str, _Gated | _Masked] = {}
+    forwards: dict[str, _Gated | _MaskedLinear] = {}
     for site, entry in plan.items():
         if site.kind == "ffn":
             name = arch.ffn_module(site.layer)
@@ -256,7 +256,7 @@ def make_gates(model: Any, plan: Plan, arch: Arch, activation: str) -> Gates:
         if name not in forwards:
             parts = linear_parts(model, arch, site.layer)[name]
             gates = {other: plan[other] for other in parts if other in plan}
-            forwards[name] = _Masked(model.get_submodule(name), parts, gates)
+            forwards[name] = _MaskedLinear(model.get_submodule(name), parts, gates)
     return {forward.module: forward for forward in forwards.values()}
 
 
@@ -385,8 +385,8 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model.eval()
 
 
-def _gated(model: Any) -> list[_Gated | _Masked]:
-    return [forward for forward in replacements(model).values() if isinstance(forward, _Gated | _Masked)]
+def _gated(model: Any) -> list[_Gated | _MaskedLinear]:
+    return [forward for forward in replacements(model).values() if isinstance(forward, _Gated | _MaskedLinear)]
 
 
 def gated_modules(model: Any) -> list[Any]:

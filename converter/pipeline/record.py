@@ -18,7 +18,7 @@ from ..checkpoint.source import Source
 from ..evaluation.agreement import NO_CUDA, has_cuda
 from ..evaluation.checks import ExecutorQuality
 from ..evaluation.quality import paired_rise
-from ..evaluation.records import Reference, Report
+from ..evaluation.records import DenseReference, Report
 from ..onnx_export.precision import PRECISIONS, Export, Precision
 from .candidates import Candidate
 from .conversion import Conversion
@@ -33,7 +33,7 @@ def build_report(
     candidates: list[Candidate],
     chosen: Candidate,
     graphs: Graphs,
-    references: list[Reference],
+    references: list[DenseReference],
     command: str,
 ) -> Report:
     """The report on every candidate, dense first; layers and checks are the chosen one's."""

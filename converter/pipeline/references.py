@@ -20,7 +20,7 @@ from ..checkpoint.source import Source
 from ..checkpoint.stage import Header, atomic_folder, is_finished, read_header, write_header, write_json
 from ..evaluation.checks import QUALITY_WINDOWS
 from ..evaluation.quality import measure_dense_executor
-from ..evaluation.records import Reference
+from ..evaluation.records import DenseReference
 from ..modeling.gated import load_dense
 from ..onnx_export.gated_graph import export_dense
 from ..progress import resumed, stage
@@ -47,7 +47,7 @@ class _Dense:
     finished: dict[str, Graphs]
 
 
-def measure_references(conversion: Conversion, graphs: Graphs, timed: bool) -> list[Reference]:
+def measure_references(conversion: Conversion, graphs: Graphs, timed: bool) -> list[DenseReference]:
     """Loss and speed (where `timed`) of the dense reference's graphs in int8 and int4 against the one in fp32, a stage.
     None for another target than the CPU, nor where swapped activations leave no dense model at hand.
     """
@@ -76,10 +76,10 @@ def measure_references(conversion: Conversion, graphs: Graphs, timed: bool) -> l
                 partial / _NUMBERS, {"references": [reference.model_dump(mode="json") for reference in references]}
             )
             write_header(partial, header)
-    return [Reference.model_validate(row) for row in read_json(folder / _NUMBERS, "The references")["references"]]
+    return [DenseReference.model_validate(row) for row in read_json(folder / _NUMBERS, "The references")["references"]]
 
 
-def _measure(dense: _Dense, texts: Texts, scratch: Path, timed: bool) -> list[Reference]:
+def _measure(dense: _Dense, texts: Texts, scratch: Path, timed: bool) -> list[DenseReference]:
     references, whole = [], read_bytes(dense.graph)
     for precision in PRECISIONS:
         graphs = dense.finished.get(precision)
@@ -93,7 +93,7 @@ def _measure(dense: _Dense, texts: Texts, scratch: Path, timed: bool) -> list[Re
         size = sum(path.stat().st_size for path in folder.glob("model.onnx*"))
         share = read_bytes(folder) / whole
         references.append(
-            Reference.model_validate({"precision": precision, **loss, "bytes": size, "read_share": share, **speed})
+            DenseReference.model_validate({"precision": precision, **loss, "bytes": size, "read_share": share, **speed})
         )
         if graphs is None:
             shutil.rmtree(folder)

@@ -18,7 +18,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ...runtime_onnx.errors import InputError
-from ..evaluation.records import Machine, Strict, read_stored
+from ..checkpoint.fields import Strict
+from ..evaluation.records import Machine, Record, read_stored
 from .tables import ABSENT, Cells, Number, nats, percent, table
 
 CURVES = "report/curves.json"
@@ -76,7 +77,7 @@ class Correlations(Strict):
         return self
 
 
-class Curves(Strict):
+class Curves(Record):
     """All methods at several densities on one model and text of `tokens` tokens; exactly one row is the
     dense model's.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..evaluation.records import OnnxRow, Reference, Report
+from ..evaluation.records import DenseReference, OnnxRow, Report
 from ..evaluation.recovery_record import RECOVERY, RecoveryRecord
 from ..onnx_export.precision import PRECISIONS
 from .change import Change, perplexity_change
@@ -45,7 +45,7 @@ class Verdict:
         return {**fields, "perplexity_change": self.change.value, "perplexity_error": self.change.error}
 
 
-def reference_change(reference: Reference) -> Change:
+def reference_change(reference: DenseReference) -> Change:
     """Change of perplexity of a dense graph in fewer bits against the dense model in fp32."""
     return perplexity_change(reference.nll, reference.nll_dense, reference.nll_error)
 
@@ -117,7 +117,7 @@ def make_verdict(report: Report, recovery: RecoveryRecord | None = None) -> Verd
     return Verdict(f"{gain[0].upper()}{gain[1:]}{';' if prompts else ','} {loss}.", True, change, row.cost, **numbers)
 
 
-def _better(report: Report) -> Reference | None:
+def _better(report: Report) -> DenseReference | None:
     """The fastest dense graph in fewer bits than the chosen model's that is at least as fast as it and loses less, None
     without one.
     """
@@ -137,7 +137,7 @@ def _better(report: Report) -> Reference | None:
     return max(faster, key=lambda reference: reference.decode_ratio or 0.0, default=None)
 
 
-def _said(better: Reference, report: Report) -> str:
+def _said(better: DenseReference, report: Report) -> str:
     ratio = fp32_decode_ratio(report)
     assert ratio is not None and better.decode_ratio is not None
     faster = better.decode_ratio / ratio

@@ -30,7 +30,7 @@ class Fetched:
 
 
 @dataclass(frozen=True)
-class Row:
+class SourceKind:
     """A kind of source: whether what a person named is one, and the function that turns it into a model folder. Its
     second argument is the folder to write, a stage: what is whole there already is not made again. Raises InputError.
     """
@@ -45,12 +45,12 @@ def _from_hub(model: str, folder: Path) -> Fetched:
 
 
 SOURCES = {
-    "bundled": Row(lambda model: model == BUNDLED_MODEL, lambda _, __: Fetched(BUNDLED, label=BUNDLED_NAME)),
-    "hub": Row(is_hub_id, _from_hub),
-    "powerinfer": Row(
+    "bundled": SourceKind(lambda model: model == BUNDLED_MODEL, lambda _, __: Fetched(BUNDLED, label=BUNDLED_NAME)),
+    "hub": SourceKind(is_hub_id, _from_hub),
+    "powerinfer": SourceKind(
         is_powerinfer, lambda model, folder: Fetched(import_powerinfer(model, folder), label=Path(model).stem)
     ),
-    "folder": Row(lambda _: True, lambda model, _: Fetched(Path(model))),
+    "folder": SourceKind(lambda _: True, lambda model, _: Fetched(Path(model))),
 }
 """The first row that knows what was named takes it; a folder is what no other one knows."""
 

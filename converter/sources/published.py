@@ -43,7 +43,7 @@ SOURCE = (
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedType:
     """A published model type: the type of its base, the activation of the base, and what its configuration makes the
     feed-forward networks compute.
     """
@@ -93,8 +93,8 @@ def _sparsellama(raw: dict[str, Any]) -> str:
 
 
 PUBLISHED = {
-    "bamboo": Row("mistral", "silu", _bamboo),
-    "sparsellama": Row("llama", "silu", _sparsellama),
+    "bamboo": PublishedType("mistral", "silu", _bamboo),
+    "sparsellama": PublishedType("llama", "silu", _sparsellama),
 }
 REFUSED = {
     "turbosparsemixtral": "its feed-forward networks are experts with dReLU, which are not converted yet. Take "

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from records.folders import RESULTS
-from sparsegate.converter.evaluation.records import Machine, Strict
+from sparsegate.converter.checkpoint.fields import Strict
+from sparsegate.converter.evaluation.records import Machine, Record
 from sparsegate.converter.methods import NEURON_METHODS
 
 PLACE = RESULTS / "real_model.json"
@@ -106,7 +107,7 @@ class Chosen(Strict):
     named: bool = False
 
 
-class RealModel(Strict):
+class RealModel(Record):
     """One benchmark. `origin` says where the weights come from, `corpus` what the texts are of; `missing` names what
     was left out; `speed` is a record of `bench_models`.
     """

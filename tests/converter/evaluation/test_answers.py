@@ -104,7 +104,9 @@ def test_quality_of_windows_together_is_that_of_windows_one_by_one(model: Any) -
 def masked_from(model: Any, start: int) -> Iterator[None]:
     """Masks act on positions from `start` on, in one pass over the whole sequence and without a cache."""
     gated = [
-        module for module in model.modules() if type(module.__dict__.get("forward")).__name__ in ("_Gated", "_Masked")
+        module
+        for module in model.modules()
+        if type(module.__dict__.get("forward")).__name__ in ("_Gated", "_MaskedLinear")
     ]
     saved = [module.__dict__["forward"] for module in gated]
 

@@ -25,7 +25,7 @@ def fetch(model: str, folder: Path) -> named.Fetched:
 def test_a_row_makes_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError):
         named.resolve("seed:5", tmp_path / "before")
-    row = named.Row(lambda model: model.startswith("seed:"), fetch)
+    row = named.SourceKind(lambda model: model.startswith("seed:"), fetch)
     monkeypatch.setattr(named, "SOURCES", {"seed": row, **named.SOURCES})
     source = named.resolve("seed:5", tmp_path / "work")
     twin = load_file(make_model("llama", tmp_path / "twin", 5) / "model.safetensors")
