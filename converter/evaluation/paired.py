@@ -1,12 +1,14 @@
 """The one judgement end to end: an executor's NLL against torch's, window by window, beside what rounding alone does to
 torch.
 
-Logits of a deep thresholded model can't be equal: rounding moves a score over its threshold, and everything after it
-moves along. What rounding does is therefore measured in the same run: torch once more, with noise of the executor's
-kind on every gated op's input. The mean difference of an executor that computes the same model lies within
-STANDARD_ERRORS standard errors of that noise; a wrong wiring lies far outside. Crossings are rare and their effects
-differ much, so the standard error is that of the noise's and the executor's differences together: a single window can't
-raise an alarm, a shift of all does.
+1. Logits of a deep thresholded model can't be equal: rounding moves a score over its threshold, and everything after it
+   moves along.
+2. What rounding does is therefore measured in the same run: torch once more, with noise of the executor's kind on every
+   gated op's input.
+3. The mean difference of an executor that computes the same model lies within STANDARD_ERRORS standard errors of that
+   noise. A wrong wiring lies far outside.
+4. Crossings are rare and their effects differ much. So the standard error is that of the noise's and the executor's
+   differences together: a single window can't raise an alarm, a shift of all does.
 """
 
 from __future__ import annotations

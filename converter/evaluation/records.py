@@ -93,11 +93,16 @@ class Speed(Strict):
 class Row(Strict):
     """One model's quality and speed on the held-out text.
 
-    `nll` and `kl` (dense to this one) in nats per token, `nll_error` the standard error of the paired difference of NLL
-    to dense, `agreement` the share of equal argmax tokens, `density` the mean realised share of kept units, `cost` the
-    bytes touched per token relative to the dense MLP, predictors included, `block_cost` relative to all linear maps of
-    the blocks, and `read_share` relative to those and the output head. `decode_ratio` and `prefill_ratio` are the
-    medians, over back-to-back pairs, of speeds relative to dense; `bench` the samples behind them.
+    Attributes:
+        nll: Nats per token; `kl` (dense to this one) too.
+        nll_error: Standard error of the paired difference of NLL to dense.
+        agreement: Share of equal argmax tokens.
+        density: Mean realised share of kept units.
+        cost: Bytes touched per token relative to the dense MLP, predictors included.
+        block_cost: The same relative to all linear maps of the blocks.
+        read_share: The same relative to those and the output head.
+        decode_ratio: Median, over back-to-back pairs, of the speed relative to dense; `prefill_ratio` likewise.
+        bench: The samples behind the speeds.
     """
 
     method: str
@@ -127,12 +132,20 @@ class Row(Strict):
 
 
 class OnnxRow(Strict):
-    """What an ONNX file in less than fp32 loses on the evaluation text, as it is shipped: `precision` as asked for,
-    `bytes` of graph and weights, `executor` that ran it, `cost` the bytes that the MLPs touch per token relative to
-    dense ones in the same precision, `read_share` the bytes of blocks and output head relative to dense ones in fp32,
-    and against the dense model in fp32 `kl` in nats per token and the share of equal argmax tokens. `nll_dense` is that
-    model's on the same tokens, `nll_error` the standard error of the paired difference. Of the sparse file `rise` is
-    the mean paired difference of NLL to the dense file and `rise_error` its standard error.
+    """What an ONNX file in less than fp32 loses on the evaluation text, as it is shipped.
+
+    Attributes:
+        precision: As asked for.
+        executor: That ran it.
+        bytes: Of graph and weights.
+        kl: Nats per token, from the dense model in fp32.
+        agreement: Share of equal argmax tokens, to that model.
+        nll_dense: That model's, on the same tokens.
+        nll_error: Standard error of the paired difference to it.
+        rise: Of the sparse file, the mean paired difference of NLL to the dense file.
+        rise_error: Standard error of `rise`.
+        cost: Bytes that the MLPs touch per token, relative to dense ones in the same precision.
+        read_share: Bytes of blocks and output head, relative to dense ones in fp32.
     """
 
     model: Literal["dense", "sparse"]
@@ -155,11 +168,17 @@ class OnnxRow(Strict):
 class DenseReference(Strict):
     """A dense ONNX graph in fewer bits, measured in the same run: what a sparse model has to be better than.
 
-    `nll` and, of the dense model in fp32 on the same `tokens`, `nll_dense` in nats per token; `nll_error` the standard
-    error of their paired difference; `kl` from that model and the share of equal argmax tokens. `bytes` are those of
-    the file, `read_share` the bytes that a token reads of blocks and output head relative to the graph in fp32.
-    `decode_ratio` and `prefill_ratio` are the medians over `pairs` back-to-back pairs of speeds relative to that graph,
-    None where nothing was timed; `disturbed` when other load made every pair wait.
+    Attributes:
+        nll: Nats per token.
+        nll_dense: Of the dense model in fp32, on the same `tokens`.
+        nll_error: Standard error of their paired difference.
+        kl: Nats per token, from that model.
+        agreement: Share of equal argmax tokens, to that model.
+        bytes: Of the file.
+        read_share: Bytes that a token reads of blocks and output head, relative to the graph in fp32.
+        decode_ratio: Median over `pairs` back-to-back pairs of the speed relative to that graph; `prefill_ratio`
+            likewise. None where nothing was timed.
+        disturbed: Other load made every pair wait.
     """
 
     precision: Literal["int8", "int4"]
@@ -216,11 +235,15 @@ class StageTime(Strict):
 
 
 class Report(Record):
-    """All measurements of one conversion. `model` is the Hub id (then `revision` is its commit) or the name of the
-    source folder. Where it is `swapped`, its activation was changed before, and the row of the method dense is this
-    model with nothing skipped: tables call it ungated. `stages` are the times of all stages before the report itself,
-    absent in older reports; `unused_tensors` the names in the source's files that its class does not have; `time_notes`
-    say what was cut or left out to stay within a time.
+    """All measurements of one conversion.
+
+    Attributes:
+        model: The Hub id (then `revision` is its commit) or the name of the source folder.
+        swapped: Its activation was changed before. The row of the method dense is then this model with nothing skipped:
+            tables call it ungated.
+        stages: Times of all stages before the report itself; absent in older reports.
+        unused_tensors: Names in the source's files that its class does not have.
+        time_notes: What was cut or left out to stay within a time.
     """
 
     version: Literal[1] = 1
@@ -293,12 +316,16 @@ def record_files(folder: Path, *names: str) -> None:
 
 
 class Measured(Strict):
-    """One executor on `tokens` held-out tokens: NLL, and KL from dense torch to it, in nats per token, and the share of
-    equal argmax to dense.
+    """One executor on `tokens` held-out tokens.
 
-    On the same tokens, `nll_dense` is the NLL of what is compared with, `nll_error` the standard error of the paired
-    difference to it (None: of one window, or not stored by an older version), and `nll_torch` the sparse torch model's
-    NLL. `note` says why an executor did not run, its numbers being absent then.
+    Attributes:
+        nll: Nats per token.
+        kl: From dense torch to it, in nats per token.
+        agreement: Share of equal argmax to dense.
+        nll_dense: NLL of what is compared with, on the same tokens.
+        nll_error: Standard error of the paired difference to it; None of one window, or not stored by an older version.
+        nll_torch: NLL of the sparse torch model, on the same tokens.
+        note: Why an executor did not run; its numbers are absent then.
     """
 
     executor: str
@@ -313,13 +340,16 @@ class Measured(Strict):
 
 
 class Answers(Strict):
-    """Greedy answers of the sparse model against the dense model's own, mean over prompts of sacrebleu's corpus BLEU, 0
-    to 100.
+    """Greedy answers of the sparse model against the dense model's own: sacrebleu's corpus BLEU, 0 to 100, mean over
+    prompts.
 
-    `bleu` keeps the prompt's pass dense, which yields the first answer token, and masks every later pass (arXiv
-    2406.06562, its released protocol); `bleu_all_masked` masks the prompt too. `bleu_dense` is the dense answers
-    against themselves: below 100 where answers have fewer than four words. `equal` and `equal_all_masked` are shares of
-    answers equal token by token. `empty` prompts, to which the dense model says nothing, are left out.
+    Attributes:
+        bleu: The prompt's pass is dense, which yields the first answer token, and every later pass is masked (arXiv
+            2406.06562, its released protocol).
+        bleu_all_masked: The prompt is masked too.
+        bleu_dense: The dense answers against themselves: below 100 where answers have fewer than four words.
+        equal: Share of answers equal token by token; `equal_all_masked` likewise.
+        empty: Prompts to which the dense model says nothing. They are left out.
     """
 
     prompts: int
@@ -338,10 +368,13 @@ class Answers(Strict):
 class Sparsity(Strict):
     """Share of weights skipped, each site counted by its parameters and only sites that are masked.
 
-    `windows`: every position of the held-out windows. Of the answers with a dense prompt: `answers` on masked passes
-    alone, `answers_and_prompt` with the prompt's positions counted as dense. The same with everything masked:
-    `masked_answers`, `masked_answers_and_prompt`. `gated_share` is the part of the model's parameters that these sites
-    hold.
+    Attributes:
+        windows: Every position of the held-out windows.
+        answers: Of the answers with a dense prompt, on masked passes alone.
+        answers_and_prompt: The same with the prompt's positions counted as dense.
+        masked_answers: As `answers`, with everything masked.
+        masked_answers_and_prompt: As `answers_and_prompt`, with everything masked.
+        gated_share: Part of the model's parameters that these sites hold.
     """
 
     windows: float
@@ -353,11 +386,15 @@ class Sparsity(Strict):
 
 
 class Evaluation(Record):
-    """Everything that `eval` measured. `cost` and `block_cost` are bytes touched per token relative to the dense MLPs,
-    and to all linear maps of the blocks; `predictor_cost` is the part of `cost` that predictors and residuals add.
-    `against` names what everything is compared with: the checkpoint's own dense model, the dense source where weights
-    or activations were changed, or, without that one, the changed model with nothing masked. `tasks`: metrics of
-    lm-eval by task and metric, dense torch and sparse ONNX.
+    """Everything that `eval` measured.
+
+    Attributes:
+        against: What everything is compared with: the checkpoint's own dense model; the dense source where weights or
+            activations were changed; without that one, the changed model with nothing masked.
+        cost: Bytes touched per token relative to the dense MLPs.
+        block_cost: The same relative to all linear maps of the blocks.
+        predictor_cost: Part of `cost` that predictors and residuals add.
+        tasks: Metrics of lm-eval by task and metric, dense torch and sparse ONNX.
     """
 
     version: Literal[1] = 1

@@ -1,11 +1,15 @@
 """Methods turn statistics into a plan. One file per method, one row per file.
 
-A method module exports SOURCE, NEEDS (full statistic names; `{field}` is filled from the configuration), Config and
-`plan(stats, arch, config) -> Plan`. A module may name more statistics for some configurations with
-`more_needs(config)`. A module whose plan is to be trained end to end exports `start(config)`, the density of that plan
-(None: not under this configuration), and its Config has `tune`. One whose plan holds predictors exports
-`rank(config, hidden, units, matrices)`, their rank, and where `plan` itself trains them `plan_tokens(config)`, the
-tokens that it takes (0: none under this configuration). `plan` takes the sites of its own kind out of the statistics.
+A method module exports:
+
+1. SOURCE, NEEDS (full statistic names; `{field}` is filled from the configuration), Config and
+   `plan(stats, arch, config) -> Plan`, which takes the sites of its own kind out of the statistics.
+2. `more_needs(config)`, where some configurations need more statistics.
+3. `start(config)`, where the plan is to be trained end to end: the density of that plan (None: not under this
+   configuration). Its Config has `tune` then.
+4. `rank(config, hidden, units, matrices)`, where the plan holds predictors: their rank.
+5. `plan_tokens(config)`, where `plan` itself trains them: the tokens that it takes (0: none under this configuration).
+
 Methods see tensors, never models, files or datasets.
 
 Every list of names comes from the rows: what `auto` tries, what may be joined by `+`, what help and errors say.

@@ -1,12 +1,13 @@
 """Streaming statistics of a site. One file per statistic, one row per file; `collect.py` is the one pass that feeds
 them.
 
-A statistic's module exports `init(setup) -> state`, `update(state, values, keep, positions)` and `finish(state) ->
-{name: tensor}`; it is additive over batches, so that data-parallel runs only sum. Its full name is
-`<statistic>:<score>`, and its tensors are stored as `<full name>.<tensor>`. It belongs to the sites that its score's
-KIND names: feed-forward networks or linears. Two exports are optional: FIELDS names inner values that `update` finds in
-`state["fields"]`, and `settle(states by site, probe, score)` looks once more, with all states of a layer summed and the
-block still in memory.
+1. A statistic's module exports `init(setup) -> state`, `update(state, values, keep, positions)` and
+   `finish(state) -> {name: tensor}`. It is additive over batches, so that data-parallel runs only sum.
+2. Its full name is `<statistic>:<score>`, and its tensors are stored as `<full name>.<tensor>`.
+3. It belongs to the sites that its score's KIND names: feed-forward networks or linears.
+4. The export FIELDS is optional: it names inner values that `update` finds in `state["fields"]`.
+5. The export `settle(states by site, probe, score)` is optional: it looks once more, with all states of a layer summed
+   and the block still in memory.
 """
 
 from __future__ import annotations

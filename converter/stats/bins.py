@@ -88,11 +88,13 @@ def greedy_split(
     linears], from 0 to `last`.
 
     Greedy block-wise optimisation of TEAL (arXiv 2408.14690, algorithm 1): every step skips the same number of weights,
-    the share `step` of the block's, in one linear. `sizes` are its weights by linear; `error` takes {linear: dropped
-    share} and gives the squared error of the block's output. Two deviations: a linear's own share rises by at most
-    `widest` at once (small key and value projections would be dropped whole), so rises in error are compared per weight
-    skipped; and a linear's rise is measured again only when its old value is the least, which finds the same linear
-    where rises grow with the share.
+    the share `step` of the block's, in one linear. `sizes` are its weights by linear. `error` takes {linear: dropped
+    share} and gives the squared error of the block's output. Two deviations:
+
+    1. A linear's own share rises by at most `widest` at once: small key and value projections would be dropped whole.
+       So rises in error are compared per weight skipped.
+    2. A linear's rise is measured again only when its old value is the least. That finds the same linear where rises
+       grow with the share.
     """
     total, names = sum(sizes.values()), list(sizes)
     width = {name: min(widest, step * total / sizes[name]) for name in names}

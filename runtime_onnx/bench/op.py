@@ -1,11 +1,13 @@
 """Times one op against the dense computation in ONNX Runtime: weights from memory, a new selection at every call, dense
 and sparse back to back.
 
-The buffer of `stream` is read before every timed call, so weights come from memory as they do in a model of many
-layers; inputs are drawn anew, so the op selects other units each time. A row needs `MIN_PAIRS` clean pairs. Bytes are
-those really needed (the op's `traffic`, for several tokens the union of what they keep), and their share is of the
-fastest way of reading memory before, between and after the calls of the row. What a call costs that keeps nothing is
-timed with warm weights and workers awake, as they are within a model.
+1. The buffer of `stream` is read before every timed call, so weights come from memory as they do in a model of many
+   layers.
+2. Inputs are drawn anew, so the op selects other units each time.
+3. A row needs `MIN_PAIRS` clean pairs.
+4. Bytes are those really needed: the op's `traffic`, for several tokens the union of what they keep. Their share is of
+   the fastest way of reading memory before, between and after the calls of the row.
+5. What a call costs that keeps nothing is timed with warm weights and workers awake, as they are within a model.
 """
 
 from __future__ import annotations

@@ -16,13 +16,17 @@ _OWN_PHASES = ("pre", "mid", "in")
 
 @dataclass(frozen=True)
 class Setting:
-    """One thing to try. `density`: share of units to keep, of every kind in `kinds` (ffn, attn, or linear alone).
+    """One thing to try.
 
-    selector: top_k and paper_cut per token and site; threshold, one per site, from calibration windows; global_pool per
-    token over all sites of a kind, each keeping at least `floor`; nonzero ignores the density. masks: "dense", "own" or
-    None for the rule of the score's phase. positions: "all" are masked; "prefill": the first `prompt` positions of a
-    window run dense; "first": its first position does. label, for oracles: the dense greedy token, the true next token,
-    or the dense model's second choice.
+    Attributes:
+        density: Share of units to keep, of every kind in `kinds` (ffn, attn, or linear alone).
+        selector: top_k and paper_cut are per token and site. threshold is one per site, from calibration windows.
+            global_pool is per token over all sites of a kind, each keeping at least `floor`. nonzero ignores the
+            density.
+        masks: "dense", "own", or None for the rule of the score's phase.
+        positions: "all" are masked; "prefill": the first `prompt` positions of a window run dense; "first": its first
+            position does.
+        label: For oracles: the dense greedy token, the true next token, or the dense model's second choice.
     """
 
     score: str
@@ -45,13 +49,17 @@ class Setting:
 class Outcome:
     """Quality in nats per token over the scored positions that ran sparse, and what really stayed.
 
-    `second_choice` is the share of positions where the sparse argmax is the dense model's second choice. `density` by
-    kind is the kept share of the units at sparse positions, `density_all` the same with dense positions (prefill)
-    counted as whole; `sparsity` and `sparsity_all` weigh every site by its parameters, biases left out: m d for a
-    neuron, 2 d d_h for a head, 2 d d_h for a key-value group, which stays while any of its heads does (the masked run
-    still computes its keys and values, since later tokens attend to them), d_out for an input channel. `sites` is the
-    density of every site. `masks` says whether they came from dense or own activations. An `oracle` is no method's
-    result: its score sees a label, or every activation that it chooses from (post).
+    Attributes:
+        masks: Whether they came from dense or own activations.
+        oracle: No method's result: its score sees a label, or every activation that it chooses from (post).
+        second_choice: Share of positions where the sparse argmax is the dense model's second choice.
+        density: By kind, the kept share of the units at sparse positions.
+        density_all: The same with dense positions (prefill) counted as whole.
+        sparsity: Every site is weighed by its parameters, biases left out: m d for a neuron, 2 d d_h for a head or a
+            key-value group, d_out for an input channel. A group stays while any of its heads does. The masked run still
+            computes its keys and values, since later tokens attend to them.
+        sparsity_all: The same with dense positions counted as whole.
+        sites: Density of every site.
     """
 
     setting: Setting

@@ -1,11 +1,11 @@
 """Models of real sizes and random weights, dense and with predictors whose thresholds force a density, or with gates
 that biases open by force: speed without weights.
 
-The weights are normal with variance 1 / inputs, so that activations stay of one size. A predictor is random too; its
-thresholds are quantiles, per neuron, of its scores on what the random model itself feeds its MLPs, so about the asked
-share is kept and other neurons for every token. With a ReLU activation the sparse graphs' gates, and dReLU's ups, have
-biases (8 bytes a neuron, counted), quantiles likewise: so the shares of open gates and of products that are not zero
-are the asked ones. The dense graph has none.
+1. The weights are normal with variance 1 / inputs, so that activations stay of one size.
+2. A predictor is random too. Its thresholds are quantiles, per neuron, of its scores on what the random model itself
+   feeds its MLPs, so about the asked share is kept and other neurons for every token.
+3. With a ReLU activation the sparse graphs' gates, and dReLU's ups, have biases (8 bytes a neuron, counted), quantiles
+   likewise. So the shares of open gates and of products that are not zero are the asked ones. The dense graph has none.
 """
 
 from __future__ import annotations

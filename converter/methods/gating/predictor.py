@@ -39,11 +39,16 @@ _HELDOUT_ROWS = 4096  # at most: their logits [rows, n] are in memory at once
 class Config(BaseModel):
     """How predictors are trained.
 
-    `sparsity` is the share of neurons to skip, `rank` is r (None: the largest r whose weights cost at most `cost` of
-    the network's), `residual` adds a head for what is skipped, which `cost` leaves out, in closed form (ridge) or from
-    there trained too; `tune` is the training end to end. Of the cross-entropy only: `score` makes the labels, an
-    oracle's too; `form` linear2 has no nonlinearity and is stored as an equal mlp2 of twice the rank; `weighting`
-    dejavu counts negatives by the share of positives; `steps` of `batch` tokens at peak `rate`.
+    Attributes:
+        sparsity: Share of neurons to skip.
+        rank: r; None is the largest r whose weights cost at most `cost` of the network's.
+        residual: Adds a head for what is skipped, which `cost` leaves out: in closed form (ridge), or from there
+            trained too.
+        tune: The training end to end.
+        score: Of the cross-entropy only, as all that follow: makes the labels, an oracle's too.
+        form: linear2 has no nonlinearity and is stored as an equal mlp2 of twice the rank.
+        weighting: dejavu counts negatives by the share of positives.
+        steps: Of `batch` tokens at peak `rate`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
