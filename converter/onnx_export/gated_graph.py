@@ -132,7 +132,7 @@ def _replace_linear(graph: ir.Graph, region: LinearRegion, arch: Arch, form: Pre
     """
     product, old = region.product, region.product.out
     y = ir.Value(name=old.name, shape=old.shape, type=old.type)
-    found: dict[ir.Node, Variant] = {}
+    variants: dict[ir.Node, Variant] = {}
     nodes: list[ir.Node] = []
     results: list[ir.Value] = []
     first = region.parts[0]
@@ -145,13 +145,13 @@ def _replace_linear(graph: ir.Graph, region: LinearRegion, arch: Arch, form: Pre
         nodes += made
         results.append(out)
         if variant is not None:
-            found[made[-1]] = variant
+            variants[made[-1]] = variant
     if len(results) > 1:
         name = f"{linear_place(region.layer, first.names).rpartition('/')[0]}/Concat"
         nodes.append(ir.Node("", "Concat", results, [ir.AttrInt64("axis", -1)], outputs=[y], name=name))
     ir.convenience.replace_nodes_and_values(graph, product.nodes[-1], product.nodes, nodes, [old], [y])
     _drop(graph, [product.weight, *([] if product.bias is None else [product.bias])])
-    return found
+    return variants
 
 
 def _part(
@@ -233,15 +233,15 @@ def _declare(model: ir.Model, nodes: Mapping[ir.Node, Variant]) -> None:
     """Add the ops' functions, one overload per variant of an op, their opset and the list of variants to the model."""
     variants = list(dict.fromkeys(nodes.values()))
     for op in (gated_mlp, sparse_linear):
-        own = [variant for variant in variants if isinstance(variant, op.Variant)]
-        overloads = {variant: f"v{index}" if len(own) > 1 else "" for index, variant in enumerate(own)}
+        of_op = [variant for variant in variants if isinstance(variant, op.Variant)]
+        overloads = {variant: f"v{index}" if len(of_op) > 1 else "" for index, variant in enumerate(of_op)}
         for variant, overload in overloads.items():
             function = ir.from_proto(op.function(variant, overload, model.opset_imports[""]))
             model.functions[function.identifier()] = function
         for node, variant in nodes.items():
             if variant in overloads:
                 node.overload = overloads[variant]
-        if own:
+        if of_op:
             model.opset_imports[op.DOMAIN] = op.VERSION
     model.metadata_props[METADATA] = json.dumps([variant.name for variant in variants])
 

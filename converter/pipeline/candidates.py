@@ -134,7 +134,7 @@ def _failures(candidates: list[Candidate]) -> list[str]:
 
 def _exported(conversion: Conversion, candidate: Candidate, graphs: Graphs) -> Candidate:
     """The candidate with checkpoint, ONNX folder, checks of its executors and speed, each a stage."""
-    recipe, asked = conversion.recipe, conversion.recipe.export
+    recipe, settings = conversion.recipe, conversion.recipe.export
     with stage("export"):
         folder = checkpoint(conversion, candidate.plan, candidate.method)
         onnx = _onnx(conversion, candidate, graphs, folder)
@@ -143,23 +143,23 @@ def _exported(conversion: Conversion, candidate: Candidate, graphs: Graphs) -> C
     shipped = stored_quality(stored.get("shipped", {}))
     if shipped is not None:
         budget = recipe.budget.model_dump() | {"searched": recipe.searches}
-        checks += shipped_checks(shipped, candidate.quality, budget, asked.precision)
+        checks += shipped_checks(shipped, candidate.quality, budget, settings.precision)
     return replace(candidate, checkpoint=folder, onnx=onnx, checks=checks, shipped=shipped, speed=stored["speed"])
 
 
 def _onnx(conversion: Conversion, candidate: Candidate, graphs: Graphs, folder: Path) -> Path:
     """The ONNX folder of a checkpoint folder, in the recipe's precision and for its target."""
-    asked = conversion.recipe.export
+    settings = conversion.recipe.export
     parent = read_header(folder)
     assert parent is not None
     onnx = conversion.work / "onnx" / candidate.method
-    header = Header(format="onnx", parents={"checkpoint": parent.fingerprint}, config=asked.model_dump(mode="json"))
+    header = Header(format="onnx", parents={"checkpoint": parent.fingerprint}, config=settings.model_dump(mode="json"))
     if is_finished(onnx, header):
         resumed()
     else:
         with atomic_folder(onnx) as partial:
             base = graph_of(conversion, graphs, folder)
-            export(folder, partial, asked.precision, asked.target, base)
+            export(folder, partial, settings.precision, settings.target, base)
             write_header(partial, header)
     return onnx
 
@@ -168,7 +168,7 @@ def _judged(conversion: Conversion, candidate: Candidate, graphs: Graphs, folder
     """Whether the executors of a checkpoint folder and its ONNX folder agree, its speed where they do, and what its
     file loses: as it is stored.
     """
-    texts, asked = conversion.texts, conversion.recipe.export
+    texts, settings = conversion.texts, conversion.recipe.export
     parent = read_header(onnx)
     assert parent is not None
     measured = conversion.work / "measured" / candidate.method
@@ -180,12 +180,12 @@ def _judged(conversion: Conversion, candidate: Candidate, graphs: Graphs, folder
         return stored
     with stage("agreement"):
         model, reference = load(folder), conversion.reference_model()
-        loss = measure_shipped(onnx, model, texts.heldout, asked, reference_model=reference, known=candidate.quality)
-        checks = [*check_onnx(onnx, model, candidate.plan, texts.heldout, asked), check_text(onnx)]
+        loss = measure_shipped(onnx, model, texts.heldout, settings, reference_model=reference, known=candidate.quality)
+        checks = [*check_onnx(onnx, model, candidate.plan, texts.heldout, settings), check_text(onnx)]
         del model, reference
         conversion.models.release()
     agree = all(check.passed for check in checks)
-    speed = {} if not agree or (asked.target == "cuda" and not has_cuda()) else _speed(graphs.dense, onnx, texts)
+    speed = {} if not agree or (settings.target == "cuda" and not has_cuda()) else _speed(graphs.dense, onnx, texts)
     shipped = {} if loss is None else loss.model_dump()
     stored = {"checks": [check.model_dump() for check in checks], "speed": speed, "shipped": shipped}
     if agree:

@@ -147,17 +147,17 @@ def _work_folder(order: Order) -> Iterator[Path]:
 
 def _inputs(asked: Recipe, recipe: str | Path | None) -> list[tuple[str, Path]]:
     """Files and folders of the user's that a conversion reads, and what they are."""
-    found = [] if asked.model == BUNDLED_MODEL or is_hub_id(asked.model) else [("MODEL", Path(asked.model))]
-    found += [("The recipe", Path(recipe))] if recipe and Path(recipe).exists() else []
-    found += [("The calibration text", Path(asked.calibration.file))] if asked.calibration.file else []
+    inputs = [] if asked.model == BUNDLED_MODEL or is_hub_id(asked.model) else [("MODEL", Path(asked.model))]
+    inputs += [("The recipe", Path(recipe))] if recipe and Path(recipe).exists() else []
+    inputs += [("The calibration text", Path(asked.calibration.file))] if asked.calibration.file else []
     imported = [
         config
         for parts in method_configs(asked).values()
         for config in parts.values()
         if isinstance(config, ImportedConfig)
     ]
-    found += [("The folder of predictors", Path(config.folder)) for config in imported if config.folder]
-    return found + training_inputs(training_stages(asked))
+    inputs += [("The folder of predictors", Path(config.folder)) for config in imported if config.folder]
+    return inputs + training_inputs(training_stages(asked))
 
 
 def _begun(order: Order, opened: Opened, work: Path, recovered: Tuned | None) -> Conversion:

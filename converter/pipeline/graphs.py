@@ -43,9 +43,9 @@ def make_graphs(conversion: Conversion) -> Graphs:
     """The dense graphs of a recipe's precision and target, each a stage; none before the one in fp32 is found to be the
     model. In integers it is the reference's. No model is held afterwards.
     """
-    asked, models = conversion.recipe.export, conversion.models
+    settings, models = conversion.recipe.export, conversion.models
     base = _float_graph(conversion, conversion.source, conversion.work)
-    if PRECISIONS[asked.precision].bits is None:
+    if PRECISIONS[settings.precision].bits is None:
         models.release()
         return Graphs(base, base)
     plain = base
@@ -85,9 +85,9 @@ def make_base(conversion: Conversion, source: Source, work: Path) -> Path:
 
 def graph_of(conversion: Conversion, graphs: Graphs, checkpoint: Path) -> Path:
     """Where the float graph of a checkpoint is, or is to be made: `graphs.base` where the weights are the source's."""
-    asked = conversion.recipe.export
-    half = PRECISIONS[asked.precision].builder(asked.target)
-    header = graph_header(open_source(checkpoint, sparse=True), half, asked.target)
+    settings = conversion.recipe.export
+    half = PRECISIONS[settings.precision].builder(settings.target)
+    header = graph_header(open_source(checkpoint, sparse=True), half, settings.target)
     if read_header(graphs.base) == header:
         return graphs.base
     return conversion.work / "bases" / header.fingerprint[:_NAMED]
@@ -95,29 +95,29 @@ def graph_of(conversion: Conversion, graphs: Graphs, checkpoint: Path) -> Path:
 
 def _float_graph(conversion: Conversion, source: Source, work: Path) -> Path:
     """A model's graph in floats for the recipe's target."""
-    base, asked = make_base(conversion, source, work), conversion.recipe.export
-    if asked.target == "cpu":
+    base, settings = make_base(conversion, source, work), conversion.recipe.export
+    if settings.target == "cpu":
         return base
     conversion.models.release()  # the builder holds a model of its own
-    half, folder = PRECISIONS[asked.precision].builder(asked.target), work / "base_cuda"
-    if is_finished(folder, graph_header(source, half, asked.target)):
+    half, folder = PRECISIONS[settings.precision].builder(settings.target), work / "base_cuda"
+    if is_finished(folder, graph_header(source, half, settings.target)):
         resumed("base graph")
         return folder
     with stage("base graph"):  # its twin in fp32 was compared with torch
-        return float_graph(source, folder, half, asked.target, check=lambda _: None)
+        return float_graph(source, folder, half, settings.target, check=lambda _: None)
 
 
 def _integer_graph(conversion: Conversion, plain: Path) -> Path:
     """The dense graph in the recipe's integers, of the one in floats."""
-    parent, asked = read_header(plain), conversion.recipe.export
+    parent, settings = read_header(plain), conversion.recipe.export
     assert parent is not None
     folder = conversion.work / "dense"
-    header = Header(format="dense", parents={"base": parent.fingerprint}, config=asked.model_dump(mode="json"))
+    header = Header(format="dense", parents={"base": parent.fingerprint}, config=settings.model_dump(mode="json"))
     if is_finished(folder, header):
         resumed("base graph")
         return folder
     with stage("base graph"), atomic_folder(folder) as partial:
-        export_dense(plain, partial, asked.precision, asked.target)
+        export_dense(plain, partial, settings.precision, settings.target)
         write_header(partial, header)
     return folder
 

@@ -84,14 +84,14 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
         opened = _opened(model, source, calibration)
         checks, reference = _written(opened), opened.reference_model
     folder, sparse, plan, heldout = opened.folder / "onnx", opened.model, opened.plan, opened.heldout
-    asked = opened.recipe.export
+    settings = opened.recipe.export
     with stage("quality"):
         quality = measure_quality(sparse, plan, heldout, reference_model=reference, error=0.0, most=heldout.count)
     if opened.source is not None:
         checks.append(check_source(sparse, opened.source.folder, heldout, trained=opened.recovered))
     with stage("agreement"):
-        shipped = measure_shipped(folder, sparse, heldout, asked, reference_model=reference, known=quality)
-        checks += [*check_onnx(folder, sparse, plan, heldout, asked), check_text(folder)]
+        shipped = measure_shipped(folder, sparse, heldout, settings, reference_model=reference, known=quality)
+        checks += [*check_onnx(folder, sparse, plan, heldout, settings), check_text(folder)]
     if opened.recovered and reference is None:
         quality, shipped = _as_recorded(opened.manifest, quality, shipped)
     checks += _within_budget(opened, quality, shipped)
