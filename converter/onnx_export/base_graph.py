@@ -65,10 +65,10 @@ def build_base(checkpoint: Path, out: Path, precision: str = "fp32", target: str
     with TemporaryDirectory() as temporary, _to_log():
         try:
             stock = stock_view(checkpoint, Path(temporary) / "stock")
-            given = (str(_for_builder(stock, Path(temporary))), str(out), precision, target, f"{temporary}/cache")
-            options = builder.parse_extra_options("", *given, [*_OPTIONS, *_TARGET_OPTIONS[target]])
+            arguments = (str(_for_builder(stock, Path(temporary))), str(out), precision, target, f"{temporary}/cache")
+            options = builder.parse_extra_options("", *arguments, [*_OPTIONS, *_TARGET_OPTIONS[target]])
             missing = _prepare(options["hf_details"]["hf_config"])
-            builder.create_model("", *given, **options)
+            builder.create_model("", *arguments, **options)
             _complete(out, missing)
             _set_tokens(out, end_tokens(checkpoint))
             drop_code(out)
@@ -177,8 +177,8 @@ def _complete(folder: Path, missing: _Missing) -> None:
         if value.name in caches:
             ((attention, _),) = value.uses()
             attention.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
-            for index, given in enumerate(attention.inputs):
-                if given is not None and given.name in ("cos_cache", "sin_cache"):
+            for index, operand in enumerate(attention.inputs):
+                if operand is not None and operand.name in ("cos_cache", "sin_cache"):
                     attention.replace_input_with(index, None)
     if missing.rotary is not None:
         frequencies, factor = missing.rotary
@@ -231,25 +231,25 @@ def onnx_logits(session: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
     tokens = np.ascontiguousarray(tokens, dtype=np.int64)
     rows, length = tokens.shape
     feeds: dict[str, NDArray] = {}
-    for given in session.get_inputs():
-        if given.name == "input_ids":
-            feeds[given.name] = tokens
-        elif given.name == "attention_mask":
-            feeds[given.name] = np.ones((rows, length), dtype=np.int64)
-        elif given.name == "position_ids":
-            feeds[given.name] = np.tile(np.arange(length, dtype=np.int64), (rows, 1))
+    for entry in session.get_inputs():
+        if entry.name == "input_ids":
+            feeds[entry.name] = tokens
+        elif entry.name == "attention_mask":
+            feeds[entry.name] = np.ones((rows, length), dtype=np.int64)
+        elif entry.name == "position_ids":
+            feeds[entry.name] = np.tile(np.arange(length, dtype=np.int64), (rows, 1))
         elif (
-            given.name.startswith("past_key_values.")
-            and isinstance(given.shape[1], int)
-            and isinstance(given.shape[3], int)
+            entry.name.startswith("past_key_values.")
+            and isinstance(entry.shape[1], int)
+            and isinstance(entry.shape[3], int)
         ):
-            dtype = np.float16 if given.type == "tensor(float16)" else np.float32
-            feeds[given.name] = np.zeros((rows, given.shape[1], 0, given.shape[3]), dtype=dtype)
+            dtype = np.float16 if entry.type == "tensor(float16)" else np.float32
+            feeds[entry.name] = np.zeros((rows, entry.shape[1], 0, entry.shape[3]), dtype=dtype)
         else:
             raise InputError(
                 "A decoder's inputs must be input_ids, attention_mask, position_ids and past_key_values.* [N, heads, "
                 "length, head size], "
-                f"got {given.name} {given.shape}. Export the model with sparsegate."
+                f"got {entry.name} {entry.shape}. Export the model with sparsegate."
             )
     return session.run(["logits"], feeds)[0].astype(np.float32, copy=False)
 
@@ -291,8 +291,8 @@ def _differences(
     session = open_session(onnx_folder / MODEL)
     largest, squares, count = 0.0, 0.0, 0
     for row in np.asarray(tokens, dtype=np.int64):
-        given = model(torch.from_numpy(row[None]))
-        expected = getattr(given, "logits", given).float().numpy()
+        outputs = model(torch.from_numpy(row[None]))
+        expected = getattr(outputs, "logits", outputs).float().numpy()
         difference = np.abs(onnx_logits(session, row[None]) - expected).max()
         largest = float(np.maximum(largest, difference))  # unlike max(), keeps a NaN
         squares, count = squares + float(np.square(expected, dtype=np.float64).sum()), count + expected.size

@@ -89,8 +89,8 @@ def emit_parts(entry: SitePlan) -> Emission:
     """The emission of a site's gate, residual and edits."""
     emission, residual = EMITTERS[type(entry.gating)](entry.gating), entry.residual
     if residual is not None:
-        own = {} if residual.fc1 is None else {"p1": _array(residual.fc1)}
-        emission = replace(emission, tensors=emission.tensors | own | {"res": _array(residual.weight)})
+        head = {} if residual.fc1 is None else {"p1": _array(residual.fc1)}
+        emission = replace(emission, tensors=emission.tensors | head | {"res": _array(residual.weight)})
     for edit in entry.edits:
         emission = EDIT_EMITTERS[type(edit)](emission, edit)
     return emission
@@ -103,10 +103,10 @@ def emit(site: Site, entry: SitePlan, d: int, n: int) -> Emission:
     """
     if entry.gate is None:
         raise InputError(f"Site {site.key} must have a gate to be exported, got none. Make another plan.")
-    found = emit_parts(entry)
-    r = len(found.tensors["p1"]) if "p1" in found.tensors else 0
+    emission = emit_parts(entry)
+    r = len(emission.tensors["p1"]) if "p1" in emission.tensors else 0
     shapes = {"tau": (n,), "p1": (r, d), "p2": (n, r), "res": (r, d)}
-    for role, array in found.tensors.items():
+    for role, array in emission.tensors.items():
         if array.shape != shapes[role]:
             raise InputError(
                 f"Site {site.key}'s {role} must have shape {list(shapes[role])}, got {list(array.shape)}. The plan "
@@ -114,7 +114,7 @@ def emit(site: Site, entry: SitePlan, d: int, n: int) -> Emission:
             )
         if np.isnan(array).any():
             raise InputError(f"Site {site.key}'s {role} must be a number everywhere, got NaN. Make the plan again.")
-    return found
+    return emission
 
 
 def _array(tensor: Any) -> NDArray[np.float32]:

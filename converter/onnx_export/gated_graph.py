@@ -93,18 +93,18 @@ def _replace(
 ) -> tuple[ir.Node, gated_mlp.Variant]:
     """Put one GatedMLP node in a region's place, of the activation `base` where the emission has no other."""
     stored, p = store_predictor(emission.tensors, form)
-    given: dict[str, ir.TensorProtocol] = {role: ir.Tensor(array) for role, array in stored.items()}
+    tensors: dict[str, ir.TensorProtocol] = {role: ir.Tensor(array) for role, array in stored.items()}
     down = region.weights["down"].const_value
     assert down is not None
     weights = _format(form, int(down.shape.numpy()[1]), arch.ffn_module(region.layer))
     for part, value in region.weights.items():
         if weights == "float":
-            given[_ROLES[part][0]] = moved(value, transpose=part != "down", dtype=DTYPES[form.w])
+            tensors[_ROLES[part][0]] = moved(value, transpose=part != "down", dtype=DTYPES[form.w])
         else:
-            given[_ROLES[part][0]], given[f"s_{part}"] = quantised(value, weights, transpose=part != "down")
+            tensors[_ROLES[part][0]], tensors[f"s_{part}"] = quantised(value, weights, transpose=part != "down")
     for part, value in region.biases.items():
-        given[_ROLES[part][1]] = moved(value, dtype=ir.DataType.FLOAT)
-    roles = tuple(role for role in gated_mlp.ROLES if role in given)
+        tensors[_ROLES[part][1]] = moved(value, dtype=ir.DataType.FLOAT)
+    roles = tuple(role for role in gated_mlp.ROLES if role in tensors)
     try:
         variant = gated_mlp.Variant(
             emission.activation or base, emission.score, weights, roles, x=_dtype(region.x), w=form.w, p=p
@@ -114,7 +114,7 @@ def _replace(
     inputs = [
         region.x,
         *(
-            initialiser(graph, f"{arch.ffn_module(region.layer)}.{gated_mlp.NAME}.{role}", given[role])
+            initialiser(graph, f"{arch.ffn_module(region.layer)}.{gated_mlp.NAME}.{role}", tensors[role])
             for role in roles
         ),
     ]
@@ -164,13 +164,13 @@ def _part(
     module = arch.attn_module(region.layer) if part.names[0] in ATTENTION else arch.ffn_module(region.layer)
     prefix, name = f"{module}.{part.name}.", linear_place(region.layer, part.names)
     if part.tau is None:
-        given = {"w": moved(product.weight, columns=columns)}
+        tensors = {"w": moved(product.weight, columns=columns)}
         if product.bias is not None:
-            given["b"] = moved(product.bias, columns=columns)
+            tensors["b"] = moved(product.bias, columns=columns)
         inputs = [
-            initialiser(graph, f"{prefix}{op}", given[role])
+            initialiser(graph, f"{prefix}{op}", tensors[role])
             for role, op in (("w", "MatMul.weight"), ("b", "Add.bias"))
-            if role in given
+            if role in tensors
         ]
         if len(inputs) == 1:
             return [ir.Node("", "MatMul", [product.x, inputs[0]], outputs=[out], name=f"{name}/MatMul")], None
@@ -179,16 +179,16 @@ def _part(
         return [matmul, ir.Node("", "Add", [inner, inputs[1]], outputs=[out], name=f"{name}/Add")], None
     weights = _format(form, part.columns.stop - part.columns.start, f"{module}.{part.name}")
     if weights == "float":
-        given = {"w": moved(product.weight, columns=columns, dtype=DTYPES[form.w])}
+        tensors = {"w": moved(product.weight, columns=columns, dtype=DTYPES[form.w])}
     else:
         stored, scale = quantised(product.weight, weights, columns=columns)
-        given = {"w": stored, "s_w": scale}
+        tensors = {"w": stored, "s_w": scale}
     if product.bias is not None:
-        given["b"] = moved(product.bias, columns=columns, dtype=ir.DataType.FLOAT)
-    given["tau"] = ir.Tensor(part.tau)
-    roles = tuple(role for role in sparse_linear.ROLES if role in given)
+        tensors["b"] = moved(product.bias, columns=columns, dtype=ir.DataType.FLOAT)
+    tensors["tau"] = ir.Tensor(part.tau)
+    roles = tuple(role for role in sparse_linear.ROLES if role in tensors)
     variant = sparse_linear.Variant(weights, roles, x=_dtype(product.x), w=form.w)
-    inputs = [product.x, *(initialiser(graph, f"{prefix}{sparse_linear.NAME}.{role}", given[role]) for role in roles)]
+    inputs = [product.x, *(initialiser(graph, f"{prefix}{sparse_linear.NAME}.{role}", tensors[role]) for role in roles)]
     attributes = ir.convenience.convert_attributes(variant.attributes())
     return [
         ir.Node(
@@ -204,17 +204,17 @@ def _part(
 
 def _format(form: Precision, width: int, where: str) -> str:
     """The weight format of an op, with a line where it is not the precision's own."""
-    found = form.fitting(width)
-    if found != form.weights:
+    fitting = form.fitting(width)
+    if fitting != form.weights:
         _LOG.warning(
             "%s is stored as %s: %s needs rows of a multiple of %d values, got %d.",
             where,
-            found,
+            fitting,
             form.weights,
             GROUP,
             width,
         )
-    return found
+    return fitting
 
 
 def _dtype(x: ir.Value) -> str:

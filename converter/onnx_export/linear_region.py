@@ -77,7 +77,7 @@ def cut_linears(
     name) -> its parts.
     """
     shapes, templates = linear_shapes(arch, config, layer), _templates(arch)
-    found = {}
+    cuts = {}
     for packed, names in {"qkv_proj": ("q_proj", "k_proj", "v_proj"), **{name: (name,) for name in shapes}}.items():
         if packed not in templates or not set(names) & set(tau):
             continue
@@ -86,13 +86,13 @@ def cut_linears(
         end = 0
         for name, width in zip(names, widths, strict=True):
             start, end = end, end + width
-            own = Part((name,), slice(start, end), tau.get(name))
-            if parts and _same(parts[-1].tau, own.tau):
+            part = Part((name,), slice(start, end), tau.get(name))
+            if parts and _same(parts[-1].tau, part.tau):
                 last = parts.pop()
-                own = Part((*last.names, name), slice(last.columns.start, end), own.tau)
-            parts.append(own)
-        found[packed] = tuple(parts)
-    return found
+                part = Part((*last.names, name), slice(last.columns.start, end), part.tau)
+            parts.append(part)
+        cuts[packed] = tuple(parts)
+    return cuts
 
 
 def _same(first: NDArray[np.float32] | None, second: NDArray[np.float32] | None) -> bool:

@@ -117,8 +117,8 @@ def _replace_embedding(
             graph, gather, [gather, transpose], [constant, reshape, made], [old], [out]
         )
         return
-    own = initialiser(graph, "model.embed_tokens.weight", moved(weight, transpose=True))
-    gather.replace_input_with(0, own)
+    table = initialiser(graph, "model.embed_tokens.weight", moved(weight, transpose=True))
+    gather.replace_input_with(0, table)
     graph.remove(transpose, safe=True)
 
 

@@ -99,7 +99,7 @@ def _between(layer: int, starts: list[ir.Value], down: Product) -> list[ir.Node]
             if node not in reachable and node is not down.nodes[0]:
                 reachable.add(node)
                 pending.extend(node.outputs)
-    found: set[ir.Node] = set()
+    between: set[ir.Node] = set()
     wanted = [down.x]
     while wanted:
         value = wanted.pop()
@@ -112,10 +112,10 @@ def _between(layer: int, starts: list[ir.Value], down: Product) -> list[ir.Node]
                 node or down.nodes[0],
                 f"the MLP must be computed from gate and up alone, got {value.name} as a further input",
             )
-        if node not in found:
-            found.add(node)
-            wanted.extend(given for given in node.inputs if given is not None)
-    return list(found)
+        if node not in between:
+            between.add(node)
+            wanted.extend(operand for operand in node.inputs if operand is not None)
+    return list(between)
 
 
 def _is_constant(value: ir.Value) -> bool:

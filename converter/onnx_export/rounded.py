@@ -74,14 +74,14 @@ def _layer(
     model: Any, plan: Plan, arch: Arch, form: Precision, layer: int
 ) -> Iterator[tuple[str, list[tuple[slice, Tensor]]]]:
     """The rows of a layer's modules that ops compute, by module."""
-    rows, prefix, found = linear_rows(arch, model.config, layer), arch.block_prefix(layer), {}
+    rows, prefix, by_module = linear_rows(arch, model.config, layer), arch.block_prefix(layer), {}
 
     def matrices(names: tuple[str, ...]) -> list[tuple[str, slice, NDArray[np.float32]]]:
         places = [(prefix + arch.linears()[name][0], rows[arch.linears()[name][0]][name]) for name in names]
         return [(module, at, model.get_submodule(module).weight.detach()[at].numpy()) for module, at in places]
 
     def put(module: str, at: slice, values: NDArray[np.float32]) -> None:
-        found.setdefault(module, []).append((at, torch.from_numpy(np.ascontiguousarray(values))))
+        by_module.setdefault(module, []).append((at, torch.from_numpy(np.ascontiguousarray(values))))
 
     if Site(layer) in plan:
         hidden = arch.size(model.config, "hidden")
@@ -104,7 +104,7 @@ def _layer(
             for module, at, matrix in pieces:
                 put(module, at, values[start : start + len(matrix)])
                 start += len(matrix)
-    yield from found.items()
+    yield from by_module.items()
 
 
 def _entry(entry: SitePlan, form: Precision) -> SitePlan:

@@ -42,12 +42,12 @@ def store_predictor(tensors: Mapping[str, NDArray[np.float32]], precision: Preci
 
 def load_predictor(stored: Mapping[str, NDArray]) -> dict[str, NDArray[np.float32]]:
     """The inverse of `store_predictor`, with what rounding lost: tau, p1, p2, res in float32."""
-    found = {}
+    tensors = {}
     for role, array in stored.items():
         scale = stored.get(_SCALES.get(role, ""))
         if role not in _SCALES.values():
-            found[role] = (array if scale is None else dequantise(array, scale, "int8_row")).astype(np.float32)
-    return found
+            tensors[role] = (array if scale is None else dequantise(array, scale, "int8_row")).astype(np.float32)
+    return tensors
 
 
 def rounded(matrix: NDArray[np.float32], weights: str, w: str) -> NDArray[np.float32]:

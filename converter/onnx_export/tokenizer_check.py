@@ -138,17 +138,17 @@ def check_tokenizer(folder: Path) -> TokenizerCheck:
     except ValueError as error:
         return TokenizerCheck(len(texts), 0, 0, _line(error))
     with view as place:
-        given = json.dumps({"folder": place, "texts": list(zip(texts, expected, strict=True))})
+        request = json.dumps({"folder": place, "texts": list(zip(texts, expected, strict=True))})
         try:
             done = subprocess.run(
-                [sys.executable, "-P", "-c", _PROGRAM], input=given, capture_output=True, text=True, timeout=SECONDS
+                [sys.executable, "-P", "-c", _PROGRAM], input=request, capture_output=True, text=True, timeout=SECONDS
             )
         except subprocess.TimeoutExpired:
             return TokenizerCheck(len(texts), 0, 0, f"it takes more than {SECONDS} seconds")
-    found = _answer(done)
-    if "error" in found:
-        return TokenizerCheck(len(texts), 0, 0, found["error"])
-    rows = found["texts"]
+    answer = _answer(done)
+    if "error" in answer:
+        return TokenizerCheck(len(texts), 0, 0, answer["error"])
+    rows = answer["texts"]
     same = sum(row[0] == ids for row, ids in zip(rows, expected, strict=True))
     decoded = sum(row[1] == tokenizer.decode(ids) for row, ids in zip(rows, expected, strict=True))
     return TokenizerCheck(len(texts), same, decoded)
@@ -166,10 +166,10 @@ def _answer(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
         last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         return {"error": f"its process ended: {last:.200}"}
     try:
-        found = json.loads(done.stdout.strip().splitlines()[-1])
+        answer = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):
         return {"error": "its process gave no answer"}
-    return {"error": _line(found["error"])} if "error" in found else found
+    return {"error": _line(answer["error"])} if "error" in answer else answer
 
 
 def _line(error: object) -> str:
