@@ -35,25 +35,25 @@ def method_configs(recipe: Recipe, exact: bool = False) -> Configs:
     names = (*AUTO[recipe.searches], *(OF_ZEROS if exact else ())) if stage.method == "auto" else (stage.method,)
     names = _kept(names, stage.steps)
     fields = {part: _config_class(part).model_fields for name in names for part in parts_of(name)}
-    known = {key for own in fields.values() for key in own}
+    known = {key for part_fields in fields.values() for key in part_fields}
     unknown = sorted(set(stage.config) - known)
     if unknown:
         raise InputError(
             f"The configuration of {stage.method} must hold only {', '.join(sorted(known))}, got {', '.join(unknown)}. "
             "Mend the recipe."
         )
-    found: dict[str, dict[str, BaseModel]] = {}
+    configs: dict[str, dict[str, BaseModel]] = {}
     for name in names:
-        found[name] = {}
+        configs[name] = {}
         for part in parts_of(name):
             values = {key: value for key, value in {"seed": recipe.seed, **stage.config}.items() if key in fields[part]}
             if part in LINEAR_METHODS and part != name:
                 values["linears"] = _outside_networks(name, values.get("linears"))
             made = validated(ImportedConfig, values, part) if part == IMPORTED else make_config(part, values)
-            found[name][part] = _with_steps(made, stage.steps.get(name))
-        if recipe.searches and len(found[name]) > 1:
-            _check_joined_search(name, found[name])
-    return found
+            configs[name][part] = _with_steps(made, stage.steps.get(name))
+        if recipe.searches and len(configs[name]) > 1:
+            _check_joined_search(name, configs[name])
+    return configs
 
 
 def _kept(names: tuple[str, ...], steps: Mapping[str, int]) -> tuple[str, ...]:

@@ -75,10 +75,10 @@ def convert(
     then does not appear.
     """
     flags = Flags(model, method, sparsity, max_ppl_increase, max_kl, recipe, calibration, precision, target, seed)
-    asked = within(compile_recipe(flags), time_budget, recipe is not None)
-    name = BUNDLED_NAME if asked.model == BUNDLED_MODEL else Path(asked.model).absolute().name
-    out, inputs = Path(output or f"{name}-sparse"), _inputs(asked, recipe)
-    order = Order(asked, out, device, push_to, public, dry_run, keep_stages, command, inputs)
+    compiled = within(compile_recipe(flags), time_budget, recipe is not None)
+    name = BUNDLED_NAME if compiled.model == BUNDLED_MODEL else Path(compiled.model).absolute().name
+    out, inputs = Path(output or f"{name}-sparse"), _inputs(compiled, recipe)
+    order = Order(compiled, out, device, push_to, public, dry_run, keep_stages, command, inputs)
     order = _checked(order)
     with job() as running, _work_folder(order) as work:
         return _converted(order, work, running)
@@ -145,19 +145,19 @@ def _work_folder(order: Order) -> Iterator[Path]:
         yield Path(held.enter_context(TemporaryDirectory()))
 
 
-def _inputs(asked: Recipe, recipe: str | Path | None) -> list[tuple[str, Path]]:
+def _inputs(compiled: Recipe, recipe: str | Path | None) -> list[tuple[str, Path]]:
     """Files and folders of the user's that a conversion reads, and what they are."""
-    inputs = [] if asked.model == BUNDLED_MODEL or is_hub_id(asked.model) else [("MODEL", Path(asked.model))]
+    inputs = [] if compiled.model == BUNDLED_MODEL or is_hub_id(compiled.model) else [("MODEL", Path(compiled.model))]
     inputs += [("The recipe", Path(recipe))] if recipe and Path(recipe).exists() else []
-    inputs += [("The calibration text", Path(asked.calibration.file))] if asked.calibration.file else []
+    inputs += [("The calibration text", Path(compiled.calibration.file))] if compiled.calibration.file else []
     imported = [
         config
-        for parts in method_configs(asked).values()
+        for parts in method_configs(compiled).values()
         for config in parts.values()
         if isinstance(config, ImportedConfig)
     ]
     inputs += [("The folder of predictors", Path(config.folder)) for config in imported if config.folder]
-    return inputs + training_inputs(training_stages(asked))
+    return inputs + training_inputs(training_stages(compiled))
 
 
 def _begun(order: Order, opened: Opened, work: Path, recovered: Tuned | None) -> Conversion:

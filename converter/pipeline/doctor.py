@@ -67,8 +67,8 @@ def diagnose() -> Diagnosis:
 
 def _precisions(provider: str) -> str:
     """The precisions that the native library has kernels of a gated MLP for."""
-    found = [name for name, form in PRECISIONS.items() if library.supports(_variant(form, provider), provider)]
-    return f"{provider.removesuffix('ExecutionProvider')}: {' '.join(found) or 'none'}"
+    supported = [name for name, form in PRECISIONS.items() if library.supports(_variant(form, provider), provider)]
+    return f"{provider.removesuffix('ExecutionProvider')}: {' '.join(supported) or 'none'}"
 
 
 def _variant(form: Precision, provider: str) -> str:

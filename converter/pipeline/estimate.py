@@ -111,18 +111,20 @@ def estimate_shapes(
     )
 
 
-def _training_bytes(asked: Recovery | None, parameters: int, shapes: Mapping[str, tuple[int, ...]], arch: Arch) -> int:
+def _training_bytes(
+    recovery: Recovery | None, parameters: int, shapes: Mapping[str, tuple[int, ...]], arch: Arch
+) -> int:
     """Bytes of a training stage on a CPU, all in fp32: teacher and student, gradient and two moments of what is
     trained, in each of its processes, and a batch's logits three times.
     """
-    assert asked is not None
+    assert recovery is not None
     trained = (
         parameters
-        if asked.lora is None
-        else sum(asked.lora.rank * sum(shape) for name, shape in shapes.items() if len(shape) == 2)
+        if recovery.lora is None
+        else sum(recovery.lora.rank * sum(shape) for name, shape in shapes.items() if len(shape) == 2)
     )
-    logits = 3 * asked.windows * asked.data.length * shapes[arch.embedding][0]
-    processes = count_for(asked, parameters, cores())
+    logits = 3 * recovery.windows * recovery.data.length * shapes[arch.embedding][0]
+    processes = count_for(recovery, parameters, cores())
     return (
         _FP32 * (processes * (2 * parameters + 3 * trained) + logits) + (processes if processes > 1 else 0) * _RUNTIME
     )  # the caller has its own
@@ -171,6 +173,6 @@ def _expected_cost(arch: Arch, parts: Mapping[str, Any], hidden: int, units: int
     if hasattr(method, "rank"):
         rank = method.rank(config, hidden, units, arch.matrices)
         return density + share * rank * (hidden + units + heads * hidden) / size.weights
-    own = share * heads * 2 * residual_rank(units, arch.matrices) / (arch.matrices * units)
+    heads_cost = share * heads * 2 * residual_rank(units, arch.matrices) / (arch.matrices * units)
     gate = Threshold("gate" if name in NEURON_METHODS else "input", uniform_tau(0.0, 1), density)
-    return own + cost(SitePlan(gate=gate), size, density)
+    return heads_cost + cost(SitePlan(gate=gate), size, density)

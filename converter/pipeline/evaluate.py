@@ -54,7 +54,7 @@ class _Order:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _EvaluationInputs:
     """What is measured: the checkpoint with its plan and model, the windows and the name of their text, the questions,
     the dense model to compare with (None: the checkpoint ungated), and what tasks and scores are computed by.
     """
@@ -137,7 +137,7 @@ def evaluate(
     return measured
 
 
-def _opened(order: _Order) -> _Opened:
+def _opened(order: _Order) -> _EvaluationInputs:
     counts = (("windows", order.windows), ("max_new_tokens", order.max_new_tokens), ("limit", order.limit))
     for name, number in counts:
         if number is not None and number < 1:
@@ -158,7 +158,7 @@ def _opened(order: _Order) -> _Opened:
     batches, text_name = _batches(tokenizer, config, manifest, order.text, order.windows)
     prompts = make_prompts(tokenizer, config, batches, order.prompts, order.max_new_tokens)
     reference_model = None if order.source is None else _dense(order.source, config)
-    return _Opened(
+    return _EvaluationInputs(
         folder=folder,
         checkpoint=checkpoint,
         manifest=manifest,
@@ -174,7 +174,7 @@ def _opened(order: _Order) -> _Opened:
     )
 
 
-def _quality(order: _Order, opened: _Opened) -> Quality:
+def _quality(order: _Order, opened: _EvaluationInputs) -> Quality:
     error = ERROR if order.windows is None and order.text is not None else 0.0
     quality = measure_quality(
         opened.model,
@@ -192,7 +192,7 @@ def _quality(order: _Order, opened: _Opened) -> Quality:
     return quality
 
 
-def _answers(opened: _Opened) -> tuple[Answers, Counts]:
+def _answers(opened: _EvaluationInputs) -> tuple[Answers, Counts]:
     return compare_answers(
         opened.model,
         opened.plan,
@@ -220,7 +220,7 @@ def _torch(quality: Quality) -> Measured:
 
 def _evaluation(
     order: _Order,
-    opened: _Opened,
+    opened: _EvaluationInputs,
     quality: Quality,
     executors: list[Measured],
     answers: Answers,
@@ -282,15 +282,15 @@ def _batches(
     """Windows to measure on, and a name of their text for people."""
     recipe = make_recipe(manifest.recipe, f"{MANIFEST}'s recipe")
     length = min(recipe.calibration.length, int(getattr(config, "max_position_embeddings", recipe.calibration.length)))
-    own = manifest.calibration.get("file")
+    text_hash = manifest.calibration.get("file")
     if text is None:
-        if own is not None:
+        if text_hash is not None:
             log.warning("Measured on the text that comes with sparsegate; give the checkpoint's own with --text FILE.")
         words, name = read_text(HELDOUT_TEXT), "Python standard library modules, held out"
         windows = windows or int(manifest.measured.get("windows", EARLIER_WINDOWS[recipe.searches]))
     else:
         words, name = read_whole(text, lambda conversations: write_out(tokenizer, conversations))[0], text.name
-        if own is not None and hash_file(text) == own:
+        if text_hash is not None and hash_file(text) == text_hash:
             words, name = words[int(len(words) * (1 - HELDOUT_SHARE)) :], f"{name}, held out"
     return make_batches(
         tokenizer, words, windows or HELDOUT_WINDOWS, length, manifest.seed + 1, "The text", text_order=False

@@ -27,12 +27,12 @@ def conversion_fingerprint(source: str, recipe: Recipe, configs: Configs) -> str
     ]
     mixtures = [files_hash(stage.tune.data) for stage in training_stages(recipe) if stage.tune is not None]
     texts = {"texts": texts_hash(recipe)} | ({"mixtures": mixtures} if any(mixtures) else {})
-    asked = recipe.model_dump(mode="json", exclude={"stages": {"__all__": {"tune": {"processes"}}}})
-    asked = {name: value for name, value in asked.items() if (name, value) != ("time_budget", None)}
-    asked["stages"] = [
-        {name: value for name, value in stage.items() if (name, value) != ("steps", {})} for stage in asked["stages"]
+    fields = recipe.model_dump(mode="json", exclude={"stages": {"__all__": {"tune": {"processes"}}}})
+    fields = {name: value for name, value in fields.items() if (name, value) != ("time_budget", None)}
+    fields["stages"] = [
+        {name: value for name, value in stage.items() if (name, value) != ("steps", {})} for stage in fields["stages"]
     ]
-    return hash_json({"tool": VERSION, "source": source, "recipe": asked, **texts, "predictors": files})
+    return hash_json({"tool": VERSION, "source": source, "recipe": fields, **texts, "predictors": files})
 
 
 def fetched_fingerprint(out: Path, recipe: Recipe, configs: Configs) -> str:

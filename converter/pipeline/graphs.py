@@ -158,10 +158,10 @@ def room(recipe: Recipe, graphs: Graphs) -> Recipe:
     if budget.max_kl is not None:
         left["max_kl"] = budget.max_kl - max(loss.kl, 0.0)
     if not all(value > 0 for value in left.values()):
-        asked = ", ".join(f"{name} {getattr(budget, name):.3g}" for name in left)
+        bounds = ", ".join(f"{name} {getattr(budget, name):.3g}" for name in left)
         raise InputError(
             f"The budget must leave room for {recipe.export.precision}, in which the dense graph alone raises "
             f"perplexity by {rise:.1%} and has KL "
-            f"{loss.kl:.3g}, got {asked}. Loosen it, or choose a precision of more bits."
+            f"{loss.kl:.3g}, got {bounds}. Loosen it, or choose a precision of more bits."
         )
     return recipe.model_copy(update={"budget": budget.model_copy(update=left)})

@@ -38,31 +38,31 @@ def open_model(order: Order, work: Path) -> Opened | Result:
     """The model, fetched where it lies on the Hub; the result where nothing is to be made: of a dry run, or where OUT
     is there already.
     """
-    asked, out = order.recipe, order.out
-    configs = method_configs(asked)
-    if asked.model != BUNDLED_MODEL and is_hub_id(asked.model):
+    requested, out = order.recipe, order.out
+    configs = method_configs(requested)
+    if requested.model != BUNDLED_MODEL and is_hub_id(requested.model):
         if out.exists() and not order.dry_run:
-            return _up_to_date(order, fetched_fingerprint(out, asked, configs))
+            return _up_to_date(order, fetched_fingerprint(out, requested, configs))
         if order.dry_run or not (work / "source").exists():  # what was fetched before also serves without a network
-            remote_needs = _remote_estimate(remote_inspect(asked.model), order, configs)
+            remote_needs = _remote_estimate(remote_inspect(requested.model), order, configs)
             if order.dry_run:
-                return Result(out, False, None, remote_needs, precision=asked.export.precision)
+                return Result(out, False, None, remote_needs, precision=requested.export.precision)
             check_disk(out, remote_needs.disk_bytes)
-    source = resolve(asked.model, work / "source")
+    source = resolve(requested.model, work / "source")
     check_graph(source.arch, source.config)
     record = RecoveryRecord.load(source.folder / RECOVERY) if (source.folder / RECOVERY).is_file() else None
-    exact = bool(training_stages(asked)) or has_zeros(source)
+    exact = bool(training_stages(requested)) or has_zeros(source)
     fingerprint = ""
     if not order.dry_run:
-        fingerprint = conversion_fingerprint(_taken_over(source), asked, method_configs(asked, exact))
+        fingerprint = conversion_fingerprint(_taken_over(source), requested, method_configs(requested, exact))
         if out.exists():
             return _up_to_date(order, fingerprint)
-    decision = _decision(order, source, method_configs(asked, exact))
-    recipe = decided(asked, decision)
+    decision = _decision(order, source, method_configs(requested, exact))
+    recipe = decided(requested, decision)
     configs = method_configs(recipe, exact)
     needed = estimate(source, recipe, configs).model_copy(update=decision.shown())
     if order.dry_run:
-        return Result(out, False, None, needed, precision=asked.export.precision)
+        return Result(out, False, None, needed, precision=requested.export.precision)
     check_disk(out, needed.disk_bytes)
     unused = unused_tensors(source)
     if unused:
@@ -77,7 +77,7 @@ def open_model(order: Order, work: Path) -> Opened | Result:
             "config.json ties the head to the embedding, but the weights hold another head: that one is converted, as "
             "transformers uses it."
         )
-    keep(work, header(source.fingerprint, asked), decision)
+    keep(work, header(source.fingerprint, requested), decision)
     return Opened(source, record, recipe, configs, needed, fingerprint, unused)
 
 

@@ -149,10 +149,10 @@ def _seconds(run: Callable[[], Any], repeats: int = _REPEATS, warm: bool = False
 
     if not warm:
         timed()
-    found: list[float] = []
-    while len(found) < repeats and sum(found) < _SPENT:
-        found.append(_undisturbed(timed))
-    return min(found)
+    samples: list[float] = []
+    while len(samples) < repeats and sum(samples) < _SPENT:
+        samples.append(_undisturbed(timed))
+    return min(samples)
 
 
 def _undisturbed(run: Callable[[], Any]) -> float:
@@ -280,11 +280,11 @@ def _trains(
         )  # gradients pass through every block but the first
         steps[part] = lambda objective=objective, tokens=tokens, mask=mask: objective.loss(tokens, mask, 0).backward()
         counts[part] = tokens.numel()
-    found = {part: _seconds(step) / counts[part] for part, step in steps.items()}
+    seconds = {part: _seconds(step) / counts[part] for part, step in steps.items()}
     part = next(iter(steps))
     with _wide_head(block, vocabulary) as share:
         wide = _seconds(steps[part]) / counts[part]
-    return found, max(wide - found[part], 0.1 * wide) * share
+    return seconds, max(wide - seconds[part], 0.1 * wide) * share
 
 
 def _head(block: _Block, vocabulary: int, forward: float, length: int) -> float:

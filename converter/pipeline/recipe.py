@@ -31,11 +31,11 @@ _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\
 
 def parse_duration(text: str) -> float:
     """Seconds of a time such as 90s, 20m or 1h30m. Raises ValueError for anything else, a number without a unit too."""
-    found = _DURATION.fullmatch(text)
+    match = _DURATION.fullmatch(text)
     seconds = (
         0.0
-        if found is None
-        else sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
+        if match is None
+        else sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
     )
     if seconds <= 0:
         hint = (
@@ -237,8 +237,8 @@ def compile_recipe(flags: Flags) -> Recipe:
 
 def named_recipe(recipe: str | Path) -> Path:
     """The file of a recipe: one that comes with sparsegate, by its name, or a path."""
-    own = RECIPES / f"{recipe}.yaml"
-    return own if own.is_file() and not Path(recipe).is_file() else Path(recipe)
+    bundled = RECIPES / f"{recipe}.yaml"
+    return bundled if bundled.is_file() and not Path(recipe).is_file() else Path(recipe)
 
 
 def training_stages(recipe: Recipe) -> tuple[Stage, ...]:
@@ -257,8 +257,8 @@ def training_stages(recipe: Recipe) -> tuple[Stage, ...]:
                 "A stage that trains predictors must be the last one, got another after it. Leave the predictors or "
                 "the last stage out."
             )
-    found = tuple(stage for stage in recipe.stages if stage.tune is not None)
-    for number, stage in enumerate(found):
+    trained = tuple(stage for stage in recipe.stages if stage.tune is not None)
+    for number, stage in enumerate(trained):
         allowed = {"activation"} if number == 0 else set()
         if stage.method != EXACT or set(stage.config) - allowed:
             what = "with at most an activation" if allowed else "without a configuration after the first"
@@ -266,7 +266,7 @@ def training_stages(recipe: Recipe) -> tuple[Stage, ...]:
                 f"A stage that trains must have method {EXACT} {what}, got {stage.method} with {sorted(stage.config)}. "
                 "Mend it."
             )
-    return found
+    return trained
 
 
 def _export(precision: str | None, target: str | None) -> dict[str, str]:

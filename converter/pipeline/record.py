@@ -174,20 +174,20 @@ def _shipped_cost(chosen: Candidate, source: Source, form: Precision) -> float:
     return chosen.quality.cost + extra
 
 
-def _onnx_rows(chosen: Candidate, graphs: Graphs, source: Source, asked: Export) -> list[reporting.OnnxRow]:
+def _onnx_rows(chosen: Candidate, graphs: Graphs, source: Source, settings: Export) -> list[reporting.OnnxRow]:
     """What the ONNX files lose in their own precision, the dense one first."""
-    rows, on_cpu = [], asked.target == "cuda" and not has_cuda()
-    sparse = _shipped_cost(chosen, source, PRECISIONS[asked.precision])
-    shares = _file_shares(chosen, graphs, source, asked)
+    rows, on_cpu = [], settings.target == "cuda" and not has_cuda()
+    sparse = _shipped_cost(chosen, source, PRECISIONS[settings.precision])
+    shares = _file_shares(chosen, graphs, source, settings)
     pair = None if chosen.shipped is None or graphs.loss is None else paired_rise(chosen.shipped, graphs.loss)
     files: list[tuple[Literal["dense", "sparse"], Path | None, ExecutorQuality | None, float]] = [
         ("dense", graphs.dense, graphs.loss, 1.0),
         ("sparse", chosen.onnx, chosen.shipped, sparse),
     ]
-    for model, folder, found, cost in files:
-        if folder is None or found is None:
+    for model, folder, quality, cost in files:
+        if folder is None or quality is None:
             continue
-        chose = executor(folder, PROVIDERS[asked.target == "cuda"])
+        chose = executor(folder, PROVIDERS[settings.target == "cuda"])
         runner = (
             "ONNX Runtime"
             if chose.reason == DENSE
@@ -199,18 +199,18 @@ def _onnx_rows(chosen: Candidate, graphs: Graphs, source: Source, asked: Export)
         rows.append(
             reporting.OnnxRow(
                 model=model,
-                precision=asked.precision,
+                precision=settings.precision,
                 executor=f"{runner}{' on the CPU' if on_cpu else ''}",
                 bytes=sum(path.stat().st_size for path in folder.glob("model.onnx*")),
-                tokens=found.tokens,
-                nll=found.nll,
-                perplexity=math.exp(found.nll),
-                kl=max(found.kl, 0.0),
-                nll_dense=found.nll_dense,
-                nll_error=found.nll_error if found.windows > 1 else None,
+                tokens=quality.tokens,
+                nll=quality.nll,
+                perplexity=math.exp(quality.nll),
+                kl=max(quality.kl, 0.0),
+                nll_dense=quality.nll_dense,
+                nll_error=quality.nll_error if quality.windows > 1 else None,
                 rise=rise,
                 rise_error=rise_error,
-                agreement=found.agreement,
+                agreement=quality.agreement,
                 cost=cost,
                 read_share=shares[model],
             )
@@ -218,15 +218,15 @@ def _onnx_rows(chosen: Candidate, graphs: Graphs, source: Source, asked: Export)
     return rows
 
 
-def _file_shares(chosen: Candidate, graphs: Graphs, source: Source, asked: Export) -> dict[str, float | None]:
+def _file_shares(chosen: Candidate, graphs: Graphs, source: Source, settings: Export) -> dict[str, float | None]:
     """Bytes that a token reads of the dense and the sparse file's products, relative to the dense graph in fp32. Ops in
     16 bits lie in a graph in fp32 on the CPU; in integers all products have as many bits.
     """
     blocks, head = decoder_values(source.arch, source.config)
-    sizes, form = site_parameters(chosen.plan, source.arch, source.config), PRECISIONS[asked.precision]
+    sizes, form = site_parameters(chosen.plan, source.arch, source.config), PRECISIONS[settings.precision]
     predictors = blocks * _network_share(source) * (_shipped_cost(chosen, source, form) - chosen.quality.cost)
     gated = sum(size * chosen.quality.site_cost[site.key] for site, size in sizes.items()) + predictors
-    narrow = 0.5 if form.bits is None and form.w != "float32" and asked.target == "cpu" else 1.0
+    narrow = 0.5 if form.bits is None and form.w != "float32" and settings.target == "cpu" else 1.0
     dense = read_bytes(graphs.dense) / (4 * (blocks + head))
     return {"dense": dense, "sparse": dense * (blocks + head - sum(sizes.values()) + narrow * gated) / (blocks + head)}
 
@@ -237,18 +237,20 @@ def _network_share(source: Source) -> float:
     return sum(size for name, size in sizes.items() if name in FFN_LINEARS) / sum(sizes.values())
 
 
-def _conditions(speed: dict[str, Any], asked: Export) -> reporting.Speed | None:
+def _conditions(speed: dict[str, Any], settings: Export) -> reporting.Speed | None:
     if not speed:
         return None
-    settings = speed["settings"]
-    baseline = "fp32" if asked.target == "cpu" and PRECISIONS[asked.precision].bits is None else asked.precision
+    conditions = speed["settings"]
+    baseline = (
+        "fp32" if settings.target == "cpu" and PRECISIONS[settings.precision].bits is None else settings.precision
+    )
     return reporting.Speed(
-        precision=asked.precision,
+        precision=settings.precision,
         baseline=baseline,
         provider=speed["candidate"]["provider"],
-        threads=settings["threads"],
-        prompt_tokens=settings["prompt_tokens"],
-        new_tokens=settings["new_tokens"],
+        threads=conditions["threads"],
+        prompt_tokens=conditions["prompt_tokens"],
+        new_tokens=conditions["new_tokens"],
         executor=speed["candidate"]["executor"],
         command=speed["command"],
         disturbed=speed["quiet"] is False,

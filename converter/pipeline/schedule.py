@@ -190,16 +190,16 @@ def _statistics(conversion: Conversion, parts: Mapping[str, Any]) -> Stats:
     oracle = {name for name in names if "grad" in load_score(load_stat(name)[1]).NEEDS}
     source, calibration, device = conversion.source, conversion.texts.calibration, conversion.device
     folder, seed = conversion.work / "stats", conversion.recipe.seed
-    found = collect(source, calibration, sorted(names - oracle), folder, seed, device)
+    streamed = collect(source, calibration, sorted(names - oracle), folder, seed, device)
     if oracle:
         folder = conversion.work / "stats_labels"
         labelled = collect_labels(conversion.model(device), source, calibration, sorted(oracle), folder, seed)
-        every = {**found, **labelled}  # sites; their tensors stay on disk until they are asked for
+        every = {**streamed, **labelled}  # sites; their tensors stay on disk until they are asked for
         return {
-            site: ChainMap(*(cast("dict[str, Tensor]", part[site]) for part in (labelled, found) if site in part))
+            site: ChainMap(*(cast("dict[str, Tensor]", part[site]) for part in (labelled, streamed) if site in part))
             for site in every
         }
-    return found
+    return streamed
 
 
 def direct_plan(run: Run, name: str, config: Mapping[str, Any]) -> Plan:
@@ -300,10 +300,10 @@ def _searched(run: Run, name: str, config: Mapping[str, Any]) -> Plan | None:
         if part != IMPORTED and _start(part, values) is not None:
             return _searched_training(run, name, part, values)
         plan = _part(run, name, part, values)
-        found = sparsest(lambda shift: shifted(plan, shift), run.judge, run.recipe.budget, -_REACH, _REACH)
+        cheapest = sparsest(lambda shift: shifted(plan, shift), run.judge, run.recipe.budget, -_REACH, _REACH)
     else:
-        found = sparsest(_family(run, config), run.judge, run.recipe.budget, 0.02, 0.99)
-    return None if found is None else settled(found[1], found[2].density)
+        cheapest = sparsest(_family(run, config), run.judge, run.recipe.budget, 0.02, 0.99)
+    return None if cheapest is None else settled(cheapest[1], cheapest[2].density)
 
 
 def _family(run: Run, config: Mapping[str, Any]) -> Callable[[float], Plan]:
@@ -341,10 +341,10 @@ def _family(run: Run, config: Mapping[str, Any]) -> Callable[[float], Plan]:
 
 def _governed(run: Run, key: str, whole: Plan) -> float:
     """What a unit of a key's density costs: block cost at density 1 less that at 0."""
-    own = [site for site in whole if governs(key, site)]
+    governed = [site for site in whole if governs(key, site)]
     arch, config = run.source.arch, run.source.config
     return block_cost(whole, arch, config, dict.fromkeys(whole, 1.0)) - block_cost(
-        whole, arch, config, {s: 0.0 if s in own else 1.0 for s in whole}
+        whole, arch, config, {s: 0.0 if s in governed else 1.0 for s in whole}
     )
 
 
@@ -367,9 +367,11 @@ def _searched_training(run: Run, name: str, part: str, config: Any) -> Plan | No
     best: tuple[float, Plan] | None = None
     for plan, density in trained[-2:]:
         plan = _completed(run, f"{name}-budget", part, config, plan, density)
-        found = sparsest(lambda shift, plan=plan: shifted(plan, shift), run.judge, run.recipe.budget, -_REACH, _REACH)
-        if found is not None:
-            ready = settled(found[1], found[2].density)
+        cheapest = sparsest(
+            lambda shift, plan=plan: shifted(plan, shift), run.judge, run.recipe.budget, -_REACH, _REACH
+        )
+        if cheapest is not None:
+            ready = settled(cheapest[1], cheapest[2].density)
             cost = block_cost(ready, run.source.arch, run.source.config)
             best = min(best or (cost, ready), (cost, ready), key=lambda pair: pair[0])
     return None if best is None else best[1]
@@ -377,12 +379,12 @@ def _searched_training(run: Run, name: str, part: str, config: Any) -> Plan | No
 
 def keep_plan(plan: Plan, header: Header, work: Path, name: str = TUNED) -> Plan:
     """A plan that a training ended with as the stage that further stages are made from; `header` is the training's."""
-    own = Header(
+    plan_header = Header(
         format="plan", version=VERSION, parents={"tuned": header.fingerprint}, config={"method": name}, seed=header.seed
     )
-    if not is_finished(work / "plan" / name, own):
+    if not is_finished(work / "plan" / name, plan_header):
         with atomic_folder(work / "plan" / name) as partial:
-            save_plan(partial, plan, own)
+            save_plan(partial, plan, plan_header)
     return plan
 
 

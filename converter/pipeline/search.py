@@ -114,15 +114,15 @@ def sensitivities(
     """Divergence (nats) with the sites of one key (as `governs` says) at each density of GRID and every other site
     dense; `make` gives the plan of densities by key.
     """
-    found: dict[str, list[float]] = {}
+    divergences: dict[str, list[float]] = {}
     most = max(1, _SENSITIVITY_WINDOWS // len(judge.groups[0]))
     for key in track(keys, unit="site"):
         plans = (make({other: 1.0 for other in keys} | {key: density}) for density in GRID)
         losses = [judge.loss({s: e for s, e in plan.items() if governs(key, s)}, most=most).kl for plan in plans]
         if any(map(math.isnan, losses)):
             raise InputError(f"The divergence with {key} gated must be a number, got NaN. Check the model's weights.")
-        found[key] = [max(loss, 0.0) for loss in losses]
-    return found
+        divergences[key] = [max(loss, 0.0) for loss in losses]
+    return divergences
 
 
 def allocate(curves: Mapping[str, Sequence[float]], weights: Mapping[str, float], mean: float) -> dict[str, float]:

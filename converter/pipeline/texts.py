@@ -66,13 +66,13 @@ def make_texts(
 
     Raises InputError for a text that is too short.
     """
-    asked, length = recipe.calibration, _length(source, recipe)
+    calibration, length = recipe.calibration, _length(source, recipe)
     (text, _, said), name = _split(recipe, source), _name(recipe)
     if said:
         log.warning("%s", said)
     share = SEARCH_SHARE
-    if asked.generated:
-        wanted = max(asked.windows, training) + (SEARCH_WINDOWS if recipe.searches else 0)
+    if calibration.generated:
+        wanted = max(calibration.windows, training) + (SEARCH_WINDOWS if recipe.searches else 0)
         heldout = make_heldout(source, recipe)  # which may be too short, before anything is sampled
         every, name, share = (
             generated(source, wanted, length, recipe.seed, work, temperature, streams),
@@ -93,8 +93,8 @@ def make_texts(
         )
     pool = order[: len(order) - aside]
     return Texts(
-        calibration=_rows(every, pool[: asked.windows]),
-        training=_rows(every, pool[: max(asked.windows, training)]),
+        calibration=_rows(every, pool[: calibration.windows]),
+        training=_rows(every, pool[: max(calibration.windows, training)]),
         heldout=heldout,
         search=_rows(every, order[len(pool) :], text_order=False) if aside else None,
         name=name,

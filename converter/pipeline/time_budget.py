@@ -44,7 +44,7 @@ class Decision:
         return {"seconds": dict(self.seconds), "notes": list(self.notes)}
 
 
-class _Stored(BaseModel):
+class _StoredDecision(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: dict[str, int]
@@ -84,11 +84,11 @@ def decide(
     begun = time.perf_counter()
     rates = measure(arch, config, statistics(configs), tunes(configs), recipe.calibration.length, device)
     spent = time.perf_counter() - begun
-    found = timing(sizes(arch, config, shapes, source_bytes, recipe), rates, recipe, configs)
-    return choose(replace(found, stages={**found.stages, "open": found.stages["open"] + spent}), recipe)
+    timed = timing(sizes(arch, config, shapes, source_bytes, recipe), rates, recipe, configs)
+    return choose(replace(timed, stages={**timed.stages, "open": timed.stages["open"] + spent}), recipe)
 
 
-def choose(found: Timing, recipe: Recipe) -> Decision:
+def choose(timed: Timing, recipe: Recipe) -> Decision:
     """The methods and steps that fit: methods without training always, trainings in what is left, all with the same
     share of their steps, at least LEAST of them; where that is too much, the longest one is left out. Methods whose
     steps the recipe gives stay, and so does a method that is asked for by name without a time budget; `auto` has
@@ -97,21 +97,21 @@ def choose(found: Timing, recipe: Recipe) -> Decision:
     Raises InputError when the one method that a time budget is given for does not fit.
     """
     stage = recipe.stages[-1]
-    auto, given = stage.method == "auto", recipe.time_budget
-    limit = parse_duration(given) if given else DEFAULT if auto else None
-    free = {name: training for name, training in found.trainings.items() if name not in stage.steps}
+    auto, time_budget = stage.method == "auto", recipe.time_budget
+    limit = parse_duration(time_budget) if time_budget else DEFAULT if auto else None
+    free = {name: training for name, training in timed.trainings.items() if name not in stage.steps}
     steps: dict[str, int] = {}
     notes: list[str] = []
     if limit is not None and free:
-        steps = _fitting(found, free, limit, auto)
+        steps = _fitting(timed, free, limit, auto)
         for name, count in steps.items():
-            notes.append(_note(name, count, found, limit))
-    seconds = found.seconds(steps)
+            notes.append(_note(name, count, timed, limit))
+    seconds = timed.seconds(steps)
     total = sum(seconds.values())
     if limit is None and total > DEFAULT:
         notes.append(
             f"this takes about {whole([total])} on this machine"
-            + ("; --time-budget 30m cuts the training" if found.trainings else "")
+            + ("; --time-budget 30m cuts the training" if timed.trainings else "")
         )
     if limit is not None and total > 1.01 * limit:
         notes.append(
@@ -121,14 +121,14 @@ def choose(found: Timing, recipe: Recipe) -> Decision:
     return Decision(steps, seconds, tuple(notes))
 
 
-def _fitting(found: Timing, free: Mapping[str, Any], limit: float, auto: bool) -> dict[str, int]:
+def _fitting(timed: Timing, free: Mapping[str, Any], limit: float, auto: bool) -> dict[str, int]:
     """Steps of every training that is cut (0: left out); trainings that keep all of their steps are not named."""
     out: dict[str, int] = {}
     while True:
         kept = [name for name in free if name not in out]
-        rest = sum(found.seconds(dict.fromkeys(free, 0)).values())
+        rest = sum(timed.seconds(dict.fromkeys(free, 0)).values())
         for name in kept:
-            rest += sum(found.each[name].values()) + free[name].rest
+            rest += sum(timed.each[name].values()) + free[name].rest
         steps = sum(free[name].steps * free[name].step for name in kept)
         share = (limit - rest) / steps if steps else 1.0
         if not kept or share >= LEAST:
@@ -148,15 +148,15 @@ def _least(steps: int) -> int:
     return max(1, int(steps * LEAST))
 
 
-def _note(name: str, steps: int, found: Timing, limit: float) -> str:
-    training = found.trainings[name]
+def _note(name: str, steps: int, timed: Timing, limit: float) -> str:
+    training = timed.trainings[name]
     alone = training.seconds(training.steps)
     if steps:
         return (
             f"{name} is trained for {steps} of {training.steps} steps, to stay within {whole([limit])}; all take "
             f"{whole([alone])}"
         )
-    everything = sum(found.seconds({}).values())
+    everything = sum(timed.seconds({}).values())
     return (
         f"left out: {name} would take {whole([alone])}; give --time-budget {_flag(everything)} or name it with "
         f"--method {name}"
@@ -197,8 +197,8 @@ def stored(work: Path, wanted: Callable[[], Header]) -> Decision | None:
     """The decision that an earlier run made for the same header, None without one."""
     if not (work / DECISION).is_dir() or not is_finished(work / DECISION, wanted()):
         return None
-    found = make_part(_Stored, read_json(work / DECISION / _FILE, "The decision on time"), _FILE)
-    return Decision(found.steps, found.seconds, found.notes)
+    decision = make_part(_StoredDecision, read_json(work / DECISION / _FILE, "The decision on time"), _FILE)
+    return Decision(decision.steps, decision.seconds, decision.notes)
 
 
 def keep(work: Path, wanted: Header, decision: Decision) -> None:

@@ -78,7 +78,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingTime:
     """What a method's training end to end takes: `steps` as configured, seconds by one of them, all its densities
     together, and seconds beside the steps.
     """
@@ -98,20 +98,20 @@ class Timing:
 
     stages: Mapping[str, float]
     each: Mapping[str, Mapping[str, float]]
-    trainings: Mapping[str, Training]
+    trainings: Mapping[str, TrainingTime]
 
     def seconds(self, steps: Mapping[str, int]) -> dict[str, float]:
         """Seconds by stage, in order, with so many steps by trained method; a method with 0 steps is left out."""
-        found = dict(self.stages)
-        for name, own in self.each.items():
+        totals = dict(self.stages)
+        for name, stages in self.each.items():
             if steps.get(name, 1):
-                for stage, value in own.items():
-                    found[stage] = found.get(stage, 0.0) + value
+                for stage, value in stages.items():
+                    totals[stage] = totals.get(stage, 0.0) + value
         for name, training in self.trainings.items():
             count = steps.get(name, training.steps)
             if count:
-                found[f"train {name}"] = training.seconds(count)
-        return {stage: found[stage] for stage in sorted(found, key=_place)}
+                totals[f"train {name}"] = training.seconds(count)
+        return {stage: totals[stage] for stage in sorted(totals, key=_place)}
 
 
 _ORDER = (
@@ -155,17 +155,17 @@ def sizes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]], source
 
 def tunes(configs: Configs) -> dict[str, Tune]:
     """The training end to end of every part that has one."""
-    found = {}
+    trained = {}
     for parts in configs.values():
         for part, values in parts.items():
             if part != IMPORTED and getattr(load_method(part), "start", lambda _: None)(values) is not None:
-                found[part] = values.tune  # type: ignore[attr-defined]
-    return found
+                trained[part] = values.tune  # type: ignore[attr-defined]
+    return trained
 
 
 def statistics(configs: Configs) -> list[str]:
     """Statistics that one forward gives, without stored activations."""
-    parts = [(part, values) for found in configs.values() for part, values in found.items()]
+    parts = [(part, values) for method_parts in configs.values() for part, values in method_parts.items()]
     names = {stat for part, values in parts for stat in (IMPORTED_NEEDS if part == IMPORTED else needs(part, values))}
     return sorted(name for name in names if not name.startswith("samples"))
 
@@ -268,17 +268,17 @@ def _references(size: Sizes, rates: Rates, precision: str, forward: float, prefi
 def _each(name: str, parts: Mapping[str, BaseModel], size: Sizes, rates: Rates, recipe: Recipe) -> dict[str, float]:
     """A method's own seconds beside its training: the plan, a search, and its pass over the measured text."""
     window = size.length * (size.layers * rates.forward + rates.head)
-    found = {"plan": 0.0, "quality": _windows(size, recipe, {name: parts}) * window}
+    seconds = {"plan": 0.0, "quality": _windows(size, recipe, {name: parts}) * window}
     for part, values in parts.items():
         if getattr(values, "residual", "none") != "none":
-            found["plan"] += RESIDUAL_WINDOWS * size.length * 4 * size.layers * rates.forward
+            seconds["plan"] += RESIDUAL_WINDOWS * size.length * 4 * size.layers * rates.forward
         module = load_method(part) if part != IMPORTED else None
         if module is not None and hasattr(module, "plan_tokens"):
             rank = module.rank(values, size.hidden, size.units, 3)
             share = rank * (size.hidden + size.units) / (3 * size.hidden * size.units + 4 * size.hidden**2)
-            found["plan"] += 3 * module.plan_tokens(values) * size.layers * rates.forward * share
+            seconds["plan"] += 3 * module.plan_tokens(values) * size.layers * rates.forward * share
         if part in LINEAR_METHODS:
-            found["plan"] += 0.05 * size.layers
+            seconds["plan"] += 0.05 * size.layers
     if recipe.searches and name != TUNED:
         windows = min(SEARCH_WINDOWS, int(SEARCH_SHARE * max(size.windows, size.characters // (4 * size.length))))
         alone = (
@@ -286,11 +286,11 @@ def _each(name: str, parts: Mapping[str, BaseModel], size: Sizes, rates: Rates, 
             if any("densities" in type(values).model_fields for values in parts.values())
             else 0
         )
-        found[f"search {name}"] = (_SEARCH_PASSES * windows + alone) * window + windows * window
-    return found
+        seconds[f"search {name}"] = (_SEARCH_PASSES * windows + alone) * window + windows * window
+    return seconds
 
 
-def _training(part: str, values: Any, size: Sizes, rates: Rates, recipe: Recipe) -> Training:
+def _training(part: str, values: Any, size: Sizes, rates: Rates, recipe: Recipe) -> TrainingTime:
     tune: Tune = values.tune
     begins = getattr(load_method(part), "start", lambda _: None)(values)
     once = (
@@ -302,26 +302,28 @@ def _training(part: str, values: Any, size: Sizes, rates: Rates, recipe: Recipe)
     step = _SPREAD_OUT * tune.windows * size.length * (size.layers * rates.train[part] + rates.train_head)
     window = size.length * size.layers * rates.forward
     noise = (size.layers + 2) * _NOISE_WINDOWS * (window + size.length * rates.head)
-    return Training(tune.steps, runs * step, runs * (noise + _PASSES_ASIDE * _ASIDE * window))
+    return TrainingTime(tune.steps, runs * step, runs * (noise + _PASSES_ASIDE * _ASIDE * window))
 
 
 def _recovery(size: Sizes, rates: Rates, recipe: Recipe) -> dict[str, float]:
     """Seconds of the stages that train weights: a teacher's and a student's pass, the gradients of inputs and weights,
     and the text that the source writes.
     """
-    found: dict[str, float] = {}
+    seconds_by_stage: dict[str, float] = {}
     stages = training_stages(recipe)
     for number, stage in enumerate(stages):
-        asked = stage.tune
-        assert asked is not None
-        tokens = asked.steps * asked.accumulate * asked.windows * asked.data.length * asked.end_to_end
+        recovery = stage.tune
+        assert recovery is not None
+        tokens = recovery.steps * recovery.accumulate * recovery.windows * recovery.data.length * recovery.end_to_end
         seconds = tokens * (4 * size.layers * rates.forward + 4 * rates.head)
-        if asked.by_block is not None:
-            seconds += 3 * asked.by_block.steps * asked.by_block.tokens * size.layers * rates.forward
-        found[f"train {number + 1}" if len(stages) > 1 else "train"] = seconds
-        if not number and not asked.data.mixture:
-            found["text"] = asked.data.windows * asked.data.length * (size.layers * rates.forward + rates.head) * 4
-    return found
+        if recovery.by_block is not None:
+            seconds += 3 * recovery.by_block.steps * recovery.by_block.tokens * size.layers * rates.forward
+        seconds_by_stage[f"train {number + 1}" if len(stages) > 1 else "train"] = seconds
+        if not number and not recovery.data.mixture:
+            seconds_by_stage["text"] = (
+                recovery.data.windows * recovery.data.length * (size.layers * rates.forward + rates.head) * 4
+            )
+    return seconds_by_stage
 
 
 def whole(seconds: Iterable[float]) -> str:

@@ -49,10 +49,10 @@ def tune(
     replace parts of them. Under torchrun all processes call this. Raises InputError for every user's mistake; OUT then
     does not appear, and the same call goes on with an interrupted training.
     """
-    asked = read_recipe(named_recipe(recipe or DEFAULT), None if model is None else str(model), BUNDLED_MODEL)
+    parsed = read_recipe(named_recipe(recipe or DEFAULT), None if model is None else str(model), BUNDLED_MODEL)
     if seed is not None and not 0 <= seed <= MOST_SEED:
         raise InputError(f"seed must be from 0 to {MOST_SEED}, got {seed}. Choose another number.")
-    stages = training_stages(asked)
+    stages = training_stages(parsed)
     if not stages:
         raise InputError(f"The recipe must have a stage with tune, got none in {recipe}. Add it, or take {DEFAULT}.")
     stages = tuple(_changed(stage, data, steps, density, lora) for stage in stages)
@@ -61,31 +61,31 @@ def tune(
     out = (
         Path(output)
         if output
-        else Path(f"{BUNDLED_NAME if asked.model == BUNDLED_MODEL else Path(asked.model).absolute().name}-tuned")
+        else Path(f"{BUNDLED_NAME if parsed.model == BUNDLED_MODEL else Path(parsed.model).absolute().name}-tuned")
     )
     check_out(out)
     if out.exists():
         raise InputError(f"OUT must be a new folder, got {out}, which exists. Choose another -o, or remove the folder.")
     work = work_of(out)
-    inputs = [] if asked.model == BUNDLED_MODEL or is_hub_id(asked.model) else [("MODEL", Path(asked.model))]
+    inputs = [] if parsed.model == BUNDLED_MODEL or is_hub_id(parsed.model) else [("MODEL", Path(parsed.model))]
     inputs += [("The recipe", Path(recipe))] if recipe and Path(recipe).exists() else []
-    with processes(device) as own, ExitStack() as held:
+    with processes(device) as local_device, ExitStack() as held:
         with progress.stage("open"):
             with same_error():
                 if world().rank == 0:
                     held.enter_context(claimed(out, inputs + training_inputs(stages)))
-                    resolve(asked.model, work / "source")
-            source = resolve(asked.model, work / "source")
-            heldout = Heldout(make_heldout(source, asked, EVALUATED), heldout_name(asked))
-        found = train_stages(source, stages, asked.seed if seed is None else seed, work, str(own), heldout)
+                    resolve(parsed.model, work / "source")
+            source = resolve(parsed.model, work / "source")
+            heldout = Heldout(make_heldout(source, parsed, EVALUATED), heldout_name(parsed))
+        tuned = train_stages(source, stages, parsed.seed if seed is None else seed, work, str(local_device), heldout)
         with same_error():
             if world().rank == 0:
                 with atomic_folder(out, new=True) as partial:
-                    write_checkpoint(found.source, found.plan, partial)
+                    write_checkpoint(tuned.source, tuned.plan, partial)
                     (partial / RECOVERY).parent.mkdir()
-                    write_json(partial / RECOVERY, found.record.model_dump(mode="json"))
+                    write_json(partial / RECOVERY, tuned.record.model_dump(mode="json"))
                 remove(work)
-        return replace(found, folder=out, rank=world().rank)
+        return replace(tuned, folder=out, rank=world().rank)
 
 
 def _changed(

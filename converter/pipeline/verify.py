@@ -47,7 +47,7 @@ def _counted(name: str, wrong: list[str], right: str) -> Check:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _VerifyInputs:
     """What is verified: folder, manifest, plan, model, held-out windows, and the dense model that it was made from,
     where that is given. `own_text` where the windows are of the text that its quality is recorded on.
     """
@@ -98,7 +98,7 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
     return Verification(quality=quality, checks=checks, shipped=shipped)
 
 
-def _opened(model: str | Path, source: str | Path | None, calibration: str | Path | None) -> _Opened:
+def _opened(model: str | Path, source: str | Path | None, calibration: str | Path | None) -> _VerifyInputs:
     folder = local_folder(model)
     if not folder.is_dir():
         raise InputError(
@@ -124,10 +124,10 @@ def _opened(model: str | Path, source: str | Path | None, calibration: str | Pat
     windows = int(manifest.measured.get("windows", EARLIER_WINDOWS[recipe.searches]))
     heldout = make_heldout(open_source(folder, sparse=True), recipe, windows)
     own_text = calibration is not None or wanted is None
-    return _Opened(folder, manifest, recipe, plan, sparse, heldout, dense_source, own_text)
+    return _VerifyInputs(folder, manifest, recipe, plan, sparse, heldout, dense_source, own_text)
 
 
-def _written(opened: _Opened) -> list[Check]:
+def _written(opened: _VerifyInputs) -> list[Check]:
     """Whether the files are as they were written, and the manifest is one of its own recipe."""
     folder, manifest = opened.folder, opened.manifest
     exact = all(isinstance(entry.gate, Exact) for entry in opened.plan.values())
@@ -154,7 +154,7 @@ def _as_recorded(
     return quality, shipped
 
 
-def _within_budget(opened: _Opened, quality: Quality, shipped: ExecutorQuality | None) -> list[Check]:
+def _within_budget(opened: _VerifyInputs, quality: Quality, shipped: ExecutorQuality | None) -> list[Check]:
     """Quality against budget and record, on the text that they hold on."""
     if not opened.own_text:
         note = "not judged: it holds on the checkpoint's own text (--calibration FILE)"

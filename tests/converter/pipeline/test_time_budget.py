@@ -25,7 +25,7 @@ from sparsegate.converter.pipeline.inspect import inspect
 from sparsegate.converter.pipeline.probe import Rates, measure
 from sparsegate.converter.pipeline.recipe import Flags, Recipe, compile_recipe, make_recipe, parse_duration
 from sparsegate.converter.pipeline.time_budget import LEAST, Decision, choose, decided, header, keep, stored, within
-from sparsegate.converter.pipeline.timing import Sizes, Timing, Training, statistics, timing, tunes, whole
+from sparsegate.converter.pipeline.timing import Sizes, Timing, TrainingTime, statistics, timing, tunes, whole
 from sparsegate.converter.pipeline.verify import verify
 from sparsegate.runtime_onnx.errors import InputError
 
@@ -88,7 +88,7 @@ def of(made: Recipe, rates: Rates = RATES) -> Timing:
     return timing(SIZES, rates, made, method_configs(made))
 
 
-def cheap(**trainings: Training) -> Timing:
+def cheap(**trainings: TrainingTime) -> Timing:
     """100 seconds of stages, 1 for each method's quality."""
     return Timing({"open": 100.0}, {name: {"quality": 1.0} for name in ("gate", *trainings)}, trainings)
 
@@ -162,13 +162,13 @@ def test_what_is_left_out_takes_no_time() -> None:
 
 
 def test_everything_fits() -> None:
-    found = choose(cheap(predictor=Training(1000, 1.0, 10.0)), recipe(time="1h"))
+    found = choose(cheap(predictor=TrainingTime(1000, 1.0, 10.0)), recipe(time="1h"))
     assert found == Decision({}, found.seconds, ()) and sum(found.seconds.values()) == 100 + 2 + 1010
 
 
 def test_trainings_share_what_is_left() -> None:
     found = choose(
-        cheap(predictor=Training(1000, 1.0, 10.0), trained_gate=Training(200, 1.0, 10.0)), recipe(time="723s")
+        cheap(predictor=TrainingTime(1000, 1.0, 10.0), trained_gate=TrainingTime(200, 1.0, 10.0)), recipe(time="723s")
     )
     assert found.steps == {"predictor": 500, "trained_gate": 100} and sum(found.seconds.values()) == pytest.approx(723)
     assert (
@@ -177,7 +177,7 @@ def test_trainings_share_what_is_left() -> None:
 
 
 def test_the_longest_is_left_out_below_the_least() -> None:
-    timed = cheap(predictor=Training(1000, 10.0, 10.0), trained_gate=Training(200, 1.0, 10.0))
+    timed = cheap(predictor=TrainingTime(1000, 10.0, 10.0), trained_gate=TrainingTime(200, 1.0, 10.0))
     found = choose(timed, recipe(time="10m"))
     assert (
         found.steps == {"predictor": 0}
@@ -194,13 +194,13 @@ def test_the_longest_is_left_out_below_the_least() -> None:
 
 
 def test_auto_has_half_an_hour() -> None:
-    long = cheap(predictor=Training(1000, 10.0, 10.0))
+    long = cheap(predictor=TrainingTime(1000, 10.0, 10.0))
     assert choose(long, recipe()).steps == {"predictor": 0} and choose(long, recipe(time="3h")).steps == {}
-    assert choose(cheap(predictor=Training(1000, 1.0, 10.0)), recipe()).notes == ()
+    assert choose(cheap(predictor=TrainingTime(1000, 1.0, 10.0)), recipe()).notes == ()
 
 
 def test_a_named_method_is_cut_only_when_asked() -> None:
-    timed = Timing({"open": 100.0}, {"predictor": {"quality": 1.0}}, {"predictor": Training(1000, 3.0, 0.0)})
+    timed = Timing({"open": 100.0}, {"predictor": {"quality": 1.0}}, {"predictor": TrainingTime(1000, 3.0, 0.0)})
     free = choose(timed, recipe("predictor"))
     assert free.steps == {} and free.notes == (
         "this takes about 52 minutes on this machine; --time-budget 30m cuts the training",
@@ -213,7 +213,7 @@ def test_a_named_method_is_cut_only_when_asked() -> None:
 
 
 def test_steps_of_a_recipe_stay() -> None:
-    timed = cheap(predictor=Training(900, 10.0, 10.0), trained_gate=Training(200, 1.0, 10.0))
+    timed = cheap(predictor=TrainingTime(900, 10.0, 10.0), trained_gate=TrainingTime(200, 1.0, 10.0))
     found = choose(timed, recipe(steps={"predictor": 900}, time="10m"))
     assert "predictor" not in found.steps and found.steps == {"trained_gate": 0}
 
