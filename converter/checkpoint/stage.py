@@ -154,10 +154,12 @@ def _umask() -> int:
 def atomic_folder(target: Path, new: bool = False) -> Iterator[Path]:
     """A new folder that is renamed to `target` when the block ends well and removed when it does not.
 
-    It is made inside one beside `target` that carries a locked record of ours, so that leftovers of killed runs are
-    known from a user's folders and from those of runs that go on; the former are removed first. A folder at `target` is
-    replaced where it is ours, a stage or something in a work folder, and never with `new`. Raises InputError for any
-    other, and DiskFull; every other error passes through.
+    1. It is made inside one beside `target` that carries a locked record of ours. So leftovers of killed runs are known
+       from a user's folders and from those of runs that go on. They are removed first.
+    2. A folder at `target` is replaced where it is ours: a stage, or something in a work folder. It is never replaced
+       with `new`.
+
+    Raises InputError for any other folder there, and DiskFull. Every other error passes through.
     """
     check_replaced(target, new)
     try:

@@ -26,10 +26,12 @@ def write_checkpoint(source: Source, plan: Plan, out: Path, weights: Mapping[str
     """Fill the folder `out` with a transformers checkpoint that holds the plan; no remote code and no pickle is carried
     over.
 
-    `weights` replace the source's by name, in their own dtype; what the source's files lack is left out where it is
-    tied to something that they hold. A source with swapped activations keeps them: `plan` is put on top. Raises
-    InputError where it gives one of those sites another activation without new weights, and for weights of another
-    model.
+    1. `weights` replace the source's by name, in their own dtype.
+    2. What the source's files lack is left out where it is tied to something that they hold.
+    3. A source with swapped activations keeps them: `plan` is put on top.
+
+    Raises InputError where `plan` gives one of those sites another activation without new weights, and for weights of
+    another model.
     """
     fixed = {
         site: swapped

@@ -1,13 +1,13 @@
 """Gradients of the loss by every neuron and head of every layer, from one forward and one backward of a batch.
 
-The loss is the sum over positions of -log p(label), the label being the model's own greedy token unless given. Local
-gradients (the default) are what the steps of a cached generation would give: at position t the gradient of that
-position's loss alone, keys and values of other positions held fixed. All positions share one pass, because the
-attention then detaches the others' keys and values and keeps only its diagonal differentiable.
-
-The forward keeps the hidden states between blocks and nothing inside them; the backward runs each block again with its
-graph, last block first, so the activations of one block are held at a time. Sites are tapped at the inputs of the down
-and output projections, so no architecture is named here.
+1. The loss is the sum over positions of -log p(label). The label is the model's own greedy token unless given.
+2. Local gradients (the default) are what the steps of a cached generation would give: at position t the gradient of
+   that position's loss alone, keys and values of other positions held fixed.
+3. All positions share one pass: the attention then detaches the others' keys and values and keeps only its diagonal
+   differentiable.
+4. The forward keeps the hidden states between blocks and nothing inside them. The backward runs each block again with
+   its graph, last block first, so the activations of one block are held at a time.
+5. Sites are tapped at the inputs of the down and output projections, so no architecture is named here.
 
 Source: "Achieving Sparse Activation in Small Language Models", arXiv 2406.06562, which computes the same gradients one
 layer and one step at a time.

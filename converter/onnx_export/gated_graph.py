@@ -50,10 +50,12 @@ def gate_graph(
     """Put the ops of a plan (`emit.emissions`) into the float graph of a model, which is changed in place; `precision`
     is a row of PRECISIONS.
 
-    The graph gets one GatedMLP node per feed-forward site, with another activation where the plan swaps it, weights [n,
-    d] neuron-major, one SparseLinear node per linear site, weight [d_in, d_out] input-major, and one model-local
-    function per variant of each op, so that it runs with and without the native library. A packed weight is cut into
-    one node per linear where their thresholds differ. Sites that are not in the plan stay as they are.
+    1. A feed-forward site gets one GatedMLP node, weights [n, d] neuron-major, with another activation where the plan
+       swaps it.
+    2. A linear site gets one SparseLinear node, weight [d_in, d_out] input-major. A packed weight is cut into one node
+       per linear where their thresholds differ.
+    3. Each variant of an op gets one model-local function, so that the graph runs with and without the native library.
+    4. Sites that are not in the plan stay as they are.
 
     Raises InputError for a graph without closed MLP regions or without the linears' products.
     """

@@ -30,11 +30,15 @@ _RUNTIME = 500_000_000  # bytes of a process with torch, transformers and onnxru
 
 
 class Estimate(BaseModel):
-    """Bytes unless said otherwise. `onnx_bytes` is the size of a sparse ONNX model by precision, predictors left out;
-    `peak_calibrate` two blocks in fp32, the hidden states and a batch's activations, or what a training stage holds
-    where that is more; `peak_export` the whole model in fp32, because onnxruntime-genai's builder and the verification
-    load it. `seconds` are those that the stages are expected to take on this machine, the download left out, and
-    `notes` say what a time budget leaves out, one line each.
+    """What a conversion needs. Bytes unless said otherwise.
+
+    Attributes:
+        onnx_bytes: Size of a sparse ONNX model by precision, predictors left out.
+        peak_calibrate: Two blocks in fp32, the hidden states and a batch's activations; or what a training stage holds,
+            where that is more.
+        peak_export: The whole model in fp32: onnxruntime-genai's builder and the verification load it.
+        seconds: That the stages are expected to take on this machine, the download left out.
+        notes: What a time budget leaves out, one line each.
     """
 
     parameters: int

@@ -28,10 +28,14 @@ _NAMED = 16  # letters of a fingerprint
 
 @dataclass(frozen=True)
 class Graphs:
-    """The float graph that candidates are made from; the dense one in their precision, which their speed is compared
-    with (floats of 16 bits on the CPU: fp32, since ONNX Runtime has nothing faster there); and what that one loses,
-    where it is in integers, something could run it and its function is a dense model's: under swapped activations the
-    float graph has the sizes of the dense source's, not its function.
+    """The graphs that the candidates of a conversion need.
+
+    Attributes:
+        base: The float graph that candidates are made from.
+        dense: The dense one in their precision, which their speed is compared with. Floats of 16 bits on the CPU have
+            the one in fp32, since ONNX Runtime has nothing faster there.
+        loss: What `dense` loses, where it is in integers, something could run it and its function is a dense model's.
+            Under swapped activations the float graph has the sizes of the dense source's, not its function.
     """
 
     base: Path

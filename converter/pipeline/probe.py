@@ -50,11 +50,20 @@ _BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds, by one thing: a token and layer of a pass in float32 (`forward`), of the calibration with its statistics
-    (`calibrate`, and `store` a layer for writing them), of a step of a part's training (`train`) and of ONNX Runtime
-    (`prefill`, and `decode` with one token at a time); a position of the head's product with its log-probabilities
-    (`head`), of a training step there (`train_head`) and of ONNX Runtime's product (`onnx_head`, `onnx_head_alone`); a
-    byte written (`write`) and read and hashed (`hash`).
+    """Seconds, by one thing.
+
+    Attributes:
+        forward: A token and layer of a pass in float32.
+        calibrate: A token and layer of the calibration with its statistics.
+        store: A layer, for writing them.
+        train: A token and layer of a step of a part's training, by part.
+        head: A position of the head's product with its log-probabilities.
+        train_head: A position of the head in a training step.
+        prefill: A token and layer in ONNX Runtime.
+        decode: The same with one token at a time.
+        onnx_head: A position of ONNX Runtime's product; `onnx_head_alone` with one token at a time.
+        write: A byte written.
+        hash: A byte read and hashed.
     """
 
     forward: float

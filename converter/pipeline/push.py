@@ -74,10 +74,14 @@ def push(
 ) -> str:
     """Upload a finished checkpoint folder and return the repository's URL.
 
-    Uploaded is what manifest.json lists, each a regular file checked against its sha256 first, and the manifest itself
-    in a last commit of its own, once the repository holds the others, so that a half-uploaded one is seen as such.
-    Files of an older manifest that the new one lacks are removed. Running it again continues, and changes nothing when
-    all is there. A repository that exists keeps its visibility. README.md has to exist but may be edited by hand.
+    1. Uploaded is what manifest.json lists, each a regular file checked against its sha256 first.
+    2. The manifest comes in a last commit of its own, once the repository holds the others: a half-uploaded one is seen
+       as such.
+    3. Files of an older manifest that the new one lacks are removed.
+    4. Running it again continues, and changes nothing when all is there.
+    5. A repository that exists keeps its visibility.
+    6. README.md has to exist but may be edited by hand.
+
     Raises InputError, with the line that retries when the upload failed.
     """
     folder = Path(folder)

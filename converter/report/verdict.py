@@ -21,10 +21,12 @@ _SLOWER_PROMPTS = 0.95
 class Verdict:
     """The sentence, and the numbers that it was made from.
 
-    `worth_it` is None where speed was not measured or is not to be quoted. `decode_ratio` and `prefill_ratio` are
-    speeds relative to the dense model in the precision `baseline`, `change` that of perplexity, `cost` the bytes of the
-    MLPs that a token touches relative to dense; `better` names a dense model in fewer bits that is at least as fast and
-    loses less.
+    Attributes:
+        worth_it: None where speed was not measured or is not to be quoted.
+        decode_ratio: Speed relative to the dense model in the precision `baseline`; `prefill_ratio` likewise.
+        change: Of perplexity, against the dense model of the same precision where both ONNX files were measured.
+        cost: Bytes of the MLPs that a token touches, relative to dense.
+        better: A dense model in fewer bits that is at least as fast and loses less.
     """
 
     sentence: str
