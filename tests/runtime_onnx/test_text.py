@@ -199,8 +199,8 @@ def test_a_template_sees_no_environment_and_writes_no_file(tmp_path: Path, monke
         "OSError:\n        return 'refused'\n\n\n"
     )
     rendered = (
-        'texts = [compiled.render(**{**given["variables"], "messages": messages}) for messages in '
-        'given["conversations"]]'
+        'texts = [\n            compiled.render(**{**request["variables"], "messages": messages}) for messages in '
+        'request["conversations"]\n        ]'
     )
     assert rendered in source
     program.write_text(
