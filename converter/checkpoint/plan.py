@@ -222,6 +222,8 @@ def load_plan(folder: Path) -> Plan:
     plan: Plan = {}
     for key, entry in sites.items():
         site = Site.parse(key)
+        if site.key != key:  # two spellings of a site would be two contents of one
+            raise InputError(f"A site must be spelled {site.key}, got {key!r}. Make the plan again.")
         tensors = {name.removeprefix(f"{key}."): t for name, t in stored.items() if name.startswith(f"{key}.")}
         plan[site] = make_site_plan(entry["edits"], entry["gate"], tensors)
         check_values(site, plan[site])
@@ -291,13 +293,16 @@ def check_plan(plan: Plan) -> None:
 
 
 def _check_parts(site: Site, entry: SitePlan) -> None:
-    """Raise InputError where the edits, the gate or the residual do not belong to the site's kind or to one another."""
+    """Raise InputError where the edits, the gate or the residual do not belong to the site's kind or to one another, or
+    are not of their types.
+    """
     gate, residual, is_linear = entry.gate, entry.residual, site.kind.startswith("linear:")
     if gate is None or len(entry.edits) > 1:
         parts = ", ".join([*map(kind_of, entry.edits), *([] if gate is None else [kind_of(gate)])]) or "none"
         raise InputError(
             f"{site.key} must have a gate, and at most one swap before it, got {parts}. Make another plan."
         )
+    _check_types(site, entry)
     for edit in entry.edits:
         check_exact(edit.activation)
     if is_linear != (gate.score == "input") or (is_linear and (entry.edits or residual)):
@@ -312,6 +317,26 @@ def _check_parts(site: Site, entry: SitePlan) -> None:
         raise InputError(f"A linear site must be one of {', '.join(LINEARS)}, got {site.key}. Make another plan.")
 
 
+def _check_types(site: Site, entry: SitePlan) -> None:
+    """Raise InputError for a threshold's score that is no word, or that of another kind of gate, and for tensors with
+    another number of axes than tau [n] and matrices have.
+    """
+    score = entry.gating.score
+    others = {getattr(kind, "score", None) for kind in GATES.values()}
+    if isinstance(entry.gate, Threshold) and (
+        not isinstance(score, str) or not score.isidentifier() or score in others
+    ):
+        raise InputError(
+            f"A threshold's score at {site.key} must be gate or input, got {ascii(score):.100}. Make another plan."
+        )
+    for role, tensor in entry.tensors().items():
+        if tensor.ndim != (1 if role == "tau" else 2):
+            axes = "[n]" if role == "tau" else "of two axes"
+            raise InputError(
+                f"{site.key}.{role} must have shape {axes}, got {list(tensor.shape)}. Make the plan again."
+            )
+
+
 def check_values(site: Site, entry: SitePlan) -> None:
     """Raise InputError for numbers that a plan cannot have: shares outside 0 to 1, tensors that are no float32, NaN,
     and infinity.
@@ -319,8 +344,10 @@ def check_values(site: Site, entry: SitePlan) -> None:
     tau alone may be +infinity, of a unit that is never kept, and then `density` leaves room for such units.
     """
     gate = entry.gating
-    for name in {"density", "opened"} & set(_part_fields(gate)):
-        check_share(f"The {name} of {site.key}", getattr(gate, name))
+    shares = {name: value for name, value in _part_fields(gate).items() if name in ("density", "opened", "recall")}
+    for name, value in shares.items():
+        if name != "recall" or value is not None:
+            check_share(f"The {name} of {site.key}", value)
     for role, tensor in entry.tensors().items():
         name = f"{site.key}.{role}"
         if tensor.dtype != torch.float32:
@@ -349,18 +376,21 @@ def check_share(what: str, value: Any) -> None:
         raise InputError(f"{what} must be a number from 0 to 1, got {value!r:.100}. Fetch the checkpoint again.")
 
 
-def check_exact(activation: str) -> None:
+def check_exact(activation: Any) -> None:
     """Raise InputError unless `activation` is one with exact zeros."""
+    if not isinstance(activation, str) or not activation.isprintable():
+        raise InputError(f"A swap's activation must be a name, got {ascii(activation):.100}. Make another plan.")
     if not is_relu(activation):
         raise InputError(
             f"A swap's activation must have exact zeros ({either(forms(RELUS))}), got {activation}. Take one of these."
         )
 
 
-def on_swaps(plan: Plan, swapped: Plan) -> Plan:
+def on_swaps(plan: Plan, swapped: Plan, base: str) -> Plan:
     """A plan for a model with `swapped` sites: each has its swap, under the gate that it has here or in `plan`.
 
-    Raises InputError for a site that the plan gives another activation.
+    `base` is the activation of sites without a swap. Raises InputError for a site that the plan gives another
+    activation.
     """
     whole = dict(plan)
     for site, entry in swapped.items():
@@ -368,10 +398,10 @@ def on_swaps(plan: Plan, swapped: Plan) -> Plan:
             whole[site] = entry
         elif not plan[site].edits:
             whole[site] = replace(plan[site], edits=entry.edits)
-        elif plan[site].activation("") != entry.activation(""):
+        elif plan[site].activation(base) != entry.activation(base):
             raise InputError(
-                f"{site.key}'s activation must be {entry.activation('')} as in the model, got "
-                f"{plan[site].activation('')} in the plan. Make another plan."
+                f"{site.key}'s activation must be {entry.activation(base)} as in the model, got "
+                f"{plan[site].activation(base)} in the plan. Make another plan."
             )
     return in_order(whole)
 

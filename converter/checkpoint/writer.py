@@ -38,7 +38,8 @@ def write_checkpoint(source: Source, plan: Plan, out: Path, weights: Mapping[str
         for site, swapped in source.swaps.items()
         if weights is None or not (site in plan and plan[site].edits)
     }
-    plan = on_swaps(plan, fixed)
+    activation = source.arch.activation(source.config)
+    plan = on_swaps(plan, fixed, activation)
     _check_weights(source, weights or {})
     for name in COPIED:
         if (source.folder / name).is_file():
@@ -67,7 +68,7 @@ def write_checkpoint(source: Source, plan: Plan, out: Path, weights: Mapping[str
     if [path.name for path in files] != [SINGLE]:
         shutil.copyfile(regular(source.folder / INDEX), out / INDEX)
     _name_dtype(out, weights or {})
-    write_sparsity(out, plan, source.arch.activation(source.config))
+    write_sparsity(out, plan, activation)
 
 
 def _check_weights(source: Source, weights: Mapping[str, Tensor]) -> None:

@@ -138,5 +138,7 @@ def _foreign(error: BaseException) -> str | None:
 
 def _told(text: str, status: int = 2) -> int:
     line = " ".join(part.strip() for part in text.splitlines())
+    # what a file holds may be in it: no terminal takes commands from there
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
     print(f"sparsegate: {line}", file=sys.stderr)
     return status

@@ -153,7 +153,7 @@ def _completely(run: Run, plan: Plan) -> Plan:
     """The plan with the swapped activation of every site, where the model has any, and with the shares of exact sites
     as they are on the calibration text.
     """
-    whole = on_swaps(plan, run.source.swaps)
+    whole = on_swaps(plan, run.source.swaps, run.activation)
     return with_shares(run.placed, whole, run.source.arch, run.activation, run.texts.calibration)
 
 
@@ -239,7 +239,8 @@ def _present(run: Run, plan: Plan) -> Plan:
     without zeros.
     """
     swaps = run.source.swaps
-    whole = on_swaps(plan, {site: swaps[site] for site in plan if site in swaps and not plan[site].edits})
+    present = {site: swaps[site] for site in plan if site in swaps and not plan[site].edits}
+    whole = on_swaps(plan, present, run.activation)
     for entry in whole.values():
         check_exact(entry.activation(run.activation))
     return whole

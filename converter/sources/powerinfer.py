@@ -379,8 +379,8 @@ def _architecture(source: Source, plan: Plan) -> str:
             f"PowerInfer's model must be of type {' or '.join(_MODEL_TYPES)}, got {arch.model_type}. Use ONNX Runtime "
             "for this one."
         )
-    whole = on_swaps(plan, source.swaps)
     base = arch.activation(config)
+    whole = on_swaps(plan, source.swaps, base)
     used = {whole[site].activation(base) if site in whole else base for site in arch.sites(config)}
     if len(used) != 1 or not used <= set(ARCHITECTURES):
         spelled = ", ".join(sorted(map(str, used)))

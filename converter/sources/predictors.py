@@ -286,7 +286,8 @@ def predictor_plan(
         Site(layer): SitePlan(gate=_predictor(by_layer[layer], form, gains.get(Site(layer)), threshold, keep_equal))
         for layer in sorted(by_layer)
     }
-    return on_swaps(plan, {site: swap for site, swap in source.swaps.items() if site in plan})
+    swapped = {site: entry for site, entry in source.swaps.items() if site in plan}
+    return on_swaps(plan, swapped, source.arch.activation(source.config))
 
 
 def _predictor(published: Published, form: Form, gain: Tensor | None, threshold: float, keep_equal: bool) -> Predictor:

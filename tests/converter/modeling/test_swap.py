@@ -173,17 +173,26 @@ def test_a_plan_for_a_swapped_model() -> None:
     swap_ = (Swap("drelu"),)
     swaps = {Site(0): SitePlan(swap_, Exact(0.1, 0.2)), Site(1): SitePlan(swap_, Exact(0.3, 0.4))}
     gate, other = threshold(), SitePlan((), Threshold("input", torch.zeros(D), 0.5))
-    found = on_swaps({Site(1): SitePlan((), gate), Site(0, kind="linear:q_proj"): other}, swaps)
+    found = on_swaps({Site(1): SitePlan((), gate), Site(0, kind="linear:q_proj"): other}, swaps, "silu")
     expected = {
         Site(0): swaps[Site(0)],
         Site(0, kind="linear:q_proj"): other,
         Site(1): SitePlan(swap_, gate),
     }
     assert list(found) == list(expected) and all(same(found[site], expected[site]) for site in expected)
-    again = on_swaps(found, swaps)
+    again = on_swaps(found, swaps, "silu")
     assert list(again) == list(found) and all(again[site] is found[site] for site in found), "what is swapped stays"
     with pytest.raises(InputError, match=r"layers.0.ffn's activation must be drelu .*, got relu"):
-        on_swaps({Site(0): SitePlan((Swap("relu"),), Exact())}, swaps)
+        on_swaps({Site(0): SitePlan((Swap("relu"),), Exact())}, swaps, "silu")
+
+
+def test_a_plan_for_a_model_swapped_in_part() -> None:
+    """A site that keeps the base's activation may be named with it."""
+    swaps = {Site(0): SitePlan((Swap("relu2"),), Exact(0.1, 0.2)), Site(1): SitePlan((), Exact(0.3, 0.4))}
+    named = {site: SitePlan((Swap(name),), Exact()) for site, name in ((Site(0), "relu2"), (Site(1), "relu"))}
+    assert on_swaps(named, swaps, "relu") == named
+    with pytest.raises(InputError, match=r"layers.1.ffn's activation must be relu as in the model, got relu2 in"):
+        on_swaps({Site(1): SitePlan((Swap("relu2"),), Exact())}, swaps, "relu")
 
 
 # Modules
