@@ -1,4 +1,4 @@
-"""Shares of kept units as a model has them on text: what plans carry of entries whose density nothing sets."""
+"""Shares of kept units as a model has them on text: what plans carry of gates whose density nothing sets."""
 
 from __future__ import annotations
 
