@@ -159,6 +159,11 @@ def check_data(names: Iterable[str], what: str) -> None:
             )
 
 
+def printable(text: str) -> str:
+    """A text that may hold what a file says, for a terminal: what is no letter, as control characters, is escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def _number(text: str) -> float:
     """A number that every reader understands and every comparison can fail on: NaN and infinity are no JSON."""
     if not math.isfinite(value := float(text)):

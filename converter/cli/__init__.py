@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...runtime_onnx.errors import InputError, said_by
+from ...runtime_onnx.untrusted import printable
 from .interruption import Stop, stoppable
 
 if TYPE_CHECKING:
@@ -138,7 +139,5 @@ def _foreign(error: BaseException) -> str | None:
 
 def _told(text: str, status: int = 2) -> int:
     line = " ".join(part.strip() for part in text.splitlines())
-    # what a file holds may be in it: no terminal takes commands from there
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
-    print(f"sparsegate: {line}", file=sys.stderr)
+    print(f"sparsegate: {printable(line)}", file=sys.stderr)
     return status

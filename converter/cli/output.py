@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...runtime_onnx.errors import InputError
+from ...runtime_onnx.untrusted import printable
 
 if TYPE_CHECKING:
     from ..evaluation.checks import Verification
@@ -224,9 +225,10 @@ def inspection(result: Inspection, as_json: bool) -> None:
     if as_json:
         print(_json.dumps(result.model_dump(mode="json"), indent=2))
         return
-    print(f"{result.model}: {result.model_type}, {'can be converted' if result.convertible else 'cannot be converted'}")
+    verdict = "can be converted" if result.convertible else "cannot be converted"
+    print(printable(f"{result.model}: {result.model_type}, {verdict}"))
     if result.reason:
-        print(result.reason)
+        print(printable(result.reason))
     if result.estimate:
         if result.download_bytes:
             print(f"download          {_size(result.download_bytes)}")

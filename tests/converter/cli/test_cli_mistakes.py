@@ -205,3 +205,10 @@ def test_what_no_reader_refused_is_one_line(
     assert (
         (done.status, done.out) == (2, "") and done.err.startswith(f"sparsegate: {said}") and done.err.count("\n") == 1
     ), done
+
+
+def test_no_terminal_takes_commands_from_a_file(call: Callable[..., Done], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x\x1b[31m\ny"}))
+    for done in (call("inspect", tmp_path), call("convert", tmp_path, "-o", tmp_path / "out")):
+        assert done.status and "\\x1b[31m" in done.out + done.err
+        assert all(line.isprintable() for line in (done.out + done.err).splitlines()), done
