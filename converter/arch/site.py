@@ -31,5 +31,7 @@ class Site:
         """The inverse of `key`. Raises InputError for anything else."""
         match = _SITE.fullmatch(re.sub(r"\.linear\.", ".linear:", key))
         if not match:
-            raise InputError(f"A site must read like layers.3.ffn, got {key!r}. Make the plan or checkpoint again.")
+            raise InputError(
+                f"A site must read like layers.3.ffn, got {key!r:.100}. Make the plan or checkpoint again."
+            )
         return cls(int(match[1]), None if match[2] is None else int(match[2]), match[3])

@@ -209,7 +209,8 @@ def load_plan(folder: Path) -> Plan:
     content = read_json(folder / PLAN, "The plan")
     if content.get("version") != VERSION:
         raise InputError(
-            f"A plan's version must be {VERSION}, got {content.get('version')!r}. Update sparsegate or make the plan "
+            f"A plan's version must be {VERSION}, "
+            f"got {content.get('version')!r:.100}. Update sparsegate or make the plan "
             "again."
         )
     stored = load_tensors(folder / TENSORS, ["F32"])
@@ -223,7 +224,7 @@ def load_plan(folder: Path) -> Plan:
     for key, entry in sites.items():
         site = Site.parse(key)
         if site.key != key:  # two spellings of a site would be two contents of one
-            raise InputError(f"A site must be spelled {site.key}, got {key!r}. Make the plan again.")
+            raise InputError(f"A site must be spelled {site.key}, got {key!r:.100}. Make the plan again.")
         tensors = {name.removeprefix(f"{key}."): t for name, t in stored.items() if name.startswith(f"{key}.")}
         plan[site] = make_site_plan(entry["edits"], entry["gate"], tensors)
         check_values(site, plan[site])
@@ -259,7 +260,8 @@ def _make_part(what: str, kinds: Mapping[str, Any], stored: dict[str, Any], tens
     kind = str(stored.get("kind"))
     if kind not in kinds:
         raise InputError(
-            f"A plan's kind of {what} must be one of {', '.join(kinds)}, got {kind!r}. Update sparsegate or make the "
+            f"A plan's kind of {what} must be one of {', '.join(kinds)}, "
+            f"got {kind!r:.100}. Update sparsegate or make the "
             "plan again."
         )
     roles = kinds[kind].ROLES

@@ -98,7 +98,7 @@ def encode(plan: Plan, activation: str, base_activation: str | None = None) -> t
         if gate.score not in READERS:
             raise InputError(
                 f"The score of {site.key} must be one of {', '.join(READERS)} in sparsity version 2, got "
-                f"{gate.score!r}. Make another plan."
+                f"{gate.score!r:.100}. Make another plan."
             )
         if isinstance(gate, Exact):
             check_exact(computed)
@@ -182,22 +182,26 @@ def read_key(raw: Any) -> Key:
     version: Any = raw.get("version") if isinstance(raw, dict) else 1
     if isinstance(version, bool) or version not in VERSIONS:
         raise InputError(
-            f"The sparsity version must be {' or '.join(map(str, VERSIONS))} for this sparsegate, got {version!r}. "
+            f"The sparsity version must be {' or '.join(map(str, VERSIONS))} for this sparsegate, "
+            f"got {version!r:.100}. "
             "Update sparsegate."
         )
     if not isinstance(raw, dict) or set(raw) - _KEYS[version]:
         actual = sorted(raw) if isinstance(raw, dict) else raw
         raise InputError(
-            f'The key "{KEY}" must hold {", ".join(sorted(_KEYS[version]))}, got {actual!r}. Update sparsegate or '
+            f'The key "{KEY}" must hold {", ".join(sorted(_KEYS[version]))}, got {actual!r:.100}. Update sparsegate or '
             "convert again."
         )
     if not isinstance(raw.get("sites"), dict):
-        raise InputError(f"The sparsity sites must be an object, got {raw.get('sites')!r}. Fetch the checkpoint again.")
+        raise InputError(
+            f"The sparsity sites must be an object, got {raw.get('sites')!r:.100}. Fetch the checkpoint again."
+        )
     base = None
     if version == 2:
         if str(raw.get("base_activation")) not in ACTIVATIONS:
             raise InputError(
-                f"base_activation must be one of {', '.join(sorted(ACTIVATIONS))}, got {raw.get('base_activation')!r}. "
+                f"base_activation must be one of {', '.join(sorted(ACTIVATIONS))}, "
+                f"got {raw.get('base_activation')!r:.100}. "
                 "Update sparsegate."
             )
         base = ACTIVATIONS[raw["base_activation"]]
@@ -206,11 +210,11 @@ def read_key(raw: Any) -> Key:
         site = Site.parse(key)
         kind = site.kind.partition(":")[0]
         if site.key != key:  # two spellings of a site would be two contents of one
-            raise InputError(f"A site must be spelled {site.key}, got {key!r}. Fetch the checkpoint again.")
+            raise InputError(f"A site must be spelled {site.key}, got {key!r:.100}. Fetch the checkpoint again.")
         if site.expert is not None or kind not in SCORES[version]:
             raise InputError(
                 f"A site must read like layers.3.ffn or layers.3.linear.q_proj in sparsity version {version}, got "
-                f"{key!r}. Update sparsegate."
+                f"{key!r:.100}. Update sparsegate."
             )
         sites[site] = _check_fields(key, fields, version, SCORES[version][kind], base)
     return Key(version, base, sites)
@@ -240,7 +244,7 @@ def read_sparsity(folder: Path) -> tuple[Plan, dict[str, str]]:
     known = {f"{site.key}.{role}" for site, entry in plan.items() for role in entry.tensors()}
     if set(stored) - known:
         raise InputError(
-            f"{TENSORS} must hold only what config.json names, got {min(set(stored) - known)} as well. Update "
+            f"{TENSORS} must hold only what config.json names, got {min(set(stored) - known):.100} as well. Update "
             "sparsegate."
         )
     return plan, {site.key: fields["activation"] for site, fields in key.sites.items() if "activation" in fields}
@@ -258,17 +262,19 @@ def _check_type(config: dict[str, Any], key: Key) -> None:
         field = load_arch(model_type).ffn.activation.config
         if config.get(field) != SWAPPED:
             raise InputError(
-                f"{field} must be {SWAPPED} where an activation was swapped, got {config.get(field)!r}. Convert again."
+                f"{field} must be {SWAPPED} where an activation was swapped, "
+                f"got {config.get(field)!r:.100}. Convert again."
             )
 
 
 def _check_fields(key: str, fields: Any, version: int, scores: tuple[str, ...], base: str | None) -> dict[str, Any]:
     if not isinstance(fields, dict):
-        raise InputError(f"{key} must hold an object, got {fields!r}. Fetch the checkpoint again.")
+        raise InputError(f"{key} must hold an object, got {fields!r:.100}. Fetch the checkpoint again.")
     score = fields.get("score")
     if score not in scores:
         raise InputError(
-            f"The score of {key} must be one of {', '.join(scores)} for sparsity version {version}, got {score!r}. "
+            f"The score of {key} must be one of {', '.join(scores)} for sparsity version {version}, "
+            f"got {score!r:.100}. "
             "Update sparsegate."
         )
     needed = FIELDS[score] | ({"rank"} if fields.get("residual") and score == "gate" else set())
@@ -276,11 +282,14 @@ def _check_fields(key: str, fields: Any, version: int, scores: tuple[str, ...], 
     unknown, missing = set(fields) - allowed, needed - set(fields)
     if unknown:
         raise InputError(
-            f"{key} must hold only {sorted(allowed)} in sparsity version {version}, got {sorted(unknown)}. Update "
+            f"{key} must hold only {sorted(allowed)} in sparsity version {version}, "
+            f"got {str(sorted(unknown)):.100}. Update "
             "sparsegate."
         )
     if missing:
-        raise InputError(f"{key} must hold {sorted(missing)}, got only {sorted(fields)}. Fetch the checkpoint again.")
+        raise InputError(
+            f"{key} must hold {sorted(missing)}, got only {str(sorted(fields)):.100}. Fetch the checkpoint again."
+        )
     if not isinstance(fields.get("residual", True), bool):
         raise InputError(
             f"The residual of {key} must be true or false, got {fields['residual']!r:.100}. Fetch the checkpoint again."
@@ -300,7 +309,9 @@ def _check_fields(key: str, fields: Any, version: int, scores: tuple[str, ...], 
 
 def _check_activation(key: str, activation: Any, score: str, base: str | None) -> None:
     if not isinstance(activation, str):
-        raise InputError(f"The activation of {key} must be a name, got {activation!r}. Fetch the checkpoint again.")
+        raise InputError(
+            f"The activation of {key} must be a name, got {activation!r:.100}. Fetch the checkpoint again."
+        )
     if base is None or (activation == base and score != "exact"):
         return
     try:
@@ -309,7 +320,8 @@ def _check_activation(key: str, activation: Any, score: str, base: str | None) -
         exact = False
     if not exact:
         raise InputError(
-            f"The activation of {key} must be one with exact zeros that this sparsegate knows, got {activation!r}. "
+            f"The activation of {key} must be one with exact zeros that this sparsegate knows, "
+            f"got {activation!r:.100}. "
             "Update sparsegate."
         )
 
