@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ...runtime_onnx.errors import InputError
 from ..arch import Arch
-from ..arch.shapes import linear_shapes
 from ..arch.site import Site
+from ..checkpoint.cost import site_units
 from ..checkpoint.plan import Exact, Plan, Predictor, SitePlan, Swap, Threshold, check_plan
 
 
@@ -67,9 +67,8 @@ def emissions(plan: Plan, arch: Arch, config: Any) -> dict[Site, Emission]:
     """The emission of every site of a plan, in order. Raises InputError for a plan that names no site of the model or
     that the ops cannot express.
     """
-    d, n = arch.size(config, "hidden"), arch.size(config, "units")
-    inputs = {f"linear:{name}": d_in for name, (_, d_in) in linear_shapes(arch, config).items()}
-    known, layers = {"ffn", *inputs}, [site.layer for site in arch.sites(config)]
+    known = {"ffn", *(f"linear:{name}" for name in arch.linears())}
+    layers = [site.layer for site in arch.sites(config)]
     strangers = [
         site.key for site in plan if site.kind not in known or site.expert is not None or site.layer not in layers
     ]
@@ -78,9 +77,9 @@ def emissions(plan: Plan, arch: Arch, config: Any) -> dict[Site, Emission]:
             f"A plan's sites must be ffn or linear sites of layers.0 to layers.{layers[-1]}, got "
             f"{', '.join(strangers)}. The plan belongs to another model."
         )
-    emitted = {
-        site: emit(site, plan[site], inputs.get(site.kind, d), inputs.get(site.kind, n)) for site in sorted(plan)
-    }
+    units, hidden = site_units(plan, arch, config), arch.size(config, "hidden")
+    channels = {site: hidden if site.kind == "ffn" else units[site] for site in plan}
+    emitted = {site: emit(site, plan[site], channels[site], units[site]) for site in sorted(plan)}
     check_plan(plan)
     return emitted
 

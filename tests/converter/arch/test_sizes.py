@@ -13,6 +13,7 @@ from sparsegate.converter.arch.shapes import linear_rows, linear_shapes
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.cost import mlp_cost, network_size, site_parameters, site_units
 from sparsegate.converter.checkpoint.plan import Plan, SitePlan, Threshold, uniform_tau
+from sparsegate.converter.onnx_export.emit import emissions
 from sparsegate.runtime_onnx.errors import InputError
 
 D, UNITS = 8, [24, 40, 16]
@@ -61,6 +62,20 @@ def test_a_plan_is_counted_by_the_sizes_of_its_layers() -> None:
     assert site_units(plan, arch, config()) == {Site(1): 40, down: 16}
     assert site_parameters(plan, arch, config()) == {Site(1): 3 * 40 * D, down: 16 * D}
     assert mlp_cost(plan, arch, config()) == pytest.approx((1 + (1 + 2 * 0.5) / 3 + (2 + 0.5) / 3) / 3)
+
+
+def test_a_plan_is_emitted_by_the_sizes_of_its_layers() -> None:
+    plan: Plan = {
+        Site(1): SitePlan((), Threshold("gate", uniform_tau(0.0, 40), 0.5)),
+        Site(2, kind="linear:o_proj"): SitePlan((), Threshold("input", uniform_tau(0.0, D), 0.5)),
+    }
+    emitted = emissions(plan, load_arch("llama"), config())
+    assert {site: emission.tensors["tau"].shape for site, emission in emitted.items()} == {
+        Site(1): (40,),
+        Site(2, kind="linear:o_proj"): (D,),
+    }
+    with pytest.raises(InputError, match=r"tau must have shape \[40\], got \[24\]"):
+        emissions({Site(1): SitePlan((), Threshold("gate", uniform_tau(0.0, 24), 0.5))}, load_arch("llama"), config())
 
 
 def test_attention_has_spaces() -> None:

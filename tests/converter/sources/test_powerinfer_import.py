@@ -189,6 +189,7 @@ def test_other_files_are_none(tmp_path: Path) -> None:
         ({"tokenizer.ggml.model": "other"}, {}, "The vocabulary of .* must run, got"),
         ({"llama.feed_forward_length": 175}, {}, "must have shape|175"),
         ({}, {"blk_0_ffn_up_weight": None}, "got none of blk.0.ffn_up.weight"),
+        ({}, {"blk_1_fc2_weight": None}, "got none of blk.1.fc2.weight"),
         ({}, {"blk_0_fc1_weight": np.zeros((3, 60), np.float32)}, "fc1 must have shape"),
         ({}, {"token_embd_weight": np.zeros(64, np.float32)}, "must"),
     ],
