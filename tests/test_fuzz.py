@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from fuzz_cases import GOOD, ROWS, Found, draw, make_folders, mutation_of, run, undamaged
 
-QUICK, SLOW = 300, 2400
+QUICK, SLOW = 150, 2400
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,7 @@ and perhaps a word of the damage.
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_check_that_is_taken_away_is_missed(name: str, folders: Path, tmp_path: Path) -> None:
     file, preamble, outcome, *only = CONTROLS[name]

@@ -65,6 +65,7 @@ def test_the_bundled_model_is_the_record_s() -> None:
     assert record["curve"][-1]["step"] == record["steps"]
 
 
+@pytest.mark.slow
 def test_the_bundled_model_reaches_its_bits_per_byte() -> None:
     from sparsegate.converter.checkpoint.source import open_source
     from sparsegate.converter.modeling.gated import load_dense

@@ -54,6 +54,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return results
 
 
+@pytest.mark.slow
 def test_every_kind_of_row_is_measured_once(small: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words = ["curves.py", "--work", str(tmp_path / "work"), "--seeds", "0"]
     monkeypatch.setattr(sys, "argv", [*words, "--only", ",".join([*SMALL_METHODS, "magnitude", "prompt"])])

@@ -74,6 +74,7 @@ def test_readme_names_every_benchmark_and_only_files_that_exist() -> None:
     assert {f"benchmarks/{path.name}" for path in scripts} <= named
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["benchmarks/cuda_run.py", "benchmarks/real_model.py"])
 def test_scripts_start_without_a_search_path(script: str) -> None:
     done = subprocess.run([sys.executable, BENCH / script, "--help"], capture_output=True, text=True, cwd=ROOT)

@@ -177,10 +177,10 @@ def tune_recipe(folder: Path, model: Path) -> Path:
     "name",
     [
         "state/training.safetensors",
-        "state/training.json",
-        "heldout/heldout.json",
         "heldout",
-        "generated/tokens.safetensors",
+        pytest.param("state/training.json", marks=pytest.mark.slow),
+        pytest.param("heldout/heldout.json", marks=pytest.mark.slow),
+        pytest.param("generated/tokens.safetensors", marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_training_does_not_go_on_from_damage(
@@ -264,7 +264,7 @@ def killed(verb: str, recipe: Path, folder: Path, points: int) -> None:
         shutil.rmtree(out)
 
 
-@pytest.mark.parametrize("verb", ["convert", "tune"])
+@pytest.mark.parametrize("verb", ["convert", pytest.param("tune", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_an_undisturbed_one(verb: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     killed(
         verb,

@@ -171,6 +171,7 @@ def test_peers_are_run_where_they_are(folders: Path, small: None, monkeypatch: p
     )
 
 
+@pytest.mark.slow
 def test_peak_memory(folders: Path) -> None:
     """A process of its own that opens the model: more than the interpreter, less than the machine."""
     from sparsegate.converter.evaluation.speed.memory import peak

@@ -32,7 +32,7 @@ def test_a_budget_that_cannot_be_met_writes_nothing(tiny_model: Callable[[str], 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["chess", "chess+wina"])
+@pytest.mark.parametrize("method", ["chess", pytest.param("chess+wina", marks=pytest.mark.slow)])
 def test_a_budget_is_searched(
     method: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

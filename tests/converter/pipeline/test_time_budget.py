@@ -246,7 +246,10 @@ def test_a_decision_is_kept_for_the_same_recipe(tmp_path: Path) -> None:
 # The probe
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi", "phi3", "smollm3"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["llama", "phi", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "phi3", "smollm3"))],
+)
 def test_the_probe_finds_positive_rates(tiny_model: Callable[[str], Path], model_type: str) -> None:
     source = open_source(tiny_model(model_type))
     configs = method_configs(compile_recipe(Flags()))

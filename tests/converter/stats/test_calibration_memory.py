@@ -88,6 +88,7 @@ def large_model(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.Temp
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is read from /proc")
 def test_peak_memory_is_bounded_by_two_blocks(
     large_model: Path, tiny_model: Callable[[str], Path], tmp_path: Path

@@ -38,7 +38,11 @@ pytestmark = pytest.mark.usefixtures("no_speed")
 
 @pytest.mark.parametrize(
     "last",
-    [{"method": "exact"}, pytest.param({"method": "gate", "config": {"sparsity": 0.8}}, marks=pytest.mark.slow), None],
+    [
+        pytest.param({"method": "exact"}, marks=pytest.mark.slow),
+        pytest.param({"method": "gate", "config": {"sparsity": 0.8}}, marks=pytest.mark.slow),
+        None,
+    ],
 )
 def test_convert_trains_first(last: dict[str, Any] | None, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
