@@ -69,6 +69,7 @@ def test_another_model_folder(tmp_path: Path) -> None:
     assert all(row["sparsity"] == pytest.approx(0.5) for row in record["rows"])
 
 
+@pytest.mark.slow
 def test_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """BLEU against the dense model's own answers: 100 where nothing is dropped."""
     pytest.importorskip("sacrebleu")

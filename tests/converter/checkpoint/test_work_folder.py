@@ -358,6 +358,7 @@ def same(out: Path) -> dict[str, bytes | None]:
     }
 
 
+@pytest.mark.slow
 def test_races(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     races(tiny_model, tmp_path, 2)
 

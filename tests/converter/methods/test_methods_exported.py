@@ -69,11 +69,16 @@ def planned(stage: Stage, case: str) -> tuple[Plan, Texts]:
     return once(Conversion(stage.source, texts, recipe, stage.folder / f"work {case}"), configs)[method], texts
 
 
+SLOW = ("chess+teal", "cross-entropy on an oracle", "linear2")
+
+
 def test_every_method_of_auto_is_a_case() -> None:
     assert {method for names in AUTO.values() for method in names} <= {method for method, _ in CASES.values()}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+)
 def test_executors_agree(stage: Stage, case: str) -> None:
     plan, texts = planned(stage, case)
     onnx = stage.folder / f"onnx {case}"

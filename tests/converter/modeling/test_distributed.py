@@ -61,6 +61,7 @@ def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 # The same result as one process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "bound"),
     [
@@ -86,10 +87,12 @@ def test_processes_have_unequal_shares() -> None:
     assert len({int(part.sum()) for part in counts.split(2)}) > 4 and int(counts.sum()) < windows().mask.numel()
 
 
+@pytest.mark.slow
 def test_control_without_averaging_the_processes_drift_apart(folder: Path, alone: dict[str, Any]) -> None:
     assert furthest(weights(folder, "data without averaging"), alone["data"][0]) > 1e-4
 
 
+@pytest.mark.slow
 def test_curve_is_the_joint_one(found: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     rows, alone_rows = found[1]["data"]["curve"], alone["data"][1]
     assert (
@@ -107,6 +110,7 @@ def test_curve_is_the_joint_one(found: list[dict[str, Any]], alone: dict[str, An
 # Resume
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data", "fsdp muon"])
 def test_resumed_runs_end_with_the_same_bits(name: str, folder: Path, found: list[dict[str, Any]]) -> None:
     assert furthest(weights(folder, f"{name} resumed"), weights(folder, name)) == 0.0
@@ -118,6 +122,7 @@ def test_resumed_runs_end_with_the_same_bits(name: str, folder: Path, found: lis
     assert left == ["header.json", "training.json", "training.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_sharded_state_holds_whole_tensors(folder: Path) -> None:
     stored = load_file(folder / "states" / "fsdp muon resumed" / "training.safetensors")
     final = weights(folder, "fsdp muon")
@@ -133,6 +138,7 @@ def test_a_sharded_state_holds_whole_tensors(folder: Path) -> None:
 # Single collectives and errors
 
 
+@pytest.mark.slow
 def test_collectives(found: list[dict[str, Any]]) -> None:
     first, second = found
     assert [first["world"], second["world"]] == [[0, 2], [1, 2]] and first["device"] == "cpu"
@@ -145,6 +151,7 @@ def test_collectives(found: list[dict[str, Any]]) -> None:
         assert first[name] == second[name] == expected, name
 
 
+@pytest.mark.slow
 def test_all_processes_meet_the_same_error(found: list[dict[str, Any]]) -> None:
     first, second = found
     assert first["input error"] == second["input error"] == "InputError: the disk is full"
@@ -167,6 +174,7 @@ def test_all_processes_meet_the_same_error(found: list[dict[str, Any]]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_passes_of_sharded_weights_in_bf16(found: list[dict[str, Any]]) -> None:
     error, logits, gradient = found[0]["bf16"]
     assert 1e-4 < error < 0.05 and (logits, gradient) == ("torch.bfloat16", "torch.float32")

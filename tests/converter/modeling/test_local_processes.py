@@ -104,12 +104,14 @@ def test_modules_in_the_working_folder_are_not_taken(tmp_path: Path, monkeypatch
     assert (tmp_path / "0").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_a_refusal_ends_all(rank: str) -> None:
     with pytest.raises(InputError, match=rf"^It must be well, got process {rank}\. Mend it\.$"):
         run_in_processes(2, refuse, rank)
 
 
+@pytest.mark.slow
 def test_a_system_s_refusal_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^The system refused: .*nowhere.* Check the path and its permissions\.$"):
         run_in_processes(1, note, tmp_path / "nowhere", "")

@@ -134,6 +134,7 @@ def _searched(source: Source, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return *run(source, folder, stages=stages("auto", tune=TUNE, rank=4, greedy=False), budget=BUDGET), folder
 
 
+@pytest.mark.slow
 def test_every_found_plan_keeps_the_budget(searched: tuple[dict[str, Plan], Texts, Path], source: Source) -> None:
     plans, texts, _ = searched
     assert texts.search is not None and set(plans) <= set(AUTO[True])
@@ -152,6 +153,7 @@ def test_every_found_plan_keeps_the_budget(searched: tuple[dict[str, Plan], Text
     assert abs(densities[0] - densities[1]) > 1e-3, "layers find their own"
 
 
+@pytest.mark.slow
 def test_a_looser_budget_is_cheaper_and_one_that_nobody_meets_is_one_line(
     searched: tuple[dict[str, Plan], Texts, Path], source: Source, tmp_path: Path
 ) -> None:
@@ -170,6 +172,7 @@ def test_a_looser_budget_is_cheaper_and_one_that_nobody_meets_is_one_line(
         run(source, tmp_path / "b", stages=stages("gate"), budget={"max_kl": 0.0})
 
 
+@pytest.mark.slow
 def test_a_finished_round_is_read_and_a_part_made_again(
     searched: tuple[dict[str, Plan], Texts, Path], source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
