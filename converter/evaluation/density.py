@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..arch import Arch
+from ..arch.site import Site
 from ..checkpoint.plan import Exact, Plan, Predictor, SitePlan
 from ..modeling.gated import Recorder, apply_plan, recording, remove_plan
 from ..text.windows import Batches
@@ -16,13 +18,16 @@ _WINDOWS, _TOGETHER = 32, 4
 
 
 @torch.no_grad()
-def with_shares(model: Any, plan: Plan, arch: Arch, activation: str, batches: Batches) -> Plan:
+def with_shares(
+    model: Any, plan: Plan, arch: Arch, activation: str, batches: Batches, swapped: Collection[Site] = ()
+) -> Plan:
     """The plan with the shares of non-zero and of open units at every exact site, and with the kept share of every
-    Predictor under a swapped activation, on the first windows.
+    Predictor where the plan swaps the activation or the model is `swapped`, on the first windows.
 
     `model` is left ungated. A plan with neither comes back as it is.
     """
-    zeros = {site: replace(e, gate=Exact(), residual=None) for site, e in plan.items() if e.edits or _is_exact(e)}
+    with_zeros = [site for site, entry in plan.items() if entry.edits or _is_exact(entry) or site in swapped]
+    zeros = {site: replace(plan[site], gate=Exact(), residual=None) for site in with_zeros}
     exact = [site for site in zeros if _is_exact(plan[site])]
     predicted = {site: plan[site] for site in zeros if isinstance(plan[site].gate, Predictor)}
     whole = dict(plan)

@@ -154,7 +154,8 @@ def _completely(run: Run, plan: Plan) -> Plan:
     as they are on the calibration text.
     """
     whole = on_swaps(plan, run.source.swaps, run.activation)
-    return with_shares(run.placed, whole, run.source.arch, run.activation, run.texts.calibration)
+    texts, swaps = run.texts, run.source.swaps
+    return with_shares(run.placed, whole, run.source.arch, run.activation, texts.calibration, swaps)
 
 
 def _header(conversion: Conversion, name: str, config: Mapping[str, Any]) -> Header:

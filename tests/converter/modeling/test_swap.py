@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MODEL_TYPES, VOCAB
+from models import MODEL_TYPES, VOCAB, make_model
 from plan_checks import same
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,10 +35,12 @@ from sparsegate.converter.checkpoint.plan import (
     uniform_tau,
 )
 from sparsegate.converter.checkpoint.stage import Header
+from sparsegate.converter.evaluation.density import with_shares
 from sparsegate.converter.methods import make_config
 from sparsegate.converter.methods.gating import exact
 from sparsegate.converter.modeling.blocks import activate, ffn_parts, swap
 from sparsegate.converter.modeling.gated import NEAR, apply_plan, dense, recording, remove_plan
+from sparsegate.converter.text.windows import Batches
 from sparsegate.runtime_onnx.errors import InputError
 
 D, N = 64, 176
@@ -193,6 +195,19 @@ def test_a_plan_for_a_model_swapped_in_part() -> None:
     assert on_swaps(named, swaps, "relu") == named
     with pytest.raises(InputError, match=r"layers.1.ffn's activation must be relu as in the model, got relu2 in"):
         on_swaps({Site(1): SitePlan((Swap("relu2"),), Exact())}, swaps, "relu")
+
+
+def test_predictors_of_a_model_swapped_in_part_are_measured(tmp_path: Path) -> None:
+    """Where the model keeps the base's activation too; of a stock model they stay as they are."""
+    model, arch = stock(make_model("llama", tmp_path / "m", hidden_act="relu")), load_arch("llama")
+    g = torch.Generator().manual_seed(0)
+    gate = Predictor(torch.randn(2, D, generator=g), torch.randn(N, 2, generator=g), torch.zeros(N), 1.0)
+    plan: Plan = {Site(0): SitePlan((Swap("relu2"),), gate), Site(1): SitePlan((), gate)}
+    batches = Batches(TOKENS, torch.ones_like(TOKENS, dtype=torch.bool))
+    for swapped_sites, measured in (((), {Site(0)}), (tuple(plan), set(plan))):
+        made = with_shares(model, plan, arch, "relu", batches, swapped_sites)
+        assert {site for site, entry in made.items() if entry.gating.density < 0.9} == measured
+        assert made[Site(1)].edits == ()
 
 
 # Modules

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conversions import SPEED
 from small_recipe import call_cli, small_recipe
 
 from sparsegate.converter.checkpoint.manifest import Manifest, read_manifest, write_manifest
@@ -32,19 +33,6 @@ from sparsegate.converter.pipeline.verify import verify
 from sparsegate.converter.report.card import speed_sentence
 from sparsegate.runtime_onnx.errors import InputError
 
-SPEED = {
-    "settings": {"threads": 1, "prompt_tokens": 4, "new_tokens": 4},
-    "command": "c",
-    "quiet": True,
-    "decode": {"ratio": 2.0},
-    "baseline": {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 3.0, "provider": "CPUExecutionProvider"},
-    "candidate": {
-        "prefill_tokens_per_s": 2.0,
-        "decode_tokens_per_s": 6.0,
-        "provider": "CPUExecutionProvider",
-        "executor": "kernel",
-    },
-}
 Make = Callable[[str], Path]
 
 
