@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from ...runtime_onnx.errors import InputError
 from ..arch import Arch
 from ..arch.site import Site
+from .fisher import frozen
 from .taps import replaced, tapped_inputs
 
 KINDS = ("ffn", "attn")
@@ -140,10 +141,7 @@ class _Sweep:
     def attached(self) -> Iterator[_Sweep]:
         """The model with its blocks, taps and attention in the sweep's hands; as it was afterwards."""
         with ExitStack() as stack:
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.requires_grad_(False)
-                    stack.callback(parameter.requires_grad_, True)
+            stack.enter_context(frozen(self.model))
             stack.enter_context(
                 replaced({block: partial(self._block, layer) for layer, block in enumerate(self.blocks)})
             )

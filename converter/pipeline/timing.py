@@ -41,7 +41,7 @@ _PLOTS = 4.0  # seconds of plots and pages
 _TEXT = 1.5e-6  # seconds a character to tokens
 _CHARACTERS = 4  # a token
 _PASSES_ASIDE, _ASIDE = 8, 32  # passes that find the density of a trained plan, over windows
-_NOISE_WINDOWS = 4
+_NOISE_WINDOWS, _NOISE_PASSES = 4, 6  # a pass for the inputs' sizes, one for the noise and a backward pass a draw
 _LEVELS = 4  # densities that a search trains through until its budget breaks
 _SEARCH_PASSES = 6.0  # over all windows, the rough ones counted as shares
 _PAIRED_TOKENS, _WATCHED_TOKENS = 32 * 128, 3 * 128  # of the comparison of executors
@@ -301,7 +301,7 @@ def _training(part: str, values: Any, size: Sizes, rates: Rates, recipe: Recipe)
     )
     step = _SPREAD_OUT * tune.windows * size.length * (size.layers * rates.train[part] + rates.train_head)
     window = size.length * size.layers * rates.forward
-    noise = (size.layers + 2) * _NOISE_WINDOWS * (window + size.length * rates.head)
+    noise = _NOISE_PASSES * _NOISE_WINDOWS * (window + size.length * rates.head)
     return TrainingTime(tune.steps, runs * step, runs * (noise + _PASSES_ASIDE * _ASIDE * window))
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..arch import Arch
 from ..arch.site import Site
-from ..modeling.losses import kl_divergence
-from ..modeling.taps import tapped_inputs, tapped_outputs
+from ..modeling.fisher import fisher_gradients
+from ..modeling.taps import tapped_inputs
 
-_NOISE = 0.01  # relative energy
+_DRAWS = 4
 
 
 @torch.no_grad()
@@ -30,21 +30,19 @@ def input_rms(model: Any, arch: Arch, sites: Sequence[Site], tokens: Tensor) -> 
     return rms
 
 
-@torch.no_grad()
 def noise_costs(model: Any, arch: Arch, sites: Sequence[Site], tokens: Tensor) -> dict[Site, float]:
-    """Nats of divergence per unit of relative noise energy in one layer's feed-forward output, by site: KL / _NOISE
-    under Gaussian noise of energy _NOISE * |y|^2 a token, on windows [N, S].
+    """Nats of divergence per unit of relative noise energy in one layer's feed-forward output, by site, on windows
+    [N, S]: KL / e under Gaussian noise of energy e |y|^2 a token, as e goes to 0.
+
+    That is E[|g|^2] |y|^2 / (2 d) a token, g [d] the gradients of `fisher_gradients` at y [d]. One pass and _DRAWS
+    backward passes serve all layers.
     """
-    tokens = tokens.to(model.device)
-    dense = model(input_ids=tokens, use_cache=False).logits
-    generator = torch.Generator().manual_seed(0)
-
-    def noisy(y: Tensor) -> Tensor:
-        noise = torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
-        return y + noise * (_NOISE**0.5 * y.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
-
-    costs = {}
-    for site in sites:
-        with tapped_outputs({model.get_submodule(arch.ffn_module(site.layer)): noisy}):
-            costs[site] = float(kl_divergence(dense, model(input_ids=tokens, use_cache=False).logits)) / _NOISE
+    costs = dict.fromkeys(sites, 0.0)
+    modules = [model.get_submodule(arch.ffn_module(site.layer)) for site in sites]
+    generator = torch.Generator(model.device).manual_seed(0)
+    for window in tokens.to(model.device):
+        for outputs, gradients in fisher_gradients(model, modules, window[None], _DRAWS, generator):
+            for site, y, gradient in zip(sites, outputs, gradients, strict=True):
+                energy = y.float().square().sum(-1) * gradient.float().square().sum(-1)
+                costs[site] += float(energy.sum()) / (2 * y.shape[-1] * _DRAWS * tokens.numel())
     return costs
