@@ -128,8 +128,8 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
     yield from (slice(k, min(k + step, len(logits))) for k in range(0, len(logits), step))
 
 
-def _normalised(logits: Tensor) -> Side:
-    """`logits` become the side's own."""
+def normalised(logits: Tensor) -> Side:
+    """The reference side of a chunk of logits [P, V], which become the side's own."""
     normaliser = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
     best = torch.empty((len(logits), 1), dtype=torch.int64, device=logits.device)
     for rows in _blocks(logits):
@@ -139,24 +139,26 @@ def _normalised(logits: Tensor) -> Side:
     return Side(logits, normaliser, best)
 
 
-def _compare(side: Side, chances: Tensor, logits: Tensor, target: Tensor) -> Tensor:
-    """Sums [4] fp64 over the chunk: NLL of the reference side p and of q, KL(p || q), equal argmax. `chances` are
-    exp(side.logits) [P, V], `logits` are q's, which are overwritten; `target` [P].
+def compare_rows(side: Side, chances: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+    """Every position's [P, 6] fp64: NLL of the reference side p and of q, KL(p || q), then 0 or 1 for equal argmax, and
+    for an argmax that is the target, of p and of q. `chances` are exp(side.logits) [P, V], `logits` are q's, which are
+    overwritten; `target` [P].
 
     KL = sum p (log p - log q) = sum_v p_v (a_v - b_v) - log A + log B with a, b the logits less their maxima and A, B
     the sums of their exponentials. log A and log B are fp64: what is measured is a small difference of two NLLs.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=side.logits.device)
+    values = torch.empty((len(logits), 6), dtype=torch.float64, device=side.logits.device)
     for rows in _blocks(logits):
-        a, b, p = side.logits[rows], logits[rows], chances[rows]
+        a, b, p, wanted = side.logits[rows], logits[rows], chances[rows], target[rows]
         top = b.amax(-1, keepdim=True)
-        agree = (b.gather(-1, side.best[rows]) == top).sum()
+        agree = (b.gather(-1, side.best[rows]) == top)[:, 0]
+        hit_p, hit_q = side.best[rows, 0] == wanted, (b.gather(-1, wanted[:, None]) == top)[:, 0]
         spread = b.sub_(top).exp()
         log_a, log_b = side.normaliser[rows], spread.sum(-1).double().log()
         kl = expected_difference(p, a, b, out=spread).double() * (-log_a).exp() - log_a + log_b
-        nll_p, nll_q = token_nll(a, target[rows], log_a), token_nll(b, target[rows], log_b)
-        sums += torch.stack([nll_p.sum(), nll_q.sum(), kl.sum(), agree.double()])
-    return sums
+        nll_p, nll_q = token_nll(a, wanted, log_a), token_nll(b, wanted, log_b)
+        values[rows] = torch.stack([nll_p, nll_q, kl, agree.double(), hit_p.double(), hit_q.double()], dim=1)
+    return values
 
 
 class Reference:
@@ -200,7 +202,7 @@ class Reference:
         for window, tokens in enumerate(group):
             kept.append([])
             for rows in _chunks(tokens, self.vocabulary):
-                side = _normalised(self.halves.logits(states[window][rows]))
+                side = normalised(self.halves.logits(states[window][rows]))
                 if self.keeps_logits:
                     kept[-1].append(side)
                 yield window, rows, side
@@ -229,7 +231,8 @@ def compare(reference: Reference, number: int, others: Sequence[Logits]) -> Tens
         target = group[window][1:][rows].to(device)
         chances = side.logits.exp()
         for other, logits in enumerate(others):
-            sums[other, window, 1:] += _compare(side, chances, logits(window, rows).to(device), target).cpu()
+            values = compare_rows(side, chances, logits(window, rows).to(device), target)
+            sums[other, window, 1:] += values[:, :4].sum(0).cpu()
     return sums
 
 

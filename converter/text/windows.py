@@ -78,13 +78,37 @@ def make_batches(
     Where the tokenizer starts a text with a special token, every window does. The last window of a text may be padded.
     Raises InputError when the text has fewer than MINIMUM_TOKENS tokens.
     """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _token_ids(tokenizer, text, name)
+    return _windows(ids, start_tokens(tokenizer), windows, length, seed, text_order)
+
+
+def make_long_batches(
+    tokenizer: Any, text: str, windows: int, longest: int, seed: int, name: str = "Held-out text"
+) -> Batches:
+    """Up to `windows` windows without padding, drawn by `seed`, of the largest power of two of at most `longest` tokens
+    that the text has two of. Raises InputError as `make_batches` does.
+    """
+    ids, start = _token_ids(tokenizer, text, name), start_tokens(tokenizer)
+    length = 1 << (min(longest, len(ids) // 2).bit_length() - 1)
+    every = _windows(ids, start, len(ids), length, seed, text_order=False)
+    whole = every.mask.all(1)
+    return Batches(every.tokens[whole][:windows], every.mask[whole][:windows])
+
+
+def start_tokens(tokenizer: Any) -> list[int]:
+    """The special token that the tokenizer starts a text with, where it does."""
+    first = tokenizer.bos_token_id
+    return [first] if first is not None and tokenizer("a")["input_ids"][:1] == [first] else []
+
+
+def _token_ids(tokenizer: Any, text: str, name: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < MINIMUM_TOKENS:
         raise InputError(f"{name} must hold at least {MINIMUM_TOKENS} tokens, got {len(ids)}. Give more text.")
-    probe = tokenizer("a")["input_ids"]
-    start = (
-        [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id] else []
-    )
+    return ids
+
+
+def _windows(ids: list[int], start: list[int], windows: int, length: int, seed: int, text_order: bool) -> Batches:
     body = length - len(start)
     cut = [ids[k : k + body] for k in range(0, len(ids), body)]
     picked = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))[:windows]
