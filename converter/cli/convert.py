@@ -42,6 +42,13 @@ def convert(
     max_kl: Annotated[
         float | None, typer.Option(help="The same for the KL divergence to the dense model, nats per token.")
     ] = None,
+    max_kl_long: Annotated[
+        float | None,
+        typer.Option(
+            help="The same for tokens with half of a long window before them (2048 tokens, or what the model and the "
+            "held-out text allow); the report then shows the loss by position."
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -94,6 +101,7 @@ def convert(
             sparsity=sparsity,
             max_ppl_increase=show.share(max_ppl_increase, "--max-ppl-increase"),
             max_kl=max_kl,
+            max_kl_long=max_kl_long,
             recipe=recipe,
             calibration=calibration,
             precision=precision,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..arch import load_arch
 from ..checkpoint.plan import Plan
-from ..modeling.gated import Gates, make_gates, switched
+from ..modeling.gated import Gates, gates_of, make_gates, switched
 from ..progress import track
 from ..text.windows import Batches, start_tokens
 from .long_record import LongContext, Needle, PositionBin, Repetition
@@ -165,6 +165,11 @@ def measure_positions(
 def _of_positions(sequences: Sequences, gates: Gates, batches: Batches) -> LongContext:
     windows, length = batches.tokens.shape
     return LongContext(length=length, windows=windows, positions=position_bins(sequences.rows(gates), length))
+
+
+def measure_long(model: Any, batches: Batches, reference_model: Any | None = None) -> LongContext:
+    """As `measure_positions` for a model that a plan gates already."""
+    return _of_positions(Sequences(model, whole_windows(batches), reference_model), gates_of(model), batches)
 
 
 # Repetitions

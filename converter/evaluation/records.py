@@ -14,6 +14,7 @@ from ...runtime_onnx.untrusted import read_json
 from ..checkpoint.fields import Strict
 from ..checkpoint.manifest import File, read_manifest, write_manifest
 from ..checkpoint.stage import VERSION, hash_file, write_json
+from .long_record import LongContext
 
 EVALUATION = "report/eval.json"
 """The evaluation's place in a checkpoint folder."""
@@ -244,6 +245,7 @@ class Report(Record):
         stages: Times of all stages before the report itself; absent in older reports.
         unused_tensors: Names in the source's files that its class does not have.
         time_notes: What was cut or left out to stay within a time.
+        long: What the chosen row loses over long windows, where it was measured.
     """
 
     version: Literal[1] = 1
@@ -268,6 +270,7 @@ class Report(Record):
     stages: list[StageTime] = []
     unused_tensors: list[str] = []
     time_notes: list[str] = []
+    long: LongContext | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Report:
@@ -395,6 +398,7 @@ class Evaluation(Record):
         block_cost: The same relative to all linear maps of the blocks.
         predictor_cost: Part of `cost` that predictors and residuals add.
         tasks: Metrics of lm-eval by task and metric, dense torch and sparse ONNX.
+        long: What is lost over long windows, where it was measured.
     """
 
     version: Literal[1] = 1
@@ -417,6 +421,7 @@ class Evaluation(Record):
     sparsity: Sparsity
     answers: Answers
     tasks: dict[str, dict[str, dict[str, float]]] = {}
+    long: LongContext | None = None
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:

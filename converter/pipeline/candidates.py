@@ -16,6 +16,7 @@ from ..checkpoint.plan import Plan
 from ..checkpoint.stage import CheckError, Header, atomic_folder, is_finished, read_header, write_header, write_json
 from ..evaluation.agreement import check_onnx, has_cuda, measure_shipped
 from ..evaluation.checks import Check, ExecutorQuality, Quality, check_budget, check_text, shipped_checks
+from ..evaluation.long_context import measure_positions
 from ..evaluation.quality import measure_qualities
 from ..methods import TUNED
 from ..modeling.gated import load
@@ -62,12 +63,13 @@ def measure(
     """
     work, recipe, heldout = conversion.work, conversion.recipe, conversion.texts.heldout
     stages: dict[str, tuple[Path, Header]] = {}
+    long = {} if conversion.texts.long is None else {"long": conversion.texts.long.sha256}
     for name in plans:
         parent = read_header(work / "plan" / name)
         assert parent is not None
         stages[name] = (
             work / "quality" / name,
-            Header(format="quality", parents={"plan": parent.fingerprint}, calibration=heldout.sha256),
+            Header(format="quality", parents={"plan": parent.fingerprint}, config=long, calibration=heldout.sha256),
         )
     missing = {name: plans[name] for name, stage in stages.items() if not is_finished(*stage)}
     if missing:
@@ -76,7 +78,7 @@ def measure(
         qualities = measure_qualities(
             conversion.model(), missing, heldout, conversion.reference_model(), quality_error(recipe)
         )
-        for name, quality in qualities.items():
+        for name, quality in _with_long(conversion, missing, qualities).items():
             folder, header = stages[name]
             with atomic_folder(folder) as partial:
                 write_json(partial / "quality.json", quality.model_dump())
@@ -90,6 +92,17 @@ def measure(
         budget = recipe.budget.model_dump() | {"sparsity": sparsities[name], "searched": recipe.searches}
         candidates.append(Candidate(name, plan, sparsities[name], quality, check_budget(quality, budget)))
     return candidates
+
+
+def _with_long(
+    conversion: Conversion, plans: Mapping[str, Plan], qualities: Mapping[str, Quality]
+) -> Mapping[str, Quality]:
+    """The qualities with what long windows lose, where a budget bounds it."""
+    long = conversion.texts.long
+    if long is None:
+        return qualities
+    measured = measure_positions(conversion.model(), plans, long, conversion.reference_model())
+    return {name: quality.with_long(measured[name]) for name, quality in qualities.items()}
 
 
 def choose(conversion: Conversion, candidates: list[Candidate], graphs: Graphs) -> tuple[Candidate, list[Candidate]]:

@@ -55,6 +55,7 @@ def convert(
     sparsity: float | None = None,
     max_ppl_increase: float | None = None,
     max_kl: float | None = None,
+    max_kl_long: float | None = None,
     recipe: str | Path | None = None,
     calibration: str | Path | None = None,
     precision: str | None = None,
@@ -74,7 +75,8 @@ def convert(
     Raises InputError for every user's mistake, and when the result breaks its budget or its executors disagree; OUT
     then does not appear.
     """
-    flags = Flags(model, method, sparsity, max_ppl_increase, max_kl, recipe, calibration, precision, target, seed)
+    bounds = (max_ppl_increase, max_kl)
+    flags = Flags(model, method, sparsity, *bounds, recipe, calibration, precision, target, seed, max_kl_long)
     compiled = within(compile_recipe(flags), time_budget, recipe is not None)
     name = BUNDLED_NAME if compiled.model == BUNDLED_MODEL else Path(compiled.model).absolute().name
     out, inputs = Path(output or f"{name}-sparse"), _inputs(compiled, recipe)

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...runtime_onnx.library import variants
 from ..checkpoint.manifest import Manifest, installed_versions, list_files, write_manifest
 from ..checkpoint.stage import atomic_folder, hash_file, listed_files, write_json
-from ..evaluation.checks import ExecutorQuality
+from ..evaluation.checks import ExecutorQuality, Quality
 from ..evaluation.records import Report
 from ..evaluation.recovery_record import RECOVERY
 from ..report.card import read_base_card
@@ -48,12 +48,19 @@ def write_out(order: Order, opened: Opened, conversion: Conversion, chosen: Cand
             recipe=report.recipe,
             seed=recipe.seed,
             budget=recipe.budget.model_dump() | {"sparsity": chosen.sparsity, "searched": recipe.searches},
-            measured={name: getattr(quality, name) for name in MEASURED} | _onnx_measured(chosen.shipped),
+            measured={name: getattr(quality, name) for name in MEASURED}
+            | _long_measured(quality)
+            | _onnx_measured(chosen.shipped),
             onnx={**recipe.export.model_dump(mode="json"), "variants": variants(chosen.onnx)},
             versions=installed_versions(),
             files=list_files(partial),
         )
         write_manifest(partial, manifest)
+
+
+def _long_measured(quality: Quality) -> dict[str, float]:
+    long = quality.long
+    return {} if long is None else {"kl_long": long.far.kl, "long_windows": long.windows, "long_length": long.length}
 
 
 def _onnx_measured(shipped: ExecutorQuality | None) -> dict[str, float]:

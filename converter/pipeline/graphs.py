@@ -161,6 +161,8 @@ def room(recipe: Recipe, graphs: Graphs) -> Recipe:
         left["max_ppl_increase"] = (1 + budget.max_ppl_increase) / (1 + max(rise, 0.0)) - 1
     if budget.max_kl is not None:
         left["max_kl"] = budget.max_kl - max(loss.kl, 0.0)
+    if budget.max_kl_long is not None:  # what rounding costs hardly depends on the place
+        left["max_kl_long"] = budget.max_kl_long - max(loss.kl, 0.0)
     if not all(value > 0 for value in left.values()):
         bounds = ", ".join(f"{name} {getattr(budget, name):.3g}" for name in left)
         raise InputError(

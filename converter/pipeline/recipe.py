@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.untrusted import check_letters, read_bytes
@@ -59,17 +59,23 @@ class Calibration(Strict):
 
 
 class Budget(Strict):
-    """What the result may lose on held-out text: a relative rise in perplexity (0.01 is 1 %) and a KL divergence to the
-    dense model in nats per token.
+    """What the result may lose on held-out text: a relative rise in perplexity (0.01 is 1 %), a KL divergence to the
+    dense model in nats per token, and one of the tokens of long windows that have half a window before them, or more.
     """
 
     max_ppl_increase: float | None = Field(default=None, ge=0, le=LARGEST_LOSS)
     max_kl: float | None = Field(default=None, ge=0, le=LARGEST_LOSS)
+    max_kl_long: float | None = Field(default=None, ge=0, le=LARGEST_LOSS)
 
     @property
     def bounded(self) -> bool:
         """Whether anything is bounded."""
-        return self.max_ppl_increase is not None or self.max_kl is not None
+        return any(getattr(self, name) is not None for name in type(self).model_fields)
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a bound on long context what is stored, and hashed, is what it was before there was one."""
+        return {name: value for name, value in write(self).items() if (name, value) != ("max_kl_long", None)}
 
 
 class Recipe(Strict):
@@ -193,6 +199,7 @@ class Flags:
     precision: str | None = None
     target: str | None = None
     seed: int | None = None
+    max_kl_long: float | None = None
 
 
 def compile_recipe(flags: Flags) -> Recipe:
@@ -214,7 +221,7 @@ def compile_recipe(flags: Flags) -> Recipe:
             f"sparsity must lie strictly between 0 and 1, got {sparsity}. Use 0.5 to skip half of the gated neurons."
         )
     parts = parts_of(method or "auto")
-    budget = {"max_ppl_increase": flags.max_ppl_increase, "max_kl": flags.max_kl}
+    budget = {name: getattr(flags, name) for name in Budget.model_fields}
     searches = sparsity is None and any(bound is not None for bound in budget.values())
     fixed = DECIDES.get(parts[0])
     config = {} if searches or fixed else {"sparsity": 0.5 if sparsity is None else sparsity}

@@ -70,6 +70,7 @@ def build_report(
         onnx=_onnx_rows(chosen, graphs, source, recipe.export),
         references=references,
         rows=[dense, *(_row(candidate, candidate is chosen, source) for candidate in candidates)],
+        long=quality.long,
         layers=[_layer(chosen, site, entry.gating) for site, entry in chosen.plan.items()],
         checks=[
             reporting.ReportCheck(

@@ -75,7 +75,10 @@ class Run(Conversion):
     def judge(self) -> Judge:
         """Losses on the search windows, from the dense model."""
         assert self.texts.search is not None
-        return Judge(self.placed, self.source.arch, self.activation, self.texts.search, reference_model=self.teacher)
+        texts, arch = self.texts, self.source.arch
+        return Judge(
+            self.placed, arch, self.activation, texts.search, reference_model=self.teacher, long=texts.search_long
+        )
 
     @cached_property
     def own_judge(self) -> Judge:
@@ -170,6 +173,7 @@ def _header(conversion: Conversion, name: str, config: Mapping[str, Any]) -> Hea
             {"budget": recipe.budget.model_dump(mode="json")},
             parents | {"search": texts.search.sha256},
         )
+        parents |= {} if texts.search_long is None else {"search_long": texts.search_long.sha256}
     return _plan_header(
         conversion, name, {part: values.model_dump(mode="json") for part, values in config.items()} | budget, **parents
     )

@@ -18,6 +18,7 @@ from ...runtime_onnx.errors import InputError
 from ..arch import Arch
 from ..arch.site import Site
 from ..checkpoint.plan import Gate, Plan, Predictor, SitePlan, Threshold
+from ..evaluation.long_context import Sequences, far_loss, whole_windows
 from ..evaluation.quality import LEAST_WINDOWS, Reference, Totals, compare, torch_logits
 from ..modeling.gated import Recorder, make_gates
 from ..progress import track
@@ -38,7 +39,8 @@ _SURE = (
 @dataclass(frozen=True)
 class Loss:
     """What a plan loses on the search windows: `nll` is the rise in nats per token, `kl` the divergence from dense,
-    each with its standard error; `density` is the realised share by site.
+    each with its standard error; `density` is the realised share by site. `kl_long` is the divergence of the far tokens
+    of long windows, all of which are measured each time; None without such windows.
     """
 
     nll: float
@@ -46,6 +48,7 @@ class Loss:
     density: Mapping[Site, float]
     nll_error: float = 0.0
     kl_error: float = 0.0
+    kl_long: float | None = None
 
     def share(self, budget: Budget, errors: float = 0.0) -> float:
         """The used share of the budget, the tightest bound deciding, with so many standard errors more; above 1 it is
@@ -56,6 +59,8 @@ class Loss:
             shares.append((self.nll + errors * self.nll_error) / max(1e-9, math.log1p(budget.max_ppl_increase)))
         if budget.max_kl is not None:
             shares.append((self.kl + errors * self.kl_error) / max(1e-9, budget.max_kl))
+        if budget.max_kl_long is not None:
+            shares.append(math.nan if self.kl_long is None else self.kl_long / max(1e-9, budget.max_kl_long))
         return math.inf if any(math.isnan(share) for share in shares) else max(shares)
 
     def is_decided(self, budget: Budget) -> bool:
@@ -66,7 +71,7 @@ class Loss:
 class Judge:
     """Measures plans on one model and text, beside that model ungated or the dense `reference_model` that it was made
     from; of the dense side is kept what fits into `keep_bytes`. Windows must be in random order where a budget may be
-    decided on the first of them.
+    decided on the first of them. `long` are whole windows for a budget on long context.
     """
 
     def __init__(
@@ -77,28 +82,31 @@ class Judge:
         batches: Batches,
         keep_bytes: float = 2e9,
         reference_model: Any | None = None,
+        long: Batches | None = None,
     ) -> None:
         self.model, self.arch, self.activation = model, arch, activation
         self.reference = Reference(model, batches, reference_model, keep_bytes)
         self.groups = self.reference.groups
+        self.long = None if long is None else Sequences(model, whole_windows(long), reference_model)
 
     @torch.no_grad()
     def loss(self, plan: Plan, every: int = 1, most: int | None = None, budget: Budget | None = None) -> Loss:
-        """What `plan` loses on every `every`-th group of windows, `most` groups at most; with a `budget` only as many
-        as decide on it.
+        """What `plan` loses on every `every`-th group of windows, `most` groups at most (then not on long ones); with a
+        `budget` only as many as decide on it.
         """
         gates = make_gates(self.model, plan, self.arch, self.activation)
         total, seen = Totals(), Recorder(counts_only=True)
+        kl_long = None if self.long is None or most is not None else far_loss(self.long.rows(gates))[0]
         for number in list(range(0, len(self.groups), every))[:most]:
             total.add(compare(self.reference, number, [torch_logits(self.model, gates, self.groups[number], seen)])[0])
-            if budget is not None and total.windows >= LEAST_WINDOWS and _loss(total, seen).is_decided(budget):
+            if budget is not None and total.windows >= LEAST_WINDOWS and _loss(total, seen, kl_long).is_decided(budget):
                 break
-        return _loss(total, seen)
+        return _loss(total, seen, kl_long)
 
 
-def _loss(total: Totals, seen: Recorder) -> Loss:
+def _loss(total: Totals, seen: Recorder, kl_long: float | None = None) -> Loss:
     nll_dense, nll, kl, _ = total.means()
-    return Loss(nll - nll_dense, kl, seen.density(), total.error(), total.kl_error())
+    return Loss(nll - nll_dense, kl, seen.density(), total.error(), total.kl_error(), kl_long)
 
 
 def governs(key: str, site: Site) -> bool:

@@ -18,7 +18,7 @@ from ..checkpoint.stage import hash_file, hash_json
 from ..evaluation.quality import ERROR
 from ..text.documents import JSON_LINES, Conversation, read_whole
 from ..text.generated import generated
-from ..text.windows import Batches, make_batches, read_text
+from ..text.windows import Batches, make_batches, make_long_batches, read_text
 from .recipe import Recipe
 
 log = logging.getLogger("sparsegate")
@@ -34,6 +34,13 @@ trained on.
 """
 HELDOUT_SHARE = 0.2  # of a user's own calibration text, kept for measuring
 ERROR_SHARE = 0.1  # of a searched budget: what the standard error of the loss may be
+LONG = {"windows": 8, "length": 2048}
+"""Windows for long context, and their most tokens: more where they are asked for, fewer where the model or the text has
+fewer.
+"""
+LONG_SEARCH_WINDOWS, LONG_SEARCH_SHARE = 4, 0.1
+"""Of them windows that a budget is searched on, from at most this share of a given text, which nothing else sees."""
+_LONG_CHARACTERS = 8  # a token of text that long windows are cut from, so that whole ones are left
 _EVERY = 1 << 30
 
 
@@ -42,7 +49,8 @@ class Texts:
     """Token windows to calibrate on, to train on (those to calibrate on are among them), to measure on, and to search
     on where there is a search.
 
-    No window that is searched or measured on is in another part.
+    No window that is searched or measured on is in another part. `long` and `search_long` are long windows of the
+    held-out text and of text to search on, where a budget bounds long context.
     """
 
     calibration: Batches
@@ -50,6 +58,8 @@ class Texts:
     heldout: Batches
     search: Batches | None
     name: str
+    long: Batches | None = None
+    search_long: Batches | None = None
 
 
 def make_texts(
@@ -70,7 +80,8 @@ def make_texts(
     (text, _, said), name = _split(recipe, source), _name(recipe)
     if said:
         log.warning("%s", said)
-    share = SEARCH_SHARE
+    share, long = SEARCH_SHARE, recipe.budget.max_kl_long is not None
+    text, search_long = _search_long(source, recipe, text) if long and recipe.searches else (text, None)
     if calibration.generated:
         wanted = max(calibration.windows, training) + (SEARCH_WINDOWS if recipe.searches else 0)
         heldout = make_heldout(source, recipe)  # which may be too short, before anything is sampled
@@ -98,7 +109,34 @@ def make_texts(
         heldout=heldout,
         search=_rows(every, order[len(pool) :], text_order=False) if aside else None,
         name=name,
+        long=make_long(source, recipe) if long else None,
+        search_long=search_long,
     )
+
+
+def make_long(
+    source: Source,
+    recipe: Recipe,
+    windows: int = LONG["windows"],
+    most: int = LONG["length"],
+    text: str | None = None,
+) -> Batches:
+    """Long windows without padding of the held-out `text` (None: the recipe's), in random order, of a power of two of
+    tokens, `most` at most.
+    """
+    positions = int(getattr(source.config, "max_position_embeddings", None) or most)
+    text = _split(recipe, source)[1] if text is None else text
+    name = "Text for long windows"
+    return make_long_batches(source.tokenizer(), text, windows, min(most, positions), recipe.seed + 1, name)
+
+
+def _search_long(source: Source, recipe: Recipe, text: str) -> tuple[str, Batches]:
+    """The calibration text without its end, and long windows of that end; of text that nothing is calibrated on the end
+    may stay.
+    """
+    size = min(int(LONG_SEARCH_SHARE * len(text)), _LONG_CHARACTERS * LONG_SEARCH_WINDOWS * LONG["length"])
+    rest, end = text[: len(text) - size], text[len(text) - size :]
+    return rest, make_long(source, recipe, LONG_SEARCH_WINDOWS, text=end)
 
 
 def make_heldout(source: Source, recipe: Recipe, windows: int = HELDOUT_WINDOWS) -> Batches:

@@ -24,7 +24,7 @@ from .configs import Configs
 from .probe import Rates
 from .recipe import Recipe, training_stages
 from .search import GRID
-from .texts import HELDOUT_SHARE, HELDOUT_WINDOWS, SEARCH_SHARE, SEARCH_WINDOWS
+from .texts import HELDOUT_SHARE, HELDOUT_WINDOWS, LONG, LONG_SEARCH_WINDOWS, SEARCH_SHARE, SEARCH_WINDOWS
 
 _OTHER = Method("", "neuron")
 """What is expected of methods without a row. The figures of those with one, `lost` and `variance`, are from
@@ -44,6 +44,7 @@ _PASSES_ASIDE, _ASIDE = 8, 32  # passes that find the density of a trained plan,
 _NOISE_WINDOWS, _NOISE_PASSES = 4, 6  # a pass for the inputs' sizes, one for the noise and a backward pass a draw
 _LEVELS = 4  # densities that a search trains through until its budget breaks
 _SEARCH_PASSES = 6.0  # over all windows, the rough ones counted as shares
+_LONG_PASSES = 14.0  # over the long windows, which the rough ones see too
 _PAIRED_TOKENS, _WATCHED_TOKENS = 32 * 128, 3 * 128  # of the comparison of executors
 _ANSWERS, _ANSWER = 4, 32  # greedy texts and their tokens: one by one in onnxruntime-genai, together in torch
 _SPEED = (26, 128, 64)  # runs of a candidate beside dense, tokens of the prompt and new ones
@@ -57,7 +58,7 @@ _SOFTMAX = 0.5  # of a side of a comparison: without the product
 @dataclass(frozen=True)
 class Sizes:
     """A model and its text in numbers: parameters in all and of the blocks' own, bytes of its files and of its float32
-    graph; windows of `length` tokens to calibrate on, in `characters` of text.
+    graph; windows of `length` tokens to calibrate on, in `characters` of text; `positions` that the model has.
     """
 
     layers: int
@@ -70,6 +71,12 @@ class Sizes:
     windows: int
     length: int
     characters: int
+    positions: int = LONG["length"]
+
+    @property
+    def long(self) -> int:
+        """Tokens of a long window, at most."""
+        return min(self.positions, LONG["length"])
 
     @property
     def tokens(self) -> int:
@@ -150,7 +157,9 @@ def sizes(arch: Arch, config: Any, shapes: Mapping[str, tuple[int, ...]], source
         else max(2, min(recipe.calibration.windows, characters // (3 * length)))
     )
     graph = 4 * (parameters + (vocabulary * hidden if tied else 0))
-    return Sizes(layers, hidden, units, vocabulary, parameters, source_bytes, graph, windows, length, characters)
+    positions = int(getattr(config, "max_position_embeddings", None) or LONG["length"])
+    text = (windows, length, characters, positions)
+    return Sizes(layers, hidden, units, vocabulary, parameters, source_bytes, graph, *text)
 
 
 def tunes(configs: Configs) -> dict[str, Tune]:
@@ -205,6 +214,8 @@ def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timin
         )
         for stage, tokens in (("quality", dense_windows * size.length), ("agreement", measured)):
             stages[stage] += tokens * (forward + rates.head + side + prefill)
+    if recipe.budget.max_kl_long is not None:
+        stages["quality"] += LONG["windows"] * size.long * (forward + rates.head)
     if recipe.calibration.generated:
         stages["text"] += size.tokens * (size.layers * rates.decode + rates.head)
     if statistics(configs):
@@ -268,7 +279,8 @@ def _references(size: Sizes, rates: Rates, precision: str, forward: float, prefi
 def _each(name: str, parts: Mapping[str, BaseModel], size: Sizes, rates: Rates, recipe: Recipe) -> dict[str, float]:
     """A method's own seconds beside its training: the plan, a search, and its pass over the measured text."""
     window = size.length * (size.layers * rates.forward + rates.head)
-    seconds = {"plan": 0.0, "quality": _windows(size, recipe, {name: parts}) * window}
+    long = 0.0 if recipe.budget.max_kl_long is None else size.long * (size.layers * rates.forward + 2 * rates.head)
+    seconds = {"plan": 0.0, "quality": _windows(size, recipe, {name: parts}) * window + LONG["windows"] * long}
     for part, values in parts.items():
         if getattr(values, "residual", "none") != "none":
             seconds["plan"] += RESIDUAL_WINDOWS * size.length * 4 * size.layers * rates.forward
@@ -287,6 +299,7 @@ def _each(name: str, parts: Mapping[str, BaseModel], size: Sizes, rates: Rates, 
             else 0
         )
         seconds[f"search {name}"] = (_SEARCH_PASSES * windows + alone) * window + windows * window
+        seconds[f"search {name}"] += (_LONG_PASSES + 1) * LONG_SEARCH_WINDOWS * long
     return seconds
 
 

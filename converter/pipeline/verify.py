@@ -28,6 +28,7 @@ from ..evaluation.checks import (
     read_plan,
     shipped_checks,
 )
+from ..evaluation.long_context import measure_long
 from ..evaluation.quality import measure_quality
 from ..modeling.gated import load as load_folder
 from ..modeling.gated import load_dense
@@ -35,8 +36,8 @@ from ..progress import job, stage
 from ..sources.hub import home_folder, local_folder
 from ..sources.named import resolve
 from ..text.windows import Batches
-from .recipe import Recipe, make_recipe, training_stages
-from .texts import EARLIER_WINDOWS, make_heldout
+from .recipe import Budget, Recipe, make_recipe, training_stages
+from .texts import EARLIER_WINDOWS, LONG, make_heldout, make_long
 
 log = logging.getLogger("sparsegate")
 
@@ -49,7 +50,8 @@ def _counted(name: str, wrong: list[str], right: str) -> Check:
 @dataclass(frozen=True)
 class _VerifyInputs:
     """What is verified: folder, manifest, plan, model, held-out windows, and the dense model that it was made from,
-    where that is given. `own_text` where the windows are of the text that its quality is recorded on.
+    where that is given. `own_text` where the windows are of the text that its quality is recorded on. `long` are
+    windows for a budget on long context, None without one.
     """
 
     folder: Path
@@ -60,6 +62,7 @@ class _VerifyInputs:
     heldout: Batches
     source: Source | None
     own_text: bool
+    long: Batches | None = None
 
     @property
     def recovered(self) -> bool:
@@ -87,6 +90,8 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
     settings = opened.recipe.export
     with stage("quality"):
         quality = measure_quality(sparse, plan, heldout, reference_model=reference, error=0.0, most=heldout.count)
+        if opened.long is not None:
+            quality = quality.with_long(measure_long(sparse, opened.long, reference))
     if opened.source is not None:
         checks.append(check_source(sparse, opened.source.folder, heldout, trained=opened.recovered))
     with stage("agreement"):
@@ -122,9 +127,12 @@ def _opened(model: str | Path, source: str | Path | None, calibration: str | Pat
     text = None if calibration is None else str(calibration)
     recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": text})})
     windows = int(manifest.measured.get("windows", EARLIER_WINDOWS[recipe.searches]))
-    heldout = make_heldout(open_source(folder, sparse=True), recipe, windows)
+    opened = open_source(folder, sparse=True)
+    heldout = make_heldout(opened, recipe, windows)
     own_text = calibration is not None or wanted is None
-    return _VerifyInputs(folder, manifest, recipe, plan, sparse, heldout, dense_source, own_text)
+    sizes = (int(manifest.measured.get(f"long_{name}", most)) for name, most in LONG.items())
+    long = make_long(opened, recipe, *sizes) if own_text and recipe.budget.max_kl_long is not None else None
+    return _VerifyInputs(folder, manifest, recipe, plan, sparse, heldout, dense_source, own_text, long)
 
 
 def _written(opened: _VerifyInputs) -> list[Check]:
@@ -148,6 +156,7 @@ def _as_recorded(
     )
     names = ("nll_dense", "kl", "agreement")
     quality = quality.model_copy(update={name: manifest.measured.get(name, math.nan) for name in names})
+    quality = quality.model_copy(update={"kl_long": manifest.measured.get("kl_long")})
     if shipped is not None:
         recorded = {name: manifest.measured.get(f"onnx_{name}", math.nan) for name in names[1:]}
         shipped = shipped.model_copy(update=recorded)
@@ -178,7 +187,8 @@ def contradictions(manifest: Manifest, exact: bool = False) -> list[str]:
     """
     recipe = make_recipe(manifest.recipe, f"The recipe of {MANIFEST}")
     wrong = [f"measured lacks {name}" for name in _ALWAYS if name not in manifest.measured]
-    expected = {**recipe.budget.model_dump(), "searched": recipe.searches}
+    expected: dict[str, Any] = {name: getattr(recipe.budget, name) for name in Budget.model_fields}
+    expected["searched"] = recipe.searches
     if "sparsity" in recipe.stages[-1].config and not exact and not any(stage.tune for stage in recipe.stages):
         expected["sparsity"] = recipe.stages[-1].config["sparsity"]
     wrong += [

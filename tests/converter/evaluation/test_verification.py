@@ -141,6 +141,8 @@ def test_sizes_of_large_files_and_hashes_of_small_ones(folder: Path) -> None:
         ("budget", {"max_kl": 1e30}, "max_kl must be from 0 to 100"),
         ("budget", {"max_kl": -1.0}, "max_kl"),
         ("budget", {"max_kl": True}, "max_kl"),
+        ("budget", {"max_kl_long": 101.0}, "max_kl_long must be from 0 to 100"),
+        ("measured", MEASURED | {"kl_long": -1.0}, "kl_long"),
         ("budget", {"sparsity": 1.5}, "sparsity"),
         ("budget", {"searched": 1.0}, "searched"),
         ("budget", {"patience": 1.0}, "patience is none of"),
@@ -161,6 +163,7 @@ def test_numbers_that_no_conversion_writes(folder: Path, part: str, value: Any, 
     [
         (lambda m: {"budget": m.budget | {"max_kl": 50.0}}, "budget.max_kl is 50.0, 0.2 in the recipe"),
         (lambda m: {"budget": {"sparsity": 0.5, "searched": False}}, "budget.max_kl is None, 0.2 in the recipe"),
+        (lambda m: {"budget": m.budget | {"max_kl_long": 9.0}}, "budget.max_kl_long is 9.0, None in the recipe"),
         (lambda m: {"budget": m.budget | {"sparsity": None}}, "budget.sparsity is None, 0.5 in the recipe"),
         (lambda m: {"budget": m.budget | {"searched": True}}, "budget.searched is True, False in the recipe"),
         (lambda m: {"seed": 3}, "seed is 3, 0 in the recipe"),
@@ -201,7 +204,7 @@ def test_nothing_writes_what_nothing_reads(tmp_path: Path) -> None:
 # Comparisons
 
 
-def quality(**changes: float) -> Quality:
+def quality(**changes: float | None) -> Quality:
     values = {name: MEASURED[name] for name in ("nll_dense", "nll", "kl", "agreement", "density", "cost")}
     return Quality(tokens=100, site_density={}, site_cost={}, **(values | changes))  # type: ignore[arg-type]
 
@@ -227,6 +230,21 @@ def test_a_loss_that_is_no_number_is_no_loss(name: str, budget: dict[str, Any]) 
         values = {"nll": 1.1, "kl": 0.1, name: math.nan}
         shipped = ExecutorQuality(tokens=10, nll_torch=1.0, agreement=1.0, **values)
         assert not all(check.passed for check in shipped_checks(shipped, quality(), budget, "int4"))
+
+
+def test_far_tokens_are_judged_by_their_own_bound_and_record() -> None:
+    budget = {"max_kl_long": 0.2}
+    for value, passed in ((0.19, True), (0.21, False), (math.nan, False), (None, False)):
+        (check,) = check_budget(quality(kl_long=value), budget)
+        assert check.name == "KL to dense, far tokens of long windows" and check.passed == passed
+    (searched,) = check_budget(quality(kl_long=0.21), budget | {"searched": True})
+    assert searched.passed and searched.bound == pytest.approx(0.2 * 1.15), "met on other text"
+    shipped = ExecutorQuality(tokens=10, nll_torch=1.0, nll=1.1, kl=0.1, agreement=0.9)
+    assert shipped_checks(shipped, quality(kl_long=0.21), budget, "int4") == [], "long windows are judged in torch"
+    for value, passed in ((0.21, True), (0.22, False), (None, False)):
+        checks = {check.name: check for check in check_record(quality(kl_long=value), MEASURED | {"kl_long": 0.2105})}
+        assert checks["long quality as recorded"].passed == passed
+    assert "long quality as recorded" not in {check.name for check in check_record(quality(), MEASURED)}
 
 
 def test_largest_keeps_what_is_no_number() -> None:

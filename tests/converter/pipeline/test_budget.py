@@ -22,7 +22,7 @@ from sparsegate.converter.evaluation import quality
 from sparsegate.converter.evaluation.quality import measure_quality
 from sparsegate.converter.modeling.gated import apply_plan, dense, load_dense, remove_plan
 from sparsegate.converter.pipeline import search
-from sparsegate.converter.pipeline.recipe import Budget
+from sparsegate.converter.pipeline.recipe import Budget, Flags, compile_recipe, make_recipe
 from sparsegate.converter.pipeline.search import (
     GRID,
     Judge,
@@ -165,6 +165,23 @@ def test_the_tightest_bound_decides() -> None:
     assert (
         loss.share(Budget(max_kl=0.0)) > 1 and Loss(0.0, 0.0, {}).share(Budget(max_kl=0.0, max_ppl_increase=0.0)) <= 1
     )
+
+
+def test_a_bound_on_long_context_decides_by_long_windows_alone() -> None:
+    budget, loss = Budget(max_kl=0.06, max_kl_long=0.04), Loss(0.0, 0.03, {}, kl_long=0.05)
+    assert loss.share(Budget(max_kl=0.06)) == pytest.approx(0.5) and loss.share(budget) == pytest.approx(1.25)
+    assert Loss(0.0, 0.03, {}, kl_long=0.01).share(budget) == pytest.approx(0.5), "the tightest one"
+    for nothing in (None, math.nan):
+        assert Loss(0.0, 0.0, {}, kl_long=nothing).share(budget) == math.inf, "not measured is not kept"
+
+
+def test_a_budget_without_long_context_is_stored_as_before_there_was_one() -> None:
+    """Fingerprints of conversions and headers of stages hash it."""
+    assert Budget(max_kl=0.1).model_dump() == {"max_ppl_increase": None, "max_kl": 0.1}
+    assert Budget(max_kl_long=0.1).model_dump(mode="json")["max_kl_long"] == 0.1
+    assert Budget(max_kl_long=0.1).bounded and not Budget().bounded
+    recipe = compile_recipe(Flags(model="m", max_kl_long=0.2))
+    assert recipe.searches and make_recipe(recipe.model_dump(mode="json")) == recipe
 
 
 def test_a_shift_keeps_more() -> None:

@@ -193,15 +193,24 @@ def test_a_searched_conversion_is_verified(source: Source, tmp_path: Path) -> No
         source.folder,
         tmp_path,
         stages=stages("teal", greedy=False, linears=["q_proj", "down_proj"]),
-        budget={"max_kl": 0.3},
+        budget={"max_kl": 0.3, "max_kl_long": 0.05},
     )
     with few_searched():
         result = convert(recipe=recipe, output=tmp_path / "out")
     assert result.report is not None and [row.method for row in result.report.rows] == ["dense", "teal"]
     found = verify(tmp_path / "out", calibration=tmp_path / "text.txt")
-    assert found.passed and "KL to dense" in {check.name for check in found.checks}
+    checks = {check.name: check for check in found.checks}
+    assert found.passed and "KL to dense" in checks
     manifest = read_manifest(tmp_path / "out")
     assert manifest.budget["searched"] and manifest.budget["sparsity"] is None and manifest.budget["max_kl"] == 0.3
+    assert manifest.budget["max_kl_long"] == 0.05
+    far = checks["KL to dense, far tokens of long windows"]
+    assert 0.03 < far.value == found.quality.kl_long <= far.bound == pytest.approx(0.05 * 1.15), "it decided"
+    assert checks["long quality as recorded"].value < 1e-6 and manifest.measured["kl_long"] == far.value
+    long = result.report.long
+    assert long is not None and long.far.kl == pytest.approx(far.value) and long.repetitions == []
+    assert (manifest.measured["long_windows"], manifest.measured["long_length"]) == (long.windows, long.length)
+    assert sum(row.tokens for row in long.positions) == long.windows * (long.length - 1)
 
 
 def test_a_layers_linears_weigh_what_they_gate(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
