@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,8 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MOST_COPIES, LEAST_COPIES, NEEDLES = 8, 2, 2
 """Sequences of a distance, and prompts of a depth."""
 _LOGITS_AT_ONCE = 1 << 24
+_Copies = tuple[Literal["random", "text"], int]
+"""Kind and distance."""
 _FACT, _QUESTION, _END, _DIGITS = "\nThe pass key is", "\nWhat is the pass key? The pass key is", ".\n", 5
 
 
@@ -266,29 +269,26 @@ class LongTests:
         start, known = len(start_tokens(tokenizer)), known_tokens(tokenizer, model)
         distances = [d for d in DISTANCES if start + 2 * d <= length] or [max(2, (length - start) // 2)]
         kinds: tuple[Literal["random", "text"], ...] = ("random", "text")
-        self.parts: list[tuple[Any, list[Scored]]] = [
+        self.copies: list[tuple[_Copies, list[Scored]]] = [
             ((kind, distance), repeated(kind, batches, distance, known, start, seed + distance))
             for kind in kinds
             for distance in distances
         ]
-        asked = [(depth, needles(batches, tokenizer, depth, start, seed)) for depth in DEPTHS]
-        self.parts += [(depth, prompts) for depth, prompts in asked if prompts]
-        every = [scored for _, part in self.parts for scored in part]
+        prompts = [(depth, needles(batches, tokenizer, depth, start, seed)) for depth in DEPTHS]
+        self.needles = [(depth, part) for depth, part in prompts if part]
+        every = [scored for _, part in (*self.copies, *self.needles) for scored in part]
         self.sequences = Sequences(model, [*whole_windows(batches), *every], reference_model)
 
     def measured(self, gates: Gates) -> LongContext:
         """Loss by position, on repetitions and needles, under `gates`."""
         rows, (windows, length) = self.sequences.rows(gates), self.batches.tokens.shape
-        positions, rest = position_bins(rows[:windows], length), rows[windows:]
-        repetitions, recalled = [], []
-        for what, part in self.parts:
-            values, rest = rest[: len(part)], rest[len(part) :]
-            if isinstance(what, tuple):
-                repetitions.append(_repetition(*what, values))
-            else:
-                recalled.append(_needle(what, values))
+        rest = iter(rows[windows:])
         return LongContext(
-            length=length, windows=windows, positions=positions, repetitions=repetitions, needles=recalled
+            length=length,
+            windows=windows,
+            positions=position_bins(rows[:windows], length),
+            repetitions=[_repetition(*what, list(islice(rest, len(part)))) for what, part in self.copies],
+            needles=[_needle(depth, list(islice(rest, len(part)))) for depth, part in self.needles],
         )
 
 

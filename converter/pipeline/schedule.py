@@ -75,10 +75,8 @@ class Run(Conversion):
     def judge(self) -> Judge:
         """Losses on the search windows, from the dense model."""
         assert self.texts.search is not None
-        texts, arch = self.texts, self.source.arch
-        return Judge(
-            self.placed, arch, self.activation, texts.search, reference_model=self.teacher, long=texts.search_long
-        )
+        search, long, arch = self.texts.search, self.texts.search_long, self.source.arch
+        return Judge(self.placed, arch, self.activation, search, reference_model=self.teacher, long=long)
 
     @cached_property
     def own_judge(self) -> Judge:

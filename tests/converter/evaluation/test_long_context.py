@@ -144,7 +144,7 @@ def test_all_of_it_equals_a_full_softmax(tiny_model: Callable[[str], Path], batc
     assert measured.positions == measure_positions(dense, {"": PLAN}, batches)[""].positions
     assert [(row.kind, row.distance) for row in measured.repetitions] == [("random", 64), ("text", 64)]
     assert [row.depth for row in measured.needles] == [0.0, 0.25, 0.5, 0.75, 1.0]
-    for (_, part), row in zip(tests.parts, [*measured.repetitions, *measured.needles], strict=True):
+    for (_, part), row in zip([*tests.copies, *tests.needles], [*measured.repetitions, *measured.needles], strict=True):
         whole = [brute_force(dense, sparse, scored.tokens)[scored.places.numpy() - 1] for scored in part]
         if hasattr(row, "distance"):
             means = np.concatenate(whole).mean(0)
