@@ -39,6 +39,14 @@ def eval(
             "ungated."
         ),
     ] = None,
+    long: Annotated[
+        int | None,
+        typer.Option(
+            help="Also measure long context: loss by position, repetitions and needles in windows of the largest power "
+            "of two of up to TOKENS that the model has positions for.",
+            metavar="TOKENS",
+        ),
+    ] = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -46,6 +54,7 @@ def eval(
     """Measure, store report/eval.json and print the tables."""
     from ..pipeline.evaluate import evaluate
     from ..report.evaluation import answer_cells, executor_cells, site_cells, sparsity_cells, task_cells
+    from ..report.long_context import long_tables
     from ..report.tables import table
     from . import output as show
 
@@ -60,6 +69,7 @@ def eval(
             limit,
             command=show.command(sys.argv[1:]),
             source=source,
+            long=long,
         )
     if json:
         print(evaluation.model_dump_json(indent=2))
@@ -70,5 +80,6 @@ def eval(
         sparsity_cells(evaluation),
         site_cells(evaluation),
     ] + ([task_cells(evaluation)] if evaluation.tasks else [])
+    parts += [cells for _, cells in long_tables(evaluation.long)] if evaluation.long else []
     print("\n\n".join(table(cells, "text") for cells in parts))
     return 0

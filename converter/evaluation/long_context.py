@@ -27,6 +27,8 @@ from .quality import GROUP_TOKENS, Halves, clustered_error, compare_rows, normal
 
 FIRST_BIN = 16
 """Tokens with fewer before them are one bin."""
+SHORTEST = 64
+"""Tokens of windows that are called long."""
 DISTANCES = (64, 256, 1024, 4096, 16384)
 """Lengths of a copy, as far as two of them fit into a window."""
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -25,15 +25,16 @@ from ..checkpoint.stage import hash_file
 from ..evaluation.answers import NEW_TOKENS, Counts, Questions, compare_answers, import_sacrebleu, make_prompts
 from ..evaluation.checks import ExecutorQuality, Quality, read_plan
 from ..evaluation.harness import Tasks, find_tasks, run_tasks
+from ..evaluation.long_context import SHORTEST, LongTests
 from ..evaluation.quality import ERROR, MOST_TOKENS, measure_executor, measure_quality
 from ..evaluation.records import EVALUATION, Answers, Evaluation, Measured, Text, record_files, this_machine
-from ..modeling.gated import load, load_dense
+from ..modeling.gated import gates_of, load, load_dense
 from ..progress import job, stage
 from ..sources.hub import download, home_folder, is_hub_id, local_folder
 from ..text.documents import read_whole
-from ..text.windows import Batches, make_batches, read_text
+from ..text.windows import Batches, make_batches, make_long_batches, read_text
 from .recipe import Recipe, make_recipe, training_stages
-from .texts import EARLIER_WINDOWS, HELDOUT_SHARE, HELDOUT_WINDOWS, write_out
+from .texts import EARLIER_WINDOWS, HELDOUT_SHARE, HELDOUT_WINDOWS, LONG, write_out
 
 log = logging.getLogger("sparsegate")
 
@@ -51,6 +52,7 @@ class _Order:
     limit: int | None
     command: str
     source: str | Path | None
+    long: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class _EvaluationInputs:
     reference_model: Any | None
     bleu: Any
     tasks: Tasks | None
+    long: Batches | None = None
 
     @property
     def onnx(self) -> Path:
@@ -94,6 +97,7 @@ def evaluate(
     limit: int | None = None,
     command: str = "sparsegate eval",
     source: str | Path | None = None,
+    long: int | None = None,
 ) -> Evaluation:
     """Measure a sparse checkpoint, folder or Hub id, and store the result in the folder (not for a Hub id). The
     parameters are the flags of the command line.
@@ -112,16 +116,23 @@ def evaluate(
         source: The dense model that the checkpoint was made from, folder or Hub id, to compare with where weights or
         activations were changed. Default: the
             checkpoint itself ungated, which is that model where neither was.
+        long: Most tokens of the windows that loss by position, repetitions and needles are measured in, in torch: they
+            are of the largest power of two that the model and the text allow. Default: none of it.
 
     Raises InputError for every user's mistake, before anything is measured where that can be known.
     """
     text, prompts = (None if name is None else Path(name) for name in (text, prompts))
-    order = _Order(model, text, windows, prompts, max_new_tokens, lm_eval, limit, command, source)
+    order = _Order(model, text, windows, prompts, max_new_tokens, lm_eval, limit, command, source, long)
     with stage("open"):
         opened = _opened(order)
     sparse, batches, reference = opened.model, opened.batches, opened.reference_model
     with stage("quality"):
         quality = _quality(order, opened)
+    over_long = None
+    if opened.long is not None:
+        with stage("long context"):
+            tests = LongTests(sparse, opened.long, opened.tokenizer, reference, opened.manifest.seed)
+            over_long = tests.measured(gates_of(sparse))
     with stage("answers"):
         answers, counts = _answers(opened)
     with stage("executors"):
@@ -131,6 +142,7 @@ def evaluate(
         with stage("tasks"):
             tasks = run_tasks(opened.onnx, sparse, opened.tasks, limit, reference)
     measured = _evaluation(order, opened, quality, [_torch(quality), *executors], answers, counts, tasks)
+    measured = measured.model_copy(update={"long": over_long})
     if not is_hub_id(str(model)):
         measured.save(opened.folder / EVALUATION)
         record_files(opened.folder, EVALUATION)
@@ -138,10 +150,16 @@ def evaluate(
 
 
 def _opened(order: _Order) -> _EvaluationInputs:
-    counts = (("windows", order.windows), ("max_new_tokens", order.max_new_tokens), ("limit", order.limit))
+    counts = (
+        ("windows", order.windows),
+        ("max_new_tokens", order.max_new_tokens),
+        ("limit", order.limit),
+    )
     for name, number in counts:
         if number is not None and number < 1:
             raise InputError(f"{name} must be at least 1, got {number}. Choose a larger number.")
+    if order.long is not None and order.long < SHORTEST:
+        raise InputError(f"long must be at least {SHORTEST} tokens, got {order.long}. Choose a larger number.")
     folder = local_folder(order.model)
     if not folder.is_dir():
         raise InputError(
@@ -155,7 +173,8 @@ def _opened(order: _Order) -> _EvaluationInputs:
     tasks = None if order.tasks is None else find_tasks(order.tasks)
     plan, checkpoint = read_plan(folder), open_source(folder, sparse=True)
     tokenizer, config = checkpoint.tokenizer(), checkpoint.config
-    batches, text_name = _batches(tokenizer, config, manifest, order.text, order.windows)
+    words, text_name = _words(tokenizer, manifest, order.text)
+    batches, long = _batches(order, tokenizer, config, manifest, words)
     prompts = make_prompts(tokenizer, config, batches, order.prompts, order.max_new_tokens)
     reference_model = None if order.source is None else _dense(order.source, config)
     return _EvaluationInputs(
@@ -171,6 +190,7 @@ def _opened(order: _Order) -> _EvaluationInputs:
         reference_model=reference_model,
         bleu=bleu,
         tasks=tasks,
+        long=long,
     )
 
 
@@ -276,25 +296,33 @@ def _against(
     return "ungated torch" if opened.swaps or training_stages(recipe) else "dense torch"
 
 
-def _batches(
-    tokenizer: Any, config: Any, manifest: Manifest, text: Path | None, windows: int | None
-) -> tuple[Batches, str]:
-    """Windows to measure on, and a name of their text for people."""
-    recipe = make_recipe(manifest.recipe, f"{MANIFEST}'s recipe")
-    length = min(recipe.calibration.length, int(getattr(config, "max_position_embeddings", recipe.calibration.length)))
+def _words(tokenizer: Any, manifest: Manifest, text: Path | None) -> tuple[str, str]:
+    """The text to measure on, and its name for people."""
     text_hash = manifest.calibration.get("file")
     if text is None:
         if text_hash is not None:
             log.warning("Measured on the text that comes with sparsegate; give the checkpoint's own with --text FILE.")
-        words, name = read_text(HELDOUT_TEXT), "Python standard library modules, held out"
+        return read_text(HELDOUT_TEXT), "Python standard library modules, held out"
+    words = read_whole(text, lambda conversations: write_out(tokenizer, conversations))[0]
+    if text_hash is not None and hash_file(text) == text_hash:
+        return words[int(len(words) * (1 - HELDOUT_SHARE)) :], f"{text.name}, held out"
+    return words, text.name
+
+
+def _batches(
+    order: _Order, tokenizer: Any, config: Any, manifest: Manifest, words: str
+) -> tuple[Batches, Batches | None]:
+    """Windows to measure on, and long ones where they are to be measured too."""
+    recipe = make_recipe(manifest.recipe, f"{MANIFEST}'s recipe")
+    positions = int(getattr(config, "max_position_embeddings", None) or max(order.long or 0, recipe.calibration.length))
+    windows = order.windows
+    if order.text is None:
         windows = windows or int(manifest.measured.get("windows", EARLIER_WINDOWS[recipe.searches]))
-    else:
-        words, name = read_whole(text, lambda conversations: write_out(tokenizer, conversations))[0], text.name
-        if text_hash is not None and hash_file(text) == text_hash:
-            words, name = words[int(len(words) * (1 - HELDOUT_SHARE)) :], f"{name}, held out"
-    return make_batches(
-        tokenizer, words, windows or HELDOUT_WINDOWS, length, manifest.seed + 1, "The text", text_order=False
-    ), name
+    count, length, seed = windows or HELDOUT_WINDOWS, min(recipe.calibration.length, positions), manifest.seed + 1
+    batches = make_batches(tokenizer, words, count, length, seed, "The text", text_order=False)
+    if order.long is None:
+        return batches, None
+    return batches, make_long_batches(tokenizer, words, LONG["windows"], min(order.long, positions), seed, "The text")
 
 
 def _executors(onnx: Path, model: Any, batches: Batches, reference_model: Any | None) -> list[Measured]:

@@ -36,7 +36,15 @@ from .change import Change, perplexity_change
 from .comparison import reference_table
 from .curves import CURVES, Correlations, Curves, Point, at_cost, best_at_cost, curves_page, curves_table, ranking
 from .html import PAGE, make_report, render, write_report
-from .plots import plot_candidates, plot_correlations, plot_curves, plot_layers, plot_recovery, plot_zeros
+from .plots import (
+    plot_candidates,
+    plot_correlations,
+    plot_curves,
+    plot_layers,
+    plot_positions,
+    plot_recovery,
+    plot_zeros,
+)
 from .tables import check_table, detail_table, layer_table, onnx_table, quality_table, stage_text
 from .verdict import Verdict, make_verdict, read_recovery
 
@@ -88,6 +96,7 @@ __all__ = [
     "plot_correlations",
     "plot_curves",
     "plot_layers",
+    "plot_positions",
     "plot_recovery",
     "plot_zeros",
     "quality_table",

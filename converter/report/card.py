@@ -20,6 +20,7 @@ from ...runtime_onnx.untrusted import is_data, read_json, regular
 from ..evaluation.records import Report, Speed
 from ..evaluation.recovery_record import RecoveryRecord
 from .comparison import reference_table
+from .long_context import long_sentence, position_cells
 from .markdown import code, fenced, inline, target
 from .plots import CANDIDATES
 from .recovery import before_after_table, spent_table, zeros_table
@@ -32,6 +33,7 @@ from .tables import (
     quality_table,
     ratio_text,
     speed_table,
+    table,
 )
 from .verdict import make_verdict, read_recovery
 
@@ -147,6 +149,7 @@ def _facts(folder: Path, report: Report, recovery: RecoveryRecord | None) -> dic
         "model_type": _model_type(folder),
         "recovery": recovery,
         "speed": inline(speed_sentence(report)),
+        "long": inline(long_sentence(report.long)) if report.long else "",
         "recipe": fenced(yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True), "yaml"),
         "versions": inline(", ".join(f"{name} {version}" for name, version in report.versions.items())),
         "plots": sorted(
@@ -164,6 +167,7 @@ def _tables(report: Report, recovery: RecoveryRecord | None) -> dict[str, str]:
         "speeds": speed_table(report) if report.speed else "",
         "references": reference_table(report) if report.references else "",
         "layers": layer_table(report),
+        "positions": table(position_cells(report.long)) if report.long else "",
         "checks": check_table(report),
         "onnx": onnx_table(report) if report.onnx else "",
         "onnx_details": onnx_detail_table(report) if report.onnx else "",

@@ -16,13 +16,23 @@ import yaml
 
 from ...runtime_onnx.errors import InputError
 from ..checkpoint.manifest import check_links, read_manifest
+from ..evaluation.long_record import LongContext
 from ..evaluation.records import EVALUATION, RESULTS, Evaluation, Report, record_files
 from ..evaluation.recovery_record import RecoveryRecord
 from .card import BaseCard, speed_sentence, write_card
 from .comparison import reference_cells
 from .curves import CURVES, Curves, correlation_cells, cost_cells, curves_cells, summary_cells
 from .evaluation import answer_cells, executor_cells, site_cells, sparsity_cells, task_cells
-from .plots import plot_candidates, plot_correlations, plot_curves, plot_layers, plot_recovery, plot_zeros
+from .long_context import long_sentence, long_tables
+from .plots import (
+    plot_candidates,
+    plot_correlations,
+    plot_curves,
+    plot_layers,
+    plot_positions,
+    plot_recovery,
+    plot_zeros,
+)
 from .recovery import before_after_cells, heldout_cells, spent_cells, zeros_cells
 from .tables import (
     Cells,
@@ -95,6 +105,10 @@ def render(folder: Path) -> list[Path]:
         drawn = draw(folder / "report" / f"{name}.png", recovery) if recovery is not None else None
         if drawn is not None:
             pictures[name] = drawn
+    longs = {"positions": report.long, "positions_eval": None if evaluation is None else evaluation.long}
+    for name, long in longs.items():
+        if long is not None:
+            pictures[name] = plot_positions(folder / "report" / f"{name}.png", long)
     if curves is not None:
         pictures["curves"] = plot_curves(folder / "report" / "curves.png", curves)
         if curves.correlations is not None:
@@ -111,7 +125,7 @@ def html(
     pictures: dict[str, Path],
     recovery: RecoveryRecord | None = None,
 ) -> str:
-    """The page's text; pictures by name (candidates, layers, recovery, zeros, curves, correlations) go into it. A cell
+    """The page's text; pictures by name (as `render` names them) go into it. A cell
     that shows a number carries it in full in its `data` element.
     """
     environment = jinja2.Environment(
@@ -125,7 +139,7 @@ def html(
     sections = [
         *_conversion(report, shown),
         *(_recovery(recovery, shown) if recovery else ()),
-        *(_evaluation(evaluation) if evaluation else ()),
+        *(_evaluation(evaluation, shown) if evaluation else ()),
     ]
     sections += [*(_curves(curves, shown) if curves else ()), *_origin(report)]
     for name, stored in (
@@ -182,6 +196,8 @@ def _conversion(report: Report, shown: dict[str, Any]) -> Iterator[Section]:
         "output head.",
         tables=tuple(more),
     )
+    if report.long is not None:
+        yield _long(report.long, "positions", shown)
     if report.layers:
         yield Section(
             "Per layer",
@@ -213,7 +229,11 @@ def _recovery(record: RecoveryRecord, shown: dict[str, Any]) -> Iterator[Section
     )
 
 
-def _evaluation(evaluation: Evaluation) -> Iterator[Section]:
+def _long(long: LongContext, picture: str, shown: dict[str, Any]) -> Section:
+    return Section("Long context", long_sentence(long), _pictures(shown, picture), long_tables(long))
+
+
+def _evaluation(evaluation: Evaluation, shown: dict[str, Any]) -> Iterator[Section]:
     tables = [
         ("Held-out text", executor_cells(evaluation)),
         ("Greedy answers", answer_cells(evaluation)),
@@ -233,6 +253,8 @@ def _evaluation(evaluation: Evaluation) -> Iterator[Section]:
         tables=tuple(tables),
         plain=f"{evaluation.command}\n{evaluation.date}, {machine.cpu}, {machine.cores} cores, {machine.os}",
     )
+    if evaluation.long is not None:
+        yield _long(evaluation.long, "positions_eval", shown)
 
 
 def _curves(curves: Curves, shown: dict[str, Any]) -> Iterator[Section]:

@@ -10,9 +10,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..evaluation.long_record import LongContext
 from ..evaluation.records import Report
 from ..evaluation.recovery_record import RecoveryRecord
 from .curves import Correlations, Curves, summarise
+from .long_context import draw_positions
 from .scatter import candidate_points, draw_candidates
 
 CANDIDATES = "report/candidates.png"
@@ -54,6 +56,11 @@ def plot_layers(folder: Path, report: Report) -> Path | None:
     if not report.layers:
         return None
     return _save(folder / "report" / "layers.png", _draw_layers(report))
+
+
+def plot_positions(path: Path, long: LongContext) -> Path:
+    """Draw what is lost over the tokens before a token. Returns the file."""
+    return _save(path, draw_positions(long))
 
 
 def plot_curves(path: Path, curves: Curves) -> Path:

@@ -28,7 +28,7 @@ def test_evaluate_measures_what_convert_measured_and_records_it(converted: Path,
     out, text = tmp_path / "out", converted.parent / "text.txt"
     shutil.copytree(converted, out)
     before = read_manifest(out)
-    found = evaluate(out, text=text, max_new_tokens=6, command="sparsegate eval out")
+    found = evaluate(out, text=text, max_new_tokens=6, command="sparsegate eval out", long=100)
     rows = {row.executor: row for row in found.executors}
     assert set(rows) == {"torch", "ONNX body", "ONNX kernel"}
     for name in ("nll", "nll_dense", "nll_error", "kl", "agreement"):
@@ -44,6 +44,8 @@ def test_evaluate_measures_what_convert_measured_and_records_it(converted: Path,
     assert found.text.name == "text.txt, held out" and found.model == before.recipe["model"]
     assert found.sparsity.windows == pytest.approx(1 - found.density)
     assert Evaluation.load(out / "report" / "eval.json") == found
+    assert found.long is not None and found.long.length == 64 and found.long.far.kl > 1e-3
+    assert [(row.kind, row.distance) for row in found.long.repetitions] == [("random", 32), ("text", 32)]
     after = read_manifest(out)
     assert check_files(out, after) == [] and set(after.files) == {*before.files, "report/eval.json"}
     assert {name: after.files[name] for name in before.files} == before.files
@@ -107,6 +109,7 @@ def test_evaluate_takes_other_texts_and_prompts(
         ({"text": "nothing.txt"}, "nothing.txt"),
         ({"prompts": "nothing.txt"}, "nothing.txt"),
         ({"limit": -1}, "limit must be at least 1"),
+        ({"long": 63}, "long must be at least 64 tokens, got 63"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_measured(
@@ -160,6 +163,8 @@ def test_every_flag_of_eval_and_report_arrives(
         "7",
         "--source",
         "s",
+        "--long",
+        "128",
     ]
     assert json.loads(call_cli(capsys, "eval", *words, "--json").out) == found.model_dump(mode="json")
     assert set(calls[0]) == set(real.parameters) and calls[0].pop("command").startswith("sparsegate eval d --text t ")
@@ -172,6 +177,7 @@ def test_every_flag_of_eval_and_report_arrives(
         "lm_eval": "a,b",
         "limit": 7,
         "source": "s",
+        "long": 128,
     }
     assert calls == [wanted]
     text = call_cli(capsys, "eval", "d").out
