@@ -58,7 +58,7 @@ def needle_cells(long: LongContext) -> Cells:
         ]
         for row in long.needles
     ]
-    return ["depth", "prompts", "dense log-probability", "log-probability", "dense exact", "exact"], body
+    return ["depth", "prompts", "dense log-probability", "log-probability", "dense recalls", "recalls"], body
 
 
 def long_tables(long: LongContext) -> tuple[tuple[str, Cells], ...]:
@@ -78,7 +78,7 @@ def long_sentence(long: LongContext) -> str:
     if long.repetitions:
         said += " Copies is the share of tokens of a second copy that are the most likely ones."
     if long.needles:
-        said += " A log-probability is that of the whole key, in nats; exact are keys that greedy decoding gives."
+        said += " A log-probability is that of the whole key, in nats; recalls are keys that greedy decoding gives."
     return said
 
 
