@@ -21,26 +21,32 @@ from ..stats.bins import UNIT_BINS, cut, unit_edges
 
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Densities = dict[str, Annotated[float, Field(ge=0, le=1)]]
-"""Kept shares by site key, as a budget search sets them."""
+"""Kept shares by site key, as an allocation sets them."""
+Allocation = Literal["uniform", "greedy", "evolution"]
+"""How kept bytes are shared among sites: all alike, by what each costs alone, or from there by moves between pairs that
+lower the measured divergence.
+"""
 
 
 class NeuronShare(BaseModel):
-    """`sparsity`: the share of gated neurons to skip, in every layer; `densities` sets kept shares of single layers by
-    site key.
+    """`sparsity`: the share of gated neurons to skip, the mean over all layers; `allocation` says how layers share it,
+    unless `densities` sets kept shares of single layers by site key.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[1] = 1
     sparsity: float = Field(default=0.5, gt=0, lt=1)
+    allocation: Allocation = "uniform"
     densities: Densities | None = None
 
 
 class ChannelShare(BaseModel):
-    """`sparsity`: the mean share of weights to skip in the chosen `linears` (None: all of a block), in every block.
+    """`sparsity`: the mean share of weights to skip in the chosen `linears` (None: all of a block).
 
-    `greedy` lets a block's linears differ by TEAL's greedy split, else all have the same share. `densities` sets kept
-    shares by site key, or of a block's mean by `layers.<i>`.
+    `allocation` says how all linears of all blocks share it. Under uniform every block skips the same share; `greedy`
+    lets its linears differ by TEAL's greedy split, else all have the same. `densities` sets kept shares by site key, or
+    of a block's mean by `layers.<i>`, in place of both.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,8 +54,14 @@ class ChannelShare(BaseModel):
     version: Literal[1] = 1
     sparsity: float = Field(default=0.5, gt=0, lt=1)
     linears: tuple[Linear, ...] | None = Field(default=None, min_length=1)
+    allocation: Allocation = "uniform"
     greedy: bool = True
     densities: Densities | None = None
+
+    @property
+    def follows_path(self) -> bool:
+        """Whether the shares inside a block are those of TEAL's greedy path."""
+        return self.greedy and self.allocation == "uniform"
 
 
 # CHESS
@@ -158,7 +170,7 @@ def densities_of(sites: Iterable[Site], sparsity: float, densities: Mapping[str,
 def plan_linears(stats: Stats, score: str, config: ChannelShare) -> Plan:
     """Input thresholds on the linears of every block at a mean sparsity, weighted by their numbers of weights.
 
-    The score is |x_j| c_j with c as the statistic `scale`. With `greedy` a block's shares lie on its path; where only
+    The score is |x_j| c_j with c as the statistic `scale`. Where the shares of a block lie on its greedy path, and only
     some linears are gated, the path of all is followed until those reach their mean. Keys of `densities` are site keys
     or `layers.<i>`. Raises InputError for a linear or a key that there is not.
     """
@@ -185,7 +197,7 @@ def plan_linears(stats: Stats, score: str, config: ChannelShare) -> Plan:
         )
         mean = 1.0 - densities.get(f"layers.{layer}", 1.0 - config.sparsity)
         shares = [mean] * len(in_layer)
-        if config.greedy:
+        if config.follows_path:
             shares = along(
                 torch.stack([stats[site][f"greedy:{score}.path"] for site in in_layer], dim=1), weights, mean
             ).tolist()

@@ -23,8 +23,9 @@ Configs = Mapping[str, Mapping[str, BaseModel]]
 
 def method_configs(recipe: Recipe, exact: bool = False) -> Configs:
     """The methods to try and their parts' configurations; `auto` is every one of AUTO, and of OF_ZEROS for a model
-    with `exact` zeros. A part takes the fields that it knows, and the recipe's seed. A recipe whose last stage trains
-    has the plan TUNED, without parts.
+    with `exact` zeros. A part takes the fields that it knows, and the recipe's seed; where a budget is
+    searched, the allocation is greedy unless it is said. A recipe whose last stage trains has the plan TUNED, without
+    parts.
 
     Raises InputError for an unknown method, for a field that no part knows, and when `training_stages` does.
     """
@@ -46,7 +47,8 @@ def method_configs(recipe: Recipe, exact: bool = False) -> Configs:
     for name in names:
         configs[name] = {}
         for part in parts_of(name):
-            values = {key: value for key, value in {"seed": recipe.seed, **stage.config}.items() if key in fields[part]}
+            defaults = {"seed": recipe.seed} | ({"allocation": "greedy"} if recipe.searches else {})
+            values = {key: value for key, value in {**defaults, **stage.config}.items() if key in fields[part]}
             if part in LINEAR_METHODS and part != name:
                 values["linears"] = _outside_networks(name, values.get("linears"))
             made = validated(ImportedConfig, values, part) if part == IMPORTED else make_config(part, values)

@@ -7,7 +7,7 @@ Each is a folder below the work folder that is not made again when its header fi
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +16,8 @@ from typing import Any, cast
 from torch import Tensor
 
 from ...runtime_onnx.errors import InputError
-from ..arch.site import Site
 from ..checkpoint.cost import block_cost
-from ..checkpoint.plan import FFN_LINEARS, VERSION, Plan, check_exact, load_plan, merge, on_swaps, save_plan
+from ..checkpoint.plan import VERSION, Plan, check_exact, load_plan, merge, on_swaps, save_plan
 from ..checkpoint.stage import Header, atomic_folder, is_finished, read_header, write_header
 from ..checkpoint.writer import write_checkpoint
 from ..evaluation.density import with_shares
@@ -35,7 +34,9 @@ from ..training.inputs import Models, TrainingRun
 from ..training.plans import train_plan
 from ..training.residual import add_residuals
 from .conversion import Conversion
-from .search import Judge, allocate, governs, sensitivities, settled, shifted, sparsest
+from .families import beside_swaps
+from .search import Judge, settled, shifted, sparsest
+from .shares import LEAST_AND_MOST, Levels, with_densities
 
 LEVELS = (0.75, 0.6, 0.45, 0.33, 0.25, 0.18, 0.13)
 """Densities at which a trained method stops in turn on its way to a budget."""
@@ -77,16 +78,6 @@ class Run(Conversion):
         assert self.texts.search is not None
         search, long, arch = self.texts.search, self.texts.search_long, self.source.arch
         return Judge(self.placed, arch, self.activation, search, reference_model=self.teacher, long=long)
-
-    @cached_property
-    def own_judge(self) -> Judge:
-        """Losses on the search windows, from the model itself with everything kept."""
-        assert self.texts.search is not None
-        return (
-            self.judge
-            if self.recovered_from is None
-            else Judge(self.placed, self.source.arch, self.activation, self.texts.search)
-        )
 
 
 def _plan_header(conversion: Conversion, name: str, config: Mapping[str, Any], **parents: str) -> Header:
@@ -207,13 +198,14 @@ def _statistics(conversion: Conversion, parts: Mapping[str, Any]) -> Stats:
 
 def direct_plan(run: Run, name: str, config: Mapping[str, Any]) -> Plan:
     """The plan of a method at its configured sparsity, from the run's statistics; `config` as in `once`."""
-    return merge([_part(run, name, part, values) for part, values in config.items()])
+    allocated = with_densities(run, run.stats, config)
+    return merge([_part(run, name, part, values) for part, values in allocated.items()])
 
 
 def _part(run: Run, name: str, part: str, config: Any) -> Plan:
     if part == IMPORTED:
         return measured(imported_plan(run.source, config), run.stats)
-    plan = _beside_swaps(run, load_method(part).plan(run.stats, run.source.arch, config))
+    plan = beside_swaps(run.source, load_method(part).plan(run.stats, run.source.arch, config))
     if part == EXACT:
         return _present(run, plan)
     start, density = _start(part, config), 1.0 - config.sparsity
@@ -224,17 +216,6 @@ def _part(run: Run, name: str, part: str, config: Any) -> Plan:
     if start is not None:
         plan = _trained(run, name, part, config, plan, start, density)
     return _completed(run, name, part, config, plan, density)
-
-
-def _beside_swaps(run: Run, plan: Plan) -> Plan:
-    """The plan without the linears inside networks that keep what a swapped activation leaves: both would skip the same
-    weights.
-    """
-    return {
-        site: entry
-        for site, entry in plan.items()
-        if site.kind.removeprefix("linear:") not in FFN_LINEARS or Site(site.layer) not in run.source.swaps
-    }
 
 
 def _present(run: Run, plan: Plan) -> Plan:
@@ -306,50 +287,11 @@ def _searched(run: Run, name: str, config: Mapping[str, Any]) -> Plan | None:
         plan = _part(run, name, part, values)
         cheapest = sparsest(lambda shift: shifted(plan, shift), run.judge, run.recipe.budget, -_REACH, _REACH)
     else:
-        cheapest = sparsest(_family(run, config), run.judge, run.recipe.budget, 0.02, 0.99)
+        levels = Levels(run, run.stats, config)
+        cheapest = sparsest(levels.plan, run.judge, run.recipe.budget, *LEAST_AND_MOST)
+        if cheapest is not None and levels.evolve(cheapest[0]):
+            cheapest = sparsest(levels.plan, run.judge, run.recipe.budget, *LEAST_AND_MOST) or cheapest
     return None if cheapest is None else settled(cheapest[1], cheapest[2].density)
-
-
-def _family(run: Run, config: Mapping[str, Any]) -> Callable[[float], Plan]:
-    """A method's plan by mean density, each site's own density from its sensitivity where the method takes any."""
-
-    def plan_of(part: str, sparsity: float, densities: Mapping[str, float] | None = None) -> Plan:
-        values = (
-            config[part].model_dump()
-            | {"sparsity": sparsity}
-            | ({} if densities is None else {"densities": dict(densities)})
-        )
-        module = load_method(part)
-        return _beside_swaps(run, module.plan(run.stats, run.source.arch, module.Config.model_validate(values)))
-
-    if not all("densities" in type(values).model_fields for values in config.values()):
-        return lambda level: merge([plan_of(part, min(0.99, max(0.01, 1 - level))) for part in config])
-    keys: dict[str, str] = {}
-    for part in config:
-        for site in plan_of(part, 0.5):
-            keys[site.key if site.kind == "ffn" else f"layers.{site.layer}"] = part
-
-    def make(densities: Mapping[str, float]) -> Plan:
-        return merge(
-            [
-                plan_of(part, 0.5, {key: densities[key] for key, owner in keys.items() if owner == part})
-                for part in config
-            ]
-        )
-
-    whole = make(dict.fromkeys(keys, 1.0))
-    weights = {key: _governed(run, key, whole) for key in keys}
-    curves = sensitivities(run.own_judge, make, list(keys))
-    return lambda level: make(allocate(curves, weights, level))
-
-
-def _governed(run: Run, key: str, whole: Plan) -> float:
-    """What a unit of a key's density costs: block cost at density 1 less that at 0."""
-    governed = [site for site in whole if governs(key, site)]
-    arch, config = run.source.arch, run.source.config
-    return block_cost(whole, arch, config, dict.fromkeys(whole, 1.0)) - block_cost(
-        whole, arch, config, {s: 0.0 if s in governed else 1.0 for s in whole}
-    )
 
 
 def _searched_training(run: Run, name: str, part: str, config: Any) -> Plan | None:
@@ -357,6 +299,7 @@ def _searched_training(run: Run, name: str, part: str, config: Any) -> Plan | No
     cheaper one is taken.
     """
     config = config.model_copy(update={"sparsity": 1 - _ABOVE})
+    (config,) = with_densities(run, run.stats, {part: config}).values()
     plan, start = load_method(part).plan(run.stats, run.source.arch, config), _start(part, config)
     assert start is not None
     trained: list[tuple[Plan, float]] = []

@@ -1,5 +1,4 @@
-"""The search for the cheapest plan inside a quality budget: densities of single sites from what each alone costs, then
-bisection on their mean.
+"""The search for the cheapest plan inside a quality budget: bisection on the mean density, or on a shift.
 
 A budget bounds what held-out text loses: the rise in perplexity or the divergence from the dense model, or both. It is
 met on windows kept for the search; what is found is judged on others.
@@ -8,26 +7,21 @@ met on windows kept for the search; what is found is judged on others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ...runtime_onnx.errors import InputError
 from ..arch import Arch
 from ..arch.site import Site
 from ..checkpoint.plan import Gate, Plan, Predictor, SitePlan, Threshold
 from ..evaluation.long_context import Sequences, far_loss, whole_windows
 from ..evaluation.quality import LEAST_WINDOWS, Reference, Totals, compare, torch_logits
 from ..modeling.gated import Recorder, make_gates
-from ..progress import track
 from ..text.windows import Batches
 from .recipe import Budget
 
-GRID = (0.9, 0.75, 0.6, 0.45, 0.3, 0.2, 0.1)
-"""Densities at which every site is tried alone."""
-_SENSITIVITY_WINDOWS = 8
 _ROUGH_SHARE = 8  # the bisection begins on every 8th window
 _STEPS, _ROUGH_STEPS = 6, 6
 _SLACK = 0.02  # a result within 2 % of the budget below it is near enough
@@ -107,69 +101,6 @@ class Judge:
 def _loss(total: Totals, seen: Recorder, kl_long: float | None = None) -> Loss:
     nll_dense, nll, kl, _ = total.means()
     return Loss(nll - nll_dense, kl, seen.density(), total.error(), total.kl_error(), kl_long)
-
-
-def governs(key: str, site: Site) -> bool:
-    """Whether a density by this key decides the site: `layers.3.ffn` the network, `layers.3` the linears of
-    the layer.
-    """
-    return key == (site.key if site.kind == "ffn" else f"layers.{site.layer}")
-
-
-def sensitivities(
-    judge: Judge, make: Callable[[Mapping[str, float]], Plan], keys: Sequence[str]
-) -> dict[str, list[float]]:
-    """Divergence (nats) with the sites of one key (as `governs` says) at each density of GRID and every other site
-    dense; `make` gives the plan of densities by key.
-    """
-    divergences: dict[str, list[float]] = {}
-    most = max(1, _SENSITIVITY_WINDOWS // len(judge.groups[0]))
-    for key in track(keys, unit="site"):
-        plans = (make({other: 1.0 for other in keys} | {key: density}) for density in GRID)
-        losses = [judge.loss({s: e for s, e in plan.items() if governs(key, s)}, most=most).kl for plan in plans]
-        if any(map(math.isnan, losses)):
-            raise InputError(f"The divergence with {key} gated must be a number, got NaN. Check the model's weights.")
-        divergences[key] = [max(loss, 0.0) for loss in losses]
-    return divergences
-
-
-def allocate(curves: Mapping[str, Sequence[float]], weights: Mapping[str, float], mean: float) -> dict[str, float]:
-    """Densities by key with the given mean, weighted by the bytes that each key's density governs: every key goes down
-    the convex hull of its curve over GRID as long as a byte saved there costs less divergence than elsewhere.
-
-    The sum of the keys' divergences is the least for that mean, as far as divergences add up.
-    """
-    steps = sorted(
-        (rate / weights[key], order, high - low, key)
-        for key, values in curves.items()
-        for order, (high, low, rate) in enumerate(_hull(values))
-    )
-    densities, left = dict.fromkeys(curves, 1.0), (1.0 - mean) * sum(weights[key] for key in curves)
-    for _, _, width, key in steps:
-        taken = min(width, left / weights[key])
-        densities[key] = max(0.0, densities[key] - taken)
-        left -= taken * weights[key]
-        if left <= 0:
-            break
-    return densities
-
-
-def _hull(values: Sequence[float]) -> list[tuple[float, float, float]]:
-    """The lower convex hull of (density, divergence) from (1, 0) down to (0, beyond the last): (from, to, nats per unit
-    of density), rates rising.
-    """
-    beyond = values[-1] + GRID[-1] * 4 * max(values[-1] - values[-2], 1e-9) / (GRID[-2] - GRID[-1])
-    points = [(1.0, 0.0), *zip(GRID, values, strict=True), (0.0, beyond)]
-    hull: list[tuple[float, float]] = []
-    for point in points:
-        while len(hull) > 1 and _rate(hull[-2], hull[-1]) >= _rate(hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    return [(a[0], b[0], _rate(a, b)) for a, b in zip(hull, hull[1:], strict=False)]
-
-
-def _rate(a: tuple[float, float], b: tuple[float, float]) -> float:
-    return (b[1] - a[1]) / (a[0] - b[0])
 
 
 def sparsest(

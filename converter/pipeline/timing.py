@@ -14,16 +14,20 @@ from pydantic import BaseModel
 
 from ..arch import Arch
 from ..bundled import CALIBRATION_TEXT, HELDOUT_TEXT
+from ..checkpoint.plan import LINEARS
 from ..evaluation.checks import DENSE_WINDOWS
 from ..evaluation.quality import ERROR, GROUP_TOKENS, LEAST_WINDOWS, MOST_TOKENS
 from ..methods import IMPORTED, LINEAR_METHODS, METHODS, TUNED, Method, load_method, needs
 from ..methods.tune import Tune
 from ..sources.predictors import NEEDS as IMPORTED_NEEDS
 from ..training.residual import WINDOWS as RESIDUAL_WINDOWS
+from .allocation import EVALUATIONS, GRID
 from .configs import Configs
 from .probe import Rates
 from .recipe import Recipe, training_stages
-from .search import GRID
+from .sensitivities import DRAWS
+from .sensitivities import WINDOWS as SENSITIVITY_WINDOWS
+from .shares import EVOLUTION_WINDOWS
 from .texts import HELDOUT_SHARE, HELDOUT_WINDOWS, LONG, LONG_SEARCH_WINDOWS, SEARCH_SHARE, SEARCH_WINDOWS
 
 _OTHER = Method("", "neuron")
@@ -293,14 +297,25 @@ def _each(name: str, parts: Mapping[str, BaseModel], size: Sizes, rates: Rates, 
             seconds["plan"] += 0.05 * size.layers
     if recipe.searches and name != TUNED:
         windows = min(SEARCH_WINDOWS, int(SEARCH_SHARE * max(size.windows, size.characters // (4 * size.length))))
-        alone = (
-            len(GRID) * size.layers * 8
-            if any("densities" in type(values).model_fields for values in parts.values())
-            else 0
-        )
-        seconds[f"search {name}"] = (_SEARCH_PASSES * windows + alone) * window + windows * window
+        seconds[f"search {name}"] = (_SEARCH_PASSES + 1) * windows * window + _allocation(parts, window)
         seconds[f"search {name}"] += (_LONG_PASSES + 1) * LONG_SEARCH_WINDOWS * long
+    else:
+        seconds["plan"] += _allocation(parts, window)
     return seconds
+
+
+def _allocation(parts: Mapping[str, BaseModel], window: float) -> float:
+    """Seconds of the sensitivities and of an evolution, with those of a window's pass."""
+    allocations = {part: getattr(values, "allocation", "uniform") for part, values in parts.items()}
+    keys = sum(
+        len(getattr(values, "linears", None) or LINEARS) if part in LINEAR_METHODS else 1
+        for part, values in parts.items()
+        if allocations[part] != "uniform"
+    )
+    if not keys:
+        return 0.0
+    passes = SENSITIVITY_WINDOWS * (1 + DRAWS + keys * len(GRID))
+    return window * (passes + ("evolution" in allocations.values()) * EVOLUTION_WINDOWS * EVALUATIONS)
 
 
 def _training(part: str, values: Any, size: Sizes, rates: Rates, recipe: Recipe) -> TrainingTime:

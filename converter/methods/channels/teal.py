@@ -22,7 +22,7 @@ NEEDS = ("histogram:input", "scale:input")
 
 def more_needs(config: Config) -> tuple[str, ...]:
     """The greedy path, where it is asked for."""
-    return ("greedy:input",) if config.greedy else ()
+    return ("greedy:input",) if config.follows_path else ()
 
 
 def plan(stats: Stats, arch: Arch, config: Config) -> Plan:

@@ -20,7 +20,7 @@ NEEDS = ("histogram:wina", "scale:wina")
 
 def more_needs(config: Config) -> tuple[str, ...]:
     """The greedy path, where it is asked for."""
-    return ("greedy:wina",) if config.greedy else ()
+    return ("greedy:wina",) if config.follows_path else ()
 
 
 def plan(stats: Stats, arch: Arch, config: Config) -> Plan:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ...arch import Arch
 from ...checkpoint.plan import Plan, SitePlan, Threshold
 from ...stats import Stats, of_kind
-from ..thresholds import chess_taus
+from ..thresholds import Allocation, Densities, chess_taus, densities_of
 from ..tune import Tune
 
 SOURCE = (
@@ -23,15 +23,18 @@ NEEDS = ("unit_histogram:gate",)
 
 
 class Config(BaseModel):
-    """`sparsity`: the share of gated neurons to skip over all layers together; `tune` how the thresholds are trained;
-    `residual` adds a head for what is skipped, of a twentieth of the network's weights, in closed form (ridge, after
-    the training) or from there trained together with the thresholds.
+    """`sparsity`: the share of gated neurons to skip over all layers together; `allocation` and `densities` how layers
+    share it before the training, as in chess; `tune` how the thresholds are trained; `residual` adds a head for what is
+    skipped, of a twentieth of the network's weights, in closed form (ridge, after the training) or from there trained
+    together with the thresholds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[1] = 1
     sparsity: float = Field(default=0.5, gt=0, lt=1)
+    allocation: Allocation = "uniform"
+    densities: Densities | None = None
     seed: int = 0
     tune: Tune = Tune(steps=60, rate=2e-3)
     residual: Literal["none", "ridge", "trained"] = "trained"
@@ -43,11 +46,12 @@ def start(config: Config) -> float:
 
 
 def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
-    """CHESS thresholds at the density `start`, to be trained."""
+    """CHESS thresholds at the mean density `start`, to be trained."""
     thresholds: Plan = {}
-    for site, tensors in of_kind(stats, "ffn").items():
+    sites = of_kind(stats, "ffn")
+    for site, wanted in densities_of(sites, config.sparsity, config.densities).items():
         tau, density = chess_taus(
-            tensors["unit_histogram:gate.count"], tensors["unit_histogram:gate.up_moment"], start(config)
+            sites[site]["unit_histogram:gate.count"], sites[site]["unit_histogram:gate.up_moment"], wanted
         )
         thresholds[site] = SitePlan(gate=Threshold("gate", tau, density))
     return thresholds

@@ -1,16 +1,13 @@
-"""The budget search against brute force: allocation, hull and bisection on curves that are known, losses and
-sensitivities on a tiny model.
-"""
+"""The budget search: bisection on curves that are known, and losses on a tiny model."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from models import VOCAB
@@ -20,16 +17,12 @@ from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.plan import Plan, Predictor, SitePlan, Threshold, uniform_tau
 from sparsegate.converter.evaluation import quality
 from sparsegate.converter.evaluation.quality import measure_quality
-from sparsegate.converter.modeling.gated import apply_plan, dense, load_dense, remove_plan
+from sparsegate.converter.modeling.gated import apply_plan, load_dense, remove_plan
 from sparsegate.converter.pipeline import search
 from sparsegate.converter.pipeline.recipe import Budget, Flags, compile_recipe, make_recipe
 from sparsegate.converter.pipeline.search import (
-    GRID,
     Judge,
     Loss,
-    allocate,
-    governs,
-    sensitivities,
     settled,
     shifted,
     sparsest,
@@ -37,77 +30,7 @@ from sparsegate.converter.pipeline.search import (
 from sparsegate.converter.text.windows import Batches
 
 D, N = 64, 176
-WEIGHTS = {"a": 1.0, "b": 3.0, "c": 0.5}
 LOW, HIGH = 0.02, 0.99
-
-
-def curve(scale: float, power: float) -> list[float]:
-    return [scale * (1 - density) ** power for density in GRID]
-
-
-def value(values: list[float], density: float) -> float:
-    """A curve over GRID between its points, (1, 0) being one."""
-    return float(np.interp(density, [*reversed(GRID), 1.0], [*reversed(values), 0.0]))
-
-
-@pytest.mark.parametrize("mean", [0.8, 0.7, 0.5, 0.35])
-def test_allocation_is_as_cheap_as_the_best_of_a_grid(mean: float) -> None:
-    curves = {"a": curve(1.0, 3), "b": curve(0.6, 2), "c": curve(2.0, 4)}
-    found = allocate(curves, WEIGHTS, mean)
-    total = sum(WEIGHTS.values())
-    assert sum(WEIGHTS[key] * found[key] for key in WEIGHTS) / total == pytest.approx(mean, abs=1e-12)
-    assert all(GRID[-1] <= density <= 1 for density in found.values())
-
-    def lost(densities: Mapping[str, float]) -> float:
-        return sum(value(curves[key], densities[key]) for key in curves)
-
-    best = math.inf
-    for a, c in itertools.product(np.arange(0.1, 1.001, 0.02), repeat=2):
-        b = (mean * total - WEIGHTS["a"] * a - WEIGHTS["c"] * c) / WEIGHTS["b"]
-        if GRID[-1] <= b <= 1:
-            best = min(best, lost({"a": a, "b": b, "c": c}))
-    assert lost(found) <= best + 1e-9
-    assert lost(found) >= best - 0.02 * best - 1e-3, "the grid is fine enough to come close"
-    assert lost(found) < lost(dict.fromkeys(curves, mean)) - 1e-3, "the same density everywhere must be worse"
-
-
-@pytest.mark.parametrize("mean", [0.0, 0.02, 0.1, 0.99, 1.0])
-def test_the_mean_is_met_exactly_down_to_nothing(mean: float) -> None:
-    curves = {
-        "a": [0.5, 0.1, 0.4, 0.4, 0.3, 2.0, 1.0],
-        "b": [0.0] * 7,
-        "c": curve(1.0, 2),
-    }  # measured curves have noise
-    found = allocate(curves, WEIGHTS, mean)
-    assert sum(WEIGHTS[key] * found[key] for key in WEIGHTS) / sum(WEIGHTS.values()) == pytest.approx(mean, abs=1e-12)
-    assert all(0 <= density <= 1 for density in found.values())
-    if mean == 0.99:
-        assert found["b"] < 1 and found["a"] == found["c"] == 1, "what costs nothing goes first"
-
-
-def test_hull_equals_a_naive_one() -> None:
-    random = np.random.default_rng(0)
-    for _ in range(60):
-        values = random.uniform(0, 1, len(GRID)).tolist()
-        pieces = search._hull(values)
-        rates = [rate for *_, rate in pieces]
-        assert rates == sorted(rates) and pieces[0][0] == 1.0 and pieces[-1][1] == 0.0
-        assert all(one[1] == other[0] for one, other in itertools.pairwise(pieces))
-        height, corners = 0.0, {1.0: 0.0}
-        for start, stop, rate in pieces:
-            height += rate * (start - stop)
-            corners[stop] = height
-        assert corners[0.0] >= values[-1]
-        points = [(1.0, 0.0), *zip(GRID, values, strict=True), (0.0, corners[0.0])]
-        for x, y in points:
-            chords = [
-                a[1] + (b[1] - a[1]) * (a[0] - x) / (a[0] - b[0])
-                for a, b in itertools.combinations(points, 2)
-                if a[0] >= x >= b[0]
-            ]
-            lowest = min([y, *chords])
-            hull = float(np.interp(x, sorted(corners), [corners[at] for at in sorted(corners)]))
-            assert hull == pytest.approx(lowest, abs=1e-9)
 
 
 class Known:
@@ -261,61 +184,6 @@ def test_the_model_is_dense_after_a_loss(model: Any) -> None:
     before = model(input_ids=tokens).logits
     assert Judge(model, ARCH, "silu", batches()).loss(plan_of(0.3)).kl > 0.01
     assert torch.equal(model(input_ids=tokens).logits, before)
-
-
-@torch.no_grad()
-def test_sensitivities_equal_brute_force(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every key alone, whatever the others' entries are at density 1; on the windows that are eight or one group."""
-    monkeypatch.setattr(quality, "GROUP_TOKENS", 160)
-    keys = ("layers.0.ffn", "layers.1.ffn", "layers.1")
-
-    def make(densities: Mapping[str, float]) -> Plan:
-        taus = [0.2 * (1.01 - densities[f"layers.{k}.ffn"]) for k in range(2)]
-        plan: Plan = {Site(k): SitePlan(gate=Threshold("gate", uniform_tau(taus[k], N), 0.5)) for k in range(2)}
-        plan[Site(1, kind="linear:q_proj")] = SitePlan(
-            gate=Threshold("input", uniform_tau(1.01 - densities["layers.1"], D), 0.5)
-        )
-        return plan
-
-    windows = batches()
-    windows = Batches(windows.tokens[windows.mask.all(1)], windows.mask[windows.mask.all(1)])
-    found = sensitivities(Judge(model, ARCH, "silu", windows), make, keys)
-    full = windows.tokens[:8]
-    for key, site in zip(keys, (Site(0), Site(1), Site(1, kind="linear:q_proj")), strict=True):
-        for density, kl in list(zip(GRID, found[key], strict=True))[::3]:
-            alone = {site: make({"layers.0.ffn": 1.0, "layers.1.ffn": 1.0, "layers.1": 1.0} | {key: density})[site]}
-            apply_plan(model, alone, ARCH, "silu")
-            q = model(input_ids=full).logits[:, :-1].log_softmax(-1)
-            with dense(model):
-                p = model(input_ids=full).logits[:, :-1].log_softmax(-1)
-            remove_plan(model)
-            assert kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-5)
-        assert found[key][0] < found[key][-1]
-
-
-def test_a_key_governs_its_own_sites_only() -> None:
-    sites = [Site(layer, kind=kind) for layer in range(12) for kind in ("ffn", "linear:q_proj", "linear:o_proj")]
-    assert [site.key for site in sites if governs("layers.1", site)] == [
-        "layers.1.linear.q_proj",
-        "layers.1.linear.o_proj",
-    ]
-    assert [site.key for site in sites if governs("layers.1.ffn", site)] == ["layers.1.ffn"]
-    seen: dict[tuple[int, ...], int] = {}
-
-    class Watching(Known):
-        groups = ([torch.zeros(4)] * 8,)
-
-        def loss(self, plan: Any, every: int = 1, most: int | None = None, budget: Budget | None = None) -> Loss:
-            layers = tuple(sorted(site.layer for site in plan))
-            seen[layers] = seen.get(layers, 0) + 1
-            return Loss(0.0, 0.0, {})
-
-    keys = [f"layers.{layer}" for layer in range(12)]
-    linears: Plan = {
-        site: SitePlan(gate=Threshold("input", uniform_tau(0.1, D), 0.5)) for site in sites if site.kind != "ffn"
-    }
-    sensitivities(cast(Judge, Watching(lambda level: 0.0)), lambda densities: linears, keys)
-    assert seen == {(layer, layer): len(GRID) for layer in range(12)}
 
 
 def test_a_budget_is_decided_on_as_few_windows_as_are_sure(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

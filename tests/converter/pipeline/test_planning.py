@@ -128,13 +128,17 @@ def test_parts_take_the_fields_that_they_know_and_the_seed() -> None:
         lambda: method_configs(recipe("chess+wina", linears=["up_proj", "q_proj", "down_proj"]))
     )
     assert method_configs(recipe("teal")) == {"teal": {"teal": TealConfig()}}, "alone it takes all"
+    searched = method_configs(recipe("teal", {"max_kl": 0.1}))["teal"]["teal"]
+    assert searched == TealConfig(allocation="greedy"), "a budget is met with shares of their own"
+    said = method_configs(recipe("teal", {"max_kl": 0.1}, allocation="uniform"))["teal"]["teal"]
+    assert said == TealConfig(allocation="uniform")
     predictor = method_configs(recipe("predictor", rank=7))["predictor"]["predictor"]
     assert isinstance(predictor, PredictorConfig) and predictor.seed == 3 and predictor.rank == 7
     assert list(method_configs(recipe("auto", sparsity=0.3))) == list(NEURON_METHODS)
     assert list(method_configs(recipe("auto", {"max_kl": 0.1}))) == [*NEURON_METHODS, *LINEAR_METHODS, "chess+teal"]
     assert "got unheard. Mend" in refused(lambda: method_configs(recipe("auto", unheard=1)))
     assert "gate.sparsity must be valid, got 1.5" in refused(lambda: method_configs(recipe("gate", sparsity=1.5)))
-    assert "of gate must hold only densities, sparsity, version, got rank." in refused(
+    assert "of gate must hold only allocation, densities, sparsity, version, got rank." in refused(
         lambda: method_configs(recipe("gate", rank=3))
     )
 

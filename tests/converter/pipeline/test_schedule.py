@@ -4,7 +4,7 @@ that is broken off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.checkpoint.stage import RECORD, write_json
 from sparsegate.converter.methods import AUTO
 from sparsegate.converter.modeling.gated import load_dense
-from sparsegate.converter.pipeline import candidates, schedule
+from sparsegate.converter.pipeline import candidates, schedule, shares
 from sparsegate.converter.pipeline import texts as texts_module
+from sparsegate.converter.pipeline.allocation import allocate, evolve
 from sparsegate.converter.pipeline.configs import method_configs, training_windows
 from sparsegate.converter.pipeline.conversion import Conversion
 from sparsegate.converter.pipeline.convert import convert
+from sparsegate.converter.pipeline.families import Family
 from sparsegate.converter.pipeline.recipe import read_recipe
 from sparsegate.converter.pipeline.schedule import once
 from sparsegate.converter.pipeline.search import Judge
@@ -213,22 +215,40 @@ def test_a_searched_conversion_is_verified(source: Source, tmp_path: Path) -> No
     assert sum(row.tokens for row in long.positions) == long.windows * (long.length - 1)
 
 
-def test_a_layers_linears_weigh_what_they_gate(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The key of a layer's linears leaves out its gated network: weights are shares of the blocks' linears."""
+def test_sites_weigh_what_they_gate(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network gated by thresholds weighs two of its three matrices, a linear its own; `greedy` shares the bytes of
+    both parts.
+    """
     seen: list[dict[str, float]] = []
-    monkeypatch.setattr(schedule, "sensitivities", lambda judge, make, keys: {key: [0.0] * 7 for key in keys})
     monkeypatch.setattr(
-        schedule, "allocate", lambda curves, weights, mean: seen.append(dict(weights)) or dict.fromkeys(curves, mean)
+        shares,
+        "allocate",
+        lambda curves, weights, mean: seen.append(dict(weights)) or allocate(curves, weights, mean),
     )
-    monkeypatch.setattr(schedule, "sparsest", lambda make, *_: make(0.5) and None)
-    with pytest.raises(InputError, match="none of chess"):
-        run(source, tmp_path, stages=stages("chess+teal", greedy=False), budget={"max_kl": 0.3})
-    attention, network = 2 * D * D + 2 * D * D // 2, 3 * D * N
-    whole = 2 * (attention + network)
-    expected = {f"layers.{k}.ffn": 2 / 3 * network / whole for k in range(2)} | {
-        f"layers.{k}": attention / whole for k in range(2)
-    }
+    plans, _ = run(source, tmp_path, stages=stages("chess+teal", sparsity=0.4, allocation="greedy"))
+    sizes = {"q": D * D, "k": D * D // 2, "v": D * D // 2, "o": D * D}
+    expected = {f"layers.{k}.ffn": 2 * D * N for k in range(2)}
+    expected |= {f"layers.{k}.linear.{x}_proj": size for k in range(2) for x, size in sizes.items()}
     assert seen[0] == pytest.approx(expected)
+    densities = {site.key: gate.density for site, gate in gates(plans["chess+teal"]).items()}
+    kept = sum(expected[key] * densities[key] for key in expected) / sum(expected.values())
+    assert kept == pytest.approx(0.6, abs=0.02)
+    assert max(densities.values()) - min(densities.values()) > 0.05, "sites differ"
+
+
+def test_evolution_starts_from_greedy_shares(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[Mapping[str, float]] = []
+
+    def once_evolved(family: Family, start: Mapping[str, float], loss: Any, seed: int) -> dict[str, float]:
+        starts.append(dict(start))
+        assert seed == 3 and loss(start) > 0
+        return evolve(family, start, loss, seed, evaluations=6)
+
+    monkeypatch.setattr(shares, "evolve", once_evolved)
+    greedy, _ = run(source, tmp_path / "a", stages=stages("gate", sparsity=0.4, allocation="greedy"))
+    evolved, _ = run(source, tmp_path / "b", stages=stages("gate", sparsity=0.4, allocation="evolution"))
+    of = [{site.key: gate.density for site, gate in gates(plans["gate"]).items()} for plans in (greedy, evolved)]
+    assert of[0] == pytest.approx(starts[0], abs=0.01) and sum(of[1].values()) == pytest.approx(1.2, abs=0.02)
 
 
 # Predictors from files
