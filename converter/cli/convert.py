@@ -59,8 +59,8 @@ def convert(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="UTF-8 text, .jsonl or .parquet; its last fifth is held out. Or self: text that the model writes. "
-            "Default: Python source."
+            help="UTF-8 text, .jsonl or .parquet; its last fifth is held out. Or self: text that the model writes, or "
+            "chat: conversations that it writes in its chat template. Default: Python source."
         ),
     ] = None,
     precision: Annotated[

@@ -36,7 +36,7 @@ from .graphs import Graphs, make_graphs, room
 from .opening import occupied, open_model
 from .order import Opened, Order, Result
 from .push import check_push
-from .recipe import Flags, Recipe, compile_recipe, training_stages
+from .recipe import CHAT, Flags, Recipe, compile_recipe, training_stages
 from .record import build_report
 from .references import measure_references
 from .schedule import keep_plan, once
@@ -220,7 +220,7 @@ def _texts(source: Source, recipe: Recipe, training: int, work: Path) -> Texts:
     training stage, where it did and where none is searched on, which must be text that nothing was trained on.
     """
     first = next((stage.tune for stage in training_stages(recipe)), None)
-    if first is None or first.data.mixture or recipe.searches:
+    if first is None or first.data.mixture or recipe.searches or recipe.calibration.generated == CHAT:
         return make_texts(source, recipe, training, work)
     return make_texts(
         source, recipe, training, stage_folder(work / RECOVERING, 0), first.data.temperature, streams=True

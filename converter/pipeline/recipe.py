@@ -20,6 +20,8 @@ from ..training.settings import Stage
 
 SELF = "self"
 """The value of --calibration that means text sampled from the model itself."""
+CHAT: Literal["chat"] = "chat"
+"""The value of --calibration that means conversations that the model writes itself, in its chat template."""
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 LARGEST, MOST, DEEPEST = 1 << 20, 10_000, 40
@@ -49,11 +51,11 @@ def parse_duration(text: str) -> float:
 
 class Calibration(Strict):
     """Where the tokens come from: a text file (None: the bundled one), or, when `generated`, text that the dense model
-    writes itself; `windows` of `length` tokens.
+    writes itself, as `chat` conversations in its chat template; `windows` of `length` tokens.
     """
 
     file: str | None = None
-    generated: bool = False
+    generated: bool | Literal["chat"] = False
     windows: int = Field(default=128, ge=2, le=MOST_WINDOWS)
     length: int = Field(default=256, ge=16, le=LONGEST)
 
@@ -231,15 +233,21 @@ def compile_recipe(flags: Flags) -> Recipe:
         )
     values = {
         "model": str(model) if model else BUNDLED_MODEL,
-        "calibration": {"generated": True}
-        if str(flags.calibration) == SELF
-        else {"file": str(flags.calibration) if flags.calibration else None},
+        "calibration": _calibration(flags.calibration),
         "seed": flags.seed or 0,
         "stages": [{"method": method or "auto", "config": config}],
         "budget": budget,
         "export": _export(flags.precision, flags.target),
     }
     return make_recipe(values, "convert")
+
+
+def _calibration(calibration: str | Path | None) -> dict[str, Any]:
+    """The calibration part that the flag means."""
+    generated = {SELF: True, CHAT: CHAT}.get(str(calibration))
+    if generated is not None:
+        return {"generated": generated}
+    return {"file": str(calibration) if calibration else None}
 
 
 def named_recipe(recipe: str | Path) -> Path:

@@ -16,10 +16,11 @@ from ..bundled import CALIBRATION_TEXT, HELDOUT_TEXT
 from ..checkpoint.source import Source
 from ..checkpoint.stage import hash_file, hash_json
 from ..evaluation.quality import ERROR
+from ..text.chat import ChatForm
 from ..text.documents import JSON_LINES, Conversation, read_whole
-from ..text.generated import generated
+from ..text.generated import chatted, generated
 from ..text.windows import Batches, make_batches, make_long_batches, read_text
-from .recipe import Recipe
+from .recipe import CHAT, Recipe
 
 log = logging.getLogger("sparsegate")
 HELDOUT_WINDOWS = 256
@@ -72,7 +73,7 @@ def make_texts(
 ) -> Texts:
     """The windows that a recipe means: of the bundled texts, of a user's file, whose last fifth is held out, or of text
     that the model writes itself, which is stored below `work` and sampled at `temperature`, in texts that begin
-    anywhere where `streams`. `training` is the most windows to train on.
+    anywhere where `streams`; conversations know neither. `training` is the most windows to train on.
 
     Raises InputError for a text that is too short.
     """
@@ -84,12 +85,14 @@ def make_texts(
     text, search_long = _search_long(source, recipe, text) if long and recipe.searches else (text, None)
     if calibration.generated:
         wanted = max(calibration.windows, training) + (SEARCH_WINDOWS if recipe.searches else 0)
+        form = chat_form(source.tokenizer()) if calibration.generated == CHAT else None
         heldout = make_heldout(source, recipe)  # which may be too short, before anything is sampled
-        every, name, share = (
-            generated(source, wanted, length, recipe.seed, work, temperature, streams),
-            "text sampled from the dense model",
-            1.0,
-        )
+        if form is None:
+            every = generated(source, wanted, length, recipe.seed, work, temperature, streams)
+        else:
+            every = chatted(source, form, wanted, length, recipe.seed, work)
+        name = "text sampled from the dense model" if form is None else "conversations sampled from the dense model"
+        share = 1.0
     else:
         every, heldout = (
             make_batches(source.tokenizer(), text, _EVERY, length, recipe.seed),
@@ -206,18 +209,41 @@ def _split(recipe: Recipe, source: Source | None = None) -> tuple[str, str, str]
     return whole[:cut], whole[cut:], said
 
 
+def chat_form(tokenizer: Any) -> ChatForm:
+    """What a tokenizer's chat template writes around what is said. Raises InputError where it has none, fails, or does
+    not write what is said as it is.
+    """
+    user, answer, again = (f"sparsegate{word}turn" for word in ("first", "second", "third"))
+    said = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    rendered = _rendered(tokenizer, [said[:1], [*said, {"role": "user", "content": again}]], ask=True)
+    first, (_, _, rest), second = rendered[0].split(user), rendered[1].partition(answer), rendered[1].count(answer)
+    following = rest.partition(again)[0]
+    if len(first) != 2 or second != 1 or rest.count(again) != 1 or not (first[1] and following):
+        raise InputError(
+            "The chat template must write what a user and the model say as it is, and something between, got one that "
+            "does not. Give a text, or --calibration self."
+        )
+    return ChatForm(opening=first[0], answer=first[1], following=following)
+
+
 def write_out(tokenizer: Any, conversations: list[Conversation]) -> list[str]:
     """Conversations as texts in a tokenizer's chat template. Raises InputError where it has none or the
     template fails.
     """
-    if not conversations:
-        return []
+    return _rendered(tokenizer, conversations, ask=False) if conversations else []
+
+
+def _rendered(tokenizer: Any, conversations: list[Conversation], ask: bool) -> list[str]:
+    """Conversations in the chat template, with the begin of the next answer where `ask`."""
     template = getattr(tokenizer, "chat_template", None)
     if not isinstance(template, str):
-        raise InputError(
-            "Messages must be of a model with a chat template, got none. Give calibration text in the field text."
+        what, remedy = (
+            ("--calibration chat", "Give a text, or --calibration self")
+            if ask
+            else ("Messages", "Give calibration text in the field text")
         )
-    shared = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": False}
+        raise InputError(f"{what} must be of a model with a chat template, got none. {remedy}.")
+    shared = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": ask}
     return render_all(template, shared, conversations)
 
 

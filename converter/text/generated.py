@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from ..checkpoint.stage import (
 from ..modeling.distributed import world
 from ..modeling.gated import load_dense
 from ..modeling.processes import run_in_processes
+from .chat import ChatForm, chat_windows
 from .sampling import sampled_groups, self_generated, self_generated_streams, stream_groups
 from .windows import Batches
 
@@ -58,18 +61,42 @@ def generated(
     )
     if work is None:
         return _write(source, length, windows, seed, temperature, streams)
-    if not _covers(read_header(work / GENERATED), header) or not is_intact(work / GENERATED):
-        groups = work / f"{GENERATED}.{hash_json(header.model_dump(mode='json'))[:16]}"
-        began, before = time.monotonic(), 0.0
+    groups = work / f"{GENERATED}.{hash_json(header.model_dump(mode='json'))[:16]}"
+
+    def write() -> tuple[Batches, float]:
         if streams and (processes > 1 or groups.is_dir()):
-            batches, before = _sampled_by(processes, source, windows, length, seed, temperature, groups)
-        else:
-            batches = _write(source, length, windows, seed, temperature, streams)
+            return _sampled_by(processes, source, windows, length, seed, temperature, groups)
+        return _write(source, length, windows, seed, temperature, streams), 0.0
+
+    batches = _stored(work, header, windows, write)
+    shutil.rmtree(groups, ignore_errors=True)
+    return batches
+
+
+def chatted(source: Source, form: ChatForm, windows: int, length: int, seed: int, work: Path | None) -> Batches:
+    """Windows [N, S] of conversations that the model writes itself in the form of its chat template, kept as those of
+    `generated`.
+    """
+
+    def write() -> tuple[Batches, float]:
+        return chat_windows(load_dense(source.folder), source.tokenizer(), form, windows, length, seed), 0.0
+
+    config = {"length": length, "chat": asdict(form), "windows": windows}
+    header = Header(format="generated", parents={"model": source.fingerprint}, config=config, seed=seed)
+    return write()[0] if work is None else _stored(work, header, windows, write)
+
+
+def _stored(work: Path, header: Header, windows: int, write: Callable[[], tuple[Batches, float]]) -> Batches:
+    """The first `windows` of the stage below `work`, which `write` makes where it is not there, with the seconds that
+    an interrupted run spent on it before.
+    """
+    if not _covers(read_header(work / GENERATED), header) or not is_intact(work / GENERATED):
+        began = time.monotonic()
+        batches, before = write()
         with atomic_folder(work / GENERATED) as partial:
             write_tensors(partial / _TOKENS, {"tokens": batches.tokens})
             write_json(partial / SECONDS, {"seconds": before + time.monotonic() - began})
             write_header(partial, header)
-        shutil.rmtree(groups, ignore_errors=True)
     tokens = load_file(work / GENERATED / _TOKENS)["tokens"][:windows]
     return Batches(tokens, torch.ones_like(tokens, dtype=torch.bool))
 

@@ -31,9 +31,9 @@ def self_generated(
     Raises InputError when `length` exceeds the model's positions, `temperature` is not positive or the logits are not
     finite.
     """
-    sampler = _Sampler(model, tokenizer, length, seed, temperature)
+    sampler = Sampler(model, tokenizer, length, seed, temperature)
     tokens = torch.empty((windows, length), dtype=torch.int64)
-    at_once = _sampled_together(model, length)
+    at_once = sampled_together(model, length)
     for group in track(tokens.split(at_once), unit="batch"):  # views of `tokens`
         group[:, :1] = sampler.begin(len(group))
         group[:, 1:] = sampler.extend(group[:, :1], length - 1)
@@ -65,14 +65,14 @@ def sampled_groups(
     """
     at_once = stream_groups(model, windows, length)[1]
     for group in track(groups, unit="batch"):
-        sampler = _Sampler(model, tokenizer, length, seed * 1_000_003 + group, temperature)
+        sampler = Sampler(model, tokenizer, length, seed * 1_000_003 + group, temperature)
         first = group * at_once * STREAM
         yield group, _streams(sampler, min(at_once * STREAM, windows - first), length)
 
 
 def stream_groups(model: Any, windows: int, length: int) -> tuple[int, int]:
     """How many groups of texts give `windows` windows, and the texts of a group, the last of which may be smaller."""
-    at_once = _sampled_together(model, length + max(0, _context(model, length)))
+    at_once = sampled_together(model, length + max(0, _context(model, length)))
     return -(-windows // (at_once * STREAM)), at_once
 
 
@@ -82,7 +82,7 @@ def _context(model: Any, length: int) -> int:
     return min(length // 2, length if positions is None else positions - length)
 
 
-def _streams(sampler: _Sampler, windows: int, length: int) -> Tensor:
+def _streams(sampler: Sampler, windows: int, length: int) -> Tensor:
     """`windows` windows [N, S] of texts that are sampled together."""
     context, streams = _context(sampler.model, length), -(-windows // STREAM)
     tokens = torch.empty((streams, STREAM * length), dtype=torch.int64)
@@ -98,8 +98,8 @@ def _streams(sampler: _Sampler, windows: int, length: int) -> Tensor:
     return tokens.view(streams * STREAM, length)[:windows].clone()
 
 
-class _Sampler:
-    """Draws tokens from a model's distribution; raises InputError as `self_generated` says."""
+class Sampler:
+    """Draws tokens of `known` ids [K] from a model's distribution; raises InputError as `self_generated` says."""
 
     def __init__(self, model: Any, tokenizer: Any, length: int, seed: int, temperature: float) -> None:
         self.positions = getattr(model.config, "max_position_embeddings", None)
@@ -134,18 +134,23 @@ class _Sampler:
         for at in track(range(count), unit="token"):
             output = self.model(input_ids=ids.to(self.model.device), past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            chances = (output.logits[:, -1].float().cpu()[:, self.known] / self.temperature).softmax(-1)
-            if not bool(chances.isfinite().all()):
-                raise InputError(
-                    "The model's logits must be finite, got others while text was sampled. Fetch the weights again, or "
-                    "give a text."
-                )
-            tokens[:, at] = self.known[torch.multinomial(chances, 1, generator=self.generator)[:, 0]]
+            tokens[:, at] = self.draw(output.logits[:, -1])
             ids = tokens[:, at : at + 1]
         return tokens
 
+    def draw(self, logits: Tensor, drawable: Tensor | None = None) -> Tensor:
+        """A token [B] of each row of logits [B, V]; `drawable` [B, K] says which of the known ones may be drawn."""
+        scores = logits.float().cpu()[:, self.known] / self.temperature
+        chances = (scores if drawable is None else scores.masked_fill(~drawable, -torch.inf)).softmax(-1)
+        if not bool(chances.isfinite().all()):
+            raise InputError(
+                "The model's logits must be finite, got others while text was sampled. Fetch the weights again, or "
+                "give a text."
+            )
+        return self.known[torch.multinomial(chances, 1, generator=self.generator)[:, 0]]
 
-def _sampled_together(model: Any, length: int) -> int:
+
+def sampled_together(model: Any, length: int) -> int:
     """Windows whose key-value cache fits into _CACHE, within _BATCH_WINDOWS.
 
     The fewest where the configuration does not tell.

@@ -5,6 +5,7 @@ itself.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sparsegate.converter.pipeline.recipe import Budget, Recipe, make_recipe
 from sparsegate.converter.pipeline.texts import (
     SEARCH_SHARE,
     SEARCH_WINDOWS,
+    chat_form,
     heldout_name,
     make_heldout,
     make_texts,
@@ -25,6 +27,7 @@ from sparsegate.converter.pipeline.texts import (
     texts_hash,
 )
 from sparsegate.converter.text import generated as generated_module
+from sparsegate.converter.text.chat import ChatForm
 from sparsegate.converter.text.windows import Batches, read_text
 from sparsegate.runtime_onnx.errors import InputError
 
@@ -166,6 +169,55 @@ def test_generated_text_is_stored_and_reused(
     ):
         assert make_texts(source, changed, 10, tmp_path / "work").training.sha256 != first.training.sha256
     assert len(sampled) == 4
+
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+
+
+def with_template(folder: Path, source: Source, template: str | None) -> Source:
+    shutil.copytree(source.folder, folder, ignore=shutil.ignore_patterns("chat_template*"))
+    tokenizer = source.tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return open_source(folder)
+
+
+def test_conversations_that_the_model_writes_are_stored_and_reused(
+    source: Source, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of text that it writes; held-out text stays what it is."""
+    chat = with_template(tmp_path / "chat", source, CHAT)
+    calls, plain = [], generated_module.chat_windows
+    monkeypatch.setattr(generated_module, "chat_windows", lambda *rest: calls.append(rest[2:5]) or plain(*rest))
+    wanted = recipe(text, windows=3, length=40, generated="chat")
+    form = ChatForm(opening="<user>", answer="\n<a>", following="\n<user>")
+    assert chat_form(chat.tokenizer()) == form
+    first = make_texts(chat, wanted, work=tmp_path / "work")
+    again = make_texts(chat, wanted, work=tmp_path / "work")
+    assert calls == [(form, 3, 40)] and first.name == "conversations sampled from the dense model"
+    assert first.calibration.sha256 == again.calibration.sha256
+    assert first.heldout.sha256 == make_texts(chat, recipe(text, windows=3, length=40)).heldout.sha256
+    for row in first.calibration.tokens:
+        said = chat.tokenizer().decode(row)
+        assert said.startswith("<user>") and "\n<a>" in said
+    plain_text = make_texts(chat, recipe(text, windows=3, length=40, generated=True), work=tmp_path / "work")
+    assert plain_text.calibration.sha256 != first.calibration.sha256, "text of the other kind is no conversation"
+
+
+@pytest.mark.parametrize(
+    ("template", "line"),
+    [
+        (None, r"^--calibration chat must be of a model with a chat template, got none\. Give a text, or"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "^The chat template must write what a user and"),
+        ("{{ raise_exception('no') }}", "^The chat template must render the conversation, got: no"),
+    ],
+)
+def test_a_model_that_cannot_chat_is_one_line(
+    template: str | None, line: str, source: Source, text: Path, tmp_path: Path
+) -> None:
+    model = with_template(tmp_path / "chat", source, template)
+    with pytest.raises(InputError, match=line):
+        make_texts(model, recipe(text, windows=3, length=40, generated="chat"))
 
 
 def test_generated_text_has_windows_to_search_on(source: Source, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
