@@ -95,6 +95,20 @@ class Attention(BaseModel):
     onnx: dict[str, str]
 
 
+class Stream(BaseModel):
+    """The residual stream of an architecture where an orthogonal map of it can be absorbed by the weights: RMS norms
+    stand right before the maps that read it, and what is added to it comes from o and down, at most scaled.
+
+    `attn_norm` and `ffn_norm` name the norms below a block, `final_norm` that before the head.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    attn_norm: str
+    ffn_norm: str
+    final_norm: str
+
+
 class Arch(BaseModel):
     """One architecture; templates hold `{layer}`."""
 
@@ -107,6 +121,7 @@ class Arch(BaseModel):
     ffn: Ffn
     attn: Attention
     weights: tuple[Weight, ...]
+    stream: Stream | None = None
 
     @field_validator("spaces")
     @classmethod

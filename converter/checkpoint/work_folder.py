@@ -23,6 +23,7 @@ ENTRIES = {
     "generated": "text that the model wrote",
     "mixture": "text of several parts",
     "recovery": "the training stages of a conversion",
+    "rotated": "the model with a rotated residual stream",
     "stage_<k>": "a training stage of tune",
     "stats": "statistics by site",
     "stats_labels": "statistics of scores that need gradients",

@@ -17,18 +17,21 @@ from torch import Tensor
 from ...runtime_onnx.errors import InputError
 from ...runtime_onnx.untrusted import read_json, regular
 from .plan import Plan, on_swaps
-from .source import COPIED, INDEX, SINGLE, Source, drop_code
+from .source import COPIED, HEAD, INDEX, SINGLE, Source, drop_code
 from .sparsity import write_sparsity
 from .stage import write_json, write_tensors
 
 
-def write_checkpoint(source: Source, plan: Plan, out: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+def write_checkpoint(
+    source: Source, plan: Plan, out: Path, weights: Mapping[str, Tensor] | None = None, untied: bool = False
+) -> None:
     """Fill the folder `out` with a transformers checkpoint that holds the plan; no remote code and no pickle is carried
     over.
 
     1. `weights` replace the source's by name, in their own dtype.
     2. What the source's files lack is left out where it is tied to something that they hold.
     3. A source with swapped activations keeps them: `plan` is put on top.
+    4. `untied` writes a tied source's head too, which `weights` must hold, beside the embedding.
 
     Raises InputError where `plan` gives one of those sites another activation without new weights, and for weights of
     another model.
@@ -50,16 +53,15 @@ def write_checkpoint(source: Source, plan: Plan, out: Path, weights: Mapping[str
         replaced = {
             name: tensor
             for name, tensor in (weights or {}).items()
-            if name in source.tensors and source.tensors[name].file == path
+            if _file_of(source, name, untied) == path
         }
         if not replaced:
             shutil.copyfile(path, out / path.name)
             continue
         with safe_open(path, framework="pt") as file:
             names, metadata = list(file.keys()), file.metadata()
-            held = {
-                name: replaced[name].detach().cpu() if name in replaced else file.get_tensor(name) for name in names
-            }
+            held = {name: file.get_tensor(name) for name in names if name not in replaced}
+        held |= {name: tensor.detach().cpu() for name, tensor in replaced.items()}
         write_tensors(
             out / path.name,
             {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in held.items()},
@@ -67,8 +69,28 @@ def write_checkpoint(source: Source, plan: Plan, out: Path, weights: Mapping[str
         )
     if [path.name for path in files] != [SINGLE]:
         shutil.copyfile(regular(source.folder / INDEX), out / INDEX)
+    if untied:
+        _untie(source, out)
     _name_dtype(out, weights or {})
     write_sparsity(out, plan, activation)
+
+
+def _file_of(source: Source, name: str, untied: bool) -> Path | None:
+    """The file of a weight, the embedding's for a head that is stored apart from now on; None for what is not stored."""
+    if name == HEAD and untied and HEAD not in source.tensors:
+        name = source.arch.embedding
+    return source.tensors[name].file if name in source.tensors else None
+
+
+def _untie(source: Source, out: Path) -> None:
+    """Say in a written folder that its head is stored apart."""
+    raw = read_json(out / "config.json", "config.json")
+    write_json(out / "config.json", raw | {"tie_word_embeddings": False})
+    if (out / INDEX).is_file():
+        index = read_json(out / INDEX, INDEX)
+        file = _file_of(source, HEAD, True)
+        assert file is not None
+        write_json(out / INDEX, index | {"weight_map": {**index["weight_map"], HEAD: file.name}})
 
 
 def _check_weights(source: Source, weights: Mapping[str, Tensor]) -> None:

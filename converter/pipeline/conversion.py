@@ -39,12 +39,12 @@ class Conversion:
     """What every step of a conversion reads.
 
     Attributes:
-        source: The model that plans are made for: the one that was named, or what training stages made of it.
+        source: The model that plans are made for: the one that was named, or what training stages and a rotation made of it.
         texts: Token windows.
         recipe: What was asked for.
         work: The folder of the stages.
         device: Where torch calibrates and trains.
-        recovered_from: The dense model that training stages made `source` of; None where there were none.
+        recovered_from: The dense model that training stages or a rotation made `source` of; None where there were none.
         models: What several steps hold in memory.
     """
 

@@ -39,6 +39,7 @@ from .push import check_push
 from .recipe import CHAT, Flags, Recipe, compile_recipe, training_stages
 from .record import build_report
 from .references import measure_references
+from .rotate import rotated
 from .schedule import keep_plan, once
 from .texts import Texts, heldout_name, make_heldout, make_texts
 from .time_budget import within
@@ -46,6 +47,8 @@ from .time_budget import within
 log = logging.getLogger("sparsegate")
 RECOVERING = "recovery"
 """The training stage's own work folder below OUT.work."""
+ROTATED = "rotated"
+"""The rotated model's folder below OUT.work."""
 
 
 def convert(
@@ -163,13 +166,16 @@ def _inputs(compiled: Recipe, recipe: str | Path | None) -> list[tuple[str, Path
 
 
 def _begun(order: Order, opened: Opened, work: Path, recovered: Tuned | None) -> Conversion:
-    """The conversion of the opened model, or of what its training stages made of it, with its texts."""
+    """The conversion of the opened model, or of what its training stages and its rotation made of it, with its texts."""
     source, recipe = opened.source, opened.recipe
     with stage("text"):
         texts = _texts(source, recipe, training_windows(opened.configs), work)
-    if recovered is None:
-        return Conversion(source, texts, recipe, work, order.device)
-    return Conversion(recovered.source, texts, recipe, work, order.device, recovered_from=source)
+    planned = source if recovered is None else recovered.source
+    if recipe.rotate:
+        planned = rotated(planned, texts.calibration, work / ROTATED, order.device)
+    return Conversion(
+        planned, texts, recipe, work, order.device, recovered_from=None if planned is source else source
+    )
 
 
 def _plans(conversion: Conversion, configs: Configs, graphs: Graphs, recovered: Tuned | None) -> dict[str, Plan]:

@@ -87,6 +87,7 @@ def estimate_shapes(
     disk += (
         whole // 2 if recipe.export.target == "cuda" else sizes["int8"]
     )  # the graph in fp16; a dense reference, until it is measured
+    disk += whole if recipe.rotate else 0
     batch = 2048 * (hidden * 4 + units * 5) * _FP32
     form = PRECISIONS[recipe.export.precision]
     costs = {
@@ -95,6 +96,8 @@ def estimate_shapes(
         if parts and not set(DECIDES) & set(parts)
     }
     calibrate = _RUNTIME + 2 * block * _FP32 + 2 * windows * hidden * _FP32 + batch
+    if recipe.rotate:  # the model in fp32, its rotated weights, and of one of them fp64
+        calibrate = max(calibrate, _RUNTIME + 2 * whole + 4 * prod(shapes[arch.embedding]) * _FP32)
     return Estimate(
         parameters=parameters,
         ffn_share=sum(prod(shapes[name]) for name in ffn) / parameters,

@@ -14,6 +14,9 @@ from .configs import Configs
 from .recipe import Recipe, training_stages
 from .texts import texts_hash
 
+_ABSENT = (("time_budget", None), ("rotate", False))
+"""Fields of a recipe that change nothing where they are not said, by their values then."""
+
 
 def conversion_fingerprint(source: str, recipe: Recipe, configs: Configs) -> str:
     """Of everything that decides the result: the model's files, the recipe, and the texts and predictors that it names
@@ -28,7 +31,7 @@ def conversion_fingerprint(source: str, recipe: Recipe, configs: Configs) -> str
     mixtures = [files_hash(stage.tune.data) for stage in training_stages(recipe) if stage.tune is not None]
     texts = {"texts": texts_hash(recipe)} | ({"mixtures": mixtures} if any(mixtures) else {})
     fields = recipe.model_dump(mode="json", exclude={"stages": {"__all__": {"tune": {"processes"}}}})
-    fields = {name: value for name, value in fields.items() if (name, value) != ("time_budget", None)}
+    fields = {name: value for name, value in fields.items() if (name, value) not in _ABSENT}
     fields["stages"] = [
         {name: value for name, value in stage.items() if (name, value) != ("steps", {})} for stage in fields["stages"]
     ]

@@ -20,6 +20,7 @@ from ..checkpoint.work_folder import remove_leftover, work_of
 from ..evaluation.records import RESULTS, Report
 from ..evaluation.recovery_record import RECOVERY, RecoveryRecord
 from ..modeling.empty import unused_tensors
+from ..modeling.rotation import stream_of
 from ..sources.hub import Remote, check_disk, is_hub_id, remote_inspect
 from ..sources.named import resolve
 from ..sources.published import is_published, normal_config
@@ -50,6 +51,8 @@ def open_model(order: Order, work: Path) -> Opened | Result:
             check_disk(out, remote_needs.disk_bytes)
     source = resolve(requested.model, work / "source")
     check_graph(source.arch, source.config)
+    if requested.rotate:
+        stream_of(source.arch)
     record = RecoveryRecord.load(source.folder / RECOVERY) if (source.folder / RECOVERY).is_file() else None
     exact = bool(training_stages(requested)) or has_zeros(source)
     fingerprint = ""

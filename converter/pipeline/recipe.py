@@ -84,6 +84,9 @@ class Recipe(Strict):
     """Everything that decides the result, apart from the model's own bytes; of a recipe with a `time_budget` (as in
     20m), or of one that says neither it nor steps, also how fast the machine is: what is decided by that is stored as
     steps.
+
+    `rotate` turns the model's residual stream to its principal axes before anything is planned, which changes the
+    inputs of linear maps and not what the model computes.
     """
 
     version: Literal[1] = 1
@@ -93,6 +96,7 @@ class Recipe(Strict):
     stages: tuple[Stage, ...] = Field(default=(Stage(),), min_length=1, max_length=3)
     budget: Budget = Budget()
     time_budget: str | None = None
+    rotate: bool = False
     export: Export = Export()
 
     @field_validator("time_budget")
