@@ -50,11 +50,7 @@ def write_checkpoint(
     drop_code(out)
     files = sorted({info.file for info in source.tensors.values()})
     for path in files:
-        replaced = {
-            name: tensor
-            for name, tensor in (weights or {}).items()
-            if _file_of(source, name, untied) == path
-        }
+        replaced = {name: tensor for name, tensor in (weights or {}).items() if _file_of(source, name, untied) == path}
         if not replaced:
             shutil.copyfile(path, out / path.name)
             continue

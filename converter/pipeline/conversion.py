@@ -39,7 +39,8 @@ class Conversion:
     """What every step of a conversion reads.
 
     Attributes:
-        source: The model that plans are made for: the one that was named, or what training stages and a rotation made of it.
+        source: The model that plans are made for: the one that was named, or what training stages and a rotation made
+            of it.
         texts: Token windows.
         recipe: What was asked for.
         work: The folder of the stages.

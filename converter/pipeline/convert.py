@@ -173,9 +173,7 @@ def _begun(order: Order, opened: Opened, work: Path, recovered: Tuned | None) ->
     planned = source if recovered is None else recovered.source
     if recipe.rotate:
         planned = rotated(planned, texts.calibration, work / ROTATED, order.device)
-    return Conversion(
-        planned, texts, recipe, work, order.device, recovered_from=None if planned is source else source
-    )
+    return Conversion(planned, texts, recipe, work, order.device, recovered_from=None if planned is source else source)
 
 
 def _plans(conversion: Conversion, configs: Configs, graphs: Graphs, recovered: Tuned | None) -> dict[str, Plan]:

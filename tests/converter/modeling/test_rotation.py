@@ -82,7 +82,9 @@ def test_types_that_cannot_absorb_a_rotation_are_refused() -> None:
 def test_axes_are_principal_ones_of_all_normed_inputs(tiny_model: Callable[[str], Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval()
     inputs: list[Tensor] = []
-    layers = [layer for block in model.model.layers for layer in (block.input_layernorm, block.post_attention_layernorm)]
+    layers = [
+        layer for block in model.model.layers for layer in (block.input_layernorm, block.post_attention_layernorm)
+    ]
     with tapped_inputs(dict.fromkeys(layers, inputs.append)):
         model(input_ids=tokens_of())
     rows = torch.cat([x.flatten(0, 1) for x in inputs]).double()
