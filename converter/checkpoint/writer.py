@@ -72,7 +72,7 @@ def write_checkpoint(
 
 
 def _file_of(source: Source, name: str, untied: bool) -> Path | None:
-    """The file of a weight, the embedding's for a head that is stored apart from now on; None for what is not stored."""
+    """The file of a weight, the embedding's for a head that is stored apart from now on; None for what has none."""
     if name == HEAD and untied and HEAD not in source.tensors:
         name = source.arch.embedding
     return source.tensors[name].file if name in source.tensors else None

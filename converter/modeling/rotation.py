@@ -32,16 +32,16 @@ def stream_of(arch: Arch) -> Stream:
     """The norms of an architecture's stream. Raises InputError where a rotation cannot be absorbed."""
     if arch.stream is None:
         raise InputError(
-            "A model to rotate must have RMS norms right before the maps that read its residual stream, and none behind "
-            f"those that write to it, got {arch.model_type}. Leave rotate out of the recipe."
+            "A model to rotate must have RMS norms right before the maps that read its residual stream, and none "
+            f"behind those that write to it, got {arch.model_type}. Leave rotate out of the recipe."
         )
     return arch.stream
 
 
 @torch.no_grad()
 def principal_axes(model: Any, arch: Arch, tokens: Tensor) -> Tensor:
-    """Orthogonal Q [d, d] fp64 on the CPU: eigenvectors (columns, the largest first) of the second moments of x / rms x,
-    summed over what enters every block's norms, for token windows [N, S].
+    """Orthogonal Q [d, d] fp64 on the CPU: eigenvectors (columns, the largest first) of the second moments of
+    x / rms x, summed over what enters every block's norms, for token windows [N, S].
 
     A column's sign is such that its largest entry is positive. Raises InputError as `stream_of` does.
     """

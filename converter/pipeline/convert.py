@@ -166,7 +166,7 @@ def _inputs(compiled: Recipe, recipe: str | Path | None) -> list[tuple[str, Path
 
 
 def _begun(order: Order, opened: Opened, work: Path, recovered: Tuned | None) -> Conversion:
-    """The conversion of the opened model, or of what its training stages and its rotation made of it, with its texts."""
+    """The conversion of the opened model, or of what training stages and a rotation made of it, with its texts."""
     source, recipe = opened.source, opened.recipe
     with stage("text"):
         texts = _texts(source, recipe, training_windows(opened.configs), work)

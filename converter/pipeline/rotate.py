@@ -63,6 +63,6 @@ def _write(source: Source, tokens: Tensor, folder: Path, device: str) -> None:
     bound = BOUNDS[source.tensors[source.arch.embedding].dtype]
     if not error <= bound:
         raise CheckError(
-            f"The rotated model must have the model's logits within {bound:.0e} of their energy, got {error:.1e}. Leave "
-            "rotate out of the recipe."
+            f"The rotated model must have the model's logits within {bound:.0e} of their energy, got {error:.1e}. "
+            "Leave rotate out of the recipe."
         )
