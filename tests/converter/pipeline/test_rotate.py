@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ def test_a_tied_model_in_shards_becomes_an_ordinary_folder_with_its_own_head(tmp
     source = rotated(open_source(folder), BATCHES, tmp_path / "rotated")
     assert json.loads((source.folder / "config.json").read_text())["tie_word_embeddings"] is False
     assert "sparsity" not in json.loads((source.folder / "config.json").read_text())
-    turned, loading = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True)
+    read: Any = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True)
+    turned, loading = read
     assert not any(loading.values())
     expected = model(input_ids=TOKENS).logits
     assert float((turned(input_ids=TOKENS).logits - expected).abs().max()) < 1e-4 * float(expected.abs().max())
