@@ -15,8 +15,10 @@ from pydantic import BaseModel
 
 from ..arch import PREFIX, load_arch
 from ..checkpoint.plan import Plan
+from ..checkpoint.source import open_source
 from ..checkpoint.sparsity import read_sparsity
 from ..modeling.gated import dense, load_dense
+from ..modeling.rotation import error_bound, logit_error
 from ..onnx_export.tokenizer_check import check_tokenizer
 from ..text.windows import Batches
 from .long_record import LongContext
@@ -223,8 +225,9 @@ def check_budget(quality: Quality, budget: dict[str, Any]) -> list[Check]:
 
 
 @torch.no_grad()
-def check_source(model: Any, source: Path, batches: Batches, trained: bool = False) -> Check:
-    """The checkpoint's dense model against the model it was made from: largest logit difference on one window.
+def check_source(model: Any, source: Path, batches: Batches, trained: bool = False, rotated: bool = False) -> Check:
+    """The checkpoint's dense model against the model it was made from: largest logit difference on one window; of a
+    `rotated` one, whose weights were rounded anew, the energy of the difference.
 
     Where activations were swapped, or weights `trained`, the two differ by design; then only the sizes that both
     configurations name are compared.
@@ -234,10 +237,12 @@ def check_source(model: Any, source: Path, batches: Batches, trained: bool = Fal
         return _check_sizes(model, reference_model, source)
     row = batches.tokens[:1]
     with dense(model):
-        worst = float((model(input_ids=row).logits - reference_model(input_ids=row).logits).abs().max())
-    return Check(
-        name="dense weights", value=worst, bound=LOGIT_BOUND, passed=worst <= LOGIT_BOUND, note=f"against {source.name}"
-    )
+        logits, expected = model(input_ids=row).logits, reference_model(input_ids=row).logits
+    worst, bound, note = float((logits - expected).abs().max()), LOGIT_BOUND, f"against {source.name}"
+    if rotated:
+        worst, bound = logit_error(logits, expected), error_bound(open_source(source))
+        note += ", rotated: energy of the difference of logits relative to theirs"
+    return Check(name="dense weights", value=worst, bound=bound, passed=worst <= bound, note=note)
 
 
 def _check_sizes(model: Any, reference_model: Any, source: Path) -> Check:

@@ -25,6 +25,7 @@ SOURCE = (
 )
 AT_ONCE = 4
 """Windows that pass through the model together."""
+_BOUNDS = {"F32": 1e-5, "F64": 1e-5, "F16": 2e-3, "BF16": 2e-2}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
@@ -103,3 +104,15 @@ def rotated_weights(source: Source, q: Tensor, dtype: torch.dtype | None = None)
                 yield stored(bias, q.T @ read(bias))
         for name in norms.values():
             yield stored(name, torch.ones_like(read(name)))
+
+
+def logit_error(logits: Tensor, expected: Tensor) -> float:
+    """Energy of the difference of a rotated model's logits from the model's, relative to theirs."""
+    return float((logits.float() - expected.float()).square().sum() / expected.float().square().sum())
+
+
+def error_bound(source: Source) -> float:
+    """Largest `logit_error` of what is rotated from `source`, by the dtype of its embedding: rounding its weights anew
+    costs as much as the rounding in its own files did.
+    """
+    return _BOUNDS[source.tensors[source.arch.embedding].dtype]

@@ -16,16 +16,12 @@ from ..checkpoint.sparsity import write_stock
 from ..checkpoint.stage import CheckError, Header, atomic_folder, is_finished, write_header
 from ..checkpoint.writer import write_checkpoint
 from ..modeling.gated import load_dense
-from ..modeling.rotation import AT_ONCE, principal_axes, rotated_weights
+from ..modeling.rotation import AT_ONCE, error_bound, logit_error, principal_axes, rotated_weights
 from ..progress import resumed, stage
 from ..text.windows import Batches
 
 WINDOWS = 64
 """Full windows whose principal axes are taken, at most."""
-BOUNDS = {"F32": 1e-5, "F64": 1e-5, "F16": 2e-3, "BF16": 2e-2}
-"""Largest energy of the difference of logits relative to theirs, by the dtype of the embedding in the files: rounding
-anew costs as much as the files' own rounding did.
-"""
 
 
 def rotated(source: Source, batches: Batches, folder: Path, device: str = "cpu") -> Source:
@@ -59,8 +55,7 @@ def _write(source: Source, tokens: Tensor, folder: Path, device: str) -> None:
         write_stock(folder)
     with torch.no_grad():
         logits = load_dense(folder).to(device)(input_ids=few, use_cache=False).logits
-    error = float((logits - expected).square().sum() / expected.square().sum())
-    bound = BOUNDS[source.tensors[source.arch.embedding].dtype]
+    error, bound = logit_error(logits, expected), error_bound(source)
     if not error <= bound:
         raise CheckError(
             f"The rotated model must have the model's logits within {bound:.0e} of their energy, got {error:.1e}. "

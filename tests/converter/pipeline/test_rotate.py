@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.checkpoint.stage import CheckError
+from sparsegate.converter.modeling.rotation import error_bound, logit_error
 from sparsegate.converter.pipeline import rotate
 from sparsegate.converter.pipeline.convert import convert
 from sparsegate.converter.pipeline.rotate import rotated
@@ -45,6 +46,20 @@ def test_a_tied_model_in_shards_becomes_an_ordinary_folder_with_its_own_head(tmp
     assert torch.equal(turned.model.norm.weight, torch.ones(64))
     assert not torch.allclose(turned.lm_head.weight, turned.model.embed_tokens.weight, atol=0.1)
     assert source.name == "tied"
+
+
+@torch.no_grad()
+def test_a_model_in_half_precision_stays_so_and_is_as_near_as_its_rounding(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("qwen2"), dtype=torch.bfloat16).eval()
+    shutil.copytree(tiny_model("qwen2"), tmp_path / "half")
+    model.save_pretrained(tmp_path / "half")
+    source = rotated(open_source(tmp_path / "half"), BATCHES, tmp_path / "rotated")
+    assert {info.dtype for info in source.tensors.values()} == {"BF16"}
+    turned = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+    error = logit_error(turned(input_ids=TOKENS).logits, model.float()(input_ids=TOKENS).logits)
+    assert 1e-7 < error < error_bound(source) == 2e-2
 
 
 def test_a_model_that_is_not_the_same_is_refused(
