@@ -96,6 +96,7 @@ def test_a_rotated_conversion_is_exported_and_verified_against_the_model(
     result = convert(recipe=recipe, output=tmp_path / "out", keep_stages=True)
     assert result.report is not None and all(check.passed for check in result.report.checks)
     assert result.report.recipe["rotate"] is True and result.report.model == "named"
+    assert "after a rotation of the residual stream" in (result.folder / "README.md").read_text(encoding="utf-8")
     weights, original = load_file(result.folder / "model.safetensors"), load_file(model / "model.safetensors")
     assert set(weights) - set(original) == {"lm_head.weight"}
     assert convert(recipe=recipe, output=tmp_path / "out").up_to_date
