@@ -131,7 +131,8 @@ def _opened(model: str | Path, source: str | Path | None, calibration: str | Pat
     opened = open_source(folder, sparse=True)
     heldout = make_heldout(opened, recipe, windows)
     own_text = calibration is not None or wanted is None
-    bounded = own_text and recipe.budget.max_kl_long is not None
+    comparable = source is not None or not training_stages(recipe)  # else the record's numbers are taken
+    bounded = own_text and comparable and recipe.budget.max_kl_long is not None
     count, length = (int(manifest.measured.get(f"long_{name}", most)) for name, most in LONG.items())
     long = make_long(opened, recipe, count, length) if bounded else None
     return _VerifyInputs(folder, manifest, recipe, plan, sparse, heldout, dense_source, own_text, long)
