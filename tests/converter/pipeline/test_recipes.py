@@ -64,7 +64,15 @@ def comment_numbers(name: str) -> str:
 
 
 def test_all_files_of_the_folder_are_tested() -> None:
-    assert {path.name for path in FOLDER.iterdir()} == {f"{name}.yaml" for name in NAMES}
+    assert {path.name for path in FOLDER.iterdir()} == {f"{name}.yaml" for name in (*NAMES, "rotated")}
+
+
+def test_the_rotated_recipe_plans_channels_of_the_networks() -> None:
+    found = recipe_of("rotated")
+    assert found.rotate and training_stages(found) == () and not recipe_of("turbosparse").rotate
+    (stage,) = found.stages
+    config = make_config(stage.method, dict(stage.config))
+    assert config.model_dump()["linears"] == ("gate_proj", "up_proj", "down_proj")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,8 +15,11 @@ from models import make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from sparsegate.converter.checkpoint.plan import Exact, SitePlan, Swap
 from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.checkpoint.stage import CheckError
+from sparsegate.converter.checkpoint.writer import write_checkpoint
+from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.modeling.rotation import error_bound, logit_error
 from sparsegate.converter.pipeline import rotate
 from sparsegate.converter.pipeline.convert import convert
@@ -48,6 +51,7 @@ def test_a_tied_model_in_shards_becomes_an_ordinary_folder_with_its_own_head(tmp
     assert source.name == "tied"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_model_in_half_precision_stays_so_and_is_as_near_as_its_rounding(
     tiny_model: Callable[[str], Path], tmp_path: Path
@@ -60,6 +64,23 @@ def test_a_model_in_half_precision_stays_so_and_is_as_near_as_its_rounding(
     turned = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
     error = logit_error(turned(input_ids=TOKENS).logits, model.float()(input_ids=TOKENS).logits)
     assert 1e-7 < error < error_bound(source) == 2e-2
+
+
+@torch.no_grad()
+def test_swapped_activations_stay_under_a_rotation(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    stock = open_source(tiny_model("llama"))
+    (tmp_path / "swapped").mkdir()
+    write_checkpoint(
+        stock,
+        {site: SitePlan((Swap("drelu"),), Exact()) for site in stock.arch.sites(stock.config)},
+        tmp_path / "swapped",
+    )
+    source = rotated(open_source(tmp_path / "swapped"), BATCHES, tmp_path / "rotated")
+    assert source.swaps.keys() == set(stock.arch.sites(stock.config))
+    logits = [
+        load_dense(folder)(input_ids=TOKENS).logits for folder in (source.folder, tmp_path / "swapped", stock.folder)
+    ]
+    assert logit_error(logits[0], logits[1]) < 1e-8 < 1e-3 < logit_error(logits[0], logits[2])
 
 
 def test_a_model_that_is_not_the_same_is_refused(
