@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import make_model
+from models import make_model, make_tokenizer
 
 from sparsegate.runtime_onnx.errors import InputError
 
@@ -69,6 +69,26 @@ def test_another_model_folder(tmp_path: Path) -> None:
     assert all(row["sparsity"] == pytest.approx(0.5) for row in record["rows"])
 
 
+def test_questions_go_into_the_chat_template_or_the_papers_form() -> None:
+    prompts = runpy.run_path(str(EXAMPLE))["question_prompts"]
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    plain = tokenizer.decode(prompts(tokenizer, ["Why?"])[0])
+    assert plain == tokenizer.decode(tokenizer("Instruct: Why?\nOutput:")["input_ids"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ add_generation_prompt }}"
+    )
+    chat = tokenizer.decode(prompts(tokenizer, ["Why?"])[0])
+    expected = tokenizer("<user>Why?True", add_special_tokens=False)["input_ids"]
+    assert chat == tokenizer.decode(expected) and chat != plain
+
+
+def test_accuracy_leaves_the_first_token_out() -> None:
+    equal = runpy.run_path(str(EXAMPLE))["equal_share"]
+    assert equal([1, 2, 3, 4], [9, 2, 3, 5]) == pytest.approx(2 / 3)
+    assert equal([1, 2], [1, 2, 7]) == pytest.approx(1 / 2) and equal([1], [1]) == 1
+
+
 @pytest.mark.slow
 def test_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """BLEU against the dense model's own answers: 100 where nothing is dropped."""
@@ -91,7 +111,18 @@ def test_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     scores = {(row["score"], row["sparsity_target"]): row["bleu"] for row in record["rows"]}
     assert all(bleu == pytest.approx(100) for (_, sparsity), bleu in scores.items() if sparsity == 0)
-    assert min(scores.values()) < 50 and "BLEU" in capsys.readouterr().out
+    assert min(scores.values()) < 50 and "BLEU / accuracy" in capsys.readouterr().out
+    assert all(row["accuracy"] == 1 for row in record["rows"] if row["sparsity_target"] == 0)
+
+
+@pytest.mark.slow
+def test_chosen_scores_answer_questions(tmp_path: Path) -> None:
+    pytest.importorskip("sacrebleu")
+    questions = EXAMPLE.parent / "questions.txt"
+    words = ["--windows", "2", "--length", "40", "--kinds", "mlp", "--sparsity", "0.5", "--scores", "gate", "abs_z"]
+    record = run(tmp_path, *words, "--answers", "3", "--questions", str(questions))
+    assert [row["score"] for row in record["rows"]] == ["gate", "abs_z"] and record["questions"] == "questions.txt"
+    assert all(0 <= row["accuracy"] <= 1 and row["bleu_error"] >= 0 and row["kl_error"] > 0 for row in record["rows"])
 
 
 def test_mistakes_end_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ The latter is the rule for scores that are known in time (phases pre, mid, in), 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from ...modeling.losses import expected_difference, token_nll
 from ...modeling.taps import Fields, tapped
 from ...scores import load_score
 from ...text.windows import Batches
+from ..quality import clustered_error
 from .dense import DenseRun, groups, moments, score_site, taus
 from .selectors import global_pool, nonzero, paper_cut, threshold, top_k, used_groups
 from .setting import Outcome, Setting, check
@@ -89,14 +91,13 @@ def score_windows(
 
 @dataclass
 class _Tally:
-    """Sums over groups of windows: quality, positions, and by site the kept units and key-value groups and what one of
-    them weighs.
+    """Sums over groups of windows: quality by window, positions, and by site the kept units and key-value groups and
+    what one of them weighs.
     """
 
     quality: Tensor = field(
-        default_factory=lambda: torch.zeros(5, dtype=torch.float64)
-    )  # nll dense, nll, kl, agreement, second choice
-    tokens: int = 0
+        default_factory=lambda: torch.zeros((0, 6), dtype=torch.float64)
+    )  # a window's tokens, nll dense, nll, kl, agreement, second choice
     sparse: int = 0
     positions: int = 0
     kept: dict[Site, int] = field(default_factory=dict)
@@ -187,18 +188,21 @@ def _measure(tally: _Tally, dense: Tensor, sparse: Tensor, tokens: Tensor, score
     first, second = p.topk(2, dim=-1).indices.unbind(-1)
     choice = q.argmax(-1)
     parts = (
+        torch.ones_like(target),
         token_nll(p, target),
         token_nll(q, target),
         expected_difference(p.exp(), p, q),
         choice == first,
         choice == second,
     )
-    tally.quality += torch.stack([part.double().sum().cpu() for part in parts])
-    tally.tokens += len(target)
+    by_token = torch.stack([part.double().cpu() for part in parts], dim=1)
+    window = scored.nonzero()[:, 0]
+    tally.quality = torch.cat([tally.quality, by_token.new_zeros((len(scored), 6)).index_add(0, window, by_token)])
 
 
 def _outcome(setting: Setting, tally: _Tally) -> Outcome:
-    if not tally.tokens:
+    sums = tally.quality[tally.quality[:, 0] > 0]
+    if not len(sums):
         raise InputError(
             "Windows must hold a position that runs sparse and has a next token, got none. Give longer windows or a "
             "shorter prompt."
@@ -213,16 +217,20 @@ def _outcome(setting: Setting, tally: _Tally) -> Outcome:
         kept += tally.weight[site] * (count + tally.kept_groups.get(site, 0))
         total += tally.weight[site] * tally.sparse * (tally.units[site] + tally.groups.get(site, 0))
     phase = load_score(setting.score).PHASE
-    nll_dense, nll, kl, agreement, second = (tally.quality / tally.tokens).tolist()
+    nll_dense, nll, kl, agreement, second = (sums[:, 1:].sum(0) / sums[:, 0].sum()).tolist()
+    errors = [clustered_error(values, sums[:, 0]) for values in (sums[:, 2] - sums[:, 1], sums[:, 3])]
+    nll_error, kl_error = (None if math.isinf(error) else error for error in errors)
     return Outcome(
         setting=setting,
         phase=phase,
         masks=setting.source,
         oracle=phase in ("oracle", "post"),
-        tokens=tally.tokens,
+        tokens=int(sums[:, 0].sum()),
         nll_dense=nll_dense,
         nll=nll,
+        nll_error=nll_error,
         kl=kl,
+        kl_error=kl_error,
         agreement=agreement,
         second_choice=second,
         density=density,

@@ -52,6 +52,8 @@ class Outcome:
     Attributes:
         masks: Whether they came from dense or own activations.
         oracle: No method's result: its score sees a label, or every activation that it chooses from (post).
+        nll_error: Standard error over windows of NLL less the dense one, `kl_error` that of the KL; None for one
+            window.
         second_choice: Share of positions where the sparse argmax is the dense model's second choice.
         density: By kind, the kept share of the units at sparse positions.
         density_all: The same with dense positions (prefill) counted as whole.
@@ -69,7 +71,9 @@ class Outcome:
     tokens: int
     nll_dense: float
     nll: float
+    nll_error: float | None
     kl: float
+    kl_error: float | None
     agreement: float
     second_choice: float
     density: dict[str, float]

@@ -17,10 +17,12 @@ from sparsegate.converter.evaluation.analysis.answers import sparse_answers
 from sparsegate.converter.evaluation.analysis.executor import analyse, analyse_all
 from sparsegate.converter.evaluation.analysis.selectors import top_k
 from sparsegate.converter.evaluation.analysis.setting import LABELS, Setting
+from sparsegate.converter.evaluation.quality import clustered_error
 from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.modeling.gradients import attribute
 from sparsegate.converter.modeling.taps import Fields, linear_parts, tapped
 from sparsegate.converter.scores import Context, load_score
+from sparsegate.converter.text.windows import Batches
 from sparsegate.runtime_onnx.errors import InputError
 
 
@@ -53,6 +55,23 @@ def test_quality_in_loops(tiny_model: Make, source: str) -> None:
     )
     assert outcome.oracle and outcome.phase == "post" and outcome.kl > 0.01
     json.dumps(outcome.as_json())
+
+
+def test_errors_are_those_between_windows(tiny_model: Make) -> None:
+    """Of windows of 19, 19 and 12 scored tokens, each analysed by itself; one window tells none."""
+    model, arch = tiny(tiny_model)
+    batches, setting = windows(), Setting("gate", 0.3)
+    single = [
+        analyse(model, arch, Batches(batches.tokens[k : k + 1], batches.mask[k : k + 1]), setting) for k in range(3)
+    ]
+    outcome = analyse(model, arch, batches, setting)
+    counts = torch.tensor([one.tokens for one in single], dtype=torch.float64)
+    kls = torch.tensor([one.kl for one in single], dtype=torch.float64)
+    rises = torch.tensor([one.nll - one.nll_dense for one in single], dtype=torch.float64)
+    assert outcome.kl == pytest.approx(float((kls * counts).sum() / counts.sum()), rel=1e-4)
+    assert outcome.kl_error == pytest.approx(clustered_error(kls * counts, counts), rel=1e-3)
+    assert outcome.nll_error == pytest.approx(clustered_error(rises * counts, counts), rel=1e-3)
+    assert single[0].kl_error is None and single[0].nll_error is None
 
 
 @pytest.mark.parametrize("label", LABELS)
