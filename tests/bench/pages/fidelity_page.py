@@ -14,7 +14,7 @@ from sparsegate.converter.evaluation.records import read_stored
 from sparsegate.converter.report.tables import ABSENT, percent, table, without_absent
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from pages.fidelity_plots import draw, score_name
+from pages.fidelity_plots import draw, has_curves, score_name
 from records.fidelity_results import PLACE, Fidelity, Kind, KindRow, Loss, ScoreRow, Scores
 from records.folders import DOCS, repeatable
 
@@ -181,10 +181,14 @@ def claim_lines(result: Fidelity) -> list[str]:
             f"tokens: the claim of a loss below {100 * CLAIM_LOSS:.0f} % "
             f"{'holds' if holds(row) else 'does not hold'} for the oracle."
         )
-    for row in claims(result.scores) if result.scores is not None else []:
+    scores = result.scores
+    for row in claims(scores) if scores is not None else []:
+        error = math.sqrt(row.agreement * (1 - row.agreement) / scores.tokens)
         lines.append(
-            f"Corrected GxO (oracle) at {percent(row.sparsity_target)} of {_units(row.kinds)}, on text, agrees with "
-            f"the dense argmax, its label, at {percent(row.agreement)} of the tokens; perplexity rises by {_rise(row)}."
+            f"Corrected GxO (oracle) at {percent(row.sparsity_target)} of {_units(row.kinds)}, on {scores.tokens} "
+            f"tokens of text: {100 * (1 - row.agreement):.1f} % ± {100 * error:.1f} of the argmax are no longer the "
+            "dense model's, which is its label (tokens taken as independent), where the claim is a loss below "
+            f"{100 * CLAIM_LOSS:.0f} %; perplexity rises by {_rise(row)}."
         )
     return lines
 
@@ -195,6 +199,8 @@ def _units(kinds: str) -> str:
 
 def _rise(row: ScoreRow) -> str:
     ratio = math.exp(row.nll - row.nll_dense)
+    if ratio > 10:
+        return f"{ratio:.0f} times"
     return f"{100 * (ratio - 1):+.1f} % ± {100 * ratio * (row.nll_error or 0.0):.1f}"
 
 
@@ -360,7 +366,7 @@ def _scores_part(result: Fidelity) -> list[str]:
             "perplexity; agreement of the argmax. Rows marked oracle see the dense model's next token and rows marked "
             "post every activation; neither can be deployed.",
             *(scores_table(result.scores, kinds) for kinds in dict.fromkeys(row.kinds for row in result.scores.rows)),
-            "![KL by score](fidelity_scores.png)",
+            *(["![KL by score](fidelity_scores.png)"] if has_curves(result.scores) else []),
         ]
     if result.answers is not None:
         parts += [

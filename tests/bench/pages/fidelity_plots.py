@@ -26,6 +26,11 @@ def score_name(score: str, phase: str) -> str:
     return f"{name} ({phase})" if phase in ("oracle", "post") else name
 
 
+def has_curves(scores: Scores) -> bool:
+    """Whether several sparsities were measured."""
+    return len({row.sparsity_target for row in scores.rows}) > 1
+
+
 def draw(folder: Path, result: Fidelity) -> list[str]:
     """Every picture of a result into `folder`; returns the files' names."""
     pictures = {
@@ -34,7 +39,7 @@ def draw(folder: Path, result: Fidelity) -> list[str]:
     }
     if any(kind.blocks for kind in result.kinds):
         pictures["fidelity_blocks.png"] = _blocks(result)
-    if result.scores is not None:
+    if result.scores is not None and has_curves(result.scores):
         pictures["fidelity_scores.png"] = _scores(result.scores)
     for name, figure in pictures.items():
         FigureCanvasAgg(figure)
