@@ -60,6 +60,7 @@ METHODS = {
     "wina": Method(".channels.wina", "channel", lost=0.06),
     "trained_gate": Method(".gating.trained_gate", "neuron", lost=0.025),
     "predictor": Method(".gating.predictor", "neuron", lost=0.114, variance=0.03),
+    "svd": Method(".gating.svd", "neuron", lost=0.3, variance=0.03),
 }
 EXACT = "exact"
 IMPORTED = "imported"

@@ -3,12 +3,13 @@ relu(P1 x) > tau.
 
 The default is trained end to end: `plan` gives fresh predictors that keep everything, and the training against the
 dense model's distribution follows. The cheap form is trained by cross-entropy, layer by layer, on the per-token top-k
-of a score; a bias and the threshold that meets the target density on held-out tokens become tau.
+of a score; a bias and the threshold that meets the target density on held-out tokens become tau. The training end to
+end may begin from the closed form of the method svd.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,13 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from ....runtime_onnx.errors import InputError
 from ...arch import Arch
 from ...checkpoint.plan import Plan, Predictor, SitePlan
 from ...modeling.losses import dejavu_loss, dejavu_weight
 from ...modeling.predictor import fresh_predictor, rank_for
 from ...progress import track
 from ...stats import Stats, of_kind
+from ..low_rank import LabelScore, Network, Samples, low_rank_predictor
 from ..tune import Tune
 
 SOURCE = (
@@ -32,8 +33,6 @@ SOURCE = (
     "density is set by the threshold",
 )
 NEEDS = ()
-_HELDOUT = 0.1  # share of the samples that thresholds and recall are measured on
-_HELDOUT_ROWS = 4096  # at most: their logits [rows, n] are in memory at once
 
 
 class Config(BaseModel):
@@ -45,7 +44,10 @@ class Config(BaseModel):
         residual: Adds a head for what is skipped, which `cost` leaves out: in closed form (ridge), or from there
             trained too.
         tune: The training end to end.
-        score: Of the cross-entropy only, as all that follow: makes the labels, an oracle's too.
+        begin: What is trained end to end: fresh predictors that keep everything, or those of the closed form at the
+            wished density.
+        score: Makes the labels, an oracle's too, of the closed form and of the cross-entropy; all that follow are the
+            cross-entropy's only.
         form: linear2 has no nonlinearity and is stored as an equal mlp2 of twice the rank.
         weighting: dejavu counts negatives by the share of positives.
         steps: Of `batch` tokens at peak `rate`.
@@ -61,7 +63,8 @@ class Config(BaseModel):
     residual: Literal["none", "ridge", "trained"] = "none"
     seed: int = 0
     tune: Tune = Tune(rate=8e-3)
-    score: Literal["magnitude", "abs_z", "gate", "gradient", "gxo", "snip", "fisher", "corrected_gxo"] = "magnitude"
+    begin: Literal["fresh", "svd"] = "fresh"
+    score: LabelScore = "magnitude"
     form: Literal["mlp2", "linear2"] = "mlp2"
     weighting: Literal["dejavu", "none"] = "dejavu"
     steps: int = Field(default=1000, ge=1)
@@ -71,12 +74,18 @@ class Config(BaseModel):
 
 def more_needs(config: Config) -> tuple[str, ...]:
     """Samples of the labels' score, or nothing but sizes."""
-    return ("sizes:gate",) if config.loss == "end_to_end" else ("samples:{score}",)
+    return ("sizes:gate",) if _is_fresh(config) else ("samples:{score}",)
+
+
+def _is_fresh(config: Config) -> bool:
+    return config.loss == "end_to_end" and config.begin == "fresh"
 
 
 def start(config: Config) -> float | None:
     """The density of `plan` where training end to end follows, else None."""
-    return 1.0 if config.loss == "end_to_end" else None
+    if config.loss == "cross_entropy":
+        return None
+    return 1.0 if config.begin == "fresh" else 1.0 - config.sparsity
 
 
 def rank(config: Config, hidden: int, units: int, matrices: int) -> int:
@@ -90,56 +99,37 @@ def plan_tokens(config: Config) -> int:
 
 
 def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
-    """A Predictor for every site: fresh ones to be trained end to end, or ones trained by cross-entropy.
+    """A Predictor for every site: fresh ones or those of the closed form to be trained end to end, or ones trained by
+    cross-entropy.
 
     Raises InputError when a site has too few samples to hold some out.
     """
     predictors: Plan = {}
-    sites = of_kind(stats, "ffn")
-    if config.loss == "end_to_end":
-        for site, tensors in sites.items():
+    for site, tensors in track(of_kind(stats, "ffn").items(), unit="site"):
+        generator = torch.Generator().manual_seed(config.seed * 7919 + site.layer)
+        if _is_fresh(config):
             hidden, units = int(tensors["sizes:gate.hidden"]), int(tensors["sizes:gate.units"])
-            generator = torch.Generator().manual_seed(config.seed * 7919 + site.layer)
-            width = rank(config, hidden, units, arch.matrices)
-            predictors[site] = SitePlan(gate=fresh_predictor(hidden, units, width, generator))
-        return predictors
-    for site, tensors in track(sites.items(), unit="site"):
-        x, score = tensors[f"samples:{config.score}.x"], tensors[f"samples:{config.score}.score"]
-        if len(x) < 64:
-            raise InputError(
-                f"Predictors must be trained on at least 64 tokens a site, got {len(x)}. Give more calibration text."
-            )
-        width = rank(config, x.shape[1], score.shape[1], arch.matrices)
-        predictors[site] = SitePlan(gate=_train(x, score, width, config, site.layer))
+            gate = fresh_predictor(hidden, units, rank(config, hidden, units, arch.matrices), generator)
+        else:
+            samples = Samples.of(tensors, config.score, 1.0 - config.sparsity)
+            width = rank(config, *samples.sizes, arch.matrices)
+            make = low_rank_predictor if config.loss == "end_to_end" else partial(_train, config)
+            gate = make(samples, width, generator)
+        predictors[site] = SitePlan(gate=gate)
     return predictors
 
 
-@dataclass(frozen=True)
-class _Labels:
-    """Top-k of the score as bool [T, n], made batch by batch."""
-
-    score: Tensor
-    k: int
-
-    def rows(self, at: Tensor) -> Tensor:
-        picked = self.score[at].float()
-        return torch.zeros_like(picked).scatter_(1, picked.topk(self.k, dim=1).indices, 1.0)
-
-
-def _train(x: Tensor, score: Tensor, rank: int, config: Config, layer: int) -> Predictor:
-    units, hidden = score.shape[1], x.shape[1]
-    density, linear = 1.0 - config.sparsity, config.form == "linear2"
+def _train(config: Config, samples: Samples, rank: int, generator: torch.Generator) -> Predictor:
+    hidden, units = samples.sizes
+    linear = config.form == "linear2"
     if linear:
         rank = max(1, rank // 2)  # the equal mlp2 has twice as many rows
-    labels = _Labels(score, max(1, round(density * units)))
-    generator = torch.Generator().manual_seed(config.seed * 7919 + layer)
-    order = torch.randperm(len(x), generator=generator)
-    aside = min(int(len(x) * _HELDOUT), _HELDOUT_ROWS)
-    heldout, train = order[:aside].sort().values, order[aside:]
+    train, heldout = samples.split(generator)
+    x = samples.x
     scale = float(x[train[:4096]].float().square().mean().sqrt().clamp_min(1e-6))
     fc1 = (torch.randn(rank, hidden, generator=generator) / (scale * hidden**0.5)).requires_grad_()
     fc2 = (torch.randn(units, rank, generator=generator) / rank**0.5).requires_grad_()
-    bias = torch.full((units,), float(torch.logit(torch.tensor(density)))).requires_grad_()
+    bias = torch.full((units,), float(torch.logit(torch.tensor(samples.density)))).requires_grad_()
     # fc1 works on inputs of size `scale`, so its rate shrinks by the same factor
     groups = [{"params": [fc1], "lr": config.rate / scale}, {"params": [fc2, bias], "lr": config.rate}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
@@ -150,7 +140,7 @@ def _train(x: Tensor, score: Tensor, rank: int, config: Config, layer: int) -> P
     for _ in track(range(config.steps)):
         at = train[torch.randint(len(train), (min(config.batch, len(train)),), generator=generator)]
         inner = x[at].float() @ fc1.T
-        logits, wanted = (inner if linear else F.relu(inner)) @ fc2.T + bias, labels.rows(at)
+        logits, wanted = (inner if linear else F.relu(inner)) @ fc2.T + bias, samples.labels(at)
         loss = dejavu_loss(logits, wanted, dejavu_weight(wanted) if config.weighting == "dejavu" else 1.0)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -159,21 +149,4 @@ def _train(x: Tensor, score: Tensor, rank: int, config: Config, layer: int) -> P
     with torch.no_grad():
         if linear:  # v = relu(v) - relu(-v)
             fc1, fc2 = torch.cat([fc1, -fc1]), torch.cat([fc2, -fc2], dim=1)
-        return _settle(
-            fc1.detach(), fc2.detach(), bias.detach(), x[heldout].float(), labels.rows(heldout).bool(), density
-        )
-
-
-def _settle(fc1: Tensor, fc2: Tensor, bias: Tensor, x: Tensor, wanted: Tensor, density: float) -> Predictor:
-    """Fold bias and threshold into tau so that the held-out density meets the target; recall is the kept share of the
-    wanted neurons.
-    """
-    raw = F.relu(x @ fc1.T) @ fc2.T
-    shifted = (raw + bias).flatten()
-    count = max(1, round(density * shifted.numel()))
-    threshold = shifted.kthvalue(shifted.numel() - count).values if count < shifted.numel() else shifted.min() - 1
-    tau = (threshold - bias).contiguous()
-    kept = raw > tau
-    return Predictor(
-        fc1, fc2, tau, density=float(kept.float().mean()), recall=float((kept & wanted).sum() / wanted.sum())
-    )
+        return Network(fc1.detach(), fc2.detach(), bias.detach()).settled(samples, heldout)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sparsegate.converter.arch import Arch
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.plan import Predictor, Threshold, part_tensors
-from sparsegate.converter.methods import make_config, needs
+from sparsegate.converter.methods import low_rank, make_config, needs
 from sparsegate.converter.methods.gating import chess, predictor, trained_gate
 from sparsegate.converter.modeling import predictor as modeling_predictor
 from sparsegate.converter.scores import load_score
@@ -338,6 +338,6 @@ def test_too_few_samples() -> None:
 
 
 def test_large_samples_hold_a_bounded_part_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predictor, "_HELDOUT_ROWS", 50)
+    monkeypatch.setattr(low_rank, "_HELDOUT_ROWS", 50)
     entry = train(learnable(6), steps=5, sparsity=0.5)
     assert abs(entry.density * 50 * N - 50 * N / 2) <= 2
