@@ -2,17 +2,16 @@
 relu(P1 x) > tau.
 
 1. The target is the root of the score relative to its mean over the token's neurons. Its regression on x of rank r is
-   the truncated SVD of the whitened moments of x and targets.
+   the truncated SVD of the whitened moments of x and targets (the statistic `moments`).
 2. The op has no bias in relu. Where a direction m has m x = 1 at every token, adding c m to a row shifts its hidden unit
-   by c: a linear map then takes r + 1 rows in place of 2 r, and rows that are shifted less bend it.
+   by c, so that relu hardly cuts it: a linear map then takes r + 1 rows in place of 2 r.
 3. Where there is no such direction every row stands beside its negative, v = relu(v) - relu(-v).
-4. P2 is solved anew by ridge on what relu leaves, and of both forms the one of the higher recall on held-out tokens is
-   taken.
+4. Of both forms the one of the higher recall on tokens that are in no moment is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,9 +27,8 @@ LabelScore = Literal["magnitude", "abs_z", "gate", "gradient", "gxo", "snip", "f
 _HELDOUT = 0.1  # share of the samples that thresholds and recall are measured on
 _HELDOUT_ROWS = 4096  # at most: their logits [rows, n] are in memory at once
 _LEAST = 64  # samples of a site
-_AT_ONCE = 2048  # samples whose targets [rows, n] are in memory at once
-_RIDGE = 1e-3  # of the mean variance of a feature
-_SHIFT = 2.0  # standard deviations between relu's corner and a hidden unit's mean
+_RIDGE = 1e-3  # of the mean variance of an input
+_SHIFT = 4.0  # standard deviations between relu's corner and a hidden unit's mean
 
 
 @dataclass(frozen=True)
@@ -45,11 +43,7 @@ class Samples:
     def of(cls, tensors: Mapping[str, Tensor], score: str, density: float) -> Samples:
         """The samples of a site's statistics. Raises InputError when there are too few to hold some out."""
         x = tensors[f"samples:{score}.x"]
-        if len(x) < _LEAST:
-            raise InputError(
-                f"Predictors must be trained on at least {_LEAST} tokens a site, got {len(x)}. Give more calibration "
-                "text."
-            )
+        _check_tokens(len(x))
         return cls(x, tensors[f"samples:{score}.score"], density)
 
     @property
@@ -62,11 +56,6 @@ class Samples:
         picked = self.score[at].float()
         k = max(1, round(self.density * picked.shape[1]))
         return torch.zeros_like(picked).scatter_(1, picked.topk(k, dim=1).indices, 1.0)
-
-    def targets(self, at: Tensor) -> Tensor:
-        """Root of the score relative to its mean over the token's neurons, of the samples `at`: [len(at), n] fp32."""
-        picked = self.score[at].float()
-        return (picked / picked.mean(dim=1, keepdim=True).clamp_min(1e-30)).sqrt()
 
     def split(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(Samples to fit, samples held out in ascending order)."""
@@ -103,52 +92,56 @@ class Network:
         )
 
 
-def low_rank_predictor(
-    samples: Samples, rank: int, generator: torch.Generator, recall: float | None = None
-) -> Predictor:
-    """The predictor of at most `rank` hidden units in closed form, with logits of unit variance; `recall` as in
-    `Network.settled`. `generator` chooses the samples that are held out.
-    """
-    fit, heldout = samples.split(generator)
-    moments = _moments(samples, fit, lambda x: x)
-    rows = _regression(moments, rank)
-    forms = [_doubled(rows, rank)] + ([_shifted(rows, moments, rank)] if rank > 1 else [])
-    predictors = [_read_out(samples, fit, fc1).settled(samples, heldout, recall) for fc1 in forms]
-    # at one density the higher recall is better, and at one recall the lower density
-    return max(predictors, key=lambda each: (each.recall or 0.0) if recall is None else -each.density)
-
-
 @dataclass(frozen=True)
-class _Moments:
-    """Means of features [f] and targets [n], the features' covariance [f, f] and that with the targets [f, n]."""
+class Moments:
+    """What the statistic `moments` holds of a score: means of x [d] and targets [n], covariances of x [d, d] and of x
+    with the targets [d, n], and samples that none of them saw.
+    """
 
     mean: Tensor
     target: Tensor
     covariance: Tensor
     shared: Tensor
+    samples: Samples
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], score: str, density: float) -> Moments:
+        """The moments of a site's statistics. Raises InputError when there are too few tokens."""
+        mean, target, covariance, shared, x, values, count = (
+            tensors[f"moments:{score}.{name}"]
+            for name in ("mean", "target", "covariance", "shared", "x", "score", "count")
+        )
+        _check_tokens(int(count))
+        return cls(mean, target, covariance, shared, Samples(x, values, density))
 
     def ridged(self) -> Tensor:
-        """The covariance with a little of its mean variance on the diagonal."""
+        """The covariance of x with a little of its mean variance on the diagonal."""
         least = _RIDGE * self.covariance.diagonal().mean().clamp_min(1e-30)
         return self.covariance + least * torch.eye(len(self.mean))
 
 
-def _moments(samples: Samples, rows: Tensor, features: Callable[[Tensor], Tensor]) -> _Moments:
-    """Moments over the samples `rows`, the features taken of their inputs."""
-    count, (hidden, units) = len(rows), samples.sizes
-    width = features(torch.zeros(1, hidden)).shape[1]
-    mean, target = torch.zeros(width), torch.zeros(units)
-    square, shared = torch.zeros(width, width), torch.zeros(width, units)
-    for at in rows.split(_AT_ONCE):
-        values, wanted = features(samples.x[at].float()), samples.targets(at)
-        mean += values.sum(0) / count
-        target += wanted.sum(0) / count
-        square.addmm_(values.T, values, alpha=1 / count)
-        shared.addmm_(values.T, wanted, alpha=1 / count)
-    return _Moments(mean, target, square - mean.outer(mean), shared - mean.outer(target))
+def _check_tokens(count: int) -> None:
+    if count < _LEAST:
+        raise InputError(
+            f"Predictors must be trained on at least {_LEAST} tokens a site, got {count}. Give more calibration text."
+        )
 
 
-def _regression(moments: _Moments, rank: int) -> Tensor:
+def low_rank_predictor(moments: Moments, rank: int, recall: float | None = None) -> Predictor:
+    """The predictor of at most `rank` hidden units in closed form, with hidden units and logits of unit variance;
+    `recall` as in `Network.settled`.
+    """
+    rows = regression(moments, rank)
+    forms = [_doubled(rows[: max(1, rank // 2)], moments)]
+    if rank > 1:
+        forms.append(_shifted(rows[: rank - 1], moments))
+    every = torch.arange(len(moments.samples.x))
+    predictors = [form.settled(moments.samples, every, recall) for form in forms]
+    # at one density the higher recall is better, and at one recall the lower density
+    return max(predictors, key=lambda each: (each.recall or 0.0) if recall is None else -each.density)
+
+
+def regression(moments: Moments, rank: int) -> Tensor:
     """Rows [r, d], of unit variance and uncorrelated, that span the best linear map of rank r from x to the targets,
     the most useful first; r is at most d (reduced-rank regression: Izenman 1975, Journal of Multivariate Analysis 5).
     """
@@ -159,25 +152,25 @@ def _regression(moments: _Moments, rank: int) -> Tensor:
     return torch.linalg.solve_triangular(root.T, best, upper=True).T
 
 
-def _shifted(rows: Tensor, moments: _Moments, rank: int) -> Tensor:
-    """fc1 [r, d] of rows whose corners lie below their means, and the direction that is nearest to 1 everywhere."""
+def _linear(rows: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Weights [n, r] and bias [n] of logits that are linear in uncorrelated `rows` [r, d] of unit variance."""
+    weights = (rows @ moments.shared).T
+    scale = (weights.square().sum(1).mean() + moments.target.var(correction=0)).clamp_min(1e-12).rsqrt()
+    return scale * weights, scale * (moments.target - weights @ (rows @ moments.mean))
+
+
+def _shifted(rows: Tensor, moments: Moments) -> Network:
+    """Rows with their corners below their means, and the direction that is nearest to 1 everywhere, which takes the
+    shifts out again.
+    """
     one = torch.linalg.solve(moments.ridged() + moments.mean.outer(moments.mean), moments.mean)
-    kept = rows[: rank - 1]
-    return torch.cat([kept + (_SHIFT - kept @ moments.mean).outer(one), one[None]])
+    weights, bias = _linear(rows, moments)
+    shift = _SHIFT - rows @ moments.mean
+    back = -(weights @ shift)
+    return Network(torch.cat([rows + shift.outer(one), one[None]]), torch.cat([weights, back[:, None]], dim=1), bias)
 
 
-def _doubled(rows: Tensor, rank: int) -> Tensor:
-    """fc1 of rows and their negatives."""
-    kept = rows[: max(1, rank // 2)]
-    return torch.cat([kept, -kept])[:rank]
-
-
-def _read_out(samples: Samples, fit: Tensor, fc1: Tensor) -> Network:
-    """The network with fc2 and bias by ridge on relu(fc1 x); hidden units and logits have unit variance."""
-    moments = _moments(samples, fit, lambda x: F.relu(x @ fc1.T))
-    spread = moments.covariance.diagonal().clamp_min(1e-12).sqrt()
-    fc2 = torch.linalg.solve(moments.ridged(), moments.shared).T
-    bias = moments.target - fc2 @ moments.mean
-    variance = (fc2 @ moments.covariance * fc2).sum(1).mean() + moments.target.var(correction=0)
-    scale = variance.clamp_min(1e-12).rsqrt()
-    return Network(fc1 / spread[:, None], scale * fc2 * spread, scale * bias)
+def _doubled(rows: Tensor, moments: Moments) -> Network:
+    """Rows and their negatives."""
+    weights, bias = _linear(rows, moments)
+    return Network(torch.cat([rows, -rows]), torch.cat([weights, -weights], dim=1), bias)

@@ -18,6 +18,7 @@ from ..modeling.processes import cores
 from ..onnx_export.matmul_nbits import BLOCK
 from ..onnx_export.precision import PRECISIONS, Precision
 from ..sources.predictors import NEEDS as IMPORTED_NEEDS
+from ..stats.moments import ROWS
 from ..stats.samples import CAP
 from ..training.settings import Recovery, count_for
 from .configs import Configs
@@ -73,6 +74,8 @@ def estimate_shapes(
         for stat in (IMPORTED_NEEDS if part == IMPORTED else needs(part, values))
     }
     samples = sum(layers * min(CAP, windows) * (hidden + units) * _FP16 for stat in stats if stat.startswith("samples"))
+    moments = (hidden + min(ROWS, windows) // 2) * (hidden + units) * _FP32  # rows are in fp16
+    samples += sum(layers * moments for stat in stats if stat.startswith("moments"))
     tied = arch.embedding in shapes and not any(name.startswith("lm_head") for name in shapes)
     whole = (parameters + (prod(shapes[arch.embedding]) if tied else 0)) * _FP32
     sizes = {

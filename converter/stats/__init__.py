@@ -27,6 +27,7 @@ from ..arch.site import Site
 STATS = {
     "histogram": ".histogram",
     "samples": ".samples",
+    "moments": ".moments",
     "unit_histogram": ".unit_histogram",
     "dropped": ".dropped",
     "scale": ".scale",

@@ -106,9 +106,9 @@ def _is_complete(folder: Path, header: Header, names: Sequence[str]) -> bool:
 def drop_samples(folder: Path) -> None:
     """Delete the stored activations below a statistics folder; the other statistics stay."""
     for site in folder.glob("*"):
-        samples = [path.name for path in site.glob("samples.*.safetensors")]
-        if samples:
-            leave_out(site, samples)
+        stored = [path.name for kind in ("samples", "moments") for path in site.glob(f"{kind}.*.safetensors")]
+        if stored:
+            leave_out(site, stored)
 
 
 def _header(source: Source, batches: Batches, names: Sequence[str], site: Site, seed: int) -> Header:

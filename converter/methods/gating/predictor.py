@@ -9,7 +9,6 @@ end may begin from the closed form of the method svd.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 import torch
@@ -23,7 +22,7 @@ from ...modeling.losses import dejavu_loss, dejavu_weight
 from ...modeling.predictor import fresh_predictor, rank_for
 from ...progress import track
 from ...stats import Stats, of_kind
-from ..low_rank import LabelScore, Network, Samples, low_rank_predictor
+from ..low_rank import LabelScore, Moments, Network, Samples, low_rank_predictor
 from ..tune import Tune
 
 SOURCE = (
@@ -73,12 +72,10 @@ class Config(BaseModel):
 
 
 def more_needs(config: Config) -> tuple[str, ...]:
-    """Samples of the labels' score, or nothing but sizes."""
-    return ("sizes:gate",) if _is_fresh(config) else ("samples:{score}",)
-
-
-def _is_fresh(config: Config) -> bool:
-    return config.loss == "end_to_end" and config.begin == "fresh"
+    """Samples or moments of the labels' score, or nothing but sizes."""
+    if config.loss == "cross_entropy":
+        return ("samples:{score}",)
+    return ("sizes:gate",) if config.begin == "fresh" else ("moments:{score}",)
 
 
 def start(config: Config) -> float | None:
@@ -105,21 +102,23 @@ def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
     Raises InputError when a site has too few samples to hold some out.
     """
     predictors: Plan = {}
+    density = 1.0 - config.sparsity
     for site, tensors in track(of_kind(stats, "ffn").items(), unit="site"):
         generator = torch.Generator().manual_seed(config.seed * 7919 + site.layer)
-        if _is_fresh(config):
+        if config.loss == "cross_entropy":
+            samples = Samples.of(tensors, config.score, density)
+            gate = _train(samples, rank(config, *samples.sizes, arch.matrices), config, generator)
+        elif config.begin == "svd":
+            moments = Moments.of(tensors, config.score, density)
+            gate = low_rank_predictor(moments, rank(config, *moments.samples.sizes, arch.matrices))
+        else:
             hidden, units = int(tensors["sizes:gate.hidden"]), int(tensors["sizes:gate.units"])
             gate = fresh_predictor(hidden, units, rank(config, hidden, units, arch.matrices), generator)
-        else:
-            samples = Samples.of(tensors, config.score, 1.0 - config.sparsity)
-            width = rank(config, *samples.sizes, arch.matrices)
-            make = low_rank_predictor if config.loss == "end_to_end" else partial(_train, config)
-            gate = make(samples, width, generator)
         predictors[site] = SitePlan(gate=gate)
     return predictors
 
 
-def _train(config: Config, samples: Samples, rank: int, generator: torch.Generator) -> Predictor:
+def _train(samples: Samples, rank: int, config: Config, generator: torch.Generator) -> Predictor:
     hidden, units = samples.sizes
     linear = config.form == "linear2"
     if linear:

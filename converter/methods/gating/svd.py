@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...arch import Arch
@@ -12,7 +11,7 @@ from ...checkpoint.plan import Plan, SitePlan
 from ...modeling.predictor import rank_for
 from ...progress import track
 from ...stats import Stats, of_kind
-from ..low_rank import LabelScore, Samples, low_rank_predictor
+from ..low_rank import LabelScore, Moments, low_rank_predictor
 from ..thresholds import Densities, densities_of
 
 SOURCE = (
@@ -22,7 +21,7 @@ SOURCE = (
     "the score of a neuron is regressed on x in place of w_gate x, which says what is kept only where an activation "
     "cuts one side off",
 )
-NEEDS = ("samples:{score}",)
+NEEDS = ("moments:{score}",)
 
 
 class Config(BaseModel):
@@ -43,7 +42,6 @@ class Config(BaseModel):
     cost: float = Field(default=0.1, gt=0, lt=1)
     recall: float | None = Field(default=None, gt=0, lt=1)
     score: LabelScore = "abs_z"
-    seed: int = 0
 
 
 def rank(config: Config, hidden: int, units: int, matrices: int) -> int:
@@ -52,12 +50,11 @@ def rank(config: Config, hidden: int, units: int, matrices: int) -> int:
 
 
 def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
-    """A Predictor for every site. Raises InputError when a site has too few samples to hold some out."""
+    """A Predictor for every site. Raises InputError when a site saw too few tokens."""
     sites = of_kind(stats, "ffn")
     predictors: Plan = {}
     for site, density in track(densities_of(sites, config.sparsity, config.densities).items(), unit="site"):
-        samples = Samples.of(sites[site], config.score, density)
-        generator = torch.Generator().manual_seed(config.seed * 7919 + site.layer)
-        gate = low_rank_predictor(samples, rank(config, *samples.sizes, arch.matrices), generator, config.recall)
-        predictors[site] = SitePlan(gate=gate)
+        moments = Moments.of(sites[site], config.score, density)
+        width = rank(config, *moments.samples.sizes, arch.matrices)
+        predictors[site] = SitePlan(gate=low_rank_predictor(moments, width, config.recall))
     return predictors

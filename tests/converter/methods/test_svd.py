@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.plan import Predictor, part_tensors
 from sparsegate.converter.methods import low_rank, make_config, needs
 from sparsegate.converter.methods.gating import predictor, svd
-from sparsegate.converter.methods.low_rank import Samples
+from sparsegate.converter.methods.low_rank import Moments
+from sparsegate.converter.stats import StatSetup, moments
 from sparsegate.runtime_onnx.errors import InputError
 
 TOKENS = 2000
@@ -34,7 +36,10 @@ def inputs(constant: bool, tokens: int = TOKENS) -> Tensor:
 
 
 def sampled(x: Tensor, score: Tensor, name: str = "abs_z", layers: int = 1) -> dict[Site, dict[str, Tensor]]:
-    tensors = {f"samples:{name}.x": x.half(), f"samples:{name}.score": (score / score.amax(1, keepdim=True)).half()}
+    """The statistic `moments`, as the calibration pass would store it."""
+    state = moments.init(StatSetup(D, score.shape[1], len(x), 0, Path(), f"moments:{name}"))
+    moments.update(state, x, score, torch.arange(len(x)))
+    tensors = {f"moments:{name}.{key}": tensor for key, tensor in moments.finish(state).items()}
     return {Site(layer): tensors for layer in range(layers)}
 
 
@@ -62,13 +67,14 @@ def test_regression_against_brute_force(rank: int, monkeypatch: pytest.MonkeyPat
     """
     monkeypatch.setattr(low_rank, "_RIDGE", 1e-7)
     x = drawn(0, 500, D) @ drawn(3, D, D) + drawn(4, D)
-    samples = Samples(x, drawn(5, 500, N).abs() + 0.2 * (x @ drawn(6, D, N)).abs(), 0.5)
-    moments = low_rank._moments(samples, torch.arange(500), lambda x: x)
-    rows = low_rank._regression(moments, rank).double().numpy()
-    target = samples.targets(torch.arange(500)).double().numpy()
+    score = drawn(5, 500, N).abs() + 0.2 * (x @ drawn(6, D, N)).abs()
+    stored = Moments.of(sampled(x, score)[Site(0)], "abs_z", 0.5)
+    rows = low_rank.regression(stored, rank).double().numpy()
+    fitted_on = torch.arange(500) % 8 != 0  # the others are kept whole
+    x, target = x[fitted_on], moments.root(score[fitted_on]).double().numpy()
     centred_x, centred = (a - a.mean(0) for a in (x.double().numpy(), target))
     hidden = centred_x @ rows.T
-    np.testing.assert_allclose(hidden.T @ hidden / 500, np.eye(rank), atol=1e-3)
+    np.testing.assert_allclose(hidden.T @ hidden / len(x), np.eye(rank), atol=1e-3)
     error = float(np.square(centred - hidden @ np.linalg.lstsq(hidden, centred, rcond=None)[0]).sum())
     fitted = centred_x @ np.linalg.lstsq(centred_x, centred, rcond=None)[0]
     best = float(np.square(centred - fitted).sum() + np.square(np.linalg.svd(fitted)[1][rank:]).sum())
@@ -77,15 +83,6 @@ def test_regression_against_brute_force(rank: int, monkeypatch: pytest.MonkeyPat
     assert np.square(centred - others @ np.linalg.lstsq(others, centred, rcond=None)[0]).sum() > 1.005 * best, (
         "the control: other directions leave more"
     )
-
-
-def test_moments_do_not_depend_on_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    samples = Samples(inputs(False), linear_score(inputs(False), 4), 0.5)
-    whole = low_rank._moments(samples, torch.arange(TOKENS), lambda x: x)
-    monkeypatch.setattr(low_rank, "_AT_ONCE", 77)
-    parts = low_rank._moments(samples, torch.arange(TOKENS), lambda x: x)
-    for name in ("mean", "target", "covariance", "shared"):
-        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-6)
 
 
 def test_a_constant_direction_saves_half_of_the_rank() -> None:
@@ -146,7 +143,7 @@ def test_densities_of_single_layers_and_the_rank_rule() -> None:
 def test_training_may_begin_from_the_closed_form() -> None:
     """At the wished density, with the logits' spread that the slope of the sigmoid expects."""
     config = make_config("predictor", {"begin": "svd", "score": "corrected_gxo", "sparsity": 0.75, "rank": 6})
-    assert needs("predictor", config) == ["samples:corrected_gxo"] and predictor.start(config) == 0.25  # type: ignore[arg-type]
+    assert needs("predictor", config) == ["moments:corrected_gxo"] and predictor.start(config) == 0.25  # type: ignore[arg-type]
     x = inputs(True)
     stats = sampled(x, linear_score(x, 4), "corrected_gxo")
     entry = predictor.plan(stats, LLAMA, config)[Site(0)].gating  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from sparsegate.converter.stats import (
     file_name,
     greedy,
     histogram,
+    moments,
     of_kind,
     samples,
     scale,
@@ -355,3 +356,43 @@ def test_sites_of_a_kind() -> None:
     assert of_kind(stats, "ffn") == {Site(0): 1, Site(1): 4} and of_kind(stats, "linear") == {
         Site(0, kind="linear:q_proj"): 2
     }
+
+
+# Moments
+
+
+def moments_of(x: Tensor, score: Tensor, cuts: tuple[int, ...] = (), flip: bool = False) -> dict[str, Tensor]:
+    """Fed in parts that end at `cuts`; with `flip` the last part comes first."""
+    state = moments.init(StatSetup(D, N, len(x), 0, Path(), "moments:abs_z"))
+    bounds = [0, *cuts, len(x)]
+    parts = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    for part in parts[::-1] if flip else parts:
+        moments.update(state, x[part], score[part], torch.arange(len(x))[part])
+    return moments.finish(state)
+
+
+def test_moments_against_brute_force() -> None:
+    """Of all tokens but every 8th, which are kept whole; however the tokens are batched."""
+    g = torch.Generator().manual_seed(0)
+    x, score = torch.randn(203, D, generator=g) + 2, torch.rand(203, N, generator=g)
+    stored, whole = moments_of(x, score), torch.arange(203) % 8 == 0
+    inside, target = x[~whole].double(), (score / score.mean(1, keepdim=True))[~whole].double().sqrt()
+    for name, expected in {
+        "mean": inside.mean(0),
+        "target": target.mean(0),
+        "covariance": torch.cov(inside.T, correction=0),
+        "shared": (inside - inside.mean(0)).T @ (target - target.mean(0)) / len(inside),
+    }.items():
+        torch.testing.assert_close(stored[name].double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(stored["x"], x[whole].half()) and int(stored["count"]) == 203
+    torch.testing.assert_close(stored["score"], (score / score.amax(1, keepdim=True))[whole].half())
+    for cuts in ((1,), (8, 100, 202)):
+        for flip in (False, True):
+            for name, tensor in moments_of(x, score, cuts, flip).items():
+                torch.testing.assert_close(tensor, stored[name], rtol=1e-5, atol=1e-5)
+
+
+def test_moments_keep_few_tokens_of_a_long_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "ROWS", 10)
+    stored = moments_of(torch.randn(205, D), torch.rand(205, N), (50,))
+    assert len(stored["x"]) == len(stored["score"]) == 10 and int(stored["count"]) == 205
