@@ -42,6 +42,7 @@ class Method:
         lost: Nats per token that a layer loses, by the cube of the share that is skipped (`pipeline.timing` says where
             from).
         variance: Of the paired difference over windows, by the nats lost.
+        tried: Whether `auto` tries it.
     """
 
     module: str
@@ -49,6 +50,7 @@ class Method:
     decides: str | None = None
     lost: float = 0.05
     variance: float = 0.02
+    tried: bool = True
 
 
 METHODS = {
@@ -56,11 +58,11 @@ METHODS = {
     "gate": Method(".gating.gate", "neuron", lost=0.056),
     "chess": Method(".gating.chess", "neuron", lost=0.033),
     "cett": Method(".gating.cett", "neuron", lost=0.104),
+    "svd": Method(".gating.svd", "neuron", lost=0.1, variance=0.03, tried=False),
     "teal": Method(".channels.teal", "channel", lost=0.05),
     "wina": Method(".channels.wina", "channel", lost=0.06),
     "trained_gate": Method(".gating.trained_gate", "neuron", lost=0.025),
     "predictor": Method(".gating.predictor", "neuron", lost=0.114, variance=0.03),
-    "svd": Method(".gating.svd", "neuron", lost=0.3, variance=0.03),
 }
 EXACT = "exact"
 IMPORTED = "imported"
@@ -83,7 +85,8 @@ OF_ZEROS = tuple(name for name, row in METHODS.items() if row.decides)
 """Methods that keep what is not zero: `auto` tries them for a model with exact zeros."""
 DECIDES = {name: METHODS[name].decides for name in OF_ZEROS} | {IMPORTED: "the predictors' thresholds decide"}
 """Methods that take no share to skip -> what decides instead."""
-AUTO = {False: NEURON_METHODS, True: (*NEURON_METHODS, *LINEAR_METHODS, *JOINED)}
+_TRIED = tuple(name for name in NEURON_METHODS if METHODS[name].tried)
+AUTO = {False: _TRIED, True: (*_TRIED, *LINEAR_METHODS, *JOINED)}
 """What `auto` tries, by whether a budget is searched: a share of neurons means nothing to methods that skip input
 channels. For a model with exact zeros it tries OF_ZEROS too.
 """

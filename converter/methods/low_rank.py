@@ -1,10 +1,10 @@
-"""Predictors in closed form: the low-rank map of a block's input that tells best, in squares, how large a score is, as P2
-relu(P1 x) > tau.
+"""Predictors in closed form: the low-rank map of a block's input that tells best, in squares, how large a score is, as
+P2 relu(P1 x) > tau.
 
 1. The target is the root of the score relative to its mean over the token's neurons. Its regression on x of rank r is
    the truncated SVD of the whitened moments of x and targets (the statistic `moments`).
-2. The op has no bias in relu. Where a direction m has m x = 1 at every token, adding c m to a row shifts its hidden unit
-   by c, so that relu hardly cuts it: a linear map then takes r + 1 rows in place of 2 r.
+2. The op has no bias in relu. Where a direction m has m x = 1 at every token, adding c m to a row shifts its hidden
+   unit by c, so that relu hardly cuts it: a linear map then takes r + 1 rows in place of 2 r.
 3. Where there is no such direction every row stands beside its negative, v = relu(v) - relu(-v).
 4. Of both forms the one of the higher recall on tokens that are in no moment is taken.
 """

@@ -68,7 +68,12 @@ def finish(state: dict[str, Any]) -> dict[str, Tensor]:
         "covariance": square - mean.outer(mean),
         "shared": shared - mean.outer(target),
     }
-    return {name: t.float().contiguous() for name, t in tensors.items()} | {"x": x[order], "score": score[order], "count": torch.tensor(state["count"] + len(x))}
+    stored = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    return stored | {
+        "x": x[order],
+        "score": score[order],
+        "count": torch.tensor(state["count"] + len(x)),
+    }
 
 
 def root(score: Tensor) -> Tensor:

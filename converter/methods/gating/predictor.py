@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 from torch.nn import functional as F
 
 from ...arch import Arch
@@ -44,7 +43,7 @@ class Config(BaseModel):
             trained too.
         tune: The training end to end.
         begin: What is trained end to end: fresh predictors that keep everything, or those of the closed form at the
-            wished density.
+            wished density, which want a lower `tune.rate` (5e-4).
         score: Makes the labels, an oracle's too, of the closed form and of the cross-entropy; all that follow are the
             cross-entropy's only.
         form: linear2 has no nonlinearity and is stored as an equal mlp2 of twice the rank.

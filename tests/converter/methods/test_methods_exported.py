@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in (*M
     "exact": ("exact", {"activation": "drelu"}),
     "predictor + ridge": ("predictor", {"residual": "ridge"}),
     "cross-entropy on an oracle": ("predictor", {"loss": "cross_entropy", "score": "corrected_gxo", "steps": 40}),
+    "predictor from svd": ("predictor", {"begin": "svd"}),
     "linear2": ("predictor", {"loss": "cross_entropy", "form": "linear2", "steps": 40}),
 }
 
@@ -69,7 +70,7 @@ def planned(stage: Stage, case: str) -> tuple[Plan, Texts]:
     return once(Conversion(stage.source, texts, recipe, stage.folder / f"work {case}"), configs)[method], texts
 
 
-SLOW = ("chess+teal", "cross-entropy on an oracle", "linear2")
+SLOW = ("chess+teal", "svd", "predictor from svd", "cross-entropy on an oracle", "linear2")
 
 
 def test_every_method_of_auto_is_a_case() -> None:

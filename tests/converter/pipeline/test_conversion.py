@@ -19,7 +19,7 @@ from sparsegate.converter.checkpoint.manifest import read_manifest, write_manife
 from sparsegate.converter.checkpoint.plan import load_plan
 from sparsegate.converter.evaluation.checks import Check
 from sparsegate.converter.evaluation.records import RESULTS, Report
-from sparsegate.converter.methods import NEURON_METHODS
+from sparsegate.converter.methods import AUTO
 from sparsegate.converter.modeling.gated import load, load_dense
 from sparsegate.converter.pipeline import candidates
 from sparsegate.converter.pipeline import verify as verify_module
@@ -55,7 +55,7 @@ def test_every_architecture_goes_through_the_whole_chain(
     out = tmp_path / "out"
     result = convert(recipe=small_recipe(tiny_model(model_type), tmp_path), output=out)
     assert result.report is not None
-    assert [row.method for row in result.report.rows] == ["dense", *NEURON_METHODS]
+    assert [row.method for row in result.report.rows] == ["dense", *AUTO[False]]
     assert not (tmp_path / "out.work").exists()
     found = verify(out, calibration=tmp_path / "text.txt")
     assert found.passed, [check for check in found.checks if not check.passed]
@@ -82,8 +82,8 @@ def test_every_method_is_measured_and_the_chosen_one_alone_exported_and_timed(co
     least = min((row for row in report.rows if row.method != "dense"), key=lambda row: row.kl)
     assert least.method == chosen, "without a budget the least divergence decides"
     for folder, names in (
-        ("plan", NEURON_METHODS),
-        ("quality", NEURON_METHODS),
+        ("plan", AUTO[False]),
+        ("quality", AUTO[False]),
         ("checkpoint", [chosen]),
         ("onnx", [chosen]),
         ("measured", [chosen]),

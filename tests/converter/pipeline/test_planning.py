@@ -49,6 +49,7 @@ def refused(call: Callable[[], Any]) -> str:
 def test_every_method_gates_neurons_or_skips_inputs() -> None:
     assert sorted([*NEURON_METHODS, *LINEAR_METHODS, EXACT]) == sorted(METHODS)
     assert all(set(parts_of(name)) <= set(METHODS) for names in AUTO.values() for name in names)
+    assert set(NEURON_METHODS) - set(AUTO[False]) == {"svd"}, "which is worth its cost as a start, hardly by itself"
 
 
 @pytest.mark.parametrize(
@@ -134,8 +135,8 @@ def test_parts_take_the_fields_that_they_know_and_the_seed() -> None:
     assert said == TealConfig(allocation="uniform")
     predictor = method_configs(recipe("predictor", rank=7))["predictor"]["predictor"]
     assert isinstance(predictor, PredictorConfig) and predictor.seed == 3 and predictor.rank == 7
-    assert list(method_configs(recipe("auto", sparsity=0.3))) == list(NEURON_METHODS)
-    assert list(method_configs(recipe("auto", {"max_kl": 0.1}))) == [*NEURON_METHODS, *LINEAR_METHODS, "chess+teal"]
+    assert list(method_configs(recipe("auto", sparsity=0.3))) == list(AUTO[False])
+    assert list(method_configs(recipe("auto", {"max_kl": 0.1}))) == [*AUTO[False], *LINEAR_METHODS, "chess+teal"]
     assert "got unheard. Mend" in refused(lambda: method_configs(recipe("auto", unheard=1)))
     assert "gate.sparsity must be valid, got 1.5" in refused(lambda: method_configs(recipe("gate", sparsity=1.5)))
     assert "of gate must hold only allocation, densities, sparsity, version, got rank." in refused(
