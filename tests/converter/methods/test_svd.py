@@ -1,4 +1,4 @@
-"""Predictors in closed form, against brute force and on synthetic samples, and training end to end that begins there."""
+"""Predictors in closed form, against brute force and on synthetic tokens; training end to end that begins there."""
 
 from __future__ import annotations
 
