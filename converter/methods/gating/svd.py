@@ -12,7 +12,6 @@ from ...modeling.predictor import rank_for
 from ...progress import track
 from ...stats import Stats, of_kind
 from ..low_rank import LabelScore, Moments, low_rank_predictor
-from ..thresholds import Densities, densities_of
 
 SOURCE = (
     "SVD predictors, arXiv 2603.14110; reduced-rank regression, Izenman 1975",
@@ -25,8 +24,7 @@ NEEDS = ("moments:{score}",)
 
 
 class Config(BaseModel):
-    """`sparsity`: the share of neurons to skip, in every layer; `densities` sets kept shares of single layers by site
-    key.
+    """`sparsity`: the share of neurons to skip, in every layer.
 
     `rank` r, or None for the largest whose weights cost at most `cost` of the network's. `score` is what is regressed.
     With `recall`, thresholds keep so large a share of the neurons that the score's top `1 - sparsity` holds, whatever
@@ -37,7 +35,6 @@ class Config(BaseModel):
 
     version: Literal[1] = 1
     sparsity: float = Field(default=0.5, gt=0, lt=1)
-    densities: Densities | None = None
     rank: int | None = Field(default=None, ge=1)
     cost: float = Field(default=0.1, gt=0, lt=1)
     recall: float | None = Field(default=None, gt=0, lt=1)
@@ -51,10 +48,9 @@ def rank(config: Config, hidden: int, units: int, matrices: int) -> int:
 
 def plan(stats: Stats, arch: Arch, config: Config) -> Plan:
     """A Predictor for every site. Raises InputError when a site saw too few tokens."""
-    sites = of_kind(stats, "ffn")
     predictors: Plan = {}
-    for site, density in track(densities_of(sites, config.sparsity, config.densities).items(), unit="site"):
-        moments = Moments.of(sites[site], config.score, density)
+    for site, tensors in track(of_kind(stats, "ffn").items(), unit="site"):
+        moments = Moments.of(tensors, config.score, 1.0 - config.sparsity)
         width = rank(config, *moments.samples.sizes, arch.matrices)
         predictors[site] = SitePlan(gate=low_rank_predictor(moments, width, config.recall))
     return predictors
