@@ -21,7 +21,7 @@ from records.real_model_results import Training
 from sparsegate.converter.checkpoint.plan import Plan, load_plan, save_plan
 from sparsegate.converter.checkpoint.source import Source, open_source
 from sparsegate.converter.checkpoint.stage import Header, atomic_folder, hash_file, is_finished, read_header, write_json
-from sparsegate.converter.methods import LINEAR_METHODS, NEURON_METHODS, load_method, make_config, needs
+from sparsegate.converter.methods import LINEAR_METHODS, load_method, make_config, needs
 from sparsegate.converter.methods.tune import Tune
 from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.pipeline.recipe import Recipe
@@ -198,7 +198,11 @@ def header_of(study: Study, method: str, density: float) -> Header:
 
 def _calibrated(study: Study, method: str, densities: Sequence[float]) -> dict[float, Plan]:
     """Plans from statistics, which the methods without training share that skip the same kind of thing."""
-    kin = LINEAR_METHODS if method in LINEAR_METHODS else tuple(name for name in NEURON_METHODS if name not in TRAINED)
+    kin = (
+        LINEAR_METHODS
+        if method in LINEAR_METHODS
+        else tuple(name for name in METHODS if name not in TRAINED + LINEAR_METHODS)
+    )
     names = sorted({stat for name in kin for stat in needs(name, _config(name, 0.5))})
     folder = study.work / "stats" / ("channels" if method in LINEAR_METHODS else "neurons")
     stats = collect(study.source, study.calibration, names, folder, study.sizes.seed)
