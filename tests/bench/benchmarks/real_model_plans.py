@@ -36,7 +36,7 @@ from sparsegate.converter.training.settings import Settings
 from sparsegate.runtime_onnx.errors import InputError
 from sparsegate.runtime_onnx.untrusted import read_json
 
-METHODS = ("gate", "chess", "cett", "svd", "trained_gate", "predictor", "teal", "wina")
+METHODS = ("gate", "chess", "cett", "trained_gate", "predictor", "teal", "wina")
 TRAINED = ("trained_gate", "predictor")
 DENSITIES = (0.7, 0.5, 0.4, 0.3)
 _HELDOUT_SHARE = 0.2  # of the calibration text, where no other text is given
