@@ -132,9 +132,10 @@ def low_rank_predictor(moments: Moments, rank: int, recall: float | None = None)
     `recall` as in `Network.settled`.
     """
     rows = regression(moments, rank)
-    forms = [_doubled(rows[: max(1, rank // 2)], moments)]
-    if rank > 1:
-        forms.append(_shifted(rows[: rank - 1], moments))
+    if rank == 1:
+        forms = [Network(rows, *_linear(rows, moments))]
+    else:
+        forms = [_doubled(rows[: rank // 2], moments), _shifted(rows[: rank - 1], moments)]
     every = torch.arange(len(moments.samples.x))
     predictors = [form.settled(moments.samples, every, recall) for form in forms]
     # at one density the higher recall is better, and at one recall the lower density

@@ -130,6 +130,7 @@ def test_the_rank_rule_and_few_tokens() -> None:
     x = inputs(True)
     entry = planned(sampled(x, linear_score(x, 4)), cost=0.3)
     assert 5 < entry.rank <= svd.rank(svd.Config(cost=0.3), D, N, 3) == 10
+    assert planned(sampled(x, linear_score(x, 4)), rank=1).rank == 1
     with pytest.raises(InputError, match="at least 64 tokens a site, got 63"):
         planned(sampled(x[:63], linear_score(x[:63], 4)))
 
