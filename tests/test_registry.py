@@ -168,7 +168,7 @@ def test_op(name: str) -> None:
 
 def test_no_file_without_a_row() -> None:
     for table, folder, extra in (
-        (methods.METHODS, "methods", {".thresholds", ".tune"}),
+        (methods.METHODS, "methods", {".low_rank", ".thresholds", ".tune"}),
         (scores.SCORES, "scores", set()),
         (stats.STATS, "stats", {".collect", ".bins", ".oracle"}),
     ):
