@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sparsegate.converter.arch.site import Site
 from sparsegate.converter.checkpoint.plan import Predictor, part_tensors
-from sparsegate.converter.methods import low_rank, make_config, needs
+from sparsegate.converter.methods import low_rank, needs
 from sparsegate.converter.methods.gating import predictor, svd
 from sparsegate.converter.methods.low_rank import Moments
 from sparsegate.converter.stats import StatSetup, moments
@@ -137,11 +137,11 @@ def test_the_rank_rule_and_few_tokens() -> None:
 
 def test_training_may_begin_from_the_closed_form() -> None:
     """At the wished density, with the logits' spread that the slope of the sigmoid expects."""
-    config = make_config("predictor", {"begin": "svd", "score": "corrected_gxo", "sparsity": 0.75, "rank": 6})
-    assert needs("predictor", config) == ["moments:corrected_gxo"] and predictor.start(config) == 0.25  # type: ignore[arg-type]
+    config = predictor.Config(begin="svd", score="corrected_gxo", sparsity=0.75, rank=6)
+    assert needs("predictor", config) == ["moments:corrected_gxo"] and predictor.start(config) == 0.25
     x = inputs(True)
     stats = sampled(x, linear_score(x, 4), "corrected_gxo")
-    entry = predictor.plan(stats, LLAMA, config)[Site(0)].gating  # type: ignore[arg-type]
+    entry = predictor.plan(stats, LLAMA, config)[Site(0)].gating
     same = planned(stats, score="corrected_gxo", sparsity=0.75, rank=6)
     assert isinstance(entry, Predictor) and entry.density == pytest.approx(0.25, abs=1e-3)
     for role, tensor in part_tensors(same).items():
