@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
@@ -73,9 +73,7 @@ def estimate_shapes(
         for part, values in parts.items()
         for stat in (IMPORTED_NEEDS if part == IMPORTED else needs(part, values))
     }
-    samples = sum(layers * min(CAP, windows) * (hidden + units) * _FP16 for stat in stats if stat.startswith("samples"))
-    moments = (hidden + min(ROWS, windows) // 2) * (hidden + units) * _FP32  # rows are in fp16
-    samples += sum(layers * moments for stat in stats if stat.startswith("moments"))
+    samples = layers * _stored_bytes(stats, hidden, units, windows)
     tied = arch.embedding in shapes and not any(name.startswith("lm_head") for name in shapes)
     whole = (parameters + (prod(shapes[arch.embedding]) if tied else 0)) * _FP32
     sizes = {
@@ -119,6 +117,13 @@ def estimate_shapes(
         onnx_bytes=sizes,
         expected_cost={} if recipe.searches else costs,
     )
+
+
+def _stored_bytes(stats: Collection[str], hidden: int, units: int, tokens: int) -> int:
+    """Bytes that a layer's stored activations and moments take."""
+    samples = min(CAP, tokens) * (hidden + units) * _FP16
+    moments = (hidden + min(ROWS, tokens) // 2) * (hidden + units) * _FP32  # rows are in fp16
+    return sum(samples * stat.startswith("samples") + moments * stat.startswith("moments") for stat in stats)
 
 
 def _training_bytes(
