@@ -64,8 +64,7 @@ def estimate_shapes(
     ffn = {
         name for layer in range(layers) for name in (arch.block_prefix(layer) + weight.name for weight in arch.weights)
     } & set(shapes)
-    prefix = arch.block_prefix(0)
-    block = sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
+    block = sum(prod(shape) for name, shape in shapes.items() if name.startswith(arch.block_prefix(0)))
     windows = recipe.calibration.windows * recipe.calibration.length
     stats = {
         stat
@@ -85,9 +84,8 @@ def estimate_shapes(
         + whole
         + sizes[recipe.export.precision] * (2 if PRECISIONS[recipe.export.precision].bits else 1)
     )
-    disk += (
-        whole // 2 if recipe.export.target == "cuda" else sizes["int8"]
-    )  # the graph in fp16; a dense reference, until it is measured
+    # the graph in fp16; a dense reference, until it is measured
+    disk += whole // 2 if recipe.export.target == "cuda" else sizes["int8"]
     disk += whole if recipe.rotate else 0
     batch = 2048 * (hidden * 4 + units * 5) * _FP32
     form = PRECISIONS[recipe.export.precision]
