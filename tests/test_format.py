@@ -194,7 +194,7 @@ def site_fields(raw: dict[str, Any], key: str = "layers.1.ffn") -> dict[str, Any
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: s.update(version=3), ("1 or 2", "3")),
+        (lambda s: s.update(version=4), ("1 or 2 or 3", "4")),
         (lambda s: s.update(version=2), ("base_activation", "None")),
         (lambda s: s.update(code="x.py"), ("version", "code")),
         (lambda s: s.pop("sites"), ("sites", "None")),

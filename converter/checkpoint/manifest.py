@@ -64,7 +64,7 @@ class File(BaseModel):
 
 class Manifest(BaseModel):
     """The record of a conversion: `fingerprint` covers source, recipe and calibration; equal fingerprints mean the same
-    conversion.
+    conversion. `updated`: weights were trained together with what selects.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -79,6 +79,7 @@ class Manifest(BaseModel):
     budget: dict[str, bool | float | None]
     measured: dict[str, float]
     onnx: dict[str, Any] = {}
+    updated: bool = False
     versions: dict[str, str]
     files: dict[str, File]
 

@@ -1,7 +1,7 @@
 """A plan says what a site computes and which of its units are kept by whom: {site: SitePlan}.
 
-An edit changes a site once; a gate decides token by token which units are kept; a residual stands in for what a gate
-skips. The kinds are closed: EDITS and GATES name the classes, and each consumer (`sparsity.py`, `cost.py`,
+An edit changes a site once; a gate decides token by token which units are kept; a residual and an offset stand in for
+what a gate skips. The kinds are closed: EDITS and GATES name the classes, and each consumer (`sparsity.py`, `cost.py`,
 `modeling/gated.py`, `onnx_export/emit.py`) has one table with a row for each.
 """
 
@@ -30,6 +30,8 @@ VERSION = 2
 """Of plan.json; stages of version 1, which had a list of entries a site, are made again."""
 _SHARE_ERROR = 0.01
 """What a share by a histogram is off by at most."""
+OFFSET = "offset"
+"""The role of a site's offset."""
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FFN_LINEARS = LINEARS[4:]
 """Linear sites that a gated feed-forward network of the same layer excludes: both would skip the same weights."""
@@ -115,11 +117,14 @@ GATES: dict[str, type[Gate]] = {"exact": Exact, "predictor": Predictor, "thresho
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What one site does: `edits` in their order, then the `gate` (None: every unit is kept), and its `residual`."""
+    """What one site does: `edits` in their order, then the `gate` (None: every unit is kept), its `residual`, and an
+    `offset` [d] that is added to every output of a gated network.
+    """
 
     edits: tuple[Edit, ...] = ()
     gate: Gate | None = None
     residual: Residual | None = None
+    offset: Tensor | None = None
 
     @property
     def gating(self) -> Gate:
@@ -137,8 +142,9 @@ class SitePlan:
         return next((edit.activation for edit in self.edits), base)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of gate and residual by their roles in a checkpoint."""
-        return part_tensors(self.gate) | part_tensors(self.residual)
+        """The tensors of gate, residual and offset by their roles in a checkpoint."""
+        offset = {} if self.offset is None else {OFFSET: self.offset}
+        return part_tensors(self.gate) | part_tensors(self.residual) | offset
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SitePlan:
         """The same with its tensors on `device` in `dtype`; itself where they already are."""
@@ -149,7 +155,8 @@ class SitePlan:
             tensors = {name: tensor.to(device, dtype) for name, tensor in _tensors(part).items()}
             return part if part is None else replace(part, **tensors)
 
-        return replace(self, gate=moved(self.gate), residual=moved(self.residual))
+        offset = None if self.offset is None else self.offset.to(device, dtype)
+        return replace(self, gate=moved(self.gate), residual=moved(self.residual), offset=offset)
 
 
 Plan = dict[Site, SitePlan]
@@ -245,13 +252,15 @@ def make_site_plan(edits: list[dict[str, Any]], gate: dict[str, Any], tensors: M
     Raises InputError for an unknown kind and for a missing or unknown field or tensor.
     """
     residual = {name: tensors[role] for name, role in Residual.ROLES.items() if role in tensors}
-    rest = {role: tensor for role, tensor in tensors.items() if role not in Residual.ROLES.values()}
+    apart = {*Residual.ROLES.values(), OFFSET}
+    rest = {role: tensor for role, tensor in tensors.items() if role not in apart}
     if residual and "weight" not in residual:
         raise InputError("A residual must have weight, got only fc1. Make the plan again.")
     return SitePlan(
         tuple(_make_part("edit", EDITS, edit, {}) for edit in edits),
         _make_part("gate", GATES, gate, rest),
         Residual(**residual) if residual else None,
+        tensors.get(OFFSET),
     )
 
 
@@ -315,13 +324,15 @@ def _check_parts(site: Site, entry: SitePlan) -> None:
         raise InputError(
             f"The residual of {site.key} must have {needed}, got another at {kind_of(gate)}. Mend the plan."
         )
+    if entry.offset is not None and (is_linear or isinstance(gate, Exact)):
+        raise InputError(f"The offset of {site.key} must stand behind skipped neurons, got another. Mend the plan.")
     if is_linear and site.kind.removeprefix("linear:") not in LINEARS:
         raise InputError(f"A linear site must be one of {', '.join(LINEARS)}, got {site.key}. Make another plan.")
 
 
 def _check_types(site: Site, entry: SitePlan) -> None:
     """Raise InputError for a threshold's score that is no word, or that of another kind of gate, and for tensors with
-    another number of axes than tau [n] and matrices have.
+    another number of axes than vectors and matrices have.
     """
     score = entry.gating.score
     others = {getattr(kind, "score", None) for kind in GATES.values()}
@@ -332,8 +343,9 @@ def _check_types(site: Site, entry: SitePlan) -> None:
             f"A threshold's score at {site.key} must be gate or input, got {ascii(score):.100}. Make another plan."
         )
     for role, tensor in entry.tensors().items():
-        if tensor.ndim != (1 if role == "tau" else 2):
-            axes = "[n]" if role == "tau" else "of two axes"
+        is_vector = role in ("tau", OFFSET)
+        if tensor.ndim != (1 if is_vector else 2):
+            axes = "[n]" if is_vector else "of two axes"
             raise InputError(
                 f"{site.key}.{role} must have shape {axes}, got {list(tensor.shape)}. Make the plan again."
             )

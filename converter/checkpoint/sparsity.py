@@ -1,8 +1,8 @@
 """The sparse checkpoint's own part: config.json's closed `sparsity` key and sparsity/sparsity.safetensors. See
 FORMAT.md.
 
-Version 2 is for activations that were swapped and for sites that keep what is not zero; everything else stays version
-1.
+Version 2 is for activations that were swapped and for sites that keep what is not zero, version 3 for offsets as well;
+everything else stays version 1.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ...runtime_onnx.untrusted import read_json
 from ..arch import ACTIVATIONS, PREFIX, SWAPPED, load_arch, supported
 from ..arch.site import Site
 from .plan import (
+    OFFSET,
     Exact,
     Gate,
     Plan,
@@ -36,7 +37,7 @@ from .plan import (
 from .stage import write_json, write_tensors
 from .tensor_files import load_tensors
 
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 KEY = "sparsity"
 TENSORS = Path("sparsity") / "sparsity.safetensors"
 CLASS = "Sparsegate"
@@ -51,7 +52,9 @@ SCORES = {
     1: {"ffn": ("gate", "predictor"), "linear": ("input",)},
     2: {"ffn": ("gate", "predictor", "exact"), "linear": ("input",)},
 }
+SCORES[3] = SCORES[2]
 _KEYS = {1: {"version", "sites"}, 2: {"version", "base_activation", "sites"}}
+_KEYS[3] = _KEYS[2]
 
 
 class Key(NamedTuple):
@@ -106,14 +109,17 @@ def encode(plan: Plan, activation: str, base_activation: str | None = None) -> t
         sites[site.key] = {"score": gate.score, **network, "density": gate.density, **WRITERS[type(gate)](gate)}
         if entry.residual is not None:
             sites[site.key] |= {"rank": entry.rank, "residual": True}
-        version = 2 if isinstance(gate, Exact) or computed != activation else version
+        if entry.offset is not None:
+            sites[site.key] |= {"offset": True}
+        needed = 3 if entry.offset is not None else 2 if isinstance(gate, Exact) or computed != activation else 1
+        version = max(version, needed)
         # a copy each: sites may share a tensor, which safetensors refuses
         copies = {role: tensor.clone(memory_format=torch.contiguous_format) for role, tensor in entry.tensors().items()}
         tensors |= {f"{site.key}.{role}": tensor for role, tensor in copies.items()}
     if version == 1:
         return {"version": 1, "sites": sites}, tensors
     named = base_activation or next(name for name, known in ACTIVATIONS.items() if known == activation)
-    return {"version": 2, "base_activation": named, "sites": sites}, tensors
+    return {"version": version, "base_activation": named, "sites": sites}, tensors
 
 
 def write_sparsity(folder: Path, plan: Plan, activation: str) -> None:
@@ -197,7 +203,7 @@ def read_key(raw: Any) -> Key:
             f"The sparsity sites must be an object, got {raw.get('sites')!r:.100}. Fetch the checkpoint again."
         )
     base = None
-    if version == 2:
+    if version > 1:
         if str(raw.get("base_activation")) not in ACTIVATIONS:
             raise InputError(
                 f"base_activation must be one of {', '.join(sorted(ACTIVATIONS))}, "
@@ -236,9 +242,10 @@ def read_sparsity(folder: Path) -> tuple[Plan, dict[str, str]]:
     swapped = key.swapped()
     plan: Plan = {}
     for site, fields in key.sites.items():
-        gate, residual = READERS[fields["score"]](_StoredSite(site.key, fields, stored))
+        of_site = _StoredSite(site.key, fields, stored)
+        gate, residual = READERS[fields["score"]](of_site)
         edits = (Swap(swapped[site]),) if site in swapped else ()
-        plan[site] = SitePlan(edits, gate, residual)
+        plan[site] = SitePlan(edits, gate, residual, of_site.tensor(OFFSET) if fields.get("offset") else None)
         check_values(site, plan[site])
     check_plan(plan)
     known = {f"{site.key}.{role}" for site, entry in plan.items() for role in entry.tensors()}
@@ -278,7 +285,8 @@ def _check_fields(key: str, fields: Any, version: int, scores: tuple[str, ...], 
             "Update sparsegate."
         )
     needed = FIELDS[score] | ({"rank"} if fields.get("residual") and score == "gate" else set())
-    allowed = needed | ({"residual"} if score in ("gate", "predictor") else set())
+    beside = {"residual", "offset"} if version > 2 else {"residual"}
+    allowed = needed | (beside if score in ("gate", "predictor") else set())
     unknown, missing = set(fields) - allowed, needed - set(fields)
     if unknown:
         raise InputError(
@@ -290,10 +298,11 @@ def _check_fields(key: str, fields: Any, version: int, scores: tuple[str, ...], 
         raise InputError(
             f"{key} must hold {sorted(missing)}, got only {str(sorted(fields)):.100}. Fetch the checkpoint again."
         )
-    if not isinstance(fields.get("residual", True), bool):
-        raise InputError(
-            f"The residual of {key} must be true or false, got {fields['residual']!r:.100}. Fetch the checkpoint again."
-        )
+    for name in ("residual", "offset"):
+        if not isinstance(fields.get(name, True), bool):
+            raise InputError(
+                f"The {name} of {key} must be true or false, got {fields[name]!r:.100}. Fetch the checkpoint again."
+            )
     for name in {"density", "opened"} & needed:
         check_share(f"The {name} of {key}", fields[name])
     if "rank" in needed and (

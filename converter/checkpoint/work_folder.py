@@ -29,6 +29,7 @@ ENTRIES = {
     "stats_labels": "statistics of scores that need gradients",
     "trained": "trained selectors",
     "plan": "plans by method",
+    "models": "models with the weights that were trained with a plan, by method",
     "quality": "their losses",
     "base": "the dense graph",
     "bases": "dense graphs of checkpoints with weights of their own",

@@ -21,6 +21,14 @@ from .source import COPIED, HEAD, INDEX, SINGLE, Source, drop_code
 from .sparsity import write_sparsity
 from .stage import write_json, write_tensors
 
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+"""torch's dtypes by safetensors' names of them."""
+
+
+def as_stored(source: Source, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` by name in the dtypes that the source's files have them in."""
+    return {name: tensor.to(DTYPES[source.tensors[name].dtype]) for name, tensor in weights.items()}
+
 
 def write_checkpoint(
     source: Source, plan: Plan, out: Path, weights: Mapping[str, Tensor] | None = None, untied: bool = False

@@ -242,6 +242,7 @@ class Report(Record):
         model: The Hub id (then `revision` is its commit) or the name of the source folder.
         swapped: Its activation was changed before. The row of the method dense is then this model with nothing skipped:
             tables call it ungated.
+        updated: Weights of the chosen one were trained together with what selects.
         stages: Times of all stages before the report itself; absent in older reports.
         unused_tensors: Names in the source's files that its class does not have.
         time_notes: What was cut or left out to stay within a time.
@@ -252,6 +253,7 @@ class Report(Record):
     model: str
     revision: str | None = None
     swapped: bool = False
+    updated: bool = False
     tool: str = VERSION
     date: str
     command: str

@@ -61,6 +61,7 @@ METHODS = {
     "svd": Method(".gating.svd", "neuron", lost=0.1, variance=0.03, tried=False),
     "teal": Method(".channels.teal", "channel", lost=0.05),
     "wina": Method(".channels.wina", "channel", lost=0.06),
+    "trained_input": Method(".channels.trained_input", "channel", lost=0.02),
     "trained_gate": Method(".gating.trained_gate", "neuron", lost=0.025),
     "predictor": Method(".gating.predictor", "neuron", lost=0.114, variance=0.03),
 }

@@ -25,6 +25,7 @@ from ..arch import PREFIX, Arch, load_arch
 from ..arch.site import Site
 from ..checkpoint.cost import site_units
 from ..checkpoint.plan import (
+    OFFSET,
     Exact,
     Plan,
     Predictor,
@@ -165,7 +166,9 @@ class _Gated:
             self.recorder.add(self.site, scores, gate.tau, keep, NEAR if zeros else 0.0)
             self._see_jump(x)
         y = ffn_down(self.module, self.arch, masked(parts.z, keep))
-        return y if residual is None else y + residual.to(y.dtype)
+        for more in (residual, entry.offset):
+            y = y if more is None else y + more.to(y.dtype)
+        return y
 
     def _see_exact(self, parts: Parts, x: Tensor) -> None:
         """Count the non-zero units, and the non-zero gates."""
@@ -302,7 +305,7 @@ def _check_fit(config: Any, plan: Plan, arch: Arch) -> None:
             )
         arch.check_activation(entry.activation(""), site.key)
         width = () if entry.rank == 0 else (entry.rank,)
-        expected = {"tau": (units[site],), "predictor.fc2.weight": (units[site], *width)}
+        expected = {"tau": (units[site],), "predictor.fc2.weight": (units[site], *width), OFFSET: (hidden,)}
         for role, tensor in entry.tensors().items():
             shape = expected.get(role, (*width, hidden))
             if tuple(tensor.shape) != shape:

@@ -7,7 +7,7 @@ in nats.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ SOURCE = (
     "Bengio et al. 2013 (arXiv 1308.3432): straight-through, here with the sigmoid's slope. Hinton et al. 2015 (arXiv "
     "1503.02531): divergence from a teacher."
 )
+
+_LEAST_REST = 1e-6  # probability of the tokens that are not named: what is left of 1 in fp32 is no less
 
 MLP_MARGIN = 0.005
 """Added to the share of positives for MLP predictors, so that negatives keep some weight when hardly any unit is on."""
@@ -76,6 +78,59 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         p, log_q = ctx.saved_tensors
         return None, log_q.exp().sub_(p).mul_(gradients[0] / p[..., 0].numel())
+
+
+class Kept(NamedTuple):
+    """A distribution over the vocabulary by its likeliest tokens: `tokens` [..., k] int32, their log-probabilities
+    `log_p` [..., k], and the probability `rest` [...] of all others together, fp32.
+    """
+
+    tokens: Tensor
+    log_p: Tensor
+    rest: Tensor
+
+
+def keep_likeliest(logits: Tensor, count: int) -> Kept:
+    """The `count` likeliest tokens of logits [..., V], or all."""
+    wide = logits.float()
+    top = wide.topk(min(count, wide.shape[-1]), dim=-1)
+    log_p = top.values - wide.logsumexp(-1, keepdim=True)
+    return Kept(top.indices.int(), log_p, (1 - log_p.exp().sum(-1)).clamp_min(0.0))
+
+
+def kept_divergence(dense: Kept, sparse_logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """KL(dense || sparse) in nats, mean over positions, where all tokens that `dense` does not name count as one; a
+    scalar fp32.
+
+    It is at most `kl_divergence`, and equal to it where every token is named. Shapes and `mask` are as there.
+    """
+    if mask is not None and not bool(mask.all()):
+        dense, sparse_logits = Kept(*(part[mask] for part in dense)), sparse_logits[mask]
+    divergence: Tensor = _KeptDivergence.apply(sparse_logits, *dense)
+    return divergence
+
+
+class _KeptDivergence(torch.autograd.Function):
+    """Sum over named tokens of p (log p - log q) and the same for the rest as one, mean over positions. The gradient is
+    q - p at named tokens and q (1 - rest_p / rest_q) at the others, in the logits' dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, log_p: Tensor, rest: Tensor) -> Tensor:
+        named, total = tokens.long(), logits.float().logsumexp(-1, keepdim=True)
+        log_q, p = logits.gather(-1, named).float() - total, log_p.exp()
+        rest_q = (1 - log_q.exp().sum(-1)).clamp_min(_LEAST_REST)
+        ctx.save_for_backward(logits, named, total, p, rest / rest_q)
+        others = torch.where(rest > 0, rest * (rest.clamp_min(_LEAST_REST).log() - rest_q.log()), 0.0)
+        return ((p * (log_p - log_q)).sum(-1) + others).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, named, total, p, ratio = ctx.saved_tensors
+        q = (logits.float() - total).exp_()
+        at_named = q.gather(-1, named) - p
+        q.mul_((1 - ratio).unsqueeze(-1)).scatter_(-1, named, at_named)
+        return q.mul_(gradients[0] / ratio.numel()).to(logits.dtype), None, None, None
 
 
 def expected_difference(p: Tensor, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...runtime_onnx.errors import InputError
 from ..arch import Arch, Stream
 from ..checkpoint.source import HEAD, Source
+from ..checkpoint.writer import DTYPES
 from .taps import tapped_inputs
 
 SOURCE = (
@@ -26,7 +27,6 @@ SOURCE = (
 AT_ONCE = 4
 """Windows that pass through the model together."""
 _BOUNDS = {"F32": 1e-5, "F64": 1e-5, "F16": 2e-3, "BF16": 2e-2}
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 def stream_of(arch: Arch) -> Stream:
@@ -79,7 +79,7 @@ def rotated_weights(source: Source, q: Tensor, dtype: torch.dtype | None = None)
         return source.read([name], torch.float64)[name]
 
     def stored(name: str, weight: Tensor, like: str | None = None) -> tuple[str, Tensor]:
-        return name, weight.to(dtype or _DTYPES[source.tensors[like or name].dtype]).contiguous()
+        return name, weight.to(dtype or DTYPES[source.tensors[like or name].dtype]).contiguous()
 
     embedding = read(arch.embedding)
     head, final = HEAD if HEAD in source.tensors else arch.embedding, f"{stream.final_norm}.weight"

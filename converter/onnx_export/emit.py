@@ -23,7 +23,8 @@ class Emission:
     """A score and its inputs by the op's roles, all float32; `activation` is what the MLP computes with where that is
     not the base model's.
 
-    GatedMLP has the scores gate and predictor, with tau [n], p1 [r, d], p2 [n, r], res [r, d], and exact, with nothing;
+    GatedMLP has the scores gate and predictor, with tau [n], p1 [r, d], p2 [n, r], res [r, d], b_down [d] (on top of a
+    bias of the model's own), and exact, with nothing;
     SparseLinear has input, with tau [d_in].
     """
 
@@ -85,11 +86,13 @@ def emissions(plan: Plan, arch: Arch, config: Any) -> dict[Site, Emission]:
 
 
 def emit_parts(entry: SitePlan) -> Emission:
-    """The emission of a site's gate, residual and edits."""
+    """The emission of a site's gate, residual, offset and edits."""
     emission, residual = EMITTERS[type(entry.gating)](entry.gating), entry.residual
     if residual is not None:
         head = {} if residual.fc1 is None else {"p1": _array(residual.fc1)}
         emission = replace(emission, tensors=emission.tensors | head | {"res": _array(residual.weight)})
+    if entry.offset is not None:
+        emission = replace(emission, tensors=emission.tensors | {"b_down": _array(entry.offset)})
     for edit in entry.edits:
         emission = EDIT_EMITTERS[type(edit)](emission, edit)
     return emission
@@ -104,7 +107,7 @@ def emit(site: Site, entry: SitePlan, d: int, n: int) -> Emission:
         raise InputError(f"Site {site.key} must have a gate to be exported, got none. Make another plan.")
     emission = emit_parts(entry)
     r = len(emission.tensors["p1"]) if "p1" in emission.tensors else 0
-    shapes = {"tau": (n,), "p1": (r, d), "p2": (n, r), "res": (r, d)}
+    shapes = {"tau": (n,), "p1": (r, d), "p2": (n, r), "res": (r, d), "b_down": (d,)}
     for role, array in emission.tensors.items():
         if array.shape != shapes[role]:
             raise InputError(

@@ -105,7 +105,9 @@ def _replace(
         else:
             tensors[_ROLES[part][0]], tensors[f"s_{part}"] = quantised(value, weights, transpose=part != "down")
     for part, value in region.biases.items():
-        tensors[_ROLES[part][1]] = moved(value, dtype=ir.DataType.FLOAT)
+        own = moved(value, dtype=ir.DataType.FLOAT)
+        more = emission.tensors.get(_ROLES[part][1])
+        tensors[_ROLES[part][1]] = own if more is None else ir.Tensor(own.numpy() + more)
     roles = tuple(role for role in gated_mlp.ROLES if role in tensors)
     try:
         variant = gated_mlp.Variant(

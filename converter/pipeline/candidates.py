@@ -13,6 +13,7 @@ from typing import Any
 from ...runtime_onnx.bench.folders import BenchTiming, bench
 from ...runtime_onnx.untrusted import read_json
 from ..checkpoint.plan import Plan
+from ..checkpoint.source import Source
 from ..checkpoint.stage import CheckError, Header, atomic_folder, is_finished, read_header, write_header, write_json
 from ..evaluation.agreement import check_onnx, has_cuda, measure_shipped
 from ..evaluation.checks import Check, ExecutorQuality, Quality, check_budget, check_text, shipped_checks
@@ -22,7 +23,7 @@ from ..methods import TUNED
 from ..modeling.gated import load
 from ..onnx_export.export import export
 from ..progress import partly, resumed, stage, update
-from .conversion import Conversion
+from .conversion import Conversion, Made
 from .graphs import Graphs, graph_of, stored_quality
 from .schedule import checkpoint
 from .texts import Texts, quality_error
@@ -34,9 +35,9 @@ _MEASURED = "measured.json"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method's plan and its held-out quality; of the one that was exported also its folders, the checks it passed or
-    failed, what its ONNX file loses in its own precision (None where that is torch's, or nothing could run it), and its
-    speed beside dense (empty when not measured).
+    """A method's plan, the model that it is for, and its held-out quality; of the one that was exported also its
+    folders, the checks it passed or failed, what its ONNX file loses in its own precision (None where that is torch's,
+    or nothing could run it), and its speed beside dense (empty when not measured).
     """
 
     method: str
@@ -44,6 +45,7 @@ class Candidate:
     sparsity: float | None
     quality: Quality
     checks: list[Check]
+    source: Source
     checkpoint: Path | None = None
     onnx: Path | None = None
     shipped: ExecutorQuality | None = None
@@ -56,29 +58,26 @@ class Candidate:
 
 
 def measure(
-    conversion: Conversion, plans: Mapping[str, Plan], sparsities: Mapping[str, float | None]
+    conversion: Conversion, made: Mapping[str, Made], sparsities: Mapping[str, float | None]
 ) -> list[Candidate]:
     """The held-out quality of every plan, each a stage, and whether it keeps the budget and the density that was asked
-    for (None: none was). What is not there yet is measured together.
+    for (None: none was). What is not there yet is measured together, model by model.
     """
     work, recipe, heldout = conversion.work, conversion.recipe, conversion.texts.heldout
     stages: dict[str, tuple[Path, Header]] = {}
     long = {} if conversion.texts.long is None else {"long": conversion.texts.long.sha256}
-    for name in plans:
+    for name in made:
         parent = read_header(work / "plan" / name)
         assert parent is not None
         stages[name] = (
             work / "quality" / name,
             Header(format="quality", parents={"plan": parent.fingerprint}, config=long, calibration=heldout.sha256),
         )
-    missing = {name: plans[name] for name, stage in stages.items() if not is_finished(*stage)}
+    missing = [name for name, stage in stages.items() if not is_finished(*stage)]
     if missing:
-        if len(missing) < len(plans):
+        if len(missing) < len(made):
             partly()
-        qualities = measure_qualities(
-            conversion.model(), missing, heldout, conversion.reference_model(), quality_error(recipe)
-        )
-        for name, quality in _with_long(conversion, missing, qualities).items():
+        for name, quality in _qualities(conversion, {name: made[name] for name in missing}).items():
             folder, header = stages[name]
             with atomic_folder(folder) as partial:
                 write_json(partial / "quality.json", quality.model_dump())
@@ -87,11 +86,25 @@ def measure(
         resumed()
     conversion.models.release()
     candidates = []
-    for name, plan in plans.items():
+    for name, (plan, source) in made.items():
         quality = Quality(**read_json(stages[name][0] / "quality.json", "The measured quality"))
         budget = recipe.budget.model_dump() | {"sparsity": sparsities[name], "searched": recipe.searches}
-        candidates.append(Candidate(name, plan, sparsities[name], quality, check_budget(quality, budget)))
+        candidates.append(Candidate(name, plan, sparsities[name], quality, check_budget(quality, budget), source))
     return candidates
+
+
+def _qualities(conversion: Conversion, made: Mapping[str, Made]) -> dict[str, Quality]:
+    """The held-out quality of every plan on the model that it is for."""
+    qualities: dict[str, Quality] = {}
+    for folder in dict.fromkeys(each.source.folder for each in made.values()):
+        together = {name: each for name, each in made.items() if each.source.folder == folder}
+        own = conversion.with_source(next(iter(together.values())).source)
+        plans = {name: each.plan for name, each in together.items()}
+        reference, error = own.reference_model(), quality_error(own.recipe)
+        measured = measure_qualities(own.model(), plans, own.texts.heldout, reference, error)
+        qualities |= _with_long(own, plans, measured)
+        conversion.models.release_all_but(conversion.reference)
+    return qualities
 
 
 def _with_long(
@@ -147,6 +160,7 @@ def _failures(candidates: list[Candidate]) -> list[str]:
 
 def _exported(conversion: Conversion, candidate: Candidate, graphs: Graphs) -> Candidate:
     """The candidate with checkpoint, ONNX folder, checks of its executors and speed, each a stage."""
+    conversion = conversion.with_source(candidate.source)
     recipe, settings = conversion.recipe, conversion.recipe.export
     with stage("export"):
         folder = checkpoint(conversion, candidate.plan, candidate.method)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..checkpoint.plan import Plan
 from ..checkpoint.source import Source
 from ..modeling.gated import load_dense
 from ..onnx_export.base_graph import load_stock
@@ -28,6 +29,10 @@ class Loaded:
     def stock(self, source: Source) -> Any:
         """The model that the builder exports (`load_stock`): `dense` where no activation was swapped."""
         return load_stock(source.folder) if source.swaps else self.dense(source)
+
+    def release_all_but(self, source: Source) -> None:
+        """Let go of all models but one."""
+        self._held = {folder: model for folder, model in self._held.items() if folder == source.folder}
 
     def release(self) -> None:
         """Let go of all models."""
@@ -69,3 +74,16 @@ class Conversion:
     def reference_model(self, device: str = "cpu") -> Any | None:
         """`reference` in torch; None where it is `source` itself, ungated."""
         return None if self.recovered_from is None else self.models.dense(self.recovered_from, device)
+
+    def with_source(self, source: Source) -> Conversion:
+        """The conversion of another model with other weights, to be compared with the same reference."""
+        return self if source is self.source else replace(self, source=source, recovered_from=self.reference)
+
+
+class Made(NamedTuple):
+    """What a method made: a plan, and the model that it is for: the conversion's, or one whose weights were trained
+    with it.
+    """
+
+    plan: Plan
+    source: Source

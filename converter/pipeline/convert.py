@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 from ...runtime_onnx.errors import InputError
 from ..bundled import BUNDLED_MODEL, BUNDLED_NAME
 from ..checkpoint.manifest import MANIFEST
-from ..checkpoint.plan import Plan
 from ..checkpoint.source import Source
 from ..checkpoint.work_folder import check_out, check_work, claimed, remove
 from ..evaluation.records import StageTime
@@ -30,7 +29,7 @@ from ..training.stage import EVALUATED, Tuned
 from ..training.stages import stage_folder, train_stages, training_inputs
 from .candidates import choose, measure
 from .configs import Configs, method_configs, training_windows
-from .conversion import Conversion
+from .conversion import Conversion, Made
 from .finish import pushed, write_out
 from .graphs import Graphs, make_graphs, room
 from .opening import occupied, open_model
@@ -176,18 +175,18 @@ def _begun(order: Order, opened: Opened, work: Path, recovered: Tuned | None) ->
     return Conversion(planned, texts, recipe, work, order.device, recovered_from=None if planned is source else source)
 
 
-def _plans(conversion: Conversion, configs: Configs, graphs: Graphs, recovered: Tuned | None) -> dict[str, Plan]:
-    """The plan of every method; that of a training where the last stage trains, and beside its predictors what the
+def _plans(conversion: Conversion, configs: Configs, graphs: Graphs, recovered: Tuned | None) -> dict[str, Made]:
+    """What every method made; that of a training where the last stage trains, and beside its predictors what the
     zeros alone would give.
     """
-    recipe, work = conversion.recipe, conversion.work
+    recipe = conversion.recipe
     if recipe.budget.bounded and PRECISIONS[recipe.export.precision].bits is not None:
         recipe = room(recipe, graphs)
     if recovered is None or TUNED not in configs:
         return once(replace(conversion, recipe=recipe), configs)
-    plans = {TUNED: keep_plan(recovered.plan, recovered.header, work)}
+    plans = {TUNED: keep_plan(conversion, recovered.plan, recovered.header)}
     if recovered.exact is not recovered.plan:
-        plans[EXACT] = keep_plan(recovered.exact, recovered.header, work, EXACT)
+        plans[EXACT] = keep_plan(conversion, recovered.exact, recovered.header, EXACT)
     return plans
 
 

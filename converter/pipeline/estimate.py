@@ -13,6 +13,7 @@ from ..checkpoint.cost import SiteSize, cost
 from ..checkpoint.plan import SitePlan, Threshold, uniform_tau
 from ..checkpoint.source import Source
 from ..methods import DECIDES, IMPORTED, NEURON_METHODS, load_method, needs
+from ..methods.tune import tune_of
 from ..modeling.predictor import residual_rank
 from ..modeling.processes import cores
 from ..onnx_export.matmul_nbits import BLOCK
@@ -78,15 +79,7 @@ def estimate_shapes(
     sizes = {
         name: _onnx_bytes(arch, shapes, ffn, tied, form, recipe.export.target) for name, form in PRECISIONS.items()
     }
-    disk = (
-        samples
-        + source_bytes
-        + whole
-        + sizes[recipe.export.precision] * (2 if PRECISIONS[recipe.export.precision].bits else 1)
-    )
-    # the graph in fp16; a dense reference, until it is measured
-    disk += whole // 2 if recipe.export.target == "cuda" else sizes["int8"]
-    disk += whole if recipe.rotate else 0
+    disk = samples + source_bytes + whole + _stage_bytes(recipe, configs, sizes, source_bytes, whole)
     batch = 2048 * (hidden * 4 + units * 5) * _FP32
     form = PRECISIONS[recipe.export.precision]
     costs = {
@@ -122,6 +115,17 @@ def _stored_bytes(stats: Collection[str], hidden: int, units: int, tokens: int) 
     samples = min(CAP, tokens) * (hidden + units) * _FP16
     moments = (hidden + min(ROWS, tokens) // 2) * (hidden + units) * _FP32  # rows are in fp16
     return sum(samples * stat.startswith("samples") + moments * stat.startswith("moments") for stat in stats)
+
+
+def _stage_bytes(recipe: Recipe, configs: Configs, sizes: Mapping[str, int], source_bytes: int, whole: int) -> int:
+    """Bytes of graphs and of models with other weights; `whole` are those of the model in fp32."""
+    precision = recipe.export.precision
+    graphs = sizes[precision] * (2 if PRECISIONS[precision].bits else 1)
+    graphs += whole // 2 if recipe.export.target == "cuda" else sizes["int8"]  # fp16, or a dense reference
+    tunes = [tune_of(values) for parts in configs.values() for values in parts.values()]
+    updated = sum(tune is not None and tune.updates != "none" for tune in tunes)
+    # the weights of a training, its copy in the plan, its model twice
+    return graphs + (whole if recipe.rotate else 0) + updated * 2 * (whole + source_bytes)
 
 
 def _training_bytes(

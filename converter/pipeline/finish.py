@@ -51,6 +51,7 @@ def write_out(order: Order, opened: Opened, conversion: Conversion, chosen: Cand
             measured={name: getattr(quality, name) for name in MEASURED}
             | _long_measured(quality)
             | _onnx_measured(chosen.shipped),
+            updated=report.updated,
             onnx={**recipe.export.model_dump(mode="json"), "variants": variants(chosen.onnx)},
             versions=installed_versions(),
             files=list_files(partial),

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from ...runtime_onnx.bench.samples import waits
 from ..arch import Arch
+from ..arch.shapes import linear_shapes
 from ..arch.site import Site
 from ..checkpoint.plan import Gate, Plan, Predictor, SitePlan, Threshold
 from ..checkpoint.source import Source, TensorInfo
 from ..evaluation.quality import Reference, compare, torch_logits
-from ..methods import load_method
+from ..methods import METHODS, load_method
 from ..methods.tune import Tune
 from ..modeling.empty import empty_model
 from ..modeling.predictor import rank_for
@@ -268,6 +269,12 @@ def _objective(block: _Block, arch: Arch, part: str, tune: Tune, tokens: Tensor)
         rank = rank_for(hidden, units, arch.matrices)
         gate = Predictor(_drawn((rank, hidden)), _drawn((units, rank)), torch.full((units,), -1.0), 1.0)
     plan: Plan = {Site(0): SitePlan(gate=gate)}
+    if METHODS[part].kind == "channel":
+        widths = {name: d_in for name, (_, d_in) in linear_shapes(arch, config).items()}
+        plan = {
+            Site(0, kind=f"linear:{name}"): SitePlan(gate=Threshold("input", torch.full((width,), 0.1), 0.5))
+            for name, width in widths.items()
+        }
     models, settings = Models(block.model, None, arch, activation), Settings(10, tune.windows, tune.rate)
     return SelectionObjective(models, plan, tune, settings, 1.0, [0.5], tokens[:1])
 

@@ -56,6 +56,7 @@ def build_report(
         model=source.name,
         revision=source.revision,
         swapped=bool(source.swaps),
+        updated=chosen.source is not conversion.source,
         date=datetime.now(UTC).date().isoformat(),
         command=command,
         machine=reporting.this_machine(),

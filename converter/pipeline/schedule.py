@@ -1,25 +1,30 @@
 """The loop over stages: statistics once, then for every method a plan, its training where it is trained, and the search
 where there is a budget.
 
-Each is a folder below the work folder that is not made again when its header fits.
+Each is a folder below the work folder that is not made again when its header fits. Where a training changed weights,
+the plan's stage has them too, and further steps go on with the model that they make.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections import ChainMap
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
 from ...runtime_onnx.errors import InputError
 from ..checkpoint.cost import block_cost
 from ..checkpoint.plan import VERSION, Plan, check_exact, load_plan, merge, on_swaps, save_plan
+from ..checkpoint.source import open_source
+from ..checkpoint.sparsity import write_stock
 from ..checkpoint.stage import Header, atomic_folder, is_finished, read_header, write_header
-from ..checkpoint.writer import write_checkpoint
+from ..checkpoint.tensor_files import load_tensors
+from ..checkpoint.writer import as_stored, write_checkpoint
 from ..evaluation.density import with_shares
 from ..methods import EXACT, IMPORTED, TUNED, load_method, needs
 from ..modeling.predictor import residual_rank
@@ -31,9 +36,9 @@ from ..stats import Stats, load_stat
 from ..stats.collect import collect, drop_samples
 from ..stats.oracle import collect_labels
 from ..training.inputs import Models, TrainingRun
-from ..training.plans import train_plan
+from ..training.plans import WEIGHTS, TrainedPlan, train_plan
 from ..training.residual import add_residuals
-from .conversion import Conversion
+from .conversion import Conversion, Made
 from .families import beside_swaps
 from .search import Judge, settled, shifted, sparsest
 from .shares import LEAST_AND_MOST, Levels, with_densities
@@ -51,6 +56,8 @@ class Run(Conversion):
     """
 
     stats: Stats = field(default_factory=dict)
+    weights: Path | None = None
+    """The file of the weights that a training gave `source`."""
 
     @classmethod
     def of(cls, conversion: Conversion, stats: Stats) -> Run:
@@ -80,6 +87,13 @@ class Run(Conversion):
         return Judge(self.placed, arch, self.activation, search, reference_model=self.teacher, long=long)
 
 
+class Planned(NamedTuple):
+    """A plan, and the run whose model it is for."""
+
+    plan: Plan
+    run: Run
+
+
 def _plan_header(conversion: Conversion, name: str, config: Mapping[str, Any], **parents: str) -> Header:
     """The header of a method's stage."""
     models = {"model": conversion.source.fingerprint}
@@ -94,8 +108,8 @@ def _plan_header(conversion: Conversion, name: str, config: Mapping[str, Any], *
     )
 
 
-def once(conversion: Conversion, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Plan]:
-    """One round: the plan of every method in `configs` (validated configurations by part, as `configs.method_configs`
+def once(conversion: Conversion, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Made]:
+    """One round: what every method in `configs` makes (validated configurations by part, as `configs.method_configs`
     gives them), from one set of statistics; a method that cannot meet the budget is left out. Stored activations go
     when every plan is made.
 
@@ -121,31 +135,58 @@ def once(conversion: Conversion, configs: Mapping[str, Mapping[str, Any]]) -> di
             resumed(name)
     for folder in ("stats", "stats_labels"):
         drop_samples(work / folder)
-    plans = {name: load_plan(work / "plan" / name) for name in configs}
-    if not any(plans.values()):
+    made = {name: made_by(conversion, name) for name in configs}
+    if not any(each.plan for each in made.values()):
         raise InputError(
-            f"The budget must be one that a method can meet, got none of {', '.join(plans)} within it. Loosen it."
+            f"The budget must be one that a method can meet, got none of {', '.join(made)} within it. Loosen it."
         )
-    return {name: plan for name, plan in plans.items() if plan}
+    return {name: each for name, each in made.items() if each.plan}
+
+
+def made_by(conversion: Conversion, name: str) -> Made:
+    """What the finished stage of a method's plan holds; a model with its weights is a stage too."""
+    folder = conversion.work / "plan" / name
+    plan, weights = load_plan(folder), folder / WEIGHTS
+    if not weights.is_file():
+        return Made(plan, conversion.source)
+    parent = read_header(folder)
+    assert parent is not None
+    return Made(plan, _with_weights(conversion, weights, parent, conversion.work / "models" / name).source)
+
+
+def _with_weights(conversion: Conversion, weights: Path, parent: Header, folder: Path) -> Conversion:
+    """The conversion of the model with the weights of a file, which is written to `folder` in the source's dtypes."""
+    source = conversion.source
+    header = Header(format="model", parents={"weights": parent.fingerprint, "model": source.fingerprint})
+    if not is_finished(folder, header):
+        updated = as_stored(source, load_tensors(weights, ["F32"]))
+        with atomic_folder(folder) as partial:
+            write_checkpoint(source, {}, partial, updated)
+            if not source.swaps:
+                write_stock(partial)
+            write_header(partial, header)
+    return conversion.with_source(open_source(folder))
 
 
 def _make_plan(run: Run, name: str, config: Mapping[str, Any], header: Header) -> None:
     """A method's plan, as a stage that is finished."""
     if run.recipe.searches:
         with stage(f"search {name}", apart=True):
-            plan = _searched(run, name, config)
+            planned = _searched(run, name, config)
     else:
-        plan = direct_plan(run, name, config)
-    plan = None if plan is None else _completely(run, plan)
+        planned = direct_plan(run, name, config)
     with atomic_folder(run.work / "plan" / name) as partial:
-        save_plan(partial, plan or {}, header)
+        save_plan(partial, {} if planned is None else _completely(planned), header)
+        if planned is not None and planned.run.weights is not None:
+            shutil.copyfile(planned.run.weights, partial / WEIGHTS)
 
 
-def _completely(run: Run, plan: Plan) -> Plan:
+def _completely(planned: Planned) -> Plan:
     """The plan with the swapped activation of every site, where the model has any, and with the shares of exact sites
     as they are on the calibration text.
     """
-    whole = on_swaps(plan, run.source.swaps, run.activation)
+    run = planned.run
+    whole = on_swaps(planned.plan, run.source.swaps, run.activation)
     texts, swaps = run.texts, run.source.swaps
     return with_shares(run.placed, whole, run.source.arch, run.activation, texts.calibration, swaps)
 
@@ -196,26 +237,30 @@ def _statistics(conversion: Conversion, parts: Mapping[str, Any]) -> Stats:
     return streamed
 
 
-def direct_plan(run: Run, name: str, config: Mapping[str, Any]) -> Plan:
-    """The plan of a method at its configured sparsity, from the run's statistics; `config` as in `once`."""
-    allocated = with_densities(run, run.stats, config)
-    return merge([_part(run, name, part, values) for part, values in allocated.items()])
+def direct_plan(run: Run, name: str, config: Mapping[str, Any]) -> Planned:
+    """The plan of a method at its configured sparsity, from the run's statistics; `config` as in `once`. Parts that `+`
+    joins are planned in order; a second one that trains weights too goes on from the first one's.
+    """
+    plans = []
+    for part, values in with_densities(run, run.stats, config).items():
+        planned = _part(run, name, part, values)
+        plans.append(planned.plan)
+        run = planned.run
+    return Planned(merge(plans), run)
 
 
-def _part(run: Run, name: str, part: str, config: Any) -> Plan:
+def _part(run: Run, name: str, part: str, config: Any) -> Planned:
     if part == IMPORTED:
-        return measured(imported_plan(run.source, config), run.stats)
+        return Planned(measured(imported_plan(run.source, config), run.stats), run)
     plan = beside_swaps(run.source, load_method(part).plan(run.stats, run.source.arch, config))
     if part == EXACT:
-        return _present(run, plan)
+        return Planned(_present(run, plan), run)
     start, density = _start(part, config), 1.0 - config.sparsity
-    if (
-        start is not None and start < 1 and config.residual == "trained"
-    ):  # something is skipped from the start: one training serves thresholds and residual
+    # something is skipped from the start: one training serves thresholds and residual
+    if start is not None and start < 1 and getattr(config, "residual", "none") == "trained":
         return _trained(run, name, part, config, _with_residuals(run, plan), start, density)
-    if start is not None:
-        plan = _trained(run, name, part, config, plan, start, density)
-    return _completed(run, name, part, config, plan, density)
+    planned = Planned(plan, run) if start is None else _trained(run, name, part, config, plan, start, density)
+    return _completed(planned, name, part, config, density)
 
 
 def _present(run: Run, plan: Plan) -> Plan:
@@ -230,15 +275,18 @@ def _present(run: Run, plan: Plan) -> Plan:
     return whole
 
 
-def _completed(run: Run, name: str, part: str, config: Any, plan: Plan, density: float) -> Plan:
+def _completed(planned: Planned, name: str, part: str, config: Any, density: float) -> Planned:
     """The plan with residuals where they are asked for, in closed form, or from there trained together with what
     selects.
     """
     residual = getattr(config, "residual", "none")
     if residual == "none":
-        return plan
-    plan = _with_residuals(run, plan)
-    return plan if residual == "ridge" else _trained(run, f"{name}-residual", part, config, plan, density, density)
+        return planned
+    run = planned.run
+    plan = _with_residuals(run, planned.plan)
+    if residual == "ridge":
+        return Planned(plan, run)
+    return _trained(run, f"{name}-residual", part, config, plan, density, density)
 
 
 def _with_residuals(run: Run, plan: Plan) -> Plan:
@@ -259,7 +307,8 @@ def _start(part: str, config: Any) -> float | None:
     return module.start(config) if hasattr(module, "start") else None
 
 
-def _trained(run: Run, name: str, part: str, config: Any, plan: Plan, start: float, density: float) -> Plan:
+def _trained(run: Run, name: str, part: str, config: Any, plan: Plan, start: float, density: float) -> Planned:
+    """The plan trained down to a density, and the run of the model with the weights that were trained with it."""
     folder = run.work / "trained" / f"{name}-{density:.3f}"
     header = _plan_header(run, part, config.model_dump(mode="json"), training=run.texts.training.sha256)
     models = Models(run.placed, run.teacher, run.source.arch, run.activation)
@@ -272,29 +321,40 @@ def _trained(run: Run, name: str, part: str, config: Any, plan: Plan, start: flo
             config.tune,
             TrainingRun(run.texts.training, config.seed, folder, header),
         )
-    return trained
+    return Planned(trained.plan, _updated(run, trained, folder))
 
 
-def _searched(run: Run, name: str, config: Mapping[str, Any]) -> Plan | None:
+def _updated(run: Run, trained: TrainedPlan, folder: Path) -> Run:
+    """The run of the model with the weights that a training below `folder` ended with."""
+    if trained.weights is None:
+        return run
+    parent = read_header(trained.weights.parent)
+    assert parent is not None
+    updated = _with_weights(run, trained.weights, parent, folder / "model")
+    return replace(cast("Run", updated), weights=trained.weights)
+
+
+def _searched(run: Run, name: str, config: Mapping[str, Any]) -> Planned | None:
     """The cheapest plan of a method that meets the budget on the search windows, None when there is none."""
     part, values = next(iter(config.items()))
     if part == EXACT:
-        plan = direct_plan(run, name, config)
-        return plan if run.judge.loss(plan).share(run.recipe.budget) <= 1 else None
+        planned = direct_plan(run, name, config)
+        return planned if run.judge.loss(planned.plan).share(run.recipe.budget) <= 1 else None
     if len(config) == 1 and (part == IMPORTED or hasattr(load_method(part), "start")):
         if part != IMPORTED and _start(part, values) is not None:
             return _searched_training(run, name, part, values)
-        plan = _part(run, name, part, values)
+        planned = _part(run, name, part, values)
+        plan, run = planned
         cheapest = sparsest(lambda shift: shifted(plan, shift), run.judge, run.recipe.budget, -_REACH, _REACH)
     else:
         levels = Levels(run, run.stats, config)
         cheapest = sparsest(levels.plan, run.judge, run.recipe.budget, *LEAST_AND_MOST)
         if cheapest is not None and levels.evolve(cheapest[0]):
             cheapest = sparsest(levels.plan, run.judge, run.recipe.budget, *LEAST_AND_MOST) or cheapest
-    return None if cheapest is None else settled(cheapest[1], cheapest[2].density)
+    return None if cheapest is None else Planned(settled(cheapest[1], cheapest[2].density), run)
 
 
-def _searched_training(run: Run, name: str, part: str, config: Any) -> Plan | None:
+def _searched_training(run: Run, name: str, part: str, config: Any) -> Planned | None:
     """A trained method goes down LEVELS until the budget breaks; the last two levels are shifted to the budget, and the
     cheaper one is taken.
     """
@@ -302,41 +362,44 @@ def _searched_training(run: Run, name: str, part: str, config: Any) -> Plan | No
     (config,) = with_densities(run, run.stats, {part: config}).values()
     plan, start = load_method(part).plan(run.stats, run.source.arch, config), _start(part, config)
     assert start is not None
-    trained: list[tuple[Plan, float]] = []
+    trained: list[tuple[Planned, float]] = []
     for density in LEVELS:
         if density >= start:
             continue
-        plan = _trained(run, f"{name}-budget", part, config, plan, start, density)
+        plan, run = planned = _trained(run, f"{name}-budget", part, config, plan, start, density)
         start = density
-        trained.append((plan, density))
+        trained.append((planned, density))
         if run.judge.loss(plan, every=4).share(run.recipe.budget) > 1:
             break
-    best: tuple[float, Plan] | None = None
-    for plan, density in trained[-2:]:
-        plan = _completed(run, f"{name}-budget", part, config, plan, density)
+    best: tuple[float, Planned] | None = None
+    for planned, density in trained[-2:]:
+        whole = _completed(planned, f"{name}-budget", part, config, density)
         cheapest = sparsest(
-            lambda shift, plan=plan: shifted(plan, shift), run.judge, run.recipe.budget, -_REACH, _REACH
+            lambda shift, plan=whole.plan: shifted(plan, shift), whole.run.judge, run.recipe.budget, -_REACH, _REACH
         )
         if cheapest is not None:
-            ready = settled(cheapest[1], cheapest[2].density)
-            cost = block_cost(ready, run.source.arch, run.source.config)
+            ready = Planned(settled(cheapest[1], cheapest[2].density), whole.run)
+            cost = block_cost(ready.plan, run.source.arch, run.source.config)
             best = min(best or (cost, ready), (cost, ready), key=lambda pair: pair[0])
     return None if best is None else best[1]
 
 
-def keep_plan(plan: Plan, header: Header, work: Path, name: str = TUNED) -> Plan:
-    """A plan that a training ended with as the stage that further stages are made from; `header` is the training's."""
+def keep_plan(conversion: Conversion, plan: Plan, header: Header, name: str = TUNED) -> Made:
+    """A plan that a training stage ended with as the stage that further stages are made from; `header` is the
+    training's.
+    """
+    folder = conversion.work / "plan" / name
     plan_header = Header(
         format="plan", version=VERSION, parents={"tuned": header.fingerprint}, config={"method": name}, seed=header.seed
     )
-    if not is_finished(work / "plan" / name, plan_header):
-        with atomic_folder(work / "plan" / name) as partial:
+    if not is_finished(folder, plan_header):
+        with atomic_folder(folder) as partial:
             save_plan(partial, plan, plan_header)
-    return plan
+    return Made(plan, conversion.source)
 
 
 def checkpoint(conversion: Conversion, plan: Plan, name: str) -> Path:
-    """The checkpoint folder of a method's plan."""
+    """The checkpoint folder of a method's plan for the conversion's model."""
     folder = conversion.work / "checkpoint" / name
     plan_header = read_header(conversion.work / "plan" / name)
     assert plan_header is not None

@@ -67,7 +67,7 @@ class _VerifyInputs:
     @property
     def recovered(self) -> bool:
         """Whether the weights were trained."""
-        return bool(training_stages(self.recipe))
+        return self.manifest.updated or bool(training_stages(self.recipe))
 
     @cached_property
     def reference_model(self) -> Any | None:

@@ -112,7 +112,7 @@ def write_card(folder: Path, report: Report, source: BaseCard, repo_id: str | No
         repo=repo_id or "OWNER/NAME",
         local=(repo_id or "OWNER/NAME").split("/")[-1],
     )
-    metadata = _metadata(report, source, trained=recovery is not None)
+    metadata = _metadata(report, source, trained=report.updated or recovery is not None)
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", body))
     path = folder / "README.md"
     card.save(path)

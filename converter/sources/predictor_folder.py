@@ -105,10 +105,10 @@ def _expressible(plan: Plan) -> dict[int, Predictor]:
                 f"A predictor folder holds one predictor a layer, got {kind} at {site.key}. Take a plan of --method "
                 "predictor."
             )
-        if entry.residual is not None:
+        if entry.residual is not None or entry.offset is not None:
             raise InputError(
-                f"A predictor folder has no residual heads, got one at {site.key}. Train without the residual, or "
-                "share the checkpoint itself."
+                f"A predictor folder has no residual heads and no offsets, got one at {site.key}. Train without them, "
+                "or share the checkpoint itself."
             )
         predictors[site.layer] = gate
     if not predictors or list(predictors) != list(range(len(predictors))):

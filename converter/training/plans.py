@@ -1,16 +1,19 @@
-"""A plan's predictors and thresholds trained end to end (`selection`), in one run that goes through densities."""
+"""A plan's predictors and thresholds trained end to end, with what of the weights is trained beside them
+(`selection`), in one run that goes through densities.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ...runtime_onnx.errors import InputError
-from ..checkpoint.plan import Plan, load_plan, save_plan
-from ..checkpoint.stage import atomic_folder, is_finished, write_json
+from ..checkpoint.plan import Exact, Plan, load_plan, save_plan
+from ..checkpoint.stage import atomic_folder, is_finished, write_json, write_tensors
 from ..methods.tune import Tune
 from ..modeling.processes import keep_freed_memory
 from ..progress import resumed
@@ -23,20 +26,32 @@ from .settings import Settings
 _ASIDE, _ASIDE_MOST = 16, 32  # every 16th window, about 32 at most, is kept for setting densities
 
 
+WEIGHTS = "weights.safetensors"
+"""The updated weights of a level, by their names in the model."""
+
+
+class TrainedPlan(NamedTuple):
+    """What a training ended with: a plan, and the file of the weights that go with it; None where none changed."""
+
+    plan: Plan
+    weights: Path | None
+
+
 def train_plan(
     models: Models, plan: Plan, start: float, densities: Sequence[float], tune: Tune, run: TrainingRun
-) -> list[Plan]:
-    """Train the feed-forward sites of `plan` and return one plan per density in `densities`, which one run visits in
-    turn; other sites stay as they are.
+) -> list[TrainedPlan]:
+    """Train the sites of `plan` and return one plan per density in `densities`, which one run visits in turn; sites
+    that keep exact zeros stay as they are.
 
     `start` is the density that the run begins with (1 for a fresh predictor). Every plan's density holds on windows
     that were not trained on. State, levels and curve are stored below the run's folder, so an interrupted one goes on
-    to the same result. Raises InputError for a plan without feed-forward sites and for too few windows.
+    to the same result. Raises InputError for a plan without a site to train and for too few windows.
     """
-    if not any(site.kind == "ffn" for site in plan):
+    gated = {site: entry for site, entry in plan.items() if not isinstance(entry.gate, Exact)}
+    if not gated:
         raise InputError(
-            "A plan to train must gate a feed-forward network, got "
-            f"{', '.join(site.key for site in plan) or 'no site'}. Take another method."
+            f"A plan to train must have thresholds or predictors, got {', '.join(s.key for s in plan) or 'no site'}. "
+            "Take another method."
         )
     decides = {"tune": tune.model_dump(mode="json"), "densities": list(densities), "plan": _hash(plan)}
     header = run.header.model_copy(update={"config": run.header.config | decides})
@@ -48,16 +63,22 @@ def train_plan(
         curve_file.unlink(missing_ok=True)
         keep_freed_memory()
         settings = Settings(tune.steps * len(densities), tune.windows, tune.rate, levels=len(densities), seed=run.seed)
-        objective = SelectionObjective(models, plan, tune, settings, start, densities, windows.aside[:4])
+        objective = SelectionObjective(models, gated, tune, settings, start, densities, windows.aside[:4])
 
         def at_level(level: int) -> None:
             with atomic_folder(levels[level]) as partial:
                 save_plan(partial, objective.plan(windows.aside, densities[level]), header)
+                if merged := objective.student.merged():
+                    write_tensors(partial / WEIGHTS, merged)
 
         curve = train(objective, windows.trained, settings, run.folder / "state", header, at_level)
         write_json(curve_file, {"rows": curve})
-    untrained = {site: entry for site, entry in plan.items() if site.kind != "ffn"}
-    return [untrained | load_plan(level) for level in levels]
+    untrained = {site: entry for site, entry in plan.items() if site not in gated}
+    files = [level / WEIGHTS for level in levels]
+    return [
+        TrainedPlan(untrained | load_plan(level), file if file.is_file() else None)
+        for level, file in zip(levels, files, strict=True)
+    ]
 
 
 class _Windows(NamedTuple):

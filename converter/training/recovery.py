@@ -32,7 +32,6 @@ from ..modeling.losses import MLP_MARGIN, dejavu_loss, kl_divergence, straight_t
 from ..modeling.taps import replaced, tapped_outputs
 from .inputs import Models
 from .optimizers import Trained
-from .selection import INTEGRAL, PROPORTIONAL
 from .settings import Joint, Penalty, Recovery, Settings
 from .unit import Unit
 
@@ -43,6 +42,8 @@ SOURCE = (
     "distillation from the dense source in place of a corpus; a count of units, or an L1 norm relative to the rms, so "
     "that shrinking z does not pay",
 )
+PROPORTIONAL, INTEGRAL = 5.0, 0.1
+"""Of the price of what predictors keep: nats per unit of excess density, and per unit of excess and step."""
 _GAIN, _REACTION = 0.03, 1.0  # relative change of the weight a step and at once, for a density twice the wished one
 _MEMORY = 0.9  # of the running mean of the density
 _SUMS = ("count", "soft", "nonzero", "absolute", "square", "gate", "up")

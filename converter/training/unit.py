@@ -1,4 +1,4 @@
-"""What is trained at a site: a predictor, or a gate's thresholds, in the form that gradients work on."""
+"""What is trained at a site: a predictor, or thresholds on gates or inputs, in the form that gradients work on."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ _NEVER = 1e4  # threshold in place of an infinite one
 
 @dataclass
 class Unit:
-    """What is trained at one site: `fc1` [r, d], `fc2` [n, r] and `bias` [n] of a predictor, or `bias` [n] of a gate,
-    logit = |act(gate)| * steep - bias; `residual` [r, d] where there is one. fc1 works on x / `scale`, which has rms 1,
-    so that one rate serves all. `shift` is taken from every logit.
+    """What is trained at one site: `fc1` [r, d], `fc2` [n, r] and `bias` [n] of a predictor, or `bias` [n] of
+    thresholds, logit = |value| * steep - bias, where the value is act(gate) or a linear map's input by `score`;
+    `residual` [r, d] and `offset` [d] where there is one. fc1 works on x / `scale`, which has rms 1, so that one rate
+    serves all. `shift` is taken from every logit.
     """
 
     tensors: dict[str, Tensor]
     steep: Tensor | None
     scale: float
+    score: str = "predictor"
     shift: float = 0.0
 
-    def logits(self, hidden: Tensor | None, gate: Tensor) -> Tensor:
-        """Logits [..., n] fp32, before the shift, from relu(fc1 x) [..., r] or act(gate) [..., n]."""
+    def logits(self, hidden: Tensor | None, values: Tensor) -> Tensor:
+        """Logits [..., n] fp32, before the shift, from relu(fc1 x) [..., r], or from act(gate) or x [..., n]."""
         if self.steep is None:
             assert hidden is not None
-            return (hidden @ self.tensors["fc2"].T).float() + self.tensors["bias"]
-        return gate.float().abs() * self.steep - self.tensors["bias"]
+            return (hidden @ self.tensors["fc2"].to(hidden.dtype).T).float() + self.tensors["bias"]
+        return values.float().abs() * self.steep - self.tensors["bias"]
 
     def site_plan(self, density: float, edits: tuple[Edit, ...] = ()) -> SitePlan:
         """The site's plan behind `edits`: bias and shift as thresholds."""
@@ -41,9 +43,9 @@ class Unit:
         if self.steep is None:
             gate: Gate = Predictor(t["fc1"], t["fc2"], self.shift - t["bias"], density)
         else:
-            gate = Threshold("gate", (t["bias"] + self.shift) / self.steep.cpu(), density)
+            gate = Threshold(self.score, (t["bias"] + self.shift) / self.steep.cpu(), density)
         fc1 = None if self.steep is None else t.get("fc1")
-        return SitePlan(edits, gate, Residual(t["residual"], fc1) if "residual" in t else None)
+        return SitePlan(edits, gate, Residual(t["residual"], fc1) if "residual" in t else None, t.get("offset"))
 
 
 def make_unit(entry: SitePlan, device: torch.device, scale: float) -> Unit:
@@ -58,11 +60,13 @@ def make_unit(entry: SitePlan, device: torch.device, scale: float) -> Unit:
     else:
         assert isinstance(gate, Threshold)
         tau = gate.tau.to(device, torch.float32)
-        never = torch.isinf(tau)  # a neuron whose up projection is always 0
+        never = torch.isinf(tau)  # a neuron whose up projection, or a channel whose weights are always 0
         steep = torch.where(never, 1.0, _STEEPNESS / tau.clamp_min(1e-4))
         tensors = {"bias": leaf(torch.where(never, _NEVER, tau * steep))}
         if residual is not None and residual.fc1 is not None:
             tensors["fc1"] = leaf(residual.fc1 * scale)
     if residual is not None:
         tensors["residual"] = leaf(residual.weight)
-    return Unit(tensors, steep, scale)
+    if entry.offset is not None:
+        tensors["offset"] = leaf(entry.offset)
+    return Unit(tensors, steep, scale, gate.score)

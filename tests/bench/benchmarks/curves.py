@@ -52,7 +52,8 @@ from records.folders import RESULTS
 
 DENSITIES = (0.7, 0.5, 0.4, 0.3, 0.2)
 TRAINED_WINDOWS = 1024  # of 256 tokens: nearly all of the calibration text
-PREDICTOR, GATE = Tune(steps=1500), Tune(steps=300, rate=4e-3)
+_FROZEN = Tune(local=0.2, updates="none", offsets=False, likeliest=0)  # nothing of the weights is trained
+PREDICTOR, GATE = (_FROZEN.model_copy(update={"steps": steps}) for steps in (1500, 300))
 GATE_START = 0.8
 RESIDUAL_WINDOWS, RESIDUAL_RANK = 64, 40
 ATTENTION = tuple(name for name in LINEARS if name not in FFN_LINEARS)
@@ -156,7 +157,7 @@ def _trained(
         return iter(())
     header = Header(format="tune", parents={"model": study.source.fingerprint})
     model = load_dense(study.source.folder)  # training freezes its weights
-    plans = train_plan(
+    trained = train_plan(
         Models(model, None, study.source.arch, study.activation),
         start_plan,
         start,
@@ -164,7 +165,7 @@ def _trained(
         tune,
         TrainingRun(study.windows(seed), seed, folder, header),
     )
-    return zip(densities, plans, strict=True)
+    return zip(densities, (each.plan for each in trained), strict=True)
 
 
 def with_residual(study: Study, seed: int | None, densities: tuple[float, ...], of: Callable[..., Plans]) -> Plans:

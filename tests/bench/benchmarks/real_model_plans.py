@@ -1,9 +1,9 @@
 """What the benchmark of a real model measures: its texts, and the plan of every method at every density, each a stage
 of its own below a work folder.
 
-A method whose training begins at the density itself is trained anew for each, as `convert` trains it, with its
-configuration's steps. One whose training begins with everything kept goes through all densities in one descending run,
-of as many steps as fit into the minutes that it is given, where `convert` trains for one density.
+What selects is trained alone, where `convert` trains weights with it. A method whose training begins at the density
+itself is trained anew for each, with its configuration's steps. One whose training begins with everything kept goes
+through all densities in one descending run, of as many steps as fit into the minutes that it is given.
 """
 
 from __future__ import annotations
@@ -212,7 +212,12 @@ def _calibrated(study: Study, method: str, densities: Sequence[float]) -> dict[f
 
 
 def _config(method: str, density: float) -> Any:
-    return make_config(method, {"sparsity": round(1 - density, 9)})
+    """The configuration of a method; what selects is trained alone."""
+    config = make_config(method, {"sparsity": round(1 - density, 9)})
+    if method not in TRAINED:
+        return config
+    alone = {"updates": "none", "offsets": False, "likeliest": 0, "local": 0.2}
+    return config.model_copy(update={"tune": config.tune.model_copy(update=alone)})
 
 
 def _descends(method: str) -> bool:
@@ -246,7 +251,7 @@ def _trained_each(study: Study, method: str, densities: Sequence[float]) -> dict
             folder / str(density),
             stats=stats,
         )
-        found[density] = direct_plan(run, method, {method: config})
+        found[density] = direct_plan(run, method, {method: config}).plan
     return found
 
 
@@ -294,7 +299,7 @@ def _trained_down(study: Study, method: str, densities: Sequence[float]) -> dict
         tune,
         TrainingRun(study.training, study.sizes.seed, folder, header),
     )
-    return dict(zip(study.densities, found, strict=True))
+    return dict(zip(study.densities, (each.plan for each in found), strict=True))
 
 
 def _key(study: Study, method: str) -> dict[str, Any]:

@@ -248,7 +248,7 @@ def training_lines(result: RealModel) -> str:
             "without a residual"
         )
         if len({row.training.steps for row in rows if row.training}) == 1:
-            lines.append(f"{method} is trained as `convert` trains it, for every density anew: {took}.")
+            lines.append(f"{method} is trained without the weights, for every density anew: {took}.")
         else:
             lines.append(
                 f"{method} is trained in one run through all densities, where `convert` trains for one: down to "

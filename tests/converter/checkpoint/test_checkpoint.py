@@ -135,7 +135,7 @@ def site(raw: dict[str, Any], layer: int = 0) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda r: r["sparsity"].update(version=3), "must be 1 or 2 for this sparsegate, got 3"),
+        (lambda r: r["sparsity"].update(version=4), "must be 1 or 2 or 3 for this sparsegate, got 4"),
         (lambda r: r["sparsity"].update(version=1), "must hold sites, version, got .*base_activation"),
         (
             lambda r: (r["sparsity"].update(version=1), r["sparsity"].pop("base_activation")),

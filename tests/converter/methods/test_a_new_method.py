@@ -116,14 +116,18 @@ def found(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 
 def test_it_is_offered(found: dict[str, Any]) -> None:
     assert (
-        "gate, chess, cett, svd, trained_gate, predictor, toy, exact, teal, wina, imported, two as in" in found["help"]
+        "gate, chess, cett, svd, trained_gate, predictor, toy, exact, teal, wina, trained_input, imported, two as in"
+        in found["help"]
     )
 
 
 def test_it_is_validated(found: dict[str, Any]) -> None:
     unknown, joined = found["refused"]
     assert "trained_gate, predictor, toy, got 'toyy'" in unknown
-    assert "one of gate, chess, cett, svd, trained_gate, predictor, toy and one of teal, wina, got 'toy+toy'" in joined
+    assert (
+        "one of gate, chess, cett, svd, trained_gate, predictor, toy and one of teal, wina, trained_input, " in joined
+    )
+    assert ", got 'toy+toy'" in joined
     assert found["configs"] == {"toy": ["toy"], "toy+teal": ["toy", "teal"]}
 
 

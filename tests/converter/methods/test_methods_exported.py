@@ -67,7 +67,7 @@ def planned(stage: Stage, case: str) -> tuple[Plan, Texts]:
     )
     configs = method_configs(recipe)
     texts = make_texts(stage.source, recipe, training_windows(configs))
-    return once(Conversion(stage.source, texts, recipe, stage.folder / f"work {case}"), configs)[method], texts
+    return once(Conversion(stage.source, texts, recipe, stage.folder / f"work {case}"), configs)[method].plan, texts
 
 
 SLOW = ("chess+teal", "svd", "predictor from svd", "cross-entropy on an oracle", "linear2")

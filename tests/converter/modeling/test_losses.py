@@ -12,10 +12,16 @@ from sparsegate.converter.modeling.losses import (
     dejavu_loss,
     dejavu_weight,
     expected_difference,
+    keep_likeliest,
+    kept_divergence,
     kl_divergence,
     straight_through,
     token_nll,
 )
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def dejavu_case() -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,3 +139,34 @@ def test_straight_through_gradient_reaches_units_that_are_off() -> None:
     straight_through(logits).sum().backward()
     assert logits.grad is not None
     assert bool((logits.grad > 0.1).all()) and logits.grad[1] > logits.grad[0] and logits.grad[2] > logits.grad[3]
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_kept_divergence_counts_the_rest_as_one(count: int) -> None:
+    dense, sparse = draw(2, 5, 8, seed=1), draw(2, 5, 8, seed=2).requires_grad_()
+    kept = keep_likeliest(dense, count)
+    p, q = dense.double().softmax(-1), sparse.detach().double().softmax(-1)
+    order = p.argsort(-1, descending=True)
+    p, q = p.gather(-1, order), q.gather(-1, order)
+    pairs = [(p[..., k], q[..., k]) for k in range(count)]
+    if count < 8:
+        pairs.append((p[..., count:].sum(-1), q[..., count:].sum(-1)))
+    expected = sum((a * (a.log() - b.log())).mean() for a, b in pairs)
+    found = kept_divergence(kept, sparse)
+    assert float(found.detach()) == pytest.approx(float(expected), rel=1e-4)
+    assert float(found.detach()) <= float(kl_divergence(dense, sparse.detach())) + 1e-6
+    (gradient,) = torch.autograd.grad(found, sparse)
+    wide = sparse.detach().double().requires_grad_()
+    named = torch.zeros(2, 5, 8, dtype=torch.bool).scatter_(-1, kept.tokens.long(), True)
+    log_q = wide.log_softmax(-1)
+    rest = log_q.exp().masked_fill(named, 0.0).sum(-1)
+    loss = -(dense.double().softmax(-1) * log_q).masked_fill(~named, 0.0).sum(-1)
+    if count < 8:
+        loss = loss - dense.double().softmax(-1).masked_fill(named, 0.0).sum(-1) * rest.log()
+    (exact,) = torch.autograd.grad(loss.mean(), wide)
+    assert float((gradient - exact).abs().max()) < 1e-5
+    mask = torch.tensor([[True] * 5, [True, False, False, True, False]])
+    masked = kept_divergence(kept, sparse.detach(), mask)
+    assert float(masked) == pytest.approx(
+        float(kept_divergence(keep_likeliest(dense[mask], count), sparse.detach()[mask])), rel=1e-5
+    )

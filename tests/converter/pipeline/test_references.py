@@ -174,7 +174,7 @@ def test_shares_of_a_file(fp32: Case) -> None:
         site_density={"layers.0.ffn": 0.25},
         site_cost={"layers.0.ffn": 0.5},
     )
-    chosen = Candidate("gate", plan, 0.75, quality, [])
+    chosen = Candidate("gate", plan, 0.75, quality, [], fp32.source)
     whole = 4 * (blocks + head)
     for precision, bytes_of_network in (("fp32", 2 * network), ("fp16", network)):
         shares = record._file_shares(chosen, fp32.graphs, fp32.source, Export(precision=precision))

@@ -75,7 +75,8 @@ def run(source: Source, folder: Path, work: Path | None = None, **changes: Any) 
     configs = method_configs(recipe)
     with few_searched():
         texts = make_texts(source, recipe, training_windows(configs))
-    return once(Conversion(source, texts, recipe, work or folder / "work"), configs), texts
+    made = once(Conversion(source, texts, recipe, work or folder / "work"), configs)
+    return {name: each.plan for name, each in made.items()}, texts
 
 
 def same(one: Plan, other: Plan) -> bool:

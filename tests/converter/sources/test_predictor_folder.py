@@ -128,7 +128,7 @@ def test_differing_taus_travel_as_biases(source: Source, tmp_path: Path) -> None
                 Predictor(torch.zeros(2, D), torch.zeros(N, 2), uniform_tau(0, N), 0.5),
                 Residual(torch.zeros(2, D)),
             ),
-            "no residual heads, got one at layers.1.ffn",
+            "no residual heads and no offsets, got one at layers.1.ffn",
         ),
         (None, "layers 0, 1, 2 and so on, got 0, 2"),
         (

@@ -184,7 +184,7 @@ def test_inputs_are_skipped_beside_swapped_networks(
         small_recipe(source.folder, tmp_path, stages=[{"method": "teal", "config": config}], **changes)
     )
     conversion_of = Conversion(source, make_texts(source, recipe), recipe, tmp_path / "work")
-    plan = once(conversion_of, method_configs(recipe, True))["teal"]
+    plan = once(conversion_of, method_configs(recipe, True))["teal"].plan
     assert [site.kind for site in plan] == 2 * ["ffn", *(f"linear:{x}_proj" for x in "qkvo")]
     assert all(plan[Site(layer)].edits and plan[Site(layer)].gating.density < 0.9 for layer in range(2))
     assert load_plan(tmp_path / "work" / "plan" / "teal").keys() == plan.keys()

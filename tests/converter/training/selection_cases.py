@@ -18,7 +18,7 @@ from sparsegate.converter.modeling.gated import apply_plan, recording, remove_pl
 from sparsegate.converter.modeling.losses import kl_divergence
 from sparsegate.converter.text.windows import Batches
 from sparsegate.converter.training.inputs import Models, TrainingRun
-from sparsegate.converter.training.plans import train_plan
+from sparsegate.converter.training.plans import TrainedPlan, train_plan
 from sparsegate.converter.training.selection import SelectionObjective
 from sparsegate.converter.training.settings import Settings
 
@@ -53,6 +53,19 @@ def make_plan(kind: str, tau: float = 0.0, layers: tuple[int, ...] = (0, 1)) -> 
     return {Site(layer): make_entry(kind, layer + 1, tau + 0.2 * layer) for layer in layers}
 
 
+def input_plan(layers: tuple[int, ...] = (0, 1)) -> Plan:
+    """Thresholds on the inputs of a few linear maps of each block, those of a network and of attention."""
+    g = torch.Generator().manual_seed(5)
+    sizes = {"q_proj": (D, 1.0), "o_proj": (D, 0.05), "gate_proj": (D, 1.0), "down_proj": (N, 0.02)}
+    return {
+        Site(layer, kind=f"linear:{name}"): SitePlan(
+            gate=Threshold("input", size * (0.4 + 0.6 * torch.rand(width, generator=g)), 0.6)
+        )
+        for layer in layers
+        for name, (width, size) in sizes.items()
+    }
+
+
 def models_of(loaded: tuple[Any, Arch, str]) -> Models:
     """The model as its own teacher."""
     model, arch, activation = loaded
@@ -62,7 +75,7 @@ def models_of(loaded: tuple[Any, Arch, str]) -> Models:
 def objective_of(
     loaded: tuple[Any, Arch, str], plan: Plan, local: float = 0.0, target: float = 0.5, steps: int = 10
 ) -> SelectionObjective:
-    tune = Tune(local=local, precision="fp32")
+    tune = Tune(local=local, precision="fp32", updates="none", offsets=False, likeliest=0)
     return SelectionObjective(
         models_of(loaded), plan, tune, Settings(steps, 2, 4e-3), target, [target], windows(2, seed=9)
     )
@@ -108,7 +121,20 @@ def trained(
     start: float = 0.5,
     data: Batches | None = None,
     **tune: Any,
-) -> Any:
-    settings = Tune(**({"steps": 40, "precision": "fp32"} | tune))
+) -> list[Plan]:
+    """The plans of a training of what selects alone, unless `tune` says more."""
+    return [each.plan for each in trained_with_weights(loaded, plan, folder, densities, start, data, **tune)]
+
+
+def trained_with_weights(
+    loaded: tuple[Any, Arch, str],
+    plan: Plan,
+    folder: Path,
+    densities: list[float],
+    start: float = 0.5,
+    data: Batches | None = None,
+    **tune: Any,
+) -> list[TrainedPlan]:
+    settings = Tune(**({"steps": 40, "precision": "fp32", "updates": "none", "offsets": False, "likeliest": 0} | tune))
     run = TrainingRun(data or batches(), 0, folder, HEADER)
     return train_plan(models_of(loaded), plan, start, densities, settings, run)

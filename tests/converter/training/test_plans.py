@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from models import VOCAB
 from plan_checks import gates
 from selection_cases import (
     HEADER,
@@ -18,23 +21,28 @@ from selection_cases import (
     batches,
     divergence,
     executed,
+    input_plan,
+    logits,
     make_entry,
     make_plan,
     models_of,
     objective_of,
     trained,
+    trained_with_weights,
     windows,
 )
 from torch import Tensor
 
-from sparsegate.converter.arch import Site
-from sparsegate.converter.checkpoint.plan import Plan, Predictor, SitePlan, Threshold
+from sparsegate.converter.arch import Arch, Site
+from sparsegate.converter.checkpoint.plan import Exact, Plan, Predictor, SitePlan, Swap, Threshold
 from sparsegate.converter.checkpoint.stage import Header
+from sparsegate.converter.checkpoint.tensor_files import load_tensors
 from sparsegate.converter.methods.tune import Tune
+from sparsegate.converter.modeling.losses import kl_divergence
 from sparsegate.converter.text.windows import Batches
 from sparsegate.converter.training import plans as plans_module
 from sparsegate.converter.training.inputs import TrainingRun
-from sparsegate.converter.training.plans import train_plan
+from sparsegate.converter.training.plans import TrainedPlan, train_plan
 from sparsegate.converter.training.selection import SelectionObjective
 from sparsegate.converter.training.settings import Settings
 from sparsegate.runtime_onnx.errors import InputError
@@ -145,13 +153,10 @@ def test_training_in_bf16_gives_a_plan_of_the_same_density(load: Load, tmp_path:
     assert sum(e.density for e in gates(half).values()) / 2 == pytest.approx(0.4, abs=0.003)
 
 
-def test_other_sites_pass_through(load: Load, tmp_path: Path) -> None:
-    others: Plan = {
-        Site(0, kind=f"linear:{name}"): SitePlan(gate=Threshold("input", torch.rand(D), 0.7))
-        for name in ("q_proj", "up_proj")
-    }
-    (plan,) = trained(load("llama"), others | make_plan("gate", layers=(1,)), tmp_path, [0.5], steps=2)
-    assert set(plan) == {*others, Site(1)} and all(plan[site] is entry for site, entry in others.items())
+def test_sites_with_exact_zeros_pass_through(load: Load, tmp_path: Path) -> None:
+    exact: Plan = {Site(0): SitePlan((Swap("relu"),), Exact())}
+    (plan,) = trained(load("llama"), exact | make_plan("gate", layers=(1,)), tmp_path, [0.5], steps=2)
+    assert set(plan) == {Site(0), Site(1)} and plan[Site(0)] is exact[Site(0)]
 
 
 def test_x_may_have_any_scale(load: Load, tmp_path: Path) -> None:
@@ -175,6 +180,97 @@ def test_x_may_have_any_scale(load: Load, tmp_path: Path) -> None:
         other = plans[1][site].tensors()
         for role, tensor in one.tensors().items():
             assert torch.allclose(tensor, other[role] * (8 if "fc1" in role else 1), rtol=1e-3, atol=1e-5)
+
+
+# Weights
+
+
+def with_weights(loaded: tuple[Any, Arch, str], trained_plan: TrainedPlan) -> tuple[Any, Arch, str]:
+    """Another copy of the model, with the weights of a training."""
+    model, arch, activation = loaded
+    assert trained_plan.weights is not None
+    updated = copy.deepcopy(model)
+    weights = load_tensors(trained_plan.weights)
+    assert set(weights) <= set(updated.state_dict()), "by the model's own names"
+    updated.load_state_dict(weights, strict=False)
+    return updated, arch, activation
+
+
+def moved_weights(one: Any, other: Any) -> set[str]:
+    """Last parts of the names of the weights that differ."""
+    pairs = zip(one.state_dict().items(), other.state_dict().values(), strict=True)
+    return {name.split(".")[-2] for (name, tensor), other_tensor in pairs if not torch.equal(tensor, other_tensor)}
+
+
+@pytest.mark.parametrize("kind", ["gate", "predictor and residual", "inputs"])
+@pytest.mark.parametrize("updates", ["low_rank", "networks"])
+def test_weights_that_are_trained_too_lose_less(kind: str, updates: str, load: Load, tmp_path: Path) -> None:
+    loaded, few = load("llama"), batches(20)
+    start = input_plan() if kind == "inputs" else make_plan(kind)
+    go = partial(trained_with_weights, loaded, start, densities=[0.4], data=few, steps=60, rate=0.01)
+    (alone,) = go(folder=tmp_path / "alone")
+    (result,) = go(folder=tmp_path / "both", updates=updates, rank=8, update_rate=0.01, offsets=True, likeliest=VOCAB)
+    assert alone.weights is None
+    updated = with_weights(loaded, result)
+    linears = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert moved_weights(loaded[0], updated[0]) == linears, "all linear maps of the blocks, and nothing else"
+    seen = few.tokens  # random windows have nothing in common but themselves
+    dense = logits(loaded[0], seen)
+    ours = float(kl_divergence(dense, executed(updated, result.plan, seen)[0]))
+    assert ours < 0.9 * divergence(loaded, alone.plan, seen)
+    crossed = float(kl_divergence(dense, executed(loaded, result.plan, seen)[0]))
+    assert crossed > 1.05 * ours, "the plan belongs to its weights"
+    if kind != "inputs":
+        offsets = [entry.offset for entry in result.plan.values()]
+        assert all(offset is not None and offset.shape == (D,) and bool(offset.any()) for offset in offsets)
+        bare = {site: replace(entry, offset=None) for site, entry in result.plan.items()}
+        assert float(kl_divergence(dense, executed(updated, bare, seen)[0])) > ours, "offsets are a part of it"
+    assert all(p.grad is None and not p.requires_grad for p in loaded[0].parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_trained_pass_is_that_of_plan_and_weights(precision: str, load: Load, tmp_path: Path) -> None:
+    """What training saw and what comes out of it compute the same."""
+    loaded, tokens = load("llama"), windows(3)
+    tune = Tune(steps=3, precision=precision, rank=4, update_rate=0.05)  # type: ignore[arg-type]
+    objective = SelectionObjective(
+        models_of(loaded), make_plan("gate and residual"), tune, Settings(3, 2, 4e-3), 0.5, [0.5], windows(2)
+    )
+    for leaf, _ in objective.parameters().values():
+        with torch.no_grad():
+            leaf += 0.05 * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(leaf.numel()))
+    plan = objective.student.site_plans(tokens, 0.5, 0.0)
+    updated = copy.deepcopy(loaded[0])
+    updated.load_state_dict(objective.student.merged(), strict=False)
+    expected, densities = executed((updated, *loaded[1:]), plan, tokens)
+    steep = {site: unit.steep for site, unit in objective.student.units.items()}
+    for site, unit in objective.student.units.items():
+        moved = plan[site].gating.tau * steep[site] - unit.tensors["bias"]
+        unit.shift = float(moved.detach().mean())
+    with objective.student.masking() as seen, torch.no_grad():
+        found = objective.student.model(input_ids=tokens, use_cache=False).logits.float()
+    assert float((found - expected).norm() / expected.norm()) < (1e-5 if precision == "fp32" else 0.05)
+    assert [float(each.share) for each in seen] == pytest.approx(
+        list(densities.values()), abs=1e-6 if precision == "fp32" else 0.02
+    )
+
+
+def test_blocks_computed_again_give_the_same_gradients(load: Load) -> None:
+    loaded, tokens = load("llama"), windows(2)
+    gradients = []
+    for recompute in (False, True):
+        tune = Tune(precision="fp32", rank=4, recompute=recompute)
+        objective = SelectionObjective(
+            models_of(loaded), make_plan("gate"), tune, Settings(3, 2, 4e-3), 0.5, [0.5], windows(2)
+        )
+        with torch.no_grad():
+            for name, (leaf, _) in objective.parameters().items():
+                leaf += 0.1 if name.endswith(".b") else 0.0
+        objective.loss(tokens, torch.ones_like(tokens, dtype=torch.bool), 0).backward()
+        gradients.append([leaf.grad for leaf, _ in objective.parameters().values()])
+        assert not any("forward" in vars(module) for module in loaded[0].modules())
+    for one, other in zip(*gradients, strict=True):
+        assert one is not None and other is not None and torch.allclose(one, other, atol=1e-7)
 
 
 # Resume
@@ -240,9 +336,9 @@ def test_what_decides_the_result_decides_whether_it_is_there(change: str, load: 
     }
 
     def go(folder: Path, plan: Plan, rate: float, densities: list[float], header: Header) -> list[Plan]:
-        tune = Tune(steps=3, rate=rate, precision="fp32")
+        tune = Tune(steps=3, rate=rate, precision="fp32", updates="none", offsets=False, likeliest=0)
         run = TrainingRun(batches(18), header.seed, folder, header)
-        return train_plan(models_of(loaded), plan, 0.5, densities, tune, run)
+        return [each.plan for each in train_plan(models_of(loaded), plan, 0.5, densities, tune, run)]
 
     changed = base | {"rate" if change == "tune" else change: other[change]}
     first, second = go(tmp_path / "a", **base), go(tmp_path / "a", **changed)  # type: ignore[arg-type]
@@ -252,9 +348,9 @@ def test_what_decides_the_result_decides_whether_it_is_there(change: str, load: 
 # What cannot be trained
 
 
-def test_a_plan_without_networks(load: Load, tmp_path: Path) -> None:
-    plan: Plan = {Site(0, kind="linear:q_proj"): SitePlan(gate=Threshold("input", torch.rand(D), 0.7))}
-    with pytest.raises(InputError, match=r"must gate a feed-forward network, got layers\.0\.linear\.q_proj\. "):
+def test_a_plan_without_thresholds(load: Load, tmp_path: Path) -> None:
+    plan: Plan = {Site(0): SitePlan((Swap("relu"),), Exact())}
+    with pytest.raises(InputError, match=r"must have thresholds or predictors, got layers\.0\.ffn\. "):
         trained(load("llama"), plan, tmp_path, [0.5])
 
 

@@ -32,7 +32,10 @@ def _objective(tiny_model: Callable[[str], Path]) -> Iterator[SelectionObjective
     generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
     plan: Plan = {Site(layer): SitePlan(gate=fresh_predictor(D, N, 12, generator)) for layer in range(2)}
     tokens = torch.randint(3, VOCAB, (2, 24), generator=generator)
-    models, tune = Models(model, None, arch, arch.activation(model.config)), Tune(local=0.2, precision="fp32")
+    models, tune = (
+        Models(model, None, arch, arch.activation(model.config)),
+        Tune(local=0.2, precision="fp32", likeliest=0),
+    )
     yield SelectionObjective(models, plan, tune, Settings(10, 4, 4e-3), 0.5, [0.5], tokens)
     torch.set_num_threads(before)
 
@@ -48,7 +51,7 @@ def windows(count: int) -> tuple[Tensor, Tensor]:
 def step(objective: SelectionObjective, count: int, threads: int) -> tuple[float, dict[str, float], Tensor]:
     """Loss, figures and the gradients of all tensors in one, of a step of `count` windows."""
     torch.set_num_threads(threads)
-    objective.restore({"price": 0.3})
+    objective.restore({"price": 0.3, "shift": 0.0, "steps": 3})
     leaves = [tensor for tensor, _ in objective.parameters().values()]
     for leaf in leaves:
         leaf.grad = None
