@@ -1,0 +1,270 @@
+"""What a real model loses at shares of its bytes: every method without and with training, on several texts, in one run.
+
+python tests/bench/benchmarks/budgets.py MODEL --text FILE[,FILE...] --judge NAME=FILE[,NAME=FILE...] [--work WORK]
+[-o RESULT.json] [--only ROW,...] [--bytes 0.8,0.67,0.5,0.4] [--minutes 60 | --steps N] [--descend] [--windows 64]
+[--set tune.KEY=VALUE,...] [--collate]
+
+MODEL is a folder, or smollm2 as in real_model.py. Methods are calibrated on the first text and trained on all of them.
+Rows are entries of ROWS in budgets_study.py; without --only those of the networks are made. Every row and every loss is
+a stage below WORK, so the run can be stopped and started again, or be shared out by --only. The result has all that is
+there, with the settings that each training had; --collate makes nothing anew. Writes RESULT.json and, where that is the
+stored one, docs/budgets.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import smollm2
+from benchmarks.budgets_plans import commit, load_made, make, making_of, stored_header, with_weights
+from benchmarks.budgets_study import MAIN, ROWS, SHARES, Sizes, Study, is_trained
+from records.budgets_results import PLACE, Budgets, Loss, Row
+from sparsegate.converter import report as reporting
+from sparsegate.converter.checkpoint.stage import Header, atomic_folder, is_finished, write_header, write_json
+from sparsegate.converter.evaluation.checks import Quality
+from sparsegate.converter.evaluation.quality import measure_qualities
+from sparsegate.converter.methods.tune import Tune
+from sparsegate.runtime_onnx.bench.record import usable_cpus
+from sparsegate.runtime_onnx.errors import InputError
+from sparsegate.runtime_onnx.untrusted import read_json
+
+_MOST = 1 << 40  # tokens: all windows are measured
+Key = tuple[str, float]
+"""Row and share."""
+
+
+# Losses
+
+
+def measure(study: Study, names: Sequence[str]) -> None:
+    """Store what the rows that are made lose on every text where it is not stored yet. Rows without trained weights
+    share the dense pass.
+    """
+    for judge in study.judges:
+        keys = [key for key in _keys(study, names) if stored_header(study, *key)]
+        missing = [key for key in keys if not _is_measured(study, key, judge)]
+        made = {key: load_made(study, *key) for key in missing}
+        alone = [key for key in missing if made[key][1] is None]
+        dense = study.model() if missing else None
+        for group in [*([alone] if alone else []), *([key] for key in missing if key not in alone)]:
+            weights = made[group[0]][1]
+            model = dense if weights is None else with_weights(study.model(), weights)
+            qualities = measure_qualities(
+                model,
+                {str(key): made[key][0] for key in group},
+                study.judges[judge],
+                reference_model=None if weights is None else dense,
+                error=0.0,
+                most=_MOST,
+            )
+            for key in group:
+                _store(study, key, judge, qualities[str(key)])
+
+
+def _store(study: Study, key: Key, judge: str, quality: Quality) -> None:
+    row = stored_header(study, *key)
+    assert row is not None
+    with atomic_folder(_folder(study, key, judge)) as partial:
+        write_json(partial / "quality.json", quality.model_dump(mode="json"))
+        write_header(partial, _header(row, study, judge))
+    print(
+        f"{judge}, {key[0]} at {key[1]:g}: NLL {quality.nll_dense:.4f} {quality.nll - quality.nll_dense:+.4f} +- "
+        f"{quality.nll_error:.4f}, cost {quality.cost:.3f}",
+        flush=True,
+    )
+
+
+def _keys(study: Study, names: Sequence[str]) -> list[Key]:
+    return [(name, share) for name in names for share in study.densities(name)]
+
+
+def _folder(study: Study, key: Key, judge: str) -> Path:
+    return study.work / "losses" / f"{key[0].replace(' ', '_')}-{key[1]:g}" / judge
+
+
+def _header(row: Header, study: Study, judge: str) -> Header:
+    return Header(format="quality", parents={"row": row.fingerprint}, calibration=study.judges[judge].sha256)
+
+
+def _is_measured(study: Study, key: Key, judge: str) -> bool:
+    row = stored_header(study, *key)
+    return row is not None and is_finished(_folder(study, key, judge), _header(row, study, judge))
+
+
+def _loss(study: Study, key: Key, judge: str) -> Loss:
+    quality = Quality.model_validate(read_json(_folder(study, key, judge) / "quality.json", "A stored quality"))
+    return Loss(**{name: getattr(quality, name) for name in Loss.model_fields})
+
+
+# The result
+
+
+def result(study: Study, origin: str, command: str) -> Budgets:
+    """Everything that is stored: the rows that are measured on every text, and the names of those that are not; a row
+    that is none of MAIN is missed only at shares where it is not measured beside others of its own.
+    """
+    rows, missing = [], []
+    for name, kind in ROWS.items():
+        measured = [
+            key for key in _keys(study, [name]) if all(_is_measured(study, key, judge) for judge in study.judges)
+        ]
+        for key in _keys(study, [name]):
+            if key not in measured:
+                missing += [f"{name} {key[1]:g}"] if name in MAIN or measured else []
+                continue
+            rows.append(
+                Row(
+                    name=name,
+                    method=kind.method,
+                    share=key[1],
+                    of=kind.of,
+                    varies=kind.varies,
+                    trained=is_trained(name),
+                    density_target=study.densities(name)[key[1]],
+                    losses={judge: _loss(study, key, judge) for judge in study.judges},
+                    making=making_of(study, *key),
+                )
+            )
+    return Budgets(
+        model=study.name or study.source.name,
+        origin=origin,
+        fingerprint=study.source.fingerprint,
+        parameters=sum(torch.Size(info.shape).numel() for info in study.source.tensors.values()),
+        length=study.sizes.length,
+        seed=study.sizes.seed,
+        shares=list(study.shares),
+        calibration=study.text_file(study.texts[0], study.calibration),
+        training=[study.text_file(path, part) for path, part in zip(study.texts, study.parts, strict=True)],
+        judges={name: study.text_file(study.judge_texts[name], part) for name, part in study.judges.items()},
+        machine=reporting.this_machine(),
+        features=sorted(name for name, has in torch.cpu.get_capabilities().items() if has is True),
+        threads=torch.get_num_threads(),
+        versions=reporting.installed_versions(),
+        commit=commit(),
+        date=datetime.now(UTC).date().isoformat(),
+        command=command,
+        rows=rows,
+        missing=missing,
+    )
+
+
+# The command
+
+
+def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", help=f"a model folder, or {smollm2.NAME}")
+    parser.add_argument("--text", required=True, help="texts to train on, separated by commas; the first calibrates")
+    parser.add_argument("--judge", required=True, help="NAME=FILE of texts to measure on, separated by commas")
+    parser.add_argument("--work", type=Path, help="where stages are kept; default: MODEL.budgets")
+    parser.add_argument("-o", "--output", type=Path, default=PLACE, help="the JSON to write")
+    parser.add_argument("--only", help=f"rows, separated by commas, of {', '.join(ROWS)}; default: {', '.join(MAIN)}")
+    parser.add_argument("--bytes", default=",".join(map(str, SHARES)), help="shares of the bytes, falling")
+    sizes = Sizes()
+    time = parser.add_mutually_exclusive_group()
+    time.add_argument("--minutes", type=float, default=sizes.minutes, help="of every training")
+    time.add_argument("--steps", type=int, help="of a training at every share, in place of minutes")
+    parser.add_argument("--descend", action="store_true", help="let one training go through all shares")
+    parser.add_argument("--set", default="", help="tune.KEY=VALUE of every training, separated by commas")
+    parser.add_argument("--collate", action="store_true", help="make no row: measure and write what is made")
+    parser.add_argument("--windows", type=int, default=sizes.judged, help="of every text to measure on, at most")
+    parser.add_argument("--calibration-windows", type=int, default=sizes.calibration)
+    parser.add_argument("--length", type=int, default=sizes.length, help="tokens of a window")
+    parser.add_argument("--seed", type=int, default=sizes.seed)
+    parser.add_argument("--threads", type=int, default=usable_cpus(), help="of torch")
+    return parser.parse_args(given)
+
+
+def _pairs(text: str, pattern: str, flag: str, form: str) -> dict[str, str]:
+    """Names and values of a list with commas. Raises InputError for another form and for a name that comes twice."""
+    words = [word for word in text.split(",") if word]
+    matches = [re.fullmatch(pattern, word) for word in words]
+    pairs = [match.groups() for match in matches if match]
+    if len(pairs) != len(words) or len(dict(pairs)) != len(pairs):
+        raise InputError(f"{flag} must be {form}, every name once, got {text}. Correct it.")
+    return dict(pairs)
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        shares = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise InputError(f"--bytes must be numbers above 0 and at most 1, got {text}. Correct it.")
+    return shares
+
+
+def _tune(text: str) -> dict[str, Any]:
+    values = _pairs(text, r"tune\.(\w+)=(.+)", "--set", "tune.KEY=VALUE[,...]")
+    if strangers := sorted(set(values) - (set(Tune.model_fields) - {"steps"})):
+        raise InputError(f"--set must name settings of a training, got {', '.join(strangers)}. Steps have a flag.")
+    return {name: yaml.safe_load(value) for name, value in values.items()}
+
+
+def _study(args: argparse.Namespace) -> tuple[Study, str]:
+    """What is to be measured, and where the weights come from."""
+    folder, name, origin = Path(args.model), None, f"the folder {Path(args.model).name}"
+    work = args.work or Path(f"{folder.name}.budgets")
+    if args.model == smollm2.NAME:
+        folder, name, origin = smollm2.make_folder(work), smollm2.MODEL, smollm2.origin()
+    judges = _pairs(args.judge, r"([\w-]+)=(.+)", "--judge", "NAME=FILE[,NAME=FILE...]")
+    sizes = Sizes(args.length, args.calibration_windows, args.windows, args.seed, args.minutes, args.steps)
+    texts = tuple(Path(word) for word in args.text.split(","))
+    places = {judge: Path(file) for judge, file in judges.items()}
+    shares, tune = _shares(args.bytes), _tune(args.set)
+    return Study(folder, texts, places, work, sizes, shares, tune, args.descend, name), origin
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command without folders."""
+    names = [Path(word).name for word in args.text.split(",")]
+    judges = [f"{name}={Path(file).name}" for name, _, file in (word.partition("=") for word in args.judge.split(","))]
+    words = ["python", "tests/bench/benchmarks/budgets.py", Path(args.model).name]
+    words += ["--text", ",".join(names), "--judge", ",".join(judges), "--bytes", args.bytes]
+    words += ["--steps", str(args.steps)] if args.steps else ["--minutes", f"{args.minutes:g}"]
+    words += ["--descend"] if args.descend else []
+    return shlex.join([*words, *(["--set", args.set] if args.set else [])])
+
+
+def run(given: Sequence[str] | None = None) -> Budgets:
+    """The benchmark. Raises InputError for a user's mistake."""
+    args = _arguments(given)
+    names = args.only.split(",") if args.only else list(MAIN)
+    if strangers := sorted(set(names) - set(ROWS)):
+        raise InputError(f"--only must name some of {', '.join(ROWS)}, got {', '.join(strangers)}. Correct it.")
+    study, origin = _study(args)
+    torch.set_num_threads(args.threads)
+    judged = list(study.judges)  # a text that is too short is told before anything is made
+    plain, trained = [name for name in names if not is_trained(name)], [name for name in names if is_trained(name)]
+    for group in [plain, *([name] for name in trained)]:
+        for name in () if args.collate else group:
+            make(study, name)
+        measure(study, group)
+    found = result(study, origin, _command(args))
+    found.save(args.output)
+    missing = f"; not measured: {', '.join(found.missing)}" if found.missing else ""
+    print(f"{args.output}: {len(found.rows)} rows on {', '.join(judged)}{missing}", flush=True)
+    if args.output.resolve() == PLACE:
+        from pages.budgets_page import write_page
+
+        write_page()
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        run()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,224 @@
+"""What the benchmark of budgets measures: its rows, and its texts.
+
+A row is made for a share of the bytes; its density is the one at which what it costs equals that share. One row is one
+entry of ROWS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from records.budgets_results import TextFile
+from sparsegate.converter.checkpoint.source import Source, open_source
+from sparsegate.converter.checkpoint.stage import hash_file
+from sparsegate.converter.methods import load_method, make_config
+from sparsegate.converter.methods.tune import Tune, tune_of
+from sparsegate.converter.modeling.gated import load_dense
+from sparsegate.converter.pipeline.texts import write_out
+from sparsegate.converter.text.documents import read_whole
+from sparsegate.converter.text.windows import Batches, make_batches
+from sparsegate.runtime_onnx.errors import InputError
+
+SHARES = (0.8, 0.67, 0.5, 0.4)
+_LEAST = 0.05  # density below which a row is left out
+_EVERY = 1 << 30  # windows: more than any text has
+
+
+def of_gate(share: float, source: Source, config: Any) -> float:
+    """The gate is computed in full: of m matrices one is touched whole, the others at the density."""
+    matrices = source.arch.matrices
+    return (matrices * share - 1) / (matrices - 1)
+
+
+def of_inputs(share: float, source: Source, config: Any) -> float:
+    """Every matrix is touched at the density of its input channels."""
+    return share
+
+
+def of_predictor(share: float, source: Source, config: Any) -> float:
+    """The predictor's r (d + n) weights are touched beside the density of all m d n."""
+    hidden, units = (source.arch.size(source.config, name) for name in ("hidden", "units"))
+    matrices = source.arch.matrices
+    rank = load_method("predictor").rank(config, hidden, units, matrices)
+    return share - rank * (hidden + units) / (matrices * hidden * units)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row of ROWS: the method, its density at a share of the bytes, values of its configuration (those of `tune`
+    over its defaults), which bytes the share is of, and the row that it is an ablation of.
+    """
+
+    method: str
+    density: Callable[[float, Source, Any], float]
+    values: Mapping[str, Any] = field(default_factory=dict)
+    of: Literal["networks", "blocks"] = "networks"
+    varies: str | None = None
+
+
+_NETWORKS = {"linears": ("gate_proj", "up_proj", "down_proj")}
+_GREEDY = {"allocation": "greedy"}
+_ALONE = {"residual": "none"}
+
+ROWS = {
+    "gate": Kind("gate", of_gate),
+    "chess": Kind("chess", of_gate),
+    "chess greedy": Kind("chess", of_gate, _GREEDY),
+    "teal": Kind("teal", of_inputs, _NETWORKS),
+    "teal greedy": Kind("teal", of_inputs, _NETWORKS | _GREEDY),
+    "wina": Kind("wina", of_inputs, _NETWORKS),
+    "trained_gate": Kind("trained_gate", of_gate, _ALONE),
+    "trained_input": Kind("trained_input", of_inputs, _NETWORKS),
+    "predictor": Kind("predictor", of_predictor),
+    "teal block": Kind("teal", of_inputs, of="blocks"),
+    "teal block greedy": Kind("teal", of_inputs, _GREEDY, of="blocks"),
+    "trained_input block": Kind("trained_input", of_inputs, of="blocks"),
+    "trained_gate thresholds alone": Kind(
+        "trained_gate", of_gate, _ALONE | {"tune": {"updates": "none", "offsets": False}}, varies="trained_gate"
+    ),
+    "trained_gate without offsets": Kind(
+        "trained_gate", of_gate, _ALONE | {"tune": {"offsets": False}}, varies="trained_gate"
+    ),
+    "trained_gate whole logits": Kind(
+        "trained_gate", of_gate, _ALONE | {"tune": {"likeliest": 0}}, varies="trained_gate"
+    ),
+    "trained_input thresholds alone": Kind(
+        "trained_input", of_inputs, _NETWORKS | {"tune": {"updates": "none", "offsets": False}}, varies="trained_input"
+    ),
+    "trained_input without offsets": Kind(
+        "trained_input", of_inputs, _NETWORKS | {"tune": {"offsets": False}}, varies="trained_input"
+    ),
+}
+MAIN = tuple(name for name, kind in ROWS.items() if kind.of == "networks" and kind.varies is None)
+"""The rows that are made where none are named."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Windows: their length in tokens, how many are calibrated on and measured on at most, and the seed that draws
+    them. A training takes `steps` at every share, or as many as fit into `minutes`: of each training, or of the one
+    that goes through all shares.
+    """
+
+    length: int = 256
+    calibration: int = 128
+    judged: int = 64
+    seed: int = 0
+    minutes: float = 60.0
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model folder, the texts to train on, of which the first is calibrated on, the texts to measure on by name, and
+    where stages are kept; `tune` are values of every training's settings, `descend` lets one training go through all
+    shares.
+    """
+
+    folder: Path
+    texts: tuple[Path, ...]
+    judge_texts: Mapping[str, Path]
+    work: Path
+    sizes: Sizes = Sizes()
+    shares: tuple[float, ...] = SHARES
+    tune: Mapping[str, Any] = field(default_factory=dict)
+    descend: bool = False
+    name: str | None = None
+
+    @cached_property
+    def source(self) -> Source:
+        return open_source(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self.source.tokenizer()
+
+    def _read(self, path: Path) -> str:
+        return read_whole(path, lambda conversations: write_out(self.tokenizer, conversations))[0]
+
+    @cached_property
+    def calibration(self) -> Batches:
+        sizes = self.sizes
+        return make_batches(self.tokenizer, self._read(self.texts[0]), sizes.calibration, sizes.length, sizes.seed)
+
+    @cached_property
+    def parts(self) -> list[Batches]:
+        """The windows of every text to train on: together at most those that a training takes."""
+        most = max(1, Tune().model_copy(update=dict(self.tune)).data // len(self.texts))
+        sizes = self.sizes
+        return [
+            make_batches(self.tokenizer, self._read(path), most, sizes.length, sizes.seed, f"Text {path.name}")
+            for path in self.texts
+        ]
+
+    @cached_property
+    def training(self) -> Batches:
+        """The windows of all texts; a training draws them in random order."""
+        return Batches(*(torch.cat([getattr(part, name) for part in self.parts]) for name in ("tokens", "mask")))
+
+    @cached_property
+    def judges(self) -> dict[str, Batches]:
+        """Full windows of every text to measure on, in an order drawn by the seed. Raises InputError for a text
+        without one.
+        """
+        judges = {}
+        for name, path in self.judge_texts.items():
+            every = make_batches(
+                self.tokenizer,
+                self._read(path),
+                _EVERY,
+                self.sizes.length,
+                self.sizes.seed + 1,
+                f"Text {path.name}",
+                text_order=False,
+            )
+            full = every.mask.all(dim=1).nonzero().flatten()[: self.sizes.judged]
+            if not len(full):
+                raise InputError(f"--judge {name} must hold a window of {self.sizes.length} tokens, got none.")
+            judges[name] = Batches(every.tokens[full], every.mask[full])
+        return judges
+
+    def text_file(self, path: Path, batches: Batches) -> TextFile:
+        """The record of a text."""
+        count = len(batches.tokens)
+        return TextFile(
+            file=path.name, sha256=hash_file(path), windows=count, tokens=batches.count, batches=batches.sha256
+        )
+
+    @property
+    def activation(self) -> str:
+        return self.source.arch.activation(self.source.config)
+
+    def model(self) -> Any:
+        """The dense model, loaded anew: training freezes its weights."""
+        return load_dense(self.folder)
+
+    def config(self, name: str, density: float | None = None) -> Any:
+        """The configuration of a row. Raises InputError for settings that there are not."""
+        kind = ROWS[name]
+        values = dict(kind.values) | ({} if density is None else {"sparsity": round(1 - density, 9)})
+        tune = tune_of(make_config(kind.method, {}))
+        if tune is not None:
+            values["tune"] = tune.model_dump() | dict(self.tune) | values.get("tune", {})
+        return make_config(kind.method, values)
+
+    def density(self, name: str, share: float) -> float | None:
+        """The density at which a row costs a share of the bytes; None where it would skip all but everything."""
+        density = round(ROWS[name].density(share, self.source, self.config(name)), 4)
+        return density if _LEAST <= density < 1 else None
+
+    def densities(self, name: str) -> dict[float, float]:
+        """The densities of a row by the shares at which it can be made."""
+        found = {share: self.density(name, share) for share in self.shares}
+        return {share: density for share, density in found.items() if density is not None}
+
+
+def is_trained(name: str) -> bool:
+    """Whether a row is trained end to end."""
+    return hasattr(load_method(ROWS[name].method), "start")

@@ -1,0 +1,134 @@
+"""What the benchmark of budgets stores: what every row loses on every text at every share of the bytes, and what making
+it took, as one JSON file.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from records.folders import RESULTS
+from sparsegate.converter.checkpoint.fields import Strict
+from sparsegate.converter.evaluation.records import Machine, Record
+
+PLACE = RESULTS / "budgets.json"
+
+
+class TextFile(Strict):
+    """A text by name and hash, for it is not stored: its sha256, windows and tokens taken from it, sha256 of those."""
+
+    file: str
+    sha256: str
+    windows: int
+    tokens: int
+    batches: str
+
+
+class Loss(Strict):
+    """What a row loses on a text, in torch in fp32: NLL and KL in nats per token, `nll_error` the standard error of
+    NLL - NLL dense over windows; shares of what is computed and of the bytes touched, of the networks (cost) and of all
+    linear maps of the blocks.
+    """
+
+    tokens: int
+    windows: int
+    nll_dense: float
+    nll: float
+    nll_error: float
+    kl: float
+    agreement: float
+    density: float
+    cost: float
+    block_cost: float | None
+
+    @property
+    def rise(self) -> float:
+        """NLL over the dense model's, nats per token."""
+        return self.nll - self.nll_dense
+
+    @property
+    def change(self) -> float:
+        """Relative rise in perplexity."""
+        return math.expm1(self.rise)
+
+
+class Making(Strict):
+    """What a row took.
+
+    Attributes:
+        calibration_seconds: Of the statistics, which rows of one kind share.
+        seconds: Of everything after them, the training above all; over all runs until it was done.
+        steps: Of the training from its start on, through the shares above where it went through them; 0 without one.
+        step_seconds: Of one step, timed before on windows that are new to it.
+        tokens: Trained on, with every repetition.
+        tune: The training's settings.
+        descended: Whether one training went through all shares.
+        peak_bytes: Most memory that the process held that made the row, rows that it made before included.
+        commit: Of the code that made it.
+    """
+
+    calibration_seconds: float
+    seconds: float
+    steps: int = 0
+    step_seconds: float | None = None
+    tokens: int = 0
+    tune: dict[str, Any] | None = None
+    descended: bool = False
+    peak_bytes: int
+    commit: str | None = None
+
+
+class Row(Strict):
+    """A row at a share of the bytes of the networks, or of all linear maps of the blocks: its name, the method, the
+    density that it was made for, and losses by the names of the texts. `varies` names the row that it is an ablation
+    of.
+    """
+
+    name: str
+    method: str
+    share: float
+    of: Literal["networks", "blocks"]
+    varies: str | None = None
+    trained: bool
+    density_target: float
+    losses: dict[str, Loss]
+    making: Making
+
+
+class Budgets(Record):
+    """One benchmark. `origin` says where the weights come from; `judges` are the texts that are measured on, by name;
+    `features` what of the processor torch can use; `missing` names what was left out.
+    """
+
+    model: str
+    origin: str
+    fingerprint: str
+    parameters: int
+    length: int
+    seed: int
+    shares: list[float]
+    calibration: TextFile
+    training: list[TextFile]
+    judges: dict[str, TextFile]
+    machine: Machine
+    features: list[str]
+    threads: int
+    versions: dict[str, str]
+    commit: str | None = None
+    date: str
+    command: str
+    rows: list[Row]
+    missing: list[str] = []
+
+    def at(self, share: float, of: str = "networks", trained: bool | None = None) -> list[Row]:
+        """The rows at a share that are no ablations, trained or not; None: both."""
+        return [
+            row
+            for row in self.rows
+            if (row.share, row.of, row.varies) == (share, of, None) and trained in (None, row.trained)
+        ]
+
+    def best(self, share: float, of: str = "networks", trained: bool = False) -> Row | None:
+        """The row at a share that loses least on the first text; None where there is none."""
+        first = next(iter(self.judges))
+        return min(self.at(share, of, trained), key=lambda row: row.losses[first].nll, default=None)
