@@ -189,11 +189,11 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
 def _pairs(text: str, pattern: str, flag: str, form: str) -> dict[str, str]:
     """Names and values of a list with commas. Raises InputError for another form and for a name that comes twice."""
     words = [word for word in text.split(",") if word]
-    matches = [re.fullmatch(pattern, word) for word in words]
-    pairs = [match.groups() for match in matches if match]
-    if len(pairs) != len(words) or len(dict(pairs)) != len(pairs):
+    matches = [match for match in (re.fullmatch(pattern, word) for word in words) if match]
+    pairs = {match[1]: match[2] for match in matches}
+    if not len(pairs) == len(matches) == len(words):
         raise InputError(f"{flag} must be {form}, every name once, got {text}. Correct it.")
-    return dict(pairs)
+    return pairs
 
 
 def _shares(text: str) -> tuple[float, ...]:
