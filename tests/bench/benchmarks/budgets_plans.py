@@ -119,7 +119,7 @@ def make(study: Study, name: str) -> None:
 def _make_alone(study: Study, name: str, share: float) -> None:
     """A row at one share, as a conversion makes it."""
     kind, density = ROWS[name], study.density(name, share)
-    stats, calibration_seconds = _statistics(study, kind.method)
+    stats, calibration_seconds = _statistics(study, name)
     config, took = study.config(name, density), {}
     if is_trained(name):
         took = _steps(study, name, stats)
@@ -142,7 +142,7 @@ def _make_down(study: Study, name: str) -> None:
         raise InputError(f"--bytes must fall for a training to go through them, got {list(densities)}. Sort them.")
     kind, first = ROWS[name], next(iter(densities))
     module, config = load_method(kind.method), study.config(name, densities[first])
-    stats, calibration_seconds = _statistics(study, kind.method)
+    stats, calibration_seconds = _statistics(study, name)
     took = _steps(study, name, stats)
     tune = config.tune.model_copy(update={"steps": took["steps"]})
     header = Header(
@@ -201,11 +201,10 @@ def _store(study: Study, name: str, share: float, made: Made, making: Making) ->
         save_plan(partial, plan, header_of(study, name, share))
 
 
-def _statistics(study: Study, method: str) -> tuple[Any, float]:
-    """The statistics that all rows share whose methods need the same ones, and the seconds that they took."""
-    first = load_method(method).NEEDS
-    kin = [name for name, kind in ROWS.items() if first == load_method(kind.method).NEEDS]
-    names = sorted({stat for name in kin for stat in needs(ROWS[name].method, study.config(name))})
+def _statistics(study: Study, name: str) -> tuple[Any, float]:
+    """The statistics of a row, with all of another row that needs these and more, and the seconds that they took."""
+    every = {row: set(needs(kind.method, study.config(row))) for row, kind in ROWS.items()}
+    names = sorted(max((wanted for wanted in every.values() if wanted >= every[name]), key=len))
     folder = study.work / "stats" / "-".join(names).replace(":", "_")
     with _clocked(folder, key=study.calibration.sha256 + study.source.fingerprint) as clock:
         stats = collect(study.source, study.calibration, names, folder, study.sizes.seed)

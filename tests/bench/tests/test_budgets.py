@@ -102,6 +102,17 @@ def test_a_finished_run_is_not_run_again(whole: SimpleNamespace, monkeypatch: py
         run([*whole.words, "--only", "trained_gate", "--set", "tune.rank=3"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("descend", [False, True])
+def test_every_row_can_be_made(
+    whole: SimpleNamespace, tiny_model: Callable[..., Path], text: Path, descend: bool
+) -> None:
+    study = study_of(tiny_model("llama"), text, whole.folder / f"every{descend}", descend=descend)
+    for name in ROWS:
+        budgets_plans.make(study, name)
+        assert all(budgets_plans.is_made(study, name, share) for share in study.densities(name)), name
+
+
 def test_one_training_goes_through_all_shares(
     whole: SimpleNamespace, tiny_model: Callable[..., Path], text: Path
 ) -> None:
