@@ -48,23 +48,24 @@ Key = tuple[str, float]
 
 
 def measure(study: Study, names: Sequence[str]) -> None:
-    """Store what the rows that are made lose on every text where it is not stored yet. Rows without trained weights
-    share the dense pass.
+    """Store what the rows that are made lose on every text where it is not stored yet. Rows of the dense model itself
+    share its pass.
     """
     for judge in study.judges:
         keys = [key for key in _keys(study, names) if stored_header(study, *key)]
         missing = [key for key in keys if not _is_measured(study, key, judge)]
         made = {key: load_made(study, *key) for key in missing}
-        alone = [key for key in missing if made[key][1] is None]
+        alone = [key for key in missing if made[key][1] is None and not ROWS[key[0]].rotate]
         dense = study.model() if missing else None
         for group in [*([alone] if alone else []), *([key] for key in missing if key not in alone)]:
             weights = made[group[0]][1]
-            model = dense if weights is None else with_weights(study.model(), weights)
+            model = dense if group is alone else study.of(group[0][0]).model()
+            model = model if weights is None else with_weights(model, weights)
             qualities = measure_qualities(
                 model,
                 {str(key): made[key][0] for key in group},
                 study.judges[judge],
-                reference_model=None if weights is None else dense,
+                reference_model=None if group is alone else dense,
                 error=0.0,
                 most=_MOST,
             )

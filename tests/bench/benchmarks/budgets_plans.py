@@ -48,6 +48,7 @@ def commit() -> str | None:
 
 def header_of(study: Study, name: str, share: float) -> Header:
     """The header of a row's stage."""
+    study = study.of(name)
     config: dict[str, Any] = {"row": name, "share": share}
     config |= {"config": study.config(name, study.density(name, share)).model_dump(mode="json")}
     parents = {"model": study.source.fingerprint}
@@ -118,6 +119,7 @@ def make(study: Study, name: str) -> None:
 
 def _make_alone(study: Study, name: str, share: float) -> None:
     """A row at one share, as a conversion makes it."""
+    study = study.of(name)
     kind, density = ROWS[name], study.density(name, share)
     stats, calibration_seconds = _statistics(study, name)
     config, took = study.config(name, density), {}
@@ -137,6 +139,7 @@ def _make_alone(study: Study, name: str, share: float) -> None:
 
 def _make_down(study: Study, name: str) -> None:
     """A trained row at all shares, by one training that goes through them; what it took is shared out alike."""
+    study = study.of(name)
     densities = study.densities(name)
     if list(densities) != sorted(densities, reverse=True):
         raise InputError(f"--bytes must fall for a training to go through them, got {list(densities)}. Sort them.")
@@ -203,9 +206,11 @@ def _store(study: Study, name: str, share: float, made: Made, making: Making) ->
 
 def _statistics(study: Study, name: str) -> tuple[Any, float]:
     """The statistics of a row, with all of another row that needs these and more, and the seconds that they took."""
+    study = study.of(name)
     every = {row: set(needs(kind.method, study.config(row))) for row, kind in ROWS.items()}
     names = sorted(max((wanted for wanted in every.values() if wanted >= every[name]), key=len))
-    folder = study.work / "stats" / "-".join(names).replace(":", "_")
+    model = "rotated-" if study.is_rotated else ""
+    folder = study.work / "stats" / (model + "-".join(names).replace(":", "_"))
     with _clocked(folder, key=study.calibration.sha256 + study.source.fingerprint) as clock:
         stats = collect(study.source, study.calibration, names, folder, study.sizes.seed)
     return stats, clock[0]
@@ -213,6 +218,7 @@ def _statistics(study: Study, name: str) -> tuple[Any, float]:
 
 def _steps(study: Study, name: str, stats: Any) -> dict[str, Any]:
     """Steps at every share, and the seconds of one, stored so that a run goes on with the same number."""
+    study = study.of(name)
     sizes, densities = study.sizes, study.densities(name)
     decides = {
         "config": study.config(name).model_dump(mode="json"),

@@ -7,7 +7,7 @@ entry of ROWS.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from sparsegate.converter.checkpoint.stage import hash_file
 from sparsegate.converter.methods import load_method, make_config
 from sparsegate.converter.methods.tune import Tune, tune_of
 from sparsegate.converter.modeling.gated import load_dense
+from sparsegate.converter.pipeline.rotate import rotated
 from sparsegate.converter.pipeline.texts import write_out
 from sparsegate.converter.text.documents import read_whole
 from sparsegate.converter.text.windows import Batches, make_batches
@@ -52,12 +53,14 @@ def of_predictor(share: float, source: Source, config: Any) -> float:
 @dataclass(frozen=True)
 class Kind:
     """One row of ROWS: the method, its density at a share of the bytes, values of its configuration (those of `tune`
-    over its defaults), which bytes the share is of, and the row that it is an ablation of.
+    over its defaults), whether the residual stream is rotated first, which bytes the share is of, and the row that it
+    is an ablation of.
     """
 
     method: str
     density: Callable[[float, Source, Any], float]
     values: Mapping[str, Any] = field(default_factory=dict)
+    rotate: bool = False
     of: Literal["networks", "blocks"] = "networks"
     varies: str | None = None
 
@@ -72,14 +75,19 @@ ROWS = {
     "chess greedy": Kind("chess", of_gate, _GREEDY),
     "teal": Kind("teal", of_inputs, _NETWORKS),
     "teal greedy": Kind("teal", of_inputs, _NETWORKS | _GREEDY),
+    "teal rotated": Kind("teal", of_inputs, _NETWORKS, rotate=True),
     "wina": Kind("wina", of_inputs, _NETWORKS),
+    "wina rotated": Kind("wina", of_inputs, _NETWORKS, rotate=True),
     "svd": Kind("svd", of_predictor),
     "trained_gate": Kind("trained_gate", of_gate, _ALONE),
     "trained_input": Kind("trained_input", of_inputs, _NETWORKS),
+    "trained_input rotated": Kind("trained_input", of_inputs, _NETWORKS, rotate=True),
     "predictor": Kind("predictor", of_predictor),
     "predictor from svd": Kind("predictor", of_predictor, {"begin": "svd", "tune": {"rate": 5e-4}}),
     "teal block": Kind("teal", of_inputs, of="blocks"),
     "teal block greedy": Kind("teal", of_inputs, _GREEDY, of="blocks"),
+    "teal block rotated": Kind("teal", of_inputs, rotate=True, of="blocks"),
+    "trained_input block rotated": Kind("trained_input", of_inputs, rotate=True, of="blocks"),
     "trained_input block": Kind("trained_input", of_inputs, of="blocks"),
     "trained_gate thresholds alone": Kind(
         "trained_gate", of_gate, _ALONE | {"tune": {"updates": "none", "offsets": False}}, varies="trained_gate"
@@ -119,8 +127,8 @@ class Sizes:
 @dataclass(frozen=True)
 class Study:
     """A model folder, the texts to train on, of which the first is calibrated on, the texts to measure on by name, and
-    where stages are kept; `tune` are values of every training's settings, `descend` lets one training go through all
-    shares.
+    where stages are kept; `is_rotated` where `folder` is already the rotated model of a row; `tune` are values of every
+    training's settings, `descend` lets one training go through all shares.
     """
 
     folder: Path
@@ -132,6 +140,7 @@ class Study:
     tune: Mapping[str, Any] = field(default_factory=dict)
     descend: bool = False
     name: str | None = None
+    is_rotated: bool = False
 
     @cached_property
     def source(self) -> Source:
@@ -140,6 +149,13 @@ class Study:
     @cached_property
     def tokenizer(self) -> Any:
         return self.source.tokenizer()
+
+    def of(self, name: str) -> Study:
+        """The study of a row's own model: the rotated one, which is made once, or this."""
+        if not ROWS[name].rotate or self.is_rotated:
+            return self
+        folder = rotated(self.source, self.calibration, self.work / "rotated").folder
+        return replace(self, folder=folder, is_rotated=True)
 
     def _read(self, path: Path) -> str:
         return read_whole(path, lambda conversations: write_out(self.tokenizer, conversations))[0]
