@@ -1,8 +1,9 @@
 """A model that is trained under the gates of a plan: what masks it, what of it is trained, and what becomes of both.
 
 The forward pass masks units by score > tau as the executors do; the backward pass takes the sigmoid's slope
-(straight-through, arXiv 1308.3432). Neurons are gated in their network, input channels in their linear map. The model's
-own weights stay as they are: updates run beside them (`modeling/updates.py`).
+(straight-through, arXiv 1308.3432). That gradient reaches what selects and ends there: through the scores it would
+teach the layers before to make values large or small for the mask's sake. Neurons are gated in their network, input
+channels in their linear map. The model's own weights stay as they are: updates run beside them (`modeling/updates.py`).
 
 Where everything is kept, errors and all their gradients vanish although some neurons matter more than others: a
 derivative at mask 1 is not the change at mask 0. Of the lost energy E = |sum_i (1 - m_i) v_i|^2, v_i = z_i w_down_i,
@@ -207,11 +208,11 @@ class Student:
         """The output [B, S, d] of a gated feed-forward module."""
         unit, arch = self.units[site], self.arch
         parts = ffn_parts(module, arch, self.models.activation, x)
-        hidden = F.relu(F.linear(x / unit.scale, unit.tensors["fc1"].to(x.dtype))) if "fc1" in unit.tensors else None
-        seen, toggles, kept = self._kept(site, unit, parts.z, unit.logits(hidden, parts.gate))
+        hidden = _hidden(unit, x.detach()) if "fc2" in unit.tensors else None
+        seen, toggles, kept = self._kept(site, unit, parts.z, unit.logits(hidden, parts.gate.detach()))
         y = ffn_down(module, arch, kept)
-        if hidden is not None and "residual" in unit.tensors:
-            y = y + hidden @ unit.tensors["residual"].to(x.dtype)
+        if "residual" in unit.tensors:
+            y = y + _hidden(unit, x) @ unit.tensors["residual"].to(x.dtype)
         if "offset" in unit.tensors:
             y = y + unit.tensors["offset"].to(x.dtype)
         if site in self.worth and torch.is_grad_enabled():
@@ -238,13 +239,18 @@ class Student:
         outputs = []
         for site, rows in whole_map.items():
             unit = None if site is None else self.units.get(site)
-            kept = x if unit is None or site is None else self._kept(site, unit, x, unit.logits(None, x))[2]
+            kept = x if unit is None or site is None else self._kept(site, unit, x, unit.logits(None, x.detach()))[2]
             if update is None:
                 bias = None if module.bias is None else module.bias[rows]
                 outputs.append(F.linear(kept, module.weight[rows], bias))
             else:
                 outputs.append(update.product(kept, module.weight, module.bias, rows))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _hidden(unit: Unit, x: Tensor) -> Tensor:
+    """relu(fc1 x) [..., r] of the network's input."""
+    return F.relu(F.linear(x / unit.scale, unit.tensors["fc1"].to(x.dtype)))
 
 
 def _governed(plan: Plan, models: Models) -> dict[Site, float]:
