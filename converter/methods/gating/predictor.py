@@ -60,7 +60,7 @@ class Config(BaseModel):
     cost: float = Field(default=0.1, gt=0, lt=1)
     residual: Literal["none", "ridge", "trained"] = "none"
     seed: int = 0
-    tune: Tune = Tune(rate=8e-3)
+    tune: Tune = Tune(rate=8e-3, local=0.2)
     begin: Literal["fresh", "svd"] = "fresh"
     score: LabelScore = "magnitude"
     form: Literal["mlp2", "linear2"] = "mlp2"
