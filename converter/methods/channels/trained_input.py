@@ -24,7 +24,7 @@ class Config(ChannelShare):
     """
 
     seed: int = 0
-    tune: Tune = Tune(steps=300, rate=2e-3)
+    tune: Tune = Tune(steps=300, rate=1e-3)
 
 
 def more_needs(config: Config) -> tuple[str, ...]:
