@@ -33,7 +33,9 @@ from .student import Seen, Student
 
 SINK = 0.25
 """Of a level: the part in which the wished density sinks to the level's."""
-_FOLLOW, _FARTHEST = 0.3, 1.0  # of the missing shift a step makes up for; logits that it shifts by at most
+# Of the excess that a step makes up for: batches differ, and following each of them would move every threshold.
+_FOLLOW = 0.15
+_FARTHEST = 1.0  # logits that a step shifts by at most
 _MEMORY = 0.9  # of the running mean of the price
 
 
@@ -113,7 +115,8 @@ class SelectionObjective:
         if fall > 0:
             price = max(0.0, -pull / fall)
             self.price = price if self.steps == 0 else _MEMORY * self.price + (1 - _MEMORY) * price
-            moved = _FOLLOW * (density - self.target(min(step + 1, self.settings.steps - 1))) / fall
+            target, following = (self.target(min(k, self.settings.steps - 1)) for k in (step, step + 1))
+            moved = (target - following + _FOLLOW * (density - target)) / fall
             self.shift += max(-_FARTHEST, min(_FARTHEST, moved))
         self.steps += 1
 

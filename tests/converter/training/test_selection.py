@@ -133,7 +133,7 @@ def test_gradient_is_the_masks_times_the_sigmoids_slope(layer: int, model_type: 
     assert balance > 0 and objective.price == pytest.approx(0.9 * 0.7 + 0.1 * balance, rel=1e-4), (
         "the price goes to where a common shift gains nothing"
     )
-    moved = 0.3 * (share - 0.45) / float(slope.mean())
+    moved = 0.15 * (share - 0.45) / float(slope.mean())
     assert objective.shift == pytest.approx(moved, rel=1e-4), "the shift to where the density is the wished one"
     expected = {"bias": (mask.grad * slope).sum((0, 1)), "fc2": torch.einsum("bsn,bsr->nr", mask.grad * slope, inner)}
     for name, gradient in expected.items():
