@@ -18,11 +18,12 @@ from ..checkpoint.stage import CheckError, Header, atomic_folder, is_finished, r
 from ..evaluation.agreement import check_onnx, has_cuda, measure_shipped
 from ..evaluation.checks import Check, ExecutorQuality, Quality, check_budget, check_text, shipped_checks
 from ..evaluation.long_context import measure_positions
-from ..evaluation.quality import measure_qualities
+from ..evaluation.quality import MOST_TOKENS, measure_qualities
 from ..methods import TUNED
 from ..modeling.gated import load
 from ..onnx_export.export import export
-from ..progress import partly, resumed, stage, update
+from ..progress import resumed, stage, update
+from ..text.windows import Batches
 from .conversion import Conversion, Made
 from .graphs import Graphs, graph_of, stored_quality
 from .schedule import checkpoint
@@ -61,7 +62,7 @@ def measure(
     conversion: Conversion, made: Mapping[str, Made], sparsities: Mapping[str, float | None]
 ) -> list[Candidate]:
     """The held-out quality of every plan, each a stage, and whether it keeps the budget and the density that was asked
-    for (None: none was). What is not there yet is measured together, model by model.
+    for (None: none was). Where one is missing all are measured, so that they are compared on the same windows.
     """
     work, recipe, heldout = conversion.work, conversion.recipe, conversion.texts.heldout
     stages: dict[str, tuple[Path, Header]] = {}
@@ -73,11 +74,8 @@ def measure(
             work / "quality" / name,
             Header(format="quality", parents={"plan": parent.fingerprint}, config=long, calibration=heldout.sha256),
         )
-    missing = [name for name, stage in stages.items() if not is_finished(*stage)]
-    if missing:
-        if len(missing) < len(made):
-            partly()
-        for name, quality in _qualities(conversion, {name: made[name] for name in missing}).items():
+    if not all(is_finished(*stage) for stage in stages.values()):
+        for name, quality in _qualities(conversion, made).items():
             folder, header = stages[name]
             with atomic_folder(folder) as partial:
                 write_json(partial / "quality.json", quality.model_dump())
@@ -94,16 +92,30 @@ def measure(
 
 
 def _qualities(conversion: Conversion, made: Mapping[str, Made]) -> dict[str, Quality]:
-    """The held-out quality of every plan on the model that it is for."""
-    qualities: dict[str, Quality] = {}
-    for folder in dict.fromkeys(each.source.folder for each in made.values()):
-        together = {name: each for name, each in made.items() if each.source.folder == folder}
-        own = conversion.with_source(next(iter(together.values())).source)
-        plans = {name: each.plan for name, each in together.items()}
-        reference, error = own.reference_model(), quality_error(own.recipe)
-        measured = measure_qualities(own.model(), plans, own.texts.heldout, reference, error)
-        qualities |= _with_long(own, plans, measured)
-        conversion.models.release_all_but(conversion.reference)
+    """The held-out quality of every plan on the model that it is for, all on the same windows: as many as the plan
+    takes that needs the most.
+    """
+    heldout, folders = conversion.texts.heldout, list(dict.fromkeys(each.source.folder for each in made.values()))
+    groups = [{name: each for name, each in made.items() if each.source.folder == folder} for folder in folders]
+    error = quality_error(conversion.recipe)
+    measured = [_together(conversion, group, heldout, error) for group in groups]
+    windows = max(quality.windows for qualities in measured for quality in qualities.values())
+    few = Batches(heldout.tokens[:windows], heldout.mask[:windows])
+    for number, group in enumerate(groups):
+        if any(quality.windows < windows for quality in measured[number].values()):
+            measured[number] = _together(conversion, group, few, 0.0)
+    found = {name: quality for qualities in measured for name, quality in qualities.items()}
+    return {name: found[name] for name in made}
+
+
+def _together(conversion: Conversion, made: Mapping[str, Made], heldout: Batches, error: float) -> dict[str, Quality]:
+    """The quality of plans for one model, from one dense pass; `error` as in `measure_qualities`."""
+    own = conversion.with_source(next(iter(made.values())).source)
+    plans = {name: each.plan for name, each in made.items()}
+    most = MOST_TOKENS if error else heldout.count
+    qualities = measure_qualities(own.model(), plans, heldout, own.reference_model(), error, most)
+    qualities = dict(_with_long(own, plans, qualities))
+    conversion.models.release_all_but(conversion.reference)
     return qualities
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparsegate.converter.checkpoint.manifest import read_manifest
+from sparsegate.converter.checkpoint.plan import Plan
 from sparsegate.converter.evaluation.checks import read_plan
 from sparsegate.converter.modeling.gated import load_dense
+from sparsegate.converter.pipeline import candidates
 from sparsegate.converter.pipeline.convert import convert
 from sparsegate.converter.pipeline.verify import verify
+from sparsegate.converter.text.windows import Batches
 
 pytestmark = pytest.mark.usefixtures("no_speed")
 MOVING = TUNE | {"updates": "low_rank", "offsets": True, "update_rate": 0.02, "rank": 4}
@@ -63,3 +67,30 @@ def test_frozen_weights_stay(tiny_model: Callable[[str], Path], tmp_path: Path) 
     assert result.report is not None and not result.report.updated and not read_manifest(out).updated
     assert (out / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
     assert all(entry.offset is None for entry in read_plan(out).values())
+
+
+def test_plans_for_different_models_are_measured_on_the_same_windows(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan that needs the most windows decides for all, whichever model it is for."""
+    plain, asked = candidates.measure_qualities, list[tuple[tuple[str, ...], int, float]]()
+    wanted = {"gate": 3, "trained_gate": 5}
+
+    def measured(model: Any, plans: dict[str, Plan], heldout: Batches, reference: Any, error: float, most: int) -> Any:
+        asked.append((tuple(plans), len(heldout.tokens), error))
+        few = max(wanted[name] for name in plans) if error else len(heldout.tokens)
+        return plain(model, plans, Batches(heldout.tokens[:few], heldout.mask[:few]), reference, 0.0)
+
+    monkeypatch.setattr(candidates, "measure_qualities", measured)
+    monkeypatch.setattr("sparsegate.converter.pipeline.configs.AUTO", {False: ("gate", "trained_gate")})
+    stages = [{"method": "auto", "config": {"sparsity": 0.4, "tune": MOVING}}]
+    result = convert(recipe=small_recipe(tiny_model("llama"), tmp_path, stages=stages), output=tmp_path / "out")
+    assert result.report is not None
+    assert [(plans, error == 0) for plans, _, error in asked] == [
+        (("gate",), False),
+        (("trained_gate",), False),
+        (("gate",), True),
+    ]
+    assert asked[-1][1] == 5 and {row.method for row in result.report.rows} == {"dense", "gate", "trained_gate"}
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.measured["windows"] == 5
