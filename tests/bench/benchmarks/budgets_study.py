@@ -152,8 +152,10 @@ class Study:
 
     def of(self, name: str) -> Study:
         """The study of a row's own model: the rotated one, which is made once, or this."""
-        if not ROWS[name].rotate or self.is_rotated:
-            return self
+        return self._on_axes if ROWS[name].rotate and not self.is_rotated else self
+
+    @cached_property
+    def _on_axes(self) -> Study:
         folder = rotated(self.source, self.calibration, self.work / "rotated").folder
         return replace(self, folder=folder, is_rotated=True)
 
