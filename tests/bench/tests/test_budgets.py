@@ -112,6 +112,7 @@ def test_every_row_can_be_made(whole: SimpleNamespace, tiny_model: Callable[...,
         assert shares and all(budgets_plans.is_made(study, name, share) for share in shares)
 
 
+@pytest.mark.slow
 def test_one_training_goes_through_all_shares(
     whole: SimpleNamespace, tiny_model: Callable[..., Path], text: Path
 ) -> None:
