@@ -324,9 +324,8 @@ def _training(part: str, values: Any, size: Sizes, rates: Rates, recipe: Recipe)
     once = (
         not recipe.searches and begins is not None and begins < 1
     )  # what is skipped from the start has its residual from there
-    runs = (_LEVELS if recipe.searches else 1) + (values.residual == "trained" and not once) * (
-        2 if recipe.searches else 1
-    )
+    again = getattr(values, "residual", "none") == "trained" and not once
+    runs = (_LEVELS if recipe.searches else 1) + again * (2 if recipe.searches else 1)
     step = _SPREAD_OUT * tune.windows * size.length * (size.layers * rates.train[part] + rates.train_head)
     window = size.length * size.layers * rates.forward
     noise = _NOISE_PASSES * _NOISE_WINDOWS * (window + size.length * rates.head)

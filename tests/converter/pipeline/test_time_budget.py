@@ -33,7 +33,7 @@ RATES = Rates(
     forward=1e-5,
     calibrate=2e-5,
     store=0.01,
-    train={"predictor": 1e-4, "trained_gate": 1e-4},
+    train={"predictor": 1e-4, "trained_gate": 1e-4, "trained_input": 1e-4},
     head=1e-4,
     train_head=5e-4,
     prefill=1e-5,
@@ -137,6 +137,7 @@ def test_every_stage_has_seconds() -> None:
     assert list(found) == [*STAGES[:4], "train trained_gate", "train predictor", *STAGES[4:]]
     assert all(math.isfinite(value) and value >= 0 for value in found.values()) and found["calibrate"] > 0
     searched = of(recipe(budget={"max_kl": 0.1})).seconds({})
+    assert searched["train trained_input"] > 0, "which has no residual"
     assert {f"search {name}" for name in ("gate", "chess", "teal", "predictor", "chess+teal")} <= set(searched)
     assert searched["train predictor"] > 2 * found["train predictor"], "through several densities"
     stages = [{"method": "exact", "config": {"activation": "drelu"}, "tune": {"steps": 100}}, {"method": "exact"}]
