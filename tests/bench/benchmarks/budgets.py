@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +24,29 @@ import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import smollm2
-from benchmarks.budgets_plans import commit, load_made, make, making_of, stored_header, with_weights
-from benchmarks.budgets_study import MAIN, ROWS, SHARES, Sizes, Study, is_trained
-from records.budgets_results import PLACE, Budgets, Loss, Row
-from sparsegate.converter import report as reporting
-from sparsegate.converter.checkpoint.stage import Header, atomic_folder, is_finished, write_header, write_json
+from benchmarks.budgets_plans import load_made, make, making_of, stored_header, with_weights
+from benchmarks.budgets_study import MAIN, ROWS, SHARES, SIZES, Study, is_trained
+from benchmarks.model_command import (
+    add_numbers,
+    add_windows,
+    command,
+    known_words,
+    model_fields,
+    model_parser,
+    run_script,
+    save_result,
+)
+from benchmarks.model_study import WindowSizes, text_file
+from benchmarks.quality_stages import load_quality, loss_fields, quality_header, store_quality
+from pages.budgets_page import write_page
+from records.budgets_results import PLACE, Budgets, Row
+from records.model_results import Loss
+from sparsegate.converter.checkpoint.stage import Header, is_finished
 from sparsegate.converter.evaluation.checks import Quality
 from sparsegate.converter.evaluation.quality import measure_qualities
 from sparsegate.converter.methods.tune import Tune
 from sparsegate.runtime_onnx.bench.record import usable_cpus
 from sparsegate.runtime_onnx.errors import InputError
-from sparsegate.runtime_onnx.untrusted import read_json
 
 _MOST = 1 << 40  # tokens: all windows are measured
 Key = tuple[str, float]
@@ -76,9 +85,7 @@ def measure(study: Study, names: Sequence[str]) -> None:
 def _store(study: Study, key: Key, judge: str, quality: Quality) -> None:
     row = stored_header(study, *key)
     assert row is not None
-    with atomic_folder(_folder(study, key, judge)) as partial:
-        write_json(partial / "quality.json", quality.model_dump(mode="json"))
-        write_header(partial, _header(row, study, judge))
+    store_quality(_folder(study, key, judge), _header(row, study, judge), quality)
     print(
         f"{judge}, {key[0]} at {key[1]:g}: NLL {quality.nll_dense:.4f} {quality.nll - quality.nll_dense:+.4f} +- "
         f"{quality.nll_error:.4f}, cost {quality.cost:.3f}",
@@ -95,7 +102,7 @@ def _folder(study: Study, key: Key, judge: str) -> Path:
 
 
 def _header(row: Header, study: Study, judge: str) -> Header:
-    return Header(format="quality", parents={"row": row.fingerprint}, calibration=study.judges[judge].sha256)
+    return quality_header({"row": row.fingerprint}, study.judges[judge])
 
 
 def _is_measured(study: Study, key: Key, judge: str) -> bool:
@@ -104,14 +111,13 @@ def _is_measured(study: Study, key: Key, judge: str) -> bool:
 
 
 def _loss(study: Study, key: Key, judge: str) -> Loss:
-    quality = Quality.model_validate(read_json(_folder(study, key, judge) / "quality.json", "A stored quality"))
-    return Loss(**{name: getattr(quality, name) for name in Loss.model_fields})
+    return Loss(**loss_fields(load_quality(_folder(study, key, judge))))
 
 
 # The result
 
 
-def result(study: Study, origin: str, command: str) -> Budgets:
+def result(study: Study, command: str) -> Budgets:
     """Everything that is stored: the rows that are measured on every text, and the names of those that are not; a row
     that is none of MAIN is missed only at shares where it is not measured beside others of its own.
     """
@@ -138,23 +144,14 @@ def result(study: Study, origin: str, command: str) -> Budgets:
                 )
             )
     return Budgets(
-        model=study.name or study.source.name,
-        origin=origin,
-        fingerprint=study.source.fingerprint,
-        parameters=sum(torch.Size(info.shape).numel() for info in study.source.tensors.values()),
-        length=study.sizes.length,
+        **study.facts(command),
+        parameters=study.parameters,
         seed=study.sizes.seed,
         shares=list(study.shares),
-        calibration=study.text_file(study.texts[0], study.calibration),
-        training=[study.text_file(path, part) for path, part in zip(study.texts, study.parts, strict=True)],
-        judges={name: study.text_file(study.judge_texts[name], part) for name, part in study.judges.items()},
-        machine=reporting.this_machine(),
+        training=[text_file(path, part) for path, part in zip(study.texts, study.parts, strict=True)],
+        judges={name: text_file(study.judge_texts[name], part) for name, part in study.judges.items()},
         features=sorted(name for name, has in torch.cpu.get_capabilities().items() if has is True),
         threads=torch.get_num_threads(),
-        versions=reporting.installed_versions(),
-        commit=commit(),
-        date=datetime.now(UTC).date().isoformat(),
-        command=command,
         rows=rows,
         missing=missing,
     )
@@ -164,26 +161,19 @@ def result(study: Study, origin: str, command: str) -> Budgets:
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", help=f"a model folder, or {smollm2.NAME}")
+    parser = model_parser(__doc__, PLACE, "budgets")
     parser.add_argument("--text", required=True, help="texts to train on, separated by commas; the first calibrates")
     parser.add_argument("--judge", required=True, help="NAME=FILE of texts to measure on, separated by commas")
-    parser.add_argument("--work", type=Path, help="where stages are kept; default: MODEL.budgets")
-    parser.add_argument("-o", "--output", type=Path, default=PLACE, help="the JSON to write")
     parser.add_argument("--only", help=f"rows, separated by commas, of {', '.join(ROWS)}; default: {', '.join(MAIN)}")
     parser.add_argument("--bytes", default=",".join(map(str, SHARES)), help="shares of the bytes, falling")
-    sizes = Sizes()
     time = parser.add_mutually_exclusive_group()
-    time.add_argument("--minutes", type=float, default=sizes.minutes, help="of every training")
+    time.add_argument("--minutes", type=float, default=SIZES.minutes, help="of every training")
     time.add_argument("--steps", type=int, help="of a training at every share, in place of minutes")
     parser.add_argument("--descend", action="store_true", help="let one training go through all shares")
     parser.add_argument("--set", default="", help="tune.KEY=VALUE of every training, separated by commas")
     parser.add_argument("--collate", action="store_true", help="make no row: measure and write what is made")
-    parser.add_argument("--windows", type=int, default=sizes.judged, help="of every text to measure on, at most")
-    parser.add_argument("--calibration-windows", type=int, default=sizes.calibration)
-    parser.add_argument("--length", type=int, default=sizes.length, help="tokens of a window")
-    parser.add_argument("--seed", type=int, default=sizes.seed)
-    parser.add_argument("--threads", type=int, default=usable_cpus(), help="of torch")
+    add_windows(parser, SIZES, usable_cpus(), "windows of every text to measure on, at most")
+    add_numbers(parser, [("--seed", int, SIZES.seed, "draws windows")])
     return parser.parse_args(given)
 
 
@@ -214,38 +204,34 @@ def _tune(text: str) -> dict[str, Any]:
     return {name: yaml.safe_load(value) for name, value in values.items()}
 
 
-def _study(args: argparse.Namespace) -> tuple[Study, str]:
-    """What is to be measured, and where the weights come from."""
-    folder, name, origin = Path(args.model), None, f"the folder {Path(args.model).name}"
-    work = args.work or Path(f"{folder.name}.budgets")
-    if args.model == smollm2.NAME:
-        folder, name, origin = smollm2.make_folder(work), smollm2.MODEL, smollm2.origin()
-    judges = _pairs(args.judge, r"([\w-]+)=(.+)", "--judge", "NAME=FILE[,NAME=FILE...]")
-    sizes = Sizes(args.length, args.calibration_windows, args.windows, args.seed, args.minutes, args.steps)
-    texts = tuple(Path(word) for word in args.text.split(","))
-    places = {judge: Path(file) for judge, file in judges.items()}
-    shares, tune = _shares(args.bytes), _tune(args.set)
-    return Study(folder, texts, places, work, sizes, shares, tune, args.descend, name), origin
+def _study(args: argparse.Namespace) -> Study:
+    """What is to be measured."""
+    model, judges = model_fields(args), _pairs(args.judge, r"([\w-]+)=(.+)", "--judge", "NAME=FILE[,NAME=FILE...]")
+    return Study(
+        **model,
+        texts=tuple(Path(word) for word in args.text.split(",")),
+        judge_texts={judge: Path(file) for judge, file in judges.items()},
+        sizes=WindowSizes(args.length, args.calibration_windows, args.windows, args.seed, args.minutes, args.steps),
+        shares=_shares(args.bytes),
+        tune=_tune(args.set),
+        descend=args.descend,
+    )
 
 
-def _command(args: argparse.Namespace) -> str:
-    """The command without folders."""
+def _words(args: argparse.Namespace) -> list[str]:
+    """The arguments without folders."""
     names = [Path(word).name for word in args.text.split(",")]
     judges = [f"{name}={Path(file).name}" for name, _, file in (word.partition("=") for word in args.judge.split(","))]
-    words = ["python", "tests/bench/benchmarks/budgets.py", Path(args.model).name]
-    words += ["--text", ",".join(names), "--judge", ",".join(judges), "--bytes", args.bytes]
+    words = ["--text", ",".join(names), "--judge", ",".join(judges), "--bytes", args.bytes]
     words += ["--steps", str(args.steps)] if args.steps else ["--minutes", f"{args.minutes:g}"]
-    words += ["--descend"] if args.descend else []
-    return shlex.join([*words, *(["--set", args.set] if args.set else [])])
+    return [*words, *(["--descend"] if args.descend else []), *(["--set", args.set] if args.set else [])]
 
 
 def run(given: Sequence[str] | None = None) -> Budgets:
     """The benchmark. Raises InputError for a user's mistake."""
     args = _arguments(given)
-    names = args.only.split(",") if args.only else list(MAIN)
-    if strangers := sorted(set(names) - set(ROWS)):
-        raise InputError(f"--only must name some of {', '.join(ROWS)}, got {', '.join(strangers)}. Correct it.")
-    study, origin = _study(args)
+    names = known_words(args.only or ",".join(MAIN), ROWS, "--only")
+    study = _study(args)
     torch.set_num_threads(args.threads)
     judged = list(study.judges)  # a text that is too short is told before anything is made
     plain, trained = [name for name in names if not is_trained(name)], [name for name in names if is_trained(name)]
@@ -253,17 +239,13 @@ def run(given: Sequence[str] | None = None) -> Budgets:
         for name in () if args.collate else group:
             make(study, name)
         measure(study, group)
-    found = result(study, origin, _command(args))
-    found.save(args.output)
-    missing = f"; not measured: {', '.join(found.missing)}" if found.missing else ""
-    print(f"{args.output}: {len(found.rows)} rows on {', '.join(judged)}{missing}", flush=True)
-    if args.output.resolve() == PLACE:
-        from pages.budgets_page import write_page
-
-        write_page()
-    return found
+    budgets = result(study, command("budgets.py", args, _words(args)))
+    save_result(budgets, f"{len(budgets.rows)} rows on {', '.join(judged)}", args, PLACE, write_page)
+    return budgets
 
 
+if __name__ == "__main__":
+    run_script(run)
 if __name__ == "__main__":
     try:
         run()

@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.budgets_study import ROWS, Study, is_trained
+from benchmarks.provenance import commit
+from benchmarks.trainings import check_falling, step_times, train_down
 from records.budgets_results import Making
 from sparsegate.converter.checkpoint.plan import Plan, load_plan, save_plan
 from sparsegate.converter.checkpoint.stage import Header, atomic_folder, hash_json, is_finished, read_header, write_json
@@ -24,26 +26,15 @@ from sparsegate.converter.pipeline.recipe import Recipe
 from sparsegate.converter.pipeline.schedule import Run, direct_plan
 from sparsegate.converter.pipeline.texts import Texts
 from sparsegate.converter.stats.collect import collect
-from sparsegate.converter.training.inputs import Models, TrainingRun
+from sparsegate.converter.text.windows import Batches
 from sparsegate.converter.training.loop import STATE
-from sparsegate.converter.training.plans import WEIGHTS, train_plan
-from sparsegate.converter.training.selection import SelectionObjective
-from sparsegate.converter.training.settings import Settings
+from sparsegate.converter.training.plans import WEIGHTS
 from sparsegate.runtime_onnx.errors import InputError
 from sparsegate.runtime_onnx.untrusted import read_json
 
-_TIMED = 3  # steps
-_PROBE = 4  # windows that a training's inputs are scaled by
 _MAKING = "making.json"
 Made = tuple[Plan, Path | None]
 """A plan, and the file of the weights that were trained with it."""
-
-
-def commit() -> str | None:
-    """The commit of the code that runs."""
-    folder = Path(__file__).parent
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=folder)
-    return done.stdout.strip() or None
 
 
 def header_of(study: Study, name: str, share: float) -> Header:
@@ -141,30 +132,16 @@ def _make_down(study: Study, name: str) -> None:
     """A trained row at all shares, by one training that goes through them; what it took is shared out alike."""
     study = study.of(name)
     densities = study.densities(name)
-    if list(densities) != sorted(densities, reverse=True):
-        raise InputError(f"--bytes must fall for a training to go through them, got {list(densities)}. Sort them.")
+    check_falling(list(densities), "--bytes")
     kind, first = ROWS[name], next(iter(densities))
     module, config = load_method(kind.method), study.config(name, densities[first])
     stats, calibration_seconds = _statistics(study, name)
     took = _steps(study, name, stats)
     tune = config.tune.model_copy(update={"steps": took["steps"]})
-    header = Header(
-        format="tune",
-        parents={"model": study.source.fingerprint},
-        config={"row": name},
-        seed=study.sizes.seed,
-        calibration=study.training.sha256,
-    )
     folder = _folder(study, name, first)
     with _clocked(folder) as clock:
-        trained = train_plan(
-            Models(study.model(), None, study.source.arch, study.activation),
-            module.plan(stats, study.source.arch, config),
-            module.start(config),
-            list(densities.values()),
-            tune,
-            TrainingRun(study.training, study.sizes.seed, folder, header),
-        )
+        plan, start = module.plan(stats, study.source.arch, config), module.start(config)
+        trained = train_down(study, {"row": name}, plan, start, list(densities.values()), tune, folder)
     for number, (share, each) in enumerate(zip(densities, trained, strict=True), 1):
         seconds = clock[0] * number / len(densities)
         making = _making(study, name, calibration_seconds, seconds, took, number)
@@ -243,19 +220,14 @@ def step_seconds(study: Study, name: str, density: float, stats: Any) -> float:
     one warms up.
     """
     config, module = study.config(name, density), load_method(ROWS[name].method)
-    tune, windows = config.tune, study.training
+    windows, taken = study.training, config.tune.windows
+
+    def draw(step: int) -> Batches:
+        rows = [k % len(windows.tokens) for k in range(step * taken, (step + 1) * taken)]
+        return Batches(windows.tokens[rows], windows.mask[rows])
+
     plan = module.plan(stats, study.source.arch, config)
-    settings = Settings(_TIMED + 1, tune.windows, tune.rate)
-    models = Models(study.model(), None, study.source.arch, study.activation)
-    start = module.start(config)
-    objective = SelectionObjective(models, plan, tune, settings, start, [density], windows.tokens[:_PROBE])
-    taken = []
-    for step in range(_TIMED + 1):
-        rows = [k % len(windows.tokens) for k in range(step * tune.windows, (step + 1) * tune.windows)]
-        begun = time.monotonic()
-        objective.loss(windows.tokens[rows], windows.mask[rows], step).backward()
-        taken.append(time.monotonic() - begun)
-    return sorted(taken[1:])[_TIMED // 2]
+    return median(step_times(study, plan, module.start(config), density, config.tune, draw, time.monotonic))
 
 
 @contextmanager

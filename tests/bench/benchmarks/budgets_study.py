@@ -14,12 +14,10 @@ from typing import Any, Literal
 
 import torch
 
-from records.budgets_results import TextFile
-from sparsegate.converter.checkpoint.source import Source, open_source
-from sparsegate.converter.checkpoint.stage import hash_file
+from benchmarks.model_study import EVERY, ModelStudy, WindowSizes
+from sparsegate.converter.checkpoint.source import Source
 from sparsegate.converter.methods import load_method, make_config
 from sparsegate.converter.methods.tune import Tune, tune_of
-from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.pipeline.rotate import rotated
 from sparsegate.converter.pipeline.texts import write_out
 from sparsegate.converter.text.documents import read_whole
@@ -28,7 +26,8 @@ from sparsegate.runtime_onnx.errors import InputError
 
 SHARES = (0.8, 0.67, 0.5, 0.4)
 _LEAST = 0.05  # density below which a row is left out
-_EVERY = 1 << 30  # windows: more than any text has
+SIZES = WindowSizes(minutes=60.0)
+"""Minutes are of each training, or of the one that goes through all shares."""
 
 
 def of_gate(share: float, source: Source, config: Any) -> float:
@@ -109,46 +108,20 @@ MAIN = tuple(name for name, kind in ROWS.items() if kind.of == "networks" and ki
 """The rows that are made where none are named."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Windows: their length in tokens, how many are calibrated on and measured on at most, and the seed that draws
-    them. A training takes `steps` at every share, or as many as fit into `minutes`: of each training, or of the one
-    that goes through all shares.
+@dataclass(frozen=True, kw_only=True)
+class Study(ModelStudy):
+    """The texts to train on, of which the first is calibrated on, and those to measure on by name; `is_rotated` where
+    `folder` is already the rotated model of a row; `tune` are values of every training's settings, `descend` lets one
+    training go through all shares.
     """
 
-    length: int = 256
-    calibration: int = 128
-    judged: int = 64
-    seed: int = 0
-    minutes: float = 60.0
-    steps: int | None = None
-
-
-@dataclass(frozen=True)
-class Study:
-    """A model folder, the texts to train on, of which the first is calibrated on, the texts to measure on by name, and
-    where stages are kept; `is_rotated` where `folder` is already the rotated model of a row; `tune` are values of every
-    training's settings, `descend` lets one training go through all shares.
-    """
-
-    folder: Path
     texts: tuple[Path, ...]
     judge_texts: Mapping[str, Path]
-    work: Path
-    sizes: Sizes = Sizes()
+    sizes: WindowSizes = SIZES
     shares: tuple[float, ...] = SHARES
     tune: Mapping[str, Any] = field(default_factory=dict)
     descend: bool = False
-    name: str | None = None
     is_rotated: bool = False
-
-    @cached_property
-    def source(self) -> Source:
-        return open_source(self.folder)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return self.source.tokenizer()
 
     def of(self, name: str) -> Study:
         """The study of a row's own model: the rotated one, which is made once, or this."""
@@ -162,24 +135,22 @@ class Study:
     def _read(self, path: Path) -> str:
         return read_whole(path, lambda conversations: write_out(self.tokenizer, conversations))[0]
 
-    @cached_property
-    def calibration(self) -> Batches:
-        sizes = self.sizes
-        return make_batches(self.tokenizer, self._read(self.texts[0]), sizes.calibration, sizes.length, sizes.seed)
+    @property
+    def calibration_file(self) -> Path:
+        return self.texts[0]
+
+    @property
+    def calibration_text(self) -> str:
+        return self._read(self.texts[0])
 
     @cached_property
     def parts(self) -> list[Batches]:
         """The windows of every text to train on: together at most those that a training takes."""
         most = max(1, Tune().model_copy(update=dict(self.tune)).data // len(self.texts))
-        sizes = self.sizes
-        return [
-            make_batches(self.tokenizer, self._read(path), most, sizes.length, sizes.seed, f"Text {path.name}")
-            for path in self.texts
-        ]
+        return [self.windows(self._read(path), most, f"Text {path.name}") for path in self.texts]
 
     @cached_property
     def training(self) -> Batches:
-        """The windows of all texts; a training draws them in random order."""
         return Batches(*(torch.cat([getattr(part, name) for part in self.parts]) for name in ("tokens", "mask")))
 
     @cached_property
@@ -192,32 +163,17 @@ class Study:
             every = make_batches(
                 self.tokenizer,
                 self._read(path),
-                _EVERY,
+                EVERY,
                 self.sizes.length,
                 self.sizes.seed + 1,
                 f"Text {path.name}",
                 text_order=False,
             )
-            full = every.mask.all(dim=1).nonzero().flatten()[: self.sizes.judged]
+            full = every.mask.all(dim=1).nonzero().flatten()[: self.sizes.heldout]
             if not len(full):
                 raise InputError(f"--judge {name} must hold a window of {self.sizes.length} tokens, got none.")
             judges[name] = Batches(every.tokens[full], every.mask[full])
         return judges
-
-    def text_file(self, path: Path, batches: Batches) -> TextFile:
-        """The record of a text."""
-        count = len(batches.tokens)
-        return TextFile(
-            file=path.name, sha256=hash_file(path), windows=count, tokens=batches.count, batches=batches.sha256
-        )
-
-    @property
-    def activation(self) -> str:
-        return self.source.arch.activation(self.source.config)
-
-    def model(self) -> Any:
-        """The dense model, loaded anew: training freezes its weights."""
-        return load_dense(self.folder)
 
     def config(self, name: str, density: float | None = None) -> Any:
         """The configuration of a row. Raises InputError for settings that there are not."""

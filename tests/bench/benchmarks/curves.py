@@ -12,18 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsegate.converter import report as reporting
 from sparsegate.converter.arch.shapes import linear_shapes
 from sparsegate.converter.bundled import BUNDLED, BUNDLED_NAME, CALIBRATION_TEXT, HELDOUT_TEXT
 from sparsegate.converter.checkpoint.plan import FFN_LINEARS, LINEARS, Plan, SitePlan, merge
@@ -47,6 +44,7 @@ from sparsegate.converter.training.residual import add_residuals
 from sparsegate.runtime_onnx.untrusted import read_json
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.provenance import provenance
 from pages.curves_page import write_page
 from records.folders import RESULTS
 
@@ -397,14 +395,8 @@ def write(study: Study) -> None:
     correlations = study.work / "correlations.json"
     common: dict[str, Any] = {
         "model": study.source.name,
-        "machine": reporting.this_machine(),
-        "versions": reporting.installed_versions(),
         "command": "python tests/bench/benchmarks/curves.py --work WORK",
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS
-        ).stdout.strip()
-        or None,
+        **provenance(),
     }
     found = (
         Correlations.model_validate_json(correlations.read_text(encoding="utf-8")) if correlations.is_file() else None

@@ -15,16 +15,14 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.budgets_plans import commit
+from benchmarks.provenance import provenance
 from records.depth_results import PLACE, Depths
-from sparsegate.converter import report as reporting
 from sparsegate.converter.evaluation.speed.random_model import make_checkpoint
 from sparsegate.converter.evaluation.speed.shapes import Shape, find_shape
 from sparsegate.converter.pipeline.convert import convert
@@ -88,10 +86,7 @@ def main(given: Sequence[str] | None = None) -> Depths:
         windows=arguments.windows,
         steps=arguments.steps,
         seconds=seconds,
-        machine=reporting.this_machine(),
-        versions=reporting.installed_versions(),
-        commit=commit(),
-        date=datetime.now(UTC).date().isoformat(),
+        **provenance(),
     )
     found.save(arguments.output)
     print(table(found))

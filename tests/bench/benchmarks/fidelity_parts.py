@@ -246,7 +246,7 @@ def compare_scores(bench: Bench, name: str) -> None:
     if is_finished(folder, header):
         return
     study = bench.study
-    words = [str(study.folder), "--text", str(study.heldout_text or study.text), "--calibration", str(study.text)]
+    words = [str(study.folder), "--text", str(study.heldout_file), "--calibration", str(study.text)]
     words += [*bench.scores[name], *(["--questions", str(QUESTIONS)] if "--answers" in bench.scores[name] else [])]
     with atomic_folder(folder) as partial_folder:
         runpy.run_path(str(EXAMPLE))["main"]([*words, "--out", str(partial_folder)])
@@ -261,7 +261,8 @@ def stored_scores(bench: Bench, name: str) -> dict[str, Any] | None:
 
 def _scores_stage(bench: Bench, name: str) -> tuple[Path, Header]:
     study, words = bench.study, bench.scores[name]
-    parents = {"model": study.source.fingerprint, **{role: text["sha256"] for role, text in study.text_hashes.items()}}
+    texts = {"calibration": hash_file(study.text), "heldout": hash_file(study.heldout_file)}
+    parents = {"model": study.source.fingerprint, **texts}
     if "--answers" in words:
         parents["questions"] = hash_file(QUESTIONS)
     return study.work / "fidelity" / name, Header(format="scores", parents=parents, config={"words": words})

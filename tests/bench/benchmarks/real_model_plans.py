@@ -17,71 +17,52 @@ from typing import Any
 
 import torch
 
+from benchmarks.model_study import EVERY, ModelStudy, WindowSizes
+from benchmarks.trainings import check_falling, step_times, train_down
 from records.real_model_results import Training
 from sparsegate.converter.checkpoint.plan import Plan, load_plan, save_plan
-from sparsegate.converter.checkpoint.source import Source, open_source
-from sparsegate.converter.checkpoint.stage import Header, atomic_folder, hash_file, is_finished, read_header, write_json
+from sparsegate.converter.checkpoint.stage import Header, atomic_folder, is_finished, read_header, write_json
 from sparsegate.converter.methods import LINEAR_METHODS, load_method, make_config, needs
 from sparsegate.converter.methods.tune import Tune
-from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.pipeline.recipe import Recipe
 from sparsegate.converter.pipeline.schedule import Run, direct_plan
 from sparsegate.converter.pipeline.texts import Texts
 from sparsegate.converter.stats.collect import collect
-from sparsegate.converter.text.windows import Batches, make_batches, read_text
-from sparsegate.converter.training.inputs import Models, TrainingRun
-from sparsegate.converter.training.plans import train_plan
-from sparsegate.converter.training.selection import SelectionObjective
-from sparsegate.converter.training.settings import Settings
-from sparsegate.runtime_onnx.errors import InputError
+from sparsegate.converter.text.windows import Batches, read_text
 from sparsegate.runtime_onnx.untrusted import read_json
 
 METHODS = ("gate", "chess", "cett", "trained_gate", "predictor", "teal", "wina")
 TRAINED = ("trained_gate", "predictor")
 DENSITIES = (0.7, 0.5, 0.4, 0.3)
 _HELDOUT_SHARE = 0.2  # of the calibration text, where no other text is given
-_PROBE = 32  # tokens that a trained method's objective is built on while a step is timed
-_TIMED = 3  # steps
-_EVERY = 1 << 30  # windows: more than any text has
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Windows: their length in tokens, how many are calibrated on, trained on and measured on at most, and the seed
-    that draws them. `steps` of a training at every density; None for the configuration's, and for as many as fit into
-    `minutes` of one core for all densities in a descending run.
+class Sizes(WindowSizes):
+    """Windows, those to train on too. `steps` are None for the configuration's, and for as many as fit into `minutes`
+    of one core for all densities in a descending run.
     """
 
-    length: int = 256
-    calibration: int = 128
     training: int = 320
-    heldout: int = 64
-    seed: int = 0
-    minutes: float = 30.0
-    steps: int | None = None
 
 
-@dataclass(frozen=True)
-class Study:
-    """A model folder, the text to calibrate on and the text to measure on (None: the last fifth of the former), and
-    where stages are kept.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Study(ModelStudy):
+    """The text to calibrate on and the text to measure on; None: the last fifth of the former."""
 
-    folder: Path
     text: Path
-    heldout_text: Path | None
-    work: Path
+    heldout_text: Path | None = None
     sizes: Sizes = Sizes()
-    name: str | None = None
     densities: tuple[float, ...] = DENSITIES
 
-    @cached_property
-    def source(self) -> Source:
-        return open_source(self.folder)
+    @property
+    def calibration_file(self) -> Path:
+        return self.text
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        return self.source.tokenizer()
+    @property
+    def heldout_file(self) -> Path:
+        """The file of the text to measure on."""
+        return self.heldout_text or self.text
 
     @cached_property
     def _texts(self) -> tuple[str, str]:
@@ -92,39 +73,23 @@ class Study:
         cut = int(len(whole) * (1 - _HELDOUT_SHARE))
         return whole[:cut], whole[cut:]
 
-    @cached_property
-    def calibration(self) -> Batches:
-        return make_batches(self.tokenizer, self._texts[0], self.sizes.calibration, self.sizes.length, self.sizes.seed)
+    @property
+    def calibration_text(self) -> str:
+        return self._texts[0]
 
     @cached_property
     def training(self) -> Batches:
-        return make_batches(self.tokenizer, self._texts[0], self.sizes.training, self.sizes.length, self.sizes.seed)
+        return self.windows(self._texts[0], self.sizes.training)
 
     @cached_property
     def heldout(self) -> Batches:
         """Full windows, in an order drawn by the seed: the first of them are a sample of the whole text."""
-        every = make_batches(
-            self.tokenizer, self._texts[1], _EVERY, self.sizes.length, self.sizes.seed, "The held-out text"
-        )
+        every = self.windows(self._texts[1], EVERY, "The held-out text")
         full = every.mask.all(dim=1).nonzero().flatten()
         picked = full[torch.randperm(len(full), generator=torch.Generator().manual_seed(self.sizes.seed + 1))][
             : self.sizes.heldout
         ]
         return Batches(every.tokens[picked], every.mask[picked])
-
-    @cached_property
-    def text_hashes(self) -> dict[str, dict[str, str]]:
-        """File name and sha256 of both texts."""
-        files = {"calibration": self.text, "heldout": self.heldout_text or self.text}
-        return {role: {"file": path.name, "sha256": hash_file(path)} for role, path in files.items()}
-
-    @property
-    def activation(self) -> str:
-        return self.source.arch.activation(self.source.config)
-
-    def model(self) -> Any:
-        """The dense model, loaded anew: training freezes its weights."""
-        return load_dense(self.folder)
 
 
 def plans(study: Study, method: str) -> dict[float, Plan]:
@@ -277,29 +242,14 @@ def _start(study: Study, method: str) -> tuple[Plan, float]:
 
 def _trained_down(study: Study, method: str, densities: Sequence[float]) -> dict[float, Plan]:
     """Plans of one training that goes through all densities of the study; `densities` are those that are missing."""
-    if list(study.densities) != sorted(study.densities, reverse=True):
-        raise InputError(f"Densities must fall for a training to go through them, got {study.densities}. Sort them.")
+    check_falling(study.densities, "--densities")
     plan, start = _start(study, method)
     folder = study.work / "trained" / method
     base: Tune = _config(method, study.densities[0]).tune
     steps = _steps(study, method, plan, start, base)
     tune = base.model_copy(update={"steps": steps})
-    header = Header(
-        format="tune",
-        parents={"model": study.source.fingerprint},
-        config={"method": method},
-        seed=study.sizes.seed,
-        calibration=study.training.sha256,
-    )
-    found = train_plan(
-        Models(study.model(), None, study.source.arch, study.activation),
-        plan,
-        start,
-        study.densities,
-        tune,
-        TrainingRun(study.training, study.sizes.seed, folder, header),
-    )
-    return dict(zip(study.densities, (each.plan for each in found), strict=True))
+    trained = train_down(study, {"method": method}, plan, start, study.densities, tune, folder)
+    return dict(zip(study.densities, (each.plan for each in trained), strict=True))
 
 
 def _key(study: Study, method: str) -> dict[str, Any]:
@@ -322,7 +272,7 @@ def _steps(study: Study, method: str, plan: Plan, start: float, tune: Tune) -> i
         stored = read_json(path, "The steps of a training")
         if stored["key"] == key:
             return stored["steps"]
-    seconds = step_seconds(study, study.model(), plan, start, tune)
+    seconds = step_seconds(study, plan, start, tune)
     fitting = max(4, int(study.sizes.minutes * 60 / seconds / len(study.densities)))
     steps = study.sizes.steps or (fitting if _descends(method) else tune.steps)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -330,15 +280,7 @@ def _steps(study: Study, method: str, plan: Plan, start: float, tune: Tune) -> i
     return steps
 
 
-def step_seconds(study: Study, model: Any, plan: Plan, start: float, tune: Tune) -> float:
-    """CPU seconds of one training step: the least of a few, the first of which warms up."""
-    settings = Settings(_TIMED + 1, tune.windows, tune.rate)
-    probe = study.training.tokens[:1, :_PROBE]
-    models = Models(model, None, study.source.arch, study.activation)
-    objective = SelectionObjective(models, plan, tune, settings, start, study.densities[:1], probe)
-    taken = []
-    for step in range(_TIMED + 1):
-        begun = time.process_time()
-        objective.loss(study.training.tokens[: tune.windows], study.training.mask[: tune.windows], step).backward()
-        taken.append(time.process_time() - begun)
-    return min(taken[1:])
+def step_seconds(study: Study, plan: Plan, start: float, tune: Tune) -> float:
+    """CPU seconds of one training step: the least of a few on the same windows."""
+    first = Batches(study.training.tokens[: tune.windows], study.training.mask[: tune.windows])
+    return min(step_times(study, plan, start, study.densities[0], tune, lambda _: first, time.process_time))

@@ -7,13 +7,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.quality_stages import load_quality, loss_fields, quality_header, store_quality
 from benchmarks.real_model_plans import METHODS, TRAINED, Study, header_of, planned, training_of
 from records.real_model_results import Row
-from sparsegate.converter.checkpoint.stage import Header, atomic_folder, is_finished, write_header, write_json
+from sparsegate.converter.checkpoint.stage import Header, is_finished
 from sparsegate.converter.evaluation.checks import Quality
 from sparsegate.converter.evaluation.quality import measure_qualities
 from sparsegate.converter.text.windows import Batches
-from sparsegate.runtime_onnx.untrusted import read_json
 
 CHUNK = 16
 """Windows: the fewest that tell a standard error."""
@@ -37,9 +37,7 @@ def measure(study: Study, methods: Sequence[str]) -> None:
         )
         for key in missing:
             quality = qualities[str(key)]
-            with atomic_folder(_folder(study, key, number)) as partial:
-                write_json(partial / "quality.json", quality.model_dump(mode="json"))
-                write_header(partial, _header(study, key, number))
+            store_quality(_folder(study, key, number), _header(study, key, number), quality)
             print(
                 f"windows {number * CHUNK} on, {key[0]} {key[1]}: NLL {quality.nll_dense:.4f} -> {quality.nll:.4f}",
                 flush=True,
@@ -59,7 +57,7 @@ def rows(study: Study) -> tuple[list[Row], list[str]]:
         if not common or not measured[key]:
             missing.append(f"{key[0]} {key[1]:g}")
             continue
-        found.append(_row(study, key, [_stored(study, key, number) for number in common]))
+        found.append(_row(study, key, [load_quality(_folder(study, key, number)) for number in common]))
     return found, missing
 
 
@@ -95,14 +93,8 @@ def joined(parts: Sequence[Quality]) -> Quality:
 
 
 def _row(study: Study, key: Key, parts: Sequence[Quality]) -> Row:
-    quality = joined(parts)
-    values = {name: getattr(quality, name) for name in Row.model_fields if name in Quality.model_fields}
-    return Row(
-        method=key[0],
-        density_target=key[1],
-        **values,
-        training=training_of(study, *key) if key[0] in TRAINED else None,
-    )
+    training = training_of(study, *key) if key[0] in TRAINED else None
+    return Row(method=key[0], density_target=key[1], **loss_fields(joined(parts)), training=training)
 
 
 def _batches(study: Study, number: int) -> Batches:
@@ -115,16 +107,8 @@ def _folder(study: Study, key: Key, number: int) -> Path:
 
 
 def _header(study: Study, key: Key, number: int) -> Header:
-    return Header(
-        format="quality",
-        parents={"plan": header_of(study, *key).fingerprint},
-        calibration=_batches(study, number).sha256,
-    )
+    return quality_header({"plan": header_of(study, *key).fingerprint}, _batches(study, number))
 
 
 def _is_measured(study: Study, key: Key, number: int) -> bool:
     return is_finished(_folder(study, key, number), _header(study, key, number))
-
-
-def _stored(study: Study, key: Key, number: int) -> Quality:
-    return Quality.model_validate(read_json(_folder(study, key, number) / "quality.json", "A stored quality"))

@@ -4,52 +4,13 @@ it took, as one JSON file.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 from records.folders import RESULTS
+from records.model_results import Loss, ModelResult, TextFile
 from sparsegate.converter.checkpoint.fields import Strict
-from sparsegate.converter.evaluation.records import Machine, Record
 
 PLACE = RESULTS / "budgets.json"
-
-
-class TextFile(Strict):
-    """A text by name and hash, for it is not stored: its sha256, windows and tokens taken from it, sha256 of those."""
-
-    file: str
-    sha256: str
-    windows: int
-    tokens: int
-    batches: str
-
-
-class Loss(Strict):
-    """What a row loses on a text, in torch in fp32: NLL and KL in nats per token, `nll_error` the standard error of
-    NLL - NLL dense over windows; shares of what is computed and of the bytes touched, of the networks (cost) and of all
-    linear maps of the blocks.
-    """
-
-    tokens: int
-    windows: int
-    nll_dense: float
-    nll: float
-    nll_error: float
-    kl: float
-    agreement: float
-    density: float
-    cost: float
-    block_cost: float | None
-
-    @property
-    def rise(self) -> float:
-        """NLL over the dense model's, nats per token."""
-        return self.nll - self.nll_dense
-
-    @property
-    def change(self) -> float:
-        """Relative rise in perplexity."""
-        return math.expm1(self.rise)
 
 
 class Making(Strict):
@@ -95,30 +56,19 @@ class Row(Strict):
     making: Making
 
 
-class Budgets(Record):
-    """One benchmark. `origin` says where the weights come from; `judges` are the texts that are measured on, by name;
-    `features` what of the processor torch can use; `missing` names what was left out.
+class Budgets(ModelResult):
+    """One benchmark. `judges` are the texts that are measured on, by name; `features` what of the processor torch can
+    use.
     """
 
-    model: str
-    origin: str
-    fingerprint: str
     parameters: int
-    length: int
     seed: int
     shares: list[float]
-    calibration: TextFile
     training: list[TextFile]
     judges: dict[str, TextFile]
-    machine: Machine
     features: list[str]
     threads: int
-    versions: dict[str, str]
-    commit: str | None = None
-    date: str
-    command: str
     rows: list[Row]
-    missing: list[str] = []
 
     def at(self, share: float, of: str = "networks", trained: bool | None = None) -> list[Row]:
         """The rows at a share that are no ablations, trained or not; None: both."""

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from records.folders import RESULTS
-from sparsegate.converter.evaluation.records import Machine, Record, read_stored
+from records.model_results import Measured
+from sparsegate.converter.evaluation.records import read_stored
 
 PLACE = RESULTS / "depth.json"
 
 
-class Depths(Record):
+class Depths(Measured):
     """Seconds by number of layers and stage, of models of one shape with random weights."""
 
     version: Literal[1] = 1
@@ -19,10 +20,6 @@ class Depths(Record):
     windows: int
     steps: int
     seconds: dict[str, dict[str, float]]
-    machine: Machine
-    versions: dict[str, str]
-    commit: str | None
-    date: str
 
     @classmethod
     def load(cls, path: Path) -> Depths:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from records.folders import RESULTS
-from records.real_model_results import TextFile
+from records.model_results import ModelResult, TextFile
 from sparsegate.converter.checkpoint.fields import Strict
-from sparsegate.converter.evaluation.records import Machine, Record
 
 PLACE = RESULTS / "fidelity.json"
 
@@ -130,26 +129,16 @@ class Scores(Strict):
     rows: list[ScoreRow]
 
 
-class Fidelity(Record):
+class Fidelity(ModelResult):
     """One benchmark. `dense_nll` in nats per token; blocks and positions are measured on the first `short` tokens of
     `few` of every eight windows. `huge` is how many times the median token's largest entry makes a token a huge one,
     `huge_share` the share of such tokens, `huge_first` the share of first tokens that are, `huge_tokens` counts the
     others by their text.
     """
 
-    model: str
-    origin: str
-    fingerprint: str
-    length: int
-    calibration: TextFile
     heldout: TextFile
     few: int
     short: int
-    machine: Machine
-    versions: dict[str, str]
-    commit: str | None = None
-    date: str
-    command: str
     dense_nll: float
     blocks: int
     huge: float
@@ -161,4 +150,3 @@ class Fidelity(Record):
     kinds: list[Kind]
     scores: Scores | None = None
     answers: Scores | None = None
-    missing: list[str] = []

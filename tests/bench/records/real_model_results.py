@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from records.folders import RESULTS
+from records.model_results import Loss, ModelResult, TextFile
 from sparsegate.converter.checkpoint.fields import Strict
-from sparsegate.converter.evaluation.records import Machine, Record
 from sparsegate.converter.methods import NEURON_METHODS
 
 PLACE = RESULTS / "real_model.json"
@@ -20,16 +20,6 @@ BASELINE = "dense fp32"
 """The role that losses are measured against."""
 CHOSEN_AT = 0.5
 """Density at which the plan that is exported is chosen."""
-
-
-class TextFile(Strict):
-    """A text by name and hash, for it is not stored: windows and tokens taken from it, sha256 of those."""
-
-    file: str
-    sha256: str
-    windows: int
-    tokens: int
-    batches: str
 
 
 class Training(BaseModel):
@@ -44,35 +34,12 @@ class Training(BaseModel):
     tokens: int
 
 
-class Row(Strict):
-    """A method at a density, in torch in fp32: held-out NLL and KL in nats per token, `nll_error` the standard error of
-    NLL - NLL dense over windows; shares of what is computed and of the bytes touched, of the networks (cost) and of all
-    linear maps of the blocks. `training` where it is trained.
-    """
+class Row(Loss):
+    """What a method at a density loses on the held-out text. `training` where it is trained."""
 
     method: str
     density_target: float
-    tokens: int
-    windows: int
-    nll_dense: float
-    nll: float
-    nll_error: float
-    kl: float
-    agreement: float
-    density: float
-    cost: float
-    block_cost: float | None
     training: Training | None = None
-
-    @property
-    def change(self) -> float:
-        """Relative rise in perplexity."""
-        return math.expm1(self.nll - self.nll_dense)
-
-    @property
-    def change_error(self) -> float:
-        """Its standard error, to first order."""
-        return math.exp(self.nll - self.nll_dense) * self.nll_error
 
 
 class Shipped(Strict):
@@ -107,27 +74,14 @@ class Chosen(Strict):
     named: bool = False
 
 
-class RealModel(Record):
-    """One benchmark. `origin` says where the weights come from, `corpus` what the texts are of; `missing` names what
-    was left out; `speed` is a record of `bench_models`.
-    """
+class RealModel(ModelResult):
+    """One benchmark. `corpus` says what the texts are of; `speed` is a record of `bench_models`."""
 
-    model: str
-    origin: str
     corpus: str | None = None
-    fingerprint: str
     parameters: int
-    length: int
-    calibration: TextFile
     training: TextFile
     heldout: TextFile
-    machine: Machine
-    versions: dict[str, str]
-    commit: str | None = None
-    date: str
-    command: str
     rows: list[Row]
-    missing: list[str] = []
     chosen: Chosen | None = None
     losses: dict[str, Shipped] = Field(default_factory=dict)
     speed: dict[str, Any] | None = None

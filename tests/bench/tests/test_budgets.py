@@ -11,10 +11,11 @@ import pytest
 import torch
 from models import TEXT
 
-from benchmarks import budgets, budgets_plans
+from benchmarks import budgets, budgets_plans, trainings
 from benchmarks.budgets import run
 from benchmarks.budgets_plans import load_made, place_of, with_weights
-from benchmarks.budgets_study import MAIN, ROWS, Sizes, Study
+from benchmarks.budgets_study import MAIN, ROWS, Study
+from benchmarks.model_study import WindowSizes
 from pages.budgets_page import PAGE, best_table, cost_table, loss_table, page, plot, rise_cell
 from pages.budgets_page import load as load_stored
 from records.budgets_results import PLACE, Budgets
@@ -43,7 +44,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
 
 
 def study_of(model: Path, text: Path, work: Path, **more: Any) -> Study:
-    return Study(model, (text, text), {"same": text}, work, Sizes(32, 8, 8, 0, 60, 2), (0.8, 0.5), **more)
+    sizes = WindowSizes(32, 8, 8, 0, 60, 2)
+    return Study(
+        folder=model, texts=(text, text), judge_texts={"same": text}, work=work, sizes=sizes, shares=(0.8, 0.5), **more
+    )
 
 
 def test_every_row_has_all_that_the_page_needs(whole: SimpleNamespace) -> None:
@@ -94,7 +98,8 @@ def test_a_finished_run_is_not_run_again(whole: SimpleNamespace, monkeypatch: py
         raise AssertionError("made again")
 
     monkeypatch.setattr(budgets, "measure_qualities", refuse)
-    for name in ("train_plan", "direct_plan", "collect", "step_seconds"):
+    monkeypatch.setattr(trainings, "train_plan", refuse)
+    for name in ("direct_plan", "collect", "step_seconds"):
         monkeypatch.setattr(budgets_plans, name, refuse)
     assert run([*whole.words, "--only", KINDS]).rows == whole.result.rows
     assert run([*whole.words, "--collate", "--descend", "--set", "tune.rank=3"]).rows == whole.result.rows

@@ -85,6 +85,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Pa
     return SimpleNamespace(folder=folder, words=words, result=run(words))
 
 
+def small_study(model: Path, text: Path, work: Path) -> Study:
+    """What SMALL measures."""
+    sizes = Sizes(length=32, calibration=16, training=24, heldout=24, steps=2)
+    return Study(folder=model, work=work, text=text, sizes=sizes, densities=(0.7, 0.5))
+
+
 def test_every_part_of_a_run_is_in_its_result(whole: SimpleNamespace) -> None:
     found = whole.result
     assert [(row.method, row.density_target) for row in found.rows] == [
@@ -121,7 +127,8 @@ def test_a_finished_run_is_not_run_again(whole: SimpleNamespace, monkeypatch: py
         raise AssertionError("made again")
 
     monkeypatch.setattr(real_model_quality, "measure_qualities", refuse)
-    for name in ("train_plan", "direct_plan", "collect"):
+    monkeypatch.setattr("benchmarks.trainings.train_plan", refuse)
+    for name in ("direct_plan", "collect"):
         monkeypatch.setattr(f"benchmarks.real_model_plans.{name}", refuse)
     for name in ("export", "export_dense", "build_base", "bench_models", "window_nll"):
         monkeypatch.setattr(f"benchmarks.real_model_speed.{name}", refuse)
@@ -176,19 +183,16 @@ def test_levels_of_a_training_that_goes_on_are_plans(
     work = whole.folder / "half"
     shutil.copytree(whole.folder / "work" / "trained", work / "trained")
     shutil.rmtree(work / "trained" / "predictor" / "level_1")
-    sizes = Sizes(32, 16, 24, 24, 0, 30.0, 2)
-    study = Study(tiny_model("llama"), text, None, work, sizes, None, (0.7, 0.5))
+    study = small_study(tiny_model("llama"), text, work)
     assert list(planned(study, "predictor")) == [0.7] and not planned(study, "gate")
-    other = Study(tiny_model("llama"), text, None, work, replace(sizes, steps=3), None, (0.7, 0.5))
+    other = replace(study, sizes=replace(study.sizes, steps=3))
     assert not planned(other, "predictor"), "levels of another training"
 
 
 def test_chunks_give_what_one_measurement_gives(
     whole: SimpleNamespace, tiny_model: Callable[..., Path], text: Path
 ) -> None:
-    study = Study(
-        tiny_model("llama"), text, None, whole.folder / "work", Sizes(32, 16, 24, 24, 0, 30.0, 2), None, (0.7, 0.5)
-    )
+    study = small_study(tiny_model("llama"), text, whole.folder / "work")
     plan = planned(study, "gate")[0.5]
     every = measure_qualities(study.model(), {"": plan}, study.heldout, error=0.0)[""]
     row = next(row for row in whole.result.rows if row.method == "gate" and row.density_target == 0.5)
@@ -209,11 +213,9 @@ def test_chunks_give_what_one_measurement_gives(
 
 
 def test_heldout_is_never_calibration(tiny_model: Callable[..., Path], text: Path, tmp_path: Path) -> None:
-    every = Sizes(32, 1000, 1000, 1000)
-    study, whole = (
-        Study(tiny_model("llama"), text, None, tmp_path, every),
-        Study(tiny_model("llama"), text, text, tmp_path, every),
-    )
+    every = Sizes(length=32, calibration=1000, training=1000, heldout=1000)
+    study = Study(folder=tiny_model("llama"), work=tmp_path, text=text, sizes=every)
+    whole = replace(study, heldout_text=text)
     tokens = [len(rows.tokens) for rows in (study.training, study.heldout, whole.training)]
     assert tokens[0] + tokens[1] == pytest.approx(tokens[2], abs=2) and tokens[1] == pytest.approx(tokens[2] / 5, abs=3)
     start = study.tokenizer.decode(study.training.tokens[:2].flatten().tolist())
