@@ -16,8 +16,19 @@ from sparsegate.converter.evaluation.records import read_stored
 from sparsegate.converter.report.tables import ABSENT, megabytes, nats, percent, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from records.budgets_results import PLACE, Budgets, Loss, Row, TextFile
+from pages.paragraphs import (
+    machine_line,
+    missing_part,
+    page_text,
+    repeat_part,
+    text_name,
+    versions_text,
+    weights_line,
+    written_line,
+)
+from records.budgets_results import PLACE, Budgets, Row
 from records.folders import DOCS
+from records.model_results import Loss, TextFile
 
 PAGE, PLOT = DOCS / "budgets.md", DOCS / "budgets.png"
 _MARKERS = "osD^vP*Xpdh<>"
@@ -54,7 +65,7 @@ def best_table(result: Budgets, of: str = "networks") -> str:
             cells += [ABSENT if row is None else row.name, *losses]
         if set(cells[1:]) != {ABSENT}:
             body.append(cells)
-    return table((header, body)).rstrip("\n")
+    return table((header, body))
 
 
 def loss_table(rows: Sequence[Row], judge: str) -> str:
@@ -66,7 +77,7 @@ def loss_table(rows: Sequence[Row], judge: str) -> str:
         cells = [row.name, f"{row.share:g}", f"{row.density_target:g}", rise_cell(loss)]
         cells += [f"{100 * loss.change:+.1f} %", nats(loss.kl), percent(loss.agreement), percent(loss.density)]
         body.append([*cells, percent(loss.cost), ABSENT if loss.block_cost is None else percent(loss.block_cost)])
-    return table(([*names, "realised", "cost", "block cost"], body)).rstrip("\n")
+    return table(([*names, "realised", "cost", "block cost"], body))
 
 
 def ablation_table(result: Budgets) -> str:
@@ -81,7 +92,7 @@ def ablation_table(result: Budgets) -> str:
             cells += [rise_cell(row.losses[judge]), ABSENT if whole is None else rise_cell(whole.losses[judge])]
         body.append(cells)
     header = ["row", "bytes", *(name for judge in result.judges for name in (judge, f"{judge}: nothing left out"))]
-    return table((header, body)).rstrip("\n") if body else ""
+    return table((header, body)) if body else ""
 
 
 def cost_table(result: Budgets) -> str:
@@ -94,25 +105,24 @@ def cost_table(result: Budgets) -> str:
         step = ABSENT if made.step_seconds is None else f"{made.step_seconds:.2f}"
         steps = [str(made.steps), step, str(made.tokens)] if made.steps else [ABSENT] * 3
         body.append([row.name, f"{row.share:g}", *times, *steps, megabytes(made.peak_bytes)])
-    return table((header, body)).rstrip("\n")
+    return table((header, body))
 
 
 # Sentences
 
 
 def _text(text: TextFile) -> str:
-    return f"{text.file} ({text.tokens} tokens, sha256 {text.sha256[:16]})"
+    return text_name(text, tokens=True)
 
 
 def head_line(result: Budgets) -> str:
     """Texts, machine, versions, commit and date."""
     judges = "; ".join(f"{name}: {_text(text)}" for name, text in result.judges.items())
-    versions = ", ".join(f"{name} {result.versions[name]}" for name in ("torch",) if name in result.versions)
+    details = [", ".join(result.features), versions_text(result.versions, ["torch"])]
     return (
         f"Calibrated on {_text(result.calibration)}. Trained on {', '.join(map(_text, result.training))}. Measured on "
-        f"{judges}. Windows of {result.length} tokens, drawn by seed {result.seed}. {result.machine.cpu}, "
-        f"{result.machine.cores} cores, {result.threads} threads; {', '.join(result.features)}; {versions}; commit "
-        f"{result.commit or 'unknown'}, {result.date}."
+        f"{judges}. Windows of {result.length} tokens, drawn by seed {result.seed}. "
+        f"{machine_line(result, details, result.threads)}."
     )
 
 
@@ -142,12 +152,10 @@ def _section(result: Budgets, of: str, title: str) -> list[str]:
 
 def page(result: Budgets) -> str:
     """The whole page."""
-    stored = PLACE.relative_to(DOCS.parent).as_posix()
     parts = [
         f"# {result.model} at shares of its bytes",
-        f"Written by `python tests/bench/pages/budgets_page.py` from `{stored}`; nothing is typed by hand.",
-        f"{result.parameters / 1e6:.1f} M parameters, weights from {result.origin}. All losses are measured in torch "
-        "in fp32.",
+        written_line("budgets_page.py", PLACE),
+        f"{weights_line(result.parameters, result.origin)} All losses are measured in torch in fp32.",
         head_line(result),
         *_section(result, "networks", "The best at every share"),
         f"![Losses against bytes]({PLOT.name})",
@@ -168,10 +176,11 @@ def page(result: Budgets) -> str:
         "all shares are shared out alike: a share has those of the shares above too. Peak memory is that of the "
         "process that made the row, earlier rows included.",
         cost_table(result),
+        training_lines(result),
+        *missing_part(result.missing),
+        *repeat_part(result),
     ]
-    parts += [lines] if (lines := training_lines(result)) else []
-    parts += [f"Not measured: {', '.join(result.missing)}."] if result.missing else []
-    return "\n\n".join([*parts, "## How to repeat it", f"`{result.command}`"]) + "\n"
+    return page_text(parts)
 
 
 # The plot

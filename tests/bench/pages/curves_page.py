@@ -17,6 +17,7 @@ from sparsegate.converter.report.tables import ABSENT, Cells, percent, table
 from sparsegate.runtime_onnx.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from pages.paragraphs import page_text
 from records.folders import RESULTS, repeatable
 
 PAGE, PLOT, MATRIX = RESULTS / "curves.md", "curves.png", "curves_correlations.png"
@@ -218,7 +219,7 @@ def comparisons(curves: Curves) -> str:
         "blocks.",
         table(half_cells(curves)),
     ]
-    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+    return page_text(parts)
 
 
 def prompt_section(prompt: Curves) -> str:
@@ -234,7 +235,7 @@ def prompt_section(prompt: Curves) -> str:
         "KL to dense in nats per token. The oracle, per token:",
         table(summary_cells(prompt, "kl", oracle=True)),
     ]
-    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+    return page_text(parts)
 
 
 def page(curves: Curves, prompt: Curves | None) -> str:

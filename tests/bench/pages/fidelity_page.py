@@ -15,8 +15,9 @@ from sparsegate.converter.report.tables import ABSENT, percent, table, without_a
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from pages.fidelity_plots import draw, has_curves, score_name
+from pages.paragraphs import machine_line, missing_part, page_text, repeat_part, text_name, versions_text, written_line
 from records.fidelity_results import PLACE, Fidelity, Kind, KindRow, Loss, ScoreRow, Scores
-from records.folders import DOCS, repeatable
+from records.folders import DOCS
 
 PAGE = DOCS / "fidelity.md"
 _DEAREST = 5
@@ -60,7 +61,7 @@ def _place(first: int, last: int) -> str:
     return str(first) if first == last else f"{first} to {last}"
 
 
-def _ranges(names: Sequence[str]) -> str:
+def _ranges(names: Sequence[str]) -> list[str]:
     """Names with a number at their end joined to ranges, as `alone gate 3 to 5`."""
     runs: list[tuple[str, int, int]] = []
     plain_names = []
@@ -72,7 +73,7 @@ def _ranges(names: Sequence[str]) -> str:
             runs[-1] = head, runs[-1][1], int(number)
         else:
             runs.append((head, int(number), int(number)))
-    return ", ".join([*plain_names, *(f"{head} {_place(first, last)}" for head, first, last in runs)])
+    return [*plain_names, *(f"{head} {_place(first, last)}" for head, first, last in runs)]
 
 
 def _words(items: Sequence[str]) -> str:
@@ -215,7 +216,7 @@ def kinds_table(result: Fidelity) -> str:
         names = {"ffn": "neurons", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
         shares = ", ".join(f"{names[name]} {share:.2f}" for name, share in row.shares.items())
         body.append([row.kind, shares, percent(row.cost), _nll(row.loss), _kl(row.loss), percent(row.loss.agreement)])
-    return table((header, body)).rstrip("\n")
+    return table((header, body))
 
 
 def blocks_table(result: Fidelity) -> str:
@@ -233,7 +234,7 @@ def blocks_table(result: Fidelity) -> str:
             cells.append(ABSENT if gain is None else _kl(gain))
         if set(cells) != {ABSENT}:
             body.append([str(layer), *cells])
-    return table(without_absent(header, body)).rstrip("\n")
+    return table(without_absent(header, body))
 
 
 def positions_table(result: Fidelity) -> str:
@@ -243,7 +244,7 @@ def positions_table(result: Fidelity) -> str:
         for kind in result.kinds
         for row in kind.positions
     ]
-    return table((["kind", "masked positions", "share", "NLL over dense", "KL"], body)).rstrip("\n")
+    return table((["kind", "masked positions", "share", "NLL over dense", "KL"], body))
 
 
 def bands_table(result: Fidelity) -> str:
@@ -254,7 +255,7 @@ def bands_table(result: Fidelity) -> str:
         peak = next((row for row in result.peaks if row.first == bands[0].first), None)
         cells = [_place(bands[0].first, bands[0].last), *(plain(band.kl, band.kl_error) for band in bands)]
         body.append([*cells, *([ABSENT] * 2 if peak is None else [f"{peak.median:.0f}", f"{peak.largest:.0f}"])])
-    return table((header, body)).rstrip("\n")
+    return table((header, body))
 
 
 def scores_table(scores: Scores, kinds: str) -> str:
@@ -272,7 +273,7 @@ def scores_table(scores: Scores, kinds: str) -> str:
                 cells.append(f"{row.bleu:.1f} ± {row.bleu_error or 0:.1f}; {percent(row.accuracy)}")
             phase = row.phase
         body.append([score_name(name, phase), *cells])
-    return table(([_units(kinds), *(f"sparsity {target:g}" for target in targets)], body)).rstrip("\n")
+    return table(([_units(kinds), *(f"sparsity {target:g}" for target in targets)], body))
 
 
 # The page
@@ -280,32 +281,28 @@ def scores_table(scores: Scores, kinds: str) -> str:
 
 def page(result: Fidelity) -> str:
     """The whole page."""
-    versions = ", ".join(f"{name} {result.versions[name]}" for name in ("torch", "transformers"))
+    details = [versions_text(result.versions, ["torch", "transformers"])]
     parts = [
         f"# Where the loss sits: {result.model}",
-        "Written by `python tests/bench/pages/fidelity_page.py` from `tests/bench/results/fidelity.json`; nothing is "
-        "typed by hand.",
+        written_line("fidelity_page.py", PLACE),
         "Nothing is trained here. Thresholds are quantiles of the dense model on "
-        f"{result.calibration.tokens} tokens of {result.calibration.file} (sha256 {result.calibration.sha256[:16]}), "
-        f"with equal shares in all blocks. Losses are of {result.heldout.windows} windows of {result.length} tokens of "
-        f"{result.heldout.file} (sha256 {result.heldout.sha256[:16]}), in fp32, dense NLL {result.dense_nll:.4f}; "
+        f"{result.calibration.tokens} tokens of {text_name(result.calibration)}, with equal shares in all blocks. "
+        f"Losses are of {result.heldout.windows} windows of {result.length} tokens of {text_name(result.heldout)}, in "
+        f"fp32, dense NLL {result.dense_nll:.4f}; "
         f"single blocks and positions on the first {result.short} tokens of {result.kinds[0].windows} of them. NLL is "
         "the rise over dense and KL that from the dense model, in nats per token; ± are standard errors over windows. "
-        "Cost is "
-        "the share of the networks' weights that a token touches.",
-        f"{result.blocks} blocks; {result.machine.cpu}, {result.machine.cores} cores; {versions}; commit "
-        f"{result.commit or 'unknown'}, {result.date}.",
-        *([f"Not measured: {_ranges(result.missing)}."] if result.missing else []),
+        "Cost is the share of the networks' weights that a token touches.",
+        f"{result.blocks} blocks; {machine_line(result, details)}.",
+        *missing_part(_ranges(result.missing)),
         "## What follows",
         "\n".join(f"- {line}" for line in lines(result)),
         *_kinds_part(result),
         *_blocks_part(result),
         *_positions_part(result),
         *_scores_part(result),
-        "## How to repeat it",
-        f"`{repeatable(result.command)}`",
+        *repeat_part(result),
     ]
-    return "\n\n".join(parts) + "\n"
+    return page_text(parts)
 
 
 def lines(result: Fidelity) -> list[str]:

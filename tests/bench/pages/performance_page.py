@@ -26,6 +26,7 @@ from sparsegate.converter.report.speed import (
 from sparsegate.converter.report.tables import table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from pages.paragraphs import page_text
 from records.folders import DOCS, RESULTS, repeatable
 
 PAGE, PLOT = DOCS / "performance.md", DOCS / "roofline.png"
@@ -93,7 +94,7 @@ def narrow_table(result: dict[str, Any]) -> str:
                 *(f"{dense['ratio']:.2f}" if dense else "-" for dense in of),
             ]
         )
-    return table((["weights", "threads", "against", *(f"T = {count}" for count in counts)], cells)).rstrip("\n")
+    return table((["weights", "threads", "against", *(f"T = {count}" for count in counts)], cells))
 
 
 def narrow_losses(result: dict[str, Any]) -> list[str]:
@@ -121,7 +122,7 @@ def narrow_models(result: dict[str, Any]) -> list[str]:
         f"A whole model, {result['models']['name']}, logits of every position, {rows[0]['threads']} threads, "
         "against the dense model of the same precision:"
     )
-    return [text, table((["weights", *(f"prompt of {count}" for count in counts)], cells)).rstrip("\n")]
+    return [text, table((["weights", *(f"prompt of {count}" for count in counts)], cells))]
 
 
 def op_part(op: dict[str, Any]) -> list[str]:
@@ -209,7 +210,7 @@ def page() -> str:
         "installed is named as such. `--shape` names the sizes of well-known models, `--layers` shortens them, and "
         "`sparsegate bench DENSE DIR` times two folders of your own.",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return page_text(parts)
 
 
 def write_page() -> None:

@@ -15,8 +15,19 @@ from sparsegate.converter.report.tables import ABSENT, megabytes, nats, percent,
 from sparsegate.runtime_onnx.bench.samples import MAX_WAIT, compare
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from records.folders import DOCS, README, repeatable
-from records.real_model_results import BASELINE, PLACE, PRECISIONS, RealModel, Row, Shipped, TextFile, choose
+from pages.paragraphs import (
+    machine_line,
+    missing_part,
+    page_text,
+    repeat_part,
+    text_name,
+    versions_text,
+    weights_line,
+    written_line,
+)
+from records.folders import DOCS, README
+from records.model_results import TextFile
+from records.real_model_results import BASELINE, PLACE, PRECISIONS, RealModel, Row, Shipped, choose
 
 PAGE = DOCS / "real_model.md"
 _PHASES = ("prefill", "decode")
@@ -94,49 +105,14 @@ def role_name(role: str, result: RealModel) -> str:
 
 def quality_table(result: RealModel) -> str:
     """Every method at every density, in torch in fp32."""
-    header = [
-        "method",
-        "density",
-        "NLL",
-        "perplexity",
-        "change",
-        "KL to dense",
-        "agreement",
-        "realised",
-        "cost",
-        "block cost",
-    ]
-    first = result.rows[0]
-    body = [
-        [
-            "dense",
-            ABSENT,
-            nats(first.nll_dense),
-            f"{math.exp(first.nll_dense):.4g}",
-            ABSENT,
-            nats(0),
-            percent(1),
-            percent(1),
-            percent(1),
-            percent(1),
-        ]
-    ]
+    header = ["method", "density", "NLL", "perplexity", "change", "KL to dense", "agreement"]
+    dense = result.rows[0].nll_dense
+    body = [["dense", ABSENT, nats(dense), f"{math.exp(dense):.4g}", ABSENT, nats(0), *[percent(1)] * 4]]
     for row in result.rows:
-        body.append(
-            [
-                row.method,
-                f"{row.density_target:g}",
-                nats(row.nll),
-                f"{math.exp(row.nll):.4g}",
-                change_text(row),
-                nats(row.kl),
-                percent(row.agreement),
-                percent(row.density),
-                percent(row.cost),
-                percent(row.block_cost),
-            ]
-        )
-    return table((header, body)).rstrip("\n")
+        losses = [nats(row.nll), f"{math.exp(row.nll):.4g}", change_text(row), nats(row.kl)]
+        shares = [percent(share) for share in (row.agreement, row.density, row.cost, row.block_cost)]
+        body.append([row.method, f"{row.density_target:g}", *losses, *shares])
+    return table(([*header, "realised", "cost", "block cost"], body))
 
 
 def speed_table(result: RealModel) -> str:
@@ -144,19 +120,8 @@ def speed_table(result: RealModel) -> str:
     assert result.speed is not None
     models = {row["role"]: row for row in result.speed["models"]}
     formats = {role: row["format"] for role, row in models.items()}
-    header = [
-        "model",
-        "runtime",
-        "perplexity",
-        "change",
-        "size",
-        "peak memory",
-        "prefill tok/s",
-        "decode tok/s",
-        "prefill / dense",
-        "decode / dense",
-        "pairs",
-    ]
+    header = ["model", "runtime", "perplexity", "change", "size", "peak memory"]
+    header += ["prefill tok/s", "decode tok/s", "prefill / dense", "decode / dense", "pairs"]
     body = []
     for role, row in models.items():
         if row["status"] != "run":
@@ -178,21 +143,14 @@ def speed_table(result: RealModel) -> str:
                 pairs_cell(result.speed, role, formats),
             ]
         )
-    return table((header, body)).rstrip("\n")
+    return table((header, body))
 
 
 def compact(result: RealModel) -> str:
     """README's table: dense and best in three precisions, and the other runtimes at four bits."""
     assert result.speed is not None
-    header = [
-        "model",
-        "perplexity",
-        "change",
-        "size",
-        "prefill tok/s",
-        "decode tok/s",
-        "decode / dense of the same bits",
-    ]
+    header = ["model", "perplexity", "change", "size", "prefill tok/s", "decode tok/s"]
+    header.append("decode / dense of the same bits")
     models = {row["role"]: row for row in result.speed["models"]}
     formats = {role: row["format"] for role, row in models.items()}
     body = []
@@ -211,7 +169,7 @@ def compact(result: RealModel) -> str:
                 ratio_cell(result.speed, role, formats, "decode"),
             ]
         )
-    return table((header, body)).rstrip("\n")
+    return table((header, body))
 
 
 # Sentences
@@ -222,14 +180,13 @@ def named(result: RealModel, text: TextFile) -> str:
     return text.file if result.corpus is None else f"{result.corpus}'s {text.file}"
 
 
-def machine_line(result: RealModel) -> str:
+def circumstances(result: RealModel) -> str:
     """Machine, versions, commit and date."""
     names = ("torch", "onnxruntime", "onnxruntime-genai", "llama-cpp-python")
     versions = dict(result.versions) | {k: v for k, v in (result.speed or {}).get("versions", {}).items() if v}
-    others = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
-    isa = f"{result.speed['isa']} kernels; " if result.speed else ""
-    commit = versions.get("commit") or result.commit or "unknown"  # that of the speeds, where they are measured
-    return f"{result.machine.cpu}, {result.machine.cores} cores; {isa}{others}; commit {commit}, {result.date}"
+    details = [f"{result.speed['isa']} kernels"] if result.speed else []
+    details.append(versions_text(versions, names))
+    return machine_line(result, details, commit=versions.get("commit"))  # of the speeds, where they are measured
 
 
 def training_lines(result: RealModel) -> str:
@@ -283,10 +240,9 @@ def readme(result: RealModel) -> str:
     settings = result.speed["settings"]
     return (
         f"**{result.model}** ({result.parameters / 1e6:.0f} M parameters), {result.losses[BASELINE].tokens} held-out "
-        "tokens of "
-        f"{named(result, result.heldout)}, {settings['prompt_tokens']} tokens of prompt and {settings['new_tokens']} "
-        "decoded, "
-        f"{settings['threads']} threads, {machine_line(result)}:\n\n{compact(result)}\n\n"
+        f"tokens of {named(result, result.heldout)}, {settings['prompt_tokens']} tokens of prompt and "
+        f"{settings['new_tokens']} decoded, {settings['threads']} threads, {circumstances(result)}:\n\n"
+        f"{compact(result)}\n"
         f"Change is that of perplexity against dense fp32 with its standard error. {judgement(result)} "
         "Every method at every density, memory, other runtimes and what these weights are: [a real "
         "model](docs/real_model.md)."
@@ -297,39 +253,33 @@ def page(result: RealModel) -> str:
     """The whole page."""
     parts = [
         f"# {result.model}, measured",
-        "Written by `python tests/bench/pages/real_model_page.py` from `tests/bench/results/real_model.json`; nothing "
-        "is typed by hand.",
-        f"{result.parameters / 1e6:.1f} M parameters, weights from {result.origin}. Where a GGUF file was the source "
-        "its values "
-        "were read as fp32: llama.cpp on the very file loses nothing to rounding, and every other format of few bits "
-        "rounds a "
+        written_line("real_model_page.py", PLACE),
+        f"{weights_line(result.parameters, result.origin)} Where a GGUF file was the source its values were read as "
+        "fp32: llama.cpp on the very file loses nothing to rounding, and every other format of few bits rounds a "
         "second time.",
-        f"Calibrated on {result.calibration.tokens} tokens of {named(result, result.calibration)} (sha256 "
-        f"{result.calibration.sha256[:16]}), "
-        f"trained on {result.training.tokens} tokens of it, measured on {named(result, result.heldout)} (sha256 "
-        f"{result.heldout.sha256[:16]}), "
-        f"windows of {result.length} tokens drawn at random. {machine_line(result)}.",
+        f"Calibrated on {result.calibration.tokens} tokens of {_cited(result, result.calibration)}, trained on "
+        f"{result.training.tokens} tokens of it, measured on {_cited(result, result.heldout)}, windows of "
+        f"{result.length} tokens drawn at random. {circumstances(result)}.",
         *_quality_part(result),
         *_speed_part(result),
-        "## How to repeat it",
-        f"`{repeatable(result.command)}`",
+        *repeat_part(result),
     ]
-    return "\n\n".join(parts) + "\n"
+    return page_text(parts)
+
+
+def _cited(result: RealModel, text: TextFile) -> str:
+    return text_name(text, named(result, text))
 
 
 def _quality_part(result: RealModel) -> list[str]:
     first = result.rows[0]
     said = (
         f"In torch, in fp32, on {first.windows} windows, {first.tokens} tokens, the same for all. Change is the rise "
-        "in perplexity "
-        "with the standard error of the paired difference over windows; density the share of neurons (teal, wina: of "
-        "input channels "
-        "of all linear maps) that was asked for, realised the measured one; cost the MLP bytes touched per token, "
-        "block cost those "
-        f"of all linear maps. {training_lines(result)}"
+        "in perplexity with the standard error of the paired difference over windows; density the share of neurons "
+        "(teal, wina: of input channels of all linear maps) that was asked for, realised the measured one; cost the "
+        f"MLP bytes touched per token, block cost those of all linear maps. {training_lines(result)}"
     )
-    missing = [f"Not measured: {', '.join(result.missing)}."] if result.missing else []
-    return ["## What every method loses", said.rstrip(), quality_table(result), *missing]
+    return ["## What every method loses", said.rstrip(), quality_table(result), *missing_part(result.missing)]
 
 
 def _speed_part(result: RealModel) -> list[str]:
@@ -344,22 +294,16 @@ def _speed_part(result: RealModel) -> list[str]:
         "## Dense, sparse and other runtimes",
         f"{result.chosen.method} at density {result.chosen.density:g}, {why}, exported in every "
         "precision beside the dense graphs; the graphs of onnxruntime-genai's own builder; llama.cpp on GGUF files. "
-        "Losses on "
-        f"{base.windows} windows, {base.tokens} tokens, the same ids in every runtime, against dense fp32. Speeds in "
-        "one run: "
-        f"{settings['prompt_tokens']} tokens of held-out text as prompt, {settings['new_tokens']} decoded one at a "
-        "time, "
-        f"{settings['threads']} threads each, medians of {settings['rounds']} rounds in turns, rounds in which threads "
-        "waited for a "
-        "CPU left out; ratios are to the dense model of the same bits, medians over the pairs of rounds that are left "
-        "(disturbed: "
-        "none was, all count, not to be quoted). Peak memory is that of a process that opens "
-        "the model and runs it once, mapped files included.",
+        f"Losses on {base.windows} windows, {base.tokens} tokens, the same ids in every runtime, against dense fp32. "
+        f"Speeds in one run: {settings['prompt_tokens']} tokens of held-out text as prompt, {settings['new_tokens']} "
+        f"decoded one at a time, {settings['threads']} threads each, medians of {settings['rounds']} rounds in turns, "
+        "rounds in which threads waited for a CPU left out; ratios are to the dense model of the same bits, medians "
+        "over the pairs of rounds that are left (disturbed: none was, all count, not to be quoted). Peak memory is "
+        "that of a process that opens the model and runs it once, mapped files included.",
         speed_table(result),
         judgement(result),
         "Rows with AVX2 kernels force sparsegate's kernels to AVX2, and those of ONNX Runtime use what the machine "
-        "has: a lower "
-        "bound, not a machine without AVX-512.",
+        "has: a lower bound, not a machine without AVX-512.",
     ]
 
 
