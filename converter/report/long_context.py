@@ -11,37 +11,22 @@ from .tables import ABSENT, Cells, Number, nats, percent
 
 def position_cells(long: LongContext) -> Cells:
     """One row per bin of the tokens before a token, the shortest first."""
-    body = [
-        [
-            f"{row.first} to {row.last}",
-            Number(str(row.tokens), row.tokens),
-            nats(row.nll_dense),
-            nats(row.nll - row.nll_dense, small=True),
-            _error(row.nll_error),
-            nats(row.kl, small=True),
-            _error(row.kl_error),
-            percent(row.agreement),
-        ]
-        for row in long.positions
-    ]
+    body = []
+    for row in long.positions:
+        change = [nats(row.nll - row.nll_dense, small=True), _error(row.nll_error)]
+        divergence = [nats(row.kl, small=True), _error(row.kl_error)]
+        cells = [f"{row.first} to {row.last}", _count(row.tokens), nats(row.nll_dense)]
+        body.append([*cells, *change, *divergence, percent(row.agreement)])
     return ["tokens before", "tokens", "dense NLL", "change", "± of it", "KL", "± of KL", "agreement"], body
 
 
 def repetition_cells(long: LongContext) -> Cells:
     """One row per kind and distance of repetitions."""
-    body = [
-        [
-            row.kind,
-            Number(str(row.distance), row.distance),
-            Number(str(row.tokens), row.tokens),
-            nats(row.nll_dense),
-            nats(row.nll),
-            nats(row.kl, small=True),
-            percent(row.accuracy_dense),
-            percent(row.accuracy),
-        ]
-        for row in long.repetitions
-    ]
+    body = []
+    for row in long.repetitions:
+        losses = [nats(row.nll_dense), nats(row.nll), nats(row.kl, small=True)]
+        shares = [percent(row.accuracy_dense), percent(row.accuracy)]
+        body.append([row.kind, _count(row.distance), _count(row.tokens), *losses, *shares])
     return ["repeated", "distance", "tokens", "dense NLL", "NLL", "KL", "dense copies", "copies"], body
 
 
@@ -50,7 +35,7 @@ def needle_cells(long: LongContext) -> Cells:
     body = [
         [
             percent(row.depth),
-            Number(str(row.prompts), row.prompts),
+            _count(row.prompts),
             Number(f"{row.log_probability_dense:.2f}", row.log_probability_dense),
             Number(f"{row.log_probability:.2f}", row.log_probability),
             percent(row.exact_dense),
@@ -105,6 +90,10 @@ def draw_positions(long: LongContext) -> Figure:
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
     return figure
+
+
+def _count(count: int) -> str:
+    return Number(str(count), count)
 
 
 def _error(error: float | None) -> str:
