@@ -43,7 +43,7 @@ from sparsegate.converter.evaluation.analysis.executor import analyse_all
 from sparsegate.converter.evaluation.analysis.setting import Outcome, Setting
 from sparsegate.converter.evaluation.answers import import_sacrebleu
 from sparsegate.converter.modeling.gated import load_dense
-from sparsegate.converter.scores import load_score
+from sparsegate.converter.scores import score_title
 from sparsegate.converter.text.windows import Batches, make_batches, read_text
 from sparsegate.runtime_onnx.chat_template import render_all
 from sparsegate.runtime_onnx.errors import InputError
@@ -51,14 +51,6 @@ from sparsegate.runtime_onnx.errors import InputError
 KINDS = {"mlp": ("ffn",), "attention": ("attn",), "both": ("ffn", "attn")}
 METRICS = ("abs_z", "magnitude", "gradient", "gxo", "snip", "fisher", "integrated_gradients", "corrected_gxo")
 DEPLOYABLE = ("gate", "chess")
-NAMES = {
-    "abs_z": "magnitude |x|",
-    "magnitude": "magnitude |x| |w_down|",
-    "gxo": "GxO",
-    "snip": "SNIP",
-    "corrected_gxo": "Corrected GxO",
-    "chess": "CHESS",
-}
 NEW, PROMPT = 32, 64
 CELL = 26
 
@@ -74,16 +66,10 @@ def settings(kinds: str, sparsities: list[float], chosen: Sequence[str] = ()) ->
     ]
 
 
-def label(score: str) -> str:
-    name = NAMES.get(score, score.replace("_", " "))
-    phase = load_score(score).PHASE
-    return f"{name} ({phase})" if phase in ("oracle", "post") else name
-
-
 def table(rows: list[dict[str, Any]], kinds: str, sparsities: list[float]) -> str:
     """One table: a row a metric, a cell KL / agreement (/ BLEU) a sparsity."""
     names = list(dict.fromkeys(row["score"] for row in rows if row["kinds"] == kinds))
-    width = max(len(label(name)) for name in names)
+    width = max(len(score_title(name)) for name in names)
     measures = "KL / agreement" + (" / BLEU / accuracy" if "bleu" in rows[0] else "")
     lines = [f"{kinds}: {measures}", " " * width + "".join(f"  {sparsity:>{CELL}.0%}" for sparsity in sparsities)]
     for name in names:
@@ -94,7 +80,7 @@ def table(rows: list[dict[str, Any]], kinds: str, sparsities: list[float]) -> st
                 f"{row['kl']:.3f} / {row['agreement']:.3f}"
                 + (f" / {row['bleu']:.0f} / {row['accuracy']:.2f}" if "bleu" in row else "")
             )
-        lines.append(label(name).ljust(width) + "".join(f"  {cell:>{CELL}}" for cell in cells))
+        lines.append(score_title(name).ljust(width) + "".join(f"  {cell:>{CELL}}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -117,7 +103,9 @@ def draw(path: Path, rows: list[dict[str, Any]], model: str) -> None:
                 "linestyle": "--" if own and own[0]["oracle"] else "-",
             }
             for panel, measure in zip(panels[:, column], ("kl", "agreement"), strict=True):
-                panel.plot([r["sparsity_target"] for r in own], [r[measure] for r in own], label=label(name), **style)
+                panel.plot(
+                    [r["sparsity_target"] for r in own], [r[measure] for r in own], label=score_title(name), **style
+                )
         panels[0, column].set(title=kind, yscale="log", ylabel="KL (nats per token)" if column == 0 else None)
         panels[1, column].set(xlabel="sparsity", ylabel="agreement with dense" if column == 0 else None)
         for panel in panels[:, column]:

@@ -69,6 +69,13 @@ OTHER_TYPES = ("olmo", "nemotron", "gpt2")
 """Types without an architecture file: two that onnxruntime-genai's builder knows, one that it does not."""
 
 
+def write_text(folder: Path, pieces: int = 12) -> Path:
+    """Write a text that a tiny model can be calibrated on, `pieces` of TEXT with a line of its own before each."""
+    path = folder / "text.txt"
+    path.write_text("".join(f"value_{k} = {k} * {k % 7}\n" + TEXT[k % 50 :] for k in range(pieces)), encoding="utf-8")
+    return path
+
+
 def make_model(model_type: str, folder: Path, seed: int = 0, **config_overrides: Any) -> Path:
     """Write a tiny random model of `model_type` and its tokenizer into `folder`, which is made; returns `folder`. Equal
     arguments give equal files.

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import yaml
-from models import TEXT
+from models import write_text
 
 from sparsegate.converter.cli import main
 
@@ -26,8 +26,7 @@ WITHOUT_SPEED = (
 
 def small_recipe(model: str | Path, folder: Path, **changes: object) -> Path:
     """Write recipe.yaml and its calibration text into `folder`; `changes` are the recipe's fields."""
-    text = folder / "text.txt"
-    text.write_text("".join(f"value_{k} = {k} * {k % 7}\n" + TEXT[k % 50 :] for k in range(12)), encoding="utf-8")
+    text = write_text(folder)
     values = {
         "version": 1,
         "model": str(model),

@@ -36,6 +36,16 @@ SCORES = {
 }
 """CETT's criterion (norm of a neuron's contribution) is `magnitude`."""
 
+TITLES = {
+    "abs_z": "magnitude |x|",
+    "magnitude": "magnitude |x| |w_down|",
+    "gxo": "GxO",
+    "snip": "SNIP",
+    "corrected_gxo": "Corrected GxO",
+    "chess": "CHESS",
+}
+"""What papers call a score, where it is not its name here."""
+
 
 @dataclass(frozen=True)
 class Context:
@@ -72,3 +82,9 @@ def load_score(name: str) -> Any:
     if name not in SCORES:
         raise InputError(f"score must be one of {', '.join(SCORES)}, got {name!r}. Choose one of these.")
     return import_module(SCORES[name], __name__)
+
+
+def score_title(name: str) -> str:
+    """A score for people; one that no executor can know says so by its phase. Raises InputError for an unknown name."""
+    phase, title = load_score(name).PHASE, TITLES.get(name, name.replace("_", " "))
+    return f"{title} ({phase})" if phase in ("oracle", "post") else title

@@ -24,18 +24,9 @@ import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import model_command
 from benchmarks.budgets_plans import load_made, make, making_of, stored_header, with_weights
 from benchmarks.budgets_study import MAIN, ROWS, SHARES, SIZES, Study, is_trained
-from benchmarks.model_command import (
-    add_numbers,
-    add_windows,
-    command,
-    known_words,
-    model_fields,
-    model_parser,
-    run_script,
-    save_result,
-)
 from benchmarks.model_study import WindowSizes, text_file
 from benchmarks.quality_stages import load_quality, loss_fields, quality_header, store_quality
 from pages.budgets_page import write_page
@@ -161,7 +152,7 @@ def result(study: Study, command: str) -> Budgets:
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = model_parser(__doc__, PLACE, "budgets")
+    parser = model_command.new_parser(__doc__, PLACE, "budgets")
     parser.add_argument("--text", required=True, help="texts to train on, separated by commas; the first calibrates")
     parser.add_argument("--judge", required=True, help="NAME=FILE of texts to measure on, separated by commas")
     parser.add_argument("--only", help=f"rows, separated by commas, of {', '.join(ROWS)}; default: {', '.join(MAIN)}")
@@ -172,8 +163,8 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--descend", action="store_true", help="let one training go through all shares")
     parser.add_argument("--set", default="", help="tune.KEY=VALUE of every training, separated by commas")
     parser.add_argument("--collate", action="store_true", help="make no row: measure and write what is made")
-    add_windows(parser, SIZES, usable_cpus(), "windows of every text to measure on, at most")
-    add_numbers(parser, [("--seed", int, SIZES.seed, "draws windows")])
+    model_command.add_windows(parser, SIZES, usable_cpus(), "windows of every text to measure on, at most")
+    model_command.add_numbers(parser, [("--seed", int, SIZES.seed, "draws windows")])
     return parser.parse_args(given)
 
 
@@ -206,7 +197,8 @@ def _tune(text: str) -> dict[str, Any]:
 
 def _study(args: argparse.Namespace) -> Study:
     """What is to be measured."""
-    model, judges = model_fields(args), _pairs(args.judge, r"([\w-]+)=(.+)", "--judge", "NAME=FILE[,NAME=FILE...]")
+    model = model_command.study_fields(args)
+    judges = _pairs(args.judge, r"([\w-]+)=(.+)", "--judge", "NAME=FILE[,NAME=FILE...]")
     return Study(
         **model,
         texts=tuple(Path(word) for word in args.text.split(",")),
@@ -230,7 +222,7 @@ def _words(args: argparse.Namespace) -> list[str]:
 def run(given: Sequence[str] | None = None) -> Budgets:
     """The benchmark. Raises InputError for a user's mistake."""
     args = _arguments(given)
-    names = known_words(args.only or ",".join(MAIN), ROWS, "--only")
+    names = model_command.known_words(args.only or ",".join(MAIN), ROWS, "--only")
     study = _study(args)
     torch.set_num_threads(args.threads)
     judged = list(study.judges)  # a text that is too short is told before anything is made
@@ -239,13 +231,13 @@ def run(given: Sequence[str] | None = None) -> Budgets:
         for name in () if args.collate else group:
             make(study, name)
         measure(study, group)
-    budgets = result(study, command("budgets.py", args, _words(args)))
-    save_result(budgets, f"{len(budgets.rows)} rows on {', '.join(judged)}", args, PLACE, write_page)
+    budgets = result(study, model_command.command_line("budgets.py", args, _words(args)))
+    model_command.save_result(budgets, f"{len(budgets.rows)} rows on {', '.join(judged)}", args, PLACE, write_page)
     return budgets
 
 
 if __name__ == "__main__":
-    run_script(run)
+    model_command.run_script(run)
 if __name__ == "__main__":
     try:
         run()

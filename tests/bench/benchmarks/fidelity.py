@@ -20,19 +20,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import model_command
 from benchmarks.fidelity_parts import Bench, compare_scores, measure, stored_scores
 from benchmarks.fidelity_summary import summary
-from benchmarks.model_command import (
-    add_numbers,
-    add_texts,
-    add_windows,
-    command,
-    model_fields,
-    model_parser,
-    run_script,
-    save_result,
-    text_words,
-)
 from benchmarks.model_study import text_file
 from benchmarks.real_model_plans import Sizes, Study
 from pages.fidelity_page import write_page
@@ -76,19 +66,19 @@ def _scores(bench: Bench, name: str) -> Scores | None:
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = model_parser(__doc__, PLACE)
-    add_texts(parser, "calibrate")
+    parser = model_command.new_parser(__doc__, PLACE)
+    model_command.add_texts(parser, "calibrate")
     parser.add_argument("--minutes", type=float, help="begin no other part after so many; default: measure all")
     parser.add_argument(
         "--score-words", default="", help="further arguments of the comparison of scores on text, as one word"
     )
     parser.add_argument("--without-scores", action="store_true", help="leave out the comparison of scores")
-    add_windows(parser, SIZES, 2, "held-out windows")
+    model_command.add_windows(parser, SIZES, 2, "held-out windows")
     numbers = (
         ("--few", int, 8, "of every 8 of them those on which blocks and positions are masked one by one"),
         ("--short", int, 128, "tokens of those"),
     )
-    add_numbers(parser, numbers)
+    model_command.add_numbers(parser, numbers)
     return parser.parse_args(words)
 
 
@@ -98,7 +88,7 @@ def run(words: Sequence[str] | None = None) -> Fidelity:
     begun = time.monotonic()
     torch.set_num_threads(args.threads)
     sizes = Sizes(length=args.length, calibration=args.calibration_windows, heldout=args.windows)
-    study = Study(**model_fields(args), text=args.text, heldout_text=args.heldout, sizes=sizes)
+    study = Study(**model_command.study_fields(args), text=args.text, heldout_text=args.heldout, sizes=sizes)
     scores = {} if args.without_scores else {key: value.split() for key, value in SCORES.items()}
     if "scores" in scores:
         scores["scores"] += args.score_words.split()
@@ -111,12 +101,12 @@ def run(words: Sequence[str] | None = None) -> Fidelity:
     for part in scores:
         if not is_over():
             compare_scores(bench, part)
-    said = [*text_words(args), *(["--score-words", args.score_words] if args.score_words else [])]
+    said = [*model_command.text_words(args), *(["--score-words", args.score_words] if args.score_words else [])]
     said += ["--windows", str(args.windows), "--few", str(args.few), "--short", str(args.short)]
-    measured = result(bench, command("fidelity.py", args, said))
-    save_result(measured, f"{len(measured.rows)} rows", args, PLACE, write_page)
+    measured = result(bench, model_command.command_line("fidelity.py", args, said))
+    model_command.save_result(measured, f"{len(measured.rows)} rows", args, PLACE, write_page)
     return measured
 
 
 if __name__ == "__main__":
-    run_script(run)
+    model_command.run_script(run)

@@ -15,7 +15,7 @@ from records.model_results import ModelResult
 from sparsegate.runtime_onnx.errors import InputError
 
 
-def model_parser(description: str | None, place: Path, suffix: str = "work") -> argparse.ArgumentParser:
+def new_parser(description: str | None, place: Path, suffix: str = "work") -> argparse.ArgumentParser:
     """MODEL, where its stages are kept, and where the result goes that is stored in `place`."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
     parser.add_argument("model", help=f"a model folder, or {smollm2.NAME}")
@@ -56,7 +56,7 @@ def known_words(text: str, known: Iterable[str], flag: str) -> list[str]:
     return words
 
 
-def model_fields(args: argparse.Namespace) -> dict[str, Any]:
+def study_fields(args: argparse.Namespace) -> dict[str, Any]:
     """What MODEL and --work are of a `ModelStudy`: folder, work, name and origin."""
     work = args.work or Path(f"{Path(args.model).name}.{args.suffix}")
     if args.model != smollm2.NAME:
@@ -69,7 +69,7 @@ def model_fields(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def command(script: str, args: argparse.Namespace, words: Sequence[str]) -> str:
+def command_line(script: str, args: argparse.Namespace, words: Sequence[str]) -> str:
     """The command of a benchmark, without folders."""
     return shlex.join(["python", f"tests/bench/benchmarks/{script}", Path(args.model).name, *words])
 

@@ -24,19 +24,7 @@ from sparsegate.converter.methods import NEURON_METHODS
 from sparsegate.runtime_onnx.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import smollm2
-from benchmarks.model_command import (
-    add_numbers,
-    add_texts,
-    add_windows,
-    command,
-    known_words,
-    model_fields,
-    model_parser,
-    run_script,
-    save_result,
-    text_words,
-)
+from benchmarks import model_command, smollm2
 from benchmarks.model_study import text_file
 from benchmarks.real_model_plans import DENSITIES, METHODS, Sizes, Study, header_of, plans
 from benchmarks.real_model_quality import measure, rows
@@ -72,8 +60,8 @@ def result(
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    parser = model_parser(__doc__, PLACE)
-    add_texts(parser, "calibrate and train")
+    parser = model_command.new_parser(__doc__, PLACE)
+    model_command.add_texts(parser, "calibrate and train")
     parser.add_argument("--corpus", help="what the texts are of, for the record")
     parser.add_argument("--only", help="methods, separated by commas; default: all")
     parser.add_argument(
@@ -85,7 +73,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, help="the model's GGUF file, for llama.cpp; smollm2 has its own")
     parser.add_argument("--densities", default=",".join(map(str, DENSITIES)), help="falling, separated by commas")
     sizes, timing = Sizes(), Timing()
-    add_windows(parser, sizes, timing.threads, "held-out windows, at most")
+    model_command.add_windows(parser, sizes, timing.threads, "held-out windows, at most")
     numbers = (
         ("--training-windows", int, sizes.training, "windows that methods are trained on, at most"),
         ("--loss-windows", int, timing.windows, "of them those that every runtime is measured on"),
@@ -95,7 +83,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
         ("--decoded", int, timing.decoded, "tokens decoded after it"),
         ("--rounds", int, timing.rounds, "in which every model is timed once"),
     )
-    add_numbers(parser, numbers)
+    model_command.add_numbers(parser, numbers)
     parser.add_argument(
         "--no-memory",
         action="store_true",
@@ -107,12 +95,10 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
 def run(given: Sequence[str] | None = None) -> RealModel:
     """The benchmark. Raises InputError for a user's mistake."""
     args = _arguments(given)
-    parts, methods = (
-        known_words(args.parts, PARTS, "--parts"),
-        known_words(args.only or ",".join(METHODS), METHODS, "--only"),
-    )
+    parts = model_command.known_words(args.parts, PARTS, "--parts")
+    methods = model_command.known_words(args.only or ",".join(METHODS), METHODS, "--only")
     torch.set_num_threads(args.threads)
-    model, gguf = model_fields(args), args.gguf
+    model, gguf = model_command.study_fields(args), args.gguf
     if gguf is None and args.model == smollm2.NAME:
         gguf = smollm2.find_gguf()
     if gguf is not None and not gguf.is_file():
@@ -136,12 +122,13 @@ def run(given: Sequence[str] | None = None) -> RealModel:
         plans(study, method)
     if "quality" in parts:
         measure(study, methods)
-    words = [*text_words(args), *(["--best", args.best] if args.best else [])]
-    measured = result(study, gguf, timing, command("real_model.py", args, words), "speed" in parts, args.best)
+    words = [*model_command.text_words(args), *(["--best", args.best] if args.best else [])]
+    command = model_command.command_line("real_model.py", args, words)
+    measured = result(study, gguf, timing, command, "speed" in parts, args.best)
     measured = measured.model_copy(update={"corpus": args.corpus})
-    save_result(measured, f"{len(measured.rows)} rows", args, PLACE, write_pages)
+    model_command.save_result(measured, f"{len(measured.rows)} rows", args, PLACE, write_pages)
     return measured
 
 
 if __name__ == "__main__":
-    run_script(run)
+    model_command.run_script(run)

@@ -16,16 +16,7 @@ from sparsegate.converter.evaluation.records import read_stored
 from sparsegate.converter.report.tables import ABSENT, megabytes, nats, percent, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from pages.paragraphs import (
-    machine_line,
-    missing_part,
-    page_text,
-    repeat_part,
-    text_name,
-    versions_text,
-    weights_line,
-    written_line,
-)
+from pages import paragraphs
 from records.budgets_results import PLACE, Budgets, Row
 from records.folders import DOCS
 from records.model_results import Loss, TextFile
@@ -112,17 +103,17 @@ def cost_table(result: Budgets) -> str:
 
 
 def _text(text: TextFile) -> str:
-    return text_name(text, tokens=True)
+    return paragraphs.text_name(text, tokens=True)
 
 
 def head_line(result: Budgets) -> str:
     """Texts, machine, versions, commit and date."""
     judges = "; ".join(f"{name}: {_text(text)}" for name, text in result.judges.items())
-    details = [", ".join(result.features), versions_text(result.versions, ["torch"])]
+    details = [", ".join(result.features), paragraphs.versions_text(result.versions, ["torch"])]
     return (
         f"Calibrated on {_text(result.calibration)}. Trained on {', '.join(map(_text, result.training))}. Measured on "
         f"{judges}. Windows of {result.length} tokens, drawn by seed {result.seed}. "
-        f"{machine_line(result, details, result.threads)}."
+        f"{paragraphs.machine_line(result, details, result.threads)}."
     )
 
 
@@ -154,8 +145,8 @@ def page(result: Budgets) -> str:
     """The whole page."""
     parts = [
         f"# {result.model} at shares of its bytes",
-        written_line("budgets_page.py", PLACE),
-        f"{weights_line(result.parameters, result.origin)} All losses are measured in torch in fp32.",
+        paragraphs.written_line("budgets_page.py", PLACE),
+        f"{paragraphs.weights_line(result.parameters, result.origin)} All losses are measured in torch in fp32.",
         head_line(result),
         *_section(result, "networks", "The best at every share"),
         f"![Losses against bytes]({PLOT.name})",
@@ -177,10 +168,10 @@ def page(result: Budgets) -> str:
         "process that made the row, earlier rows included.",
         cost_table(result),
         training_lines(result),
-        *missing_part(result.missing),
-        *repeat_part(result),
+        *paragraphs.missing_part(result.missing),
+        *paragraphs.repeat_part(result),
     ]
-    return page_text(parts)
+    return paragraphs.page_text(parts)
 
 
 # The plot

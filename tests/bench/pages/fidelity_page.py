@@ -12,10 +12,11 @@ from pathlib import Path
 
 from sparsegate.converter.evaluation.records import read_stored
 from sparsegate.converter.report.tables import ABSENT, percent, table, without_absent
+from sparsegate.converter.scores import score_title
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from pages.fidelity_plots import draw, has_curves, score_name
-from pages.paragraphs import machine_line, missing_part, page_text, repeat_part, text_name, versions_text, written_line
+from pages import paragraphs
+from pages.fidelity_plots import draw, has_curves
 from records.fidelity_results import PLACE, Fidelity, Kind, KindRow, Loss, ScoreRow, Scores
 from records.folders import DOCS
 
@@ -271,8 +272,7 @@ def scores_table(scores: Scores, kinds: str) -> str:
                 cells.append(f"{plain(row.kl, row.kl_error or 0.0)}; {_rise(row)}; {percent(row.agreement)}")
             else:
                 cells.append(f"{row.bleu:.1f} ± {row.bleu_error or 0:.1f}; {percent(row.accuracy)}")
-            phase = row.phase
-        body.append([score_name(name, phase), *cells])
+        body.append([score_title(name), *cells])
     return table(([_units(kinds), *(f"sparsity {target:g}" for target in targets)], body))
 
 
@@ -281,28 +281,29 @@ def scores_table(scores: Scores, kinds: str) -> str:
 
 def page(result: Fidelity) -> str:
     """The whole page."""
-    details = [versions_text(result.versions, ["torch", "transformers"])]
+    details = [paragraphs.versions_text(result.versions, ["torch", "transformers"])]
     parts = [
         f"# Where the loss sits: {result.model}",
-        written_line("fidelity_page.py", PLACE),
+        paragraphs.written_line("fidelity_page.py", PLACE),
         "Nothing is trained here. Thresholds are quantiles of the dense model on "
-        f"{result.calibration.tokens} tokens of {text_name(result.calibration)}, with equal shares in all blocks. "
-        f"Losses are of {result.heldout.windows} windows of {result.length} tokens of {text_name(result.heldout)}, in "
+        f"{result.calibration.tokens} tokens of {paragraphs.text_name(result.calibration)}, with equal shares in all "
+        "blocks. Losses are of "
+        f"{result.heldout.windows} windows of {result.length} tokens of {paragraphs.text_name(result.heldout)}, in "
         f"fp32, dense NLL {result.dense_nll:.4f}; "
         f"single blocks and positions on the first {result.short} tokens of {result.kinds[0].windows} of them. NLL is "
         "the rise over dense and KL that from the dense model, in nats per token; ± are standard errors over windows. "
         "Cost is the share of the networks' weights that a token touches.",
-        f"{result.blocks} blocks; {machine_line(result, details)}.",
-        *missing_part(_ranges(result.missing)),
+        f"{result.blocks} blocks; {paragraphs.machine_line(result, details)}.",
+        *paragraphs.missing_part(_ranges(result.missing)),
         "## What follows",
         "\n".join(f"- {line}" for line in lines(result)),
         *_kinds_part(result),
         *_blocks_part(result),
         *_positions_part(result),
         *_scores_part(result),
-        *repeat_part(result),
+        *paragraphs.repeat_part(result),
     ]
-    return page_text(parts)
+    return paragraphs.page_text(parts)
 
 
 def lines(result: Fidelity) -> list[str]:

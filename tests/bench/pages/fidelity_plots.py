@@ -9,21 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from records.fidelity_results import Fidelity, Loss, Scores
-
-NAMES = {
-    "abs_z": "magnitude |x|",
-    "magnitude": "magnitude |x| |w_down|",
-    "gxo": "GxO",
-    "snip": "SNIP",
-    "corrected_gxo": "Corrected GxO",
-    "chess": "CHESS",
-}
-
-
-def score_name(score: str, phase: str) -> str:
-    """A score for people; what no executor can know says so."""
-    name = NAMES.get(score, score.replace("_", " "))
-    return f"{name} ({phase})" if phase in ("oracle", "post") else name
+from sparsegate.converter.scores import score_title
 
 
 def has_curves(scores: Scores) -> bool:
@@ -116,8 +102,7 @@ def _scores(scores: Scores) -> Figure:
             if rows:
                 style = "--" if rows[0].oracle else "-"
                 at, values = [row.sparsity_target for row in rows], [row.kl for row in rows]
-                label = score_name(name, rows[0].phase)
-                axis.plot(at, values, style, color=f"C{number}", marker="o", markersize=3, label=label)
+                axis.plot(at, values, style, color=f"C{number}", marker="o", markersize=3, label=score_title(name))
         axis.set(title=kind, xlabel="sparsity", yscale="log")
     axes[0].set_ylabel("KL from dense (nats per token)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)

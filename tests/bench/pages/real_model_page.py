@@ -15,16 +15,7 @@ from sparsegate.converter.report.tables import ABSENT, megabytes, nats, percent,
 from sparsegate.runtime_onnx.bench.samples import MAX_WAIT, compare
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from pages.paragraphs import (
-    machine_line,
-    missing_part,
-    page_text,
-    repeat_part,
-    text_name,
-    versions_text,
-    weights_line,
-    written_line,
-)
+from pages import paragraphs
 from records.folders import DOCS, README
 from records.model_results import TextFile
 from records.real_model_results import BASELINE, PLACE, PRECISIONS, RealModel, Row, Shipped, choose
@@ -185,8 +176,10 @@ def circumstances(result: RealModel) -> str:
     names = ("torch", "onnxruntime", "onnxruntime-genai", "llama-cpp-python")
     versions = dict(result.versions) | {k: v for k, v in (result.speed or {}).get("versions", {}).items() if v}
     details = [f"{result.speed['isa']} kernels"] if result.speed else []
-    details.append(versions_text(versions, names))
-    return machine_line(result, details, commit=versions.get("commit"))  # of the speeds, where they are measured
+    details.append(paragraphs.versions_text(versions, names))
+    return paragraphs.machine_line(
+        result, details, commit=versions.get("commit")
+    )  # of the speeds, where they are measured
 
 
 def training_lines(result: RealModel) -> str:
@@ -253,22 +246,22 @@ def page(result: RealModel) -> str:
     """The whole page."""
     parts = [
         f"# {result.model}, measured",
-        written_line("real_model_page.py", PLACE),
-        f"{weights_line(result.parameters, result.origin)} Where a GGUF file was the source its values were read as "
-        "fp32: llama.cpp on the very file loses nothing to rounding, and every other format of few bits rounds a "
-        "second time.",
+        paragraphs.written_line("real_model_page.py", PLACE),
+        f"{paragraphs.weights_line(result.parameters, result.origin)} Where a GGUF file was the source its values were "
+        "read as fp32: llama.cpp on the very file loses nothing to rounding, and every other format of few bits rounds "
+        "a second time.",
         f"Calibrated on {result.calibration.tokens} tokens of {_cited(result, result.calibration)}, trained on "
         f"{result.training.tokens} tokens of it, measured on {_cited(result, result.heldout)}, windows of "
         f"{result.length} tokens drawn at random. {circumstances(result)}.",
         *_quality_part(result),
         *_speed_part(result),
-        *repeat_part(result),
+        *paragraphs.repeat_part(result),
     ]
-    return page_text(parts)
+    return paragraphs.page_text(parts)
 
 
 def _cited(result: RealModel, text: TextFile) -> str:
-    return text_name(text, named(result, text))
+    return paragraphs.text_name(text, named(result, text))
 
 
 def _quality_part(result: RealModel) -> list[str]:
@@ -279,7 +272,12 @@ def _quality_part(result: RealModel) -> list[str]:
         "(teal, wina: of input channels of all linear maps) that was asked for, realised the measured one; cost the "
         f"MLP bytes touched per token, block cost those of all linear maps. {training_lines(result)}"
     )
-    return ["## What every method loses", said.rstrip(), quality_table(result), *missing_part(result.missing)]
+    return [
+        "## What every method loses",
+        said.rstrip(),
+        quality_table(result),
+        *paragraphs.missing_part(result.missing),
+    ]
 
 
 def _speed_part(result: RealModel) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TEXT
+from models import write_text
 
 from benchmarks import budgets, budgets_plans, trainings
 from benchmarks.budgets import run
@@ -29,9 +29,7 @@ KINDS = "gate,teal,trained_gate,teal block"
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"value_{k} = {k} * {k % 7}\n" + TEXT[k % 50 :] for k in range(3)), encoding="utf-8")
-    return path
+    return write_text(tmp_path_factory.mktemp("text"), pieces=3)
 
 
 @pytest.fixture(scope="module")

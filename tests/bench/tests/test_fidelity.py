@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TEXT
+from models import write_text
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -130,24 +130,8 @@ def test_places_are_disjoint_halves_of_all() -> None:
 
 
 def test_the_claim_is_judged_by_bleu() -> None:
-    def row(bleu: float) -> ScoreRow:
-        return ScoreRow(
-            kinds="mlp",
-            score="corrected_gxo",
-            phase="oracle",
-            oracle=True,
-            sparsity_target=0.8,
-            sparsity=0.8,
-            nll_dense=1.0,
-            nll=1.5,
-            nll_error=0.1,
-            kl=0.5,
-            kl_error=0.1,
-            agreement=0.9,
-            bleu=bleu,
-        )
-
-    assert holds(row(95.1)) and not holds(row(94.9))
+    rows = [ScoreRow.model_construct(bleu=bleu) for bleu in (95.1, 94.9)]
+    assert [holds(row) for row in rows] == [True, False]
 
 
 def test_page_is_that_of_the_stored_result() -> None:
@@ -166,13 +150,12 @@ def test_page_is_that_of_the_stored_result() -> None:
 def test_a_run_is_stored_and_not_run_again(
     tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "text.txt").write_text("".join(f"v_{k} = {k % 7}\n" + TEXT[k % 50 :] for k in range(12)))
     monkeypatch.setattr(
         fidelity,
         "SCORES",
         {"answers": "--windows 1 --length 40 --scores gate corrected_gxo --sparsity 0.8 --answers 2"},
     )
-    words = [str(tiny_model("llama")), "--text", str(tmp_path / "text.txt"), "--work", str(tmp_path / "work")]
+    words = [str(tiny_model("llama")), "--text", str(write_text(tmp_path)), "--work", str(tmp_path / "work")]
     words += ["-o", str(tmp_path / "r.json"), "--windows", "10", "--length", "32", "--calibration-windows", "8"]
     words += ["--short", "16", "--few", "3"]
     with pytest.raises(InputError, match="At least dense and kinds must be measured"):

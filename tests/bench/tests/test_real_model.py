@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TEXT
+from models import write_text
 
 from benchmarks import real_model_quality, smollm2
 from benchmarks.real_model import run
@@ -63,9 +63,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"value_{k} = {k} * {k % 7}\n" + TEXT[k % 50 :] for k in range(12)), encoding="utf-8")
-    return path
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

@@ -113,17 +113,9 @@ def divergence(loaded: tuple[Any, Arch, str], plan: Plan, tokens: Tensor) -> flo
     return float(kl_divergence(logits(loaded[0], tokens), executed(loaded, plan, tokens)[0]))
 
 
-def trained(
-    loaded: tuple[Any, Arch, str],
-    plan: Plan,
-    folder: Path,
-    densities: list[float],
-    start: float = 0.5,
-    data: Batches | None = None,
-    **tune: Any,
-) -> list[Plan]:
-    """The plans of a training of what selects alone, unless `tune` says more."""
-    return [each.plan for each in trained_with_weights(loaded, plan, folder, densities, start, data, **tune)]
+def trained(*given: Any, **more: Any) -> list[Plan]:
+    """The plans of `trained_with_weights`."""
+    return [each.plan for each in trained_with_weights(*given, **more)]
 
 
 def trained_with_weights(
@@ -135,6 +127,7 @@ def trained_with_weights(
     data: Batches | None = None,
     **tune: Any,
 ) -> list[TrainedPlan]:
+    """What a training gives, of what selects alone unless `tune` says more."""
     settings = Tune(**({"steps": 40, "precision": "fp32", "updates": "none", "offsets": False, "likeliest": 0} | tune))
     run = TrainingRun(data or batches(), 0, folder, HEADER)
     return train_plan(models_of(loaded), plan, start, densities, settings, run)
