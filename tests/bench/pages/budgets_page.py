@@ -66,7 +66,7 @@ def loss_table(rows: Sequence[Row], judge: str) -> str:
     for row in rows:
         loss = row.losses[judge]
         cells = [row.name, f"{row.share:g}", f"{row.density_target:g}", rise_cell(loss)]
-        cells += [f"{100 * loss.change:+.1f} %", nats(loss.kl), percent(loss.agreement), percent(loss.density)]
+        cells += [f"{100 * loss.change.value:+.1f} %", nats(loss.kl), percent(loss.agreement), percent(loss.density)]
         body.append([*cells, percent(loss.cost), ABSENT if loss.block_cost is None else percent(loss.block_cost)])
     return table(([*names, "realised", "cost", "block cost"], body))
 

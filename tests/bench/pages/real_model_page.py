@@ -37,7 +37,9 @@ def load() -> RealModel:
 
 def change_text(found: Row | Shipped) -> str:
     """A rise in perplexity with its standard error, as `+3.1 % ± 0.2`."""
-    return f"{100 * found.change:+.1f} % ± {100 * found.change_error:.1f}"
+    change = found.change
+    assert change.error is not None
+    return f"{100 * change.value:+.1f} % ± {100 * change.error:.1f}"
 
 
 def against(role: str, formats: dict[str, str]) -> str | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from sparsegate.converter.checkpoint.fields import Strict
 from sparsegate.converter.evaluation.records import Machine, Record
+from sparsegate.converter.report.change import Change, perplexity_change
 
 
 class TextFile(Strict):
@@ -41,14 +40,9 @@ class Loss(Strict):
         return self.nll - self.nll_dense
 
     @property
-    def change(self) -> float:
-        """Relative rise in perplexity."""
-        return math.expm1(self.rise)
-
-    @property
-    def change_error(self) -> float:
-        """Its standard error, to first order."""
-        return math.exp(self.rise) * self.nll_error
+    def change(self) -> Change:
+        """Relative change of perplexity with its standard error."""
+        return perplexity_change(self.nll, self.nll_dense, self.nll_error)
 
 
 class Measured(Record):

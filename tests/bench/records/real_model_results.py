@@ -4,7 +4,6 @@ file.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -13,6 +12,7 @@ from records.folders import RESULTS
 from records.model_results import Loss, ModelResult, TextFile
 from sparsegate.converter.checkpoint.fields import Strict
 from sparsegate.converter.methods import NEURON_METHODS
+from sparsegate.converter.report.change import Change, perplexity_change
 
 PLACE = RESULTS / "real_model.json"
 PRECISIONS = ("fp32", "int8", "int4")
@@ -54,14 +54,9 @@ class Shipped(Strict):
     error: float
 
     @property
-    def change(self) -> float:
-        """Relative rise in perplexity against the dense model in fp32."""
-        return math.expm1(self.difference)
-
-    @property
-    def change_error(self) -> float:
-        """Its standard error, to first order."""
-        return math.exp(self.difference) * self.error
+    def change(self) -> Change:
+        """Relative change of perplexity against the dense model in fp32, with its standard error."""
+        return perplexity_change(self.difference, 0.0, self.error)
 
 
 class Chosen(Strict):
