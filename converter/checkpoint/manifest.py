@@ -64,7 +64,8 @@ class File(BaseModel):
 
 class Manifest(BaseModel):
     """The record of a conversion: `fingerprint` covers source, recipe and calibration; equal fingerprints mean the same
-    conversion. `updated`: weights were trained together with what selects.
+    conversion. `updated`: weights were trained together with what selects. `rotated`: they are those of the model after
+    a rotation of its residual stream.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -80,6 +81,7 @@ class Manifest(BaseModel):
     measured: dict[str, float]
     onnx: dict[str, Any] = {}
     updated: bool = False
+    rotated: bool = False
     versions: dict[str, str]
     files: dict[str, File]
 

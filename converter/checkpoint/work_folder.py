@@ -27,6 +27,7 @@ ENTRIES = {
     "stage_<k>": "a training stage of tune",
     "stats": "statistics by site",
     "stats_labels": "statistics of scores that need gradients",
+    "stats_rotated": "statistics of the rotated model",
     "trained": "trained selectors",
     "plan": "plans by method",
     "models": "models with the weights that were trained with a plan, by method",

@@ -26,7 +26,10 @@ def convert(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help=f"{', '.join(NAMED)}, two as in {JOINED[0]}, or auto (the default): all of them."),
+        typer.Option(
+            help=f"{', '.join(NAMED)}, two as in {JOINED[0]}, or auto (the default): what needs no training, then the "
+            "trained form of the best."
+        ),
     ] = None,
     sparsity: Annotated[
         float | None,
@@ -74,8 +77,8 @@ def convert(
     time_budget: Annotated[
         str | None,
         typer.Option(
-            help="Time on this machine, as in 90s, 20m or 1h30m: trainings are cut to it or left out, and auto takes "
-            "30m unless told otherwise."
+            help="Time on this machine, as in 90s, 20m or 1h30m: a training is cut to it or left out, which a line "
+            "says, and auto takes 30m unless told otherwise."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where torch calibrates: cpu or cuda.")] = "cpu",

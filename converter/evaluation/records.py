@@ -243,6 +243,7 @@ class Report(Record):
         swapped: Its activation was changed before. The row of the method dense is then this model with nothing skipped:
             tables call it ungated.
         updated: Weights of the chosen one were trained together with what selects.
+        rotated: They are those of the model after a rotation of its residual stream.
         stages: Times of all stages before the report itself; absent in older reports.
         unused_tensors: Names in the source's files that its class does not have.
         time_notes: What was cut or left out to stay within a time.
@@ -254,6 +255,7 @@ class Report(Record):
     revision: str | None = None
     swapped: bool = False
     updated: bool = False
+    rotated: bool = False
     tool: str = VERSION
     date: str
     command: str

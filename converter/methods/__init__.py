@@ -42,7 +42,8 @@ class Method:
         lost: Nats per token that a layer loses, by the cube of the share that is skipped (`pipeline.timing` says where
             from).
         variance: Of the paired difference over windows, by the nats lost.
-        tried: Whether `auto` tries it.
+        trained_form: The method that trains what this one selects by. `auto` makes it of its best candidate alone.
+        tried: Whether `auto` tries it; it makes trained forms in any case.
     """
 
     module: str
@@ -50,17 +51,18 @@ class Method:
     decides: str | None = None
     lost: float = 0.05
     variance: float = 0.02
+    trained_form: str | None = None
     tried: bool = True
 
 
 METHODS = {
-    "exact": Method(".gating.exact", "neuron", decides="the activation's zeros decide"),
-    "gate": Method(".gating.gate", "neuron", lost=0.056),
-    "chess": Method(".gating.chess", "neuron", lost=0.033),
-    "cett": Method(".gating.cett", "neuron", lost=0.104),
+    "exact": Method(".gating.exact", "neuron", decides="the activation's zeros decide", trained_form="predictor"),
+    "gate": Method(".gating.gate", "neuron", lost=0.056, trained_form="trained_gate"),
+    "chess": Method(".gating.chess", "neuron", lost=0.033, trained_form="trained_gate"),
+    "cett": Method(".gating.cett", "neuron", lost=0.104, trained_form="trained_gate"),
     "svd": Method(".gating.svd", "neuron", lost=0.1, variance=0.03, tried=False),
-    "teal": Method(".channels.teal", "channel", lost=0.05),
-    "wina": Method(".channels.wina", "channel", lost=0.06),
+    "teal": Method(".channels.teal", "channel", lost=0.05, trained_form="trained_input"),
+    "wina": Method(".channels.wina", "channel", lost=0.06, trained_form="trained_input"),
     "trained_input": Method(".channels.trained_input", "channel", lost=0.02),
     "trained_gate": Method(".gating.trained_gate", "neuron", lost=0.025),
     "predictor": Method(".gating.predictor", "neuron", lost=0.114, variance=0.03),
@@ -86,13 +88,35 @@ OF_ZEROS = tuple(name for name, row in METHODS.items() if row.decides)
 """Methods that keep what is not zero: `auto` tries them for a model with exact zeros."""
 DECIDES = {name: METHODS[name].decides for name in OF_ZEROS} | {IMPORTED: "the predictors' thresholds decide"}
 """Methods that take no share to skip -> what decides instead."""
-_TRIED = tuple(name for name in NEURON_METHODS if METHODS[name].tried)
-AUTO = {False: _TRIED, True: (*_TRIED, *LINEAR_METHODS, *JOINED)}
-"""What `auto` tries, by whether a budget is searched: a share of neurons means nothing to methods that skip input
-channels. For a model with exact zeros it tries OF_ZEROS too.
+TRAINED_FORMS = tuple(dict.fromkeys(row.trained_form for row in METHODS.values() if row.trained_form))
+"""Methods that train what another one selects by."""
+CANDIDATES = {
+    searches: tuple(name for name in names if name in JOINED or (METHODS[name].tried and name not in TRAINED_FORMS))
+    for searches, names in ((False, NEURON_METHODS), (True, (*NEURON_METHODS, *LINEAR_METHODS, *JOINED)))
+}
+"""What `auto` tries without training, by whether a budget is searched: a share of neurons means nothing to methods that
+skip input channels. For a model with exact zeros it tries OF_ZEROS too.
 """
 NAMED = (*NEURON_METHODS, *OF_ZEROS, *LINEAR_METHODS, IMPORTED)
 """Every name that stands for a method alone, in the order of the help."""
+
+
+def trained_form(method: str) -> str | None:
+    """The method that trains what this one selects by; of methods joined by `+` the first one's. None without one."""
+    row = METHODS.get(method.partition("+")[0])
+    return None if row is None else row.trained_form
+
+
+def with_trained_forms(methods: tuple[str, ...]) -> tuple[str, ...]:
+    """The methods, then those that train what they select by."""
+    forms = (trained_form(name) for name in methods)
+    return tuple(dict.fromkeys((*methods, *(form for form in forms if form is not None))))
+
+
+AUTO = {searches: with_trained_forms(names) for searches, names in CANDIDATES.items()}
+"""All that `auto` may make of a model without exact zeros, by whether a budget is searched: the trained form of one
+candidate at most.
+"""
 
 
 def load_method(name: str) -> Any:

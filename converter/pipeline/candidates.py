@@ -36,9 +36,10 @@ _MEASURED = "measured.json"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method's plan, the model that it is for, and its held-out quality; of the one that was exported also its
-    folders, the checks it passed or failed, what its ONNX file loses in its own precision (None where that is torch's,
-    or nothing could run it), and its speed beside dense (empty when not measured).
+    """A method's plan, the model that it is for (`updated`, `rotated`: as in `Made`), and its held-out quality; of the
+    one that was exported also its folders, the checks it passed or failed, what its ONNX file loses in its own
+    precision (None where that is torch's, or nothing could run it), and its speed beside dense (empty when not
+    measured).
     """
 
     method: str
@@ -47,6 +48,8 @@ class Candidate:
     quality: Quality
     checks: list[Check]
     source: Source
+    updated: bool = False
+    rotated: bool = False
     checkpoint: Path | None = None
     onnx: Path | None = None
     shipped: ExecutorQuality | None = None
@@ -59,23 +62,29 @@ class Candidate:
 
 
 def measure(
-    conversion: Conversion, made: Mapping[str, Made], sparsities: Mapping[str, float | None]
+    conversion: Conversion,
+    made: Mapping[str, Made],
+    sparsities: Mapping[str, float | None],
+    windows: int | None = None,
 ) -> list[Candidate]:
     """The held-out quality of every plan, each a stage, and whether it keeps the budget and the density that was asked
-    for (None: none was). Where one is missing all are measured, so that they are compared on the same windows.
+    for (None: none was). All are for one model. Where one is missing all are measured, so that they are compared on the
+    same windows: the first `windows`, where others were measured on them, else as many as the plan takes that needs the
+    most.
     """
     work, recipe, heldout = conversion.work, conversion.recipe, conversion.texts.heldout
     stages: dict[str, tuple[Path, Header]] = {}
-    long = {} if conversion.texts.long is None else {"long": conversion.texts.long.sha256}
+    config: dict[str, Any] = {} if conversion.texts.long is None else {"long": conversion.texts.long.sha256}
+    config |= {} if windows is None else {"windows": windows}
     for name in made:
         parent = read_header(work / "plan" / name)
         assert parent is not None
         stages[name] = (
             work / "quality" / name,
-            Header(format="quality", parents={"plan": parent.fingerprint}, config=long, calibration=heldout.sha256),
+            Header(format="quality", parents={"plan": parent.fingerprint}, config=config, calibration=heldout.sha256),
         )
     if not all(is_finished(*stage) for stage in stages.values()):
-        for name, quality in _qualities(conversion, made).items():
+        for name, quality in _qualities(conversion, made, windows).items():
             folder, header = stages[name]
             with atomic_folder(folder) as partial:
                 write_json(partial / "quality.json", quality.model_dump())
@@ -84,39 +93,27 @@ def measure(
         resumed()
     conversion.models.release()
     candidates = []
-    for name, (plan, source) in made.items():
+    for name, each in made.items():
         quality = Quality(**read_json(stages[name][0] / "quality.json", "The measured quality"))
-        budget = recipe.budget.model_dump() | {"sparsity": sparsities[name], "searched": recipe.searches}
-        candidates.append(Candidate(name, plan, sparsities[name], quality, check_budget(quality, budget), source))
+        sparsity = sparsities.get(name)
+        budget = recipe.budget.model_dump() | {"sparsity": sparsity, "searched": recipe.searches}
+        checks = check_budget(quality, budget)
+        candidates.append(
+            Candidate(name, each.plan, sparsity, quality, checks, each.source, each.updated, each.rotated)
+        )
     return candidates
 
 
-def _qualities(conversion: Conversion, made: Mapping[str, Made]) -> dict[str, Quality]:
-    """The held-out quality of every plan on the model that it is for, all on the same windows: as many as the plan
-    takes that needs the most.
-    """
-    heldout, folders = conversion.texts.heldout, list(dict.fromkeys(each.source.folder for each in made.values()))
-    groups = [{name: each for name, each in made.items() if each.source.folder == folder} for folder in folders]
-    error = quality_error(conversion.recipe)
-    measured = [_together(conversion, group, heldout, error) for group in groups]
-    windows = max(quality.windows for qualities in measured for quality in qualities.values())
-    few = Batches(heldout.tokens[:windows], heldout.mask[:windows])
-    for number, group in enumerate(groups):
-        if any(quality.windows < windows for quality in measured[number].values()):
-            measured[number] = _together(conversion, group, few, 0.0)
-    found = {name: quality for qualities in measured for name, quality in qualities.items()}
-    return {name: found[name] for name in made}
-
-
-def _together(conversion: Conversion, made: Mapping[str, Made], heldout: Batches, error: float) -> dict[str, Quality]:
-    """The quality of plans for one model, from one dense pass; `error` as in `measure_qualities`."""
+def _qualities(conversion: Conversion, made: Mapping[str, Made], windows: int | None) -> dict[str, Quality]:
+    """The held-out quality of plans for one model, from one dense pass; `windows` as in `measure`."""
     own = conversion.with_source(next(iter(made.values())).source)
-    plans = {name: each.plan for name, each in made.items()}
-    most = MOST_TOKENS if error else heldout.count
+    plans, heldout = {name: each.plan for name, each in made.items()}, conversion.texts.heldout
+    error, most = quality_error(conversion.recipe), MOST_TOKENS
+    if windows is not None:
+        heldout, error = Batches(heldout.tokens[:windows], heldout.mask[:windows]), 0.0
+        most = heldout.count
     qualities = measure_qualities(own.model(), plans, heldout, own.reference_model(), error, most)
-    qualities = dict(_with_long(own, plans, qualities))
-    conversion.models.release_all_but(conversion.reference)
-    return qualities
+    return dict(_with_long(own, plans, qualities))
 
 
 def _with_long(
@@ -130,20 +127,24 @@ def _with_long(
     return {name: quality.with_long(measured[name]) for name, quality in qualities.items()}
 
 
+def best_first(candidates: list[Candidate], searches: bool) -> list[Candidate]:
+    """The candidates in order: what a training ended with, else by `rank`."""
+    return sorted(candidates, key=lambda candidate: (candidate.method != TUNED, rank(candidate, searches)))
+
+
+def rank(candidate: Candidate, searches: bool) -> float:
+    """What is to be least: the bytes of the blocks' maps where a budget is searched, else the divergence from dense."""
+    quality = candidate.quality
+    return (quality.block_cost or quality.cost) if searches else quality.kl
+
+
 def choose(conversion: Conversion, candidates: list[Candidate], graphs: Graphs) -> tuple[Candidate, list[Candidate]]:
-    """The best candidate, exported and checked, and all of them with it in its place: what a training ended with, else
-    the cheapest one where a budget was searched, else the one with the least KL to dense. One whose executors disagree
-    is passed over.
+    """The best candidate, exported and checked, and all of them with it in its place. One whose executors disagree is
+    passed over.
 
     Raises InputError with the failed checks when none passes.
     """
-    order = sorted(
-        candidates,
-        key=lambda c: (
-            c.method != TUNED,
-            (c.quality.block_cost or c.quality.cost) if conversion.recipe.searches else c.quality.kl,
-        ),
-    )
+    order = best_first(candidates, conversion.recipe.searches)
     tried: dict[str, Candidate] = {candidate.method: candidate for candidate in candidates}
     for candidate in order:
         if candidate.passed:

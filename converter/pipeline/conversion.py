@@ -30,10 +30,6 @@ class Loaded:
         """The model that the builder exports (`load_stock`): `dense` where no activation was swapped."""
         return load_stock(source.folder) if source.swaps else self.dense(source)
 
-    def release_all_but(self, source: Source) -> None:
-        """Let go of all models but one."""
-        self._held = {folder: model for folder, model in self._held.items() if folder == source.folder}
-
     def release(self) -> None:
         """Let go of all models."""
         self._held.clear()
@@ -81,9 +77,11 @@ class Conversion:
 
 
 class Made(NamedTuple):
-    """What a method made: a plan, and the model that it is for: the conversion's, or one whose weights were trained
-    with it.
+    """What a method made: a plan, and the model that it is for: the conversion's, a `rotated` one, or one whose weights
+    were trained with it (`updated`).
     """
 
     plan: Plan
     source: Source
+    updated: bool = False
+    rotated: bool = False

@@ -27,9 +27,10 @@ from ..sources.predictors import Config as ImportedConfig
 from ..training.inputs import Heldout
 from ..training.stage import EVALUATED, Tuned
 from ..training.stages import stage_folder, train_stages, training_inputs
+from .auto import Rounds, Tried
 from .candidates import choose, measure
-from .configs import Configs, method_configs, training_windows
-from .conversion import Conversion, Made
+from .configs import AUTO, Configs, method_configs, training_windows
+from .conversion import Conversion
 from .finish import pushed, write_out
 from .graphs import Graphs, make_graphs, room
 from .opening import occupied, open_model
@@ -38,7 +39,7 @@ from .push import check_push
 from .recipe import CHAT, Flags, Recipe, compile_recipe, training_stages
 from .record import build_report
 from .references import measure_references
-from .rotate import rotated
+from .rotate import ROTATED, rotated
 from .schedule import keep_plan, once
 from .texts import Texts, heldout_name, make_heldout, make_texts
 from .time_budget import within
@@ -46,8 +47,6 @@ from .time_budget import within
 log = logging.getLogger("sparsegate")
 RECOVERING = "recovery"
 """The training stage's own work folder below OUT.work."""
-ROTATED = "rotated"
-"""The rotated model's folder below OUT.work."""
 
 
 def convert(
@@ -101,14 +100,13 @@ def _converted(order: Order, work: Path, running: Job) -> Result:
     opened = opened if recovered is None else replace(opened, record=recovered.record)
     conversion = _begun(order, opened, work, recovered)
     graphs = make_graphs(conversion)  # first: a graph that is not the model ends it before minutes of calibration
-    plans = _plans(conversion, opened.configs, graphs, recovered)
-    with stage("quality"):
-        measured = measure(conversion, plans, _sparsities(opened.configs, opened.recipe))
-    chosen, candidates = choose(conversion, measured, graphs)
+    tried = _tried(conversion, opened, graphs, recovered, running)
+    chosen, candidates = choose(conversion, tried.candidates, graphs)
     references = measure_references(conversion, graphs, bool(chosen.speed))
     with stage("report"):
         report = build_report(conversion, candidates, chosen, graphs, references, order.command)
-        told = {"stages": _times(running), "unused_tensors": opened.unused, "time_notes": opened.needed.notes}
+        notes = opened.decision.said(tried.form)
+        told = {"stages": _times(running), "unused_tensors": opened.unused, "time_notes": notes}
         report = report.model_copy(update=told)
         write_out(order, opened, conversion, chosen, report)
         if not order.keep_stages:
@@ -175,19 +173,28 @@ def _begun(order: Order, opened: Opened, work: Path, recovered: Tuned | None) ->
     return Conversion(planned, texts, recipe, work, order.device, recovered_from=None if planned is source else source)
 
 
-def _plans(conversion: Conversion, configs: Configs, graphs: Graphs, recovered: Tuned | None) -> dict[str, Made]:
-    """What every method made; that of a training where the last stage trains, and beside its predictors what the
-    zeros alone would give.
+def _tried(conversion: Conversion, opened: Opened, graphs: Graphs, recovered: Tuned | None, running: Job) -> Tried:
+    """Every method's plan and what it loses; of a recipe whose last stage trains that of the training, and beside its
+    predictors what the zeros alone would give.
     """
-    recipe = conversion.recipe
+    recipe, configs = conversion.recipe, opened.configs
+    sparsities = _sparsities(configs, recipe)
     if recipe.budget.bounded and PRECISIONS[recipe.export.precision].bits is not None:
         recipe = room(recipe, graphs)
+    if recipe.stages[-1].method == AUTO:
+
+        def expect(best: str) -> None:
+            running.expect(opened.decision.later.get(best, opened.decision.seconds))
+
+        return Rounds(conversion, recipe, configs, sparsities).run(expect)
     if recovered is None or TUNED not in configs:
-        return once(replace(conversion, recipe=recipe), configs)
-    plans = {TUNED: keep_plan(conversion, recovered.plan, recovered.header)}
-    if recovered.exact is not recovered.plan:
-        plans[EXACT] = keep_plan(conversion, recovered.exact, recovered.header, EXACT)
-    return plans
+        plans = once(replace(conversion, recipe=recipe), configs)
+    else:
+        plans = {TUNED: keep_plan(conversion, recovered.plan, recovered.header)}
+        if recovered.exact is not recovered.plan:
+            plans[EXACT] = keep_plan(conversion, recovered.exact, recovered.header, EXACT)
+    with stage("quality"):
+        return Tried(measure(conversion, plans, sparsities))
 
 
 def _times(running: Job) -> list[StageTime]:

@@ -22,7 +22,7 @@ from ..sources.predictors import NEEDS as IMPORTED_NEEDS
 from ..stats.moments import ROWS
 from ..stats.samples import CAP
 from ..training.settings import Recovery, count_for
-from .configs import Configs
+from .configs import AUTO, Configs, rotates
 from .recipe import Recipe, training_stages
 
 _FP32, _FP16 = 4, 2
@@ -79,7 +79,9 @@ def estimate_shapes(
     sizes = {
         name: _onnx_bytes(arch, shapes, ffn, tied, form, recipe.export.target) for name, form in PRECISIONS.items()
     }
+    turned = recipe.rotate or rotates(recipe, arch)
     disk = samples + source_bytes + whole + _stage_bytes(recipe, configs, sizes, source_bytes, whole)
+    disk += whole * (1 + rotates(recipe, arch)) if turned else 0  # the rotated model, and of `auto` a graph of its own
     batch = 2048 * (hidden * 4 + units * 5) * _FP32
     form = PRECISIONS[recipe.export.precision]
     costs = {
@@ -88,7 +90,7 @@ def estimate_shapes(
         if parts and not set(DECIDES) & set(parts)
     }
     calibrate = _RUNTIME + 2 * block * _FP32 + 2 * windows * hidden * _FP32 + batch
-    if recipe.rotate:  # the model in fp32, its rotated weights, and of one of them fp64
+    if turned:  # the model in fp32, its rotated weights, and of one of them fp64
         calibrate = max(calibrate, _RUNTIME + 2 * whole + 4 * prod(shapes[arch.embedding]) * _FP32)
     return Estimate(
         parameters=parameters,
@@ -124,8 +126,9 @@ def _stage_bytes(recipe: Recipe, configs: Configs, sizes: Mapping[str, int], sou
     graphs += whole // 2 if recipe.export.target == "cuda" else sizes["int8"]  # fp16, or a dense reference
     tunes = [tune_of(values) for parts in configs.values() for values in parts.values()]
     updated = sum(tune is not None and tune.updates != "none" for tune in tunes)
+    updated = min(1, updated) if recipe.stages[-1].method == AUTO else updated  # which trains one form at most
     # the weights of a training, its copy in the plan, its model twice
-    return graphs + (whole if recipe.rotate else 0) + updated * 2 * (whole + source_bytes)
+    return graphs + updated * 2 * (whole + source_bytes)
 
 
 def _training_bytes(

@@ -52,6 +52,7 @@ def write_out(order: Order, opened: Opened, conversion: Conversion, chosen: Cand
             | _long_measured(quality)
             | _onnx_measured(chosen.shipped),
             updated=report.updated,
+            rotated=report.rotated,
             onnx={**recipe.export.model_dump(mode="json"), "variants": variants(chosen.onnx)},
             versions=installed_versions(),
             files=list_files(partial),

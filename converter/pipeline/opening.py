@@ -81,7 +81,7 @@ def open_model(order: Order, work: Path) -> Opened | Result:
             "transformers uses it."
         )
     keep(work, header(source.fingerprint, requested), decision)
-    return Opened(source, record, recipe, configs, needed, fingerprint, unused)
+    return Opened(source, record, recipe, configs, needed, fingerprint, unused, decision)
 
 
 def _decision(order: Order, source: Source, configs: Configs) -> Decision:

@@ -11,6 +11,7 @@ from ..evaluation.recovery_record import RecoveryRecord
 from .configs import Configs
 from .estimate import Estimate
 from .recipe import Recipe
+from .time_budget import Decision
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Result:
 @dataclass(frozen=True)
 class Opened:
     """A model that can be converted, the record of the training that its weights come from (None: of none), what its
-    conversion is and needs (`recipe` has the steps that fit into its time), and the tensors in its files that it does
-    not compute with.
+    conversion is and needs (`recipe` has the steps that fit into its time by the `decision`), and the tensors in its
+    files that it does not compute with.
     """
 
     source: Source
@@ -58,3 +59,4 @@ class Opened:
     needed: Estimate
     fingerprint: str
     unused: list[str]
+    decision: Decision

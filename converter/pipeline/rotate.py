@@ -20,6 +20,8 @@ from ..modeling.rotation import AT_ONCE, error_bound, logit_error, principal_axe
 from ..progress import resumed, stage
 from ..text.windows import Batches
 
+ROTATED = "rotated"
+"""The rotated model's folder below OUT.work."""
 WINDOWS = 64
 """Full windows whose principal axes are taken, at most."""
 

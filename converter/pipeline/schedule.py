@@ -8,14 +8,11 @@ the plan's stage has them too, and further steps go on with the model that they 
 from __future__ import annotations
 
 import shutil
-from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
-
-from torch import Tensor
 
 from ...runtime_onnx.errors import InputError
 from ..checkpoint.cost import block_cost
@@ -26,26 +23,25 @@ from ..checkpoint.stage import Header, atomic_folder, is_finished, read_header, 
 from ..checkpoint.tensor_files import load_tensors
 from ..checkpoint.writer import as_stored, write_checkpoint
 from ..evaluation.density import with_shares
-from ..methods import EXACT, IMPORTED, TUNED, load_method, needs
+from ..methods import EXACT, IMPORTED, TUNED, load_method
 from ..modeling.predictor import residual_rank
 from ..progress import partly, resumed, stage, track
-from ..scores import load_score
-from ..sources.predictors import NEEDS as IMPORTED_NEEDS
 from ..sources.predictors import fingerprint, imported_plan, measured
-from ..stats import Stats, load_stat
-from ..stats.collect import collect, drop_samples
-from ..stats.oracle import collect_labels
+from ..stats import Stats
 from ..training.inputs import Models, TrainingRun
 from ..training.plans import WEIGHTS, TrainedPlan, train_plan
 from ..training.residual import add_residuals
+from .configs import Configs
 from .conversion import Conversion, Made
 from .families import beside_swaps
 from .search import Judge, settled, shifted, sparsest
 from .shares import LEAST_AND_MOST, Levels, with_densities
+from .statistics import Statistics
 
 LEVELS = (0.75, 0.6, 0.45, 0.33, 0.25, 0.18, 0.13)
 """Densities at which a trained method stops in turn on its way to a budget."""
 _ABOVE = 0.8  # density that gate thresholds set out from to the first of them
+_NOTHING: Configs = {}
 _REACH = 6.0  # logits that a trained plan is shifted by at most
 
 
@@ -108,39 +104,54 @@ def _plan_header(conversion: Conversion, name: str, config: Mapping[str, Any], *
     )
 
 
-def once(conversion: Conversion, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Made]:
-    """One round: what every method in `configs` makes (validated configurations by part, as `configs.method_configs`
-    gives them), from one set of statistics; a method that cannot meet the budget is left out. Stored activations go
-    when every plan is made.
+def once(conversion: Conversion, configs: Configs) -> dict[str, Made]:
+    """One round: what every method in `configs` makes, from one set of statistics; a method that cannot meet the budget
+    is left out. Stored activations go when every plan is made.
 
     Raises InputError when no method can meet the budget.
+    """
+    statistics = Statistics(conversion)
+    made = met(make(conversion, configs, statistics), configs)
+    statistics.drop_samples()
+    return made
+
+
+def met(made: dict[str, Made], configs: Configs) -> dict[str, Made]:
+    """What was made of `configs`. Raises InputError where it is nothing."""
+    if not made:
+        raise InputError(
+            f"The budget must be one that a method can meet, got none of {', '.join(configs)} within it. Loosen it."
+        )
+    return made
+
+
+def make(
+    conversion: Conversion, configs: Configs, statistics: Statistics, later: Configs = _NOTHING
+) -> dict[str, Made]:
+    """What every method in `configs` makes (validated configurations by part, as `configs.method_configs` gives them),
+    without those that cannot meet the budget. What methods need that are made `later` is collected in the same pass.
     """
     work = conversion.work
     headers = {name: _header(conversion, name, config) for name, config in configs.items()}
     todo = [name for name in configs if not is_finished(work / "plan" / name, headers[name])]
     if todo:
-        parts = {part: config for name in todo for part, config in configs[name].items()}
-        run = Run.of(conversion, _statistics(conversion, parts))
+        run = Run.of(conversion, statistics.of([*(configs[name] for name in todo), *later.values()]))
         with stage("plan"):
             if len(todo) < len(configs):
                 partly()
             for name in track(todo, unit="method"):
                 _make_plan(run, name, configs[name], headers[name])
     else:
-        for name in (
-            "calibrate",
-            *(f"train {name}" for name, config in configs.items() if _is_trained(config)),
-            "plan",
-        ):
+        trained = (f"train {_shown(name)}" for name, config in configs.items() if _is_trained(config))
+        for name in (statistics.label, *trained, "plan"):
             resumed(name)
-    for folder in ("stats", "stats_labels"):
-        drop_samples(work / folder)
     made = {name: made_by(conversion, name) for name in configs}
-    if not any(each.plan for each in made.values()):
-        raise InputError(
-            f"The budget must be one that a method can meet, got none of {', '.join(made)} within it. Loosen it."
-        )
     return {name: each for name, each in made.items() if each.plan}
+
+
+def _shown(name: str) -> str:
+    """A method by the name of its stages: of what is trained the method's own."""
+    return name.partition("-")[0]
 
 
 def made_by(conversion: Conversion, name: str) -> Made:
@@ -151,7 +162,8 @@ def made_by(conversion: Conversion, name: str) -> Made:
         return Made(plan, conversion.source)
     parent = read_header(folder)
     assert parent is not None
-    return Made(plan, _with_weights(conversion, weights, parent, conversion.work / "models" / name).source)
+    source = _with_weights(conversion, weights, parent, conversion.work / "models" / name).source
+    return Made(plan, source, updated=True)
 
 
 def _with_weights(conversion: Conversion, weights: Path, parent: Header, folder: Path) -> Conversion:
@@ -171,7 +183,7 @@ def _with_weights(conversion: Conversion, weights: Path, parent: Header, folder:
 def _make_plan(run: Run, name: str, config: Mapping[str, Any], header: Header) -> None:
     """A method's plan, as a stage that is finished."""
     if run.recipe.searches:
-        with stage(f"search {name}", apart=True):
+        with stage(f"search {_shown(name) if _is_trained(config) else name}", apart=True):
             planned = _searched(run, name, config)
     else:
         planned = direct_plan(run, name, config)
@@ -212,29 +224,6 @@ def _header(conversion: Conversion, name: str, config: Mapping[str, Any]) -> Hea
 def _is_trained(config: Mapping[str, Any]) -> bool:
     """Whether a method of these parts can be trained."""
     return any(getattr(load_method(part), "start", None) for part in config if part != IMPORTED)
-
-
-@stage("calibrate")
-def _statistics(conversion: Conversion, parts: Mapping[str, Any]) -> Stats:
-    """The statistics of all methods: those of scores that need gradients from the whole model, the others block by
-    block.
-    """
-    names = {
-        stat for part, config in parts.items() for stat in (IMPORTED_NEEDS if part == IMPORTED else needs(part, config))
-    }
-    oracle = {name for name in names if "grad" in load_score(load_stat(name)[1]).NEEDS}
-    source, calibration, device = conversion.source, conversion.texts.calibration, conversion.device
-    folder, seed = conversion.work / "stats", conversion.recipe.seed
-    streamed = collect(source, calibration, sorted(names - oracle), folder, seed, device)
-    if oracle:
-        folder = conversion.work / "stats_labels"
-        labelled = collect_labels(conversion.model(device), source, calibration, sorted(oracle), folder, seed)
-        every = {**streamed, **labelled}  # sites; their tensors stay on disk until they are asked for
-        return {
-            site: ChainMap(*(cast("dict[str, Tensor]", part[site]) for part in (labelled, streamed) if site in part))
-            for site in every
-        }
-    return streamed
 
 
 def direct_plan(run: Run, name: str, config: Mapping[str, Any]) -> Planned:
@@ -312,7 +301,7 @@ def _trained(run: Run, name: str, part: str, config: Any, plan: Plan, start: flo
     folder = run.work / "trained" / f"{name}-{density:.3f}"
     header = _plan_header(run, part, config.model_dump(mode="json"), training=run.texts.training.sha256)
     models = Models(run.placed, run.teacher, run.source.arch, run.activation)
-    with stage(f"train {name.partition('-')[0]}", apart=True):
+    with stage(f"train {_shown(name)}", apart=True):
         (trained,) = train_plan(
             models,
             plan,

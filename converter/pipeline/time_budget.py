@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ...runtime_onnx.untrusted import read_json
 from ..arch import Arch
 from ..checkpoint.fields import make_part
 from ..checkpoint.stage import Header, atomic_folder, is_finished, write_header, write_json
-from .configs import Configs
+from .configs import AUTO, Configs
 from .probe import measure
 from .recipe import Recipe, parse_duration
 from .timing import Timing, sizes, statistics, timing, tunes, whole
@@ -31,17 +31,32 @@ DECISION, _FILE = "decision", "decision.json"
 
 @dataclass(frozen=True)
 class Decision:
-    """Steps by trained method (0: left out), expected seconds by stage, and what a person is to know before it begins,
-    one line each.
+    """What fits, and what a person is to know before it begins.
+
+    Attributes:
+        steps: By trained method (0: left out; absent: as configured).
+        seconds: Expected by stage; of `auto` where the most is made.
+        notes: One line each.
+        cut: By trained method, the line on its training where that is cut or left out.
+        later: Of `auto`, the expected seconds by stage, by the candidate that is found the best.
     """
 
     steps: Mapping[str, int]
     seconds: Mapping[str, float]
     notes: tuple[str, ...] = ()
+    cut: Mapping[str, str] = field(default_factory=dict)
+    later: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def shown(self) -> dict[str, Any]:
         """The fields of an estimate that tell it."""
-        return {"seconds": dict(self.seconds), "notes": list(self.notes)}
+        return {"seconds": dict(self.seconds), "notes": [*self.cut.values(), *self.notes]}
+
+    def said(self, trained: str | None) -> list[str]:
+        """The lines on what was made: of `auto` without those on the trainings of others than `trained`, the trained
+        form of its best candidate.
+        """
+        cut = [line for name, line in self.cut.items() if not self.later or name == trained]
+        return [*cut, *self.notes]
 
 
 class _StoredDecision(BaseModel):
@@ -50,6 +65,8 @@ class _StoredDecision(BaseModel):
     steps: dict[str, int]
     seconds: dict[str, float]
     notes: tuple[str, ...]
+    cut: dict[str, str] = {}
+    later: dict[str, dict[str, float]] = {}
 
 
 def within(recipe: Recipe, time_budget: str | None, named: bool) -> Recipe:
@@ -84,28 +101,28 @@ def decide(
     begun = time.perf_counter()
     rates = measure(arch, config, statistics(configs), tunes(configs), recipe.calibration.length, device)
     spent = time.perf_counter() - begun
-    timed = timing(sizes(arch, config, shapes, source_bytes, recipe), rates, recipe, configs)
+    timed = timing(sizes(arch, config, shapes, source_bytes, recipe), rates, recipe, configs, arch)
     return choose(replace(timed, stages={**timed.stages, "open": timed.stages["open"] + spent}), recipe)
 
 
 def choose(timed: Timing, recipe: Recipe) -> Decision:
-    """The methods and steps that fit: methods without training always, trainings in what is left, all with the same
-    share of their steps, at least LEAST of them; where that is too much, the longest one is left out. Methods whose
-    steps the recipe gives stay, and so does a method that is asked for by name without a time budget; `auto` has
-    DEFAULT.
+    """The steps that fit. What is made without training is made always; a training has what is left, at most all of its
+    steps and at least LEAST of them, else it is left out. `auto` trains one form of several at most, so each is judged
+    as if it alone were trained. Methods whose steps the recipe gives stay, and so does a method that is asked for by
+    name without a time budget; `auto` has DEFAULT.
 
     Raises InputError when the one method that a time budget is given for does not fit.
     """
     stage = recipe.stages[-1]
-    auto, time_budget = stage.method == "auto", recipe.time_budget
+    auto, time_budget = stage.method == AUTO, recipe.time_budget
     limit = parse_duration(time_budget) if time_budget else DEFAULT if auto else None
-    free = {name: training for name, training in timed.trainings.items() if name not in stage.steps}
     steps: dict[str, int] = {}
+    cut: dict[str, str] = {}
     notes: list[str] = []
-    if limit is not None and free:
-        steps = _fitting(timed, free, limit, auto)
-        for name, count in steps.items():
-            notes.append(_note(name, count, timed, limit))
+    for name in timed.trainings if limit is not None else ():
+        count = None if name in stage.steps else _fitting(timed, name, limit, auto)
+        if count is not None:
+            steps[name], cut[name] = count, _note(name, count, timed, limit)
     seconds = timed.seconds(steps)
     total = sum(seconds.values())
     if limit is None and total > DEFAULT:
@@ -118,49 +135,38 @@ def choose(timed: Timing, recipe: Recipe) -> Decision:
             f"this takes about {whole([total])} on this machine, more than the {whole([limit])} of its time budget: "
             "only trainings are cut"
         )
-    return Decision(steps, seconds, tuple(notes))
+    return Decision(steps, seconds, tuple(notes), cut, {best: timed.seconds(steps, best) for best in timed.later})
 
 
-def _fitting(timed: Timing, free: Mapping[str, Any], limit: float, auto: bool) -> dict[str, int]:
-    """Steps of every training that is cut (0: left out); trainings that keep all of their steps are not named."""
-    out: dict[str, int] = {}
-    while True:
-        kept = [name for name in free if name not in out]
-        rest = sum(timed.seconds(dict.fromkeys(free, 0)).values())
-        for name in kept:
-            rest += sum(timed.each[name].values()) + free[name].rest
-        steps = sum(free[name].steps * free[name].step for name in kept)
-        share = (limit - rest) / steps if steps else 1.0
-        if not kept or share >= LEAST:
-            share = min(1.0, share)
-            return out | ({name: max(1, int(free[name].steps * share)) for name in kept} if share < 1 else {})
-        longest = max(kept, key=lambda name: free[name].seconds(_least(free[name].steps)))
-        if not auto:
-            wanted = rest + LEAST * steps
-            raise InputError(
-                f"--time-budget must be at least {_flag(wanted)} for {longest} on this machine, got {_flag(limit)}. "
-                "Give it, or take a method without training."
-            )
-        out[longest] = 0
-
-
-def _least(steps: int) -> int:
-    return max(1, int(steps * LEAST))
+def _fitting(timed: Timing, name: str, limit: float, auto: bool) -> int | None:
+    """Steps of a training that is cut (0: left out), None where all fit."""
+    training = timed.trainings[name]
+    rest = timed.longest(name, {name: 1}) - training.step
+    whole_training = training.steps * training.step
+    share = (limit - rest) / whole_training if whole_training else 1.0
+    if share >= 1:
+        return None
+    if share >= LEAST:
+        return max(1, int(training.steps * share))
+    if not auto:
+        wanted = rest + LEAST * whole_training
+        raise InputError(
+            f"--time-budget must be at least {_flag(wanted)} for {name} on this machine, got {_flag(limit)}. "
+            "Give it, or take a method without training."
+        )
+    return 0
 
 
 def _note(name: str, steps: int, timed: Timing, limit: float) -> str:
+    """What is said of a training that is cut, or left out where no steps are left."""
     training = timed.trainings[name]
-    alone = training.seconds(training.steps)
+    alone, everything = whole([training.seconds(training.steps)]), _flag(timed.longest(name, {}))
     if steps:
         return (
             f"{name} is trained for {steps} of {training.steps} steps, to stay within {whole([limit])}; all take "
-            f"{whole([alone])}"
+            f"{alone}: give --time-budget {everything}"
         )
-    everything = sum(timed.seconds({}).values())
-    return (
-        f"left out: {name} would take {whole([alone])}; give --time-budget {_flag(everything)} or name it with "
-        f"--method {name}"
-    )
+    return f"left out: {name} would take {alone}; give --time-budget {everything} or name it with --method {name}"
 
 
 def _flag(seconds: float) -> str:
@@ -198,15 +204,12 @@ def stored(work: Path, wanted: Callable[[], Header]) -> Decision | None:
     if not (work / DECISION).is_dir() or not is_finished(work / DECISION, wanted()):
         return None
     decision = make_part(_StoredDecision, read_json(work / DECISION / _FILE, "The decision on time"), _FILE)
-    return Decision(decision.steps, decision.seconds, decision.notes)
+    return Decision(**dict(decision))
 
 
 def keep(work: Path, wanted: Header, decision: Decision) -> None:
     """Store a decision for later runs, where it is not stored yet."""
     if not is_finished(work / DECISION, wanted):
         with atomic_folder(work / DECISION) as partial:
-            write_json(
-                partial / _FILE,
-                {"steps": dict(decision.steps), "seconds": dict(decision.seconds), "notes": list(decision.notes)},
-            )
+            write_json(partial / _FILE, asdict(decision))
             write_header(partial, wanted)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from ..methods.tune import Tune
 from ..sources.predictors import NEEDS as IMPORTED_NEEDS
 from ..training.residual import WINDOWS as RESIDUAL_WINDOWS
 from .allocation import EVALUATIONS, GRID
-from .configs import Configs
+from .configs import ON_ROTATED, Configs, made_later
 from .probe import Rates
 from .recipe import Recipe, training_stages
+from .rotate import WINDOWS as ROTATION_WINDOWS
 from .sensitivities import DRAWS
 from .sensitivities import WINDOWS as SENSITIVITY_WINDOWS
 from .shares import EVOLUTION_WINDOWS
@@ -55,6 +56,7 @@ _SPEED = (26, 128, 64)  # runs of a candidate beside dense, tokens of the prompt
 _REFERENCE = (8, 64, 32, 16)  # the same of a dense reference, and its windows
 _NARROW = {"int8": 0.4, "int4": 0.3}  # time of a decoded token relative to floats
 _SPREAD_OUT = 1.15  # a step through many layers beside one layer's alone, whose activations stay in cache
+_DOUBLE = 2.0  # of a product in float64, relative to float32
 _PASS = 3.0  # of a float64 evaluation in numpy, relative to torch's float32
 _SOFTMAX = 0.5  # of a side of a comparison: without the product
 
@@ -105,29 +107,54 @@ class TrainingTime:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds by stage without what is trained, `each` a method's own share of them, and the trainings by method."""
+    """Seconds by stage without what is trained, `each` a method's own share of them, the trainings by method, and what
+    is made `later`, after a candidate was found the best.
+    """
 
     stages: Mapping[str, float]
     each: Mapping[str, Mapping[str, float]]
     trainings: Mapping[str, TrainingTime]
+    later: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def seconds(self, steps: Mapping[str, int]) -> dict[str, float]:
-        """Seconds by stage, in order, with so many steps by trained method; a method with 0 steps is left out."""
-        totals = dict(self.stages)
-        for name, stages in self.each.items():
-            if steps.get(name, 1):
-                for stage, value in stages.items():
-                    totals[stage] = totals.get(stage, 0.0) + value
-        for name, training in self.trainings.items():
-            count = steps.get(name, training.steps)
+    def seconds(self, steps: Mapping[str, int], best: str | None = None) -> dict[str, float]:
+        """Seconds by stage, in order, with so many steps by trained method, where `best` is the best candidate, else
+        where the one is after which the most is made. A method with 0 steps is left out.
+        """
+        if best is None and self.later:
+            return max((self.seconds(steps, name) for name in self.later), key=lambda found: sum(found.values()))
+        every_later = {name for names in self.later.values() for name in names}
+        first = dict(self.stages)
+        for name in dict.fromkeys((*self.each, *self.trainings)):
+            if name not in every_later:
+                self._add(first, name, steps)
+        after: dict[str, float] = {}
+        for name in self.later.get(best or "", ()):
+            self._add(after, name, steps)
+        ordered = sorted(first, key=_place)
+        middle = ordered.index("quality") + 1 if after else len(ordered)
+        names = dict.fromkeys((*ordered[:middle], *after, *ordered[middle:]))
+        return {stage: first.get(stage, 0.0) + after.get(stage, 0.0) for stage in names}
+
+    def longest(self, name: str, steps: Mapping[str, int]) -> float:
+        """Seconds in all where a trained method is made: of candidates whose trained form it is, the longest."""
+        bests = [best for best, names in self.later.items() if name in names] or [None]
+        return max(sum(self.seconds(steps, best).values()) for best in bests)
+
+    def _add(self, totals: dict[str, float], name: str, steps: Mapping[str, int]) -> None:
+        """Add a method's own seconds and those of its training."""
+        training = self.trainings.get(name)
+        count = steps.get(name, 1 if training is None else training.steps)
+        if training is not None and count:
+            totals[f"train {name}"] = training.seconds(count)
+        for stage, value in self.each.get(name, {}).items():
             if count:
-                totals[f"train {name}"] = training.seconds(count)
-        return {stage: totals[stage] for stage in sorted(totals, key=_place)}
+                totals[stage] = totals.get(stage, 0.0) + value
 
 
 _ORDER = (
     "open",
     "text",
+    "rotate",
     "base graph",
     "calibrate",
     "train",
@@ -183,10 +210,40 @@ def statistics(configs: Configs) -> list[str]:
     return sorted(name for name in names if not name.startswith("samples"))
 
 
-def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timing:
+def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs, arch: Arch) -> Timing:
     """Seconds of every stage with `rates`, without the download of a Hub model."""
+    later = made_later(recipe, configs, arch)
+    every_later = {name for names in later.values() for name in names}
+    first = {name: parts for name, parts in configs.items() if name not in every_later}
+    measured = _windows(size, recipe, first) * size.length
+    stages = _always(size, rates, recipe, measured, bool(statistics(configs)))
+    each = {name: _each(name, parts, size, rates, recipe) for name, parts in configs.items()}
+    again = _dense_pass(size, rates, measured)
+    for name in every_later:
+        own = dict(each[name.removesuffix(ON_ROTATED)])
+        quality = own.pop("quality") + again
+        if name in configs:
+            each[name] = own | {"quality trained": quality}
+        else:
+            begun = {"rotate": _rotation(size, rates), "calibrate rotated": stages.get("calibrate", 0.0)}
+            searched = own[f"search {name.removesuffix(ON_ROTATED)}"]
+            each[name] = begun | {"plan": own["plan"], f"search {name}": searched, "quality rotated": quality}
+    trainings = {}
+    for name, parts in configs.items():
+        for part, values in parts.items():
+            if part in rates.train and part in tunes({name: parts}):
+                trainings[name] = _training(part, values, size, rates, recipe)
+    return Timing(stages, each, trainings, later)
+
+
+def _dense_pass(size: Sizes, rates: Rates, measured: float) -> float:
+    """Seconds of the dense side of a measurement on so many tokens: the models are opened, and one of them runs."""
+    return 2 * size.graph_bytes * rates.hash + measured * (size.layers * rates.forward + rates.head)
+
+
+def _always(size: Sizes, rates: Rates, recipe: Recipe, measured: float, calibrates: bool) -> dict[str, float]:
+    """Seconds of the stages that every conversion has, whatever its methods; losses are those of `measured` tokens."""
     forward, precision = size.layers * rates.forward, recipe.export.precision
-    measured = _windows(size, recipe, configs) * size.length
     narrow, side = _NARROW.get(precision, 1.0), _SOFTMAX * rates.head
     prefill = size.layers * rates.prefill + rates.onnx_head
     decode = size.layers * (rates.decode + _CALL) + rates.onnx_head_alone
@@ -198,7 +255,7 @@ def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timin
         "text": size.characters * _TEXT,
         "base graph": _BUILDER + size.graph_bytes * (2 * rates.write + 3 * rates.hash) + answers,
         "plan": 0.0,
-        "quality": 2 * read + measured * (forward + rates.head),
+        "quality": _dense_pass(size, rates, measured),
         "export": size.graph_bytes * (rates.write + rates.hash) + size.source_bytes * rates.write,
         "agreement": _OPENED
         + _PAIRED_TOKENS * (2 * forward + 2 * rates.head + side + prefill)
@@ -222,17 +279,22 @@ def timing(size: Sizes, rates: Rates, recipe: Recipe, configs: Configs) -> Timin
         stages["quality"] += LONG["windows"] * size.long * (forward + rates.head)
     if recipe.calibration.generated:
         stages["text"] += size.tokens * (size.layers * rates.decode + rates.head)
-    if statistics(configs):
+    if calibrates:
         stages["calibrate"] = size.tokens * size.layers * rates.calibrate + size.layers * rates.store
+    if recipe.rotate:
+        stages["rotate"] = _rotation(size, rates)
     for stage, seconds in _recovery(size, rates, recipe).items():
         stages[stage] = stages.get(stage, 0.0) + seconds
-    each = {name: _each(name, parts, size, rates, recipe) for name, parts in configs.items()}
-    trainings = {}
-    for name, parts in configs.items():
-        for part, values in parts.items():
-            if part in rates.train and part in tunes({name: parts}):
-                trainings[name] = _training(part, values, size, rates, recipe)
-    return Timing(stages, each, trainings)
+    return stages
+
+
+def _rotation(size: Sizes, rates: Rates) -> float:
+    """Seconds of a rotation: a pass over its windows, its products in float64, and files that are read and written. A
+    product of a weight with the rotation is one with so many tokens as the stream is wide.
+    """
+    tokens = min(ROTATION_WINDOWS, size.windows) * size.length
+    products = _DOUBLE * size.hidden * (size.layers * rates.forward + 2 * rates.head)
+    return tokens * size.layers * rates.forward + products + size.source_bytes * (rates.write + 3 * rates.hash)
 
 
 def _windows(size: Sizes, recipe: Recipe, configs: Configs) -> int:

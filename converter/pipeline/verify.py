@@ -93,7 +93,7 @@ def verify(model: str | Path, source: str | Path | None = None, calibration: str
         if opened.long is not None:
             quality = quality.with_long(measure_long(sparse, opened.long, reference))
     if opened.source is not None:
-        rotated = opened.recipe.rotate
+        rotated = opened.recipe.rotate or opened.manifest.rotated
         checks.append(check_source(sparse, opened.source.folder, heldout, trained=opened.recovered, rotated=rotated))
     with stage("agreement"):
         shipped = measure_shipped(folder, sparse, heldout, settings, reference_model=reference, known=quality)

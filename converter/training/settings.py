@@ -141,10 +141,10 @@ class Recovery(Strict):
 
 
 class Stage(Strict):
-    """One method, two joined by `+` (a neuron method and a channel method), `imported`, or `auto`, which tries every
-    method; and the configuration, of which a method takes the fields that it knows. `steps` are those of methods that
-    are trained end to end, by name, in place of the configuration's; 0 leaves a method out. `tune` trains the weights
-    under the stage's plan.
+    """One method, two joined by `+` (a neuron method and a channel method), `imported`, or `auto`, which tries those
+    without training and the trained form of the best; and the configuration, of which a method takes the fields that it
+    knows. `steps` are those of methods that are trained end to end, by name, in place of the configuration's; 0 leaves
+    a method out. `tune` trains the weights under the stage's plan.
     """
 
     method: str = "auto"

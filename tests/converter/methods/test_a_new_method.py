@@ -132,7 +132,8 @@ def test_it_is_validated(found: dict[str, Any]) -> None:
 
 
 def test_auto_tries_it(found: dict[str, Any]) -> None:
-    assert found["tried"]["share"][-1] == "toy" and "toy" in found["tried"]["budget"]
+    assert found["tried"]["share"] == ["gate", "chess", "cett", "toy", "trained_gate"]
+    assert "toy" in found["tried"]["budget"]
 
 
 def test_it_is_planned(found: dict[str, Any]) -> None:

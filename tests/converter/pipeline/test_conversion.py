@@ -10,21 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conversions import SPEED, one_method, small_recipe
+from conversions import SPEED, TUNE, one_method, small_recipe
 from models import MODEL_TYPES
 from safetensors.torch import load_file, save_file
 from small_recipe import small_recipe as write_recipe
 
 from sparsegate.converter.checkpoint.manifest import read_manifest, write_manifest
-from sparsegate.converter.checkpoint.plan import load_plan
+from sparsegate.converter.checkpoint.source import open_source
 from sparsegate.converter.evaluation.checks import Check
 from sparsegate.converter.evaluation.records import RESULTS, Report
 from sparsegate.converter.methods import AUTO
 from sparsegate.converter.modeling.gated import load, load_dense
 from sparsegate.converter.pipeline import candidates
 from sparsegate.converter.pipeline import verify as verify_module
+from sparsegate.converter.pipeline.configs import method_configs
+from sparsegate.converter.pipeline.conversion import Conversion
 from sparsegate.converter.pipeline.convert import convert
-from sparsegate.converter.pipeline.recipe import Flags, compile_recipe
+from sparsegate.converter.pipeline.recipe import Flags, compile_recipe, read_recipe
+from sparsegate.converter.pipeline.schedule import once
+from sparsegate.converter.pipeline.texts import make_texts
 from sparsegate.converter.pipeline.verify import verify
 from sparsegate.converter.sources.predictor_folder import export_predictors
 from sparsegate.runtime_onnx.errors import InputError
@@ -89,7 +93,7 @@ def test_every_method_is_measured_and_the_chosen_one_alone_exported_and_timed(co
         ("measured", [chosen]),
     ):
         assert {path.name for path in (work / folder).iterdir()} == set(names), folder
-    assert {path.name.partition("-")[0] for path in (work / "trained").iterdir()} == {"trained_gate", "predictor"}
+    assert {path.name.partition("-")[0] for path in (work / "trained").iterdir()} == {"trained_gate"}
     assert {row.method: row.decode_tokens_per_second for row in report.rows if row.decode_tokens_per_second} == {
         "dense": 3.0,
         chosen: 6.0,
@@ -263,20 +267,22 @@ def test_executors_that_disagreed_are_judged_again(
     assert report is not None and all(check.passed for check in report.checks) and len(timed) == 2
 
 
-def test_imported_predictors_decide_as_in_their_own_system(
-    converted: Path, tiny_model: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_imported_predictors_decide_as_in_their_own_system(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     """Trained predictors go out and come in again: the same density, no wish for any."""
-    plan = load_plan(converted.with_name("out.work") / "plan" / "predictor")
-    folder = export_predictors(plan, tmp_path / "predictors", bias=True)
+    source, stages = open_source(tiny_model("llama")), one_method("predictor", sparsity=0.4, tune=TUNE)
+    trained = read_recipe(small_recipe(source.folder, tmp_path, stages=stages))
+    conversion = Conversion(source, make_texts(source, trained, TUNE["data"]), trained, tmp_path / "work")
+    (before,) = candidates.measure(conversion, once(conversion, method_configs(trained)), {})
+    folder = export_predictors(before.plan, tmp_path / "predictors", bias=True)
     recipe = small_recipe(tiny_model("llama"), tmp_path, stages=one_method("imported", folder=str(folder)))
     result = convert(recipe=recipe, output=tmp_path / "out")
     assert result.report is not None and result.report.chosen.method == "imported"
     assert read_manifest(result.folder).budget["sparsity"] is None and str(tmp_path) not in str(result.report.recipe)
-    (before,) = (row for row in Report.load(converted / RESULTS).rows if row.method == "predictor")
-    assert result.report.chosen.density == pytest.approx(
-        before.density, abs=1e-3
-    ) and result.report.chosen.kl == pytest.approx(before.kl, rel=0.02)
+    chosen, quality = result.report.chosen, before.quality
+    assert (chosen.density, chosen.kl) == (
+        pytest.approx(quality.density, abs=1e-3),
+        pytest.approx(quality.kl, rel=0.02),
+    )
     assert all(layer.recall is not None and layer.density_target is None for layer in result.report.layers)
 
 

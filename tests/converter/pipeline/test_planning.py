@@ -14,7 +14,16 @@ import torch
 from sparsegate.converter.checkpoint.cost import SiteSize, cost
 from sparsegate.converter.checkpoint.plan import Predictor, Residual, SitePlan, Threshold
 from sparsegate.converter.checkpoint.source import open_source
-from sparsegate.converter.methods import AUTO, EXACT, LINEAR_METHODS, METHODS, NEURON_METHODS, parts_of
+from sparsegate.converter.methods import (
+    AUTO,
+    CANDIDATES,
+    EXACT,
+    LINEAR_METHODS,
+    METHODS,
+    NEURON_METHODS,
+    parts_of,
+    trained_form,
+)
 from sparsegate.converter.methods.channels.teal import Config as TealConfig
 from sparsegate.converter.methods.gating.chess import Config as ChessConfig
 from sparsegate.converter.methods.gating.predictor import Config as PredictorConfig
@@ -49,7 +58,12 @@ def refused(call: Callable[[], Any]) -> str:
 def test_every_method_gates_neurons_or_skips_inputs() -> None:
     assert sorted([*NEURON_METHODS, *LINEAR_METHODS, EXACT]) == sorted(METHODS)
     assert all(set(parts_of(name)) <= set(METHODS) for names in AUTO.values() for name in names)
-    assert set(NEURON_METHODS) - set(AUTO[False]) == {"svd"}, "which is worth its cost as a start, hardly by itself"
+    assert set(NEURON_METHODS) - set(AUTO[False]) == {"svd", "predictor"}
+    assert CANDIDATES[False] == ("gate", "chess", "cett") and set(AUTO[False]) - set(CANDIDATES[False]) == {
+        "trained_gate"
+    }
+    assert trained_form("chess+teal") == "trained_gate" and trained_form("exact") == "predictor"
+    assert trained_form("imported") is None and trained_form("svd") is None and trained_form("trained_gate") is None
 
 
 @pytest.mark.parametrize(
@@ -136,7 +150,14 @@ def test_parts_take_the_fields_that_they_know_and_the_seed() -> None:
     predictor = method_configs(recipe("predictor", rank=7))["predictor"]["predictor"]
     assert isinstance(predictor, PredictorConfig) and predictor.seed == 3 and predictor.rank == 7
     assert list(method_configs(recipe("auto", sparsity=0.3))) == list(AUTO[False])
-    assert list(method_configs(recipe("auto", {"max_kl": 0.1}))) == [*AUTO[False], *LINEAR_METHODS, "chess+teal"]
+    searched = ["gate", "chess", "cett", "teal", "wina", "chess+teal", "trained_gate", "trained_input"]
+    assert list(method_configs(recipe("auto", {"max_kl": 0.1}))) == searched == list(AUTO[True])
+    zeros = method_configs(recipe("auto", {"max_kl": 0.1}), exact=True)
+    assert set(zeros) - set(searched) == {"exact", "predictor"}, "the trained form of what keeps zeros"
+    assert set(method_configs(recipe("auto", sparsity=0.3), exact=True)) == {*AUTO[False], "exact"}, (
+        "which loses nothing"
+    )
+    assert method_configs(recipe("auto", rank=7)).keys() == set(AUTO[False]), "a field for a model that has zeros"
     assert "got unheard. Mend" in refused(lambda: method_configs(recipe("auto", unheard=1)))
     assert "gate.sparsity must be valid, got 1.5" in refused(lambda: method_configs(recipe("gate", sparsity=1.5)))
     assert "of gate must hold only allocation, densities, sparsity, version, got rank." in refused(

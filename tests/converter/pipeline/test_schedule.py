@@ -132,7 +132,7 @@ def test_an_oracle_for_neurons_beside_inputs(source: Source, tmp_path: Path) -> 
 
 @pytest.fixture(scope="module", name="searched")
 def _searched(source: Source, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Plan], Texts, Path]:
-    """What `auto` finds within BUDGET."""
+    """What every method of `auto` finds within BUDGET."""
     folder = tmp_path_factory.mktemp("searched")
     return *run(source, folder, stages=stages("auto", tune=TUNE, rank=4, greedy=False), budget=BUDGET), folder
 

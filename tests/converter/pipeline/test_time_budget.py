@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from small_recipe import call_cli, small_recipe
 
+from sparsegate.converter.arch import load_arch
 from sparsegate.converter.checkpoint.source import open_source
-from sparsegate.converter.checkpoint.stage import read_header
+from sparsegate.converter.checkpoint.stage import read_header, write_header, write_json
 from sparsegate.converter.methods.tune import Tune
 from sparsegate.converter.pipeline import candidates, time_budget
 from sparsegate.converter.pipeline import convert as conversion
@@ -84,13 +85,15 @@ def recipe(
     )
 
 
-def of(made: Recipe, rates: Rates = RATES) -> Timing:
-    return timing(SIZES, rates, made, method_configs(made))
+def of(made: Recipe, rates: Rates = RATES, exact: bool = False, model_type: str = "llama") -> Timing:
+    return timing(SIZES, rates, made, method_configs(made, exact), load_arch(model_type))
 
 
 def cheap(**trainings: TrainingTime) -> Timing:
-    """100 seconds of stages, 1 for each method's quality."""
-    return Timing({"open": 100.0}, {name: {"quality": 1.0} for name in ("gate", *trainings)}, trainings)
+    """100 seconds of stages, 1 for each method's quality. The best candidate has one of the trained forms."""
+    each = {name: {"quality": 1.0} for name in ("first", *trainings)}
+    later = {f"best for {name}": (name,) for name in trainings}
+    return Timing({"open": 100.0}, each, trainings, later)
 
 
 # Times in words
@@ -132,16 +135,57 @@ def test_times_that_are_said(seconds: float, words: str) -> None:
 # Stages
 
 
+LATER = ["train trained_gate", "quality trained"]
+"""Stages of `auto` after "quality"."""
+
+
 def test_every_stage_has_seconds() -> None:
     found = of(recipe()).seconds({})
-    assert list(found) == [*STAGES[:4], "train trained_gate", "train predictor", *STAGES[4:]]
+    assert list(found) == [*STAGES[:6], *LATER, *STAGES[6:]]
     assert all(math.isfinite(value) and value >= 0 for value in found.values()) and found["calibrate"] > 0
-    searched = of(recipe(budget={"max_kl": 0.1})).seconds({})
-    assert searched["train trained_input"] > 0, "which has no residual"
-    assert {f"search {name}" for name in ("gate", "chess", "teal", "predictor", "chess+teal")} <= set(searched)
-    assert searched["train predictor"] > 2 * found["train predictor"], "through several densities"
+    named = of(recipe("predictor")).seconds({})
+    assert list(named) == [*STAGES[:4], "train predictor", *STAGES[4:]]
+    searched = of(recipe("predictor", budget={"max_kl": 0.1})).seconds({})
+    assert searched["train predictor"] > 2 * named["train predictor"], "through several densities"
     stages = [{"method": "exact", "config": {"activation": "drelu"}, "tune": {"steps": 100}}, {"method": "exact"}]
     assert "train" in of(make_recipe({"model": "m", "stages": stages})).seconds({})
+    turned = of(recipe("teal").model_copy(update={"rotate": True})).seconds({})
+    assert list(turned)[:4] == ["open", "text", "rotate", "base graph"] and turned["rotate"] > 0
+
+
+def test_what_is_made_later_is_that_of_one_candidate() -> None:
+    timed = of(recipe(budget={"max_kl": 0.1}), exact=True)
+    assert timed.later == {
+        **dict.fromkeys(("gate", "chess", "cett", "chess+teal"), ("trained_gate",)),
+        "teal": ("teal-rotated", "trained_input"),
+        "wina": ("wina-rotated", "trained_input"),
+        "exact": ("predictor",),
+    }
+    first = {f"search {name}" for name in timed.later}
+    after_gate, after_teal = timed.seconds({}, "gate"), timed.seconds({}, "teal")
+    assert {name for name in after_gate if "search" in name} == first | {"search trained_gate"}
+    assert list(after_teal)[list(after_teal).index("quality") :][:8] == [
+        "quality",
+        "rotate",
+        "calibrate rotated",
+        "search teal-rotated",
+        "quality rotated",
+        "train trained_input",
+        "search trained_input",
+        "quality trained",
+    ]
+    every = [timed.seconds({}, best) for best in timed.later]
+    assert timed.seconds({}) == max(every, key=lambda seconds: sum(seconds.values())), "the longest may come"
+    assert timed.seconds({"trained_gate": 0}, "gate").keys() == after_gate.keys() - {
+        "train trained_gate",
+        "search trained_gate",
+        "quality trained",
+    }
+    assert of(recipe(budget={"max_kl": 0.1}), model_type="gemma2").later["teal"] == ("trained_input",)
+    kept = of(recipe(budget={"max_kl": 0.1}).model_copy(update={"rotate": True})).later["teal"]
+    assert kept == ("trained_input",), "it is rotated already"
+    assert of(recipe(), exact=True).later["exact"] == (), "it loses nothing that a training could win back"
+    assert of(recipe("teal", budget={"max_kl": 0.1})).later == {}
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Rates) if field.name != "train"])
@@ -153,10 +197,10 @@ def test_every_rate_counts(name: str) -> None:
 
 def test_what_is_left_out_takes_no_time() -> None:
     found = of(recipe())
-    left = found.seconds({"predictor": 0})
-    assert "train predictor" not in left and left["quality"] < found.seconds({})["quality"]
-    half = found.seconds({"predictor": found.trainings["predictor"].steps // 2})
-    assert left.get("train predictor", 0) < half["train predictor"] < found.seconds({})["train predictor"]
+    left = found.seconds({"trained_gate": 0})
+    assert list(left) == STAGES
+    half = found.seconds({"trained_gate": found.trainings["trained_gate"].steps // 2})
+    assert 0 < half["train trained_gate"] < found.seconds({})["train trained_gate"]
 
 
 # The choice
@@ -164,40 +208,54 @@ def test_what_is_left_out_takes_no_time() -> None:
 
 def test_everything_fits() -> None:
     found = choose(cheap(predictor=TrainingTime(1000, 1.0, 10.0)), recipe(time="1h"))
-    assert found == Decision({}, found.seconds, ()) and sum(found.seconds.values()) == 100 + 2 + 1010
+    assert (found.steps, found.notes, found.cut) == ({}, (), {}) and sum(found.seconds.values()) == 100 + 2 + 1010
+    assert found.later == {"best for predictor": found.seconds}
 
 
-def test_trainings_share_what_is_left() -> None:
+def test_each_training_is_judged_as_if_it_alone_were_made() -> None:
     found = choose(
-        cheap(predictor=TrainingTime(1000, 1.0, 10.0), trained_gate=TrainingTime(200, 1.0, 10.0)), recipe(time="723s")
+        cheap(predictor=TrainingTime(1000, 1.0, 10.0), trained_gate=TrainingTime(600, 1.0, 10.0)), recipe(time="612s")
     )
-    assert found.steps == {"predictor": 500, "trained_gate": 100} and sum(found.seconds.values()) == pytest.approx(723)
-    assert (
-        found.notes[0] == "predictor is trained for 500 of 1000 steps, to stay within 12 minutes; all take 17 minutes"
-    )
+    assert found.steps == {"predictor": 500, "trained_gate": 500}
+    assert all(sum(seconds.values()) == pytest.approx(612) for seconds in found.later.values())
+    lines = [
+        "predictor is trained for 500 of 1000 steps, to stay within 10 minutes; all take 17 minutes: give "
+        "--time-budget 19m",
+        "trained_gate is trained for 500 of 600 steps, to stay within 10 minutes; all take 10 minutes: give "
+        "--time-budget 12m",
+    ]
+    assert list(found.cut.values()) == lines == found.shown()["notes"] and found.notes == ()
+    assert found.said("trained_gate") == lines[1:] and found.said(None) == []
 
 
-def test_the_longest_is_left_out_below_the_least() -> None:
+def test_one_is_left_out_below_the_least() -> None:
     timed = cheap(predictor=TrainingTime(1000, 10.0, 10.0), trained_gate=TrainingTime(200, 1.0, 10.0))
     found = choose(timed, recipe(time="10m"))
-    assert (
-        found.steps == {"predictor": 0}
-        and "train predictor" not in found.seconds
-        and "train trained_gate" in found.seconds
-    )
-    assert found.notes == (
-        "left out: predictor would take 2 h 47 min; give --time-budget 2h53m or name it with --method predictor",
-    )
-    assert choose(timed, recipe(time="2h53m")).steps == {}, "what is said suffices"
+    assert found.steps == {"predictor": 0} and list(found.later["best for predictor"]) == ["open", "quality"]
+    assert "train predictor" not in found.seconds and "train trained_gate" in found.seconds
+    line = "left out: predictor would take 2 h 47 min; give --time-budget 2h49m or name it with --method predictor"
+    assert found.said("predictor") == [line] and found.said("trained_gate") == []
+    assert choose(timed, recipe(time="2h49m")).steps == {}, "what is said suffices"
     short = choose(timed, recipe(time="20s"))
     assert set(short.steps.values()) == {0} and short.notes[-1].startswith("this takes about 2 minutes")
     assert "more than the 20 seconds of its time budget: only trainings are cut" in short.notes[-1]
 
 
+def test_time_for_the_rotated_model_is_left() -> None:
+    each = {"teal": {"quality": 1.0}, "teal-rotated": {"quality rotated": 300.0}, "trained_input": {"plan": 1.0}}
+    later = {"teal": ("teal-rotated", "trained_input"), "wina": ("trained_input",)}
+    timed = Timing({"open": 98.0, "quality": 0.0}, each, {"trained_input": TrainingTime(1000, 1.0, 0.0)}, later)
+    found = choose(timed, recipe(time="900s"))
+    assert found.steps == {"trained_input": 500}
+    assert sum(found.later["teal"].values()) == 900 == sum(found.seconds.values())
+    assert sum(found.later["wina"].values()) == 600
+    assert "train trained_input" not in choose(timed, recipe(time="800s")).seconds
+
+
 def test_auto_has_half_an_hour() -> None:
     long = cheap(predictor=TrainingTime(1000, 10.0, 10.0))
     assert choose(long, recipe()).steps == {"predictor": 0} and choose(long, recipe(time="3h")).steps == {}
-    assert choose(cheap(predictor=TrainingTime(1000, 1.0, 10.0)), recipe()).notes == ()
+    assert choose(cheap(predictor=TrainingTime(1000, 1.0, 10.0)), recipe()).shown()["notes"] == []
 
 
 def test_a_named_method_is_cut_only_when_asked() -> None:
@@ -216,24 +274,31 @@ def test_a_named_method_is_cut_only_when_asked() -> None:
 def test_steps_of_a_recipe_stay() -> None:
     timed = cheap(predictor=TrainingTime(900, 10.0, 10.0), trained_gate=TrainingTime(200, 1.0, 10.0))
     found = choose(timed, recipe(steps={"predictor": 900}, time="10m"))
-    assert "predictor" not in found.steps and found.steps == {"trained_gate": 0}
+    assert found.steps == {}, "trained_gate has time of its own"
+    short = choose(timed, recipe(steps={"predictor": 900}, time="2m"))
+    assert short.steps == {"trained_gate": 0} and "train predictor" in short.later["best for predictor"]
 
 
 def test_decided_steps_are_the_configurations() -> None:
     made = decided(recipe(), Decision({"predictor": 0, "trained_gate": 77}, {}))
     assert made.stages[-1].steps == {"predictor": 0, "trained_gate": 77}
-    configs = method_configs(made)
-    assert "predictor" not in configs and "gate" in configs
+    configs = method_configs(made, exact=True)
+    assert "predictor" not in configs and {"gate", "exact"} < set(configs)
     assert configs["trained_gate"]["trained_gate"].tune.steps == 77  # type: ignore[attr-defined]
+    assert set(method_configs(recipe(steps={"trained_gate": 0}))) == {"gate", "chess", "cett"}
     assert decided(recipe(), Decision({}, {})) == recipe()
     with pytest.raises(InputError, match="steps must name some of the methods gate, .* got teal"):
         method_configs(recipe(steps={"teal": 3}))
+    alone = dict.fromkeys(("gate", "chess", "cett"), 0)
+    with pytest.raises(InputError, match="and leave one, got none left"):
+        method_configs(recipe(steps=alone))
     with pytest.raises(InputError, match="and leave one, got none left"):
         method_configs(recipe("predictor", steps={"predictor": 0}))
 
 
 def test_a_decision_is_kept_for_the_same_recipe(tmp_path: Path) -> None:
-    made, found = recipe(), Decision({"predictor": 12}, {"open": 1.5}, ("one line",))
+    made = recipe()
+    found = Decision({"predictor": 12}, {"open": 1.5}, ("one line",), {"predictor": "cut"}, {"exact": {"open": 1.0}})
     assert stored(tmp_path, lambda: header("model", made)) is None
     keep(tmp_path, header("model", made), found)
     keep(tmp_path, header("model", made), Decision({}, {}))
@@ -242,6 +307,11 @@ def test_a_decision_is_kept_for_the_same_recipe(tmp_path: Path) -> None:
         stored(tmp_path, lambda: header("other", made)) is None
         and stored(tmp_path, lambda: header("model", recipe(time="9m"))) is None
     )
+    older = {"steps": {"predictor": 0}, "seconds": {}, "notes": ["left out"]}
+    write_json(tmp_path / "decision" / "decision.json", older)
+    write_header(tmp_path / "decision", header("model", made))
+    read = stored(tmp_path, lambda: header("model", made))
+    assert read == Decision({"predictor": 0}, {}, ("left out",)) and read.said("trained_gate") == ["left out"]
 
 
 # The probe
@@ -253,14 +323,14 @@ def test_a_decision_is_kept_for_the_same_recipe(tmp_path: Path) -> None:
 )
 def test_the_probe_finds_positive_rates(tiny_model: Callable[[str], Path], model_type: str) -> None:
     source = open_source(tiny_model(model_type))
-    configs = method_configs(compile_recipe(Flags()))
+    configs = method_configs(compile_recipe(Flags(max_kl=0.1)), exact=True)
     rates = measure(source.arch, source.config, statistics(configs), tunes(configs), length=64)
     found = [
         *rates.train.values(),
         *(getattr(rates, field.name) for field in fields(rates) if field.name not in ("train", "store")),
     ]
     assert (
-        set(rates.train) == {"predictor", "trained_gate"}
+        set(rates.train) == {"trained_gate", "trained_input", "predictor"}
         and all(math.isfinite(value) and value > 0 for value in found)
         and rates.store >= 0
     )
@@ -361,15 +431,12 @@ def test_a_dry_run_says_what_every_stage_takes(
     lines = [line.split() for line in done.out.splitlines()]
     assert [" ".join(line[:-2]) for line in lines if line[-1:] == ["minutes"]] == STAGES
     assert (
-        "left out: predictor would take " in done.out
-        and "name it with --method predictor" in done.out
+        "left out: trained_gate would take " in done.out
+        and "name it with --method trained_gate" in done.out
         and "expected time " in done.out
     )
     found = json.loads(call_cli(capsys, *words, "--json", "--time-budget", "999h").out)
-    assert (
-        list(found["seconds"]) == [*STAGES[:4], "train trained_gate", "train predictor", *STAGES[4:]]
-        and found["notes"] == []
-    )
+    assert list(found["seconds"]) == [*STAGES[:6], *LATER, *STAGES[6:]] and found["notes"] == []
     assert call_cli(capsys, *words, "--time-budget", "20").err.count("\n") == 1
 
 

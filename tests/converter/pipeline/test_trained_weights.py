@@ -72,25 +72,22 @@ def test_frozen_weights_stay(tiny_model: Callable[[str], Path], tmp_path: Path) 
 def test_plans_for_different_models_are_measured_on_the_same_windows(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plan that needs the most windows decides for all, whichever model it is for."""
+    """What the candidates without training need decides for the trained form, whose weights are its own."""
     plain, asked = candidates.measure_qualities, list[tuple[tuple[str, ...], int, float]]()
-    wanted = {"gate": 3, "trained_gate": 5}
 
     def measured(model: Any, plans: dict[str, Plan], heldout: Batches, reference: Any, error: float, most: int) -> Any:
         asked.append((tuple(plans), len(heldout.tokens), error))
-        few = max(wanted[name] for name in plans) if error else len(heldout.tokens)
+        few = 5 if error else len(heldout.tokens)
         return plain(model, plans, Batches(heldout.tokens[:few], heldout.mask[:few]), reference, 0.0)
 
     monkeypatch.setattr(candidates, "measure_qualities", measured)
-    monkeypatch.setattr("sparsegate.converter.pipeline.configs.AUTO", {False: ("gate", "trained_gate")})
+    monkeypatch.setattr("sparsegate.converter.pipeline.configs.CANDIDATES", {False: ("gate", "chess")})
     stages = [{"method": "auto", "config": {"sparsity": 0.4, "tune": MOVING}}]
     result = convert(recipe=small_recipe(tiny_model("llama"), tmp_path, stages=stages), output=tmp_path / "out")
     assert result.report is not None
-    assert [(plans, error == 0) for plans, _, error in asked] == [
-        (("gate",), False),
-        (("trained_gate",), False),
-        (("gate",), True),
-    ]
-    assert asked[-1][1] == 5 and {row.method for row in result.report.rows} == {"dense", "gate", "trained_gate"}
+    assert [(plans, error == 0) for plans, _, error in asked] == [(("gate", "chess"), False), (("trained_gate",), True)]
+    assert asked[-1][1] == 5
+    assert [row.method for row in result.report.rows] == ["dense", "gate", "chess", "trained_gate"]
+    assert result.report.updated == (result.report.chosen.method == "trained_gate")
     manifest = read_manifest(tmp_path / "out")
     assert manifest.measured["windows"] == 5

@@ -183,6 +183,6 @@ def test_unused_tensors_are_none_of_an_ordinary_model(tiny_model: Callable[[str]
 def test_the_log_of_the_main_job_is_short(tmp_path: Path) -> None:
     said = shown("convert", "-o", tmp_path / "out")
     lines = said.err.splitlines()
-    assert len(lines) < 60 and {*STAGES, "train trained_gate", "train predictor", "speed", "report"} <= set(
+    assert len(lines) < 60 and {*STAGES, "train trained_gate", "quality trained", "speed", "report"} <= set(
         names(lines)
     )
