@@ -121,6 +121,9 @@ def test_method(name: str) -> None:
     kinds = (converter_methods.NEURON_METHODS, converter_methods.LINEAR_METHODS, converter_methods.OF_ZEROS)
     assert sum(name in kind for kind in kinds) == 1, "auto and joined methods know every row"
     assert ("sparsity" in module.Config.model_fields) == (methods.METHODS[name].decides is None)
+    form = methods.METHODS[name].trained_form
+    assert form is None or (methods.METHODS[form].kind == methods.METHODS[name].kind and form != name)
+    assert form is None or hasattr(methods.load_method(form), "start"), "a trained form is trained"
     assert not hasattr(module, "plan_tokens") or hasattr(module, "rank"), "what plan trains has a size"
 
 

@@ -67,7 +67,7 @@ class Rounds:
         if f"{method}{ON_ROTATED}" in self.later[method]:
             places += self._rotated(method)
         form = trained_form(method)
-        if form in self.configs:
+        if form is not None and form in self.configs:
             on = next(place for place in reversed(places) if self.best.method == f"{method}{place.suffix}")
             self._train(form, on)
         for place in places:
@@ -97,8 +97,7 @@ class Rounds:
             return []
         planning = self.place.planning.with_source(source)
         place = _Place(planning, Statistics(planning, f"{FOLDER}_{ROTATED}", f"calibrate {ROTATED}"), ON_ROTATED)
-        form = trained_form(method)
-        forms = {form: self.configs[form]} if form in self.configs else {}
+        forms = {form: self.configs[form] for form in self.later[method] if form in TRAINED_FORMS}
         made = make(planning, {name: self.configs[method]}, place.statistics, forms)
         if not made:
             log.warning("%s keeps the budget at no density.", name)

@@ -120,7 +120,7 @@ def made_later(recipe: Recipe, configs: Configs, arch: Arch) -> dict[str, tuple[
         if name not in TRAINED_FORMS:
             form = trained_form(name)
             again = (f"{name}{ON_ROTATED}",) if name in LINEAR_METHODS and rotates(recipe, arch) else ()
-            later[name] = (*again, *((form,) if form in configs else ()))
+            later[name] = again if form is None or form not in configs else (*again, form)
     return later
 
 

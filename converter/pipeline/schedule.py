@@ -111,9 +111,9 @@ def once(conversion: Conversion, configs: Configs) -> dict[str, Made]:
     Raises InputError when no method can meet the budget.
     """
     statistics = Statistics(conversion)
-    made = met(make(conversion, configs, statistics), configs)
+    made = make(conversion, configs, statistics)
     statistics.drop_samples()
-    return made
+    return met(made, configs)
 
 
 def met(made: dict[str, Made], configs: Configs) -> dict[str, Made]:
