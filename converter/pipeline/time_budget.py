@@ -119,10 +119,11 @@ def choose(timed: Timing, recipe: Recipe) -> Decision:
     steps: dict[str, int] = {}
     cut: dict[str, str] = {}
     notes: list[str] = []
-    for name in timed.trainings if limit is not None else ():
-        count = None if name in stage.steps else _fitting(timed, name, limit, auto)
-        if count is not None:
-            steps[name], cut[name] = count, _note(name, count, timed, limit)
+    if limit is not None:
+        for name in (name for name in timed.trainings if name not in stage.steps):
+            count = _fitting(timed, name, limit, auto)
+            if count is not None:
+                steps[name], cut[name] = count, _note(name, count, timed, limit)
     seconds = timed.seconds(steps)
     total = sum(seconds.values())
     if limit is None and total > DEFAULT:

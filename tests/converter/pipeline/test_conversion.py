@@ -94,6 +94,8 @@ def test_every_method_is_measured_and_the_chosen_one_alone_exported_and_timed(co
     ):
         assert {path.name for path in (work / folder).iterdir()} == set(names), folder
     assert {path.name.partition("-")[0] for path in (work / "trained").iterdir()} == {"trained_gate"}
+    expected = {stage.name for stage in report.stages if stage.expected_seconds is not None}
+    assert expected >= {"calibrate", "quality", "train trained_gate", "quality trained", "export"}
     assert {row.method: row.decode_tokens_per_second for row in report.rows if row.decode_tokens_per_second} == {
         "dense": 3.0,
         chosen: 6.0,
