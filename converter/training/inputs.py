@@ -38,13 +38,15 @@ class Models:
 @dataclass(frozen=True)
 class TrainingRun:
     """The windows that a run trains on, the seed that decides their order, and the folder below which its state and
-    results are stored under `header`, so that an interrupted run goes on.
+    results are stored under `header`, so that an interrupted run goes on. `density_batches` are the windows whose text
+    densities are to hold on; None for that of all that is trained on.
     """
 
     batches: Batches
     seed: int
     folder: Path
     header: Header
+    density_batches: Batches | None = None
 
 
 @dataclass(frozen=True)

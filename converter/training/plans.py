@@ -44,8 +44,9 @@ def train_plan(
     that keep exact zeros stay as they are.
 
     `start` is the density that the run begins with (1 for a fresh predictor). Every plan's density holds on windows
-    that were not trained on. State, levels and curve are stored below the run's folder, so an interrupted one goes on
-    to the same result. Raises InputError for a plan without a site to train and for too few windows.
+    that were not trained on: of all text, or of the one that the run names. State, levels and curve are stored below
+    the run's folder, so an interrupted one goes on to the same result. Raises InputError for a plan without a site to
+    train and for too few windows.
     """
     gated = {site: entry for site, entry in plan.items() if not isinstance(entry.gate, Exact)}
     if not gated:
@@ -54,12 +55,13 @@ def train_plan(
             "Take another method."
         )
     decides = {"tune": tune.model_dump(mode="json"), "densities": list(densities), "plan": _hash(plan)}
+    decides |= {} if run.density_batches is None else {"density_text": run.density_batches.sha256}
     header = run.header.model_copy(update={"config": run.header.config | decides})
     levels, curve_file = [run.folder / f"level_{k}" for k in range(len(densities))], run.folder / "curve.json"
     if all(is_finished(level, header) for level in levels) and curve_file.is_file():
         resumed()
     else:
-        windows = _split(run.batches)
+        windows = _split(run.batches, run.density_batches)
         curve_file.unlink(missing_ok=True)
         keep_freed_memory()
         settings = Settings(tune.steps * len(densities), tune.windows, tune.rate, levels=len(densities), seed=run.seed)
@@ -88,11 +90,12 @@ class _Windows(NamedTuple):
     aside: Tensor
 
 
-def _split(batches: Batches) -> _Windows:
-    """Keep some of the full windows aside, and every window like one of them. Raises InputError where either part would
-    be empty.
+def _split(batches: Batches, text: Batches | None = None) -> _Windows:
+    """Keep some of the full windows, or of those of `text`, aside, and every window like one of them. Raises InputError
+    where either part would be empty.
     """
-    full = batches.tokens[batches.mask.all(1)]
+    text = batches if text is None else text
+    full = text.tokens[text.mask.all(1)]
     aside = full[:: max(_ASIDE, len(full) // _ASIDE_MOST)]
     trained = [k for k in range(len(batches.tokens)) if not bool((batches.tokens[k] == aside).all(1).any())]
     if not len(aside) or not trained:

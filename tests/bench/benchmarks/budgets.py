@@ -2,13 +2,13 @@
 
 python tests/bench/benchmarks/budgets.py MODEL --text FILE[,FILE...] --judge NAME=FILE[,NAME=FILE...] [--work WORK]
 [-o RESULT.json] [--only ROW,...] [--bytes 0.8,0.67,0.5,0.4] [--minutes 60 | --steps N] [--descend] [--windows 64]
-[--set tune.KEY=VALUE,...] [--collate]
+[--set tune.KEY=VALUE,...] [--export ROW:SHARE:PRECISION,...] [--collate]
 
 MODEL is a folder, or smollm2 as in real_model.py. Methods are calibrated on the first text and trained on all of them.
 Rows are entries of ROWS in budgets_study.py; without --only those of the networks are made. Every row and every loss is
 a stage below WORK, so the run can be stopped and started again, or be shared out by --only. The result has all that is
-there, with the settings that each training had; --collate makes nothing anew. Writes RESULT.json and, where that is the
-stored one, docs/budgets.md.
+there, with the settings that each training had; --collate makes nothing anew. Writes RESULT.json and, where that is one
+of results/budgets*.json, the page docs/budgets*.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,19 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import model_command
+from benchmarks.budgets_export import all_shipped, ship
 from benchmarks.budgets_plans import load_made, make, making_of, stored_header, with_weights
 from benchmarks.budgets_study import MAIN, ROWS, SHARES, SIZES, Study, is_trained
 from benchmarks.model_study import WindowSizes, text_file
 from benchmarks.quality_stages import load_quality, loss_fields, quality_header, store_quality
-from pages.budgets_page import write_page
+from pages.budgets_page import is_stored, write_page
 from records.budgets_results import PLACE, Budgets, Row
 from records.model_results import Loss
 from sparsegate.converter.checkpoint.stage import Header, is_finished
 from sparsegate.converter.evaluation.checks import Quality
 from sparsegate.converter.evaluation.quality import measure_qualities
 from sparsegate.converter.methods.tune import Tune
+from sparsegate.converter.onnx_export.precision import PRECISIONS
 from sparsegate.runtime_onnx.bench.record import usable_cpus
 from sparsegate.runtime_onnx.errors import InputError
 
@@ -145,6 +148,7 @@ def result(study: Study, command: str) -> Budgets:
         threads=torch.get_num_threads(),
         rows=rows,
         missing=missing,
+        shipped=all_shipped(study),
     )
 
 
@@ -163,6 +167,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--descend", action="store_true", help="let one training go through all shares")
     parser.add_argument("--set", default="", help="tune.KEY=VALUE of every training, separated by commas")
     parser.add_argument("--collate", action="store_true", help="make no row: measure and write what is made")
+    parser.add_argument("--export", default="", help="ROW:SHARE:PRECISION of files to make, separated by commas")
     model_command.add_windows(parser, SIZES, usable_cpus(), "windows of every text to measure on, at most")
     model_command.add_numbers(parser, [("--seed", int, SIZES.seed, "draws windows")])
     return parser.parse_args(given)
@@ -195,6 +200,20 @@ def _tune(text: str) -> dict[str, Any]:
     return {name: yaml.safe_load(value) for name, value in values.items()}
 
 
+def _files(text: str, study: Study) -> list[tuple[str, float, str]]:
+    """Rows, shares and precisions of files. Raises InputError for what is none of them."""
+    files = []
+    for word in (word for word in text.split(",") if word):
+        match = re.fullmatch(rf"({'|'.join(ROWS)}):([\d.]+):({'|'.join(PRECISIONS)})", word)
+        if match is None or float(match[2]) not in study.densities(match[1]):
+            raise InputError(
+                f"--export must be ROW:SHARE:PRECISION[,...], shares of --bytes, precisions {', '.join(PRECISIONS)}, "
+                f"got {word}. Correct it."
+            )
+        files.append((match[1], float(match[2]), match[3]))
+    return files
+
+
 def _study(args: argparse.Namespace) -> Study:
     """What is to be measured."""
     model = model_command.study_fields(args)
@@ -224,6 +243,7 @@ def run(given: Sequence[str] | None = None) -> Budgets:
     args = _arguments(given)
     names = model_command.known_words(args.only or ",".join(MAIN), ROWS, "--only")
     study = _study(args)
+    files = _files(args.export, study)
     torch.set_num_threads(args.threads)
     judged = list(study.judges)  # a text that is too short is told before anything is made
     plain, trained = [name for name in names if not is_trained(name)], [name for name in names if is_trained(name)]
@@ -231,15 +251,14 @@ def run(given: Sequence[str] | None = None) -> Budgets:
         for name in () if args.collate else group:
             make(study, name)
         measure(study, group)
-    budgets = result(study, model_command.command_line("budgets.py", args, _words(args)))
-    model_command.save_result(budgets, f"{len(budgets.rows)} rows on {', '.join(judged)}", args, PLACE, write_page)
+    for name, share, precision in files:
+        ship(study, name, share, precision)
+    budgets, place = result(study, model_command.command_line("budgets.py", args, _words(args))), args.output.resolve()
+    place = place if is_stored(place) else PLACE
+    said = f"{len(budgets.rows)} rows on {', '.join(judged)}"
+    model_command.save_result(budgets, said, args, place, partial(write_page, place))
     return budgets
 
 
 if __name__ == "__main__":
     model_command.run_script(run)
-if __name__ == "__main__":
-    try:
-        run()
-    except InputError as error:
-        sys.exit(f"error: {error}")

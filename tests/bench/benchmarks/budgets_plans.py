@@ -141,7 +141,9 @@ def _make_down(study: Study, name: str) -> None:
     folder = _folder(study, name, first)
     with _clocked(folder) as clock:
         plan, start = module.plan(stats, study.source.arch, config), module.start(config)
-        trained = train_down(study, {"row": name}, plan, start, list(densities.values()), tune, folder)
+        trained = train_down(
+            study, {"row": name}, plan, start, list(densities.values()), tune, folder, study.calibration
+        )
     for number, (share, each) in enumerate(zip(densities, trained, strict=True), 1):
         seconds = clock[0] * number / len(densities)
         making = _making(study, name, calibration_seconds, seconds, took, number)

@@ -67,6 +67,9 @@ class Kind:
 _NETWORKS = {"linears": ("gate_proj", "up_proj", "down_proj")}
 _GREEDY = {"allocation": "greedy"}
 _ALONE = {"residual": "none"}
+_BEST = "trained_input rotated"
+_THRESHOLDS = {"tune": {"updates": "none", "offsets": False}}
+_NO_OFFSETS = {"tune": {"offsets": False}}
 
 ROWS = {
     "gate": Kind("gate", of_gate),
@@ -88,20 +91,22 @@ ROWS = {
     "teal block rotated": Kind("teal", of_inputs, rotate=True, of="blocks"),
     "trained_input block rotated": Kind("trained_input", of_inputs, rotate=True, of="blocks"),
     "trained_input block": Kind("trained_input", of_inputs, of="blocks"),
-    "trained_gate thresholds alone": Kind(
-        "trained_gate", of_gate, _ALONE | {"tune": {"updates": "none", "offsets": False}}, varies="trained_gate"
-    ),
-    "trained_gate without offsets": Kind(
-        "trained_gate", of_gate, _ALONE | {"tune": {"offsets": False}}, varies="trained_gate"
-    ),
+    "trained_gate thresholds alone": Kind("trained_gate", of_gate, _ALONE | _THRESHOLDS, varies="trained_gate"),
+    "trained_gate without offsets": Kind("trained_gate", of_gate, _ALONE | _NO_OFFSETS, varies="trained_gate"),
     "trained_gate whole logits": Kind(
         "trained_gate", of_gate, _ALONE | {"tune": {"likeliest": 0}}, varies="trained_gate"
     ),
     "trained_input thresholds alone": Kind(
-        "trained_input", of_inputs, _NETWORKS | {"tune": {"updates": "none", "offsets": False}}, varies="trained_input"
+        "trained_input", of_inputs, _NETWORKS | _THRESHOLDS, rotate=True, varies=_BEST
+    ),
+    "trained_input weights alone": Kind(
+        "trained_input", of_inputs, _NETWORKS | {"tune": {"rate": 1e-9}}, rotate=True, varies=_BEST
     ),
     "trained_input without offsets": Kind(
-        "trained_input", of_inputs, _NETWORKS | {"tune": {"offsets": False}}, varies="trained_input"
+        "trained_input", of_inputs, _NETWORKS | _NO_OFFSETS, rotate=True, varies=_BEST
+    ),
+    "trained_input low rank": Kind(
+        "trained_input", of_inputs, _NETWORKS | {"tune": {"updates": "low_rank"}}, rotate=True, varies=_BEST
     ),
 }
 MAIN = tuple(name for name, kind in ROWS.items() if kind.of == "networks" and kind.varies is None)

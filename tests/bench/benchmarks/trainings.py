@@ -34,8 +34,11 @@ def train_down(
     densities: Sequence[float],
     tune: Tune,
     folder: Path,
+    density_batches: Batches | None = None,
 ) -> list[TrainedPlan]:
-    """One training that goes through falling densities and is kept below `folder`; `subject` says there of what."""
+    """One training that goes through falling densities and is kept below `folder`; `subject` says there of what. Where
+    several texts are trained on, densities hold on that of `density_batches`.
+    """
     header = Header(
         format="tune",
         parents={"model": study.source.fingerprint},
@@ -43,7 +46,7 @@ def train_down(
         seed=study.sizes.seed,
         calibration=study.training.sha256,
     )
-    run = TrainingRun(study.training, study.sizes.seed, folder, header)
+    run = TrainingRun(study.training, study.sizes.seed, folder, header, density_batches)
     return train_plan(study.models(), plan, start, densities, tune, run)
 
 

@@ -1,4 +1,4 @@
-"""Write docs/budgets.md and its plot: what a real model loses at shares of its bytes.
+"""Write docs/budgets*.md and their plots: what models lose at shares of their bytes.
 
 python tests/bench/pages/budgets_page.py
 """
@@ -17,20 +17,29 @@ from sparsegate.converter.report.tables import ABSENT, megabytes, nats, percent,
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from pages import paragraphs
-from records.budgets_results import PLACE, Budgets, Row
-from records.folders import DOCS
+from records.budgets_results import PLACE, Budgets, Row, Shipped
+from records.folders import DOCS, RESULTS
 from records.model_results import Loss, TextFile
 
-PAGE, PLOT = DOCS / "budgets.md", DOCS / "budgets.png"
 _MARKERS = "osD^vP*Xpdh<>"
 _LINEAR = 0.005  # nats: losses below it are drawn on a linear scale
 WHAT = {"networks": "feed-forward networks", "blocks": "all linear maps of the blocks"}
 
 
-def load() -> Budgets:
-    """The stored benchmark."""
+def places() -> list[Path]:
+    """The stored benchmarks: of the model that budgets were made for, and others beside it."""
+    return sorted(RESULTS.glob(f"{PLACE.stem}*.json"))
+
+
+def is_stored(place: Path) -> bool:
+    """Whether a page is made from a file."""
+    return place.parent == RESULTS and place.match(f"{PLACE.stem}*.json")
+
+
+def load(place: Path = PLACE) -> Budgets:
+    """A stored benchmark."""
     return read_stored(
-        Budgets, PLACE, "The benchmark of budgets", "Run python tests/bench/benchmarks/budgets.py again."
+        Budgets, place, "The benchmark of budgets", "Run python tests/bench/benchmarks/budgets.py again."
     )
 
 
@@ -71,19 +80,77 @@ def loss_table(rows: Sequence[Row], judge: str) -> str:
     return table(([*names, "realised", "cost", "block cost"], body))
 
 
-def ablation_table(result: Budgets) -> str:
-    """Every ablation beside the row that it varies, on every text."""
+LEVERS = (
+    ("bytes shared out greedily", "teal greedy", "teal"),
+    ("bytes shared out greedily, gates", "chess greedy", "chess"),
+    ("residual stream rotated", "teal rotated", "teal"),
+    ("scores that see the weights", "wina", "teal"),
+    ("the same, rotated", "wina rotated", "teal rotated"),
+    ("CHESS in place of gate", "chess", "gate"),
+    ("input channels in place of neurons", "teal", "chess"),
+    ("training of thresholds and weights", "trained_input rotated", "teal rotated"),
+    ("training, thresholds alone", "trained_input thresholds alone", "teal rotated"),
+    ("training, weights alone", "trained_input weights alone", "teal rotated"),
+    ("rotation below a training", "trained_input rotated", "trained_input"),
+    ("offsets in a training", "trained_input rotated", "trained_input without offsets"),
+    ("whole weights of the networks", "trained_input rotated", "trained_input low rank"),
+    ("training of gates", "trained_gate", "chess"),
+    ("training of gates, thresholds alone", "trained_gate thresholds alone", "chess"),
+    ("offsets in a training of gates", "trained_gate", "trained_gate without offsets"),
+    ("predictors begun from an SVD", "predictor from svd", "predictor"),
+)
+"""What a lever is called, the row with it and the row without it."""
+
+
+def gain_cell(loss: Loss, without: Loss) -> str:
+    """The change of KL, and that of the bytes of the networks in points, as `-0.0474, +0.6`."""
+    return f"{loss.kl - without.kl:+.4f}, {100 * (loss.cost - without.cost):+.1f}"
+
+
+def lever_table(result: Budgets) -> str:
+    """What every lever gains at every share where both of its rows are measured, on every text. Trained rows are
+    compared where they had equally many steps.
+    """
+    rows = {(row.name, row.share): row for row in result.rows}
     body = []
-    for row in result.rows:
-        if row.varies is None:
-            continue
-        whole = next((other for other in result.rows if (other.name, other.share) == (row.varies, row.share)), None)
-        cells = [row.name, f"{row.share:g}"]
-        for judge in result.judges:
-            cells += [rise_cell(row.losses[judge]), ABSENT if whole is None else rise_cell(whole.losses[judge])]
-        body.append(cells)
-    header = ["row", "bytes", *(name for judge in result.judges for name in (judge, f"{judge}: nothing left out"))]
+    for lever, name, without in LEVERS:
+        for share in result.shares:
+            pair = [rows.get((each, share)) for each in (name, without)]
+            if pair[0] is None or pair[1] is None or 0 < pair[1].making.steps != pair[0].making.steps:
+                continue
+            pairs = [(pair[0].losses[judge], pair[1].losses[judge]) for judge in result.judges]
+            body.append([lever, f"{share:g}", name, without, *(gain_cell(*pair) for pair in pairs)])
+    return table((["lever", "bytes", "with it", "without", *result.judges], body)) if body else ""
+
+
+def file_table(result: Budgets) -> str:
+    """What rows lose as files in their own precision, beside the dense graph in the same one."""
+    header = [
+        "row",
+        "bytes",
+        "precision",
+        "NLL over dense fp32",
+        "KL",
+        "agreement",
+        "dense in it: NLL",
+        "dense in it: KL",
+    ]
+    body = []
+    for file in result.shipped:
+        cells = [file.name, f"{file.share:g}", file.precision, f"{file.rise:+.4f} ± {file.rise_error:.4f}"]
+        cells += [nats(file.kl), percent(file.agreement)]
+        dense = file.dense
+        cells += (
+            [nats(0), nats(0)] if dense is None else [f"{dense.rise:+.4f} ± {dense.rise_error:.4f}", nats(dense.kl)]
+        )
+        speeds = [ABSENT if ratio is None else f"{ratio:.2f}" for ratio in (file.decode_ratio, file.prefill_ratio)]
+        body.append([*cells, *speeds, f"{file.pairs}" if file.quiet else f"{file.pairs}, disturbed", _passed(file)])
+    header += ["decode", "prefill", "pairs", "checks"]
     return table((header, body)) if body else ""
+
+
+def _passed(file: Shipped) -> str:
+    return f"{sum(check.passed for check in file.checks)} of {len(file.checks)} passed"
 
 
 def cost_table(result: Budgets) -> str:
@@ -141,19 +208,34 @@ def _section(result: Budgets, of: str, title: str) -> list[str]:
     return [f"## {title}", said, best_table(result, of)]
 
 
-def page(result: Budgets) -> str:
-    """The whole page."""
+def page(result: Budgets, place: Path = PLACE) -> str:
+    """The whole page of a result."""
     parts = [
         f"# {result.model} at shares of its bytes",
-        paragraphs.written_line("budgets_page.py", PLACE),
+        paragraphs.written_line("budgets_page.py", place),
         f"{paragraphs.weights_line(result.parameters, result.origin)} All losses are measured in torch in fp32.",
         head_line(result),
         *_section(result, "networks", "The best at every share"),
-        f"![Losses against bytes]({PLOT.name})",
+        f"![Losses against bytes]({place.stem}.png)",
         *_section(result, "blocks", "Whole blocks"),
     ]
-    if ablations := ablation_table(result):
-        parts += ["## What each part of the training gains", ablations]
+    if files := file_table(result):
+        parts += [
+            "## As files",
+            "The ONNX file of a row in a precision, on the first text, beside the dense graph in the same precision. "
+            "Checks compare torch, the graph's body and the kernel token by token. Speeds are ratios to the dense "
+            "graph, medians of pairs back to back.",
+            files,
+        ]
+    if levers := lever_table(result):
+        parts += [
+            "## What each lever gains",
+            "The difference of KL to the dense model between the row with a lever and the one without it, nats per "
+            "token: below 0 it pays. Beside it the difference of the bytes of the networks, in points: thresholds "
+            "keep more or less on another text than on the one they were set on. Trained rows are compared where they "
+            "had equally many steps.",
+            levers,
+        ]
     parts.append("## All rows")
     parts.append(
         "Density is the one that a row was made for, realised the measured one. Cost is the share of the networks' "
@@ -205,12 +287,13 @@ def plot(result: Budgets, path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def write_page() -> None:
-    """Page and plot of the stored result."""
-    result = load()
-    PAGE.write_text(page(result), encoding="utf-8")
-    plot(result, PLOT)
+def write_page(place: Path = PLACE) -> None:
+    """Page and plot of a stored result."""
+    result = load(place)
+    (DOCS / f"{place.stem}.md").write_text(page(result, place), encoding="utf-8")
+    plot(result, DOCS / f"{place.stem}.png")
 
 
 if __name__ == "__main__":
-    write_page()
+    for stored_result in places():
+        write_page(stored_result)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from records.folders import RESULTS
 from records.model_results import Loss, ModelResult, TextFile
 from sparsegate.converter.checkpoint.fields import Strict
+from sparsegate.converter.evaluation.checks import Check
 
 PLACE = RESULTS / "budgets.json"
 
@@ -56,9 +57,40 @@ class Row(Strict):
     making: Making
 
 
+class DenseFile(Strict):
+    """What the dense model's graph in the same precision loses against the model in fp32, nats per token."""
+
+    tokens: int
+    rise: float
+    rise_error: float
+    kl: float
+
+
+class Shipped(Strict):
+    """A row's ONNX file in a precision, on the first text against the dense model in fp32: rise of NLL with its
+    standard error over windows, KL, equal argmax; `dense` is None in floats, where the graph is the model. Speeds are
+    ratios to the dense graph in the same precision, back to back; None where the machine was too busy.
+    """
+
+    name: str
+    share: float
+    precision: str
+    tokens: int
+    rise: float
+    rise_error: float
+    kl: float
+    agreement: float
+    dense: DenseFile | None
+    checks: list[Check]
+    decode_ratio: float | None
+    prefill_ratio: float | None
+    pairs: int
+    quiet: bool
+
+
 class Budgets(ModelResult):
     """One benchmark. `judges` are the texts that are measured on, by name; `features` what of the processor torch can
-    use.
+    use; `shipped` are files of rows.
     """
 
     parameters: int
@@ -69,6 +101,7 @@ class Budgets(ModelResult):
     features: list[str]
     threads: int
     rows: list[Row]
+    shipped: list[Shipped] = []
 
     def at(self, share: float, of: str = "networks", trained: bool | None = None) -> list[Row]:
         """The rows at a share that are no ablations, trained or not; None: both."""

@@ -16,9 +16,20 @@ from benchmarks.budgets import run
 from benchmarks.budgets_plans import load_made, place_of, with_weights
 from benchmarks.budgets_study import MAIN, ROWS, Study
 from benchmarks.model_study import WindowSizes
-from pages.budgets_page import PAGE, best_table, cost_table, loss_table, page, plot, rise_cell
+from pages.budgets_page import (
+    LEVERS,
+    best_table,
+    cost_table,
+    lever_table,
+    loss_table,
+    page,
+    places,
+    plot,
+    rise_cell,
+)
 from pages.budgets_page import load as load_stored
-from records.budgets_results import PLACE, Budgets
+from records.budgets_results import Budgets
+from records.folders import DOCS
 from sparsegate.converter.checkpoint.cost import block_cost, mlp_cost
 from sparsegate.runtime_onnx.errors import InputError
 
@@ -137,6 +148,8 @@ def test_one_training_goes_through_all_shares(
         (["--set", "rank=3"], "--set"),
         (["--set", "tune.steps=3"], "--set"),
         (["--judge", "file.txt"], "--judge"),
+        (["--export", "gate:0.5:int3"], "--export"),
+        (["--export", "gate:0.3:int4", "--bytes", "0.5,0.4"], "--export"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_made(
@@ -156,7 +169,7 @@ def test_the_page_says_what_is_stored(whole: SimpleNamespace, tmp_path: Path) ->
     best = min((row for row in result.rows if row.share == 0.5 and row.name in ("gate", "teal")), key=_loss)
     assert f"| {best.name} | {rise_cell(best.losses['same'])}" in best_table(result)
     assert best_table(result) in text and cost_table(result) in text and "## Whole blocks" in text
-    assert "What each part" not in text
+    assert "lever" not in text and "## As files" not in text
     plot(result, tmp_path / "a.png")
     plot(result, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -166,7 +179,46 @@ def _loss(row: Any) -> float:
     return row.losses["same"].nll
 
 
-def test_the_page_is_that_of_the_stored_result() -> None:
-    assert PAGE.is_file() == PLACE.is_file()
-    if PLACE.is_file():
-        assert PAGE.read_text(encoding="utf-8") == page(load_stored())
+def test_a_lever_is_what_its_row_has_below_the_one_without(whole: SimpleNamespace) -> None:
+    rows = [row for row in whole.result.rows if row.share == 0.5]
+    teal = next(row for row in rows if row.name == "teal")
+
+    def with_kl(name: str, kl: float, steps: int) -> Any:
+        losses = {judge: loss.model_copy(update={"kl": kl}) for judge, loss in teal.losses.items()}
+        return teal.model_copy(
+            update={"name": name, "losses": losses, "making": teal.making.model_copy(update={"steps": steps})}
+        )
+
+    made = [with_kl("teal", 0.5, 0), with_kl("teal rotated", 0.4, 0), with_kl("trained_input rotated", 0.125, 9)]
+    made += [with_kl("trained_input without offsets", 0.375, 9), with_kl("trained_input low rank", 0.25, 8)]
+    table = lever_table(whole.result.model_copy(update={"rows": made}))
+    assert "| residual stream rotated | 0.5 | teal rotated | teal | -0.1000, +0.0 |" in table
+    assert (
+        "| offsets in a training | 0.5 | trained_input rotated | trained_input without offsets | -0.2500, +0.0 |"
+        in table
+    )
+    assert "training of thresholds and weights | 0.5 | trained_input rotated | teal rotated | -0.2750" in table
+    assert "whole weights" not in table, "other steps are another training"
+    names = {name for _, name, without in LEVERS for name in (name, without)}
+    assert names <= set(ROWS), "every lever's rows can be made"
+
+
+@pytest.mark.slow
+def test_a_row_can_be_shipped_in_its_own_precision(whole: SimpleNamespace, tmp_path: Path) -> None:
+    words = ["--only", "trained_gate,teal rotated", "--export", "trained_gate:0.5:int4,teal rotated:0.8:fp32"]
+    found = run([*whole.words, *words]).shipped
+    assert [(file.name, file.share, file.precision) for file in found] == [
+        ("teal rotated", 0.8, "fp32"),
+        ("trained_gate", 0.5, "int4"),
+    ]
+    for file in found:
+        assert file.checks and all(check.passed for check in file.checks) and file.kl > 0 and file.tokens > 0
+    assert found[0].dense is None and found[1].dense is not None and found[1].dense.kl > 0
+    again = run([*whole.words, "--collate", "--only", "teal"])
+    assert again.shipped == found and "## As files" in page(again)
+
+
+def test_every_page_is_that_of_its_stored_result() -> None:
+    assert {path.stem for path in DOCS.glob("budgets*.md")} == {place.stem for place in places()}
+    for place in places():
+        assert (DOCS / f"{place.stem}.md").read_text(encoding="utf-8") == page(load_stored(place), place)

@@ -125,9 +125,10 @@ def trained_with_weights(
     densities: list[float],
     start: float = 0.5,
     data: Batches | None = None,
+    density_text: Batches | None = None,
     **tune: Any,
 ) -> list[TrainedPlan]:
     """What a training gives, of what selects alone unless `tune` says more."""
     settings = Tune(**({"steps": 40, "precision": "fp32", "updates": "none", "offsets": False, "likeliest": 0} | tune))
-    run = TrainingRun(data or batches(), 0, folder, HEADER)
+    run = TrainingRun(data or batches(), 0, folder, HEADER, density_text)
     return train_plan(models_of(loaded), plan, start, densities, settings, run)

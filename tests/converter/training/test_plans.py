@@ -142,6 +142,20 @@ def test_every_density_holds_on_windows_not_trained_on(
         assert {site: entry.density for site, entry in gates(plan).items()} == pytest.approx(found, abs=1e-5)
 
 
+def test_densities_hold_on_the_text_that_is_named_for_them(
+    load: Load, tmp_path: Path, trained_on: list[Batches]
+) -> None:
+    loaded, given = load("llama"), batches(40)
+    named = Batches(given.tokens[:16] % 3, given.mask[:16])
+    both = Batches(torch.cat([given.tokens, named.tokens]), torch.cat([given.mask, named.mask]))
+    (plan,) = trained(loaded, make_plan("gate"), tmp_path, [0.4], data=both, density_text=named, steps=6)
+    density = sum(executed(loaded, plan, named.tokens[:1])[1].values()) / 2
+    assert density == pytest.approx(0.4, abs=0.003)
+    assert abs(sum(executed(loaded, plan, given.tokens)[1].values()) / 2 - 0.4) > 0.01
+    rows = {tuple(row) for row in trained_on[0].tokens.tolist()}
+    assert tuple(named.tokens[0].tolist()) not in rows and len(trained_on[0].tokens) == 55
+
+
 def test_training_in_bf16_gives_a_plan_of_the_same_density(load: Load, tmp_path: Path) -> None:
     loaded = load("llama")
     (half,) = trained(loaded, make_plan("predictor and residual"), tmp_path / "half", [0.4], steps=12, precision="bf16")
