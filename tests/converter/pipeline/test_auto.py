@@ -222,22 +222,28 @@ def test_a_trained_form_that_keeps_no_budget_is_said(
 def test_a_rotated_candidate_is_chosen_resumed_and_verified(
     trains: bool, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The longest name wins here, of equal ones the last; the first run is broken off before it is written."""
+    """The longest name wins here, of equal ones the last. Runs are broken off in the training and before anything is
+    written.
+    """
     monkeypatch.setattr(candidates, "rank", lambda each, searches: (-len(each.method), each.method == "gate"))
     monkeypatch.setattr("sparsegate.converter.pipeline.configs.CANDIDATES", {True: ("gate", "teal")})
     monkeypatch.setattr(schedule, "LEVELS", (0.75, 0.5))
     config = {"tune": TUNE | {"updates": "low_rank"}, "greedy": False, "allocation": "uniform"}
     stages = [{"method": "auto", "config": config, "steps": {} if trains else {"trained_input": 0}}]
     recipe = small_recipe(tiny_model("llama"), tmp_path, stages=stages, budget={"max_kl": 0.3})
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(finish, "write_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        convert(recipe=recipe, output=tmp_path / "out")
     work = tmp_path / "out.work"
-    stages_before = {path: path.stat().st_mtime_ns for path in work.rglob("header.json")}
+    done: dict[Path, int] = {}
+    for module, step in [(schedule, "train_plan")] * trains + [(finish, "write_report")]:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, step, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            convert(recipe=recipe, output=tmp_path / "out")
+        stages_before = {path: path.stat().st_mtime_ns for path in work.rglob("header.json")}
+        assert done.items() <= stages_before.items(), "nothing is made again"
+        done = stages_before
     made = {"gate", "teal", "teal-rotated", *(["trained_input-rotated"] if trains else [])}
     assert {path.name for path in (work / "plan").iterdir()} == made == {p.name for p in (work / "quality").iterdir()}
     result = convert(recipe=recipe, output=tmp_path / "out", keep_stages=True)
-    assert {path: path.stat().st_mtime_ns for path in stages_before} == stages_before, "nothing is made again"
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "nothing is made again"
     report, manifest = result.report, read_manifest(tmp_path / "out")
     assert report is not None and {row.method for row in report.rows} == {"dense", *made}
     assert report.chosen.method == ("trained_input-rotated" if trains else "teal-rotated")
