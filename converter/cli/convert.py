@@ -74,6 +74,14 @@ def convert(
     ] = None,
     target: Annotated[str | None, typer.Option(help="Where the ONNX model runs: cpu or cuda.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of calibration windows and predictors.")] = None,
+    rotate: Annotated[
+        bool,
+        typer.Option(
+            "--rotate",
+            help="Turn the residual stream to its principal axes first, which changes no output: teal, wina and "
+            "trained_input lose less. auto tries it by itself under a budget.",
+        ),
+    ] = False,
     time_budget: Annotated[
         str | None,
         typer.Option(
@@ -110,6 +118,7 @@ def convert(
             precision=precision,
             target=target,
             seed=seed,
+            rotate=rotate or None,
             time_budget=time_budget,
             device=device,
             push_to=push,

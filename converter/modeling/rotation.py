@@ -34,7 +34,7 @@ def stream_of(arch: Arch) -> Stream:
     if arch.stream is None:
         raise InputError(
             "A model to rotate must have RMS norms right before the maps that read its residual stream, and none "
-            f"behind those that write to it, got {arch.model_type}. Leave rotate out of the recipe."
+            f"behind those that write to it, got {arch.model_type}. Leave rotate out."
         )
     return arch.stream
 

@@ -62,6 +62,7 @@ def convert(
     precision: str | None = None,
     target: str | None = None,
     seed: int | None = None,
+    rotate: bool | None = None,
     time_budget: str | None = None,
     device: str = "cpu",
     push_to: str | None = None,
@@ -77,7 +78,7 @@ def convert(
     then does not appear.
     """
     bounds = (max_ppl_increase, max_kl)
-    flags = Flags(model, method, sparsity, *bounds, recipe, calibration, precision, target, seed, max_kl_long)
+    flags = Flags(model, method, sparsity, *bounds, recipe, calibration, precision, target, seed, max_kl_long, rotate)
     compiled = within(compile_recipe(flags), time_budget, recipe is not None)
     name = BUNDLED_NAME if compiled.model == BUNDLED_MODEL else Path(compiled.model).absolute().name
     out, inputs = Path(output or f"{name}-sparse"), _inputs(compiled, recipe)

@@ -206,6 +206,7 @@ class Flags:
     target: str | None = None
     seed: int | None = None
     max_kl_long: float | None = None
+    rotate: bool | None = None
 
 
 def compile_recipe(flags: Flags) -> Recipe:
@@ -241,6 +242,7 @@ def compile_recipe(flags: Flags) -> Recipe:
         "seed": flags.seed or 0,
         "stages": [{"method": method or "auto", "config": config}],
         "budget": budget,
+        "rotate": bool(flags.rotate),
         "export": _export(flags.precision, flags.target),
     }
     return make_recipe(values, "convert")

@@ -61,5 +61,5 @@ def _write(source: Source, tokens: Tensor, folder: Path, device: str) -> None:
     if not error <= bound:
         raise CheckError(
             f"The rotated model must have the model's logits within {bound:.0e} of their energy, got {error:.1e}. "
-            "Leave rotate out of the recipe."
+            "Leave rotate out."
         )

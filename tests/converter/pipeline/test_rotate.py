@@ -23,6 +23,7 @@ from sparsegate.converter.modeling.gated import load_dense
 from sparsegate.converter.modeling.rotation import error_bound, logit_error
 from sparsegate.converter.pipeline import rotate
 from sparsegate.converter.pipeline.convert import convert
+from sparsegate.converter.pipeline.recipe import Flags, compile_recipe
 from sparsegate.converter.pipeline.rotate import rotated
 from sparsegate.converter.pipeline.verify import verify
 from sparsegate.converter.text.windows import Batches
@@ -103,6 +104,16 @@ def test_a_type_that_cannot_be_rotated_is_refused_before_anything(
             recipe = small_recipe(tiny_model("gemma2"), tmp_path, stages=one_method("teal"), rotate=True)
             convert(recipe=recipe, output=tmp_path / "out", dry_run=dry_run)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_flag_is_the_recipes_rotation(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    assert compile_recipe(Flags("m", "teal", 0.5, rotate=True)) == compile_recipe(Flags("m", "teal", 0.5)).model_copy(
+        update={"rotate": True}
+    )
+    with pytest.raises(InputError, match="covers, got rotate as well"):
+        compile_recipe(Flags(recipe="rotated", rotate=True))
+    with pytest.raises(InputError, match="got gemma2. Leave rotate out"):
+        convert(str(tiny_model("gemma2")), output=tmp_path / "out", method="teal", rotate=True)
 
 
 @pytest.mark.slow
