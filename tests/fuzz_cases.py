@@ -302,8 +302,8 @@ def _memory() -> int:
 def _shield() -> None:
     """No network, bounded memory, and no work behind the point where everything was read."""
     from sparsegate.converter.evaluation.speed import run as bench
+    from sparsegate.converter.pipeline import auto, texts
     from sparsegate.converter.pipeline import convert as conversion
-    from sparsegate.converter.pipeline import texts
     from sparsegate.converter.training import stages as tuning
     from sparsegate.runtime_onnx.bench import folders
 
@@ -316,6 +316,7 @@ def _shield() -> None:
     socket.socket.connect = refuse  # type: ignore[method-assign]
     for module, name in (
         (conversion, "once"),
+        (auto, "make"),
         (texts, "_write"),
         (tuning, "train_stages"),
         (folders, "rounds"),

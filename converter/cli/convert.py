@@ -118,7 +118,7 @@ def convert(
             precision=precision,
             target=target,
             seed=seed,
-            rotate=rotate or None,
+            rotate=rotate,
             time_budget=time_budget,
             device=device,
             push_to=push,

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from ...runtime_onnx.errors import InputError
 from ..bundled import BUNDLED_MODEL, BUNDLED_NAME
@@ -62,7 +63,7 @@ def convert(
     precision: str | None = None,
     target: str | None = None,
     seed: int | None = None,
-    rotate: bool | None = None,
+    rotate: bool = False,
     time_budget: str | None = None,
     device: str = "cpu",
     push_to: str | None = None,
@@ -77,8 +78,16 @@ def convert(
     Raises InputError for every user's mistake, and when the result breaks its budget or its executors disagree; OUT
     then does not appear.
     """
-    bounds = (max_ppl_increase, max_kl)
-    flags = Flags(model, method, sparsity, *bounds, recipe, calibration, precision, target, seed, max_kl_long, rotate)
+    told: dict[str, Any] = {
+        "model": model,
+        "method": method,
+        "sparsity": sparsity,
+        "recipe": recipe,
+        "calibration": calibration,
+    }
+    told |= {"max_ppl_increase": max_ppl_increase, "max_kl": max_kl, "max_kl_long": max_kl_long}
+    told |= {"precision": precision, "target": target, "seed": seed, "rotate": rotate or None}
+    flags = Flags(**told)
     compiled = within(compile_recipe(flags), time_budget, recipe is not None)
     name = BUNDLED_NAME if compiled.model == BUNDLED_MODEL else Path(compiled.model).absolute().name
     out, inputs = Path(output or f"{name}-sparse"), _inputs(compiled, recipe)

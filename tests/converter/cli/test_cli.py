@@ -29,7 +29,7 @@ def test_dry_run(
     done = call("convert", model, "--dry-run")
     assert (done.status, done.err) == (0, "")
     assert done.out.splitlines()[0] == "would write llama-sparse; nothing was written"
-    assert "peak memory" in done.out and "disk needed" in done.out and "method predictor" in done.out
+    assert "peak memory" in done.out and "disk needed" in done.out and "method trained_gate" in done.out
     done = call("convert", model, "-o", "x", "--method", "gate", "--sparsity", "0.25", "--dry-run", "--json")
     assert (done.status, done.err) == (0, "")
     found = json.loads(done.out)

@@ -121,6 +121,7 @@ def test_every_flag_of_convert_arrives(
             "--keep-stages",
             "--time-budget",
             "20m",
+            "--rotate",
         ).status
         == 0
     )
@@ -139,6 +140,7 @@ def test_every_flag_of_convert_arrives(
             "precision": "p",
             "target": "t",
             "seed": 7,
+            "rotate": True,
             "device": "d",
             "push_to": "a/b",
             "public": True,
