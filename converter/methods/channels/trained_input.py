@@ -24,7 +24,7 @@ class Config(ChannelShare):
     """
 
     seed: int = 0
-    tune: Tune = Tune(steps=300, rate=1e-3)
+    tune: Tune = Tune(steps=300, rate=1e-3, update_rate=5e-4)
 
 
 def more_needs(config: Config) -> tuple[str, ...]:
