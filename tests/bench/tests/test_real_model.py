@@ -89,6 +89,7 @@ def small_study(model: Path, text: Path, work: Path) -> Study:
     return Study(folder=model, work=work, text=text, sizes=sizes, densities=(0.7, 0.5))
 
 
+@pytest.mark.slow
 def test_every_part_of_a_run_is_in_its_result(whole: SimpleNamespace) -> None:
     found = whole.result
     assert [(row.method, row.density_target) for row in found.rows] == [
@@ -120,6 +121,7 @@ def test_every_part_of_a_run_is_in_its_result(whole: SimpleNamespace) -> None:
     assert RealModel.model_validate_json((whole.folder / "r.json").read_text()) == found
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(whole: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("made again")
@@ -298,6 +300,7 @@ def test_llama_cpp_gives_all_logits_and_rounds(tmp_path: Path) -> None:
 # Pages
 
 
+@pytest.mark.slow
 def test_pages_are_made_from_the_result_alone(whole: SimpleNamespace) -> None:
     found: RealModel = whole.result
     said, first = page(found), readme_text(found)
