@@ -136,6 +136,7 @@ def test_a_finished_run_is_not_run_again(whole: SimpleNamespace, monkeypatch: py
     assert (again.rows, again.losses, again.speed) == (whole.result.rows, whole.result.losses, whole.result.speed)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(
     tiny_model: Callable[..., Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +178,7 @@ def test_an_interrupted_run_goes_on(
     assert {row.windows for row in run([*words, "--windows", "30"]).rows} == {30}
 
 
+@pytest.mark.slow
 def test_levels_of_a_training_that_goes_on_are_plans(
     whole: SimpleNamespace, tiny_model: Callable[..., Path], text: Path
 ) -> None:
@@ -189,6 +191,7 @@ def test_levels_of_a_training_that_goes_on_are_plans(
     assert not planned(other, "predictor"), "levels of another training"
 
 
+@pytest.mark.slow
 def test_chunks_give_what_one_measurement_gives(
     whole: SimpleNamespace, tiny_model: Callable[..., Path], text: Path
 ) -> None:
