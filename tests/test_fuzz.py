@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from fuzz_cases import GOOD, ROWS, Found, draw, make_folders, mutation_of, run, undamaged
 
-QUICK, SLOW = 150, 2400
+QUICK, SLOW = 96, 2400
 
 
 @pytest.fixture(scope="module")

@@ -196,6 +196,7 @@ def test_gates_are_opened_by_force(activation: str, both: bool, tmp_path: Path) 
         assert shares["nonzero"] == pytest.approx(0.09, abs=0.02) and shares["opened"] >= shares["nonzero"]
 
 
+@pytest.mark.slow
 def test_rows_of_a_relu(still: None) -> None:
     result = bench_op(
         OpWorkload("gated_mlp", D, N, R, ["fp32", "int4"], (0.09,), (1, 4), activation="drelu"), OpTiming(1, 2)

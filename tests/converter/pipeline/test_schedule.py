@@ -83,6 +83,7 @@ def same(one: Plan, other: Plan) -> bool:
     return list(one) == list(other) and all(same_site(one[site], other[site]) for site in one)
 
 
+@pytest.mark.slow
 def test_neurons_and_inputs_together(source: Source, tmp_path: Path) -> None:
     recipe = small_recipe(source.folder, tmp_path, stages=stages("chess+teal", sparsity=0.4))
     result = convert(recipe=recipe, output=tmp_path / "out", keep_stages=True)
