@@ -127,14 +127,17 @@ def tie_energy(variant: Any, x: NDArray, tensors: Mapping[str, NDArray]) -> NDAr
 
 
 def sum_energy(variant: Any, x: NDArray, tensors: Mapping[str, NDArray]) -> NDArray[np.float64]:
-    """[T] of x [T, d]: the squared change of y that the rounding of float32 sums before the activation accounts for,
-    where weights are floats.
+    """[T] of x [T, d]: the squared change of y that the rounding of float32 sums before the activation, or of a linear
+    map's, accounts for, where weights are floats.
 
     Where large terms of a product cancel, what is left is as inexact as they are; such a neuron may be most of a
-    token's y. Errors of different neurons are independent, so their squares add up.
+    token's y. Errors of different neurons and columns are independent, so their squares add up.
     """
-    if isinstance(variant, sparse_linear.Variant) or variant.weights != "float":
+    if variant.weights != "float":
         return np.zeros(len(x))
+    if isinstance(variant, sparse_linear.Variant):
+        size = np.where(sparse_linear.active(variant, x, tensors), np.abs(np.asarray(x).astype(np.float64)), 0.0)
+        return np.square(TERM * (size @ np.abs(np.asarray(tensors["w"]).astype(np.float64)))).sum(1)
     error = _product_error(variant, x, tensors, TERM, integer=False)
     kept = np.where(gated_mlp.active(variant, x, tensors), error, 0.0)
     return np.square(kept) @ np.square(_weights(variant, tensors, "down")).sum(1)

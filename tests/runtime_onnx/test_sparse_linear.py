@@ -20,6 +20,7 @@ from op_harness.sparse_linear import OP, make_tensors, make_variant, make_x, wit
 from op_harness.testing import check
 
 from sparsegate.runtime_onnx import library
+from sparsegate.runtime_onnx.ops.margins import sum_energy
 from sparsegate.runtime_onnx.ops.sparse_linear import (
     BOUNDS,
     FLOATS,
@@ -201,6 +202,21 @@ def test_a_nan_is_not_kept_and_infinity_is(native: bool, tokens: int) -> None:
     y = run(session, broken)
     assert not np.isfinite(y[0]).any()
     np.testing.assert_array_equal(y[1:], run(session, x)[1:])
+
+
+def test_terms_that_cancel_leave_what_their_rounding_makes_of_them() -> None:
+    """As for GatedMLP: of two tokens one has large channels that cancel in every column."""
+    d_in, d_out = 256, 64
+    variant = make_variant()
+    x = make_x(variant, (2, d_in))
+    tensors = with_tau(variant, x, make_tensors(variant, d_in, d_out), 1.0)
+    tensors["w"][1::2] = tensors["w"][::2]
+    x[0, ::2], x[0, 1::2] = 1e3 * x[0, ::2] + x[0, 1::2] / 100, -1e3 * x[0, ::2]
+    expected, y = reference(variant, x, tensors), run(open_model(make_model(OP, variant, tensors)), x)
+    size = np.square(expected).sum(1)
+    error, own = np.square(y - expected).sum(1) / size, sum_energy(variant, x, tensors) / size
+    assert 10 * BOUNDS["float32"] < error[0] < own[0] < 1000 * error[0]
+    assert error[1] < BOUNDS["float32"] and own[1] < 2 * BOUNDS["float32"], "an ordinary token's bound hardly moves"
 
 
 def test_a_dropped_channel_reaches_no_result() -> None:
