@@ -68,6 +68,10 @@ def stages(method: str, **config: Any) -> list[dict[str, Any]]:
     return [{"method": method, "config": config}]
 
 
+EVERY = stages("auto", tune=TUNE | {"updates": "none"}, rank=4, greedy=False)
+"""No weights are trained, so all plans are for one model."""
+
+
 def run(source: Source, folder: Path, work: Path | None = None, **changes: Any) -> tuple[dict[str, Plan], Texts]:
     """One round below `work`; the recipe's texts."""
     folder.mkdir(exist_ok=True)
@@ -135,7 +139,7 @@ def test_an_oracle_for_neurons_beside_inputs(source: Source, tmp_path: Path) -> 
 def _searched(source: Source, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Plan], Texts, Path]:
     """What every method of `auto` finds within BUDGET."""
     folder = tmp_path_factory.mktemp("searched")
-    return *run(source, folder, stages=stages("auto", tune=TUNE, rank=4, greedy=False), budget=BUDGET), folder
+    return *run(source, folder, stages=EVERY, budget=BUDGET), folder
 
 
 @pytest.mark.slow
@@ -188,7 +192,7 @@ def test_a_finished_round_is_read_and_a_part_made_again(
     (folder / "work" / "plan" / "gate" / "header.json").unlink()
     made, plain = [], schedule._searched
     monkeypatch.setattr(schedule, "_searched", lambda run, name, config: made.append(name) or plain(run, name, config))
-    again, _ = run(source, folder, stages=stages("auto", tune=TUNE, rank=4, greedy=False), budget=BUDGET)
+    again, _ = run(source, folder, stages=EVERY, budget=BUDGET)
     assert made == ["gate"] and list(again) == list(plans) and all(same(again[name], plans[name]) for name in plans)
 
 
