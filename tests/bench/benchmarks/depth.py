@@ -76,11 +76,10 @@ def main(given: Sequence[str] | None = None) -> Depths:
     parser.add_argument("-o", "--output", type=Path, default=PLACE, help="the JSON to write")
     arguments = parser.parse_args(given)
     shape, depths = find_shape(arguments.shape), [int(layers) for layers in arguments.layers.split(",")]
-    with TemporaryDirectory() as folder:
-        seconds = {
-            str(layers): stage_seconds(shape, layers, arguments.windows, arguments.steps, Path(folder))
-            for layers in depths
-        }
+    seconds = {}
+    for layers in depths:
+        with TemporaryDirectory() as folder:
+            seconds[str(layers)] = stage_seconds(shape, layers, arguments.windows, arguments.steps, Path(folder))
     found = Depths(
         shape=shape.name,
         windows=arguments.windows,

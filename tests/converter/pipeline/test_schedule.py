@@ -68,8 +68,7 @@ def stages(method: str, **config: Any) -> list[dict[str, Any]]:
     return [{"method": method, "config": config}]
 
 
-EVERY = stages("auto", tune=TUNE | {"updates": "none"}, rank=4, greedy=False)
-"""No weights are trained, so all plans are for one model."""
+EVERY = stages("auto", tune=TUNE, rank=4, greedy=False)
 
 
 def run(source: Source, folder: Path, work: Path | None = None, **changes: Any) -> tuple[dict[str, Plan], Texts]:
@@ -144,12 +143,15 @@ def _searched(source: Source, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 @pytest.mark.slow
 def test_every_found_plan_keeps_the_budget(searched: tuple[dict[str, Plan], Texts, Path], source: Source) -> None:
-    plans, texts, _ = searched
+    plans, texts, folder = searched
     assert texts.search is not None and set(plans) <= set(AUTO[True])
     assert {"gate", "chess", "teal", "trained_gate", "chess+teal"} <= set(plans)
-    judge = Judge(load_dense(source.folder), source.arch, "silu", texts.search)
+    dense, trained = load_dense(source.folder), set()
     for method, plan in plans.items():
-        loss = judge.loss(plan)
+        own = folder / "work" / "models" / method  # with the weights that were trained with the plan
+        trained |= {method} if own.is_dir() else set()
+        model = load_dense(own) if own.is_dir() else dense
+        loss = Judge(model, source.arch, "silu", texts.search, reference_model=dense).loss(plan)
         assert loss.kl <= BUDGET["max_kl"] + 1e-6, method
         assert {site: gate.density for site, gate in gates(plan).items()} == pytest.approx(
             dict(loss.density), abs=1e-12
@@ -157,6 +159,7 @@ def test_every_found_plan_keeps_the_budget(searched: tuple[dict[str, Plan], Text
         if method in ("gate", "chess", "teal", "wina"):
             assert loss.kl > 0.8 * BUDGET["max_kl"], f"{method} uses its budget"
             assert block_cost(plan, source.arch, source.config) < 0.98
+    assert trained >= {"trained_gate"}, "as it is by default"
     densities = [entry.density for entry in gates(plans["chess"]).values()]
     assert abs(densities[0] - densities[1]) > 1e-3, "layers find their own"
 
