@@ -5,6 +5,7 @@ python tests/bench/pages/budgets_page.py
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,9 +70,11 @@ def best_table(result: Budgets, of: str = "networks") -> str:
 
 
 def loss_table(rows: Sequence[Row], judge: str) -> str:
-    """What rows lose on a text."""
+    """What rows lose on a text, below the dense model."""
     names = ["row", "bytes", "density", "NLL over dense", "perplexity", "KL to dense", "agreement"]
-    body = []
+    everything, own = percent(1.0), rows[0].losses[judge].nll_dense
+    dense = ["dense", "1", ABSENT, f"0 ({own:.4f})", f"0 ({math.exp(own):.2f})", nats(0), everything]
+    body = [[*dense, everything, everything, everything]]
     for row in rows:
         loss = row.losses[judge]
         cells = [row.name, f"{row.share:g}", f"{row.density_target:g}", rise_cell(loss)]

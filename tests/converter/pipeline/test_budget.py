@@ -58,7 +58,7 @@ def level_of(judge: Known, max_kl: float) -> float | None:
 
 
 @pytest.mark.parametrize("wanted", [0.1, 0.33, 0.5, 0.72, 0.95])
-def test_bisection_finds_the_level(wanted: float) -> None:
+def test_the_search_finds_the_level(wanted: float) -> None:
     judge = Known(lambda level: (1 - level) ** 2)
     level = level_of(judge, (1 - wanted) ** 2)
     assert level is not None and wanted - 1e-9 <= level < wanted + 0.01
@@ -81,7 +81,7 @@ def test_a_loss_that_jumps_is_bracketed() -> None:
     assert level is not None and 0.6 <= level < 0.62 and judge.passes <= 8
 
 
-def test_bisection_survives_a_part_that_misleads() -> None:
+def test_the_search_survives_a_part_that_misleads() -> None:
     for rough in (lambda level: 0.1 * (1 - level) ** 2, lambda level: 1.3 * (1 - level) ** 2):
         level = level_of(Known(lambda level: (1 - level) ** 2, rough), 0.3**2)
         assert level is not None and 0.7 - 1e-9 <= level < 0.8
