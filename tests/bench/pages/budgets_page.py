@@ -242,7 +242,8 @@ def page(result: Budgets, place: Path = PLACE) -> str:
     parts.append("## All rows")
     parts.append(
         "Density is the one that a row was made for, realised the measured one. Cost is the share of the networks' "
-        "bytes that a token reads, block cost that of all linear maps of the blocks."
+        "bytes that a token reads, block cost that of all linear maps of the blocks. In brackets stand the dense "
+        "model's own NLL and perplexity."
     )
     for judge in result.judges:
         parts += [f"### {judge}", loss_table(result.rows, judge)]
