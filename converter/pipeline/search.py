@@ -1,4 +1,4 @@
-"""The search for the cheapest plan inside a quality budget: false position on the mean density, or on a shift.
+"""The search for the cheapest plan inside a quality budget: bisection on the mean density, or on a shift.
 
 A budget bounds what held-out text loses: the rise in perplexity or the divergence from the dense model, or both. It is
 met on windows kept for the search; what is found is judged on others.
@@ -110,16 +110,14 @@ def sparsest(
     when `high` does not meet it.
 
     A plan is measured on all windows unless the first of them decide. `make(level)` must lose less the higher the
-    level. A rough bisection on some windows narrows the bracket; the exact search takes levels by false position, or
-    the middle where that did not halve the bracket.
+    level. A rough bisection on some windows narrows the bracket before the exact one.
     """
-    ends, shares = [low, high], [math.nan, math.nan]
+    ends = [low, high]
     for _ in range(_ROUGH_STEPS):
         middle = sum(ends) / 2
-        share = judge.loss(make(middle), every=_ROUGH_SHARE, budget=budget).share(budget)
-        ends[share <= 1], shares[share <= 1] = middle, share
+        ends[judge.loss(make(middle), every=_ROUGH_SHARE, budget=budget).share(budget) <= 1] = middle
     width = (high - low) / 16
-    low, top, broken = max(low, ends[0] - width), high, (ends[0], shares[0])
+    low, top = max(low, ends[0] - width), high
     high = min(high, ends[1] + width)
     best = None
     for candidate in (high, top):
@@ -127,35 +125,18 @@ def sparsest(
         if loss.share(budget) <= 1:
             best, high = (candidate, make(candidate), loss), candidate
             break
-        low, broken = candidate, (candidate, loss.share(budget))
     if best is None:
         return None
-    halved = True
     for _ in range(_STEPS):
         if best[2].share(budget) > 1 - _SLACK:
             break
-        before = high - low
-        level = _aim(low, broken, (high, best[2].share(budget))) if halved else (low + high) / 2
-        loss = judge.loss(make(level), budget=budget)
+        middle = (low + high) / 2
+        loss = judge.loss(make(middle), budget=budget)
         if loss.share(budget) <= 1:
-            best, high = (level, make(level), loss), level
+            best, high = (middle, make(middle), loss), middle
         else:
-            low, broken = level, (level, loss.share(budget))
-        halved = high - low <= before / 2
+            low = middle
     return best
-
-
-def _aim(low: float, broken: tuple[float, float], kept: tuple[float, float]) -> float:
-    """The level between `low` and `kept` at which just the budget is expected to be used, from the line through the
-    logarithms of the used shares at two levels; the middle where they give none. An eighth of the bracket stays on
-    either side.
-    """
-    (under, above), (high, below) = broken, kept
-    if not (math.inf > above > below > 0 and under < high):
-        return (low + high) / 2
-    by_level = math.log(below / above) / (high - under)
-    edge = (high - low) / 8
-    return min(max(high + math.log((1 - _SLACK / 2) / below) / by_level, low + edge), high - edge)
 
 
 def settled(plan: Plan, density: Mapping[Site, float]) -> Plan:

@@ -1,4 +1,4 @@
-"""The budget search: on curves that are known, and losses on a tiny model."""
+"""The budget search: bisection on curves that are known, and losses on a tiny model."""
 
 from __future__ import annotations
 
@@ -58,30 +58,14 @@ def level_of(judge: Known, max_kl: float) -> float | None:
 
 
 @pytest.mark.parametrize("wanted", [0.1, 0.33, 0.5, 0.72, 0.95])
-def test_the_search_finds_the_level(wanted: float) -> None:
+def test_bisection_finds_the_level(wanted: float) -> None:
     judge = Known(lambda level: (1 - level) ** 2)
     level = level_of(judge, (1 - wanted) ** 2)
     assert level is not None and wanted - 1e-9 <= level < wanted + 0.01
-    assert judge.passes <= 5
+    assert judge.passes <= 8
 
 
-@pytest.mark.parametrize("steep", [1.0, 4.0, 12.0])
-@pytest.mark.parametrize("wanted", [0.2, 0.5, 0.8])
-def test_smooth_losses_take_few_passes(wanted: float, steep: float) -> None:
-    """As models lose: exponentially more with every point less that is kept."""
-    judge = Known(lambda level: math.exp(-steep * level) - math.exp(-steep))
-    level = level_of(judge, judge.curve(wanted))
-    assert level is not None and wanted - 1e-9 <= level < wanted + 0.02 and judge.passes <= 6
-
-
-def test_a_loss_that_jumps_is_bracketed() -> None:
-    """False position would creep; the middle is taken in turns with it."""
-    judge = Known(lambda level: 1e-6 if level >= 0.6 else 50.0)
-    level = level_of(judge, 1.0)
-    assert level is not None and 0.6 <= level < 0.62 and judge.passes <= 8
-
-
-def test_the_search_survives_a_part_that_misleads() -> None:
+def test_bisection_survives_a_part_that_misleads() -> None:
     for rough in (lambda level: 0.1 * (1 - level) ** 2, lambda level: 1.3 * (1 - level) ** 2):
         level = level_of(Known(lambda level: (1 - level) ** 2, rough), 0.3**2)
         assert level is not None and 0.7 - 1e-9 <= level < 0.8
